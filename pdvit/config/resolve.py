@@ -1,0 +1,58 @@
+"""Fill in what the user left open, where neither the data nor the model has to be looked at."""
+
+from dataclasses import replace
+
+from pdvit.config.schema import Config
+
+# The small vision transformer that `pdvit train` uses unless --model names another: 64 tokens of length 48.
+SMALL = "vit_tiny_patch16_224"
+SMALL_DEPTH, SMALL_WIDTH, SMALL_HEAD_WIDTH, SMALL_PATCH, SMALL_IMAGE = 8, 48, 16, 4, 32
+SMALL_LR = 2e-3
+# DeiT's learning rate for 512 images per update.
+LR_PER_512 = 5e-4
+
+
+def resolve(config: Config) -> Config:
+    """Return the configuration with preset, model and learning rate spelled out.
+
+    Resolving twice changes nothing, so that a written run.toml means the same run.
+    """
+    return _learning_rate(_model(_preset(config)))
+
+
+def _preset(config: Config) -> Config:
+    diversity, augment = config.diversity, config.augment
+    weight = 1.0 if diversity.preset == "paper" else 0.0
+    weights = {
+        name: weight if getattr(diversity, name) is None else getattr(diversity, name)
+        for name in ("cosine", "contrastive", "mixing")
+    }
+    if augment.cutmix is None:
+        mixes = weights["mixing"] > 0 or diversity.preset == "cutmix"
+        augment = replace(augment, cutmix=1.0 if mixes else 0.0)
+    return replace(config, diversity=replace(diversity, **weights), augment=augment)
+
+
+def _model(config: Config) -> Config:
+    model, data = config.model, config.data
+    if model.name is not None:
+        return config
+    if config.optim.lr is None:
+        config = replace(config, optim=replace(config.optim, lr=SMALL_LR))
+    width = model.width or SMALL_WIDTH
+    model = replace(
+        model,
+        name=SMALL,
+        depth=model.depth or SMALL_DEPTH,
+        width=width,
+        heads=model.heads or max(1, width // SMALL_HEAD_WIDTH),
+        patch_size=model.patch_size or SMALL_PATCH,
+    )
+    return replace(config, model=model, data=replace(data, img_size=data.img_size or SMALL_IMAGE))
+
+
+def _learning_rate(config: Config) -> Config:
+    if config.optim.lr is not None:
+        return config
+    lr = LR_PER_512 * config.data.batch_size / 512
+    return replace(config, optim=replace(config.optim, lr=lr))

@@ -1,0 +1,132 @@
+"""Every setting of a run, once: TOML keys, flags, help and the docs' table all come from these dataclasses.
+
+An unset value (None) means "as the source, the model or the preset says"; `resolve` fills in what does not need them.
+"""
+
+from dataclasses import dataclass
+
+from pdvit.config.keys import key
+
+SCHEDULES = ("cosine", "poly", "wsd", "constant")
+PRESETS = ("paper", "cutmix", "none")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data."""
+
+    source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
+    batch_size: int = key(
+        64, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1
+    )
+    img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
+    workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
+    split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model."""
+
+    name: str | None = key(None, "Any timm vision transformer; unset: a small one of ours.", "--model")
+    depth: int | None = key(None, "Number of blocks.", "--depth", minimum=1)
+    width: int | None = key(None, "Length of a token.", "--width", minimum=1)
+    heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
+    patch_size: int | None = key(None, "Side of a patch in pixels.", "--patch-size", minimum=1)
+    drop_path: float = key(
+        0.0, "Stochastic depth of the last block.", "--drop-path", minimum=0, maximum=0.99
+    )
+    args: dict[str, object] | None = key(
+        None, "More arguments of the timm model, k=v; repeat the flag.", "--model-kwargs"
+    )
+
+
+@dataclass(frozen=True)
+class DiversityConfig:
+    """Diversity."""
+
+    preset: str = key(
+        "paper",
+        "paper: all three terms; cutmix: the mixed images without any term; none: neither.",
+        "--diversity",
+        choices=PRESETS,
+    )
+    cosine: float | None = key(None, "Weight of the cosine term; unset: the preset's.", "--cosine", minimum=0)
+    contrastive: float | None = key(
+        None, "Weight of the contrastive term; unset: the preset's.", "--contrastive", minimum=0
+    )
+    mixing: float | None = key(None, "Weight of the mixing term; unset: the preset's.", "--mixing", minimum=0)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation."""
+
+    cutmix: float | None = key(
+        None,
+        "Alpha of the patch-aligned CutMix, 0 is off; unset: 1 with the mixing term or preset cutmix.",
+        "--cutmix",
+        minimum=0,
+    )
+    mixup_prob: float = key(0.5, "Share of batches that CutMix mixes.", "--mixup-prob", minimum=0, maximum=1)
+    shift: int = key(0, "Move the image by up to this many pixels each way (digits).", "--shift", minimum=0)
+    hflip: float = key(
+        0.5, "Probability of a horizontal flip (image files).", "--hflip", minimum=0, maximum=1
+    )
+    scale: tuple[float, float] = key(
+        (0.35, 1.0), "Area of the random crop, least and most (image files).", "--scale", above=0, maximum=1
+    )
+    smoothing: float = key(
+        0.0, "Label smoothing of the class loss.", "--smoothing", minimum=0, maximum=0.99
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimization."""
+
+    opt: str = key("adamw", "Any timm optimizer.", "--opt")
+    lr: float | None = key(
+        None, "Peak learning rate; unset: 2e-3, or 5e-4 x batch / 512 with --model.", "--lr", above=0
+    )
+    weight_decay: float = key(0.05, "Weight decay.", "--weight-decay", minimum=0)
+    clip_grad: float | None = key(None, "Largest norm of the gradient; unset: any.", "--clip-grad", above=0)
+    epochs: str = key("36", "Length: 36 or 36ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
+    warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
+    schedule: str = key("cosine", "Learning rate after warm-up.", "--sched", choices=SCHEDULES)
+    min_lr: float = key(1e-6, "Where warm-up starts and the schedule ends.", "--min-lr", minimum=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run."""
+
+    out: str | None = key(None, "Run directory; unset: runs/NAME, with a suffix where taken.", "--out")
+    name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET.", "--name")
+    seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
+    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16"))
+    log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")
+    eval_every: str = key("1ep", "Length between evaluations, with the probe.", "--val-interval", above=0, unit="ep")
+    probe_images: int = key(64, "Held-out images on which P is measured at every evaluation.", minimum=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoint."""
+
+    every: str = key("1ep", "Length between resumable states.", "--save-every", above=0, unit="ep")
+    keep: int = key(1, "How many of them are kept.", "--keep", minimum=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections; the attribute names are the TOML tables."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diversity: DiversityConfig = DiversityConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

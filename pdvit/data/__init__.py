@@ -1,0 +1,1 @@
+"""Images in, batches out: sources, loaders, augmentation and patch-aligned mixing."""

@@ -1,0 +1,89 @@
+"""Patch-aligned CutMix: a rectangle of whole patches comes from another image, so every patch has exactly one label."""
+
+import math
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdvit.errors import UserError
+
+
+class Mixed(NamedTuple):
+    """Images `(B, C, H, W)`, soft class targets `(B, classes)` and patch targets `(B, N)`, row by row of the grid."""
+
+    images: Tensor
+    targets: Tensor
+    patch_targets: Tensor
+
+
+class Box(NamedTuple):
+    """A rectangle on the patch grid: rows [top, bottom), columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def patch_cutmix(
+    images: Tensor,
+    targets: Tensor,
+    patch_size: int,
+    num_classes: int,
+    alpha: float = 1.0,
+    rng: random.Random | None = None,
+) -> Mixed:
+    """Paste one rectangle of patches from each image's neighbour in the batch into it.
+
+    Args:
+        images: `(B, C, H, W)`, any dtype; H and W are multiples of `patch_size`.
+        targets: class indices `(B,)`.
+        patch_size: side of a patch in pixels.
+        num_classes: length of the soft class targets.
+        alpha: the share of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
+            nothing, and every patch has the class of its image.
+        rng: where draws come from; unset: Python's own generator.
+
+    Returns:
+        The mixed images, class targets weighted by area, and the exact class of every patch.
+
+    Raises:
+        UserError: the patch size does not divide the images.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = grid_of(height, width, patch_size)
+    box = draw_box(rows, columns, alpha, rng or random.Random()) if alpha > 0 else Box(0, 0, 0, 0)
+    area = (box.bottom - box.top) * (box.right - box.left)
+    partner = targets.roll(1, 0)
+    patch_targets = targets[:, None, None].repeat(1, rows, columns)
+    patch_targets[:, box.top : box.bottom, box.left : box.right] = partner[:, None, None]
+    if area:
+        top, bottom, left, right = (edge * patch_size for edge in box)
+        source, images = images.roll(1, 0), images.clone()
+        images[..., top:bottom, left:right] = source[..., top:bottom, left:right]
+    share = area / (rows * columns)
+    soft = (1 - share) * F.one_hot(targets, num_classes) + share * F.one_hot(partner, num_classes)
+    return Mixed(images, soft.to(torch.float32), patch_targets.flatten(1))
+
+
+def draw_box(rows: int, columns: int, alpha: float, rng: random.Random) -> Box:
+    """Draw a rectangle whose share of the grid follows Beta(alpha, alpha), as near as whole patches allow."""
+    side = math.sqrt(rng.betavariate(alpha, alpha))
+    tall, wide = round(rows * side), round(columns * side)
+    top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
+    return Box(top, top + tall, left, left + wide)
+
+
+def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Return rows and columns of the patch grid; UserError where patches do not fit."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"patches of {patch_size} pixels do not fit images of {height}x{width}",
+            "data.img_size and model.patch_size",
+            f"choose an image size that is a multiple of {patch_size}, for example "
+            f"{max(1, round(height / patch_size)) * patch_size}",
+        )
+    return height // patch_size, width // patch_size

@@ -1,0 +1,143 @@
+"""Decoding image files to uint8 tensors, with the random crop and flip of training."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data.randomness import fold
+from pdvit.data.sources import FileSplit
+from pdvit.errors import UserError
+
+# Files named in an error before the rest is only counted.
+NAMED = 10
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become the model's input: side in pixels, centre crop, interpolation, mean and standard deviation."""
+
+    size: int
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def for_model(cls, model: nn.Module) -> "Preprocessing":
+        """Return what a timm model expects: its own size, and what its configuration says of the rest."""
+        parts: Any = model
+        data = timm.data.resolve_model_data_config(model)
+        height, width = parts.patch_embed.img_size
+        if height != width:
+            raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
+        return cls(height, data["crop_pct"], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
+
+    def as_timm(self) -> dict[str, Any]:
+        """Return the same in timm's words, for an export."""
+        return {
+            "input_size": (3, self.size, self.size),
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+    def training(self, augment: AugmentConfig) -> v2.Compose:
+        """Return the transform of a training image: random crop and flip, uint8 `(3, size, size)`."""
+        crop = v2.RandomResizedCrop(
+            self.size, scale=augment.scale, interpolation=self._mode(), antialias=True
+        )
+        return v2.Compose([crop, v2.RandomHorizontalFlip(augment.hflip), v2.PILToTensor()])
+
+    def evaluation(self) -> v2.Compose:
+        """Return the transform of a held-out image: short side scaled, centre cropped, uint8 `(3, size, size)`."""
+        side = round(self.size / self.crop_pct)
+        resize = v2.Resize(side, interpolation=self._mode(), antialias=True)
+        return v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
+
+    def _mode(self) -> v2.InterpolationMode:
+        return v2.InterpolationMode(self.interpolation)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
+        if images.shape[-2:] == (self.size, self.size):
+            return images
+        return v2.functional.resize(images, [self.size, self.size], self._mode(), antialias=True)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input."""
+        mean, std = (
+            torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std)
+        )
+        return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that does not decode: returned, not raised, so that the main process can name all of a batch."""
+
+    path: Path
+    reason: str
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a file as RGB. Raises OSError, ValueError or SyntaxError where it is not a sound image."""
+    with warnings.catch_warnings():
+        # Pillow warns of possible decompression bombs; as an error it stops before the pixels are made.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+
+def try_read(path: Path) -> Image.Image | BadImage:
+    """Decode a file, or say why it can't be decoded."""
+    try:
+        return read_image(path)
+    except UnidentifiedImageError:
+        return BadImage(path, "not an image")
+    except (OSError, ValueError, SyntaxError, EOFError, Warning, Image.DecompressionBombError) as error:
+        return BadImage(path, str(error) or type(error).__name__)
+
+
+def refuse_bad(bad: list[BadImage]) -> None:
+    """Raise a UserError that names the files that do not decode, if there are any."""
+    if not bad:
+        return
+    shown = "; ".join(f"{item.path} ({item.reason})" for item in bad[:NAMED])
+    more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    count = "1 image does" if len(bad) == 1 else f"{len(bad)} images do"
+    raise UserError(f"{count} not decode", shown + more, "replace or remove the file, then go on")
+
+
+Sample = tuple[Tensor | BadImage, int, int]
+
+
+class FileImages(Dataset[Sample]):
+    """Image files as a torch data set whose keys are (epoch, index); epoch -1 means no augmentation."""
+
+    def __init__(self, split: FileSplit, transform: v2.Compose, seed: int) -> None:
+        self.paths, self.labels = split.paths, split.labels
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Return the uint8 image (or why there is none), its class and its index."""
+        epoch, index = key
+        image = try_read(self.paths[index])
+        if not isinstance(image, BadImage):
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
+                torch.manual_seed(fold(self.seed, epoch + 1, index))
+                image = self.transform(image)
+        return image, int(self.labels[index]), index

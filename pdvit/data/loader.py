@@ -1,0 +1,188 @@
+"""Batches, by step: what step t holds is a function of the seed and t, so starting at any step costs the same."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data.batch import Batch
+from pdvit.data.cutmix import patch_cutmix
+from pdvit.data.images import BadImage, FileImages, Preprocessing, Sample, refuse_bad
+from pdvit.data.randomness import epoch_order, fold, uniform
+from pdvit.data.sources import ArraySplit, FileSplit, Split
+from pdvit.errors import UserError
+
+# Uint8 images, class indices, sample indices.
+Raw = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are made, for one run."""
+
+    batch_size: int
+    seed: int
+    workers: int
+    device: torch.device
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Patch-aligned CutMix: a share `prob` of batches, with Beta(alpha, alpha); `labels` asks for patch targets."""
+
+    alpha: float
+    prob: float
+    patch_size: int
+    num_classes: int
+    labels: bool
+
+
+def steps_per_epoch(split: Split, batch_size: int) -> int:
+    """Return the full batches of one epoch; UserError where there is not even one."""
+    if len(split) < batch_size:
+        raise UserError(
+            f"{len(split)} training images are fewer than one batch of {batch_size}",
+            "data.batch_size (--batch-size)",
+            f"choose a batch size of at most {len(split)}",
+        )
+    return len(split) // batch_size
+
+
+def train_batches(
+    split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
+) -> Iterator[Batch]:
+    """Yield the batches of steps start, start + 1, ... without end; the images of a short last batch sit out an epoch."""
+    raw = _resident(split, how, augment, start) if isinstance(split, ArraySplit) else None
+    if raw is None:
+        assert isinstance(split, FileSplit)
+        raw = _from_workers(split, how, augment, start)
+    for step, (images, labels, index) in zip(count(start), raw, strict=False):
+        batch = Batch(how.preprocessing.normalise(images), labels, index)
+        yield _mix(batch, mixing, random.Random(fold(how.seed, step)))
+
+
+def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
+    """Yield every image of a split exactly once, in order, without augmentation."""
+    chunks = torch.arange(len(split)).split(how.batch_size)
+    raw: Iterator[Raw]
+    if isinstance(split, ArraySplit):
+        fit = how.preprocessing.fit
+        raw = ((fit(split.images[i].to(how.device)), split.labels[i], i) for i in chunks)
+    else:
+        keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
+        raw = _decode(split, how, how.preprocessing.evaluation(), keys)
+    for images, labels, index in raw:
+        yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
+
+
+def _mix(batch: Batch, mixing: Mixing, rng: random.Random) -> Batch:
+    """Mix the batch with the given probability; label every patch where the run needs it."""
+    on = mixing.alpha > 0 and rng.random() < mixing.prob
+    if not (on or mixing.labels):
+        return batch
+    images, targets, patch_targets = patch_cutmix(
+        batch.images,
+        batch.targets,
+        mixing.patch_size,
+        mixing.num_classes,
+        mixing.alpha if on else 0.0,
+        rng,
+    )
+    return Batch(images, targets, batch.index, patch_targets if mixing.labels else None)
+
+
+def _step_indices(size: int, how: Loading, start: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (epoch, indices) of every step from `start` on."""
+    per_epoch = size // how.batch_size
+    epoch, position = divmod(start, per_epoch)
+    while True:
+        order = epoch_order(how.seed, epoch, size)
+        for at in range(position, per_epoch):
+            yield epoch, order[at * how.batch_size : (at + 1) * how.batch_size]
+        epoch, position = epoch + 1, 0
+
+
+def _resident(split: ArraySplit, how: Loading, augment: AugmentConfig, start: int) -> Iterator[Raw]:
+    """Yield batches of a set that lives on the device as one uint8 tensor."""
+    images = how.preprocessing.fit(split.images.to(how.device))
+    labels = split.labels.to(how.device)
+    for epoch, index in _step_indices(len(split), how, start):
+        chosen = index.to(how.device)
+        batch = images[chosen]
+        if augment.shift:
+            batch = shift_images(batch, augment.shift, uniform(fold(how.seed, epoch), chosen, 2))
+        yield batch, labels[chosen], index
+
+
+def shift_images(images: Tensor, most: int, draws: Tensor) -> Tensor:
+    """Move each image by -most ... most pixels down and right, repeating the border.
+
+    Args:
+        images: `(B, C, H, W)`, any dtype.
+        most: the largest shift in pixels.
+        draws: `(B, 2)`, numbers in [0, 1) that decide the shift of each image.
+    """
+    height, width = images.shape[-2:]
+    offset = (draws * (2 * most + 1)).long() - most
+    rows = (torch.arange(height, device=images.device) - offset[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) - offset[:, 1:]).clamp(0, width - 1)
+    each = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class _Keys(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys, from a function that starts a fresh iteration."""
+
+    def __init__(self, start: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.start()
+
+
+def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, start: int) -> Iterator[Raw]:
+    steps = _step_indices(len(split), how, start)
+    keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
+    for images, labels, index in _decode(split, how, how.preprocessing.training(augment), keys):
+        yield (
+            images.to(how.device, non_blocking=True),
+            labels.to(how.device, non_blocking=True),
+            index,
+        )
+
+
+def _decode(
+    split: FileSplit,
+    how: Loading,
+    transform: object,
+    keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]],
+) -> Iterator[Raw]:
+    """Yield decoded batches for the keys; UserError naming the files that do not decode."""
+    data = FileImages(split, transform, how.seed)  # type: ignore[arg-type]
+    loader = DataLoader(
+        data,
+        batch_sampler=_Keys(lambda: iter(keys)),
+        num_workers=how.workers,
+        collate_fn=_collate,
+        pin_memory=how.device.type == "cuda",
+    )
+    for batch in loader:
+        if isinstance(batch, list):
+            refuse_bad(batch)
+        yield batch
+
+
+def _collate(samples: list[Sample]) -> Raw | list[BadImage]:
+    """Stack a batch, or return the files of it that do not decode."""
+    bad = [image for image, _, _ in samples if isinstance(image, BadImage)]
+    if bad:
+        return bad
+    images = [image for image, _, _ in samples if isinstance(image, Tensor)]
+    labels = torch.tensor([label for _, label, _ in samples])
+    return torch.stack(images), labels, torch.tensor([index for _, _, index in samples])

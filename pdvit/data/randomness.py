@@ -1,0 +1,51 @@
+"""Randomness as a function of numbers: (seed, epoch or step, sample index) decide every draw, and nothing else does.
+
+So a draw never depends on the rank, the worker, the batch a sample falls in or what ran before, and resuming a run needs
+the number of a step, not a replay.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: the increment of SplitMix64
+
+
+def fold(*numbers: int) -> int:
+    """Hash whole numbers to one of 63 bits (SplitMix64's finaliser); a seed for any generator."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 1) * _GOLDEN & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """Return the order `(count,)` in which an epoch visits the samples."""
+    generator = torch.Generator().manual_seed(fold(seed, epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
+    """Return `draws` numbers in [0, 1) for each sample: `(len(indices), draws)`, float32, on the device of `indices`.
+
+    Sample i gets the same numbers whichever batch it is in.
+    """
+    counters = indices.long()[:, None] * draws + torch.arange(draws, device=indices.device)
+    state = counters * _signed(_GOLDEN) + _signed(fold(seed))
+    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
+    state = state ^ _shift(state, 31)
+    return _shift(state, 40).float() * 2.0**-24  # float32 holds 24 bits exactly
+
+
+def _signed(number: int) -> int:
+    """Return the int64 that has the bits of an unsigned number; int64 products wrap as unsigned ones do."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros, where torch would copy the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

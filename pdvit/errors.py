@@ -1,0 +1,36 @@
+"""The one kind of error that a user can cause: what went wrong, where, and a tip."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something the user can mend; the command line prints its three lines and exits with 2."""
+
+    def __init__(self, what: str, where: str, tip: str) -> None:
+        super().__init__(what, where, tip)
+        self.what, self.where, self.tip = what, where, tip
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  tip:   {self.tip}"
+
+
+class RunFailed(Exception):
+    """A run that broke down although its input was sound; the command line exits with 1."""
+
+    def __init__(self, what: str, tip: str) -> None:
+        super().__init__(what, tip)
+        self.what, self.tip = what, tip
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  tip:   {self.tip}"
+
+
+def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
+    """Say which option `name` was probably meant to be, or else list the options (the first `shown`)."""
+    names = list(options)
+    match = get_close_matches(name, names, n=1, cutoff=0.5)
+    if match:
+        return f"did you mean '{match[0]}'?"
+    listed = ", ".join(names[:shown])
+    return f"choose from: {listed}{', ...' if len(names) > shown else ''}"

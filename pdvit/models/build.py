@@ -1,0 +1,109 @@
+"""Building any timm model, with the checks that make an error readable."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from pdvit.config.schema import ModelConfig
+from pdvit.errors import UserError, closest
+from pdvit.models.families import family_of
+
+# Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
+RESERVED = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
+)
+
+
+def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
+    """Return timm's arguments for what a resolved configuration sets.
+
+    Where only the width is given, the number of heads keeps the named model's width per head. Raises UserError where
+    heads do not divide the width, or timm has no such model.
+    """
+    named = {
+        "img_size": img_size,
+        "depth": model.depth,
+        "embed_dim": model.width,
+        "num_heads": model.heads,
+        "patch_size": model.patch_size,
+        "drop_path_rate": model.drop_path or None,
+    }
+    assert model.name is not None, "resolve the configuration first"
+    if model.width is not None or model.heads is not None:
+        named |= _width_and_heads(model.name, model.width, model.heads)
+    return {name: value for name, value in named.items() if value is not None} | (model.args or {})
+
+
+def build_model(name: str, arguments: dict[str, Any], where: str = "model.name (--model)") -> nn.Module:
+    """Build a timm model with fresh weights.
+
+    Raises:
+        UserError: what `sketch_model` refuses.
+    """
+    sketch_model(name, arguments, where)
+    return _create(name, arguments, where)
+
+
+def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name (--model)") -> nn.Module:
+    """Build a model on the meta device, where it takes no memory, to look at its shapes.
+
+    Raises:
+        UserError: the name is unknown, timm refuses an argument, pdvit can't read the patches, or they do not fit the image.
+    """
+    if not timm.is_model(name):
+        raise UserError(
+            f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3)
+        )
+    if taken := sorted(RESERVED & set(arguments)):
+        raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
+    with torch.device("meta"):
+        model = _create(name, arguments, where)
+    family_of(model)
+    _check_grid(model)
+    return model
+
+
+def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
+    if width is None or heads is None:
+        parts: Any = sketch_model(name, {})
+        width = width or int(parts.embed_dim)
+        heads = heads or max(1, width // (parts.embed_dim // parts.blocks[0].attn.num_heads))
+    if width % heads:
+        raise UserError(
+            f"{heads} heads do not divide a width of {width}",
+            "model.width and model.heads (--width, --heads)",
+            f"choose a width that is a multiple of {heads}, or another number of heads",
+        )
+    return {"embed_dim": width, "num_heads": heads}
+
+
+def patch_size_of(model: nn.Module) -> int:
+    """Return the side of a patch in pixels."""
+    parts: Any = model
+    reduction = parts.feature_info[0]["reduction"]
+    return int(reduction if isinstance(reduction, int) else reduction[0])
+
+
+def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
+    try:
+        model = timm.create_model(name, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"timm can't build {name}: {error}", where, "check the model's arguments (--model-kwargs)"
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _check_grid(model: Any) -> None:
+    height, width = model.patch_embed.img_size
+    patch = patch_size_of(model)
+    if height % patch or width % patch:
+        raise UserError(
+            f"patches of {patch} pixels do not fit images of {height}x{width}",
+            "data.img_size and model.patch_size (--img-size, --patch-size)",
+            f"choose an image size that is a multiple of {patch}: "
+            f"{max(1, height // patch) * patch} or {(height // patch + 1) * patch}",
+        )

@@ -1,0 +1,132 @@
+"""Reading patch tokens: by return value for training, by hooks for measuring every layer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pdvit.errors import UserError
+from pdvit.models.families import family_of
+
+
+T = TypeVar("T")
+
+
+class TokenOutput(NamedTuple):
+    """A forward pass: what the class loss and the three terms need.
+
+    Attributes:
+        logits: `(B, C)`.
+        first: patch tokens `(B, N, D)` after the first block.
+        last: patch tokens `(B, N, D)` after the last block and the final norm, where the model has one over tokens.
+        patch_logits: `(B, N, C)`, or None without a patch head.
+    """
+
+    logits: Tensor
+    first: Tensor
+    last: Tensor
+    patch_logits: Tensor | None
+
+
+class DiverseModel(nn.Module):
+    """A timm vision transformer whose forward pass also returns its first and last patch tokens.
+
+    The network is unchanged: logits equal the bare model's. Compile or distribute this module, and optimize its
+    parameters: it owns the linear patch head of the mixing term. `model` is the bare timm model, to export.
+
+    Raises UserError for a model whose patches can't be read, and for a patch head on a model without classes.
+    """
+
+    def __init__(self, model: nn.Module, patch_head: bool = True) -> None:
+        super().__init__()
+        family_of(model)
+        parts: Any = model
+        self.model = model
+        self.prefix = int(parts.num_prefix_tokens)
+        self.patch_head: nn.Linear | None = None
+        if patch_head:
+            if parts.num_classes < 1:
+                raise UserError(
+                    "the model has no classes, so a patch head has nothing to tell",
+                    "DiverseModel(model, patch_head=True)",
+                    "build it with num_classes=C, or pass patch_head=False and leave the mixing term off",
+                )
+            self.patch_head = nn.Linear(parts.embed_dim, parts.num_classes)
+            nn.init.trunc_normal_(self.patch_head.weight, std=0.02)
+            nn.init.zeros_(self.patch_head.bias)
+
+    def forward(self, images: Tensor) -> TokenOutput:
+        """Run the model once on `(B, C, H, W)` images."""
+        model: Any = self.model
+        features, (first,) = model.forward_intermediates(images, indices=[0], output_fmt="NLC")
+        last = features[:, self.prefix :]
+        logits = model.forward_head(features)
+        patch_logits = None if self.patch_head is None else self.patch_head(last)
+        return TokenOutput(logits, first, last, patch_logits)
+
+
+class Layer(NamedTuple):
+    """A place where tokens are read: its name, and its depth on the axis of a figure."""
+
+    name: str
+    depth: int
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """List the places that `watch_layers` reads: `embed`, `block 1` ... `block L` and, where there is one, `norm`.
+
+    `embed` is what enters the first block: patch embedding plus position.
+    """
+    family = family_of(model)
+    blocks = getattr(model, family.blocks)
+    layers = [Layer("embed", 0), *(Layer(f"block {i}", i) for i in range(1, len(blocks) + 1))]
+    if not isinstance(getattr(model, family.norm), nn.Identity):
+        layers.append(Layer("norm", len(blocks) + 1))
+    return layers
+
+
+@contextmanager
+def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Call `visit(layer, tokens)` with the patch tokens `(B, N, D)` of every layer during each forward pass inside.
+
+    For measuring only (eager, without gradients): hooks stop firing under torch.compile. Nothing is kept.
+    """
+    family = family_of(model)
+    parts: Any = model
+    prefix = int(parts.num_prefix_tokens)
+    blocks = list(getattr(model, family.blocks))
+    layers = layers_of(model)
+
+    def on_input(layer: Layer) -> Callable[..., None]:
+        return lambda _, inputs: visit(layer, inputs[0][:, prefix:])
+
+    def on_output(layer: Layer) -> Callable[..., None]:
+        return lambda _, __, output: visit(layer, output[:, prefix:])
+
+    handles = [blocks[0].register_forward_pre_hook(on_input(layers[0]))]
+    outputs = [*blocks, getattr(model, family.norm)]
+    handles += [
+        module.register_forward_hook(on_output(layer))
+        for module, layer in zip(outputs, layers[1:], strict=False)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_layers(
+    model: nn.Module, images: Tensor, measure: Callable[[Tensor], T]
+) -> dict[Layer, T]:
+    """Return `measure(tokens)` of every layer for one batch, without gradients and in float32."""
+    found: dict[Layer, T] = {}
+
+    def visit(layer: Layer, tokens: Tensor) -> None:
+        found[layer] = measure(tokens)
+
+    with torch.no_grad(), watch_layers(model, visit):
+        model(images)
+    return found

@@ -1,0 +1,83 @@
+"""P, the patch similarity: the one definition that the cosine term, the telemetry and the analysis share.
+
+P(h) = 1 / (n (n - 1)) * sum over i != j of |cos(h_i, h_j)|   (arXiv 2104.12753, v3)
+
+Class, distillation and register tokens are never among the n patch tokens, and the diagonal is left out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# A token shorter than this counts as having no direction; it keeps value and gradient finite at zero.
+SHORTEST = 1e-12
+# Entries of the Gram matrix that exist at one moment: 64 MB of float32.
+BLOCK_ENTRIES = 16 * 2**20
+
+
+def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
+    """Return P of every image: the mean of |cos| over all pairs of different patches.
+
+    Args:
+        tokens: patch tokens `(B, N, D)` of any floating dtype, without prefix tokens.
+        signed: average cos instead of |cos| (the measure of v1 of the paper), in O(N D).
+
+    Returns:
+        `(B,)`, float32 (float64 for float64 tokens), in [0, 1], or in [-1/(N-1), 1] if signed.
+        An image with a single patch has no pairs and gives 0.
+
+    Exact for any N: the N x N cosines are made in blocks of rows, so memory grows with N * D only.
+    """
+    images, count, _ = tokens.shape
+    unit = unit_tokens(tokens)
+    if count < 2:
+        return (unit * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
+    if signed:
+        total = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    else:
+        total = _AbsoluteCosines.apply(unit)  # type: ignore[no-untyped-call]
+    return total / (count * (count - 1))
+
+
+def unit_tokens(tokens: Tensor) -> Tensor:
+    """Scale every token of `(..., D)` to length 1, in float32 (float64 stays) even under autocast."""
+    return F.normalize(_at_least_float32(tokens), dim=-1, eps=SHORTEST)
+
+
+def _at_least_float32(tokens: Tensor) -> Tensor:
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
+
+
+class _AbsoluteCosines(torch.autograd.Function):
+    """Sum of |u_i . u_j| over i != j, per image, without ever holding the whole N x N matrix.
+
+    The gradient towards u_i is 2 * sum over j of sign(u_i . u_j) u_j. It is summed up in the forward pass, where each
+    block of cosines exists anyway, so that backward is one multiplication.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor) -> Tensor:
+        images, count, _ = unit.shape
+        rows = max(1, min(count, BLOCK_ENTRIES // (images * count)))
+        total = unit.new_zeros(images)
+        pull = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
+        # Autocast would round the cosines to bf16 before they are summed.
+        with torch.autocast(unit.device.type, enabled=False):
+            for start in range(0, count, rows):
+                cosines = unit[:, start : start + rows] @ unit.transpose(1, 2)
+                cosines.diagonal(offset=start, dim1=1, dim2=2).zero_()
+                total += cosines.abs().sum((1, 2))
+                if pull is not None:
+                    pull[:, start : start + rows] = cosines.sign_() @ unit
+        if pull is not None:
+            ctx.save_for_backward(pull)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (pull,) = ctx.saved_tensors
+        return 2 * grad[:, None, None] * pull  # type: ignore[no-any-return]

@@ -1,0 +1,151 @@
+"""Classification: one label per image, with the diversity terms on the patches."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdvit.config.schema import Config
+from pdvit.data.batch import Batch
+from pdvit.data.images import Preprocessing
+from pdvit.data.loader import Loading, Mixing, eval_batches, steps_per_epoch, train_batches
+from pdvit.data.sources import ArraySplit, FileSplit, Source
+from pdvit.engine.device import autocast
+from pdvit.engine.protocol import StepOutput
+from pdvit.losses import Objective
+from pdvit.models.build import build_model, model_arguments, patch_size_of
+from pdvit.models.tokens import DiverseModel, measure_layers
+from pdvit.models.weights import export
+from pdvit.similarity import patch_similarity
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class ClassificationTask:
+    """Trains a timm model on a source of labelled images; see `pdvit.engine.protocol.Task`."""
+
+    best_metric = "accuracy"
+
+    def __init__(self, config: Config, source: Source, device: torch.device) -> None:
+        """Build model, batches and objective from a resolved configuration; raises UserError."""
+        self.config, self.source, self.device = config, source, device
+        torch.manual_seed(config.run.seed)
+        assert config.model.name is not None, "resolve the configuration first"
+        arguments = model_arguments(config.model, config.data.img_size)
+        model = build_model(config.model.name, arguments | {"num_classes": len(source.classes)})
+        diversity = config.diversity
+        self.objective = Objective(
+            cosine=diversity.cosine or 0.0,
+            contrastive=diversity.contrastive or 0.0,
+            mixing=diversity.mixing or 0.0,
+            label_smoothing=config.augment.smoothing,
+        )
+        labels = self.objective.mixing > 0
+        self.module = DiverseModel(model, patch_head=labels).to(device)
+        self.preprocessing = Preprocessing.for_model(model)
+        self.batch_size = config.data.batch_size
+        self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
+        self.loading = Loading(
+            self.batch_size, config.run.seed, config.data.workers, device, self.preprocessing
+        )
+        self.mixing = Mixing(
+            config.augment.cutmix or 0.0,
+            config.augment.mixup_prob,
+            patch_size_of(model),
+            len(source.classes),
+            labels,
+        )
+        self._probe: Tensor | None = None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yield training batches from step `start` on, without end."""
+        train = self.source.splits["train"]
+        return train_batches(train, self.loading, self.config.augment, self.mixing, start)
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Run one forward pass and add up the objective."""
+        output = self.module(batch.images)
+        losses = self.objective(output, batch.targets, batch.patch_targets)
+        hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
+        accuracy = (output.logits.argmax(1) == hard).float().mean()
+        parts = {name: value.detach() for name, value in losses.parts.items()}
+        return StepOutput(losses.total, {"loss": losses.total.detach(), **parts, "accuracy": accuracy})
+
+    def evaluate(self) -> tuple[Mapping[str, Mapping[str, Any]], str]:
+        """Measure accuracy and loss on the validation split, and P of every layer on the probe."""
+        accuracy, loss = self._accuracy("val")
+        names, values = self._similarity()
+        records = {
+            "eval": {"split": "val", "accuracy": accuracy, "loss": loss},
+            "similarity": {"images": len(self._probe_images()), "layers": names, "similarity": values},
+        }
+        bars = "".join(BARS[min(7, int(value * 8))] for value in values)
+        headline = (
+            f"val accuracy {accuracy:6.1%}  loss {loss:.3f}  "
+            f"P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
+        )
+        return records, headline
+
+    def finish(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Measure the final split with the weights as they are, and export them as a timm folder."""
+        split = self.source.final_split
+        accuracy, loss = self._accuracy(split)
+        first, last = self._first_last_similarity()
+        numbers = {
+            "task": "classification",
+            "split": split,
+            "accuracy": accuracy,
+            "loss": loss,
+            "similarity_first": first,
+            "similarity_last": last,
+        }
+        files = export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights="raw")
+        return numbers, files
+
+    @torch.no_grad()
+    def _accuracy(self, split: str) -> tuple[float, float]:
+        """Return the share of right answers and the mean cross-entropy over a split."""
+        self.module.eval()
+        correct = torch.zeros((), dtype=torch.long, device=self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in eval_batches(self.source.splits[split], self.loading):
+            with autocast(self.device, self.config.run.precision):
+                logits = self.module.model(batch.images).float()
+            correct += (logits.argmax(1) == batch.targets).sum()
+            loss += F.cross_entropy(logits, batch.targets, reduction="sum").double()
+        count = len(self.source.splits[split])
+        return int(correct) / count, float(loss) / count
+
+    def _similarity(self) -> tuple[list[str], list[float]]:
+        """Return the layers and P of each on the probe."""
+        self.module.eval()
+        found = measure_layers(
+            self.module.model, self._probe_images(), lambda tokens: patch_similarity(tokens).mean()
+        )
+        return [layer.name for layer in found], torch.stack(list(found.values())).tolist()
+
+    @torch.no_grad()
+    def _first_last_similarity(self) -> tuple[float, float]:
+        """Return P of the very tokens that the losses compare, on the probe."""
+        self.module.eval()
+        output = self.module(self._probe_images())
+        return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
+
+    def _probe_images(self) -> Tensor:
+        """Return the probe: validation images spread evenly over the split, `(B, 3, H, W)`, always the same."""
+        if self._probe is None:
+            split = self.source.splits["val"]
+            count = min(self.config.run.probe_images, len(split))
+            chosen = torch.linspace(0, len(split) - 1, count).round().long()
+            part = _take(split, chosen)
+            self._probe = torch.cat([batch.images for batch in eval_batches(part, self.loading)])
+        return self._probe
+
+
+def _take(split: ArraySplit | FileSplit, chosen: Tensor) -> ArraySplit | FileSplit:
+    """Return some samples of a split."""
+    if isinstance(split, ArraySplit):
+        return ArraySplit(split.images[chosen], split.labels[chosen])
+    return FileSplit([split.paths[index] for index in chosen.tolist()], split.labels[chosen])

@@ -1,0 +1,15 @@
+"""What a run leaves behind: its directory, its records, its surroundings."""
+
+from pdvit.tracking.environment import command_line, describe_environment
+from pdvit.tracking.files import to_json, write_file
+from pdvit.tracking.run_directory import RUNS, RunDirectory, newest
+
+__all__ = [
+    "RUNS",
+    "RunDirectory",
+    "command_line",
+    "describe_environment",
+    "newest",
+    "to_json",
+    "write_file",
+]

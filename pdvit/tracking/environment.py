@@ -1,0 +1,63 @@
+"""What a run ran on: versions, hardware, commit, command line."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pdvit import __version__
+from pdvit.tracking.run_directory import timestamp
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn", "pillow")
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one would type it."""
+    name = Path(sys.argv[0]).name if sys.argv else "python"
+    command = "pdvit" if name in ("pdvit", "__main__.py") else name
+    return shlex.join([command, *sys.argv[1:]])
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return what environment.json holds; `device` is torch's name of the accelerator, or "cpu"."""
+    return {
+        "pdvit": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": device,
+        "commit": _commit(),
+        "command": command_line(),
+        "started": timestamp(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _commit() -> str | None:
+    """Return the git commit of the working directory, with + where it has changes; None outside a repository."""
+    try:
+        describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

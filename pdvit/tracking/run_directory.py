@@ -1,0 +1,132 @@
+"""The run directory: everything that one run leaves behind, and nothing half-written."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pdvit.errors import UserError
+from pdvit.tracking.files import to_json, write_file
+
+RUNS = Path("runs")
+Status = Literal["running", "finished", "stopped", "failed"]
+
+
+class RunDirectory:
+    """The files of one run; see `docs/design.md` for what each is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, out: str | None, name: str) -> "RunDirectory":
+        """Make an empty run directory: at `out`, or at runs/NAME with a suffix where that is taken.
+
+        Raises UserError where `out` exists or the place can't be written.
+        """
+        if out is not None:
+            path = Path(out).expanduser()
+            if path.exists() or path.is_symlink():
+                tip = f"choose another --out, or go on with that run: pdvit train --resume {out}"
+                raise UserError("the run directory exists already", str(path), tip)
+            return cls(_make(path))
+        for number in range(1, 10_000):
+            path = RUNS / (name if number == 1 else f"{name}-{number}")
+            if not path.exists():
+                return cls(_make(path))
+        raise UserError(f"there are too many runs named '{name}'", str(RUNS), "choose another --name")
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open a run that exists; UserError where the folder is not a run."""
+        if not (path / "run.toml").is_file():
+            raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
+        return cls(path)
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write one of its files; UserError where the disk refuses."""
+        try:
+            write_file(self.path / name, content)
+        except OSError as error:
+            raise UserError(
+                f"{name} can't be written: {error.strerror}", str(self.path), "check free space and permissions"
+            ) from error
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one of its JSON files."""
+        self.write(name, to_json(value) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read one of its JSON files; UserError where it is missing or damaged."""
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{name} can't be read: {error}", str(self.path / name), "the run is damaged; start another"
+            ) from error
+        assert isinstance(value, dict)
+        return value
+
+    def status(self, status: Status, **facts: Any) -> None:
+        """Write status.json."""
+        self.write_json("status.json", {"status": status} | facts)
+
+    def append(self, kind: str, record: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> None:
+        """Add a record to metrics.jsonl; what depends on the clock goes under "time"."""
+        line: dict[str, Any] = {"kind": kind} | {name: _finite(value) for name, value in record.items()}
+        if clock:
+            line["time"] = dict(clock)
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(to_json(line, indent=None) + "\n")
+
+    def cut_records(self, step: int) -> None:
+        """Drop the records after `step`, and a line that a kill left half-written, before a resume."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        self.write("metrics.jsonl", "".join(kept))
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with every number that is not finite as None: JSON has no NaN."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _make(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True)
+        # A folder can be made where files can't be (a full disk, an odd mount): find out now.
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the run directory can't be made: {error.strerror}", str(path), "choose another --out"
+        ) from error
+    return path
+
+
+def newest(marker: str, root: Path = RUNS) -> list[Path]:
+    """Return the folders under runs/ that hold the file `marker`, the one written last first."""
+    files = [path for path in root.glob(f"*/{marker}") if path.is_file()]
+    return [path.parent for path in sorted(files, key=_written, reverse=True)]
+
+
+def _written(path: Path) -> float:
+    return os.stat(path).st_mtime
+
+
+def timestamp() -> str:
+    """Return the time of day in UTC, for environment.json."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
