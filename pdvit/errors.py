@@ -1,7 +1,10 @@
 """The one kind of error that a user can cause: what went wrong, where, and a tip."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
+
+# From here on two names count as alike (0: nothing in common, 1: equal).
+LIKELY = 0.6
 
 
 class UserError(Exception):
@@ -29,8 +32,15 @@ class RunFailed(Exception):
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     """Say which option `name` was probably meant to be, or else list the options (the first `shown`)."""
     names = list(options)
-    match = get_close_matches(name, names, n=1, cutoff=0.5)
-    if match:
-        return f"did you mean '{match[0]}'?"
+    scores = {option: _likeness(name.lower(), option.lower()) for option in names}
+    best = max(names, key=lambda option: scores[option], default=None)
+    if best is not None and scores[best] >= LIKELY:
+        return f"did you mean '{best}'?"
     listed = ", ".join(names[:shown])
     return f"choose from: {listed}{', ...' if len(names) > shown else ''}"
+
+
+def _likeness(name: str, option: str) -> float:
+    """Compare with the whole option or with its beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`."""
+    beginning = option[: len(name) + 1]
+    return max(SequenceMatcher(None, name, text, autojunk=False).ratio() for text in (option, beginning))

@@ -11,7 +11,8 @@ from pdvit.config.schema import Config
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, Mixing, eval_batches, steps_per_epoch, train_batches
-from pdvit.data.sources import ArraySplit, FileSplit, Source
+from pdvit.data.pictures import Pictures
+from pdvit.data.sources import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.protocol import StepOutput
 from pdvit.losses import Objective
@@ -136,16 +137,7 @@ class ClassificationTask:
     def _probe_images(self) -> Tensor:
         """Return the probe: validation images spread evenly over the split, `(B, 3, H, W)`, always the same."""
         if self._probe is None:
-            split = self.source.splits["val"]
-            count = min(self.config.run.probe_images, len(split))
-            chosen = torch.linspace(0, len(split) - 1, count).round().long()
-            part = _take(split, chosen)
-            self._probe = torch.cat([batch.images for batch in eval_batches(part, self.loading)])
+            pictures = Pictures("probe", self.source.splits["val"]).first(self.config.run.probe_images)
+            batches = eval_batches(pictures.split, self.loading)
+            self._probe = torch.cat([batch.images for batch in batches])
         return self._probe
-
-
-def _take(split: ArraySplit | FileSplit, chosen: Tensor) -> ArraySplit | FileSplit:
-    """Return some samples of a split."""
-    if isinstance(split, ArraySplit):
-        return ArraySplit(split.images[chosen], split.labels[chosen])
-    return FileSplit([split.paths[index] for index in chosen.tolist()], split.labels[chosen])

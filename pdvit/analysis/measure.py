@@ -1,0 +1,106 @@
+"""Per-layer metrics of a model, streamed over images."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pdvit.analysis.moments import Moments
+from pdvit.errors import UserError, closest
+from pdvit.models.tokens import Layer, layers_of, measure_layers
+from pdvit.similarity import patch_similarity
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Name -> function from patch tokens (B, N, D) to one value per image (B,).
+METRICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "similarity": patch_similarity,
+    "similarity_signed": partial(patch_similarity, signed=True),
+}
+COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
+BATCH = 32
+
+
+def analyze(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    metrics: Iterable[str] = tuple(METRICS),
+    name: str = "model",
+) -> "pd.DataFrame":
+    """Measure the patches of every layer of a timm vision transformer.
+
+    Args:
+        model: a bare timm model; it is put in evaluation mode while it is measured.
+        images: normalised images `(B, 3, H, W)` that the model takes, or an iterable of such batches (or of tuples
+            that begin with one).
+        metrics: names out of `similarity` (P) and `similarity_signed`.
+        name: what the `model` column says.
+
+    Returns:
+        A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for what enters the first
+        block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single image), images,
+        and tokens (patches per image). Prefix tokens are left out; everything is float32.
+
+    Raises:
+        UserError: an unknown metric, no images, a single patch, or tokens that are not finite.
+    """
+    import pandas as pd
+
+    chosen = _choose(metrics)
+    found: dict[tuple[Layer, str], Moments] = {}
+    tokens = 0
+    training = model.training
+    model.eval()
+    try:
+        for batch in _batches(images, next(model.parameters()).device):
+            measured = measure_layers(model, batch, partial(_measure, chosen))
+            for layer, (count, values) in measured.items():
+                tokens = count
+                for metric, value in values.items():
+                    _check(value, layer)
+                    found.setdefault((layer, metric), Moments()).add(value)
+    finally:
+        model.train(training)
+    if not found:
+        raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
+    if tokens < 2:
+        raise UserError("one patch has nothing to be alike to", name, "use larger images or smaller patches")
+    rows = [
+        (name, layer.name, layer.depth, metric, m.mean, m.std, m.ci95, m.count, tokens)
+        for metric in chosen
+        for layer in layers_of(model)
+        for m in [found[layer, metric]]
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _measure(chosen: dict[str, Callable[[Tensor], Tensor]], tokens: Tensor) -> tuple[int, dict[str, Tensor]]:
+    return tokens.shape[1], {name: metric(tokens.float()) for name, metric in chosen.items()}
+
+
+def _choose(metrics: Iterable[str]) -> dict[str, Callable[[Tensor], Tensor]]:
+    names = list(metrics)
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"there is no metric '{name}'", "--metrics", closest(name, METRICS))
+    return {name: METRICS[name] for name in names}
+
+
+def _batches(images: Tensor | Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    batches: Iterable[Tensor] = images.split(BATCH) if isinstance(images, Tensor) else images
+    for batch in batches:
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+        if len(first):
+            yield first.to(device)
+
+
+def _check(values: Tensor, layer: Layer) -> None:
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"the patches at {layer.name} are infinite or not numbers",
+            "the model's weights, or its input",
+            "the checkpoint is broken, or the images are not normalised as the model expects",
+        )

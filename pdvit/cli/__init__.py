@@ -1,0 +1,75 @@
+"""The command line: one file per command, and one place where errors become three lines and a status."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pdvit import __version__
+from pdvit.cli import analyze, plot, train
+from pdvit.errors import RunFailed, UserError
+
+app = typer.Typer(
+    name="pdvit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train.train)
+app.command()(analyze.analyze)
+app.add_typer(plot.app, name="plot")
+
+EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"pdvit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pdvit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """See whether a vision transformer's patches collapse into one another, and train ones whose patches don't."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return the exit status: 0 done, 1 a failed run, 2 misuse, 75 stopped on request."""
+    try:
+        status = app(arguments, standalone_mode=False)
+    except UserError as error:
+        return _explain(error, EXIT_MISUSED)
+    except RunFailed as error:
+        return _explain(error, EXIT_FAILED)
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    except typer.TyperException as error:
+        return _explain(_usage_error(error), EXIT_MISUSED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return status if isinstance(status, int) else 0
+
+
+def _explain(error: UserError | RunFailed, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def _usage_error(error: typer.TyperException) -> UserError:
+    """Bring typer's own usage errors into our three lines."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "pdvit"
+    message = str(getattr(error, "message", error)) or type(error).__name__
+    name = getattr(error, "param", None)
+    if name is not None and not getattr(error, "option_name", None):
+        message = f"{name.opts[-1] if name.opts else name.name}: {message}"
+    guesses = getattr(error, "possibilities", None)
+    tip = f"did you mean {' or '.join(sorted(guesses))}?" if guesses else f"{command} --help lists what there is"
+    if "Did you mean" in message:
+        message, _, guess = message.partition(" Did you mean")
+        tip = f"did you mean{guess}"
+    return UserError(message.rstrip(), command, tip)

@@ -1,0 +1,176 @@
+"""`pdvit analyze`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from pdvit.data.pictures import Pictures
+    from pdvit.models.weights import Loaded
+
+BAR = 24
+
+
+def analyze(
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(help="Run directories, timm folders or .safetensors files.")
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--images", help="Folder, image file or source; repeatable. Unset: the run's held-out images."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many images.")] = 256,
+    model: Annotated[
+        str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results; for one checkpoint.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")
+    ] = 32,
+    workers: Annotated[
+        int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")
+    ] = 2,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
+    ] = False,
+) -> int:
+    """Measure how alike a model's patches are, layer by layer.
+
+    Without arguments: the newest run.
+    """
+    from rich.console import Console
+
+    from pdvit.tracking import newest
+
+    console = Console(stderr=as_json)
+    paths = [Path(name).expanduser() for name in checkpoints or []] or newest("model.safetensors")[:1]
+    if not paths:
+        raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
+    if out is not None and len(paths) > 1:
+        raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
+    results = []
+    for path in paths:
+        options = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
+        table, facts = _analyze(path, images or [], model, options)
+        folder = out or (path if path.is_dir() else Path("runs") / f"analysis-{path.stem}")
+        from pdvit.analysis import write_analysis
+
+        file = write_analysis(folder, table, facts)
+        results.append(facts | {"file": str(file), "layers_measured": _nested(table)})
+        _show(table, facts, console)
+        console.print(f"[dim]written[/dim]  {file}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=2))
+    else:
+        names = " ".join(str(path) for path in paths if path.is_dir())
+        console.print(
+            f"[dim]next[/dim]     pdvit plot similarity {names}", highlight=False, soft_wrap=True
+        )
+    return 0
+
+
+def _analyze(
+    path: Path, images: list[str], model: str | None, options: dict[str, Any]
+) -> tuple["pd.DataFrame", dict[str, Any]]:
+    """Load, measure and describe one checkpoint."""
+    from pdvit.analysis import analyze as measure
+    from pdvit.analysis import statement
+    from pdvit.data.images import Preprocessing
+    from pdvit.data.loader import Loading, eval_batches
+    from pdvit.engine import choose_device, device_name
+    from pdvit.models.weights import load
+
+    loaded = load(path, model)
+    pictures = _pictures(path, images).first(options["limit"])
+    device = choose_device(options["device"])
+    preprocessing = Preprocessing.for_model(loaded.model)
+    loading = Loading(options["batch_size"], 0, options["workers"], device, preprocessing)
+    batches = (batch.images for batch in eval_batches(pictures.split, loading))
+    table = measure(loaded.model.to(device), batches, name=loaded.name)
+    facts = statement(
+        table,
+        f"{pictures.description}; {_fitted(pictures, preprocessing)}",
+        _prefix(loaded),
+        loaded.weights,
+        str(path),
+        device_name(device),
+    )
+    return table, facts
+
+
+def _pictures(path: Path, images: list[str]) -> "Pictures":
+    """Return what to look at: what the user names, the run's own held-out images, or two photographs."""
+    from pdvit.config import build, read_toml
+    from pdvit.data.pictures import held_out, named, sample_photographs
+
+    if images:
+        return named(images)
+    recipe = path / "run.toml"
+    if path.is_dir() and recipe.is_file():
+        return held_out(build((str(recipe), read_toml(recipe))).data)
+    return sample_photographs()
+
+
+def _fitted(pictures: "Pictures", preprocessing: Any) -> str:
+    from pdvit.data.sources import ArraySplit
+
+    side = preprocessing.size
+    how = "resized" if isinstance(pictures.split, ArraySplit) else "RGB, short side scaled, centre crop"
+    return f"{how} to {side}x{side} px"
+
+
+def _prefix(loaded: "Loaded") -> int:
+    parts: Any = loaded.model
+    return int(parts.num_prefix_tokens)
+
+
+def _nested(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Return the table for JSON: one object per layer, with a null where there is no spread."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in table.to_dict("records"):
+        layer = rows.setdefault(row["layer"], {"layer": row["layer"], "depth": row["depth"]})
+        numbers = {key: row[key] for key in ("mean", "std", "ci95")}
+        layer[row["metric"]] = {key: None if value != value else value for key, value in numbers.items()}
+    return list(rows.values())
+
+
+def _show(table: "pd.DataFrame", facts: dict[str, Any], console: "Console") -> None:
+    """Print the table with a bar per layer, and exactly what was measured."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    wide = table.pivot(index=["depth", "layer"], columns="metric")
+    view = Table(title=escape(facts["model"]), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("layer", "left"), ("P", "right"), ("± 95 %", "right"), ("signed", "right")):
+        view.add_column(name, justify=justify)  # type: ignore[arg-type]
+    view.add_column(f"0{'·' * (BAR - 2)}1")
+    for (_, layer), row in wide.iterrows():
+        value, interval = row["mean", "similarity"], row["ci95", "similarity"]
+        bar = "█" * round(value * BAR)
+        spread = "-" if interval != interval else f"{interval:.3f}"
+        view.add_row(layer, f"{value:.3f}", spread, f"{row['mean', 'similarity_signed']:+.3f}", bar)
+    console.print()
+    console.print(view)
+    console.print(f"\n{escape(facts['verdict'])}", highlight=False)
+    details = {
+        "measured": "; ".join(facts["metrics"].values()),
+        "images": f"{facts['images_measured']} ({facts['images']})",
+        "tokens": f"{facts['patch_tokens']} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
+        "layers": facts["layers"],
+        "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
+        "spread": facts["spread"],
+    }
+    for name, text in details.items():
+        console.print(f"[dim]{name:8}[/dim] {escape(text)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,105 @@
+"""`pdvit plot KIND`."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pdvit.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+app = typer.Typer(no_args_is_help=True, help="Draw figures from run directories.")
+
+SUFFIXES = (".png", ".svg", ".pdf")
+NEWEST = 6  # lines of one figure that are still told apart
+
+Runs = Annotated[list[Path] | None, typer.Argument(help="Run directories; unset: the newest.")]
+Out = Annotated[Path | None, typer.Option("--out", help="File; .png, .svg or .pdf decides the format.")]
+
+
+@app.command()
+def similarity(runs: Runs = None, out: Out = None) -> None:
+    """Depth against P, one line per analysis: mean and spread over images."""
+    target = _target(out)
+    import pandas as pd
+
+    from pdvit.plots.similarity import plot_similarity
+
+    folders = _folders(runs, "analysis.csv", "pdvit analyze")
+    tables = []
+    for folder in folders:
+        try:
+            table = pd.read_csv(folder / "analysis.csv")
+            if table[table["metric"] == "similarity"][["layer", "depth", "mean", "std", "images"]].empty:
+                raise ValueError("no rows of the metric similarity")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the analysis can't be read: {error}",
+                str(folder / "analysis.csv"),
+                f"run pdvit analyze {folder}",
+            ) from error
+        tables.append(table)
+    _save(plot_similarity(tables, [_name(folder) for folder in folders]), "similarity", folders, target)
+
+
+@app.command()
+def training(runs: Runs = None, out: Out = None) -> None:
+    """Loss by term, accuracy, and P over epoch and layer, one row per run."""
+    target = _target(out)
+    from pdvit.plots.training import plot_training, read_records
+
+    folders = _folders(runs, "metrics.jsonl", "pdvit train")
+    if not runs:
+        folders = folders[:1]
+    records = [read_records(folder) for folder in folders]
+    _save(plot_training(records, [_name(folder) for folder in folders]), "training", folders, target)
+
+
+def _target(out: Path | None) -> Path | None:
+    """Check the suffix before any work is done."""
+    if out is not None and out.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"'{out.suffix or out.name}' is not a format of figures", f"--out {out}", closest(out.suffix, SUFFIXES)
+        )
+    return out
+
+
+def _folders(runs: list[Path] | None, marker: str, command: str) -> list[Path]:
+    """Return the run directories to draw; UserError naming the command that makes what is missing."""
+    from pdvit.tracking.run_directory import newest
+
+    folders = [run.expanduser() for run in runs or []] or newest(marker)[:NEWEST]
+    if not folders:
+        raise UserError(f"no run here has {marker} yet", "runs/", f"run {command} first")
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
+        if not (folder / marker).is_file():
+            name = f" {folder}" if command == "pdvit analyze" else ""
+            raise UserError(f"the run has no {marker}", str(folder), f"run {command}{name} first")
+    return folders
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name.removeprefix("analysis-")
+
+
+def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) -> None:
+    """Write the figure beside its target, rename it, and say where it is."""
+    if out is None:
+        names = [re.sub(r"[^\w.-]", "-", _name(folder)) for folder in folders[:3]]
+        more = [f"{len(folders) - 3}-more"] if len(folders) > 3 else []
+        out = Path("figures") / f"{'-'.join([kind, *names, *more])}.png"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = out.with_name(f".{out.name}.part{out.suffix}")
+        figure.savefig(beside)
+        beside.replace(out)
+    except OSError as error:
+        raise UserError(
+            f"the figure can't be written: {error.strerror}", str(out), "choose another --out"
+        ) from error
+    print(out)

@@ -1,0 +1,138 @@
+"""`pdvit train`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pdvit.cli.settings import given_flags, make_config, with_settings
+from pdvit.config.schema import Config
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pdvit.tracking import RunDirectory
+
+
+@with_settings
+def train(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any keys.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; wins over everything; repeatable.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with this run directory, as it was configured.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")] = False,
+    **settings: Any,
+) -> int:
+    """Train a vision transformer with the diversity terms.
+
+    Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
+    """
+    if resume is not None:
+        given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
+        if given:
+            raise UserError(
+                f"a resumed run keeps its configuration, so {given[0]} can't be given",
+                f"--resume {resume}",
+                "leave it out, or start a new run without --resume",
+            )
+        return _train(make_config(resume_file(resume), [], {}), resume, as_json)
+    return _train(make_config(config, assign or [], settings), None, as_json)
+
+
+def resume_file(run: Path) -> Path:
+    """Return the configuration file of a run to resume; UserError where the folder is not a run."""
+    if not (run / "run.toml").is_file():
+        raise UserError(
+            "this is not a run directory: it has no run.toml", str(run), "name one, such as runs/digits-paper"
+        )
+    return run / "run.toml"
+
+
+def _train(config: Config, resume: Path | None, as_json: bool) -> int:
+    from rich.console import Console
+
+    from pdvit.config import resolve, to_toml
+    from pdvit.data.sources import open_source, source_label
+    from pdvit.engine import EXIT_STOPPED, Trainer, choose_device, device_name
+    from pdvit.tasks import ClassificationTask
+    from pdvit.tracking import RunDirectory, command_line, describe_environment
+
+    console = Console(stderr=as_json)
+    config = resolve(config)
+    if resume is not None and (done := _finished(RunDirectory.open(resume))):
+        console.print(f"{resume} is finished already; its summary:", highlight=False)
+        return _close(RunDirectory.open(resume), done, console, as_json)
+    device = choose_device(config.run.device)
+    source = open_source(config.data)
+    task = ClassificationTask(config, source, device)
+    trainer = Trainer(task, config, device)
+    if resume is not None:
+        directory = RunDirectory.open(resume)
+    else:
+        name = config.run.name or f"{source_label(config.data)}-{config.diversity.preset}"
+        directory = RunDirectory.create(config.run.out, name)
+        directory.write("run.toml", to_toml(config, command_line()))
+        directory.write_json("environment.json", describe_environment(device_name(device)))
+    parameters = sum(weight.numel() for weight in task.module.model.parameters())
+    console.print(
+        f"{source.describe()}\n{config.model.name}: {parameters:,} parameters, "
+        f"{task.preprocessing.size}x{task.preprocessing.size} pixels, patches of {task.mixing.patch_size}\n"
+        f"{_weights(config)}; {trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}\n"
+        f"run directory: {directory.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        summary = trainer.run(directory, console, resume=resume is not None)
+    except UserError as error:
+        tip = f"{error.tip}; go on with: pdvit train --resume {directory.path}"
+        raise UserError(error.what, error.where, tip) from error
+    if summary is None:
+        console.print(f"stopped; go on with: pdvit train --resume {directory.path}", highlight=False)
+        return EXIT_STOPPED
+    return _close(directory, summary, console, as_json)
+
+
+def _weights(config: Config) -> str:
+    diversity, cutmix = config.diversity, config.augment.cutmix
+    parts = [
+        f"{name} {weight:g}"
+        for name in ("cosine", "contrastive", "mixing")
+        if (weight := getattr(diversity, name))
+    ]
+    mixes = f"patch CutMix on {config.augment.mixup_prob:.0%} of batches" if cutmix else "no CutMix"
+    return f"terms: {', '.join(parts) or 'none'}; {mixes}"
+
+
+def _finished(directory: "RunDirectory") -> dict[str, Any] | None:
+    """Return the summary of a run that is finished."""
+    if not (directory.path / "summary.json").is_file():
+        return None
+    return directory.read_json("summary.json")
+
+
+def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console", as_json: bool) -> int:
+    """Say what came out, what was written where, and which command comes next."""
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return 0
+    path = directory.path
+    console.print(
+        f"\n{summary['split']} accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}; "
+        f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
+        f"(0 all different, 1 all alike)\n"
+        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, "
+        f"{summary['images_per_second']:,.0f} images per second\n"
+        f"weights   {path}/model.safetensors (timm: create_model('local-dir:{path}', pretrained=True))\n"
+        f"records   {path}/metrics.jsonl, summary.json; repeat with --config {path}/run.toml\n"
+        f"next      pdvit analyze {path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0

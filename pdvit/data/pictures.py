@@ -1,0 +1,68 @@
+"""Pictures to look at rather than to learn from: held-out images of a source, a folder, single files."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.sources import SOURCES, ArraySplit, FileSplit, Split, list_images, open_source
+from pdvit.errors import UserError, closest
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images to measure, and what they are in words."""
+
+    description: str
+    split: Split
+
+    def first(self, limit: int) -> "Pictures":
+        """Return at most `limit` of them, spread evenly and always the same."""
+        size = len(self.split)
+        if size <= limit:
+            return self
+        chosen = torch.linspace(0, size - 1, limit).round().long()
+        return Pictures(f"{self.description}, {limit} of {size:,}", take(self.split, chosen))
+
+
+def take(split: Split, chosen: torch.Tensor) -> Split:
+    """Return some samples of a split."""
+    if isinstance(split, ArraySplit):
+        return ArraySplit(split.images[chosen], split.labels[chosen])
+    return FileSplit([split.paths[index] for index in chosen.tolist()], split.labels[chosen])
+
+
+def held_out(data: DataConfig) -> Pictures:
+    """Return the images that a run never learned from: its test split, or else validation."""
+    source = open_source(data)
+    return Pictures(f"{source.name}, {source.final_split} split", source.splits[source.final_split])
+
+
+def named(names: list[str]) -> Pictures:
+    """Return the pictures that the user names: one source, or any folders and files.
+
+    Raises UserError where a name is nothing of these, or a folder holds no images.
+    """
+    if len(names) == 1 and names[0] in SOURCES:
+        return held_out(DataConfig(source=names[0]))
+    paths = [path for name in names for path in _paths(Path(name).expanduser())]
+    return Pictures(", ".join(names), FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)))
+
+
+def sample_photographs() -> Pictures:
+    """Return the two photographs that come with scikit-learn."""
+    folder = Path(str(files("sklearn.datasets").joinpath("images")))
+    paths = [folder / "china.jpg", folder / "flower.jpg"]
+    return Pictures("2 sample photographs of scikit-learn", FileSplit(paths, torch.zeros(2, dtype=torch.long)))
+
+
+def _paths(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if found := list_images(path):
+            return found
+        raise UserError("the folder holds no images", str(path), "name a folder with image files")
+    raise UserError("there is no such image, folder or source", f"--images {path}", closest(str(path), SOURCES))

@@ -1,0 +1,1 @@
+"""Figures from the files of run directories; imports no torch."""

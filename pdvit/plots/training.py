@@ -1,0 +1,79 @@
+"""A run over time: the loss by term, accuracy, and P of every layer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pdvit.errors import UserError
+from pdvit.plots.style import looks, styled
+
+TERMS = ("class", "cosine", "contrastive", "mixing")
+
+
+def read_records(run: Path) -> dict[str, pd.DataFrame]:
+    """Read metrics.jsonl as one table per kind; UserError where the run has no evaluation yet."""
+    file = run / "metrics.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"the run has no records: {error.strerror}", str(file), "name a run that was trained by pdvit"
+        ) from error
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            kinds.setdefault(record["kind"], []).append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                continue  # a run that is being written
+            raise UserError(f"line {number} is not a record", str(file), "the file is damaged") from error
+    if not {"train", "eval", "similarity"} <= set(kinds):
+        raise UserError("the run was not evaluated yet", str(file), "wait for its first epoch")
+    return {kind: pd.DataFrame(records) for kind, records in kinds.items()}
+
+
+def plot_training(runs: list[dict[str, pd.DataFrame]], names: list[str]) -> Figure:
+    """Draw one row per run: loss by term, validation accuracy, and P over epoch and layer."""
+    with styled(10.5, 2.9 * len(runs), rows=len(runs), columns=3) as figure:
+        for row, (records, name) in enumerate(zip(runs, names, strict=True)):
+            loss, accuracy, heat = figure.axes[3 * row : 3 * row + 3]
+            train, evaluation = records["train"], records["eval"]
+            terms = [term for term in TERMS if term in train]
+            for term, look in zip(terms, looks(len(terms)), strict=True):
+                loss.plot(train["epoch"], train[term], label=term, **{**look, "marker": ""})
+            loss.set(title=f"{name}: loss by term, unweighted", xlabel="epoch", ylim=(0, None))
+            loss.legend()
+            accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color="black")
+            best = evaluation["accuracy"].max() * 100
+            accuracy.set(
+                title=f"validation accuracy, % (best {best:.1f})", xlabel="epoch", ylim=(0, 100)
+            )
+            _heat_map(heat, records["similarity"])
+        return figure
+
+
+def _heat_map(axes: Any, similarity: pd.DataFrame) -> None:
+    """Draw P on the probe: epochs across, layers upwards, 0 to 1 in a map that is monotone in grey."""
+    layers = similarity["layers"].iloc[-1]
+    grid = pd.DataFrame(similarity["similarity"].tolist()).T
+    epochs = similarity["epoch"]
+    image = axes.imshow(
+        grid,
+        origin="lower",
+        aspect="auto",
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
+        extent=(0, float(epochs.iloc[-1]), -0.5, len(layers) - 0.5),
+        interpolation="nearest",
+    )
+    step = max(1, round(len(layers) / 8))
+    ticks = [i for i in range(len(layers)) if i % step == 0 or i == len(layers) - 1]
+    axes.set_yticks(ticks, [layers[i].removeprefix("block ") for i in ticks])
+    axes.set(title="P by layer on the probe", xlabel="epoch")
+    axes.grid(visible=False)
+    axes.figure.colorbar(image, ax=axes, label="P")
