@@ -31,20 +31,22 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
 
     Exact for any N: the N x N cosines are made in blocks of rows, so memory grows with N * D only.
     """
-    images, count, _ = tokens.shape
+    count = tokens.shape[1]
     unit = unit_tokens(tokens)
     if count < 2:
         return (unit * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
-    if signed:
-        total = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-    else:
-        total = _AbsoluteCosines.apply(unit)  # type: ignore[no-untyped-call]
+    total = _signed_cosines(unit) if signed else _AbsoluteCosines.apply(unit)
     return total / (count * (count - 1))
 
 
 def unit_tokens(tokens: Tensor) -> Tensor:
     """Scale every token of `(..., D)` to length 1, in float32 (float64 stays) even under autocast."""
     return F.normalize(_at_least_float32(tokens), dim=-1, eps=SHORTEST)
+
+
+def _signed_cosines(unit: Tensor) -> Tensor:
+    """Sum u_i . u_j over i != j, per image: |sum of u|^2 without the diagonal."""
+    return unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
 
 
 def _at_least_float32(tokens: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class _AbsoluteCosines(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (pull,) = ctx.saved_tensors
-        return 2 * grad[:, None, None] * pull  # type: ignore[no-any-return]
+        pull: Tensor = ctx.saved_tensors[0]
+        return 2 * grad[:, None, None] * pull

@@ -1,6 +1,6 @@
 """Per-layer metrics of a model, streamed over images."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ BATCH = 32
 
 def analyze(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
+    images: Tensor | Iterable[Tensor | Sequence[Tensor]],
     metrics: Iterable[str] = tuple(METRICS),
     name: str = "model",
 ) -> "pd.DataFrame":
@@ -89,10 +89,10 @@ def _choose(metrics: Iterable[str]) -> dict[str, Callable[[Tensor], Tensor]]:
     return {name: METRICS[name] for name in names}
 
 
-def _batches(images: Tensor | Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    batches: Iterable[Tensor] = images.split(BATCH) if isinstance(images, Tensor) else images
+def _batches(images: Tensor | Iterable[Tensor | Sequence[Tensor]], device: torch.device) -> Iterator[Tensor]:
+    batches: Iterable[Tensor | Sequence[Tensor]] = images.split(BATCH) if isinstance(images, Tensor) else images
     for batch in batches:
-        first = batch[0] if isinstance(batch, tuple | list) else batch
+        first = batch if isinstance(batch, Tensor) else batch[0]
         if len(first):
             yield first.to(device)
 

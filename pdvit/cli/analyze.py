@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from pdvit.data.images import Preprocessing
     from pdvit.data.pictures import Pictures
     from pdvit.models.weights import Loaded
 
@@ -24,27 +25,17 @@ def analyze(
     ] = None,
     images: Annotated[
         list[str] | None,
-        typer.Option(
-            "--images", help="Folder, image file or source; repeatable. Unset: the run's held-out images."
-        ),
+        typer.Option("--images", help="Folder, image file or source; repeatable. Unset: the run's held-out images."),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many images.")] = 256,
     model: Annotated[
         str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the results; for one checkpoint.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")
-    ] = 32,
-    workers: Annotated[
-        int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")
-    ] = 2,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; for one checkpoint.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
+    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")] = 2,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Measure how alike a model's patches are, layer by layer.
 
@@ -52,6 +43,7 @@ def analyze(
     """
     from rich.console import Console
 
+    from pdvit.analysis import write_analysis
     from pdvit.tracking import newest
 
     console = Console(stderr=as_json)
@@ -60,13 +52,12 @@ def analyze(
         raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
     if out is not None and len(paths) > 1:
         raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
-    results = []
+    results, folders = [], []
     for path in paths:
         options = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
         table, facts = _analyze(path, images or [], model, options)
         folder = out or (path if path.is_dir() else Path("runs") / f"analysis-{path.stem}")
-        from pdvit.analysis import write_analysis
-
+        folders.append(str(folder))
         file = write_analysis(folder, table, facts)
         results.append(facts | {"file": str(file), "layers_measured": _nested(table)})
         _show(table, facts, console)
@@ -74,10 +65,7 @@ def analyze(
     if as_json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))
     else:
-        names = " ".join(str(path) for path in paths if path.is_dir())
-        console.print(
-            f"[dim]next[/dim]     pdvit plot similarity {names}", highlight=False, soft_wrap=True
-        )
+        console.print(f"[dim]next[/dim]     pdvit plot similarity {' '.join(folders)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -123,7 +111,7 @@ def _pictures(path: Path, images: list[str]) -> "Pictures":
     return sample_photographs()
 
 
-def _fitted(pictures: "Pictures", preprocessing: Any) -> str:
+def _fitted(pictures: "Pictures", preprocessing: "Preprocessing") -> str:
     from pdvit.data.sources import ArraySplit
 
     side = preprocessing.size
@@ -151,16 +139,16 @@ def _show(table: "pd.DataFrame", facts: dict[str, Any], console: "Console") -> N
     from rich.markup import escape
     from rich.table import Table
 
-    wide = table.pivot(index=["depth", "layer"], columns="metric")
+    wide = table.pivot(index=["depth", "layer"], columns="metric").reset_index("layer")
     view = Table(title=escape(facts["model"]), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name, justify in (("layer", "left"), ("P", "right"), ("± 95 %", "right"), ("signed", "right")):
         view.add_column(name, justify=justify)  # type: ignore[arg-type]
     view.add_column(f"0{'·' * (BAR - 2)}1")
-    for (_, layer), row in wide.iterrows():
+    for _, row in wide.iterrows():
         value, interval = row["mean", "similarity"], row["ci95", "similarity"]
         bar = "█" * round(value * BAR)
         spread = "-" if interval != interval else f"{interval:.3f}"
-        view.add_row(layer, f"{value:.3f}", spread, f"{row['mean', 'similarity_signed']:+.3f}", bar)
+        view.add_row(row["layer", ""], f"{value:.3f}", spread, f"{row['mean', 'similarity_signed']:+.3f}", bar)
     console.print()
     console.print(view)
     console.print(f"\n{escape(facts['verdict'])}", highlight=False)

@@ -62,7 +62,9 @@ def _target(out: Path | None) -> Path | None:
     """Check the suffix before any work is done."""
     if out is not None and out.suffix.lower() not in SUFFIXES:
         raise UserError(
-            f"'{out.suffix or out.name}' is not a format of figures", f"--out {out}", closest(out.suffix, SUFFIXES)
+            f"'{out.suffix or out.name}' is not a format of figures",
+            f"--out {out}",
+            closest(out.suffix, SUFFIXES),
         )
     return out
 
@@ -99,7 +101,5 @@ def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) ->
         figure.savefig(beside)
         beside.replace(out)
     except OSError as error:
-        raise UserError(
-            f"the figure can't be written: {error.strerror}", str(out), "choose another --out"
-        ) from error
+        raise UserError(f"the figure can't be written: {error.strerror}", str(out), "choose another --out") from error
     print(out)

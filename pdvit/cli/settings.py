@@ -97,6 +97,4 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
 
 def config_keys() -> list[str]:
     """Return every key of the configuration, as section.key."""
-    return [
-        f"{section}.{item.name}" for section, cls in get_type_hints(Config).items() for item in fields(cls)
-    ]
+    return [f"{section}.{item.name}" for section, cls in get_type_hints(Config).items() for item in fields(cls)]

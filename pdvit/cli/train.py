@@ -101,9 +101,7 @@ def _train(config: Config, resume: Path | None, as_json: bool) -> int:
 def _weights(config: Config) -> str:
     diversity, cutmix = config.diversity, config.augment.cutmix
     parts = [
-        f"{name} {weight:g}"
-        for name in ("cosine", "contrastive", "mixing")
-        if (weight := getattr(diversity, name))
+        f"{name} {weight:g}" for name in ("cosine", "contrastive", "mixing") if (weight := getattr(diversity, name))
     ]
     mixes = f"patch CutMix on {config.augment.mixup_prob:.0%} of batches" if cutmix else "no CutMix"
     return f"terms: {', '.join(parts) or 'none'}; {mixes}"

@@ -34,7 +34,9 @@ def parse_duration(text: str, unit: str, where: str, percent: bool = True) -> Du
         value = math.nan
     if match is None or not math.isfinite(value) or value > 1e15:
         raise UserError(
-            f"'{text}' is not a length of training", where, "write 30ep, 2000st, 1e6im or 5%, or a bare number"
+            f"'{text}' is not a length of training",
+            where,
+            "write 30ep, 2000st, 1e6im or 5%, or a bare number",
         )
     unit = (match[2] or unit).lower()
     if unit == "%" and not (percent and value <= 100):

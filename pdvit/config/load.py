@@ -27,9 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"the configuration can't be read: {error.strerror}", str(path), "check --config"
-        ) from error
+        raise UserError(f"the configuration can't be read: {error.strerror}", str(path), "check --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"the configuration is not TOML: {error}", str(path), "see docs/train.md for an example"
@@ -59,21 +57,15 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
     for where, layer in layers:
         for section, values in layer.items():
             if section not in known:
-                raise UserError(
-                    f"there is no section '{section}'", where, _tip(section, [*known], values, known)
-                )
+                raise UserError(f"there is no section '{section}'", where, _tip(section, [*known], values, known))
             if not isinstance(values, Mapping):
-                raise UserError(
-                    f"'{section}' is a section, not a key", where, f"write {section}.KEY = VALUE"
-                )
+                raise UserError(f"'{section}' is a section, not a key", where, f"write {section}.KEY = VALUE")
             current = getattr(config, section)
             changes = {name: _check(section, name, value, where) for name, value in values.items()}
             config = replace(config, **{section: replace(current, **changes)})
     low, high = config.augment.scale
     if low > high:
-        raise UserError(
-            f"the least crop area {low} is above the most, {high}", "augment.scale", "swap the two"
-        )
+        raise UserError(f"the least crop area {low} is above the most, {high}", "augment.scale", "swap the two")
     return config
 
 
@@ -132,9 +124,7 @@ def _check_range(value: Any, info: KeyInfo, at: str) -> None:
         raise UserError(f"'{value}' is not known here", at, closest(str(value), info.choices))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    too_low = (info.minimum is not None and value < info.minimum) or (
-        info.above is not None and value <= info.above
-    )
+    too_low = (info.minimum is not None and value < info.minimum) or (info.above is not None and value <= info.above)
     if not math.isfinite(value) or too_low or (info.maximum is not None and value > info.maximum):
         raise UserError(f"{value} is out of range", at, f"it must be {describe_range(info)}")
 

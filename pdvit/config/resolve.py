@@ -1,6 +1,7 @@
 """Fill in what the user left open, where neither the data nor the model has to be looked at."""
 
 from dataclasses import replace
+from typing import Any
 
 from pdvit.config.schema import Config
 
@@ -23,7 +24,7 @@ def resolve(config: Config) -> Config:
 def _preset(config: Config) -> Config:
     diversity, augment = config.diversity, config.augment
     weight = 1.0 if diversity.preset == "paper" else 0.0
-    weights = {
+    weights: dict[str, Any] = {
         name: weight if getattr(diversity, name) is None else getattr(diversity, name)
         for name in ("cosine", "contrastive", "mixing")
     }

@@ -16,9 +16,7 @@ class DataConfig:
     """Data."""
 
     source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
-    batch_size: int = key(
-        64, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1
-    )
+    batch_size: int = key(64, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1)
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
     split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0)
@@ -33,9 +31,7 @@ class ModelConfig:
     width: int | None = key(None, "Length of a token.", "--width", minimum=1)
     heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
     patch_size: int | None = key(None, "Side of a patch in pixels.", "--patch-size", minimum=1)
-    drop_path: float = key(
-        0.0, "Stochastic depth of the last block.", "--drop-path", minimum=0, maximum=0.99
-    )
+    drop_path: float = key(0.0, "Stochastic depth of the last block.", "--drop-path", minimum=0, maximum=0.99)
     args: dict[str, object] | None = key(
         None, "More arguments of the timm model, k=v; repeat the flag.", "--model-kwargs"
     )
@@ -70,15 +66,11 @@ class AugmentConfig:
     )
     mixup_prob: float = key(0.5, "Share of batches that CutMix mixes.", "--mixup-prob", minimum=0, maximum=1)
     shift: int = key(0, "Move the image by up to this many pixels each way (digits).", "--shift", minimum=0)
-    hflip: float = key(
-        0.5, "Probability of a horizontal flip (image files).", "--hflip", minimum=0, maximum=1
-    )
+    hflip: float = key(0.5, "Probability of a horizontal flip (image files).", "--hflip", minimum=0, maximum=1)
     scale: tuple[float, float] = key(
         (0.35, 1.0), "Area of the random crop, least and most (image files).", "--scale", above=0, maximum=1
     )
-    smoothing: float = key(
-        0.0, "Label smoothing of the class loss.", "--smoothing", minimum=0, maximum=0.99
-    )
+    smoothing: float = key(0.0, "Label smoothing of the class loss.", "--smoothing", minimum=0, maximum=0.99)
 
 
 @dataclass(frozen=True)

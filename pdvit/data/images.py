@@ -53,9 +53,7 @@ class Preprocessing:
 
     def training(self, augment: AugmentConfig) -> v2.Compose:
         """Return the transform of a training image: random crop and flip, uint8 `(3, size, size)`."""
-        crop = v2.RandomResizedCrop(
-            self.size, scale=augment.scale, interpolation=self._mode(), antialias=True
-        )
+        crop = v2.RandomResizedCrop(self.size, scale=augment.scale, interpolation=self._mode(), antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip(augment.hflip), v2.PILToTensor()])
 
     def evaluation(self) -> v2.Compose:
@@ -71,13 +69,12 @@ class Preprocessing:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
         if images.shape[-2:] == (self.size, self.size):
             return images
-        return v2.functional.resize(images, [self.size, self.size], self._mode(), antialias=True)
+        fitted: Tensor = v2.functional.resize(images, [self.size, self.size], self._mode(), antialias=True)
+        return fitted
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images `(B, 3, H, W)` into the model's float32 input."""
-        mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
 

@@ -8,6 +8,7 @@ from itertools import count
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms.v2 import Compose
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.batch import Batch
@@ -54,10 +55,8 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def train_batches(
-    split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
-) -> Iterator[Batch]:
-    """Yield the batches of steps start, start + 1, ... without end; the images of a short last batch sit out an epoch."""
+def train_batches(split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Batch]:
+    """Yield the batches of steps start, start + 1, ... without end; what a short last batch would hold sits out."""
     raw = _resident(split, how, augment, start) if isinstance(split, ArraySplit) else None
     if raw is None:
         assert isinstance(split, FileSplit)
@@ -160,11 +159,11 @@ def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, start:
 def _decode(
     split: FileSplit,
     how: Loading,
-    transform: object,
+    transform: Compose,
     keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]],
 ) -> Iterator[Raw]:
     """Yield decoded batches for the keys; UserError naming the files that do not decode."""
-    data = FileImages(split, transform, how.seed)  # type: ignore[arg-type]
+    data = FileImages(split, transform, how.seed)
     loader = DataLoader(
         data,
         batch_sampler=_Keys(lambda: iter(keys)),

@@ -1,7 +1,7 @@
 """Randomness as a function of numbers: (seed, epoch or step, sample index) decide every draw, and nothing else does.
 
-So a draw never depends on the rank, the worker, the batch a sample falls in or what ran before, and resuming a run needs
-the number of a step, not a replay.
+So a draw never depends on the rank, the worker, the batch a sample falls in or what ran before, and resuming a run
+needs the number of a step, not a replay.
 """
 
 import torch

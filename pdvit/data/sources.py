@@ -64,7 +64,8 @@ def open_source(data: DataConfig) -> Source:
     """Open a source by name or path.
 
     Raises:
-        UserError: the name is unknown, or the folder is missing, empty or not laid out as train/CLASS/IMAGE, val/CLASS/IMAGE.
+        UserError: the name is unknown, or the folder is missing, empty or not laid out as train/CLASS/IMAGE and
+            val/CLASS/IMAGE.
     """
     if data.source in SOURCES:
         return SOURCES[data.source](data)
@@ -99,9 +100,7 @@ def _digits(data: DataConfig) -> Source:
     images, labels = _digits_images()
 
     def halve(indices: list[int], size: int) -> tuple[list[int], list[int]]:
-        rest, held = train_test_split(
-            indices, test_size=size, random_state=data.split_seed, stratify=labels[indices]
-        )
+        rest, held = train_test_split(indices, test_size=size, random_state=data.split_seed, stratify=labels[indices])
         return rest, held
 
     rest, test = halve(list(range(len(labels))), 360)
@@ -167,9 +166,7 @@ def _list(folder: Path) -> list[Path]:
     try:
         return [item for item in folder.iterdir() if not item.name.startswith(".")]
     except OSError as error:
-        raise UserError(
-            f"the folder can't be read: {error.strerror}", str(folder), "check its permissions"
-        ) from error
+        raise UserError(f"the folder can't be read: {error.strerror}", str(folder), "check its permissions") from error
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {"digits": _digits}

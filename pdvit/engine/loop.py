@@ -24,7 +24,7 @@ from pdvit.engine.schedule import make_plan, make_scheduler
 from pdvit.engine.state import State
 from pdvit.engine.update import make_optimizer, update
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking import RunDirectory
+from pdvit.tracking import RunDirectory, Status
 
 
 class Trainer:
@@ -168,7 +168,7 @@ class Trainer:
 
     def _fail(self, error: BaseException) -> None:
         """Mark the run; a broken disk must not hide the error that came first."""
-        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        status: Status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
         try:
             self.directory.status(status, step=self.state.progress.step, reason=reason)

@@ -66,5 +66,5 @@ def make_scheduler(optimizer: Optimizer, config: Config, plan: Plan) -> Schedule
         step_on_epochs=False,
         updates_per_epoch=1,  # so that timm's epochs are our steps
     )
-    assert scheduler is not None
+    assert isinstance(scheduler, Scheduler)
     return scheduler

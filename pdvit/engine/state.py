@@ -1,4 +1,4 @@
-"""Everything a checkpoint holds, in one place; weights and tensors as safetensors, the rest as JSON, nothing pickled."""
+"""Everything a checkpoint holds, in one place: tensors as safetensors, the rest as JSON, nothing pickled."""
 
 import json
 import shutil

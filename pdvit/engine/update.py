@@ -20,7 +20,7 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         raise UserError(
             f"timm has no optimizer named '{optim.opt}'",
             "optim.opt (--opt)",
-            closest(optim.opt, list_optimizers()),
+            closest(optim.opt, map(str, list_optimizers())),
         ) from error
     assert isinstance(optimizer, Optimizer)
     return optimizer

@@ -68,9 +68,7 @@ class Objective:
         Raises:
             UserError: the mixing term is on and the patch targets or the patch head are missing.
         """
-        parts = {
-            "class": F.cross_entropy(output.logits.float(), targets, label_smoothing=self.label_smoothing)
-        }
+        parts = {"class": F.cross_entropy(output.logits.float(), targets, label_smoothing=self.label_smoothing)}
         if self.cosine:
             parts["cosine"] = cosine_loss(output.last)
         if self.contrastive:

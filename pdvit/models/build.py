@@ -50,12 +50,11 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name 
     """Build a model on the meta device, where it takes no memory, to look at its shapes.
 
     Raises:
-        UserError: the name is unknown, timm refuses an argument, pdvit can't read the patches, or they do not fit the image.
+        UserError: the name is unknown, timm refuses an argument, pdvit can't read the patches, or they do not fit the
+            image.
     """
     if not timm.is_model(name):
-        raise UserError(
-            f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3)
-        )
+        raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
     if taken := sorted(RESERVED & set(arguments)):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     with torch.device("meta"):

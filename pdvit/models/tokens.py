@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.models.families import family_of
 
-
 T = TypeVar("T")
 
 
@@ -108,8 +107,7 @@ def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> It
     handles = [blocks[0].register_forward_pre_hook(on_input(layers[0]))]
     outputs = [*blocks, getattr(model, family.norm)]
     handles += [
-        module.register_forward_hook(on_output(layer))
-        for module, layer in zip(outputs, layers[1:], strict=False)
+        module.register_forward_hook(on_output(layer)) for module, layer in zip(outputs, layers[1:], strict=False)
     ]
     try:
         yield
@@ -118,9 +116,7 @@ def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> It
             handle.remove()
 
 
-def measure_layers(
-    model: nn.Module, images: Tensor, measure: Callable[[Tensor], T]
-) -> dict[Layer, T]:
+def measure_layers(model: nn.Module, images: Tensor, measure: Callable[[Tensor], T]) -> dict[Layer, T]:
     """Return `measure(tokens)` of every layer for one batch, without gradients and in float32."""
     found: dict[Layer, T] = {}
 

@@ -1,4 +1,4 @@
-"""Weights on disk: a timm folder with a self-describing `model.safetensors`, written and read without executing anything."""
+"""Weights on disk: a timm folder whose `model.safetensors` describes itself; reading one executes nothing."""
 
 import json
 from dataclasses import dataclass
@@ -142,9 +142,7 @@ def _architecture(file: Path, config: dict[str, Any], name: str | None) -> tuple
 def _compare(name: str, arguments: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Raise UserError unless the weights are those of the model: checked by shape, before it takes any memory."""
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(tensors):
-        raise UserError(
-            "its configuration has more blocks than the file has tensors", str(file), "copy the file again"
-        )
+        raise UserError("its configuration has more blocks than the file has tensors", str(file), "copy the file again")
     expected = sketch_model(name, arguments, str(file)).state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))

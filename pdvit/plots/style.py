@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice, product
+from typing import Any
 
 import matplotlib as mpl
 
@@ -16,7 +17,7 @@ COLOURS = ("#3f90da", "#bd1f01", "#94a4a2", "#832db6", "#ffa90e", "#a96b59", "#e
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-RC = {
+RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 150,
     "savefig.dpi": 200,
@@ -44,7 +45,7 @@ def styled(width: float, height: float, rows: int = 1, columns: int = 1) -> Iter
         yield figure
 
 
-def looks(count: int) -> list[dict[str, object]]:
+def looks(count: int) -> list[dict[str, Any]]:
     """Return `count` line looks that differ in colour, dashes and marker."""
     pairs = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
     return [{"color": c, "linestyle": d, "marker": m} for c, d, m in islice(pairs, count)]

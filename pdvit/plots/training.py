@@ -49,9 +49,7 @@ def plot_training(runs: list[dict[str, pd.DataFrame]], names: list[str]) -> Figu
             loss.legend()
             accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color="black")
             best = evaluation["accuracy"].max() * 100
-            accuracy.set(
-                title=f"validation accuracy, % (best {best:.1f})", xlabel="epoch", ylim=(0, 100)
-            )
+            accuracy.set(title=f"validation accuracy, % (best {best:.1f})", xlabel="epoch", ylim=(0, 100))
             _heat_map(heat, records["similarity"])
         return figure
 

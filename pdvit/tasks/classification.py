@@ -48,9 +48,7 @@ class ClassificationTask:
         self.preprocessing = Preprocessing.for_model(model)
         self.batch_size = config.data.batch_size
         self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
-        self.loading = Loading(
-            self.batch_size, config.run.seed, config.data.workers, device, self.preprocessing
-        )
+        self.loading = Loading(self.batch_size, config.run.seed, config.data.workers, device, self.preprocessing)
         self.mixing = Mixing(
             config.augment.cutmix or 0.0,
             config.augment.mixup_prob,
@@ -122,9 +120,7 @@ class ClassificationTask:
     def _similarity(self) -> tuple[list[str], list[float]]:
         """Return the layers and P of each on the probe."""
         self.module.eval()
-        found = measure_layers(
-            self.module.model, self._probe_images(), lambda tokens: patch_similarity(tokens).mean()
-        )
+        found = measure_layers(self.module.model, self._probe_images(), lambda tokens: patch_similarity(tokens).mean())
         return [layer.name for layer in found], torch.stack(list(found.values())).tolist()
 
     @torch.no_grad()

@@ -2,11 +2,12 @@
 
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.files import to_json, write_file
-from pdvit.tracking.run_directory import RUNS, RunDirectory, newest
+from pdvit.tracking.run_directory import RUNS, RunDirectory, Status, newest
 
 __all__ = [
     "RUNS",
     "RunDirectory",
+    "Status",
     "command_line",
     "describe_environment",
     "newest",

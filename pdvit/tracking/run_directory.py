@@ -53,7 +53,9 @@ class RunDirectory:
             write_file(self.path / name, content)
         except OSError as error:
             raise UserError(
-                f"{name} can't be written: {error.strerror}", str(self.path), "check free space and permissions"
+                f"{name} can't be written: {error.strerror}",
+                str(self.path),
+                "check free space and permissions",
             ) from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
