@@ -16,7 +16,7 @@ class DataConfig:
     """Data."""
 
     source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
-    batch_size: int = key(64, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1)
+    batch_size: int = key(32, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1)
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
     split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0)
@@ -83,7 +83,7 @@ class OptimConfig:
     )
     weight_decay: float = key(0.05, "Weight decay.", "--weight-decay", minimum=0)
     clip_grad: float | None = key(None, "Largest norm of the gradient; unset: any.", "--clip-grad", above=0)
-    epochs: str = key("36", "Length: 36 or 36ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
+    epochs: str = key("26", "Length: 26 or 26ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
     warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
     schedule: str = key("cosine", "Learning rate after warm-up.", "--sched", choices=SCHEDULES)
     min_lr: float = key(1e-6, "Where warm-up starts and the schedule ends.", "--min-lr", minimum=0)
@@ -100,7 +100,7 @@ class RunConfig:
     precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16"))
     log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations, with the probe.", "--val-interval", above=0, unit="ep")
-    probe_images: int = key(64, "Held-out images on which P is measured at every evaluation.", minimum=1)
+    probe_images: int = key(32, "Held-out images on which P is measured at every evaluation.", minimum=1)
 
 
 @dataclass(frozen=True)

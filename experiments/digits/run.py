@@ -1,0 +1,89 @@
+"""Train every recipe of this folder: `python run.py tune`, then `python run.py`. Finished cells are skipped.
+
+`tune` chooses the learning rate of each recipe on the validation split, with a seed that the results don't use, and
+writes tuning.csv. Without an argument, every recipe is trained with its own best learning rate and five other seeds,
+and results.csv holds the test numbers. Run directories go to runs/digits-experiment/.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/digits-experiment")
+RECIPES = ("none", "cutmix", "cosine", "paper")
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
+TUNING_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
+COLUMNS = ["recipe", "lr", "seed", "accuracy_val", "accuracy_test", "loss_test", "similarity_first",
+           "similarity_last", "seconds", "cores", "processor", "torch", "commit"]  # fmt: skip
+
+
+def train(cell: tuple[str, str, int]) -> dict[str, object]:
+    recipe, lr, seed = cell
+    out = RUNS / f"{recipe}-lr{lr}-seed{seed}"
+    if not (out / "summary.json").exists():
+        start = ["--resume", str(out)]
+        if not out.exists():
+            start = ["--config", str(HERE / f"{recipe}.toml"), "--lr", lr, "--seed", str(seed), "--out", str(out)]
+        # One thread each, two at a time: the cells of a two-core machine don't disturb one another.
+        subprocess.run(
+            [sys.executable, "-m", "pdvit", "train", "--json", *start],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    summary = json.loads((out / "summary.json").read_text())
+    machine = json.loads((out / "environment.json").read_text())
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "eval"][-1]
+    numbers = [last["accuracy"], summary["accuracy"], summary["loss"]]
+    numbers += [summary["similarity_first"], summary["similarity_last"], summary["seconds"]]
+    facts = [1, machine["processor"], machine["packages"]["torch"], machine["commit"]]
+    rounded = [float(f"{number:.6g}") for number in numbers]
+    return dict(zip(COLUMNS, [recipe, lr, seed, *rounded, *facts], strict=True))
+
+
+def run_all(cells: list[tuple[str, str, int]], file: Path) -> list[dict[str, object]]:
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        rows = list(pool.map(train, cells))
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def best_rates() -> dict[str, str]:
+    best: dict[str, tuple[float, str]] = {}
+    with (HERE / "tuning.csv").open() as opened:
+        for row in csv.DictReader(opened):
+            found = (float(row["accuracy_val"]), row["lr"])
+            best[row["recipe"]] = max(best.get(row["recipe"], (0.0, "")), found)
+    return {recipe: lr for recipe, (_, lr) in best.items()}
+
+
+def main() -> None:
+    if sys.argv[1:] == ["tune"]:
+        cells = [(recipe, lr, TUNING_SEED) for recipe in RECIPES for lr in LEARNING_RATES]
+        for row in run_all(cells, HERE / "tuning.csv"):
+            print(f"{row['recipe']:8} lr {row['lr']}  validation accuracy {row['accuracy_val']:.1%}")
+        return
+    rates = best_rates()
+    rows = run_all([(recipe, rates[recipe], seed) for recipe in RECIPES for seed in SEEDS], HERE / "results.csv")
+    for recipe in RECIPES:
+        of = [row for row in rows if row["recipe"] == recipe]
+        accuracy = [100 * float(row["accuracy_test"]) for row in of]
+        last = [float(row["similarity_last"]) for row in of]
+        print(
+            f"| {recipe} | {rates[recipe]} | {mean(accuracy):.1f} ± {stdev(accuracy):.1f} "
+            f"| {mean(last):.2f} ± {stdev(last):.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
