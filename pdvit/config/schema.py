@@ -100,7 +100,7 @@ class RunConfig:
     precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16"))
     log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations, with the probe.", "--val-interval", above=0, unit="ep")
-    probe_images: int = key(32, "Held-out images on which P is measured at every evaluation.", minimum=1)
+    probe_images: int = key(64, "Held-out images on which P is measured at every evaluation.", minimum=1)
 
 
 @dataclass(frozen=True)
