@@ -1,5 +1,6 @@
 """The command line: one file per command, and one place where errors become three lines and a status."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -39,6 +40,8 @@ def pdvit(
 
 def run(arguments: list[str]) -> int:
     """Run one command and return the exit status: 0 done, 1 a failed run, 2 misuse, 75 stopped on request."""
+    # typer's panels take 0.1 s to import; the first screen, `pdvit --help`, is short enough without them.
+    app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
     try:
         status = app(arguments, standalone_mode=False)
     except UserError as error:
@@ -51,6 +54,10 @@ def run(arguments: list[str]) -> int:
         return _explain(_usage_error(error), EXIT_MISUSED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (`pdvit analyze | head`); say nothing more, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     return status if isinstance(status, int) else 0
 
 

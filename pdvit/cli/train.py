@@ -54,30 +54,29 @@ def resume_file(run: Path) -> Path:
 
 
 def _train(config: Config, resume: Path | None, as_json: bool) -> int:
+    """Build, train and report; raises UserError before there is a run directory wherever that is possible."""
     from rich.console import Console
 
-    from pdvit.config import resolve, to_toml
-    from pdvit.data.sources import open_source, source_label
+    from pdvit.config import resolve
+    from pdvit.data.sources import open_source
     from pdvit.engine import EXIT_STOPPED, Trainer, choose_device, device_name
     from pdvit.tasks import ClassificationTask
-    from pdvit.tracking import RunDirectory, command_line, describe_environment
+    from pdvit.tracking import RunDirectory
 
     console = Console(stderr=as_json)
     config = resolve(config)
-    if resume is not None and (done := _finished(RunDirectory.open(resume))):
-        console.print(f"{resume} is finished already; its summary:", highlight=False)
-        return _close(RunDirectory.open(resume), done, console, as_json)
+    if resume is not None and (summary := _finished(RunDirectory.open(resume))):
+        console.print(f"{resume} is finished already", highlight=False)
+        return _close(RunDirectory.open(resume), summary, console, as_json)
     device = choose_device(config.run.device)
     source = open_source(config.data)
     task = ClassificationTask(config, source, device)
     trainer = Trainer(task, config, device)
     if resume is not None:
         directory = RunDirectory.open(resume)
+        trainer.restore(directory)
     else:
-        name = config.run.name or f"{source_label(config.data)}-{config.diversity.preset}"
-        directory = RunDirectory.create(config.run.out, name)
-        directory.write("run.toml", to_toml(config, command_line()))
-        directory.write_json("environment.json", describe_environment(device_name(device)))
+        directory = _new_directory(config, device_name(device))
     parameters = sum(weight.numel() for weight in task.module.model.parameters())
     console.print(
         f"{source.describe()}\n{config.model.name}: {parameters:,} parameters, "
@@ -85,17 +84,31 @@ def _train(config: Config, resume: Path | None, as_json: bool) -> int:
         f"{_weights(config)}; {trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}\n"
         f"run directory: {directory.path}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
+    again = f"pdvit train --resume {directory.path}"
     try:
-        summary = trainer.run(directory, console, resume=resume is not None)
+        summary = trainer.run(directory, console)
     except UserError as error:
-        tip = f"{error.tip}; go on with: pdvit train --resume {directory.path}"
-        raise UserError(error.what, error.where, tip) from error
+        raise UserError(error.what, error.where, f"{error.tip}; go on with: {again}") from error
     if summary is None:
-        console.print(f"stopped; go on with: pdvit train --resume {directory.path}", highlight=False)
+        console.print(f"stopped; go on with: {again}", highlight=False, markup=False, soft_wrap=True)
         return EXIT_STOPPED
     return _close(directory, summary, console, as_json)
+
+
+def _new_directory(config: Config, device: str) -> "RunDirectory":
+    """Make the run directory and write what is known before the first step."""
+    from pdvit.config import to_toml
+    from pdvit.data.sources import source_label
+    from pdvit.tracking import RunDirectory, command_line, describe_environment
+
+    name = config.run.name or f"{source_label(config.data)}-{config.diversity.preset}"
+    directory = RunDirectory.create(config.run.out, name)
+    directory.write("run.toml", to_toml(config, command_line()))
+    directory.write_json("environment.json", describe_environment(device))
+    return directory
 
 
 def _weights(config: Config) -> str:
@@ -119,7 +132,11 @@ def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console
     if as_json:
         print(json.dumps(summary, indent=2))
         return 0
+    from pdvit.tracking import newest
+
     path = directory.path
+    others = [run for run in newest("summary.json") if run.resolve() != path.resolve()]
+    compared = " ".join(str(run) for run in [*others[:1], path])
     console.print(
         f"\n{summary['split']} accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}; "
         f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
@@ -128,7 +145,7 @@ def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console
         f"{summary['images_per_second']:,.0f} images per second\n"
         f"weights   {path}/model.safetensors (timm: create_model('local-dir:{path}', pretrained=True))\n"
         f"records   {path}/metrics.jsonl, summary.json; repeat with --config {path}/run.toml\n"
-        f"next      pdvit analyze {path}",
+        f"next      pdvit analyze {compared}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -39,15 +39,17 @@ class Trainer:
         self.state = State(task.module, optimizer, device)
         self.evaluated: dict[str, Any] = {}
 
-    def run(self, directory: RunDirectory, console: Console, resume: bool = False) -> dict[str, Any] | None:
+    def restore(self, directory: RunDirectory) -> None:
+        """Take up a run where its last checkpoint left it, or at its start; raises UserError for a damaged one."""
+        self.state.restore(directory.path / "checkpoints")
+        directory.cut_records(self.state.progress.step)
+
+    def run(self, directory: RunDirectory, console: Console) -> dict[str, Any] | None:
         """Train to the end and return the summary; None where a stop was asked for.
 
         Raises UserError or RunFailed; the run directory then says `failed`, and can be resumed.
         """
         self.directory = directory
-        if resume:
-            self.state.restore(directory.path / "checkpoints")
-            directory.cut_records(self.state.progress.step)
         directory.status("running", step=self.state.progress.step)
         try:
             with (
