@@ -1,6 +1,7 @@
 """Batches, by step: what step t holds is a function of the seed and t, so starting at any step costs the same."""
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -169,12 +170,20 @@ def _decode(
         batch_sampler=_Keys(lambda: iter(keys)),
         num_workers=how.workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals,
+        generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
         pin_memory=how.device.type == "cuda",
     )
     for batch in loader:
         if isinstance(batch, list):
             refuse_bad(batch)
         yield batch
+
+
+def _leave_signals(_: int) -> None:
+    """Let the main process decide what Ctrl-C means: it reaches the workers too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collate(samples: list[Sample]) -> Raw | list[BadImage]:

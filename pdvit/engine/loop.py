@@ -37,7 +37,6 @@ class Trainer:
         optimizer = make_optimizer(task.module, config.optim)
         self.scheduler = make_scheduler(optimizer, config, self.plan)
         self.state = State(task.module, optimizer, device)
-        self.evaluated: dict[str, Any] = {}
 
     def restore(self, directory: RunDirectory) -> None:
         """Take up a run where its last checkpoint left it, or at its start; raises UserError for a damaged one."""
@@ -115,10 +114,9 @@ class Trainer:
         progress = self.state.progress
         self._tick()
         records, headline = self.task.evaluate()
-        self.evaluated = dict(records["eval"])
         for kind, record in records.items():
             self.directory.append(kind, {"step": progress.step, "epoch": self._epoch(), **record})
-        value = self.evaluated[self.task.best_metric]
+        value = records["eval"][self.task.best_metric]
         if progress.best is None or value > progress.best:
             progress.best, progress.best_step = value, progress.step
         self.display.say(f"epoch {self._epoch():>4.4g}  {headline}")
