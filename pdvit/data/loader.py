@@ -58,9 +58,9 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 def train_batches(split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Batch]:
     """Yield the batches of steps start, start + 1, ... without end; what a short last batch would hold sits out."""
-    raw = _resident(split, how, augment, start) if isinstance(split, ArraySplit) else None
-    if raw is None:
-        assert isinstance(split, FileSplit)
+    if isinstance(split, ArraySplit):
+        raw = _resident(split, how, augment, start)
+    else:
         raw = _from_workers(split, how, augment, start)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
         batch = Batch(how.preprocessing.normalise(images), labels, index)
