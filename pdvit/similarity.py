@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-# A token shorter than this counts as having no direction; it keeps value and gradient finite at zero.
+# A token shorter than this has no direction: it is alike to nothing and gets no gradient (1 / length would be one).
 SHORTEST = 1e-12
 # Entries of the Gram matrix that exist at one moment: 64 MB of float32.
 BLOCK_ENTRIES = 16 * 2**20
@@ -40,17 +39,25 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
 
 
 def unit_tokens(tokens: Tensor) -> Tensor:
-    """Scale every token of `(..., D)` to length 1, in float32 (float64 stays) even under autocast."""
-    return F.normalize(_at_least_float32(tokens), dim=-1, eps=SHORTEST)
+    """Scale every token of `(..., D)` to length 1, in float32 (float64 stays) even under autocast.
+
+    A token without direction becomes 0. In float16 that begins earlier, where the gradient would overflow.
+    """
+    shortest = max(SHORTEST, torch.finfo(tokens.dtype).tiny)
+    tokens = at_least_float32(tokens)
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    # asked this way round, a token that is not a number stays one
+    return torch.where(length <= shortest, 0, tokens / length.clamp_min(shortest))
+
+
+def at_least_float32(tokens: Tensor) -> Tensor:
+    """Return half-precision tensors as float32, others as they are."""
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def _signed_cosines(unit: Tensor) -> Tensor:
     """Sum u_i . u_j over i != j, per image: |sum of u|^2 without the diagonal."""
     return unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-
-
-def _at_least_float32(tokens: Tensor) -> Tensor:
-    return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 class _AbsoluteCosines(torch.autograd.Function):
@@ -63,7 +70,7 @@ class _AbsoluteCosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Tensor) -> Tensor:
         images, count, _ = unit.shape
-        rows = max(1, min(count, BLOCK_ENTRIES // (images * count)))
+        rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
         total = unit.new_zeros(images)
         pull = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
         # Autocast would round the cosines to bf16 before they are summed.

@@ -1,6 +1,8 @@
 """Per-layer metrics of a model, streamed over images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,20 @@ from pdvit.similarity import patch_similarity
 if TYPE_CHECKING:
     import pandas as pd
 
-# Name -> function from patch tokens (B, N, D) to one value per image (B,).
-METRICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "similarity": patch_similarity,
-    "similarity_signed": partial(patch_similarity, signed=True),
+
+@dataclass(frozen=True)
+class Metric:
+    """A function from patch tokens `(B, N, D)` to one value per image `(B,)`, and what it is in words."""
+
+    of: Callable[[Tensor], Tensor]
+    definition: str
+
+
+METRICS = {
+    "similarity": Metric(patch_similarity, "P, the mean of |cos| over all pairs of different patches of an image"),
+    "similarity_signed": Metric(
+        partial(patch_similarity, signed=True), "the mean of cos over all pairs of different patches of an image"
+    ),
 }
 COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
 BATCH = 32
@@ -27,7 +39,7 @@ BATCH = 32
 def analyze(
     model: nn.Module,
     images: Tensor | Iterable[Tensor | Sequence[Tensor]],
-    metrics: Iterable[str] = tuple(METRICS),
+    metrics: str | Iterable[str] = tuple(METRICS),
     name: str = "model",
 ) -> "pd.DataFrame":
     """Measure the patches of every layer of a timm vision transformer.
@@ -42,7 +54,7 @@ def analyze(
     Returns:
         A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for what enters the first
         block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single image), images,
-        and tokens (patches per image). Prefix tokens are left out; everything is float32.
+        and tokens (patches per image). Prefix tokens are left out; the metrics are computed in float32.
 
     Raises:
         UserError: an unknown metric, no images, a single patch, or tokens that are not finite.
@@ -52,22 +64,14 @@ def analyze(
     chosen = _choose(metrics)
     found: dict[tuple[Layer, str], Moments] = {}
     tokens = 0
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         for batch in _batches(images, next(model.parameters()).device):
-            measured = measure_layers(model, batch, partial(_measure, chosen))
-            for layer, (count, values) in measured.items():
-                tokens = count
+            for layer, (tokens, values) in measure_layers(model, batch, partial(_measure, chosen)).items():
                 for metric, value in values.items():
-                    _check(value, layer)
+                    _check(value, tokens, layer)
                     found.setdefault((layer, metric), Moments()).add(value)
-    finally:
-        model.train(training)
     if not found:
         raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
-    if tokens < 2:
-        raise UserError("one patch has nothing to be alike to", name, "use larger images or smaller patches")
     rows = [
         (name, layer.name, layer.depth, metric, m.mean, m.std, m.ci95, m.count, tokens)
         for metric in chosen
@@ -77,15 +81,27 @@ def analyze(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _measure(chosen: dict[str, Callable[[Tensor], Tensor]], tokens: Tensor) -> tuple[int, dict[str, Tensor]]:
-    return tokens.shape[1], {name: metric(tokens.float()) for name, metric in chosen.items()}
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and every part of it back to its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
-def _choose(metrics: Iterable[str]) -> dict[str, Callable[[Tensor], Tensor]]:
-    names = list(metrics)
-    for name in names:
+def _measure(chosen: dict[str, Metric], tokens: Tensor) -> tuple[int, dict[str, Tensor]]:
+    return tokens.shape[1], {name: metric.of(tokens.float()) for name, metric in chosen.items()}
+
+
+def _choose(metrics: str | Iterable[str]) -> dict[str, Metric]:
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    for name in names or [""]:
         if name not in METRICS:
-            raise UserError(f"there is no metric '{name}'", "--metrics", closest(name, METRICS))
+            raise UserError(f"there is no metric '{name}'", "analyze(metrics=...)", closest(name, METRICS))
     return {name: METRICS[name] for name in names}
 
 
@@ -97,7 +113,13 @@ def _batches(images: Tensor | Iterable[Tensor | Sequence[Tensor]], device: torch
             yield first.to(device)
 
 
-def _check(values: Tensor, layer: Layer) -> None:
+def _check(values: Tensor, tokens: int, layer: Layer) -> None:
+    if tokens < 2:
+        raise UserError(
+            "one patch has nothing to be alike to",
+            "analyze(model, images)",
+            "use larger images or smaller patches",
+        )
     if not bool(values.isfinite().all()):
         raise UserError(
             f"the patches at {layer.name} are infinite or not numbers",

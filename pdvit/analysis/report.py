@@ -3,17 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdvit.analysis.measure import METRICS
 from pdvit.analysis.verdict import verdict
 from pdvit.errors import UserError
 from pdvit.tracking import to_json, write_file
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DEFINITIONS = {
-    "similarity": "P, the mean of |cos| over all pairs of different patches of an image",
-    "similarity_signed": "the mean of cos over all pairs of different patches of an image",
-}
 
 
 def statement(
@@ -32,7 +28,7 @@ def statement(
         "prefix_tokens_dropped": prefix,
         "layers": f"embed is what enters block 1 (with position); blocks are read before the final norm; the last row "
         f"is {norm}",
-        "metrics": {name: DEFINITIONS[name] for name in dict.fromkeys(table["metric"])},
+        "metrics": {name: METRICS[name].definition for name in dict.fromkeys(table["metric"])},
         "spread": "std and ci95 (half-width, Student's t) over images",
         "precision": "float32",
         "device": device,

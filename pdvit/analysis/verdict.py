@@ -26,6 +26,6 @@ def verdict(table: "pd.DataFrame") -> str:
     last, value = rows["layer"].iloc[-1], rows["mean"].iloc[-1]
     layer = onset(table)
     if layer is None:
-        return f"no collapse: P is {value:.2f} at {last}, below {COLLAPSED}"
+        return f"no collapse: P is {value:.3f} at {last}, below {COLLAPSED}"
     start = "from the start" if layer == rows["layer"].iloc[0] else f"at {layer}"
-    return f"collapse sets in {start}: from there on P stays at or above {COLLAPSED}, and is {value:.2f} at {last}"
+    return f"collapse sets in {start}: from there on P stays at or above {COLLAPSED}, and is {value:.3f} at {last}"

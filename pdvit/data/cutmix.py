@@ -45,17 +45,20 @@ def patch_cutmix(
         num_classes: length of the soft class targets.
         alpha: the share of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
             nothing, and every patch has the class of its image.
-        rng: where draws come from; unset: Python's own generator.
+        rng: where draws come from; unset: Python's own generator, so `random.seed` decides.
 
     Returns:
-        The mixed images, class targets weighted by area, and the exact class of every patch.
+        The mixed images (those passed in where nothing is pasted), class targets weighted by area, and the exact class
+        of every patch.
 
     Raises:
-        UserError: the patch size does not divide the images.
+        UserError: the patch size does not divide the images, or alpha is negative or not a number.
     """
+    if not 0 <= alpha < math.inf:
+        raise UserError(f"alpha is {alpha}", "augment.cutmix (--cutmix)", "choose a number from 0 (off) upwards")
     height, width = images.shape[-2:]
     rows, columns = grid_of(height, width, patch_size)
-    box = draw_box(rows, columns, alpha, rng or random.Random()) if alpha > 0 else Box(0, 0, 0, 0)
+    box = draw_box(rows, columns, alpha, rng or random.Random(random.getrandbits(64))) if alpha > 0 else Box(0, 0, 0, 0)
     area = (box.bottom - box.top) * (box.right - box.left)
     partner = targets.roll(1, 0)
     patch_targets = targets[:, None, None].repeat(1, rows, columns)

@@ -34,7 +34,7 @@ def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
     Sample i gets the same numbers whichever batch it is in.
     """
     counters = indices.long()[:, None] * draws + torch.arange(draws, device=indices.device)
-    state = counters * _signed(_GOLDEN) + _signed(fold(seed))
+    state = counters * _signed(_GOLDEN) + fold(seed)
     state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
     state = state ^ _shift(state, 31)

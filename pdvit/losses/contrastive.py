@@ -1,8 +1,9 @@
 """The contrastive term: a patch of the last layer should know its own patch of the first layer."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pdvit.similarity import at_least_float32
 
 
 def contrastive_loss(first: Tensor, last: Tensor, detach_first: bool = True) -> Tensor:
@@ -23,8 +24,7 @@ def contrastive_loss(first: Tensor, last: Tensor, detach_first: bool = True) -> 
     count = last.shape[1]
     if detach_first:
         first = first.detach()
-    if last.dtype != torch.float64:
-        first, last = first.float(), last.float()
+    first, last = at_least_float32(first), at_least_float32(last)
     if count < 2:
         return (last * 0).sum() + (first * 0).sum()
     # m_i - l_i = (sum_j l_j - n l_i) / (n - 1) = n / (n - 1) * (mean - l_i): elementwise, so autocast leaves it alone

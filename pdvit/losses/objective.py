@@ -11,6 +11,7 @@ from pdvit.errors import UserError
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss
 from pdvit.losses.mixing import mixing_loss
+from pdvit.similarity import at_least_float32
 
 TERMS = ("cosine", "contrastive", "mixing")
 
@@ -39,7 +40,7 @@ class Losses(NamedTuple):
 class Objective:
     """L = L_class + cosine * L_cos + contrastive * L_con + mixing * L_mix; a term of weight 0 is not computed.
 
-    Raises UserError where a weight is negative or not a number.
+    Raises UserError where a weight is negative or not a number, or label smoothing is not in [0, 1).
     """
 
     cosine: float = 1.0
@@ -56,6 +57,12 @@ class Objective:
                     f"Objective({name}={weight})",
                     "a weight is a number from 0 (off) upwards",
                 )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"label smoothing of {self.label_smoothing}",
+                f"Objective(label_smoothing={self.label_smoothing})",
+                "choose a number from 0 (off) to below 1",
+            )
 
     def __call__(self, output: Tokens, targets: Tensor, patch_targets: Tensor | None = None) -> Losses:
         """Add up the loss of one batch.
@@ -68,7 +75,9 @@ class Objective:
         Raises:
             UserError: the mixing term is on and the patch targets or the patch head are missing.
         """
-        parts = {"class": F.cross_entropy(output.logits.float(), targets, label_smoothing=self.label_smoothing)}
+        parts = {
+            "class": F.cross_entropy(at_least_float32(output.logits), targets, label_smoothing=self.label_smoothing)
+        }
         if self.cosine:
             parts["cosine"] = cosine_loss(output.last)
         if self.contrastive:

@@ -117,12 +117,13 @@ def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> It
 
 
 def measure_layers(model: nn.Module, images: Tensor, measure: Callable[[Tensor], T]) -> dict[Layer, T]:
-    """Return `measure(tokens)` of every layer for one batch, without gradients and in float32."""
+    """Return `measure(tokens)` of every layer for one batch, without gradients or autocast."""
     found: dict[Layer, T] = {}
 
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = measure(tokens)
 
-    with torch.no_grad(), watch_layers(model, visit):
+    exact = torch.autocast(images.device.type, enabled=False)
+    with torch.no_grad(), exact, watch_layers(model, visit):
         model(images)
     return found

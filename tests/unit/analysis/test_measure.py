@@ -1,0 +1,193 @@
+from contextlib import ExitStack
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from sklearn.metrics.pairwise import cosine_similarity
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pdvit.analysis import METRICS, analyze
+from pdvit.errors import UserError
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 4}
+COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
+
+
+def build(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **options})
+
+
+def pictures(count: int = 5, size: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def expected(model: nn.Module, images: Tensor, prefix: int, norm: bool = True) -> dict[tuple[str, str], list[float]]:
+    """One value per image for every layer and metric: plain hooks, and scikit-learn's cosines without the diagonal."""
+    seen: dict[str, Tensor] = {}
+    places = {f"block {i}": block for i, block in enumerate(model.blocks, 1)}
+    if norm:
+        places["norm"] = model.norm
+    with ExitStack() as hooks, torch.no_grad():
+
+        def keep(name: str):
+            return lambda module, inputs, output: seen.update({name: output})
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in places.items()]
+        handles.append(model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.update(embed=inputs[0])))
+        for handle in handles:
+            hooks.callback(handle.remove)
+        model.eval()(images)
+    found: dict[tuple[str, str], list[float]] = {}
+    for layer, tokens in seen.items():
+        for image in tokens[:, prefix:].double().numpy():
+            cosines = cosine_similarity(image)[~np.eye(len(image), dtype=bool)]
+            found.setdefault((layer, "similarity"), []).append(np.abs(cosines).mean())
+            found.setdefault((layer, "similarity_signed"), []).append(cosines.mean())
+    return found
+
+
+def check(table: pd.DataFrame, values: dict[tuple[str, str], list[float]]) -> None:
+    rows = table.set_index(["layer", "metric"])
+    assert set(rows.index) == set(values)
+    assert len(rows) == len(values)
+    for key, numbers in values.items():
+        assert rows.loc[key, "mean"] == pytest.approx(np.mean(numbers), abs=1e-6)
+        assert rows.loc[key, "std"] == pytest.approx(np.std(numbers, ddof=1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "prefix", "norm"),
+    [
+        ("vit_tiny_patch16_224", {}, 1, True),
+        ("vit_tiny_patch16_224", {"reg_tokens": 3}, 4, True),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "fc_norm": False}, 0, True),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, 0, False),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, 1, False),
+        ("deit_tiny_distilled_patch16_224", {}, 2, True),
+    ],
+    ids=["class token", "registers", "no prefix", "no prefix, no norm", "average, no norm", "distilled"],
+)
+def test_equals_plain_hooks_and_scikit_learn(name, options, prefix, norm):
+    model, images = build(name, **options), pictures()
+    table = analyze(model, images)
+    assert ("norm" in set(table["layer"])) == norm
+    assert set(table["tokens"]) == {16}
+    check(table, expected(model, images, prefix, norm))
+
+
+def test_table_is_tidy():
+    table = analyze(build(), pictures(), name="mine")
+    assert list(table.columns) == COLUMNS
+    one = table[table["metric"] == "similarity"]
+    assert list(one["layer"]) == ["embed", "block 1", "block 2", "block 3", "norm"]
+    assert list(one["depth"]) == [0, 1, 2, 3, 4]
+    assert len(table) == 2 * len(one)
+    assert set(table["model"]) == {"mine"}
+    assert set(table["images"]) == {5}
+    assert table.notna().all(axis=None)
+
+
+def test_interval_is_that_of_students_t():
+    table = analyze(build(), pictures(4))
+    np.testing.assert_allclose(table["ci95"], 3.182446 * table["std"] / np.sqrt(4), rtol=1e-6)  # t(0.975, 3)
+
+
+def test_ways_to_pass_images_agree():
+    model, images = build(depth=1), pictures(37)
+    labels = torch.arange(37)
+    whole = analyze(model, images)
+    assert set(whole["images"]) == {37}
+    ways = {
+        "batches": list(images.split(8)),
+        "generator": (batch for batch in images.split(10)),
+        "tuples": list(zip(images.split(8), labels.split(8), strict=True)),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=16),
+        "empty batch": [images[:20], images[:0], images[20:]],
+    }
+    for way, batches in ways.items():
+        pd.testing.assert_frame_equal(analyze(model, batches), whole, rtol=1e-5, obj=way)
+
+
+def test_other_sizes_give_other_token_counts():
+    model = build(img_size=None, dynamic_img_size=True)
+    assert set(analyze(model, pictures(2, size=48))["tokens"]) == {36}
+
+
+def test_metrics_can_be_chosen():
+    table = analyze(build(), pictures(2), metrics=["similarity_signed"])
+    assert set(table["metric"]) == {"similarity_signed"}
+    assert set(METRICS) >= {"similarity", "similarity_signed"}
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_goes_on_training():
+    model = build(proj_drop_rate=0.5, pos_drop_rate=0.5)
+    expected_table = analyze(model.eval(), pictures())
+    assert not model.training
+    pd.testing.assert_frame_equal(analyze(model.train(), pictures()), expected_table)
+    assert all(module.training for module in model.modules())
+
+
+def test_frozen_parts_stay_in_their_mode():
+    model = build().train()
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    analyze(model, pictures(2))
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_training_mode_comes_back_after_an_error():
+    model = build().train()
+    with pytest.raises(UserError):
+        analyze(model, pictures() * float("nan"))
+    assert model.training
+
+
+def test_nothing_stays_behind_on_the_model():
+    model = build()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    analyze(model, pictures(2))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weights_that_are_not_numbers_are_named_with_their_layer():
+    model = build()
+    nn.init.constant_(model.blocks[1].mlp.fc2.weight, float("nan"))
+    with pytest.raises(UserError, match="block 2"):
+        analyze(model, pictures())
+
+
+def test_an_unknown_metric_names_the_closest():
+    with pytest.raises(UserError, match="did you mean 'similarity'"):
+        analyze(build(), pictures(), metrics=["similarty"])
+
+
+@pytest.mark.parametrize("images", [pictures(0), [], [pictures(0)]], ids=["empty tensor", "no batch", "empty batch"])
+def test_no_images_are_refused(images):
+    with pytest.raises(UserError, match="no images"):
+        analyze(build(), images)
+
+
+def test_a_single_patch_is_refused():
+    with pytest.raises(UserError, match="one patch"):
+        analyze(build(patch_size=32), pictures())
+
+
+def test_a_single_image_has_no_spread():
+    table = analyze(build(), pictures(1))
+    assert table[["std", "ci95"]].isna().all(axis=None)
+    assert table["mean"].notna().all()
+    assert set(table["images"]) == {1}
+
+
+def test_a_model_whose_patches_are_one_is_seen_as_collapsed():
+    model = build()
+    nn.init.zeros_(model.pos_embed)
+    table = analyze(model, torch.ones(2, 3, 32, 32)).set_index("metric")
+    assert table.loc["similarity", "mean"].tolist() == pytest.approx([1] * 5, abs=1e-5)
+    assert table.loc["similarity_signed", "mean"].tolist() == pytest.approx([1] * 5, abs=1e-5)

@@ -1,0 +1,159 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdvit.data.cutmix import Mixed, draw_box, grid_of, patch_cutmix
+from pdvit.errors import UserError
+
+CLASSES = 7
+CASES = {
+    "batch": st.integers(1, 5),
+    "rows": st.integers(1, 6),
+    "columns": st.integers(1, 6),
+    "size": st.integers(1, 3),
+    "seed": st.integers(0, 2**32),
+    "alpha": st.sampled_from([0.0, 0.2, 1.0, 5.0]),
+}
+few = settings(max_examples=40, deadline=None)
+
+
+def make(batch: int, rows: int, columns: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images in which every pixel value occurs once, and random classes."""
+    shape = (batch, 2, rows * size, columns * size)
+    images = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    return images, torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
+
+
+def patches(images: Tensor, size: int) -> Tensor:
+    """Cut images into patches `(B, N, values)`, row by row of the grid."""
+    return F.unfold(images, size, stride=size).transpose(1, 2)
+
+
+def mixed_patches(mixed: Mixed, images: Tensor, size: int) -> Tensor:
+    """Which patches were pasted, `(N,)`; the same for every image of a batch."""
+    return (patches(mixed.images, size) != patches(images, size)).any(-1).any(0)
+
+
+def pasted_share(rows: int, alpha: float, draws: int) -> list[float]:
+    rng = random.Random(0)
+    images, targets = torch.zeros(2, 1, rows, rows), torch.tensor([0, 1])
+    return [patch_cutmix(images, targets, 1, 2, alpha, rng).targets[0, 1].item() for _ in range(draws)]
+
+
+@few
+@given(**CASES)
+def test_every_patch_comes_whole_from_one_image_and_says_from_which(batch, rows, columns, size, seed, alpha):
+    images, targets = make(batch, rows, columns, size, seed)
+    mixed = patch_cutmix(images, targets, size, CLASSES, alpha, random.Random(seed))
+    before, after = patches(images, size), patches(mixed.images, size)
+    assert mixed.images.shape == images.shape
+    assert mixed.patch_targets.shape == (batch, rows * columns)
+    equal = (after[:, :, None] == before.transpose(0, 1)).all(-1)  # (image, place, image it may come from)
+    assert (equal.sum(-1) == 1).all()
+    assert torch.equal(mixed.patch_targets, targets[equal.int().argmax(-1)])
+
+
+@few
+@given(**CASES)
+def test_class_target_is_the_mean_of_the_patch_targets(batch, rows, columns, size, seed, alpha):
+    images, targets = make(batch, rows, columns, size, seed)
+    mixed = patch_cutmix(images, targets, size, CLASSES, alpha, random.Random(seed))
+    expected = F.one_hot(mixed.patch_targets, CLASSES).double().mean(1)
+    assert mixed.targets.dtype == torch.float32
+    torch.testing.assert_close(mixed.targets.double(), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(mixed.targets.sum(1), torch.ones(batch))
+
+
+@few
+@given(**CASES)
+def test_pasted_patches_form_one_rectangle(batch, rows, columns, size, seed, alpha):
+    images, targets = make(batch, rows, columns, size, seed)
+    mixed = patch_cutmix(images, targets, size, CLASSES, alpha, random.Random(seed))
+    pasted = mixed_patches(mixed, images, size).view(rows, columns)
+    assert torch.equal(pasted, pasted.any(1)[:, None] & pasted.any(0))
+    for line in (pasted.any(1), pasted.any(0)):
+        assert int(line.int().diff().abs().sum()) + int(line[0]) + int(line[-1]) in (0, 2)  # one run, or none
+
+
+@few
+@given(**CASES)
+def test_inputs_are_not_touched_and_the_same_generator_gives_the_same_result(batch, rows, columns, size, seed, alpha):
+    images, targets = make(batch, rows, columns, size, seed)
+    copies = images.clone(), targets.clone()
+    once = patch_cutmix(images, targets, size, CLASSES, alpha, random.Random(seed))
+    again = patch_cutmix(images, targets, size, CLASSES, alpha, random.Random(seed))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert torch.equal(images, copies[0])
+    assert torch.equal(targets, copies[1])
+
+
+def test_alpha_zero_leaves_images_and_labels_alone():
+    images, targets = make(3, 4, 5, 2)
+    mixed = patch_cutmix(images, targets, 2, CLASSES, alpha=0)
+    assert torch.equal(mixed.images, images)
+    assert torch.equal(mixed.targets, F.one_hot(targets, CLASSES).float())
+    assert torch.equal(mixed.patch_targets, targets[:, None].expand(3, 20))
+
+
+def test_without_a_generator_the_seed_of_python_decides():
+    images, targets = make(2, 16, 16, 1)
+    found = []
+    for _ in range(2):
+        random.seed(5)
+        found.append([patch_cutmix(images, targets, 1, CLASSES).images for _ in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_other_draws_give_other_boxes():
+    images, targets = make(2, 16, 16, 1)
+    rng = random.Random(0)
+    boxes = {tuple(mixed_patches(patch_cutmix(images, targets, 1, CLASSES, rng=rng), images, 1)) for _ in range(20)}
+    assert len(boxes) > 15
+
+
+def test_every_patch_can_be_pasted_and_can_stay():
+    rng = random.Random(0)
+    images, targets = torch.zeros(2, 1, 4, 6), torch.tensor([0, 1])
+    pasted = torch.stack([patch_cutmix(images, targets, 1, 2, rng=rng).patch_targets[0] for _ in range(200)])
+    assert pasted.amin(0).tolist() == [0] * 24
+    assert pasted.amax(0).tolist() == [1] * 24
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+def test_share_of_the_pasted_area_follows_the_beta_distribution(alpha):
+    shares = pasted_share(64, alpha, 1500)
+    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.03)
+    for limit in (0.1, 0.25, 0.5, 0.75, 0.9):  # not nearer to the ends, where whole patches pile up
+        below = sum(share <= limit for share in shares) / len(shares)
+        assert below == pytest.approx(stats.beta(alpha, alpha).cdf(limit), abs=0.04)
+
+
+@few
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**32))
+def test_box_stays_on_the_grid(rows, columns, seed):
+    box = draw_box(rows, columns, 1.0, random.Random(seed))
+    assert 0 <= box.top <= box.bottom <= rows
+    assert 0 <= box.left <= box.right <= columns
+
+
+def test_grid_counts_rows_before_columns():
+    assert grid_of(32, 48, 16) == (2, 3)
+    images, targets = make(2, 2, 3, 4)
+    assert patch_cutmix(images, targets, 4, CLASSES).patch_targets.shape == (2, 6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 30), (3, 3)])
+def test_a_patch_size_that_does_not_divide_is_refused(height, width):
+    with pytest.raises(UserError, match=f"patches of 4 pixels do not fit images of {height}x{width}"):
+        patch_cutmix(torch.zeros(2, 3, height, width), torch.tensor([0, 1]), 4, CLASSES)
+
+
+def test_images_of_bytes_stay_bytes():
+    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(251).to(torch.uint8)
+    assert patch_cutmix(images, torch.tensor([0, 1]), 2, CLASSES).images.dtype == torch.uint8

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from pdvit.data.randomness import epoch_order, fold, uniform
+
+SEEDS = st.integers(0, 2**62)
+few = settings(max_examples=40, deadline=None)
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1])
+
+
+def test_fold_is_a_known_function_of_its_numbers():
+    # the first outputs of SplitMix64 from state 0, as its author's C code prints them, without the last bit
+    assert fold(0) == 0xE220A8397B1DCDAF >> 1
+    assert fold(1) == 0x6E789E6AA1B965F4 >> 1
+    assert fold(2) == 0x06C45D188009454F >> 1
+
+
+def test_fold_tells_many_inputs_apart():
+    numbers = [(a,) for a in range(2000)] + [(a, b) for a in range(60) for b in range(60)]
+    numbers += [(a, b, c) for a in range(12) for b in range(12) for c in range(12)]
+    assert len({fold(*some) for some in numbers}) == len(numbers)
+
+
+@few
+@given(numbers=st.lists(st.integers(0, 2**64), min_size=1, max_size=4))
+def test_fold_fits_a_generator(numbers):
+    seed = fold(*numbers)
+    assert 0 <= seed < 2**63
+    assert seed == fold(*numbers)
+    torch.Generator().manual_seed(seed)
+
+
+@few
+@given(seed=SEEDS, epoch=st.integers(0, 1000), count=st.integers(0, 50))
+def test_epoch_order_is_a_permutation_that_repeats(seed, epoch, count):
+    order = epoch_order(seed, epoch, count)
+    assert sorted(order.tolist()) == list(range(count))
+    assert torch.equal(order, epoch_order(seed, epoch, count))
+
+
+def test_epoch_order_changes_with_epoch_and_seed():
+    orders = {tuple(epoch_order(seed, epoch, 50).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_epoch_order_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    epoch_order(1, 2, 10)
+    uniform(1, torch.arange(10), 3)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@few
+@given(seed=SEEDS, indices=st.lists(st.integers(0, 2**40), max_size=20), draws=st.integers(1, 6))
+def test_uniform_is_in_range_and_has_one_row_per_sample(seed, indices, draws):
+    found = uniform(seed, torch.tensor(indices, dtype=torch.long), draws)
+    assert found.shape == (len(indices), draws)
+    assert found.dtype == torch.float32
+    assert (found >= 0).all()
+    assert (found < 1).all()
+
+
+@few
+@given(seed=SEEDS, indices=st.lists(st.integers(0, 2**40), min_size=1, max_size=20), data=st.data())
+def test_a_sample_has_the_same_numbers_whichever_batch_it_is_in(seed, indices, data):
+    together = uniform(seed, torch.tensor(indices), 3)
+    order = data.draw(st.permutations(range(len(indices))))
+    assert torch.equal(uniform(seed, torch.tensor(indices)[list(order)], 3), together[list(order)])
+    for index, row in zip(indices, together, strict=True):
+        assert torch.equal(uniform(seed, torch.tensor([index]), 3)[0], row)
+
+
+def test_indices_may_be_short_integers():
+    indices = torch.arange(100)
+    assert torch.equal(uniform(3, indices.int(), 4), uniform(3, indices, 4))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**40])
+def test_uniform_numbers_look_uniform_and_independent(seed):
+    found = uniform(seed, torch.arange(20_000), 4)
+    assert found.mean().item() == pytest.approx(1 / 2, abs=0.005)
+    assert found.var().item() == pytest.approx(1 / 12, abs=0.002)
+    assert stats.kstest(found.flatten().numpy(), "uniform").pvalue > 0.001
+    assert abs(correlation(found[1:], found[:-1])) < 0.02  # neighbouring samples
+    assert abs(correlation(found[:, 1:], found[:, :-1])) < 0.02  # neighbouring draws
+    assert abs(correlation(found, uniform(seed + 1, torch.arange(20_000), 4))) < 0.02  # neighbouring seeds
+
+
+def test_other_seeds_give_other_numbers():
+    rows = {tuple(uniform(seed, torch.tensor([0]), 4)[0].tolist()) for seed in range(200)}
+    assert len(rows) == 200
+
+
+def test_no_number_comes_twice_among_samples_and_draws():
+    found = uniform(0, torch.arange(500), 4)
+    assert len(found.unique()) >= 1999  # of 2^24 possible numbers; one accident is likely enough

@@ -1,0 +1,340 @@
+import math
+import subprocess
+import sys
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pdvit import similarity
+from pdvit.similarity import patch_similarity, unit_tokens
+
+KINDS = pytest.mark.parametrize("signed", [False, True], ids=["absolute", "signed"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 9), st.integers(1, 7), st.integers(0, 2**32))
+few = settings(max_examples=30, deadline=None)
+
+
+def gaussian(images: int, count: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(images, count, width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def literal(tokens: Tensor, signed: bool) -> list[float]:
+    """P as the paper writes it, one pair at a time."""
+    found = []
+    for image in tokens.tolist():
+        total = 0.0
+        for a, b in permutations(image, 2):
+            cosine = sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+            total += cosine if signed else abs(cosine)
+        found.append(total / (len(image) * (len(image) - 1)))
+    return found
+
+
+def value_and_gradient(tokens: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:
+    tokens = tokens.detach().clone().requires_grad_()
+    value = patch_similarity(tokens, signed)
+    weights = torch.arange(1, len(value) + 1, dtype=value.dtype)  # another weight for every image
+    (value * weights).sum().backward()
+    assert tokens.grad is not None
+    return value.detach(), tokens.grad
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many entries the largest tensor had."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return out
+
+
+@KINDS
+@few
+@given(shape=SHAPES)
+def test_equals_the_formula_pair_by_pair(signed, shape):
+    tokens = gaussian(*shape)
+    assert patch_similarity(tokens, signed).tolist() == pytest.approx(literal(tokens, signed), abs=1e-12)
+
+
+@KINDS
+def test_float32_equals_the_formula(signed):
+    tokens = gaussian(2, 12, 5, dtype=torch.float32)
+    found = patch_similarity(tokens, signed)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(literal(tokens, signed), abs=1e-6)
+
+
+def test_value_worked_by_hand():
+    # cosines: (1,0).(-1,0) = -1, (1,0).(1,1) = 1/sqrt 2, (-1,0).(1,1) = -1/sqrt 2; lengths don't matter
+    tokens = torch.tensor([[[1.0, 0.0], [-3.0, 0.0], [5.0, 5.0]]])
+    assert patch_similarity(tokens).item() == pytest.approx((1 + math.sqrt(2)) / 3)
+    assert patch_similarity(tokens, signed=True).item() == pytest.approx(-1 / 3)
+
+
+def test_orthogonal_tokens_have_none():
+    assert patch_similarity(torch.eye(6)[None] * 7).item() == 0
+
+
+def test_opposite_tokens_are_alike_only_without_the_sign():
+    tokens = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
+    assert patch_similarity(tokens).item() == pytest.approx(1)
+    assert patch_similarity(tokens, signed=True).item() == pytest.approx(-1)
+
+
+@few
+@given(shape=SHAPES)
+def test_stays_in_range(shape):
+    tokens = gaussian(*shape)
+    absolute, signed = patch_similarity(tokens), patch_similarity(tokens, signed=True)
+    assert (absolute >= 0).all()
+    assert (absolute <= 1 + 1e-12).all()
+    assert (signed >= -1 / (shape[1] - 1) - 1e-12).all()
+    assert (signed.abs() <= absolute + 1e-12).all()
+
+
+def test_signed_reaches_its_lower_end_on_a_simplex():
+    corners = torch.eye(5, dtype=torch.float64) - 1 / 5
+    assert patch_similarity(corners[None], signed=True).item() == pytest.approx(-1 / 4)
+
+
+@KINDS
+@few
+@given(shape=SHAPES)
+def test_order_of_the_patches_does_not_matter(signed, shape):
+    tokens = gaussian(*shape)
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(shape[3]))
+    torch.testing.assert_close(patch_similarity(tokens[:, order], signed), patch_similarity(tokens, signed))
+
+
+@KINDS
+@few
+@given(shape=SHAPES)
+def test_length_of_a_token_does_not_matter(signed, shape):
+    tokens = gaussian(*shape)
+    lengths = gaussian(shape[0], shape[1], 1, seed=shape[3] + 1).abs() + 0.1
+    torch.testing.assert_close(patch_similarity(tokens * lengths, signed), patch_similarity(tokens, signed))
+
+
+@few
+@given(shape=SHAPES)
+def test_flipping_tokens_changes_the_signed_value_only(shape):
+    tokens = gaussian(*shape)
+    flips = torch.where(gaussian(shape[0], shape[1], 1, seed=shape[3] + 1) > 0, 1.0, -1.0)
+    torch.testing.assert_close(patch_similarity(tokens * flips), patch_similarity(tokens))
+
+
+def test_flipping_one_of_two_tokens_flips_the_signed_value():
+    tokens = gaussian(3, 2, 4)
+    flipped = tokens * torch.tensor([1.0, -1.0])[:, None]
+    torch.testing.assert_close(patch_similarity(flipped, signed=True), -patch_similarity(tokens, signed=True))
+
+
+@KINDS
+@few
+@given(shape=SHAPES)
+def test_an_image_does_not_depend_on_its_batch(signed, shape):
+    tokens = gaussian(*shape)
+    alone = torch.cat([patch_similarity(image[None], signed) for image in tokens])
+    torch.testing.assert_close(patch_similarity(tokens, signed), alone)
+
+
+@KINDS
+@DTYPES
+def test_identical_tokens_give_one(signed, dtype):
+    tokens = gaussian(2, 1, 48).to(dtype).expand(2, 64, 48)
+    assert patch_similarity(tokens, signed).tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(192, 0.0576), (384, 0.0407), (768, 0.0288), (1024, 0.0249)])
+def test_random_tokens_give_the_known_value(width, expected):
+    found = patch_similarity(gaussian(4, 196, width, dtype=torch.float32))
+    assert expected == pytest.approx(math.sqrt(2 / (math.pi * width)), abs=5e-5)
+    assert found.tolist() == pytest.approx([expected] * 4, rel=0.02)
+    assert patch_similarity(gaussian(4, 196, width), signed=True).abs().max() < 0.1 * expected
+
+
+@few
+@given(shape=SHAPES)
+def test_signed_equals_the_length_of_the_sum_of_directions(shape):
+    tokens, count = gaussian(*shape), shape[1]
+    directions = tokens / tokens.norm(dim=-1, keepdim=True)
+    expected = (directions.sum(1).norm(dim=-1) ** 2 - count) / (count * (count - 1))
+    torch.testing.assert_close(patch_similarity(tokens, signed=True), expected, rtol=0, atol=1e-12)
+
+
+@few
+@given(shape=SHAPES)
+def test_the_mean_with_the_diagonal_converts(shape):
+    tokens, count = gaussian(*shape), shape[1]
+    with_diagonal = torch.nn.functional.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1).abs()
+    expected = ((count - 1) * patch_similarity(tokens) + 1) / count
+    torch.testing.assert_close(with_diagonal.mean((1, 2)), expected)
+
+
+def test_more_patches_than_dimensions_cannot_all_be_orthogonal():
+    # Welch: the mean of cos^2 over pairs is at least (n - d) / (d (n - 1)). As |cos| <= 1, P is at least as large.
+    count, width = 24, 6
+    bound = (count - width) / (width * (count - 1))
+    tight = torch.eye(width, dtype=torch.float64).repeat(count // width, 1)[None]
+    assert patch_similarity(tight).item() == pytest.approx(bound)
+    start = tokens = gaussian(1, count, width)
+    for _ in range(60):
+        tokens = tokens - 3 * value_and_gradient(tokens)[1]
+    assert bound <= patch_similarity(tokens).item() < 0.95 * patch_similarity(start).item()
+
+
+@KINDS
+@DTYPES
+def test_one_patch_gives_zero(signed, dtype):
+    value, gradient = value_and_gradient(gaussian(3, 1, 5).to(dtype), signed)
+    assert value.tolist() == [0, 0, 0]
+    assert (gradient == 0).all()
+
+
+def test_no_images_give_no_values():
+    assert patch_similarity(torch.ones(0, 4, 3)).shape == (0,)
+
+
+@KINDS
+@DTYPES
+@AUTOCAST
+@pytest.mark.parametrize("case", ["zero", "one zero", "tiny", "tiny and alike", "huge", "identical"])
+def test_value_and_gradient_are_finite(signed, dtype, autocast, case):
+    # fp16 ends at 65504 and its smallest number is 6e-8
+    tiny, huge = (1e-7, 6e4 / 5) if dtype == torch.float16 else (1e-30, 1e6)
+    random = gaussian(2, 6, 5)
+    tokens = {
+        "zero": random * 0,
+        "one zero": random * torch.tensor([0.0, 1, 1, 1, 1, 1])[:, None],
+        "tiny": random * tiny,
+        "tiny and alike": torch.full_like(random, tiny),
+        "huge": random * huge,
+        "identical": torch.ones_like(random),
+    }[case].to(dtype)
+    assert tokens.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value, gradient = value_and_gradient(tokens, signed)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient.dtype == dtype
+
+
+def test_zero_tokens_are_like_nothing():
+    assert patch_similarity(torch.zeros(1, 5, 4)).item() == 0
+
+
+@KINDS
+def test_huge_and_ordinary_tokens_have_one_value(signed):
+    tokens = gaussian(2, 10, 8, dtype=torch.float32)
+    torch.testing.assert_close(patch_similarity(tokens * 1e6, signed), patch_similarity(tokens, signed))
+
+
+@KINDS
+@DTYPES
+def test_autocast_changes_nothing(signed, dtype):
+    tokens = gaussian(2, 20, 16).to(dtype)
+    expected = value_and_gradient(tokens, signed)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradient(tokens, signed)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@KINDS
+def test_short_numbers_are_computed_in_float32(signed, dtype):
+    tokens = gaussian(2, 20, 16).to(dtype)
+    torch.testing.assert_close(patch_similarity(tokens, signed), patch_similarity(tokens.float(), signed))
+
+
+def test_float64_stays_float64():
+    assert patch_similarity(gaussian(1, 3, 2)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("count", [2, 5, 9])
+@KINDS
+def test_gradient_equals_finite_differences(signed, count):
+    tokens = gaussian(2, count, 4, seed=3)
+    cosines = torch.nn.functional.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)
+    assert cosines.abs().min() > 1e-4  # |cos| has a kink at 0
+    tokens.requires_grad_()
+    assert torch.autograd.gradcheck(lambda tokens: patch_similarity(tokens, signed), tokens)
+
+
+@pytest.mark.parametrize("entries", [1, 50, 64, 100, 200])
+def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries):
+    tokens = gaussian(2, 11, 5)
+    value, gradient = value_and_gradient(tokens)
+    monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
+    found, pull = value_and_gradient(tokens)
+    assert found.tolist() == pytest.approx(literal(tokens, signed=False), abs=1e-12)
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(pull, gradient)
+
+
+def test_no_tensor_is_larger_than_a_block_or_the_tokens(monkeypatch):
+    tokens = gaussian(1, 400, 8)
+    with Largest() as whole:
+        value_and_gradient(tokens)
+    assert whole.entries == 400 * 400  # what blocks avoid
+    monkeypatch.setattr(similarity, "BLOCK_ENTRIES", 4000)
+    with Largest() as blockwise:
+        value_and_gradient(tokens)
+    assert blockwise.entries <= 4000
+
+
+def test_the_gradient_is_skipped_where_nobody_wants_it():
+    tokens = gaussian(1, 4, 3)
+    assert not patch_similarity(tokens).requires_grad
+    with torch.no_grad():
+        assert not patch_similarity(tokens.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_compiles_without_a_graph_break(signed):
+    tokens = gaussian(2, 7, 5, dtype=torch.float32)
+    expected = value_and_gradient(tokens, signed)
+    compiled = torch.compile(lambda tokens: patch_similarity(tokens, signed), fullgraph=True, backend="aot_eager")
+    leaf = tokens.clone().requires_grad_()
+    value = compiled(leaf)
+    (value * torch.tensor([1.0, 2.0])).sum().backward()
+    torch.testing.assert_close((value.detach(), leaf.grad), expected)
+
+
+def test_unit_tokens_have_length_one():
+    lengths = unit_tokens(gaussian(2, 3, 4).half()).norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones(2, 3))
+
+
+MEASURE_MEMORY = """
+import resource
+import torch
+from pdvit.similarity import patch_similarity
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+patch_similarity(torch.randn(1, 2048, 768))  # libraries and thread pools are loaded once
+tokens = torch.randn(1, 16384, 768)
+before = peak()
+value = patch_similarity(tokens)
+print(peak() - before, float(value))
+"""
+
+
+@pytest.mark.slow
+def test_an_image_of_16384_tokens_takes_at_most_256_megabytes():
+    done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True)
+    megabytes, value = map(float, done.stdout.split())
+    assert value == pytest.approx(math.sqrt(2 / (math.pi * 768)), rel=0.01)
+    assert megabytes <= 256
