@@ -59,8 +59,8 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name 
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     with torch.device("meta"):
         model = _create(name, arguments, where)
-    family_of(model)
-    _check_grid(model)
+    family_of(model, where)
+    _check_grid(model, where)
     return model
 
 
@@ -88,21 +88,25 @@ def patch_size_of(model: nn.Module) -> int:
 def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     try:
         model = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
         raise UserError(
-            f"timm can't build {name}: {error}", where, "check the model's arguments (--model-kwargs)"
+            f"timm can't build {name}: {type(error).__name__}: {error}",
+            where,
+            "check the model's arguments (--model-kwargs)",
         ) from error
     assert isinstance(model, nn.Module)
     return model
 
 
-def _check_grid(model: Any) -> None:
+def _check_grid(model: Any, where: str) -> None:
+    if len(model.blocks) == 0:
+        raise UserError("the model has no blocks", where, "give it a depth of at least 1")
     height, width = model.patch_embed.img_size
     patch = patch_size_of(model)
     if height % patch or width % patch:
         raise UserError(
             f"patches of {patch} pixels do not fit images of {height}x{width}",
-            "data.img_size and model.patch_size (--img-size, --patch-size)",
+            f"{where}, with its image size and patch size",
             f"choose an image size that is a multiple of {patch}: "
             f"{max(1, height // patch) * patch} or {(height // patch + 1) * patch}",
         )

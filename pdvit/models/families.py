@@ -24,7 +24,7 @@ FAMILIES = {
 }
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     """Look up a timm model's family; UserError with the reason where pdvit can't read its tokens."""
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
@@ -32,14 +32,14 @@ def family_of(model: nn.Module) -> Family:
     else:
         raise UserError(
             f"pdvit can't read the patches of a {type(model).__name__}",
-            "model.name (--model)",
+            where,
             f"use a plain vision transformer of timm: {', '.join(FAMILIES)}",
         )
     drop = getattr(model, "patch_drop", None)
     if getattr(drop, "prob", 0) > 0:
         raise UserError(
             "patch_drop_rate throws patches away at random, so that no patch keeps its place",
-            "model.args",
+            where,
             "build the model with patch_drop_rate=0",
         )
     return FAMILIES[cls.__name__]

@@ -31,7 +31,8 @@ class Loaded:
     @property
     def weights(self) -> str:
         """Which weights these are: `raw`, `ema`, or `unknown` where the file does not say."""
-        return str(self.config.get("pdvit", {}).get("weights", "unknown"))
+        facts = self.config.get("pdvit")
+        return str(facts.get("weights", "unknown")) if isinstance(facts, dict) else "unknown"
 
 
 def export(model: nn.Module, classes: list[str], data_config: dict[str, Any], weights: str) -> dict[str, bytes]:
@@ -44,8 +45,18 @@ def export(model: nn.Module, classes: list[str], data_config: dict[str, Any], we
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return {
         CONFIG: text.encode(),
-        WEIGHTS: save(tensors, metadata={"format": "pt", HEADER_KEY: text}),
+        WEIGHTS: _in_order(save(tensors, metadata={"format": "pt", HEADER_KEY: text})),
     }
+
+
+def _in_order(file: bytes) -> bytes:
+    """Return a safetensors file with sorted metadata: the library writes them in an order that changes by chance."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format keeps the tensors aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def _config_text(model: nn.Module, classes: list[str], data_config: dict[str, Any], weights: str) -> str:
@@ -141,6 +152,7 @@ def _architecture(file: Path, config: dict[str, Any], name: str | None) -> tuple
 
 def _compare(name: str, arguments: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Raise UserError unless the weights are those of the model: checked by shape, before it takes any memory."""
+    sketch_model(name, {}, str(file))  # a family that is refused never sees the arguments
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", str(file), "copy the file again")
     expected = sketch_model(name, arguments, str(file)).state_dict()

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from pdvit.config.schema import ModelConfig
+from pdvit.errors import UserError
+from pdvit.models.build import build_model, model_arguments, patch_size_of, sketch_model
+
+VIT = "vit_tiny_patch16_224"
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
+
+
+def test_an_unknown_model_names_the_closest():
+    with pytest.raises(UserError, match="deit_smal_patch16_224") as caught:
+        build_model("deit_smal_patch16_224", {})
+    assert "'deit_small_patch16_224'" in caught.value.tip
+
+
+@pytest.mark.parametrize("name", ["", "hf-hub:timm/vit_tiny_patch16_224", "local-dir:.", "../vit"])
+def test_a_name_that_timm_would_fetch_is_refused(name):
+    with pytest.raises(UserError, match="no model named"):
+        build_model(name, {})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"no_such_argument": 1},
+        {"depth": "8"},
+        {"depth": 0},
+        {"embed_dim": 0},
+        {"num_heads": 0},
+        {"num_heads": 5},
+        {"patch_size": 0},
+        {"img_size": 0},
+        {"img_size": [32]},
+        {"norm_layer": "no_such_norm"},
+        {"act_layer": "no_such_activation"},
+        {"global_pool": "no_such_pool"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_an_argument_that_timm_refuses_is_a_user_error(arguments):
+    with pytest.raises(UserError) as caught:
+        build_model(VIT, SMALL | arguments, "model.args")
+    assert caught.value.where == "model.args"
+
+
+@pytest.mark.parametrize(
+    "argument", ["pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"]
+)
+def test_an_argument_that_reads_or_fetches_files_is_refused(argument, tmp_path):
+    with pytest.raises(UserError, match=f"'{argument}'"):
+        build_model(VIT, SMALL | {argument: str(tmp_path / "weights.pth")})
+
+
+def test_arguments_carry_only_what_is_set():
+    assert model_arguments(ModelConfig(name=VIT), None) == {}
+    given = ModelConfig(name=VIT, depth=3, width=24, heads=2, patch_size=8, drop_path=0.1, args={"qk_norm": True})
+    assert model_arguments(given, 32) == {
+        "img_size": 32,
+        "depth": 3,
+        "embed_dim": 24,
+        "num_heads": 2,
+        "patch_size": 8,
+        "drop_path_rate": 0.1,
+        "qk_norm": True,
+    }
+
+
+# DeiT-S is 384 wide with 6 heads, ViT-B 768 with 12: both have 64 channels per head.
+@pytest.mark.parametrize(
+    ("name", "width", "heads"),
+    [("deit_small_patch16_224", 128, 2), ("vit_base_patch16_224", 192, 3), ("vit_tiny_patch16_224", 48, 1)],
+)
+def test_a_width_alone_keeps_the_width_per_head(name, width, heads):
+    arguments = model_arguments(ModelConfig(name=name, width=width), None)
+    assert (arguments["embed_dim"], arguments["num_heads"]) == (width, heads)
+
+
+def test_heads_alone_keep_the_width():
+    arguments = model_arguments(ModelConfig(name="deit_small_patch16_224", heads=12), None)
+    assert (arguments["embed_dim"], arguments["num_heads"]) == (384, 12)
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 5}, {"width": 50, "heads": 3}])
+def test_heads_that_do_not_divide_the_width_are_refused(sizes):
+    with pytest.raises(UserError, match="do not divide a width"):
+        model_arguments(ModelConfig(name=VIT, **sizes), None)
+
+
+def test_an_image_size_that_patches_do_not_divide_says_which_would_do():
+    with pytest.raises(UserError, match="patches of 8 pixels do not fit images of 36x36") as caught:
+        build_model(VIT, SMALL | {"img_size": 36})
+    assert "32 or 40" in caught.value.tip
+
+
+def test_a_sketch_takes_no_memory_and_the_model_does():
+    assert {weight.device.type for weight in sketch_model(VIT, SMALL).parameters()} == {"meta"}
+    assert {weight.device.type for weight in build_model(VIT, SMALL).parameters()} == {"cpu"}
+
+
+def test_a_built_model_is_timms_own():
+    torch.manual_seed(0)
+    ours = build_model(VIT, SMALL).state_dict()
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(VIT, **SMALL).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("name", "side"), [(VIT, 16), ("vit_small_patch14_dinov2", 14), ("beit_base_patch16_224", 16)])
+def test_the_patch_size_is_the_named_one(name, side):
+    assert patch_size_of(sketch_model(name, {"depth": 1})) == side
+
+
+def test_the_patch_size_can_be_changed():
+    assert patch_size_of(sketch_model(VIT, SMALL)) == 8
