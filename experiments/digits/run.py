@@ -17,7 +17,7 @@ from statistics import mean, stdev
 HERE = Path(__file__).parent
 RUNS = Path("runs/digits-experiment")
 RECIPES = ("none", "cutmix", "cosine", "paper")
-LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
+LEARNING_RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
 TUNING_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 COLUMNS = ["recipe", "lr", "seed", "accuracy_val", "accuracy_test", "loss_test", "similarity_first",
            "similarity_last", "seconds", "cores", "processor", "torch", "commit"]  # fmt: skip
