@@ -36,6 +36,8 @@ def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     best = max(names, key=lambda option: scores[option], default=None)
     if best is not None and scores[best] >= LIKELY:
         return f"did you mean '{best}'?"
+    if not names:
+        return "there are none"
     listed = ", ".join(names[:shown])
     return f"choose from: {listed}{', ...' if len(names) > shown else ''}"
 

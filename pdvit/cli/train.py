@@ -105,8 +105,9 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
     from pdvit.tracking import RunDirectory, command_line, describe_environment
 
     name = config.run.name or f"{source_label(config.data)}-{config.diversity.preset}"
+    text = to_toml(config, command_line())
     directory = RunDirectory.create(config.run.out, name)
-    directory.write("run.toml", to_toml(config, command_line()))
+    directory.write("run.toml", text)
     directory.write_json("environment.json", describe_environment(device))
     return directory
 

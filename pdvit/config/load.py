@@ -155,6 +155,6 @@ def to_toml(config: Config, command: str) -> str:
     """Write the resolved configuration as TOML that repeats the run; `command` stands in a comment."""
     import tomli_w
 
-    one_line = " ".join(command.splitlines())
+    one_line = "".join(letter if letter.isprintable() else " " for letter in command)
     head = f"# {one_line}\n# repeat this run: pdvit train --config run.toml\n\n"
     return head + tomli_w.dumps(to_dict(config))

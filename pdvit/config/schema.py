@@ -19,7 +19,7 @@ class DataConfig:
     batch_size: int = key(32, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1)
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
-    split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0)
+    split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0, maximum=2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class AugmentConfig:
         minimum=0,
     )
     mixup_prob: float = key(0.5, "Share of batches that CutMix mixes.", "--mixup-prob", minimum=0, maximum=1)
-    shift: int = key(0, "Move the image by up to this many pixels each way (digits).", "--shift", minimum=0)
+    shift: int = key(0, "Move the image by up to so many pixels each way (digits).", "--shift", minimum=0, maximum=1024)
     hflip: float = key(0.5, "Probability of a horizontal flip (image files).", "--hflip", minimum=0, maximum=1)
     scale: tuple[float, float] = key(
         (0.35, 1.0), "Area of the random crop, least and most (image files).", "--scale", above=0, maximum=1
@@ -95,7 +95,7 @@ class RunConfig:
 
     out: str | None = key(None, "Run directory; unset: runs/NAME, with a suffix where taken.", "--out")
     name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET.", "--name")
-    seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0)
+    seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
     precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16"))
     log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")

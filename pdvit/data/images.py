@@ -87,12 +87,16 @@ class BadImage:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode a file as RGB. Raises OSError, ValueError or SyntaxError where it is not a sound image."""
+    """Decode a file as RGB, 16-bit greys scaled to 8. Raises whatever its decoder does where it is not sound."""
     with warnings.catch_warnings():
         # Pillow warns of possible decompression bombs; as an error it stops before the pixels are made.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
+            if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
+                return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
             return image.convert("RGB")
 
 
@@ -102,7 +106,7 @@ def try_read(path: Path) -> Image.Image | BadImage:
         return read_image(path)
     except UnidentifiedImageError:
         return BadImage(path, "not an image")
-    except (OSError, ValueError, SyntaxError, EOFError, Warning, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise nearly anything on a damaged file
         return BadImage(path, str(error) or type(error).__name__)
 
 

@@ -1,5 +1,6 @@
 """Pictures to look at rather than to learn from: held-out images of a source, a folder, single files."""
 
+import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -59,9 +60,9 @@ def sample_photographs() -> Pictures:
 
 
 def _paths(path: Path) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):  # of os.path, because Path's own raises where a name is too long
         return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         if found := list_images(path):
             return found
         raise UserError("the folder holds no images", str(path), "name a folder with image files")

@@ -70,9 +70,9 @@ def open_source(data: DataConfig) -> Source:
     if data.source in SOURCES:
         return SOURCES[data.source](data)
     path = Path(data.source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # of os.path, because Path's own raises where a name is too long
         return _folder(path)
-    looks_like_path = os.sep in data.source or path.exists()
+    looks_like_path = os.sep in data.source or os.path.exists(path)
     what = "there is no folder" if looks_like_path else "there is no source named"
     raise UserError(f"{what} '{data.source}'", "data.source (--data)", closest(data.source, SOURCES))
 

@@ -117,7 +117,7 @@ class Trainer:
         for kind, record in records.items():
             self.directory.append(kind, {"step": progress.step, "epoch": self._epoch(), **record})
         value = records["eval"][self.task.best_metric]
-        if progress.best is None or value > progress.best:
+        if math.isfinite(value) and (progress.best is None or value > progress.best):
             progress.best, progress.best_step = value, progress.step
         self.display.say(f"epoch {self._epoch():>4.4g}  {headline}")
         self.since = time.perf_counter()

@@ -52,19 +52,26 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
 
 
 def make_scheduler(optimizer: Optimizer, config: Config, plan: Plan) -> Scheduler:
-    """Return timm's schedule over updates, warm-up first: stateless, so a resumed run needs only the step."""
+    """Return timm's schedule over updates, warm-up first: stateless, so a resumed run needs only the step.
+
+    Raises UserError where the run is too short for the schedule.
+    """
     optim = config.optim
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=optim.schedule,
-        num_epochs=plan.steps - plan.warmup,
-        warmup_epochs=plan.warmup,
-        warmup_prefix=True,
-        warmup_lr=optim.min_lr,
-        min_lr=optim.min_lr,
-        decay_rate=1.0,  # timm reads it as the power of `poly`
-        step_on_epochs=False,
-        updates_per_epoch=1,  # so that timm's epochs are our steps
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=optim.schedule,
+            num_epochs=plan.steps - plan.warmup,
+            warmup_epochs=plan.warmup,
+            warmup_prefix=True,
+            warmup_lr=optim.min_lr,
+            min_lr=optim.min_lr,
+            decay_rate=1.0,  # timm reads it as the power of `poly`
+            step_on_epochs=False,
+            updates_per_epoch=1,  # so that timm's epochs are our steps
+        )
+    except ValueError as error:
+        what = f"{plan.steps} steps are too few for the schedule '{optim.schedule}'"
+        raise UserError(what, "optim.schedule (--sched)", "train longer, or use cosine") from error
     assert isinstance(scheduler, Scheduler)
     return scheduler

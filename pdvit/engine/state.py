@@ -18,6 +18,8 @@ from pdvit.tracking import to_json, write_file
 
 VERSION = 1
 POINTER = "last"
+# Marks what stands for something that JSON does not have.
+TENSOR, DTYPE = "__tensor__", "__dtype__"
 
 
 @dataclass
@@ -48,23 +50,23 @@ class State:
         beside = folder / f".{target.name}"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        optimizer_tensors, optimizer_rest = _flatten(self.optimizer.state_dict())
-        tensors = optimizer_tensors | self._generators()
-        tensors |= {f"meter.{name}": value for name, value in self.meter.sums.items()}
-        save_file(_stored(self.module.state_dict()), beside / "module.safetensors")
-        save_file(_stored(tensors), beside / "state.safetensors")
+        tensors = self._generators() | {f"meter.{name}": value for name, value in self.meter.sums.items()}
         facts = {
             "version": VERSION,
             "progress": asdict(self.progress),
             "meter_steps": self.meter.steps,
-            "optimizer": optimizer_rest,
+            "optimizer": _pack(self.optimizer.state_dict(), "optimizer", tensors),
         }
+        save_file(_stored(self.module.state_dict()), beside / "module.safetensors")
+        save_file(_stored(tensors), beside / "state.safetensors")
         write_file(beside / "state.json", to_json(facts))
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
         write_file(folder / POINTER, target.name)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        names = sorted(path.name for path in folder.glob("step-*"))
+        upto = [name for name in names if name <= target.name]
+        for name in upto[:-keep] + names[len(upto) :]:  # a later one is left from before the run was taken up again
+            shutil.rmtree(folder / name)
 
     def restore(self, folder: Path) -> bool:
         """Load the checkpoint that `last` points to; False where there is none yet.
@@ -73,28 +75,34 @@ class State:
         """
         if not (folder / POINTER).is_file():
             return False
-        source = folder / (folder / POINTER).read_text().strip()
+        source = folder
         try:
+            source = folder / (folder / POINTER).read_text().strip()
             facts = json.loads((source / "state.json").read_text())
             if facts["version"] > VERSION:
                 raise UserError("the checkpoint is of a newer pdvit", str(source), "update pdvit")
-            self.module.load_state_dict(load_file(source / "module.safetensors"))
-            tensors = load_file(source / "state.safetensors")
-            self.optimizer.load_state_dict(_unflatten(tensors, facts["optimizer"]))
-            self.progress = Progress(**facts["progress"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            self._take(facts, load_file(source / "module.safetensors"), load_file(source / "state.safetensors"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"the checkpoint is damaged: {error}",
+                f"the checkpoint is damaged: {type(error).__name__}: {error}",
                 str(source),
-                "start again: pdvit train --config RUN/run.toml",
+                f"start again: pdvit train --config {folder.parent / 'run.toml'}",
             ) from error
-        sums = {n.removeprefix("meter."): t for n, t in tensors.items() if n.startswith("meter.")}
+        return True
+
+    def _take(self, facts: dict[str, Any], weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+        """Take on what a checkpoint holds."""
+        self.module.load_state_dict(weights)
+        packed = facts["optimizer"]
+        packed["state"] = {int(index): value for index, value in packed["state"].items()}
+        self.optimizer.load_state_dict(_unpack(packed, tensors))
+        self.progress = Progress(**facts["progress"])
+        sums = {name.removeprefix("meter."): value for name, value in tensors.items() if name.startswith("meter.")}
         self.meter.sums = {name: value.to(self.device) for name, value in sums.items()}
         self.meter.steps = facts["meter_steps"]
         torch.set_rng_state(tensors["generator.cpu"])
         if self.device.type == "cuda" and "generator.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["generator.cuda"], self.device)
-        return True
 
     def _generators(self) -> dict[str, Tensor]:
         states = {"generator.cpu": torch.get_rng_state()}
@@ -108,25 +116,30 @@ def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors by name and what JSON can hold."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                rest.setdefault(str(index), {})[name] = value
-    return tensors, {"state": rest, "param_groups": state["param_groups"]}
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` for JSON, with every tensor in it moved to `tensors` under its path. Raises TypeError."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {str(key): _pack(item, f"{name}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
+    if isinstance(value, torch.dtype):
+        return {DTYPE: str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint can't hold")
 
 
-def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """Undo `_flatten`."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
-    for name, value in tensors.items():
-        kind, _, tail = name.partition(".")
-        if kind == "optimizer":
-            index, _, entry = tail.partition(".")
-            state.setdefault(int(index), {})[entry] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `_pack` (tuples come back as lists)."""
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    if DTYPE in value:
+        return getattr(torch, value[DTYPE])
+    return {key: _unpack(item, tensors) for key, item in value.items()}

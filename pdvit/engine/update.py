@@ -12,17 +12,20 @@ from pdvit.errors import UserError, closest
 def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     """Build a timm optimizer; norms, biases, position and prefix tokens are not decayed, as timm's models say.
 
-    Raises UserError for a name that timm does not have.
+    Raises UserError for a name that timm does not have, or an optimizer that can't run here.
     """
+    name = optim.opt.lower()
     try:
         optimizer = create_optimizer_v2(module, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
-    except ValueError as error:
-        raise UserError(
-            f"timm has no optimizer named '{optim.opt}'",
-            "optim.opt (--opt)",
-            closest(optim.opt, map(str, list_optimizers())),
-        ) from error
+    except Exception as error:  # each optimizer has its own way to miss what it needs
+        if name not in list_optimizers():
+            tip = closest(name, map(str, list_optimizers()))
+            raise UserError(f"timm has no optimizer named '{optim.opt}'", "optim.opt (--opt)", tip) from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{name} can't run here: {reason}", "optim.opt (--opt)", "for example adamw") from error
     assert isinstance(optimizer, Optimizer)
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"{name} needs second derivatives", "optim.opt (--opt)", "for example adamw")
     return optimizer
 
 

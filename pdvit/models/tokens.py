@@ -56,6 +56,11 @@ class DiverseModel(nn.Module):
             nn.init.trunc_normal_(self.patch_head.weight, std=0.02)
             nn.init.zeros_(self.patch_head.bias)
 
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that timm's optimizers must not decay (position, class token): the model's own list."""
+        model: Any = self.model
+        return {f"model.{name}" for name in model.no_weight_decay()}
+
     def forward(self, images: Tensor) -> TokenOutput:
         """Run the model once on `(B, C, H, W)` images."""
         model: Any = self.model

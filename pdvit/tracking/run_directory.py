@@ -13,6 +13,7 @@ from pdvit.errors import UserError
 from pdvit.tracking.files import to_json, write_file
 
 RUNS = Path("runs")
+RECORDS = "metrics.jsonl"
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -30,13 +31,15 @@ class RunDirectory:
         """
         if out is not None:
             path = Path(out).expanduser()
-            if path.exists() or path.is_symlink():
+            if os.path.lexists(path):
                 tip = f"choose another --out, or go on with that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
             return cls(_make(path))
+        if Path(name).name != name or name in (".", ".."):
+            raise UserError(f"'{name}' is not a name", "run.name (--name)", "give a path with --out instead")
         for number in range(1, 10_000):
             path = RUNS / (name if number == 1 else f"{name}-{number}")
-            if not path.exists():
+            if not os.path.lexists(path):
                 return cls(_make(path))
         raise UserError(f"there are too many runs named '{name}'", str(RUNS), "choose another --name")
 
@@ -70,7 +73,10 @@ class RunDirectory:
             raise UserError(
                 f"{name} can't be read: {error}", str(self.path / name), "the run is damaged; start another"
             ) from error
-        assert isinstance(value, dict)
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{name} can't be read: it is not a table", str(self.path / name), "the run is damaged; start another"
+            )
         return value
 
     def status(self, status: Status, **facts: Any) -> None:
@@ -82,20 +88,27 @@ class RunDirectory:
         line: dict[str, Any] = {"kind": kind} | {name: _finite(value) for name, value in record.items()}
         if clock:
             line["time"] = dict(clock)
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(line, indent=None) + "\n")
+        try:
+            with (self.path / RECORDS).open("a", encoding="utf-8") as file:
+                file.write(to_json(line, indent=None) + "\n")
+        except OSError as error:
+            raise _refused(RECORDS, self.path, error) from error
 
     def cut_records(self, step: int) -> None:
         """Drop the records after `step`, and a line that a kill left half-written, before a resume."""
-        file = self.path / "metrics.jsonl"
+        file = self.path / RECORDS
         if not file.exists():
             return
         kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError, LookupError, TypeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        self.write("metrics.jsonl", "".join(kept))
+        self.write(RECORDS, "".join(kept))
+
+
+def _refused(name: str, folder: Path, error: OSError) -> UserError:
+    return UserError(f"{name} can't be written: {error.strerror}", str(folder), "check free space and permissions")
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,251 @@
+import tomllib
+import types
+from dataclasses import fields, replace
+from typing import Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdvit.config import Config, build, parse_set, read_toml, resolve, to_dict, to_toml
+from pdvit.config.keys import info_of
+from pdvit.errors import UserError
+
+WORDS = st.text(max_size=8)
+LEAVES = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | WORDS
+TABLES = st.dictionaries(WORDS, LEAVES.filter(lambda value: value is not None) | st.lists(st.integers(), max_size=2))
+
+
+def values_of(item, hint):
+    """Draw a legal value of a key from its type and range."""
+    info = info_of(item)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    low = info.minimum if info.minimum is not None else info.above
+    if info.choices:
+        return st.sampled_from(info.choices)
+    if info.unit:
+        return st.sampled_from(["3", "3ep", "200st", "1e3im", "0.5ep"]) | st.integers(1, 100)
+    if kind is int:
+        return st.integers(int(low), 1000)
+    if kind is float:
+        exclude_min = info.above is not None
+        return st.floats(low, info.maximum or 1e6, exclude_min=exclude_min) | st.just(info.maximum or 1)
+    if get_origin(kind) is tuple:
+        return st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1))
+    return TABLES if get_origin(kind) is dict else WORDS
+
+
+def layers():
+    sections = {
+        section: st.fixed_dictionaries(
+            {}, optional={item.name: values_of(item, get_type_hints(cls)[item.name]) for item in fields(cls)}
+        )
+        for section, cls in get_type_hints(Config).items()
+    }
+    return st.fixed_dictionaries({}, optional=sections)
+
+
+def without_places(config):
+    return replace(config, run=replace(config.run, out=None, name=None))
+
+
+def refuse(layer):
+    with pytest.raises(UserError) as caught:
+        build(("the file", layer))
+    return caught.value
+
+
+def test_nothing_given_is_the_default():
+    assert build() == Config()
+
+
+def test_later_layers_win_key_by_key():
+    config = build(
+        ("file", {"optim": {"lr": 1.0, "opt": "sgd", "weight_decay": 0.5}}),
+        ("flags", {"optim": {"lr": 2.0, "opt": "lion"}}),
+        ("--set", {"optim": {"lr": 3.0}}),
+    )
+    assert (config.optim.lr, config.optim.opt, config.optim.weight_decay) == (3.0, "lion", 0.5)
+    assert config.optim.min_lr == Config().optim.min_lr
+
+
+def test_an_unknown_section_names_the_closest():
+    error = refuse({"optmi": {"lr": 1.0}})
+    assert "'optmi'" in error.what
+    assert error.where == "the file"
+    assert "'optim'" in error.tip
+
+
+def test_an_unknown_key_names_the_closest():
+    error = refuse({"optim": {"weight_decai": 1.0}})
+    assert "'optim.weight_decai'" in error.what
+    assert "'weight_decay'" in error.tip
+
+
+def test_an_unknown_choice_names_the_closest():
+    error = refuse({"optim": {"schedule": "cosin"}})
+    assert "'cosin'" in error.what
+    assert "optim.schedule" in error.where
+    assert "'cosine'" in error.tip
+
+
+@pytest.mark.parametrize(("key", "name"), [("lr", "optim.lr"), ("batch_size", "data.batch_size")])
+def test_a_key_without_its_section_points_to_the_section(key, name):
+    assert name in refuse({key: 1}).tip
+
+
+def test_a_section_with_a_plain_value_is_refused():
+    assert "section" in refuse({"optim": 3}).what
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "kind"),
+    [
+        ("data", "batch_size", "64", "a whole number"),
+        ("data", "batch_size", 64.0, "a whole number"),
+        ("data", "batch_size", True, "a whole number"),
+        ("data", "source", 3, "a text"),
+        ("optim", "lr", "fast", "a number"),
+        ("optim", "lr", True, "a number"),
+        ("optim", "epochs", True, "a text"),
+        ("optim", "epochs", [1], "a text"),
+        ("augment", "scale", [0.1], "a list of 2 numbers"),
+        ("augment", "scale", 0.1, "a list of 2 numbers"),
+        ("augment", "scale", [0.1, "x"], "a number"),
+        ("model", "args", 3, "a table"),
+        ("model", "depth", None, "a whole number"),
+    ],
+)
+def test_a_wrong_type_says_what_it_should_be(section, key, value, kind):
+    error = refuse({section: {key: value}})
+    assert f"is not {kind}" in error.what
+    assert f"{section}.{key}" in error.where
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "batch_size", 0),
+        ("data", "workers", -1),
+        ("optim", "lr", 0.0),
+        ("optim", "lr", float("nan")),
+        ("optim", "lr", float("inf")),
+        ("optim", "weight_decay", float("nan")),
+        ("optim", "min_lr", -1e-9),
+        ("augment", "mixup_prob", 1.1),
+        ("augment", "scale", [0.0, 1.0]),
+        ("augment", "scale", [0.5, 1.5]),
+        ("optim", "epochs", 0),
+        ("optim", "epochs", "0ep"),
+        ("model", "drop_path", 1.0),
+    ],
+)
+def test_a_number_out_of_range_is_refused(section, key, value):
+    error = refuse({section: {key: value}})
+    assert "out of range" in error.what
+    assert f"{section}.{key}" in error.where
+
+
+# What torch.manual_seed and scikit-learn's random_state take: these must not end in their tracebacks.
+@pytest.mark.parametrize(("section", "key", "value"), [("run", "seed", 2**64), ("data", "split_seed", 2**32)])
+def test_a_seed_that_no_generator_takes_is_refused(section, key, value):
+    assert f"{section}.{key}" in refuse({section: {key: value}}).where
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3, "nan", "soon", "5%"])
+def test_a_length_of_training_that_is_none_is_refused(value):
+    assert "optim.epochs" in refuse({"optim": {"epochs": value}}).where
+
+
+def test_the_error_names_the_range():
+    assert "at least 0 and at most 1" in refuse({"augment": {"mixup_prob": 2}}).tip
+
+
+def test_a_crop_whose_bounds_are_swapped_is_refused():
+    assert refuse({"augment": {"scale": [0.9, 0.1]}}).where == "augment.scale"
+
+
+def test_whole_numbers_serve_as_floats():
+    lr = build(("file", {"optim": {"lr": 1}})).optim.lr
+    assert lr == 1.0
+    assert isinstance(lr, float)
+
+
+@pytest.mark.parametrize(("value", "text"), [(36, "36"), (0.5, "0.5"), ("200st", "200st")])
+def test_numbers_serve_as_durations(value, text):
+    assert build(("file", {"optim": {"epochs": value}})).optim.epochs == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("optim.lr=1e-3", {"optim": {"lr": 1e-3}}),
+        ("optim.opt = adamw", {"optim": {"opt": "adamw"}}),
+        ('optim.opt="adamw"', {"optim": {"opt": "adamw"}}),
+        ("augment.scale=[0.1, 1.0]", {"augment": {"scale": [0.1, 1.0]}}),
+        ("model.args={qk_norm = true}", {"model": {"args": {"qk_norm": True}}}),
+        ("data.source=a=b", {"data": {"source": "a=b"}}),
+        ("optim.epochs=5%", {"optim": {"epochs": "5%"}}),
+    ],
+)
+def test_set_reads_toml_or_plain_text(text, value):
+    assert parse_set(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "lr", "lr=1", "optim.lr", ".lr=1", "optim.=1", "=1"])
+def test_set_without_section_key_and_value_is_refused(text):
+    with pytest.raises(UserError) as caught:
+        parse_set(text)
+    assert caught.value.where == "--set"
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read_toml(tmp_path / "none.toml")
+    assert "none.toml" in caught.value.where
+
+
+@pytest.mark.parametrize("content", [b"[optim", b"lr = ", b"\xff\xfe", b"[optim]\nlr = 1\nlr = 2\n"])
+def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+    file = tmp_path / "run.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not TOML") as caught:
+        read_toml(file)
+    assert caught.value.where == str(file)
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="can't be read"):
+        read_toml(tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
+def test_toml_goes_round(layer):
+    config = build(("made", layer))
+    text = to_toml(config, "pdvit train")
+    assert build(("written", tomllib.loads(text))) == without_places(config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
+def test_resolving_twice_changes_nothing_even_through_toml(layer):
+    config = resolve(build(("made", layer)))
+    assert resolve(config) == config
+    written = build(("written", tomllib.loads(to_toml(config, "pdvit train"))))
+    assert resolve(written) == without_places(config)
+
+
+# A command line can hold any character but NUL.
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_any_command_stays_in_its_comment(command):
+    assert tomllib.loads(to_toml(Config(), command)) == to_dict(Config())
+
+
+def test_the_run_file_leaves_out_places_and_unset_values():
+    config = build(("flags", {"run": {"out": "there", "name": "mine"}}))
+    table = tomllib.loads(to_toml(config, "pdvit train"))
+    assert not {"out", "name"} & set(table["run"])
+    assert "lr" not in table["optim"]
+    assert to_dict(config, places=True)["run"]["out"] == "there"

@@ -1,0 +1,67 @@
+import pytest
+
+from pdvit.config import build, resolve
+
+
+def resolved(**sections):
+    return resolve(build(("flags", sections)))
+
+
+@pytest.mark.parametrize(
+    ("diversity", "weights", "cutmix"),
+    [
+        ({}, (1, 1, 1), 1),
+        ({"preset": "paper"}, (1, 1, 1), 1),
+        ({"preset": "none"}, (0, 0, 0), 0),
+        ({"preset": "cutmix"}, (0, 0, 0), 1),
+        ({"preset": "none", "cosine": 0.5}, (0.5, 0, 0), 0),
+        ({"preset": "none", "mixing": 2.0}, (0, 0, 2), 1),
+        ({"mixing": 0.0}, (1, 1, 0), 0),
+        ({"preset": "cutmix", "contrastive": 3.0}, (0, 3, 0), 1),
+    ],
+)
+def test_a_preset_becomes_weights_and_explicit_weights_win(diversity, weights, cutmix):
+    config = resolved(diversity=diversity)
+    assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == weights
+    assert config.augment.cutmix == cutmix
+
+
+def test_an_explicit_cutmix_wins_over_the_preset():
+    assert resolved(augment={"cutmix": 0.0}).augment.cutmix == 0
+    assert resolved(diversity={"preset": "none"}, augment={"cutmix": 0.3}).augment.cutmix == 0.3
+
+
+def test_the_small_model_stands_in_where_none_is_named():
+    config = resolved()
+    model = config.model
+    assert (model.name, model.depth, model.width, model.heads, model.patch_size) == (
+        "vit_tiny_patch16_224",
+        8,
+        48,
+        3,
+        4,
+    )
+    assert config.data.img_size == 32
+    assert config.optim.lr == 2e-3
+
+
+@pytest.mark.parametrize(("width", "heads"), [(96, 6), (16, 1), (8, 1)])
+def test_heads_of_the_small_model_keep_16_channels_each(width, heads):
+    assert resolved(model={"width": width}).model.heads == heads
+
+
+def test_what_is_given_for_the_small_model_stays():
+    config = resolved(model={"depth": 2, "heads": 4, "patch_size": 8}, data={"img_size": 64}, optim={"lr": 0.5})
+    assert (config.model.depth, config.model.heads, config.model.patch_size) == (2, 4, 8)
+    assert (config.data.img_size, config.optim.lr) == (64, 0.5)
+
+
+def test_a_named_model_keeps_its_own_shape():
+    config = resolved(model={"name": "deit_small_patch16_224"})
+    assert (config.model.depth, config.model.width, config.model.heads, config.data.img_size) == (None,) * 4
+
+
+@pytest.mark.parametrize(("batch", "lr"), [(512, 5e-4), (1024, 1e-3), (64, 6.25e-5)])
+def test_the_learning_rate_of_a_named_model_grows_with_the_batch(batch, lr):
+    config = resolved(model={"name": "deit_small_patch16_224"}, data={"batch_size": batch})
+    assert config.optim.lr == pytest.approx(lr, rel=1e-12)

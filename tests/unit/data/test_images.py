@@ -1,0 +1,199 @@
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data.images import BadImage, FileImages, Preprocessing, refuse_bad, try_read
+from pdvit.data.sources import FileSplit
+from pdvit.errors import UserError
+
+PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def read(path):
+    image = try_read(path)
+    assert isinstance(image, Image.Image), image
+    assert image.mode == "RGB"
+    return image
+
+
+def colour(image):
+    return np.asarray(image, dtype=int)[1, 1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "value", "expected"),
+    [
+        ("grey.png", "L", 100, [100, 100, 100]),
+        ("bits.png", "1", 1, [255, 255, 255]),
+        ("both.png", "LA", (90, 10), [90, 90, 90]),
+        ("clear.png", "RGBA", (10, 20, 30, 40), [10, 20, 30]),
+        ("plain.bmp", "RGB", (10, 20, 30), [10, 20, 30]),
+        ("plain.webp", "RGB", (255, 255, 255), [255, 255, 255]),
+        ("print.tif", "CMYK", (0, 255, 255, 0), [255, 0, 0]),
+        ("print.jpg", "CMYK", (0, 0, 0, 0), [255, 255, 255]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, name, mode, value, expected):
+    Image.new(mode, (4, 4), value).save(tmp_path / name)
+    assert colour(read(tmp_path / name)) == pytest.approx(expected, abs=2)
+
+
+@pytest.mark.parametrize("more", [{}, {"transparency": b"\x00\x80"}])
+def test_a_palette_becomes_rgb(tmp_path, more):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "palette.png", **more)
+    assert colour(read(tmp_path / "palette.png")) == [200, 100, 50]
+
+
+# 16 bits are scaled, not clipped: a half-bright image must not turn white.
+@pytest.mark.parametrize(("value", "grey"), [(0, 0), (128 * 257, 128), (65535, 255)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_brightness(tmp_path, suffix, value, grey):
+    file = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(file)
+    assert colour(read(file)) == pytest.approx([grey] * 3, abs=1)
+
+
+def encoded(form, size=(24, 24)):
+    content = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(content, form)
+    return content.getvalue()
+
+
+def bomb():
+    """Return a PNG that claims to have 10^10 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 100, b"this is text", encoded("JPEG")[:-200], encoded("PNG")[:-200], encoded("PNG")[:20], bomb()],
+    ids=["empty", "zeros", "text", "half a jpeg", "half a png", "the start of a png", "a bomb"],
+)
+def test_a_file_that_does_not_decode_says_why(tmp_path, content):
+    file = tmp_path / "bad.png"
+    file.write_bytes(content)
+    bad = try_read(file)
+    assert isinstance(bad, BadImage)
+    assert bad.path == file
+    assert bad.reason
+
+
+def test_a_missing_file_says_why(tmp_path):
+    assert isinstance(try_read(tmp_path / "none.png"), BadImage)
+
+
+def test_a_tiff_that_gives_text_for_a_number_says_why(tmp_path):
+    content = bytearray(encoded("TIFF"))
+    offset, whole, text = 273, 4, 2  # a tag and two of its types; here Pillow raises TypeError
+    at = content.index(struct.pack("<HHI", offset, whole, 1))
+    content[at + 2 : at + 4] = struct.pack("<H", text)
+    (tmp_path / "odd.tif").write_bytes(content)
+    assert isinstance(try_read(tmp_path / "odd.tif"), BadImage)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
+def test_no_damage_ends_in_a_traceback(tmp_path, form):
+    rng, sound, file = random.Random(0), encoded(form), tmp_path / "damaged.png"
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(rng.randint(1, 4)):
+            content[rng.randrange(min(len(content), rng.choice([64, 4096])))] = rng.randrange(256)
+        file.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+        assert isinstance(try_read(file), Image.Image | BadImage)
+
+
+def test_bad_files_are_named_and_the_rest_counted(tmp_path):
+    refuse_bad([])
+    with pytest.raises(UserError) as caught:
+        refuse_bad([BadImage(tmp_path / f"{i}.png", "torn") for i in range(13)])
+    assert "13 images do not decode" in caught.value.what
+    assert str(tmp_path / "0.png") in caught.value.where
+    assert "torn" in caught.value.where
+    assert "and 3 more" in caught.value.where
+
+
+def test_one_bad_file_is_one(tmp_path):
+    with pytest.raises(UserError, match="1 image does not decode"):
+        refuse_bad([BadImage(tmp_path / "0.png", "torn")])
+
+
+def test_evaluation_scales_the_short_side_and_crops_the_centre():
+    # White in the middle half only: scaled to 16x32, the central 8x8 lies wholly inside it.
+    array = np.zeros((32, 64, 3), dtype=np.uint8)
+    array[:, 16:48] = 255
+    image = Preprocessing(8, 0.5, "bilinear", (0.0,) * 3, (1.0,) * 3).evaluation()(Image.fromarray(array))
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 8, 8)
+    assert (image == 255).all()
+
+
+def test_training_gives_a_crop_of_the_input_size():
+    image = PLAIN.training(AugmentConfig(scale=(0.1, 0.2)))(Image.new("RGB", (50, 30), (1, 2, 3)))
+    assert image.shape == (3, 8, 8)
+    assert image[:, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("probability", "flipped"), [(0.0, False), (1.0, True)])
+def test_the_flip_has_its_probability(probability, flipped):
+    array = np.zeros((8, 8, 3), dtype=np.uint8)
+    array[:, :4] = 255
+    image = PLAIN.training(AugmentConfig(hflip=probability, scale=(1.0, 1.0)))(Image.fromarray(array))
+    assert (image[0, 0, 0] < 128) == flipped
+
+
+def test_normalising_is_subtracting_the_mean_and_dividing_by_the_deviation():
+    how = Preprocessing(8, 1.0, "bilinear", (0.5, 0.25, 0.0), (0.5, 1.0, 2.0))
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert how.normalise(images).flatten().tolist() == pytest.approx([-1.0, 0.2 - 0.25, 0.5])
+
+
+def test_images_in_memory_are_resized_only_where_needed():
+    images = torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)
+    assert PLAIN.fit(images) is images
+    small = PLAIN.fit(torch.full((2, 3, 4, 4), 7, dtype=torch.uint8))
+    assert torch.equal(small, images)
+
+
+def test_preprocessing_is_what_the_model_says():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, patch_size=8)
+    expected = timm.data.resolve_model_data_config(model)
+    found = Preprocessing.for_model(model)
+    assert found.size == 32
+    assert (found.mean, found.std) == (tuple(expected["mean"]), tuple(expected["std"]))
+    assert (found.crop_pct, found.interpolation) == (expected["crop_pct"], expected["interpolation"])
+    assert found.as_timm()["input_size"] == (3, 32, 32)
+
+
+def test_images_that_are_not_square_are_refused():
+    with pytest.raises(UserError, match="32x16"):
+        Preprocessing.for_model(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(32, 16), patch_size=8))
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
+    for number in range(2):
+        Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / f"{number}.png")
+    split = FileSplit([tmp_path / "0.png"] * 2, torch.tensor([0, 0]))
+    data = FileImages(split, PLAIN.training(AugmentConfig()), seed=3)
+    torch.manual_seed(1)
+    first = data[0, 1][0]
+    before = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(data[0, 1][0], first)
+    torch.set_rng_state(before)
+    assert not torch.equal(data[1, 1][0], first)
+    assert not torch.equal(data[0, 0][0], first)
+    other = FileImages(split, PLAIN.training(AugmentConfig()), seed=4)
+    assert not torch.equal(other[0, 1][0], first)
+    assert torch.equal(torch.get_rng_state(), before)

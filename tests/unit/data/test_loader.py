@@ -1,0 +1,215 @@
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data.images import Preprocessing
+from pdvit.data.loader import Loading, Mixing, eval_batches, shift_images, steps_per_epoch, train_batches
+from pdvit.data.sources import ArraySplit, FileSplit
+from pdvit.errors import UserError
+
+COUNT, CLASSES, SIZE = 10, 3, 8
+CPU = torch.device("cpu")
+PREPROCESSING = Preprocessing(SIZE, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
+HOW = Loading(batch_size=3, seed=5, workers=0, device=CPU, preprocessing=PREPROCESSING)
+AUGMENT = AugmentConfig(shift=2)
+OFF = Mixing(alpha=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
+ON = replace(OFF, alpha=1.0)
+
+
+def arrays():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    return ArraySplit(images, torch.arange(COUNT) % CLASSES)
+
+
+@pytest.fixture
+def image_files(tmp_path):
+    split = arrays()
+    paths = [tmp_path / f"{number}.png" for number in range(COUNT)]
+    for path, image in zip(paths, split.images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return FileSplit(paths, split.labels)
+
+
+@pytest.fixture(params=["array", "files"])
+def split(request):
+    return arrays() if request.param == "array" else request.getfixturevalue("image_files")
+
+
+def take(split, count, start=0, how=HOW, mixing=OFF, augment=AUGMENT):
+    with closing(train_batches(split, how, augment, mixing, start)) as batches:
+        return list(islice(batches, count))
+
+
+def same(ours, theirs):
+    names = ("images", "targets", "index", "patch_targets")
+    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+
+
+def all_same(ours, theirs):
+    return all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 7])
+def test_starting_at_a_step_equals_getting_there(split, start):
+    mixing = replace(ON, labels=True)
+    assert all_same(take(split, 3, start, mixing=mixing), take(split, start + 3, mixing=mixing)[start:])
+
+
+def test_worker_processes_change_nothing(image_files):
+    with_workers = take(image_files, 7, 2, replace(HOW, workers=2), ON)
+    assert all_same(take(image_files, 7, 2, HOW, ON), with_workers)
+
+
+def test_the_seed_decides_the_order(split):
+    ours, other = take(split, 3), take(split, 3, how=replace(HOW, seed=6))
+    assert all_same(ours, take(split, 3))
+    assert not all(torch.equal(a.index, b.index) for a, b in zip(ours, other, strict=True))
+
+
+def test_loading_leaves_the_process_generator_alone(split):
+    # Its state decides drop path: a loader that draws from it makes a resumed run another one.
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(split, 2)
+    list(eval_batches(split, HOW))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_epoch_has_every_sample_at_most_once(split):
+    epochs = [torch.cat([batch.index for batch in take(split, 3, start)]) for start in (0, 3)]
+    for indices in epochs:
+        assert len(indices.unique()) == len(indices) == 9
+    assert not torch.equal(*epochs)
+
+
+def test_labels_belong_to_their_images(split):
+    images = arrays().images
+    for batch in take(split, 4, augment=AugmentConfig(scale=(1.0, 1.0), hflip=0.0)):
+        assert batch.targets.tolist() == (batch.index % CLASSES).tolist()
+        if isinstance(split, ArraySplit):
+            torch.testing.assert_close(batch.images, images[batch.index].float() / 255)
+
+
+def by_sample(split, batch_size):
+    batches = take(split, COUNT // batch_size, how=replace(HOW, batch_size=batch_size))
+    return {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
+
+
+def test_augmentation_does_not_depend_on_the_batch(split):
+    small, large = by_sample(split, 2), by_sample(split, 5)
+    assert len(small) == len(large) == COUNT
+    assert all(torch.equal(small[index], large[index]) for index in small)
+
+
+def test_augmentation_changes_with_the_epoch(split):
+    first, second = (take(split, COUNT // 5, start, replace(HOW, batch_size=5)) for start in (0, 2))
+    images = [{int(i): im for b in epoch for i, im in zip(b.index, b.images, strict=True)} for epoch in (first, second)]
+    assert any(not torch.equal(images[0][index], images[1][index]) for index in images[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_evaluation_sees_every_image_once_in_order(split, batch_size):
+    batches = list(eval_batches(split, replace(HOW, batch_size=batch_size)))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(COUNT))
+    assert torch.cat([batch.targets for batch in batches]).tolist() == [i % CLASSES for i in range(COUNT)]
+    torch.testing.assert_close(torch.cat([batch.images for batch in batches]), arrays().images.float() / 255)
+
+
+def test_evaluation_with_workers_sees_the_same(image_files):
+    assert all_same(eval_batches(image_files, HOW), eval_batches(image_files, replace(HOW, workers=2)))
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 10), (3, 3), (10, 1)])
+def test_only_full_batches_count(split, batch_size, steps):
+    assert steps_per_epoch(split, batch_size) == steps
+
+
+def test_a_batch_larger_than_the_split_is_refused(split):
+    with pytest.raises(UserError, match="10 training images are fewer than one batch of 11") as caught:
+        steps_per_epoch(split, 11)
+    assert "at most 10" in caught.value.tip
+
+
+def slow_shift(image, down, right):
+    channels, height, width = image.shape
+    moved = torch.empty_like(image)
+    for channel in range(channels):
+        for row in range(height):
+            for column in range(width):
+                source_row = min(max(row - down, 0), height - 1)
+                source_column = min(max(column - right, 0), width - 1)
+                moved[channel, row, column] = image[channel, source_row, source_column]
+    return moved
+
+
+def test_shifting_moves_down_and_right_and_repeats_the_border():
+    images = torch.randint(256, (5, 2, 4, 6), dtype=torch.uint8)
+    # With a reach of 2 there are five offsets, and the middle of each fifth of [0, 1) hits one.
+    offsets = [(-2, 2), (-1, 1), (0, 0), (1, -1), (2, -2)]
+    draws = torch.tensor([[(down + 2.5) / 5, (right + 2.5) / 5] for down, right in offsets])
+    expected = torch.stack([slow_shift(image, *offset) for image, offset in zip(images, offsets, strict=True)])
+    assert torch.equal(shift_images(images, 2, draws), expected)
+
+
+def test_every_shift_is_reached_and_none_beyond():
+    images = torch.arange(25.0).view(1, 1, 5, 5).repeat(400, 1, 1, 1)
+    draws = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+    centres = shift_images(images, 1, draws)[:, 0, 2, 2]
+    assert sorted(set(centres.tolist())) == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+
+
+def test_patch_targets_are_there_only_where_asked(split):
+    assert all(batch.patch_targets is None for batch in take(split, 6, mixing=ON))
+    for batch in take(split, 6, mixing=replace(ON, labels=True)):
+        assert batch.patch_targets.shape == (3, 4)
+
+
+def test_without_mixing_every_patch_has_the_class_of_its_image(split):
+    for batch in take(split, 4, mixing=replace(OFF, labels=True)):
+        expected = batch.index % CLASSES
+        assert torch.equal(batch.patch_targets, expected[:, None].expand(-1, 4))
+        assert batch.targets.shape in ((3,), (3, CLASSES))
+        hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
+        assert torch.equal(hard, expected)
+
+
+def test_mixing_weighs_classes_by_area(split):
+    for batch in take(split, 6, mixing=replace(ON, prob=1.0, labels=True)):
+        counted = torch.stack([row.bincount(minlength=CLASSES) for row in batch.patch_targets]) / 4
+        torch.testing.assert_close(batch.targets, counted.float())
+
+
+@pytest.mark.parametrize(("prob", "low", "high"), [(0.0, 0, 0), (0.3, 90, 150), (1.0, 400, 400)])
+def test_the_share_of_mixed_batches_is_the_probability(prob, low, high):
+    batches = take(arrays(), 400, mixing=replace(ON, prob=prob))
+    assert low <= sum(batch.targets.ndim == 2 for batch in batches) <= high
+
+
+BROKEN = {"text": b"not an image", "nothing": b"", "zeros": b"\0" * 64}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_does_not_decode_is_named(image_files, content, workers):
+    image_files.paths[4].write_bytes(content)
+    how = replace(HOW, workers=workers)
+    for read in (lambda: take(image_files, 4, how=how), lambda: list(eval_batches(image_files, how))):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert str(image_files.paths[4]) in caught.value.where
+
+
+def test_half_a_jpeg_is_named(tmp_path, image_files):
+    torn = tmp_path / "torn.jpg"
+    Image.effect_noise((32, 32), 80).save(torn)
+    torn.write_bytes(torn.read_bytes()[:-100])
+    split = FileSplit([*image_files.paths, torn], torch.zeros(COUNT + 1, dtype=torch.long))
+    with pytest.raises(UserError, match=r"torn\.jpg"):
+        list(eval_batches(split, HOW))

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.images import read_image
+from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
+from pdvit.data.sources import ArraySplit, FileSplit
+from pdvit.errors import UserError
+
+
+def numbered(count):
+    return ArraySplit(torch.zeros(count, 3, 2, 2, dtype=torch.uint8), torch.arange(count))
+
+
+def pictures_in(folder, names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    return folder
+
+
+def test_a_selection_is_spread_evenly():
+    chosen = Pictures("some", numbered(9)).first(3)
+    assert chosen.split.labels.tolist() == [0, 4, 8]
+    assert chosen.description == "some, 3 of 9"
+
+
+@pytest.mark.parametrize("limit", [9, 20])
+def test_no_more_than_there_are_is_all_of_them(limit):
+    pictures = Pictures("some", numbered(9))
+    assert pictures.first(limit) is pictures
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 99])
+def test_a_selection_has_the_asked_size_and_no_picture_twice(limit):
+    labels = Pictures("some", numbered(100)).first(limit).split.labels
+    assert len(labels.unique()) == len(labels) == limit
+
+
+def test_a_selection_of_files_keeps_paths_and_labels_together():
+    split = FileSplit([Path(f"{number}.png") for number in range(5)], torch.arange(5))
+    chosen = Pictures("some", split).first(2).split
+    assert [int(path.stem) for path in chosen.paths] == chosen.labels.tolist() == [0, 4]
+
+
+def test_held_out_pictures_are_the_test_split():
+    pictures = held_out(DataConfig(source="digits"))
+    assert len(pictures.split) == 360
+    assert pictures.description == "digits, test split"
+
+
+def test_held_out_pictures_are_validation_where_there_is_no_test_split(tmp_path):
+    pictures_in(tmp_path, ["train/a/1.png", "val/a/2.png"])
+    pictures = held_out(DataConfig(source=str(tmp_path)))
+    assert [path.name for path in pictures.split.paths] == ["2.png"]
+    assert "val split" in pictures.description
+
+
+def test_a_source_can_be_named():
+    assert len(named(["digits"]).split) == 360
+
+
+def test_folders_and_files_can_be_named_together(tmp_path):
+    pictures_in(tmp_path, ["many/b.png", "many/deep/a.jpg", "one.png"])
+    found = named([str(tmp_path / "many"), str(tmp_path / "one.png")])
+    assert [path.name for path in found.split.paths] == ["b.png", "a.jpg", "one.png"]
+    assert len(found.split.labels) == 3
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        named([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["digit", "no/such/place", "x" * 400])
+def test_what_is_not_there_is_refused(name):
+    with pytest.raises(UserError) as caught:
+        named([name])
+    assert "--images" in caught.value.where
+
+
+def test_a_misspelt_source_names_the_closest():
+    with pytest.raises(UserError) as caught:
+        named(["digit"])
+    assert "'digits'" in caught.value.tip
+
+
+def test_the_sample_photographs_decode():
+    paths = sample_photographs().split.paths
+    assert len(paths) == 2
+    assert all(read_image(path).size == (640, 427) for path in paths)

@@ -1,0 +1,62 @@
+import os
+import signal
+
+import pytest
+
+from pdvit.engine.interrupts import stop_on_signals
+
+BOTH = (signal.SIGTERM, signal.SIGINT)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in BOTH]
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_the_first_signal_asks(number):
+    with stop_on_signals() as stop:
+        assert not stop
+        send(number)
+        assert stop
+    assert stop.signal == number.name
+
+
+def test_a_second_sigint_interrupts_at_once():
+    with stop_on_signals() as stop:
+        send(signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_sigint_after_sigterm_interrupts_at_once():
+    with stop_on_signals():
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_a_second_sigterm_is_no_more_than_the_first():
+    with stop_on_signals() as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+    assert stop.signal == "SIGTERM"
+
+
+def test_the_handlers_before_come_back():
+    before = handlers()
+    with stop_on_signals():
+        assert handlers() != before
+        send(signal.SIGTERM)
+    assert handlers() == before
+
+
+def test_the_handlers_before_come_back_after_an_exception():
+    before = handlers()
+    with pytest.raises(ArithmeticError), stop_on_signals():
+        raise ArithmeticError
+    assert handlers() == before

@@ -1,0 +1,122 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from pdvit.config import build
+from pdvit.config.schema import SCHEDULES
+from pdvit.engine.schedule import Plan, make_plan, make_scheduler
+from pdvit.errors import UserError
+
+PER_EPOCH, BATCH, PEAK, FLOOR = 50, 4, 0.1, 0.001
+
+
+def plan_of(**sections):
+    return make_plan(build(("flags", sections)), PER_EPOCH, BATCH)
+
+
+def rates(schedule="cosine", steps=100, warmup=10, at=None):
+    """Return the learning rate at each step, reached one after the other."""
+    config = build(("flags", {"optim": {"schedule": schedule, "lr": PEAK, "min_lr": FLOOR}}))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler = make_scheduler(optimizer, config, Plan(steps, warmup, 1, 1, 1, PER_EPOCH))
+    found = []
+    for step in range(steps + 1) if at is None else [at]:
+        scheduler.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_durations_become_steps():
+    plan = plan_of(
+        optim={"epochs": "6ep", "warmup": "5%"},
+        run={"log_every": "10st", "eval_every": "1ep"},
+        checkpoint={"every": "400im"},
+    )
+    assert plan == Plan(steps=300, warmup=15, log_every=10, eval_every=50, save_every=100, steps_per_epoch=50)
+
+
+def test_bare_numbers_have_the_unit_of_their_key():
+    plan = plan_of(optim={"epochs": 2, "warmup": 1}, run={"log_every": 7, "eval_every": 0.5}, checkpoint={"every": 1})
+    assert plan == Plan(steps=100, warmup=50, log_every=7, eval_every=25, save_every=50, steps_per_epoch=50)
+
+
+def test_intervals_can_be_a_share_of_the_run():
+    plan = plan_of(optim={"epochs": "200st"}, run={"log_every": "1%", "eval_every": "50%"}, checkpoint={"every": "10%"})
+    assert (plan.log_every, plan.eval_every, plan.save_every) == (2, 100, 20)
+
+
+def test_an_interval_is_at_least_one_step():
+    plan = plan_of(
+        optim={"epochs": "10st"}, run={"log_every": "0.1st", "eval_every": "0.001ep"}, checkpoint={"every": "1im"}
+    )
+    assert (plan.log_every, plan.eval_every, plan.save_every) == (1, 1, 1)
+
+
+def test_no_warmup_is_none():
+    assert plan_of(optim={"warmup": 0}).warmup == 0
+
+
+@pytest.mark.parametrize("epochs", ["0.4st", "1im", "0.001ep"])
+def test_a_run_without_a_step_is_refused(epochs):
+    with pytest.raises(UserError, match="no step") as caught:
+        plan_of(optim={"epochs": epochs})
+    assert "optim.epochs" in caught.value.where
+
+
+@pytest.mark.parametrize("warmup", ["100%", "1ep", "50st", "3ep"])
+def test_a_run_of_warmup_alone_is_refused(warmup):
+    with pytest.raises(UserError, match="warm-up") as caught:
+        plan_of(optim={"epochs": 1, "warmup": warmup})
+    assert "optim.warmup" in caught.value.where
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warmup_is_linear_from_the_floor_to_the_peak(schedule):
+    expected = [FLOOR + (PEAK - FLOOR) * step / 10 for step in range(11)]
+    assert rates(schedule)[:11] == pytest.approx(expected)
+
+
+def test_cosine_goes_from_the_peak_to_the_floor():
+    expected = [FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * done / 90)) / 2 for done in range(91)]
+    assert rates("cosine")[10:] == pytest.approx(expected)
+    assert rates("cosine")[-1] == pytest.approx(FLOOR)
+
+
+def test_poly_falls_in_a_straight_line_to_the_floor():
+    expected = [FLOOR + (PEAK - FLOOR) * (1 - done / 90) for done in range(91)]
+    assert rates("poly")[10:] == pytest.approx(expected)
+
+
+def test_constant_stays_at_the_peak():
+    assert rates("constant")[10:] == pytest.approx([PEAK] * 91)
+
+
+def test_wsd_stays_at_the_peak_then_falls_to_the_floor():
+    after = rates("wsd")[10:]
+    assert after[:45] == pytest.approx([PEAK] * 45)
+    assert after[-1] == pytest.approx(FLOOR)
+    assert all(later <= earlier for earlier, later in pairwise(after))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warmup_the_first_step_is_at_the_peak(schedule):
+    assert rates(schedule, warmup=0)[0] == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly", "constant"])
+def test_a_run_of_one_step_has_a_schedule(schedule):
+    assert rates(schedule, steps=1, warmup=0)[0] == pytest.approx(PEAK)
+
+
+def test_a_run_too_short_for_a_schedule_is_refused():
+    with pytest.raises(UserError) as caught:
+        rates("wsd", steps=1, warmup=0)
+    assert "optim.schedule" in caught.value.where
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_of_a_step_does_not_depend_on_the_way_there(schedule):
+    one_by_one = rates(schedule)
+    assert [rates(schedule, at=step)[0] for step in range(0, 101, 7)] == one_by_one[::7]

@@ -1,0 +1,263 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pdvit.config.schema import OptimConfig
+from pdvit.engine import state as state_module
+from pdvit.engine.state import Progress, State
+from pdvit.engine.update import make_optimizer, update
+from pdvit.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Noisy(nn.Module):
+    """A small network with a buffer, tied weights and noise from the process generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.second(self.dropout(self.norm(self.first(images))))
+
+
+def fresh(opt="adamw", seed=0):
+    torch.manual_seed(seed)
+    module = Noisy()
+    return State(module, make_optimizer(module, OptimConfig(opt=opt, lr=0.05)), CPU)
+
+
+def train(state, steps):
+    for _ in range(steps):
+        loss = state.module(torch.randn(8, 4)).square().mean()
+        norm = update(loss, state.module, state.optimizer, None)
+        state.meter.add({"loss": loss, "norm": norm})
+        state.progress.step += 1
+        state.progress.samples += 8
+        state.progress.seconds += 0.1
+    return state
+
+
+def trained(folder, opt="adamw", steps=3, keep=1):
+    state = train(fresh(opt), steps)
+    state.save(folder, keep)
+    return state
+
+
+def tensors_of(state):
+    found = dict(state.module.state_dict())
+    for index, values in state.optimizer.state_dict()["state"].items():
+        found |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return found | {f"meter.{name}": value for name, value in state.meter.sums.items()}
+
+
+def identical(ours, theirs):
+    a, b = tensors_of(ours), tensors_of(theirs)
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "momentum", "lamb", "lion", "adafactor", "muon", "adafactorbv"])
+def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
+    ours = trained(tmp_path, opt)
+    generator = torch.get_rng_state()
+    theirs = fresh(opt, seed=1)
+    assert not identical(ours, theirs)
+    assert theirs.restore(tmp_path)
+    assert identical(ours, theirs)
+    assert theirs.progress == ours.progress
+    assert theirs.meter.steps == 3
+    assert torch.equal(torch.get_rng_state(), generator)
+
+    train(theirs, 3)
+    torch.set_rng_state(generator)
+    train(ours, 3)
+    assert identical(ours, theirs)
+    assert ours.meter.read() == theirs.meter.read()
+
+
+def test_progress_is_restored_to_the_last_digit(tmp_path):
+    ours = fresh()
+    ours.progress = Progress(step=7, samples=56, seconds=0.1 + 0.2, best=1 / 3, best_step=5)
+    ours.save(tmp_path, 1)
+    theirs = fresh()
+    theirs.restore(tmp_path)
+    assert theirs.progress == ours.progress
+
+
+def test_nothing_to_restore_is_no_error(tmp_path):
+    state = fresh()
+    assert not state.restore(tmp_path / "checkpoints")
+    assert state.progress == Progress()
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_as_many_checkpoints_are_kept_as_asked(tmp_path, keep):
+    state = fresh()
+    for _ in range(4):
+        train(state, 1).save(tmp_path, keep)
+    assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in range(1, 5)][-keep:]
+    assert (tmp_path / "last").read_text().strip() == "step-00000004"
+
+
+def test_nothing_is_pickled(tmp_path):
+    trained(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json", ""}
+    assert [path.name for path in files if not path.suffix] == ["last"]
+    # A zip (torch.save) starts with PK, a pickle of protocol 2 and later with 0x80.
+    assert not any(path.read_bytes().startswith((b"PK", b"\x80")) for path in files)
+
+
+def fail_at(monkeypatch, call):
+    """Let the n-th file that a save writes fail, as a full disk does."""
+    count = iter(range(100))
+
+    def failing(real):
+        def write(*arguments, **more):
+            if next(count) == call:
+                raise OSError(28, "No space left on device")
+            return real(*arguments, **more)
+
+        return write
+
+    for name in ("save_file", "write_file"):
+        monkeypatch.setattr(state_module, name, failing(getattr(state_module, name)))
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch, call):
+    before = tensors_of(trained(tmp_path, steps=2))
+    before = {name: value.clone() for name, value in before.items()}
+    later = train(fresh(), 5)
+    with monkeypatch.context() as patch:
+        fail_at(patch, call)
+        with pytest.raises(OSError, match="No space"):
+            later.save(tmp_path, 1)
+    restored = fresh(seed=1)
+    assert restored.restore(tmp_path)
+    assert restored.progress.step == 2
+    found = tensors_of(restored)
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    later.save(tmp_path, 1)
+    assert fresh().restore(tmp_path)
+    assert checkpoints(tmp_path) == ["step-00000005"]
+
+
+def test_the_pointer_is_written_last(tmp_path, monkeypatch):
+    trained(tmp_path, steps=2)
+    later = train(fresh(), 5)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3)
+        with pytest.raises(OSError, match="No space"):
+            later.save(tmp_path, 1)
+    assert (tmp_path / "last").read_text().strip() == "step-00000002"
+    assert {path.name for path in (tmp_path / "step-00000005").iterdir()} == {
+        "module.safetensors",
+        "state.safetensors",
+        "state.json",
+    }
+
+
+def test_a_checkpoint_that_no_pointer_reached_does_not_push_out_the_newest(tmp_path, monkeypatch):
+    # Killed between a checkpoint and its pointer, resumed from the one before, then stopped short of the lost step.
+    trained(tmp_path, steps=5)
+    lost = train(fresh(), 10)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3)
+        with pytest.raises(OSError, match="No space"):
+            lost.save(tmp_path, 1)
+    resumed = fresh()
+    resumed.restore(tmp_path)
+    train(resumed, 2).save(tmp_path, 1)
+    again = fresh()
+    assert again.restore(tmp_path)
+    assert again.progress.step == 7
+
+
+def change(path, edit):
+    facts = json.loads(path.read_text())
+    edit(facts)
+    path.write_text(json.dumps(facts))
+
+
+def halve(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def rewrite(path, edit):
+    """Save a safetensors file again after `edit` changed its tensors in place."""
+    tensors = state_module.load_file(path)
+    edit(tensors)
+    state_module.save_file(tensors, path)
+
+
+DAMAGES = {
+    "half the module": lambda source: halve(source / "module.safetensors"),
+    "half the state": lambda source: halve(source / "state.safetensors"),
+    "half the facts": lambda source: halve(source / "state.json"),
+    "no module": lambda source: (source / "module.safetensors").unlink(),
+    "no facts": lambda source: (source / "state.json").unlink(),
+    "no folder": shutil.rmtree,
+    "facts that are a list": lambda source: (source / "state.json").write_text("[]"),
+    "facts that are noise": lambda source: (source / "state.json").write_bytes(b"\xff\xfe\x00"),
+    "nested facts": lambda source: (source / "state.json").write_text("[" * 100_000),
+    "no progress": lambda source: change(source / "state.json", lambda facts: facts.pop("progress")),
+    "strange progress": lambda source: change(source / "state.json", lambda facts: facts["progress"].update(a=1)),
+    "no meter": lambda source: change(source / "state.json", lambda facts: facts.pop("meter_steps")),
+    "no optimizer": lambda source: change(source / "state.json", lambda facts: facts.update(optimizer={})),
+    "a listed optimizer": lambda source: change(source / "state.json", lambda f: f["optimizer"].update(state=[1])),
+    "no groups": lambda source: change(source / "state.json", lambda f: f["optimizer"].update(param_groups=[])),
+    "no generator": lambda source: rewrite(source / "state.safetensors", lambda t: t.pop("generator.cpu")),
+    "half a generator": lambda source: rewrite(
+        source / "state.safetensors", lambda t: t.update({"generator.cpu": t["generator.cpu"][:9].clone()})
+    ),
+    "no weight": lambda source: rewrite(source / "module.safetensors", lambda t: t.pop("first.weight")),
+    "a strange pointer": lambda source: (source.parent / "last").write_bytes(b"\xff\xfe"),
+    "an empty pointer": lambda source: (source.parent / "last").write_bytes(b""),
+    "a pointer to nothing": lambda source: (source.parent / "last").write_text("step-00000099"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    trained(tmp_path)
+    damage(tmp_path / "step-00000003")
+    with pytest.raises(UserError, match="damaged") as caught:
+        fresh().restore(tmp_path)
+    assert str(tmp_path) in caught.value.where
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    trained(tmp_path)
+    change(tmp_path / "step-00000003" / "state.json", lambda facts: facts.update(version=facts["version"] + 1))
+    with pytest.raises(UserError, match="newer") as caught:
+        fresh().restore(tmp_path)
+    assert "update" in caught.value.tip
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    trained(tmp_path)
+    module = nn.Linear(2, 2)
+    other = State(module, make_optimizer(module, OptimConfig(lr=0.1)), CPU)
+    with pytest.raises(UserError):
+        other.restore(tmp_path)
+
+
+def test_saving_into_a_folder_that_is_a_file_is_an_os_error(tmp_path):
+    place = Path(tmp_path / "checkpoints")
+    place.touch()
+    with pytest.raises(OSError, match="checkpoints"):
+        fresh().save(place, 1)

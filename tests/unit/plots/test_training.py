@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from pdvit.errors import UserError
+from pdvit.plots.training import plot_training, read_records
+
+LAYERS = ["embed", "block 1", "block 2", "norm"]
+TRAIN = [{"step": 2, "epoch": 0.5, "loss": 4.0, "class": 2.0, "cosine": 0.5, "mixing": 1.5},
+         {"step": 4, "epoch": 1.0, "loss": 3.0, "class": 1.5, "cosine": 0.4, "mixing": 1.1},
+         {"step": 8, "epoch": 2.0, "loss": 2.0, "class": 1.0, "cosine": 0.3, "mixing": 0.7}]  # fmt: skip
+EVAL = [{"step": 4, "epoch": 1.0, "accuracy": 0.75}, {"step": 8, "epoch": 2.0, "accuracy": 0.5}]
+SIMILARITY = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with the records of two epochs."""
+    probe = [{**at, "layers": LAYERS, "similarity": values} for at, values in zip(EVAL, SIMILARITY, strict=True)]
+    kinds = [("train", TRAIN), ("eval", EVAL), ("similarity", probe)]
+    lines = [json.dumps({"kind": kind, **record}) for kind, records in kinds for record in records]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def panels(run):
+    """The three panels of one run: loss, accuracy, P."""
+    figure = plot_training([read_records(run)], ["mine"])
+    figure.canvas.draw()
+    yield figure.axes[:3]
+    plt.close(figure)
+
+
+def test_records_are_read_by_kind(run):
+    records = read_records(run)
+    assert {kind: len(table) for kind, table in records.items()} == {"train": 3, "eval": 2, "similarity": 2}
+    assert records["train"]["cosine"].tolist() == [0.5, 0.4, 0.3]
+
+
+def test_every_term_has_its_line(panels):
+    lines = {line.get_label(): line for line in panels[0].lines}
+    assert set(lines) == {"class", "cosine", "mixing"}
+    for name, line in lines.items():
+        assert line.get_xdata().tolist() == [0.5, 1.0, 2.0]
+        assert line.get_ydata().tolist() == [record[name] for record in TRAIN]
+
+
+def test_terms_are_told_apart_without_colour(panels):
+    styles = {(line.get_linestyle(), tuple(np.atleast_1d(line._dash_pattern[1]))) for line in panels[0].lines}
+    assert len(styles) == 3
+
+
+def test_accuracy_is_in_percent(panels):
+    (line,) = panels[1].lines
+    assert line.get_xdata().tolist() == [1, 2]
+    assert line.get_ydata().tolist() == [75, 50]
+    assert panels[1].get_ylim() == (0, 100)
+    assert "75.0" in panels[1].get_title(loc="left")
+
+
+def test_the_heat_map_is_p_over_epoch_and_layer(panels):
+    (image,) = panels[2].images
+    assert np.asarray(image.get_array()).tolist() == np.transpose(SIMILARITY).tolist()
+    assert (image.norm.vmin, image.norm.vmax) == (0, 1)
+    assert image.origin == "lower"
+    assert [label.get_text() for label in panels[2].get_yticklabels()] == ["embed", "1", "2", "norm"]
+
+
+def test_the_map_gets_brighter_with_p(panels):
+    (image,) = panels[2].images
+    shades = image.cmap(np.linspace(0, 1, 20))[:, :3] @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(shades) > 0).all()
+
+
+def test_an_evaluation_stands_at_its_epoch(run):
+    """A run whose last evaluation comes early, as with --epochs 9st: columns are as wide as the time between them."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for kind, more in (("eval", {"accuracy": 0.6}), ("similarity", {"layers": LAYERS, "similarity": [0.9] * 4})):
+            file.write(json.dumps({"kind": kind, "step": 9, "epoch": 2.25, **more}) + "\n")
+    heat = plot_training([read_records(run)], ["mine"]).axes[2]
+    shown = {epoch: value_at(heat, epoch, row=0) for epoch in (0.9, 1.9, 2.2)}
+    assert shown == pytest.approx({0.9: 0.1, 1.9: 0.5, 2.2: 0.9})
+    plt.close("all")
+
+
+def value_at(axes, x: float, row: int) -> float:
+    """Return what a heat map shows at x in a row, whichever way matplotlib draws it."""
+    if axes.images:
+        (image,) = axes.images
+        left, right, *_ = image.get_extent()
+        grid = np.asarray(image.get_array())
+        return float(grid[row, min(int((x - left) / (right - left) * grid.shape[1]), grid.shape[1] - 1)])
+    (mesh,) = axes.collections
+    edges = mesh.get_coordinates()[0, :, 0]
+    return float(np.asarray(mesh.get_array())[row, np.searchsorted(edges, x) - 1])
+
+
+def test_every_run_has_a_row(run):
+    records = read_records(run)
+    figure = plot_training([records, records], ["one", "two"])
+    panels = figure.axes[:6]
+    assert [axes.get_title(loc="left").split(":")[0] for axes in (panels[0], panels[3])] == ["one", "two"]
+    assert len(panels[5].images) == 1
+    plt.close(figure)
+
+
+def test_a_half_written_last_line_is_left_out(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ste')
+    assert len(read_records(run)["train"]) == 3
+
+
+def test_a_run_that_was_not_evaluated_yet_is_refused(run):
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    with pytest.raises(UserError, match="not evaluated"):
+        read_records(run)
+
+
+def test_a_run_without_records_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no records"):
+        read_records(tmp_path)

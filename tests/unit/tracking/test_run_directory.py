@@ -1,0 +1,178 @@
+import json
+import os
+
+import pytest
+
+from pdvit.errors import UserError
+from pdvit.tracking import RunDirectory, newest, to_json, write_file
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_made_where_asked(workplace):
+    directory = RunDirectory.create(str(workplace / "deep/down/run"), "unused")
+    assert directory.path == workplace / "deep/down/run"
+    assert list(directory.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", ["mkdir", "touch"])
+def test_a_place_that_exists_is_refused(workplace, make):
+    getattr(workplace / "taken", make)()
+    with pytest.raises(UserError, match="exists already") as caught:
+        RunDirectory.create("taken", "unused")
+    assert "--resume" in caught.value.tip
+
+
+def test_a_link_to_nowhere_is_refused_and_not_followed(workplace):
+    (workplace / "link").symlink_to(workplace / "nowhere")
+    with pytest.raises(UserError, match="exists already"):
+        RunDirectory.create("link", "unused")
+    assert not (workplace / "nowhere").exists()
+
+
+def test_default_names_get_a_suffix():
+    paths = [RunDirectory.create(None, "digits-paper").path.as_posix() for _ in range(3)]
+    assert paths == ["runs/digits-paper", "runs/digits-paper-2", "runs/digits-paper-3"]
+
+
+@pytest.mark.parametrize("out", ["file/run", "/proc/run", "x" * 300])
+def test_a_place_that_can_not_be_written_is_refused(workplace, out):
+    (workplace / "file").touch()
+    with pytest.raises(UserError, match="can't be made") as caught:
+        RunDirectory.create(out, "unused")
+    assert "--out" in caught.value.tip
+
+
+def test_a_default_place_that_can_not_be_written_is_refused(workplace):
+    (workplace / "runs").touch()
+    with pytest.raises(UserError, match="can't be made"):
+        RunDirectory.create(None, "digits-paper")
+
+
+def test_only_a_run_can_be_opened(workplace):
+    with pytest.raises(UserError, match="not a run directory"):
+        RunDirectory.open(workplace)
+    (workplace / "run.toml").touch()
+    assert RunDirectory.open(workplace).path == workplace
+
+
+@pytest.fixture
+def directory():
+    return RunDirectory.create("run", "unused")
+
+
+def test_json_goes_round(directory):
+    directory.write_json("summary.json", {"name": "ž", "value": 0.1})
+    assert directory.read_json("summary.json") == {"name": "ž", "value": 0.1}
+
+
+def test_status_says_what_and_when(directory):
+    directory.status("failed", step=3, reason="broke")
+    assert directory.read_json("status.json") == {"status": "failed", "step": 3, "reason": "broke"}
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[1]", b"3"])
+def test_json_that_is_missing_or_damaged_is_refused(directory, content):
+    if content is not None:
+        (directory.path / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"summary\.json can't be read"):
+        directory.read_json("summary.json")
+
+
+def test_a_file_that_can_not_be_written_is_refused(directory):
+    (directory.path / "summary.json").mkdir()
+    with pytest.raises(UserError, match=r"summary\.json can't be written"):
+        directory.write_json("summary.json", {})
+    assert [path.name for path in directory.path.iterdir()] == ["summary.json"]
+
+
+def test_records_are_one_object_per_line(directory):
+    directory.append("train", {"step": 1, "loss": 0.5}, {"seconds": 2.0})
+    directory.append("eval", {"step": 1, "accuracy": 1.0})
+    assert lines(directory) == [
+        {"kind": "train", "step": 1, "loss": 0.5, "time": {"seconds": 2.0}},
+        {"kind": "eval", "step": 1, "accuracy": 1.0},
+    ]
+
+
+def test_numbers_that_are_not_finite_become_null(directory):
+    nan, infinite = float("nan"), float("inf")
+    directory.append("train", {"step": 1, "loss": nan, "norm": infinite, "list": [1.0, -infinite, [nan]], "text": "a"})
+    assert lines(directory) == [
+        {"kind": "train", "step": 1, "loss": None, "norm": None, "list": [1.0, None, [None]], "text": "a"}
+    ]
+
+
+def test_a_record_that_can_not_be_written_is_refused(directory):
+    (directory.path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl can't be written"):
+        directory.append("train", {"step": 1})
+
+
+def test_cutting_drops_what_came_later(directory):
+    for step in (1, 2, 3, 4):
+        directory.append("train", {"step": step})
+    directory.cut_records(2)
+    assert [record["step"] for record in lines(directory)] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "train", "st', '{"kind"', "{", "\0\0\0\0", "3", '{"kind": "odd"}'])
+def test_cutting_drops_a_line_that_is_no_record(directory, torn):
+    directory.append("train", {"step": 1})
+    with (directory.path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    directory.cut_records(9)
+    assert [record["step"] for record in lines(directory)] == [1]
+    directory.append("train", {"step": 2})
+    assert [record["step"] for record in lines(directory)] == [1, 2]
+
+
+def test_cutting_keeps_any_text_of_a_record(directory):
+    directory.append("eval", {"step": 1, "text": "a\u2028b\x85c ž"})
+    before = (directory.path / "metrics.jsonl").read_bytes()
+    directory.cut_records(1)
+    assert (directory.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_cutting_without_records_is_no_error(directory):
+    directory.cut_records(3)
+    assert list(directory.path.iterdir()) == []
+
+
+def test_the_newest_come_first(workplace):
+    for name, age in (("old", 100), ("new", 300), ("middle", 200)):
+        file = workplace / "runs" / name / "analysis.csv"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (age, age))
+    (workplace / "runs/other").mkdir()
+    (workplace / "runs/odd/analysis.csv").mkdir(parents=True)
+    assert [path.name for path in newest("analysis.csv")] == ["new", "middle", "old"]
+
+
+def test_there_may_be_no_runs_at_all():
+    assert newest("analysis.csv") == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(workplace):
+    write_file(workplace / "file", "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(workplace / "file", "\ud800")
+    assert (workplace / "file").read_text() == "before"
+    write_file(workplace / "file", b"after")
+    assert (workplace / "file").read_text() == "after"
+    assert [path.name for path in workplace.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_json_for_every_reader_has_no_nan(number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json({"value": number})
