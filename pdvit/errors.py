@@ -15,7 +15,8 @@ class UserError(Exception):
         self.what, self.where, self.tip = what, where, tip
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n  tip:   {self.tip}"
+        what, where, tip = (" ".join(text.split()) for text in (self.what, self.where, self.tip))
+        return f"{what}\n  where: {where}\n  tip:   {tip}"
 
 
 class RunFailed(Exception):

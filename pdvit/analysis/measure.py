@@ -78,7 +78,8 @@ def analyze(
         for layer in layers_of(model)
         for m in [found[layer, metric]]
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
 
 
 @contextmanager

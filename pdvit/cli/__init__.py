@@ -12,7 +12,7 @@ from pdvit.errors import RunFailed, UserError
 
 app = typer.Typer(
     name="pdvit",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -31,11 +31,14 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def pdvit(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """See whether a vision transformer's patches collapse into one another, and train ones whose patches don't."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def run(arguments: list[str]) -> int:
@@ -43,7 +46,7 @@ def run(arguments: list[str]) -> int:
     # typer's panels take 0.1 s to import; the first screen, `pdvit --help`, is short enough without them.
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, prog_name="pdvit", standalone_mode=False)
     except UserError as error:
         return _explain(error, EXIT_MISUSED)
     except RunFailed as error:

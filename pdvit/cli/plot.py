@@ -11,7 +11,7 @@ from pdvit.errors import UserError, closest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-app = typer.Typer(no_args_is_help=True, help="Draw figures from run directories.")
+app = typer.Typer(invoke_without_command=True)
 
 SUFFIXES = (".png", ".svg", ".pdf")
 NEWEST = 6  # lines of one figure that are still told apart
@@ -20,28 +20,21 @@ Runs = Annotated[list[Path] | None, typer.Argument(help="Run directories; unset:
 Out = Annotated[Path | None, typer.Option("--out", help="File; .png, .svg or .pdf decides the format.")]
 
 
+@app.callback()
+def plot(context: typer.Context) -> None:
+    """Draw figures from run directories."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 def similarity(runs: Runs = None, out: Out = None) -> None:
     """Depth against P, one line per analysis: mean and spread over images."""
     target = _target(out)
-    import pandas as pd
-
-    from pdvit.plots.similarity import plot_similarity
+    from pdvit.plots.similarity import plot_similarity, read_analysis
 
     folders = _folders(runs, "analysis.csv", "pdvit analyze")
-    tables = []
-    for folder in folders:
-        try:
-            table = pd.read_csv(folder / "analysis.csv")
-            if table[table["metric"] == "similarity"][["layer", "depth", "mean", "std", "images"]].empty:
-                raise ValueError("no rows of the metric similarity")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the analysis can't be read: {error}",
-                str(folder / "analysis.csv"),
-                f"run pdvit analyze {folder}",
-            ) from error
-        tables.append(table)
+    tables = [read_analysis(folder) for folder in folders]
     _save(plot_similarity(tables, [_name(folder) for folder in folders]), "similarity", folders, target)
 
 
@@ -91,6 +84,8 @@ def _name(folder: Path) -> str:
 
 def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) -> None:
     """Write the figure beside its target, rename it, and say where it is."""
+    from pdvit.plots.style import save
+
     if out is None:
         names = [re.sub(r"[^\w.-]", "-", _name(folder)) for folder in folders[:3]]
         more = [f"{len(folders) - 3}-more"] if len(folders) > 3 else []
@@ -98,7 +93,7 @@ def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) ->
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(f".{out.name}.part{out.suffix}")
-        figure.savefig(beside)
+        save(figure, beside)
         beside.replace(out)
     except OSError as error:
         raise UserError(f"the figure can't be written: {error.strerror}", str(out), "choose another --out") from error

@@ -43,8 +43,13 @@ def make_config(file: Path | None, assignments: list[str], settings: Mapping[str
 
 
 def given_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Return the keys that were given as flags."""
-    return [f"{section}.{name}" for section, keys in _from_flags(settings).items() for name in keys]
+    """Return the flags that were given."""
+    return [
+        info_of(item).flags[0]
+        for section, keys in _from_flags(settings).items()
+        for item in fields(sections()[section])
+        if item.name in keys
+    ]
 
 
 def describe_default(default: Any) -> str:

@@ -66,7 +66,7 @@ def _train(config: Config, resume: Path | None, as_json: bool) -> int:
     console = Console(stderr=as_json)
     config = resolve(config)
     if resume is not None and (summary := _finished(RunDirectory.open(resume))):
-        console.print(f"{resume} is finished already", highlight=False)
+        console.print(f"{resume} is finished already", highlight=False, markup=False, soft_wrap=True)
         return _close(RunDirectory.open(resume), summary, console, as_json)
     device = choose_device(config.run.device)
     source = open_source(config.data)

@@ -1,5 +1,6 @@
 """Decoding image files to uint8 tensors, with the random crop and flip of training."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Preprocessing:
 
     def evaluation(self) -> v2.Compose:
         """Return the transform of a held-out image: short side scaled, centre cropped, uint8 `(3, size, size)`."""
-        side = round(self.size / self.crop_pct)
+        side = math.floor(self.size / self.crop_pct)  # rounded as timm does, so that its transform is the same
         resize = v2.Resize(side, interpolation=self._mode(), antialias=True)
         return v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
 

@@ -18,7 +18,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(". ")[0].split(": ")[0]
+        if len(reason) > 80:  # torch lists every backend that was ever thought of
+            reason = "torch does not know it"
         raise UserError(f"no device '{name}' here: {reason}", "run.device (--device)", "try --device cpu") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"pdvit does not run on '{name}'", "run.device (--device)", "use cpu or cuda")

@@ -1,60 +1,80 @@
 """Depth against P: one line per analysis."""
 
+from pathlib import Path
+
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pdvit.plots.style import looks, spread_out, styled
+from pdvit.errors import UserError
+from pdvit.plots.style import looks, short, spread_out, styled
+
+# Distance between the names of lines, and of the lowest from the axis, on the scale of P.
+GAP, LOWEST = 0.06, 0.03
+# Ticks beside one another on the axis.
+TICKS = 12
+
+
+def read_analysis(run: Path) -> pd.DataFrame:
+    """Read P by layer from analysis.csv, in order of depth; UserError where it is damaged."""
+    file = run / "analysis.csv"
+    try:
+        table = pd.read_csv(file)
+        numbers = {"depth": int, "mean": float, "std": float, "images": int}
+        rows = table[table["metric"] == "similarity"].astype({**numbers, "layer": str})
+        if rows.empty or rows["mean"].isna().any():
+            raise ValueError("it has no values of the metric similarity")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the analysis can't be read: {error}", str(file), f"run pdvit analyze {run}") from error
+    return rows.sort_values("depth")
 
 
 def plot_similarity(tables: list[pd.DataFrame], names: list[str]) -> Figure:
     """Draw P of every layer, mean and standard deviation over images, each line named at its end.
 
     Args:
-        tables: analyses as `pdvit analyze` writes them.
+        tables: analyses as `read_analysis` returns them.
         names: what each line is called.
     """
     with styled(6.6, 3.8) as figure:
         (axes,) = figure.axes
         ends = []
-        for table, look in zip(tables, looks(len(tables)), strict=True):
-            rows = table[table["metric"] == "similarity"].sort_values("depth")
+        for rows, look in zip(tables, looks(len(tables)), strict=True):
             axes.plot(rows["depth"], rows["mean"], **look)
             low, high = rows["mean"] - rows["std"].fillna(0), rows["mean"] + rows["std"].fillna(0)
-            axes.fill_between(rows["depth"], low, high, color=str(look["color"]), alpha=0.15, linewidth=0)
-            ends.append((rows["depth"].iloc[-1], rows["mean"].iloc[-1], str(look["color"])))
+            axes.fill_between(rows["depth"], low, high, color=look["color"], alpha=0.15, linewidth=0)
+            ends.append((rows["depth"].iloc[-1], rows["mean"].iloc[-1], look["color"]))
         axes.set_ylim(0, 1)
-        heights = spread_out([height for _, height, _ in ends], gap=0.06)
+        heights = spread_out([max(height, LOWEST) for _, height, _ in ends], GAP)
+        lift = max(0.0, LOWEST - min(heights))
         right = max(depth for depth, _, _ in ends)
         for (depth, value, colour), height, name in zip(ends, heights, names, strict=True):
-            axes.annotate(
-                name,
-                xy=(depth, value),
-                xytext=(right + 0.03 * right, height),
-                color=colour,
-                va="center",
-                annotation_clip=False,
-            )
+            beside = (right + 0.03 * right, height + lift)
+            axes.annotate(short(name), (depth, value), beside, color=colour, va="center", annotation_clip=False)
         _name_depths(figure, tables)
         axes.set_ylabel("P, patch similarity")
-        images = sorted({int(table["images"].iloc[0]) for table in tables})
-        count = f"{images[0]}" if len(images) == 1 else f"{images[0]} to {images[-1]}"
         axes.set_title(
             f"How alike the patches of an image are: mean |cos| over pairs\n"
-            f"(line: mean over {count} images, band: ± one standard deviation)"
+            f"(line: mean over {_count(tables)}, band: ± one standard deviation)"
         )
         return figure
 
 
+def _count(tables: list[pd.DataFrame]) -> str:
+    least, most = (pick(int(table["images"].iloc[0]) for table in tables) for pick in (min, max))
+    return f"{least} to {most} images" if least < most else f"{most} image{'s' if most > 1 else ''}"
+
+
 def _name_depths(figure: Figure, tables: list[pd.DataFrame]) -> None:
-    """Label depth 0 as embed, whole numbers as blocks, and the last as norm where all lines agree on it."""
+    """Name the depths: embed, blocks by number, norm where all lines end at the same depth."""
     (axes,) = figure.axes
+    deepest = {int(table["depth"].max()) for table in tables}
     layers = {int(d): str(n) for table in tables for d, n in zip(table["depth"], table["layer"], strict=True)}
-    clashes = len({table["depth"].max() for table in tables}) > 1
-    step = max(1, round(max(layers) / 12))
-    shown = {depth: name for depth, name in layers.items() if depth % step == 0 or not name.startswith("block")}
-    ticks = sorted(shown)
-    labels = [shown[tick].removeprefix("block ") for tick in ticks]
-    if clashes:
-        labels = [str(tick) if tick else "embed" for tick in ticks]
-    axes.set_xticks(ticks, labels)
-    axes.set_xlabel("layer" if clashes else "block")
+    last = max(layers)
+    step = max(1, round(last / TICKS))
+    shown = [depth for depth in layers if depth % step == 0 and last - depth >= step] + [last]
+    if len(deepest) > 1:
+        labels = ["embed" if depth == 0 else str(depth) for depth in shown]
+    else:
+        labels = [layers[depth].removeprefix("block ") for depth in shown]
+    axes.set_xticks(shown, labels)
+    axes.set_xlabel("depth" if len(deepest) > 1 else "block")

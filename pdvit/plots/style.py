@@ -3,23 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice, product
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 # The petroff10 colours in an order whose greys differ from one to the next.
 COLOURS = ("#3f90da", "#bd1f01", "#94a4a2", "#832db6", "#ffa90e", "#a96b59", "#e76300", "#717581")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Letters of a name before its middle is left out.
+NAME = 28
 
 RC: dict[Any, Any] = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 150,
     "savefig.dpi": 200,
     "font.size": 10,
     "axes.spines.top": False,
@@ -39,10 +36,17 @@ RC: dict[Any, Any] = {
 
 @contextmanager
 def styled(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[Figure]:
-    """Open a figure of the given size in inches with its axes; the caller closes it."""
-    with plt.rc_context(RC):
-        figure, _ = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    """Make a figure of the given size in inches with its axes, to draw on inside."""
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.subplots(rows, columns, squeeze=False)
         yield figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the suffix. Raises OSError."""
+    with mpl.rc_context(RC):
+        figure.savefig(path)
 
 
 def looks(count: int) -> list[dict[str, Any]]:
@@ -51,15 +55,20 @@ def looks(count: int) -> list[dict[str, Any]]:
     return [{"color": c, "linestyle": d, "marker": m} for c, d, m in islice(pairs, count)]
 
 
+def short(name: str) -> str:
+    """Return a name that fits beside a line: a long one without its middle."""
+    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-(NAME // 2) :]}"
+
+
 def spread_out(heights: list[float], gap: float) -> list[float]:
     """Move label heights apart to at least `gap`, keeping their order and their middle."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = [heights[i] for i in order]
     for _, at in product(range(50), range(len(placed) - 1)):
-        short = gap - (placed[at + 1] - placed[at])
-        if short > 1e-9:
-            placed[at] -= short / 2
-            placed[at + 1] += short / 2
+        apart = gap - (placed[at + 1] - placed[at])
+        if apart > 1e-9:
+            placed[at] -= apart / 2
+            placed[at + 1] += apart / 2
     result = [0.0] * len(heights)
     for position, index in enumerate(order):
         result[index] = placed[position]

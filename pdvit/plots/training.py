@@ -8,32 +8,39 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from pdvit.errors import UserError
-from pdvit.plots.style import looks, styled
+from pdvit.plots.style import looks, short, styled
 
+NEEDED = {
+    "train": {"epoch", "class"},
+    "eval": {"epoch", "accuracy"},
+    "similarity": {"epoch", "layers", "similarity"},
+}
 TERMS = ("class", "cosine", "contrastive", "mixing")
 
 
 def read_records(run: Path) -> dict[str, pd.DataFrame]:
-    """Read metrics.jsonl as one table per kind; UserError where the run has no evaluation yet."""
+    """Read metrics.jsonl as one table per kind; UserError where it is damaged or holds no evaluation yet."""
     file = run / "metrics.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"the run has no records: {error.strerror}", str(file), "name a run that was trained by pdvit"
-        ) from error
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        tip = "name a run that was trained by pdvit"
+        raise UserError(f"the records of the run can't be read: {error}", str(file), tip) from error
     kinds: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             kinds.setdefault(record["kind"], []).append(record)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             if number == len(lines):
-                continue  # a run that is being written
+                continue  # of a run that is being written
             raise UserError(f"line {number} is not a record", str(file), "the file is damaged") from error
-    if not {"train", "eval", "similarity"} <= set(kinds):
-        raise UserError("the run was not evaluated yet", str(file), "wait for its first epoch")
-    return {kind: pd.DataFrame(records) for kind, records in kinds.items()}
+    tables = {kind: pd.DataFrame(records) for kind, records in kinds.items()}
+    for kind, columns in NEEDED.items():
+        if missing := sorted(columns - set(tables.get(kind, pd.DataFrame()).columns)):
+            what = f"the run has no {kind} records with '{missing[0]}'"
+            raise UserError(what, str(file), "wait for its first evaluation")
+    return tables
 
 
 def plot_training(runs: list[dict[str, pd.DataFrame]], names: list[str]) -> Figure:
@@ -45,7 +52,7 @@ def plot_training(runs: list[dict[str, pd.DataFrame]], names: list[str]) -> Figu
             terms = [term for term in TERMS if term in train]
             for term, look in zip(terms, looks(len(terms)), strict=True):
                 loss.plot(train["epoch"], train[term], label=term, **{**look, "marker": ""})
-            loss.set(title=f"{name}: loss by term, unweighted", xlabel="epoch", ylim=(0, None))
+            loss.set(title=f"{short(name)}: loss by term, unweighted", xlabel="epoch", ylim=(0, None))
             loss.legend()
             accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color="black")
             best = evaluation["accuracy"].max() * 100
@@ -58,17 +65,10 @@ def _heat_map(axes: Any, similarity: pd.DataFrame) -> None:
     """Draw P on the probe: epochs across, layers upwards, 0 to 1 in a map that is monotone in grey."""
     layers = similarity["layers"].iloc[-1]
     grid = pd.DataFrame(similarity["similarity"].tolist()).T
-    epochs = similarity["epoch"]
-    image = axes.imshow(
-        grid,
-        origin="lower",
-        aspect="auto",
-        vmin=0,
-        vmax=1,
-        cmap="viridis",
-        extent=(0, float(epochs.iloc[-1]), -0.5, len(layers) - 0.5),
-        interpolation="nearest",
-    )
+    # a column reaches from the evaluation before to its own, however far apart they are
+    edges = [0.0, *similarity["epoch"]]
+    heights = [layer - 0.5 for layer in range(len(layers) + 1)]
+    image = axes.pcolormesh(edges, heights, grid, vmin=0, vmax=1, cmap="viridis")
     step = max(1, round(len(layers) / 8))
     ticks = [i for i in range(len(layers)) if i % step == 0 or i == len(layers) - 1]
     axes.set_yticks(ticks, [layers[i].removeprefix("block ") for i in ticks])

@@ -1,0 +1,318 @@
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import pdvit as library
+import pdvit.config.schema
+import pdvit.data.sources
+from pdvit.cli import run as pdvit
+
+COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
+LAYERS = ["embed", "block 1", "block 2", "norm"]
+
+
+@pytest.fixture
+def analyzed(capsys):
+    """Return a function that analyzes with --json and returns what was printed."""
+
+    def analyze(*arguments: object):
+        capsys.readouterr()
+        assert pdvit(["analyze", *map(str, arguments), "--device", "cpu", "--workers", "0", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return analyze
+
+
+def means(table: pd.DataFrame, metric: str) -> list[float]:
+    return table[table["metric"] == metric].sort_values("depth")["mean"].tolist()
+
+
+def json_means(result: dict, metric: str) -> list[float]:
+    return [layer[metric]["mean"] for layer in result["layers_measured"]]
+
+
+def timm_images(model, paths: list[Path]) -> torch.Tensor:
+    """Preprocess with timm's own evaluation transform for the model's configuration."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+
+
+def test_a_run_gets_its_table(run_copy, analyzed):
+    analyzed(run_copy)
+    table = pd.read_csv(run_copy / "analysis.csv")
+    assert list(table.columns) == COLUMNS
+    for metric in ("similarity", "similarity_signed"):
+        rows = table[table["metric"] == metric]
+        assert rows["layer"].tolist() == LAYERS
+        assert rows["depth"].tolist() == [0, 1, 2, 3]
+    assert len(table) == 8
+    assert (table["images"] == 256).all()
+    assert (table["tokens"] == 16).all()
+    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
+    assert (facts["images_measured"], facts["patch_tokens"], facts["prefix_tokens_dropped"]) == (256, 16, 1)
+
+
+def test_the_numbers_are_those_of_the_library_on_the_same_images(run_copy, analyzed):
+    source = library.data.sources.open_source(library.config.schema.DataConfig())
+    held_out = source.splits["test"].images
+    model = timm.create_model(f"local-dir:{run_copy}", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+    expected = library.analyze(model, (held_out / 255 - mean) / std)
+    result = analyzed(run_copy, "--limit", 1000)
+    for metric in ("similarity", "similarity_signed"):
+        assert json_means(result, metric) == pytest.approx(means(expected, metric), abs=1e-5)
+
+
+def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analyzed):
+    paths = sorted(image_folder.rglob("*.png"))
+    model = timm.create_model(f"local-dir:{run_copy}", pretrained=True)
+    expected = library.analyze(model, timm_images(model, paths))
+    result = analyzed(run_copy, "--images", image_folder)
+    assert result["images_measured"] == len(paths) == 30
+    assert json_means(result, "similarity") == pytest.approx(means(expected, "similarity"), abs=1e-5)
+
+
+def test_the_numbers_are_near_those_that_the_run_reported(run_copy, analyzed):
+    summary = json.loads((run_copy / "summary.json").read_text())
+    result = json_means(analyzed(run_copy), "similarity")
+    # Other held-out digits than the probe, so alike but not equal.
+    assert result[1] == pytest.approx(summary["similarity_first"], abs=0.05)
+    assert result[-1] == pytest.approx(summary["similarity_last"], abs=0.05)
+
+
+def test_a_lone_file_is_as_good_as_its_run(run_copy, workplace, analyzed):
+    shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
+    alone = analyzed("alone.safetensors", "--images", "digits")
+    assert alone["layers_measured"] == analyzed(run_copy)["layers_measured"]
+    assert (workplace / "runs" / "analysis-alone" / "analysis.csv").is_file()
+    assert alone["file"] == "runs/analysis-alone/analysis.csv"
+
+
+def test_a_lone_file_is_shown_photographs_unless_told_otherwise(run_copy, workplace, analyzed):
+    shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
+    result = analyzed("alone.safetensors")
+    assert result["images_measured"] == 2
+    assert "photographs" in result["images"]
+
+
+def test_foreign_weights_need_the_name_of_their_model(workplace, analyzed, refusal):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False)
+    save_file(model.state_dict(), "foreign.safetensors")
+    assert "--model" in refusal("analyze", "foreign.safetensors").tip
+    result = analyzed("foreign.safetensors", "--model", "test_vit", "--images", "digits", "--limit", 3)
+    assert result["weights"] == "unknown"
+    assert len(result["layers_measured"]) == len(model.blocks) + 2
+    refusal("analyze", "foreign.safetensors", "--model", "test_vit2")
+    refusal("analyze", "foreign.safetensors", "--model", "vit_tiny_patch16_224")
+
+
+def test_every_prefix_token_is_dropped(workplace, analyzed):
+    shape = ["--model", "deit_tiny_distilled_patch16_224", "--depth", "1", "--width", "24", "--heads", "1"]
+    assert pdvit(["train", *shape, "--img-size", "48", "--epochs", "1st", "--out", "run"]) == 0
+    result = analyzed("run", "--limit", 4)
+    assert (result["prefix_tokens_dropped"], result["patch_tokens"]) == (2, 9)
+
+
+def test_several_checkpoints_each_get_their_table(run_copy, tmp_path, analyzed, workplace):
+    other = shutil.copytree(run_copy, tmp_path / "other")
+    results = analyzed(run_copy, other, "--limit", 8)
+    assert [result["model"] for result in results] == ["copied", "other"]
+    for folder in (run_copy, other):
+        assert pd.read_csv(folder / "analysis.csv")["model"].unique().tolist() == [folder.name]
+
+
+def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyzed):
+    for name, age in (("old", 300), ("newest", 100), ("middle", 200)):
+        shutil.copytree(digits_run, workplace / "runs" / name)
+        os.utime(workplace / "runs" / name / "model.safetensors", (1e9 - age, 1e9 - age))
+    (workplace / "runs" / "unfinished").mkdir()
+    assert analyzed("--limit", 4)["checkpoint"] == "runs/newest"
+
+
+def test_without_any_run_it_says_what_to_do(workplace, refusal):
+    assert "pdvit train" in refusal("analyze").tip
+
+
+@pytest.mark.parametrize(
+    ("images", "count"), [(["train/red"], 8), (["val/red/0.png"], 1), (["val/red/0.png", "train/blue"], 9)]
+)
+def test_images_come_from_files_and_folders(run_copy, image_folder, analyzed, images, count):
+    named = [item for name in images for item in ("--images", image_folder / name)]
+    result = analyzed(run_copy, *named)
+    assert result["images_measured"] == count
+    assert all(str(image_folder / name) in result["images"] for name in images)
+
+
+def test_a_single_image_has_no_spread(run_copy, image_folder, analyzed):
+    result = analyzed(run_copy, "--images", image_folder / "val" / "red" / "0.png")
+    for layer in result["layers_measured"]:
+        assert layer["similarity"]["std"] is None
+        assert layer["similarity"]["ci95"] is None
+    table = pd.read_csv(run_copy / "analysis.csv")
+    assert table["std"].isna().all()
+    assert table["mean"].notna().all()
+
+
+def test_the_limit_and_the_batch_size_do_not_change_what_is_measured(run_copy, analyzed):
+    one = analyzed(run_copy, "--limit", 20, "--batch-size", 7)
+    two = analyzed(run_copy, "--limit", 20, "--batch-size", 20)
+    assert one["images_measured"] == two["images_measured"] == 20
+    assert json_means(one, "similarity") == pytest.approx(json_means(two, "similarity"), abs=1e-6)
+
+
+def test_out_is_where_the_files_go(run_copy, workplace, analyzed):
+    result = analyzed(run_copy, "--limit", 4, "--out", "elsewhere")
+    assert result["file"] == "elsewhere/analysis.csv"
+    assert (workplace / "elsewhere" / "analysis" / "analysis.json").is_file()
+    assert not (run_copy / "analysis.csv").exists()
+
+
+def test_the_output_says_exactly_what_was_measured(run_copy, capsys):
+    assert pdvit(["analyze", str(run_copy), "--limit", "12", "--device", "cpu"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        *LAYERS,
+        "12 (digits, test split, 12 of 360",
+        "16 patches per image; prefix tokens dropped: 1",
+        "before the final norm",
+        "raw; float32 on cpu",
+        "mean of |cos|",
+        str(run_copy / "analysis.csv"),
+        f"pdvit plot similarity {run_copy}",
+    ):
+        assert text in shown
+    assert "collapse" in shown
+
+
+def test_the_bars_grow_with_p(run_copy, capsys):
+    assert pdvit(["analyze", str(run_copy), "--limit", "12", "--device", "cpu"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("embed", "block", "norm"))]
+    table = pd.read_csv(run_copy / "analysis.csv")
+    assert [row.count("█") for row in rows] == [round(24 * value) for value in means(table, "similarity")]
+
+
+def test_json_is_all_that_is_printed(run_copy, analyzed):
+    result = analyzed(run_copy, "--limit", 4)
+    assert [layer["layer"] for layer in result["layers_measured"]] == LAYERS
+
+
+class TestRefused:
+    def test_what_is_not_there(self, refusal, workplace):
+        assert "absent" in refusal("analyze", "absent").where
+        assert "absent" in refusal("analyze", "absent.safetensors").where
+
+    def test_a_folder_that_is_no_run(self, refusal, tmp_path):
+        assert "model.safetensors" in refusal("analyze", tmp_path).what
+
+    def test_a_run_that_is_not_finished(self, refusal, run_copy):
+        (run_copy / "model.safetensors").unlink()
+        assert "resume" in refusal("analyze", run_copy).tip
+
+    @pytest.mark.parametrize("keep", [0, 4, 40, 5000])
+    def test_a_truncated_file(self, refusal, run_copy, keep):
+        file = run_copy / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:keep])
+        assert "safetensors" in refusal("analyze", run_copy).what
+        assert not (run_copy / "analysis.csv").exists()
+
+    def test_a_header_that_claims_to_be_endless(self, refusal, workplace):
+        Path("huge.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+        assert "safetensors" in refusal("analyze", "huge.safetensors").what
+
+    @pytest.mark.parametrize("name", ["evil.safetensors", "evil.pth", "evil.bin", "evil.pt", "evil"])
+    def test_a_pickle_is_never_opened(self, refusal, workplace, name):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(workplace / "owned"),)
+
+        Path(name).write_bytes(pickle.dumps({"model": Evil()}))
+        refusal("analyze", name)
+        assert not (workplace / "owned").exists()
+        pickle.loads(Path(name).read_bytes())  # the trap works
+        assert (workplace / "owned").exists()
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            "no json",
+            "[" * 100_000,
+            "[1]",
+            '{"architecture": 3}',
+            '{"architecture": "os.system"}',
+            '{"architecture": "hf-hub:somebody/model"}',
+            '{"architecture": "local-dir:."}',
+            '{"architecture": "test_vit", "model_args": 3}',
+            '{"architecture": "test_vit", "model_args": {"pretrained": true}}',
+            '{"architecture": "test_vit", "model_args": {"checkpoint_path": "evil.pth"}}',
+            '{"architecture": "test_vit", "model_args": {"pretrained_cfg": {"file": "evil.pth"}}}',
+            '{"architecture": "test_vit", "model_args": {"depth": 1000000000}}',
+            '{"architecture": "test_vit", "model_args": {"embed_dim": 64000000}}',
+            '{"architecture": "test_vit", "model_args": {"embed_dim": -64}}',
+            '{"architecture": "test_vit", "model_args": {"embed_dim": "wide"}}',
+            '{"architecture": "test_vit", "model_args": {"patch_size": 0}}',
+            '{"architecture": "test_vit", "model_args": {"num_heads": 0}}',
+            '{"architecture": "test_vit", "model_args": {"norm_layer": "os.system"}}',
+            '{"architecture": "resnet18"}',
+        ],
+        ids=lambda config: config[:90],
+    )
+    def test_a_hostile_header(self, refusal, workplace, config):
+        tensors = timm.create_model("test_vit", pretrained=False).state_dict()
+        save_file(tensors, "hostile.safetensors", metadata={"config.json": config})
+        assert "hostile.safetensors" in refusal("analyze", "hostile.safetensors").where
+
+    def test_weights_of_another_model(self, refusal, run_copy):
+        tensors = load_file(run_copy / "model.safetensors")
+        config = (run_copy / "config.json").read_text()
+        for changed in (
+            {name: value for name, value in tensors.items() if name != "cls_token"},
+            tensors | {"surplus": torch.zeros(1)},
+            tensors | {"cls_token": torch.zeros(1, 1, 99)},
+        ):
+            save_file(changed, run_copy / "model.safetensors", metadata={"config.json": config})
+            refusal("analyze", run_copy)
+
+    def test_weights_that_are_no_numbers(self, refusal, run_copy):
+        tensors = load_file(run_copy / "model.safetensors")
+        tensors["blocks.1.norm1.weight"].fill_(float("nan"))
+        config = (run_copy / "config.json").read_text()
+        save_file(tensors, run_copy / "model.safetensors", metadata={"config.json": config})
+        assert "block 2" in refusal("analyze", run_copy, "--limit", 4).what
+
+    def test_images_that_are_not_there(self, refusal, run_copy, tmp_path):
+        assert "absent" in refusal("analyze", run_copy, "--images", "absent").where
+        assert "digits" in refusal("analyze", run_copy, "--images", "digts").tip
+        (tmp_path / "empty").mkdir()
+        assert "no images" in refusal("analyze", run_copy, "--images", tmp_path / "empty").what
+
+    def test_images_that_do_not_decode(self, refusal, run_copy, image_folder):
+        for name in ("bad-one.png", "bad-two.png"):
+            (image_folder / name).write_text("not an image")
+        found = refusal("analyze", run_copy, "--images", image_folder)
+        assert "2 images" in found.what
+        assert "bad-one.png" in found.where
+        assert "bad-two.png" in found.where
+
+    def test_one_folder_for_several_analyses(self, refusal, run_copy, tmp_path):
+        assert "--out" in refusal("analyze", run_copy, run_copy, "--out", tmp_path / "both").where
+
+    def test_a_place_below_a_file(self, refusal, run_copy, tmp_path):
+        (tmp_path / "file").touch()
+        refusal("analyze", run_copy, "--limit", 4, "--out", tmp_path / "file" / "folder")
+
+    @pytest.mark.parametrize(
+        "arguments", [["--limit", "0"], ["--batch-size", "0"], ["--device", "gpu"], ["--limt", "3"]], ids=" ".join
+    )
+    def test_bad_options(self, refusal, run_copy, arguments):
+        refusal("analyze", run_copy, *arguments)

@@ -1,0 +1,134 @@
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# One thread, here and in the processes that tests start: tiny models only lose time to more, and none depends on it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+from pdvit.cli import run as pdvit
+
+TINY = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--device", "cpu"]
+COLOURS = {"blue": (40, 60, 200), "green": (30, 160, 60), "red": (200, 40, 30)}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    what: str
+    where: str
+    tip: str
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Flags of a model that trains in a blink."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Path:
+    """A finished run, trained once; never write into it, use `run_copy`."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-digits"
+    assert pdvit(["train", *TINY, "--epochs", "2", "--batch-size", "128", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def run_copy(digits_run, tmp_path) -> Path:
+    return Path(shutil.copytree(digits_run, tmp_path / "copied"))
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Three classes, 8 training and 2 validation images each, of different sizes."""
+    return write_images(tmp_path / "pictures")
+
+
+def write_images(root: Path) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = rng.integers(-30, 30, (40 + number, 36, 3))
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype("uint8")).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    place = tmp_path / "workplace"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Return a function that runs a command, wants three lines and status 2, and returns the lines."""
+
+    def refuse(*arguments: object) -> Refusal:
+        capsys.readouterr()
+        assert pdvit([str(argument) for argument in arguments]) == 2
+        shown = capsys.readouterr().err
+        lines = shown.splitlines()
+        assert len(lines) == 3, shown
+        for line, start in zip(lines, ("error: ", "  where: ", "  tip:   "), strict=True):
+            assert line.startswith(start)
+            assert line.removeprefix(start).strip()
+        return Refusal(*(line.split(":", 1)[1].strip() for line in lines))
+
+    return refuse
+
+
+@pytest.fixture
+def records():
+    """Return a function that reads metrics.jsonl without what depends on the clock."""
+
+    def read(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.pop("time", None)
+        return [line for line in lines if kind in (None, line["kind"])]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def analysis_table():
+    """Return a function that makes the table of an analysis: one P per layer, embed first and norm last.
+
+    For a single image pass `std=nan`, which is what an empty field of analysis.csv is read as.
+    """
+
+    def make(similarity: list[float], std: float = 0.02, images: int = 8) -> Any:
+        import pandas as pd
+
+        layers = ["embed", *(f"block {i}" for i in range(1, len(similarity) - 1)), "norm"]
+        rows = [
+            {
+                "model": "made",
+                "layer": layer,
+                "depth": depth,
+                "metric": metric,
+                "mean": sign * value,
+                "std": std,
+                "ci95": std,
+                "images": images,
+                "tokens": 16,
+            }
+            for depth, (layer, value) in enumerate(zip(layers, similarity, strict=True))
+            for metric, sign in (("similarity", 1), ("similarity_signed", 0.5))
+        ]
+        return pd.DataFrame(rows)
+
+    return make
