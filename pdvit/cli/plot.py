@@ -87,7 +87,7 @@ def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) ->
     from pdvit.plots.style import save
 
     if out is None:
-        names = [re.sub(r"[^\w.-]", "-", _name(folder)) for folder in folders[:3]]
+        names = [re.sub(r"[^\w.-]", "-", _name(folder))[:40] for folder in folders[:3]]
         more = [f"{len(folders) - 3}-more"] if len(folders) > 3 else []
         out = Path("figures") / f"{'-'.join([kind, *names, *more])}.png"
     try:

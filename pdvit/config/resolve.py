@@ -8,7 +8,7 @@ from pdvit.config.schema import Config
 # The small vision transformer that `pdvit train` uses unless --model names another: 64 tokens of length 48.
 SMALL = "vit_tiny_patch16_224"
 SMALL_DEPTH, SMALL_WIDTH, SMALL_HEAD_WIDTH, SMALL_PATCH, SMALL_IMAGE = 8, 48, 16, 4, 32
-SMALL_LR = 2e-3
+SMALL_LR = 1e-3
 # DeiT's learning rate for 512 images per update.
 LR_PER_512 = 5e-4
 

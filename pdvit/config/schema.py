@@ -79,7 +79,7 @@ class OptimConfig:
 
     opt: str = key("adamw", "Any timm optimizer.", "--opt")
     lr: float | None = key(
-        None, "Peak learning rate; unset: 2e-3, or 5e-4 x batch / 512 with --model.", "--lr", above=0
+        None, "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model.", "--lr", above=0
     )
     weight_decay: float = key(0.05, "Weight decay.", "--weight-decay", minimum=0)
     clip_grad: float | None = key(None, "Largest norm of the gradient; unset: any.", "--clip-grad", above=0)

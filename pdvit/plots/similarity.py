@@ -15,7 +15,7 @@ TICKS = 12
 
 
 def read_analysis(run: Path) -> pd.DataFrame:
-    """Read P by layer from analysis.csv, in order of depth; UserError where it is damaged."""
+    """Read analysis.csv; UserError where it is damaged or has no P."""
     file = run / "analysis.csv"
     try:
         table = pd.read_csv(file)
@@ -25,7 +25,7 @@ def read_analysis(run: Path) -> pd.DataFrame:
             raise ValueError("it has no values of the metric similarity")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the analysis can't be read: {error}", str(file), f"run pdvit analyze {run}") from error
-    return rows.sort_values("depth")
+    return table
 
 
 def plot_similarity(tables: list[pd.DataFrame], names: list[str]) -> Figure:
@@ -38,7 +38,8 @@ def plot_similarity(tables: list[pd.DataFrame], names: list[str]) -> Figure:
     with styled(6.6, 3.8) as figure:
         (axes,) = figure.axes
         ends = []
-        for rows, look in zip(tables, looks(len(tables)), strict=True):
+        for table, look in zip(tables, looks(len(tables)), strict=True):
+            rows = table[table["metric"] == "similarity"].sort_values("depth")
             axes.plot(rows["depth"], rows["mean"], **look)
             low, high = rows["mean"] - rows["std"].fillna(0), rows["mean"] + rows["std"].fillna(0)
             axes.fill_between(rows["depth"], low, high, color=look["color"], alpha=0.15, linewidth=0)

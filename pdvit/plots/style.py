@@ -31,6 +31,7 @@ RC: dict[Any, Any] = {
     "lines.markersize": 4,
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # names of runs are drawn as they are
 }
 
 

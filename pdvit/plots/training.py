@@ -25,7 +25,7 @@ def read_records(run: Path) -> dict[str, pd.DataFrame]:
         lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         tip = "name a run that was trained by pdvit"
-        raise UserError(f"the records of the run can't be read: {error}", str(file), tip) from error
+        raise UserError(f"the run has no records that can be read: {error}", str(file), tip) from error
     kinds: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -38,7 +38,7 @@ def read_records(run: Path) -> dict[str, pd.DataFrame]:
     tables = {kind: pd.DataFrame(records) for kind, records in kinds.items()}
     for kind, columns in NEEDED.items():
         if missing := sorted(columns - set(tables.get(kind, pd.DataFrame()).columns)):
-            what = f"the run has no {kind} records with '{missing[0]}'"
+            what = f"the run was not evaluated yet: it has no {kind} records with '{missing[0]}'"
             raise UserError(what, str(file), "wait for its first evaluation")
     return tables
 

@@ -4,6 +4,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from pdvit.plots.similarity import plot_similarity
@@ -16,7 +17,7 @@ def draw(analysis_table):
     def make(std: float = 0.05, images: int = 8, **lines: list[float]):
         tables = [analysis_table(values, std, images) for values in lines.values()]
         figure = plot_similarity(tables, list(lines))
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
         return figure
 
     yield make
@@ -28,7 +29,7 @@ def labels(figure) -> list:
 
 
 def box(figure, artist):
-    return artist.get_window_extent(figure.canvas.get_renderer())
+    return artist.get_window_extent(FigureCanvasAgg(figure).get_renderer())
 
 
 def test_the_lines_are_the_tables(draw):
@@ -90,7 +91,7 @@ def test_labels_overlap_nothing_and_stay_inside(draw, end, count):
 
 def test_a_label_stands_clear_of_the_lines(draw):
     figure = draw(short=[0.2, 0.3, 0.4], long=[0.2, 0.3, 0.35, 0.4, 0.42])
-    ends = max(line.get_window_extent(figure.canvas.get_renderer()).x1 for line in figure.axes[0].lines)
+    ends = max(line.get_window_extent(FigureCanvasAgg(figure).get_renderer()).x1 for line in figure.axes[0].lines)
     for text in labels(figure):
         # The annotation's box includes no arrow: it is the text alone.
         assert box(figure, text).x0 >= ends - 3
