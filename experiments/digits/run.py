@@ -34,7 +34,7 @@ def train(cell: tuple[str, str, int]) -> dict[str, object]:
         subprocess.run(
             [sys.executable, "-m", "pdvit", "train", "--json", *start],
             check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     summary = json.loads((out / "summary.json").read_text())
@@ -59,12 +59,12 @@ def run_all(cells: list[tuple[str, str, int]], file: Path) -> list[dict[str, obj
 
 
 def best_rates() -> dict[str, str]:
-    best: dict[str, tuple[float, str]] = {}
+    best: dict[str, tuple[float, float, str]] = {}
     with (HERE / "tuning.csv").open() as opened:
         for row in csv.DictReader(opened):
-            found = (float(row["accuracy_val"]), row["lr"])
-            best[row["recipe"]] = max(best.get(row["recipe"], (0.0, "")), found)
-    return {recipe: lr for recipe, (_, lr) in best.items()}
+            found = (float(row["accuracy_val"]), -float(row["lr"]), row["lr"])  # of equals, the lower rate
+            best[row["recipe"]] = max(best.get(row["recipe"], found), found)
+    return {recipe: lr for recipe, (_, _, lr) in best.items()}
 
 
 def main() -> None:

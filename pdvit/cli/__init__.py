@@ -61,6 +61,9 @@ def run(arguments: list[str]) -> int:
         # Whoever read our output has gone (`pdvit analyze | head`); say nothing more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except OSError as error:
+        what = error.strerror or str(error)
+        return _explain(UserError(what, str(error.filename), "check the name, the disk and permissions"), EXIT_MISUSED)
     return status if isinstance(status, int) else 0
 
 

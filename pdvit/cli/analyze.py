@@ -1,6 +1,7 @@
 """`pdvit analyze`."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,7 @@ def analyze(
     from pdvit.tracking import newest
 
     console = Console(stderr=as_json)
-    paths = [Path(name).expanduser() for name in checkpoints or []] or newest("model.safetensors")[:1]
+    paths = [Path(os.path.expanduser(name)) for name in checkpoints or []] or newest("model.safetensors")[:1]
     if not paths:
         raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
     if out is not None and len(paths) > 1:
@@ -56,7 +57,9 @@ def analyze(
     for path in paths:
         options = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
         table, facts = _analyze(path, images or [], model, options)
-        folder = out or (path if path.is_dir() else Path("runs") / f"analysis-{path.stem}")
+        folder = out or (path if path.is_dir() else Path("runs") / f"analysis-{facts['model']}")
+        if str(folder) in folders:
+            raise UserError("two checkpoints of the same name", str(folder), "analyze them one by one, with --out")
         folders.append(str(folder))
         file = write_analysis(folder, table, facts)
         results.append(facts | {"file": str(file), "layers_measured": _nested(table)})
@@ -115,7 +118,8 @@ def _fitted(pictures: "Pictures", preprocessing: "Preprocessing") -> str:
     from pdvit.data.sources import ArraySplit
 
     side = preprocessing.size
-    how = "resized" if isinstance(pictures.split, ArraySplit) else "RGB, short side scaled, centre crop"
+    squashed = isinstance(pictures.split, ArraySplit) or preprocessing.crop_mode == "squash"
+    how = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
     return f"{how} to {side}x{side} px"
 
 

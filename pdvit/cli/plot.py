@@ -1,5 +1,6 @@
 """`pdvit plot KIND`."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +67,7 @@ def _folders(runs: list[Path] | None, marker: str, command: str) -> list[Path]:
     """Return the run directories to draw; UserError naming the command that makes what is missing."""
     from pdvit.tracking.run_directory import newest
 
-    folders = [run.expanduser() for run in runs or []] or newest(marker)[:NEWEST]
+    folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(marker)[:NEWEST]
     if not folders:
         raise UserError(f"no run here has {marker} yet", "runs/", f"run {command} first")
     for folder in folders:

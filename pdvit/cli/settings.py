@@ -98,8 +98,3 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
             raise UserError(f"'{text}' is not k=v", "--model-kwargs", "for example --model-kwargs qk_norm=true")
         pairs |= parse_set(f"model.{text}")["model"]
     return pairs
-
-
-def config_keys() -> list[str]:
-    """Return every key of the configuration, as section.key."""
-    return [f"{section}.{item.name}" for section, cls in get_type_hints(Config).items() for item in fields(cls)]

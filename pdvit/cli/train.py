@@ -1,6 +1,8 @@
 """`pdvit train`."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +34,8 @@ def train(
 
     Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
     """
+    from pdvit.tracking import RunDirectory
+
     if resume is not None:
         given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
         if given:
@@ -40,17 +44,8 @@ def train(
                 f"--resume {resume}",
                 "leave it out, or start a new run without --resume",
             )
-        return _train(make_config(resume_file(resume), [], {}), resume, as_json)
+        return _train(make_config(RunDirectory.open(resume).path / "run.toml", [], {}), resume, as_json)
     return _train(make_config(config, assign or [], settings), None, as_json)
-
-
-def resume_file(run: Path) -> Path:
-    """Return the configuration file of a run to resume; UserError where the folder is not a run."""
-    if not (run / "run.toml").is_file():
-        raise UserError(
-            "this is not a run directory: it has no run.toml", str(run), "name one, such as runs/digits-paper"
-        )
-    return run / "run.toml"
 
 
 def _train(config: Config, resume: Path | None, as_json: bool) -> int:
@@ -70,6 +65,8 @@ def _train(config: Config, resume: Path | None, as_json: bool) -> int:
         return _close(RunDirectory.open(resume), summary, console, as_json)
     device = choose_device(config.run.device)
     source = open_source(config.data)
+    if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
+        config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
     task = ClassificationTask(config, source, device)
     trainer = Trainer(task, config, device)
     if resume is not None:
@@ -123,7 +120,7 @@ def _weights(config: Config) -> str:
 
 def _finished(directory: "RunDirectory") -> dict[str, Any] | None:
     """Return the summary of a run that is finished."""
-    if not (directory.path / "summary.json").is_file():
+    if directory.read_json("status.json")["status"] != "finished":
         return None
     return directory.read_json("summary.json")
 

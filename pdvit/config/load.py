@@ -130,15 +130,15 @@ def _check_range(value: Any, info: KeyInfo, at: str) -> None:
 
 
 def describe_range(info: KeyInfo) -> str:
-    """Say a key's range in words: `from 0 to 1`."""
+    """Say a key's range in words: `at least 0 and at most 1`."""
     low = f"above {info.above:g}" if info.above is not None else ""
     low = f"at least {info.minimum:g}" if info.minimum is not None else low
-    high = f"at most {info.maximum:g}" if info.maximum is not None else ""
+    high = f"at most {info.maximum:,}" if info.maximum is not None else ""
     return " and ".join(part for part in (low, high) if part) or "finite"
 
 
-def to_dict(config: Config, places: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the set values by section; run.out and run.name only if `places`."""
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the set values by section, without run.out and run.name."""
     table: dict[str, dict[str, Any]] = {}
     for section in sections():
         part = getattr(config, section)
@@ -146,7 +146,7 @@ def to_dict(config: Config, places: bool = False) -> dict[str, dict[str, Any]]:
         table[section] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
-            if value is not None and (places or (section, name) not in _PLACES)
+            if value is not None and (section, name) not in _PLACES
         }
     return table
 

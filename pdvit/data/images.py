@@ -31,6 +31,7 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
 
     @classmethod
     def for_model(cls, model: nn.Module) -> "Preprocessing":
@@ -40,7 +41,9 @@ class Preprocessing:
         height, width = parts.patch_embed.img_size
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
-        return cls(height, data["crop_pct"], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
+        return cls(
+            height, data["crop_pct"], data["interpolation"], tuple(data["mean"]), tuple(data["std"]), data["crop_mode"]
+        )
 
     def as_timm(self) -> dict[str, Any]:
         """Return the same in timm's words, for an export."""
@@ -50,6 +53,7 @@ class Preprocessing:
             "interpolation": self.interpolation,
             "mean": self.mean,
             "std": self.std,
+            "crop_mode": self.crop_mode,
         }
 
     def training(self, augment: AugmentConfig) -> v2.Compose:
@@ -58,7 +62,13 @@ class Preprocessing:
         return v2.Compose([crop, v2.RandomHorizontalFlip(augment.hflip), v2.PILToTensor()])
 
     def evaluation(self) -> v2.Compose:
-        """Return the transform of a held-out image: short side scaled, centre cropped, uint8 `(3, size, size)`."""
+        """Return the transform of a held-out image: short side scaled, centre cropped, uint8 `(3, size, size)`.
+
+        A model that was trained on squashed images gets both sides scaled instead, as timm does.
+        """
+        if self.crop_mode == "squash":
+            squash = v2.Resize((self.size, self.size), interpolation=self._mode(), antialias=True)
+            return v2.Compose([squash, v2.PILToTensor()])
         side = math.floor(self.size / self.crop_pct)  # rounded as timm does, so that its transform is the same
         resize = v2.Resize(side, interpolation=self._mode(), antialias=True)
         return v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
@@ -118,7 +128,7 @@ def refuse_bad(bad: list[BadImage]) -> None:
     shown = "; ".join(f"{item.path} ({item.reason})" for item in bad[:NAMED])
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     count = "1 image does" if len(bad) == 1 else f"{len(bad)} images do"
-    raise UserError(f"{count} not decode", shown + more, "replace or remove the file, then go on")
+    raise UserError(f"{count} not decode", shown + more, "replace it")
 
 
 Sample = tuple[Tensor | BadImage, int, int]
@@ -140,6 +150,6 @@ class FileImages(Dataset[Sample]):
         image = try_read(self.paths[index])
         if not isinstance(image, BadImage):
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
-                torch.manual_seed(fold(self.seed, epoch + 1, index))
+                torch.default_generator.manual_seed(fold(self.seed, epoch + 1, index))  # and not of the GPU
                 image = self.transform(image)
         return image, int(self.labels[index]), index

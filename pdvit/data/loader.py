@@ -181,9 +181,9 @@ def _decode(
 
 
 def _leave_signals(_: int) -> None:
-    """Let the main process decide what Ctrl-C means: it reaches the workers too."""
+    """Let the main process decide what a signal to the whole group means; torch ends workers with their parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> Raw | list[BadImage]:

@@ -48,7 +48,7 @@ def named(names: list[str]) -> Pictures:
     """
     if len(names) == 1 and names[0] in SOURCES:
         return held_out(DataConfig(source=names[0]))
-    paths = [path for name in names for path in _paths(Path(name).expanduser())]
+    paths = [path for name in names for path in _paths(Path(os.path.expanduser(name)))]
     return Pictures(", ".join(names), FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)))
 
 

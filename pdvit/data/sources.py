@@ -69,7 +69,7 @@ def open_source(data: DataConfig) -> Source:
     """
     if data.source in SOURCES:
         return SOURCES[data.source](data)
-    path = Path(data.source).expanduser()
+    path = Path(os.path.expanduser(data.source))
     if os.path.isdir(path):  # of os.path, because Path's own raises where a name is too long
         return _folder(path)
     looks_like_path = os.sep in data.source or os.path.exists(path)
@@ -79,7 +79,7 @@ def open_source(data: DataConfig) -> Source:
 
 def source_label(data: DataConfig) -> str:
     """Return a short name of the source, fit for a run's name."""
-    name = data.source if data.source in SOURCES else Path(data.source).expanduser().resolve().name
+    name = data.source if data.source in SOURCES else Path(os.path.expanduser(data.source)).resolve().name
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name) or "data"
 
 

@@ -103,15 +103,25 @@ class Trainer:
         shown = {name: value for name, value in means.items() if name != "grad_norm"}
         epoch = f"epoch {math.ceil(self._epoch())}/{math.ceil(self.plan.steps / self.plan.steps_per_epoch)}"
         self.display.show(progress.step, epoch, rate, shown)
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
+        self._refuse([name for name, value in means.items() if not math.isfinite(value)])
+
+    def _check_sound(self) -> None:
+        """End the run before it measures or saves what is broken, so that the last sound checkpoint stays."""
+        sums = self.state.meter.sums
+        self._refuse([name for name, total in sums.items() if not math.isfinite(float(total))])
+        weights = self.state.module.named_parameters()
+        self._refuse([name for name, weight in weights if not bool(weight.isfinite().all())][:3])
+
+    def _refuse(self, broken: list[str]) -> None:
+        if broken:
             raise RunFailed(
-                f"{', '.join(bad)} became infinite or not a number by step {progress.step}",
-                "lower --lr, or set --clip-grad 1",
+                f"{', '.join(broken)} became infinite or not a number by step {self.state.progress.step}",
+                "start a new run with a lower --lr, or with --clip-grad 1",
             )
 
     def _evaluate(self) -> None:
         progress = self.state.progress
+        self._check_sound()
         self._tick()
         records, headline = self.task.evaluate()
         for kind, record in records.items():
@@ -123,9 +133,8 @@ class Trainer:
         self.since = time.perf_counter()
 
     def _save(self) -> None:
+        self._check_sound()
         self._tick()
-        if not math.isfinite(sum(float(total) for total in self.state.meter.sums.values())):
-            return  # keep the last sound checkpoint; the next record ends the run
         try:
             self.state.save(self.directory.path / "checkpoints", self.config.checkpoint.keep)
         except OSError as error:

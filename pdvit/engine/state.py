@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pdvit.engine.update import Meter
 from pdvit.errors import UserError
-from pdvit.tracking import to_json, write_file
+from pdvit.tracking import sync, to_json, write_file
 
 VERSION = 1
 POINTER = "last"
@@ -60,6 +60,8 @@ class State:
         save_file(_stored(self.module.state_dict()), beside / "module.safetensors")
         save_file(_stored(tensors), beside / "state.safetensors")
         write_file(beside / "state.json", to_json(facts))
+        for written in (*beside.glob("*.safetensors"), beside):
+            sync(written)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
         write_file(folder / POINTER, target.name)
@@ -97,6 +99,8 @@ class State:
         packed["state"] = {int(index): value for index, value in packed["state"].items()}
         self.optimizer.load_state_dict(_unpack(packed, tensors))
         self.progress = Progress(**facts["progress"])
+        if not all(isinstance(n, int) for n in (self.progress.step, self.progress.samples, facts["meter_steps"])):
+            raise TypeError("its counts are not whole numbers")
         sums = {name.removeprefix("meter."): value for name, value in tensors.items() if name.startswith("meter.")}
         self.meter.sums = {name: value.to(self.device) for name, value in sums.items()}
         self.meter.steps = facts["meter_steps"]

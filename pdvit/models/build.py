@@ -31,6 +31,8 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
         "drop_path_rate": model.drop_path or None,
     }
     assert model.name is not None, "resolve the configuration first"
+    if taken := sorted({*named, "num_classes"} & set(model.args or {})):
+        raise UserError(f"'{taken[0]}' has a key of its own", "model.args (--model-kwargs)", "see docs/train.md")
     if model.width is not None or model.heads is not None:
         named |= _width_and_heads(model.name, model.width, model.heads)
     return {name: value for name, value in named.items() if value is not None} | (model.args or {})
@@ -101,6 +103,8 @@ def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
 def _check_grid(model: Any, where: str) -> None:
     if len(model.blocks) == 0:
         raise UserError("the model has no blocks", where, "give it a depth of at least 1")
+    if getattr(model, "in_chans", 3) != 3:
+        raise UserError("the model does not take images of three channels", where, "use one with in_chans=3")
     height, width = model.patch_embed.img_size
     patch = patch_size_of(model)
     if height % patch or width % patch:

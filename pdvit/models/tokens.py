@@ -129,6 +129,7 @@ def measure_layers(model: nn.Module, images: Tensor, measure: Callable[[Tensor],
         found[layer] = measure(tokens)
 
     exact = torch.autocast(images.device.type, enabled=False)
-    with torch.no_grad(), exact, watch_layers(model, visit):
+    no_tf32 = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with torch.no_grad(), exact, no_tf32, watch_layers(model, visit):
         model(images)
     return found

@@ -62,7 +62,7 @@ def _in_order(file: bytes) -> bytes:
 def _config_text(model: nn.Module, classes: list[str], data_config: dict[str, Any], weights: str) -> str:
     extra = {"label_names": classes, "pdvit": {"weights": weights}}
     with TemporaryDirectory() as folder:
-        # timm makes the configuration only together with weights; the header has to be written by us.
+        # timm's public way to the configuration writes weights too; ours need a header of their own.
         save_for_hf(model, folder, model_config=extra, data_config=data_config, safe_serialization=True)
         config = json.loads((Path(folder) / CONFIG).read_text())
     for foreign in ("tag", "license"):  # of the published weights of this architecture, which these are not
@@ -101,8 +101,14 @@ def load(path: Path, model_name: str | None = None) -> Loaded:
     _compare(architecture, arguments, tensors, file)
     model = build_model(architecture, arguments, str(file))
     model.load_state_dict(tensors)
-    name = path.resolve().name if path.is_dir() else path.stem
-    return Loaded(model.eval(), name, config)
+    _describe_input(model, config, file)
+    return Loaded(model.eval(), name_of(path), config)
+
+
+def name_of(path: Path) -> str:
+    """Return what a checkpoint is called: its folder's name, or the file's where that says more than `model`."""
+    folder = path if path.is_dir() else path.parent
+    return folder.resolve().name if path.is_dir() or path.stem == "model" else path.stem
 
 
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -145,9 +151,29 @@ def _architecture(file: Path, config: dict[str, Any], name: str | None) -> tuple
     arguments = config.get("model_args", {}) if name is None else {}
     if not isinstance(arguments, dict):
         raise UserError("its model_args are not a table", str(file), "copy the file again")
+    if name is None:  # published folders often say these two at the top only
+        top: dict[str, Any] = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+        arguments = top | arguments
     if isinstance(arguments.get("img_size"), list):
         arguments = arguments | {"img_size": tuple(arguments["img_size"])}
     return architecture, arguments
+
+
+def _describe_input(model: Any, config: dict[str, Any], file: Path) -> None:
+    """Let the model expect the input that the file's configuration describes; UserError where that makes no sense."""
+    told = config.get("pretrained_cfg", config)
+    if not isinstance(told, dict):
+        raise UserError("its pretrained_cfg is not a table", str(file), "copy the file again")
+    told = {key: told[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in told}
+    for key in ("mean", "std"):
+        value = told.get(key, [0.5] * 3)
+        sound = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        if not sound or (key == "std" and min(value) <= 0):
+            raise UserError(f"its {key} is not three numbers", str(file), "copy the file again")
+    crop = told.get("crop_pct", 1.0)
+    if not (isinstance(crop, int | float) and 0.05 < crop <= 2):
+        raise UserError(f"its crop_pct is {crop!r}", str(file), "copy the file again")
+    model.pretrained_cfg = model.pretrained_cfg | told
 
 
 def _compare(name: str, arguments: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:

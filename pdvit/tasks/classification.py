@@ -80,7 +80,7 @@ class ClassificationTask:
             "eval": {"split": "val", "accuracy": accuracy, "loss": loss},
             "similarity": {"images": len(self._probe_images()), "layers": names, "similarity": values},
         }
-        bars = "".join(BARS[min(7, int(value * 8))] for value in values)
+        bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
         headline = (
             f"val accuracy {accuracy:6.1%}  loss {loss:.3f}  "
             f"P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"

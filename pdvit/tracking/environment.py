@@ -54,10 +54,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Return the git commit of the working directory, with + where it has changes; None outside a repository."""
+    """Return pdvit's git commit, with + where it has changes; None where pdvit is not run from its repository."""
+    mine, describe = ["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(describe, capture_output=True, text=True, timeout=5, check=True)
+        for arguments in (mine, describe):
+            git = ["git", "-C", str(Path(__file__).parent), *arguments]
+            done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

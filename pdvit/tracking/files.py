@@ -21,6 +21,15 @@ def write_file(path: Path, content: bytes | str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def to_json(value: Any, indent: int | None = 2) -> str:
     """Write JSON that every reader takes: a number that is not finite is refused with ValueError."""
     return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)

@@ -30,7 +30,7 @@ class RunDirectory:
         Raises UserError where `out` exists or the place can't be written.
         """
         if out is not None:
-            path = Path(out).expanduser()
+            path = Path(os.path.expanduser(out))
             if os.path.lexists(path):
                 tip = f"choose another --out, or go on with that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
@@ -40,7 +40,8 @@ class RunDirectory:
         for number in range(1, 10_000):
             path = RUNS / (name if number == 1 else f"{name}-{number}")
             if not os.path.lexists(path):
-                return cls(_make(path))
+                with suppress(FileExistsError):  # somebody else took it just now
+                    return cls(_make(path))
         raise UserError(f"there are too many runs named '{name}'", str(RUNS), "choose another --name")
 
     @classmethod
@@ -125,6 +126,8 @@ def _make(path: Path) -> Path:
         probe = path / ".probe"
         probe.touch()
         probe.unlink()
+    except FileExistsError:
+        raise
     except OSError as error:
         raise UserError(
             f"the run directory can't be made: {error.strerror}", str(path), "choose another --out"

@@ -248,4 +248,3 @@ def test_the_run_file_leaves_out_places_and_unset_values():
     table = tomllib.loads(to_toml(config, "pdvit train"))
     assert not {"out", "name"} & set(table["run"])
     assert "lr" not in table["optim"]
-    assert to_dict(config, places=True)["run"]["out"] == "there"
