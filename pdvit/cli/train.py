@@ -120,9 +120,10 @@ def _weights(config: Config) -> str:
 
 def _finished(directory: "RunDirectory") -> dict[str, Any] | None:
     """Return the summary of a run that is finished."""
-    if directory.read_json("status.json")["status"] != "finished":
+    if not all((directory.path / name).is_file() for name in ("status.json", "summary.json")):
         return None
-    return directory.read_json("summary.json")
+    done = directory.read_json("status.json").get("status") == "finished"
+    return directory.read_json("summary.json") if done else None
 
 
 def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console", as_json: bool) -> int:

@@ -1,5 +1,7 @@
 """The optimizer, and one update of the weights."""
 
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
@@ -8,6 +10,9 @@ from torch.optim import Optimizer
 from pdvit.config.schema import OptimConfig
 from pdvit.errors import UserError, closest
 
+# Of timm's names, those of torch that update all weights in one kernel, on CPU and GPU.
+FUSED = ("adamw", "adam", "sgd")
+
 
 def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     """Build a timm optimizer; norms, biases, position and prefix tokens are not decayed, as timm's models say.
@@ -15,8 +20,9 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     Raises UserError for a name that timm does not have, or an optimizer that can't run here.
     """
     name = optim.opt.lower()
+    fused: dict[str, Any] = {"fused": True} if name in FUSED else {}
     try:
-        optimizer = create_optimizer_v2(module, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
+        optimizer = create_optimizer_v2(module, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, **fused)
     except Exception as error:  # each optimizer has its own way to miss what it needs
         if name not in list_optimizers():
             tip = closest(name, map(str, list_optimizers()))

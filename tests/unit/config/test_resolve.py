@@ -42,7 +42,7 @@ def test_the_small_model_stands_in_where_none_is_named():
         4,
     )
     assert config.data.img_size == 32
-    assert config.optim.lr == 2e-3
+    assert config.optim.lr == 1e-3
 
 
 @pytest.mark.parametrize(("width", "heads"), [(96, 6), (16, 1), (8, 1)])
