@@ -1,8 +1,9 @@
 """Train every recipe of this folder: `python run.py tune`, then `python run.py`. Finished cells are skipped.
 
 `tune` chooses the learning rate of each recipe on the validation split, with a seed that the results don't use, and
-writes tuning.csv; `knn` prints what nearest neighbours reach. Without an argument, every recipe is trained with its own best learning rate and three other seeds,
-and results.csv holds the test numbers. Run directories go to runs/digits-experiment/.
+writes tuning.csv; `knn` prints what nearest neighbours reach. Without an argument, every recipe is trained with its own
+best learning rate and three other seeds, and results.csv holds the test numbers. Run directories go to
+runs/digits-experiment/.
 """
 
 import csv
