@@ -72,17 +72,17 @@ class _AbsoluteCosines(torch.autograd.Function):
         images, count, _ = unit.shape
         rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
         total = unit.new_zeros(images)
-        pull = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
+        pull = []
         # Autocast would round the cosines to bf16 before they are summed.
         with torch.autocast(unit.device.type, enabled=False):
             for start in range(0, count, rows):
                 cosines = unit[:, start : start + rows] @ unit.transpose(1, 2)
                 cosines.diagonal(offset=start, dim1=1, dim2=2).zero_()
-                total += cosines.abs().sum((1, 2))
-                if pull is not None:
-                    pull[:, start : start + rows] = cosines.sign_() @ unit
-        if pull is not None:
-            ctx.save_for_backward(pull)
+                total = total + cosines.abs().sum((1, 2))
+                if ctx.needs_input_grad[0]:  # no slice of one tensor: torch 2.11 compiles that to a gradient of 0
+                    pull.append(cosines.sign() @ unit)
+        if pull:
+            ctx.save_for_backward(torch.cat(pull, 1))
         return total
 
     @staticmethod
