@@ -8,7 +8,7 @@ from pdvit.cli import run
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    # Set before torch is imported: threads that spin while they wait make a small model on a shared CPU ten times slower.
+    # Before torch is imported: threads that spin while they wait make a small model many times slower on a shared CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
