@@ -63,7 +63,10 @@ def run(arguments: list[str]) -> int:
         return EXIT_FAILED
     except OSError as error:
         what = error.strerror or str(error)
-        return _explain(UserError(what, str(error.filename), "check the name, the disk and permissions"), EXIT_MISUSED)
+        return _explain(
+            UserError(what, str(error.filename or "the output"), "check the name, the disk and permissions"),
+            EXIT_MISUSED,
+        )
     return status if isinstance(status, int) else 0
 
 

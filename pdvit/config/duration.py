@@ -40,5 +40,6 @@ def parse_duration(text: str, unit: str, where: str, percent: bool = True) -> Du
         )
     unit = (match[2] or unit).lower()
     if unit == "%" and not (percent and value <= 100):
-        raise UserError(f"'{text}' can't be used here", where, "write epochs (30ep), steps or images")
+        tip = "at most 100 % of the run" if percent else "write epochs (30ep), steps or images"
+        raise UserError(f"'{text}' can't be used here", where, tip)
     return Duration(value, unit)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdvit.config.schema import Config
+from pdvit.errors import UserError
 
 # The small vision transformer that `pdvit train` uses unless --model names another: 64 tokens of length 48.
 SMALL = "vit_tiny_patch16_224"
@@ -16,9 +17,14 @@ LR_PER_512 = 5e-4
 def resolve(config: Config) -> Config:
     """Return the configuration with preset, model and learning rate spelled out.
 
-    Resolving twice changes nothing, so that a written run.toml means the same run.
+    Resolving twice changes nothing, so that a written run.toml means the same run. Raises UserError where the learning
+    rate would end above its peak.
     """
-    return _learning_rate(_model(_preset(config)))
+    config = _learning_rate(_model(_preset(config)))
+    lr, least = config.optim.lr, config.optim.min_lr
+    if lr is not None and least > lr:
+        raise UserError(f"the least learning rate {least:g} is above the peak, {lr:g}", "optim.min_lr", "lower it")
+    return config
 
 
 def _preset(config: Config) -> Config:

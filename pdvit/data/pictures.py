@@ -48,6 +48,9 @@ def named(names: list[str]) -> Pictures:
     """
     if len(names) == 1 and names[0] in SOURCES:
         return held_out(DataConfig(source=names[0]))
+    if mixed := sorted(set(names) & set(SOURCES)):
+        what = f"the source '{mixed[0]}' can't be mixed with files"
+        raise UserError(what, "--images", f"measure it by itself: --images {mixed[0]}")
     paths = [path for name in names for path in _paths(Path(os.path.expanduser(name)))]
     return Pictures(", ".join(names), FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)))
 

@@ -108,9 +108,9 @@ def _check_grid(model: Any, where: str) -> None:
     height, width = model.patch_embed.img_size
     patch = patch_size_of(model)
     if height % patch or width % patch:
+        near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
         raise UserError(
             f"patches of {patch} pixels do not fit images of {height}x{width}",
             f"{where}, with its image size and patch size",
-            f"choose an image size that is a multiple of {patch}: "
-            f"{max(1, height // patch) * patch} or {(height // patch + 1) * patch}",
+            f"choose an image size that is a multiple of {patch}, such as {near}",
         )

@@ -1,6 +1,7 @@
 import pytest
 
 from pdvit.config import build, resolve
+from pdvit.errors import UserError
 
 
 def resolved(**sections):
@@ -65,3 +66,8 @@ def test_a_named_model_keeps_its_own_shape():
 def test_the_learning_rate_of_a_named_model_grows_with_the_batch(batch, lr):
     config = resolved(model={"name": "deit_small_patch16_224"}, data={"batch_size": batch})
     assert config.optim.lr == pytest.approx(lr, rel=1e-12)
+
+
+def test_a_rate_that_would_rise_to_its_end_is_refused():
+    with pytest.raises(UserError, match="above the peak"):
+        resolve(build(("flags", {"optim": {"lr": 1e-5, "min_lr": 1e-4}})))

@@ -93,3 +93,8 @@ def test_the_sample_photographs_decode():
     paths = sample_photographs().split.paths
     assert len(paths) == 2
     assert all(read_image(path).size == (640, 427) for path in paths)
+
+
+def test_a_source_is_not_mixed_with_files(tmp_path):
+    with pytest.raises(UserError, match="can't be mixed"):
+        named([str(tmp_path), "digits"])
