@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pdvit.errors import UserError
+
 # A token shorter than this has no direction: it is alike to nothing and gets no gradient (1 / length would be one).
 SHORTEST = 1e-12
 # Entries of the Gram matrix that exist at one moment: 64 MB of float32.
@@ -29,7 +31,16 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
         An image with a single patch has no pairs and gives 0.
 
     Exact for any N: the N x N cosines are made in blocks of rows, so memory grows with N * D only.
+
+    Raises:
+        UserError: the tokens have other than three axes.
     """
+    if tokens.ndim != 3:
+        raise UserError(
+            f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}",
+            "patch_similarity(tokens)",
+            "pass (B, N, D); flatten a map (B, D, H, W) with tokens.flatten(2).transpose(1, 2)",
+        )
     count = tokens.shape[1]
     unit = unit_tokens(tokens)
     if count < 2:

@@ -110,6 +110,12 @@ def _batches(images: Tensor | Iterable[Tensor | Sequence[Tensor]], device: torch
     batches: Iterable[Tensor | Sequence[Tensor]] = images.split(BATCH) if isinstance(images, Tensor) else images
     for batch in batches:
         first = batch if isinstance(batch, Tensor) else batch[0]
+        if first.ndim != 4:
+            raise UserError(
+                f"images have four axes (image, channel, height, width), not the shape {tuple(first.shape)}",
+                "analyze(model, images)",
+                "add the missing axis, for example images[None] for a single one",
+            )
         if len(first):
             yield first.to(device)
 

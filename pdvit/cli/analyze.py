@@ -80,7 +80,7 @@ def _analyze(
     from pdvit.analysis import statement
     from pdvit.data.images import Preprocessing
     from pdvit.data.loader import Loading, eval_batches
-    from pdvit.engine import choose_device, device_name
+    from pdvit.engine.device import choose_device, device_name
     from pdvit.models.weights import load
 
     loaded = load(path, model)

@@ -15,6 +15,7 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pdvit.engine.interrupts import StopRequest
     from pdvit.tracking import RunDirectory
 
 
@@ -34,31 +35,40 @@ def train(
 
     Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
     """
+    from pdvit.engine.interrupts import stop_on_signals
+
+    with stop_on_signals() as stop:  # before anything slow is imported
+        if resume is not None:
+            return _train(_as_configured(resume, settings, assign, config), resume, as_json, stop)
+        return _train(make_config(config, assign or [], settings), None, as_json, stop)
+
+
+def _as_configured(resume: Path, settings: dict[str, Any], assign: list[str] | None, config: Path | None) -> Config:
+    """Read the configuration of a run that is taken up again; UserError where other settings are given too."""
     from pdvit.tracking import RunDirectory
 
-    if resume is not None:
-        given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
-        if given:
-            raise UserError(
-                f"a resumed run keeps its configuration, so {given[0]} can't be given",
-                f"--resume {resume}",
-                "leave it out, or start a new run without --resume",
-            )
-        return _train(make_config(RunDirectory.open(resume).path / "run.toml", [], {}), resume, as_json)
-    return _train(make_config(config, assign or [], settings), None, as_json)
+    given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
+    if given:
+        raise UserError(
+            f"a resumed run keeps its configuration, so {given[0]} can't be given",
+            f"--resume {resume}",
+            "leave it out, or start a new run without --resume",
+        )
+    return make_config(RunDirectory.open(resume).path / "run.toml", [], {})
 
 
-def _train(config: Config, resume: Path | None, as_json: bool) -> int:
+def _train(config: Config, resume: Path | None, as_json: bool, stop: "StopRequest") -> int:
     """Build, train and report; raises UserError before there is a run directory wherever that is possible."""
-    from rich.console import Console
-
     from pdvit.config import resolve
     from pdvit.data.sources import open_source
-    from pdvit.engine import EXIT_STOPPED, Trainer, choose_device, device_name
+    from pdvit.engine.device import choose_device, device_name
+    from pdvit.engine.display import RunConsole
+    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.engine.loop import Trainer
     from pdvit.tasks import ClassificationTask
     from pdvit.tracking import RunDirectory
 
-    console = Console(stderr=as_json)
+    console = RunConsole(stderr=as_json)
     config = resolve(config)
     if resume is not None and (summary := _finished(RunDirectory.open(resume))):
         console.print(f"{resume} is finished already", highlight=False, markup=False, soft_wrap=True)
@@ -69,6 +79,9 @@ def _train(config: Config, resume: Path | None, as_json: bool) -> int:
         config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
     task = ClassificationTask(config, source, device)
     trainer = Trainer(task, config, device)
+    if stop and resume is None:
+        console.print("stopped before the first step; nothing was written", highlight=False)
+        return EXIT_STOPPED
     if resume is not None:
         directory = RunDirectory.open(resume)
         trainer.restore(directory)
@@ -86,7 +99,7 @@ def _train(config: Config, resume: Path | None, as_json: bool) -> int:
     )
     again = f"pdvit train --resume {directory.path}"
     try:
-        summary = trainer.run(directory, console)
+        summary = trainer.run(directory, console, stop)
     except UserError as error:
         raise UserError(error.what, error.where, f"{error.tip}; go on with: {again}") from error
     if summary is None:
@@ -101,7 +114,9 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
     from pdvit.data.sources import source_label
     from pdvit.tracking import RunDirectory, command_line, describe_environment
 
-    name = config.run.name or f"{source_label(config.data)}-{config.diversity.preset}"
+    name = config.run.name
+    if name is None:
+        name = f"{source_label(config.data)}-{config.diversity.preset}"
     text = to_toml(config, command_line())
     directory = RunDirectory.create(config.run.out, name)
     directory.write("run.toml", text)
@@ -126,6 +141,16 @@ def _finished(directory: "RunDirectory") -> dict[str, Any] | None:
     return directory.read_json("summary.json") if done else None
 
 
+def _source(run: Path) -> object:
+    """Return where a run's images came from: runs on other images are not compared."""
+    from pdvit.config import read_toml
+
+    try:
+        return read_toml(run / "run.toml").get("data", {}).get("source")
+    except UserError:
+        return None
+
+
 def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console", as_json: bool) -> int:
     """Say what came out, what was written where, and which command comes next."""
     if as_json:
@@ -134,7 +159,9 @@ def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console
     from pdvit.tracking import newest
 
     path = directory.path
-    others = [run for run in newest("summary.json") if run.resolve() != path.resolve()]
+    others = [
+        run for run in newest("summary.json") if run.resolve() != path.resolve() and _source(run) == _source(path)
+    ]
     compared = " ".join(str(run) for run in [*others[:1], path])
     console.print(
         f"\n{summary['split']} accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}; "

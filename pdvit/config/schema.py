@@ -83,7 +83,7 @@ class OptimConfig:
     )
     weight_decay: float = key(0.05, "Weight decay.", "--weight-decay", minimum=0)
     clip_grad: float | None = key(None, "Largest norm of the gradient; unset: any.", "--clip-grad", above=0)
-    epochs: str = key("26", "Length: 26 or 26ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
+    epochs: str = key("24", "Length: 24 or 24ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
     warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
     schedule: str = key("cosine", "Learning rate after warm-up.", "--sched", choices=SCHEDULES)
     min_lr: float = key(1e-6, "Where warm-up starts and the schedule ends.", "--min-lr", minimum=0)

@@ -52,8 +52,10 @@ def patch_cutmix(
         of every patch.
 
     Raises:
-        UserError: the patch size does not divide the images, or alpha is negative or not a number.
+        UserError: the patch size does not divide the images, there is not one target for each image, a target is not
+            a class (on a GPU torch itself says so), or alpha is negative or not a number.
     """
+    _check_targets(images, targets, num_classes)
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha is {alpha}", "augment.cutmix (--cutmix)", "choose a number from 0 (off) upwards")
     height, width = images.shape[-2:]
@@ -70,6 +72,26 @@ def patch_cutmix(
     share = area / (rows * columns)
     soft = (1 - share) * F.one_hot(targets, num_classes) + share * F.one_hot(partner, num_classes)
     return Mixed(images, soft.to(torch.float32), patch_targets.flatten(1))
+
+
+def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
+    if images.ndim != 4 or targets.shape != images.shape[:1]:
+        raise UserError(
+            f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}",
+            "patch_cutmix(images, targets, ...)",
+            "pass images (B, C, H, W) and one class index for each, (B,)",
+        )
+    # a GPU would have to be waited for
+    if (
+        targets.device.type == "cpu"
+        and len(targets)
+        and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes
+    ):
+        raise UserError(
+            f"targets from {int(targets.min())} to {int(targets.max())} for {num_classes} classes",
+            "patch_cutmix(images, targets, ...)",
+            "number the classes from 0 to num_classes - 1",
+        )
 
 
 def draw_box(rows: int, columns: int, alpha: float, rng: random.Random) -> Box:

@@ -1,13 +1,33 @@
 """What a run shows while it works: a progress bar on a terminal, a plain line now and then elsewhere."""
 
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
+
+
+class RunConsole(Console):
+    """A console whose reader may go away (`| head`, a closed terminal): the run then goes on in silence."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does; a terminal that is gone is no error."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Stop writing, where rich would end the process."""
+        self.quiet = True
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Display:
@@ -38,7 +58,8 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar:
-            self.bar.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self.bar.stop()
 
     def show(self, step: int, epoch: str, rate: float, numbers: Mapping[str, float]) -> None:
         """Show where the run is, images per second, and the latest means."""

@@ -7,6 +7,8 @@ from types import FrameType
 
 EXIT_STOPPED = 75  # the conventional status for "try again later"
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class StopRequest:
     """Whether somebody asked the run to stop, and by which signal."""
@@ -20,7 +22,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request; a second SIGINT interrupts at once."""
+    """Turn SIGTERM, SIGINT and a closed terminal (SIGHUP) into a request; a second SIGINT interrupts at once."""
     request = StopRequest()
 
     def ask(number: int, _: FrameType | None) -> None:
@@ -28,7 +30,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number).name
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
         yield request
     finally:

@@ -18,7 +18,7 @@ from rich.console import Console
 from pdvit.config.schema import Config
 from pdvit.engine.device import autocast
 from pdvit.engine.display import Display
-from pdvit.engine.interrupts import StopRequest, stop_on_signals
+from pdvit.engine.interrupts import StopRequest
 from pdvit.engine.protocol import Task
 from pdvit.engine.schedule import make_plan, make_scheduler
 from pdvit.engine.state import State
@@ -43,7 +43,7 @@ class Trainer:
         self.state.restore(directory.path / "checkpoints")
         directory.cut_records(self.state.progress.step)
 
-    def run(self, directory: RunDirectory, console: Console) -> dict[str, Any] | None:
+    def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
         """Train to the end and return the summary; None where a stop was asked for.
 
         Raises UserError or RunFailed; the run directory then says `failed`, and can be resumed.
@@ -51,10 +51,7 @@ class Trainer:
         self.directory = directory
         directory.status("running", step=self.state.progress.step)
         try:
-            with (
-                stop_on_signals() as stop,
-                Display(console, self.plan.steps, self.state.progress.step) as self.display,
-            ):
+            with Display(console, self.plan.steps, self.state.progress.step) as self.display:
                 return self._finish() if self._train(stop) else None
         except BaseException as error:
             self._fail(error)

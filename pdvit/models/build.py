@@ -14,6 +14,15 @@ from pdvit.models.families import family_of
 RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
 )
+# Arguments that have a key of their own, and its flag.
+FLAGS = {
+    "img_size": "--img-size",
+    "depth": "--depth",
+    "embed_dim": "--width",
+    "num_heads": "--heads",
+    "patch_size": "--patch-size",
+    "drop_path_rate": "--drop-path",
+}
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
@@ -31,8 +40,9 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
         "drop_path_rate": model.drop_path or None,
     }
     assert model.name is not None, "resolve the configuration first"
-    if taken := sorted({*named, "num_classes"} & set(model.args or {})):
-        raise UserError(f"'{taken[0]}' has a key of its own", "model.args (--model-kwargs)", "see docs/train.md")
+    if taken := sorted({*FLAGS, "num_classes"} & set(model.args or {})):
+        tip = f"use {FLAGS[taken[0]]}" if taken[0] in FLAGS else "leave it out: the data decide"
+        raise UserError(f"'{taken[0]}' can't be given here", "model.args (--model-kwargs)", tip)
     if model.width is not None or model.heads is not None:
         named |= _width_and_heads(model.name, model.width, model.heads)
     return {name: value for name, value in named.items() if value is not None} | (model.args or {})
@@ -107,6 +117,12 @@ def _check_grid(model: Any, where: str) -> None:
         raise UserError("the model does not take images of three channels", where, "use one with in_chans=3")
     height, width = model.patch_embed.img_size
     patch = patch_size_of(model)
+    if (height, width) == (patch, patch):
+        raise UserError(
+            "the image is a single patch, which has nothing to be alike to or different from",
+            f"{where}, with its image size and patch size",
+            f"choose a larger image, such as {2 * patch} pixels, or smaller patches",
+        )
     if height % patch or width % patch:
         near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
         raise UserError(

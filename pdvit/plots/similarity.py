@@ -23,8 +23,9 @@ def read_analysis(run: Path) -> pd.DataFrame:
         rows = table[table["metric"] == "similarity"].astype({**numbers, "layer": str})
         if rows.empty or rows["mean"].isna().any():
             raise ValueError("it has no values of the metric similarity")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the analysis can't be read: {error}", str(file), f"run pdvit analyze {run}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pandas words these for programmers
+        what = "the analysis is damaged, or not one of pdvit analyze"
+        raise UserError(what, str(file), f"measure it again: pdvit analyze {run}") from error
     return table
 
 

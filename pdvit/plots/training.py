@@ -36,6 +36,8 @@ def read_records(run: Path) -> dict[str, pd.DataFrame]:
                 continue  # of a run that is being written
             raise UserError(f"line {number} is not a record", str(file), "the file is damaged") from error
     tables = {kind: pd.DataFrame(records) for kind, records in kinds.items()}
+    if not tables:
+        raise UserError("the file holds no records", str(file), "wait for the run's first steps, or restore the file")
     for kind, columns in NEEDED.items():
         if missing := sorted(columns - set(tables.get(kind, pd.DataFrame()).columns)):
             what = f"the run was not evaluated yet: it has no {kind} records with '{missing[0]}'"

@@ -31,11 +31,17 @@ class RunDirectory:
         """
         if out is not None:
             path = Path(os.path.expanduser(out))
+            if not out:
+                raise UserError(
+                    "the name of the run directory is empty", "run.out (--out)", "leave it out, or name one"
+                )
+            if os.path.isfile(path):
+                raise UserError("there is a file of this name", str(path), "choose another --out")
             if os.path.lexists(path):
                 tip = f"choose another --out, or go on with that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
             return cls(_make(path))
-        if Path(name).name != name or name in (".", ".."):
+        if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"'{name}' is not a name", "run.name (--name)", "give a path with --out instead")
         for number in range(1, 10_000):
             path = RUNS / (name if number == 1 else f"{name}-{number}")

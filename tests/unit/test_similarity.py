@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdvit import similarity
+from pdvit.errors import UserError
 from pdvit.similarity import patch_similarity, unit_tokens
 
 KINDS = pytest.mark.parametrize("signed", [False, True], ids=["absolute", "signed"])
@@ -338,3 +339,9 @@ def test_an_image_of_16384_tokens_takes_at_most_256_megabytes():
     megabytes, value = map(float, done.stdout.split())
     assert value == pytest.approx(math.sqrt(2 / (math.pi * 768)), rel=0.01)
     assert megabytes <= 256
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 4, 4)])
+def test_tokens_of_another_shape_are_refused(shape):
+    with pytest.raises(UserError, match="three axes"):
+        patch_similarity(torch.zeros(shape))

@@ -191,3 +191,8 @@ def test_a_model_whose_patches_are_one_is_seen_as_collapsed():
     table = analyze(model, torch.ones(2, 3, 32, 32)).set_index("metric")
     assert table.loc["similarity", "mean"].tolist() == pytest.approx([1] * 5, abs=1e-5)
     assert table.loc["similarity_signed", "mean"].tolist() == pytest.approx([1] * 5, abs=1e-5)
+
+
+def test_a_single_image_without_a_batch_is_refused():
+    with pytest.raises(UserError, match="four axes"):
+        analyze(timm.create_model("test_vit"), torch.zeros(3, 160, 160))

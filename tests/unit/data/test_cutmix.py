@@ -157,3 +157,18 @@ def test_a_patch_size_that_does_not_divide_is_refused(height, width):
 def test_images_of_bytes_stay_bytes():
     images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(251).to(torch.uint8)
     assert patch_cutmix(images, torch.tensor([0, 1]), 2, CLASSES).images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "named"),
+    [
+        ((2, 3, 8, 8), [0, 1, 2], "shape"),
+        ((3, 8, 8), [0, 1, 2], "shape"),
+        ((2, 3, 8, 8), [[0.5, 0.5], [1, 0]], "shape"),
+        ((2, 3, 8, 8), [0, 3], "0 to 3"),
+        ((2, 3, 8, 8), [-1, 0], "-1 to 0"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(shape, targets, named):
+    with pytest.raises(UserError, match=named):
+        patch_cutmix(torch.zeros(shape), torch.tensor(targets), patch_size=4, num_classes=3)

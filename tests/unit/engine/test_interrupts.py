@@ -3,9 +3,7 @@ import signal
 
 import pytest
 
-from pdvit.engine.interrupts import stop_on_signals
-
-BOTH = (signal.SIGTERM, signal.SIGINT)
+from pdvit.engine.interrupts import STOPPING, stop_on_signals
 
 
 def send(number):
@@ -13,10 +11,10 @@ def send(number):
 
 
 def handlers():
-    return [signal.getsignal(number) for number in BOTH]
+    return [signal.getsignal(number) for number in STOPPING]
 
 
-@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.parametrize("number", STOPPING)
 def test_the_first_signal_asks(number):
     with stop_on_signals() as stop:
         assert not stop

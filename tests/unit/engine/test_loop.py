@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from pdvit.config import build
+from pdvit.engine.interrupts import stop_on_signals
 from pdvit.engine.loop import Trainer
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import RunFailed, UserError
@@ -70,7 +71,8 @@ def run(path, task, resume=False, **more):
     trainer, directory = trainer_of(task, **more), RunDirectory(path)
     if resume:
         trainer.restore(directory)
-    return trainer.run(directory, Console(file=io.StringIO()))
+    with stop_on_signals() as stop:
+        return trainer.run(directory, Console(file=io.StringIO()), stop)
 
 
 def read(path, name):

@@ -117,3 +117,16 @@ def test_the_patch_size_is_the_named_one(name, side):
 
 def test_the_patch_size_can_be_changed():
     assert patch_size_of(sketch_model(VIT, SMALL)) == 8
+
+
+@pytest.mark.parametrize(("argument", "flag"), [("embed_dim", "--width"), ("num_classes", "data")])
+def test_an_argument_with_a_key_of_its_own_names_it(argument, flag):
+    with pytest.raises(UserError, match=argument) as caught:
+        model_arguments(ModelConfig(name="test_vit", args={argument: 64}), None)
+    assert flag in caught.value.tip
+
+
+def test_an_image_of_one_patch_is_refused():
+    with pytest.raises(UserError, match="single patch") as caught:
+        sketch_model("test_vit", {"img_size": 16, "patch_size": 16})
+    assert "32" in caught.value.tip

@@ -111,6 +111,12 @@ def test_a_run_that_was_not_evaluated_yet_is_refused(run):
         read_records(run)
 
 
+def test_an_empty_file_is_refused(run):
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no records"):
+        read_records(run)
+
+
 def test_a_run_without_records_is_refused(tmp_path):
     with pytest.raises(UserError, match="no records"):
         read_records(tmp_path)

@@ -23,9 +23,22 @@ def test_a_run_is_made_where_asked(workplace):
     assert list(directory.path.iterdir()) == []
 
 
-@pytest.mark.parametrize("make", ["mkdir", "touch"])
-def test_a_place_that_exists_is_refused(workplace, make):
-    getattr(workplace / "taken", make)()
+def test_a_file_of_the_name_is_refused(workplace):
+    (workplace / "taken").touch()
+    with pytest.raises(UserError, match="a file") as caught:
+        RunDirectory.create("taken", "unused")
+    assert "--resume" not in caught.value.tip
+
+
+@pytest.mark.parametrize(("out", "name"), [("", "unused"), (None, "")])
+def test_an_empty_name_is_refused(workplace, out, name):
+    with pytest.raises(UserError, match=r"empty|not a name"):
+        RunDirectory.create(out, name)
+    assert list(workplace.iterdir()) == []
+
+
+def test_a_place_that_exists_is_refused(workplace):
+    (workplace / "taken").mkdir()
     with pytest.raises(UserError, match="exists already") as caught:
         RunDirectory.create("taken", "unused")
     assert "--resume" in caught.value.tip
