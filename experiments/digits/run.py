@@ -31,7 +31,7 @@ def train(cell: tuple[str, str, int]) -> dict[str, object]:
         start = ["--resume", str(out)]
         if not out.exists():
             start = ["--config", str(HERE / f"{recipe}.toml"), "--lr", lr, "--seed", str(seed), "--out", str(out)]
-        # One thread each, two at a time: the cells of a two-core machine don't disturb one another.
+        # One thread each, as many at a time as there are cores: cells don't disturb one another.
         subprocess.run(
             [sys.executable, "-m", "pdvit", "train", "--json", *start],
             check=True,
@@ -50,7 +50,7 @@ def train(cell: tuple[str, str, int]) -> dict[str, object]:
 
 
 def run_all(cells: list[tuple[str, str, int]], file: Path) -> list[dict[str, object]]:
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         rows = list(pool.map(train, cells))
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS)
