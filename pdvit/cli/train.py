@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +13,11 @@ from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from pdvit.engine.display import RunConsole
     from pdvit.engine.interrupts import StopRequest
+    from pdvit.engine.loop import Trainer
+    from pdvit.engine.ranks import Ranks
+    from pdvit.tasks import ClassificationTask
     from pdvit.tracking import RunDirectory
 
 
@@ -26,7 +28,15 @@ def train(
         list[str] | None, typer.Option("--set", help="section.key=value; wins over everything; repeatable.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with this run directory, as it was configured.")
+        str | None,
+        typer.Option("--resume", help="Go on with this run directory, as it was configured; auto: the newest."),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--change", help="section.key=value: go on with another setting; with --resume; repeatable."),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option("--replay", help="Run the step again at which this run broke down, and say where.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")] = False,
     **settings: Any,
@@ -37,75 +47,157 @@ def train(
     """
     from pdvit.engine.interrupts import stop_on_signals
 
-    with stop_on_signals() as stop:  # before anything slow is imported
-        if resume is not None:
-            return _train(_as_configured(resume, settings, assign, config), resume, as_json, stop)
-        return _train(make_config(config, assign or [], settings), None, as_json, stop)
-
-
-def _as_configured(resume: Path, settings: dict[str, Any], assign: list[str] | None, config: Path | None) -> Config:
-    """Read the configuration of a run that is taken up again; UserError where other settings are given too."""
-    from pdvit.tracking import RunDirectory
-
+    again = f"--resume {resume}" if resume is not None else f"--replay {replay}" if replay is not None else None
     given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
-    if given:
+    if again is not None and given:
         raise UserError(
-            f"a resumed run keeps its configuration, so {given[0]} can't be given",
-            f"--resume {resume}",
-            "leave it out, or start a new run without --resume",
+            f"a run that is taken up keeps its configuration, so {given[0]} can't be given",
+            again,
+            "leave it out, change a setting with --change section.key=value, or start a new run",
         )
-    return make_config(RunDirectory.open(resume).path / "run.toml", [], {})
+    if change and resume is None:
+        raise UserError("only a run that is resumed can be changed", "--change", "add --resume RUN")
+    with stop_on_signals() as stop:  # before anything slow is imported
+        if replay is not None:
+            return _replay(replay, as_json)
+        if resume is not None:
+            return _resume(_run_named(resume), change or [], as_json, stop)
+        return _start(make_config(config, assign or [], settings), as_json, stop)
 
 
-def _train(config: Config, resume: Path | None, as_json: bool, stop: "StopRequest") -> int:
-    """Build, train and report; raises UserError before there is a run directory wherever that is possible."""
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that a run needs, before it has a directory."""
+
+    config: Config
+    ranks: "Ranks"
+    device: str
+    task: "ClassificationTask"
+    trainer: "Trainer"
+    console: "RunConsole"
+
+
+def _prepare(config: Config, as_json: bool) -> _Prepared:
+    """Open the data, build model and trainer; raises UserError."""
     from pdvit.config import resolve
     from pdvit.data.sources import open_source
-    from pdvit.engine.device import choose_device, device_name
+    from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.display import RunConsole
-    from pdvit.engine.interrupts import EXIT_STOPPED
     from pdvit.engine.loop import Trainer
+    from pdvit.engine.ranks import join
     from pdvit.tasks import ClassificationTask
-    from pdvit.tracking import RunDirectory
 
-    console = RunConsole(stderr=as_json)
     config = resolve(config)
-    if resume is not None and (summary := _finished(RunDirectory.open(resume))):
-        console.print(f"{resume} is finished already", highlight=False, markup=False, soft_wrap=True)
-        return _close(RunDirectory.open(resume), summary, console, as_json)
-    device = choose_device(config.run.device)
+    ranks = join()
+    console = RunConsole(stderr=as_json, quiet=not ranks.main)
+    device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
+    set_up(device, config.run)
     source = open_source(config.data)
     if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
         config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
-    task = ClassificationTask(config, source, device)
-    trainer = Trainer(task, config, device)
-    if stop and resume is None:
-        console.print("stopped before the first step; nothing was written", highlight=False)
-        return EXIT_STOPPED
-    if resume is not None:
-        directory = RunDirectory.open(resume)
-        trainer.restore(directory)
-    else:
-        directory = _new_directory(config, device_name(device))
+    task = ClassificationTask(config, source, device, ranks)
+    trainer = Trainer(task, config, device, ranks)
     parameters = sum(weight.numel() for weight in task.module.model.parameters())
-    console.print(
+    processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
+    say(
+        console,
         f"{source.describe()}\n{config.model.name}: {parameters:,} parameters, "
         f"{task.preprocessing.size}x{task.preprocessing.size} pixels, patches of {task.mixing.patch_size}\n"
-        f"{_weights(config)}; {trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}\n"
-        f"run directory: {directory.path}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{_weights(config)}; {trainer.plan.steps} steps of {task.batch_size} images on "
+        f"{device_name(device)}{processes}",
     )
+    for note in trainer.notes():
+        say(console, note)
+    return _Prepared(config, ranks, device_name(device), task, trainer, console)
+
+
+def _start(config: Config, as_json: bool, stop: "StopRequest") -> int:
+    """Begin a new run; raises UserError before there is a run directory wherever that is possible."""
+    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.tracking import RunDirectory
+
+    ready = _prepare(config, as_json)
+    if stop:
+        say(ready.console, "stopped before the first step; nothing was written")
+        return EXIT_STOPPED
+    made = _new_directory(ready.config, ready.device) if ready.ranks.main else None
+    path = ready.ranks.share(made.path if made else None)
+    return _run(ready, RunDirectory(path, ready.ranks.main), as_json, stop)
+
+
+def _resume(path: Path, change: list[str], as_json: bool, stop: "StopRequest") -> int:
+    """Go on with a run; raises UserError where it can't be taken up."""
+    from pdvit.config import to_dict, to_toml
+    from pdvit.engine.display import RunConsole
+    from pdvit.engine.recipe import changed_keys, check_changes
+    from pdvit.tracking import RunDirectory, command_line
+
+    directory = RunDirectory.open(path)
+    if summary := _finished(directory):
+        console = RunConsole(stderr=as_json)
+        say(console, f"{path} is finished already")
+        return _close(directory, summary, console, as_json)
+    config = make_config(path / "run.toml", change, {})
+    ready = _prepare(config, as_json)
+    directory = RunDirectory.open(path, ready.ranks.main)
+    changes = changed_keys(to_dict(make_config(path / "run.toml", [], {})), to_dict(ready.config))
+    check_changes(changes, f"--resume {path} --change")
+    ready.trainer.restore(directory, directory.changes() | {key: new for key, (_, new) in changes.items()})
+    if changes:
+        directory.record_changes(ready.trainer.state.progress.step, changes, to_toml(ready.config, command_line()))
+    return _run(ready, directory, as_json, stop)
+
+
+def _replay(path: Path, as_json: bool) -> int:
+    """Run the step again at which a run broke down, and say what is not finite."""
+    from pdvit.engine.replay import replay
+    from pdvit.tracking import RunDirectory
+
+    ready = _prepare(make_config(RunDirectory.open(path).path / "run.toml", [], {}), as_json)
+    found = replay(path, ready.trainer.state, ready.trainer.updater)
+    metrics = {name: value if abs(value) < float("inf") else None for name, value in found.metrics.items()}
+    if as_json:
+        print(json.dumps({"step": found.step, "metrics": metrics, "broken": found.broken}, indent=2))
+        return 0
+    say(ready.console, f"step {found.step} again:")
+    for name, value in metrics.items():
+        say(ready.console, f"  {name:12} {'not finite' if value is None else f'{value:.6g}'}")
+    shown = ", ".join(found.broken[:5]) + (f" and {len(found.broken) - 5} more" if len(found.broken) > 5 else "")
+    say(ready.console, f"gradients that are not finite: {shown or 'none'}")
+    return 0
+
+
+def _run(ready: _Prepared, directory: "RunDirectory", as_json: bool, stop: "StopRequest") -> int:
+    """Train and report."""
+    from pdvit.engine.interrupts import EXIT_STOPPED
+
+    say(ready.console, f"run directory: {directory.path}")
     again = f"pdvit train --resume {directory.path}"
     try:
-        summary = trainer.run(directory, console, stop)
+        summary = ready.trainer.run(directory, ready.console, stop)
     except UserError as error:
         raise UserError(error.what, error.where, f"{error.tip}; go on with: {again}") from error
     if summary is None:
-        console.print(f"stopped; go on with: {again}", highlight=False, markup=False, soft_wrap=True)
+        say(ready.console, f"stopped; go on with: {again}")
         return EXIT_STOPPED
-    return _close(directory, summary, console, as_json)
+    return _close(directory, summary, ready.console, as_json) if ready.ranks.main else 0
+
+
+def say(console: "RunConsole", text: str) -> None:
+    """Print plain text as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run_named(name: str) -> Path:
+    """Return the run that --resume names; UserError where there is none."""
+    from pdvit.tracking import newest
+
+    if name != "auto":
+        return Path(os.path.expanduser(name))
+    runs = newest("run.toml")
+    if not runs:
+        raise UserError("there is no run here to go on with", "--resume auto", "name its folder, or start one")
+    return runs[0]
 
 
 def _new_directory(config: Config, device: str) -> "RunDirectory":
@@ -151,7 +243,7 @@ def _source(run: Path) -> object:
         return None
 
 
-def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console", as_json: bool) -> int:
+def _close(directory: "RunDirectory", summary: dict[str, Any], console: "RunConsole", as_json: bool) -> int:
     """Say what came out, what was written where, and which command comes next."""
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -163,7 +255,8 @@ def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console
         run for run in newest("summary.json") if run.resolve() != path.resolve() and _source(run) == _source(path)
     ]
     compared = " ".join(str(run) for run in [*others[:1], path])
-    console.print(
+    say(
+        console,
         f"\n{summary['split']} accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}; "
         f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
         f"(0 all different, 1 all alike)\n"
@@ -172,8 +265,5 @@ def _close(directory: "RunDirectory", summary: dict[str, Any], console: "Console
         f"weights   {path}/model.safetensors (timm: create_model('local-dir:{path}', pretrained=True))\n"
         f"records   {path}/metrics.jsonl, summary.json; repeat with --config {path}/run.toml\n"
         f"next      pdvit analyze {compared}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     return 0

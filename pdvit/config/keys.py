@@ -17,6 +17,7 @@ class KeyInfo:
     choices: tuple[str, ...] = ()
     unit: str = ""  # the key is a duration, and this is the unit of a bare number
     percent: bool = True  # a duration may be a share of the run
+    clock: bool = False  # a duration may be a time, such as 10min
 
 
 def key(
@@ -29,9 +30,10 @@ def key(
     choices: Sequence[str] = (),
     unit: str = "",
     percent: bool = True,
+    clock: bool = False,
 ) -> Any:
     """Declare a key: `minimum` and `maximum` are inclusive, `above` is a strict lower bound."""
-    info = KeyInfo(help, flags, minimum, maximum, above, tuple(choices), unit, percent)
+    info = KeyInfo(help, flags, minimum, maximum, above, tuple(choices), unit, percent, clock)
     return field(default=default, metadata={"key": info})
 
 

@@ -96,7 +96,7 @@ def _convert(value: Any, kind: Any, info: KeyInfo, at: str) -> Any:
     kind = next(option for option in options if option is not type(None))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if info.unit and (is_number or isinstance(value, str)):
-        length = parse_duration(str(value), info.unit, at, info.percent)
+        length = parse_duration(str(value), info.unit, at, info.percent, info.clock)
         _check_range(length.value, info, at)
         return str(value)
     if kind is float and is_number:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdvit.config.keys import key
 
-SCHEDULES = ("cosine", "poly", "wsd", "constant")
+SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 PRESETS = ("paper", "cutmix", "none")
 
 
@@ -17,6 +17,12 @@ class DataConfig:
 
     source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
     batch_size: int = key(32, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1)
+    micro_batch: int | None = key(
+        None,
+        "Images per forward pass of a process; fewer than its share accumulates gradients. Unset: its share.",
+        "--micro-batch-size",
+        minimum=1,
+    )
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
     split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0, maximum=2**32 - 1)
@@ -32,6 +38,9 @@ class ModelConfig:
     heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
     patch_size: int | None = key(None, "Side of a patch in pixels.", "--patch-size", minimum=1)
     drop_path: float = key(0.0, "Stochastic depth of the last block.", "--drop-path", minimum=0, maximum=0.99)
+    grad_checkpointing: bool = key(
+        False, "Compute activations twice instead of keeping them: less memory, more time.", "--grad-checkpointing"
+    )
     args: dict[str, object] | None = key(
         None, "More arguments of the timm model, k=v; repeat the flag.", "--model-kwargs"
     )
@@ -86,6 +95,16 @@ class OptimConfig:
     epochs: str = key("24", "Length: 24 or 24ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
     warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
     schedule: str = key("cosine", "Learning rate after warm-up.", "--sched", choices=SCHEDULES)
+    layer_decay: float | None = key(
+        None, "Factor of the learning rate from block to block, downwards.", "--layer-decay", above=0, maximum=1
+    )
+    ema_decay: float | None = key(
+        None,
+        "Decay of the moving average of the weights, which is then what is evaluated and exported; unset: none.",
+        "--model-ema-decay",
+        minimum=0,
+        maximum=1,
+    )
     min_lr: float = key(1e-6, "Where warm-up starts and the schedule ends.", "--min-lr", minimum=0)
 
 
@@ -97,9 +116,30 @@ class RunConfig:
     name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
-    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16"))
+    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16", "fp16"))
+    tf32: bool = key(True, "Let a GPU round the factors of float32 products in training (TF32).", "--tf32/--no-tf32")
+    compile: bool = key(False, "Compile the model and the losses (torch.compile).", "--compile")
+    deterministic: bool = key(
+        False, "Take only kernels that give the same bits each time (a CPU always does).", "--deterministic"
+    )
+    distribute: str = key(
+        "ddp",
+        "Over several processes: ddp keeps the model whole on each, fsdp spreads it over all.",
+        "--distribute",
+        choices=("ddp", "fsdp"),
+    )
+    time_limit: str | None = key(
+        None, "Stop, resumable, after this time: 90min, 12h.", "--time-limit", above=0, unit="min", clock=True
+    )
     log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations, with the probe.", "--val-interval", above=0, unit="ep")
+    warn_similarity: float = key(
+        0.9, "Warn where P of the last layer on the probe is above this.", "--warn-similarity", minimum=0, maximum=1
+    )
+    track: str | None = key(
+        None, "Send the records to tensorboard, wandb or trackio too; several with commas.", "--track"
+    )
+    profile: str | None = key(None, "Write a trace of these steps: FROM:TO, as 20:25.", "--profile")
     probe_images: int = key(64, "Held-out images on which P is measured at every evaluation.", minimum=1)
 
 
@@ -107,8 +147,14 @@ class RunConfig:
 class CheckpointConfig:
     """Checkpoint."""
 
-    every: str = key("1ep", "Length between resumable states.", "--save-every", above=0, unit="ep")
-    keep: int = key(1, "How many of them are kept.", "--keep", minimum=1)
+    every: str = key(
+        "10min", "Length between resumable states: 50st, 1ep, 10min.", "--save-every", above=0, unit="ep", clock=True
+    )
+    keep: int = key(1, "How many of the newest are kept.", "--keep", minimum=1)
+    best: bool = key(False, "Keep the one with the best evaluation too.", "--keep-best")
+    milestones: str | None = key(
+        None, "Keep one for good each time this length is done: 30ep.", "--milestone-every", above=0, unit="ep"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a training step receives, from the worker loader and from a resident set alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -20,3 +20,18 @@ class Batch:
     targets: Tensor
     index: Tensor
     patch_targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is set, by name."""
+        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def split(self, size: int) -> list["Batch"]:
+        """Divide it into parts of `size` images; the last may be shorter."""
+        if size >= len(self):
+            return [self]
+        parts = {name: value.split(size) for name, value in self.tensors().items()}
+        return [Batch(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]

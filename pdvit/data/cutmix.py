@@ -58,17 +58,30 @@ def patch_cutmix(
     _check_targets(images, targets, num_classes)
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha is {alpha}", "augment.cutmix (--cutmix)", "choose a number from 0 (off) upwards")
-    height, width = images.shape[-2:]
-    rows, columns = grid_of(height, width, patch_size)
-    box = draw_box(rows, columns, alpha, rng or random.Random(random.getrandbits(64))) if alpha > 0 else Box(0, 0, 0, 0)
+    rng = rng or random.Random(random.getrandbits(64))
+    return mix_with(images, targets, images.roll(1, 0), targets.roll(1, 0), patch_size, num_classes, alpha, rng)
+
+
+def mix_with(
+    images: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    partner: Tensor,
+    patch_size: int,
+    num_classes: int,
+    alpha: float,
+    rng: random.Random,
+) -> Mixed:
+    """Paste one rectangle of `sources` `(B, C, H, W)`, of the classes `partner` `(B,)`, into the images."""
+    rows, columns = grid_of(images.shape[-2], images.shape[-1], patch_size)
+    box = draw_box(rows, columns, alpha, rng) if alpha > 0 else Box(0, 0, 0, 0)
     area = (box.bottom - box.top) * (box.right - box.left)
-    partner = targets.roll(1, 0)
     patch_targets = targets[:, None, None].repeat(1, rows, columns)
     patch_targets[:, box.top : box.bottom, box.left : box.right] = partner[:, None, None]
     if area:
         top, bottom, left, right = (edge * patch_size for edge in box)
-        source, images = images.roll(1, 0), images.clone()
-        images[..., top:bottom, left:right] = source[..., top:bottom, left:right]
+        images = images.clone()
+        images[..., top:bottom, left:right] = sources[..., top:bottom, left:right]
     share = area / (rows * columns)
     soft = (1 - share) * F.one_hot(targets, num_classes) + share * F.one_hot(partner, num_classes)
     return Mixed(images, soft.to(torch.float32), patch_targets.flatten(1))

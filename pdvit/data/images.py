@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,14 @@ class Preprocessing:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images `(B, 3, H, W)` into the model's float32 input."""
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
         return (images.float() / 255 - mean) / std
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one number per channel, `(3, 1, 1)`; kept, because each copy to a GPU would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)

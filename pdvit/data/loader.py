@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import Compose
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.batch import Batch
-from pdvit.data.cutmix import patch_cutmix
+from pdvit.data.cutmix import mix_with
 from pdvit.data.images import BadImage, FileImages, Preprocessing, Sample, refuse_bad
 from pdvit.data.randomness import epoch_order, fold, uniform
 from pdvit.data.sources import ArraySplit, FileSplit, Split
@@ -32,6 +32,13 @@ class Loading:
     workers: int
     device: torch.device
     preprocessing: Preprocessing
+    rank: int = 0
+    processes: int = 1
+    """How many share each batch, and which of them this is."""
+
+    def share(self, count: int) -> tuple[int, int]:
+        """Return where this process's part of `count` things begins and ends; the parts differ by at most one."""
+        return count * self.rank // self.processes, count * (self.rank + 1) // self.processes
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,11 @@ class Mixing:
     patch_size: int
     num_classes: int
     labels: bool
+
+    def draws(self, seed: int, step: int) -> tuple[bool, random.Random]:
+        """Tell whether the batch of a step is mixed, and where its rectangle is drawn from."""
+        rng = random.Random(fold(seed, step))
+        return self.alpha > 0 and rng.random() < self.prob, rng
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -57,19 +69,18 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def train_batches(split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Batch]:
-    """Yield the batches of steps start, start + 1, ... without end; what a short last batch would hold sits out."""
+    """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
     if isinstance(split, ArraySplit):
-        raw = _resident(split, how, augment, start)
+        raw = _resident(split, how, augment, mixing, start)
     else:
-        raw = _from_workers(split, how, augment, start)
+        raw = _from_workers(split, how, augment, mixing, start)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
-        batch = Batch(how.preprocessing.normalise(images), labels, index)
-        yield _mix(batch, mixing, random.Random(fold(how.seed, step)))
+        yield _mix(Batch(how.preprocessing.normalise(images), labels, index), how, mixing, step)
 
 
 def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
-    """Yield every image of a split exactly once, in order, without augmentation."""
-    chunks = torch.arange(len(split)).split(how.batch_size)
+    """Yield every image of this process's part of a split exactly once, in order, without augmentation."""
+    chunks = torch.arange(*how.share(len(split))).split(max(1, how.batch_size // how.processes))
     raw: Iterator[Raw]
     if isinstance(split, ArraySplit):
         fit = how.preprocessing.fit
@@ -81,39 +92,46 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
 
-def _mix(batch: Batch, mixing: Mixing, rng: random.Random) -> Batch:
-    """Mix the batch with the given probability; label every patch where the run needs it."""
-    on = mixing.alpha > 0 and rng.random() < mixing.prob
+def _mix(batch: Batch, how: Loading, mixing: Mixing, step: int) -> Batch:
+    """Mix the batch where it is its turn; label every patch where the run needs it."""
+    on, rng = mixing.draws(how.seed, step)
     if not (on or mixing.labels):
         return batch
-    images, targets, patch_targets = patch_cutmix(
-        batch.images,
-        batch.targets,
-        mixing.patch_size,
-        mixing.num_classes,
-        mixing.alpha if on else 0.0,
-        rng,
-    )
-    return Batch(images, targets, batch.index, patch_targets if mixing.labels else None)
+    images, labels, index = batch.images, batch.targets, batch.index
+    sources, partner = images, labels
+    if on and how.processes > 1:  # the first image is here only to be pasted from
+        sources, partner, images, labels, index = images[:-1], labels[:-1], images[1:], labels[1:], index[1:]
+    elif on:
+        sources, partner = images.roll(1, 0), labels.roll(1, 0)
+    alpha = mixing.alpha if on else 0.0
+    mixed = mix_with(images, labels, sources, partner, mixing.patch_size, mixing.num_classes, alpha, rng)
+    return Batch(mixed.images, mixed.targets, index, mixed.patch_targets if mixing.labels else None)
 
 
-def _step_indices(size: int, how: Loading, start: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (epoch, indices) of every step from `start` on."""
-    per_epoch = size // how.batch_size
-    epoch, position = divmod(start, per_epoch)
+def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (epoch, indices) of this process's share of every step from `start` on.
+
+    Each image is mixed with the one before it in the whole batch. Where the batch is divided, the share of a step that
+    is mixed begins with the image before it.
+    """
+    per_epoch, step = size // how.batch_size, start
+    low, high = how.share(how.batch_size)
     while True:
+        epoch, position = divmod(step, per_epoch)
         order = epoch_order(how.seed, epoch, size)
         for at in range(position, per_epoch):
-            yield epoch, order[at * how.batch_size : (at + 1) * how.batch_size]
-        epoch, position = epoch + 1, 0
+            whole = order[at * how.batch_size : (at + 1) * how.batch_size]
+            before = [low - 1] if how.processes > 1 and mixing.draws(how.seed, step)[0] else []
+            yield epoch, whole[[*before, *range(low, high)]]
+            step += 1
 
 
-def _resident(split: ArraySplit, how: Loading, augment: AugmentConfig, start: int) -> Iterator[Raw]:
+def _resident(split: ArraySplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
     """Yield batches of a set that lives on the device as one uint8 tensor."""
     images = how.preprocessing.fit(split.images.to(how.device))
     labels = split.labels.to(how.device)
-    for epoch, index in _step_indices(len(split), how, start):
-        chosen = index.to(how.device)
+    for epoch, index in _step_indices(len(split), how, mixing, start):
+        chosen = index.to(how.device, non_blocking=True)
         batch = images[chosen]
         if augment.shift:
             batch = shift_images(batch, augment.shift, uniform(fold(how.seed, epoch), chosen, 2))
@@ -146,8 +164,8 @@ class _Keys(Sampler[list[tuple[int, int]]]):
         return self.start()
 
 
-def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, start: int) -> Iterator[Raw]:
-    steps = _step_indices(len(split), how, start)
+def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
+    steps = _step_indices(len(split), how, mixing, start)
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
     for images, labels, index in _decode(split, how, how.preprocessing.training(augment), keys):
         yield (

@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,10 +56,26 @@ class Source:
         """The split of the closing numbers: test where there is one, so that settings are not chosen on it."""
         return "test" if "test" in self.splits else "val"
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be the same for a run to go on: classes, counts, and a hash of names or pixels by split."""
+        return {"classes": len(self.classes)} | {
+            name: {"images": len(split), "hash": _hash(split)} for name, split in self.splits.items()
+        }
+
     def describe(self) -> str:
         """Say in one line what was found."""
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         return f"{self.name}: {len(self.classes)} classes, images: {counts}"
+
+
+def _hash(split: Split) -> str:
+    digest = sha256(split.labels.numpy().tobytes())
+    if isinstance(split, ArraySplit):
+        digest.update(split.images.numpy().tobytes())
+    else:
+        for path in split.paths:
+            digest.update(f"{path.name}/".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def open_source(data: DataConfig) -> Source:

@@ -1,19 +1,25 @@
 """Device and precision."""
 
+import os
+import resource
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from pdvit.config.schema import RunConfig
 from pdvit.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device that a configuration asks for; `auto` takes a GPU where there is one.
 
-    Raises UserError for a device that is not there.
+    Several processes on one machine (`local_rank` counts them) take a GPU each. Raises UserError for a device that is
+    not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -21,7 +27,11 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).split(". ")[0].split(": ")[0]
         if len(reason) > 80:  # torch lists every backend that was ever thought of
             reason = "torch does not know it"
-        raise UserError(f"no device '{name}' here: {reason}", "run.device (--device)", "try --device cpu") from error
+        raise UserError(
+            f"no device '{name}' here: {reason}",
+            "run.device (--device)",
+            "try --device cpu (to resume: --change run.device=cpu)",
+        ) from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"pdvit does not run on '{name}'", "run.device (--device)", "use cpu or cuda")
     return device
@@ -33,7 +43,29 @@ def device_name(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return the context of forward passes in `fp32` or `bf16`."""
+    """Return the context of forward passes in `fp32`, `bf16` or `fp16`."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def set_up(device: torch.device, run: RunConfig) -> None:
+    """Choose torch's kernels for a run; raises UserError where the device can't compute as asked."""
+    if device.type == "cuda":
+        if run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            what = f"{torch.cuda.get_device_name(device)} has no bfloat16"
+            raise UserError(what, "run.precision (--precision)", "use --precision fp16 or fp32")
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
+    if run.deterministic:
+        # cuBLAS reads it when it is first used; without it torch refuses deterministic products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(run.deterministic)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory in use so far, in MiB: of the GPU, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

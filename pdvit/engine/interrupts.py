@@ -11,13 +11,13 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Whether somebody asked the run to stop, and why: the name of a signal, or the time limit."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None
+        self.reason: str | None = None
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.reason is not None
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def ask(number: int, _: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number).name
+        request.reason = signal.Signals(number).name
 
     before = {number: signal.signal(number, ask) for number in STOPPING}
     try:

@@ -2,45 +2,83 @@
 
 Order of events in one step:
     next batch (augmented and mixed on the device)
-    forward pass and objective
-    backward, clip, update
+    forward pass and objective, backward, part by part
+    clip; update and moving average, only where loss and gradient are finite
     only when due: log, evaluate, save
     last: was a stop asked for?
 """
 
 import math
-import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch.amp import GradScaler
 
+from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
-from pdvit.engine.device import autocast
+from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.clock import Clock
+from pdvit.engine.device import peak_memory
 from pdvit.engine.display import Display
 from pdvit.engine.interrupts import StopRequest
-from pdvit.engine.protocol import Task
+from pdvit.engine.profiler import Profiler
+from pdvit.engine.protocol import Batch, Task
+from pdvit.engine.ranks import Agreement, Ranks
+from pdvit.engine.recipe import check_data, check_recipe
+from pdvit.engine.replay import write_bundle
 from pdvit.engine.schedule import make_plan, make_scheduler
+from pdvit.engine.spread import local, make_average, spread
 from pdvit.engine.state import State
-from pdvit.engine.update import make_optimizer, update
+from pdvit.engine.update import Meter, Updater, make_optimizer, skips_on_device
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import RunDirectory, Status
+
+# Skipped steps in a row after which a run stops.
+# A float16 run first has to find its loss scale: 65,536, halved each time.
+PATIENCE, PATIENCE_FP16 = 5, 25
 
 
 class Trainer:
     """Trains one task into one run directory."""
 
-    def __init__(self, task: Task, config: Config, device: torch.device) -> None:
+    def __init__(self, task: Task, config: Config, device: torch.device, ranks: Ranks) -> None:
         """Prepare everything that can fail before a run directory exists; raises UserError."""
-        self.task, self.config, self.device = task, config, device
+        self.task, self.config, self.device, self.ranks = task, config, device, ranks
         self.plan = make_plan(config, task.steps_per_epoch, task.batch_size)
+        average = make_average(task.module, config.optim.ema_decay)
+        self.network = spread(task.module, average, config.run.distribute, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
         self.scheduler = make_scheduler(optimizer, config, self.plan)
-        self.state = State(task.module, optimizer, device)
+        scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
+        self.updater = Updater(task, self.network, optimizer, scaler, average, config, ranks, device)
+        recipe, meter = to_dict(config), Meter(device)
+        self.state = State(
+            task.module, optimizer, scaler, average, meter, device, ranks, recipe, dict(task.fingerprint)
+        )
+        self.weights = "raw" if average is None else "ema"
+        self.evaluated = self.network if average is None else average.module
 
-    def restore(self, directory: RunDirectory) -> None:
-        """Take up a run where its last checkpoint left it, or at its start; raises UserError for a damaged one."""
-        self.state.restore(directory.path / "checkpoints")
+    def notes(self) -> list[str]:
+        """Return what somebody should know before the start."""
+        if skips_on_device(self.state.optimizer):
+            return []
+        return [f"note: {self.config.optim.opt} can't skip a bad step on the device, so every update waits for it once"]
+
+    def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> None:
+        """Take up a run where its last checkpoint left it, or at its start.
+
+        `changed` holds the keys that were changed on purpose since the checkpoint, with their values. Raises UserError
+        where the checkpoint is damaged, or of other data or another recipe.
+        """
+        where = str(directory.path)
+
+        def check(facts: dict[str, Any]) -> None:
+            check_recipe(facts.get("config"), self.state.config, changed, where)
+            check_data(facts.get("data"), self.state.data, where)
+
+        self._checkpoints(directory).restore(self.state, check)
         directory.cut_records(self.state.progress.step)
 
     def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
@@ -48,11 +86,13 @@ class Trainer:
 
         Raises UserError or RunFailed; the run directory then says `failed`, and can be resumed.
         """
-        self.directory = directory
+        self.directory, self.checkpoints = directory, self._checkpoints(directory)
         directory.status("running", step=self.state.progress.step)
         try:
             with Display(console, self.plan.steps, self.state.progress.step) as self.display:
-                return self._finish() if self._train(stop) else None
+                done = self._train(stop)
+                self.checkpoints.wait()
+                return self._finish() if done else None
         except BaseException as error:
             self._fail(error)
             raise
@@ -60,94 +100,118 @@ class Trainer:
     def _train(self, stop: StopRequest) -> bool:
         """Run the steps; False where a stop was asked for before the last."""
         plan, state, progress = self.plan, self.state, self.state.progress
-        self.since = time.perf_counter()
-        self.logged = (progress.samples, progress.seconds)
+        self.clock, agreement = Clock(progress.spent), Agreement(self.ranks)
+        self.logged, self.saved = (progress.samples, dict(progress.spent)), 0.0
         if progress.step >= plan.steps:
             return True
-        for batch in self.task.batches(progress.step):
-            self.scheduler.step_update(progress.step)
-            state.module.train()
-            with autocast(self.device, self.config.run.precision):
-                output = self.task.step(batch)
-            norm = update(output.loss, state.module, state.optimizer, self.config.optim.clip_grad)
-            progress.step += 1
-            progress.samples += self.task.batch_size
-            state.meter.add(output.metrics | {"grad_norm": norm})
-            last = progress.step == plan.steps
-            if last or progress.step % plan.log_every == 0:
-                self._log()
-            if last or progress.step % plan.eval_every == 0:
-                self._evaluate()
-            if last or stop or progress.step % plan.save_every == 0:
-                self._save()
-            if last:
-                return True
-            if stop:
-                self.directory.status("stopped", step=progress.step, reason=stop.signal)
-                return False
+        with Profiler(plan.profile, self.directory.path / "profile", self.ranks) as profiler:
+            self.clock.enter("data")
+            for batch in self.task.batches(progress.step):
+                self.clock.enter("step")
+                profiler.enter(progress.step + 1)
+                self.scheduler.step_update(progress.step)
+                generators = state.generators()
+                metrics, skipped = self.updater(batch, progress.step + 1)
+                state.meter.add(metrics, skipped)
+                progress.step += 1
+                progress.samples += self.task.batch_size
+                if plan.due(plan.log_every, progress.step):
+                    self._log(batch, generators)
+                better = plan.due(plan.eval_every, progress.step) and self._evaluate()
+                stopping, by_clock = agreement.any(self._should_stop(stop), self._save_is_due())
+                wanted = stopping or by_clock or (better and self.config.checkpoint.best)
+                if wanted or plan.due(plan.save_every, progress.step) or plan.at_milestone(progress.step):
+                    self._save(better)
+                if progress.step >= plan.steps:
+                    return True
+                if stopping:
+                    self._stopped(stop)
+                    return False
+                self.clock.enter("data")
         raise AssertionError("a task's batches never end")
 
-    def _log(self) -> None:
-        """Write the means since the last record; stop where they are no numbers."""
+    def _log(self, batch: Batch, generators: dict[str, torch.Tensor]) -> None:
+        """Write the means since the last record; stop where one step after another had to be skipped."""
         progress, lr = self.state.progress, self.state.optimizer.param_groups[0]["lr"]
-        means = self.state.meter.read()  # waits for the device, so the clock below has all of its work
-        self._tick()
-        samples, seconds = self.logged
-        rate = (progress.samples - samples) / max(progress.seconds - seconds, 1e-9)
-        self.logged = (progress.samples, progress.seconds)
-        record = {"step": progress.step, "epoch": self._epoch(), **means, "lr": float(lr)}
-        self.directory.append("train", record, {"seconds": progress.seconds, "images_per_second": rate})
+        means, skipped, in_a_row = self.state.meter.read(self.ranks)
+        self.clock.enter("step")  # reading waited for the device, so the clock now has all of its work
+        progress.skipped += skipped
+        samples, spent = self.logged
+        passed = {phase: seconds - spent.get(phase, 0.0) for phase, seconds in progress.spent.items()}
+        rate = (progress.samples - samples) / max(passed.get("data", 0.0) + passed.get("step", 0.0), 1e-9)
+        self.logged = (progress.samples, dict(progress.spent))
+        record = {"step": progress.step, "epoch": self._epoch(), **means, "skipped": skipped, "lr": float(lr)}
+        timing = {"seconds": progress.seconds, "images_per_second": rate, "peak_memory_mb": peak_memory(self.device)}
+        self.directory.append("train", record, timing | passed)
         shown = {name: value for name, value in means.items() if name != "grad_norm"}
+        shown |= {"skipped": progress.skipped} if progress.skipped else {}
         epoch = f"epoch {math.ceil(self._epoch())}/{math.ceil(self.plan.steps / self.plan.steps_per_epoch)}"
         self.display.show(progress.step, epoch, rate, shown)
-        self._refuse([name for name, value in means.items() if not math.isfinite(value)])
+        if in_a_row >= (PATIENCE_FP16 if self.updater.scaler.is_enabled() else PATIENCE):
+            self._give_up(batch, generators, in_a_row)
 
-    def _check_sound(self) -> None:
-        """End the run before it measures or saves what is broken, so that the last sound checkpoint stays."""
-        sums = self.state.meter.sums
-        self._refuse([name for name, total in sums.items() if not math.isfinite(float(total))])
-        weights = self.state.module.named_parameters()
-        self._refuse([name for name, weight in weights if not bool(weight.isfinite().all())][:3])
+    def _give_up(self, batch: Batch, generators: dict[str, torch.Tensor], in_a_row: int) -> None:
+        snapshot = self.state.snapshot()
+        if self.ranks.main:
+            write_bundle(self.directory.path, snapshot, batch, generators)
+        raise RunFailed(
+            f"loss or gradient was infinite or not a number in {in_a_row} steps in a row, up to step {snapshot.step}",
+            f"see where: pdvit train --replay {self.directory.path}; then start a new run with a lower --lr, or with "
+            f"--clip-grad 1",
+        )
 
-    def _refuse(self, broken: list[str]) -> None:
-        if broken:
+    def _check_weights(self) -> None:
+        """End the run before it measures or saves broken weights, so that the last sound checkpoint stays."""
+        weights = list(self.state.module.named_parameters())
+        sound = torch.stack([local(weight).isfinite().all() for _, weight in weights])
+        if not bool(sound.all()):
+            broken = [name for (name, _), whole in zip(weights, sound.tolist(), strict=True) if not whole]
             raise RunFailed(
-                f"{', '.join(broken)} became infinite or not a number by step {self.state.progress.step}",
+                f"{', '.join(broken[:3])} became infinite or not a number by step {self.state.progress.step}",
                 "start a new run with a lower --lr, or with --clip-grad 1",
             )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Measure the held-out images; True where the best number so far came out."""
         progress = self.state.progress
-        self._check_sound()
-        self._tick()
-        records, headline = self.task.evaluate()
+        with self.clock.during("evaluate"):
+            self._check_weights()
+            records, headline = self.task.evaluate(self.evaluated)
         for kind, record in records.items():
             self.directory.append(kind, {"step": progress.step, "epoch": self._epoch(), **record})
-        value = records["eval"][self.task.best_metric]
-        if math.isfinite(value) and (progress.best is None or value > progress.best):
-            progress.best, progress.best_step = value, progress.step
         self.display.say(f"epoch {self._epoch():>4.4g}  {headline}")
-        self.since = time.perf_counter()
+        value = records["eval"][self.task.best_metric]
+        better = math.isfinite(value) and (progress.best is None or value > progress.best)
+        if better:
+            progress.best, progress.best_step = value, progress.step
+        return better
 
-    def _save(self) -> None:
-        self._check_sound()
-        self._tick()
-        try:
-            self.state.save(self.directory.path / "checkpoints", self.config.checkpoint.keep)
-        except OSError as error:
-            raise UserError(
-                f"the checkpoint can't be written: {error.strerror or error}",
-                str(self.directory.path / "checkpoints"),
-                "make room, then go on with --resume",
-            ) from error
-        self.directory.status("running", step=self.state.progress.step, best=self._best())
-        self.since = time.perf_counter()
+    def _save_is_due(self) -> bool:
+        """Tell whether it is time to save by the clock, or to find out that saving came to grief."""
+        seconds = self.plan.save_seconds
+        by_clock = seconds is not None and self.clock.running() - self.saved >= seconds
+        return by_clock or self.checkpoints.failed()
 
-    def _tick(self) -> None:
-        """Bring the training clock up to now; evaluating and saving do not count."""
-        now = time.perf_counter()
-        self.state.progress.seconds += now - self.since
-        self.since = now
+    def _should_stop(self, stop: StopRequest) -> bool:
+        if self.plan.time_limit is not None and self.clock.running() >= self.plan.time_limit:
+            stop.reason = stop.reason or "time limit"
+        return bool(stop)
+
+    def _save(self, best: bool) -> None:
+        with self.clock.during("save"):
+            self._check_weights()
+            snapshot = self.state.snapshot()
+            if self.ranks.main:
+                self.checkpoints.save(snapshot, best)
+        self.saved = self.clock.running()
+        self.directory.status("running", step=snapshot.step, best=self._best())
+
+    def _stopped(self, stop: StopRequest) -> None:
+        self.checkpoints.wait()
+        self.directory.status("stopped", step=self.state.progress.step, best=self._best(), reason=stop.reason)
+
+    def _checkpoints(self, directory: RunDirectory) -> Checkpoints:
+        return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.plan.milestone)
 
     def _epoch(self) -> float:
         return round(self.state.progress.step / self.plan.steps_per_epoch, 4)
@@ -157,16 +221,18 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Export the weights, measure them, and close the run."""
-        progress = self.state.progress
-        numbers, files = self.task.finish()
-        for name, content in files.items():
+        progress, tensors = self.state.progress, self.state.snapshot().tensors
+        numbers = self.task.finish(self.evaluated, self.weights)
+        for name, content in self.task.export(tensors.get("ema", tensors["module"]), self.weights).items():
             self.directory.write(name, content)
         summary = {
             **numbers,
             "epochs": self._epoch(),
             "steps": progress.step,
+            "steps_skipped": progress.skipped,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 1),
+            "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in progress.spent.items()},
         }
         self.directory.write_json("summary.json", summary)
         self.directory.status("finished", step=progress.step, best=self._best())
@@ -176,7 +242,11 @@ class Trainer:
         """Mark the run; a broken disk must not hide the error that came first."""
         status: Status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
-        try:
-            self.directory.status(status, step=self.state.progress.step, reason=reason)
-        except UserError as second:
-            error.add_note(f"and status.json could not be written: {second.what}")
+        for leave in (
+            self.checkpoints.wait,  # what was begun before the error is sound
+            lambda: self.directory.status(status, step=self.state.progress.step, best=self._best(), reason=reason),
+        ):
+            try:
+                leave()
+            except UserError as second:
+                error.add_note(f"and {second.what}")

@@ -1,6 +1,6 @@
-"""What the engine asks of a task, and all that it knows about one."""
+"""What the engine asks of a task and its batches, and all that it knows about them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,14 +9,33 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class StepOutput:
-    """One forward pass: the loss to minimise, and detached scalars on the device, so that nothing waits for it."""
+    """One forward pass: the loss to minimise, and detached scalars on the device, so that nothing waits for it.
+
+    Loss and metrics are means over the images of the batch, so that those of its parts can be averaged by size.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
+class Batch(Protocol):
+    """What one step learns from; the engine only divides it and keeps it."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def split(self, size: int) -> Sequence["Batch"]:
+        """Divide it into parts of `size` images; the last may be shorter."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything in it by name."""
+
+
 class Task(Protocol):
-    """Something to train. `Batch` objects pass through the engine unopened."""
+    """Something to train.
+
+    `network` below is the module to call: the task's own, its moving average, or its own spread over processes.
+    """
 
     steps_per_epoch: int
     batch_size: int
@@ -27,14 +46,27 @@ class Task(Protocol):
     def module(self) -> nn.Module:
         """The module to train: its parameters are optimized and saved."""
 
-    def batches(self, start: int) -> Iterator[Any]:
-        """Yield the batches of steps start, start + 1, ... without end, in constant time for any start."""
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What the training data are, by name: a run goes on only with the same."""
 
-    def step(self, batch: Any) -> StepOutput:
+    def batches(self, start: int) -> Iterator[Any]:
+        """Yield this process's share of steps start, start + 1, ... without end, in constant time for any start."""
+
+    def batch_of(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Return the batch that gave these tensors."""
+
+    def step(self, network: nn.Module, batch: Any) -> StepOutput:
         """Run forward pass and objective on one batch, in training mode."""
 
-    def evaluate(self) -> tuple[Mapping[str, Mapping[str, Any]], str]:
-        """Measure the held-out images: records by kind, among them `eval`, and one line that sums them up."""
+    def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
+        """Measure the held-out images: records by kind, among them `eval`, and what to show of them.
 
-    def finish(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Return the closing numbers of the module as it is, and the files that export it (name -> content)."""
+        Every process calls it at the same time, and every one gets the same answer.
+        """
+
+    def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
+        """Return the closing numbers of the weights (`raw` or `ema`) as they are."""
+
+    def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
+        """Return the files that hold these weights of the module for others (name -> content)."""

@@ -6,7 +6,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
-from pdvit.config.duration import parse_duration
+from pdvit.config.duration import Duration, parse_duration
 from pdvit.config.keys import info_of
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
@@ -20,8 +20,23 @@ class Plan:
     warmup: int
     log_every: int
     eval_every: int
-    save_every: int
+    save_every: int | None
     steps_per_epoch: int
+    save_seconds: float | None = None
+    """Seconds between saves, where they go by the clock and not by steps."""
+    milestone: int | None = None
+    time_limit: float | None = None
+    """Seconds after which to stop."""
+    profile: range = range(0)
+    """Steps to trace."""
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Tell whether something that comes every so many steps, and at the end, is due after `step`."""
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def at_milestone(self, step: int) -> bool:
+        """Tell whether the checkpoint after `step` is kept for good."""
+        return self.milestone is not None and step % self.milestone == 0
 
 
 def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
@@ -30,10 +45,15 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
     Raises UserError where the run would have no step, or would be all warm-up.
     """
 
-    def length(section: str, name: str, total: int | None = None) -> int:
+    def read(section: str, name: str) -> Duration | None:
         part = getattr(config, section)
-        unit = info_of(type(part).__dataclass_fields__[name]).unit
-        duration = parse_duration(getattr(part, name), unit, f"{section}.{name}")
+        info = info_of(type(part).__dataclass_fields__[name])
+        text = getattr(part, name)
+        return None if text is None else parse_duration(text, info.unit, f"{section}.{name}", clock=info.clock)
+
+    def length(section: str, name: str, total: int | None = None) -> int:
+        duration = read(section, name)
+        assert duration is not None
         return duration.steps(steps_per_epoch, batch_size, total)
 
     total = length("optim", "epochs")
@@ -47,8 +67,33 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
             "shorten it, for example to 5%",
         )
     log, evaluate = (max(1, length("run", name, total)) for name in ("log_every", "eval_every"))
-    save = max(1, length("checkpoint", "every", total))
-    return Plan(total, warmup, log, evaluate, save, steps_per_epoch)
+    every, milestones, limit = read("checkpoint", "every"), read("checkpoint", "milestones"), read("run", "time_limit")
+    by_clock = every.seconds if every else None
+    if limit and limit.seconds is None:
+        where = "run.time_limit (--time-limit)"
+        raise UserError(f"'{config.run.time_limit}' is not a time", where, "write 90min, 12h or 300s")
+    return Plan(
+        total,
+        warmup,
+        log,
+        evaluate,
+        None if by_clock else max(1, length("checkpoint", "every", total)),
+        steps_per_epoch,
+        by_clock,
+        max(1, length("checkpoint", "milestones", total)) if milestones else None,
+        limit.seconds if limit else None,
+        parse_span(config.run.profile),
+    )
+
+
+def parse_span(text: str | None) -> range:
+    """Read FROM:TO as the steps from FROM up to, but not with, TO; UserError for anything else."""
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last)):
+        raise UserError(f"'{text}' is not FROM:TO", "run.profile (--profile)", "count steps from 1: 20:25 traces five")
+    return range(int(first), int(last))
 
 
 def make_scheduler(optimizer: Optimizer, config: Config, plan: Plan) -> Scheduler:

@@ -1,149 +1,177 @@
-"""Everything a checkpoint holds, in one place: tensors as safetensors, the rest as JSON, nothing pickled."""
+"""Everything that has to be the same for a run to go on as if nothing had happened, in one place."""
 
-import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from pdvit.engine.packing import pack, unpack
+from pdvit.engine.ranks import Ranks
 from pdvit.engine.update import Meter
+from pdvit.engine.upgrade import upgrade
 from pdvit.errors import UserError
-from pdvit.tracking import sync, to_json, write_file
 
-VERSION = 1
-POINTER = "last"
-# Marks what stands for something that JSON does not have.
-TENSOR, DTYPE = "__tensor__", "__dtype__"
+VERSION = 2
+# What a parameter group holds because the configuration says so; a resumed run follows its configuration.
+CONFIGURED = ("params", "lr", "initial_lr", "lr_scale", "weight_decay", "fused")
 
 
 @dataclass
 class Progress:
-    """How far a run has come: steps, images and seconds of training, and the best evaluation so far."""
+    """How far a run has come: steps, images, seconds by phase, skipped steps, and the best evaluation so far."""
 
     step: int = 0
     samples: int = 0
-    seconds: float = 0.0
+    skipped: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_step: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training: waiting for data and computing, without evaluating and saving."""
+        return self.spent.get("data", 0.0) + self.spent.get("step", 0.0)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at rest: plain values for JSON, and tensors in main memory by file and name."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def step(self) -> int:
+        """The step after which it was taken."""
+        return int(self.facts["progress"]["step"])
 
 
 @dataclass
 class State:
-    """What has to be the same for a run to go on as if nothing had happened."""
+    """What changes while a run goes on, and what it must be resumed with."""
 
     module: nn.Module
     optimizer: Optimizer
+    scaler: GradScaler
+    ema: ModelEmaV3 | None
+    meter: Meter
     device: torch.device
+    ranks: Ranks
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
-    meter: Meter = field(default_factory=Meter)
 
-    def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint and point `last` to it; then remove all but the newest `keep`. Raises OSError."""
-        folder.mkdir(exist_ok=True)
-        target = folder / f"step-{self.progress.step:08d}"
-        beside = folder / f".{target.name}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        tensors = self._generators() | {f"meter.{name}": value for name, value in self.meter.sums.items()}
+    def snapshot(self) -> Snapshot:
+        """Copy everything to main memory; every process takes part."""
+        meter = {"skipped": self.meter.skipped, "in_a_row": self.meter.in_a_row}
+        rest = {f"meter.{name}": value for name, value in (self.meter.sums | meter).items()}
+        for rank, generators in enumerate(self.ranks.gather(self.generators())):
+            rest |= {f"generator.{rank}.{name}": value for name, value in generators.items()}
         facts = {
             "version": VERSION,
+            "packages": {name: version(name) for name in ("torch", "timm")},
+            "config": self.config,
+            "data": self.data,
             "progress": asdict(self.progress),
             "meter_steps": self.meter.steps,
-            "optimizer": _pack(self.optimizer.state_dict(), "optimizer", tensors),
+            "scaler": self.scaler.state_dict(),
+            "optimizer": pack(self._optimizer_by_name(), "optimizer", rest),
         }
-        save_file(_stored(self.module.state_dict()), beside / "module.safetensors")
-        save_file(_stored(tensors), beside / "state.safetensors")
-        write_file(beside / "state.json", to_json(facts))
-        for written in (*beside.glob("*.safetensors"), beside):
-            sync(written)
-        shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
-        write_file(folder / POINTER, target.name)
-        names = sorted(path.name for path in folder.glob("step-*"))
-        upto = [name for name in names if name <= target.name]
-        for name in upto[:-keep] + names[len(upto) :]:  # a later one is left from before the run was taken up again
-            shutil.rmtree(folder / name)
+        tensors = {"module": self.module.state_dict(), "state": rest}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        return Snapshot(
+            facts, {file: {name: _kept(v) for name, v in content.items()} for file, content in tensors.items()}
+        )
 
-    def restore(self, folder: Path) -> bool:
-        """Load the checkpoint that `last` points to; False where there is none yet.
-
-        Raises UserError where it is damaged or was written by a newer pdvit.
-        """
-        if not (folder / POINTER).is_file():
-            return False
-        source = folder
-        try:
-            source = folder / (folder / POINTER).read_text().strip()
-            facts = json.loads((source / "state.json").read_text())
-            if facts["version"] > VERSION:
-                raise UserError("the checkpoint is of a newer pdvit", str(source), "update pdvit")
-            self._take(facts, load_file(source / "module.safetensors"), load_file(source / "state.safetensors"))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"the checkpoint is damaged: {type(error).__name__}: {error}",
-                str(source),
-                f"start again: pdvit train --config {folder.parent / 'run.toml'}",
-            ) from error
-        return True
-
-    def _take(self, facts: dict[str, Any], weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-        """Take on what a checkpoint holds."""
-        self.module.load_state_dict(weights)
-        packed = facts["optimizer"]
-        packed["state"] = {int(index): value for index, value in packed["state"].items()}
-        self.optimizer.load_state_dict(_unpack(packed, tensors))
+    def take(self, snapshot: Snapshot) -> None:
+        """Take on what a snapshot holds; raises what torch and Python raise where it does not fit."""
+        facts, tensors = snapshot.facts, snapshot.tensors
+        rest = tensors["state"]
+        if facts["version"] > VERSION:
+            raise UserError("the checkpoint is of a newer pdvit", "its state.json", "update pdvit")
+        upgrade(facts, rest, self._names())
+        _load(self.module, tensors["module"])
+        if self.ema is not None:
+            _load(self.ema.module, tensors.get("ema", tensors["module"]))
+        self._take_optimizer(unpack(facts["optimizer"], rest))
+        if self.scaler.is_enabled() and facts["scaler"]:
+            self.scaler.load_state_dict(facts["scaler"])
         self.progress = Progress(**facts["progress"])
-        if not all(isinstance(n, int) for n in (self.progress.step, self.progress.samples, facts["meter_steps"])):
+        counts = (self.progress.step, self.progress.samples, self.progress.skipped, facts["meter_steps"])
+        if not all(isinstance(count, int) for count in counts):
             raise TypeError("its counts are not whole numbers")
-        sums = {name.removeprefix("meter."): value for name, value in tensors.items() if name.startswith("meter.")}
-        self.meter.sums = {name: value.to(self.device) for name, value in sums.items()}
-        self.meter.steps = facts["meter_steps"]
-        torch.set_rng_state(tensors["generator.cpu"])
-        if self.device.type == "cuda" and "generator.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["generator.cuda"], self.device)
+        sums = {name.removeprefix("meter."): v.to(self.device) for name, v in rest.items() if name.startswith("meter.")}
+        self.meter.skipped = sums.pop("skipped", self.meter.skipped)
+        self.meter.in_a_row = sums.pop("in_a_row", self.meter.in_a_row)
+        self.meter.sums, self.meter.steps = sums, facts["meter_steps"]
+        mine = f"generator.{self.ranks.rank}."  # absent where there were fewer processes: it then keeps its seed
+        if self.ranks.main and f"{mine}cpu" not in rest:
+            raise KeyError("it has no generator")
+        self.set_generators({name.removeprefix(mine): v for name, v in rest.items() if name.startswith(mine)})
 
-    def _generators(self) -> dict[str, Tensor]:
-        states = {"generator.cpu": torch.get_rng_state()}
+    def generators(self) -> dict[str, Tensor]:
+        """Return this process's generator states: what drop path and dropout draw from."""
+        states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            states["generator.cuda"] = torch.cuda.get_rng_state(self.device)
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
+    def set_generators(self, states: Mapping[str, Tensor]) -> None:
+        """Undo `generators`."""
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
-def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies that safetensors takes: contiguous, none sharing memory."""
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    def _names(self) -> list[str]:
+        """Return the parameters' names in the optimizer's order."""
+        names = {id(weight): name for name, weight in self.module.named_parameters()}
+        return [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+
+    def _optimizer_by_name(self) -> dict[str, Any]:
+        """Return the optimizer's state with the names of parameters for their numbers."""
+        state, names = self.optimizer.state_dict(), self._names()
+        groups = [{key: v for key, v in group.items() if key not in CONFIGURED} for group in state["param_groups"]]
+        return {"state": {names[index]: value for index, value in state["state"].items()}, "groups": groups}
+
+    def _take_optimizer(self, saved: dict[str, Any]) -> None:
+        current = self.optimizer.state_dict()
+        weights = dict(self.module.named_parameters())
+        if len(saved["groups"]) == len(current["param_groups"]):  # they differ after a change of layer decay
+            for group, old in zip(current["param_groups"], saved["groups"], strict=True):
+                group |= {key: value for key, value in old.items() if key not in CONFIGURED}
+        index = {name: number for number, name in enumerate(self._names())}
+        state = {
+            index[name]: {key: _spread(value, weights[name]) for key, value in values.items()}
+            for name, values in saved["state"].items()
+        }
+        self.optimizer.load_state_dict(current | {"state": state})
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` for JSON, with every tensor in it moved to `tensors` under its path. Raises TypeError."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {TENSOR: name}
-    if isinstance(value, dict):
-        return {str(key): _pack(item, f"{name}.{key}", tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
-    if isinstance(value, torch.dtype):
-        return {DTYPE: str(value).removeprefix("torch.")}
-    if value is None or isinstance(value, str | int | float | bool):
+def _kept(value: Tensor) -> Tensor:
+    """Return a copy in main memory that safetensors takes: whole, contiguous, sharing nothing."""
+    value = value.detach()
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.cpu().clone().contiguous()
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    current = module.state_dict()
+    module.load_state_dict({name: _spread(value, current.get(name)) for name, value in weights.items()})
+
+
+def _spread(value: Any, weight: Tensor | None) -> Any:
+    """Spread a whole tensor over the processes as its weight is, where that is spread."""
+    if not (isinstance(value, Tensor) and isinstance(weight, Tensor) and hasattr(weight, "placements")):
         return value
-    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint can't hold")
+    from torch.distributed.tensor import distribute_tensor
 
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo `_pack` (tuples come back as lists)."""
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if TENSOR in value:
-        return tensors[value[TENSOR]]
-    if DTYPE in value:
-        return getattr(torch, value[DTYPE])
-    return {key: _unpack(item, tensors) for key, item in value.items()}
+    spread: Any = weight
+    return distribute_tensor(value, spread.device_mesh, spread.placements) if value.shape == weight.shape else value

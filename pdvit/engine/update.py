@@ -1,16 +1,23 @@
 """The optimizer, and one update of the weights."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from pdvit.config.schema import OptimConfig
+from pdvit.config.schema import Config, OptimConfig
+from pdvit.engine.device import autocast
+from pdvit.engine.protocol import Batch, Task
+from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError, closest
 
-# Of timm's names, those of torch that update all weights in one kernel, on CPU and GPU.
+# Of timm's names, those of torch that update all weights in one kernel, and leave them alone where a flag on the device
+# says so.
 FUSED = ("adamw", "adam", "sgd")
 
 
@@ -20,9 +27,11 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     Raises UserError for a name that timm does not have, or an optimizer that can't run here.
     """
     name = optim.opt.lower()
-    fused: dict[str, Any] = {"fused": True} if name in FUSED else {}
+    more: dict[str, Any] = {"fused": True} if name in FUSED else {}
     try:
-        optimizer = create_optimizer_v2(module, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, **fused)
+        optimizer = create_optimizer_v2(
+            module, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **more
+        )
     except Exception as error:  # each optimizer has its own way to miss what it needs
         if name not in list_optimizers():
             tip = closest(name, map(str, list_optimizers()))
@@ -32,38 +41,122 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     assert isinstance(optimizer, Optimizer)
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"{name} needs second derivatives", "optim.opt (--opt)", "for example adamw")
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:
+        # torch's fused kernel leaves the first buffer as it found it in memory where it skips the first update
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
 
 
-def update(loss: Tensor, module: nn.Module, optimizer: Optimizer, clip: float | None) -> Tensor:
-    """Run backward, clip and step; return the gradient's norm before clipping, on the device."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    largest = clip if clip is not None else float("inf")
-    norm = nn.utils.clip_grad_norm_(module.parameters(), largest)
-    optimizer.step()
-    return norm.detach()
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Tell whether the optimizer can leave out an update without anybody waiting for the device."""
+    return bool(optimizer.defaults.get("fused"))
+
+
+class Updater:
+    """One update: every part of the batch there and back, clip, step where all is finite, moving average."""
+
+    def __init__(
+        self,
+        task: Task,
+        network: nn.Module,
+        optimizer: Optimizer,
+        scaler: GradScaler,
+        ema: ModelEmaV3 | None,
+        config: Config,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.task, self.network, self.optimizer, self.scaler, self.ema = task, network, optimizer, scaler, ema
+        self.ranks, self.device, self.precision = ranks, device, config.run.precision
+        self.micro_batch = config.data.micro_batch or task.batch_size
+        clip = config.optim.clip_grad
+        self.largest = float("inf") if clip is None else clip
+        self.step = torch.compile(task.step, dynamic=False) if config.run.compile else task.step
+
+    def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""
+        metrics = self.backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.largest)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        metrics["grad_norm"] = norm.detach()
+        skipped = ~(norm.isfinite() & metrics["loss"].isfinite())
+        skipped = self.ranks.sum(skipped.int()) > 0  # all processes must do the same
+        self._apply(skipped)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.task.module, step)
+        return metrics, skipped
+
+    def backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Leave the batch's gradient in the weights, part by part, and return its metrics.
+
+        A part counts by its images, so the last, short one has its right weight.
+        """
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics: dict[str, Tensor] = {}
+        parts = batch.split(self.micro_batch)
+        for number, part in enumerate(parts, 1):
+            share = len(part) / len(batch)
+            with self._exchange(number == len(parts)):
+                with autocast(self.device, self.precision):
+                    output = self.step(self.network, part)
+                self.scaler.scale(output.loss * share).backward()
+            for name, value in output.metrics.items():
+                metrics[name] = metrics[name] + share * value if name in metrics else share * value
+        return metrics
+
+    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Let processes add up their gradients only once, with the last part."""
+        network: Any = self.network
+        if hasattr(network, "set_requires_gradient_sync"):  # FSDP
+            network.set_requires_gradient_sync(last)
+        no_sync = getattr(network, "no_sync", None)  # DDP
+        context: AbstractContextManager[None] = no_sync() if no_sync and not last else nullcontext()
+        return context
+
+    def _apply(self, skipped: Tensor) -> None:
+        """Step, except where `skipped`; the interface of torch's gradient scaler for fused optimizers."""
+        if not skips_on_device(self.optimizer):
+            if not bool(skipped):
+                self.optimizer.step()
+            return
+        optimizer: Any = self.optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 class Meter:
-    """Means of metrics over steps, kept on the device until they are read."""
+    """Means of metrics over steps, and counts of skipped ones, kept on the device until they are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
+        self.skipped = torch.zeros((), dtype=torch.float64, device=device)  # since the last reading
+        self.in_a_row = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add one step's scalars."""
+    def add(self, metrics: dict[str, Tensor], skipped: Tensor) -> None:
+        """Add one step's scalars; those of a skipped step are left out of the means."""
         for name, value in metrics.items():
-            value = value.detach().double()
+            value = torch.where(skipped, 0.0, value.detach().double())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
+        self.skipped = self.skipped + skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
 
-    def read(self) -> dict[str, float]:
-        """Return the means, and start anew; the one place where training waits for the device."""
-        if not self.sums:
-            return {}
-        means = torch.stack(list(self.sums.values())).div(self.steps).tolist()
-        result = dict(zip(self.sums, means, strict=True))
-        self.sums, self.steps = {}, 0
-        return result
+    def read(self, ranks: Ranks) -> tuple[dict[str, float], int, int]:
+        """Return means, steps skipped since the last reading, and skipped in a row; then start anew.
+
+        The one place where training waits for the device.
+        """
+        stacked = torch.stack([*self.sums.values(), self.skipped, self.in_a_row])
+        *sums, skipped, in_a_row = ranks.sum(stacked).div(ranks.size).tolist()
+        counted = self.steps - skipped
+        means = {
+            name: total / counted if counted else float("nan") for name, total in zip(self.sums, sums, strict=True)
+        }
+        self.sums, self.steps, self.skipped = {}, 0, torch.zeros_like(self.skipped)
+        return means, round(skipped), round(in_a_row)

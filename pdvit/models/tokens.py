@@ -61,6 +61,11 @@ class DiverseModel(nn.Module):
         model: Any = self.model
         return {f"model.{name}" for name in model.no_weight_decay()}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Say which block a parameter belongs to, for timm's layer decay: the model's own rules, under `model.`."""
+        model: Any = self.model
+        return {group: _under_model(rule) for group, rule in model.group_matcher(coarse).items()}
+
     def forward(self, images: Tensor) -> TokenOutput:
         """Run the model once on `(B, C, H, W)` images."""
         model: Any = self.model
@@ -69,6 +74,13 @@ class DiverseModel(nn.Module):
         logits = model.forward_head(features)
         patch_logits = None if self.patch_head is None else self.patch_head(last)
         return TokenOutput(logits, first, last, patch_logits)
+
+
+def _under_model(rule: Any) -> Any:
+    """Return a rule of timm's matcher (a pattern, or a list of (pattern, order)) for names that begin with `model.`."""
+    if isinstance(rule, str):
+        return rule.replace("^", r"^model\.")
+    return [(_under_model(pattern), order) for pattern, order in rule]
 
 
 class Layer(NamedTuple):
@@ -128,8 +140,19 @@ def measure_layers(model: nn.Module, images: Tensor, measure: Callable[[Tensor],
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = measure(tokens)
 
-    exact = torch.autocast(images.device.type, enabled=False)
-    no_tf32 = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
-    with torch.no_grad(), exact, no_tf32, watch_layers(model, visit):
+    with torch.no_grad(), _exact_float32(images.device), watch_layers(model, visit):
         model(images)
     return found
+
+
+@contextmanager
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """Compute in float32 proper: no autocast, and no TF32 on a GPU, whatever training chose."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    convolutions = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    try:
+        with torch.autocast(device.type, enabled=False), convolutions:
+            yield
+    finally:
+        products.allow_tf32 = before

@@ -1,6 +1,7 @@
 """Weights on disk: a timm folder whose `model.safetensors` describes itself; reading one executes nothing."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,14 +36,22 @@ class Loaded:
         return str(facts.get("weights", "unknown")) if isinstance(facts, dict) else "unknown"
 
 
-def export(model: nn.Module, classes: list[str], data_config: dict[str, Any], weights: str) -> dict[str, bytes]:
+def export(
+    model: nn.Module,
+    classes: list[str],
+    data_config: dict[str, Any],
+    weights: str,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, bytes]:
     """Return the files of a timm folder (name -> content) for a bare timm model built by `timm.create_model`.
+
+    `state` holds the weights where they are not the model's own (a moving average), and `weights` says which they are.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and the header of the weights carries the text of
     config.json, so that the file alone is enough. Neither holds a name, path or time.
     """
     text = _config_text(model, classes, data_config, weights)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
     return {
         CONFIG: text.encode(),
         WEIGHTS: _in_order(save(tensors, metadata={"format": "pt", HEADER_KEY: text})),

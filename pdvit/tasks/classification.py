@@ -1,10 +1,11 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdvit.config.schema import Config
@@ -12,9 +13,12 @@ from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, Mixing, eval_batches, steps_per_epoch, train_batches
 from pdvit.data.pictures import Pictures
+from pdvit.data.randomness import fold
 from pdvit.data.sources import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.protocol import StepOutput
+from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import build_model, model_arguments, patch_size_of
 from pdvit.models.tokens import DiverseModel, measure_layers
@@ -29,13 +33,16 @@ class ClassificationTask:
 
     best_metric = "accuracy"
 
-    def __init__(self, config: Config, source: Source, device: torch.device) -> None:
+    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = ALONE) -> None:
         """Build model, batches and objective from a resolved configuration; raises UserError."""
-        self.config, self.source, self.device = config, source, device
+        self.config, self.source, self.device, self.ranks = config, source, device, ranks
         torch.manual_seed(config.run.seed)
         assert config.model.name is not None, "resolve the configuration first"
         arguments = model_arguments(config.model, config.data.img_size)
         model = build_model(config.model.name, arguments | {"num_classes": len(source.classes)})
+        if config.model.grad_checkpointing:
+            checkpointed: Any = model
+            checkpointed.set_grad_checkpointing(True)
         diversity = config.diversity
         self.objective = Objective(
             cosine=diversity.cosine or 0.0,
@@ -47,8 +54,16 @@ class ClassificationTask:
         self.module = DiverseModel(model, patch_head=labels).to(device)
         self.preprocessing = Preprocessing.for_model(model)
         self.batch_size = config.data.batch_size
+        if self.batch_size % ranks.size:
+            raise UserError(
+                f"{ranks.size} processes can't share batches of {self.batch_size} evenly",
+                "data.batch_size (--batch-size)",
+                f"choose a multiple of {ranks.size}",
+            )
         self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
-        self.loading = Loading(self.batch_size, config.run.seed, config.data.workers, device, self.preprocessing)
+        self.loading = Loading(
+            self.batch_size, config.run.seed, config.data.workers, device, self.preprocessing, ranks.rank, ranks.size
+        )
         self.mixing = Mixing(
             config.augment.cutmix or 0.0,
             config.augment.mixup_prob,
@@ -56,26 +71,33 @@ class ClassificationTask:
             len(source.classes),
             labels,
         )
+        self.fingerprint = source.fingerprint()
         self._probe: Tensor | None = None
+        if ranks.rank:  # the weights are the same on all processes; what drop path draws is not
+            torch.manual_seed(fold(config.run.seed, ranks.rank))
+
+    def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
+        """Return the batch that gave these tensors."""
+        return Batch(**tensors)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Yield training batches from step `start` on, without end."""
         train = self.source.splits["train"]
         return train_batches(train, self.loading, self.config.augment, self.mixing, start)
 
-    def step(self, batch: Batch) -> StepOutput:
+    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run one forward pass and add up the objective."""
-        output = self.module(batch.images)
+        output = network(batch.images)
         losses = self.objective(output, batch.targets, batch.patch_targets)
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
         accuracy = (output.logits.argmax(1) == hard).float().mean()
         parts = {name: value.detach() for name, value in losses.parts.items()}
         return StepOutput(losses.total, {"loss": losses.total.detach(), **parts, "accuracy": accuracy})
 
-    def evaluate(self) -> tuple[Mapping[str, Mapping[str, Any]], str]:
+    def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure accuracy and loss on the validation split, and P of every layer on the probe."""
-        accuracy, loss = self._accuracy("val")
-        names, values = self._similarity()
+        accuracy, loss = self._accuracy(network, "val")
+        names, values = self._similarity(network)
         records = {
             "eval": {"split": "val", "accuracy": accuracy, "loss": loss},
             "similarity": {"images": len(self._probe_images()), "layers": names, "similarity": values},
@@ -85,55 +107,73 @@ class ClassificationTask:
             f"val accuracy {accuracy:6.1%}  loss {loss:.3f}  "
             f"P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
         )
+        if values[-1] > self.config.run.warn_similarity:
+            headline += (
+                f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing into one another. Try a "
+                f"larger --cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
+            )
         return records, headline
 
-    def finish(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Measure the final split with the weights as they are, and export them as a timm folder."""
+    def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
+        """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
-        accuracy, loss = self._accuracy(split)
-        first, last = self._first_last_similarity()
-        numbers = {
+        accuracy, loss = self._accuracy(network, split)
+        first, last = self._first_last_similarity(network)
+        return {
             "task": "classification",
             "split": split,
             "accuracy": accuracy,
             "loss": loss,
             "similarity_first": first,
             "similarity_last": last,
+            "weights": weights,
         }
-        files = export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights="raw")
-        return numbers, files
+
+    def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
+        """Return a timm folder of the bare model, without the patch head."""
+        bare = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
 
     @torch.no_grad()
-    def _accuracy(self, split: str) -> tuple[float, float]:
+    def _accuracy(self, network: nn.Module, split: str) -> tuple[float, float]:
         """Return the share of right answers and the mean cross-entropy over a split."""
-        self.module.eval()
+        network.eval()
         correct = torch.zeros((), dtype=torch.long, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in eval_batches(self.source.splits[split], self.loading):
             with autocast(self.device, self.config.run.precision):
-                logits = self.module.model(batch.images).float()
+                logits = network(batch.images).logits.float()
             correct += (logits.argmax(1) == batch.targets).sum()
             loss += F.cross_entropy(logits, batch.targets, reduction="sum").double()
         count = len(self.source.splits[split])
-        return int(correct) / count, float(loss) / count
+        return int(self.ranks.sum(correct)) / count, float(self.ranks.sum(loss)) / count
 
-    def _similarity(self) -> tuple[list[str], list[float]]:
-        """Return the layers and P of each on the probe."""
-        self.module.eval()
-        found = measure_layers(self.module.model, self._probe_images(), lambda tokens: patch_similarity(tokens).mean())
+    def _similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
+        """Return the layers and P of each on the probe; every process measures all of it."""
+        model = bare(network)
+        model.eval()
+        found = measure_layers(model, self._probe_images(), lambda tokens: patch_similarity(tokens).mean())
         return [layer.name for layer in found], torch.stack(list(found.values())).tolist()
 
     @torch.no_grad()
-    def _first_last_similarity(self) -> tuple[float, float]:
+    def _first_last_similarity(self, network: nn.Module) -> tuple[float, float]:
         """Return P of the very tokens that the losses compare, on the probe."""
-        self.module.eval()
-        output = self.module(self._probe_images())
+        network.eval()
+        output = network(self._probe_images())
         return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
 
     def _probe_images(self) -> Tensor:
         """Return the probe: validation images spread evenly over the split, `(B, 3, H, W)`, always the same."""
         if self._probe is None:
             pictures = Pictures("probe", self.source.splits["val"]).first(self.config.run.probe_images)
-            batches = eval_batches(pictures.split, self.loading)
+            batches = eval_batches(pictures.split, replace(self.loading, rank=0, processes=1))
             self._probe = torch.cat([batch.images for batch in batches])
         return self._probe
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """Return the timm model inside a DiverseModel, or inside that under DDP."""
+    inner: Any = network
+    model = getattr(inner, "module", inner).model
+    assert isinstance(model, nn.Module)
+    return model

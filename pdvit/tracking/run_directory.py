@@ -14,14 +14,18 @@ from pdvit.tracking.files import to_json, write_file
 
 RUNS = Path("runs")
 RECORDS = "metrics.jsonl"
+CHANGES = "changes.json"
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunDirectory:
-    """The files of one run; see `docs/design.md` for what each is."""
+    """The files of one run; see `docs/design.md` for what each is.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Of several processes only one writes; for the others every method that writes does nothing.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @classmethod
     def create(cls, out: str | None, name: str) -> "RunDirectory":
@@ -51,14 +55,16 @@ class RunDirectory:
         raise UserError(f"there are too many runs named '{name}'", str(RUNS), "choose another --name")
 
     @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
+    def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
         """Open a run that exists; UserError where the folder is not a run."""
         if not (path / "run.toml").is_file():
             raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
-        return cls(path)
+        return cls(path, writes)
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write one of its files; UserError where the disk refuses."""
+        if not self.writes:
+            return
         try:
             write_file(self.path / name, content)
         except OSError as error:
@@ -95,6 +101,8 @@ class RunDirectory:
         line: dict[str, Any] = {"kind": kind} | {name: _finite(value) for name, value in record.items()}
         if clock:
             line["time"] = dict(clock)
+        if not self.writes:
+            return
         try:
             with (self.path / RECORDS).open("a", encoding="utf-8") as file:
                 file.write(to_json(line, indent=None) + "\n")
@@ -104,7 +112,7 @@ class RunDirectory:
     def cut_records(self, step: int) -> None:
         """Drop the records after `step`, and a line that a kill left half-written, before a resume."""
         file = self.path / RECORDS
-        if not file.exists():
+        if not (self.writes and file.exists()):
             return
         kept = []
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -112,6 +120,19 @@ class RunDirectory:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         self.write(RECORDS, "".join(kept))
+
+    def changes(self) -> dict[str, Any]:
+        """Return the settings that were changed on purpose since the run began, `{section.key: value}`."""
+        if not (self.path / CHANGES).is_file():
+            return {}
+        return {entry["key"]: entry["to"] for entry in self.read_json(CHANGES).get("changes", [])}
+
+    def record_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]], config: str) -> None:
+        """Write down what was changed before the step after `step`, and the configuration with it as run.toml."""
+        known = self.read_json(CHANGES)["changes"] if (self.path / CHANGES).is_file() else []
+        known += [{"step": step, "key": key, "from": old, "to": new} for key, (old, new) in changes.items()]
+        self.write_json(CHANGES, {"changes": known})  # first: a configuration nobody recorded would be refused
+        self.write("run.toml", config)
 
 
 def _refused(name: str, folder: Path, error: OSError) -> UserError:

@@ -26,7 +26,7 @@ def test_a_duration_has_a_value_and_a_unit(text, value, unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ep", "abc", "-1", "-1ep", "1.2.3", ".", "1e400", "nan", "inf", "1 2", "3ep4", "10min", "1e16", "²"]
+    "text", ["", "ep", "abc", "-1", "-1ep", "1.2.3", ".", "1e400", "nan", "inf", "1 2", "3ep4", "10minutes", "1e16", "²"]
 )
 def test_other_text_is_refused(text):
     with pytest.raises(UserError, match="not a length of training") as caught:
@@ -74,3 +74,15 @@ def test_any_text_is_a_sound_duration_or_a_user_error(text):
     assert math.isfinite(duration.value)
     assert duration.value >= 0
     assert duration.unit in ("ep", "st", "im", "%")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("1.5h", 5400), ("20s", 20), ("3", 180), ("3ep", None)])
+def test_a_time_is_a_duration_where_the_clock_may_decide(text, seconds):
+    assert parse_duration(text, "min", "here", clock=True).seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["10min", "1h", "5s"])
+def test_a_time_is_refused_where_a_length_of_training_is_meant(text):
+    with pytest.raises(UserError, match="can't be used") as caught:
+        parse_duration(text, "ep", "optim.epochs")
+    assert "30ep" in caught.value.tip

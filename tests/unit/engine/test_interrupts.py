@@ -20,7 +20,7 @@ def test_the_first_signal_asks(number):
         assert not stop
         send(number)
         assert stop
-    assert stop.signal == number.name
+    assert stop.reason == number.name
 
 
 def test_a_second_sigint_interrupts_at_once():
@@ -42,7 +42,7 @@ def test_a_second_sigterm_is_no_more_than_the_first():
     with stop_on_signals() as stop:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
-    assert stop.signal == "SIGTERM"
+    assert stop.reason == "SIGTERM"
 
 
 def test_the_handlers_before_come_back():

@@ -1,7 +1,9 @@
 import io
 import json
+import math
 import os
 import signal
+from dataclasses import dataclass
 from itertools import count
 
 import pytest
@@ -9,11 +11,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdvit.config import build
 from pdvit.engine.interrupts import stop_on_signals
 from pdvit.engine.loop import Trainer
 from pdvit.engine.protocol import StepOutput
+from pdvit.engine.ranks import ALONE
+from pdvit.engine.replay import replay
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import RunDirectory
 
@@ -25,52 +30,74 @@ SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Points:
+    step: torch.Tensor
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def tensors(self):
+        return vars(self)
+
+    def split(self, size):
+        return [Points(*part) for part in zip(*(value.split(size) for value in vars(self).values()), strict=True)]
+
+
 class LineFit:
     """Fits a line through points of each step, with noise from the process generator, as drop path has it."""
 
     steps_per_epoch, batch_size, best_metric = PER_EPOCH, BATCH, "score"
 
-    def __init__(self, at=None, event=lambda: None, infinite=False):
+    def __init__(self, at=None, event=lambda: None, infinite=False, steps=1):
         torch.manual_seed(0)
         self.module = nn.Linear(3, 1)
-        self.at, self.event, self.infinite = at, event, infinite
+        self.fingerprint = {"points": {"images": PER_EPOCH * BATCH, "hash": "1"}}
+        self.at, self.event, self.infinite, self.steps = at, event, infinite, steps
 
     def batches(self, start):
         for step in count(start):
             inputs = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(step))
-            yield step, inputs, inputs.sum(1, keepdim=True)
+            yield Points(torch.full((BATCH,), step), inputs, inputs.sum(1, keepdim=True))
 
-    def step(self, batch):
-        step, inputs, targets = batch
-        assert self.module.training
-        loss = (self.module(inputs + 0.1 * torch.randn_like(inputs)) - targets).square().mean()
-        if step == self.at:
+    def batch_of(self, tensors):
+        return Points(**tensors)
+
+    def step(self, network, batch):
+        step, inputs, targets = int(batch.step[0]), batch.inputs, batch.targets
+        assert network.training
+        loss = (network(inputs + 0.1 * torch.randn_like(inputs)) - targets).square().mean()
+        if self.at is not None and self.at <= step < self.at + self.steps:
             self.event()
             if self.infinite:
                 loss = loss * float("nan")
         return StepOutput(loss, {"loss": loss.detach()})
 
-    def evaluate(self):
-        self.module.eval()
-        weight = self.module.weight.detach()[0]
+    def evaluate(self, network):
+        network.eval()
+        weight = network.weight.detach()[0]
         score = -float((weight - 1).abs().max())
         return {"eval": {"score": score}, "probe": {"values": weight.tolist()}}, f"score {score:.3f}"
 
-    def finish(self):
-        tensors = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
-        return {"task": "line"}, {"model.safetensors": save(tensors)}
+    def finish(self, network, weights):
+        return {"task": "line", "weights": weights}
+
+    def export(self, state, weights):
+        return {"model.safetensors": save(dict(state))}
 
 
 def trainer_of(task, **more):
     settings = {section: SETTINGS.get(section, {}) | more.get(section, {}) for section in {*SETTINGS, *more}}
-    return Trainer(task, build(("test", settings)), CPU)
+    return Trainer(task, build(("test", settings)), CPU, ALONE)
 
 
-def run(path, task, resume=False, **more):
+def run(path, task, resume=False, changed=None, **more):
     path.mkdir(exist_ok=True)
     trainer, directory = trainer_of(task, **more), RunDirectory(path)
     if resume:
-        trainer.restore(directory)
+        trainer.restore(directory, changed or {})
     with stop_on_signals() as stop:
         return trainer.run(directory, Console(file=io.StringIO()), stop)
 
@@ -108,11 +135,12 @@ def test_records_come_when_they_are_due_and_at_the_end(whole):
 
 def test_a_record_has_means_rate_and_epoch(whole):
     record = records(whole)[0]
-    assert record.keys() == {"kind", "step", "epoch", "loss", "grad_norm", "lr"}
+    assert record.keys() == {"kind", "step", "epoch", "loss", "grad_norm", "skipped", "lr"}
+    assert record["skipped"] == 0
     assert record["epoch"] == 3 / PER_EPOCH
     assert record["lr"] == pytest.approx(0.05)
     first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["time"].keys() == {"seconds", "images_per_second"}
+    assert first["time"].keys() == {"seconds", "images_per_second", "peak_memory_mb", "data", "step"}
 
 
 def test_records_hold_the_means_of_a_loop_by_hand(whole):
@@ -123,7 +151,7 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
     for step, batch in zip(range(3), task.batches(0), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = [1e-6, (1e-6 + 0.05) / 2, 0.05][step]
-        output = task.step(batch)
+        output = task.step(task.module, batch)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -133,7 +161,11 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
 
 def test_a_finished_run_says_so(whole):
     summary, status = read(whole, "summary.json"), read(whole, "status.json")
-    assert summary.keys() == {"task", "epochs", "steps", "seconds", "images_per_second"}
+    assert summary.keys() == {
+        *("task", "weights", "epochs", "steps", "steps_skipped"),
+        *("seconds", "images_per_second", "seconds_by_phase"),
+    }
+    assert summary["seconds_by_phase"].keys() == {"data", "step", "evaluate", "save"}
     assert (summary["task"], summary["steps"], summary["epochs"]) == ("line", STEPS, STEPS / PER_EPOCH)
     scores = {record["step"]: record["score"] for record in records(whole) if record["kind"] == "eval"}
     best = max(scores, key=scores.get)
@@ -198,36 +230,84 @@ def test_a_second_sigint_leaves_a_stopped_run(tmp_path):
     assert read(path, "status.json")["status"] == "stopped"
 
 
-@pytest.mark.parametrize("at", [0, 4, 9, STEPS - 1])
-def test_a_loss_that_is_no_number_fails_and_keeps_the_last_sound_checkpoint(tmp_path, at):
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb"])
+@pytest.mark.parametrize("at", [0, 9, STEPS - 1])
+def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt):
+    """The weights after it are those of a run that never had its batch; lamb has no skip on the device."""
     path = tmp_path / "run"
-    with pytest.raises(RunFailed, match="loss") as caught:
-        run(path, LineFit(at, infinite=True))
+    summary = run(path, LineFit(at, infinite=True), optim={"opt": opt})
+    assert summary["steps_skipped"] == 1
+    assert [r["step"] for r in records(path) if r.get("skipped")] == [next(s for s in (3, 12, 20) if s > at)]
+    assert all(math.isfinite(r["loss"]) for r in records(path) if r["kind"] == "train")
+    weights = load_file(path / "model.safetensors")
+    task = LineFit()
+    trainer = trainer_of(task, optim={"opt": opt})
+    for step, batch in zip(range(STEPS), task.batches(0), strict=False):
+        trainer.scheduler.step_update(step)
+        task.module.train()
+        output = task.step(task.module, batch)
+        if step != at:
+            trainer.state.optimizer.zero_grad()
+            output.loss.backward()
+            trainer.state.optimizer.step()
+    assert all(torch.equal(weights[name], value) for name, value in task.module.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [0, 4, 9])
+def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoint(tmp_path, at):
+    path = tmp_path / "run"
+    with pytest.raises(RunFailed, match="in a row") as caught:
+        run(path, LineFit(at, infinite=True, steps=STEPS))
     assert "--lr" in caught.value.tip
+    assert "--replay" in caught.value.tip
     status = read(path, "status.json")
     assert status["status"] == "failed"
     assert "not a number" in status["reason"]
     assert not (path / "model.safetensors").exists()
     assert all("NaN" not in line for line in (path / "metrics.jsonl").read_text().splitlines())
-    kept = list((path / "checkpoints").glob("step-*/module.safetensors"))
-    assert len(kept) == (at >= 4)
-    for file in kept:
+    for file in (path / "checkpoints").glob("step-*/module.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
+
+
+def test_a_replay_gives_the_very_step_again(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(RunFailed, match="in a row"):
+        run(path, LineFit(9, infinite=True, steps=STEPS))
+    bad = trainer_of(LineFit(9, infinite=True, steps=STEPS))
+    found = replay(path, bad.state, bad.updater)
+    assert found.step == 15  # of the record at which five in a row were seen
+    assert math.isnan(found.metrics["loss"])
+    assert found.broken == ["weight", "bias"]
+
+    clean = trainer_of(LineFit())  # the same step without its trouble
+    found = replay(path, clean.state, clean.updater)
+    assert found.broken == []
+    weight, bias = clean.task.module.parameters()
+    batch = next(LineFit().batches(14))
+    torch.set_rng_state(load_file(path / "replay/generators.safetensors")["cpu"])
+    expected = (batch.inputs + 0.1 * torch.randn_like(batch.inputs)) @ weight.T + bias - batch.targets
+    assert found.metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
+
+
+def test_a_run_without_a_bundle_has_nothing_to_replay(whole):
+    trainer = trainer_of(LineFit())
+    with pytest.raises(UserError, match="no step to replay"):
+        replay(whole, trainer.state, trainer.updater)
 
 
 def test_a_run_that_failed_can_be_resumed(whole, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(RunFailed):
-        run(path, LineFit(9, infinite=True))
-    run(path, LineFit(), resume=True)
-    assert records(path) == records(whole)
+        run(path, LineFit(9, infinite=True, steps=STEPS))
+    assert run(path, LineFit(), resume=True)["steps_skipped"] == 3  # 10 to 12, of the checkpoint after step 12
+    assert [r["step"] for r in records(path)] == [r["step"] for r in records(whole)]
 
 
 def test_a_checkpoint_that_can_not_be_written_fails_the_run(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "checkpoints").touch()
-    with pytest.raises(UserError, match="checkpoint can't be written"):
+    with pytest.raises(UserError, match="checkpoint of step 4 can't be written"):
         run(path, LineFit())
     assert read(path, "status.json")["status"] == "failed"
 
@@ -251,3 +331,193 @@ def test_signal_handlers_come_back_after_a_run(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     run(tmp_path / "run", LineFit())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_time_limit_stops_the_run(whole, tmp_path):
+    path = tmp_path / "run"
+    assert run(path, LineFit(), run={"time_limit": "0.001s"}) is None
+    status = read(path, "status.json")
+    assert (status["status"], status["step"], status["reason"]) == ("stopped", 1, "time limit")
+    run(path, LineFit(), resume=True, run={"time_limit": "10min"}, changed={"run.time_limit": "10min"})
+    assert records(path) == records(whole)
+
+
+def kept(path):
+    return sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"every": "4st", "keep": 1}, [20]),
+        ({"every": "4st", "keep": 3}, [12, 16, 20]),
+        ({"every": "4st", "milestones": "6st"}, [6, 12, 18, 20]),
+        ({"every": "10min"}, [20]),
+        ({"every": "0.0001s", "keep": 30}, [*range(1, 21)]),
+        ({"every": "100st", "milestones": "1ep"}, [5, 10, 15, 20]),
+    ],
+)
+def test_checkpoints_are_kept_as_asked(tmp_path, settings, steps):
+    run(tmp_path / "run", LineFit(), checkpoint=settings)
+    assert kept(tmp_path / "run") == steps
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_resumed(tmp_path):
+    class Worsening(LineFit):
+        def evaluate(self, network):
+            records, line = super().evaluate(network)
+            records["eval"]["score"] *= -1  # so that the first evaluation stays the best
+            return records, line
+
+    path = tmp_path / "run"
+    run(path, Worsening(), checkpoint={"best": True})
+    assert kept(path) == [7, 20]
+    assert (path / "checkpoints/best").read_text() == "step-00000007"
+    assert read(path, "status.json")["best"]["step"] == 7
+    assert (path / "checkpoints/step-00000007/state.json").is_file()
+
+
+def test_seconds_of_all_phases_go_on_after_a_stop(tmp_path):
+    path = tmp_path / "run"
+    run(path, LineFit(8, interrupt))
+    before = read(path, "status.json")
+    assert before["best"]["step"] == 7
+    spent = json.loads((path / "checkpoints/step-00000009/state.json").read_text())["progress"]["spent"]
+    summary = run(path, LineFit(), resume=True)
+    for phase, seconds in spent.items():
+        assert summary["seconds_by_phase"][phase] >= round(seconds, 3)
+
+
+def test_an_average_is_what_is_measured_and_exported(tmp_path):
+    path = tmp_path / "run"
+    seen = []
+
+    class Watched(LineFit):
+        def evaluate(self, network):
+            seen.append(network.weight.detach().clone())
+            return super().evaluate(network)
+
+    task = Watched()
+    average = {name: value.detach().clone() for name, value in task.module.state_dict().items()}
+    assert run(path, task, optim={"ema_decay": 0.9})["weights"] == "ema"
+    twin = LineFit()
+    trainer = trainer_of(twin)
+    for step, batch in zip(range(STEPS), twin.batches(0), strict=False):
+        trainer.scheduler.step_update(step)
+        trainer.updater(batch, step + 1)
+        decay = 0.9 if step else 0.0  # timm's first step copies
+        for name, value in twin.module.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * value
+    exported = load_file(path / "model.safetensors")
+    assert all(torch.allclose(exported[name], value, atol=1e-7) for name, value in average.items())
+    assert not torch.equal(exported["weight"], twin.module.weight)
+    assert torch.equal(seen[-1], exported["weight"])
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb"])
+@pytest.mark.parametrize("at", [3, 8, 18])
+def test_an_average_and_parts_of_batches_resume_exactly(tmp_path, at, opt):
+    more = {"optim": {"ema_decay": 0.8, "opt": opt}, "data": {"micro_batch": 3}, "checkpoint": {"every": "5st"}}
+    run(tmp_path / "whole", LineFit(), **more)
+    assert run(tmp_path / "run", LineFit(at, interrupt), **more) is None
+    torch.manual_seed(99)
+    run(tmp_path / "run", LineFit(), resume=True, **more)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    states = [load_checkpoint(tmp_path / name) for name in ("run", "whole")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def load_checkpoint(path):
+    """Return all tensors of the last checkpoint: weights, average, optimizer, generators."""
+    folder = path / "checkpoints" / (path / "checkpoints/last").read_text()
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+class Plain(LineFit):
+    """The same without noise, and without looking at the number of the step."""
+
+    def step(self, network, batch):
+        loss = (network(batch.inputs) - batch.targets).square().mean()
+        return StepOutput(loss, {"loss": loss.detach()})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+def test_parts_of_a_batch_give_its_gradient(size):
+    """Whatever the parts, also a short last one: against one pass over the whole batch, in float64."""
+    gradients = []
+    for micro in (None, size):
+        task = Plain()
+        task.module.double()
+        trainer = trainer_of(task, data={"micro_batch": micro} if micro else {})
+        batch = next(task.batches(3))
+        batch = Points(batch.step, batch.inputs.double(), batch.targets.double())
+        metrics = trainer.updater.backward(batch)
+        gradients.append((metrics["loss"], *(weight.grad for weight in task.module.parameters())))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: tensors that become numbers or move."""
+
+    WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.reads = 0
+        for name in ("tolist", "cpu", "numpy"):  # these never reach a dispatcher on a CPU
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, method):
+        def call(tensor, *arguments):
+            self.reads += 1
+            return method(tensor, *arguments)
+
+        return call
+
+    def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        self.reads += function.name() in self.WAITS
+        return function(*arguments, **(more or {}))
+
+
+@pytest.mark.parametrize(("opt", "reads"), [("adamw", 0), ("sgd", 0), ("lamb", 1)])
+def test_nothing_waits_for_the_device_between_log_steps(monkeypatch, opt, reads):
+    task = Plain()
+    trainer = trainer_of(task, optim={"opt": opt, "clip_grad": 1.0, "ema_decay": 0.9}, data={"micro_batch": 3})
+    assert len(trainer.notes()) == reads
+    batches = task.batches(0)
+    trainer.state.meter.add(*trainer.updater(next(batches), 1))  # the first update makes the optimizer's state
+    with CountReads(monkeypatch) as counted:
+        for step in range(1, 4):
+            trainer.scheduler.step_update(step)
+            trainer.state.meter.add(*trainer.updater(next(batches), step + 1))
+    assert counted.reads >= 3 if reads else counted.reads == 0
+    with CountReads(monkeypatch) as counted:
+        trainer.state.meter.read(ALONE)
+    assert counted.reads > 0
+
+
+def test_a_trace_of_chosen_steps_is_written(tmp_path):
+    run(tmp_path / "run", LineFit(), run={"profile": "3:5"})
+    (file,) = (tmp_path / "run/profile").iterdir()
+    assert file.name == "steps-3-5.json"
+    names = {event["name"] for event in json.loads(file.read_text())["traceEvents"]}
+    assert any("addmm" in name for name in names)
+
+
+def test_another_recipe_or_other_data_are_refused(tmp_path):
+    path = tmp_path / "run"
+    run(path, LineFit(8, interrupt))
+    with pytest.raises(UserError, match=r"optim\.weight_decay was 0\.05, is 0\.1") as caught:
+        run(path, LineFit(), resume=True, optim={"weight_decay": 0.1})
+    assert "--change" in caught.value.tip
+    fewer = LineFit()
+    fewer.fingerprint = {"points": {"images": 19, "hash": "1"}}
+    with pytest.raises(UserError, match="points has 19 images, and had 20"):
+        run(path, fewer, resume=True)
+    others = LineFit()
+    others.fingerprint = {"points": {"images": 20, "hash": "2"}}
+    with pytest.raises(UserError, match="points has changed"):
+        run(path, others, resume=True)

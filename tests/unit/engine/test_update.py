@@ -1,15 +1,21 @@
 import copy
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
-from pdvit.config.schema import OptimConfig
-from pdvit.engine.update import Meter, make_optimizer, update
+from pdvit.config.schema import Config, OptimConfig, RunConfig
+from pdvit.engine.protocol import StepOutput
+from pdvit.engine.ranks import ALONE
+from pdvit.engine.update import Meter, Updater, make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
 
+CPU = torch.device("cpu")
 OPTIM = OptimConfig(lr=0.1, weight_decay=0.3)
 
 
@@ -18,39 +24,133 @@ def network():
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
 
 
-def loss_of(module, scale=1.0):
-    return scale * module(torch.linspace(-1, 1, 20).view(5, 4)).square().sum()
+@dataclass(frozen=True)
+class Points:
+    points: torch.Tensor
+
+    def __len__(self):
+        return len(self.points)
+
+    def split(self, size):
+        return [Points(part) for part in self.points.split(size)]
+
+
+class Task:
+    """Squares of a small network's output, times a scale."""
+
+    batch_size = 5
+
+    def __init__(self, scale=1.0):
+        self.module, self.scale = network(), scale
+
+    def step(self, network, batch):
+        loss = self.scale * network(batch.points).square().mean()
+        return StepOutput(loss, {"loss": loss.detach()})
+
+
+BATCH = Points(torch.linspace(-1, 1, 20).view(5, 4))
+
+
+def updater_of(task, optimizer, clip=None, precision="fp32", compile=False):
+    config = replace(Config(), optim=OptimConfig(clip_grad=clip), run=RunConfig(precision=precision, compile=compile))
+    scaler = GradScaler("cpu", enabled=precision == "fp16")
+    return Updater(task, task.module, optimizer, scaler, None, config, ALONE, CPU)
+
+
+def sgd(task, lr=0.1):
+    return torch.optim.SGD(task.module.parameters(), lr=lr)
 
 
 @pytest.mark.parametrize("clip", [None, 0.01, 1e6])
 def test_an_update_is_backward_clip_and_step(clip):
-    ours, theirs = network(), network()
-    norm = update(loss_of(ours), ours, torch.optim.SGD(ours.parameters(), lr=0.1), clip)
+    ours, theirs = Task(), Task()
+    metrics, skipped = updater_of(ours, sgd(ours), clip)(BATCH, 1)
 
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
-    loss_of(theirs).backward()
-    expected = torch.sqrt(sum(weight.grad.square().sum() for weight in theirs.parameters()))
+    optimizer = sgd(theirs)
+    theirs.step(theirs.module, BATCH).loss.backward()
+    expected = torch.sqrt(sum(weight.grad.square().sum() for weight in theirs.module.parameters()))
     if clip is not None:
-        nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        nn.utils.clip_grad_norm_(theirs.module.parameters(), clip)
     optimizer.step()
-    torch.testing.assert_close(norm, expected)
-    assert not norm.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    torch.testing.assert_close(metrics["grad_norm"], expected)
+    assert not metrics["grad_norm"].requires_grad
+    assert not skipped
+    ours, theirs = ours.module.parameters(), theirs.module.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_clipping_limits_the_step():
-    module = network()
-    before = copy.deepcopy(module.state_dict())
-    update(loss_of(module, 1e4), module, torch.optim.SGD(module.parameters(), lr=1.0), 0.5)
-    moved = torch.cat([(module.state_dict()[name] - value).flatten() for name, value in before.items()])
+    task = Task(1e4)
+    before = copy.deepcopy(task.module.state_dict())
+    updater_of(task, sgd(task, 1.0), 0.5)(BATCH, 1)
+    moved = torch.cat([(task.module.state_dict()[name] - value).flatten() for name, value in before.items()])
     assert float(moved.norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_gradients_of_the_step_before_are_gone():
-    module = network()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    first = update(loss_of(module), module, optimizer, None)
-    assert torch.equal(update(loss_of(module), module, optimizer, None), first)
+    task = Task()
+    updater = updater_of(task, sgd(task, 0.0))
+    first = updater(BATCH, 1)[0]["grad_norm"]
+    assert torch.equal(updater(BATCH, 2)[0]["grad_norm"], first)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd", "momentum", "lamb", "lion", "muon"])
+@pytest.mark.parametrize("bad", [1, 2])
+def test_an_update_that_is_not_finite_changes_nothing(opt, bad):
+    """Neither weights nor the optimizer's state, be it the first update or a later one."""
+    ours, theirs = Task(), Task()
+    updaters = [updater_of(task, make_optimizer(task.module, OptimConfig(opt=opt, lr=0.1))) for task in (ours, theirs)]
+    for number in (1, 2, 3):
+        if number == bad:
+            broken = Points(torch.full((5, 4), float("nan")))
+            metrics, skipped = updaters[0](broken, number)
+            assert skipped
+            assert metrics["loss"].isnan()
+        _, skipped = updaters[0](BATCH, number)
+        assert not skipped
+        updaters[1](BATCH, number)
+    weights = zip(ours.module.parameters(), theirs.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_seen():
+    class Steep(Task):
+        def step(self, network, batch):  # the root has an infinite slope at 0
+            loss = network(batch.points).sub(network(batch.points)).square().sum().sqrt()
+            return StepOutput(loss, {"loss": loss.detach()})
+
+    task = Steep()
+    metrics, skipped = updater_of(task, sgd(task))(BATCH, 1)
+    assert metrics["loss"].isfinite()
+    assert skipped
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_short_precision_comes_near_the_long_one(precision):
+    short, full = Task(), Task()
+    updater = updater_of(short, sgd(short), precision=precision)
+    if precision == "fp16":  # the scale of the start overflows on purpose; here it fits
+        updater.scaler = GradScaler("cpu", init_scale=1024.0)
+    metrics, skipped = updater(BATCH, 1)
+    expected, _ = updater_of(full, sgd(full))(BATCH, 1)
+    assert not skipped
+    assert not torch.equal(metrics["loss"], expected["loss"])
+    torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"], rtol=0.02, atol=0)
+    for ours, theirs in zip(short.module.parameters(), full.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
+
+
+def test_a_loss_scale_that_overflows_is_halved_and_the_step_skipped():
+    task = Task(1e4)
+    updater = updater_of(task, make_optimizer(task.module, OptimConfig(opt="adamw", lr=0.1)), precision="fp16")
+    before, scales = copy.deepcopy(task.module.state_dict()), []
+    for step in range(20):
+        scales.append(updater.scaler.get_scale())
+        if not updater(BATCH, step + 1)[1]:
+            break
+        assert all(torch.equal(before[name], value) for name, value in task.module.state_dict().items())
+    assert len(scales) > 1
+    assert scales == [65536.0 / 2**number for number in range(len(scales))]
 
 
 def test_an_unknown_optimizer_names_the_closest():
@@ -89,26 +189,36 @@ def test_norms_biases_positions_and_prefix_tokens_are_not_decayed():
     }
 
 
+def add(meter, skipped=False, **values):
+    meter.add({name: torch.tensor(value) for name, value in values.items()}, torch.tensor(skipped))
+
+
 def test_a_meter_gives_means_and_starts_anew():
-    meter = Meter()
+    meter = Meter(CPU)
     for loss, accuracy in ((1.0, 0.0), (2.0, 1.0), (6.0, 0.5)):
-        meter.add({"loss": torch.tensor(loss), "accuracy": torch.tensor(accuracy)})
-    assert meter.read() == {"loss": 3.0, "accuracy": 0.5}
-    meter.add({"loss": torch.tensor(7.0)})
-    assert meter.read() == {"loss": 7.0}
-    assert meter.read() == {}
+        add(meter, loss=loss, accuracy=accuracy)
+    assert meter.read(ALONE) == ({"loss": 3.0, "accuracy": 0.5}, 0, 0)
+    add(meter, loss=7.0)
+    assert meter.read(ALONE) == ({"loss": 7.0}, 0, 0)
+    assert meter.read(ALONE) == ({}, 0, 0)
 
 
 def test_a_meter_keeps_no_graph_and_enough_digits():
-    meter = Meter()
-    meter.add({"loss": torch.tensor(1e8, requires_grad=True) * 1})
-    meter.add({"loss": torch.tensor(1.0)})
+    meter = Meter(CPU)
+    meter.add({"loss": torch.tensor(1e8, requires_grad=True) * 1}, torch.tensor(False))
+    add(meter, loss=1.0)
     assert not meter.sums["loss"].requires_grad
-    assert meter.read() == {"loss": 50_000_000.5}
+    assert meter.read(ALONE)[0] == {"loss": 50_000_000.5}
 
 
-def test_a_meter_does_not_hide_what_is_not_finite():
-    meter = Meter()
-    meter.add({"loss": torch.tensor(float("nan"))})
-    meter.add({"loss": torch.tensor(1.0)})
-    assert meter.read()["loss"] != meter.read()
+def test_a_meter_leaves_skipped_steps_out_and_counts_them():
+    meter = Meter(CPU)
+    for loss in (1.0, float("nan"), 3.0, float("inf"), float("nan")):
+        add(meter, skipped=not math.isfinite(loss), loss=loss)
+    assert meter.read(ALONE) == ({"loss": 2.0}, 3, 2)
+    add(meter, skipped=True, loss=float("nan"))
+    means, skipped, in_a_row = meter.read(ALONE)
+    assert math.isnan(means["loss"])
+    assert (skipped, in_a_row) == (1, 3)  # the row goes on over a reading
+    add(meter, loss=1.0)
+    assert meter.read(ALONE) == ({"loss": 1.0}, 0, 0)

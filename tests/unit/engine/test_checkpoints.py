@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.amp import GradScaler
 
 from pdvit.config.schema import OptimConfig
-from pdvit.engine import state as state_module
+from pdvit.engine import checkpoints as checkpoints_module
+from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.ranks import ALONE
 from pdvit.engine.state import Progress, State
-from pdvit.engine.update import make_optimizer, update
+from pdvit.engine.update import Meter, make_optimizer
 from pdvit.errors import UserError
 
 CPU = torch.device("cpu")
@@ -29,31 +33,48 @@ class Noisy(nn.Module):
         return self.second(self.dropout(self.norm(self.first(images))))
 
 
-def fresh(opt="adamw", seed=0):
+def fresh(opt="adamw", seed=0, module=Noisy):
     torch.manual_seed(seed)
-    module = Noisy()
-    return State(module, make_optimizer(module, OptimConfig(opt=opt, lr=0.05)), CPU)
+    network = module()
+    optimizer = make_optimizer(network, OptimConfig(opt=opt, lr=0.05))
+    average = ModelEmaV3(network, decay=0.9)
+    return State(
+        network, optimizer, GradScaler("cpu", enabled=False), average, Meter(CPU), CPU, ALONE, {"a": {"b": 1}}, {}
+    )
 
 
 def train(state, steps):
     for _ in range(steps):
+        state.optimizer.zero_grad()
         loss = state.module(torch.randn(8, 4)).square().mean()
-        norm = update(loss, state.module, state.optimizer, None)
-        state.meter.add({"loss": loss, "norm": norm})
+        loss.backward()
+        state.optimizer.step()
+        state.ema.update(state.module, state.progress.step + 1)
+        state.meter.add({"loss": loss}, torch.tensor(False))
         state.progress.step += 1
         state.progress.samples += 8
-        state.progress.seconds += 0.1
+        state.progress.spent["step"] = state.progress.seconds + 0.1
     return state
+
+
+def save(state, folder, keep=1):
+    checkpoints = Checkpoints(folder, keep)
+    checkpoints.save(state.snapshot())
+    checkpoints.wait()
+
+
+def restore(state, folder):
+    return Checkpoints(folder, 1).restore(state, lambda facts: None)
 
 
 def trained(folder, opt="adamw", steps=3, keep=1):
     state = train(fresh(opt), steps)
-    state.save(folder, keep)
+    save(state, folder, keep)
     return state
 
 
 def tensors_of(state):
-    found = dict(state.module.state_dict())
+    found = dict(state.module.state_dict()) | {f"ema.{k}": v for k, v in state.ema.module.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         found |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)}
     return found | {f"meter.{name}": value for name, value in state.meter.sums.items()}
@@ -70,7 +91,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
     generator = torch.get_rng_state()
     theirs = fresh(opt, seed=1)
     assert not identical(ours, theirs)
-    assert theirs.restore(tmp_path)
+    assert restore(theirs, tmp_path)
     assert identical(ours, theirs)
     assert theirs.progress == ours.progress
     assert theirs.meter.steps == 3
@@ -80,21 +101,22 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
     torch.set_rng_state(generator)
     train(ours, 3)
     assert identical(ours, theirs)
-    assert ours.meter.read() == theirs.meter.read()
+    assert ours.meter.read(ALONE) == theirs.meter.read(ALONE)
 
 
 def test_progress_is_restored_to_the_last_digit(tmp_path):
     ours = fresh()
-    ours.progress = Progress(step=7, samples=56, seconds=0.1 + 0.2, best=1 / 3, best_step=5)
-    ours.save(tmp_path, 1)
+    spent = {"step": 0.1 + 0.2, "data": 1 / 7}
+    ours.progress = Progress(step=7, samples=56, skipped=2, spent=spent, best=1 / 3, best_step=5)
+    save(ours, tmp_path)
     theirs = fresh()
-    theirs.restore(tmp_path)
+    restore(theirs, tmp_path)
     assert theirs.progress == ours.progress
 
 
 def test_nothing_to_restore_is_no_error(tmp_path):
     state = fresh()
-    assert not state.restore(tmp_path / "checkpoints")
+    assert not restore(state, tmp_path / "checkpoints")
     assert state.progress == Progress()
 
 
@@ -106,7 +128,7 @@ def checkpoints(folder):
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, keep):
     state = fresh()
     for _ in range(4):
-        train(state, 1).save(tmp_path, keep)
+        save(train(state, 1), tmp_path, keep)
     assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in range(1, 5)][-keep:]
     assert (tmp_path / "last").read_text().strip() == "step-00000004"
 
@@ -133,25 +155,25 @@ def fail_at(monkeypatch, call):
         return write
 
     for name in ("save_file", "write_file"):
-        monkeypatch.setattr(state_module, name, failing(getattr(state_module, name)))
+        monkeypatch.setattr(checkpoints_module, name, failing(getattr(checkpoints_module, name)))
 
 
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", range(5))
 def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch, call):
     before = tensors_of(trained(tmp_path, steps=2))
     before = {name: value.clone() for name, value in before.items()}
     later = train(fresh(), 5)
     with monkeypatch.context() as patch:
         fail_at(patch, call)
-        with pytest.raises(OSError, match="No space"):
-            later.save(tmp_path, 1)
+        with pytest.raises(UserError, match="step 5 can't be written: No space"):
+            save(later, tmp_path)
     restored = fresh(seed=1)
-    assert restored.restore(tmp_path)
+    assert restore(restored, tmp_path)
     assert restored.progress.step == 2
     found = tensors_of(restored)
     assert all(torch.equal(found[name], before[name]) for name in before)
-    later.save(tmp_path, 1)
-    assert fresh().restore(tmp_path)
+    save(later, tmp_path)
+    assert restore(fresh(), tmp_path)
     assert checkpoints(tmp_path) == ["step-00000005"]
 
 
@@ -159,12 +181,13 @@ def test_the_pointer_is_written_last(tmp_path, monkeypatch):
     trained(tmp_path, steps=2)
     later = train(fresh(), 5)
     with monkeypatch.context() as patch:
-        fail_at(patch, 3)
-        with pytest.raises(OSError, match="No space"):
-            later.save(tmp_path, 1)
+        fail_at(patch, 4)
+        with pytest.raises(UserError, match="step 5 can't be written: No space"):
+            save(later, tmp_path)
     assert (tmp_path / "last").read_text().strip() == "step-00000002"
     assert {path.name for path in (tmp_path / "step-00000005").iterdir()} == {
         "module.safetensors",
+        "ema.safetensors",
         "state.safetensors",
         "state.json",
     }
@@ -175,14 +198,14 @@ def test_a_checkpoint_that_no_pointer_reached_does_not_push_out_the_newest(tmp_p
     trained(tmp_path, steps=5)
     lost = train(fresh(), 10)
     with monkeypatch.context() as patch:
-        fail_at(patch, 3)
-        with pytest.raises(OSError, match="No space"):
-            lost.save(tmp_path, 1)
+        fail_at(patch, 4)
+        with pytest.raises(UserError, match="No space"):
+            save(lost, tmp_path)
     resumed = fresh()
-    resumed.restore(tmp_path)
-    train(resumed, 2).save(tmp_path, 1)
+    restore(resumed, tmp_path)
+    save(train(resumed, 2), tmp_path)
     again = fresh()
-    assert again.restore(tmp_path)
+    assert restore(again, tmp_path)
     assert again.progress.step == 7
 
 
@@ -199,9 +222,9 @@ def halve(path):
 
 def rewrite(path, edit):
     """Save a safetensors file again after `edit` changed its tensors in place."""
-    tensors = state_module.load_file(path)
+    tensors = checkpoints_module.load_file(path)
     edit(tensors)
-    state_module.save_file(tensors, path)
+    checkpoints_module.save_file(tensors, path)
 
 
 DAMAGES = {
@@ -219,10 +242,10 @@ DAMAGES = {
     "no meter": lambda source: change(source / "state.json", lambda facts: facts.pop("meter_steps")),
     "no optimizer": lambda source: change(source / "state.json", lambda facts: facts.update(optimizer={})),
     "a listed optimizer": lambda source: change(source / "state.json", lambda f: f["optimizer"].update(state=[1])),
-    "no groups": lambda source: change(source / "state.json", lambda f: f["optimizer"].update(param_groups=[])),
-    "no generator": lambda source: rewrite(source / "state.safetensors", lambda t: t.pop("generator.cpu")),
+    "no groups": lambda source: change(source / "state.json", lambda f: f["optimizer"].pop("groups")),
+    "no generator": lambda source: rewrite(source / "state.safetensors", lambda t: t.pop("generator.0.cpu")),
     "half a generator": lambda source: rewrite(
-        source / "state.safetensors", lambda t: t.update({"generator.cpu": t["generator.cpu"][:9].clone()})
+        source / "state.safetensors", lambda t: t.update({"generator.0.cpu": t["generator.0.cpu"][:9].clone()})
     ),
     "no weight": lambda source: rewrite(source / "module.safetensors", lambda t: t.pop("first.weight")),
     "a strange pointer": lambda source: (source.parent / "last").write_bytes(b"\xff\xfe"),
@@ -236,7 +259,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     trained(tmp_path)
     damage(tmp_path / "step-00000003")
     with pytest.raises(UserError, match="damaged") as caught:
-        fresh().restore(tmp_path)
+        restore(fresh(), tmp_path)
     assert str(tmp_path) in caught.value.where
 
 
@@ -244,20 +267,18 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     trained(tmp_path)
     change(tmp_path / "step-00000003" / "state.json", lambda facts: facts.update(version=facts["version"] + 1))
     with pytest.raises(UserError, match="newer") as caught:
-        fresh().restore(tmp_path)
+        restore(fresh(), tmp_path)
     assert "update" in caught.value.tip
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     trained(tmp_path)
-    module = nn.Linear(2, 2)
-    other = State(module, make_optimizer(module, OptimConfig(lr=0.1)), CPU)
     with pytest.raises(UserError):
-        other.restore(tmp_path)
+        restore(fresh(module=lambda: nn.Linear(2, 2)), tmp_path)
 
 
-def test_saving_into_a_folder_that_is_a_file_is_an_os_error(tmp_path):
+def test_saving_into_a_folder_that_is_a_file_says_so(tmp_path):
     place = Path(tmp_path / "checkpoints")
     place.touch()
-    with pytest.raises(OSError, match="checkpoints"):
-        fresh().save(place, 1)
+    with pytest.raises(UserError, match="can't be written"):
+        save(fresh(), place)

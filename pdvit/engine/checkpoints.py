@@ -1,0 +1,118 @@
+"""Checkpoints on disk: written beside their place by a thread, then renamed, and the pointer to them last."""
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pdvit.engine.state import Snapshot, State
+from pdvit.errors import UserError
+from pdvit.tracking import sync, to_json, write_file
+
+LAST, BEST = "last", "best"
+# What files that are not what they should be make Python, torch and safetensors raise.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: the newest few, the best, and milestones."""
+
+    def __init__(self, folder: Path, keep: int, milestone: int | None = None) -> None:
+        """`milestone`: checkpoints at multiples of so many steps are never removed."""
+        self.folder, self.keep, self.milestone = folder, keep, milestone
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot, best: bool = False) -> None:
+        """Begin to write a snapshot; raises UserError where the one before could not be written."""
+        self.wait()  # so at most one waits in memory
+        self.writing = self.writer.submit(self._write, snapshot, best)
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk; raises UserError where it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def failed(self) -> bool:
+        """Tell without waiting whether writing came to grief; `wait` then says why."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def restore(self, state: State, check: Callable[[dict[str, Any]], None]) -> bool:
+        """Load the checkpoint that `last` points to; False where there is none yet.
+
+        `check` looks at its facts first. Raises UserError where it is damaged, and what `check` raises.
+        """
+        if not (self.folder / LAST).is_file():
+            return False
+        source = self.folder
+        try:
+            source = self.folder / (self.folder / LAST).read_text().strip()
+            facts = json.loads((source / "state.json").read_text())
+            check(facts)
+            files = ["module", "state", *(["ema"] if (source / "ema.safetensors").is_file() else [])]
+            state.take(Snapshot(facts, {file: load_file(source / f"{file}.safetensors") for file in files}))
+        except DAMAGE as error:
+            raise UserError(
+                f"the checkpoint is damaged: {type(error).__name__}: {error}",
+                str(source),
+                f"start again: pdvit train --config {self.folder.parent / 'run.toml'}",
+            ) from error
+        return True
+
+    def _write(self, snapshot: Snapshot, best: bool) -> None:
+        try:
+            self._write_beside(snapshot, best)
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(
+                f"the checkpoint of step {snapshot.step} can't be written: {reason}",
+                str(self.folder),
+                "make room there; the checkpoint before is whole",
+            ) from error
+
+    def _write_beside(self, snapshot: Snapshot, best: bool) -> None:
+        self.folder.mkdir(exist_ok=True)
+        target = self.folder / f"step-{snapshot.step:08d}"
+        if self._points_to(target.name) and not best:
+            return  # the same state is there; to replace it would leave nothing for a moment
+        beside = self.folder / f".{target.name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for file, tensors in snapshot.tensors.items():
+            save_file(tensors, beside / f"{file}.safetensors")
+        write_file(beside / "state.json", to_json(snapshot.facts))
+        for written in (*beside.glob("*.safetensors"), beside):
+            sync(written)
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer got there
+        beside.rename(target)
+        sync(self.folder)
+        if best:
+            write_file(self.folder / BEST, target.name)
+        write_file(self.folder / LAST, target.name)
+        self._remove_old(target.name)
+
+    def _points_to(self, name: str) -> bool:
+        try:
+            return (self.folder / LAST).read_text().strip() == name
+        except OSError:
+            return False
+
+    def _remove_old(self, newest: str) -> None:
+        """Remove all but the newest few, the best and the milestones."""
+        names = sorted(path.name for path in self.folder.glob("step-*"))
+        upto = [name for name in names if name <= newest]
+        later = names[len(upto) :]  # left from before the run was taken up again at an earlier step
+        best = ""
+        with suppress(OSError):
+            best = (self.folder / BEST).read_text().strip()
+        for name in upto[: -self.keep] + later:
+            milestone = self.milestone is not None and int(name.removeprefix("step-")) % self.milestone == 0
+            if name in later or not (name == best or milestone):
+                shutil.rmtree(self.folder / name)

@@ -1,0 +1,95 @@
+"""Several processes as one run: who is who, and what they tell one another."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pdvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run; alone by default. `local` counts the processes of this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, on each of them."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value, in the order of ranks, on each of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Return the main process's value on each of them."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+ALONE = Ranks()
+FLAGS = 4  # the most that are asked at once
+
+
+class Agreement:
+    """Asks all processes whether any of them raises a flag, without making the device wait.
+
+    With several processes the answer is of the step before: by then it has arrived, so nobody waits for it.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.several = ranks.size > 1
+        if self.several:
+            self.group: Any = dist.new_group(backend="gloo")  # of its own, so that a GPU's queue is not waited for
+            self._send(torch.zeros(FLAGS, dtype=torch.int32))
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether a process raised it: at once where there is one process, else one call later."""
+        if not self.several:
+            return flags
+        self.pending.wait()
+        answer = tuple(bool(value) for value in self.asked[: len(flags)])
+        self._send(torch.tensor([*flags, *[False] * (FLAGS - len(flags))], dtype=torch.int32))
+        return answer
+
+    def _send(self, flags: Tensor) -> None:
+        self.asked = flags
+        self.pending: Any = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+
+def join() -> Ranks:
+    """Join the run that torchrun started this process for; alone where there is none.
+
+    Raises UserError where the launcher's variables make no sense.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Ranks()
+    try:
+        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+    except ValueError as error:
+        raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", "start with torchrun") from error
+    if ranks.size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend)
+    return ranks
