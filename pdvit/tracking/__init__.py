@@ -3,14 +3,19 @@
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.files import sync, to_json, write_file
 from pdvit.tracking.run_directory import RUNS, RunDirectory, Status, newest
+from pdvit.tracking.sinks import Sink, Sinks, check_sinks, open_sinks
 
 __all__ = [
     "RUNS",
     "RunDirectory",
+    "Sink",
+    "Sinks",
     "Status",
+    "check_sinks",
     "command_line",
     "describe_environment",
     "newest",
+    "open_sinks",
     "sync",
     "to_json",
     "write_file",
