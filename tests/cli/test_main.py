@@ -10,7 +10,7 @@ from pdvit import __version__
 from pdvit.cli import run as pdvit
 
 HEAVY = ("torch", "torchvision", "timm", "pandas", "matplotlib", "sklearn", "safetensors")
-COMMANDS = [[], ["train"], ["analyze"], ["plot"], ["plot", "similarity"], ["plot", "training"]]
+COMMANDS = [[], ["train"], ["analyze"], ["doctor"], ["plot"], ["plot", "similarity"], ["plot", "training"]]
 
 
 def process(*arguments: str, script: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ def test_every_command_explains_itself(capsys, command, flag):
 def test_help_lists_the_commands(capsys):
     assert pdvit(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(re.search(rf"\b{name}\b", shown) for name in ("train", "analyze", "plot"))
+    assert all(re.search(rf"\b{name}\b", shown) for name in ("train", "analyze", "doctor", "plot"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["plot"]], ids=["pdvit", "plot"])
