@@ -83,13 +83,13 @@ def _examine() -> dict[str, "Findings"]:
 
 
 def _step(device: "torch.device") -> "Finding":
-    """Train a tiny model for one step with all three terms, by the very functions that `pdvit train` uses."""
+    """Train a tiny model for one step with all three terms, by the parts that `pdvit train` uses."""
     import torch
 
     from pdvit.config.schema import OptimConfig
     from pdvit.data.cutmix import patch_cutmix
     from pdvit.engine.doctor import Finding, reason
-    from pdvit.engine.update import make_optimizer, update
+    from pdvit.engine.update import make_optimizer
     from pdvit.losses import Objective
     from pdvit.models.build import build_model
     from pdvit.models.tokens import DiverseModel
@@ -102,7 +102,8 @@ def _step(device: "torch.device") -> "Finding":
         images, targets = torch.rand(CLASSES, 3, SIDE, SIDE, device=device), torch.arange(CLASSES, device=device)
         batch = patch_cutmix(images, targets, PATCH, CLASSES, rng=random.Random(0))
         loss = Objective()(module(batch.images), batch.targets, batch.patch_targets).total
-        update(loss, module, make_optimizer(module, OptimConfig(lr=1e-3)), clip=None)
+        loss.backward()
+        make_optimizer(module, OptimConfig(lr=1e-3)).step()
         sound = math.isfinite(loss) and all(bool(weight.isfinite().all()) for weight in module.parameters())
     except Exception as error:  # a broken installation fails anywhere, with any kind of error
         return Finding("failed", reason(error), tip, needed=True)

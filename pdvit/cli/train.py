@@ -86,12 +86,14 @@ def _prepare(config: Config, as_json: bool) -> _Prepared:
     from pdvit.engine.loop import Trainer
     from pdvit.engine.ranks import join
     from pdvit.tasks import ClassificationTask
+    from pdvit.tracking import check_sinks, tracker_names
 
     config = resolve(config)
     ranks = join()
     console = RunConsole(stderr=as_json, quiet=not ranks.main)
     device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
     set_up(device, config.run)
+    check_sinks(tracker_names(config.run.track))
     source = open_source(config.data)
     if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
         config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))

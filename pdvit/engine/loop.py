@@ -33,7 +33,7 @@ from pdvit.engine.spread import local, make_average, spread
 from pdvit.engine.state import State
 from pdvit.engine.update import Meter, Updater, make_optimizer, skips_on_device
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking import RunDirectory, Status
+from pdvit.tracking import RunDirectory, Sinks, Status, open_sinks, tracker_names
 
 # Skipped steps in a row after which a run stops.
 # A float16 run first has to find its loss scale: 65,536, halved each time.
@@ -87,15 +87,26 @@ class Trainer:
         Raises UserError or RunFailed; the run directory then says `failed`, and can be resumed.
         """
         self.directory, self.checkpoints = directory, self._checkpoints(directory)
+        self.sinks = Sinks([], print)
         directory.status("running", step=self.state.progress.step)
         try:
             with Display(console, self.plan.steps, self.state.progress.step) as self.display:
+                self.sinks = self._open_sinks()
                 done = self._train(stop)
                 self.checkpoints.wait()
                 return self._finish() if done else None
         except BaseException as error:
             self._fail(error)
             raise
+        finally:
+            self.sinks.close()
+
+    def _open_sinks(self) -> Sinks:
+        """Open the trackers; only a new run insists on them."""
+        step = self.state.progress.step
+        names = tracker_names(self.config.run.track) if self.ranks.main else []
+        warn = self.display.say if step else None
+        return Sinks(open_sinks(names, self.directory.path, self.state.config, step, warn), self.display.say)
 
     def _train(self, stop: StopRequest) -> bool:
         """Run the steps; False where a stop was asked for before the last."""
@@ -142,13 +153,18 @@ class Trainer:
         self.logged = (progress.samples, dict(progress.spent))
         record = {"step": progress.step, "epoch": self._epoch(), **means, "skipped": skipped, "lr": float(lr)}
         timing = {"seconds": progress.seconds, "images_per_second": rate, "peak_memory_mb": peak_memory(self.device)}
-        self.directory.append("train", record, timing | passed)
+        self._record("train", record, timing | passed)
         shown = {name: value for name, value in means.items() if name != "grad_norm"}
         shown |= {"skipped": progress.skipped} if progress.skipped else {}
         epoch = f"epoch {math.ceil(self._epoch())}/{math.ceil(self.plan.steps / self.plan.steps_per_epoch)}"
         self.display.show(progress.step, epoch, rate, shown)
         if in_a_row >= (PATIENCE_FP16 if self.updater.scaler.is_enabled() else PATIENCE):
             self._give_up(batch, generators, in_a_row)
+
+    def _record(self, kind: str, record: dict[str, Any], clock: dict[str, float] | None = None) -> None:
+        """Write a record to metrics.jsonl, and send it to the trackers."""
+        self.directory.append(kind, record, clock)
+        self.sinks.log(kind, self.state.progress.step, record, clock)
 
     def _give_up(self, batch: Batch, generators: dict[str, torch.Tensor], in_a_row: int) -> None:
         snapshot = self.state.snapshot()
@@ -178,7 +194,7 @@ class Trainer:
             self._check_weights()
             records, headline = self.task.evaluate(self.evaluated)
         for kind, record in records.items():
-            self.directory.append(kind, {"step": progress.step, "epoch": self._epoch(), **record})
+            self._record(kind, {"step": progress.step, "epoch": self._epoch(), **record})
         self.display.say(f"epoch {self._epoch():>4.4g}  {headline}")
         value = records["eval"][self.task.best_metric]
         better = math.isfinite(value) and (progress.best is None or value > progress.best)

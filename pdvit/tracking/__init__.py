@@ -3,7 +3,7 @@
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.files import sync, to_json, write_file
 from pdvit.tracking.run_directory import RUNS, RunDirectory, Status, newest
-from pdvit.tracking.sinks import Sink, Sinks, check_sinks, open_sinks
+from pdvit.tracking.sinks import Sink, Sinks, check_sinks, open_sinks, tracker_names
 
 __all__ = [
     "RUNS",
@@ -18,5 +18,6 @@ __all__ = [
     "open_sinks",
     "sync",
     "to_json",
+    "tracker_names",
     "write_file",
 ]

@@ -50,6 +50,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def tracker_names(text: str | None) -> list[str]:
+    """Read the trackers that `run.track` names, with commas between them."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def check_sinks(names: Iterable[str]) -> None:
     """Raise UserError for a tracker that is unknown, not installed, or asks for a login that nobody can type."""
     for name in names:

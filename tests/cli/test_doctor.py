@@ -114,7 +114,7 @@ def test_a_step_that_breaks_is_a_failure(examined, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no kernel image is available\nfor this device")
 
-    monkeypatch.setattr(pdvit_update, "update", refuse)
+    monkeypatch.setattr(pdvit_update, "make_optimizer", refuse)
     status, report = examined()
     assert status == 1
     step = report["findings"]["cpu"]["training step"]

@@ -26,7 +26,8 @@ def test_a_duration_has_a_value_and_a_unit(text, value, unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ep", "abc", "-1", "-1ep", "1.2.3", ".", "1e400", "nan", "inf", "1 2", "3ep4", "10minutes", "1e16", "²"]
+    "text",
+    ["", "ep", "abc", "-1", "-1ep", "1.2.3", ".", "1e400", "nan", "inf", "1 2", "3ep4", "10minutes", "1e16", "²"],
 )
 def test_other_text_is_refused(text):
     with pytest.raises(UserError, match="not a length of training") as caught:
