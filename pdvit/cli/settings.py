@@ -66,6 +66,8 @@ def _option(section: str, item: "Field[Any]", hint: Any, panel: str) -> inspect.
     kind = next(option for option in options if option is not type(None))
     if get_origin(kind) is dict:
         kind = list[str]
+    if info.words:
+        kind = str
     option = typer.Option(
         *info.flags,
         help=info.help + describe_default(item.default),

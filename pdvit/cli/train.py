@@ -13,6 +13,9 @@ from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from pdvit.data.sources import Source
     from pdvit.engine.display import RunConsole
     from pdvit.engine.interrupts import StopRequest
     from pdvit.engine.loop import Trainer
@@ -88,13 +91,16 @@ def _prepare(config: Config, as_json: bool) -> _Prepared:
     from pdvit.tasks import ClassificationTask
     from pdvit.tracking import check_sinks, tracker_names
 
-    config = resolve(config)
+    config = resolve(config) if config.data.batch_size else config
     ranks = join()
     console = RunConsole(stderr=as_json, quiet=not ranks.main)
     device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
     set_up(device, config.run)
     check_sinks(tracker_names(config.run.track))
     source = open_source(config.data)
+    if not config.data.batch_size:
+        size = _batch_that_fits(config, source, device, ranks)
+        config = resolve(replace(config, data=replace(config.data, batch_size=size)))
     if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
         config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
     task = ClassificationTask(config, source, device, ranks)
@@ -113,6 +119,26 @@ def _prepare(config: Config, as_json: bool) -> _Prepared:
     return _Prepared(config, ranks, device_name(device), task, trainer, console)
 
 
+def _batch_that_fits(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
+    """Find the largest total batch, a power of two or all images, that the GPUs hold; raises UserError without one."""
+    from pdvit.config import resolve
+    from pdvit.engine.loop import Trainer
+    from pdvit.engine.memory import largest_batch
+    from pdvit.tasks import ClassificationTask
+
+    if device.type == "cpu":
+        what = "auto needs a GPU: a CPU that runs out of memory gives no error that can be caught"
+        raise UserError(what, "data.batch_size (--batch-size)", "give a number, for example 64")
+    trial = resolve(replace(config, data=replace(config.data, batch_size=ranks.size, micro_batch=None)))
+    task = ClassificationTask(trial, source, device, ranks)
+    images = len(source.splits["train"]) // ranks.size
+    size = largest_batch(Trainer(task, trial, device, ranks).updater, task.batches(0), images)
+    size = int(min(ranks.gather(size))) * ranks.size
+    if not size:
+        raise UserError("not even one image fits", "data.batch_size (--batch-size)", "use a smaller model or image")
+    return size
+
+
 def _start(config: Config, as_json: bool, stop: "StopRequest") -> int:
     """Begin a new run; raises UserError before there is a run directory wherever that is possible."""
     from pdvit.engine.interrupts import EXIT_STOPPED
@@ -122,9 +148,30 @@ def _start(config: Config, as_json: bool, stop: "StopRequest") -> int:
     if stop:
         say(ready.console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
-    made = _new_directory(ready.config, ready.device) if ready.ranks.main else None
-    path = ready.ranks.share(made.path if made else None)
-    return _run(ready, RunDirectory(path, ready.ranks.main), as_json, stop)
+    begun = ready.ranks.share(_begun_before_restart(ready.config) if ready.ranks.main else None)
+    if begun is not None:
+        directory = RunDirectory(begun, ready.ranks.main)
+        ready.trainer.restore(directory, directory.changes())
+    else:
+        made = _new_directory(ready.config, ready.device) if ready.ranks.main else None
+        directory = RunDirectory(ready.ranks.share(made.path if made else None), ready.ranks.main)
+    return _run(ready, directory, as_json, stop)
+
+
+def _begun_before_restart(config: Config) -> Path | None:
+    """Return the run that this command began before torchrun started its processes again."""
+    from pdvit.engine.ranks import launch
+    from pdvit.tracking import RunDirectory, newest
+
+    name, restarts = launch()
+    if not (name and restarts):
+        return None
+    places = [Path(os.path.expanduser(config.run.out))] if config.run.out else newest("environment.json")
+    for path in places:
+        whole = (path / "environment.json").is_file() and (path / "run.toml").is_file()
+        if whole and RunDirectory(path).read_json("environment.json").get("launch") == name:
+            return path
+    return None
 
 
 def _resume(path: Path, change: list[str], as_json: bool, stop: "StopRequest") -> int:
@@ -172,6 +219,7 @@ def _replay(path: Path, as_json: bool) -> int:
 def _run(ready: _Prepared, directory: "RunDirectory", as_json: bool, stop: "StopRequest") -> int:
     """Train and report."""
     from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.engine.ranks import leave
 
     say(ready.console, f"run directory: {directory.path}")
     again = f"pdvit train --resume {directory.path}"
@@ -179,6 +227,8 @@ def _run(ready: _Prepared, directory: "RunDirectory", as_json: bool, stop: "Stop
         summary = ready.trainer.run(directory, ready.console, stop)
     except UserError as error:
         raise UserError(error.what, error.where, f"{error.tip}; go on with: {again}") from error
+    finally:
+        leave()
     if summary is None:
         say(ready.console, f"stopped; go on with: {again}")
         return EXIT_STOPPED
@@ -206,6 +256,7 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
     """Make the run directory and write what is known before the first step."""
     from pdvit.config import to_toml
     from pdvit.data.sources import source_label
+    from pdvit.engine.ranks import launch
     from pdvit.tracking import RunDirectory, command_line, describe_environment
 
     name = config.run.name
@@ -214,7 +265,7 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
     text = to_toml(config, command_line())
     directory = RunDirectory.create(config.run.out, name)
     directory.write("run.toml", text)
-    directory.write_json("environment.json", describe_environment(device))
+    directory.write_json("environment.json", describe_environment(device) | {"launch": launch()[0]})
     return directory
 
 

@@ -1,6 +1,6 @@
 """What one key of the configuration knows about itself: its default, help, flags and range."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ class KeyInfo:
     unit: str = ""  # the key is a duration, and this is the unit of a bare number
     percent: bool = True  # a duration may be a share of the run
     clock: bool = False  # a duration may be a time, such as 10min
+    words: Mapping[str, int] = field(default_factory=dict)  # texts that stand for numbers
 
 
 def key(
@@ -31,9 +32,10 @@ def key(
     unit: str = "",
     percent: bool = True,
     clock: bool = False,
+    words: Mapping[str, int] | None = None,
 ) -> Any:
     """Declare a key: `minimum` and `maximum` are inclusive, `above` is a strict lower bound."""
-    info = KeyInfo(help, flags, minimum, maximum, above, tuple(choices), unit, percent, clock)
+    info = KeyInfo(help, flags, minimum, maximum, above, tuple(choices), unit, percent, clock, words or {})
     return field(default=default, metadata={"key": info})
 
 

@@ -99,6 +99,8 @@ def _convert(value: Any, kind: Any, info: KeyInfo, at: str) -> Any:
         length = parse_duration(str(value), info.unit, at, info.percent, info.clock)
         _check_range(length.value, info, at)
         return str(value)
+    if info.words and isinstance(value, str):
+        value = info.words.get(value, int(value) if value.isdecimal() else value)
     if kind is float and is_number:
         return float(value)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):

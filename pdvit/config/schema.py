@@ -16,7 +16,14 @@ class DataConfig:
     """Data."""
 
     source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
-    batch_size: int = key(32, "Images per update, in total (timm's is per process).", "--batch-size", "-b", minimum=1)
+    batch_size: int = key(
+        32,
+        "Images per update, in total (timm's is per process); auto (0): as many as a GPU holds.",
+        "--batch-size",
+        "-b",
+        minimum=0,
+        words={"auto": 0},
+    )
     micro_batch: int | None = key(
         None,
         "Images per forward pass of a process; fewer than its share accumulates gradients. Unset: its share.",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,11 @@ class Batch:
         """Return what is set, by name."""
         named = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
+
+    def repeat(self, size: int) -> "Batch":
+        """Return a batch of `size` images, its own over and over."""
+        again = torch.arange(size, device=self.images.device) % len(self)
+        return Batch(**{name: value[again.to(value.device)] for name, value in self.tensors().items()})
 
     def split(self, size: int) -> list["Batch"]:
         """Divide it into parts of `size` images; the last may be shorter."""

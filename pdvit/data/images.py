@@ -87,13 +87,13 @@ class Preprocessing:
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images `(B, 3, H, W)` into the model's float32 input."""
         mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
-        return (images.float() / 255 - mean) / std
+        return images.float().sub_(mean).div_(std)
 
 
 @cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return one number per channel, `(3, 1, 1)`; kept, because each copy to a GPU would wait for it."""
-    return torch.tensor(values, device=device)[:, None, None]
+    """Return one number per channel, for bytes, `(3, 1, 1)`; kept, because each copy to a GPU would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None] * 255
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from pdvit.engine.clock import Clock
 from pdvit.engine.device import peak_memory
 from pdvit.engine.display import Display
 from pdvit.engine.interrupts import StopRequest
+from pdvit.engine.memory import fits, is_out_of_memory, largest
 from pdvit.engine.profiler import Profiler
 from pdvit.engine.protocol import Batch, Task
-from pdvit.engine.ranks import Agreement, Ranks
+from pdvit.engine.ranks import Agreement, Ranks, lost_another
 from pdvit.engine.recipe import check_data, check_recipe
 from pdvit.engine.replay import write_bundle
 from pdvit.engine.schedule import make_plan, make_scheduler
@@ -57,6 +58,7 @@ class Trainer:
         self.state = State(
             task.module, optimizer, scaler, average, meter, device, ranks, recipe, dict(task.fingerprint)
         )
+        self.batch: Batch | None = None
         self.weights = "raw" if average is None else "ema"
         self.evaluated = self.network if average is None else average.module
 
@@ -96,8 +98,11 @@ class Trainer:
                 self.checkpoints.wait()
                 return self._finish() if done else None
         except BaseException as error:
-            self._fail(error)
-            raise
+            explained = self._explain(error)
+            self._fail(explained)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             self.sinks.close()
 
@@ -119,6 +124,7 @@ class Trainer:
             self.clock.enter("data")
             for batch in self.task.batches(progress.step):
                 self.clock.enter("step")
+                self.batch = batch
                 profiler.enter(progress.step + 1)
                 self.scheduler.step_update(progress.step)
                 generators = state.generators()
@@ -174,6 +180,28 @@ class Trainer:
             f"loss or gradient was infinite or not a number in {in_a_row} steps in a row, up to step {snapshot.step}",
             f"see where: pdvit train --replay {self.directory.path}; then start a new run with a lower --lr, or with "
             f"--clip-grad 1",
+        )
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """Return the error that says what to do, for those of torch that don't."""
+        if is_out_of_memory(error):
+            return self._out_of_memory()
+        if lost_another(error):
+            tip = f"its own message says why; go on with: --resume {self.directory.path}"
+            return RunFailed("another process of the run does not answer any more", tip)
+        return error
+
+    def _out_of_memory(self) -> RunFailed:
+        """Find out what would fit, and say it."""
+        most = min(self.updater.micro_batch, self.task.batch_size // self.ranks.size)
+        batch = self.batch
+        size = largest(lambda size: fits(self.updater, batch, size), most // 2) if batch is not None else 0
+        where = f"--resume {self.directory.path} --change data.micro_batch={size}"
+        return RunFailed(
+            f"{self.device} has no memory for {most} images at a time",
+            f"{size} fit; the same batches in parts: pdvit train {where}"
+            if size
+            else "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16",
         )
 
     def _check_weights(self) -> None:

@@ -27,6 +27,9 @@ class Batch(Protocol):
     def split(self, size: int) -> Sequence["Batch"]:
         """Divide it into parts of `size` images; the last may be shorter."""
 
+    def repeat(self, size: int) -> "Batch":
+        """Return a batch of `size` images, its own over and over."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Return everything in it by name."""
 

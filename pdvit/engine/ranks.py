@@ -1,6 +1,7 @@
 """Several processes as one run: who is who, and what they tell one another."""
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,30 @@ ALONE = Ranks()
 FLAGS = 4  # the most that are asked at once
 
 
+def leave() -> None:
+    """End the connection to the other processes, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Tell whether an error means that another process does not answer any more."""
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    )
+
+
+def launch() -> tuple[str, int]:
+    """Return what names this launch of torchrun, the same for every restart of it, and how often it has restarted.
+
+    The name is empty where torchrun did not start this process.
+    """
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"{run}-{socket.gethostname()}-{os.getppid()}" if run else ""  # torchrun stays this process's parent
+    return name, int(restarts) if restarts.isdecimal() else 0
+
+
 class Agreement:
     """Asks all processes whether any of them raises a flag, without making the device wait.
 
@@ -91,5 +116,8 @@ def join() -> Ranks:
         raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", "start with torchrun") from error
     if ranks.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend)
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts, where the addresses of dead processes would still be found
+        store = dist.PrefixStore(f"restart-{launch()[1]}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ranks

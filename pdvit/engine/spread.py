@@ -1,5 +1,6 @@
 """The network as it is called in training: alone, or spread over processes; and its moving average."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -42,12 +43,11 @@ def local(tensor: Tensor) -> Tensor:
 def _shard(module: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
+    # The tokens are views of the last layer's output; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for part in list(module.modules()):
         if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
             for block in part:
                 if any(True for _ in block.parameters()):
                     fully_shard(block)
-    for part in module.children():
-        if len(list(part.children())) > 1:  # the model inside a wrapper is called by itself when it is measured
-            fully_shard(part)
     fully_shard(module)

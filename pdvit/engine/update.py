@@ -19,6 +19,7 @@ from pdvit.errors import UserError, closest
 # Of timm's names, those of torch that update all weights in one kernel, and leave them alone where a flag on the device
 # says so.
 FUSED = ("adamw", "adam", "sgd")
+FUSED_SPREAD = ("adamw", "adam")  # with weights spread over processes (FSDP), torch has no such kernel of SGD
 
 
 def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
@@ -27,7 +28,8 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     Raises UserError for a name that timm does not have, or an optimizer that can't run here.
     """
     name = optim.opt.lower()
-    more: dict[str, Any] = {"fused": True} if name in FUSED else {}
+    spread = any(hasattr(weight, "placements") for weight in module.parameters())
+    more: dict[str, Any] = {"fused": True} if name in (FUSED_SPREAD if spread else FUSED) else {}
     try:
         optimizer = create_optimizer_v2(
             module, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **more
@@ -70,17 +72,15 @@ class Updater:
         self.task, self.network, self.optimizer, self.scaler, self.ema = task, network, optimizer, scaler, ema
         self.ranks, self.device, self.precision = ranks, device, config.run.precision
         self.micro_batch = config.data.micro_batch or task.batch_size
-        clip = config.optim.clip_grad
-        self.largest = float("inf") if clip is None else clip
+        self.largest = config.optim.clip_grad
         self.step = torch.compile(task.step, dynamic=False) if config.run.compile else task.step
 
     def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""
         metrics = self.backward(batch)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.largest)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics["grad_norm"] = norm.detach()
+        norm = self._clip()
+        metrics["grad_norm"] = norm
         skipped = ~(norm.isfinite() & metrics["loss"].isfinite())
         skipped = self.ranks.sum(skipped.int()) > 0  # all processes must do the same
         self._apply(skipped)
@@ -89,15 +89,15 @@ class Updater:
             self.ema.update(self.task.module, step)
         return metrics, skipped
 
-    def backward(self, batch: Batch) -> dict[str, Tensor]:
+    def backward(self, batch: Batch, micro_batch: int | None = None) -> dict[str, Tensor]:
         """Leave the batch's gradient in the weights, part by part, and return its metrics.
 
-        A part counts by its images, so the last, short one has its right weight.
+        A part counts by its images, so the last, short one has its right weight. `micro_batch` overrides the run's.
         """
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
-        parts = batch.split(self.micro_batch)
+        parts = batch.split(micro_batch or self.micro_batch)
         for number, part in enumerate(parts, 1):
             share = len(part) / len(batch)
             with self._exchange(number == len(parts)):
@@ -107,6 +107,15 @@ class Updater:
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + share * value if name in metrics else share * value
         return metrics
+
+    def _clip(self) -> Tensor:
+        """Scale the gradient down to the largest norm, where there is one; return the norm before."""
+        weights = [weight for weight in self.network.parameters() if weight.grad is not None]
+        norm: Any = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.largest is not None:
+            nn.utils.clip_grads_with_norm_(weights, self.largest, norm)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole.detach()
 
     def _exchange(self, last: bool) -> AbstractContextManager[None]:
         """Let processes add up their gradients only once, with the last part."""

@@ -133,15 +133,20 @@ def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> It
             handle.remove()
 
 
-def measure_layers(model: nn.Module, images: Tensor, measure: Callable[[Tensor], T]) -> dict[Layer, T]:
-    """Return `measure(tokens)` of every layer for one batch, without gradients or autocast."""
+def measure_layers(
+    model: nn.Module, images: Tensor, measure: Callable[[Tensor], T], network: nn.Module | None = None
+) -> dict[Layer, T]:
+    """Return `measure(tokens)` of every layer for one batch, without gradients or autocast.
+
+    `network` is what to call instead of the model, where that is part of something larger (spread over processes).
+    """
     found: dict[Layer, T] = {}
 
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = measure(tokens)
 
     with torch.no_grad(), _exact_float32(images.device), watch_layers(model, visit):
-        model(images)
+        (network or model)(images)
     return found
 
 

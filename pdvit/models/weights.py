@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from pdvit.errors import UserError
@@ -71,8 +71,8 @@ def _in_order(file: bytes) -> bytes:
 def _config_text(model: nn.Module, classes: list[str], data_config: dict[str, Any], weights: str) -> str:
     extra = {"label_names": classes, "pdvit": {"weights": weights}}
     with TemporaryDirectory() as folder:
-        # timm's public way to the configuration writes weights too; ours need a header of their own.
-        save_for_hf(model, folder, model_config=extra, data_config=data_config, safe_serialization=True)
+        # timm's public save_for_hf writes the model's weights too: twice, and not where they are spread over processes.
+        save_config_for_hf(model, str(Path(folder) / CONFIG), model_config=extra, data_config=data_config)
         config = json.loads((Path(folder) / CONFIG).read_text())
     for foreign in ("tag", "license"):  # of the published weights of this architecture, which these are not
         config["pretrained_cfg"].pop(foreign, None)

@@ -150,9 +150,9 @@ class ClassificationTask:
 
     def _similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
         """Return the layers and P of each on the probe; every process measures all of it."""
-        model = bare(network)
-        model.eval()
-        found = measure_layers(model, self._probe_images(), lambda tokens: patch_similarity(tokens).mean())
+        network.eval()
+        images = self._probe_images()
+        found = measure_layers(bare(network), images, lambda tokens: patch_similarity(tokens).mean(), network)
         return [layer.name for layer in found], torch.stack(list(found.values())).tolist()
 
     @torch.no_grad()
