@@ -2,6 +2,7 @@
 
 import random
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -183,16 +184,19 @@ def _decode(
 ) -> Iterator[Raw]:
     """Yield decoded batches for the keys; UserError naming the files that do not decode."""
     data = FileImages(split, transform, how.seed)
-    loader = DataLoader(
-        data,
-        batch_sampler=_Keys(lambda: iter(keys)),
-        num_workers=how.workers,
-        collate_fn=_collate,
-        worker_init_fn=_leave_signals,
-        generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
-        pin_memory=how.device.type == "cuda",
-    )
-    for batch in loader:
+    with warnings.catch_warnings():  # more workers than cores are the user's choice
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            data,
+            batch_sampler=_Keys(lambda: iter(keys)),
+            num_workers=how.workers,
+            collate_fn=_collate,
+            worker_init_fn=_leave_signals,
+            generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
+            pin_memory=how.device.type == "cuda",
+        )
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, list):
             refuse_bad(batch)
         yield batch

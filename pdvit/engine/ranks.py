@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pdvit.errors import UserError
 
@@ -116,8 +118,8 @@ def join() -> Ranks:
         raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", "start with torchrun") from error
     if ranks.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         # torchrun keeps one store over its restarts, where the addresses of dead processes would still be found
-        store = dist.PrefixStore(f"restart-{launch()[1]}", store)
+        store = PrefixStore(f"restart-{launch()[1]}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ranks

@@ -73,7 +73,7 @@ class Updater:
         self.ranks, self.device, self.precision = ranks, device, config.run.precision
         self.micro_batch = config.data.micro_batch or task.batch_size
         self.largest = config.optim.clip_grad
-        self.step = torch.compile(task.step, dynamic=False) if config.run.compile else task.step
+        self.step = torch.compile(task.step, dynamic=False, fullgraph=True) if config.run.compile else task.step
 
     def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""

@@ -1,0 +1,331 @@
+"""What the engine can do, through `pdvit train`: stop, resume, change, replay, keep, precision, parts, average."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pdvit.cli import run as pdvit
+from pdvit.data.images import Preprocessing
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
+SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
+
+
+def read(run, name):
+    return json.loads((run / name).read_text())
+
+
+def recipe(run):
+    return tomllib.loads((run / "run.toml").read_text())
+
+
+def weights(run):
+    return load_file(run / "model.safetensors")
+
+
+@pytest.fixture
+def train(tmp_path, tiny):
+    """Return a function that trains a tiny model into a folder of its own and returns that."""
+    number = 0
+
+    def start(*flags, status=0):
+        nonlocal number
+        number += 1
+        out = tmp_path / f"run-{number}"
+        assert pdvit(["train", *tiny, *SHORT, *flags, "--out", str(out)]) == status
+        return out
+
+    return start
+
+
+@pytest.fixture
+def stopped(train):
+    """A run that its time limit stopped after the first step."""
+    return train("--time-limit", "0.001s", status=75)
+
+
+def go_on(run, *changes, status=0):
+    assert pdvit(["train", "--resume", str(run), *(flag for c in changes for flag in ("--change", c))]) == status
+
+
+UNLIMITED = "run.time_limit=1h"
+
+
+class TestStopping:
+    def test_a_time_limit_stops_with_75_and_says_how_to_go_on(self, train, capsys):
+        run = train("--time-limit", "0.001s", status=75)
+        assert f"pdvit train --resume {run}" in capsys.readouterr().out
+        assert read(run, "status.json") | {"best": 0} == {
+            "status": "stopped",
+            "step": 1,
+            "reason": "time limit",
+            "best": 0,
+        }
+
+    def test_a_limit_that_is_no_time_is_refused(self, refusal, tiny):
+        assert "3ep" in refusal("train", *tiny, "--time-limit", "3ep").what
+
+    def test_auto_resumes_the_newest(self, workplace, tiny, capsys):
+        flags = ["train", *tiny, *SHORT, "--time-limit", "0.001s"]
+        for name in ("older", "newer"):
+            assert pdvit([*flags, "--name", name]) == 75
+        assert pdvit(["train", "--resume", "auto", "--change", UNLIMITED]) == 0
+        assert (workplace / "runs/newer/summary.json").exists()
+        assert not (workplace / "runs/older/summary.json").exists()
+
+    def test_auto_without_a_run_is_refused(self, refusal, workplace):
+        assert "no run" in refusal("train", "--resume", "auto").what
+
+    def test_a_finished_run_says_so(self, train, capsys):
+        run = train()
+        before = (run / "metrics.jsonl").read_bytes()
+        go_on(run)
+        assert "finished already" in capsys.readouterr().out
+        assert (run / "metrics.jsonl").read_bytes() == before
+
+    def test_a_run_without_a_state_starts_again(self, stopped, train, records):
+        shutil.rmtree(stopped / "checkpoints")
+        go_on(stopped, UNLIMITED)
+        assert records(stopped) == records(train())
+
+
+class TestChanging:
+    def test_a_change_takes_effect_and_is_recorded(self, stopped):
+        go_on(stopped, UNLIMITED, "optim.epochs=15st", "model.drop_path=0.2")
+        assert read(stopped, "summary.json")["steps"] == 15
+        assert recipe(stopped)["model"]["drop_path"] == 0.2
+        changes = {entry["key"]: entry for entry in read(stopped, "changes.json")["changes"]}
+        assert changes["optim.epochs"] == {"step": 1, "key": "optim.epochs", "from": "12st", "to": "15st"}
+
+    def test_a_change_equals_a_run_that_had_it_from_there(self, stopped, train):
+        """A loss weight changes nothing before the second step but the first: so the runs differ from an unchanged."""
+        plain = train("--time-limit", "0.001s", status=75)
+        go_on(plain, UNLIMITED)
+        go_on(stopped, UNLIMITED, "diversity.cosine=3.0")
+        ours, theirs = (weights(run) for run in (stopped, plain))
+        assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+    @pytest.mark.parametrize("change", ["data.batch_size=8", "run.seed=3", "model.depth=3", "data.img_size=32"])
+    def test_what_would_be_another_run_is_refused(self, refusal, stopped, change):
+        before = (stopped / "run.toml").read_bytes()
+        refused = refusal("train", "--resume", stopped, "--change", change)
+        assert change.split("=")[0] in refused.what
+        assert (stopped / "run.toml").read_bytes() == before
+        assert not (stopped / "changes.json").exists()
+
+    def test_an_edited_recipe_is_refused_by_its_keys(self, refusal, stopped):
+        text = (stopped / "run.toml").read_text()
+        (stopped / "run.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.3"))
+        refused = refusal("train", "--resume", stopped)
+        assert "optim.weight_decay was 0.05, is 0.3" in refused.what
+        assert "--change" in refused.tip
+
+    def test_an_unknown_key_names_the_closest(self, refusal, stopped):
+        assert "lr" in refusal("train", "--resume", stopped, "--change", "optim.lrr=1").tip
+
+    def test_only_a_resumed_run_is_changed(self, refusal, tiny):
+        assert "--resume" in refusal("train", *tiny, "--change", "optim.lr=1").tip
+
+    def test_flags_are_refused_with_resume(self, refusal, stopped):
+        assert "--change" in refusal("train", "--resume", stopped, "--lr", "1").tip
+
+
+class TestData:
+    def test_fewer_files_than_before_are_refused_with_the_counts(self, refusal, train, image_folder):
+        run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
+        next((image_folder / "train/red").iterdir()).unlink()
+        assert "train has 23 images, and had 24" in refusal("train", "--resume", run).what
+
+    def test_other_files_are_refused(self, refusal, train, image_folder):
+        run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
+        file = next((image_folder / "train/red").iterdir())
+        file.rename(file.with_name("other.png"))
+        assert "train has changed" in refusal("train", "--resume", run).what
+
+    def test_moved_data_are_found_again(self, train, image_folder):
+        run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
+        moved = image_folder.rename(image_folder.with_name("moved"))
+        go_on(run, UNLIMITED, f"data.source={moved}")
+        assert read(run, "summary.json")["steps"] == 12
+
+    @pytest.mark.parametrize("workers", [2, 4])
+    def test_workers_change_nothing(self, train, image_folder, workers):
+        flags = ["--data", str(image_folder), "--drop-path", "0.3", "--epochs", "6st"]
+        alone, several = (train(*flags, "--workers", str(count)) for count in (0, workers))
+        ours, theirs = weights(several), weights(alone)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class TestGuards:
+    @pytest.fixture
+    def broken(self, monkeypatch, train):
+        """A run whose images are not numbers from step 5 on."""
+        from pdvit.tasks import ClassificationTask
+
+        steps = ClassificationTask.batches
+
+        def batches(self, start):
+            for number, batch in enumerate(steps(self, start), start):
+                if number >= 4:
+                    batch.images[0, 0, 0, 0] = float("nan")
+                yield batch
+
+        monkeypatch.setattr(ClassificationTask, "batches", batches)
+        return train(status=1)
+
+    def test_a_run_whose_loss_breaks_down_can_be_replayed(self, broken, capsys):
+        assert "not a number" in read(broken, "status.json")["reason"]
+        capsys.readouterr()
+        assert pdvit(["train", "--replay", str(broken)]) == 0
+        shown = capsys.readouterr().out
+        assert "step 9 again" in shown
+        assert "not finite" in shown
+        assert "model.patch_embed.proj.weight" in shown
+        assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["step"] == 9
+        assert found["metrics"]["class"] is None
+
+    def test_nothing_to_replay_is_refused(self, refusal, train):
+        assert "no step to replay" in refusal("train", "--replay", train()).what
+
+    def test_a_damaged_bundle_is_refused(self, refusal, broken):
+        (broken / "replay/batch.safetensors").write_bytes(b"x")
+        assert "damaged" in refusal("train", "--replay", broken).what
+
+    def test_collapse_is_warned_of(self, train, capsys):
+        train("--warn-similarity", "0.01")
+        shown = capsys.readouterr().out
+        assert "collapsing" in shown
+        assert "--cosine" in shown
+        train()
+        assert "collapsing" not in capsys.readouterr().out
+
+    def test_out_of_memory_says_what_fits_and_going_on_so_gives_the_same(self, train, monkeypatch, capsys):
+        from pdvit.tasks import ClassificationTask
+
+        plain = ClassificationTask.step
+
+        def step(self, network, batch):
+            if len(batch) > 6:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(self, network, batch)
+
+        whole = train("--micro-batch-size", "4")
+        monkeypatch.setattr(ClassificationTask, "step", step)
+        run = train(status=1)
+        shown = capsys.readouterr().err
+        assert "4 fit" in shown
+        assert f"--resume {run} --change data.micro_batch=4" in shown
+        go_on(run, "data.micro_batch=4")
+        ours, theirs = weights(run), weights(whole)
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+    def test_a_batch_size_is_not_sought_on_a_cpu(self, refusal, tiny):
+        assert "needs a GPU" in refusal("train", *tiny, "--batch-size", "auto").what
+
+
+class TestSwitches:
+    def test_parts_and_recomputing_change_nothing_but_rounding(self, train):
+        plain = weights(train())
+        for flags in (["--micro-batch-size", "5"], ["--grad-checkpointing"]):
+            other = weights(train(*flags))
+            assert all(torch.allclose(plain[name], other[name], atol=1e-4) for name in plain), flags
+
+    def test_an_average_is_exported_and_said(self, train):
+        raw, average = train(), train("--model-ema-decay", "0.9")
+        assert read(raw, "summary.json")["weights"] == "raw"
+        assert read(average, "summary.json")["weights"] == "ema"
+        assert read(average, "config.json")["pdvit"]["weights"] == "ema"
+        ours, theirs = weights(average), weights(raw)
+        assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
+        last = (average / "checkpoints/last").read_text()
+        kept = load_file(average / "checkpoints" / last / "ema.safetensors")
+        assert all(torch.equal(ours[name], kept[f"model.{name}"]) for name in ours)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_short_precisions_train(self, train, precision, records):
+        run = train("--precision", precision)
+        assert read(run, "summary.json")["loss"] < 3
+        assert all(record["loss"] < 10 for record in records(run, "train"))
+
+    def test_deterministic_kernels_are_asked_for_and_left_again(self, train):
+        train("--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        train()
+        assert not torch.are_deterministic_algorithms_enabled()
+
+    def test_layer_decay_slows_the_lower_blocks(self, train):
+        """With a factor near 0 only the uppermost layers move."""
+        runs = [train("--layer-decay", "1e-6"), train("--layer-decay", "1e-6", "--epochs", "24st")]
+        short, long = (weights(run) for run in runs)
+        assert torch.allclose(short["blocks.0.attn.qkv.weight"], long["blocks.0.attn.qkv.weight"], atol=1e-6)
+        assert not torch.allclose(short["head.weight"], long["head.weight"], atol=1e-4)
+
+    @pytest.mark.parametrize("schedule", ["poly", "wsd", "tanh", "constant"])
+    def test_schedules_of_timm(self, train, schedule, records):
+        run = train("--sched", schedule, "--log-interval", "1st", "--epochs", "40st", "--warmup-epochs", "4st")
+        rates = [record["lr"] for record in records(run, "train")]
+        assert rates[:4] == sorted(rates[:4])
+        assert max(rates) == pytest.approx(1e-3)
+        assert (rates[-1] < 2e-4) == (schedule != "constant")
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own, of its compiler
+    def test_a_compiled_step_equals_an_eager_one(self, train):
+        plain, compiled = train("--epochs", "4st"), train("--epochs", "4st", "--compile")
+        ours, theirs = weights(compiled), weights(plain)
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+
+    def test_a_trace_is_written(self, train):
+        (file,) = (train("--profile", "3:5") / "profile").iterdir()
+        assert json.loads(file.read_text())["traceEvents"]
+
+    @pytest.mark.parametrize("span", ["5", "5:5", "a:b", "0:3", "5:"])
+    def test_a_span_that_is_none_is_refused(self, refusal, tiny, span):
+        assert "FROM:TO" in refusal("train", *tiny, "--profile", span).what
+
+    def test_an_unknown_tracker_is_refused_before_the_start(self, refusal, workplace, tiny):
+        assert refusal("train", *tiny, "--track", "tensorbord").tip == "did you mean 'tensorboard'?"
+        assert not (workplace / "runs").exists()
+
+
+class TestFormats:
+    def test_a_checkpoint_of_the_first_format_goes_on(self, tmp_path, records):
+        run = Path(shutil.copytree(GOLDEN / "checkpoint-v1", tmp_path / "run"))
+        go_on(run)
+        summary = read(run, "summary.json")
+        assert summary["steps"] == 30
+        assert [record["step"] for record in records(run, "train")] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
+        best = read(run, "status.json")["best"]
+        assert best["step"] in (15, 30)
+        # what the version that wrote it reached when it was left alone
+        losses = [record["loss"] for record in records(run, "train")[-2:]]
+        assert losses == pytest.approx([4.869049866994222, 4.8498813311258955], abs=1e-3)
+
+    def test_a_half_copied_checkpoint_is_refused_and_nothing_lost(self, refusal, stopped):
+        folder = stopped / "checkpoints" / (stopped / "checkpoints/last").read_text()
+        file = folder / "module.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        before = (stopped / "metrics.jsonl").read_bytes() if (stopped / "metrics.jsonl").exists() else b""
+        assert "damaged" in refusal("train", "--resume", stopped).what
+        assert ((stopped / "metrics.jsonl").read_bytes() if before else b"") == before
+
+    def test_a_device_that_is_gone_is_refused(self, refusal, stopped):
+        refused = refusal("train", "--resume", stopped, "--change", "run.device=cuda:7")
+        assert "--change run.device=cpu" in refused.tip
+
+
+def test_normalising_is_that_of_torchvision():
+    from torchvision.transforms.v2 import functional as V
+
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    how = Preprocessing(8, 1.0, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = V.normalize(images.float() / 255, how.mean, how.std)
+    torch.testing.assert_close(how.normalise(images), expected, rtol=1e-5, atol=1e-5)
