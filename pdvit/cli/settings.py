@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from pdvit.config.keys import info_of
+from pdvit.config.keys import KeyInfo, info_of
 from pdvit.config.load import build, parse_set, read_toml, sections
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
@@ -88,8 +88,14 @@ def _from_flags(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if value is None or value == []:
             continue
         section, _, item = name.partition("_")
+        if isinstance(value, str) and value.isdecimal() and _info(section, item).words:
+            value = int(value)  # the flag takes texts too
         layer.setdefault(section, {})[item] = _pairs(value) if isinstance(value, list) else value
     return layer
+
+
+def _info(section: str, item: str) -> KeyInfo:
+    return info_of(next(field for field in fields(sections()[section]) if field.name == item))
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:

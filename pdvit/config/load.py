@@ -84,6 +84,8 @@ def _check(section: str, name: str, value: Any, where: str) -> Any:
     if name not in by_name:
         raise UserError(f"there is no key '{section}.{name}'", where, closest(name, by_name))
     info = info_of(by_name[name])
+    if isinstance(value, str) and value in info.words:
+        return info.words[value]
     value = _convert(value, get_type_hints(cls)[name], info, at)
     for number in value if isinstance(value, tuple) else (value,):
         _check_range(number, info, at)
@@ -99,8 +101,6 @@ def _convert(value: Any, kind: Any, info: KeyInfo, at: str) -> Any:
         length = parse_duration(str(value), info.unit, at, info.percent, info.clock)
         _check_range(length.value, info, at)
         return str(value)
-    if info.words and isinstance(value, str):
-        value = info.words.get(value, int(value) if value.isdecimal() else value)
     if kind is float and is_number:
         return float(value)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):

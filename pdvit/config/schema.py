@@ -18,10 +18,10 @@ class DataConfig:
     source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
     batch_size: int = key(
         32,
-        "Images per update, in total (timm's is per process); auto (0): as many as a GPU holds.",
+        "Images per update, in total (timm's is per process); auto: as many as a GPU holds.",
         "--batch-size",
         "-b",
-        minimum=0,
+        minimum=1,
         words={"auto": 0},
     )
     micro_batch: int | None = key(

@@ -64,7 +64,8 @@ def test_a_run_leaves_the_files_of_the_design(digits_run):
 def test_the_summary_has_the_numbers_of_the_design(digits_run):
     summary = json.loads((digits_run / "summary.json").read_text())
     numbers = {"accuracy", "loss", "similarity_first", "similarity_last", "epochs", "steps", "seconds"}
-    assert set(summary) == {"task", "split", "images_per_second"} | numbers
+    numbers |= {"steps_skipped", "seconds_by_phase"}
+    assert set(summary) == {"task", "split", "weights", "images_per_second"} | numbers
     assert (summary["task"], summary["split"]) == ("classification", "test")
     assert (summary["epochs"], summary["steps"]) == (2, 2 * (1200 // 128))
     assert all(0 <= summary[name] <= 1 for name in ("accuracy", "similarity_first", "similarity_last"))
