@@ -1,9 +1,11 @@
 """Batches, by step: what step t holds is a function of the seed and t, so starting at any step costs the same."""
 
+import atexit
+import multiprocessing
 import random
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -69,7 +71,9 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def train_batches(split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Batch]:
+def train_batches(
+    split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
+) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
     if isinstance(split, ArraySplit):
         raw = _resident(split, how, augment, mixing, start)
@@ -200,6 +204,14 @@ def _decode(
         if isinstance(batch, list):
             refuse_bad(batch)
         yield batch
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers that an error left behind: at exit Python would wait for them, and they ignore being asked."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _leave_signals(_: int) -> None:

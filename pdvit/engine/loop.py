@@ -10,6 +10,7 @@ Order of events in one step:
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -120,9 +121,10 @@ class Trainer:
         self.logged, self.saved = (progress.samples, dict(progress.spent)), 0.0
         if progress.step >= plan.steps:
             return True
-        with Profiler(plan.profile, self.directory.path / "profile", self.ranks) as profiler:
+        profile = Profiler(plan.profile, self.directory.path / "profile", self.ranks)
+        with profile as profiler, closing(self.task.batches(progress.step)) as batches:
             self.clock.enter("data")
-            for batch in self.task.batches(progress.step):
+            for batch in batches:
                 self.clock.enter("step")
                 self.batch = batch
                 profiler.enter(progress.step + 1)
@@ -138,7 +140,7 @@ class Trainer:
                 stopping, by_clock = agreement.any(self._should_stop(stop), self._save_is_due())
                 wanted = stopping or by_clock or (better and self.config.checkpoint.best)
                 if wanted or plan.due(plan.save_every, progress.step) or plan.at_milestone(progress.step):
-                    self._save(better)
+                    self._save(better and self.config.checkpoint.best)
                 if progress.step >= plan.steps:
                     return True
                 if stopping:

@@ -1,6 +1,6 @@
 """What the engine asks of a task and its batches, and all that it knows about them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class Task(Protocol):
     def fingerprint(self) -> Mapping[str, Any]:
         """What the training data are, by name: a run goes on only with the same."""
 
-    def batches(self, start: int) -> Iterator[Any]:
+    def batches(self, start: int) -> Generator[Any, None, None]:
         """Yield this process's share of steps start, start + 1, ... without end, in constant time for any start."""
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,6 +1,6 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class ClassificationTask:
         """Return the batch that gave these tensors."""
         return Batch(**tensors)
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
         train = self.source.splits["train"]
         return train_batches(train, self.loading, self.config.augment, self.mixing, start)

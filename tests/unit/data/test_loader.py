@@ -213,3 +213,40 @@ def test_half_a_jpeg_is_named(tmp_path, image_files):
     split = FileSplit([*image_files.paths, torn], torch.zeros(COUNT + 1, dtype=torch.long))
     with pytest.raises(UserError, match=r"torn\.jpg"):
         list(eval_batches(split, HOW))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("mixing", [OFF, ON, replace(ON, labels=True), replace(ON, prob=1.0, labels=True)])
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_shares_of_several_processes_make_up_the_batch(split, processes, mixing, start):
+    """Also where images are mixed: each takes its rectangle from the image before it in the whole batch."""
+    how = replace(HOW, batch_size=4)
+    whole = take(split, 5, start, how, mixing)
+    shares = [take(split, 5, start, replace(how, rank=r, processes=processes), mixing) for r in range(processes)]
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert [len(part) for part in parts] == [4 // processes] * processes
+        for name, value in batch.tensors().items():
+            assert torch.equal(torch.cat([part.tensors()[name] for part in parts]), value), name
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_every_held_out_image_is_measured_by_exactly_one_process(split, processes):
+    seen = [
+        index
+        for rank in range(processes)
+        for batch in eval_batches(split, replace(HOW, batch_size=processes, rank=rank, processes=processes))
+        for index in batch.index.tolist()
+    ]
+    assert seen == list(range(COUNT))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_batch_is_divided_without_loss_and_repeated(size):
+    (batch,) = take(arrays(), 1, mixing=replace(ON, labels=True))
+    parts = batch.split(size)
+    assert [len(part) for part in parts] == [min(size, 3 - at) for at in range(0, 3, size)]
+    for name, value in batch.tensors().items():
+        assert torch.equal(torch.cat([part.tensors()[name] for part in parts]), value)
+        again = batch.repeat(7).tensors()[name]
+        assert len(again) == 7
+        assert torch.equal(again[3:6], value)

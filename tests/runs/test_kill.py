@@ -1,0 +1,81 @@
+"""Kill -9 a real training process again and again: what comes out must be what an undisturbed run gives."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pdvit.cli import run as pdvit
+
+STEPS, KILLS, PATIENCE = 240, 20, 300.0
+FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "12", "--micro-batch-size", "5", "--img-size", "32"]
+FLAGS += ["--model-ema-decay", "0.9", "--drop-path", "0.3", "--workers", "2", "--mixup-prob", "0.5", "--clip-grad", "1"]
+FLAGS += ["--save-every", "2st", "--keep-best", "--log-interval", "3st", "--val-interval", "50st"]
+
+
+def state_of(run: Path) -> dict[str, object]:
+    """Return every tensor of the last checkpoint, and all facts that don't depend on the clock."""
+    folder = run / "checkpoints" / (run / "checkpoints" / "last").read_text()
+    facts = json.loads((folder / "state.json").read_text())
+    facts["progress"].pop("spent")
+    tensors = {f"{file.stem}.{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    return {name: value.numpy().tobytes() for name, value in tensors.items()} | {"facts": facts}
+
+
+def newest(run: Path) -> int:
+    """Return the step of the last record, 0 before the first."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+        return json.loads(lines[-1])["step"] if lines else 0
+    except OSError:
+        return 0
+
+
+def saving(run: Path) -> bool:
+    """Tell whether a checkpoint is being written this moment."""
+    return any((run / "checkpoints").glob(".step-*"))
+
+
+def disturb(process: subprocess.Popen, run: Path, rng: random.Random, during_save: bool) -> None:
+    """Kill the process at a random moment after its first new record, or in the middle of a save."""
+    before, deadline = newest(run), time.monotonic() + PATIENCE
+    while process.poll() is None and newest(run) <= before and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.15))
+    while during_save and process.poll() is None and not saving(run) and time.monotonic() < deadline:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait(PATIENCE)
+
+
+@pytest.mark.slow
+def test_many_kills_change_nothing(tmp_path, tiny, image_folder, records):
+    flags = [*tiny, *FLAGS, "--data", str(image_folder)]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert pdvit(["train", *flags, "--out", str(whole)]) == 0
+    rng, kills, mid_save, lost = random.Random(0), 0, 0, []
+    while True:
+        arguments = ["--resume", str(run)] if (run / "run.toml").exists() else [*flags, "--out", str(run)]
+        command = [sys.executable, "-m", "pdvit", "train", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            if kills < KILLS:
+                disturb(process, run, rng, during_save=kills % 3 == 0)
+            shown = process.communicate(timeout=PATIENCE)[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, shown
+        kills += 1
+        mid_save += saving(run)
+        lost.append(newest(run) - int((run / "checkpoints/last").read_text()[5:]) if (run / "checkpoints/last").exists() else 0)
+    print(f"{kills} kills, {mid_save} of them during a save; steps done again: {lost}")
+    assert kills >= KILLS
+    assert state_of(run) == state_of(whole)
+    assert records(run) == records(whole)
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert json.loads((run / "status.json").read_text()) == json.loads((whole / "status.json").read_text())

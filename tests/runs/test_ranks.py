@@ -1,0 +1,168 @@
+"""Several processes on the CPU (gloo) against one: the same recipe, the same total batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("spread_steps.py")
+STEPS, PATIENCE = 20, 300
+MODEL = {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}
+SETTINGS = {
+    "model": MODEL,
+    "data": {"batch_size": 16, "img_size": 16},
+    "augment": {"shift": 2},
+    "optim": {"lr": 0.05, "warmup": "2st", "ema_decay": 0.9, "clip_grad": 1.0},
+    "run": {"device": "cpu"},
+}
+
+
+def merged(**more):
+    return {section: SETTINGS.get(section, {}) | more.get(section, {}) for section in {*SETTINGS, *more}}
+
+
+def launch(processes, *arguments):
+    """Run a module or script in so many processes."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=PATIENCE)
+
+
+def steps(out, processes, settings, precision="short"):
+    done = launch(processes, str(SCRIPT), str(out), json.dumps(settings), str(STEPS), precision)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tensors = {f"{file.stem}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    return tensors, json.loads((out / "numbers.json").read_text())
+
+
+def furthest(ours, theirs, prefix):
+    names = [name for name in theirs if name.startswith(prefix)]
+    assert names
+    assert {name for name in ours if name.startswith(prefix)} == set(names)
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in names)
+
+
+# The design's table: SGD in float32 within 1e-6, AdamW in float64 within 1e-10.
+@pytest.mark.parametrize(
+    ("how", "opt", "precision", "most", "micro"),
+    [
+        ("ddp", "sgd", "short", 1e-6, None),
+        pytest.param("ddp", "adamw", "wide", 1e-10, 3, marks=pytest.mark.slow),
+        pytest.param("fsdp", "sgd", "short", 1e-6, None, marks=pytest.mark.slow),
+        pytest.param("fsdp", "adamw", "wide", 1e-10, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, how, opt, precision, most, micro):
+    data = {"batch_size": 16, "img_size": 16} | ({"micro_batch": micro} if micro else {})
+    alone = steps(tmp_path / "one", 1, merged(optim={"opt": opt}, data=data), precision)
+    both = steps(tmp_path / "two", 2, merged(optim={"opt": opt}, data=data, run={"distribute": how}), precision)
+    assert furthest(both[0], alone[0], "module.") <= most
+    assert furthest(both[0], alone[0], "ema.") <= most
+    for kind, numbers in alone[1].items():
+        for name, value in numbers.items():
+            if isinstance(value, float):
+                assert both[1][kind][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (kind, name)
+
+
+CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
+CLI += ["--batch-size", "16", "--device", "cpu", "--log-interval", "5st", "--val-interval", "30st", "--save-every", "5st"]
+
+
+def read(path, name):
+    return json.loads((path / name).read_text())
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_several_processes(tmp_path, records):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launch(1, *CLI, "--epochs", "40st", "--out", str(one)).returncode == 0
+    done = launch(2, *CLI, "--epochs", "40st", "--out", str(two))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("test accuracy") == 1  # one process speaks
+    assert "x 2 processes" in done.stdout
+    for ours, theirs in zip(records(two), records(one), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("loss", "class", "mixing", "accuracy"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3)
+    # Evaluation counts every image exactly once: 237 do not divide by two.
+    assert (read(two, "summary.json")["accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_processes_that_can_not_share_a_batch_are_refused(tmp_path):
+    done = launch(2, *CLI, "--batch-size", "15", "--out", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert "error: 2 processes can't share batches of 15 evenly" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+FAILING = """
+import os, signal, sys
+from pdvit.cli import run
+from pdvit.tasks import ClassificationTask
+plain, steps = ClassificationTask.step, 0
+def step(self, network, batch):
+    global steps
+    steps += 1
+    if steps == 18 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, network, batch)
+ClassificationTask.step = step
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_with_it(tmp_path, records):
+    script, whole, run = tmp_path / "failing.py", tmp_path / "whole", tmp_path / "run"
+    script.write_text(FAILING)
+    arguments = [*CLI[2:], "--epochs", "40st", "--out"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, str(script), *arguments, str(run)], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode != 0
+    assert read(run, "status.json")["status"] in ("failed", "running")
+    assert (run / "checkpoints/last").read_text() == "step-00000015"
+    again = launch(2, "-m", "pdvit", "train", "--resume", str(run))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert launch(2, *CLI, "--epochs", "40st", "--out", str(whole)).returncode == 0
+    assert records(run) == records(whole)
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    restarted = tmp_path / "restarted"
+    done = subprocess.run(
+        [*start, "--max-restarts", "1", str(script), *arguments, str(restarted)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert records(restarted) == records(whole)
+    assert (restarted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "resumed"), [(2, 1), (1, 2)])
+def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path, saved, resumed):
+    """Spread weights (FSDP) on two, whole ones on one: the same files."""
+    run = tmp_path / "run"
+    how = {1: "ddp", 2: "fsdp"}
+    flags = ["--epochs", "40st", "--model-ema-decay", "0.9", "--out", str(run)]
+    assert launch(saved, *CLI, *flags, "--distribute", how[saved], "--time-limit", "0.01s").returncode != 0
+    step = read(run, "status.json")["step"]
+    assert 0 < step < 40
+    changes = [f"run.distribute={how[resumed]}", "run.time_limit=10min"]
+    go_on = launch(
+        resumed, "-m", "pdvit", "train", "--resume", str(run), *(f for c in changes for f in ("--change", c))
+    )
+    assert go_on.returncode == 0, go_on.stderr[-3000:]
+    whole = tmp_path / "whole"
+    flags[-1] = str(whole)
+    assert launch(1, *CLI, *flags).returncode == 0
+    ours, theirs = (load_file(path / "model.safetensors") for path in (run, whole))
+    assert furthest(ours, theirs, "") <= 1e-4

@@ -1,0 +1,43 @@
+import json
+import tomllib
+
+import timm
+
+from pdvit.cli import run as pdvit
+from pdvit.models.weights import export
+
+# Everything that could draw at random: drop path, mixing and shifts.
+FLAGS = ["--epochs", "6st", "--batch-size", "32", "--log-interval", "1st", "--drop-path", "0.3", "--shift", "2"]
+
+
+def test_the_recipe_repeats_the_run_bit_for_bit(workplace, tiny, records):
+    assert pdvit(["train", *tiny, *FLAGS, "--set", "run.seed=3", "--cosine", "0.5", "--out", "first"]) == 0
+    first, again = workplace / "first", workplace / "again"
+    assert pdvit(["train", "--config", "first/run.toml", "--out", "again"]) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    assert records(first) == records(again)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (first, again)]
+    for summary in summaries:
+        del summary["seconds"], summary["images_per_second"], summary["seconds_by_phase"]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_recipe_repeats_itself(workplace, tiny):
+    assert pdvit(["train", *tiny, *FLAGS, "--diversity", "cutmix", "--out", "first"]) == 0
+    assert pdvit(["train", "--config", "first/run.toml", "--out", "again"]) == 0
+    recipes = [tomllib.loads((workplace / name / "run.toml").read_text()) for name in ("first", "again")]
+    assert recipes[0] == recipes[1]
+
+
+def test_a_run_before_it_changes_nothing(workplace, tiny, digits_run, records):
+    """`digits_run` was trained in this process, perhaps long ago: its recipe still gives the same weights."""
+    assert pdvit(["train", "--config", str(digits_run / "run.toml"), "--out", "again"]) == 0
+    assert (workplace / "again" / "model.safetensors").read_bytes() == (digits_run / "model.safetensors").read_bytes()
+    assert records(workplace / "again") == records(digits_run)
+
+
+def test_the_same_weights_are_the_same_file():
+    model = timm.create_model("test_vit", num_classes=3)
+    exports = [export(model, ["a", "b", "c"], {"mean": (0.5, 0.5, 0.5)}, "raw") for _ in range(12)]
+    assert all(files == exports[0] for files in exports)

@@ -1,0 +1,186 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pdvit.cli import run as pdvit
+
+STEPS = 200
+# Drop path, mixing and shifts draw at random; checkpoints lie neither on log steps nor on evaluations.
+FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "16", "--img-size", "16", "--drop-path", "0.3", "--shift", "2"]
+FLAGS += ["--micro-batch-size", "7", "--model-ema-decay", "0.9"]
+FLAGS += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "150st", "--warmup-epochs", "20st"]
+PATIENCE = 120.0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert pdvit(["train", *tiny, *FLAGS, "--out", str(out)]) == 0
+    return out
+
+
+def interrupt(run: Path, flags: list[str], number: signal.Signals, past: int) -> subprocess.CompletedProcess[str]:
+    """Train in a process of its own and send it a signal once it has a record beyond step `past`."""
+    command = [sys.executable, "-m", "pdvit", "train", *flags, "--out", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + PATIENCE
+        while process.poll() is None and newest_step(run) <= past and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(number)
+        shown, errors = process.communicate(timeout=PATIENCE)
+    return subprocess.CompletedProcess(command, process.returncode, shown, errors)
+
+
+def newest_step(run: Path) -> int:
+    try:
+        whole_lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return 0
+    return json.loads(whole_lines[-1])["step"] if whole_lines else 0
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def same(run: Path, other: Path, records) -> None:
+    assert records(run) == records(other)
+    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert status(run) == status(other)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, tiny, uninterrupted, records):
+    run = tmp_path / "run"
+    assert interrupt(run, [*tiny, *FLAGS], signal.SIGKILL, 30).returncode == -signal.SIGKILL
+    assert 30 < newest_step(run) < STEPS
+    assert not (run / "model.safetensors").exists()
+    assert pdvit(["train", "--resume", str(run)]) == 0
+    same(run, uninterrupted, records)
+
+
+def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, records):
+    run = tmp_path / "run"
+    done = interrupt(run, [*tiny, *FLAGS], signal.SIGTERM, 10)
+    assert done.returncode == 75
+    assert f"pdvit train --resume {run}" in done.stdout
+    assert status(run)["status"] == "stopped"
+    assert status(run)["reason"] == "SIGTERM"
+    assert 10 < status(run)["step"] < STEPS
+    assert pdvit(["train", "--resume", str(run)]) == 0
+    same(run, uninterrupted, records)
+
+
+@pytest.mark.parametrize("step", [1, 7, 20])
+def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step):
+    """Break the run off right after the update of one step, whether or not a checkpoint lies there."""
+    from pdvit.tasks import ClassificationTask
+
+    flags = [*tiny, *FLAGS, "--epochs", "24st", "--warmup-epochs", "2st", "--val-interval", "10st"]
+    assert pdvit(["train", *flags, "--out", str(tmp_path / "whole")]) == 0
+    steps = 0
+    plain = ClassificationTask.step
+
+    def break_off(self, network, batch):
+        nonlocal steps
+        steps += 1
+        if steps > step:
+            raise KeyboardInterrupt
+        return plain(self, network, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassificationTask, "step", break_off)
+        assert pdvit(["train", *flags, "--out", str(tmp_path / "run")]) == 130
+    assert status(tmp_path / "run")["status"] == "stopped"
+    assert pdvit(["train", "--resume", str(tmp_path / "run")]) == 0
+    same(tmp_path / "run", tmp_path / "whole", records)
+
+
+def test_a_run_without_a_checkpoint_starts_over(tmp_path, digits_run, records):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(digits_run / "run.toml", run)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 99.0}\n{"kind": "tra')
+    assert pdvit(["train", "--resume", str(run)]) == 0
+    same(run, digits_run, records)
+
+
+def test_a_finished_run_stays_as_it_is(run_copy, capsys):
+    before = {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
+    assert pdvit(["train", "--resume", str(run_copy)]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_answers_in_json(run_copy, capsys):
+    assert pdvit(["train", "--resume", str(run_copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run_copy / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["module.safetensors", "state.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused(run_copy, refusal, name):
+    (run_copy / "summary.json").unlink()
+    last = run_copy / "checkpoints" / (run_copy / "checkpoints" / "last").read_text().strip()
+    (last / name).write_bytes((last / name).read_bytes()[:100])
+    found = refusal("train", "--resume", run_copy)
+    assert "damaged" in found.what
+    assert str(last) in found.where
+
+
+def test_a_damaged_recipe_is_refused(run_copy, refusal):
+    (run_copy / "summary.json").unlink()
+    (run_copy / "run.toml").write_text("[optim]\nlrr = 1\n")
+    assert "lrr" in refusal("train", "--resume", run_copy).what
+
+
+def test_the_folder_may_have_moved(run_copy, tmp_path, digits_run, records):
+    moved = run_copy.rename(tmp_path / "moved")
+    for name in ("summary.json", "model.safetensors", "config.json"):
+        (moved / name).unlink()
+    assert pdvit(["train", "--resume", str(moved)]) == 0
+    same(moved, digits_run, records)
+
+
+def test_a_signal_before_anything_is_imported_ends_cleanly(tmp_path, tiny):
+    """The signal comes while torch is being imported: the process is stopped at that point by a module of ours."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Early:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Early())\n"
+    )
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pdvit", "train", *tiny, *FLAGS, "--out", str(out)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+    )
+    assert (done.returncode, done.stderr) == (75, "")
+    assert "stopped before the first step" in done.stdout
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_outlives_whoever_reads_its_output(tmp_path, tiny, uninterrupted, records, stream):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "pdvit", "train", *tiny, *FLAGS, "--out", str(run)]
+    command += ["--json"] if stream == "stderr" else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        getattr(process, stream).close()
+        other = process.stderr if stream == "stdout" else process.stdout
+        shown = other.read()
+        assert process.wait(timeout=PATIENCE) == 0, shown
+    assert "Traceback" not in shown
+    same(run, uninterrupted, records)

@@ -1,0 +1,64 @@
+import pytest
+
+from pdvit.config import build, resolve, to_dict
+from pdvit.config.load import sections
+from pdvit.engine.recipe import FIXED, changed_keys, check_changes, check_data, check_recipe
+from pdvit.errors import UserError
+
+RECIPE = {"optim": {"lr": 0.1, "opt": "adamw"}, "run": {"seed": 3}}
+
+
+def test_changed_keys_have_both_values():
+    other = {"optim": {"lr": 0.2, "opt": "adamw", "clip_grad": 1.0}, "run": {}}
+    assert changed_keys(RECIPE, other) == {
+        "optim.lr": (0.1, 0.2),
+        "optim.clip_grad": (None, 1.0),
+        "run.seed": (3, None),
+    }
+
+
+def test_the_same_recipe_is_taken():
+    config = to_dict(resolve(build()))
+    check_recipe(config, to_dict(resolve(build())), {}, "here")
+    check_recipe(None, config, {}, "here")  # of a format that kept none
+
+
+def test_another_recipe_is_refused_by_its_keys():
+    other = {"optim": {"lr": 0.2, "opt": "lion"}, "run": {"seed": 3}}
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.1, is 0\.2; optim\.opt was 'adamw', is 'lion'"):
+        check_recipe(RECIPE, other, {}, "here")
+    with pytest.raises(UserError, match=r"optim\.opt"):
+        check_recipe(RECIPE, other, {"optim.lr": 0.2}, "here")
+    check_recipe(RECIPE, other, {"optim.lr": 0.2, "optim.opt": "lion"}, "here")
+
+
+def test_many_differences_are_counted():
+    before = {"data": {str(number): number for number in range(9)}}
+    with pytest.raises(UserError, match="4 more"):
+        check_recipe(before, {"data": {}}, {}, "here")
+
+
+def test_what_is_fixed_exists_and_is_refused():
+    known = {f"{name}.{key}" for name, cls in sections().items() for key in cls.__dataclass_fields__}
+    assert known >= FIXED
+    for key in FIXED:
+        with pytest.raises(UserError, match=key):
+            check_changes([key], "--change")
+    check_changes(["optim.lr", "run.device", "data.workers", "data.source", "model.drop_path"], "--change")
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"classes": 3, "train": {"images": 9, "hash": "a"}}, "train has 9 images, and had 10"),
+        ({"classes": 3, "train": {"images": 10, "hash": "b"}}, "train has changed"),
+        ({"classes": 2, "train": {"images": 10, "hash": "a"}}, "classes: there were 3, now 2"),
+        ({"classes": 3, "train": {"images": 10, "hash": "a"}, "test": {"images": 1, "hash": "c"}}, "test"),
+    ],
+)
+def test_other_data_are_refused(data, named):
+    saved = {"classes": 3, "train": {"images": 10, "hash": "a"}}
+    check_data(saved, dict(saved), "here")
+    check_data(None, data, "here")
+    with pytest.raises(UserError, match=named):
+        check_data(saved, data, "here")
