@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,11 +62,15 @@ def train(
     if change and resume is None:
         raise UserError("only a run that is resumed can be changed", "--change", "add --resume RUN")
     with stop_on_signals() as stop:  # before anything slow is imported
-        if replay is not None:
-            return _replay(replay, as_json)
-        if resume is not None:
-            return _resume(_run_named(resume), change or [], as_json, stop)
-        return _start(make_config(config, assign or [], settings), as_json, stop)
+        try:
+            if replay is not None:
+                return _replay(replay, as_json)
+            if resume is not None:
+                return _resume(_run_named(resume), change or [], as_json, stop)
+            return _start(make_config(config, assign or [], settings), as_json, stop)
+        finally:
+            if "pdvit.engine.ranks" in sys.modules:
+                sys.modules["pdvit.engine.ranks"].leave()
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def _prepare(config: Config, as_json: bool) -> _Prepared:
     console = RunConsole(stderr=as_json, quiet=not ranks.main)
     device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
     set_up(device, config.run)
-    check_sinks(tracker_names(config.run.track))
+    if ranks.main:
+        check_sinks(tracker_names(config.run.track))
     source = open_source(config.data)
     if not config.data.batch_size:
         size = _batch_that_fits(config, source, device, ranks)
@@ -124,15 +130,23 @@ def _batch_that_fits(config: Config, source: "Source", device: "torch.device", r
     from pdvit.config import resolve
     from pdvit.engine.loop import Trainer
     from pdvit.engine.memory import largest_batch
+    from pdvit.engine.ranks import ALONE
     from pdvit.tasks import ClassificationTask
 
     if device.type == "cpu":
         what = "auto needs a GPU: a CPU that runs out of memory gives no error that can be caught"
         raise UserError(what, "data.batch_size (--batch-size)", "give a number, for example 64")
-    trial = resolve(replace(config, data=replace(config.data, batch_size=ranks.size, micro_batch=None)))
-    task = ClassificationTask(trial, source, device, ranks)
+    trial = replace(
+        config,
+        data=replace(config.data, batch_size=1, micro_batch=None),
+        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
+        run=replace(config.run, distribute="ddp"),
+    )
+    trial = resolve(trial)
+    # Each process by itself: trials that exchange gradients would wait for one another.
+    task = ClassificationTask(trial, source, device)
     images = len(source.splits["train"]) // ranks.size
-    size = largest_batch(Trainer(task, trial, device, ranks).updater, task.batches(0), images)
+    size = largest_batch(Trainer(task, trial, device, ALONE).updater, task.batches(0), images)
     size = int(min(ranks.gather(size))) * ranks.size
     if not size:
         raise UserError("not even one image fits", "data.batch_size (--batch-size)", "use a smaller model or image")
@@ -145,17 +159,35 @@ def _start(config: Config, as_json: bool, stop: "StopRequest") -> int:
     from pdvit.tracking import RunDirectory
 
     ready = _prepare(config, as_json)
-    if stop:
+    if any(ready.ranks.gather(bool(stop))):
         say(ready.console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
     begun = ready.ranks.share(_begun_before_restart(ready.config) if ready.ranks.main else None)
     if begun is not None:
         directory = RunDirectory(begun, ready.ranks.main)
+        if directory.read_json("status.json").get("status") == "stopped":
+            return EXIT_STOPPED  # on purpose: torchrun's restart must not undo it
         ready.trainer.restore(directory, directory.changes())
     else:
-        made = _new_directory(ready.config, ready.device) if ready.ranks.main else None
-        directory = RunDirectory(ready.ranks.share(made.path if made else None), ready.ranks.main)
+        directory = RunDirectory(_shared_directory(ready), ready.ranks.main)
     return _run(ready, directory, as_json, stop)
+
+
+def _shared_directory(ready: _Prepared) -> Path:
+    """Let the main process make the run directory, and tell the others; where it can't, it says why and all end."""
+    made: Path | UserError | None = None
+    if ready.ranks.main:
+        try:
+            made = _new_directory(ready.config, ready.device).path
+        except UserError as error:
+            made = error
+    shared = ready.ranks.share(made)
+    if isinstance(shared, UserError):
+        if ready.ranks.main:
+            raise shared
+        raise typer.Exit(2)
+    assert isinstance(shared, Path)
+    return shared
 
 
 def _begun_before_restart(config: Config) -> Path | None:
@@ -202,7 +234,9 @@ def _replay(path: Path, as_json: bool) -> int:
     from pdvit.engine.replay import replay
     from pdvit.tracking import RunDirectory
 
-    ready = _prepare(make_config(RunDirectory.open(path).path / "run.toml", [], {}), as_json)
+    config = make_config(RunDirectory.open(path).path / "run.toml", [], {})
+    config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
+    ready = _prepare(config, as_json)
     found = replay(path, ready.trainer.state, ready.trainer.updater)
     metrics = {name: value if abs(value) < float("inf") else None for name, value in found.metrics.items()}
     if as_json:
@@ -219,7 +253,6 @@ def _replay(path: Path, as_json: bool) -> int:
 def _run(ready: _Prepared, directory: "RunDirectory", as_json: bool, stop: "StopRequest") -> int:
     """Train and report."""
     from pdvit.engine.interrupts import EXIT_STOPPED
-    from pdvit.engine.ranks import leave
 
     say(ready.console, f"run directory: {directory.path}")
     again = f"pdvit train --resume {directory.path}"
@@ -227,8 +260,6 @@ def _run(ready: _Prepared, directory: "RunDirectory", as_json: bool, stop: "Stop
         summary = ready.trainer.run(directory, ready.console, stop)
     except UserError as error:
         raise UserError(error.what, error.where, f"{error.tip}; go on with: {again}") from error
-    finally:
-        leave()
     if summary is None:
         say(ready.console, f"stopped; go on with: {again}")
         return EXIT_STOPPED

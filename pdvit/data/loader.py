@@ -35,6 +35,8 @@ class Loading:
     workers: int
     device: torch.device
     preprocessing: Preprocessing
+    eval_batch: int | None = None
+    """The most images of a forward pass when nothing is learned."""
     rank: int = 0
     processes: int = 1
     """How many share each batch, and which of them this is."""
@@ -85,7 +87,10 @@ def train_batches(
 
 def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
     """Yield every image of this process's part of a split exactly once, in order, without augmentation."""
-    chunks = torch.arange(*how.share(len(split))).split(max(1, how.batch_size // how.processes))
+    size = max(1, min(how.batch_size // how.processes, how.eval_batch or how.batch_size))
+    least, most = len(split) // how.processes, -(-len(split) // how.processes)
+    turns = max(1, min(-(-most // size), least))  # the same for all processes, as FSDP needs, and none without an image
+    chunks = torch.arange(*how.share(len(split))).tensor_split(turns)
     raw: Iterator[Raw]
     if isinstance(split, ArraySplit):
         fit = how.preprocessing.fit

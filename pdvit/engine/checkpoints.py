@@ -1,6 +1,7 @@
 """Checkpoints on disk: written beside their place by a thread, then renamed, and the pointer to them last."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +18,7 @@ from pdvit.errors import UserError
 from pdvit.tracking import sync, to_json, write_file
 
 LAST, BEST = "last", "best"
+NAME = re.compile(r"step-\d{8,}")
 # What files that are not what they should be make Python, torch and safetensors raise.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -58,6 +61,8 @@ class Checkpoints:
             check(facts)
             files = ["module", "state", *(["ema"] if (source / "ema.safetensors").is_file() else [])]
             state.take(Snapshot(facts, {file: load_file(source / f"{file}.safetensors") for file in files}))
+        except torch.OutOfMemoryError:
+            raise
         except DAMAGE as error:
             raise UserError(
                 f"the checkpoint is damaged: {type(error).__name__}: {error}",
@@ -83,7 +88,8 @@ class Checkpoints:
         if self._points_to(target.name) and not best:
             return  # the same state is there; to replace it would leave nothing for a moment
         beside = self.folder / f".{target.name}"
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in self.folder.glob(".step-*"):  # by a kill, or a disk that was full
+            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir()
         for file, tensors in snapshot.tensors.items():
             save_file(tensors, beside / f"{file}.safetensors")
@@ -96,6 +102,7 @@ class Checkpoints:
         if best:
             write_file(self.folder / BEST, target.name)
         write_file(self.folder / LAST, target.name)
+        sync(self.folder)
         self._remove_old(target.name)
 
     def _points_to(self, name: str) -> bool:
@@ -106,7 +113,7 @@ class Checkpoints:
 
     def _remove_old(self, newest: str) -> None:
         """Remove all but the newest few, the best and the milestones."""
-        names = sorted(path.name for path in self.folder.glob("step-*"))
+        names = sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
         upto = [name for name in names if name <= newest]
         later = names[len(upto) :]  # left from before the run was taken up again at an earlier step
         best = ""
@@ -115,4 +122,4 @@ class Checkpoints:
         for name in upto[: -self.keep] + later:
             milestone = self.milestone is not None and int(name.removeprefix("step-")) % self.milestone == 0
             if name in later or not (name == best or milestone):
-                shutil.rmtree(self.folder / name)
+                shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -21,7 +21,10 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
+    if name.startswith("cuda") and local_rank is not None:
+        if name != "cuda":
+            tip = "use --device cuda: each process takes one of its own"
+            raise UserError(f"several processes can't share '{name}'", "run.device (--device)", tip)
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
@@ -37,6 +40,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"pdvit does not run on '{name}'", "run.device (--device)", "use cpu or cuda")
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

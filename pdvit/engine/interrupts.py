@@ -28,9 +28,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def ask(number: int, _: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.reason = signal.Signals(number).name
+        request.reason = request.reason or signal.Signals(number).name
 
-    before = {number: signal.signal(number, ask) for number in STOPPING}
+    wanted = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, ask) for number in wanted}
     try:
         yield request
     finally:

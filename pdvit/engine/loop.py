@@ -3,12 +3,13 @@
 Order of events in one step:
     next batch (augmented and mixed on the device)
     forward pass and objective, backward, part by part
-    clip; update and moving average, only where loss and gradient are finite
+    clip; update, only where loss and gradient are finite; moving average
     only when due: log, evaluate, save
     last: was a stop asked for?
 """
 
 import math
+import traceback
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -29,7 +30,7 @@ from pdvit.engine.profiler import Profiler
 from pdvit.engine.protocol import Batch, Task
 from pdvit.engine.ranks import Agreement, Ranks, lost_another
 from pdvit.engine.recipe import check_data, check_recipe
-from pdvit.engine.replay import write_bundle
+from pdvit.engine.replay import share_of, write_bundle
 from pdvit.engine.schedule import make_plan, make_scheduler
 from pdvit.engine.spread import local, make_average, spread
 from pdvit.engine.state import State
@@ -49,6 +50,9 @@ class Trainer:
         """Prepare everything that can fail before a run directory exists; raises UserError."""
         self.task, self.config, self.device, self.ranks = task, config, device, ranks
         self.plan = make_plan(config, task.steps_per_epoch, task.batch_size)
+        if config.run.compile and ranks.size > 1:
+            what = "a step that several processes share can't be compiled yet"
+            raise UserError(what, "run.compile (--compile)", "leave it out, or train in one process")
         average = make_average(task.module, config.optim.ema_decay)
         self.network = spread(task.module, average, config.run.distribute, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
@@ -61,7 +65,7 @@ class Trainer:
         )
         self.batch: Batch | None = None
         self.weights = "raw" if average is None else "ema"
-        self.evaluated = self.network if average is None else average.module
+        self.evaluated = task.module if average is None else average.module
 
     def notes(self) -> list[str]:
         """Return what somebody should know before the start."""
@@ -99,7 +103,11 @@ class Trainer:
                 self.checkpoints.wait()
                 return self._finish() if done else None
         except BaseException as error:
-            explained = self._explain(error)
+            try:
+                explained = self._explain(error)
+            except BaseException:
+                self._fail(error)
+                raise
             self._fail(explained)
             if explained is error:
                 raise
@@ -151,7 +159,8 @@ class Trainer:
 
     def _log(self, batch: Batch, generators: dict[str, torch.Tensor]) -> None:
         """Write the means since the last record; stop where one step after another had to be skipped."""
-        progress, lr = self.state.progress, self.state.optimizer.param_groups[0]["lr"]
+        progress, groups = self.state.progress, self.state.optimizer.param_groups
+        lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)  # before layer decay
         means, skipped, in_a_row = self.state.meter.read(self.ranks)
         self.clock.enter("step")  # reading waited for the device, so the clock now has all of its work
         progress.skipped += skipped
@@ -175,9 +184,10 @@ class Trainer:
         self.sinks.log(kind, self.state.progress.step, record, clock)
 
     def _give_up(self, batch: Batch, generators: dict[str, torch.Tensor], in_a_row: int) -> None:
-        snapshot = self.state.snapshot()
+        snapshot, shares = self.state.snapshot(), self.ranks.gather(share_of(batch, generators))
         if self.ranks.main:
-            write_bundle(self.directory.path, snapshot, batch, generators)
+            write_bundle(self.directory.path, snapshot, shares)
+        self.ranks.gather(None)  # torchrun ends the others as soon as one is done
         raise RunFailed(
             f"loss or gradient was infinite or not a number in {in_a_row} steps in a row, up to step {snapshot.step}",
             f"see where: pdvit train --replay {self.directory.path}; then start a new run with a lower --lr, or with "
@@ -187,6 +197,7 @@ class Trainer:
     def _explain(self, error: BaseException) -> BaseException:
         """Return the error that says what to do, for those of torch that don't."""
         if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold the step's activations
             return self._out_of_memory()
         if lost_another(error):
             tip = f"its own message says why; go on with: --resume {self.directory.path}"
@@ -197,7 +208,11 @@ class Trainer:
         """Find out what would fit, and say it."""
         most = min(self.updater.micro_batch, self.task.batch_size // self.ranks.size)
         batch = self.batch
-        size = largest(lambda size: fits(self.updater, batch, size), most // 2) if batch is not None else 0
+        if batch is None or self.ranks.size > 1:  # a trial would mix with what the other processes still exchange
+            tip = f"go on in parts: --resume {self.directory.path} --change data.micro_batch={max(1, most // 2)}"
+            return RunFailed(f"{self.device} has no memory left", tip)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        size = largest(lambda size: fits(self.updater, batch, size), most // 2)
         where = f"--resume {self.directory.path} --change data.micro_batch={size}"
         return RunFailed(
             f"{self.device} has no memory for {most} images at a time",
@@ -209,9 +224,9 @@ class Trainer:
     def _check_weights(self) -> None:
         """End the run before it measures or saves broken weights, so that the last sound checkpoint stays."""
         weights = list(self.state.module.named_parameters())
-        sound = torch.stack([local(weight).isfinite().all() for _, weight in weights])
-        if not bool(sound.all()):
-            broken = [name for (name, _), whole in zip(weights, sound.tolist(), strict=True) if not whole]
+        unsound = self.ranks.sum(torch.stack([(~local(weight).isfinite()).any() for _, weight in weights]).int())
+        if bool(unsound.any()):
+            broken = [name for (name, _), count in zip(weights, unsound.tolist(), strict=True) if count]
             raise RunFailed(
                 f"{', '.join(broken[:3])} became infinite or not a number by step {self.state.progress.step}",
                 "start a new run with a lower --lr, or with --clip-grad 1",
@@ -255,6 +270,7 @@ class Trainer:
     def _stopped(self, stop: StopRequest) -> None:
         self.checkpoints.wait()
         self.directory.status("stopped", step=self.state.progress.step, best=self._best(), reason=stop.reason)
+        self.ranks.gather(None)  # torchrun ends the others as soon as one is done
 
     def _checkpoints(self, directory: RunDirectory) -> Checkpoints:
         return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.plan.milestone)
@@ -269,8 +285,9 @@ class Trainer:
         """Export the weights, measure them, and close the run."""
         progress, tensors = self.state.progress, self.state.snapshot().tensors
         numbers = self.task.finish(self.evaluated, self.weights)
-        for name, content in self.task.export(tensors.get("ema", tensors["module"]), self.weights).items():
-            self.directory.write(name, content)
+        if self.ranks.main:
+            for name, content in self.task.export(tensors.get("ema", tensors["module"]), self.weights).items():
+                self.directory.write(name, content)
         summary = {
             **numbers,
             "epochs": self._epoch(),

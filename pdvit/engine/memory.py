@@ -9,11 +9,14 @@ from pdvit.engine.update import Updater
 
 SPARE = 0.1  # of the memory: no two steps need exactly the same
 
+# What a full device says where torch has no error of its own for it.
+SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a device had no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
     )
 
 

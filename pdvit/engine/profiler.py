@@ -40,7 +40,7 @@ class Profiler:
     def _write(self, end: int) -> None:
         assert self.running is not None
         self.running.stop()
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.first}-{end}" + (f"-rank-{self.ranks.rank}" if self.ranks.size > 1 else "")
         self.running.export_chrome_trace(str(self.folder / f"{name}.json"))
         self.running = None

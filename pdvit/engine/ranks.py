@@ -16,7 +16,7 @@ from pdvit.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run; alone by default. `local` counts the processes of this machine."""
+    """The processes of a run; alone by default. `local` is the number of this one on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -52,6 +52,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
 FLAGS = 4  # the most that are asked at once
 
 
@@ -115,10 +116,13 @@ def join() -> Ranks:
     try:
         ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
     except ValueError as error:
-        raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", "start with torchrun") from error
+        raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", TORCHRUN) from error
     if ranks.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, size = next(rendezvous("env://"))
+        try:
+            store, rank, size = next(rendezvous("env://"))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the processes don't find one another: {error}", "the environment", TORCHRUN) from error
         # torchrun keeps one store over its restarts, where the addresses of dead processes would still be found
         store = PrefixStore(f"restart-{launch()[1]}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)

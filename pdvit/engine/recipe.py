@@ -1,6 +1,6 @@
 """Whether a checkpoint belongs to a configuration and a data set: what may differ, and what may not."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pdvit.errors import UserError
@@ -10,6 +10,8 @@ FIXED = frozenset(
     {
         *(f"data.{name}" for name in ("batch_size", "split_seed", "img_size")),
         *(f"model.{name}" for name in ("name", "depth", "width", "heads", "patch_size", "args")),
+        "diversity.preset",  # the weights are spelled out: those can change
+        "optim.opt",
         "run.seed",
     }
 )
@@ -28,11 +30,12 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def check_changes(keys: Iterable[str], where: str) -> None:
-    """Raise UserError where a change would make another run of it."""
-    for key in keys:
-        if key in FIXED:
-            raise UserError(f"{key} can't change within a run", where, "start a new run with it")
+def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
+    """Raise UserError where a change, `{key: (old, new)}`, would make another run of it."""
+    for key, (old, new) in changes.items():
+        switched = key == "diversity.mixing" and bool(old) != bool(new)  # the patch head comes and goes with it
+        if key in FIXED or switched:
+            raise UserError(f"{key} can't change from {old} to {new} within a run", where, "start a new run with it")
 
 
 def check_recipe(

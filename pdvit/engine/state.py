@@ -68,11 +68,12 @@ class State:
     progress: Progress = field(default_factory=Progress)
 
     def snapshot(self) -> Snapshot:
-        """Copy everything to main memory; every process takes part."""
-        meter = {"skipped": self.meter.skipped, "in_a_row": self.meter.in_a_row}
-        rest = {f"meter.{name}": value for name, value in (self.meter.sums | meter).items()}
-        for rank, generators in enumerate(self.ranks.gather(self.generators())):
-            rest |= {f"generator.{rank}.{name}": value for name, value in generators.items()}
+        """Copy everything to main memory; every process takes part, and only the main one gets the tensors."""
+        rest: dict[str, Tensor] = {}
+        mine = {f"meter.{name}": value.cpu() for name, value in self.meter.tensors().items()}
+        mine |= {f"generator.{name}": value for name, value in self.generators().items()}
+        for rank, theirs in enumerate(self.ranks.gather(mine)):
+            rest |= {f"{rank}.{name}": value for name, value in theirs.items()}
         facts = {
             "version": VERSION,
             "packages": {name: version(name) for name in ("torch", "timm")},
@@ -80,15 +81,15 @@ class State:
             "data": self.data,
             "progress": asdict(self.progress),
             "meter_steps": self.meter.steps,
+            "meter_names": list(self.meter.sums),
             "scaler": self.scaler.state_dict(),
             "optimizer": pack(self._optimizer_by_name(), "optimizer", rest),
         }
         tensors = {"module": self.module.state_dict(), "state": rest}
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
-        return Snapshot(
-            facts, {file: {name: _kept(v) for name, v in content.items()} for file, content in tensors.items()}
-        )
+        copies = {file: {name: self._copy(v) for name, v in content.items()} for file, content in tensors.items()}
+        return Snapshot(facts, copies if self.ranks.main else {})
 
     def take(self, snapshot: Snapshot) -> None:
         """Take on what a snapshot holds; raises what torch and Python raise where it does not fit."""
@@ -107,14 +108,15 @@ class State:
         counts = (self.progress.step, self.progress.samples, self.progress.skipped, facts["meter_steps"])
         if not all(isinstance(count, int) for count in counts):
             raise TypeError("its counts are not whole numbers")
-        sums = {name.removeprefix("meter."): v.to(self.device) for name, v in rest.items() if name.startswith("meter.")}
-        self.meter.skipped = sums.pop("skipped", self.meter.skipped)
-        self.meter.in_a_row = sums.pop("in_a_row", self.meter.in_a_row)
-        self.meter.sums, self.meter.steps = sums, facts["meter_steps"]
-        mine = f"generator.{self.ranks.rank}."  # absent where there were fewer processes: it then keeps its seed
-        if self.ranks.main and f"{mine}cpu" not in rest:
-            raise KeyError("it has no generator")
-        self.set_generators({name.removeprefix(mine): v for name, v in rest.items() if name.startswith(mine)})
+        rank = self.ranks.rank
+        # Where there were fewer processes, this one takes the first one's means, and keeps the generators it has.
+        theirs = rank if f"{rank}.generator.cpu" in rest else 0
+        order = [*facts["meter_names"], "skipped", "in_a_row"]
+        sums = {name: rest[f"{theirs}.meter.{name}"].to(self.device) for name in order}
+        self.meter.take(sums, facts["meter_steps"])
+        if theirs == rank:
+            names = [name for name in rest if name.startswith(f"{rank}.generator.")]
+            self.set_generators({name.split(".", 2)[2]: rest[name] for name in names} or {"cpu": rest["no generator"]})
 
     def generators(self) -> dict[str, Tensor]:
         """Return this process's generator states: what drop path and dropout draw from."""
@@ -129,6 +131,14 @@ class State:
             torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    def _copy(self, value: Tensor) -> Tensor:
+        """Return a copy in main memory that safetensors takes: whole, contiguous, sharing nothing."""
+        value = value.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if not self.ranks.main:
+            return value  # nobody keeps it
+        return value.clone().contiguous() if value.device.type == "cpu" else value.cpu().contiguous()
 
     def _names(self) -> list[str]:
         """Return the parameters' names in the optimizer's order."""
@@ -153,13 +163,6 @@ class State:
             for name, values in saved["state"].items()
         }
         self.optimizer.load_state_dict(current | {"state": state})
-
-
-def _kept(value: Tensor) -> Tensor:
-    """Return a copy in main memory that safetensors takes: whole, contiguous, sharing nothing."""
-    value = value.detach()
-    value = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return value.cpu().clone().contiguous()
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -156,6 +156,15 @@ class Meter:
         self.skipped = self.skipped + skipped
         self.in_a_row = (self.in_a_row + 1) * skipped
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything but the number of steps, by name."""
+        return self.sums | {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def take(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Undo `tensors`."""
+        self.sums, self.steps = dict(tensors), steps
+        self.skipped, self.in_a_row = self.sums.pop("skipped"), self.sums.pop("in_a_row")
+
     def read(self, ranks: Ranks) -> tuple[dict[str, float], int, int]:
         """Return means, steps skipped since the last reading, and skipped in a row; then start anew.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,9 @@ def _name_parameters(facts: dict[str, Any], rest: dict[str, Tensor], names: Sequ
     facts["optimizer"] = {"state": by_name, "groups": packed["param_groups"]}
     progress["spent"] = {"step": progress.pop("seconds")}
     progress["skipped"] = 0
-    for name in [name for name in rest if name.startswith("generator.")]:
-        rest[name.replace("generator.", "generator.0.")] = rest.pop(name)
+    facts["meter_names"] = [name.removeprefix("meter.") for name in rest if name.startswith("meter.")]
+    for name in [name for name in rest if name.startswith(("generator.", "meter."))]:
+        rest[f"0.{name}"] = rest.pop(name)
+    none = torch.zeros((), dtype=torch.float64)
+    rest |= {"0.meter.skipped": none, "0.meter.in_a_row": none.clone()}
     facts |= {"version": 2, "config": None, "data": None, "scaler": {}}

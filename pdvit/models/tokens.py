@@ -145,13 +145,13 @@ def measure_layers(
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = measure(tokens)
 
-    with torch.no_grad(), _exact_float32(images.device), watch_layers(model, visit):
+    with torch.no_grad(), exact_float32(images.device), watch_layers(model, visit):
         (network or model)(images)
     return found
 
 
 @contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
+def exact_float32(device: torch.device) -> Iterator[None]:
     """Compute in float32 proper: no autocast, and no TF32 on a GPU, whatever training chose."""
     products = torch.backends.cuda.matmul
     before, products.allow_tf32 = products.allow_tf32, False

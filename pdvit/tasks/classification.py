@@ -21,7 +21,7 @@ from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import build_model, model_arguments, patch_size_of
-from pdvit.models.tokens import DiverseModel, measure_layers
+from pdvit.models.tokens import DiverseModel, exact_float32, measure_layers
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
 
@@ -62,7 +62,14 @@ class ClassificationTask:
             )
         self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
         self.loading = Loading(
-            self.batch_size, config.run.seed, config.data.workers, device, self.preprocessing, ranks.rank, ranks.size
+            self.batch_size,
+            config.run.seed,
+            config.data.workers,
+            device,
+            self.preprocessing,
+            config.data.micro_batch,
+            ranks.rank,
+            ranks.size,
         )
         self.mixing = Mixing(
             config.augment.cutmix or 0.0,
@@ -159,7 +166,8 @@ class ClassificationTask:
     def _first_last_similarity(self, network: nn.Module) -> tuple[float, float]:
         """Return P of the very tokens that the losses compare, on the probe."""
         network.eval()
-        output = network(self._probe_images())
+        with exact_float32(self.device):
+            output = network(self._probe_images())
         return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
 
     def _probe_images(self) -> Tensor:
@@ -172,8 +180,7 @@ class ClassificationTask:
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """Return the timm model inside a DiverseModel, or inside that under DDP."""
-    inner: Any = network
-    model = getattr(inner, "module", inner).model
+    """Return the timm model inside a DiverseModel."""
+    model = network.model
     assert isinstance(model, nn.Module)
     return model

@@ -76,7 +76,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of its JSON files."""
-        self.write(name, to_json(value) + "\n")
+        self.write(name, to_json({key: _finite(item) for key, item in value.items()}) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read one of its JSON files; UserError where it is missing or damaged."""

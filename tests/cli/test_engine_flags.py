@@ -111,7 +111,7 @@ class TestChanging:
         ours, theirs = (weights(run) for run in (stopped, plain))
         assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
-    @pytest.mark.parametrize("change", ["data.batch_size=8", "run.seed=3", "model.depth=3", "data.img_size=32"])
+    @pytest.mark.parametrize("change", ["data.batch_size=8", "run.seed=3", "model.depth=3", "diversity.mixing=0.0"])
     def test_what_would_be_another_run_is_refused(self, refusal, stopped, change):
         before = (stopped / "run.toml").read_bytes()
         refused = refusal("train", "--resume", stopped, "--change", change)
@@ -196,7 +196,7 @@ class TestGuards:
         assert "no step to replay" in refusal("train", "--replay", train()).what
 
     def test_a_damaged_bundle_is_refused(self, refusal, broken):
-        (broken / "replay/batch.safetensors").write_bytes(b"x")
+        (broken / "replay/share-0.safetensors").write_bytes(b"x")
         assert "damaged" in refusal("train", "--replay", broken).what
 
     def test_collapse_is_warned_of(self, train, capsys):

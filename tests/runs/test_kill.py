@@ -72,7 +72,9 @@ def test_many_kills_change_nothing(tmp_path, tiny, image_folder, records):
         assert process.returncode == -signal.SIGKILL, shown
         kills += 1
         mid_save += saving(run)
-        lost.append(newest(run) - int((run / "checkpoints/last").read_text()[5:]) if (run / "checkpoints/last").exists() else 0)
+        lost.append(
+            newest(run) - int((run / "checkpoints/last").read_text()[5:]) if (run / "checkpoints/last").exists() else 0
+        )
     print(f"{kills} kills, {mid_save} of them during a save; steps done again: {lost}")
     assert kills >= KILLS
     assert state_of(run) == state_of(whole)

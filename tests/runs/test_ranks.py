@@ -35,7 +35,9 @@ def launch(processes, *arguments):
 def steps(out, processes, settings, precision="short"):
     done = launch(processes, str(SCRIPT), str(out), json.dumps(settings), str(STEPS), precision)
     assert done.returncode == 0, done.stderr[-3000:]
-    tensors = {f"{file.stem}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    tensors = {
+        f"{file.stem}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()
+    }
     return tensors, json.loads((out / "numbers.json").read_text())
 
 
@@ -69,7 +71,18 @@ def test_two_processes_equal_one(tmp_path, how, opt, precision, most, micro):
 
 
 CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
-CLI += ["--batch-size", "16", "--device", "cpu", "--log-interval", "5st", "--val-interval", "30st", "--save-every", "5st"]
+CLI += [
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+    "--log-interval",
+    "5st",
+    "--val-interval",
+    "30st",
+    "--save-every",
+    "5st",
+]
 
 
 def read(path, name):
@@ -122,9 +135,7 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_with_it(tmp_path
     script.write_text(FAILING)
     arguments = [*CLI[2:], "--epochs", "40st", "--out"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, str(script), *arguments, str(run)], capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = subprocess.run([*start, str(script), *arguments, str(run)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0
     assert read(run, "status.json")["status"] in ("failed", "running")
     assert (run / "checkpoints/last").read_text() == "step-00000015"

@@ -243,9 +243,9 @@ DAMAGES = {
     "no optimizer": lambda source: change(source / "state.json", lambda facts: facts.update(optimizer={})),
     "a listed optimizer": lambda source: change(source / "state.json", lambda f: f["optimizer"].update(state=[1])),
     "no groups": lambda source: change(source / "state.json", lambda f: f["optimizer"].pop("groups")),
-    "no generator": lambda source: rewrite(source / "state.safetensors", lambda t: t.pop("generator.0.cpu")),
+    "no generator": lambda source: rewrite(source / "state.safetensors", lambda t: t.pop("0.generator.cpu")),
     "half a generator": lambda source: rewrite(
-        source / "state.safetensors", lambda t: t.update({"generator.0.cpu": t["generator.0.cpu"][:9].clone()})
+        source / "state.safetensors", lambda t: t.update({"0.generator.cpu": t["0.generator.cpu"][:9].clone()})
     ),
     "no weight": lambda source: rewrite(source / "module.safetensors", lambda t: t.pop("first.weight")),
     "a strange pointer": lambda source: (source.parent / "last").write_bytes(b"\xff\xfe"),

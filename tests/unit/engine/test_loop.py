@@ -284,7 +284,7 @@ def test_a_replay_gives_the_very_step_again(tmp_path):
     assert found.broken == []
     weight, bias = clean.task.module.parameters()
     batch = next(LineFit().batches(14))
-    torch.set_rng_state(load_file(path / "replay/generators.safetensors")["cpu"])
+    torch.set_rng_state(load_file(path / "replay/share-0.safetensors")["generator.cpu"])
     expected = (batch.inputs + 0.1 * torch.randn_like(batch.inputs)) @ weight.T + bias - batch.targets
     assert found.metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
 

@@ -43,8 +43,12 @@ def test_what_is_fixed_exists_and_is_refused():
     assert known >= FIXED
     for key in FIXED:
         with pytest.raises(UserError, match=key):
-            check_changes([key], "--change")
-    check_changes(["optim.lr", "run.device", "data.workers", "data.source", "model.drop_path"], "--change")
+            check_changes({key: (1, 2)}, "--change")
+    free = ["optim.lr", "run.device", "data.workers", "data.source", "model.drop_path", "diversity.mixing"]
+    check_changes(dict.fromkeys(free, (1, 2)), "--change")
+    for values in ((0.0, 1.0), (1.0, 0.0)):
+        with pytest.raises(UserError, match=r"diversity\.mixing"):
+            check_changes({"diversity.mixing": values}, "--change")
 
 
 @pytest.mark.parametrize(
