@@ -2,11 +2,13 @@
 
 import sys
 
-from pdvit.cli import run
-
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    try:
+        from pdvit.cli import run
+    except KeyboardInterrupt:  # before anything has begun
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -57,6 +57,7 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _explain(_usage_error(error), EXIT_MISUSED)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone (`pdvit analyze | head`); say nothing more, not even at exit.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,8 @@ def train(
     """
     from pdvit.engine.interrupts import stop_on_signals
 
+    if resume is not None and replay is not None:
+        raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
     again = f"--resume {resume}" if resume is not None else f"--replay {replay}" if replay is not None else None
     given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
     if again is not None and given:
@@ -163,14 +166,13 @@ def _start(config: Config, as_json: bool, stop: "StopRequest") -> int:
         say(ready.console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
     begun = ready.ranks.share(_begun_before_restart(ready.config) if ready.ranks.main else None)
-    if begun is not None:
-        directory = RunDirectory(begun, ready.ranks.main)
-        if directory.read_json("status.json").get("status") == "stopped":
-            return EXIT_STOPPED  # on purpose: torchrun's restart must not undo it
-        ready.trainer.restore(directory, directory.changes())
-    else:
-        directory = RunDirectory(_shared_directory(ready), ready.ranks.main)
-    return _run(ready, directory, as_json, stop)
+    directory = RunDirectory(begun or _shared_directory(ready), ready.ranks.main)
+    if begun and (begun / "status.json").is_file() and directory.read_json("status.json").get("status") == "stopped":
+        return EXIT_STOPPED  # on purpose: torchrun's restart must not undo it
+    with directory.locked():
+        if begun:
+            ready.trainer.restore(directory, directory.changes())
+        return _run(ready, directory, as_json, stop)
 
 
 def _shared_directory(ready: _Prepared) -> Path:
@@ -215,18 +217,27 @@ def _resume(path: Path, change: list[str], as_json: bool, stop: "StopRequest") -
 
     directory = RunDirectory.open(path)
     if summary := _finished(directory):
+        if change:
+            raise UserError("the run is finished, so nothing can change", f"--resume {path}", "start a new run")
         console = RunConsole(stderr=as_json)
         say(console, f"{path} is finished already")
         return _close(directory, summary, console, as_json)
+    for text in change:
+        if text.partition("=")[0].strip() in ("run.out", "run.name"):
+            raise UserError("a run stays where it is", f"--change {text}", "move its folder instead")
     config = make_config(path / "run.toml", change, {})
     ready = _prepare(config, as_json)
     directory = RunDirectory.open(path, ready.ranks.main)
-    changes = changed_keys(to_dict(make_config(path / "run.toml", [], {})), to_dict(ready.config))
-    check_changes(changes, f"--resume {path} --change")
-    ready.trainer.restore(directory, directory.changes() | {key: new for key, (_, new) in changes.items()})
-    if changes:
-        directory.record_changes(ready.trainer.state.progress.step, changes, to_toml(ready.config, command_line()))
-    return _run(ready, directory, as_json, stop)
+    with directory.locked():
+        changes = changed_keys(to_dict(make_config(path / "run.toml", [], {})), to_dict(ready.config))
+        check_changes(changes, f"--resume {path} --change")
+        ready.trainer.restore(directory, directory.changes() | {key: new for key, (_, new) in changes.items()})
+        progress = ready.trainer.state.progress
+        done = f"going on after step {progress.step}" if progress.step else "no checkpoint yet: starting again"
+        say(ready.console, done)
+        if changes:
+            directory.record_changes(progress.step, changes, to_toml(ready.config, command_line()))
+        return _run(ready, directory, as_json, stop)
 
 
 def _replay(path: Path, as_json: bool) -> int:
@@ -255,7 +266,7 @@ def _run(ready: _Prepared, directory: "RunDirectory", as_json: bool, stop: "Stop
     from pdvit.engine.interrupts import EXIT_STOPPED
 
     say(ready.console, f"run directory: {directory.path}")
-    again = f"pdvit train --resume {directory.path}"
+    again = f"pdvit train --resume {shlex.quote(str(directory.path))}"
     try:
         summary = ready.trainer.run(directory, ready.console, stop)
     except UserError as error:

@@ -136,7 +136,12 @@ class RunConfig:
         choices=("ddp", "fsdp"),
     )
     time_limit: str | None = key(
-        None, "Stop, resumable, after this time: 90min, 12h.", "--time-limit", above=0, unit="min", clock=True
+        None,
+        "Stop, resumable, after this time: 90min, 12h; a bare number is minutes.",
+        "--time-limit",
+        above=0,
+        unit="min",
+        clock=True,
     )
     log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations, with the probe.", "--val-interval", above=0, unit="ep")

@@ -64,11 +64,12 @@ class Checkpoints:
         except torch.OutOfMemoryError:
             raise
         except DAMAGE as error:
-            raise UserError(
-                f"the checkpoint is damaged: {type(error).__name__}: {error}",
-                str(source),
-                f"start again: pdvit train --config {self.folder.parent / 'run.toml'}",
-            ) from error
+            others = [name for name in self._names() if name != source.name]
+            tip = f"start again: pdvit train --config {self.folder.parent / 'run.toml'}"
+            if others:
+                tip = f"an older one may be whole: write {others[-1]} into {self.folder / LAST}"
+            what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
+            raise UserError(what, str(source), tip) from error
         return True
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
@@ -79,7 +80,7 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint of step {snapshot.step} can't be written: {reason}",
                 str(self.folder),
-                "make room there; the checkpoint before is whole",
+                "make room there; what was saved before is whole",
             ) from error
 
     def _write_beside(self, snapshot: Snapshot, best: bool) -> None:
@@ -105,6 +106,10 @@ class Checkpoints:
         sync(self.folder)
         self._remove_old(target.name)
 
+    def _names(self) -> list[str]:
+        """Return the names of the checkpoints, the oldest first."""
+        return sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
+
     def _points_to(self, name: str) -> bool:
         try:
             return (self.folder / LAST).read_text().strip() == name
@@ -113,7 +118,7 @@ class Checkpoints:
 
     def _remove_old(self, newest: str) -> None:
         """Remove all but the newest few, the best and the milestones."""
-        names = sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
+        names = self._names()
         upto = [name for name in names if name <= newest]
         later = names[len(upto) :]  # left from before the run was taken up again at an earlier step
         best = ""

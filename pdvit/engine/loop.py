@@ -10,7 +10,7 @@ Order of events in one step:
 
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -86,6 +86,12 @@ class Trainer:
             check_data(facts.get("data"), self.state.data, where)
 
         self._checkpoints(directory).restore(self.state, check)
+        if self.state.progress.step > self.plan.steps:
+            raise UserError(
+                f"{self.state.progress.step} steps are done already, of {self.plan.steps}",
+                "optim.epochs",
+                "make the run longer than what is done",
+            )
         directory.cut_records(self.state.progress.step)
 
     def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
@@ -126,13 +132,13 @@ class Trainer:
         """Run the steps; False where a stop was asked for before the last."""
         plan, state, progress = self.plan, self.state, self.state.progress
         self.clock, agreement = Clock(progress.spent), Agreement(self.ranks)
-        self.logged, self.saved = (progress.samples, dict(progress.spent)), 0.0
+        self.logged, self.saved, self.owed = (progress.samples, dict(progress.spent)), 0.0, False
         if progress.step >= plan.steps:
             return True
         profile = Profiler(plan.profile, self.directory.path / "profile", self.ranks)
         with profile as profiler, closing(self.task.batches(progress.step)) as batches:
             self.clock.enter("data")
-            for batch in batches:
+            for batch in self._or_save(batches):
                 self.clock.enter("step")
                 self.batch = batch
                 profiler.enter(progress.step + 1)
@@ -146,7 +152,7 @@ class Trainer:
                     self._log(batch, generators)
                 better = plan.due(plan.eval_every, progress.step) and self._evaluate()
                 stopping, by_clock = agreement.any(self._should_stop(stop), self._save_is_due())
-                wanted = stopping or by_clock or (better and self.config.checkpoint.best)
+                wanted = stopping or by_clock or self.owed or (better and self.config.checkpoint.best)
                 if wanted or plan.due(plan.save_every, progress.step) or plan.at_milestone(progress.step):
                     self._save(better and self.config.checkpoint.best)
                 if progress.step >= plan.steps:
@@ -156,6 +162,15 @@ class Trainer:
                     return False
                 self.clock.enter("data")
         raise AssertionError("a task's batches never end")
+
+    def _or_save(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Hand on the batches; where an image can't be read, save first: everything before it is sound."""
+        try:
+            yield from batches
+        except UserError:
+            if self.ranks.size == 1 and self.state.progress.step:
+                self._save(best=False)
+            raise
 
     def _log(self, batch: Batch, generators: dict[str, torch.Tensor]) -> None:
         """Write the means since the last record; stop where one step after another had to be skipped."""
@@ -259,6 +274,9 @@ class Trainer:
         return bool(stop)
 
     def _save(self, best: bool) -> None:
+        self.owed = bool(self.state.meter.in_a_row > 0)
+        if self.owed:  # the run may be broken: keep the checkpoint from before, and save when it has recovered
+            return
         with self.clock.during("save"):
             self._check_weights()
             snapshot = self.state.snapshot()
@@ -305,6 +323,7 @@ class Trainer:
         """Mark the run; a broken disk must not hide the error that came first."""
         status: Status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
         for leave in (
             self.checkpoints.wait,  # what was begun before the error is sound
             lambda: self.directory.status(status, step=self.state.progress.step, best=self._best(), reason=reason),

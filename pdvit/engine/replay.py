@@ -77,7 +77,8 @@ def replay(run: Path, state: State, updater: Updater) -> Replayed:
     broken: dict[str, None] = {}
     for share, batch in zip(shares, batches, strict=True):
         state.set_generators(_named(share, "generator.", torch.device("cpu")))
-        for name, value in updater.backward(batch).items():
+        found = updater.backward(batch)
+        for name, value in (found | {"grad_norm": updater.clip()}).items():
             metrics[name] = metrics.get(name, 0.0) + float(value) / len(shares)
         for name, weight in state.module.named_parameters():
             if weight.grad is not None and not bool(weight.grad.isfinite().all()):

@@ -50,4 +50,4 @@ def _shard(module: nn.Module) -> None:
             for block in part:
                 if any(True for _ in block.parameters()):
                     fully_shard(block)
-    fully_shard(module)
+    fully_shard(module, reshard_after_forward=True)  # else an evaluation leaves the outer weights whole

@@ -79,7 +79,7 @@ class Updater:
         """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""
         metrics = self.backward(batch)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
+        norm = self.clip()
         metrics["grad_norm"] = norm
         skipped = ~(norm.isfinite() & metrics["loss"].isfinite())
         skipped = self.ranks.sum(skipped.int()) > 0  # all processes must do the same
@@ -108,7 +108,7 @@ class Updater:
                 metrics[name] = metrics[name] + share * value if name in metrics else share * value
         return metrics
 
-    def _clip(self) -> Tensor:
+    def clip(self) -> Tensor:
         """Scale the gradient down to the largest norm, where there is one; return the norm before."""
         weights = [weight for weight in self.network.parameters() if weight.grad is not None]
         norm: Any = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])

@@ -1,11 +1,12 @@
 """The run directory: everything that one run leaves behind, and nothing half-written."""
 
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class RunDirectory:
                 )
             if os.path.isfile(path):
                 raise UserError("there is a file of this name", str(path), "choose another --out")
-            if os.path.lexists(path):
+            if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
                 tip = f"choose another --out, or go on with that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
             return cls(_make(path))
@@ -60,6 +61,24 @@ class RunDirectory:
         if not (path / "run.toml").is_file():
             raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
         return cls(path, writes)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run meanwhile; UserError where one does."""
+        if not self.writes:
+            yield
+            return
+        with ExitStack() as stack:
+            try:
+                (self.path / "checkpoints").mkdir(exist_ok=True)
+                file = stack.enter_context((self.path / "checkpoints" / ".lock").open("w"))
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
+            except BlockingIOError as error:
+                what = "another process is training this run"
+                raise UserError(what, str(self.path), "stop that one first") from error
+            except OSError as error:
+                raise _refused("checkpoints/.lock", self.path, error) from error
+            yield
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write one of its files; UserError where the disk refuses."""
@@ -148,7 +167,7 @@ def _finite(value: Any) -> Any:
 
 def _make(path: Path) -> Path:
     try:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
         # A folder can be made where files can't be (a full disk, an odd mount): find out now.
         probe = path / ".probe"
         probe.touch()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
 from pdvit.data.images import Preprocessing
+from pdvit.tracking import RunDirectory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
@@ -129,11 +132,76 @@ class TestChanging:
     def test_an_unknown_key_names_the_closest(self, refusal, stopped):
         assert "lr" in refusal("train", "--resume", stopped, "--change", "optim.lrr=1").tip
 
+    def test_a_run_can_not_become_shorter_than_it_is(self, refusal, tiny, tmp_path, train):
+        run = train("--time-limit", "0.001s", "--save-every", "1st", status=75)
+        go_on(run, "run.time_limit=0.0001s", status=75)
+        assert (
+            "2 steps are done already, of 1"
+            in refusal("train", "--resume", run, "--change", "optim.epochs=1st", "--change", "optim.warmup=0st").what
+        )
+
+    def test_a_finished_run_does_not_change(self, refusal, train):
+        assert "finished" in refusal("train", "--resume", train(), "--change", "optim.epochs=99st").what
+
+    @pytest.mark.parametrize("key", ["run.out", "run.name"])
+    def test_a_run_stays_where_it_is(self, refusal, stopped, key):
+        assert "stays" in refusal("train", "--resume", stopped, "--change", f"{key}=other").what
+
     def test_only_a_resumed_run_is_changed(self, refusal, tiny):
         assert "--resume" in refusal("train", *tiny, "--change", "optim.lr=1").tip
 
     def test_flags_are_refused_with_resume(self, refusal, stopped):
         assert "--change" in refusal("train", "--resume", stopped, "--lr", "1").tip
+
+
+class TestSafety:
+    def test_two_processes_do_not_train_one_run(self, stopped):
+        command = [sys.executable, "-m", "pdvit", "train", "--resume", str(stopped), "--change", UNLIMITED]
+        with RunDirectory.open(stopped).locked():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert "another process is training this run" in done.stderr
+
+    def test_an_empty_folder_becomes_the_run(self, tmp_path, tiny):
+        (tmp_path / "made").mkdir()
+        assert pdvit(["train", *tiny, *SHORT, "--out", str(tmp_path / "made")]) == 0
+
+    def test_an_older_checkpoint_is_named_where_the_newest_is_damaged(self, refusal, train):
+        run = train("--save-every", "1ep", "--epochs", "2ep", "--keep", "2")
+        (run / "summary.json").unlink()
+        (run / "checkpoints/step-00000150/module.safetensors").write_bytes(b"x")
+        refused = refusal("train", "--resume", run)
+        assert "damaged" in refused.what
+        assert "step-00000075" in refused.tip
+        (run / "checkpoints/last").write_text("step-00000075")
+        go_on(run)
+
+    def test_what_was_learnt_before_a_bad_image_is_saved(self, tmp_path, tiny, image_folder, capsys):
+        """The workers have read ahead, so the step it fails at is not the one after the last."""
+        bad = image_folder / "train/blue/0.png"
+        out = tmp_path / "run"
+        command = ["train", *tiny, *SHORT, "--data", str(image_folder), "--workers", "0", "--out", str(out)]
+        from pdvit.tasks import ClassificationTask
+
+        plain, steps = ClassificationTask.step, 0
+
+        def step(self, network, batch):
+            nonlocal steps
+            steps += 1
+            if steps == 5:
+                bad.write_bytes(b"no image")
+            return plain(self, network, batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClassificationTask, "step", step)
+            assert pdvit([*command]) == 2
+        saved = int((out / "checkpoints/last").read_text().removeprefix("step-"))
+        assert saved == read(out, "status.json")["step"] >= 5
+
+    def test_where_a_resumed_run_goes_on_is_said(self, stopped, capsys):
+        capsys.readouterr()
+        go_on(stopped, UNLIMITED)
+        assert "going on after step 1" in capsys.readouterr().out
 
 
 class TestData:

@@ -58,7 +58,7 @@ def test_a_run_leaves_the_files_of_the_design(digits_run):
         "checkpoints",
     }
     pointed = digits_run / "checkpoints" / (digits_run / "checkpoints" / "last").read_text().strip()
-    assert {path.name for path in (digits_run / "checkpoints").iterdir()} == {"last", pointed.name}
+    assert {path.name for path in (digits_run / "checkpoints").iterdir()} == {".lock", "last", pointed.name}
 
 
 def test_the_summary_has_the_numbers_of_the_design(digits_run):

@@ -39,6 +39,7 @@ def test_an_empty_name_is_refused(workplace, out, name):
 
 def test_a_place_that_exists_is_refused(workplace):
     (workplace / "taken").mkdir()
+    (workplace / "taken/file").touch()
     with pytest.raises(UserError, match="exists already") as caught:
         RunDirectory.create("taken", "unused")
     assert "--resume" in caught.value.tip
