@@ -77,8 +77,7 @@ def set_up(device: torch.device, run: RunConfig) -> None:
 def _keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one, which needs just as much; others have no such setting.
 
-    Otherwise large activations are given back and faulted in again at every step: 3 % of the time of DeiT-S on a CPU
-    (`experiments/speed/README.md`).
+    Otherwise large activations are given back to the system and faulted in again at every step.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

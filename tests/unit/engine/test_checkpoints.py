@@ -158,15 +158,19 @@ def fail_at(monkeypatch, call):
         monkeypatch.setattr(checkpoints_module, name, failing(getattr(checkpoints_module, name)))
 
 
+def fail_to_save(monkeypatch, state, folder, call):
+    with monkeypatch.context() as patch:
+        fail_at(patch, call)
+        with pytest.raises(UserError, match=f"step {state.progress.step} can't be written: No space"):
+            save(state, folder)
+
+
 @pytest.mark.parametrize("call", range(5))
 def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch, call):
     before = tensors_of(trained(tmp_path, steps=2))
     before = {name: value.clone() for name, value in before.items()}
     later = train(fresh(), 5)
-    with monkeypatch.context() as patch:
-        fail_at(patch, call)
-        with pytest.raises(UserError, match="step 5 can't be written: No space"):
-            save(later, tmp_path)
+    fail_to_save(monkeypatch, later, tmp_path, call)
     restored = fresh(seed=1)
     assert restore(restored, tmp_path)
     assert restored.progress.step == 2
@@ -180,10 +184,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch, c
 def test_the_pointer_is_written_last(tmp_path, monkeypatch):
     trained(tmp_path, steps=2)
     later = train(fresh(), 5)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 4)
-        with pytest.raises(UserError, match="step 5 can't be written: No space"):
-            save(later, tmp_path)
+    fail_to_save(monkeypatch, later, tmp_path, 4)
     assert (tmp_path / "last").read_text().strip() == "step-00000002"
     assert {path.name for path in (tmp_path / "step-00000005").iterdir()} == {
         "module.safetensors",
@@ -197,10 +198,7 @@ def test_a_checkpoint_that_no_pointer_reached_does_not_push_out_the_newest(tmp_p
     # Killed between a checkpoint and its pointer, resumed from the one before, then stopped short of the lost step.
     trained(tmp_path, steps=5)
     lost = train(fresh(), 10)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 4)
-        with pytest.raises(UserError, match="No space"):
-            save(lost, tmp_path)
+    fail_to_save(monkeypatch, lost, tmp_path, 4)
     resumed = fresh()
     restore(resumed, tmp_path)
     save(train(resumed, 2), tmp_path)
