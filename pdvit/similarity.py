@@ -15,8 +15,8 @@ from pdvit.errors import UserError
 
 # A token shorter than this has no direction: it is alike to nothing and gets no gradient (1 / length would be one).
 SHORTEST = 1e-12
-# Entries of the Gram matrix that exist at one moment: 64 MB of float32.
-BLOCK_ENTRIES = 16 * 2**20
+# Entries of the Gram matrix that exist at one moment: 32 MB of float32.
+BLOCK_ENTRIES = 8 * 2**20
 
 
 def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
@@ -42,10 +42,9 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
             "pass (B, N, D); flatten a map (B, D, H, W) with tokens.flatten(2).transpose(1, 2)",
         )
     count = tokens.shape[1]
-    unit = unit_tokens(tokens)
     if count < 2:
-        return (unit * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
-    total = _signed_cosines(unit) if signed else _AbsoluteCosines.apply(unit)
+        return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
+    total = _signed_cosines(unit_tokens(tokens)) if signed else _AbsoluteCosines.apply(tokens)
     return total / (count * (count - 1))
 
 
@@ -54,11 +53,15 @@ def unit_tokens(tokens: Tensor) -> Tensor:
 
     A token without direction becomes 0. In float16 that begins earlier, where the gradient would overflow.
     """
+    return at_least_float32(tokens) * _inverse_length(tokens)
+
+
+def _inverse_length(tokens: Tensor) -> Tensor:
+    """Return what scales each token to length 1, `(..., 1)`; 0 for a token without direction."""
     shortest = max(SHORTEST, torch.finfo(tokens.dtype).tiny)
-    tokens = at_least_float32(tokens)
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(at_least_float32(tokens), dim=-1, keepdim=True)
     # asked this way round, a token that is not a number stays one
-    return torch.where(length <= shortest, 0, tokens / length.clamp_min(shortest))
+    return torch.where(length <= shortest, 0, 1 / length.clamp_min(shortest))
 
 
 def at_least_float32(tokens: Tensor) -> Tensor:
@@ -74,30 +77,40 @@ def _signed_cosines(unit: Tensor) -> Tensor:
 class _AbsoluteCosines(torch.autograd.Function):
     """Sum of |u_i . u_j| over i != j, per image, without ever holding the whole N x N matrix.
 
-    The gradient towards u_i is 2 * sum over j of sign(u_i . u_j) u_j. It is summed up in the forward pass, where each
-    block of cosines exists anyway, so that backward is one multiplication.
+    With s_ij = sign(u_i . u_j) off the diagonal and p_i = sum over j of s_ij u_j, the sum is that of p_i . u_i, and its
+    gradient towards h_i is 2 (p_i - (p_i . u_i) u_i) / |h_i|. Both are made in the forward pass, where each block of
+    cosines exists anyway, so that backward is one multiplication.
     """
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor) -> Tensor:
-        images, count, _ = unit.shape
+    def forward(ctx: Any, tokens: Tensor) -> Tensor:
+        images, count, _ = tokens.shape
         rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
+        scale = _inverse_length(tokens)
+        unit = at_least_float32(tokens) * scale
         total = unit.new_zeros(images)
-        pull = []
+        slopes = []
         # Autocast would round the cosines to bf16 before they are summed.
         with torch.autocast(unit.device.type, enabled=False):
             for start in range(0, count, rows):
-                cosines = unit[:, start : start + rows] @ unit.transpose(1, 2)
+                block = unit[:, start : start + rows]
+                cosines = block @ unit.transpose(1, 2)
                 cosines.diagonal(offset=start, dim1=1, dim2=2).zero_()
-                total = total + cosines.abs().sum((1, 2))
-                if ctx.needs_input_grad[0]:  # no slice of one tensor: torch 2.11 compiles that to a gradient of 0
-                    pull.append(cosines.sign() @ unit)
-        if pull:
-            ctx.save_for_backward(torch.cat(pull, 1))
+                if not ctx.needs_input_grad[0]:
+                    total = total + cosines.abs().sum((1, 2))
+                    continue
+                pull = cosines.sign_() @ unit
+                along = (pull * block).sum(-1, keepdim=True)
+                total = total + along.sum((1, 2))
+                # no slice of one tensor: torch 2.11 compiles that to a gradient of 0
+                slopes.append(torch.addcmul(pull, along, block, value=-1).mul_(scale[:, start : start + rows]))
+        if slopes:
+            ctx.save_for_backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1))
+        ctx.dtype = tokens.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        pull: Tensor = ctx.saved_tensors[0]
-        return 2 * grad[:, None, None] * pull
+        slope: Tensor = ctx.saved_tensors[0]
+        return (2 * grad[:, None, None] * slope).to(ctx.dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pdvit.config.keys import key
 
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
+MIXUP_MODES = ("batch", "pair", "elem")
 PRESETS = ("paper", "cutmix", "none")
 
 
@@ -80,7 +81,14 @@ class AugmentConfig:
         "--cutmix",
         minimum=0,
     )
-    mixup_prob: float = key(0.5, "Share of batches that CutMix mixes.", "--mixup-prob", minimum=0, maximum=1)
+    mixup: float = key(0.0, "Alpha of Mixup, 0 is off.", "--mixup", minimum=0)
+    mixup_prob: float = key(0.5, "Share of batches that are mixed.", "--mixup-prob", minimum=0, maximum=1)
+    mixup_switch_prob: float = key(
+        0.5, "Share of mixed batches that CutMix takes, with Mixup on too.", "--mixup-switch-prob", minimum=0, maximum=1
+    )
+    mixup_mode: str = key(
+        "batch", "One draw for the batch, for each pair or for each image.", "--mixup-mode", choices=MIXUP_MODES
+    )
     shift: int = key(0, "Move the image by up to so many pixels each way (digits).", "--shift", minimum=0, maximum=1024)
     hflip: float = key(0.5, "Probability of a horizontal flip (image files).", "--hflip", minimum=0, maximum=1)
     scale: tuple[float, float] = key(

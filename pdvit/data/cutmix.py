@@ -1,4 +1,4 @@
-"""Patch-aligned CutMix: a rectangle of whole patches comes from another image, so every patch has exactly one label."""
+"""Mixing the images of a batch: CutMix of whole patches, so that every patch has exactly one label, and Mixup."""
 
 import math
 import random
@@ -10,9 +10,14 @@ from torch.nn import functional as F
 
 from pdvit.errors import UserError
 
+MODES = ("batch", "pair", "elem")
+
 
 class Mixed(NamedTuple):
-    """Images `(B, C, H, W)`, soft class targets `(B, classes)` and patch targets `(B, N)`, row by row of the grid."""
+    """Images `(B, C, H, W)`, soft class targets `(B, classes)` and patch targets, row by row of the grid.
+
+    Patch targets are indices `(B, N)`; after Mixup, or with several labels per image, they are `(B, N, classes)`.
+    """
 
     images: Tensor
     targets: Tensor
@@ -35,73 +40,124 @@ def patch_cutmix(
     num_classes: int,
     alpha: float = 1.0,
     rng: random.Random | None = None,
+    mode: str = "batch",
 ) -> Mixed:
-    """Paste one rectangle of patches from each image's neighbour in the batch into it.
+    """Paste a rectangle of patches from another image of the batch into each.
 
     Args:
         images: `(B, C, H, W)`, any dtype; H and W are multiples of `patch_size`.
-        targets: class indices `(B,)`.
+        targets: class indices `(B,)`; or, where an image can have several labels, numbers `(B, num_classes)`.
         patch_size: side of a patch in pixels.
         num_classes: length of the soft class targets.
         alpha: the share of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
             nothing, and every patch has the class of its image.
         rng: where draws come from; unset: Python's own generator, so `random.seed` decides.
+        mode: `batch`: one rectangle, from the image before; `elem`: a rectangle for each image, from the image before;
+            `pair`: two images that stand together swap a rectangle (the last of an odd number stays as it is).
 
     Returns:
-        The mixed images (those passed in where nothing is pasted), class targets weighted by area, and the exact class
-        of every patch.
+        The mixed images, class targets weighted by area, and the exact class of every patch.
 
     Raises:
         UserError: the patch size does not divide the images, there is not one target for each image, a target is not
-            a class (on a GPU torch itself says so), or alpha is negative or not a number.
+            a class (on a GPU torch itself says so), alpha is negative or not a number, or there is no such mode.
     """
     _check_targets(images, targets, num_classes)
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha is {alpha}", "augment.cutmix (--cutmix)", "choose a number from 0 (off) upwards")
+    if mode not in MODES:
+        raise UserError(f"there is no mode '{mode}'", "patch_cutmix(mode=...)", f"choose one of {', '.join(MODES)}")
     rng = rng or random.Random(random.getrandbits(64))
-    return mix_with(images, targets, images.roll(1, 0), targets.roll(1, 0), patch_size, num_classes, alpha, rng)
+    rows, columns = grid_of(images.shape[-2], images.shape[-1], patch_size)
+    pasted = draw_pasted(len(images), rows, columns, alpha, mode, rng).to(images.device)
+    partner = partners(len(images), mode).to(images.device)
+    return paste(images, targets, images[partner], targets[partner], pasted, num_classes)
 
 
-def mix_with(
+def partners(count: int, mode: str) -> Tensor:
+    """Return which image of a batch each one is mixed with, `(count,)`."""
+    each = torch.arange(count)
+    if mode != "pair":
+        return each.roll(1)
+    other = each ^ 1
+    return torch.where(other < count, other, each)
+
+
+def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
+    """Draw which patches of each image are pasted, `(count, rows, columns)`."""
+    pasted = torch.zeros(_draws(count, mode), rows, columns, dtype=torch.bool)
+    for each in pasted if alpha > 0 else ():
+        box = draw_box(rows, columns, alpha, rng)
+        each[box.top : box.bottom, box.left : box.right] = True
+    return _for_each(pasted, count, mode)
+
+
+def draw_shares(count: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
+    """Draw how much of each image Mixup takes from its partner, `(count,)`, from Beta(alpha, alpha)."""
+    return _for_each(torch.tensor([rng.betavariate(alpha, alpha) for _ in range(_draws(count, mode))]), count, mode)
+
+
+def _draws(count: int, mode: str) -> int:
+    return {"batch": 1, "pair": (count + 1) // 2, "elem": count}[mode]
+
+
+def _for_each(drawn: Tensor, count: int, mode: str) -> Tensor:
+    return drawn.repeat_interleave({"batch": count, "pair": 2, "elem": 1}[mode], 0)[:count]
+
+
+def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pasted: Tensor, num_classes: int) -> Mixed:
+    """Paste the patches `pasted` `(B, rows, columns)` of `sources`, whose targets are `partner`, into the images."""
+    rows, columns = pasted.shape[1:]
+    tall, wide = images.shape[-2] // rows, images.shape[-1] // columns
+    pixels = pasted.repeat_interleave(tall, 1).repeat_interleave(wide, 2)
+    images = torch.where(pixels[:, None], sources, images)
+    share = pasted.flatten(1).float().mean(1, keepdim=True)
+    patches = pasted.flatten(1) if targets.ndim == 1 else pasted.flatten(1)[..., None]
+    patch_targets = torch.where(patches, partner[:, None], targets[:, None])
+    return Mixed(images, _soft(targets, partner, share, num_classes), patch_targets)
+
+
+def blend(
     images: Tensor,
     targets: Tensor,
     sources: Tensor,
     partner: Tensor,
-    patch_size: int,
-    num_classes: int,
-    alpha: float,
-    rng: random.Random,
+    share: Tensor,
+    grid: tuple[int, int],
+    classes: int,
 ) -> Mixed:
-    """Paste one rectangle of `sources` `(B, C, H, W)`, of the classes `partner` `(B,)`, into the images."""
-    rows, columns = grid_of(images.shape[-2], images.shape[-1], patch_size)
-    box = draw_box(rows, columns, alpha, rng) if alpha > 0 else Box(0, 0, 0, 0)
-    area = (box.bottom - box.top) * (box.right - box.left)
-    patch_targets = targets[:, None, None].repeat(1, rows, columns)
-    patch_targets[:, box.top : box.bottom, box.left : box.right] = partner[:, None, None]
-    if area:
-        top, bottom, left, right = (edge * patch_size for edge in box)
-        images = images.clone()
-        images[..., top:bottom, left:right] = sources[..., top:bottom, left:right]
-    share = area / (rows * columns)
-    soft = (1 - share) * F.one_hot(targets, num_classes) + share * F.one_hot(partner, num_classes)
-    return Mixed(images, soft.to(torch.float32), patch_targets.flatten(1))
+    """Mix each image with a source, pixel by pixel (Mixup, arXiv 1710.09412); every patch has the image's soft target.
+
+    `share` `(B,)` is that of the source. timm's own Mixup draws from numpy's generator and takes partners from the far
+    end of the batch: a batch that several processes share could not be mixed alike.
+    """
+    share = share[:, None].to(images.dtype)
+    soft = _soft(targets, partner, share, classes)
+    weight = share[..., None, None]
+    images = (1 - weight) * images + weight * sources
+    return Mixed(images, soft, soft[:, None].expand(-1, grid[0] * grid[1], -1))
+
+
+def _soft(targets: Tensor, partner: Tensor, share: Tensor, num_classes: int) -> Tensor:
+    if targets.ndim == 1:
+        targets, partner = F.one_hot(targets, num_classes), F.one_hot(partner, num_classes)
+    return ((1 - share) * targets + share * partner).to(torch.float32)
 
 
 def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
-    if images.ndim != 4 or targets.shape != images.shape[:1]:
+    if images.ndim != 4 or tuple(targets.shape) not in ((len(images),), (len(images), num_classes)):
         raise UserError(
             f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}",
             "patch_cutmix(images, targets, ...)",
-            "pass images (B, C, H, W) and one class index for each, (B,)",
+            f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})",
         )
     # a GPU would have to be waited for
-    if (
-        targets.device.type == "cpu"
-        and len(targets)
-        and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes
-    ):
+    if targets.device.type != "cpu" or not len(targets):
+        return
+    low, high = float(targets.min()), float(targets.max())
+    if targets.ndim == 1 and not 0 <= low <= high < num_classes:
         raise UserError(
-            f"targets from {int(targets.min())} to {int(targets.max())} for {num_classes} classes",
+            f"targets from {low:g} to {high:g} for {num_classes} classes",
             "patch_cutmix(images, targets, ...)",
             "number the classes from 0 to num_classes - 1",
         )

@@ -2,7 +2,6 @@
 
 import atexit
 import multiprocessing
-import random
 import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -16,8 +15,8 @@ from torchvision.transforms.v2 import Compose
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.batch import Batch
-from pdvit.data.cutmix import mix_with
 from pdvit.data.images import BadImage, FileImages, Preprocessing, Sample, refuse_bad
+from pdvit.data.mixing import Mixing
 from pdvit.data.randomness import epoch_order, fold, uniform
 from pdvit.data.sources import ArraySplit, FileSplit, Split
 from pdvit.errors import UserError
@@ -46,22 +45,6 @@ class Loading:
         return count * self.rank // self.processes, count * (self.rank + 1) // self.processes
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """Patch-aligned CutMix: a share `prob` of batches, with Beta(alpha, alpha); `labels` asks for patch targets."""
-
-    alpha: float
-    prob: float
-    patch_size: int
-    num_classes: int
-    labels: bool
-
-    def draws(self, seed: int, step: int) -> tuple[bool, random.Random]:
-        """Tell whether the batch of a step is mixed, and where its rectangle is drawn from."""
-        rng = random.Random(fold(seed, step))
-        return self.alpha > 0 and rng.random() < self.prob, rng
-
-
 def steps_per_epoch(split: Split, batch_size: int) -> int:
     """Return the full batches of one epoch; UserError where there is not even one."""
     if len(split) < batch_size:
@@ -82,7 +65,8 @@ def train_batches(
     else:
         raw = _from_workers(split, how, augment, mixing, start)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
-        yield _mix(Batch(how.preprocessing.normalise(images), labels, index), how, mixing, step)
+        batch = Batch(how.preprocessing.normalise(images), labels, index)
+        yield mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
 
 
 def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
@@ -102,37 +86,15 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
 
-def _mix(batch: Batch, how: Loading, mixing: Mixing, step: int) -> Batch:
-    """Mix the batch where it is its turn; label every patch where the run needs it."""
-    on, rng = mixing.draws(how.seed, step)
-    if not (on or mixing.labels):
-        return batch
-    images, labels, index = batch.images, batch.targets, batch.index
-    sources, partner = images, labels
-    if on and how.processes > 1:  # the first image is here only to be pasted from
-        sources, partner, images, labels, index = images[:-1], labels[:-1], images[1:], labels[1:], index[1:]
-    elif on:
-        sources, partner = images.roll(1, 0), labels.roll(1, 0)
-    alpha = mixing.alpha if on else 0.0
-    mixed = mix_with(images, labels, sources, partner, mixing.patch_size, mixing.num_classes, alpha, rng)
-    return Batch(mixed.images, mixed.targets, index, mixed.patch_targets if mixing.labels else None)
-
-
 def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (epoch, indices) of this process's share of every step from `start` on.
-
-    Each image is mixed with the one before it in the whole batch. Where the batch is divided, the share of a step that
-    is mixed begins with the image before it.
-    """
-    per_epoch, step = size // how.batch_size, start
-    low, high = how.share(how.batch_size)
+    """Yield (epoch, indices) of what this process needs for every step from `start` on."""
+    per_epoch, step, share = size // how.batch_size, start, range(*how.share(how.batch_size))
     while True:
         epoch, position = divmod(step, per_epoch)
         order = epoch_order(how.seed, epoch, size)
         for at in range(position, per_epoch):
             whole = order[at * how.batch_size : (at + 1) * how.batch_size]
-            before = [low - 1] if how.processes > 1 and mixing.draws(how.seed, step)[0] else []
-            yield epoch, whole[[*before, *range(low, high)]]
+            yield epoch, whole[mixing.held(how.seed, step, how.batch_size, share)]
             step += 1
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from pdvit.config.schema import Config
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, Mixing, eval_batches, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
+from pdvit.data.mixing import Mixing
 from pdvit.data.pictures import Pictures
 from pdvit.data.randomness import fold
 from pdvit.data.sources import Source
@@ -77,6 +78,9 @@ class ClassificationTask:
             patch_size_of(model),
             len(source.classes),
             labels,
+            config.augment.mixup_mode,
+            config.augment.mixup,
+            config.augment.mixup_switch_prob,
         )
         self.fingerprint = source.fingerprint()
         self._probe: Tensor | None = None

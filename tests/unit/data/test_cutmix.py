@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdvit.data.cutmix import Mixed, draw_box, grid_of, patch_cutmix
+from pdvit.data.cutmix import MODES, Mixed, draw_box, grid_of, patch_cutmix
 from pdvit.errors import UserError
 
 CLASSES = 7
@@ -142,6 +142,36 @@ def test_box_stays_on_the_grid(rows, columns, seed):
     assert 0 <= box.left <= box.right <= columns
 
 
+@pytest.mark.parametrize(("mode", "boxes"), [("batch", 1), ("pair", 3), ("elem", 6)])
+def test_the_mode_says_who_shares_a_rectangle_and_with_whom(mode, boxes):
+    images, _ = make(6, 8, 8, 2)
+    mixed = patch_cutmix(images, torch.arange(6), 2, 6, rng=random.Random(3), mode=mode)
+    pasted = (patches(mixed.images, 2) != patches(images, 2)).any(-1)
+    assert len({tuple(row) for row in pasted.tolist()}) == boxes
+    lender = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4} if mode == "pair" else {i: (i - 1) % 6 for i in range(6)}
+    for image, here in enumerate(pasted):
+        assert torch.equal(patches(mixed.images, 2)[image, here], patches(images, 2)[lender[image], here])
+        assert (mixed.patch_targets[image, here] == lender[image]).all()
+        assert (mixed.patch_targets[image, ~here] == image).all()
+        assert mixed.targets[image, image] == pytest.approx(1 - here.float().mean().item())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_may_have_several_labels(mode):
+    images, _ = make(4, 4, 4, 2)
+    labels = torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0]])
+    mixed = patch_cutmix(images, labels, 2, 3, rng=random.Random(1), mode=mode)
+    single = patch_cutmix(images, torch.arange(4), 2, 4, rng=random.Random(1), mode=mode)
+    assert torch.equal(mixed.images, single.images)
+    assert torch.equal(mixed.patch_targets, labels[single.patch_targets])
+    torch.testing.assert_close(mixed.targets, mixed.patch_targets.mean(1))
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(UserError, match="no mode 'each'"):
+        patch_cutmix(*make(2, 2, 2, 2), 2, CLASSES, mode="each")
+
+
 def test_grid_counts_rows_before_columns():
     assert grid_of(32, 48, 16) == (2, 3)
     images, targets = make(2, 2, 3, 4)
@@ -165,6 +195,7 @@ def test_images_of_bytes_stay_bytes():
         ((2, 3, 8, 8), [0, 1, 2], "shape"),
         ((3, 8, 8), [0, 1, 2], "shape"),
         ((2, 3, 8, 8), [[0.5, 0.5], [1, 0]], "shape"),
+        ((3, 3, 8, 8), [[0.5, 0.5, 0], [1, 0, 0]], "shape"),
         ((2, 3, 8, 8), [0, 3], "0 to 3"),
         ((2, 3, 8, 8), [-1, 0], "-1 to 0"),
     ],

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.cutmix import MODES
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, Mixing, eval_batches, shift_images, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, eval_batches, shift_images, steps_per_epoch, train_batches
+from pdvit.data.mixing import Mixing
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
 
@@ -17,8 +19,8 @@ CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(SIZE, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
 HOW = Loading(batch_size=3, seed=5, workers=0, device=CPU, preprocessing=PREPROCESSING)
 AUGMENT = AugmentConfig(shift=2)
-OFF = Mixing(alpha=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
-ON = replace(OFF, alpha=1.0)
+OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
+ON = replace(OFF, cutmix=1.0)
 
 
 def arrays():
@@ -216,7 +218,17 @@ def test_half_a_jpeg_is_named(tmp_path, image_files):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("mixing", [OFF, ON, replace(ON, labels=True), replace(ON, prob=1.0, labels=True)])
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        OFF,
+        ON,
+        replace(ON, labels=True),
+        *(replace(ON, prob=1.0, labels=True, mode=mode) for mode in MODES),
+        *(replace(OFF, mixup=1.0, prob=1.0, mode=mode) for mode in MODES),
+        replace(ON, mixup=1.0, prob=1.0, labels=True),
+    ],
+)
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_shares_of_several_processes_make_up_the_batch(split, processes, mixing, start):
     """Also where images are mixed: each takes its rectangle from the image before it in the whole batch."""

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdvit.errors import UserError
+from pdvit.losses import chunked
+from pdvit.losses.chunked import chunked_mixing_loss
+
+few = settings(max_examples=40, deadline=None)
+
+
+def make(images: int, count: int, width: int, classes: int, seed: int, soft: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((images, count, width), (classes, width), (classes,))
+    )
+    targets = torch.randint(classes, (images, count), generator=generator)
+    if soft:
+        targets = torch.rand(images, count, classes, generator=generator, dtype=torch.float64)
+    return [tokens, weight, bias, targets]
+
+
+def dense(tokens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
+    """Torch's own cross-entropy of all the logits at once."""
+    logits = F.linear(tokens, weight, bias).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(0, 1), label_smoothing=smoothing)
+
+
+@few
+@given(
+    shape=st.tuples(*[st.integers(1, 5)] * 3, st.integers(2, 7), st.integers(0, 2**32)),
+    soft=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.3]),
+    entries=st.sampled_from([1, 10, 30, 1000]),
+)
+def test_value_and_gradients_are_those_of_all_logits_at_once(shape, soft, smoothing, entries):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "ENTRIES", entries)
+        *weights, targets = make(*shape, soft)
+        found, expected = (f(*weights, targets, smoothing) for f in (chunked_mixing_loss, dense))
+        torch.testing.assert_close(found, expected)
+        scale = 3.0  # a gradient that is not one comes from a weight of the term
+        for one, other in zip(
+            torch.autograd.grad(scale * found, weights), torch.autograd.grad(scale * expected, weights), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_without_a_bias_and_with_a_frozen_head():
+    tokens, weight, _, targets = make(2, 3, 4, 5, 0, soft=False)
+    weight.requires_grad_(requires_grad=False)
+    found, expected = (f(tokens, weight, None, targets, 0.0) for f in (chunked_mixing_loss, dense))
+    torch.testing.assert_close(torch.autograd.grad(found, tokens), torch.autograd.grad(expected, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_sum_exact(dtype):
+    """Products in half precision, all else in float32; small slopes of many patches do not vanish."""
+    weights = [weight.detach().float().requires_grad_() for weight in make(4, 300, 8, 50, 0, soft=False)[:3]]
+    targets = make(4, 300, 8, 50, 0, soft=False)[3]
+    with torch.autocast("cpu", dtype):
+        found = chunked_mixing_loss(*weights, targets)
+    expected = dense(*weights, targets, 0.0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    for one, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_no_product_has_more_entries_than_allowed(monkeypatch):
+    monkeypatch.setattr(chunked, "ENTRIES", 40)
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr(chunked.F, "linear", lambda *args: sizes.append((out := linear(*args)).numel()) or out)
+    tokens, weight, bias, targets = make(5, 7, 3, 9, 0, soft=False)
+    chunked_mixing_loss(tokens, weight, bias, targets)
+    assert max(sizes) <= 40
+    assert sum(sizes) == 5 * 7 * 9
+
+
+def test_compiles_without_a_graph_break(monkeypatch):
+    monkeypatch.setattr(chunked, "ENTRIES", 40)
+    *weights, targets = make(2, 7, 3, 9, 0, soft=False)
+    compiled = torch.compile(chunked_mixing_loss, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*weights, targets), dense(*weights, targets, 0.0)
+    for one, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weight", "targets"),
+    [((2, 3, 4), (5, 6), (2, 3)), ((2, 3, 4), (5, 4), (2, 4)), ((2, 3, 4), (5, 4), (2, 3, 6)), ((3, 4), (5, 4), (3,))],
+)
+def test_shapes_that_do_not_belong_together_are_refused(tokens, weight, targets):
+    with pytest.raises(UserError, match="do not belong together"):
+        chunked_mixing_loss(torch.zeros(tokens), torch.zeros(weight), None, torch.zeros(targets, dtype=torch.long))
