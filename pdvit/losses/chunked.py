@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from pdvit.errors import UserError
 from pdvit.similarity import at_least_float32
 
-# Logits that exist at one moment: 64 MB of float32.
-ENTRIES = 16 * 2**20
+# Logits that exist at one moment: 32 MB of float32.
+ENTRIES = 8 * 2**20
 
 
 def chunked_mixing_loss(

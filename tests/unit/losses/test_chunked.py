@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,3 +101,27 @@ def test_compiles_without_a_graph_break(monkeypatch):
 def test_shapes_that_do_not_belong_together_are_refused(tokens, weight, targets):
     with pytest.raises(UserError, match="do not belong together"):
         chunked_mixing_loss(torch.zeros(tokens), torch.zeros(weight), None, torch.zeros(targets, dtype=torch.long))
+
+
+MEASURE_MEMORY = """
+import resource
+import torch
+from pdvit.losses.chunked import chunked_mixing_loss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+head = torch.nn.Linear(768, 21841)
+tokens = torch.randn(32, 196, 768, requires_grad=True)
+targets = torch.randint(21841, (32, 196))
+chunked_mixing_loss(torch.randn(1, 2, 768), head.weight[:9], head.bias[:9], targets[:1, :2] % 9)  # libraries are loaded
+before = peak()
+chunked_mixing_loss(tokens, head.weight, head.bias, targets).backward()
+print(peak() - before - 4 * head.weight.numel() / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_head_of_21841_classes_takes_at_most_300_megabytes_beyond_its_gradient():
+    done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 300  # all the logits at once are 523, three times over
