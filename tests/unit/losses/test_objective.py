@@ -191,6 +191,12 @@ def test_diverse_vit_averages_the_class_token_and_the_patches():
     assert losses.total.item() == pytest.approx(expected.item())
 
 
+def test_another_weight_under_diverse_vit_is_the_weight_of_each_patch():
+    output, targets, patch_targets = make()
+    total, parts = Objective(cosine=0, contrastive=0, mixing=0.5, variant="diverse-vit")(output, targets, patch_targets)
+    assert total.item() == pytest.approx((parts["class"].item() + 6 * 0.5 * parts["mixing"].item()) / (1 + 6 * 0.5))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_factors_act_as_other_weights_and_change_no_part(variant):
     output, targets, patch_targets = make()
