@@ -8,7 +8,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pdvit.analysis import analyze
     from pdvit.data.cutmix import patch_cutmix
-    from pdvit.losses import Objective, contrastive_loss, cosine_loss, mixing_loss
+    from pdvit.losses import (
+        Objective,
+        contrastive_loss,
+        cosine_loss,
+        koleo_loss,
+        mixing_loss,
+        spectral_loss,
+    )
     from pdvit.models.tokens import DiverseModel
     from pdvit.similarity import patch_similarity
 
@@ -19,9 +26,11 @@ _HOMES = {
     "analyze": "pdvit.analysis",
     "contrastive_loss": "pdvit.losses",
     "cosine_loss": "pdvit.losses",
+    "koleo_loss": "pdvit.losses",
     "mixing_loss": "pdvit.losses",
     "patch_cutmix": "pdvit.data.cutmix",
     "patch_similarity": "pdvit.similarity",
+    "spectral_loss": "pdvit.losses",
 }
 __all__ = [
     "DiverseModel",
@@ -29,9 +38,11 @@ __all__ = [
     "analyze",
     "contrastive_loss",
     "cosine_loss",
+    "koleo_loss",
     "mixing_loss",
     "patch_cutmix",
     "patch_similarity",
+    "spectral_loss",
 ]
 
 

@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from pdvit.config.presets import PRESETS, TERMS
 from pdvit.config.schema import Config
+from pdvit.config.weights import weight_schedule
 from pdvit.errors import UserError
 
 # The small vision transformer that `pdvit train` uses unless --model names another: 64 tokens of length 48.
@@ -18,8 +20,10 @@ def resolve(config: Config) -> Config:
     """Return the configuration with preset, model and learning rate spelled out.
 
     Resolving twice changes nothing, so that a written run.toml means the same run. Raises UserError where the learning
-    rate would end above its peak.
+    rate would end above its peak, and where the course of a weight can't be read.
     """
+    for term in TERMS:
+        weight_schedule(config.diversity, term)
     config = _learning_rate(_model(_preset(config)))
     lr, least = config.optim.lr, config.optim.min_lr
     if lr is not None and least > lr:
@@ -29,15 +33,14 @@ def resolve(config: Config) -> Config:
 
 def _preset(config: Config) -> Config:
     diversity, augment = config.diversity, config.augment
-    weight = 1.0 if diversity.preset == "paper" else 0.0
-    weights: dict[str, Any] = {
-        name: weight if getattr(diversity, name) is None else getattr(diversity, name)
-        for name in ("cosine", "contrastive", "mixing")
+    preset = PRESETS[diversity.preset]
+    spelled: dict[str, Any] = {
+        name: getattr(preset if getattr(diversity, name) is None else diversity, name) for name in ("variant", *TERMS)
     }
     if augment.cutmix is None:
-        mixes = weights["mixing"] > 0 or diversity.preset == "cutmix"
+        mixes = spelled["mixing"] > 0 or preset.mixed
         augment = replace(augment, cutmix=1.0 if mixes else 0.0)
-    return replace(config, diversity=replace(diversity, **weights), augment=augment)
+    return replace(config, diversity=replace(diversity, **spelled), augment=augment)
 
 
 def _model(config: Config) -> Config:

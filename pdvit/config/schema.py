@@ -4,12 +4,13 @@ An unset value (None) means "as the source, the model or the preset says"; `reso
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from pdvit.config.keys import key
+from pdvit.config.presets import PRESETS, VARIANTS
 
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 MIXUP_MODES = ("batch", "pair", "elem")
-PRESETS = ("paper", "cutmix", "none")
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,41 @@ class ModelConfig:
     )
 
 
+def _weight(term: str) -> Any:
+    return key(None, f"Weight of the {term} term; unset: the preset's.", f"--{term}", minimum=0)
+
+
+def _weight_schedule(term: str) -> Any:
+    how = f"Course of the {term} weight: constant, warmup:3ep, decay:10%, until:200st; several with commas."
+    return key("constant", how, f"--{term}-schedule")
+
+
 @dataclass(frozen=True)
 class DiversityConfig:
     """Diversity."""
 
     preset: str = key(
         "paper",
-        "paper: all three terms; cutmix: the mixed images without any term; none: neither.",
+        "Weights and form of the terms; cutmix: the mixed images without any term; none: neither.",
         "--diversity",
-        choices=PRESETS,
+        choices=tuple(PRESETS),
     )
-    cosine: float | None = key(None, "Weight of the cosine term; unset: the preset's.", "--cosine", minimum=0)
-    contrastive: float | None = key(
-        None, "Weight of the contrastive term; unset: the preset's.", "--contrastive", minimum=0
+    variant: str | None = key(
+        None,
+        "Form of the cosine, contrastive and mixing terms; unset: the preset's, or paper.",
+        "--variant",
+        choices=VARIANTS,
     )
-    mixing: float | None = key(None, "Weight of the mixing term; unset: the preset's.", "--mixing", minimum=0)
+    cosine: float | None = _weight("cosine")
+    contrastive: float | None = _weight("contrastive")
+    mixing: float | None = _weight("mixing")
+    koleo: float | None = _weight("koleo")
+    spectral: float | None = _weight("spectral")
+    cosine_schedule: str = _weight_schedule("cosine")
+    contrastive_schedule: str = _weight_schedule("contrastive")
+    mixing_schedule: str = _weight_schedule("mixing")
+    koleo_schedule: str = _weight_schedule("koleo")
+    spectral_schedule: str = _weight_schedule("spectral")
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class AugmentConfig:
     scale: tuple[float, float] = key(
         (0.35, 1.0), "Area of the random crop, least and most (image files).", "--scale", above=0, maximum=1
     )
-    smoothing: float = key(0.0, "Label smoothing of the class loss.", "--smoothing", minimum=0, maximum=0.99)
+    smoothing: float = key(0.0, "Label smoothing of images and patches.", "--smoothing", minimum=0, maximum=0.99)
 
 
 @dataclass(frozen=True)

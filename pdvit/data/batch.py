@@ -15,12 +15,15 @@ class Batch:
         targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`.
         index: which samples of the split, `(B,)`, for replay.
         patch_targets: class of every patch `(B, N)`; None where the run has no patch labels.
+        weights: factors on the weights of the terms in this step, `(B, T)`, each row the same (so that a batch can be
+            divided like its images); None where no weight has a schedule.
     """
 
     images: Tensor
     targets: Tensor
     index: Tensor
     patch_targets: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -2,7 +2,22 @@
 
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss
+from pdvit.losses.koleo import koleo_loss
 from pdvit.losses.mixing import mixing_loss
 from pdvit.losses.objective import TERMS, Losses, Objective
+from pdvit.losses.schedule import WeightSchedule
+from pdvit.losses.spectral import spectral_loss
+from pdvit.losses.variants import VARIANTS
 
-__all__ = ["TERMS", "Losses", "Objective", "contrastive_loss", "cosine_loss", "mixing_loss"]
+__all__ = [
+    "TERMS",
+    "VARIANTS",
+    "Losses",
+    "Objective",
+    "WeightSchedule",
+    "contrastive_loss",
+    "cosine_loss",
+    "koleo_loss",
+    "mixing_loss",
+    "spectral_loss",
+]

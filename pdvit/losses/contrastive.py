@@ -1,32 +1,91 @@
 """The contrastive term: a patch of the last layer should know its own patch of the first layer."""
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdvit.similarity import at_least_float32
+from pdvit.errors import UserError
+from pdvit.losses.variants import VARIANTS, check_variant
+from pdvit.similarity import at_least_float32, unit_tokens
+
+# Of the released code: side of the window of its local negative, and what it adds to a probability before the log.
+WINDOW = 7
+ADDED = 1e-8
 
 
-def contrastive_loss(first: Tensor, last: Tensor, detach_first: bool = True) -> Tensor:
-    """Return L_con of arXiv 2104.12753, v3, averaged over patches and images.
+def contrastive_loss(
+    first: Tensor,
+    last: Tensor,
+    variant: str = "paper",
+    detach_first: bool | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """Return L_con of arXiv 2104.12753 in one of its forms, averaged over patches and images.
 
-    -log( exp(f_i . l_i) / (exp(f_i . l_i) + exp(f_i . m_i)) ), where f and l are the first and last layer's patches and
-    m_i is the mean of the other patches of the last layer. That is softplus(f_i . (m_i - l_i)), the form computed here.
+    With f and l the patches of the first and last layer, and m_i a mean of the last layer's patches:
+
+    - `paper` (v3): -log( exp(f_i . l_i) / (exp(f_i . l_i) + exp(f_i . m_i)) ), m_i over the patches other than i. That
+      is softplus(f_i . (m_i - l_i)), the form computed here.
+    - `v1`: the same with m_i over all patches, i included: its argument is v3's times (n - 1) / n.
+    - `released`: one more negative, f_i . c_i, with c_i the mean of the other patches of the 7 x 7 window around i.
+      Zeros stand beyond the border and still count among the 48, so that there the negative is weaker. Of the softmax
+      of the three, -log(p_i + 1e-8) is taken, with p_i that of f_i . l_i: the guard is theirs, and bounds the loss at
+      18.42. From ChengyueGongR/PatchVisionTransformer, deit/models.py.
+    - `diverse-vit`: as `paper`, with f and l scaled to length 1 (VITA-Group/Diverse-ViT, reg.py).
 
     Args:
         first: patch tokens `(B, N, D)` of the first layer.
-        last: patch tokens `(B, N, D)` of the last layer, after the final norm.
-        detach_first: stop the gradient at the first layer (our choice, and that of the authors' code).
+        last: patch tokens `(B, N, D)` of the last layer.
+        variant: one of the above.
+        detach_first: stop the gradient at the first layer. Unset: yes, as the released code does (for `paper` and `v1`
+            our choice), but not under `diverse-vit`.
+        grid: rows and columns of the patches, which only `released` reads; unset: a square.
 
     Returns:
-        A scalar >= 0: ln 2 where all last patches are equal, 0 for a single patch. The products are raw, so it has no
-        upper bound. Float32 even under autocast (float64 tokens stay float64).
+        A scalar >= 0. Where all last patches are equal it is ln 2; under `released` ln 3 for a patch with a whole
+        window, and less at the border. 0 for a single patch. Products are raw except under `diverse-vit`, so `paper`
+        and `v1` have no upper bound. Float32 even under autocast (float64 tokens stay float64).
+
+    Raises:
+        UserError: there is no such variant, or the patches do not fill the grid.
     """
+    check_variant(variant, VARIANTS, "contrastive_loss(variant=...)")
     count = last.shape[1]
-    if detach_first:
+    if variant != "diverse-vit" if detach_first is None else detach_first:
         first = first.detach()
+    if variant == "diverse-vit":
+        first, last = unit_tokens(first), unit_tokens(last)
     first, last = at_least_float32(first), at_least_float32(last)
     if count < 2:
         return (last * 0).sum() + (first * 0).sum()
     # m_i - l_i = (sum_j l_j - n l_i) / (n - 1) = n / (n - 1) * (mean - l_i): elementwise, so autocast leaves it alone
-    away = (last.mean(1, keepdim=True) - last) * (count / (count - 1))
-    return F.softplus((first * away).sum(-1)).mean()
+    away = last.mean(1, keepdim=True) - last
+    if variant != "v1":
+        away = away * (count / (count - 1))
+    others = (first * away).sum(-1)
+    if variant != "released":
+        return F.softplus(others).mean()
+    nearby = (first * (_local_mean(last, grid or _square(count)) - last)).sum(-1)
+    logits = torch.stack((torch.zeros_like(others), others, nearby), -1)  # all less the positive one
+    return -(logits.softmax(-1)[..., 0] + ADDED).log().mean()
+
+
+def _local_mean(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the mean of the other tokens of the window around each, `(B, N, D)`; zeros beyond the border count too."""
+    if grid[0] * grid[1] != tokens.shape[1]:
+        what = f"{tokens.shape[1]} patches do not fill a grid of {grid[0]} rows and {grid[1]} columns"
+        raise UserError(what, "contrastive_loss(grid=...)", "pass grid=(rows, columns) of the patches")
+    others = WINDOW**2 - 1
+    maps = tokens.transpose(1, 2).unflatten(-1, grid)
+    total = F.avg_pool2d(maps, WINDOW, stride=1, padding=WINDOW // 2, divisor_override=others)
+    return total.flatten(2).transpose(1, 2) - tokens / others
+
+
+def _square(count: int) -> tuple[int, int]:
+    side = math.isqrt(count)
+    if side * side != count:
+        what = f"{count} patches are no square, and the released form needs to know which are neighbours"
+        raise UserError(what, "contrastive_loss(grid=...)", "pass grid=(rows, columns) of the patches")
+    return side, side

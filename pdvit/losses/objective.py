@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from pdvit.errors import UserError
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss
+from pdvit.losses.koleo import koleo_loss
+from pdvit.losses.labels import label_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.similarity import at_least_float32
+from pdvit.losses.spectral import spectral_loss
+from pdvit.losses.variants import VARIANTS, check_variant
 
-TERMS = ("cosine", "contrastive", "mixing")
+TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 
 
 class Tokens(Protocol):
@@ -27,6 +29,13 @@ class Tokens(Protocol):
     def last(self) -> Tensor: ...  # noqa: D102
     @property
     def patch_logits(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def others(self) -> tuple[Tensor, ...]:
+        """More token maps for the cosine term, which is then the mean over last and these."""
+
+    @property
+    def mixing(self) -> Tensor | None:
+        """The mixing term itself, where the forward pass has computed it already."""
 
 
 class Losses(NamedTuple):
@@ -38,15 +47,31 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """L = L_class + cosine * L_cos + contrastive * L_con + mixing * L_mix; a term of weight 0 is not computed.
+    """L = L_class + the weighted sum of the terms; a term of weight 0 is not computed.
 
-    Raises UserError where a weight is negative or not a number, or label smoothing is not in [0, 1).
+    Under `diverse-vit` class and patches are averaged as its code does: (L_class + n w L_mix) / (1 + n w), with n
+    patches and w the weight of mixing. There w is 1 or 0; the form in between is ours.
+
+    Attributes:
+        cosine, contrastive, mixing, koleo, spectral: weights.
+        variant: form of the first three: `paper`, `v1`, `released` (which has no cosine term) or `diverse-vit`.
+        label_smoothing: of the class loss and of the patches' labels in the mixing term.
+        multi_label: an image may have any number of classes: binary cross-entropy, of class loss and mixing term.
+        grid: rows and columns of the patches, which only `released` reads; unset: a square.
+
+    Raises UserError where a weight is negative or not a number, label smoothing is not in [0, 1), the variant is
+    unknown, or the cosine term is on under `released`.
     """
 
     cosine: float = 1.0
     contrastive: float = 1.0
     mixing: float = 1.0
+    koleo: float = 0.0
+    spectral: float = 0.0
+    variant: str = "paper"
     label_smoothing: float = 0.0
+    multi_label: bool = False
+    grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in TERMS:
@@ -63,35 +88,66 @@ class Objective:
                 f"Objective(label_smoothing={self.label_smoothing})",
                 "choose a number from 0 (off) to below 1",
             )
+        check_variant(self.variant, VARIANTS, "diversity.variant, Objective(variant=...)")
+        if self.variant == "released" and self.cosine:
+            raise UserError(
+                "the released code has no cosine term",
+                f"Objective(variant='released', cosine={self.cosine:g})",
+                "set cosine=0 (--cosine 0), or choose another variant",
+            )
 
-    def __call__(self, output: Tokens, targets: Tensor, patch_targets: Tensor | None = None) -> Losses:
+    def __call__(
+        self, output: Tokens, targets: Tensor, patch_targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Losses:
         """Add up the loss of one batch.
 
         Args:
             output: the forward pass, as `pdvit.DiverseModel` returns it.
-            targets: class indices `(B,)` or probabilities `(B, C)`.
+            targets: class indices `(B,)` or probabilities `(B, C)`; with `multi_label` `(B, C)`, each in [0, 1].
             patch_targets: `(B, N)` or `(B, N, C)`; needed for the mixing term (`pdvit.patch_cutmix` makes them).
+            weights: what to multiply the terms' weights by, one factor for each of `TERMS`; unset: 1.
 
         Raises:
-            UserError: the mixing term is on and the patch targets or the patch head are missing.
+            UserError: the mixing term is on and the patch targets or the patch head are missing; targets do not fit, or
+                (on the CPU, outside torch.compile) are out of range.
         """
-        parts = {
-            "class": F.cross_entropy(at_least_float32(output.logits), targets, label_smoothing=self.label_smoothing)
-        }
+        parts = {"class": label_loss(output.logits, targets, self.label_smoothing, self.multi_label)}
         if self.cosine:
-            parts["cosine"] = cosine_loss(output.last)
+            maps = (output.last, *output.others)
+            losses = [cosine_loss(tokens, self.variant) for tokens in maps]
+            parts["cosine"] = sum(losses[1:], start=losses[0]) / len(losses)
         if self.contrastive:
-            parts["contrastive"] = contrastive_loss(output.first, output.last)
+            parts["contrastive"] = contrastive_loss(output.first, output.last, self.variant, grid=self.grid)
         if self.mixing:
-            if patch_targets is None or output.patch_logits is None:
-                raise UserError(
-                    "the mixing term needs the class of every patch and a patch head",
-                    "Objective(...)(output, targets, patch_targets)",
-                    "pass patch_targets from pdvit.patch_cutmix, keep DiverseModel's patch_head, or set mixing=0",
-                )
-            parts["mixing"] = mixing_loss(output.patch_logits, patch_targets)
+            parts["mixing"] = self._mixing(output, patch_targets)
+        if self.koleo:
+            parts["koleo"] = koleo_loss(output.last)
+        if self.spectral:
+            parts["spectral"] = spectral_loss(output.last)
+        return Losses(self._total(parts, output.last.shape[1], weights), parts)
+
+    def _mixing(self, output: Tokens, patch_targets: Tensor | None) -> Tensor:
+        if output.mixing is not None:
+            return output.mixing
+        if patch_targets is None or output.patch_logits is None:
+            raise UserError(
+                "the mixing term needs the class of every patch and a patch head",
+                "Objective(...)(output, targets, patch_targets)",
+                "pass patch_targets from pdvit.patch_cutmix, keep DiverseModel's patch_head, or set mixing=0",
+            )
+        return mixing_loss(output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label)
+
+    def _total(self, parts: dict[str, Tensor], count: int, factors: Tensor | None) -> Tensor:
+        """Add up the parts of images of `count` patches."""
+        weights = {
+            name: getattr(self, name) * (1.0 if factors is None else factors[at])
+            for at, name in enumerate(TERMS)
+            if name in parts
+        }
         total = parts["class"]
-        for name in TERMS:
-            if name in parts:
-                total = total + getattr(self, name) * parts[name]
-        return Losses(total, parts)
+        if self.variant == "diverse-vit" and "mixing" in weights:
+            patches = count * weights.pop("mixing")
+            total = (total + patches * parts["mixing"]) / (1 + patches)
+        for name, weight in weights.items():
+            total = total + weight * parts[name]
+        return total

@@ -21,12 +21,16 @@ class TokenOutput(NamedTuple):
         first: patch tokens `(B, N, D)` after the first block.
         last: patch tokens `(B, N, D)` after the last block and the final norm, where the model has one over tokens.
         patch_logits: `(B, N, C)`, or None without a patch head.
+        others: more token maps for the cosine term.
+        mixing: the mixing term itself, where it is computed here.
     """
 
     logits: Tensor
     first: Tensor
     last: Tensor
     patch_logits: Tensor | None
+    others: tuple[Tensor, ...] = ()
+    mixing: Tensor | None = None
 
 
 class DiverseModel(nn.Module):

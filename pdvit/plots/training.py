@@ -15,7 +15,7 @@ NEEDED = {
     "eval": {"epoch", "accuracy"},
     "similarity": {"epoch", "layers", "similarity"},
 }
-TERMS = ("class", "cosine", "contrastive", "mixing")
+TERMS = ("class", "cosine", "contrastive", "mixing", "koleo", "spectral")
 
 
 def read_records(run: Path) -> dict[str, pd.DataFrame]:
@@ -54,7 +54,8 @@ def plot_training(runs: list[dict[str, pd.DataFrame]], names: list[str]) -> Figu
             terms = [term for term in TERMS if term in train]
             for term, look in zip(terms, looks(len(terms)), strict=True):
                 loss.plot(train["epoch"], train[term], label=term, **{**look, "marker": ""})
-            loss.set(title=f"{short(name)}: loss by term, unweighted", xlabel="epoch", ylim=(0, None))
+            lowest = min(0.0, train[terms].min().min())  # KoLeo may be negative
+            loss.set(title=f"{short(name)}: loss by term, unweighted", xlabel="epoch", ylim=(lowest, None))
             loss.legend()
             accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color="black")
             best = evaluation["accuracy"].max() * 100

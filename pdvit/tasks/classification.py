@@ -20,11 +20,12 @@ from pdvit.engine.device import autocast
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
-from pdvit.losses import Objective
+from pdvit.losses import TERMS, Objective
 from pdvit.models.build import build_model, model_arguments, patch_size_of
 from pdvit.models.tokens import DiverseModel, exact_float32, measure_layers
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
+from pdvit.tasks.weights import weight_schedules, with_weights
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -44,13 +45,9 @@ class ClassificationTask:
         if config.model.grad_checkpointing:
             checkpointed: Any = model
             checkpointed.set_grad_checkpointing(True)
-        diversity = config.diversity
-        self.objective = Objective(
-            cosine=diversity.cosine or 0.0,
-            contrastive=diversity.contrastive or 0.0,
-            mixing=diversity.mixing or 0.0,
-            label_smoothing=config.augment.smoothing,
-        )
+        weights: dict[str, Any] = {term: getattr(config.diversity, term) or 0.0 for term in TERMS}
+        variant = config.diversity.variant or "paper"
+        self.objective = Objective(**weights, variant=variant, label_smoothing=config.augment.smoothing)
         labels = self.objective.mixing > 0
         self.module = DiverseModel(model, patch_head=labels).to(device)
         self.preprocessing = Preprocessing.for_model(model)
@@ -62,6 +59,7 @@ class ClassificationTask:
                 f"choose a multiple of {ranks.size}",
             )
         self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
+        self.schedules = weight_schedules(config, self.steps_per_epoch, self.batch_size)
         self.loading = Loading(
             self.batch_size,
             config.run.seed,
@@ -94,12 +92,16 @@ class ClassificationTask:
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
         train = self.source.splits["train"]
-        return train_batches(train, self.loading, self.config.augment, self.mixing, start)
+        batches = train_batches(train, self.loading, self.config.augment, self.mixing, start)
+        if all(schedule.constant for schedule in self.schedules):
+            return batches
+        return with_weights(batches, self.schedules, start)
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run one forward pass and add up the objective."""
         output = network(batch.images)
-        losses = self.objective(output, batch.targets, batch.patch_targets)
+        weights = None if batch.weights is None else batch.weights[0]
+        losses = self.objective(output, batch.targets, batch.patch_targets, weights)
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
         accuracy = (output.logits.argmax(1) == hard).float().mean()
         parts = {name: value.detach() for name, value in losses.parts.items()}

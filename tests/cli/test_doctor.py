@@ -123,7 +123,7 @@ def test_a_step_that_breaks_is_a_failure(examined, monkeypatch):
 
 
 def test_a_step_without_a_number_is_a_failure(examined, monkeypatch):
-    monkeypatch.setattr(pdvit_objective, "cosine_loss", lambda last: last.sum() * float("nan"))
+    monkeypatch.setattr(pdvit_objective, "cosine_loss", lambda last, variant: last.sum() * float("nan"))
     status, report = examined()
     assert status == 1
     step = report["findings"]["cpu"]["training step"]

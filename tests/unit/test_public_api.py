@@ -12,9 +12,11 @@ NAMES = [
     "analyze",
     "contrastive_loss",
     "cosine_loss",
+    "koleo_loss",
     "mixing_loss",
     "patch_cutmix",
     "patch_similarity",
+    "spectral_loss",
 ]
 
 

@@ -27,6 +27,31 @@ def test_a_preset_becomes_weights_and_explicit_weights_win(diversity, weights, c
     assert config.augment.cutmix == cutmix
 
 
+@pytest.mark.parametrize(
+    ("preset", "variant", "weights", "cutmix"),
+    [
+        ("paper", "paper", (1, 1, 1, 0, 0), 1),
+        ("v1", "v1", (1, 1, 1, 0, 0), 1),
+        ("released", "released", (0, 1, 1, 0, 0), 1),
+        ("diverse-vit", "diverse-vit", (0.5, 0.5, 1, 0, 0), 1),
+        ("koleo", "paper", (0, 0, 0, 1, 0), 0),
+        ("spectral", "paper", (0, 0, 0, 0, 1), 0),
+        ("cutmix", "paper", (0, 0, 0, 0, 0), 1),
+        ("none", "paper", (0, 0, 0, 0, 0), 0),
+    ],
+)
+def test_every_preset_spells_out_the_form_and_the_weights(preset, variant, weights, cutmix):
+    config = resolved(diversity={"preset": preset})
+    found = config.diversity
+    assert (found.cosine, found.contrastive, found.mixing, found.koleo, found.spectral) == weights
+    assert (found.variant, config.augment.cutmix) == (variant, cutmix)
+
+
+def test_an_explicit_variant_wins_over_the_preset():
+    found = resolved(diversity={"preset": "paper", "variant": "v1"}).diversity
+    assert (found.variant, found.cosine) == ("v1", 1)
+
+
 def test_an_explicit_cutmix_wins_over_the_preset():
     assert resolved(augment={"cutmix": 0.0}).augment.cutmix == 0
     assert resolved(diversity={"preset": "none"}, augment={"cutmix": 0.3}).augment.cutmix == 0.3

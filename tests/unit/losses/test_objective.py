@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.errors import UserError
-from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses import (
+    TERMS,
+    VARIANTS,
+    Objective,
+    contrastive_loss,
+    cosine_loss,
+    koleo_loss,
+    mixing_loss,
+    spectral_loss,
+)
 
 CLASSES = 5
 
@@ -18,6 +27,8 @@ class Output(NamedTuple):
     first: Tensor
     last: Tensor
     patch_logits: Tensor | None
+    others: tuple[Tensor, ...] = ()
+    mixing: Tensor | None = None
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[Output, Tensor, Tensor]:
@@ -36,10 +47,12 @@ def alone(name: str, output: Output, patch_targets: Tensor) -> Tensor:
         "cosine": lambda: cosine_loss(output.last),
         "contrastive": lambda: contrastive_loss(output.first, output.last),
         "mixing": lambda: mixing_loss(output.patch_logits, patch_targets),
+        "koleo": lambda: koleo_loss(output.last),
+        "spectral": lambda: spectral_loss(output.last),
     }[name]()
 
 
-@pytest.mark.parametrize("weights", list(product([0, 0.5, 2.0], repeat=3)))
+@pytest.mark.parametrize("weights", list(product([0, 0.5], repeat=5)))
 def test_total_is_the_weighted_sum_and_terms_of_weight_zero_are_absent(weights):
     output, targets, patch_targets = make()
     total, parts = Objective(**dict(zip(TERMS, weights, strict=True)))(output, targets, patch_targets)
@@ -51,10 +64,10 @@ def test_total_is_the_weighted_sum_and_terms_of_weight_zero_are_absent(weights):
     assert total.item() == pytest.approx(sum(scale[name] * part.item() for name, part in expected.items()))
 
 
-def test_weights_are_one_by_default():
+def test_the_three_terms_of_the_paper_have_weight_one_by_default():
     output, targets, patch_targets = make()
     total, parts = Objective()(output, targets, patch_targets)
-    assert list(parts) == ["class", *TERMS]
+    assert list(parts) == ["class", "cosine", "contrastive", "mixing"]
     assert total.item() == pytest.approx(sum(part.item() for part in parts.values()))
 
 
@@ -127,9 +140,188 @@ def test_float64_stays_float64():
 
 def test_every_output_gets_its_gradient_and_the_first_layer_none():
     output, targets, patch_targets = make()
-    for tensor in output:
+    for tensor in output[:4]:
         tensor.requires_grad_()
     Objective()(output, targets, patch_targets).total.backward()
     for tensor in (output.logits, output.last, output.patch_logits):
         assert tensor.grad.abs().sum() > 0
     assert output.first.grad is None
+
+
+def on(**more) -> Objective:
+    """All terms that the variant has, each with a weight of its own."""
+    weights = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5, "koleo": 0.2, "spectral": 0.4} | more
+    return Objective(**(weights | ({"cosine": 0} if more.get("variant") == "released" else {})))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variant_decides_the_form_of_each_term(variant):
+    output, targets, patch_targets = make()
+    parts = on(variant=variant, grid=(2, 3))(output, targets, patch_targets).parts
+    expected = {
+        "class": F.cross_entropy(output.logits, targets),
+        "contrastive": contrastive_loss(output.first, output.last, variant, grid=(2, 3)),
+        "mixing": mixing_loss(output.patch_logits, patch_targets, variant),
+        "koleo": koleo_loss(output.last),
+        "spectral": spectral_loss(output.last),
+    }
+    if variant != "released":
+        expected["cosine"] = cosine_loss(output.last, variant)
+    torch.testing.assert_close(parts, expected)
+
+
+def test_the_released_code_has_no_cosine_term():
+    with pytest.raises(UserError, match="no cosine term") as caught:
+        Objective(variant="released")
+    assert "cosine=0" in caught.value.tip
+
+
+def test_an_unknown_variant_is_refused_with_the_closest():
+    with pytest.raises(UserError, match="papr") as caught:
+        Objective(variant="papr")
+    assert "paper" in caught.value.tip
+
+
+def test_diverse_vit_averages_the_class_token_and_the_patches():
+    output, targets, patch_targets = make()
+    losses = Objective(cosine=0.5, contrastive=0.5, mixing=1, variant="diverse-vit")(output, targets, patch_targets)
+    own = F.cross_entropy(output.logits, targets)
+    patches = sum(F.cross_entropy(output.patch_logits[:, i], patch_targets[:, i]) for i in range(6))
+    expected = (own + patches) / 7 + 0.5 * (losses.parts["cosine"] + losses.parts["contrastive"])
+    assert losses.total.item() == pytest.approx(expected.item())
+
+
+def test_another_weight_under_diverse_vit_is_the_weight_of_each_patch():
+    output, targets, patch_targets = make()
+    total, parts = Objective(cosine=0, contrastive=0, mixing=0.5, variant="diverse-vit")(output, targets, patch_targets)
+    assert total.item() == pytest.approx((parts["class"].item() + 6 * 0.5 * parts["mixing"].item()) / (1 + 6 * 0.5))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_factors_act_as_other_weights_and_change_no_part(variant):
+    output, targets, patch_targets = make()
+    factors = dict(zip(TERMS, (0.5, 0.25, 0.1, 3.0, 0.0), strict=True))
+    plain = on(variant=variant, grid=(2, 3))
+    found = plain(output, targets, patch_targets, torch.tensor(list(factors.values())))
+    scaled = {name: getattr(plain, name) * factor for name, factor in factors.items()}
+    expected = Objective(**scaled, variant=variant, grid=(2, 3))(output, targets, patch_targets)
+    assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+    torch.testing.assert_close(found.parts, plain(output, targets, patch_targets).parts, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_factors_of_one_change_nothing(variant):
+    output, targets, patch_targets = make()
+    objective = on(variant=variant, grid=(2, 3))
+    found = objective(output, targets, patch_targets, torch.ones(len(TERMS)))
+    assert found.total.item() == pytest.approx(objective(output, targets, patch_targets).total.item(), rel=1e-6)
+
+
+def test_the_cosine_term_is_the_mean_over_last_and_the_other_maps():
+    output, targets, patch_targets = make()
+    others = (output.first, 3 + output.last)
+    parts = Objective()(output._replace(others=others), targets, patch_targets).parts
+    expected = sum(cosine_loss(tokens) for tokens in (output.last, *others)) / 3
+    assert parts["cosine"].item() == pytest.approx(expected.item())
+
+
+def test_a_mixing_term_of_the_forward_pass_is_taken_as_it_is():
+    output, targets, _ = make()
+    ready = output._replace(patch_logits=None, mixing=torch.tensor(0.75))
+    losses = Objective(cosine=0, contrastive=0, mixing=2)(ready, targets)
+    assert losses.parts["mixing"] == 0.75
+    assert losses.total.item() == pytest.approx(losses.parts["class"].item() + 1.5)
+
+
+def test_label_smoothing_also_smooths_the_labels_of_patches():
+    output, targets, patch_targets = make()
+    parts = Objective(label_smoothing=0.2)(output, targets, patch_targets).parts
+    soft = 0.8 * F.one_hot(patch_targets, CLASSES) + 0.2 / CLASSES
+    expected = -(soft * output.patch_logits.log_softmax(-1)).sum(-1).mean()
+    assert parts["mixing"].item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_multi_label_targets_take_the_binary_cross_entropy(smoothing):
+    output, targets, patch_targets = make()
+    several = F.one_hot(targets, CLASSES).float() + F.one_hot((targets + 1) % CLASSES, CLASSES)
+    patches = F.one_hot(patch_targets, CLASSES).float()
+    objective = Objective(multi_label=True, label_smoothing=smoothing)
+    parts = objective(output, several, patches).parts
+    for name, logits, labels in (("class", output.logits, several), ("mixing", output.patch_logits, patches)):
+        soft = labels * (1 - smoothing) + smoothing / 2
+        p = logits.sigmoid()
+        expected = -(soft * p.log() + (1 - soft) * (1 - p).log()).mean()
+        assert parts[name].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "tip"), [([0, 5, 1], "0 to 4"), ([0, -1, 1], "0 to 4"), ([-100, 0, 0], "0 to 4")], ids=str
+)
+def test_class_targets_out_of_range_are_refused_with_the_range(targets, tip):
+    output, _, patch_targets = make()
+    with pytest.raises(UserError, match="5 classes") as caught:
+        Objective()(output, torch.tensor(targets), patch_targets)
+    assert tip in caught.value.tip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_patch_targets_out_of_range_are_refused_with_the_range(variant):
+    output, targets, patch_targets = make()
+    patch_targets[1, 2] = CLASSES
+    with pytest.raises(UserError, match="to 5 for 5 classes"):
+        on(variant=variant, grid=(2, 3))(output, targets, patch_targets)
+
+
+@pytest.mark.parametrize("bad", [1.5, -0.5, math.nan])
+def test_shares_out_of_range_are_refused(bad):
+    output, _, patch_targets = make()
+    soft = torch.full((3, CLASSES), 1 / CLASSES)
+    soft[1, 1] = bad
+    with pytest.raises(UserError, match="5 classes"):
+        Objective()(output, soft, patch_targets)
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(4, dtype=torch.long), torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 1)], ids=repr
+)
+def test_targets_of_another_shape_are_refused(targets):
+    output, _, patch_targets = make()
+    with pytest.raises(UserError, match="shape"):
+        Objective()(output, targets, patch_targets)
+
+
+def test_multi_label_indices_are_refused():
+    output, targets, _ = make()
+    with pytest.raises(UserError, match="shape"):
+        Objective(mixing=0, multi_label=True)(output, targets)
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.uint8, torch.int64], ids=str)
+def test_any_whole_numbers_are_class_indices(integers):
+    output, targets, patch_targets = make()
+    found = Objective()(output, targets.to(integers), patch_targets.to(integers))
+    torch.testing.assert_close(found, Objective()(output, targets, patch_targets))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_in_one_piece(variant, multi_label):
+    """With factors and the checks of targets: nothing breaks the graph, and other factors do not compile again."""
+    output, targets, patch_targets = make()
+    if multi_label:
+        targets, patch_targets = (F.one_hot(labels, CLASSES).float() for labels in (targets, patch_targets))
+    objective = on(variant=variant, grid=(2, 3), multi_label=multi_label, label_smoothing=0.1)
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(objective.__call__, fullgraph=True, dynamic=False, backend=count)
+    for factor in (1.0, 0.3, 0.0):
+        factors = torch.full((len(TERMS),), factor)
+        found = compiled(output, targets, patch_targets, factors)
+        torch.testing.assert_close(found, objective(output, targets, patch_targets, factors))
+    assert len(graphs) == 1

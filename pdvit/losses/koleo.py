@@ -1,0 +1,45 @@
+"""The KoLeo term: every patch should keep its distance from its nearest neighbour."""
+
+import torch
+from torch import Tensor
+
+from pdvit.similarity import BLOCK_ENTRIES, unit_tokens
+
+# Distances far below this count as this one: DINOv2's epsilon.
+NEAREST = 1e-8
+
+
+def koleo_loss(last: Tensor) -> Tensor:
+    """Return -1/n sum_i ln min_{j != i} |u_i - u_j|, u the patches of one image at length 1, averaged over the images.
+
+    The differential entropy of points on the sphere after Kozachenko and Leonenko, as a regulariser: Sablayrolles et
+    al., arXiv 1806.03198. DINOv2 (arXiv 2304.07193) applies it, with weight 0.1, to class tokens across images; here it
+    compares the patches within an image. Neighbours are found without gradient, as there. A distance r enters as
+    sqrt(r^2 + 1e-16), so that value and gradient stay finite.
+
+    Args:
+        last: patch tokens `(B, N, D)` of the last layer.
+
+    Returns:
+        A scalar: 18.42 where all patches are equal, -ln sqrt(2) where they are orthogonal, at least -ln 2; 0 for a
+        single patch. Float32 even under autocast (float64 stays).
+    """
+    unit = unit_tokens(last)
+    if last.shape[1] < 2:
+        return (unit * 0).sum()
+    nearest = _nearest(unit.detach())
+    apart = unit - unit.gather(1, nearest[..., None].expand_as(unit))
+    return -0.5 * (apart.square().sum(-1) + NEAREST**2).log().mean()
+
+
+def _nearest(unit: Tensor) -> Tensor:
+    """Return which other token of the image `(B, N, D)` is nearest to each, `(B, N)`, in blocks of rows."""
+    images, count, _ = unit.shape
+    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
+    found = []
+    with torch.autocast(unit.device.type, enabled=False):
+        for start in range(0, count, rows):
+            cosines = unit[:, start : start + rows] @ unit.transpose(1, 2)
+            cosines.diagonal(offset=start, dim1=1, dim2=2).fill_(-2)  # below any cosine
+            found.append(cosines.argmax(-1))
+    return torch.cat(found, 1)

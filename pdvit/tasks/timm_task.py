@@ -1,0 +1,112 @@
+"""The diversity terms as a task of timm's training script (`timm.task`): that script's loop, its flags, its files."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+
+from pdvit.data.cutmix import patch_cutmix
+from pdvit.errors import UserError
+from pdvit.losses import Objective
+from pdvit.models.build import patch_size_of
+from pdvit.models.tokens import DiverseModel
+
+try:
+    from timm.task import ClassificationTask as TimmTask
+
+    TimmTask.get_checkpoint_state  # noqa: B018  (the form that timm's tasks have since 1.0.27)
+except (ImportError, AttributeError) as error:
+    raise UserError("this timm has no timm.task that pdvit knows", "pdvit.tasks.timm_task", "use timm 1.0.31") from error
+
+
+class DiversityTask(TimmTask):  # type: ignore[misc]  # timm has no types
+    """A `timm.task.ClassificationTask` whose loss has the diversity terms.
+
+    What it evaluates, averages into checkpoints and saves is the bare timm model; the patch head is the task's own state.
+
+    Args:
+        model: a bare timm model.
+        criterion: the class loss, in place of the objective's own; timm's script passes one.
+        objective: the terms and their weights.
+        cutmix: alpha of the patch-aligned CutMix; timm's own (`--cutmix`) must then be off.
+        prob: the share of batches that it mixes.
+        kwargs: `device`, `dtype`, `verbose`, as for timm's task.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Any = None,
+        *,
+        objective: Objective | None = None,
+        cutmix: float = 1.0,
+        prob: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        objective = objective or Objective()
+        wrapped = DiverseModel(model, patch_head=objective.mixing > 0).to(next(model.parameters()).device)
+        super().__init__(wrapped, criterion, **kwargs)
+        self.objective = replace(objective, class_loss=self.criterion)
+        self.cutmix, self.prob = cutmix, prob
+        self.patch_size, self.classes = patch_size_of(model), int(self._bare(wrapped).num_classes)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  (timm's name)
+        """Return `loss`, `output` (logits) and each part of the loss, for images `(B, C, H, W)` and classes `(B,)`."""
+        patch_targets = None
+        if self.objective.mixing:
+            input, target, patch_targets = self._mix(input, target)
+        output = self.trainable_module(input, patch_targets)
+        losses = self.objective(output, target, patch_targets)
+        parts = {f"{name}_loss": value for name, value in losses.parts.items()}
+        return {"loss": losses.total, "output": output.logits, **parts}
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> nn.Module:
+        """Compile the wrapper for training, and the bare model for evaluation."""
+        self.eval_model = torch.compile(self._bare(self.trainable_module), backend=backend, mode=mode, **kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return the bare timm model: what is validated, and what timm's loaders find in a checkpoint."""
+        resolved: nn.Module | None = super().get_eval_model(module=module, ema=ema)
+        inner = None if resolved is None else unwrap_model(resolved)
+        return inner.model if isinstance(inner, DiverseModel) else resolved  # type: ignore[return-value]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the patch head, which is no part of the model."""
+        head = self._patch_head(module, ema)
+        return {} if head is None else {"patch_head": head.state_dict()}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Undo `get_task_state`."""
+        head = self._patch_head(module, ema)
+        if head is not None and state:
+            head.load_state_dict(state["patch_head"], strict=strict)
+
+    def _patch_head(self, module: nn.Module | None, ema: bool) -> nn.Module | None:
+        wrapper = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        head: nn.Module | None = wrapper.patch_head
+        return head
+
+    @staticmethod
+    def _bare(wrapper: nn.Module) -> Any:
+        return unwrap_model(wrapper).model
+
+    def _mix(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if target.ndim == 2:  # mixed already, by timm, whose rectangles cut through patches
+            raise UserError(
+                "the images are mixed already, so that patches have no class of their own",
+                "DiversityTask",
+                "leave --mixup and --cutmix of timm's script at 0: the task pastes whole patches itself",
+            )
+        alpha = self.cutmix if random.random() < self.prob else 0.0
+        return patch_cutmix(images, target, self.patch_size, self.classes, alpha)
