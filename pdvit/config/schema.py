@@ -68,6 +68,16 @@ class DiversityConfig:
         None, "Weight of the contrastive term; unset: the preset's.", "--contrastive", minimum=0
     )
     mixing: float | None = key(None, "Weight of the mixing term; unset: the preset's.", "--mixing", minimum=0)
+    first: str = key(
+        "block",
+        "First layer: block (the first one with last's grid), embed (what enters the blocks), patches (without "
+        "positions), or a block's number.",
+        "--first",
+    )
+    last: str = key(
+        "norm", "Last layer: norm (after the final norm) or block (before it).", "--last", choices=("norm", "block")
+    )
+    cosine_layers: str = key("", "More blocks whose patches the cosine term sees: 6,12.", "--cosine-layers")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,8 @@ class Tokens(Protocol):
     def last(self) -> Tensor: ...  # noqa: D102
     @property
     def patch_logits(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def others(self) -> tuple[Tensor, ...]: ...  # noqa: D102
 
 
 class Losses(NamedTuple):
@@ -79,7 +82,8 @@ class Objective:
             "class": F.cross_entropy(at_least_float32(output.logits), targets, label_smoothing=self.label_smoothing)
         }
         if self.cosine:
-            parts["cosine"] = cosine_loss(output.last)
+            layers = (output.last, *output.others)
+            parts["cosine"] = torch.stack([cosine_loss(tokens) for tokens in layers]).mean()
         if self.contrastive:
             parts["contrastive"] = contrastive_loss(output.first, output.last)
         if self.mixing:

@@ -21,7 +21,8 @@ from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import build_model, model_arguments, patch_size_of
-from pdvit.models.tokens import DiverseModel, exact_float32, measure_layers
+from pdvit.models.layers import exact_float32, measure_layers
+from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
 
@@ -51,7 +52,8 @@ class ClassificationTask:
             label_smoothing=config.augment.smoothing,
         )
         labels = self.objective.mixing > 0
-        self.module = DiverseModel(model, patch_head=labels).to(device)
+        first, numbers = diversity.first, layer_numbers(diversity.cosine_layers)
+        self.module = DiverseModel(model, labels, first, diversity.last, numbers).to(device)
         self.preprocessing = Preprocessing.for_model(model)
         self.batch_size = config.data.batch_size
         if self.batch_size % ranks.size:

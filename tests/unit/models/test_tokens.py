@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from pdvit.errors import UserError
-from pdvit.models.tokens import DiverseModel, layers_of, measure_layers, watch_layers
+from pdvit.models.layers import layers_of, measure_layers, watch_layers
+from pdvit.models.tokens import DiverseModel
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
 PATCHES, WIDTH = 16, 24
