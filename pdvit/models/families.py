@@ -36,7 +36,6 @@ class Family:
 
 
 PLAIN = Family(plain=True)
-ENCODER = Family("encoder.blocks.*", "", embed="")
 STAGES = Family("stages.*.blocks.*")
 WINDOWS = Family("layers.*.blocks.*")
 MAPS = Family("stages.*.blocks.*", "norm_pre", channels_first=True)
@@ -50,9 +49,6 @@ FAMILIES = {
     "Cait": Family(prefix="", plain=True),  # class attention comes behind the blocks
     "Xcit": Family(prefix="", plain=True),  # likewise
     "NaFlexVit": Family(embed=""),  # fed with images, not with packed sequences
-    "DeepseekVitClassifier": ENCODER,
-    "Qwen3VitClassifier": ENCODER,
-    "Gemma4VitClassifier": ENCODER,
     "SwinTransformer": WINDOWS,
     "SwinTransformerV2": WINDOWS,
     "SwinTransformerV2Cr": STAGES,
@@ -82,6 +78,9 @@ REFUSED = {
     "VisionTransformerSAM": "its head reads a convolutional neck behind the blocks, of another width",
     "TinyVit": "it turns from maps to tokens half-way through the blocks",
     "Visformer": "it turns from maps to tokens half-way through the blocks",
+    "DeepseekVitClassifier": "it is the encoder of a language model, which can merge patches behind its blocks",
+    "Qwen3VitClassifier": "it is the encoder of a language model, which can merge patches behind its blocks",
+    "Gemma4VitClassifier": "it is the encoder of a language model, which can merge patches behind its blocks",
 }
 
 
