@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from timm.models.davit import DaVit
+from timm.models.focalnet import FocalNet
+from timm.models.gcvit import GlobalContextVit
 from timm.models.hieradet_sam2 import HieraDet
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
-from timm.models.metaformer import Attention, MetaFormer, Pooling
+from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, Pooling
+from timm.models.mlp_mixer import MlpMixer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.pit import PoolingVisionTransformer
@@ -60,7 +63,7 @@ def vit(name: str, prefix: int, last: str = "norm", last_prefix: int | None = No
     sizes = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": CLASSES}
     last_view = nlc(prefix if last_prefix is None else last_prefix)
     sizes |= arguments
-    side = sizes["img_size"] // sizes["patch_size"]
+    side = sizes["img_size"] // sizes.pop("stride", sizes["patch_size"])
 
     def build() -> nn.Module:
         return timm.create_model(name, **sizes)
@@ -119,24 +122,20 @@ CASES = {
     "clip": vit("vit_base_patch16_clip_224", 1),
     "flexivit": vit("flexivit_small", 1),
     "relpos": vit("vit_relpos_small_patch16_224", 0, "blocks.1"),
-    "hybrid": vit("vit_tiny_r_s16_p8_224", 1, img_size=128, patch_size=2),
+    "hybrid": vit("vit_tiny_r_s16_p8_224", 1, patch_size=2, stride=8),
     "eva02": vit("eva02_tiny_patch14_224", 1, "blocks.1"),
     "rope": vit("vit_small_patch16_rope_224", 1),
     "beit": vit("beit_base_patch16_224", 1, "blocks.1"),
     "cait": vit("cait_xxs24_224", 0, last_prefix=1),
     "xcit": vit("xcit_nano_12_p16_224", 0, last_prefix=1),
-    "mixer": Case(
-        lambda: timm.create_model(
-            "mixer_s32_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=24, num_classes=CLASSES
-        ),
-        *("blocks.0", nlc(), "norm", nlc(), (4, 4), 32),
+    "mixer": pyramid(
+        MlpMixer, *("blocks.0", nlc(), "norm"), img_size=32, patch_size=8, num_blocks=2, embed_dim=24, image=32, side=4
     ),
-    "naflexvit": Case(
-        lambda: NaFlexVit(
-            NaFlexVitCfg(patch_size=56, embed_dim=24, depth=2, num_heads=2, reg_tokens=2, class_token=False),
-            num_classes=CLASSES,
-        ),
-        *("blocks.0", nlc(2), "blocks.1", nlc(2), (4, 4), 224),
+    "naflexvit": pyramid(
+        NaFlexVit,
+        *("blocks.0", nlc(2), "norm"),
+        cfg=NaFlexVitCfg(patch_size=16, embed_dim=24, depth=2, num_heads=2, reg_tokens=2, class_token=False),
+        side=4,
     ),
     "swin": pyramid(
         named("swin_tiny_patch4_window7_224"),
@@ -155,20 +154,22 @@ CASES = {
     ),
     "pvtv2": pyramid(
         PyramidVisionTransformerV2,
-        *("stages.3.blocks.0", nlc(), "stages.3.norm", nhwc),
+        *("stages.3.blocks.0", nlc(), "stages.3.norm"),
         **FOUR | WIDTHS | {"mlp_ratios": (2, 2, 2, 2), "image": 64},
     ),
     "mvitv2": pyramid(
         MultiScaleVit,
         *("stages.3.blocks.0", with_size(nlc()), "norm", nlc()),
         cfg=MultiScaleVitCfg(**MVIT),
-        img_size=(64, 64),
+        img_size=(128, 128),
+        image=128,
     ),
     "mvitv2-class-token": pyramid(
         MultiScaleVit,
         *("stages.3.blocks.0", with_size(nlc(1)), "norm", nlc(1)),
         cfg=MultiScaleVitCfg(**MVIT, use_cls_token=True),
-        img_size=(64, 64),
+        img_size=(128, 128),
+        image=128,
     ),
     "twins-svt": pyramid(
         Twins, *("blocks.3.0", nlc(), "norm"), **FOUR | WIDTHS | {"img_size": 64, "wss": (2, 2, 2, 2)}
@@ -195,7 +196,7 @@ CASES = {
         global_att_blocks=(),
         image=64,
     ),
-    "maxvit": pyramid(MaxxVit, *("stages.3.blocks.0", nchw, "stages.3.blocks.1"), cfg=maxxvit("maxvit"), img_size=64),
+    "maxvit": pyramid(MaxxVit, *("stages.3.blocks.0", nchw, "norm"), cfg=maxxvit("maxvit"), img_size=64),
     "coatnet": pyramid(MaxxVit, *("stages.3.blocks.0", nchw, "norm"), cfg=maxxvit("coatnet"), img_size=64),
     "convnext": pyramid(
         named("convnext_tiny"),
@@ -210,16 +211,16 @@ CASES = {
         **FOUR | WIDTHS | {"image": 64},
     ),
     "focalnet": pyramid(
-        named("focalnet_tiny_srf"),
+        FocalNet,
         *("layers.3.blocks.0", nchw, "norm"),
         depths=(1, 1, 1, 2),
         embed_dim=8,
         image=64,
     ),
     "gcvit": pyramid(
-        named("gcvit_xxtiny"),
+        GlobalContextVit,
         *("stages.3.blocks.0", nhwc, "stages.3.norm"),
-        **FOUR | {"embed_dim": 8, "img_size": 64},
+        **FOUR | {"embed_dim": 8, "img_size": 64, "depths": (2, 2, 2, 2)},
     ),
     "pit": pyramid(
         PoolingVisionTransformer,
@@ -233,19 +234,19 @@ CASES = {
     "levit": pyramid(
         named("levit_256"),
         *("stages.2.blocks.0", nlc(), "stages.2.blocks.1"),
-        img_size=128,
+        img_size=256,
         embed_dim=(16, 24, 32),
         num_heads=(2, 2, 2),
         key_dim=8,
         depth=(1, 1, 2),
-        image=128,
-        side=2,
+        image=256,
+        side=4,
     ),
     "poolformer": pyramid(
         MetaFormer,
         *("stages.3.blocks.0", nchw, "stages.3.blocks.1"),
         depths=(1, 1, 1, 2),
-        dims=(8, 8, 16, 16),
+        dims=(8, 16, 24, 32),
         token_mixers=Pooling,
         use_mlp_head=False,
         image=64,
@@ -254,8 +255,9 @@ CASES = {
         MetaFormer,
         *("stages.3.blocks.0", nlc(), "stages.3.blocks.1"),
         depths=(1, 1, 1, 2),
-        dims=(8, 8, 32, 32),
+        dims=(8, 16, 32, 64),
         token_mixers=[Pooling, Pooling, Attention, Attention],
+        norm_layers=[LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2,
         image=64,
     ),
 }
@@ -271,6 +273,8 @@ def make(case: Case) -> nn.Module:
         for name, weight in model.named_parameters():
             if weight.ndim == 1 and not name.endswith("bias"):
                 weight.uniform_(0.5, 1.5)
+            elif not weight.any():
+                weight.normal_(std=0.02)
     return model.eval()
 
 
@@ -350,9 +354,15 @@ def test_the_terms_alone_reach_the_first_layer(case):
     assert any(weight.grad is not None and weight.grad.any() for weight in block.parameters())
 
 
-@all_families
-def test_a_patch_of_the_image_changes_its_own_token_most(case):
-    model = make(case)
+# Their convolutions reach over the borders of a patch, so that a neighbour can change more.
+OVERLAPPING = {"xcit", "mvitv2", "mvitv2-class-token", "levit", "hiera-two-pools"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_patch_of_the_image_changes_its_own_token_most(name):
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.build()  # as timm makes it: what passes by the blocks is still larger than what they mix
     rows, columns = case.grid
     side = case.image // rows
     image = pictures(case, 1)
@@ -366,7 +376,10 @@ def test_a_patch_of_the_image_changes_its_own_token_most(case):
     wrapper = DiverseModel(model).eval()
     with torch.no_grad():
         before, after = wrapper(image).first, wrapper(changed).first
-    assert (after - before).norm(dim=-1).argmax(1).tolist() == list(range(rows * columns))
+    most = (after - before).norm(dim=-1).argmax(1)
+    own = torch.arange(rows * columns)
+    off = torch.maximum((most // columns - own // columns).abs(), (most % columns - own % columns).abs())
+    assert not off.any() or (name in OVERLAPPING and rows >= 4 and off.max() <= 1)
 
 
 @all_families
