@@ -62,7 +62,6 @@ FAMILIES = {
     "GlobalContextVit": Family("stages.*.blocks.*", "stages.-1.norm"),
     "FocalNet": Family("layers.*.blocks.*", channels_first=True),
     "DaVit": Family("stages.*.blocks.*.*", "norm_pre", channels_first=True),  # spatial and channel attention in turn
-    "Levit": Family("stages.*.blocks.*", ""),
     "MaxxVit": Family("stages.*.blocks.*", channels_first=True),  # CoAtNet, MaxViT
     "MetaFormer": MAPS,  # PoolFormer, CAFormer
     "ConvNeXt": MAPS,  # a transformer's block with a convolution for attention: for comparison
@@ -75,6 +74,7 @@ REFUSED = {
     "TNT": "it keeps tokens of pixels beside those of patches",
     "ConVit": "its class token joins the patches half-way through the blocks",
     "Nest": "its blocks keep the patches apart by windows, out of the image's order",
+    "Levit": "attention makes the tokens of a stage anew from those before, so that no patch keeps its place",
     "VisionTransformerSAM": "its head reads a convolutional neck behind the blocks, of another width",
     "TinyVit": "it turns from maps to tokens half-way through the blocks",
     "Visformer": "it turns from maps to tokens half-way through the blocks",

@@ -231,17 +231,6 @@ CASES = {
         heads=(1, 2, 4),
         side=2,
     ),
-    "levit": pyramid(
-        named("levit_256"),
-        *("stages.2.blocks.0", nlc(), "stages.2.blocks.1"),
-        img_size=256,
-        embed_dim=(16, 24, 32),
-        num_heads=(2, 2, 2),
-        key_dim=8,
-        depth=(1, 1, 2),
-        image=256,
-        side=4,
-    ),
     "poolformer": pyramid(
         MetaFormer,
         *("stages.3.blocks.0", nchw, "stages.3.blocks.1"),
@@ -355,7 +344,7 @@ def test_the_terms_alone_reach_the_first_layer(case):
 
 
 # Their convolutions reach over the borders of a patch, so that a neighbour can change more.
-OVERLAPPING = {"xcit", "mvitv2", "mvitv2-class-token", "levit", "hiera-two-pools"}
+OVERLAPPING = {"xcit", "mvitv2", "mvitv2-class-token", "hiera-two-pools"}
 
 
 @pytest.mark.parametrize("name", CASES)
