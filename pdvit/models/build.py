@@ -9,7 +9,7 @@ from torch import nn
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
-from pdvit.models.layers import image_size_of, places_of, shapes_of
+from pdvit.models.layers import image_size_of, places_of, shapes_of, with_image_size
 
 # Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
 RESERVED = frozenset(
@@ -112,21 +112,14 @@ def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
         model = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
         if "img_size" in arguments and "unexpected keyword argument 'img_size'" in str(error):
-            size = arguments["img_size"]
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
-            return with_image_size(_create(name, rest, where), size if isinstance(size, tuple) else (size, size))
+            size = arguments["img_size"]
+            return with_image_size(_create(name, rest, where), *(size if isinstance(size, tuple) else (size, size)))
         raise UserError(
             f"timm can't build {name}: {type(error).__name__}: {error}",
             where,
             "check the model's arguments (--model-kwargs)",
         ) from error
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def with_image_size(model: Any, size: tuple[int, int]) -> nn.Module:
-    """Let a model that takes images of any size expect this one: its configuration is where timm looks for it."""
-    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, *size)}
     assert isinstance(model, nn.Module)
     return model
 

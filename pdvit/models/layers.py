@@ -164,6 +164,13 @@ def shapes_of(model: nn.Module, places: Mapping[K, Place], where: str = MODEL) -
     return found
 
 
+def with_image_size(model: Any, height: int, width: int) -> nn.Module:
+    """Let a model that takes images of any size expect this one: its configuration is where timm looks for it."""
+    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}
+    assert isinstance(model, nn.Module)
+    return model
+
+
 def image_size_of(model: Any) -> tuple[int, int]:
     """Return the height and width of the images that a model was built for."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
