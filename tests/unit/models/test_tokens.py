@@ -354,7 +354,13 @@ def hierarchical() -> DiverseModel:
 
 
 @pytest.mark.parametrize(
-    ("build", "checkpointing"), [(by_value, True), (by_hooks, True), (hierarchical, False), (hierarchical, True)]
+    ("build", "checkpointing"),
+    [
+        (by_value, True),
+        (hierarchical, True),
+        pytest.param(by_hooks, True, marks=pytest.mark.slow),
+        pytest.param(hierarchical, False, marks=pytest.mark.slow),
+    ],
 )
 def test_it_compiles_as_one_graph_with_the_same_gradients(build, checkpointing):
     wrapper = build().train()
