@@ -67,6 +67,8 @@ FAMILIES = {
     "ConvNeXt": MAPS,  # a transformer's block with a convolution for attention: for comparison
 }
 
+MIXED = "its attention sits between convolutions, and pdvit's table has no row for it"
+ENCODER = "it is the encoder of a language model, which can merge patches behind its blocks"
 # Transformers that would need more than a row, and why.
 REFUSED = {
     "CrossVit": "it keeps two grids of patches side by side",
@@ -78,9 +80,9 @@ REFUSED = {
     "VisionTransformerSAM": "its head reads a convolutional neck behind the blocks, of another width",
     "TinyVit": "it turns from maps to tokens half-way through the blocks",
     "Visformer": "it turns from maps to tokens half-way through the blocks",
-    "DeepseekVitClassifier": "it is the encoder of a language model, which can merge patches behind its blocks",
-    "Qwen3VitClassifier": "it is the encoder of a language model, which can merge patches behind its blocks",
-    "Gemma4VitClassifier": "it is the encoder of a language model, which can merge patches behind its blocks",
+    **{f"{name}Vit{part}": ENCODER for name in ("Deepseek", "Qwen3", "Gemma4") for part in ("Classifier", "Encoder")},
+    "EfficientVit": MIXED,
+    "EfficientVitLarge": MIXED,
 }
 
 
@@ -133,6 +135,6 @@ def _reason(model: nn.Module, names: list[str]) -> str:
     for name in names:
         if name in REFUSED:
             return REFUSED[name]
-    if any("attn" in name or "attention" in name for name, _ in model.named_modules()):
-        return "its attention sits between convolutions, and pdvit's table has no row for it"
+    if any("attn" in name or "Attention" in type(part).__name__ for name, part in model.named_modules()):
+        return MIXED
     return "a convolutional network has no tokens"

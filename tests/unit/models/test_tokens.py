@@ -296,6 +296,8 @@ def test_a_classifier_that_does_not_read_the_tokens_is_refused_as_patch_head(mod
         ("resnet18", "no tokens"),
         ("efficientnet_b0", "no tokens"),
         ("mobilevit_xxs", "between convolutions"),
+        ("efficientformer_l1", "between convolutions"),
+        ("qwen3_vit_88m_enc", "language model"),
         ("convit_tiny", "half-way"),
         ("crossvit_9_240", "side by side"),
         ("tnt_s_patch16_224", "pixels"),
