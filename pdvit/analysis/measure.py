@@ -1,7 +1,6 @@
 """Per-layer metrics of a model, streamed over images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from pdvit.analysis.moments import Moments
 from pdvit.errors import UserError, closest
-from pdvit.models.tokens import Layer, layers_of, measure_layers
+from pdvit.models.layers import Layer, evaluating, layers_of, measure_layers
 from pdvit.similarity import patch_similarity
 
 if TYPE_CHECKING:
@@ -63,35 +62,23 @@ def analyze(
 
     chosen = _choose(metrics)
     found: dict[tuple[Layer, str], Moments] = {}
-    tokens = 0
-    with _evaluating(model):
+    counts: dict[Layer, int] = {}
+    with evaluating(model):
         for batch in _batches(images, next(model.parameters()).device):
-            for layer, (tokens, values) in measure_layers(model, batch, partial(_measure, chosen)).items():
+            for layer, (counts[layer], values) in measure_layers(model, batch, partial(_measure, chosen)).items():
                 for metric, value in values.items():
-                    _check(value, tokens, layer)
+                    _check(value, counts[layer], layer)
                     found.setdefault((layer, metric), Moments()).add(value)
     if not found:
         raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
     rows = [
-        (name, layer.name, layer.depth, metric, m.mean, m.std, m.ci95, m.count, tokens)
+        (name, layer.name, layer.depth, metric, m.mean, m.std, m.ci95, m.count, counts[layer])
         for metric in chosen
         for layer in layers_of(model)
         for m in [found[layer, metric]]
     ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and every part of it back to its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _measure(chosen: dict[str, Metric], tokens: Tensor) -> tuple[int, dict[str, Tensor]]:

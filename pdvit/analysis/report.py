@@ -18,16 +18,17 @@ def statement(
     """Return what was measured, for people and for analysis.json."""
     layers = list(dict.fromkeys(table["layer"]))
     norm = "the final norm" if layers[-1] == "norm" else "the last block (the model has no final norm over patches)"
+    changes = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
     return {
         "model": str(table["model"].iloc[0]),
         "checkpoint": checkpoint,
         "weights": weights,
         "images": images,
         "images_measured": int(table["images"].iloc[0]),
-        "patch_tokens": int(table["tokens"].iloc[0]),
+        "patch_tokens": int(table["tokens"].iloc[-1]),
         "prefix_tokens_dropped": prefix,
         "layers": f"embed is what enters block 1 (with position); blocks are read before the final norm; the last row "
-        f"is {norm}",
+        f"is {norm}{changes}",
         "metrics": {name: METRICS[name].definition for name in dict.fromkeys(table["metric"])},
         "spread": "std and ci95 (half-width, Student's t) over images",
         "precision": "float32",

@@ -124,8 +124,9 @@ def _fitted(pictures: "Pictures", preprocessing: "Preprocessing") -> str:
 
 
 def _prefix(loaded: "Loaded") -> int:
-    parts: Any = loaded.model
-    return int(parts.num_prefix_tokens)
+    from pdvit.models.layers import places_of
+
+    return max(place.prefix for place in places_of(loaded.model).values())
 
 
 def _nested(table: "pd.DataFrame") -> list[dict[str, Any]]:

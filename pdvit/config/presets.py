@@ -13,6 +13,7 @@ class Preset:
     Attributes:
         variant: form of the cosine, contrastive and mixing terms.
         cosine, contrastive, mixing, koleo, spectral: weights.
+        first, last, patch_head: which tokens the terms read, and which head the mixing term has.
         mixed: mix the images even without the mixing term.
     """
 
@@ -22,6 +23,9 @@ class Preset:
     mixing: float = 0.0
     koleo: float = 0.0
     spectral: float = 0.0
+    first: str = "block"
+    last: str = "norm"
+    patch_head: str = "own"
     mixed: bool = False
 
 
@@ -29,8 +33,10 @@ class Preset:
 PRESETS = {
     "paper": Preset(cosine=1.0, contrastive=1.0, mixing=1.0),
     "v1": Preset("v1", cosine=1.0, contrastive=1.0, mixing=1.0),
-    "released": Preset("released", contrastive=1.0, mixing=1.0),
-    "diverse-vit": Preset("diverse-vit", cosine=0.5, contrastive=0.5, mixing=1.0),
+    "released": Preset("released", contrastive=1.0, mixing=1.0, first="patches"),
+    "diverse-vit": Preset(
+        "diverse-vit", cosine=0.5, contrastive=0.5, mixing=1.0, first="embed", last="block", patch_head="class"
+    ),
     "koleo": Preset(koleo=1.0),
     "spectral": Preset(spectral=1.0),
     "cutmix": Preset(mixed=True),

@@ -14,6 +14,8 @@ SMALL_DEPTH, SMALL_WIDTH, SMALL_HEAD_WIDTH, SMALL_PATCH, SMALL_IMAGE = 8, 48, 16
 SMALL_LR = 1e-3
 # DeiT's learning rate for 512 images per update.
 LR_PER_512 = 5e-4
+# Keys of the diversity section that a preset fills in.
+OF_PRESET = ("variant", "first", "last", "patch_head", *TERMS)
 
 
 def resolve(config: Config) -> Config:
@@ -35,7 +37,7 @@ def _preset(config: Config) -> Config:
     diversity, augment = config.diversity, config.augment
     preset = PRESETS[diversity.preset]
     spelled: dict[str, Any] = {
-        name: getattr(preset if getattr(diversity, name) is None else diversity, name) for name in ("variant", *TERMS)
+        name: getattr(preset if getattr(diversity, name) is None else diversity, name) for name in OF_PRESET
     }
     if augment.cutmix is None:
         mixes = spelled["mixing"] > 0 or preset.mixed

@@ -90,6 +90,25 @@ class DiversityConfig:
     mixing_schedule: str = _weight_schedule("mixing")
     koleo_schedule: str = _weight_schedule("koleo")
     spectral_schedule: str = _weight_schedule("spectral")
+    first: str | None = key(
+        None,
+        "First layer: block (the first one with last's grid), embed (what enters the blocks), patches (without "
+        "positions), or a block's number; unset: the preset's.",
+        "--first",
+    )
+    last: str | None = key(
+        None,
+        "Last layer: norm (after the final norm) or block (before it); unset: the preset's.",
+        "--last",
+        choices=("norm", "block"),
+    )
+    cosine_layers: str = key("", "More blocks whose patches the cosine term sees: 6,12.", "--cosine-layers")
+    patch_head: str | None = key(
+        None,
+        "Head of the mixing term: own, or class (the model's own classifier); unset: the preset's.",
+        "--patch-head",
+        choices=("own", "class"),
+    )
 
 
 @dataclass(frozen=True)

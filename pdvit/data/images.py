@@ -39,7 +39,8 @@ class Preprocessing:
         """Return what a timm model expects: its own size, and what its configuration says of the rest."""
         parts: Any = model
         data = timm.data.resolve_model_data_config(model)
-        height, width = parts.patch_embed.img_size
+        size = getattr(getattr(parts, "patch_embed", None), "img_size", None)
+        height, width = size or data["input_size"][1:]
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
         return cls(

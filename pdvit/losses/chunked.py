@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pdvit.errors import UserError
+from pdvit.losses.labels import check_labels
 from pdvit.similarity import at_least_float32
 
 # Logits that exist at one moment: 32 MB of float32.
@@ -34,17 +35,15 @@ def chunked_mixing_loss(
         A scalar >= 0 in float32 (float64 tokens: float64); under autocast the products take its type.
 
     Raises:
-        UserError: the shapes do not belong together.
+        UserError: the shapes do not belong together, or targets (on the CPU, outside torch.compile) are out of range.
     """
-    soft = patch_targets.ndim == 3
-    expected = (*tokens.shape[:2], len(weight)) if soft else tuple(tokens.shape[:2])
-    if tokens.ndim != 3 or tuple(patch_targets.shape) != expected or weight.shape[-1:] != tokens.shape[-1:]:
+    if tokens.ndim != 3 or weight.shape[-1:] != tokens.shape[-1:]:
         raise UserError(
-            f"tokens {tuple(tokens.shape)}, a head {tuple(weight.shape)} and patch targets "
-            f"{tuple(patch_targets.shape)} do not belong together",
+            f"tokens {tuple(tokens.shape)} and a head {tuple(weight.shape)} do not belong together",
             "chunked_mixing_loss(tokens, weight, bias, patch_targets)",
-            "pass (B, N, D), (C, D) and (B, N) or (B, N, C)",
+            "pass (B, N, D) and (C, D)",
         )
+    check_labels((*tokens.shape[:2], len(weight)), patch_targets, multi_label=False)
     loss: Tensor = _Chunked.apply(tokens, weight, bias, patch_targets, label_smoothing)
     return loss
 

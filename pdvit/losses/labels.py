@@ -25,7 +25,7 @@ def label_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0, multi_la
             would have to be waited for; there torch itself stops at an index out of range.
     """
     logits = at_least_float32(logits)
-    check_labels(logits, targets, multi_label)
+    check_labels(tuple(logits.shape), targets, multi_label)
     if multi_label:
         return F.binary_cross_entropy_with_logits(logits, soft_labels(targets, logits, smoothing, multi_label))
     targets = targets.to(logits.dtype) if targets.ndim == logits.ndim else targets.long()
@@ -48,16 +48,16 @@ def label_entropy(soft: Tensor, multi_label: bool) -> Tensor:
     return -torch.xlogy(soft, soft).sum(-1).mean()
 
 
-def check_labels(logits: Tensor, targets: Tensor, multi_label: bool) -> None:
+def check_labels(shape: tuple[int, ...], targets: Tensor, multi_label: bool) -> None:
     """Raise UserError where targets do not fit logits `(..., C)`; their values are looked at on the CPU only."""
-    where, classes = "Objective(...)(output, targets, patch_targets)", logits.shape[-1]
-    indices = targets.shape == logits.shape[:-1] and not targets.is_floating_point()
-    if not (indices and not multi_label) and targets.shape != logits.shape:
-        wanted = "" if multi_label else f"class indices {tuple(logits.shape[:-1])}, or "
+    where, classes = "Objective(...)(output, targets, patch_targets)", shape[-1]
+    indices = targets.shape == shape[:-1] and not targets.is_floating_point()
+    if not (indices and not multi_label) and targets.shape != shape:
+        wanted = "" if multi_label else f"class indices {shape[:-1]}, or "
         raise UserError(
-            f"targets of shape {tuple(targets.shape)} ({targets.dtype}) for logits of shape {tuple(logits.shape)}",
+            f"targets of shape {tuple(targets.shape)} ({targets.dtype}) for logits of shape {shape}",
             where,
-            f"pass {wanted}a number from 0 to 1 for each class, {tuple(logits.shape)}",
+            f"pass {wanted}a number from 0 to 1 for each class, {shape}",
         )
     if torch.compiler.is_compiling() or targets.device.type != "cpu" or not targets.numel():
         return

@@ -41,7 +41,7 @@ def mixing_loss(
     if variant != "released":
         return label_loss(patch_logits, patch_targets, label_smoothing, multi_label)
     logits = at_least_float32(patch_logits)
-    check_labels(logits, patch_targets, multi_label)
+    check_labels(tuple(logits.shape), patch_targets, multi_label)
     soft = soft_labels(patch_targets, logits, label_smoothing, multi_label)
     # The mean over patches, each with its region's logits, weighs the regions by area.
     answers = region_means(logits, patch_targets)

@@ -1,6 +1,7 @@
 """Class loss plus weighted diversity terms."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -57,6 +58,7 @@ class Objective:
         variant: form of the first three: `paper`, `v1`, `released` (which has no cosine term) or `diverse-vit`.
         label_smoothing: of the class loss and of the patches' labels in the mixing term.
         multi_label: an image may have any number of classes: binary cross-entropy, of class loss and mixing term.
+        class_loss: yours, of logits and targets, in place of the cross-entropy; label smoothing is then its own matter.
         grid: rows and columns of the patches, which only `released` reads; unset: a square.
 
     Raises UserError where a weight is negative or not a number, label smoothing is not in [0, 1), the variant is
@@ -72,6 +74,7 @@ class Objective:
     label_smoothing: float = 0.0
     multi_label: bool = False
     grid: tuple[int, int] | None = None
+    class_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in TERMS:
@@ -111,7 +114,7 @@ class Objective:
             UserError: the mixing term is on and the patch targets or the patch head are missing; targets do not fit, or
                 (on the CPU, outside torch.compile) are out of range.
         """
-        parts = {"class": label_loss(output.logits, targets, self.label_smoothing, self.multi_label)}
+        parts = {"class": self._class_loss(output.logits, targets)}
         if self.cosine:
             maps = (output.last, *output.others)
             losses = [cosine_loss(tokens, self.variant) for tokens in maps]
@@ -125,6 +128,11 @@ class Objective:
         if self.spectral:
             parts["spectral"] = spectral_loss(output.last)
         return Losses(self._total(parts, output.last.shape[1], weights), parts)
+
+    def _class_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.class_loss is not None:
+            return self.class_loss(logits, targets)
+        return label_loss(logits, targets, self.label_smoothing, self.multi_label)
 
     def _mixing(self, output: Tokens, patch_targets: Tensor | None) -> Tensor:
         if output.mixing is not None:

@@ -9,6 +9,7 @@ from torch import nn
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
+from pdvit.models.layers import image_size_of, places_of, shapes_of, with_image_size
 
 # Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
 RESERVED = frozenset(
@@ -23,6 +24,8 @@ FLAGS = {
     "patch_size": "--patch-size",
     "drop_path_rate": "--drop-path",
 }
+# Those of them that only plain models have: others take one number for each stage.
+PLAIN_SIZES = frozenset({"depth", "embed_dim", "num_heads", "patch_size"})
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
@@ -40,7 +43,15 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
         "drop_path_rate": model.drop_path or None,
     }
     assert model.name is not None, "resolve the configuration first"
-    if taken := sorted({*FLAGS, "num_classes"} & set(model.args or {})):
+    sizes = {name for name in PLAIN_SIZES if named[name] is not None} | (PLAIN_SIZES & set(model.args or {}))
+    plain = not sizes or family_of(sketch_model(model.name, {})).plain
+    if not plain and (refused := sorted(name for name in sizes if named[name] is not None)):
+        raise UserError(
+            f"{model.name} has stages of different sizes, so one {FLAGS[refused[0]]} can't be given",
+            "model (--model)",
+            "name timm's own arguments, for example --model-kwargs 'depths=[2,2,2,2]'",
+        )
+    if taken := sorted(({*FLAGS, "num_classes"} - (set() if plain else PLAIN_SIZES)) & set(model.args or {})):
         tip = f"use {FLAGS[taken[0]]}" if taken[0] in FLAGS else "leave it out: the data decide"
         raise UserError(f"'{taken[0]}' can't be given here", "model.args (--model-kwargs)", tip)
     if model.width is not None or model.heads is not None:
@@ -71,7 +82,6 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name 
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     with torch.device("meta"):
         model = _create(name, arguments, where)
-    family_of(model, where)
     _check_grid(model, where)
     return model
 
@@ -91,9 +101,9 @@ def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[st
 
 
 def patch_size_of(model: nn.Module) -> int:
-    """Return the side of a patch in pixels."""
+    """Return the side in pixels of the patch that a token of the last layer stands for."""
     parts: Any = model
-    reduction = parts.feature_info[0]["reduction"]
+    reduction = parts.feature_info[-1]["reduction"]
     return int(reduction if isinstance(reduction, int) else reduction[0])
 
 
@@ -101,6 +111,10 @@ def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     try:
         model = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
+        if "img_size" in arguments and "unexpected keyword argument 'img_size'" in str(error):
+            rest = {key: value for key, value in arguments.items() if key != "img_size"}
+            size = arguments["img_size"]
+            return with_image_size(_create(name, rest, where), *(size if isinstance(size, tuple) else (size, size)))
         raise UserError(
             f"timm can't build {name}: {type(error).__name__}: {error}",
             where,
@@ -111,11 +125,10 @@ def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
 
 
 def _check_grid(model: Any, where: str) -> None:
-    if len(model.blocks) == 0:
-        raise UserError("the model has no blocks", where, "give it a depth of at least 1")
+    places = places_of(model, where)
     if getattr(model, "in_chans", 3) != 3:
         raise UserError("the model does not take images of three channels", where, "use one with in_chans=3")
-    height, width = model.patch_embed.img_size
+    height, width = image_size_of(model)
     patch = patch_size_of(model)
     if (height, width) == (patch, patch):
         raise UserError(
@@ -129,4 +142,12 @@ def _check_grid(model: Any, where: str) -> None:
             f"patches of {patch} pixels do not fit images of {height}x{width}",
             f"{where}, with its image size and patch size",
             f"choose an image size that is a multiple of {patch}, such as {near}",
+        )
+    last = list(places)[-1]
+    found, _ = shapes_of(model, {last: places[last]}, where)[last]
+    if found != (height // patch) * (width // patch):
+        raise UserError(
+            f"{height}x{width} pixels give {found} patches in the last layer, which are not squares of {patch} pixels",
+            f"{where}, with its image size and patch size",
+            "choose the model's own sizes",
         )

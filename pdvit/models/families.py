@@ -1,45 +1,140 @@
-"""The one table of model families: where the blocks and the final norm of each are."""
+"""The one table of model families: where the blocks and the final norm of each are, and how their tokens lie."""
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from pdvit.errors import UserError
+
+# The name under which most plain models say how many tokens (class, registers) stand before the patches.
+COUNT = "num_prefix_tokens"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names of a timm model: its blocks, and the norm over all tokens after the last of them."""
+    """Where a timm model keeps its tokens.
 
-    blocks: str = "blocks"
+    Attributes:
+        blocks: path of the blocks, in the order of the forward pass; `*` is every child of a list of modules.
+        norm: path of the norm over all tokens after the last block; a model without one has none, or an identity there.
+        channels_first: tokens lie as `(B, D, H, W)`. Otherwise `(B, N, D)`, prefix tokens in front, or `(B, H, W, D)`.
+        prefix: attribute with the prefix tokens of the blocks or their number; none where it is missing.
+        norm_prefix: the same for the norm, where class tokens join the patches behind the last block.
+        order: module that brings a block's tokens back into the order of the image.
+        embed: path of the patch embedding.
+        plain: one grid and width throughout, and timm's `forward_intermediates` returns every block.
+    """
+
+    blocks: str = "blocks.*"
     norm: str = "norm"
+    channels_first: bool = False
+    prefix: str = COUNT
+    norm_prefix: str = COUNT
+    order: str = ""
+    embed: str = "patch_embed"
+    plain: bool = False
 
 
-# By class name of the model or of a parent; all of these keep one grid and one width from the first block to the last.
+PLAIN = Family(plain=True)
+STAGES = Family("stages.*.blocks.*")
+WINDOWS = Family("layers.*.blocks.*")
+MAPS = Family("stages.*.blocks.*", "norm_pre", channels_first=True)
+# By class name of the model or of a parent.
 FAMILIES = {
-    "VisionTransformer": Family(),  # ViT, DeiT (also distilled), DeiT-III, DINOv2, SigLIP, CLIP, FlexiViT, hybrids
-    "VisionTransformerRelPos": Family(),
-    "Eva": Family(),  # EVA-02, DINOv3
-    "Beit": Family(),
+    "VisionTransformer": PLAIN,  # ViT, DeiT (also distilled), DeiT-III, DINOv2, SigLIP, CLIP, FlexiViT, hybrids
+    "VisionTransformerRelPos": PLAIN,
+    "Eva": PLAIN,  # EVA-02, DINOv3
+    "Beit": PLAIN,
+    "MlpMixer": Family(embed="stem", plain=True),  # also ResMLP and gMLP: patches, no attention
+    "Cait": Family(prefix="", plain=True),  # class attention comes behind the blocks
+    "Xcit": Family(prefix="", plain=True),  # likewise
+    "NaFlexVit": Family(embed=""),  # fed with images, not with packed sequences
+    "SwinTransformer": WINDOWS,
+    "SwinTransformerV2": WINDOWS,
+    "SwinTransformerV2Cr": STAGES,
+    "PyramidVisionTransformerV2": Family("stages.*.blocks.*", "stages.-1.norm"),
+    "MultiScaleVit": STAGES,
+    "Twins": Family("blocks.*.*"),
+    "VOLO": Family("network.*.*", norm_prefix="cls_token"),
+    "PoolingVisionTransformer": Family("transformers.*.blocks.*", "", prefix="cls_token"),
+    "Hiera": Family(order="reroll"),
+    "HieraDet": Family(),
+    "GlobalContextVit": Family("stages.*.blocks.*", "stages.-1.norm"),
+    "FocalNet": Family("layers.*.blocks.*", channels_first=True),
+    "DaVit": Family("stages.*.blocks.*.*", "norm_pre", channels_first=True),  # spatial and channel attention in turn
+    "MaxxVit": Family("stages.*.blocks.*", channels_first=True),  # CoAtNet, MaxViT
+    "MetaFormer": MAPS,  # PoolFormer, CAFormer
+    "ConvNeXt": MAPS,  # a transformer's block with a convolution for attention: for comparison
+}
+
+MIXED = "its attention sits between convolutions, and pdvit's table has no row for it"
+ENCODER = "it is the encoder of a language model, which can merge patches behind its blocks"
+# Transformers that would need more than a row, and why.
+REFUSED = {
+    "CrossVit": "it keeps two grids of patches side by side",
+    "CoaT": "it keeps several grids of patches side by side",
+    "TNT": "it keeps tokens of pixels beside those of patches",
+    "ConVit": "its class token joins the patches half-way through the blocks",
+    "Nest": "its blocks keep the patches apart by windows, out of the image's order",
+    "Levit": "attention makes the tokens of a stage anew from those before, so that no patch keeps its place",
+    "VisionTransformerSAM": "its head reads a convolutional neck behind the blocks, of another width",
+    "TinyVit": "it turns from maps to tokens half-way through the blocks",
+    "Visformer": "it turns from maps to tokens half-way through the blocks",
+    **{f"{name}Vit{part}": ENCODER for name in ("Deepseek", "Qwen3", "Gemma4") for part in ("Classifier", "Encoder")},
+    "EfficientVit": MIXED,
+    "EfficientVitLarge": MIXED,
 }
 
 
 def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     """Look up a timm model's family; UserError with the reason where pdvit can't read its tokens."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            break
-    else:
+    names = [cls.__name__ for cls in type(model).__mro__]
+    known = next((name for name in names if name in FAMILIES), None)
+    if known is None:
         raise UserError(
-            f"pdvit can't read the patches of a {type(model).__name__}",
+            f"pdvit can't read the patches of a {names[0]}: {_reason(model, names)}",
             where,
-            f"use a plain vision transformer of timm: {', '.join(FAMILIES)}",
+            f"use a transformer of timm of these classes: {', '.join(FAMILIES)}",
         )
-    drop = getattr(model, "patch_drop", None)
-    if getattr(drop, "prob", 0) > 0:
+    drop = getattr(getattr(model, "patch_drop", None), "prob", 0) or getattr(model, "patch_drop_rate", 0)
+    if drop > 0:
         raise UserError(
             "patch_drop_rate throws patches away at random, so that no patch keeps its place",
             where,
             "build the model with patch_drop_rate=0",
         )
-    return FAMILIES[cls.__name__]
+    return FAMILIES[known]
+
+
+def modules_at(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the modules at a path of the table, in order; identities, and what is not there, are left out."""
+    found: list[nn.Module] = [model]
+    for name in filter(None, path.split(".")):
+        if name == "*":
+            found = [child for part in found if isinstance(part, nn.ModuleList | nn.Sequential) for child in part]
+        elif name.lstrip("-").isdigit():
+            found = [part[int(name)] for part in found if isinstance(part, nn.ModuleList | nn.Sequential)]
+        else:
+            found = [child for part in found if isinstance(child := getattr(part, name, None), nn.Module)]
+    return [part for part in found if not isinstance(part, nn.Identity)] if path else []
+
+
+def count_at(model: nn.Module, name: str) -> int:
+    """Return how many prefix tokens an attribute says or holds `(1, K, D)`; none where there is no such attribute."""
+    value = getattr(model, name, None) if name else None
+    return int(value.shape[1] if isinstance(value, Tensor) else value or 0)
+
+
+def _reason(model: nn.Module, names: list[str]) -> str:
+    """Say why a model is not in the table.
+
+    The line is drawn at attention. Networks without it are not read, since maps behind a ReLU have no negative entries
+    and look alike (|cos| near 1) without having collapsed. ConvNeXt, MetaFormer and MLP-Mixer are the exceptions: their
+    blocks are a transformer's with something else in the place of attention.
+    """
+    for name in names:
+        if name in REFUSED:
+            return REFUSED[name]
+    if any("attn" in name or "Attention" in type(part).__name__ for name, part in model.named_modules()):
+        return MIXED
+    return "a convolutional network has no tokens"

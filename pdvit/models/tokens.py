@@ -1,28 +1,32 @@
-"""Reading patch tokens: by return value for training, by hooks for measuring every layer."""
+"""A model whose forward pass also returns its first and last patch tokens: what training needs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.models.families import family_of
+from pdvit.losses.chunked import chunked_mixing_loss
+from pdvit.models.families import family_of, modules_at
+from pdvit.models.layers import Place, evaluating, places_of, shapes_of
 
-T = TypeVar("T")
+FIRST, LAST = "diversity.first (--first)", "diversity.last (--last)"
+COSINE = "diversity.cosine_layers (--cosine-layers)"
+HEAD = "DiverseModel(model, patch_head=...)"
+LINEAR = "use nn.Linear, or call the model without patch_targets and the objective with them"
 
 
 class TokenOutput(NamedTuple):
-    """A forward pass: what the class loss and the three terms need.
+    """A forward pass: what the class loss and the terms need.
 
     Attributes:
         logits: `(B, C)`.
-        first: patch tokens `(B, N, D)` after the first block.
-        last: patch tokens `(B, N, D)` after the last block and the final norm, where the model has one over tokens.
+        first: patch tokens `(B, N, D)` of the first layer.
+        last: patch tokens `(B, N, D)` of the last layer.
         patch_logits: `(B, N, C)`, or None without a patch head.
-        others: more token maps for the cosine term.
-        mixing: the mixing term itself, where it is computed here.
+        others: patch tokens `(B, N', D')` of more layers, for the cosine term.
+        mixing: the mixing term, where patch targets were given; then there are no patch logits.
     """
 
     logits: Tensor
@@ -39,45 +43,138 @@ class DiverseModel(nn.Module):
     The network is unchanged: logits equal the bare model's. Compile or distribute this module, and optimize its
     parameters: it owns the linear patch head of the mixing term. `model` is the bare timm model, to export.
 
-    Raises UserError for a model whose patches can't be read, and for a patch head on a model without classes.
+    Args:
+        model: a bare timm model, built for the image size that it will see.
+        patch_head: True for a linear head of its own over the tokens that the model's head reads, a module to be used
+            as that head, `"class"` for the model's own classifier, False for none.
+        first: `"block"`, the output of the first block whose grid and width are those of last (in a hierarchical
+            model, of the last stage); `"embed"`, what enters the first block; `"patches"`, the patch embedding before
+            positions are added; or the number of a block, from 1.
+        last: `"norm"`, after the final norm where the model has one over tokens; `"block"`, the last block's output.
+        cosine_layers: numbers of blocks whose tokens the cosine term sees too.
+
+    Raises:
+        UserError: the patches can't be read, first and last can't be compared, there is no such layer, or the patch
+            head does not fit.
     """
 
-    def __init__(self, model: nn.Module, patch_head: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        patch_head: "bool | str | nn.Module" = True,
+        first: str | int = "block",
+        last: str = "norm",
+        cosine_layers: Sequence[int] = (),
+    ) -> None:
         super().__init__()
-        family_of(model)
-        parts: Any = model
+        family = family_of(model)
         self.model = model
-        self.prefix = int(parts.num_prefix_tokens)
-        self.patch_head: nn.Linear | None = None
-        if patch_head:
-            if parts.num_classes < 1:
-                raise UserError(
-                    "the model has no classes, so a patch head has nothing to tell",
-                    "DiverseModel(model, patch_head=True)",
-                    "build it with num_classes=C, or pass patch_head=False and leave the mixing term off",
-                )
-            self.patch_head = nn.Linear(parts.embed_dim, parts.num_classes)
-            nn.init.trunc_normal_(self.patch_head.weight, std=0.02)
-            nn.init.zeros_(self.patch_head.bias)
+        places = {layer.name: place for layer, place in places_of(model).items()}
+        if family.plain and (embed := modules_at(model, family.embed)):
+            places["patches"] = Place(embed[0])
+        shapes = shapes_of(model, places)
+        blocks = [name for name in places if name.startswith("block")]
+        final = "norm" if "norm" in places else blocks[-1]
+        last = _last(last, final, blocks)
+        others = [_block(number, blocks, COSINE) for number in cosine_layers]
+        # The layers to read: first, last, what the patch head reads, and those of the cosine term.
+        self.names = (_first(first, last, blocks, shapes), last, final, *others)
+        self.norm = places[final]
+        self.taps: dict[str, _Tap] | None = None
+        if family.plain and set(self.names) <= {*blocks, final}:
+            self.indices = sorted({blocks.index(name) for name in self.names if name in blocks})
+        else:
+            self.taps = {name: _Tap(places[name]) for name in dict.fromkeys(self.names)}
+            _let_hooks_through_checkpoints()
+        # The model's own classifier stays where it is: as a second name for it, it would be saved twice.
+        self.shares_classifier = isinstance(patch_head, str)
+        self.patch_head: nn.Module | None = None
+        if isinstance(patch_head, str):
+            _check_classifier(model, patch_head, places[final], shapes[final][1])
+        elif patch_head is not False:
+            self.patch_head = _patch_head(model, patch_head, shapes[final])
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that timm's optimizers must not decay (position, class token): the model's own list."""
-        model: Any = self.model
-        return {f"model.{name}" for name in model.no_weight_decay()}
+        own = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in own()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Say which block a parameter belongs to, for timm's layer decay: the model's own rules, under `model.`."""
         model: Any = self.model
         return {group: _under_model(rule) for group, rule in model.group_matcher(coarse).items()}
 
-    def forward(self, images: Tensor) -> TokenOutput:
-        """Run the model once on `(B, C, H, W)` images."""
+    def forward(self, images: Tensor, patch_targets: Tensor | None = None, label_smoothing: float = 0.0) -> TokenOutput:
+        """Run the model once on `(B, C, H, W)` images.
+
+        With patch targets, indices `(B, N)` or probabilities `(B, N, C)`, it returns the mixing term itself, `mixing`:
+        the mean cross-entropy of the patches, computed in parts, so that their logits never exist at once. That
+        needs a linear patch head.
+        """
+        logits, tokens = self._by_value(images) if self.taps is None else self._by_hook(images, self.taps)
+        first, last, final, *others = (tokens[name] for name in self.names)
+        head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
+        output = TokenOutput(logits, first, last, None, tuple(others))
+        if head is None:
+            return output
+        if patch_targets is None:
+            return output._replace(patch_logits=head(final))
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"a patch head that is a {type(head).__name__} can't be computed in parts", HEAD, LINEAR)
+        mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
+        return output._replace(mixing=mixing)
+
+    def _by_value(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits, and tokens by layer as timm's `forward_intermediates` hands them out."""
         model: Any = self.model
-        features, (first,) = model.forward_intermediates(images, indices=[0], output_fmt="NLC")
-        last = features[:, self.prefix :]
-        logits = model.forward_head(features)
-        patch_logits = None if self.patch_head is None else self.patch_head(last)
-        return TokenOutput(logits, first, last, patch_logits)
+        features, blocks = model.forward_intermediates(images, indices=self.indices, output_fmt="NLC")
+        tokens = {f"block {index + 1}": block for index, block in zip(self.indices, blocks, strict=True)}
+        return model.forward_head(features), tokens | {"norm": self.norm.tokens(features)}
+
+    def _by_hook(self, images: Tensor, taps: "Mapping[str, _Tap]") -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits, and tokens by layer as hooks see them: where timm hands out whole stages only."""
+        for tap in taps.values():
+            tap.open = True
+        logits = self.model(images)
+        tokens = {name: tap.place.tokens(tap.value) for name, tap in taps.items()}
+        for tap in taps.values():
+            tap.open, tap.value = False, None
+        return logits, tokens
+
+
+class _Tap:
+    """A slot that a hook fills; open during a forward pass only, so that recomputing activations does not fill it.
+
+    Copied with its model, it is the copy's own slot.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.open = place, False
+        self.value: Any = None
+        place.hook(self.fill)
+
+    def fill(self, value: Any) -> None:
+        if self.open:
+            self.value = value
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Read the numbers of blocks, with commas between: `6,12`. Raises UserError."""
+    numbers = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"'{text}' is not a list of blocks", COSINE, "give their numbers with commas: 6,12")
+    return [int(number) for number in numbers]
+
+
+def _let_hooks_through_checkpoints() -> None:
+    """Let compiled code fill a slot from inside a checkpointed block, in the forward pass only.
+
+    Without it torch.compile refuses a hook in there, because recomputing could not repeat what it does. It need not: a
+    slot is closed by then.
+    """
+    import torch._dynamo  # slow to import
+
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 def _under_model(rule: Any) -> Any:
@@ -87,81 +184,84 @@ def _under_model(rule: Any) -> Any:
     return [(_under_model(pattern), order) for pattern, order in rule]
 
 
-class Layer(NamedTuple):
-    """A place where tokens are read: its name, and its depth on the axis of a figure."""
-
-    name: str
-    depth: int
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    """List the places that `watch_layers` reads: `embed`, `block 1` ... `block L` and, where there is one, `norm`.
-
-    `embed` is what enters the first block: patch embedding plus position.
-    """
-    family = family_of(model)
-    blocks = getattr(model, family.blocks)
-    layers = [Layer("embed", 0), *(Layer(f"block {i}", i) for i in range(1, len(blocks) + 1))]
-    if not isinstance(getattr(model, family.norm), nn.Identity):
-        layers.append(Layer("norm", len(blocks) + 1))
-    return layers
+def _last(last: str, final: str, blocks: list[str]) -> str:
+    if last not in ("norm", "block"):
+        raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
+    return final if last == "norm" else blocks[-1]
 
 
-@contextmanager
-def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """Call `visit(layer, tokens)` with the patch tokens `(B, N, D)` of every layer during each forward pass inside.
+def _block(number: Any, blocks: list[str], where: str) -> str:
+    name = f"block {number}"
+    if name not in blocks:
+        raise UserError(f"there is no {name}: the model has {len(blocks)}", where, f"choose from 1 to {len(blocks)}")
+    return name
 
-    For measuring only (eager, without gradients): hooks stop firing under torch.compile. Nothing is kept.
-    """
-    family = family_of(model)
-    parts: Any = model
-    prefix = int(parts.num_prefix_tokens)
-    blocks = list(getattr(model, family.blocks))
-    layers = layers_of(model)
 
-    def on_input(layer: Layer) -> Callable[..., None]:
-        return lambda _, inputs: visit(layer, inputs[0][:, prefix:])
+def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Return the layer that `first` means; UserError where its grid or width are not those of last."""
+    alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
+    if first == "block":
+        if not alike:
+            tip = "use --first embed or a deeper model" if shapes.get("embed") == shapes[last] else "use --last block"
+            raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
+        return alike[0]
+    name = first if first in ("embed", "patches") else _block(first, blocks, FIRST)
+    assert isinstance(name, str)
+    if name not in shapes:
+        raise UserError("this model's patch embedding is not to be compared with last", FIRST, "use --first block")
+    if shapes[name] != shapes[last]:
+        (count, width), (last_count, last_width) = shapes[name], shapes[last]
+        raise UserError(
+            f"{name} has {count} patches of width {width}, but {last} has {last_count} of width {last_width}",
+            FIRST,
+            f"choose one from {alike[0]} on" if alike else "use --last block",
+        )
+    if name == last:
+        raise UserError(f"first and last are both {name}", FIRST, "choose an earlier one")
+    return name
 
-    def on_output(layer: Layer) -> Callable[..., None]:
-        return lambda _, __, output: visit(layer, output[:, prefix:])
 
-    handles = [blocks[0].register_forward_pre_hook(on_input(layers[0]))]
-    outputs = [*blocks, getattr(model, family.norm)]
-    handles += [
-        module.register_forward_hook(on_output(layer)) for module, layer in zip(outputs, layers[1:], strict=False)
-    ]
+def _patch_head(model: Any, given: "bool | nn.Module", shape: tuple[int, int]) -> nn.Module:
+    """Return a new linear head, or the given one where it fits."""
+    count, width = shape
+    if model.num_classes < 1:
+        raise UserError(
+            "the model has no classes, so a patch head has nothing to tell",
+            HEAD,
+            "build it with num_classes=C, or pass patch_head=False and leave the mixing term off",
+        )
+    if isinstance(given, bool):
+        head = nn.Linear(width, model.num_classes)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+    weight = next(given.parameters(), torch.empty(0))
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        with torch.no_grad(), evaluating(given):
+            found = tuple(given(weight.new_zeros(1, count, width)).shape)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"the patch head does not take tokens of width {width}", HEAD, f"{error}") from error
+    if found != (1, count, model.num_classes):
+        raise UserError(
+            f"the patch head returns {found} for (1, {count}, {width}) tokens, not {model.num_classes} classes each",
+            HEAD,
+            f"pass a linear head, nn.Linear({width}, {model.num_classes}), or True for a new one",
+        )
+    return given
 
 
-def measure_layers(
-    model: nn.Module, images: Tensor, measure: Callable[[Tensor], T], network: nn.Module | None = None
-) -> dict[Layer, T]:
-    """Return `measure(tokens)` of every layer for one batch, without gradients or autocast.
-
-    `network` is what to call instead of the model, where that is part of something larger (spread over processes).
-    """
-    found: dict[Layer, T] = {}
-
-    def visit(layer: Layer, tokens: Tensor) -> None:
-        found[layer] = measure(tokens)
-
-    with torch.no_grad(), exact_float32(images.device), watch_layers(model, visit):
-        (network or model)(images)
-    return found
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Compute in float32 proper: no autocast, and no TF32 on a GPU, whatever training chose."""
-    products = torch.backends.cuda.matmul
-    before, products.allow_tf32 = products.allow_tf32, False
-    convolutions = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
-    try:
-        with torch.autocast(device.type, enabled=False), convolutions:
-            yield
-    finally:
-        products.allow_tf32 = before
+def _check_classifier(model: Any, name: str, final: Place, width: int) -> None:
+    """Raise UserError unless the model's classifier, put to each token, is what the model's own head does to them."""
+    if name != "class":
+        raise UserError(f"there is no patch head called '{name}'", HEAD, "pass True, False, 'class' or a module")
+    classifier = model.get_classifier()
+    why = ""
+    if not isinstance(classifier, nn.Linear):
+        why = f"it is a {type(classifier).__name__}, not one linear layer"
+    elif classifier.in_features != width:
+        why = f"it reads {classifier.in_features} features, and the tokens have {width}"
+    elif between := [path for path in ("fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)]:
+        why = f"the model's head puts {between[0]} between tokens and classifier"
+    if why:
+        tip = "pass True, for a linear head of its own"
+        raise UserError(f"the model's classifier can't be the patch head: {why}", HEAD, tip)

@@ -15,6 +15,7 @@ from torch import nn
 
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, sketch_model
+from pdvit.models.layers import with_image_size
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The key of the header under which the text of config.json stands.
@@ -183,6 +184,9 @@ def _describe_input(model: Any, config: dict[str, Any], file: Path) -> None:
     if not (isinstance(crop, int | float) and 0.05 < crop <= 2):
         raise UserError(f"its crop_pct is {crop!r}", str(file), "copy the file again")
     model.pretrained_cfg = model.pretrained_cfg | told
+    size = config.get("pretrained_cfg", config).get("input_size")
+    if isinstance(size, list) and len(size) == 3 and all(isinstance(side, int) and side > 0 for side in size):
+        with_image_size(model, size[1], size[2])  # models that take any size know theirs from nowhere else
 
 
 def _compare(name: str, arguments: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -22,7 +22,8 @@ from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.models.build import build_model, model_arguments, patch_size_of
-from pdvit.models.tokens import DiverseModel, exact_float32, measure_layers
+from pdvit.models.layers import exact_float32, measure_layers
+from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
 from pdvit.tasks.weights import weight_schedules, with_weights
@@ -45,11 +46,19 @@ class ClassificationTask:
         if config.model.grad_checkpointing:
             checkpointed: Any = model
             checkpointed.set_grad_checkpointing(True)
-        weights: dict[str, Any] = {term: getattr(config.diversity, term) or 0.0 for term in TERMS}
-        variant = config.diversity.variant or "paper"
+        diversity = config.diversity
+        weights: dict[str, Any] = {term: getattr(diversity, term) or 0.0 for term in TERMS}
+        variant = diversity.variant or "paper"
         self.objective = Objective(**weights, variant=variant, label_smoothing=config.augment.smoothing)
         labels = self.objective.mixing > 0
-        self.module = DiverseModel(model, patch_head=labels).to(device)
+        self.in_parts = labels and variant != "released"  # which averages patches before it compares
+        self.module = DiverseModel(
+            model,
+            patch_head="class" if labels and diversity.patch_head == "class" else labels,
+            first=diversity.first or "block",
+            last=diversity.last or "norm",
+            cosine_layers=layer_numbers(diversity.cosine_layers),
+        ).to(device)
         self.preprocessing = Preprocessing.for_model(model)
         self.batch_size = config.data.batch_size
         if self.batch_size % ranks.size:
@@ -99,7 +108,8 @@ class ClassificationTask:
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run one forward pass and add up the objective."""
-        output = network(batch.images)
+        smoothing = self.objective.label_smoothing
+        output = network(batch.images, batch.patch_targets if self.in_parts else None, smoothing)
         weights = None if batch.weights is None else batch.weights[0]
         losses = self.objective(output, batch.targets, batch.patch_targets, weights)
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)

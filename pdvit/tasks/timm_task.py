@@ -17,15 +17,17 @@ from pdvit.models.tokens import DiverseModel
 try:
     from timm.task import ClassificationTask as TimmTask
 
-    TimmTask.get_checkpoint_state  # noqa: B018  (the form that timm's tasks have since 1.0.27)
+    TimmTask.get_checkpoint_state  # noqa: B018  (what older forms of timm's tasks lack)
 except (ImportError, AttributeError) as error:
-    raise UserError("this timm has no timm.task that pdvit knows", "pdvit.tasks.timm_task", "use timm 1.0.31") from error
+    raise UserError(
+        "this timm has no timm.task that pdvit knows", "pdvit.tasks.timm_task", "use timm 1.0.31"
+    ) from error
 
 
-class DiversityTask(TimmTask):  # type: ignore[misc]  # timm has no types
+class DiversityTask(TimmTask):
     """A `timm.task.ClassificationTask` whose loss has the diversity terms.
 
-    What it evaluates, averages into checkpoints and saves is the bare timm model; the patch head is the task's own state.
+    What it evaluates and saves is the bare timm model; the patch head is the task's own state.
 
     Args:
         model: a bare timm model.
@@ -53,7 +55,7 @@ class DiversityTask(TimmTask):  # type: ignore[misc]  # timm has no types
         self.cutmix, self.prob = cutmix, prob
         self.patch_size, self.classes = patch_size_of(model), int(self._bare(wrapped).num_classes)
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  (timm's name)
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `loss`, `output` (logits) and each part of the loss, for images `(B, C, H, W)` and classes `(B,)`."""
         patch_targets = None
         if self.objective.mixing:
@@ -63,17 +65,19 @@ class DiversityTask(TimmTask):  # type: ignore[misc]  # timm has no types
         parts = {f"{name}_loss": value for name, value in losses.parts.items()}
         return {"loss": losses.total, "output": output.logits, **parts}
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> nn.Module:
+    def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> Any:
         """Compile the wrapper for training, and the bare model for evaluation."""
-        self.eval_model = torch.compile(self._bare(self.trainable_module), backend=backend, mode=mode, **kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
-        return self.eval_model
+        wrapper: Any = self.trainable_module
+        evaluated: Any = torch.compile(self._bare(wrapper), backend=backend, mode=mode, **kwargs)
+        self.trainable_module: Any = torch.compile(wrapper, backend=backend, mode=mode, **kwargs)
+        self.eval_model = evaluated
+        return evaluated
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """Return the bare timm model: what is validated, and what timm's loaders find in a checkpoint."""
         resolved: nn.Module | None = super().get_eval_model(module=module, ema=ema)
         inner = None if resolved is None else unwrap_model(resolved)
-        return inner.model if isinstance(inner, DiverseModel) else resolved  # type: ignore[return-value]
+        return inner.model if isinstance(inner, DiverseModel) else resolved
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return the patch head, which is no part of the model."""

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "config": set(),
     "tracking": set(),
     "losses": {"similarity"},
-    "models": {"config"},
+    "models": {"config", "losses.chunked"},
     "data": {"config"},
     "engine": {"tracking", "config"},
     "tasks": {"models", "losses", "data", "similarity", "config", "engine.protocol", "engine.device", "engine.ranks"},

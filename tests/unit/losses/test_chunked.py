@@ -95,12 +95,23 @@ def test_compiles_without_a_graph_break(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "weight", "targets"),
-    [((2, 3, 4), (5, 6), (2, 3)), ((2, 3, 4), (5, 4), (2, 4)), ((2, 3, 4), (5, 4), (2, 3, 6)), ((3, 4), (5, 4), (3,))],
+    ("tokens", "weight", "targets", "named"),
+    [
+        ((2, 3, 4), (5, 6), (2, 3), "do not belong together"),
+        ((3, 4), (5, 4), (3,), "do not belong together"),
+        ((2, 3, 4), (5, 4), (2, 4), "for logits of shape"),
+        ((2, 3, 4), (5, 4), (2, 3, 6), "for logits of shape"),
+    ],
 )
-def test_shapes_that_do_not_belong_together_are_refused(tokens, weight, targets):
-    with pytest.raises(UserError, match="do not belong together"):
+def test_shapes_that_do_not_belong_together_are_refused(tokens, weight, targets, named):
+    with pytest.raises(UserError, match=named):
         chunked_mixing_loss(torch.zeros(tokens), torch.zeros(weight), None, torch.zeros(targets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_targets_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=f"{wrong} for 5 classes|{wrong} to 0 for 5 classes"):
+        chunked_mixing_loss(torch.zeros(1, 2, 4), torch.zeros(5, 4), None, torch.tensor([[0, wrong]]))
 
 
 MEASURE_MEMORY = """

@@ -138,6 +138,14 @@ def test_float64_stays_float64():
     assert losses.total.dtype == torch.float64
 
 
+def test_the_cosine_term_is_the_mean_over_last_and_the_other_layers():
+    output, targets, patch_targets = make()
+    others = (torch.randn(2, 3, 7), torch.ones(2, 5, 4))
+    parts = Objective()(output._replace(others=others), targets, patch_targets).parts
+    expected = (cosine_loss(output.last) + cosine_loss(others[0]) + 1) / 3
+    torch.testing.assert_close(parts["cosine"], expected, check_dtype=False)
+
+
 def test_every_output_gets_its_gradient_and_the_first_layer_none():
     output, targets, patch_targets = make()
     for tensor in output[:4]:

@@ -4,6 +4,7 @@ import torch
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments, patch_size_of, sketch_model
+from pdvit.models.layers import image_size_of
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
@@ -113,6 +114,36 @@ def test_a_built_model_is_timms_own():
 @pytest.mark.parametrize(("name", "side"), [(VIT, 16), ("vit_small_patch14_dinov2", 14), ("beit_base_patch16_224", 16)])
 def test_the_patch_size_is_the_named_one(name, side):
     assert patch_size_of(sketch_model(name, {"depth": 1})) == side
+
+
+# A token of the last stage stands for 32 pixels in Swin, PVT and ConvNeXt (5 halvings), 16 in VOLO (4).
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("swin_tiny_patch4_window7_224", 32), ("pvt_v2_b0", 32), ("convnext_atto", 32), ("volo_d1_224", 16)],
+)
+def test_the_patch_size_of_a_hierarchical_model_is_that_of_its_last_stage(name, side):
+    assert patch_size_of(sketch_model(name, {})) == side
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "convnext_atto"])
+def test_a_model_that_takes_any_image_size_is_told_it(name):
+    model = sketch_model(name, {"img_size": 96})
+    assert image_size_of(model) == (96, 96)
+    with pytest.raises(UserError, match="patches of 32 pixels do not fit images of 100x100"):
+        sketch_model(name, {"img_size": 100})
+
+
+@pytest.mark.parametrize("sizes", [{"depth": 2}, {"width": 24}, {"heads": 2}, {"patch_size": 2}])
+def test_one_size_for_all_stages_is_refused(sizes):
+    with pytest.raises(UserError, match="stages of different sizes") as caught:
+        model_arguments(ModelConfig(name="swin_tiny_patch4_window7_224", **sizes), None)
+    assert "--model-kwargs" in caught.value.tip
+
+
+def test_sizes_of_stages_go_through_timms_own_arguments():
+    sizes = {"depths": [1, 1, 1, 2], "embed_dim": 12, "num_heads": [1, 2, 2, 2]}
+    given = ModelConfig(name="swin_tiny_patch4_window7_224", args=sizes)
+    assert model_arguments(given, 64) == {"img_size": 64} | sizes
 
 
 def test_the_patch_size_can_be_changed():

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from pdvit.errors import UserError
+from pdvit.models.build import build_model
+from pdvit.models.layers import image_size_of
 from pdvit.models.weights import export, load
 
 VIT = "vit_tiny_patch16_224"
@@ -358,3 +360,17 @@ def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path, files):
     assert (
         "and 1 more" in refuse(with_header(tmp_path, text, missing | {"head.bias2": missing.pop("head.weight")})).what
     )
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "swin_tiny_patch4_window7_224"])
+def test_a_hierarchical_model_comes_back_with_its_image_size(tmp_path, name):
+    arguments = {"img_size": 64, "num_classes": 3} | ({"window_size": 2} if name.startswith("swin") else {})
+    torch.manual_seed(0)
+    model = build_model(name, arguments).eval()
+    folder = write(tmp_path / "run", export(model, CLASSES, DATA | {"input_size": (3, 64, 64)}, "raw"))
+    images = torch.randn(1, 3, 64, 64)
+    for path in (folder, folder / "model.safetensors"):
+        loaded = load(path).model
+        assert image_size_of(loaded) == (64, 64)
+        assert torch.equal(logits(loaded, images), logits(model, images))
+    assert torch.equal(logits(timm.create_model(f"local-dir:{folder}", pretrained=True), images), logits(model, images))

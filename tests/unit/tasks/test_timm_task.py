@@ -1,0 +1,100 @@
+import functools
+import random
+
+import pytest
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from pdvit import Objective
+from pdvit.errors import UserError
+from pdvit.tasks.timm_task import DiversityTask
+
+CLASSES = 5
+make_model = functools.partial(
+    timm.create_model, "vit_tiny_patch16_224", img_size=48, depth=2, embed_dim=16, num_heads=2, num_classes=CLASSES
+)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    random.seed(0)
+    return torch.randn(4, 3, 48, 48), torch.tensor([0, 3, 4, 1])
+
+
+def make_task(model: nn.Module | None = None, criterion: nn.Module | None = None, **options: object) -> DiversityTask:
+    torch.manual_seed(0)
+    return DiversityTask(model or make_model(), criterion or SoftTargetCrossEntropy(), verbose=False, **options)
+
+
+def test_the_loss_is_the_class_loss_that_was_given_plus_the_terms(batch):
+    found = make_task(objective=Objective(cosine=2, contrastive=3, mixing=4))(*batch)
+    terms = 2 * found["cosine_loss"] + 3 * found["contrastive_loss"] + 4 * found["mixing_loss"]
+    torch.testing.assert_close(found["loss"], found["class_loss"] + terms)
+    assert found["output"].shape == (4, CLASSES)
+
+
+def test_without_mixing_images_and_targets_are_taken_as_they_are(batch):
+    images, classes = batch
+    task = make_task(criterion=nn.CrossEntropyLoss(label_smoothing=0.1), objective=Objective(mixing=0)).eval()
+    found, logits = task(images, classes), task.get_eval_model()(images)
+    torch.testing.assert_close(found["output"], logits)
+    torch.testing.assert_close(found["class_loss"], nn.functional.cross_entropy(logits, classes, label_smoothing=0.1))
+    soft = torch.rand(4, CLASSES).softmax(1)  # timm's own mixing is welcome then
+    torch.testing.assert_close(
+        task(images, soft)["class_loss"], nn.functional.cross_entropy(logits, soft, label_smoothing=0.1)
+    )
+
+
+def test_images_that_are_mixed_already_are_refused_with_the_mixing_term(batch):
+    with pytest.raises(UserError, match="mixed already"):
+        make_task()(batch[0], torch.rand(4, CLASSES))
+
+
+def test_checkpoints_hold_the_bare_model_and_the_patch_head_apart(batch):
+    task = make_task()
+    task.setup_ema(decay=0.5)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1)
+    task(*batch)["loss"].backward()
+    optimizer.step()
+    task.update_ema(step=10)
+    states = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
+    make_model().load_state_dict(states[0]["state_dict"])
+    make_model().load_state_dict(states[1]["state_dict_ema"])
+    fresh = make_task(make_model())
+    fresh.load_checkpoint_state(states[0]["state_dict"], states[0]["task_state"])
+    for name, value in task.get_trainable_module().state_dict().items():
+        assert torch.equal(fresh.get_trainable_module().state_dict()[name], value)
+    assert not torch.equal(
+        states[1]["task_state_ema"]["patch_head"]["weight"], fresh.get_task_state()["patch_head"]["weight"]
+    )
+
+
+def test_every_weight_learns_and_timm_can_group_them(batch):
+    task = make_task()
+    task(*batch)["loss"].backward()
+    module = task.get_trainable_module()
+    assert all(weight.grad is not None for weight in module.parameters())
+    create_optimizer_v2(module, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+
+
+def test_the_compiled_task_gives_the_same_loss(batch):
+    found = []
+    for compiled in (False, True):
+        task = make_task(make_model())
+        if compiled:
+            task.compile(backend="aot_eager", fullgraph=True)
+        random.seed(1)
+        found.append(task(*batch)["loss"])
+        assert task.get_eval_model()(batch[0]).shape == (4, CLASSES)
+        assert "patch_head.weight" not in task.get_checkpoint_state()["state_dict"]
+    torch.testing.assert_close(*found)
+
+
+def test_the_evaluator_reads_its_output(batch):
+    task = make_task()
+    evaluator = task.create_evaluator()
+    assert type(evaluator).__name__ == "ClassificationEvaluator"
