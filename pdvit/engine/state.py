@@ -38,6 +38,16 @@ class Progress:
         """Seconds of training: waiting for data and computing, without evaluating and saving."""
         return self.spent.get("data", 0.0) + self.spent.get("step", 0.0)
 
+    def summary(self) -> dict[str, Any]:
+        """Return the closing numbers of the run itself."""
+        return {
+            "steps": self.step,
+            "steps_skipped": self.skipped,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
+            "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in self.spent.items()},
+        }
+
 
 @dataclass(frozen=True)
 class Snapshot:
