@@ -46,15 +46,12 @@ class Trainer:
         """Prepare everything that can fail before a run directory exists; raises UserError."""
         self.task, self.config, self.device, self.ranks = task, config, device, ranks
         self.plan = make_plan(config, task.steps_per_epoch, task.batch_size)
-        if config.run.compile and ranks.size > 1:
-            what = "a step that several processes share can't be compiled yet"
-            raise UserError(what, "run.compile (--compile)", "leave it out, or train in one process")
         average = make_average(task.module, config.optim.ema_decay)
-        self.network = spread(task.module, average, config.run.distribute, ranks, device)
+        network = spread(task, average, config.run, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
         self.scheduler = make_scheduler(optimizer, config, self.plan)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
-        self.updater = Updater(task, self.network, optimizer, scaler, average, config, ranks, device)
+        self.updater = Updater(task, network, optimizer, scaler, average, config, ranks, device)
         recipe, meter = to_dict(config), Meter(device)
         self.state = State(
             task.module, optimizer, scaler, average, meter, device, ranks, recipe, dict(task.fingerprint)

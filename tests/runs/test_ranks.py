@@ -71,6 +71,21 @@ def test_two_processes_equal_one(tmp_path, how, opt, precision, most, micro):
                 assert both[1][kind][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (kind, name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [None, 3])
+def test_two_compiled_processes_equal_eager_ones(tmp_path, micro):
+    """Also where the gradients of several parts, the last one short, add up before the processes exchange them."""
+    data = SETTINGS["data"] | ({"micro_batch": micro} if micro else {})
+    settings = SETTINGS | {"optim": SETTINGS["optim"] | {"opt": "sgd"}, "data": data}
+    eager, compiled = (
+        steps(tmp_path / str(switch), 2, settings | {"run": {"device": "cpu", "compile": switch}})
+        for switch in (False, True)
+    )
+    for file in {name.split(".")[0] for name in eager[0]} - {"state"}:
+        assert furthest(compiled[0], eager[0], f"{file}.") <= 1e-5
+    assert compiled[1]["train"] == pytest.approx(eager[1]["train"], rel=1e-4, abs=1e-5)
+
+
 CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
 CLI += [
     "--batch-size",
