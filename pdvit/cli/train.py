@@ -1,6 +1,5 @@
 """`pdvit train`."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.replay import replay as run_replay
 from pdvit.cli.runs.resume import resume as run_resume
 from pdvit.cli.runs.start import start
+from pdvit.cli.runs.together import together
 from pdvit.cli.settings import given_flags, make_config, with_settings
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
@@ -61,16 +61,12 @@ def train(
         )
     if change and resume is None:
         raise UserError("only a run that is resumed can be changed", "--change", "add --resume RUN")
-    with stop_on_signals() as stop:  # before anything slow is imported
-        try:
-            if replay is not None:
-                return run_replay(TRAIN, replay, as_json)
-            if resume is not None:
-                return run_resume(TRAIN, resume, change or [], as_json, stop)
-            return start(TRAIN, make_config(config, assign or [], settings), as_json, stop)
-        finally:
-            if "pdvit.engine.ranks" in sys.modules:
-                sys.modules["pdvit.engine.ranks"].leave()
+    with stop_on_signals() as stop, together():  # before anything slow is imported
+        if replay is not None:
+            return run_replay(TRAIN, replay, as_json)
+        if resume is not None:
+            return run_resume(TRAIN, resume, change or [], as_json, stop)
+        return start(TRAIN, make_config(config, assign or [], settings), as_json, stop)
 
 
 def _make_task(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "ClassificationTask":

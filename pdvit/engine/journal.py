@@ -75,4 +75,5 @@ class Journal:
     def _record(self, kind: str, numbers: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> None:
         record = {"step": self.progress.step, "epoch": self.epoch, **numbers}
         self.directory.append(kind, record, clock)
+        self.progress.records += 1
         self.sinks.log(kind, self.progress.step, record, clock)

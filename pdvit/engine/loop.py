@@ -27,6 +27,7 @@ from pdvit.engine.profiler import Profiler
 from pdvit.engine.protocol import Batch, Task
 from pdvit.engine.ranks import Agreement, Ranks
 from pdvit.engine.recipe import check_data, check_recipe
+from pdvit.engine.replay import drop_bundle
 from pdvit.engine.schedule import make_plan, make_scheduler
 from pdvit.engine.spread import make_average, spread
 from pdvit.engine.state import State
@@ -66,8 +67,8 @@ class Trainer:
             return []
         return [f"note: {self.config.optim.opt} can't skip a bad step on the device, so every update waits for it once"]
 
-    def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> None:
-        """Take up a run where its last checkpoint left it, or at its start.
+    def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> list[str]:
+        """Take up a run where its last checkpoint left it, or at its start; return what somebody should know of that.
 
         `changed` holds the keys that were changed on purpose since the checkpoint, with their values. Raises UserError
         where the checkpoint is damaged, or of other data or another recipe.
@@ -85,7 +86,17 @@ class Trainer:
                 "optim.epochs",
                 "make the run longer than what is done",
             )
-        directory.cut_records(self.state.progress.step)
+        return self._cut_records(directory)
+
+    def _cut_records(self, directory: RunDirectory) -> list[str]:
+        """Drop the records after the checkpoint; a note says so where there are fewer before it than were written."""
+        progress = self.state.progress
+        written, kept = progress.records, directory.cut_records(progress.step)
+        progress.records = kept
+        if kept >= written:
+            return []
+        lost = f"{written} records were written up to step {progress.step}, and {kept} are left"
+        return [f"warning: metrics.jsonl was cut short: {lost}; the weights are not affected"]
 
     def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
         """Train to the end and return the summary; None where a stop was asked for.
@@ -201,6 +212,7 @@ class Trainer:
             snapshot = self.state.snapshot()
             if self.ranks.main:
                 self.checkpoints.save(snapshot, best)
+                drop_bundle(self.directory.path, snapshot.step)
         self.saved = self.journal.clock.running()
         self.journal.status("running")
 

@@ -24,7 +24,7 @@ CONFIGURED = ("params", "lr", "initial_lr", "lr_scale", "weight_decay", "fused")
 
 @dataclass
 class Progress:
-    """How far a run has come: steps, images, seconds by phase, skipped steps, and the best evaluation so far."""
+    """How far a run has come: steps, images, seconds by phase, skipped steps, the best evaluation, lines of records."""
 
     step: int = 0
     samples: int = 0
@@ -32,6 +32,7 @@ class Progress:
     spent: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_step: int | None = None
+    records: int = 0
 
     @property
     def seconds(self) -> float:
@@ -115,7 +116,13 @@ class State:
         if self.scaler.is_enabled() and facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         self.progress = Progress(**facts["progress"])
-        counts = (self.progress.step, self.progress.samples, self.progress.skipped, facts["meter_steps"])
+        counts = (
+            self.progress.step,
+            self.progress.samples,
+            self.progress.skipped,
+            self.progress.records,
+            facts["meter_steps"],
+        )
         if not all(isinstance(count, int) for count in counts):
             raise TypeError("its counts are not whole numbers")
         rank = self.ranks.rank

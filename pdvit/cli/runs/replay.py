@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.prepare import prepare
+from pdvit.cli.runs.recipe import recipe_of
 from pdvit.cli.runs.report import say
-from pdvit.cli.settings import make_config
 
 SHOWN = 5
 
@@ -16,7 +16,7 @@ def replay(command: Command, path: Path, as_json: bool) -> int:
     """Run the step again, and say what is not finite; raises UserError where the run has none to replay."""
     from pdvit.tracking import RunDirectory
 
-    config = make_config(RunDirectory.open(path).path / "run.toml", [], {})
+    config = recipe_of(RunDirectory.open(path).path, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
     ready = prepare(command, config, as_json)
     from pdvit.engine.replay import replay as run_again

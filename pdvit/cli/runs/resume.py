@@ -1,13 +1,14 @@
 """Taking up a run again, as it was configured or with settings that are changed on purpose."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.prepare import prepare
+from pdvit.cli.runs.recipe import as_change, recipe_of
 from pdvit.cli.runs.report import close, make_console, say, train_and_report
-from pdvit.cli.settings import make_config
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 def resume(command: Command, name: str, change: list[str], as_json: bool, stop: "StopRequest") -> int:
     """Go on with the run at `name`, or `auto`: the newest; raises UserError where it can't be taken up."""
-    from pdvit.tracking import RunDirectory
+    from pdvit.config import to_dict, to_toml
+    from pdvit.engine.recipe import changed_keys, check_changes
+    from pdvit.tracking import RunDirectory, command_line
 
     path = _run_named(name)
     directory = RunDirectory.open(path)
@@ -31,16 +34,18 @@ def resume(command: Command, name: str, change: list[str], as_json: bool, stop: 
     for text in change:
         if text.partition("=")[0].strip() in ("run.out", "run.name"):
             raise UserError("a run stays where it is", f"--change {text}", "move its folder instead")
-    ready = prepare(command, make_config(path / "run.toml", change, {}), as_json)
-    from pdvit.config import to_dict, to_toml
-    from pdvit.engine.recipe import changed_keys, check_changes
-    from pdvit.tracking import command_line
-
+    before, config = recipe_of(path, []), recipe_of(path, change)
+    check_changes(changed_keys(to_dict(before), to_dict(config)), f"--resume {path} --change")
+    try:
+        ready = prepare(command, config, as_json)
+    except UserError as error:
+        raise as_change(error, path, command("--resume", shlex.quote(str(path)))) from error
     directory = RunDirectory.open(path, ready.ranks.main)
     with directory.locked():
-        changes = changed_keys(to_dict(make_config(path / "run.toml", [], {})), to_dict(ready.config))
-        check_changes(changes, f"--resume {path} --change")
-        ready.trainer.restore(directory, directory.changes() | {key: new for key, (_, new) in changes.items()})
+        changes = changed_keys(to_dict(before), to_dict(ready.config))
+        changed = directory.changes() | {key: new for key, (_, new) in changes.items()}
+        for note in ready.trainer.restore(directory, changed):
+            say(ready.console, note)
         step = ready.trainer.state.progress.step
         say(ready.console, f"going on after step {step}" if step else "no checkpoint yet: starting again")
         if changes:

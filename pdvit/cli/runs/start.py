@@ -30,7 +30,8 @@ def start(command: Command, config: Config, as_json: bool, stop: "StopRequest") 
         return EXIT_STOPPED  # on purpose: torchrun's restart must not undo it
     with directory.locked():
         if begun:
-            ready.trainer.restore(directory, directory.changes())
+            for note in ready.trainer.restore(directory, directory.changes()):
+                say(ready.console, note)
         return train_and_report(ready, directory, stop)
 
 
