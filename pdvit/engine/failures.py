@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.journal import Journal
 from pdvit.engine.memory import fits, is_out_of_memory, largest
 from pdvit.engine.protocol import Batch
 from pdvit.engine.ranks import lost_another
@@ -12,7 +14,8 @@ from pdvit.engine.replay import share_of, write_bundle
 from pdvit.engine.spread import local
 from pdvit.engine.state import State
 from pdvit.engine.update import Updater
-from pdvit.errors import RunFailed
+from pdvit.errors import RunFailed, UserError
+from pdvit.tracking import Status
 
 
 def explain(error: BaseException, run: Path, updater: Updater, batch: Batch | None) -> BaseException:
@@ -39,6 +42,19 @@ def _out_of_memory(run: Path, updater: Updater, batch: Batch | None) -> RunFaile
     if size:
         tip = f"{size} fit; the same batches in parts: --resume {run} --change data.micro_batch={size}"
     return RunFailed(f"{device} has no memory for {most} images at a time", tip)
+
+
+def mark(error: BaseException, journal: Journal, checkpoints: Checkpoints) -> None:
+    """Write into status.json how the run ended; a broken disk must not hide the error that came first."""
+    status: Status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+    reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
+    # What was begun before the error is sound, so wait for it.
+    for leave in (checkpoints.wait, lambda: journal.status(status, reason=reason)):
+        try:
+            leave()
+        except UserError as second:
+            error.add_note(f"and {second.what}")
 
 
 def check_weights(state: State) -> None:

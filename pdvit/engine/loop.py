@@ -20,20 +20,20 @@ from torch.amp import GradScaler
 from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
 from pdvit.engine.checkpoints import Checkpoints
-from pdvit.engine.failures import check_weights, explain, give_up
+from pdvit.engine.failures import check_weights, explain, give_up, mark
 from pdvit.engine.interrupts import StopRequest
 from pdvit.engine.journal import Journal
 from pdvit.engine.profiler import Profiler
 from pdvit.engine.protocol import Batch, Task
 from pdvit.engine.ranks import Agreement, Ranks
 from pdvit.engine.recipe import check_data, check_recipe
-from pdvit.engine.replay import drop_bundle
+from pdvit.engine.saving import Saver
 from pdvit.engine.schedule import make_plan, make_scheduler
 from pdvit.engine.spread import make_average, spread
 from pdvit.engine.state import State
 from pdvit.engine.update import Meter, Updater, make_optimizer, skips_on_device
-from pdvit.errors import RunFailed, UserError
-from pdvit.tracking import RunDirectory, Status, tracker_names
+from pdvit.errors import UserError
+from pdvit.tracking import RunDirectory, tracker_names
 
 # Skipped steps in a row after which a run stops.
 # A float16 run first has to find its loss scale: 65,536, halved each time.
@@ -106,6 +106,8 @@ class Trainer:
         self.directory, self.checkpoints = directory, self._checkpoints(directory)
         progress, best_metric = self.state.progress, self.task.best_metric
         self.journal = Journal(directory, console, progress, self.plan, best_metric, self.device)
+        keep_best = self.config.checkpoint.best
+        self.saver = Saver(self.checkpoints, directory.path, self.state, self.plan, self.journal, keep_best)
         self.journal.status("running")
         try:
             with self.journal.display:
@@ -119,7 +121,7 @@ class Trainer:
             try:
                 explained = explain(error, directory.path, self.updater, self.batch)
             finally:
-                self._fail(explained)
+                mark(explained, self.journal, self.checkpoints)
             if explained is error:
                 raise
             raise explained from error
@@ -129,7 +131,7 @@ class Trainer:
     def _train(self, stop: StopRequest) -> bool:
         """Run the steps; False where a stop was asked for before the last."""
         plan, state, progress, clock = self.plan, self.state, self.state.progress, self.journal.clock
-        agreement, self.saved, self.owed = Agreement(self.ranks), 0.0, False
+        agreement = Agreement(self.ranks)
         if progress.step >= plan.steps:
             return True
         profile = Profiler(plan.profile, self.directory.path / "profile", self.ranks)
@@ -148,10 +150,9 @@ class Trainer:
                 if plan.due(plan.log_every, progress.step):
                     self._log(batch, generators)
                 better = plan.due(plan.eval_every, progress.step) and self._evaluate()
-                stopping, by_clock = agreement.any(self._should_stop(stop), self._save_is_due())
-                wanted = stopping or by_clock or self.owed or (better and self.config.checkpoint.best)
-                if wanted or plan.due(plan.save_every, progress.step) or plan.at_milestone(progress.step):
-                    self._save(better and self.config.checkpoint.best)
+                stopping, by_clock = agreement.any(self._should_stop(stop), self.saver.due_by_clock())
+                if stopping or by_clock or self.saver.due(better):
+                    self.saver.save(better)
                 if progress.step >= plan.steps:
                     return True
                 if stopping:
@@ -166,7 +167,7 @@ class Trainer:
             yield from batches
         except UserError:
             if self.ranks.size == 1 and self.state.progress.step:
-                self._save(best=False)
+                self.saver.save()
             raise
 
     def _log(self, batch: Batch, generators: dict[str, torch.Tensor]) -> None:
@@ -192,29 +193,10 @@ class Trainer:
             progress.best, progress.best_step = value, progress.step
         return better
 
-    def _save_is_due(self) -> bool:
-        """Tell whether it is time to save by the clock, or to find out that saving came to grief."""
-        seconds = self.plan.save_seconds
-        by_clock = seconds is not None and self.journal.clock.running() - self.saved >= seconds
-        return by_clock or self.checkpoints.failed()
-
     def _should_stop(self, stop: StopRequest) -> bool:
         if self.plan.time_limit is not None and self.journal.clock.running() >= self.plan.time_limit:
             stop.reason = stop.reason or "time limit"
         return bool(stop)
-
-    def _save(self, best: bool) -> None:
-        self.owed = bool(self.state.meter.in_a_row > 0)
-        if self.owed:  # the run may be broken: keep the checkpoint from before, and save when it has recovered
-            return
-        with self.journal.clock.during("save"):
-            check_weights(self.state)
-            snapshot = self.state.snapshot()
-            if self.ranks.main:
-                self.checkpoints.save(snapshot, best)
-                drop_bundle(self.directory.path, snapshot.step)
-        self.saved = self.journal.clock.running()
-        self.journal.status("running")
 
     def _stopped(self, stop: StopRequest) -> None:
         self.checkpoints.wait()
@@ -235,15 +217,3 @@ class Trainer:
         self.directory.write_json("summary.json", summary)
         self.journal.status("finished")
         return summary
-
-    def _fail(self, error: BaseException) -> None:
-        """Mark the run; a broken disk must not hide the error that came first."""
-        status: Status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
-        # What was begun before the error is sound, so wait for it.
-        for leave in (self.checkpoints.wait, lambda: self.journal.status(status, reason=reason)):
-            try:
-                leave()
-            except UserError as second:
-                error.add_note(f"and {second.what}")
