@@ -32,13 +32,18 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def make_config(file: Path | None, assignments: list[str], settings: Mapping[str, Any]) -> Config:
-    """Merge file, flags and --set over the defaults, in this order; raises UserError."""
+def make_config(
+    file: Path | None, assignments: list[str], settings: Mapping[str, Any], assigned_by: str = "--set"
+) -> Config:
+    """Merge file, flags and assignments (of the flag `assigned_by`) over the defaults, in this order.
+
+    Raises UserError.
+    """
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
         layers.append((str(file), read_toml(file)))
     layers.append(("the command line", _from_flags(settings)))
-    layers += [(f"--set {text}", parse_set(text)) for text in assignments]
+    layers += [(f"{assigned_by} {text}", parse_set(text, assigned_by)) for text in assignments]
     return build(*layers)
 
 

@@ -36,23 +36,31 @@ class Duration:
 def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock: bool = False) -> Duration:
     """Read a duration; a bare number is in `unit`.
 
-    Raises UserError for anything else, for % unless `percent`, and for a length on the clock unless `clock`.
+    Raises UserError for anything else, for % unless `percent`, for a time unless `clock`, and for anything but a time
+    where `unit` is one.
     """
+    forms = _forms(unit, percent, clock)
     match = _FORM.fullmatch(text.strip())
     try:
         value = float(match[1]) if match else math.nan
     except ValueError:
         value = math.nan
     if match is None or not math.isfinite(value) or value > 1e15:
-        raise UserError(
-            f"'{text}' is not a length of training",
-            where,
-            "write 30ep, 2000st, 1e6im or 5%, or a bare number",
-        )
-    unit = (match[2] or unit).lower()
-    if unit in SECONDS and not clock:
-        raise UserError(f"'{text}' can't be used here", where, "write a length of training: 30ep, 2000st, 1e6im or 5%")
-    if unit == "%" and not (percent and value <= 100):
-        tip = "at most 100 % of the run" if percent else "write epochs (30ep), steps or images"
-        raise UserError(f"'{text}' can't be used here", where, tip)
-    return Duration(value, unit)
+        kind = "a time" if unit in SECONDS else "a length of training"
+        raise UserError(f"'{text}' is not {kind}", where, f"write {forms}")
+    found = (match[2] or unit).lower()
+    if unit in SECONDS and found not in SECONDS:
+        raise UserError(f"'{text}' is not a time", where, f"write {forms}")
+    if (found in SECONDS and not clock) or (found == "%" and not percent):
+        raise UserError(f"'{text}' can't be used here", where, f"write {forms}")
+    if found == "%" and value > 100:
+        raise UserError(f"'{text}' can't be used here", where, "at most 100 % of the run")
+    return Duration(value, found)
+
+
+def _forms(unit: str, percent: bool, clock: bool) -> str:
+    """Say what may be written where a bare number is in `unit`."""
+    if unit in SECONDS:
+        return f"90min, 12h or 300s; a bare number is in {unit}"
+    forms = ["30ep", "2000st", "1e6im", *(["5%"] if percent else []), *(["10min"] if clock else [])]
+    return f"{', '.join(forms[:-1])} or {forms[-1]}; a bare number is in {unit}"

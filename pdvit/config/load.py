@@ -34,12 +34,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def parse_set(text: str) -> dict[str, Any]:
-    """Read one `--set section.key=value`; the value is TOML, and plain text where it is not."""
+def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
+    """Read one `section.key=value` that `flag` was given; the value is TOML, and plain text where it is not."""
     name, separator, value = text.partition("=")
     section, dot, item = name.strip().partition(".")
     if not (separator and dot and section and item):
-        raise UserError(f"'{text}' is not section.key=value", "--set", "for example --set optim.lr=1e-3")
+        raise UserError(f"'{text}' is not section.key=value", flag, f"for example {flag} optim.lr=1e-3")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

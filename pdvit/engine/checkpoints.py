@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,9 @@ from pdvit.errors import UserError
 from pdvit.tracking import sync, to_json, write_file
 
 LAST, BEST = "last", "best"
+FACTS = "state.json"
 NAME = re.compile(r"step-\d{8,}")
+CHUNK = 2**20  # bytes of a file in memory at a time
 # What files that are not what they should be make Python, torch and safetensors raise.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -57,7 +60,8 @@ class Checkpoints:
         source = self.folder
         try:
             source = self.folder / (self.folder / LAST).read_text().strip()
-            facts = json.loads((source / "state.json").read_text())
+            facts = json.loads((source / FACTS).read_text())
+            _verify(source, facts)
             check(facts)
             files = ["module", "state", *(["ema"] if (source / "ema.safetensors").is_file() else [])]
             state.take(Snapshot(facts, {file: load_file(source / f"{file}.safetensors") for file in files}))
@@ -65,7 +69,7 @@ class Checkpoints:
             raise
         except DAMAGE as error:
             others = [name for name in self._names() if name != source.name]
-            tip = f"start again: pdvit train --config {self.folder.parent / 'run.toml'}"
+            tip = f"start again with --config {self.folder.parent / 'run.toml'}"
             if others:
                 tip = f"an older one may be whole: write {others[-1]} into {self.folder / LAST}"
             what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
@@ -94,7 +98,9 @@ class Checkpoints:
         beside.mkdir()
         for file, tensors in snapshot.tensors.items():
             save_file(tensors, beside / f"{file}.safetensors")
-        write_file(beside / "state.json", to_json(snapshot.facts))
+        sums = {path.name: _checksum(path) for path in beside.glob("*.safetensors")}
+        sums[FACTS] = _checksum_of(snapshot.facts)
+        write_file(beside / FACTS, to_json(snapshot.facts | {"checksums": sums}))
         for written in (*beside.glob("*.safetensors"), beside):
             sync(written)
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer got there
@@ -128,3 +134,27 @@ class Checkpoints:
             milestone = self.milestone is not None and int(name.removeprefix("step-")) % self.milestone == 0
             if name in later or not (name == best or milestone):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _verify(source: Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError where a file is not what was written; takes the checksums out of the facts.
+
+    Checkpoints of pdvit before there were checksums have none.
+    """
+    for name, expected in sorted(facts.pop("checksums", {}).items()):
+        found = _checksum_of(facts) if name == FACTS else _checksum(source / name)
+        if found != expected:
+            raise ValueError(f"{name} is not what was written (checksum {found:08x}, not {expected:08x})")
+
+
+def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def _checksum_of(facts: dict[str, Any]) -> int:
+    return zlib.crc32(to_json(facts).encode())

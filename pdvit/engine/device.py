@@ -36,7 +36,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         raise UserError(
             f"no device '{name}' here: {reason}",
             "run.device (--device)",
-            "try --device cpu (to resume: --change run.device=cpu)",
+            "try --device cpu",
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"pdvit does not run on '{name}'", "run.device (--device)", "use cpu or cuda")

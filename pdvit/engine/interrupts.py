@@ -7,7 +7,7 @@ from types import FrameType
 
 EXIT_STOPPED = 75  # the conventional status for "try again later"
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last is Slurm's, before its time limit
 
 
 class StopRequest:
@@ -22,7 +22,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT and a closed terminal (SIGHUP) into a request; a second SIGINT interrupts at once."""
+    """Turn SIGTERM, SIGINT, SIGUSR1 and a closed terminal (SIGHUP) into a request; a second SIGINT ends at once."""
     request = StopRequest()
 
     def ask(number: int, _: FrameType | None) -> None:

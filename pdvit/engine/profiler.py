@@ -1,5 +1,6 @@
 """A trace of chosen steps, for a trace viewer."""
 
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -25,7 +26,9 @@ class Profiler:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
-            self.running = profile(activities=activities, record_shapes=True)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library reports to stderr what is no trouble
+            # There is one cycle only; without keeping its events torch 2.11 warns that others would be lost.
+            self.running = profile(activities=activities, record_shapes=True, acc_events=True)
             self.running.start()
             self.first = step
         elif self.running is not None and step not in self.steps:

@@ -37,7 +37,7 @@ class Batch(Protocol):
 class Task(Protocol):
     """Something to train.
 
-    `network` below is the module to call: the task's own, its moving average, or its own spread over processes.
+    `network` below is the module to call: the task's own or its moving average.
     """
 
     steps_per_epoch: int

@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Ranks:
 ALONE = Ranks()
 TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
 FLAGS = 4  # the most that are asked at once
+PATIENCE = timedelta(seconds=5)  # for the main process to end with the same error
 
 
 def leave() -> None:
@@ -78,6 +80,23 @@ def launch() -> tuple[str, int]:
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"{run}-{socket.gethostname()}-{os.getppid()}" if run else ""  # torchrun stays this process's parent
     return name, int(restarts) if restarts.isdecimal() else 0
+
+
+def said_by_main(error: str) -> bool:
+    """Tell whether torchrun's first process ends with the very same error, and so says it for all.
+
+    Any process may ask, whatever the others do: nothing is exchanged but a note in torchrun's store.
+    """
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
+        notes = PrefixStore(f"errors-{launch()[1]}", store)
+        if rank == 0:
+            notes.set("main", error)
+            return False
+        notes.wait(["main"], PATIENCE)
+        return bool(notes.get("main").decode() == error)
+    except (RuntimeError, ValueError):  # no main process says anything, or nobody can be asked
+        return False
 
 
 class Agreement:

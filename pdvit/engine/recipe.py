@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pdvit.config import build, resolve, to_dict
 from pdvit.errors import UserError
 
 # Another value of these would be another run: batches, order and weights would not fit what was done so far.
@@ -11,6 +12,7 @@ FIXED = frozenset(
         *(f"data.{name}" for name in ("batch_size", "split_seed", "img_size")),
         *(f"model.{name}" for name in ("name", "depth", "width", "heads", "patch_size", "args")),
         "diversity.preset",  # the weights are spelled out: those can change
+        "diversity.patch_head",
         "optim.opt",
         "run.seed",
     }
@@ -51,6 +53,8 @@ def check_recipe(
     """
     if saved is None:
         return
+    # an earlier pdvit did not know every key of today
+    saved, config = (to_dict(resolve(build((where, recipe)))) for recipe in (saved, config))
     differ = {
         key: (old, new)
         for key, (old, new) in changed_keys(saved, config).items()

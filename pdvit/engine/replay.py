@@ -1,6 +1,7 @@
 """The replay bundle: batch, weights and generators of a step that went wrong, and running it again."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,16 @@ def write_bundle(run: Path, snapshot: Snapshot, shares: Sequence[dict[str, Tenso
         write_file(folder / "step.json", to_json({"step": snapshot.step, "scaler": scaler, "shares": len(shares)}))
     except (OSError, SafetensorError) as error:
         raise UserError(f"the step can't be kept for a replay: {error}", str(folder), "make room") from error
+
+
+def drop_bundle(run: Path, step: int) -> None:
+    """Remove the bundle of a step before `step`: a run that saves a sound state after it got over what went wrong."""
+    try:
+        over = json.loads((run / FOLDER / "step.json").read_text())["step"] < step
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # there is none, or it is not whole
+    if over:
+        shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 def replay(run: Path, state: State, updater: Updater) -> Replayed:

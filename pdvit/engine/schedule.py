@@ -69,9 +69,6 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
     log, evaluate = (max(1, length("run", name, total)) for name in ("log_every", "eval_every"))
     every, milestones, limit = read("checkpoint", "every"), read("checkpoint", "milestones"), read("run", "time_limit")
     by_clock = every.seconds if every else None
-    if limit and limit.seconds is None:
-        where = "run.time_limit (--time-limit)"
-        raise UserError(f"'{config.run.time_limit}' is not a time", where, "write 90min, 12h or 300s")
     return Plan(
         total,
         warmup,
@@ -82,17 +79,23 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
         by_clock,
         max(1, length("checkpoint", "milestones", total)) if milestones else None,
         limit.seconds if limit else None,
-        parse_span(config.run.profile),
+        parse_span(config.run.profile, total),
     )
 
 
-def parse_span(text: str | None) -> range:
-    """Read FROM:TO as the steps from FROM up to, but not with, TO; UserError for anything else."""
+def parse_span(text: str | None, total: int) -> range:
+    """Read FROM:TO as the steps from FROM up to, but not with, TO.
+
+    Raises UserError for anything else, and for steps that a run of `total` steps does not have.
+    """
     if text is None:
         return range(0)
+    where = "run.profile (--profile)"
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last)):
-        raise UserError(f"'{text}' is not FROM:TO", "run.profile (--profile)", "count steps from 1: 20:25 traces five")
+        raise UserError(f"'{text}' is not FROM:TO", where, "count steps from 1: 20:25 traces five")
+    if int(last) > total + 1:
+        raise UserError(f"there is no step {int(last) - 1} to trace", where, f"the run has {total} steps")
     return range(int(first), int(last))
 
 

@@ -1,4 +1,4 @@
-"""The network as it is called in training: alone, or spread over processes; and its moving average."""
+"""The step as it is called in training: compiled or not, alone or over processes; and the moving average."""
 
 import warnings
 from typing import Any
@@ -7,8 +7,24 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from pdvit.config.schema import RunConfig
+from pdvit.engine.protocol import StepOutput, Task
 from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
+
+
+class Step(nn.Module):
+    """A task's step as a module: DDP wraps it, so that what processes exchange stays outside of a compiled graph."""
+
+    def __init__(self, task: Task, compiled: bool) -> None:
+        super().__init__()
+        self.module = task.module
+        # Static shapes: every part of every batch but a short last one is of one size.
+        self.step = torch.compile(task.step, dynamic=False, fullgraph=True) if compiled else task.step
+
+    def forward(self, batch: Any) -> StepOutput:
+        """Run forward pass and objective on a part of a batch."""
+        return self.step(self.module, batch)
 
 
 def make_average(module: nn.Module, decay: float | None) -> ModelEmaV3 | None:
@@ -16,22 +32,26 @@ def make_average(module: nn.Module, decay: float | None) -> ModelEmaV3 | None:
     return None if decay is None else ModelEmaV3(module, decay=decay)
 
 
-def spread(module: nn.Module, average: ModelEmaV3 | None, how: str, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Return the module to call: itself, under DDP, or (in place, with its average) under FSDP2.
+def spread(task: Task, average: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """Return the step to call: as it is, under DDP, or with module and average spread (in place) by FSDP2.
 
-    FSDP takes each block of the module by itself: every child of an nn.ModuleList or nn.Sequential of several.
+    FSDP takes each block of the module by itself: every child of an nn.ModuleList or nn.Sequential of several. Raises
+    UserError where processes or torch can't do it.
     """
-    if how == "fsdp":
+    if run.distribute == "fsdp":
         if ranks.size == 1:
             raise UserError("fsdp needs several processes", "run.distribute (--distribute)", "start with torchrun")
-        for part in (module, *([average.module] if average else [])):
+        if run.compile:
+            what = "a model that fsdp spreads can't be compiled: its weights are fetched within the step"
+            raise UserError(what, "run.compile (--compile)", "leave it out, or use --distribute ddp")
+        for part in (task.module, *([average.module] if average else [])):
             _shard(part)
-        return module
-    if ranks.size == 1:
-        return module
+    step = Step(task, run.compile)
+    if ranks.size == 1 or run.distribute == "fsdp":
+        return step
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    return DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -45,7 +65,7 @@ def _shard(module: nn.Module) -> None:
 
     # The tokens are views of the last layer's output; nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    for part in list(module.modules()):
+    for part in reversed(list(module.modules())):  # from the inside: blocks before the stages that hold them
         if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
             for block in part:
                 if any(True for _ in block.parameters()):

@@ -24,7 +24,7 @@ CONFIGURED = ("params", "lr", "initial_lr", "lr_scale", "weight_decay", "fused")
 
 @dataclass
 class Progress:
-    """How far a run has come: steps, images, seconds by phase, skipped steps, and the best evaluation so far."""
+    """How far a run has come: steps, images, seconds by phase, skipped steps, the best evaluation, lines of records."""
 
     step: int = 0
     samples: int = 0
@@ -32,11 +32,22 @@ class Progress:
     spent: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_step: int | None = None
+    records: int = 0
 
     @property
     def seconds(self) -> float:
         """Seconds of training: waiting for data and computing, without evaluating and saving."""
         return self.spent.get("data", 0.0) + self.spent.get("step", 0.0)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the closing numbers of the run itself."""
+        return {
+            "steps": self.step,
+            "steps_skipped": self.skipped,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
+            "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in self.spent.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,13 @@ class State:
         if self.scaler.is_enabled() and facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         self.progress = Progress(**facts["progress"])
-        counts = (self.progress.step, self.progress.samples, self.progress.skipped, facts["meter_steps"])
+        counts = (
+            self.progress.step,
+            self.progress.samples,
+            self.progress.skipped,
+            self.progress.records,
+            facts["meter_steps"],
+        )
         if not all(isinstance(count, int) for count in counts):
             raise TypeError("its counts are not whole numbers")
         rank = self.ranks.rank

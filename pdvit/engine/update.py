@@ -73,7 +73,6 @@ class Updater:
         self.ranks, self.device, self.precision = ranks, device, config.run.precision
         self.micro_batch = config.data.micro_batch or task.batch_size
         self.largest = config.optim.clip_grad
-        self.step = torch.compile(task.step, dynamic=False, fullgraph=True) if config.run.compile else task.step
 
     def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""
@@ -102,7 +101,7 @@ class Updater:
             share = len(part) / len(batch)
             with self._exchange(number == len(parts)):
                 with autocast(self.device, self.precision):
-                    output = self.step(self.network, part)
+                    output = self.network(part)
                 self.scaler.scale(output.loss * share).backward()
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + share * value if name in metrics else share * value
@@ -119,10 +118,10 @@ class Updater:
 
     def _exchange(self, last: bool) -> AbstractContextManager[None]:
         """Let processes add up their gradients only once, with the last part."""
-        network: Any = self.network
-        if hasattr(network, "set_requires_gradient_sync"):  # FSDP
-            network.set_requires_gradient_sync(last)
-        no_sync = getattr(network, "no_sync", None)  # DDP
+        module: Any = self.task.module
+        if hasattr(module, "set_requires_gradient_sync"):  # FSDP
+            module.set_requires_gradient_sync(last)
+        no_sync = getattr(self.network, "no_sync", None)  # DDP
         context: AbstractContextManager[None] = no_sync() if no_sync and not last else nullcontext()
         return context
 

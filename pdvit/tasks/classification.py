@@ -1,5 +1,6 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,10 @@ class ClassificationTask:
             cosine_layers=layer_numbers(diversity.cosine_layers),
         ).to(device)
         self.preprocessing = Preprocessing.for_model(model)
+        if config.augment.shift >= self.preprocessing.size:
+            size = self.preprocessing.size
+            what = f"a shift of up to {config.augment.shift} pixels leaves nothing of images of {size}x{size}"
+            raise UserError(what, "augment.shift (--shift)", f"shift by less than {size}, for example {size // 8}")
         self.batch_size = config.data.batch_size
         if self.batch_size % ranks.size:
             raise UserError(
@@ -130,6 +135,12 @@ class ClassificationTask:
             f"val accuracy {accuracy:6.1%}  loss {loss:.3f}  "
             f"P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
         )
+        broken = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        if broken:
+            headline += (
+                f"\nwarning: tokens are infinite or no numbers in {', '.join(broken)}, so there is no P. Start a new "
+                f"run with a lower --lr, or with --clip-grad 1"
+            )
         if values[-1] > self.config.run.warn_similarity:
             headline += (
                 f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing into one another. Try a "

@@ -128,17 +128,18 @@ class RunDirectory:
         except OSError as error:
             raise _refused(RECORDS, self.path, error) from error
 
-    def cut_records(self, step: int) -> None:
-        """Drop the records after `step`, and a line that a kill left half-written, before a resume."""
+    def cut_records(self, step: int) -> int:
+        """Drop the records after `step`, and a line that a kill left half-written; return how many are left."""
         file = self.path / RECORDS
         if not (self.writes and file.exists()):
-            return
+            return 0
         kept = []
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError, LookupError, TypeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         self.write(RECORDS, "".join(kept))
+        return len(kept)
 
     def changes(self) -> dict[str, Any]:
         """Return the settings that were changed on purpose since the run began, `{section.key: value}`."""

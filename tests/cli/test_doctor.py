@@ -22,7 +22,7 @@ TOPICS = ["versions", "cpu", "cuda", "compile", "distributed", "extras", "runs"]
 def place(workplace, monkeypatch) -> Path:
     """An empty working directory, no GPU, and nothing compiled: that alone takes longer than all the rest."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(probes, "COMPILED", "")
+    monkeypatch.setattr(probes.trials, "COMPILED", "")
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setenv("COLUMNS", "80")
     return workplace

@@ -114,7 +114,9 @@ class TestChanging:
         ours, theirs = (weights(run) for run in (stopped, plain))
         assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
-    @pytest.mark.parametrize("change", ["data.batch_size=8", "run.seed=3", "model.depth=3", "diversity.mixing=0.0"])
+    @pytest.mark.parametrize(
+        "change", ["data.batch_size=8", "run.seed=3", "model.depth=3", "diversity.mixing=0.0", "optim.opt=nonsense"]
+    )
     def test_what_would_be_another_run_is_refused(self, refusal, stopped, change):
         before = (stopped / "run.toml").read_bytes()
         refused = refusal("train", "--resume", stopped, "--change", change)
@@ -129,8 +131,34 @@ class TestChanging:
         assert "optim.weight_decay was 0.05, is 0.3" in refused.what
         assert "--change" in refused.tip
 
+    @pytest.mark.parametrize("change", ["optim.lr=fast", "optim.lr=-1", "optim.lrr=1", "lr=1", "run.time_limit=3ep"])
+    def test_a_bad_change_is_named_as_it_was_given(self, refusal, stopped, change):
+        refused = refusal("train", "--resume", stopped, "--change", change)
+        assert "--change" in refused.where
+        assert "--set" not in refused.where + refused.tip
+
+    @pytest.mark.parametrize(
+        ("change", "key", "tip"),
+        [
+            ("run.device=cuda:7", "run.device", "try --change run.device=cpu"),
+            ("optim.warmup=12st", "optim.warmup", "shorten"),
+            ("augment.shift=16", "augment.shift", "less than 16"),
+        ],
+    )
+    def test_an_error_of_a_resumed_run_names_keys_and_no_flags(self, refusal, stopped, change, key, tip):
+        refused = refusal("train", "--resume", stopped, "--change", change)
+        assert tip in refused.tip
+        assert refused.where == f"{key} of {stopped}"
+
     def test_an_unknown_key_names_the_closest(self, refusal, stopped):
         assert "lr" in refusal("train", "--resume", stopped, "--change", "optim.lrr=1").tip
+
+    def test_an_emptied_recipe_is_refused(self, refusal, stopped):
+        shutil.rmtree(stopped / "checkpoints")  # nothing else could tell
+        (stopped / "run.toml").write_text("")
+        refused = refusal("train", "--resume", stopped)
+        assert "run.toml is empty" in refused.what
+        assert "state.json" in refused.tip
 
     def test_a_run_can_not_become_shorter_than_it_is(self, refusal, tiny, tmp_path, train):
         run = train("--time-limit", "0.001s", "--save-every", "1st", status=75)
@@ -198,6 +226,20 @@ class TestSafety:
         saved = int((out / "checkpoints/last").read_text().removeprefix("step-"))
         assert saved == read(out, "status.json")["step"] >= 5
 
+    def test_records_that_are_lost_are_said(self, train, capsys):
+        run = train("--time-limit", "0.001s", "--log-interval", "1st", status=75)
+        (run / "metrics.jsonl").write_text("")
+        capsys.readouterr()
+        go_on(run, UNLIMITED)
+        assert "1 records were written up to step 1, and 0 are left" in capsys.readouterr().out
+
+    def test_what_takes_long_is_said_first(self, image_folder, tmp_path):
+        """The first line is there before torch is imported, on no terminal."""
+        code = "import sys; sys.modules['torch'] = None\nfrom pdvit.cli import run; run(sys.argv[1:])"
+        command = [sys.executable, "-c", code, "train", "--data", str(image_folder), "--out", str(tmp_path / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.stdout == f"opening {image_folder} ...\n"
+
     def test_where_a_resumed_run_goes_on_is_said(self, stopped, capsys):
         capsys.readouterr()
         go_on(stopped, UNLIMITED)
@@ -215,6 +257,13 @@ class TestData:
         file = next((image_folder / "train/red").iterdir())
         file.rename(file.with_name("other.png"))
         assert "train has changed" in refusal("train", "--resume", run).what
+
+    def test_data_that_are_gone_name_how_to_go_on(self, refusal, train, image_folder):
+        run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
+        image_folder.rename(image_folder.with_name("moved"))
+        for more in ([], ["--change", f"data.source={image_folder}-2"]):
+            refused = refusal("train", "--resume", run, *more)
+            assert f"pdvit train --resume {run} --change data.source=PATH" in refused.tip
 
     def test_moved_data_are_found_again(self, train, image_folder):
         run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
@@ -354,6 +403,27 @@ class TestSwitches:
     def test_a_trace_is_written(self, train):
         (file,) = (train("--profile", "3:5") / "profile").iterdir()
         assert json.loads(file.read_text())["traceEvents"]
+
+    def test_a_trace_says_nothing_on_stderr(self, tiny, tmp_path):
+        """The profiler's library writes there by itself, not through Python."""
+        command = [sys.executable, "-m", "pdvit", "train", *tiny, *SHORT, "--epochs", "4st", "--profile", "2:4"]
+        done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    @pytest.mark.parametrize("shift", [16, 99])
+    def test_a_shift_that_leaves_nothing_of_an_image_is_refused(self, refusal, tiny, shift):
+        refused = refusal("train", *tiny, "--img-size", 16, "--shift", shift)
+        assert f"{shift} pixels leaves nothing of images of 16x16" in refused.what
+
+    def test_layers_without_a_p_are_named(self, train, capsys, monkeypatch):
+        import pdvit.tasks.classification as classification
+
+        def similarity(tokens):
+            return torch.tensor([float("nan")]) if tokens.shape[-1] == 16 else torch.tensor([0.5])
+
+        monkeypatch.setattr(classification, "patch_similarity", similarity)
+        train()
+        assert "infinite or no numbers in embed, block 1, block 2, norm" in capsys.readouterr().out
 
     @pytest.mark.parametrize("span", ["5", "5:5", "a:b", "0:3", "5:"])
     def test_a_span_that_is_none_is_refused(self, refusal, tiny, span):

@@ -1,8 +1,10 @@
 """Several processes on the CPU (gloo) against one: the same recipe, the same total batch."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,21 @@ def test_two_processes_equal_one(tmp_path, how, opt, precision, most, micro):
                 assert both[1][kind][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (kind, name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [None, 3])
+def test_two_compiled_processes_equal_eager_ones(tmp_path, micro):
+    """Also where the gradients of several parts, the last one short, add up before the processes exchange them."""
+    data = SETTINGS["data"] | ({"micro_batch": micro} if micro else {})
+    settings = SETTINGS | {"optim": SETTINGS["optim"] | {"opt": "sgd"}, "data": data}
+    eager, compiled = (
+        steps(tmp_path / str(switch), 2, settings | {"run": {"device": "cpu", "compile": switch}})
+        for switch in (False, True)
+    )
+    for file in {name.split(".")[0] for name in eager[0]} - {"state"}:
+        assert furthest(compiled[0], eager[0], f"{file}.") <= 1e-5
+    assert compiled[1]["train"] == pytest.approx(eager[1]["train"], rel=1e-4, abs=1e-5)
+
+
 CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
 CLI += [
     "--batch-size",
@@ -110,8 +127,46 @@ def test_the_command_runs_in_several_processes(tmp_path, records):
 def test_processes_that_can_not_share_a_batch_are_refused(tmp_path):
     done = launch(2, *CLI, "--batch-size", "15", "--out", str(tmp_path / "run"))
     assert done.returncode != 0
-    assert "error: 2 processes can't share batches of 15 evenly" in done.stderr
+    assert done.stderr.count("error: 2 processes can't share batches of 15 evenly") == 1  # one process speaks
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_before_the_processes_meet_is_said_once(tmp_path):
+    done = launch(2, *CLI, "--set", "optim.lrr=1", "--out", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: there is no key 'optim.lrr'") == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_alone_is_said_by_it(tmp_path):
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pdvit.cli import run\n"
+        "sys.exit(run(sys.argv[1:] + (['--set', 'optim.lrr=1'] if os.environ['RANK'] == '1' else [])))\n"
+    )
+    done = launch(2, str(script), *CLI[2:], "--out", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: there is no key 'optim.lrr'") == 1
+
+
+@pytest.mark.slow
+def test_the_signal_of_slurm_stops_all_processes_and_the_run_goes_on(tmp_path):
+    """torchrun hands it on where it is told to, as docs/runs.md says."""
+    run = tmp_path / "run"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *CLI, "--epochs", "4000st", "--out", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + PATIENCE
+        while not (run / "checkpoints/last").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        shown, errors = process.communicate(timeout=PATIENCE)
+    status = read(run, "status.json")
+    assert (status["status"], status["reason"]) == ("stopped", "SIGUSR1"), errors[-3000:]
+    assert f"pdvit train --resume {run}" in shown
+    assert (run / "checkpoints/last").read_text() == f"step-{status['step']:08d}"
 
 
 FAILING = """

@@ -77,9 +77,30 @@ def test_any_text_is_a_sound_duration_or_a_user_error(text):
     assert duration.unit in ("ep", "st", "im", "%")
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("1.5h", 5400), ("20s", 20), ("3", 180), ("3ep", None)])
+@pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("1.5h", 5400), ("20s", 20), ("3", 180)])
 def test_a_time_is_a_duration_where_the_clock_may_decide(text, seconds):
     assert parse_duration(text, "min", "here", clock=True).seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["3ep", "5%", "2000st", "soon", ""])
+def test_what_is_no_time_is_refused_where_only_a_time_will_do(text):
+    with pytest.raises(UserError, match="is not a time") as caught:
+        parse_duration(text, "min", "run.time_limit", clock=True)
+    assert "90min" in caught.value.tip
+    assert not any(form in caught.value.tip for form in ("30ep", "2000st", "5%"))
+
+
+@pytest.mark.parametrize(
+    ("key", "percent", "clock"),
+    [("checkpoint.every", True, True), ("optim.epochs", False, False), ("run", True, False)],
+)
+def test_a_tip_names_the_forms_that_the_key_takes(key, percent, clock):
+    with pytest.raises(UserError) as caught:
+        parse_duration("soon", "ep", key, percent, clock)
+    for form, taken in (("30ep", True), ("5%", percent), ("10min", clock)):
+        assert (form in caught.value.tip) == taken
+        if taken:
+            parse_duration(form, "ep", key, percent, clock)
 
 
 @pytest.mark.parametrize("text", ["10min", "1h", "5s"])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdvit.config import Config, build, parse_set, read_toml, resolve, to_dict, to_toml
+from pdvit.config.duration import SECONDS
 from pdvit.config.keys import info_of
 from pdvit.errors import UserError
 
@@ -24,6 +25,8 @@ def values_of(item, hint):
     low = info.minimum if info.minimum is not None else info.above
     if info.choices:
         return st.sampled_from(info.choices)
+    if info.unit in SECONDS:
+        return st.sampled_from(["3", "90min", "0.5h", "20s"]) | st.integers(1, 100)
     if info.unit:
         return st.sampled_from(["3", "3ep", "200st", "1e3im", "0.5ep"]) | st.integers(1, 100)
     if item.name.endswith("_schedule"):

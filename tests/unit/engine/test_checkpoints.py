@@ -208,7 +208,9 @@ def test_a_checkpoint_that_no_pointer_reached_does_not_push_out_the_newest(tmp_p
 
 
 def change(path, edit):
+    """Change the facts in place; the checksums go, so that what is wrong has to be found without them."""
     facts = json.loads(path.read_text())
+    facts.pop("checksums", None)
     edit(facts)
     path.write_text(json.dumps(facts))
 
@@ -223,6 +225,7 @@ def rewrite(path, edit):
     tensors = checkpoints_module.load_file(path)
     edit(tensors)
     checkpoints_module.save_file(tensors, path)
+    change(path.with_name("state.json"), lambda facts: None)
 
 
 DAMAGES = {
@@ -259,6 +262,40 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     with pytest.raises(UserError, match="damaged") as caught:
         restore(fresh(), tmp_path)
     assert str(tmp_path) in caught.value.where
+
+
+@pytest.mark.parametrize("name", ["module", "ema", "state"])
+def test_a_byte_that_changed_inside_a_tensor_is_noticed(tmp_path, name):
+    trained(tmp_path)
+    path = tmp_path / "step-00000003" / f"{name}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # safetensors has the tensors at the end
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"damaged: .*{name}\.safetensors is not what was written"):
+        restore(fresh(), tmp_path)
+
+
+def test_a_digit_that_changed_in_the_facts_is_noticed(tmp_path):
+    trained(tmp_path)
+    path = tmp_path / "step-00000003" / "state.json"
+    path.write_text(path.read_text().replace('"samples": 24', '"samples": 25'))
+    with pytest.raises(UserError, match=r"damaged: .*state\.json is not what was written"):
+        restore(fresh(), tmp_path)
+
+
+def test_an_average_that_is_gone_is_noticed(tmp_path):
+    trained(tmp_path)
+    (tmp_path / "step-00000003" / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        restore(fresh(), tmp_path)
+
+
+def test_a_checkpoint_without_checksums_still_loads(tmp_path):
+    ours = trained(tmp_path)
+    change(tmp_path / "step-00000003" / "state.json", lambda facts: None)
+    theirs = fresh(seed=1)
+    assert restore(theirs, tmp_path)
+    assert identical(ours, theirs)
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):

@@ -22,7 +22,7 @@ def marks(found: dict[str, Finding]) -> dict[str, str]:
 
 def test_the_core_packages_are_those_that_the_project_names():
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == list(doctor.CORE)
+    assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == list(doctor.machine.CORE)
 
 
 def test_versions_are_those_that_are_installed():
@@ -32,7 +32,7 @@ def test_versions_are_those_that_are_installed():
 
 
 def test_a_core_package_that_is_not_there_is_needed(monkeypatch):
-    monkeypatch.setattr(doctor, "CORE", ("torch", "no-such-package"))
+    monkeypatch.setattr(doctor.machine, "CORE", ("torch", "no-such-package"))
     absent = doctor.versions()["no-such-package"]
     assert (absent.mark, absent.needed) == ("missing", True)
     assert "pip install" in absent.tip
@@ -49,7 +49,7 @@ def test_a_core_package_that_is_not_there_is_needed(monkeypatch):
     ids=["less", "no limit", "more", "no files"],
 )
 def test_a_container_is_granted_its_quota(monkeypatch, tmp_path, limits, cores, memory):
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr(doctor.machine, "CGROUP", tmp_path)
     for name, text in limits.items():
         (tmp_path / name).write_text(text + "\n")
     found = doctor.cpu()
@@ -194,7 +194,7 @@ def test_no_compiler_is_not_a_failure(monkeypatch, name):
 
 
 def test_the_compiler_is_found_where_torch_looks(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "COMPILED", "")
+    monkeypatch.setattr(doctor.trials, "COMPILED", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert doctor.compilation(CPU)["C++ compiler"].detail == "'g++' not found"
@@ -209,7 +209,7 @@ def compiling(monkeypatch):
     monkeypatch.setenv("CXX", "true")
 
     def run(program: str) -> Finding:
-        monkeypatch.setattr(doctor, "COMPILED", program)
+        monkeypatch.setattr(doctor.trials, "COMPILED", program)
         return doctor.compilation(CPU)["torch.compile"]
 
     return run
@@ -235,11 +235,11 @@ def test_the_reason_is_the_last_line_that_names_an_error(compiling):
     assert (found.mark, found.detail) == ("failed", "RuntimeError: x.cpp:1: fatal error: Python.h: No such file")
     assert compiling("raise SystemExit('odd')").detail == "odd"
     assert compiling("raise SystemExit(3)").detail == "no reason given"
-    assert len(compiling("raise SystemExit('long ' * 1000)").detail) == doctor.LONGEST
+    assert len(compiling("raise SystemExit('long ' * 1000)").detail) == doctor.findings.LONGEST
 
 
 def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(compiling, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "COMPILE_SECONDS", 1.0)
+    monkeypatch.setattr(doctor.trials, "COMPILE_SECONDS", 1.0)
     file = tmp_path / "pid"
     begun = time.monotonic()
     found = compiling(f"""
@@ -280,7 +280,7 @@ def test_a_torch_without_distribution_is_said(monkeypatch):
 
 
 def test_extras_are_optional(monkeypatch):
-    monkeypatch.setattr(doctor, "EXTRAS", ("torch", "no-such-package"))
+    monkeypatch.setattr(doctor.machine, "EXTRAS", ("torch", "no-such-package"))
     found = doctor.extras()
     assert found["torch"] == Finding("ok", version("torch"))
     assert (found["no-such-package"].mark, found["no-such-package"].needed) == ("missing", False)
@@ -314,7 +314,7 @@ def test_a_full_disk_is_found(workplace, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(doctor.machine.tempfile, "TemporaryFile", full)
     assert "No space left" in doctor.place(Path("runs"))["writable"].detail
 
 

@@ -508,6 +508,47 @@ def test_a_trace_of_chosen_steps_is_written(tmp_path):
     assert any("addmm" in name for name in names)
 
 
+@pytest.mark.parametrize(("span", "sound"), [("18:21", True), ("18:22", False), ("21:22", False), ("100:200", False)])
+def test_steps_that_the_run_does_not_have_are_not_traced(span, sound):
+    if sound:
+        assert trainer_of(LineFit(), run={"profile": span}).plan.profile[-1] == STEPS
+        return
+    with pytest.raises(UserError, match="there is no step") as caught:
+        trainer_of(LineFit(), run={"profile": span})
+    assert "20 steps" in caught.value.tip
+
+
+def test_a_bundle_goes_when_the_run_got_over_its_step(whole, tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(RunFailed):
+        run(path, LineFit(9, infinite=True, steps=STEPS))
+    assert run(path, LineFit(9, interrupt), resume=True) is None  # saved at step 10, before the 15th that is kept
+    assert (path / "replay/step.json").is_file()
+    run(path, LineFit(), resume=True)
+    assert not (path / "replay").exists()
+    assert records(path) == records(whole)
+
+
+def test_records_that_are_lost_are_said_once(tmp_path):
+    path = tmp_path / "run"
+    run(path, LineFit(8, interrupt))
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 5  # train at 3, 6 and 9; two kinds at the evaluation at 7
+    (path / "metrics.jsonl").write_text("".join(lines[:3]))
+    (note,) = trainer_of(LineFit()).restore(RunDirectory(path), {})
+    assert "5 records were written up to step 9, and 3 are left" in note
+    run(path, LineFit(12, interrupt), resume=True)
+    assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
+
+
+@pytest.mark.parametrize("resumes", [1, 2])
+def test_whole_records_are_no_trouble(tmp_path, resumes):
+    path = tmp_path / "run"
+    for number in range(resumes):
+        run(path, LineFit(8 + 3 * number, interrupt), resume=bool(number))
+    assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
+
+
 def test_another_recipe_or_other_data_are_refused(tmp_path):
     path = tmp_path / "run"
     run(path, LineFit(8, interrupt))

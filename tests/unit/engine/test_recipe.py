@@ -8,6 +8,10 @@ from pdvit.errors import UserError
 RECIPE = {"optim": {"lr": 0.1, "opt": "adamw"}, "run": {"seed": 3}}
 
 
+def whole(given: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    return to_dict(resolve(build(("here", given))))
+
+
 def test_changed_keys_have_both_values():
     other = {"optim": {"lr": 0.2, "opt": "adamw", "clip_grad": 1.0}, "run": {}}
     assert changed_keys(RECIPE, other) == {
@@ -24,7 +28,7 @@ def test_the_same_recipe_is_taken():
 
 
 def test_another_recipe_is_refused_by_its_keys():
-    other = {"optim": {"lr": 0.2, "opt": "lion"}, "run": {"seed": 3}}
+    other = whole({"optim": {"lr": 0.2, "opt": "lion"}, "run": {"seed": 3}})
     with pytest.raises(UserError, match=r"optim\.lr was 0\.1, is 0\.2; optim\.opt was 'adamw', is 'lion'"):
         check_recipe(RECIPE, other, {}, "here")
     with pytest.raises(UserError, match=r"optim\.opt"):
@@ -33,9 +37,18 @@ def test_another_recipe_is_refused_by_its_keys():
 
 
 def test_many_differences_are_counted():
-    before = {"data": {str(number): number for number in range(9)}}
-    with pytest.raises(UserError, match="4 more"):
-        check_recipe(before, {"data": {}}, {}, "here")
+    after = whole({"data": {"workers": 7}, "optim": {f"{name}": 0.01 for name in ("lr", "weight_decay", "clip_grad")}})
+    after["run"] |= {"seed": 9, "precision": "bf16", "compile": True}
+    with pytest.raises(UserError, match="2 more"):
+        check_recipe(whole({}), after, {}, "here")
+
+
+def test_a_key_that_an_earlier_pdvit_did_not_have_has_its_default():
+    before = whole({})
+    del before["diversity"]["first"], before["augment"]["mixup"]
+    check_recipe(before, whole({}), {}, "here")
+    with pytest.raises(UserError, match=r"augment\.mixup was 0\.0, is 0\.3"):
+        check_recipe(before, whole({"augment": {"mixup": 0.3}}), {}, "here")
 
 
 def test_what_is_fixed_exists_and_is_refused():

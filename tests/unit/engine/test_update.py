@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.ranks import ALONE
+from pdvit.engine.spread import Step
 from pdvit.engine.update import Meter, Updater, make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
@@ -54,7 +55,7 @@ BATCH = Points(torch.linspace(-1, 1, 20).view(5, 4))
 def updater_of(task, optimizer, clip=None, precision="fp32", compile=False):
     config = replace(Config(), optim=OptimConfig(clip_grad=clip), run=RunConfig(precision=precision, compile=compile))
     scaler = GradScaler("cpu", enabled=precision == "fp16")
-    return Updater(task, task.module, optimizer, scaler, None, config, ALONE, CPU)
+    return Updater(task, Step(task, compile), optimizer, scaler, None, config, ALONE, CPU)
 
 
 def sgd(task, lr=0.1):

@@ -1,0 +1,37 @@
+"""What one command that trains has of its own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pdvit.config.schema import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdvit.data.sources import Source
+    from pdvit.engine.protocol import Task
+    from pdvit.engine.ranks import Ranks
+
+
+class MakeTask(Protocol):
+    """Builds what is trained from a resolved configuration, its data and where it runs."""
+
+    def __call__(self, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "Task":
+        """Return the task; raises UserError."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that trains: its name, its task, and what it says before the first step and after the last."""
+
+    name: str
+    make_task: MakeTask
+    describe: Callable[[Config, Any], str]
+    """Say in a line or two what is trained, from the configuration and the task."""
+    conclude: Callable[[Mapping[str, Any]], str]
+    """Say in a line what came out, from the summary."""
+
+    def __call__(self, *arguments: str) -> str:
+        """Return the command as one would type it."""
+        return " ".join(("pdvit", self.name, *arguments))

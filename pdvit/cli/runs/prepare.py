@@ -1,0 +1,91 @@
+"""Preparing a run: the data, the task, the trainer; everything that can fail before there is a directory."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.report import make_console, say
+from pdvit.config.schema import Config
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdvit.data.sources import Source
+    from pdvit.engine.display import RunConsole
+    from pdvit.engine.loop import Trainer
+    from pdvit.engine.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, before it has a directory."""
+
+    command: Command
+    config: Config
+    ranks: "Ranks"
+    device: str
+    trainer: "Trainer"
+    console: "RunConsole"
+    as_json: bool
+
+
+def prepare(command: Command, config: Config, as_json: bool) -> Prepared:
+    """Open the data, build task and trainer, and say what is trained; raises UserError."""
+    console = make_console(as_json)
+    say(console, f"opening {config.data.source} ...")  # what comes now can take minutes: imports, many files, weights
+    from pdvit.config import resolve
+    from pdvit.data.sources import open_source
+    from pdvit.engine.device import choose_device, device_name, set_up
+    from pdvit.engine.loop import Trainer
+    from pdvit.engine.ranks import join
+    from pdvit.tracking import check_sinks, tracker_names
+
+    config = resolve(config) if config.data.batch_size else config
+    ranks = join()
+    device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
+    set_up(device, config.run)
+    if ranks.main:
+        check_sinks(tracker_names(config.run.track))
+    source = open_source(config.data)
+    if not config.data.batch_size:
+        size = _batch_that_fits(command, config, source, device, ranks)
+        config = resolve(replace(config, data=replace(config.data, batch_size=size)))
+    if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
+        config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
+    task = command.make_task(config, source, device, ranks)
+    trainer = Trainer(task, config, device, ranks)
+    processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
+    length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
+    say(console, f"{source.describe()}\n{command.describe(config, task)}; {length}")
+    for note in trainer.notes():
+        say(console, note)
+    return Prepared(command, config, ranks, device_name(device), trainer, console, as_json)
+
+
+def _batch_that_fits(command: Command, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
+    """Find the largest total batch, a power of two or all images, that the GPUs hold; raises UserError without one."""
+    from pdvit.config import resolve
+    from pdvit.engine.loop import Trainer
+    from pdvit.engine.memory import largest_batch
+    from pdvit.engine.ranks import ALONE
+
+    if device.type == "cpu":
+        what = "auto needs a GPU: a CPU that runs out of memory gives no error that can be caught"
+        raise UserError(what, "data.batch_size (--batch-size)", "give a number, for example 64")
+    trial = replace(
+        config,
+        data=replace(config.data, batch_size=1, micro_batch=None),
+        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
+        run=replace(config.run, distribute="ddp"),
+    )
+    trial = resolve(trial)
+    # Each process by itself: trials that exchange gradients would wait for one another.
+    task = command.make_task(trial, source, device, ALONE)
+    images = len(source.splits["train"]) // ranks.size
+    size = largest_batch(Trainer(task, trial, device, ALONE).updater, task.batches(0), images)
+    size = int(min(ranks.gather(size))) * ranks.size
+    if not size:
+        raise UserError("not even one image fits", "data.batch_size (--batch-size)", "use a smaller model or image")
+    return size

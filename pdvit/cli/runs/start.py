@@ -1,0 +1,83 @@
+"""Beginning a new run, or the one that this very command began before torchrun started its processes again."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.prepare import Prepared, prepare
+from pdvit.cli.runs.report import say, train_and_report
+from pdvit.config.schema import Config
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    from pdvit.engine.interrupts import StopRequest
+    from pdvit.tracking import RunDirectory
+
+
+def start(command: Command, config: Config, as_json: bool, stop: "StopRequest") -> int:
+    """Begin a new run; raises UserError before there is a run directory wherever that is possible."""
+    ready = prepare(command, config, as_json)
+    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.tracking import RunDirectory
+
+    if any(ready.ranks.gather(bool(stop))):
+        say(ready.console, "stopped before the first step; nothing was written")
+        return EXIT_STOPPED
+    begun = ready.ranks.share(_begun_before_restart(ready.config) if ready.ranks.main else None)
+    directory = RunDirectory(begun or _shared_directory(ready), ready.ranks.main)
+    if begun and (begun / "status.json").is_file() and directory.read_json("status.json").get("status") == "stopped":
+        return EXIT_STOPPED  # on purpose: torchrun's restart must not undo it
+    with directory.locked():
+        if begun:
+            for note in ready.trainer.restore(directory, directory.changes()):
+                say(ready.console, note)
+        return train_and_report(ready, directory, stop)
+
+
+def _shared_directory(ready: Prepared) -> Path:
+    """Let the main process make the run directory, and tell the others; where it can't, all end with its error."""
+    made: Path | UserError | None = None
+    if ready.ranks.main:
+        try:
+            made = _new_directory(ready.config, ready.device).path
+        except UserError as error:
+            made = error
+    shared = ready.ranks.share(made)
+    if isinstance(shared, UserError):
+        raise shared
+    assert isinstance(shared, Path)
+    return shared
+
+
+def _new_directory(config: Config, device: str) -> "RunDirectory":
+    """Make the run directory and write what is known before the first step."""
+    from pdvit.config import to_toml
+    from pdvit.data.sources import source_label
+    from pdvit.engine.ranks import launch
+    from pdvit.tracking import RunDirectory, command_line, describe_environment
+
+    name = config.run.name
+    if name is None:
+        name = f"{source_label(config.data)}-{config.diversity.preset}"
+    text = to_toml(config, command_line())
+    directory = RunDirectory.create(config.run.out, name)
+    directory.write("run.toml", text)
+    directory.write_json("environment.json", describe_environment(device) | {"launch": launch()[0]})
+    return directory
+
+
+def _begun_before_restart(config: Config) -> Path | None:
+    """Return the run that this command began before torchrun started its processes again."""
+    from pdvit.engine.ranks import launch
+    from pdvit.tracking import RunDirectory, newest
+
+    name, restarts = launch()
+    if not (name and restarts):
+        return None
+    places = [Path(os.path.expanduser(config.run.out))] if config.run.out else newest("environment.json")
+    for path in places:
+        whole = (path / "environment.json").is_file() and (path / "run.toml").is_file()
+        if whole and RunDirectory(path).read_json("environment.json").get("launch") == name:
+            return path
+    return None
