@@ -281,7 +281,15 @@ class TestRefused:
         [
             (["--epohs", "2"], "--epohs", "--epochs"),
             (["--model", "vit_tny_patch16_224"], "vit_tny_patch16_224", "vit_tiny_patch16_224"),
-            (["--model", "convnext_tiny"], "ConvNeXt", "vision transformer"),
+            (["--model", "resnet18"], "ResNet", "transformer of timm"),
+            (
+                ["--model", "swin_tiny_patch4_window7_224", "--depth", "2"],
+                "stages of different sizes",
+                "--model-kwargs",
+            ),
+            (["--first", "9"], "no block 9", "from 1 to 8"),
+            (["--last", "head"], "head", "norm"),
+            (["--cosine-layers", "2,x"], "2,x", "6,12"),
             (["--data", "digts"], "digts", "digits"),
             (["--data", "./absent/photos"], "absent/photos", ""),
             (["--set", "optim.lrr=1"], "optim.lrr", "lr"),
