@@ -167,10 +167,13 @@ def _decode(
             pin_memory=how.device.type == "cuda",
         )
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, list):
-            refuse_bad(batch)
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, list):
+                refuse_bad(batch)
+            yield batch
+    finally:
+        del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
 
 
 @atexit.register

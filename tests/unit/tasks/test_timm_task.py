@@ -84,7 +84,7 @@ def test_every_weight_learns_and_timm_can_group_them(batch):
 def test_the_compiled_task_gives_the_same_loss(batch):
     found = []
     for compiled in (False, True):
-        task = make_task(make_model())
+        task = make_task()
         if compiled:
             task.compile(backend="aot_eager", fullgraph=True)
         random.seed(1)
