@@ -13,7 +13,7 @@ from pdvit.cli.runs.start import start
 from pdvit.cli.runs.together import together
 from pdvit.cli.settings import given_flags, make_config, with_settings
 from pdvit.config.presets import TERMS
-from pdvit.config.schema import Config
+from pdvit.config.schema import AugmentConfig, Config
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,9 +83,19 @@ def _describe(config: Config, task: "ClassificationTask") -> str:
     weights = {name: getattr(diversity, name) for name in TERMS}
     terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) or "none"
     terms += f" ({diversity.variant})" if diversity.variant != "paper" and terms != "none" else ""
-    mixes = f"patch CutMix on {config.augment.mixup_prob:.0%} of batches" if config.augment.cutmix else "no CutMix"
+    courses = {name: getattr(diversity, f"{name}_schedule") for name, weight in weights.items() if weight}
+    terms += "".join(f", {name} {course}" for name, course in courses.items() if course != "constant")
     model = f"{config.model.name}: {parameters:,} parameters, {size}x{size} pixels, patches of {task.mixing.patch_size}"
-    return f"{model}\nterms: {terms}; {mixes}"
+    return f"{model}\nterms: {terms}; {_mixes(config.augment)}"
+
+
+def _mixes(augment: AugmentConfig) -> str:
+    """Say which share of the batches is mixed, and how."""
+    switch = augment.mixup_switch_prob if augment.cutmix and augment.mixup else 1.0
+    shares = {"patch CutMix": switch if augment.cutmix else 0.0, "Mixup": 1 - switch if augment.cutmix else 1.0}
+    shares["Mixup"] *= bool(augment.mixup)
+    parts = [f"{name} on {share * augment.mixup_prob:.0%} of batches" for name, share in shares.items() if share]
+    return " and ".join(parts) or "no CutMix"
 
 
 def _conclude(summary: Mapping[str, Any]) -> str:

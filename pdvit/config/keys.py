@@ -19,6 +19,7 @@ class KeyInfo:
     percent: bool = True  # a duration may be a share of the run
     clock: bool = False  # a duration may be a time, such as 10min
     words: Mapping[str, int] = field(default_factory=dict)  # texts that stand for numbers
+    number: bool = False  # a text that may be a whole number too
 
 
 def key(
@@ -33,9 +34,10 @@ def key(
     percent: bool = True,
     clock: bool = False,
     words: Mapping[str, int] | None = None,
+    number: bool = False,
 ) -> Any:
     """Declare a key: `minimum` and `maximum` are inclusive, `above` is a strict lower bound."""
-    info = KeyInfo(help, flags, minimum, maximum, above, tuple(choices), unit, percent, clock, words or {})
+    info = KeyInfo(help, flags, minimum, maximum, above, tuple(choices), unit, percent, clock, words or {}, number)
     return field(default=default, metadata={"key": info})
 
 

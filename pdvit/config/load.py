@@ -103,6 +103,8 @@ def _convert(value: Any, kind: Any, info: KeyInfo, at: str) -> Any:
         return str(value)
     if kind is float and is_number:
         return float(value)
+    if info.number and isinstance(value, int) and is_number:
+        return str(value)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         parts = get_args(kind)
         if len(value) == len(parts):

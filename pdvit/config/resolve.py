@@ -39,6 +39,8 @@ def _preset(config: Config) -> Config:
     spelled: dict[str, Any] = {
         name: getattr(preset if getattr(diversity, name) is None else diversity, name) for name in OF_PRESET
     }
+    if spelled["variant"] == "released" and diversity.cosine is None:
+        spelled["cosine"] = 0.0  # it has no cosine term, whatever the preset says
     if augment.cutmix is None:
         mixes = spelled["mixing"] > 0 or preset.mixed
         augment = replace(augment, cutmix=1.0 if mixes else 0.0)

@@ -95,6 +95,7 @@ class DiversityConfig:
         "First layer: block (the first one with last's grid), embed (what enters the blocks), patches (without "
         "positions), or a block's number; unset: the preset's.",
         "--first",
+        number=True,
     )
     last: str | None = key(
         None,
@@ -102,7 +103,9 @@ class DiversityConfig:
         "--last",
         choices=("norm", "block"),
     )
-    cosine_layers: str = key("", "More blocks whose patches the cosine term sees: 6,12.", "--cosine-layers")
+    cosine_layers: str = key(
+        "", "More blocks whose patches the cosine term sees: 6,12.", "--cosine-layers", number=True
+    )
     patch_head: str | None = key(
         None,
         "Head of the mixing term: own, or class (the model's own classifier); unset: the preset's.",

@@ -18,6 +18,10 @@ def weight_schedule(diversity: DiversityConfig, term: str) -> dict[str, Duration
     lengths: dict[str, Duration] = {}
     for part in text.split(","):
         name, colon, length = (piece.strip() for piece in part.partition(":"))
+        if name == "constant":
+            raise UserError("'constant' stands alone", where, "leave it out, or leave out the rest")
+        if not name:
+            raise UserError("a part of the schedule is empty", where, "constant, or for example warmup:3ep,until:80%")
         if name not in PARTS:
             raise UserError(f"no schedule of a weight is named '{name}'", where, closest(name, ("constant", *PARTS)))
         if not colon:

@@ -69,8 +69,8 @@ def patch_cutmix(
         raise UserError(f"there is no mode '{mode}'", "patch_cutmix(mode=...)", f"choose one of {', '.join(MODES)}")
     rng = rng or random.Random(random.getrandbits(64))
     rows, columns = grid_of(images.shape[-2], images.shape[-1], patch_size)
-    pasted = draw_pasted(len(images), rows, columns, alpha, mode, rng).to(images.device)
-    partner = partners(len(images), mode).to(images.device)
+    pasted = draw_pasted(len(images), rows, columns, alpha, mode, rng).to(images.device, non_blocking=True)
+    partner = partners(len(images), mode).to(images.device, non_blocking=True)
     return paste(images, targets, images[partner], targets[partner], pasted, num_classes)
 
 

@@ -62,7 +62,8 @@ def check_weights(state: State) -> None:
 
     Raises RunFailed, on every process.
     """
-    weights = list(state.module.named_parameters())
+    buffers = [(name, buffer) for name, buffer in state.module.named_buffers() if buffer.is_floating_point()]
+    weights = [*state.module.named_parameters(), *buffers]  # running statistics can break where no weight does
     unsound = state.ranks.sum(torch.stack([(~local(weight).isfinite()).any() for _, weight in weights]).int())
     if bool(unsound.any()):
         broken = [name for (name, _), count in zip(weights, unsound.tolist(), strict=True) if count]

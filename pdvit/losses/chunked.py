@@ -70,13 +70,14 @@ class _Chunked(torch.autograd.Function):
         pull_tokens: list[list[Tensor]] = []
         for image, patch in _parts(images, count, len(weight)):
             part = tokens[image, patch].reshape(-1, width)
-            logits = at_least_float32(F.linear(part, weight, bias))
+            scores = F.linear(part, weight, bias)
+            half, logits = scores.dtype == torch.float16, at_least_float32(scores)
             loss, slope = _cross_entropy(logits, patch_targets[image, patch].flatten(0, 1), label_smoothing)
             total = total + loss
             if not any(ctx.needs_input_grad):
                 continue
             slope = slope.to(weight.dtype)  # under autocast the weights are float32, and the products take its type
-            pull_weight = pull_weight + slope.T @ part
+            pull_weight = pull_weight + _slope_times(slope, part, exact=half)
             pull_bias = pull_bias + slope.sum(0)
             if patch.start == 0:
                 pull_tokens.append([])
@@ -95,6 +96,14 @@ class _Chunked(torch.autograd.Function):
         share = grad / ctx.patches
         pulls = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*((pull * share).to(dtype) if needed else None for pull, dtype, needed in pulls), None, None)
+
+
+def _slope_times(slope: Tensor, part: Tensor, exact: bool) -> Tensor:
+    """Return the gradient of the head, not yet divided by the number of patches: a sum that float16 could not hold."""
+    if not exact:
+        return slope.T @ part
+    with torch.autocast(slope.device.type, enabled=False):
+        return slope.T.float() @ part.float()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,10 @@ class Tokens(Protocol):
     def mixing(self) -> Tensor | None:
         """The mixing term itself, where the forward pass has computed it already."""
 
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing that it was computed with."""
+
 
 class Losses(NamedTuple):
     """`total` to minimise, and its unweighted parts by name (`class`, then the terms that are switched on)."""
@@ -134,8 +138,26 @@ class Objective:
             return self.class_loss(logits, targets)
         return label_loss(logits, targets, self.label_smoothing, self.multi_label)
 
+    @property
+    def in_parts(self) -> bool:
+        """Tell whether `DiverseModel` can compute the mixing term: `released` averages patches before it compares."""
+        return self.mixing > 0 and self.variant != "released" and not self.multi_label
+
     def _mixing(self, output: Tokens, patch_targets: Tensor | None) -> Tensor:
         if output.mixing is not None:
+            if not self.in_parts:
+                raise UserError(
+                    "the model computed the mixing term patch by patch, which is not this objective's form of it",
+                    f"Objective(variant='{self.variant}', multi_label={self.multi_label})",
+                    "call the model without patch_targets, and the objective with them",
+                )
+            if output.smoothing != self.label_smoothing:
+                raise UserError(
+                    f"the model computed the mixing term with label smoothing {output.smoothing:g}, "
+                    f"the objective has {self.label_smoothing:g}",
+                    "Objective(label_smoothing=...)",
+                    f"call the model with (images, patch_targets, {self.label_smoothing:g})",
+                )
             return output.mixing
         if patch_targets is None or output.patch_logits is None:
             raise UserError(

@@ -27,6 +27,7 @@ class TokenOutput(NamedTuple):
         patch_logits: `(B, N, C)`, or None without a patch head.
         others: patch tokens `(B, N', D')` of more layers, for the cosine term.
         mixing: the mixing term, where patch targets were given; then there are no patch logits.
+        smoothing: the label smoothing that it was computed with.
     """
 
     logits: Tensor
@@ -35,6 +36,7 @@ class TokenOutput(NamedTuple):
     patch_logits: Tensor | None
     others: tuple[Tensor, ...] = ()
     mixing: Tensor | None = None
+    smoothing: float = 0.0
 
 
 class DiverseModel(nn.Module):
@@ -102,27 +104,39 @@ class DiverseModel(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Say which block a parameter belongs to, for timm's layer decay: the model's own rules, under `model.`."""
         model: Any = self.model
-        return {group: _under_model(rule) for group, rule in model.group_matcher(coarse).items()}
+        if not hasattr(model, "group_matcher"):
+            what = f"timm does not say which layer the weights of a {type(model).__name__} belong to"
+            raise UserError(what, "optim.layer_decay (--layer-decay)", "leave it out")
+        rules = model.group_matcher(coarse)
+        if callable(rules):
+            return lambda name: rules(name.removeprefix("model."))  # type: ignore[return-value]
+        return {group: _under_model(rule) for group, rule in rules.items()}
 
-    def forward(self, images: Tensor, patch_targets: Tensor | None = None, label_smoothing: float = 0.0) -> TokenOutput:
+    def forward(
+        self,
+        images: Tensor,
+        patch_targets: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        patch_logits: bool = True,
+    ) -> TokenOutput:
         """Run the model once on `(B, C, H, W)` images.
 
         With patch targets, indices `(B, N)` or probabilities `(B, N, C)`, it returns the mixing term itself, `mixing`:
         the mean cross-entropy of the patches, computed in parts, so that their logits never exist at once. That
-        needs a linear patch head.
+        needs a linear patch head. `patch_logits=False` leaves the patch head out, to measure or predict.
         """
         logits, tokens = self._by_value(images) if self.taps is None else self._by_hook(images, self.taps)
         first, last, final, *others = (tokens[name] for name in self.names)
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
         output = TokenOutput(logits, first, last, None, tuple(others))
-        if head is None:
+        if head is None or not patch_logits:
             return output
         if patch_targets is None:
             return output._replace(patch_logits=head(final))
         if not isinstance(head, nn.Linear):
             raise UserError(f"a patch head that is a {type(head).__name__} can't be computed in parts", HEAD, LINEAR)
         mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
-        return output._replace(mixing=mixing)
+        return output._replace(mixing=mixing, smoothing=label_smoothing)
 
     def _by_value(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits, and tokens by layer as timm's `forward_intermediates` hands them out."""
@@ -135,10 +149,12 @@ class DiverseModel(nn.Module):
         """Return logits, and tokens by layer as hooks see them: where timm hands out whole stages only."""
         for tap in taps.values():
             tap.open = True
-        logits = self.model(images)
-        tokens = {name: tap.place.tokens(tap.value) for name, tap in taps.items()}
-        for tap in taps.values():
-            tap.open, tap.value = False, None
+        try:
+            logits = self.model(images)
+            tokens = {name: tap.place.tokens(tap.value) for name, tap in taps.items()}
+        finally:  # an error must not leave activations behind
+            for tap in taps.values():
+                tap.open, tap.value = False, None
         return logits, tokens
 
 
@@ -179,8 +195,10 @@ def _let_hooks_through_checkpoints() -> None:
 
 def _under_model(rule: Any) -> Any:
     """Return a rule of timm's matcher (a pattern, or a list of (pattern, order)) for names that begin with `model.`."""
-    if isinstance(rule, str):
-        return rule.replace("^", r"^model\.")
+    if callable(rule):
+        return lambda name: rule(name.removeprefix("model."))
+    if isinstance(rule, str):  # all alternatives of it
+        return rf"model\.(?:{rule.replace('^', '')})"
     return [(_under_model(pattern), order) for pattern, order in rule]
 
 
@@ -205,8 +223,10 @@ def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, 
             tip = "use --first embed or a deeper model" if shapes.get("embed") == shapes[last] else "use --last block"
             raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
         return alike[0]
-    name = first if first in ("embed", "patches") else _block(first, blocks, FIRST)
-    assert isinstance(name, str)
+    if first not in ("embed", "patches") and not str(first).isdecimal():
+        what = f"there is no first called '{first}'"
+        raise UserError(what, FIRST, f"choose block, embed, patches, or a number from 1 to {len(blocks)}")
+    name = str(first) if first in ("embed", "patches") else _block(first, blocks, FIRST)
     if name not in shapes:
         raise UserError("this model's patch embedding is not to be compared with last", FIRST, "use --first block")
     if shapes[name] != shapes[last]:
@@ -231,7 +251,8 @@ def _patch_head(model: Any, given: "bool | nn.Module", shape: tuple[int, int]) -
             "build it with num_classes=C, or pass patch_head=False and leave the mixing term off",
         )
     if isinstance(given, bool):
-        head = nn.Linear(width, model.num_classes)
+        like = next(model.parameters())
+        head = nn.Linear(width, model.num_classes, device=like.device, dtype=like.dtype)
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head
@@ -260,7 +281,9 @@ def _check_classifier(model: Any, name: str, final: Place, width: int) -> None:
         why = f"it is a {type(classifier).__name__}, not one linear layer"
     elif classifier.in_features != width:
         why = f"it reads {classifier.in_features} features, and the tokens have {width}"
-    elif between := [path for path in ("fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)]:
+    elif between := [
+        path for path in ("attn_pool", "fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)
+    ]:
         why = f"the model's head puts {between[0]} between tokens and classifier"
     if why:
         tip = "pass True, for a linear head of its own"

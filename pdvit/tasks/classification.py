@@ -45,14 +45,12 @@ class ClassificationTask:
         arguments = model_arguments(config.model, config.data.img_size)
         model = build_model(config.model.name, arguments | {"num_classes": len(source.classes)})
         if config.model.grad_checkpointing:
-            checkpointed: Any = model
-            checkpointed.set_grad_checkpointing(True)
+            _checkpoint_activations(model)
         diversity = config.diversity
         weights: dict[str, Any] = {term: getattr(diversity, term) or 0.0 for term in TERMS}
         variant = diversity.variant or "paper"
         self.objective = Objective(**weights, variant=variant, label_smoothing=config.augment.smoothing)
         labels = self.objective.mixing > 0
-        self.in_parts = labels and variant != "released"  # which averages patches before it compares
         self.module = DiverseModel(
             model,
             patch_head="class" if labels and diversity.patch_head == "class" else labels,
@@ -114,7 +112,8 @@ class ClassificationTask:
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run one forward pass and add up the objective."""
         smoothing = self.objective.label_smoothing
-        output = network(batch.images, batch.patch_targets if self.in_parts else None, smoothing)
+        in_parts = self.objective.in_parts
+        output = network(batch.images, batch.patch_targets if in_parts else None, smoothing)
         weights = None if batch.weights is None else batch.weights[0]
         losses = self.objective(output, batch.targets, batch.patch_targets, weights)
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
@@ -176,7 +175,7 @@ class ClassificationTask:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in eval_batches(self.source.splits[split], self.loading):
             with autocast(self.device, self.config.run.precision):
-                logits = network(batch.images).logits.float()
+                logits = network(batch.images, patch_logits=False).logits.float()
             correct += (logits.argmax(1) == batch.targets).sum()
             loss += F.cross_entropy(logits, batch.targets, reduction="sum").double()
         count = len(self.source.splits[split])
@@ -194,7 +193,7 @@ class ClassificationTask:
         """Return P of the very tokens that the losses compare, on the probe."""
         network.eval()
         with exact_float32(self.device):
-            output = network(self._probe_images())
+            output = network(self._probe_images(), patch_logits=False)
         return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
 
     def _probe_images(self) -> Tensor:
@@ -204,6 +203,14 @@ class ClassificationTask:
             batches = eval_batches(pictures.split, replace(self.loading, rank=0, processes=1))
             self._probe = torch.cat([batch.images for batch in batches])
         return self._probe
+
+
+def _checkpoint_activations(model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        what = f"timm has no gradient checkpointing for a {type(model).__name__}"
+        raise UserError(what, "model.grad_checkpointing (--grad-checkpointing)", "leave it out") from error
 
 
 def bare(network: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The diversity terms as a task of timm's training script (`timm.task`): that script's loop, its flags, its files."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from pdvit.data.cutmix import patch_cutmix
+from pdvit.data.cutmix import draw_pasted, grid_of, paste
 from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import patch_size_of
@@ -31,7 +32,8 @@ class DiversityTask(TimmTask):
 
     Args:
         model: a bare timm model.
-        criterion: the class loss, in place of the objective's own; timm's script passes one.
+        criterion: the class loss, of logits and class indices, as timm's script passes it; unset: cross-entropy. Of
+            an image of two classes it is the mean, weighted by their areas.
         objective: the terms and their weights.
         cutmix: alpha of the patch-aligned CutMix; timm's own (`--cutmix`) must then be off.
         prob: the share of batches that it mixes.
@@ -49,19 +51,23 @@ class DiversityTask(TimmTask):
         **kwargs: Any,
     ) -> None:
         objective = objective or Objective()
-        wrapped = DiverseModel(model, patch_head=objective.mixing > 0).to(next(model.parameters()).device)
+        if objective.multi_label:
+            tip = "write the loop yourself: docs/extend.md"
+            raise UserError("timm's classification task has one class per image", "DiversityTask(objective=...)", tip)
+        wrapped = DiverseModel(model, patch_head=objective.mixing > 0)
         super().__init__(wrapped, criterion, **kwargs)
-        self.objective = replace(objective, class_loss=self.criterion)
-        self.cutmix, self.prob = cutmix, prob
+        self.objective, self.cutmix, self.prob = objective, cutmix, prob
         self.patch_size, self.classes = patch_size_of(model), int(self._bare(wrapped).num_classes)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `loss`, `output` (logits) and each part of the loss, for images `(B, C, H, W)` and classes `(B,)`."""
-        patch_targets = None
-        if self.objective.mixing:
-            input, target, patch_targets = self._mix(input, target)
-        output = self.trainable_module(input, patch_targets)
-        losses = self.objective(output, target, patch_targets)
+        objective, patch_targets = replace(self.objective, class_loss=self.criterion), None
+        if objective.mixing:
+            input, patch_targets, class_loss = self._mix(input, target)
+            objective = replace(objective, class_loss=class_loss)
+        in_parts = patch_targets if objective.in_parts else None
+        output = self.trainable_module(input, in_parts, objective.label_smoothing)
+        losses = objective(output, target, patch_targets)
         parts = {f"{name}_loss": value for name, value in losses.parts.items()}
         return {"loss": losses.total, "output": output.logits, **parts}
 
@@ -105,12 +111,23 @@ class DiversityTask(TimmTask):
     def _bare(wrapper: nn.Module) -> Any:
         return unwrap_model(wrapper).model
 
-    def _mix(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _mix(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Return mixed images, their patch targets, and the class loss of such images."""
         if target.ndim == 2:  # mixed already, by timm, whose rectangles cut through patches
             raise UserError(
                 "the images are mixed already, so that patches have no class of their own",
                 "DiversityTask",
                 "leave --mixup and --cutmix of timm's script at 0: the task pastes whole patches itself",
             )
-        alpha = self.cutmix if random.random() < self.prob else 0.0
-        return patch_cutmix(images, target, self.patch_size, self.classes, alpha)
+        grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
+        rng = random.Random(random.getrandbits(64))
+        alpha = self.cutmix if rng.random() < self.prob else 0.0
+        pasted = draw_pasted(len(images), *grid, alpha, "batch", rng).to(images.device, non_blocking=True)
+        other, share = target.roll(1), pasted[0].float().mean()
+        mixed = paste(images, target, images.roll(1, 0), other, pasted, self.classes)
+
+        def class_loss(logits: Tensor, own: Tensor) -> Tensor:
+            loss: Tensor = (1 - share) * self.criterion(logits, own) + share * self.criterion(logits, other)
+            return loss
+
+        return mixed.images, mixed.patch_targets, class_loss

@@ -113,3 +113,18 @@ def test_bad_input_is_named_and_leaves_no_run(refusal, workplace, tiny, flags, w
     assert what in found.what
     assert tip in found.tip
     assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "patch CutMix on 100% of batches"),
+        (["--mixup", "0.8"], "patch CutMix on 50% of batches and Mixup on 50% of batches"),
+        (["--mixup", "0.8", "--cutmix", "0"], "; Mixup on 100% of batches"),
+        (["--diversity", "none"], "terms: none; no CutMix"),
+        (["--diversity", "v1", "--cosine-schedule", "warmup:2st"], "mixing 1 (v1), cosine warmup:2st;"),
+    ],
+)
+def test_what_is_trained_is_said(train, capsys, flags, said):
+    train(*flags)
+    assert said in capsys.readouterr().out

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def resume(command: Command, name: str, change: list[str], as_json: bool, stop: "StopRequest") -> int:
     """Go on with the run at `name`, or `auto`: the newest; raises UserError where it can't be taken up."""
-    from pdvit.config import to_dict, to_toml
+    from pdvit.config import resolve, to_dict, to_toml
     from pdvit.engine.recipe import changed_keys, check_changes
     from pdvit.tracking import RunDirectory, command_line
 
@@ -42,7 +42,7 @@ def resume(command: Command, name: str, change: list[str], as_json: bool, stop: 
         raise as_change(error, path, command("--resume", shlex.quote(str(path)))) from error
     directory = RunDirectory.open(path, ready.ranks.main)
     with directory.locked():
-        changes = changed_keys(to_dict(before), to_dict(ready.config))
+        changes = changed_keys(to_dict(resolve(before)), to_dict(ready.config))  # an earlier pdvit wrote fewer keys
         changed = directory.changes() | {key: new for key, (_, new) in changes.items()}
         for note in ready.trainer.restore(directory, changed):
             say(ready.console, note)

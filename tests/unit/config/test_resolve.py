@@ -1,6 +1,7 @@
 import pytest
 
 from pdvit.config import build, resolve
+from pdvit.config.presets import PRESETS
 from pdvit.errors import UserError
 
 
@@ -96,3 +97,24 @@ def test_the_learning_rate_of_a_named_model_grows_with_the_batch(batch, lr):
 def test_a_rate_that_would_rise_to_its_end_is_refused():
     with pytest.raises(UserError, match="above the peak"):
         resolve(build(("flags", {"optim": {"lr": 1e-5, "min_lr": 1e-4}})))
+
+
+def test_the_released_form_alone_has_no_cosine_term():
+    diversity = resolve(build(("here", {"diversity": {"variant": "released"}}))).diversity
+    assert (diversity.cosine, diversity.contrastive, diversity.mixing) == (0.0, 1.0, 1.0)
+
+
+def test_the_preset_says_which_tokens_are_read():
+    of = {name: resolve(build(("here", {"diversity": {"preset": name}}))).diversity for name in PRESETS}
+    assert (of["released"].first, of["released"].last, of["released"].patch_head) == ("patches", "norm", "own")
+    assert (of["diverse-vit"].first, of["diverse-vit"].last, of["diverse-vit"].patch_head) == (
+        "embed",
+        "block",
+        "class",
+    )
+    assert (of["paper"].first, of["paper"].last, of["paper"].patch_head) == ("block", "norm", "own")
+
+
+def test_a_layer_may_be_given_as_a_number():
+    diversity = build(("here", {"diversity": {"first": 3, "cosine_layers": 6}})).diversity
+    assert (diversity.first, diversity.cosine_layers) == ("3", "6")

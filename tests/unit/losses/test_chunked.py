@@ -74,6 +74,18 @@ def test_autocast_keeps_the_sum_exact(dtype):
         assert (one - other).norm() < 0.02 * other.norm()
 
 
+def test_the_gradient_of_the_head_fits_float16_where_its_sum_would_not():
+    """Many patches of one class: their slopes add up to more than 65,504 before they are divided by their number."""
+    tokens, head = torch.full((64, 400, 4), 10.0), torch.zeros(10, 4, requires_grad=True)
+    targets = torch.zeros(64, 400, dtype=torch.long)
+    with torch.autocast("cpu", torch.float16):
+        loss = chunked_mixing_loss(tokens, head, None, targets)
+    (found,) = torch.autograd.grad(loss, head)
+    expected = torch.full((10, 4), 1.0)
+    expected[0] = -9.0
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
 def test_no_product_has_more_entries_than_allowed(monkeypatch):
     monkeypatch.setattr(chunked, "ENTRIES", 40)
     sizes = []

@@ -29,6 +29,7 @@ class Output(NamedTuple):
     patch_logits: Tensor | None
     others: tuple[Tensor, ...] = ()
     mixing: Tensor | None = None
+    smoothing: float = 0.0
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[Output, Tensor, Tensor]:
@@ -333,3 +334,21 @@ def test_compiles_in_one_piece(variant, multi_label):
         found = compiled(output, targets, patch_targets, factors)
         torch.testing.assert_close(found, objective(output, targets, patch_targets, factors))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"variant": "released", "cosine": 0, "contrastive": 0}, "not this objective's form"),
+        ({"multi_label": True}, "not this objective's form"),
+        ({"label_smoothing": 0.1}, "with label smoothing 0,"),
+    ],
+)
+def test_a_mixing_term_of_another_form_is_not_taken_for_its_own(options, named):
+    output, targets, patch_targets = make()
+    ready = output._replace(mixing=torch.tensor(1.0), patch_logits=None)
+    if options.get("multi_label"):
+        targets = torch.nn.functional.one_hot(targets, output.logits.shape[1]).float()
+    with pytest.raises(UserError, match=named):
+        Objective(**options)(ready, targets, patch_targets)
+    assert Objective()(ready, output.logits.argmax(1), patch_targets).parts["mixing"] == 1

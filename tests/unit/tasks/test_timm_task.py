@@ -4,7 +4,7 @@ import random
 import pytest
 import timm
 import torch
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def make_task(model: nn.Module | None = None, criterion: nn.Module | None = None, **options: object) -> DiversityTask:
     torch.manual_seed(0)
-    return DiversityTask(model or make_model(), criterion or SoftTargetCrossEntropy(), verbose=False, **options)
+    return DiversityTask(model or make_model(), criterion or LabelSmoothingCrossEntropy(0.1), verbose=False, **options)
 
 
 def test_the_loss_is_the_class_loss_that_was_given_plus_the_terms(batch):
@@ -47,6 +47,31 @@ def test_without_mixing_images_and_targets_are_taken_as_they_are(batch):
     torch.testing.assert_close(
         task(images, soft)["class_loss"], nn.functional.cross_entropy(logits, soft, label_smoothing=0.1)
     )
+
+
+def test_the_class_loss_of_a_mixed_image_is_that_of_its_classes_by_area(batch, monkeypatch):
+    task, seen = make_task(cutmix=1.0, prob=1.0), []
+    model = task.trainable_module
+    monkeypatch.setattr(model, "forward", lambda *args: seen.append(args) or type(model).forward(model, *args))
+    found = task(*batch)
+    patch_targets = seen[0][1]
+    soft = nn.functional.one_hot(patch_targets, CLASSES).float().mean(1)
+    assert ((soft > 0).sum(1) == 2).all()
+    expected = nn.functional.cross_entropy(found["output"], soft, label_smoothing=0.1)
+    torch.testing.assert_close(found["class_loss"], expected)
+
+
+def test_the_form_and_smoothing_of_the_objective_are_kept(batch):
+    found = {}
+    for name, options in {"paper": {}, "smooth": {"label_smoothing": 0.3}, "released": {"variant": "released"}}.items():
+        random.seed(0)
+        found[name] = make_task(objective=Objective(cosine=0, **options))(*batch)["mixing_loss"].item()
+    assert len({round(value, 5) for value in found.values()}) == 3
+
+
+def test_several_labels_are_refused():
+    with pytest.raises(UserError, match="one class per image"):
+        make_task(objective=Objective(multi_label=True))
 
 
 def test_images_that_are_mixed_already_are_refused_with_the_mixing_term(batch):
