@@ -183,7 +183,9 @@ def report(args: argparse.Namespace, rows: list[dict[str, float]], peaks: dict[s
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in ("", False)))
     fresh = not args.csv.exists()
     with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, *rows[0]])
+        columns = [name for name in facts if not name.endswith("_peak_mb")]
+        columns += ["round", *SIDES, *(f"{side}_peak_mb" for side in SIDES)]
+        writer = csv.DictWriter(file, columns)
         if fresh:
             writer.writeheader()
         writer.writerows(facts | row for row in rows)
