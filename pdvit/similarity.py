@@ -15,8 +15,8 @@ from pdvit.errors import UserError
 
 # A token shorter than this has no direction: it is alike to nothing and gets no gradient (1 / length would be one).
 SHORTEST = 1e-12
-# Entries of the Gram matrix that exist at one moment: 32 MB of float32.
-BLOCK_ENTRIES = 8 * 2**20
+# Entries of the Gram matrix that exist at one moment: 16 MB of float32.
+BLOCK_ENTRIES = 4 * 2**20
 
 
 def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:

@@ -12,8 +12,8 @@ from pdvit.errors import UserError
 from pdvit.losses.labels import check_labels
 from pdvit.similarity import at_least_float32
 
-# Logits that exist at one moment: 32 MB of float32.
-ENTRIES = 8 * 2**20
+# Logits that exist at one moment: 16 MB of float32.
+ENTRIES = 4 * 2**20
 
 
 def chunked_mixing_loss(

@@ -224,7 +224,7 @@ def test_the_cosine_term_can_see_more_layers(build):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"first": "norm"}, "no block norm"),
+        ({"first": "norm"}, "no first called .norm."),
         ({"first": 0}, "no block 0"),
         ({"first": 4}, "no block 4"),
         ({"first": 3, "last": "block"}, "both block 3"),
