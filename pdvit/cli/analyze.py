@@ -129,6 +129,12 @@ def _prefix(loaded: "Loaded") -> int:
     return max(place.prefix for place in places_of(loaded.model).values())
 
 
+def _patches(table: "pd.DataFrame") -> str:
+    """Say how many patches the layers have: from the first to the last, where it changes."""
+    first, last = table["tokens"].iloc[0], table["tokens"].iloc[-1]
+    return str(last) if first == last else f"{first} at {table['layer'].iloc[0]} to {last} at the end:"
+
+
 def _nested(table: "pd.DataFrame") -> list[dict[str, Any]]:
     """Return the table for JSON: one object per layer, with a null where there is no spread."""
     rows: dict[str, dict[str, Any]] = {}
@@ -160,7 +166,7 @@ def _show(table: "pd.DataFrame", facts: dict[str, Any], console: "Console") -> N
     details = {
         "measured": "; ".join(facts["metrics"].values()),
         "images": f"{facts['images_measured']} ({facts['images']})",
-        "tokens": f"{facts['patch_tokens']} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
+        "tokens": f"{_patches(table)} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
         "spread": facts["spread"],

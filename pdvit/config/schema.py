@@ -46,7 +46,13 @@ class ModelConfig:
     width: int | None = key(None, "Length of a token.", "--width", minimum=1)
     heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
     patch_size: int | None = key(None, "Side of a patch in pixels.", "--patch-size", minimum=1)
-    drop_path: float = key(0.0, "Stochastic depth of the last block.", "--drop-path", minimum=0, maximum=0.99)
+    drop_path: float | None = key(
+        None,
+        "Stochastic depth of the last block; unset: what timm gives the model.",
+        "--drop-path",
+        minimum=0,
+        maximum=0.99,
+    )
     grad_checkpointing: bool = key(
         False, "Compute activations twice instead of keeping them: less memory, more time.", "--grad-checkpointing"
     )

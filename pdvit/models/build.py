@@ -40,7 +40,7 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
         "embed_dim": model.width,
         "num_heads": model.heads,
         "patch_size": model.patch_size,
-        "drop_path_rate": model.drop_path or None,
+        "drop_path_rate": model.drop_path,
     }
     assert model.name is not None, "resolve the configuration first"
     sizes = {name for name in PLAIN_SIZES if named[name] is not None} | (PLAIN_SIZES & set(model.args or {}))

@@ -8,6 +8,8 @@ from pdvit.errors import UserError
 
 # The name under which most plain models say how many tokens (class, registers) stand before the patches.
 COUNT = "num_prefix_tokens"
+# Where a wrapper keeps the model: DiverseModel, those that distribute or average, torch.compile.
+INSIDE = ("model", "module", "_orig_mod")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     names = [cls.__name__ for cls in type(model).__mro__]
     known = next((name for name in names if name in FAMILIES), None)
     if known is None:
+        _refuse_wrapper(model, where)
         raise UserError(
             f"pdvit can't read the patches of a {names[0]}: {_reason(model, names)}",
             where,
@@ -123,6 +126,15 @@ def count_at(model: nn.Module, name: str) -> int:
     """Return how many prefix tokens an attribute says or holds `(1, K, D)`; none where there is no such attribute."""
     value = getattr(model, name, None) if name else None
     return int(value.shape[1] if isinstance(value, Tensor) else value or 0)
+
+
+def _refuse_wrapper(model: nn.Module, where: str) -> None:
+    """Raise a UserError that names the model inside, where this is one of the usual wrappers around it."""
+    for attribute in INSIDE:
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
+            what = f"a {type(model).__name__} is a wrapper around the model"
+            raise UserError(what, where, f"pass the bare model, which is its .{attribute}")
 
 
 def _reason(model: nn.Module, names: list[str]) -> str:

@@ -228,7 +228,8 @@ def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, 
         raise UserError(what, FIRST, f"choose block, embed, patches, or a number from 1 to {len(blocks)}")
     name = str(first) if first in ("embed", "patches") else _block(first, blocks, FIRST)
     if name not in shapes:
-        raise UserError("this model's patch embedding is not to be compared with last", FIRST, "use --first block")
+        what = f"first is '{name}', but this model's patch embedding is not to be compared with last"
+        raise UserError(what, FIRST, "use --first block, whatever the preset says")
     if shapes[name] != shapes[last]:
         (count, width), (last_count, last_width) = shapes[name], shapes[last]
         raise UserError(

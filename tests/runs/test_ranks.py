@@ -74,6 +74,23 @@ def test_two_processes_equal_one(tmp_path, how, opt, precision, most, micro):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_hierarchical_model_is_the_same_in_two_processes(tmp_path, how):
+    """There hooks read first and last, inside what is distributed."""
+    sizes = {"depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4], "embed_dim": 8, "window_size": 2}
+    settings = SETTINGS | {
+        "model": {"name": "swin_tiny_patch4_window7_224", "args": sizes, "drop_path": 0.0},
+        "data": {"batch_size": 16, "img_size": 64},
+        "optim": SETTINGS["optim"] | {"opt": "sgd"},
+    }
+    alone = steps(tmp_path / "one", 1, settings)
+    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}})
+    for file in {name.split(".")[0] for name in alone[0]} - {"state"}:
+        assert furthest(both[0], alone[0], f"{file}.") <= 1e-6
+    assert both[1]["train"] == pytest.approx(alone[1]["train"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [None, 3])
 def test_two_compiled_processes_equal_eager_ones(tmp_path, micro):
     """Also where the gradients of several parts, the last one short, add up before the processes exchange them."""

@@ -36,6 +36,7 @@ def prepare(command: Command, config: Config, as_json: bool) -> Prepared:
     console = make_console(as_json)
     say(console, f"opening {config.data.source} ...")  # what comes now can take minutes: imports, many files, weights
     from pdvit.config import resolve
+    from pdvit.config.idle import idle_settings
     from pdvit.data.sources import open_source
     from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.loop import Trainer
@@ -59,7 +60,7 @@ def prepare(command: Command, config: Config, as_json: bool) -> Prepared:
     processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
     length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
     say(console, f"{source.describe()}\n{command.describe(config, task)}; {length}")
-    for note in trainer.notes():
+    for note in [*trainer.notes(), *(f"note: {setting}" for setting in idle_settings(config))]:
         say(console, note)
     return Prepared(command, config, ranks, device_name(device), trainer, console, as_json)
 

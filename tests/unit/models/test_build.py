@@ -140,6 +140,13 @@ def test_one_size_for_all_stages_is_refused(sizes):
     assert "--model-kwargs" in caught.value.tip
 
 
+@pytest.mark.parametrize(("asked", "rate"), [(0.0, 0.0), (0.3, 0.3), (None, 0.1)])
+def test_drop_path_of_zero_is_not_timms_default(asked, rate):
+    name = "swin_tiny_patch4_window7_224"  # timm gives it 0.1
+    model = sketch_model(name, model_arguments(ModelConfig(name=name, drop_path=asked), None))
+    assert getattr(model.layers[3].blocks[-1].drop_path1, "drop_prob", 0.0) == pytest.approx(rate)
+
+
 def test_sizes_of_stages_go_through_timms_own_arguments():
     sizes = {"depths": [1, 1, 1, 2], "embed_dim": 12, "num_heads": [1, 2, 2, 2]}
     given = ModelConfig(name="swin_tiny_patch4_window7_224", args=sizes)

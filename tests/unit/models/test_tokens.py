@@ -311,6 +311,16 @@ def test_models_that_are_not_in_the_table_are_refused_with_a_reason(name, why):
         DiverseModel(model)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "attribute"),
+    [(DiverseModel, "model"), (nn.DataParallel, "module"), (lambda model: torch.compile(model), "_orig_mod")],
+)
+def test_a_wrapper_is_refused_by_naming_the_model_inside(wrap, attribute):
+    with pytest.raises(UserError) as caught:
+        DiverseModel(wrap(swin()))
+    assert caught.value.tip == f"pass the bare model, which is its .{attribute}"
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_dropping_patches_is_refused(name):
     with pytest.raises(UserError, match="patch_drop_rate"):

@@ -1,0 +1,30 @@
+"""Settings that were given and do nothing in this run: said, because a typo or a forgotten flag looks the same."""
+
+from pdvit.config.presets import TERMS
+from pdvit.config.schema import AugmentConfig, Config, DiversityConfig
+
+
+def idle_settings(config: Config) -> list[str]:
+    """Return, for a resolved configuration, one sentence for each setting that differs from its default in vain."""
+    diversity, augment = config.diversity, config.augment
+    on = {term for term in TERMS if getattr(diversity, term)}
+    mixes = [bool(augment.cutmix), bool(augment.mixup)]
+    needs: dict[str, tuple[bool, str]] = {
+        f"diversity.{term}_schedule": (term in on, f"the {term} term is off") for term in TERMS
+    }
+    needs |= {
+        "diversity.variant": (bool(on & {"cosine", "contrastive", "mixing"}), "none of the terms that it shapes is on"),
+        "diversity.cosine_layers": ("cosine" in on, "the cosine term is off"),
+        "diversity.patch_head": ("mixing" in on, "the mixing term is off"),
+        "augment.mixup_prob": (any(mixes), "nothing is mixed"),
+        "augment.mixup_mode": (any(mixes), "nothing is mixed"),
+        "augment.mixup_switch_prob": (all(mixes), "CutMix and Mixup are not both on"),
+    }
+    defaults = {"diversity": DiversityConfig(variant="paper", patch_head="own"), "augment": AugmentConfig()}
+    idle: list[str] = []
+    for name, (used, why) in needs.items():
+        section, _, item = name.partition(".")
+        value = getattr(getattr(config, section), item)
+        if not used and value != getattr(defaults[section], item):
+            idle.append(f"{name} = {value} has no effect: {why}")
+    return idle

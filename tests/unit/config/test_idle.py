@@ -1,0 +1,38 @@
+import pytest
+
+from pdvit.config import build, resolve
+from pdvit.config.idle import idle_settings
+from pdvit.config.presets import PRESETS
+
+
+def idle(**sections):
+    return idle_settings(resolve(build(("test", sections))))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_by_itself_has_no_idle_setting(preset):
+    assert idle(diversity={"preset": preset}) == []
+
+
+@pytest.mark.parametrize(
+    ("diversity", "augment", "said"),
+    [
+        ({"preset": "none", "cosine": 1.0, "mixing_schedule": "until:50%"}, {}, "diversity.mixing_schedule"),
+        ({"preset": "none", "variant": "v1"}, {}, "diversity.variant"),
+        ({"preset": "koleo", "variant": "v1"}, {}, "diversity.variant"),
+        ({"preset": "none", "cosine_layers": "2"}, {}, "diversity.cosine_layers"),
+        ({"preset": "none", "patch_head": "class"}, {}, "diversity.patch_head"),
+        ({"preset": "none"}, {"mixup_mode": "elem"}, "augment.mixup_mode"),
+        ({"preset": "none"}, {"mixup_prob": 1.0}, "augment.mixup_prob"),
+        ({}, {"mixup_switch_prob": 0.1}, "augment.mixup_switch_prob"),
+    ],
+)
+def test_a_setting_in_vain_is_named_with_the_reason(diversity, augment, said):
+    (sentence,) = idle(diversity=diversity, augment=augment)
+    assert sentence.startswith(f"{said} = ")
+    assert "has no effect: " in sentence
+
+
+def test_settings_that_act_are_not_named():
+    diversity = {"mixing_schedule": "warmup:1ep", "variant": "v1", "cosine_layers": "2", "patch_head": "class"}
+    assert idle(diversity=diversity, augment={"mixup": 0.8, "mixup_switch_prob": 0.2, "mixup_mode": "pair"}) == []
