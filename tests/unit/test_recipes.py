@@ -113,6 +113,16 @@ def parameters_of(name):
     return sum(weight.numel() for weight in wrapped(name).model.parameters())
 
 
+def rates(config, plan, steps):
+    """Return the learning rate at some steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optim.lr)
+    scheduler, found = make_scheduler(optimizer, config, plan), []
+    for step in steps:
+        scheduler.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
 def rows() -> dict[str, list[str]]:
     """Return the cells of the table's rows by the recipe that the first cell links to."""
     found = {}
@@ -169,12 +179,6 @@ class TestRecipe:
         plan = make_plan(config, per_epoch, config.data.batch_size)
         total, warmup = round(expected.epochs * per_epoch), round(expected.warmup * per_epoch)
         assert (plan.steps, plan.warmup) == (total, warmup)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optim.lr)
-        scheduler = make_scheduler(optimizer, config, plan)
-
-        def rate(step):
-            scheduler.step_update(step)
-            return optimizer.param_groups[0]["lr"]
 
         def formula(step):
             span = expected.lr - expected.floor
@@ -184,10 +188,11 @@ class TestRecipe:
                 return expected.lr
             return expected.floor + span * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
-        for step in (0, warmup // 2, warmup, (warmup + total) // 2, total - 1, total):
-            assert rate(step) == pytest.approx(formula(step), rel=1e-6)
-        assert rate(warmup) == pytest.approx(expected.lr)
-        assert rate(total) == pytest.approx(expected.lr if config.optim.schedule == "constant" else expected.floor)
+        steps = [0, warmup // 2, warmup, (warmup + total) // 2, total - 1, total]
+        found = rates(config, plan, steps)
+        assert found == pytest.approx([formula(step) for step in steps], rel=1e-6)
+        assert found[2] == pytest.approx(expected.lr)
+        assert found[-1] == pytest.approx(expected.lr if config.optim.schedule == "constant" else expected.floor)
         assert len(weight_schedules(config, per_epoch, config.data.batch_size)) == 5
 
     def test_its_row_says_the_same(self, name):
@@ -225,8 +230,11 @@ def test_the_second_phase_can_follow_the_first(name):
     assert changes == {"optim.epochs": "400", "model.drop_path": "0.75"}
     config = recipe(name)
     per_epoch = IMAGENET // config.data.batch_size
-    assert make_plan(config, per_epoch, config.data.batch_size).stop_after == 300 * per_epoch
     assert config.model.drop_path == 0.5
+    assert make_plan(config, per_epoch, config.data.batch_size).stop_after == 300 * per_epoch
+    longer = replace(config, optim=replace(config.optim, epochs=changes["optim.epochs"]))
+    at = rates(longer, make_plan(longer, per_epoch, config.data.batch_size), [300 * per_epoch])
+    assert at == pytest.approx([8.445e-5], rel=1e-4)  # 295 of the 395 epochs of its cosine: 5.625e-4 (1 + cos θ) / 2
 
 
 def test_a_finetuned_row_begins_where_its_base_ends():
