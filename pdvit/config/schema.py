@@ -200,6 +200,9 @@ class RunConfig:
         unit="min",
         clock=True,
     )
+    stop_after: str | None = key(
+        None, "Stop, resumable, once this much of the run is done: 300ep.", "--stop-after", above=0, unit="ep"
+    )
     log_every: str = key("10st", "Steps between records of training.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations, with the probe.", "--val-interval", above=0, unit="ep")
     warn_similarity: float = key(

@@ -151,11 +151,14 @@ class Trainer:
                     self._log(batch, generators)
                 better = plan.due(plan.eval_every, progress.step) and self._evaluate()
                 stopping, by_clock = agreement.any(self._should_stop(stop), self.saver.due_by_clock())
-                if stopping or by_clock or self.saver.due(better):
+                pausing = progress.step == plan.stop_after
+                if stopping or pausing or by_clock or self.saver.due(better):
                     self.saver.save(better)
-                if progress.step >= plan.steps:
+                if pausing:
+                    stop.reason = stop.reason or "stop after"
+                elif progress.step >= plan.steps:
                     return True
-                if stopping:
+                if stopping or pausing:
                     self._stopped(stop)
                     return False
                 clock.enter("data")

@@ -27,6 +27,8 @@ class Plan:
     milestone: int | None = None
     time_limit: float | None = None
     """Seconds after which to stop."""
+    stop_after: int | None = None
+    """The step after which to stop, even if it is the last: the run can then be made longer."""
     profile: range = range(0)
     """Steps to trace."""
 
@@ -42,7 +44,7 @@ class Plan:
 def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
     """Turn the configuration's durations into steps; an interval is at least one step.
 
-    Raises UserError where the run would have no step, or would be all warm-up.
+    Raises UserError where the run would have no step or be all warm-up, and where it is to stop after its end.
     """
 
     def read(section: str, name: str) -> Duration | None:
@@ -68,6 +70,10 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
         )
     log, evaluate = (max(1, length("run", name, total)) for name in ("log_every", "eval_every"))
     every, milestones, limit = read("checkpoint", "every"), read("checkpoint", "milestones"), read("run", "time_limit")
+    pause = max(1, length("run", "stop_after", total)) if config.run.stop_after else None
+    if pause is not None and pause > total:
+        what = f"the run ends after {total} steps, before step {pause}"
+        raise UserError(what, "run.stop_after (--stop-after)", "shorten it, or leave it out")
     by_clock = every.seconds if every else None
     return Plan(
         total,
@@ -79,6 +85,7 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
         by_clock,
         max(1, length("checkpoint", "milestones", total)) if milestones else None,
         limit.seconds if limit else None,
+        pause,
         parse_span(config.run.profile, total),
     )
 

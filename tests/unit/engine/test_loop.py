@@ -343,6 +343,26 @@ def test_a_time_limit_stops_the_run(whole, tmp_path):
     assert records(path) == records(whole)
 
 
+@pytest.mark.parametrize("after", ["7st", "25%", "20st"])
+def test_a_run_stops_after_a_length_once(whole, tmp_path, after):
+    path = tmp_path / "run"
+    assert run(path, LineFit(), run={"stop_after": after}) is None
+    status = read(path, "status.json")
+    step = {"7st": 7, "25%": 5, "20st": 20}[after]
+    assert (status["status"], status["step"], status["reason"]) == ("stopped", step, "stop after")
+    run(path, LineFit(), resume=True, run={"stop_after": after})
+    assert read(path, "status.json")["status"] == "finished"
+    assert records(path) == records(whole)
+
+
+def test_a_run_that_stopped_at_its_end_can_be_made_longer(tmp_path):
+    path = tmp_path / "run"
+    assert run(path, LineFit(), run={"stop_after": "20st"}) is None
+    longer = {"optim": {"epochs": "30st"}, "run": {"stop_after": "20st"}}
+    run(path, LineFit(), resume=True, changed={"optim.epochs": "30st"}, **longer)
+    assert read(path, "summary.json")["steps"] == 30
+
+
 def kept(path):
     return sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").glob("step-*"))
 

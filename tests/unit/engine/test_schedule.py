@@ -72,6 +72,13 @@ def test_a_run_of_warmup_alone_is_refused(warmup):
     assert "optim.warmup" in caught.value.where
 
 
+def test_a_run_that_would_stop_after_its_end_is_refused():
+    assert plan_of(optim={"epochs": 2}, run={"stop_after": "2ep"}).stop_after == 100
+    with pytest.raises(UserError, match="ends after 100 steps") as caught:
+        plan_of(optim={"epochs": 2}, run={"stop_after": 3})
+    assert "run.stop_after" in caught.value.where
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_warmup_is_linear_from_the_floor_to_the_peak(schedule):
     expected = [FLOOR + (PEAK - FLOOR) * step / 10 for step in range(11)]
