@@ -28,7 +28,8 @@ class Scores:
         loss: mean cross-entropy in nats, without label smoothing.
         calibration_error: expected calibration error, see `Tally.calibration_error`.
         broken: images whose logits are not all finite.
-        confusion: images by class (rows) and most probable class (columns), `(C, C)`; None where it was not asked for.
+        confusion: images by class (rows) and most probable class (columns), `(C, C)` on the CPU; None where nobody
+            asked for it.
     """
 
     images: int
@@ -78,7 +79,7 @@ class Tally:
             float(ranks.sum(self.loss)) / images,
             self.calibration_error(ranks.sum(self.bins)),
             broken,
-            ranks.sum(self.confusion).view(self.classes, self.classes) if len(self.confusion) else None,
+            ranks.sum(self.confusion).view(self.classes, -1).cpu() if len(self.confusion) else None,
         )
 
     @staticmethod
