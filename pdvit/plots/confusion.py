@@ -21,67 +21,65 @@ TICKS = 20
 
 
 def read_confusion(run: Path) -> pd.DataFrame:
-    """Read confusion.csv as a matrix of images, by class (rows) and predicted class (columns) in their own order.
-
-    Raises UserError where it is damaged.
-    """
+    """Read confusion.csv: class, predicted and images; UserError where it is damaged."""
     file = run / "confusion.csv"
     try:
         # a class may be called "NA" or "1", which pandas would take for no value and for a number
         with file.open(encoding="utf-8", errors="replace", newline="") as opened:
             rows = list(csv.DictReader(opened, strict=True))
-        counts = {(row["class"], row["predicted"]): int(row["images"]) for row in rows}
-        classes = list(dict.fromkeys(row["class"] for row in rows))
-        if not classes or min(counts.values()) < 0 or len(counts) != len(rows):
-            raise ValueError("it holds no images by class")
-        number = {name: index for index, name in enumerate(classes)}
-        matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-        for (name, predicted), images in counts.items():
-            matrix[number[name], number[predicted]] = images
+        names = ("class", "predicted")
+        table = pd.DataFrame({name: [row[name] for row in rows] for name in names}, dtype=object)
+        table["images"] = [int(row["images"]) for row in rows]
+        unknown = set(table["predicted"]) - set(table["class"])
+        if table.empty or table["images"].min() < 0 or table.duplicated(names).any() or unknown:
+            raise ValueError("it is not a matrix of images by class")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         what = "the confusion matrix is damaged, or not one of pdvit eval"
         raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
-    return pd.DataFrame(matrix, index=classes, columns=classes)
+    return table
 
 
-def plot_confusion(matrix: pd.DataFrame, name: str) -> Figure:
+def plot_confusion(table: pd.DataFrame, name: str) -> Figure:
     """Draw the shares of each class's images by what they were taken for; of many classes, those with most errors.
 
     Args:
-        matrix: as `read_confusion` returns it.
+        table: as `read_confusion` returns it.
         name: of the checkpoint, for the title.
     """
-    images, right = int(matrix.to_numpy().sum()), int(np.trace(matrix))
-    shown = _worst(matrix)
-    count = len(shown)
-    side = min(7.0, max(3.6, 0.36 * count + 1.4)) if count <= NUMBERED else 7.0
-    listed = count > NUMBERED
-    with styled(
-        side + 1.0 + 4.0 * listed, side, columns=1 + listed, width_ratios=(side + 1, 4.0)[: 1 + listed]
-    ) as figure:
-        _draw_matrix(figure.axes[0], shown)
-        of = f"\nthe {count} classes with most errors, of {len(matrix):,}" if count < len(matrix) else ""
-        share = f"{right / images:.1%}" if images else "none"
-        figure.axes[0].set_title(f"{short(name)}: {share} of {images:,} images told right{of}")
+    wrong = table[table["class"] != table["predicted"]]
+    images, classes = int(table["images"].sum()), list(table["class"].unique())
+    shown = _worst(classes, wrong)
+    count, listed = len(shown), len(shown) > NUMBERED
+    names = 0.07 * max(len(short(label)) for label in shown)  # what they take of the figure, in inches
+    side = 7.0 if listed else max(3.2, 0.36 * count) + names
+    size = (side + 1.2 + 4.0, side) if listed else (side + 1.2, side)
+    with styled(*size, columns=1 + listed, width_ratios=(side + 1.2, 4.0)[: 1 + listed]) as figure:
+        _draw_matrix(figure.axes[0], table, shown)
+        of = f"\nthe {count} classes with most errors, of {len(classes):,}" if count < len(classes) else ""
+        right = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
+        figure.axes[0].set_title(f"{short(name)}\n{right} of {images:,} images told right{of}")
         if listed:
-            _draw_list(figure.axes[1], matrix)
+            _draw_list(figure.axes[1], wrong)
         return figure
 
 
-def _worst(matrix: pd.DataFrame) -> pd.DataFrame:
+def _worst(classes: list[str], wrong: pd.DataFrame) -> list[str]:
     """Return the classes that are drawn, in their own order: all, or of many those with most errors."""
-    if len(matrix) <= DRAWN:
-        return matrix
-    counts = matrix.to_numpy()
-    errors = counts.sum(1) - counts.diagonal()
-    kept = np.sort(np.argsort(-errors, kind="stable")[:DRAWN])
-    return matrix.iloc[kept, kept]
+    if len(classes) <= DRAWN:
+        return classes
+    errors = wrong.groupby("class")["images"].sum().reindex(classes, fill_value=0)
+    kept = set(errors.sort_values(ascending=False, kind="stable").index[:DRAWN])
+    return [name for name in classes if name in kept]
 
 
-def _draw_matrix(axes: Any, matrix: pd.DataFrame) -> None:
+def _draw_matrix(axes: Any, table: pd.DataFrame, shown: list[str]) -> None:
     """Draw shares of rows, from white to dark; the square root keeps rare confusions visible."""
-    counts, count = matrix.to_numpy(), len(matrix)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    count, place = len(shown), {name: index for index, name in enumerate(shown)}
+    of_class = table.groupby("class")["images"].sum()
+    counts = np.zeros((count, count), dtype=np.int64)
+    inside = table[table["class"].isin(place) & table["predicted"].isin(place)]
+    counts[inside["class"].map(place).astype(int), inside["predicted"].map(place).astype(int)] = inside["images"]
+    shares = counts / np.maximum(of_class[shown].to_numpy(), 1)[:, None]
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     if count <= NUMBERED:
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -89,30 +87,27 @@ def _draw_matrix(axes: Any, matrix: pd.DataFrame) -> None:
             axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
     step = 1 if count <= NAMED else -(-count // TICKS)
     ticks = range(0, count, step)
-    names = [short(str(matrix.index[tick])) for tick in ticks]
+    names = [short(shown[tick]) for tick in ticks]
     small = 9 if count <= NUMBERED else 6.5 if step == 1 else 7.5
     axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=small)
     axes.set_yticks(ticks, names, fontsize=small)
     axes.set(xlabel="predicted", ylabel="class")
     axes.grid(visible=False)
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
-    bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
+    bar.set_ticks([0, 0.01, 0.05, 0.25, 1], labels=["0", "1 %", "5 %", "25 %", "100 %"])
 
 
-def _draw_list(axes: Any, matrix: pd.DataFrame) -> None:
+def _draw_list(axes: Any, wrong: pd.DataFrame) -> None:
     """Draw the largest entries off the diagonal as bars, the largest on top."""
-    wrong = matrix.to_numpy().copy()
-    np.fill_diagonal(wrong, 0)
-    largest = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:LISTED] if wrong.flat[index]]
-    pairs = [divmod(int(index), len(wrong)) for index in largest]
-    values = [int(wrong[pair]) for pair in pairs]
-    names = [f"{short(str(matrix.index[row]))} → {short(str(matrix.index[column]))}" for row, column in pairs]
-    axes.barh(range(len(pairs)), values, color="#3f90da", height=0.7)
-    axes.set_yticks(range(len(pairs)), names, fontsize=7.5)
+    largest = wrong[wrong["images"] > 0].sort_values("images", ascending=False, kind="stable").head(LISTED)
+    pairs, values = zip(largest["class"], largest["predicted"], strict=True), largest["images"].tolist()
+    names = [f"{short(name)} → {short(predicted)}" for name, predicted in pairs]
+    axes.barh(range(len(names)), values, color="#3f90da", height=0.7)
+    axes.set_yticks(range(len(names)), names, fontsize=7.5)
     axes.invert_yaxis()
     axes.grid(visible=False)
     for place, value in enumerate(values):
         axes.annotate(str(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
-    axes.set_title("most frequent confusions (class → predicted), images" if pairs else "no confusions")
+    axes.set_title("most frequent confusions, images" if names else "no confusions")
