@@ -108,12 +108,12 @@ def check_finite(loaded: "Loaded", path: Path) -> None:
         raise UserError(what, str(path), "the checkpoint is broken: take an earlier one, or copy it again")
 
 
-def broken_logits(images: int, of: int, path: Path, precision: str) -> UserError:
-    """Return the error of a model whose sound weights gave logits that are not finite."""
+def broken_logits(images: str, path: Path, precision: str) -> UserError:
+    """Return the error of a model whose sound weights gave logits of some images that are not finite."""
     tip = "the checkpoint is broken, or it is of another model"
     if precision != "fp32":
         tip = f"{precision} may be too narrow for it: try --precision fp32"
-    what = f"the model's logits are infinite or not numbers for {images} of {of} images"
+    what = f"the model's logits are infinite or not numbers for {images}"
     return UserError(what, str(path), tip)
 
 
@@ -127,3 +127,10 @@ def with_progress(batches: "Iterable[Batch]", total: int, console: "Console", wh
             yield batch
             done += len(batch)
             display.show(done, what, done / max(monotonic() - begun, 1e-9), {})
+
+
+def printable(text: str) -> str:
+    """Return a name that fits a line of a terminal: without line breaks, markup and bytes that are no letters."""
+    from rich.markup import escape
+
+    return escape("".join(letter if letter.isprintable() else "?" for letter in text))

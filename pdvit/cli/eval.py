@@ -18,6 +18,7 @@ from pdvit.cli.checkpoint import (
     broken_logits,
     config_of,
     open_checkpoint,
+    printable,
     results_folder,
     with_progress,
 )
@@ -101,7 +102,7 @@ def _measure(
         ranks,
     )
     if scores.broken:
-        raise broken_logits(scores.broken, scores.images, path, precision)
+        raise broken_logits(f"{scores.broken} of {scores.images} images", path, precision)
     facts = {
         "checkpoint": str(path),
         "model": loaded.name,
@@ -177,10 +178,3 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
 
 def _share(value: float) -> str:
     return "-" if value != value else f"{value:.1%}"
-
-
-def printable(text: str) -> str:
-    """Return a name that fits a line of a terminal: without line breaks, markup and bytes that are no letters."""
-    from rich.markup import escape
-
-    return escape("".join(letter if letter.isprintable() else "?" for letter in text))
