@@ -156,7 +156,7 @@ def _report(rows: list[Row], images: int, bad: "list[BadImage]", file: Path | No
     if rows:
         view = Table(box=None, pad_edge=False, header_style="bold")
         for name, justify in (("image", "left"), ("label", "left"), ("probability", "right")):
-            view.add_column(name, justify=justify)  # type: ignore[arg-type]
+            view.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for image, rank, label, probability in rows:
             view.add_row(printable(image) if rank == 1 else "", printable(label), f"{probability:.1%}")
         console.print(view)
