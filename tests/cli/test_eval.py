@@ -1,6 +1,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,18 @@ def test_the_numbers_are_those_at_the_end_of_any_training(tiny, workplace, image
     assert pdvit(["train", *tiny, "--epochs", "2", "--batch-size", "24", *flags, "--out", "run"]) == 0
     summary, found = json.loads(Path("run/summary.json").read_text()), evaluated("run")
     assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once(run_copy, evaluated):
+    one = evaluated(run_copy)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pdvit"]
+    done = subprocess.run([*start, "eval", str(run_copy), *CPU, "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)
+    assert (two["processes"], two["images"]) == (2, 360)
+    for key in ("accuracy", "accuracy_top5", "loss", "calibration_error"):
+        assert two[key] == pytest.approx(one[key], rel=1e-6)
 
 
 def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(run_copy, evaluated, answers):
