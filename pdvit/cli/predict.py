@@ -61,6 +61,7 @@ def predict(
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     say(console, f"opening {checkpoint} ...")
     from pdvit.data.pictures import image_files
+    from pdvit.engine.interrupts import stop_on_signals
     from pdvit.engine.ranks import ALONE
     from pdvit.models.weights import name_of
 
@@ -74,10 +75,12 @@ def predict(
     labels = _labels(opened, top)
     bad: list[BadImage] = []
     few: list[Row] = []
-    with _stream(file) as stream:
+    with stop_on_signals() as stop, _stream(file) as stream:  # SIGTERM too must not leave a part of a file
         writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(("image", "rank", "label", "probability"))
         for found in _predictions(opened, files, top, bad, on_bad_image == "skip", console):
+            if stop:
+                raise KeyboardInterrupt
             image = str(files.paths[found.image])
             if not found.finite:
                 raise broken_logits(image, path, opened.config.run.precision)

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import pdvit as library
+import pdvit.tasks.prediction
 from pdvit.cli import run as pdvit
 
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -89,6 +92,24 @@ def test_a_few_images_are_shown(run_copy, image_folder, capsys, monkeypatch):
     assert str(run_copy / "predictions.csv") in shown
     assert pdvit(["predict", str(run_copy), "train", *CPU]) == 0
     assert "%" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_folder, monkeypatch, number):
+    def signalled(*arguments):
+        found = whole(*arguments)
+        yield next(found)
+        assert len(list(run_copy.glob(".predictions*"))) == 1
+        os.kill(os.getpid(), number)
+        yield from found
+
+    whole = library.tasks.prediction.predict
+    monkeypatch.setattr(library.tasks.prediction, "predict", signalled)
+    (run_copy / "predictions.csv").write_text("of before")
+    before = sorted(run_copy.rglob("*"))
+    assert pdvit(["predict", str(run_copy), str(image_folder), *CPU]) == 130
+    assert sorted(run_copy.rglob("*")) == before
+    assert (run_copy / "predictions.csv").read_text() == "of before"
 
 
 class TestBadImages:
