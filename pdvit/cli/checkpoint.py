@@ -65,8 +65,18 @@ def results_folder(path: Path, out: Path | None, prefix: str, name: str) -> Path
     return folder
 
 
-def open_checkpoint(path: Path, model: str | None, given: dict[str, dict[str, Any]], ranks: "Ranks") -> Opened:
-    """Load a checkpoint and prepare to run it as its run did, except for the `given` keys by section.
+def open_checkpoint(
+    path: Path,
+    model: str | None,
+    ranks: "Ranks",
+    *,
+    device: str,
+    precision: str | None,
+    batch_size: int | None,
+    workers: int | None,
+    source: str | None = None,
+) -> Opened:
+    """Load a checkpoint and prepare to run it as its run did, except for what is given.
 
     Raises UserError where it can't be loaded, where weights are not finite, and for a bad setting.
     """
@@ -76,26 +86,30 @@ def open_checkpoint(path: Path, model: str | None, given: dict[str, dict[str, An
     from pdvit.engine.device import choose_device, set_up
     from pdvit.models.weights import load
 
-    given = {section: {key: item for key, item in keys.items() if item is not None} for section, keys in given.items()}
-    flags = ("the command line", given)
+    given: dict[str, dict[str, Any]] = {
+        "data": {"source": source, "batch_size": batch_size, "workers": workers},
+        "run": {"device": device, "precision": precision},
+    }
+    set_keys = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in given.items()}
+    flags = ("the command line", set_keys)
     measured = ("measurements", {"run": {"tf32": False}})  # a run is measured as it measured itself
     config = config_of(path, flags) or build(measured, flags)
     loaded = load(path, model)
     check_finite(loaded, path)
-    device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
-    set_up(device, config.run)
-    loaded.model.to(device)
+    place = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
+    set_up(place, config.run)
+    loaded.model.to(place)
     loading = Loading(
         batch_size=config.data.batch_size,
         seed=config.run.seed,
         workers=config.data.workers,
-        device=device,
+        device=place,
         preprocessing=Preprocessing.for_model(loaded.model),
-        eval_batch=None if "batch_size" in given.get("data", {}) else config.data.micro_batch,
+        eval_batch=config.data.micro_batch if batch_size is None else None,
         rank=ranks.rank,
         processes=ranks.size,
     )
-    return Opened(loaded, config, device, loading)
+    return Opened(loaded, config, place, loading)
 
 
 def check_finite(loaded: "Loaded", path: Path) -> None:

@@ -59,11 +59,16 @@ def evaluate(
 
         ranks = join()
         folder = results_folder(path, out, "eval", name_of(path))
-        given: dict[str, dict[str, Any]] = {
-            "data": {"source": data, "batch_size": batch_size, "workers": workers},
-            "run": {"device": device, "precision": precision},
-        }
-        opened = open_checkpoint(path, model, given, ranks)
+        opened = open_checkpoint(
+            path,
+            model,
+            ranks,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+            source=data,
+        )
         if data is None and config_of(path) is None:
             raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
         facts, tables = _measure(opened, path, split, console, ranks)

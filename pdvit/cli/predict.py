@@ -67,11 +67,9 @@ def predict(
 
     file = None if out == "-" else _target(path, out, name_of(path))
     files = image_files(images)
-    given: dict[str, dict[str, Any]] = {
-        "data": {"batch_size": batch_size, "workers": workers},
-        "run": {"device": device, "precision": precision},
-    }
-    opened = open_checkpoint(path, model, given, ALONE)
+    opened = open_checkpoint(
+        path, model, ALONE, device=device, precision=precision, batch_size=batch_size, workers=workers
+    )
     labels = _labels(opened, top)
     bad: list[BadImage] = []
     few: list[Row] = []
