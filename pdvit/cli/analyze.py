@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pdvit.cli.checkpoint import config_of, results_folder
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def analyze(
     for path in paths:
         options = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
         table, facts = _analyze(path, images or [], model, options)
-        folder = out or (path if path.is_dir() else Path("runs") / f"analysis-{facts['model']}")
+        folder = results_folder(path, out, "analysis", facts["model"])
         if str(folder) in folders:
             raise UserError("two checkpoints of the same name", str(folder), "analyze them one by one, with --out")
         folders.append(str(folder))
@@ -103,15 +104,12 @@ def _analyze(
 
 def _pictures(path: Path, images: list[str]) -> "Pictures":
     """Return what to look at: what the user names, the run's own held-out images, or two photographs."""
-    from pdvit.config import build, read_toml
     from pdvit.data.pictures import held_out, named, sample_photographs
 
     if images:
         return named(images)
-    recipe = path / "run.toml"
-    if path.is_dir() and recipe.is_file():
-        return held_out(build((str(recipe), read_toml(recipe))).data)
-    return sample_photographs()
+    config = config_of(path)
+    return sample_photographs() if config is None else held_out(config.data)
 
 
 def _fitted(pictures: "Pictures", preprocessing: "Preprocessing") -> str:

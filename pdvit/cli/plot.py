@@ -52,6 +52,19 @@ def training(runs: Runs = None, out: Out = None) -> None:
     _save(plot_training(records, [_name(folder) for folder in folders]), "training", folders, target)
 
 
+@app.command()
+def confusion(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest evaluation.")] = None,
+    out: Out = None,
+) -> None:
+    """What is taken for what: the confusion matrix of an evaluation."""
+    target = _target(out)
+    from pdvit.plots.confusion import plot_confusion, read_confusion
+
+    folders = _folders([run] if run else None, "confusion.csv", "pdvit eval")[:1]
+    _save(plot_confusion(read_confusion(folders[0]), _name(folders[0])), "confusion", folders, target)
+
+
 def _target(out: Path | None) -> Path | None:
     """Check the suffix before any work is done."""
     if out is not None and out.suffix.lower() not in SUFFIXES:
@@ -74,13 +87,13 @@ def _folders(runs: list[Path] | None, marker: str, command: str) -> list[Path]:
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
         if not (folder / marker).is_file():
-            name = f" {folder}" if command == "pdvit analyze" else ""
+            name = "" if command == "pdvit train" else f" {folder}"
             raise UserError(f"the run has no {marker}", str(folder), f"run {command}{name} first")
     return folders
 
 
 def _name(folder: Path) -> str:
-    return folder.resolve().name.removeprefix("analysis-")
+    return folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
 
 
 def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) -> None:

@@ -129,14 +129,14 @@ def try_read(path: Path) -> Image.Image | BadImage:
         return BadImage(path, str(error) or type(error).__name__)
 
 
-def refuse_bad(bad: list[BadImage]) -> None:
+def refuse_bad(bad: list[BadImage], tip: str = "replace it") -> None:
     """Raise a UserError that names the files that do not decode, if there are any."""
     if not bad:
         return
     shown = "; ".join(f"{item.path} ({item.reason})" for item in bad[:NAMED])
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     count = "1 image does" if len(bad) == 1 else f"{len(bad)} images do"
-    raise UserError(f"{count} not decode", shown + more, "replace it")
+    raise UserError(f"{count} not decode", shown + more, tip)
 
 
 Sample = tuple[Tensor | BadImage, int, int]

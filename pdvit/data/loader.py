@@ -23,6 +23,8 @@ from pdvit.errors import UserError
 
 # Uint8 images, class indices, sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
+# What becomes of the files of a batch that do not decode.
+OnBad = Callable[[list[BadImage]], None]
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ def train_batches(
         yield mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
 
 
-def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
-    """Yield every image of this process's part of a split exactly once, in order, without augmentation."""
+def eval_batches(split: Split, how: Loading, on_bad: OnBad = refuse_bad) -> Iterator[Batch]:
+    """Yield every image of this process's part of a split exactly once, in order, without augmentation.
+
+    `on_bad` is told the files of a batch that do not decode; where it does not raise, they are left out.
+    """
     size = max(1, min(how.batch_size // how.processes, how.eval_batch or how.batch_size))
     least, most = len(split) // how.processes, -(-len(split) // how.processes)
     turns = max(1, min(-(-most // size), least))  # the same for all processes, as FSDP needs, and none without an image
@@ -81,7 +86,7 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
         raw = ((fit(split.images[i].to(how.device)), split.labels[i], i) for i in chunks)
     else:
         keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
-        raw = _decode(split, how, how.preprocessing.evaluation(), keys)
+        raw = _decode(split, how, how.preprocessing.evaluation(), keys, on_bad)
     for images, labels, index in raw:
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
@@ -152,8 +157,9 @@ def _decode(
     how: Loading,
     transform: Compose,
     keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]],
+    on_bad: OnBad = refuse_bad,
 ) -> Iterator[Raw]:
-    """Yield decoded batches for the keys; UserError naming the files that do not decode."""
+    """Yield decoded batches for the keys, without what does not decode: `on_bad` is told, and may raise."""
     data = FileImages(split, transform, how.seed)
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -168,10 +174,11 @@ def _decode(
         )
         batches = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, list):
-                refuse_bad(batch)
-            yield batch
+        for batch, bad in batches:
+            if bad:
+                on_bad(bad)
+            if batch is not None:
+                yield batch
     finally:
         del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
 
@@ -190,11 +197,11 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(samples: list[Sample]) -> Raw | list[BadImage]:
-    """Stack a batch, or return the files of it that do not decode."""
+def _collate(samples: list[Sample]) -> tuple[Raw | None, list[BadImage]]:
+    """Stack the images of a batch that decode, if there are any, and list the files that do not."""
     bad = [image for image, _, _ in samples if isinstance(image, BadImage)]
-    if bad:
-        return bad
-    images = [image for image, _, _ in samples if isinstance(image, Tensor)]
-    labels = torch.tensor([label for _, label, _ in samples])
-    return torch.stack(images), labels, torch.tensor([index for _, _, index in samples])
+    sound = [(image, label, index) for image, label, index in samples if isinstance(image, Tensor)]
+    if not sound:
+        return None, bad
+    images, labels, index = zip(*sound, strict=True)
+    return (torch.stack(images), torch.tensor(labels), torch.tensor(index)), bad

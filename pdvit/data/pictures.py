@@ -51,8 +51,13 @@ def named(names: list[str]) -> Pictures:
     if mixed := sorted(set(names) & set(SOURCES)):
         what = f"the source '{mixed[0]}' can't be mixed with files"
         raise UserError(what, "--images", f"measure it by itself: --images {mixed[0]}")
-    paths = [path for name in names for path in _paths(Path(os.path.expanduser(name)))]
-    return Pictures(", ".join(names), FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)))
+    return Pictures(", ".join(names), image_files(names))
+
+
+def image_files(names: list[str]) -> FileSplit:
+    """Return the image files that are named and those in the folders that are, each once; UserError for no image."""
+    paths = list(dict.fromkeys(path for name in names for path in _paths(Path(os.path.expanduser(name)))))
+    return FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
 
 
 def sample_photographs() -> Pictures:

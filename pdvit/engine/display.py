@@ -31,10 +31,10 @@ class RunConsole(Console):
 
 
 class Display:
-    """Shows steps, rate, time left and the latest numbers of one run."""
+    """Shows how far something is (in steps, or another `unit`), its rate, the time left and the latest numbers."""
 
-    def __init__(self, console: Console, total: int, start: int) -> None:
-        self.console, self.total = console, total
+    def __init__(self, console: Console, total: int, start: int = 0, unit: str = "step") -> None:
+        self.console, self.total, self.unit = console, total, unit
         self.bar: Progress | None = None
         self.begun, self.start, self.last_line = time.monotonic(), start, time.monotonic()
         if console.is_terminal:
@@ -70,7 +70,8 @@ class Display:
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             left = (self.last_line - self.begun) / max(1, step - self.start) * (self.total - step)
-            self.say(f"{epoch} step {step}/{self.total}, {pace}, {left:.0f} s left, {text}")
+            numbers_text = f", {text}" if text else ""
+            self.say(f"{epoch} {self.unit} {step}/{self.total}, {pace}, {left:.0f} s left{numbers_text}")
 
     def say(self, line: str) -> None:
         """Print a line that stays."""

@@ -1,6 +1,7 @@
 """One look for all figures: colours told apart by the colour-blind, and line styles that survive greyscale."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -36,17 +37,21 @@ RC: dict[Any, Any] = {
 
 
 @contextmanager
-def styled(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[Figure]:
+def styled(
+    width: float, height: float, rows: int = 1, columns: int = 1, width_ratios: Sequence[float] | None = None
+) -> Iterator[Figure]:
     """Make a figure of the given size in inches with its axes, to draw on inside."""
     with mpl.rc_context(RC):
         figure = Figure(figsize=(width, height), layout="constrained")
-        figure.subplots(rows, columns, squeeze=False)
+        figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios)
         yield figure
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the suffix. Raises OSError."""
-    with mpl.rc_context(RC):
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        # names may be in any script: letters that the font lacks become boxes (in SVG they stay text)
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pdvit.config.schema import Config
 from pdvit.data.batch import Batch
@@ -17,7 +16,6 @@ from pdvit.data.mixing import Mixing
 from pdvit.data.pictures import Pictures
 from pdvit.data.randomness import fold
 from pdvit.data.sources import Source
-from pdvit.engine.device import autocast
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
@@ -27,6 +25,7 @@ from pdvit.models.layers import exact_float32, measure_layers
 from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
+from pdvit.tasks.scores import Scores, Tally, measure
 from pdvit.tasks.weights import weight_schedules, with_weights
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -123,15 +122,15 @@ class ClassificationTask:
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure accuracy and loss on the validation split, and P of every layer on the probe."""
-        accuracy, loss = self._accuracy(network, "val")
+        scores = self._scores(network, "val")
         names, values = self._similarity(network)
         records = {
-            "eval": {"split": "val", "accuracy": accuracy, "loss": loss},
+            "eval": {"split": "val", "accuracy": scores.accuracy, "loss": scores.loss},
             "similarity": {"images": len(self._probe_images()), "layers": names, "similarity": values},
         }
         bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
         headline = (
-            f"val accuracy {accuracy:6.1%}  loss {loss:.3f}  "
+            f"val accuracy {scores.accuracy:6.1%}  loss {scores.loss:.3f}  "
             f"P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
         )
         broken = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
@@ -150,13 +149,13 @@ class ClassificationTask:
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
-        accuracy, loss = self._accuracy(network, split)
+        scores = self._scores(network, split)
         first, last = self._first_last_similarity(network)
         return {
             "task": "classification",
             "split": split,
-            "accuracy": accuracy,
-            "loss": loss,
+            "accuracy": scores.accuracy,
+            "loss": scores.loss,
             "similarity_first": first,
             "similarity_last": last,
             "weights": weights,
@@ -167,19 +166,17 @@ class ClassificationTask:
         bare = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
 
-    @torch.no_grad()
-    def _accuracy(self, network: nn.Module, split: str) -> tuple[float, float]:
-        """Return the share of right answers and the mean cross-entropy over a split."""
+    def _scores(self, network: nn.Module, split: str) -> Scores:
+        """Measure a split; every image counts exactly once, over all processes."""
         network.eval()
-        correct = torch.zeros((), dtype=torch.long, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in eval_batches(self.source.splits[split], self.loading):
-            with autocast(self.device, self.config.run.precision):
-                logits = network(batch.images, patch_logits=False).logits.float()
-            correct += (logits.argmax(1) == batch.targets).sum()
-            loss += F.cross_entropy(logits, batch.targets, reduction="sum").double()
-        count = len(self.source.splits[split])
-        return int(self.ranks.sum(correct)) / count, float(self.ranks.sum(loss)) / count
+        batches = eval_batches(self.source.splits[split], self.loading)
+        return measure(
+            lambda images: network(images, patch_logits=False).logits,
+            batches,
+            Tally(len(self.source.classes), self.device),
+            self.config.run.precision,
+            self.ranks,
+        )
 
     def _similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
         """Return the layers and P of each on the probe; every process measures all of it."""

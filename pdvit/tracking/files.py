@@ -3,17 +3,25 @@
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file beside its target and rename it. Raises OSError; the target then is what it was."""
-    data = content.encode() if isinstance(content, str) else content
+    with new_file(path) as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write beside its target, renamed at the end; after an error the target is what it was."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with beside.open("wb") as opened:
-            opened.write(data)
+            yield opened
             opened.flush()
             os.fsync(opened.fileno())
         beside.replace(path)

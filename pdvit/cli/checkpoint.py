@@ -1,0 +1,150 @@
+"""What the commands that use a trained checkpoint have in common: how it is opened, and where results go."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pdvit.config.schema import Config
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from pdvit.data.batch import Batch
+    from pdvit.data.loader import Loading
+    from pdvit.engine.ranks import Ranks
+    from pdvit.models.weights import Loaded
+
+Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass; unset: the run's, else 32.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", "-j", min=0, help="Processes that decode image files; unset: the run's.")
+]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that is ready to run: its model on the device, the run's configuration, how images are loaded."""
+
+    loaded: "Loaded"
+    config: Config
+    device: "torch.device"
+    loading: "Loading"
+
+
+def config_of(path: Path, *layers: tuple[str, dict[str, Any]]) -> Config | None:
+    """Return the configuration of a run, with more layers over it; None where the path is no run directory."""
+    from pdvit.config import build, read_toml
+
+    recipe = path / "run.toml"
+    if not (path.is_dir() and recipe.is_file()):
+        return None
+    return build((str(recipe), read_toml(recipe)), *layers)
+
+
+def results_folder(path: Path, out: Path | None, prefix: str, name: str) -> Path:
+    """Return where the results of a checkpoint go: `out`, the checkpoint's own folder, or runs/PREFIX-NAME.
+
+    Raises UserError where nothing can be written there, so that nobody learns it after the work.
+    """
+    folder = out or (path if path.is_dir() else Path("runs") / f"{prefix}-{name}")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        reason = "is not writable" if os.path.isdir(there) else "is not a folder"
+        raise UserError(f"the results can't be written: {there} {reason}", str(folder), "choose another --out")
+    return folder
+
+
+def open_checkpoint(
+    path: Path,
+    model: str | None,
+    ranks: "Ranks",
+    *,
+    device: str,
+    precision: str | None,
+    batch_size: int | None,
+    workers: int | None,
+    source: str | None = None,
+) -> Opened:
+    """Load a checkpoint and prepare to run it as its run did, except for what is given.
+
+    Raises UserError where it can't be loaded, where weights are not finite, and for a bad setting.
+    """
+    from pdvit.config import build
+    from pdvit.data.images import Preprocessing
+    from pdvit.data.loader import Loading
+    from pdvit.engine.device import choose_device, set_up
+    from pdvit.models.weights import load
+
+    given: dict[str, dict[str, Any]] = {
+        "data": {"source": source, "batch_size": batch_size, "workers": workers},
+        "run": {"device": device, "precision": precision},
+    }
+    set_keys = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in given.items()}
+    flags = ("the command line", set_keys)
+    measured = ("measurements", {"run": {"tf32": False}})  # a run is measured as it measured itself
+    config = config_of(path, flags) or build(measured, flags)
+    loaded = load(path, model)
+    check_finite(loaded, path)
+    place = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
+    set_up(place, config.run)
+    loaded.model.to(place)
+    loading = Loading(
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        device=place,
+        preprocessing=Preprocessing.for_model(loaded.model),
+        eval_batch=config.data.micro_batch if batch_size is None else None,
+        rank=ranks.rank,
+        processes=ranks.size,
+    )
+    return Opened(loaded, config, place, loading)
+
+
+def check_finite(loaded: "Loaded", path: Path) -> None:
+    """Raise UserError where weights or running statistics are infinite or not numbers."""
+    state = loaded.model.state_dict()
+    broken = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        what = f"{', '.join(broken[:3])}{more} of its weights are infinite or not numbers"
+        raise UserError(what, str(path), "the checkpoint is broken: take an earlier one, or copy it again")
+
+
+def broken_logits(images: str, path: Path, precision: str) -> UserError:
+    """Return the error of a model whose sound weights gave logits of some images that are not finite."""
+    tip = "the checkpoint is broken, or it is of another model"
+    if precision != "fp32":
+        tip = f"{precision} may be too narrow for it: try --precision fp32"
+    what = f"the model's logits are infinite or not numbers for {images}"
+    return UserError(what, str(path), tip)
+
+
+def with_progress(batches: "Iterable[Batch]", total: int, console: "Console", what: str) -> "Iterator[Batch]":
+    """Yield the batches, and show how many images are done, their rate and the time left."""
+    from pdvit.engine.display import Display
+
+    done, begun = 0, monotonic()
+    with Display(console, total, unit="image") as display:
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            display.show(done, what, done / max(monotonic() - begun, 1e-9), {})
+
+
+def printable(text: str) -> str:
+    """Return a name that fits a line of a terminal: without line breaks, markup and bytes that are no letters."""
+    from rich.markup import escape
+
+    return escape("".join(letter if letter.isprintable() else "?" for letter in text))

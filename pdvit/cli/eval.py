@@ -1,0 +1,185 @@
+"""`pdvit eval`."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pdvit.cli.checkpoint import (
+    BatchSize,
+    Device,
+    Model,
+    Opened,
+    Precision,
+    Workers,
+    broken_logits,
+    config_of,
+    open_checkpoint,
+    printable,
+    results_folder,
+    with_progress,
+)
+from pdvit.cli.runs.report import make_console, say
+from pdvit.cli.runs.together import together
+from pdvit.errors import UserError, closest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pdvit.data.sources import Source
+    from pdvit.engine.display import RunConsole
+    from pdvit.engine.ranks import Ranks
+
+WORST = 10
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A run directory, timm folder or .safetensors file.")],
+    data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="train, val or test; unset: that of the run's closing numbers.")
+    ] = None,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> int:
+    """Measure how well a checkpoint classifies: accuracy, loss, calibration, and what is taken for what."""
+    with together():
+        console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
+        say(console, f"opening {checkpoint} ...")
+        from pdvit.engine.ranks import join
+        from pdvit.models.weights import name_of
+
+        ranks = join()
+        folder = results_folder(path, out, "eval", name_of(path))
+        opened = open_checkpoint(
+            path,
+            model,
+            ranks,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+            source=data,
+        )
+        if data is None and config_of(path) is None:
+            raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
+        facts, tables = _measure(opened, path, split, console, ranks)
+        if ranks.main:
+            file = _write(folder, facts, tables)
+            _report(facts, tables["eval.csv"], file, console)
+            if as_json:
+                print(json.dumps(facts | {"file": str(file)}, indent=2))
+            else:
+                say(console, f"next     pdvit plot confusion {folder}")
+        return 0
+
+
+def _measure(
+    opened: Opened, path: Path, split: str | None, console: "RunConsole", ranks: "Ranks"
+) -> tuple[dict[str, Any], dict[str, "pd.DataFrame"]]:
+    """Measure a split and return what came out, in numbers and by class."""
+    from pdvit.data.loader import eval_batches
+    from pdvit.data.sources import open_source
+    from pdvit.engine.device import device_name
+    from pdvit.tasks.class_tables import class_table, confusion_table, distinct
+    from pdvit.tasks.labels import match
+    from pdvit.tasks.scores import Tally, measure
+
+    loaded, precision = opened.loaded, opened.config.run.precision
+    source = open_source(opened.config.data)
+    order, matched = match(loaded, source.classes, source.name)
+    name = _split(source, split)
+    batches = eval_batches(source.splits[name], opened.loading)
+    net = loaded.model
+    scores = measure(
+        net if order is None else lambda images: net(images)[:, order],
+        with_progress(batches, len(source.splits[name]) // ranks.size, console, name),
+        Tally(len(source.classes), opened.device, confusion=True),
+        precision,
+        ranks,
+    )
+    if scores.broken:
+        raise broken_logits(f"{scores.broken} of {scores.images} images", path, precision)
+    facts = {
+        "checkpoint": str(path),
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "data": source.name,
+        "split": name,
+        "images": scores.images,
+        "classes": len(source.classes),
+        "matched": matched,
+        "accuracy": scores.accuracy,
+        "accuracy_top5": scores.accuracy_top5,
+        "loss": scores.loss,
+        "calibration_error": scores.calibration_error,
+        "precision": precision,
+        "device": device_name(opened.device),
+        "batch_size": opened.loading.batch_size,
+        "processes": ranks.size,
+    }
+    assert scores.confusion is not None
+    classes = distinct(source.classes)
+    tables = {"eval.csv": class_table(scores.confusion, classes)}
+    return facts, tables | {"confusion.csv": confusion_table(scores.confusion, classes)}
+
+
+def _split(source: "Source", wanted: str | None) -> str:
+    name = wanted or source.final_split
+    if name not in source.splits:
+        raise UserError(f"{source.name} has no split '{name}'", "--split", closest(name, source.splits))
+    return name
+
+
+def _write(folder: Path, facts: dict[str, Any], tables: dict[str, "pd.DataFrame"]) -> Path:
+    """Write the tables, and eval.json last; UserError where the place can't be written."""
+    from pdvit.tracking import to_json, write_file
+
+    texts = {name: table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC) for name, table in tables.items()}
+    texts["eval.json"] = to_json(facts) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_file(folder / name, text.encode(errors="surrogateescape"))  # names of any bytes stay as they are
+    except OSError as error:
+        what = f"the results can't be written: {error.strerror}"
+        raise UserError(what, str(folder), "choose another --out") from error
+    return folder / "eval.json"
+
+
+def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "RunConsole") -> None:
+    """Print the numbers, and the classes that are told worst."""
+    from rich.table import Table
+
+    top5 = "" if facts["accuracy_top5"] is None else f", among the five most probable {facts['accuracy_top5']:.1%}"
+    worst = table.sort_values("accuracy", kind="stable").head(WORST)
+    of = f"the {WORST} worst of {len(table)} classes" if len(table) > WORST else "by class"
+    view = Table(title=of, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("class", "images", "accuracy", "precision", "most taken for"):
+        view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
+    for _, row in worst.iterrows():
+        wrong = f"{printable(row['confused_with'])} ({row['confused']})" if row["confused"] else "-"
+        view.add_row(
+            printable(row["class"]), str(row["images"]), _share(row["accuracy"]), _share(row["precision"]), wrong
+        )
+    console.print()
+    console.print(view, markup=False)
+    say(
+        console,
+        f"\n{facts['split']} accuracy {facts['accuracy']:.1%}{top5}, loss {facts['loss']:.3f}, "
+        f"calibration error {facts['calibration_error']:.3f} ({facts['images']:,} images of {facts['data']})\n"
+        f"weights  {facts['weights']}; {facts['precision']} on {facts['device']}; classes matched {facts['matched']}\n"
+        f"written  {file}, eval.csv, confusion.csv",
+    )
+
+
+def _share(value: float) -> str:
+    return "-" if value != value else f"{value:.1%}"

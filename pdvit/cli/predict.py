@@ -1,0 +1,169 @@
+"""`pdvit predict`."""
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
+
+import typer
+
+from pdvit.cli.checkpoint import (
+    BatchSize,
+    Device,
+    Model,
+    Opened,
+    Precision,
+    Workers,
+    broken_logits,
+    open_checkpoint,
+    printable,
+    results_folder,
+    with_progress,
+)
+from pdvit.cli.runs.report import make_console, say
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    from pdvit.data.images import BadImage
+    from pdvit.data.sources import FileSplit
+    from pdvit.engine.display import RunConsole
+    from pdvit.tasks.prediction import Prediction
+
+# Images up to which the terminal shows what was found.
+FEW = 20
+BAD = ("error", "skip")
+TIP = "replace it, or leave such images out: --on-bad-image skip"
+
+Row = tuple[str, int, str, float]
+
+
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="A run directory, timm folder or .safetensors file.")],
+    images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many labels per image, the most probable first.")] = 1,
+    on_bad_image: Annotated[
+        str, typer.Option("--on-bad-image", metavar="|".join(BAD), help="What to do where an image does not decode.")
+    ] = "error",
+    model: Model = None,
+    out: Annotated[str | None, typer.Option("--out", help="The CSV file; - is standard output.")] = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+) -> int:
+    """Label images: the most probable classes with their probabilities, as CSV."""
+    if on_bad_image not in BAD:
+        raise UserError(f"'{on_bad_image}' is not known here", "--on-bad-image", f"choose from: {', '.join(BAD)}")
+    console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
+    say(console, f"opening {checkpoint} ...")
+    from pdvit.data.pictures import image_files
+    from pdvit.engine.interrupts import stop_on_signals
+    from pdvit.engine.ranks import ALONE
+    from pdvit.models.weights import name_of
+
+    file = None if out == "-" else _target(path, out, name_of(path))
+    files = image_files(images)
+    opened = open_checkpoint(
+        path, model, ALONE, device=device, precision=precision, batch_size=batch_size, workers=workers
+    )
+    labels = _labels(opened, top)
+    bad: list[BadImage] = []
+    few: list[Row] = []
+    with stop_on_signals() as stop, _stream(file) as stream:  # SIGTERM too must not leave a part of a file
+        writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerow(("image", "rank", "label", "probability"))
+        for found in _predictions(opened, files, top, bad, on_bad_image == "skip", console):
+            if stop:
+                raise KeyboardInterrupt
+            image = str(files.paths[found.image])
+            if not found.finite:
+                raise broken_logits(image, path, opened.config.run.precision)
+            best = zip(found.classes, found.probabilities, strict=True)
+            rows = [(image, rank, labels[label], share) for rank, (label, share) in enumerate(best, 1)]
+            writer.writerows(rows)
+            few += rows if len(files) <= FEW and file is not None else []
+    _report(few, len(files), bad, file, console)
+    return 0
+
+
+def _target(path: Path, out: str | None, name: str) -> Path:
+    """Return the file to write; UserError where that can't be."""
+    file = None if out is None else Path(os.path.expanduser(out))
+    if file is not None and os.path.isdir(file):
+        raise UserError("there is a folder of this name", f"--out {out}", "name a file, for example predictions.csv")
+    folder = results_folder(path, None if file is None else file.parent, "eval", name)
+    return file or folder / "predictions.csv"
+
+
+def _labels(opened: Opened, top: int) -> list[str]:
+    """Return the names of the checkpoint's classes, or their numbers; UserError where there are fewer than `top`."""
+    from pdvit.tasks.labels import label_names
+
+    model: Any = opened.loaded.model
+    labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
+    if top > len(labels):
+        raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
+    return labels
+
+
+def _predictions(
+    opened: Opened, files: "FileSplit", top: int, bad: "list[BadImage]", skip: bool, console: "RunConsole"
+) -> "Iterator[Prediction]":
+    """Yield what the model says of each image, and collect in `bad` what does not decode.
+
+    Raises UserError for those, once there are as many as it names or at the end, unless they are skipped.
+    """
+    from pdvit.data.images import NAMED, refuse_bad
+    from pdvit.data.loader import eval_batches
+    from pdvit.tasks.prediction import predict as run
+
+    def on_bad(found: "list[BadImage]") -> None:
+        bad.extend(found)
+        if not skip and len(bad) >= NAMED:
+            refuse_bad(bad, TIP)
+
+    batches = with_progress(eval_batches(files, opened.loading, on_bad), len(files), console, "images")
+    yield from run(opened.loaded.model, batches, top, opened.config.run.precision)
+    if not skip:
+        refuse_bad(bad, TIP)
+
+
+@contextmanager
+def _stream(file: Path | None) -> Iterator[TextIO]:
+    """Open the file, which is there when it is whole, or standard output; names of any bytes stay as they are."""
+    from pdvit.tracking import new_file
+
+    with ExitStack() as stack:
+        if file is None:
+            stream: BinaryIO = sys.stdout.buffer
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(new_file(file))
+        text = TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        try:
+            yield text
+        finally:
+            text.detach()
+
+
+def _report(rows: list[Row], images: int, bad: "list[BadImage]", file: Path | None, console: "RunConsole") -> None:
+    """Print what was found in a few images, what was left out, and where the rest stands."""
+    from rich.table import Table
+
+    if rows:
+        view = Table(box=None, pad_edge=False, header_style="bold")
+        for name, justify in (("image", "left"), ("label", "left"), ("probability", "right")):
+            view.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for image, rank, label, probability in rows:
+            view.add_row(printable(image) if rank == 1 else "", printable(label), f"{probability:.1%}")
+        console.print(view)
+    for item in bad[:FEW]:
+        say(console, f"skipped  {item.path} ({item.reason})")
+    left, done = f", {len(bad):,} skipped that do not decode" if bad else "", images - len(bad)
+    say(console, f"{done:,} image{'s' if done != 1 else ''} labelled{left}")
+    if file is not None:
+        say(console, f"written  {file}")

@@ -1,0 +1,113 @@
+"""What is taken for what: the confusion matrix, and its largest entries off the diagonal."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from pdvit.errors import UserError
+from pdvit.plots.style import short, styled
+
+# Classes up to which cells carry their number, and every class its name; and the most that are drawn at all.
+NUMBERED, NAMED, DRAWN = 15, 50, 200
+# Confusions that are listed beside a matrix whose cells carry no numbers.
+LISTED = 15
+# Names on an axis of more classes than can all be named.
+TICKS = 20
+
+
+def read_confusion(run: Path) -> pd.DataFrame:
+    """Read confusion.csv: class, predicted and images; UserError where it is damaged."""
+    file = run / "confusion.csv"
+    try:
+        # a class may be called "NA" or "1", which pandas would take for no value and for a number
+        with file.open(encoding="utf-8", errors="replace", newline="") as opened:
+            rows = list(csv.DictReader(opened, strict=True))
+        names = ("class", "predicted")
+        table = pd.DataFrame({name: [row[name] for row in rows] for name in names}, dtype=object)
+        table["images"] = [int(row["images"]) for row in rows]
+        unknown = set(table["predicted"]) - set(table["class"])
+        if table.empty or table["images"].min() < 0 or table.duplicated(names).any() or unknown:
+            raise ValueError("it is not a matrix of images by class")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        what = "the confusion matrix is damaged, or not one of pdvit eval"
+        raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
+    return table
+
+
+def plot_confusion(table: pd.DataFrame, name: str) -> Figure:
+    """Draw the shares of each class's images by what they were taken for; of many classes, those with most errors.
+
+    Args:
+        table: as `read_confusion` returns it.
+        name: of the checkpoint, for the title.
+    """
+    wrong = table[table["class"] != table["predicted"]]
+    images, classes = int(table["images"].sum()), list(table["class"].unique())
+    shown = _worst(classes, wrong)
+    count, listed = len(shown), len(shown) > NUMBERED
+    names = 0.07 * max(len(short(label)) for label in shown)  # what they take of the figure, in inches
+    side = 7.0 if listed else max(3.2, 0.36 * count) + names
+    size = (side + 1.2 + 4.0, side) if listed else (side + 1.2, side)
+    with styled(*size, columns=1 + listed, width_ratios=(side + 1.2, 4.0)[: 1 + listed]) as figure:
+        _draw_matrix(figure.axes[0], table, shown)
+        of = f"\nthe {count} classes with most errors, of {len(classes):,}" if count < len(classes) else ""
+        right = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
+        figure.axes[0].set_title(f"{short(name)}\n{right} of {images:,} images told right{of}")
+        if listed:
+            _draw_list(figure.axes[1], wrong)
+        return figure
+
+
+def _worst(classes: list[str], wrong: pd.DataFrame) -> list[str]:
+    """Return the classes that are drawn, in their own order: all, or of many those with most errors."""
+    if len(classes) <= DRAWN:
+        return classes
+    errors = wrong.groupby("class")["images"].sum().reindex(classes, fill_value=0)
+    kept = set(errors.sort_values(ascending=False, kind="stable").index[:DRAWN])
+    return [name for name in classes if name in kept]
+
+
+def _draw_matrix(axes: Any, table: pd.DataFrame, shown: list[str]) -> None:
+    """Draw shares of rows, from white to dark; the square root keeps rare confusions visible."""
+    count, place = len(shown), {name: index for index, name in enumerate(shown)}
+    of_class = table.groupby("class")["images"].sum()
+    counts = np.zeros((count, count), dtype=np.int64)
+    inside = table[table["class"].isin(place) & table["predicted"].isin(place)]
+    counts[inside["class"].map(place).astype(int), inside["predicted"].map(place).astype(int)] = inside["images"]
+    shares = counts / np.maximum(of_class[shown].to_numpy(), 1)[:, None]
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    if count <= NUMBERED:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.4 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
+    step = 1 if count <= NAMED else -(-count // TICKS)
+    ticks = range(0, count, step)
+    names = [short(shown[tick]) for tick in ticks]
+    small = 9 if count <= NUMBERED else 6.5 if step == 1 else 7.5
+    axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=small)
+    axes.set_yticks(ticks, names, fontsize=small)
+    axes.set(xlabel="predicted", ylabel="class")
+    axes.grid(visible=False)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
+    bar.set_ticks([0, 0.01, 0.05, 0.25, 1], labels=["0", "1 %", "5 %", "25 %", "100 %"])
+
+
+def _draw_list(axes: Any, wrong: pd.DataFrame) -> None:
+    """Draw the largest entries off the diagonal as bars, the largest on top."""
+    largest = wrong[wrong["images"] > 0].sort_values("images", ascending=False, kind="stable").head(LISTED)
+    pairs, values = zip(largest["class"], largest["predicted"], strict=True), largest["images"].tolist()
+    names = [f"{short(name)} → {short(predicted)}" for name, predicted in pairs]
+    axes.barh(range(len(names)), values, color="#3f90da", height=0.7)
+    axes.set_yticks(range(len(names)), names, fontsize=7.5)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    for place, value in enumerate(values):
+        axes.annotate(str(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title("most frequent confusions, images" if names else "no confusions")

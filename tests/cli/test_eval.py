@@ -1,0 +1,228 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+
+import pdvit as library
+import pdvit.config.schema
+import pdvit.data.sources
+import pdvit.tasks.scores
+from pdvit.cli import run as pdvit
+
+KEYS = ("accuracy", "accuracy_top5", "loss", "calibration_error", "split", "images", "model", "weights", "data")
+FILES = ("eval.csv", "confusion.csv", "eval.json")
+CPU = ["--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture
+def evaluated(capsys):
+    """Return a function that evaluates with --json and returns what was printed."""
+
+    def evaluate(*arguments: object):
+        capsys.readouterr()
+        assert pdvit(["eval", *map(str, arguments), *CPU, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return evaluate
+
+
+def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) -> None:
+    """Write a checkpoint again with other weights or another configuration."""
+    file = run / "model.safetensors"
+    config = config or json.loads((run / "config.json").read_text())
+    save_file(tensors or load_file(file), file, metadata={"config.json": json.dumps(config)})
+
+
+@pytest.fixture(scope="module")
+def answers(digits_run):
+    """The logits of timm's own loading of the run, on the test digits, and the right classes."""
+    source = library.data.sources.open_source(library.config.schema.DataConfig())
+    model = timm.create_model(f"local-dir:{digits_run}", pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model((source.splits["test"].images / 255 - mean) / std)
+    return logits.double(), source.splits["test"].labels.numpy()
+
+
+def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated, records):
+    summary = json.loads((run_copy / "summary.json").read_text())
+    found = evaluated(run_copy)
+    assert all(key in found for key in KEYS)
+    for key in ("accuracy", "loss", "split", "weights"):
+        assert found[key] == summary[key]
+    last = records(run_copy, "eval")[-1]
+    found = evaluated(run_copy, "--split", "val")
+    assert (found["accuracy"], found["loss"], found["split"]) == (last["accuracy"], last["loss"], "val")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "bf16"],
+        ["--model-ema-decay", "0.9", "--micro-batch-size", "5"],
+        ["--first", "embed", "--seed", "3"],
+        ["--data", "FOLDER", "--img-size", "24", "--batch-size", "4"],
+        ["--grad-checkpointing", "--drop-path", "0.2", "--cosine", "0"],
+    ],
+    ids=" ".join,
+)
+def test_the_numbers_are_those_at_the_end_of_any_training(tiny, workplace, image_folder, evaluated, flags):
+    flags = [str(image_folder) if flag == "FOLDER" else flag for flag in flags]
+    assert pdvit(["train", *tiny, "--epochs", "2", "--batch-size", "24", *flags, "--out", "run"]) == 0
+    summary, found = json.loads(Path("run/summary.json").read_text()), evaluated("run")
+    assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once(run_copy, evaluated):
+    one = evaluated(run_copy)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pdvit"]
+    done = subprocess.run([*start, "eval", str(run_copy), *CPU, "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)
+    assert (two["processes"], two["images"]) == (2, 360)
+    for key in ("accuracy", "accuracy_top5", "loss", "calibration_error"):
+        assert two[key] == pytest.approx(one[key], rel=1e-6)
+
+
+def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(run_copy, evaluated, answers):
+    logits, targets = answers
+    found, shares, every = evaluated(run_copy), logits.softmax(1).numpy(), list(range(10))
+    predicted = shares.argmax(1)
+    assert found["accuracy"] == (predicted == targets).mean()
+    assert found["accuracy_top5"] == pytest.approx(top_k_accuracy_score(targets, shares, k=5, labels=every))
+    assert found["loss"] == pytest.approx(log_loss(targets, shares, labels=every), rel=1e-5)
+    table = pd.read_csv(run_copy / "eval.csv", dtype={"class": str, "confused_with": str})
+    precision, recall, _, support = precision_recall_fscore_support(targets, predicted, zero_division=np.nan)
+    assert table["class"].tolist() == [str(digit) for digit in every]
+    assert table["images"].tolist() == support.tolist()
+    assert table["accuracy"].tolist() == pytest.approx(recall.tolist())
+    assert table["precision"].tolist() == pytest.approx(precision.tolist(), nan_ok=True)
+    matrix = pd.read_csv(run_copy / "confusion.csv").pivot(index="class", columns="predicted", values="images")
+    assert (matrix.fillna(0).to_numpy() == confusion_matrix(targets, predicted, labels=every)).all()
+    assert json.loads((run_copy / "eval.json").read_text())["accuracy"] == found["accuracy"]
+
+
+def test_a_lone_file_is_evaluated_on_the_data_that_are_named(run_copy, workplace, evaluated):
+    shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
+    own = json.loads((run_copy / "summary.json").read_text())
+    found = evaluated("alone.safetensors", "--data", "digits")
+    assert found["file"] == "runs/eval-alone/eval.json"
+    assert sorted(path.name for path in Path("runs/eval-alone").iterdir()) == sorted(FILES)
+    assert found["accuracy"] == own["accuracy"]
+    assert found["loss"] == pytest.approx(own["loss"], rel=1e-6)  # in batches of another size
+
+
+@pytest.mark.slow
+def test_out_is_where_the_files_go(run_copy, workplace, evaluated):
+    assert evaluated(run_copy, "--out", "deep/elsewhere")["file"] == "deep/elsewhere/eval.json"
+    assert all(Path("deep/elsewhere", name).is_file() for name in FILES)
+    assert not (run_copy / "eval.json").exists()
+
+
+@pytest.mark.slow
+def test_classes_in_another_order_are_matched_by_name(run_copy, evaluated):
+    before = evaluated(run_copy)
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    config, tensors = json.loads((run_copy / "config.json").read_text()), load_file(run_copy / "model.safetensors")
+    config["label_names"] = [str(digit) for digit in order]
+    for name in ("head.weight", "head.bias"):
+        tensors[name] = tensors[name][order].clone()
+    rewrite(run_copy, tensors, config)
+    after = evaluated(run_copy)
+    assert (before["matched"], after["matched"]) == ("by name", "by name, in another order")
+    assert after["accuracy"] == before["accuracy"]
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_class_names_of_any_kind_survive(tiny, workplace, image_folder, evaluated, capsys):
+    names = {"blue": "NA", "green": '猫, "x"\n[b]', "red": "1"}
+    for split in ("train", "val"):
+        for old, new in names.items():
+            (image_folder / split / old).rename(image_folder / split / new)
+    flags = ["--epochs", "1st", "--batch-size", "24", "--img-size", "16", "--workers", "0", "--out", "run"]
+    assert pdvit(["train", *tiny, "--data", str(image_folder), *flags]) == 0
+    found = evaluated("run")
+    assert (found["images"], found["accuracy_top5"], found["split"]) == (6, None, "val")
+    with Path("run/eval.csv").open(newline="") as file:
+        assert {row["class"] for row in csv.DictReader(file)} == set(names.values())
+    assert pdvit(["plot", "confusion", "run", "--out", "figure.svg"]) == 0
+    assert pdvit(["eval", "run", *CPU]) == 0
+    assert "猫" in capsys.readouterr().out
+
+
+def test_the_terminal_shows_the_numbers_and_what_comes_next(run_copy, capsys):
+    assert pdvit(["eval", str(run_copy), *CPU]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("test accuracy", "five most probable", "calibration error", "360 images of digits", "most taken for"):
+        assert text in shown
+    assert f"next pdvit plot confusion {run_copy}" in shown
+
+
+def test_an_interrupt_leaves_no_files(run_copy, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library.tasks.scores, "measure", interrupted)
+    before = sorted(run_copy.rglob("*"))
+    assert pdvit(["eval", str(run_copy), *CPU]) == 130
+    assert sorted(run_copy.rglob("*")) == before
+
+
+class TestRefused:
+    def test_a_checkpoint_that_is_not_there(self, refusal, workplace):
+        assert "absent" in refusal("eval", "absent").where
+
+    def test_a_file_without_data(self, refusal, run_copy, workplace):
+        shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
+        assert "--data" in refusal("eval", "alone.safetensors").tip
+
+    def test_data_of_other_classes(self, refusal, run_copy, image_folder):
+        found = refusal("eval", run_copy, "--data", image_folder)
+        assert "10 classes" in found.what
+        assert "3" in found.what
+        assert not (run_copy / "eval.json").exists()
+
+    def test_a_split_that_is_not_there(self, refusal, run_copy):
+        assert "'test'" in refusal("eval", run_copy, "--split", "tset").tip
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_no_numbers(self, refusal, run_copy, value):
+        tensors = load_file(run_copy / "model.safetensors")
+        tensors["blocks.1.norm1.weight"][3] = value
+        rewrite(run_copy, tensors)
+        assert "blocks.1.norm1.weight" in refusal("eval", run_copy).what
+        assert not (run_copy / "eval.json").exists()
+
+    def test_logits_that_are_no_numbers(self, refusal, run_copy):
+        tensors = load_file(run_copy / "model.safetensors")
+        tensors["head.weight"].fill_(3e38)
+        rewrite(run_copy, tensors)
+        assert "360 images" in refusal("eval", run_copy, *CPU).what
+        assert not (run_copy / "eval.json").exists()
+
+    def test_a_place_below_a_file(self, refusal, run_copy, tmp_path):
+        (tmp_path / "file").touch()
+        for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+            assert "not a folder" in refusal("eval", run_copy, "--out", place).what
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--precision", "fp8"], ["--batch-size", "0"], ["--device", "gpu"], ["--data", "digts"], ["--splt", "val"]],
+        ids=" ".join,
+    )
+    def test_bad_options(self, refusal, run_copy, arguments):
+        refusal("eval", run_copy, *arguments)

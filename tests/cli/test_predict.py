@@ -1,0 +1,168 @@
+import csv
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import pdvit as library
+import pdvit.tasks.prediction
+from pdvit.cli import run as pdvit
+
+CPU = ["--device", "cpu", "--workers", "0"]
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+@torch.no_grad()
+def expected(run: Path, paths: list[Path]) -> torch.Tensor:
+    """Return the probabilities of the model that timm loads, with timm's own preprocessing."""
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return model(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])).softmax(1)
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_labels_and_probabilities_are_those_of_timm(run_copy, image_folder, top):
+    assert pdvit(["predict", str(run_copy), str(image_folder), "--top", str(top), *CPU]) == 0
+    rows, paths = rows_of(run_copy / "predictions.csv"), sorted(image_folder.rglob("*.png"))
+    best = expected(run_copy, paths).topk(top)
+    assert list(rows[0]) == ["image", "rank", "label", "probability"]
+    assert [row["image"] for row in rows] == [str(path) for path in paths for _ in range(top)]
+    assert [int(row["rank"]) for row in rows] == [rank + 1 for _ in paths for rank in range(top)]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.flatten().tolist(), abs=1e-5)
+    assert [int(row["label"]) for row in rows if row["rank"] == "1"] == best.indices[:, 0].tolist()
+
+
+def test_names_of_any_kind_survive(run_copy, image_folder, workplace):
+    sound = (image_folder / "val/red/0.png").read_bytes()
+    names = ["a,b.png", 'say "x".png', "two\nlines.png", "re\rturn.png", "日本.png", " space .png", "[red].png"]
+    names += ["=1+1.png", os.fsdecode(b"\xff.png")]
+    Path("odd").mkdir()
+    for name in names:
+        Path("odd", name).write_bytes(sound)
+    assert pdvit(["predict", str(run_copy), "odd", "--out", "mine/labels.csv", *CPU]) == 0
+    assert {row["image"] for row in rows_of(Path("mine/labels.csv"))} == {f"odd/{name}" for name in names}
+    assert [path.name for path in Path("mine").iterdir()] == ["labels.csv"]
+
+
+@pytest.mark.slow
+def test_labels_are_the_names_of_the_checkpoint_and_else_numbers(run_copy, image_folder):
+    image, file = image_folder / "val/red/0.png", run_copy / "model.safetensors"
+    config, tensors = json.loads((run_copy / "config.json").read_text()), load_file(file)
+    found = []
+    for names in ([f"digit {number}" for number in range(10)], None):
+        save_file(tensors, file, metadata={"config.json": json.dumps(config | {"label_names": names})})
+        assert pdvit(["predict", str(run_copy), str(image), *CPU]) == 0
+        found += [row["label"] for row in rows_of(run_copy / "predictions.csv")]
+    assert found[0] == f"digit {found[1]}"
+
+
+@pytest.mark.slow
+def test_an_image_that_is_named_twice_is_labelled_once(run_copy, image_folder):
+    images = [str(image_folder / "val/red/1.png"), str(image_folder / "val/red")]
+    assert pdvit(["predict", str(run_copy), *images, *CPU]) == 0
+    assert [row["image"][-5:] for row in rows_of(run_copy / "predictions.csv")] == ["1.png", "0.png"]
+
+
+def test_standard_output_gets_the_csv_and_nothing_else(run_copy, image_folder, capsysbinary):
+    capsysbinary.readouterr()
+    assert pdvit(["predict", str(run_copy), str(image_folder / "val"), "--out", "-", *CPU]) == 0
+    shown = capsysbinary.readouterr()
+    assert len(list(csv.DictReader(io.StringIO(shown.out.decode(), newline="")))) == 6
+    assert b"6 images labelled" in shown.err
+    assert not (run_copy / "predictions.csv").exists()
+
+
+def test_a_few_images_are_shown(run_copy, image_folder, capsys, monkeypatch):
+    monkeypatch.chdir(image_folder)
+    assert pdvit(["predict", str(run_copy), "val/red", "--top", "2", *CPU]) == 0
+    shown = capsys.readouterr().out
+    assert "val/red/0.png" in shown
+    assert shown.count("%") == 4
+    assert str(run_copy / "predictions.csv") in shown
+    assert pdvit(["predict", str(run_copy), "train", *CPU]) == 0
+    assert "%" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_folder, monkeypatch, number):
+    def signalled(*arguments):
+        found = whole(*arguments)
+        yield next(found)
+        assert len(list(run_copy.glob(".predictions*"))) == 1
+        os.kill(os.getpid(), number)
+        yield from found
+
+    whole = library.tasks.prediction.predict
+    monkeypatch.setattr(library.tasks.prediction, "predict", signalled)
+    (run_copy / "predictions.csv").write_text("of before")
+    before = sorted(run_copy.rglob("*"))
+    assert pdvit(["predict", str(run_copy), str(image_folder), *CPU]) == 130
+    assert sorted(run_copy.rglob("*")) == before
+    assert (run_copy / "predictions.csv").read_text() == "of before"
+
+
+class TestBadImages:
+    @pytest.fixture
+    def folder(self, image_folder) -> Path:
+        for number in range(12):
+            (image_folder / "train" / "red" / f"bad-{number:02}.png").write_text("no image")
+        (image_folder / "val" / "red" / "0.png").write_bytes(b"")
+        return image_folder
+
+    def test_they_are_named_up_to_ten_and_nothing_is_written(self, folder, refusal, run_copy):
+        (run_copy / "predictions.csv").write_text("of before")
+        found = refusal("predict", run_copy, folder / "train", "--batch-size", 4, *CPU)
+        assert found.where.count("bad-") == 10
+        assert "--on-bad-image skip" in found.tip
+        assert (run_copy / "predictions.csv").read_text() == "of before"
+        found = refusal("predict", run_copy, folder / "val", "--batch-size", 1, *CPU)
+        assert "val/red/0.png" in found.where
+
+    def test_they_are_left_out_and_counted(self, folder, run_copy, capsys):
+        arguments = [str(run_copy), str(folder), "--on-bad-image", "skip", "--batch-size", "4", *CPU]
+        assert pdvit(["predict", *arguments]) == 0
+        images = [row["image"] for row in rows_of(run_copy / "predictions.csv")]
+        sound = [path for path in sorted(folder.rglob("*.png")) if path.read_bytes().startswith(b"\x89PNG")]
+        assert images == [str(path) for path in sound]
+        shown = capsys.readouterr().out
+        assert "29 images labelled, 13 skipped" in shown
+        assert "bad-00.png (not an image)" in shown
+
+    def test_another_word_is_refused(self, refusal, run_copy, folder):
+        assert "skip" in refusal("predict", run_copy, folder, "--on-bad-image", "ignore").tip
+
+
+class TestRefused:
+    def test_images_that_are_not_there(self, refusal, run_copy):
+        assert "absent" in refusal("predict", run_copy, "absent.png").where
+
+    def test_no_images(self, refusal, run_copy):
+        assert "IMAGES" in refusal("predict", run_copy).what.upper()
+
+    def test_more_labels_than_classes(self, refusal, run_copy, image_folder):
+        assert "10 classes" in refusal("predict", run_copy, image_folder, "--top", 11).what
+
+    def test_a_folder_as_the_file(self, refusal, run_copy, image_folder, tmp_path):
+        assert "folder" in refusal("predict", run_copy, image_folder, "--out", tmp_path).what
+
+    def test_a_place_below_a_file(self, refusal, run_copy, image_folder, tmp_path):
+        (tmp_path / "file").touch()
+        refusal("predict", run_copy, image_folder, "--out", tmp_path / "file" / "labels.csv")
+
+    def test_logits_that_are_no_numbers(self, refusal, run_copy, image_folder):
+        tensors, config = load_file(run_copy / "model.safetensors"), (run_copy / "config.json").read_text()
+        tensors["head.weight"].fill_(3e38)
+        save_file(tensors, run_copy / "model.safetensors", metadata={"config.json": config})
+        assert "0.png" in refusal("predict", run_copy, image_folder, *CPU).what
+        assert not (run_copy / "predictions.csv").exists()

@@ -1,0 +1,57 @@
+from types import SimpleNamespace
+
+import pytest
+
+from pdvit.errors import UserError
+from pdvit.models.weights import Loaded
+from pdvit.tasks.labels import label_names, match
+
+
+def checkpoint(classes: int, **config: object) -> Loaded:
+    return Loaded(SimpleNamespace(num_classes=classes), "net", config)
+
+
+def test_the_names_stand_in_the_configuration_or_in_timms_part_of_it():
+    assert label_names(checkpoint(2, label_names=["a", "b"])) == ["a", "b"]
+    assert label_names(checkpoint(2, pretrained_cfg={"label_names": ["a", "b"]})) == ["a", "b"]
+    assert label_names(checkpoint(2)) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "said"),
+    [
+        (["a", "b", "c"], None, "by name"),
+        (["c", "a", "b"], [1, 2, 0], "another order"),
+        (None, None, "by position"),
+    ],
+)
+def test_classes_are_matched_by_name_where_there_are_names(names, order, said):
+    found, words = match(checkpoint(3, label_names=names), ["a", "b", "c"], "data")
+    assert found == order
+    assert said in words
+    if order:
+        assert [names[index] for index in order] == ["a", "b", "c"]
+
+
+def test_names_that_stand_twice_in_the_same_order_are_fine():
+    assert match(checkpoint(2, label_names=["crane", "crane"]), ["crane", "crane"], "data")[0] is None
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "classes", "what"),
+    [
+        (3, None, ["a", "b"], "the checkpoint has 3 classes, data has 2"),
+        (3, ["a", "b", "c"], ["a", "b"], "data has 2 of the checkpoint's 3 classes"),
+        (2, ["a", "b"], ["a", "b", "c"], "the checkpoint has 2 classes, data has 3"),
+        (2, ["a", "b"], ["a", "x"], "'x'"),
+        (3, ["a", "b", "a"], ["b", "a", "a"], "'a' is the name of two"),
+        (0, None, ["a"], "no classifier"),
+        (2, ["a"], ["a", "b"], "1 label_names for 2 classes"),
+        (2, "ab", ["a", "b"], "not a list"),
+        (2, [1, 2], ["a", "b"], "not a list"),
+    ],
+)
+def test_other_classes_are_refused(count, names, classes, what):
+    with pytest.raises(UserError) as caught:
+        match(checkpoint(count, label_names=names), classes, "data")
+    assert what in caught.value.what
