@@ -152,7 +152,7 @@ def _read_pickled(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"it holds more than tensors and plain values{_foreign(file)}, which could run code: it was not opened",
             str(file),
-            "where you trust it, save its weights alone: safetensors.torch.save_file(model.state_dict(), 'x.safetensors')",
+            "where you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')",
         ) from error
     except DAMAGE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -158,9 +158,7 @@ def test_deit3_with_its_own_names_of_layer_scale(save):
     name = "deit3_small_patch16_224"
     model = make(name, **SMALL)
     renamed = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
-    state = {
-        f"{key[:-9]}{renamed[key[-9:]]}" if key[-9:] in renamed else key: v for key, v in model.state_dict().items()
-    }
+    state = {key[:-9] + renamed.get(key[-9:], key[-9:]): value for key, value in model.state_dict().items()}
     args = argparse.Namespace(model=name, img_size=32, model_kwargs=KWARGS)
     assert same(model, save({"model": state, "args": args}))
 
@@ -222,11 +220,10 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save, 
     assert marker.exists()
 
 
-@pytest.mark.parametrize(
-    "value",
-    [pathlib.PurePosixPath("out"), np.float64(3), torch.nn.Linear(1, 1), range(3)],
-    ids=lambda x: type(x).__name__,
-)
+OBJECTS = [pathlib.PurePosixPath("out"), np.float64(3), torch.nn.Linear(1, 1), range(3)]
+
+
+@pytest.mark.parametrize("value", OBJECTS, ids=lambda value: type(value).__name__)
 def test_objects_beside_the_weights_are_refused_by_name(save, value):
     with pytest.raises(UserError, match="more than tensors and plain values"):
         load(save({"model": make().state_dict(), "args": value}))
@@ -313,9 +310,7 @@ def test_published_weights_come_with_their_configuration(monkeypatch):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k", "HF_HUB:a/b"]
-)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf-hub:timm/vit_tiny.augreg_in21k", "HF_HUB:a/b"])
 def test_without_a_network_the_error_says_so(monkeypatch, tmp_path, name):
     import huggingface_hub
 
@@ -352,9 +347,7 @@ def test_a_folder_of_the_hub_is_read_like_any_other(monkeypatch, tmp_path):
     assert asked == [("somebody/model", name, "main") for name in names]
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "vit_tiny_patch16_224.no_such_tag", "vit_relpos_base_patch32_plus_rpn_256"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224.no_such_tag", "vit_base_patch16_plus_240"])
 def test_names_without_weights_are_refused_before_anything_is_fetched(name):
     with pytest.raises(UserError):
         load(name)
