@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pdvit import __version__
-from pdvit.cli import analyze, doctor, plot, train
+from pdvit.cli import analyze, doctor, finetune, plot, train
 from pdvit.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train.train)
+app.command()(finetune.finetune)
 app.command()(analyze.analyze)
 app.command()(doctor.doctor)
 app.add_typer(plot.app, name="plot")

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
+from pdvit.config.schema import CROP_MODES, INTERPOLATIONS
 from pdvit.errors import UserError
 from pdvit.models.build import sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
@@ -18,7 +19,6 @@ from pdvit.models.matching import Chosen, choose
 COPY = "copy the file again"
 # Widths of timm's plain vision transformers, with the sizes in their names.
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
 
     Args:
         given: what `read_checkpoint` takes.
-        model_name: timm's name of the model; what the checkpoint says of it then counts for nothing.
+        model_name: timm's name of the model; where the checkpoint says another, its arguments count for nothing.
         weights: `raw` or `ema`, where it holds both; None takes the moving average.
 
     Raises:
@@ -74,7 +74,7 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
         raise _nameless(checkpoint)
     architecture = model_name or str(config["architecture"])
     plain = sketch_model(architecture, {}, where)  # a family that is refused never sees the arguments
-    arguments = {} if model_name else _arguments(config, where)
+    arguments = _arguments(config, where) if architecture == config.get("architecture") else {}
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(checkpoint.tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch = sketch_model(architecture, arguments, where) if arguments else plain
@@ -168,7 +168,7 @@ def _input(config: dict[str, Any], where: str) -> dict[str, Any]:
     crop = told.get("crop_pct", 1.0)
     if not (isinstance(crop, int | float) and 0.05 < crop <= 2):
         raise UserError(f"its crop_pct is {crop!r}", where, COPY)
-    for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", ("center", "squash", "border"))):
+    for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if told.get(key, known[0]) not in known:
             raise UserError(f"its {key} is {told[key]!r}", where, f"pdvit knows {', '.join(known)}")
     return told
