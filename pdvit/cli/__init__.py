@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pdvit import __version__
-from pdvit.cli import analyze, doctor, eval, plot, predict, train
+from pdvit.cli import analyze, doctor, eval, finetune, plot, predict, train
 from pdvit.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train.train)
+app.command()(finetune.finetune)
 app.command("eval")(eval.evaluate)
 app.command()(predict.predict)
 app.command()(analyze.analyze)

@@ -23,7 +23,7 @@ BAR = 24
 
 def analyze(
     checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="Run directories, timm folders or .safetensors files.")
+        list[str] | None, typer.Argument(help="Run directories, timm folders, files of weights, names of models.")
     ] = None,
     images: Annotated[
         list[str] | None,
@@ -32,6 +32,9 @@ def analyze(
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many images.")] = 256,
     model: Annotated[
         str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="raw or ema, where a file holds both; unset: ema.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; for one checkpoint.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
@@ -49,16 +52,18 @@ def analyze(
     from pdvit.tracking import newest
 
     console = Console(stderr=as_json)
-    paths = [Path(os.path.expanduser(name)) for name in checkpoints or []] or newest("model.safetensors")[:1]
+    paths = [os.path.expanduser(name) for name in checkpoints or []] or newest("model.safetensors")[:1]
+    if weights not in (None, "raw", "ema"):
+        raise UserError(f"there are no weights called '{weights}'", "--weights", "choose raw or ema")
     if not paths:
         raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
     if out is not None and len(paths) > 1:
         raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
     results, folders = [], []
     for path in paths:
-        options = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
-        table, facts = _analyze(path, images or [], model, options)
-        folder = results_folder(path, out, "analysis", facts["model"])
+        options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
+        table, facts = _analyze(str(path), images or [], (model, weights), options)
+        folder = results_folder(Path(path), out, "analysis", facts["model"])
         if str(folder) in folders:
             raise UserError("two checkpoints of the same name", str(folder), "analyze them one by one, with --out")
         folders.append(str(folder))
@@ -74,9 +79,9 @@ def analyze(
 
 
 def _analyze(
-    path: Path, images: list[str], model: str | None, options: dict[str, Any]
+    path: str, images: list[str], which: tuple[str | None, str | None], options: dict[str, Any]
 ) -> tuple["pd.DataFrame", dict[str, Any]]:
-    """Load, measure and describe one checkpoint."""
+    """Load, measure and describe one checkpoint; `which` is its model and its weights, where they are named."""
     from pdvit.analysis import analyze as measure
     from pdvit.analysis import statement
     from pdvit.data.images import Preprocessing
@@ -84,8 +89,8 @@ def _analyze(
     from pdvit.engine.device import choose_device, device_name
     from pdvit.models.weights import load
 
-    loaded = load(path, model)
-    pictures = _pictures(path, images).first(options["limit"])
+    loaded = load(path, *which)
+    pictures = _pictures(Path(path), images).first(options["limit"])
     device = choose_device(options["device"])
     preprocessing = Preprocessing.for_model(loaded.model)
     loading = Loading(options["batch_size"], 0, options["workers"], device, preprocessing)
@@ -96,7 +101,7 @@ def _analyze(
         f"{pictures.description}; {_fitted(pictures, preprocessing)}",
         _prefix(loaded),
         loaded.weights,
-        str(path),
+        path,
         device_name(device),
     )
     return table, facts

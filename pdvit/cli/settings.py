@@ -14,13 +14,19 @@ from pdvit.config.load import build, parse_set, read_toml, sections
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
+# Values by section and key.
+Layer = Mapping[str, Mapping[str, Any]]
 
-def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace the command's `**settings` by one keyword option for each key that has a flag."""
+
+def with_settings(command: Callable[..., Any], defaults: Layer | None = None) -> Callable[..., Any]:
+    """Replace the command's `**settings` by one keyword option for each key that has a flag.
+
+    `defaults` are the command's own, by section and key; the options only say them.
+    """
     signature = inspect.signature(command)
     own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
     added = [
-        _option(section, item, get_type_hints(cls)[item.name], cls.__doc__ or section)
+        _option(section, item, (defaults or {}).get(section, {}))
         for section, cls in sections().items()
         for item in fields(cls)
         if info_of(item).flags
@@ -33,13 +39,17 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_config(
-    file: Path | None, assignments: list[str], settings: Mapping[str, Any], assigned_by: str = "--set"
+    file: Path | None,
+    assignments: list[str],
+    settings: Mapping[str, Any],
+    assigned_by: str = "--set",
+    defaults: Layer | None = None,
 ) -> Config:
     """Merge file, flags and assignments (of the flag `assigned_by`) over the defaults, in this order.
 
-    Raises UserError.
+    `defaults` are those of the command, over everybody's. Raises UserError.
     """
-    layers: list[tuple[str, Mapping[str, Any]]] = []
+    layers: list[tuple[str, Mapping[str, Any]]] = [("the command's defaults", defaults or {})]
     if file is not None:
         layers.append((str(file), read_toml(file)))
     layers.append(("the command line", _from_flags(settings)))
@@ -65,8 +75,9 @@ def describe_default(default: Any) -> str:
     return f" (default: {' '.join(str(value) for value in values)})"
 
 
-def _option(section: str, item: "Field[Any]", hint: Any, panel: str) -> inspect.Parameter:
-    info = info_of(item)
+def _option(section: str, item: "Field[Any]", defaults: Mapping[str, Any]) -> inspect.Parameter:
+    info, cls = info_of(item), sections()[section]
+    hint = get_type_hints(cls)[item.name]
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kind = next(option for option in options if option is not type(None))
     if get_origin(kind) is dict:
@@ -75,9 +86,9 @@ def _option(section: str, item: "Field[Any]", hint: Any, panel: str) -> inspect.
         kind = str
     option = typer.Option(
         *info.flags,
-        help=info.help + describe_default(item.default),
+        help=info.help + describe_default(defaults.get(item.name, item.default)),
         show_default=False,  # the option's own default is None: not given
-        rich_help_panel=panel.rstrip("."),
+        rich_help_panel=(cls.__doc__ or section).rstrip("."),
         metavar="|".join(info.choices) or None,
     )
     annotation: Any = Annotated[kind | None, option]

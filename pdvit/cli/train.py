@@ -1,20 +1,13 @@
 """`pdvit train`."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.runs.command import Command
-from pdvit.cli.runs.replay import replay as run_replay
-from pdvit.cli.runs.resume import resume as run_resume
-from pdvit.cli.runs.start import start
-from pdvit.cli.runs.together import together
-from pdvit.cli.settings import given_flags, make_config, with_settings
+from pdvit.cli.runs.options import AsJson, Assign, Change, File, Replay, Resume, begin
+from pdvit.cli.settings import with_settings
 from pdvit.config.presets import TERMS
 from pdvit.config.schema import AugmentConfig, Config
-from pdvit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -26,48 +19,19 @@ if TYPE_CHECKING:
 
 @with_settings
 def train(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any keys.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value; wins over everything; repeatable.")
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", help="Go on with this run directory, as it was configured; auto: the newest."),
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--change", help="section.key=value: go on with another setting; with --resume; repeatable."),
-    ] = None,
-    replay: Annotated[
-        Path | None, typer.Option("--replay", help="Run the step again at which this run broke down, and say where.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")] = False,
+    config: File = None,
+    assign: Assign = None,
+    resume: Resume = None,
+    change: Change = None,
+    replay: Replay = None,
+    as_json: AsJson = False,
     **settings: Any,
 ) -> int:
     """Train a vision transformer with the diversity terms.
 
     Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
     """
-    from pdvit.engine.interrupts import stop_on_signals
-
-    if resume is not None and replay is not None:
-        raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
-    again = f"--resume {resume}" if resume is not None else f"--replay {replay}" if replay is not None else None
-    given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
-    if again is not None and given:
-        raise UserError(
-            f"a run that is taken up keeps its configuration, so {given[0]} can't be given",
-            again,
-            "leave it out, change a setting with --change section.key=value, or start a new run",
-        )
-    if change and resume is None:
-        raise UserError("only a run that is resumed can be changed", "--change", "add --resume RUN")
-    with stop_on_signals() as stop, together():  # before anything slow is imported
-        if replay is not None:
-            return run_replay(TRAIN, replay, as_json)
-        if resume is not None:
-            return run_resume(TRAIN, resume, change or [], as_json, stop)
-        return start(TRAIN, make_config(config, assign or [], settings), as_json, stop)
+    return begin(TRAIN, config, assign, resume, change, replay, as_json, settings)
 
 
 def _make_task(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "ClassificationTask":

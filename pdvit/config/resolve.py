@@ -12,6 +12,8 @@ from pdvit.errors import UserError
 SMALL = "vit_tiny_patch16_224"
 SMALL_DEPTH, SMALL_WIDTH, SMALL_HEAD_WIDTH, SMALL_PATCH, SMALL_IMAGE = 8, 48, 16, 4, 32
 SMALL_LR = 1e-3
+# With initial weights: a tenth (docs/finetune.md), of the small model's where tokens are shorter than any of timm's.
+NARROW, FINE = 192, 0.1
 # DeiT's learning rate for 512 images per update.
 LR_PER_512 = 5e-4
 # Keys of the diversity section that a preset fills in.
@@ -21,11 +23,18 @@ OF_PRESET = ("variant", "first", "last", "patch_head", *TERMS)
 def resolve(config: Config) -> Config:
     """Return the configuration with preset, model and learning rate spelled out.
 
-    Resolving twice changes nothing, so that a written run.toml means the same run. Raises UserError where the learning
-    rate would end above its peak, and where the course of a weight can't be read.
+    Resolving twice changes nothing, so that a written run.toml means the same run. The model of initial weights is
+    known when they are read; until then it is left open. Raises UserError where the learning rate would end above its
+    peak, where the course of a weight can't be read, and where what depends on initial weights comes without them.
     """
     for term in TERMS:
         weight_schedule(config.diversity, term)
+    for name in ("freeze", "weights") if config.model.init is None else ():
+        if getattr(config.model, name) is not None:
+            what = f"model.{name} needs initial weights" + (
+                ": fresh ones would never learn" if name == "freeze" else ""
+            )
+            raise UserError(what, f"model.{name} (--{name})", "name a checkpoint with --init, or leave it out")
     config = _learning_rate(_model(_preset(config)))
     lr, least = config.optim.lr, config.optim.min_lr
     if lr is not None and least > lr:
@@ -49,8 +58,11 @@ def _preset(config: Config) -> Config:
 
 def _model(config: Config) -> Config:
     model, data = config.model, config.data
-    if model.name is not None:
+    if model.name is None and model.init is not None:
         return config
+    model = replace(model, drop_path=model.drop_path or 0.0)
+    if model.name is not None:
+        return replace(config, model=model)
     if config.optim.lr is None:
         config = replace(config, optim=replace(config.optim, lr=SMALL_LR))
     width = model.width or SMALL_WIDTH
@@ -66,7 +78,10 @@ def _model(config: Config) -> Config:
 
 
 def _learning_rate(config: Config) -> Config:
-    if config.optim.lr is not None:
+    model = config.model
+    if config.optim.lr is not None or model.name is None:
         return config
     lr = LR_PER_512 * config.data.batch_size / 512
+    if model.init is not None:
+        lr = FINE * (SMALL_LR if model.width is not None and model.width < NARROW else lr)
     return replace(config, optim=replace(config.optim, lr=lr))

@@ -11,13 +11,20 @@ from pdvit.config.presets import PRESETS, VARIANTS
 
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 MIXUP_MODES = ("batch", "pair", "elem")
+# timm's names.
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Data."""
 
-    source: str = key("digits", "Where images come from: 'digits', or a folder with train/ and val/.", "--data")
+    source: str = key(
+        "digits",
+        "Where images come from: 'digits', 'digits:0-4', 'digits:5-9', or a folder with train/ and val/.",
+        "--data",
+    )
     batch_size: int = key(
         32,
         "Images per update, in total (timm's is per process); auto: as many as a GPU holds.",
@@ -33,6 +40,17 @@ class DataConfig:
         minimum=1,
     )
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
+    mean: tuple[float, float, float] | None = key(
+        None, "Mean of the channels, of 1; this and the next four unset: as the model's configuration says.", "--mean"
+    )
+    std: tuple[float, float, float] | None = key(None, "Standard deviation of the channels.", "--std", above=0)
+    crop_pct: float | None = key(
+        None, "Share of the side that the centre crop keeps (image files).", "--crop-pct", above=0, maximum=2
+    )
+    interpolation: str | None = key(None, "How images are resized.", "--interpolation", choices=INTERPOLATIONS)
+    crop_mode: str | None = key(
+        None, "What becomes of held-out images that are not square.", "--crop-mode", choices=CROP_MODES
+    )
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
     split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0, maximum=2**32 - 1)
 
@@ -41,17 +59,28 @@ class DataConfig:
 class ModelConfig:
     """Model."""
 
-    name: str | None = key(None, "Any timm vision transformer; unset: a small one of ours.", "--model")
+    name: str | None = key(
+        None, "Any timm vision transformer; unset: that of --init, or a small one of ours.", "--model"
+    )
+    init: str | None = key(
+        None, "Weights to begin with: a run, a timm folder, a file, or a model that timm publishes.", "--init"
+    )
+    weights: str | None = key(
+        None, "Which of --init, where it holds both; unset: the moving average.", "--weights", choices=("raw", "ema")
+    )
+    init_hash: str | None = key(None, "Hash of the weights of --init; set by the run, so that others are refused.")
+    freeze: str | None = key(
+        None,
+        "Of --init, keep as they are: the embedding and the first N blocks, or backbone: all but the heads.",
+        "--freeze",
+        number=True,
+    )
     depth: int | None = key(None, "Number of blocks.", "--depth", minimum=1)
     width: int | None = key(None, "Length of a token.", "--width", minimum=1)
     heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
     patch_size: int | None = key(None, "Side of a patch in pixels.", "--patch-size", minimum=1)
     drop_path: float | None = key(
-        None,
-        "Stochastic depth of the last block; unset: what timm gives the model.",
-        "--drop-path",
-        minimum=0,
-        maximum=0.99,
+        None, "Stochastic depth of the last block; unset: 0, or that of --init.", "--drop-path", minimum=0, maximum=0.99
     )
     grad_checkpointing: bool = key(
         False, "Compute activations twice instead of keeping them: less memory, more time.", "--grad-checkpointing"
@@ -152,7 +181,10 @@ class OptimConfig:
 
     opt: str = key("adamw", "Any timm optimizer.", "--opt")
     lr: float | None = key(
-        None, "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model.", "--lr", above=0
+        None,
+        "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model; with --init a tenth.",
+        "--lr",
+        above=0,
     )
     weight_decay: float = key(0.05, "Weight decay.", "--weight-decay", minimum=0)
     clip_grad: float | None = key(None, "Largest norm of the gradient; unset: any.", "--clip-grad", above=0)
@@ -177,7 +209,7 @@ class RunConfig:
     """Run."""
 
     out: str | None = key(None, "Run directory; unset: runs/NAME, with a suffix where taken.", "--out")
-    name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET.", "--name")
+    name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET, or SOURCE-from-INIT.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
     precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16", "fp16"))

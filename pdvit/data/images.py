@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pdvit.config.schema import AugmentConfig
+from pdvit.config.schema import AugmentConfig, DataConfig
 from pdvit.data.randomness import fold
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
@@ -46,6 +46,11 @@ class Preprocessing:
         return cls(
             height, data["crop_pct"], data["interpolation"], tuple(data["mean"]), tuple(data["std"]), data["crop_mode"]
         )
+
+    def changed(self, data: DataConfig) -> "Preprocessing":
+        """Return it with what the configuration sets."""
+        names = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+        return replace(self, **{name: value for name in names if (value := getattr(data, name)) is not None})
 
     def as_timm(self) -> dict[str, Any]:
         """Return the same in timm's words, for an export."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,19 @@ def _digits_images() -> tuple[Tensor, Tensor]:
     return large.round().to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(digits.target).long()
 
 
+def _some_digits(data: DataConfig, first: int, last: int) -> Source:
+    """Return the digits from first to last, in the splits that they have among all ten."""
+
+    def some(split: Split) -> Split:
+        assert isinstance(split, ArraySplit)
+        chosen = (split.labels >= first) & (split.labels <= last)
+        return ArraySplit(split.images[chosen], split.labels[chosen] - first)
+
+    whole = _digits(data)
+    classes = whole.classes[first : last + 1]
+    return Source(f"digits:{first}-{last}", classes, {name: some(split) for name, split in whole.splits.items()})
+
+
 def _digits(data: DataConfig) -> Source:
     from sklearn.model_selection import train_test_split
 
@@ -187,4 +200,8 @@ def _list(folder: Path) -> list[Path]:
         raise UserError(f"the folder can't be read: {error.strerror}", str(folder), "check its permissions") from error
 
 
-SOURCES: dict[str, Callable[[DataConfig], Source]] = {"digits": _digits}
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+    "digits": _digits,
+    "digits:0-4": partial(_some_digits, first=0, last=4),
+    "digits:5-9": partial(_some_digits, first=5, last=9),
+}

@@ -10,7 +10,9 @@ from pdvit.errors import UserError
 FIXED = frozenset(
     {
         *(f"data.{name}" for name in ("batch_size", "split_seed", "img_size")),
+        *(f"data.{name}" for name in ("mean", "std", "crop_pct", "interpolation", "crop_mode")),
         *(f"model.{name}" for name in ("name", "depth", "width", "heads", "patch_size", "args")),
+        *(f"model.{name}" for name in ("init", "weights", "init_hash", "freeze")),
         "diversity.preset",  # the weights are spelled out: those can change
         "diversity.patch_head",
         "optim.opt",

@@ -41,6 +41,8 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         reason = str(error) or type(error).__name__
         raise UserError(f"{name} can't run here: {reason}", "optim.opt (--opt)", "for example adamw") from error
     assert isinstance(optimizer, Optimizer)
+    for group in optimizer.param_groups:  # without weight decay timm hands on the frozen ones too
+        group["params"] = [weight for weight in group["params"] if weight.requires_grad]
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"{name} needs second derivatives", "optim.opt (--opt)", "for example adamw")
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:

@@ -1,7 +1,7 @@
 """A model whose forward pass also returns its first and last patch tokens: what training needs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class DiverseModel(nn.Module):
         # The layers to read: first, last, what the patch head reads, and those of the cosine term.
         self.names = (_first(first, last, blocks, shapes), last, final, *others)
         self.norm = places[final]
+        self.frozen: list[nn.Module] = []  # what stays in evaluation mode: see `freezing.freeze`
         self.taps: dict[str, _Tap] | None = None
         if family.plain and set(self.names) <= {*blocks, final}:
             self.indices = sorted({blocks.index(name) for name in self.names if name in blocks})
@@ -95,6 +96,13 @@ class DiverseModel(nn.Module):
             _check_classifier(model, patch_head, places[final], shapes[final][1])
         elif patch_head is not False:
             self.patch_head = _patch_head(model, patch_head, shapes[final])
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of training; frozen parts stay in that of evaluation."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that timm's optimizers must not decay (position, class token): the model's own list."""

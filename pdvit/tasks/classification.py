@@ -21,6 +21,7 @@ from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.models.build import build_model, model_arguments, patch_size_of
+from pdvit.models.freezing import BACKBONE, freeze
 from pdvit.models.layers import exact_float32, measure_layers
 from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.models.weights import export
@@ -57,7 +58,10 @@ class ClassificationTask:
             last=diversity.last or "norm",
             cosine_layers=layer_numbers(diversity.cosine_layers),
         ).to(device)
-        self.preprocessing = Preprocessing.for_model(model)
+        if config.model.freeze is not None:
+            freeze(self.module, config.model.freeze)
+            self._refuse_idle_terms(weights)
+        self.preprocessing = Preprocessing.for_model(model).changed(config.data)
         if config.augment.shift >= self.preprocessing.size:
             size = self.preprocessing.size
             what = f"a shift of up to {config.augment.shift} pixels leaves nothing of images of {size}x{size}"
@@ -95,6 +99,14 @@ class ClassificationTask:
         self._probe: Tensor | None = None
         if ranks.rank:  # the weights are the same on all processes; what drop path draws is not
             torch.manual_seed(fold(config.run.seed, ranks.rank))
+
+    def _refuse_idle_terms(self, weights: Mapping[str, float]) -> None:
+        """Raise UserError where a term has no weight to act on: with all tokens given, only heads learn."""
+        idle = [term for term, weight in weights.items() if weight and term != "mixing"]
+        if self.config.model.freeze == BACKBONE and idle:
+            what = f"with a frozen backbone the tokens never change, so these terms do nothing: {', '.join(idle)}"
+            tip = "use --diversity none; of the terms only --mixing trains a head"
+            raise UserError(what, "model.freeze (--freeze)", tip)
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
         """Return the batch that gave these tensors."""

@@ -61,8 +61,8 @@ def parse(arguments: list[str]) -> None:
         rest = [*context._protected_args, *context.args]
         name, command, arguments = command.resolve_command(context, rest)
         parent = context
-    if name == "train" and context.params["config"] is None:
-        own = {"config", "assign", "resume", "change", "replay", "as_json"}
+    if name in ("train", "finetune") and context.params["config"] is None:
+        own = {"checkpoint", "config", "assign", "resume", "change", "replay", "as_json"}
         # Typer leaves a repeatable option that was not given as an empty tuple until it calls the command.
         settings = {key: value for key, value in context.params.items() if key not in own and value != ()}
         make_config(None, context.params["assign"] or [], settings)

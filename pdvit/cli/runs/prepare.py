@@ -31,9 +31,12 @@ class Prepared:
     as_json: bool
 
 
-def prepare(command: Command, config: Config, as_json: bool) -> Prepared:
-    """Open the data, build task and trainer, and say what is trained; raises UserError."""
-    console = make_console(as_json)
+def prepare(command: Command, config: Config, as_json: bool, begun: bool = False) -> Prepared:
+    """Open the data, build task and trainer, and say what is trained; raises UserError.
+
+    A run that has `begun` takes its weights from its own checkpoint, and needs the file of `model.init` no more.
+    """
+    console, initial = make_console(as_json), None
     say(console, f"opening {config.data.source} ...")  # what comes now can take minutes: imports, many files, weights
     from pdvit.config import resolve
     from pdvit.config.idle import idle_settings
@@ -41,8 +44,15 @@ def prepare(command: Command, config: Config, as_json: bool) -> Prepared:
     from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.loop import Trainer
     from pdvit.engine.ranks import join
+    from pdvit.models.description import describe
+    from pdvit.models.initial import begin_from, settle
+    from pdvit.tasks.classification import bare
     from pdvit.tracking import check_sinks, tracker_names
 
+    if config.model.init is not None and not begun:
+        say(console, f"reading {config.model.init} ...")
+        initial = describe(config.model.init, config.model.name, config.model.weights)
+        config = settle(config, initial)
     config = resolve(config) if config.data.batch_size else config
     ranks = join()
     device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
@@ -56,11 +66,13 @@ def prepare(command: Command, config: Config, as_json: bool) -> Prepared:
     if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
         config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
     task = command.make_task(config, source, device, ranks)
+    begun_from = [] if initial is None else begin_from(bare(task.module), initial, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
     length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
     say(console, f"{source.describe()}\n{command.describe(config, task)}; {length}")
-    for note in [*trainer.notes(), *(f"note: {setting}" for setting in idle_settings(config))]:
+    idle = [f"note: {setting}" for setting in idle_settings(config)]
+    for note in [*begun_from, *trainer.notes(), *idle]:
         say(console, note)
     return Prepared(command, config, ranks, device_name(device), trainer, console, as_json)
 

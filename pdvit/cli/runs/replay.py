@@ -18,7 +18,7 @@ def replay(command: Command, path: Path, as_json: bool) -> int:
 
     config = recipe_of(RunDirectory.open(path).path, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
-    ready = prepare(command, config, as_json)
+    ready = prepare(command, config, as_json, begun=True)
     from pdvit.engine.replay import replay as run_again
 
     found = run_again(path, ready.trainer.state, ready.trainer.updater)

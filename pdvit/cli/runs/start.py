@@ -59,12 +59,21 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
 
     name = config.run.name
     if name is None:
-        name = f"{source_label(config.data)}-{config.diversity.preset}"
+        begun_from = None if config.model.init is None else f"from-{_label(config.model.init)}"
+        name = f"{source_label(config.data)}-{begun_from or config.diversity.preset}"
     text = to_toml(config, command_line())
     directory = RunDirectory.create(config.run.out, name)
     directory.write("run.toml", text)
     directory.write_json("environment.json", describe_environment(device) | {"launch": launch()[0]})
     return directory
+
+
+def _label(init: str) -> str:
+    """Return a short name of the initial weights, fit for a run's name."""
+    from pdvit.models.checkpoints import name_of
+
+    name = name_of(Path(init)) if os.path.exists(init) else init.rpartition("/")[2]
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
 
 
 def _begun_before_restart(config: Config) -> Path | None:

@@ -1,0 +1,56 @@
+"""`pdvit finetune`: `pdvit train` with initial weights and defaults of its own."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pdvit.cli.runs.options import AsJson, Assign, Change, File, Replay, Resume, begin
+from pdvit.cli.settings import make_config, with_settings
+from pdvit.cli.train import TRAIN
+from pdvit.errors import UserError
+
+FINETUNE = replace(TRAIN, name="finetune")
+# Why these stands in docs/finetune.md.
+DEFAULTS = {
+    "data": {"source": "digits:5-9"},
+    "diversity": {"preset": "none"},
+    "optim": {"epochs": "12"},
+}
+
+
+@partial(with_settings, defaults=DEFAULTS)
+def finetune(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="CKPT", help="Run directory, timm folder, file of weights, or a model of timm's hub."),
+    ] = None,
+    config: File = None,
+    assign: Assign = None,
+    resume: Resume = None,
+    change: Change = None,
+    replay: Replay = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> int:
+    """Train on from a checkpoint: other classes, images, resolution.
+
+    Without --data: on the digits 5 to 9, for a model that learned 0 to 4 (pdvit train --data digits:0-4).
+    """
+    if checkpoint is not None and settings["model_init"] is not None:
+        raise UserError("there are two checkpoints to begin with", "CKPT, --init", "give one of them")
+    settings["model_init"] = checkpoint if checkpoint is not None else settings["model_init"]
+    if resume is None and replay is None:
+        _check_given(config, assign or [], settings)
+    return begin(FINETUNE, config, assign, resume, change, replay, as_json, settings, DEFAULTS)
+
+
+def _check_given(config: Path | None, assign: list[str], settings: dict[str, Any]) -> None:
+    if make_config(config, assign, settings).model.init is None:
+        from pdvit.tracking import newest
+
+        runs = newest("model.safetensors")
+        tip = "name a run, a file of weights or a model of timm, for example pdvit finetune "
+        raise UserError("there is no checkpoint to begin with", "CKPT", tip + str(runs[0] if runs else "runs/NAME"))

@@ -1,0 +1,156 @@
+"""Beginning with a checkpoint: its model and images go into the configuration, its weights into the model."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdvit.config.schema import Config, DataConfig, ModelConfig
+from pdvit.errors import UserError
+from pdvit.models.build import sketch_model
+from pdvit.models.description import Described
+from pdvit.models.families import family_of
+from pdvit.models.matching import Match, match
+
+INIT = "model.init (--init)"
+# Keys of the configuration for timm's arguments; those of plain models first.
+PLAIN = {"depth": "depth", "embed_dim": "width", "num_heads": "heads", "patch_size": "patch_size"}
+# Which share of the backbone's weights has to come from the file, and may be left over in it.
+ENOUGH, TOO_MANY = 0.9, 0.1
+# What stands between tokens and classes besides the classifier.
+HEADS = ("head", "fc_norm", "attn_pool", "pre_logits")
+NAMED = 5
+
+
+def settle(config: Config, described: Described) -> Config:
+    """Fill in what the checkpoint says and the user left open, and which weights these are.
+
+    The model and its drop path, the size of its images and how they are prepared, so that the run does not need the
+    file again. A configuration that knows its weights already, from run.toml, is complete; it must be these.
+
+    Raises:
+        UserError: the weights are not those that the configuration knows, or are of images that are not square.
+    """
+    digest, known = fingerprint(described), config.model.init_hash
+    if known not in (None, digest):
+        what = f"the weights are not those of this configuration: their hash is {digest}, not {known}"
+        raise UserError(what, described.where, "restore the file, or name it anew with --init and without --config")
+    path = os.path.expanduser(str(config.model.init).removeprefix("local-dir:"))
+    init = os.path.abspath(path) if os.path.exists(path) else config.model.init
+    config = replace(config, model=replace(config.model, init=init, init_hash=digest))
+    if known is not None:
+        return config
+    model = replace(config.model, weights=described.weights if described.weights != "unknown" else None)
+    return replace(config, model=_model(model, described), data=_data(config.data, described))
+
+
+def fingerprint(described: Described) -> str:
+    """Return a hash of the weights: of names, types, shapes and numbers."""
+    digest = sha256()
+    for name, value in sorted(described.chosen.tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def begin_from(model: nn.Module, described: Described, classes: Sequence[str]) -> list[str]:
+    """Put a checkpoint's weights into a timm model; return what to say of it.
+
+    The classifier stays fresh where classes differ in number or names. Positions and tables of relative positions are
+    resampled to the model's grid, patch embeddings to its patches.
+
+    Raises:
+        UserError: too little of the model's backbone is in the file, or too much else; or fresh weights are frozen.
+    """
+    found = match(described.chosen.tensors, model, described.where)
+    heads = tuple(f"{name}." for name in (*HEADS, *_classifiers(model)))
+    if described.classes is not None and described.classes != list(classes):
+        found = found.without([name for name in found.tensors if name.startswith(_own(model))])
+    _refuse_strangers(found, model, heads, described.where)
+    fresh = sorted([*found.missing, *found.misshapen])
+    weights = dict(model.named_parameters())
+    if frozen := [n for n in fresh if n in weights and not weights[n].requires_grad and weights[n].ndim > 1]:
+        what = f"{frozen[0]} is not in the file, and would stay fresh for good"
+        raise UserError(what, "model.freeze (--freeze)", "freeze less")
+    model.load_state_dict(found.tensors, strict=False)
+    return _notes(found, fresh, described, len(model.state_dict()))
+
+
+def _model(model: ModelConfig, described: Described) -> ModelConfig:
+    """Take the checkpoint's architecture where the user names none."""
+    arguments = {key: value for key, value in described.arguments.items() if value is not None}
+    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+    for name in ("num_classes", "img_size"):  # the data decide on one, and data.img_size is the other
+        arguments.pop(name, None)
+    drop_path = arguments.pop("drop_path_rate", None)
+    if isinstance(drop_path, int | float) and model.drop_path is None:
+        model = replace(model, drop_path=float(drop_path))
+    if model.name not in (None, described.architecture):
+        return model
+    plain = family_of(sketch_model(described.architecture, {}, described.where)).plain
+    sizes = {key: arguments.pop(name) for name, key in PLAIN.items() if plain and isinstance(arguments.get(name), int)}
+    sizes |= {key: value for key in sizes if (value := getattr(model, key)) is not None}
+    more = arguments | (model.args or {})
+    return replace(model, name=described.architecture, args=more or None, **sizes)
+
+
+def _data(data: DataConfig, described: Described) -> DataConfig:
+    """Take the checkpoint's size and form of images where the user sets none."""
+    told: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.input.items()}
+    config = described.config.get("pretrained_cfg") or described.config
+    size = described.arguments.get("img_size") or config.get("input_size", (None,))[1:] or None
+    if isinstance(size, list | tuple):
+        if len(set(size)) > 1 and data.img_size is None:
+            what = f"the checkpoint takes images of {size[0]}x{size[1]}"
+            raise UserError(what, described.where, "pdvit trains on square ones: give --img-size")
+        size = size[0]
+    told["img_size"] = size
+    return replace(data, **{key: value for key, value in told.items() if getattr(data, key) is None})
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    told = model.pretrained_cfg.get("classifier") or ()
+    return (told,) if isinstance(told, str) else tuple(told)
+
+
+def _own(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in _classifiers(model))
+
+
+def _refuse_strangers(found: Match, model: nn.Module, heads: tuple[str, ...], where: str) -> None:
+    """Raise UserError where file and backbone have too little in common."""
+    backbone = [name for name in model.state_dict() if not name.startswith(heads)]
+    lacking = [name for name in (*found.missing, *found.misshapen) if not name.startswith(heads)]
+    left = [name for name in found.left if not name.startswith(heads)]
+    if len(lacking) <= (1 - ENOUGH) * len(backbone) and len(left) <= TOO_MANY * len(backbone):
+        return
+    parts = {"missing": found.missing, "of another shape": found.misshapen, "left over": left}
+    listed = "; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names)
+    what = f"{len(backbone) - len(lacking)} of the backbone's {len(backbone)} weights are in the file ({listed})"
+    raise UserError(
+        what, where, "it belongs to another architecture: name the right one with --model, --depth, --width"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} ({', '.join(names[:NAMED])}{more})"
+
+
+def _notes(found: Match, fresh: list[str], described: Described, total: int) -> list[str]:
+    chosen = described.chosen
+    kind = "" if described.weights == "unknown" else f", {described.weights} weights"
+    under = f", found under '{chosen.prefix}'" if chosen.prefix else ""
+    notes = [f"begins with {described.name}{kind}: {len(found.tensors)} of {total} tensors{under}"]
+    if chosen.others:
+        notes.append(f"it holds others too ({', '.join(chosen.others)}): --weights raw or ema chooses")
+    if chosen.outside:
+        notes.append(f"passed over: {chosen.outside} tensors that stand elsewhere in it")
+    for what, names in (("fresh", fresh), ("resampled", found.resampled), ("left over", found.left)):
+        if names:
+            notes.append(f"{what}: {_listed(names)}")
+    return notes
