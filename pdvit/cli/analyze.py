@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import config_of, results_folder
+from pdvit.cli.checkpoint import Model, Weights, config_of, results_folder
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +30,8 @@ def analyze(
         typer.Option("--images", help="Folder, image file or source; repeatable. Unset: the run's held-out images."),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many images.")] = 256,
-    model: Annotated[
-        str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="raw or ema, where a file holds both; unset: ema.")
-    ] = None,
+    model: Model = None,
+    weights: Weights = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; for one checkpoint.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")] = 2,
@@ -53,8 +49,6 @@ def analyze(
 
     console = Console(stderr=as_json)
     paths = [os.path.expanduser(name) for name in checkpoints or []] or newest("model.safetensors")[:1]
-    if weights not in (None, "raw", "ema"):
-        raise UserError(f"there are no weights called '{weights}'", "--weights", "choose raw or ema")
     if not paths:
         raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
     if out is not None and len(paths) > 1:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pdvit.models.weights import Loaded
 
 Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")]
+Weights = Annotated[str | None, typer.Option("--weights", help="raw or ema, where a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
 BatchSize = Annotated[
@@ -72,6 +73,7 @@ def open_checkpoint(
     *,
     device: str,
     precision: str | None,
+    weights: str | None,
     batch_size: int | None,
     workers: int | None,
     source: str | None = None,
@@ -94,7 +96,7 @@ def open_checkpoint(
     flags = ("the command line", set_keys)
     measured = ("measurements", {"run": {"tf32": False}})  # a run is measured as it measured itself
     config = config_of(path, flags) or build(measured, flags)
-    loaded = load(path, model)
+    loaded = load(path, model, weights)
     check_finite(loaded, path)
     place = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
     set_up(place, config.run)

@@ -14,6 +14,7 @@ from pdvit.cli.checkpoint import (
     Model,
     Opened,
     Precision,
+    Weights,
     Workers,
     broken_logits,
     config_of,
@@ -37,12 +38,15 @@ WORST = 10
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A run directory, timm folder or .safetensors file.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")
+    ],
     data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="train, val or test; unset: that of the run's closing numbers.")
     ] = None,
     model: Model = None,
+    weights: Weights = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
     device: Device = "auto",
     precision: Precision = None,
@@ -55,7 +59,7 @@ def evaluate(
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         say(console, f"opening {checkpoint} ...")
         from pdvit.engine.ranks import join
-        from pdvit.models.weights import name_of
+        from pdvit.models.checkpoints import name_of
 
         ranks = join()
         folder = results_folder(path, out, "eval", name_of(path))
@@ -63,6 +67,7 @@ def evaluate(
             path,
             model,
             ranks,
+            weights=weights,
             device=device,
             precision=precision,
             batch_size=batch_size,

@@ -17,6 +17,7 @@ from pdvit.cli.checkpoint import (
     Model,
     Opened,
     Precision,
+    Weights,
     Workers,
     broken_logits,
     open_checkpoint,
@@ -42,13 +43,16 @@ Row = tuple[str, int, str, float]
 
 
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="A run directory, timm folder or .safetensors file.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many labels per image, the most probable first.")] = 1,
     on_bad_image: Annotated[
         str, typer.Option("--on-bad-image", metavar="|".join(BAD), help="What to do where an image does not decode.")
     ] = "error",
     model: Model = None,
+    weights: Weights = None,
     out: Annotated[str | None, typer.Option("--out", help="The CSV file; - is standard output.")] = None,
     device: Device = "auto",
     precision: Precision = None,
@@ -63,12 +67,19 @@ def predict(
     from pdvit.data.pictures import image_files
     from pdvit.engine.interrupts import stop_on_signals
     from pdvit.engine.ranks import ALONE
-    from pdvit.models.weights import name_of
+    from pdvit.models.checkpoints import name_of
 
     file = None if out == "-" else _target(path, out, name_of(path))
     files = image_files(images)
     opened = open_checkpoint(
-        path, model, ALONE, device=device, precision=precision, batch_size=batch_size, workers=workers
+        path,
+        model,
+        ALONE,
+        weights=weights,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
     )
     labels = _labels(opened, top)
     bad: list[BadImage] = []

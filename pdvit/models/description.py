@@ -68,6 +68,8 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
     Raises:
         UserError: it can't be read, does not say its model, describes none, or has no such weights.
     """
+    if weights not in (None, "raw", "ema"):
+        raise UserError(f"there are no weights called '{weights}'", "model.weights (--weights)", "choose raw or ema")
     checkpoint = read_checkpoint(given)
     config, where = checkpoint.config, checkpoint.where
     if model_name is None and not isinstance(config.get("architecture"), str):
