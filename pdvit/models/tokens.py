@@ -134,17 +134,17 @@ class DiverseModel(nn.Module):
         needs a linear patch head. `patch_logits=False` leaves the patch head out, to measure or predict.
         """
         logits, tokens = self._by_value(images) if self.taps is None else self._by_hook(images, self.taps)
-        first, last, final, *others = (tokens[name] for name in self.names)
+        first, last, final, *more = (tokens[name] for name in self.names)
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
-        output = TokenOutput(logits, first, last, None, tuple(others))
+        others = tuple(more)
         if head is None or not patch_logits:
-            return output
-        if patch_targets is None:
-            return output._replace(patch_logits=head(final))
+            return TokenOutput(logits, first, last, None, others)
+        if patch_targets is None:  # no _replace below: torch 2.11 can't compile it
+            return TokenOutput(logits, first, last, head(final), others)
         if not isinstance(head, nn.Linear):
             raise UserError(f"a patch head that is a {type(head).__name__} can't be computed in parts", HEAD, LINEAR)
         mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
-        return output._replace(mixing=mixing, smoothing=label_smoothing)
+        return TokenOutput(logits, first, last, None, others, mixing, label_smoothing)
 
     def _by_value(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits, and tokens by layer as timm's `forward_intermediates` hands them out."""
