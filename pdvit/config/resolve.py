@@ -12,8 +12,9 @@ from pdvit.errors import UserError
 SMALL = "vit_tiny_patch16_224"
 SMALL_DEPTH, SMALL_WIDTH, SMALL_HEAD_WIDTH, SMALL_PATCH, SMALL_IMAGE = 8, 48, 16, 4, 32
 SMALL_LR = 1e-3
-# With initial weights: a tenth (docs/finetune.md), of the small model's where tokens are shorter than any of timm's.
-NARROW, FINE = 192, 0.1
+# With initial weights: a tenth, as the paper's authors fine-tune; but where tokens are shorter than any of timm's, what
+# the small model learns with (docs/finetune.md).
+FINE, NARROW = 0.1, 192
 # DeiT's learning rate for 512 images per update.
 LR_PER_512 = 5e-4
 # Keys of the diversity section that a preset fills in.
@@ -83,5 +84,5 @@ def _learning_rate(config: Config) -> Config:
         return config
     lr = LR_PER_512 * config.data.batch_size / 512
     if model.init is not None:
-        lr = FINE * (SMALL_LR if model.width is not None and model.width < NARROW else lr)
+        lr = SMALL_LR if model.width is not None and model.width < NARROW else FINE * lr
     return replace(config, optim=replace(config.optim, lr=lr))

@@ -182,7 +182,7 @@ class OptimConfig:
     opt: str = key("adamw", "Any timm optimizer.", "--opt")
     lr: float | None = key(
         None,
-        "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model; with --init a tenth.",
+        "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model (with --init a tenth of that).",
         "--lr",
         above=0,
     )

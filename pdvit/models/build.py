@@ -1,5 +1,6 @@
 """Building any timm model, with the checks that make an error readable."""
 
+from functools import cache
 from typing import Any
 
 import timm
@@ -66,7 +67,7 @@ def build_model(name: str, arguments: dict[str, Any], where: str = "model.name (
         UserError: what `sketch_model` refuses.
     """
     sketch_model(name, arguments, where)
-    return _create(name, arguments, where)
+    return create_model(name, arguments, where)
 
 
 def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name (--model)") -> nn.Module:
@@ -81,9 +82,15 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name 
     if taken := sorted(RESERVED & set(arguments)):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     with torch.device("meta"):
-        model = _create(name, arguments, where)
+        model = create_model(name, arguments, where)
     _check_grid(model, where)
     return model
+
+
+@cache
+def plain_sketch(name: str, where: str) -> nn.Module:
+    """`sketch_model` without arguments, which several look at: leave it as it is."""
+    return sketch_model(name, {}, where)
 
 
 def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
@@ -107,14 +114,17 @@ def patch_size_of(model: nn.Module) -> int:
     return int(reduction if isinstance(reduction, int) else reduction[0])
 
 
-def _create(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
+def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
+    """Build a model whose sketch was looked at before; UserError where timm refuses an argument."""
     try:
         model = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
         if "img_size" in arguments and "unexpected keyword argument 'img_size'" in str(error):
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
             size = arguments["img_size"]
-            return with_image_size(_create(name, rest, where), *(size if isinstance(size, tuple) else (size, size)))
+            return with_image_size(
+                create_model(name, rest, where), *(size if isinstance(size, tuple) else (size, size))
+            )
         raise UserError(
             f"timm can't build {name}: {type(error).__name__}: {error}",
             where,

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdvit.config.schema import CROP_MODES, INTERPOLATIONS
 from pdvit.errors import UserError
-from pdvit.models.build import sketch_model
+from pdvit.models.build import plain_sketch, sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.layers import with_image_size
 from pdvit.models.matching import Chosen, choose
@@ -30,6 +30,7 @@ class Described:
         where: how an error names it.
         architecture: timm's name of the model.
         arguments: timm's arguments of it.
+        sketch: the model itself on the meta device, to look at its shapes.
         chosen: its weights.
         input: mean, std, crop_pct, interpolation and crop_mode of its images, as far as it says them.
         config: what it says of itself, as timm's config.json.
@@ -39,6 +40,7 @@ class Described:
     where: str
     architecture: str
     arguments: dict[str, Any]
+    sketch: nn.Module
     chosen: Chosen
     input: dict[str, Any]
     config: dict[str, Any]
@@ -75,14 +77,17 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
     if model_name is None and not isinstance(config.get("architecture"), str):
         raise _nameless(checkpoint)
     architecture = model_name or str(config["architecture"])
-    plain = sketch_model(architecture, {}, where)  # a family that is refused never sees the arguments
+    plain = plain_sketch(architecture, where)  # a family that is refused never sees the arguments
     arguments = _arguments(config, where) if architecture == config.get("architecture") else {}
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(checkpoint.tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch = sketch_model(architecture, arguments, where) if arguments else plain
     chosen = choose(checkpoint.tensors, sketch.state_dict().keys(), weights, where)
-    arguments = _by_shape(chosen.tensors, sketch) | arguments
-    described = Described(checkpoint.name, where, architecture, arguments, chosen, _input(config, where), config)
+    seen = {key: value for key, value in _by_shape(chosen.tensors, sketch).items() if key not in arguments}
+    arguments |= seen
+    sketch = sketch_model(architecture, arguments, where) if seen else sketch
+    read = _input(config, where)
+    described = Described(checkpoint.name, where, architecture, arguments, sketch, chosen, read, config)
     if weights and described.weights != weights:
         raise UserError(f"its weights are {described.weights}, not {weights}", where, "leave out --weights")
     return described

@@ -11,7 +11,6 @@ from torch import nn
 
 from pdvit.config.schema import Config, DataConfig, ModelConfig
 from pdvit.errors import UserError
-from pdvit.models.build import sketch_model
 from pdvit.models.description import Described
 from pdvit.models.families import family_of
 from pdvit.models.matching import Match, match
@@ -53,7 +52,7 @@ def fingerprint(described: Described) -> str:
     digest = sha256()
     for name, value in sorted(described.chosen.tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -86,12 +85,14 @@ def _model(model: ModelConfig, described: Described) -> ModelConfig:
     arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
     for name in ("num_classes", "img_size"):  # the data decide on one, and data.img_size is the other
         arguments.pop(name, None)
+    if arguments.get("in_chans") == 3:  # the only number there is
+        arguments.pop("in_chans")
     drop_path = arguments.pop("drop_path_rate", None)
     if isinstance(drop_path, int | float) and model.drop_path is None:
         model = replace(model, drop_path=float(drop_path))
     if model.name not in (None, described.architecture):
         return model
-    plain = family_of(sketch_model(described.architecture, {}, described.where)).plain
+    plain = family_of(described.sketch).plain
     sizes = {key: arguments.pop(name) for name, key in PLAIN.items() if plain and isinstance(arguments.get(name), int)}
     sizes |= {key: value for key in sizes if (value := getattr(model, key)) is not None}
     more = arguments | (model.args or {})

@@ -1,6 +1,7 @@
 """Tensors of a file to the weights of a model: found under any prefix, brought to timm's names, counted."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -165,7 +166,9 @@ def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, T
     scaled = any(name.endswith(".ls1.gamma") for name, _ in model.named_parameters())
     published = {"adapt_layer_scale": True} if scaled and any(".gamma_" in name for name in tensors) else {}  # DeiT-III
     try:
-        adapted: dict[str, Tensor] = rules(dict(tensors), model, **published)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how timm interpolates
+            adapted: dict[str, Tensor] = rules(dict(tensors), model, **published)
     except Exception as error:  # odd names and shapes fail anywhere in there
         raise UserError(
             f"its weights can't be brought to a {type(model).__name__}: {type(error).__name__}: {error}",

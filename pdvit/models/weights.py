@@ -13,7 +13,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from pdvit.errors import UserError
-from pdvit.models.build import build_model, sketch_model
+from pdvit.models.build import create_model
 from pdvit.models.checkpoints import CONFIG, HEADER_KEY, WEIGHTS
 from pdvit.models.description import describe, expect_input
 from pdvit.models.matching import Match, match
@@ -89,10 +89,10 @@ def load(path: str | Path, model_name: str | None = None, weights: str | None = 
         UserError: nothing is there, the file is truncated, foreign or of another format, or weights and model differ.
     """
     described = describe(path, model_name, weights)
-    name, arguments, where = described.architecture, described.arguments, described.where
-    found = match(described.chosen.tensors, sketch_model(name, arguments, where), where)
+    where = described.where
+    found = match(described.chosen.tensors, described.sketch, where)
     _refuse_difference(found, where)  # by shape, before the model takes any memory
-    model = build_model(name, arguments, where)
+    model = create_model(described.architecture, described.arguments, where)
     model.load_state_dict(found.tensors)
     expect_input(model, described)
     facts = {"weights": described.weights} | ({"prefix": prefix} if (prefix := described.chosen.prefix) else {})
