@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdvit.config.schema import Config
+from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
@@ -72,6 +73,8 @@ class ClassificationTask:
             )
         self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
         self.schedules = weight_schedules(config, self.steps_per_epoch, self.batch_size)
+        self.bad = BadImages(skip=config.data.on_bad_image == "skip")
+        self.named: set[str] = set()  # of the bad images, those that were shown
         self.loading = Loading(
             self.batch_size,
             config.run.seed,
@@ -81,6 +84,7 @@ class ClassificationTask:
             config.data.micro_batch,
             ranks.rank,
             ranks.size,
+            self.bad,
         )
         self.mixing = Mixing(
             config.augment.cutmix or 0.0,
@@ -119,14 +123,16 @@ class ClassificationTask:
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
         accuracy = (output.logits.argmax(1) == hard).float().mean()
         parts = {name: value.detach() for name, value in losses.parts.items()}
+        if batch.replaced is not None:  # a mean over the images, as all metrics, times the images: the number of a step
+            parts["bad_images"] = batch.replaced.float().mean() * self.batch_size
         return StepOutput(losses.total, {"loss": losses.total.detach(), **parts, "accuracy": accuracy})
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure accuracy and loss on the validation split, and P of every layer on the probe."""
-        accuracy, loss = self._accuracy(network, "val")
+        accuracy, loss, bad = self._accuracy(network, "val")
         names, values = self._similarity(network)
         records = {
-            "eval": {"split": "val", "accuracy": accuracy, "loss": loss},
+            "eval": {"split": "val", "accuracy": accuracy, "loss": loss, **bad},
             "similarity": {"images": len(self._probe_images()), "layers": names, "similarity": values},
         }
         bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
@@ -145,18 +151,19 @@ class ClassificationTask:
                 f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing into one another. Try a "
                 f"larger --cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
             )
-        return records, headline
+        return records, headline + self._bad_headline()
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
-        accuracy, loss = self._accuracy(network, split)
+        accuracy, loss, bad = self._accuracy(network, split)
         first, last = self._first_last_similarity(network)
         return {
             "task": "classification",
             "split": split,
             "accuracy": accuracy,
             "loss": loss,
+            **bad,
             "similarity_first": first,
             "similarity_last": last,
             "weights": weights,
@@ -168,18 +175,29 @@ class ClassificationTask:
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
 
     @torch.no_grad()
-    def _accuracy(self, network: nn.Module, split: str) -> tuple[float, float]:
-        """Return the share of right answers and the mean cross-entropy over a split."""
+    def _accuracy(self, network: nn.Module, split: str) -> tuple[float, float, dict[str, int]]:
+        """Return the share of right answers and the mean cross-entropy over a split, and how many images it lacks."""
         network.eval()
-        correct = torch.zeros((), dtype=torch.long, device=self.device)
+        correct, seen = torch.zeros(2, dtype=torch.long, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in eval_batches(self.source.splits[split], self.loading):
             with autocast(self.device, self.config.run.precision):
                 logits = network(batch.images, patch_logits=False).logits.float()
             correct += (logits.argmax(1) == batch.targets).sum()
             loss += F.cross_entropy(logits, batch.targets, reduction="sum").double()
-        count = len(self.source.splits[split])
-        return int(self.ranks.sum(correct)) / count, float(self.ranks.sum(loss)) / count
+            seen += len(batch)
+        count = int(self.ranks.sum(seen))
+        bad = {"bad_images": len(self.source.splits[split]) - count} if self.bad.skip else {}
+        return int(self.ranks.sum(correct)) / count, float(self.ranks.sum(loss)) / count, bad
+
+    def _bad_headline(self) -> str:
+        """Name the images that were skipped and not named before; every process has met others."""
+        found: dict[str, str] = {}
+        for part in self.ranks.gather(self.bad.found) if self.bad.skip else []:
+            found |= part
+        new = {name: reason for name, reason in found.items() if name not in self.named}
+        self.named |= set(new)
+        return f"\nskipped, as they do not decode ({len(found)} so far): {describe_bad(new)}" if new else ""
 
     def _similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
         """Return the layers and P of each on the probe; every process measures all of it."""
