@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -53,7 +53,7 @@ class Member:
             raise ValueError(f"{self.size:,} bytes are no image")
         if self.offset is None:
             return _zip(self.archive, os.getpid()).read(self.path)
-        content = os.pread(_file(self.archive).fileno(), self.size, self.offset)
+        content = _bytes_at(self.archive, self.offset, self.size)
         if len(content) < self.size:
             raise EOFError("the archive ends in the middle of it")
         return content
@@ -65,10 +65,10 @@ def _zip(archive: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 
-@lru_cache(maxsize=1024)
-def _file(archive: str) -> IO[bytes]:
-    """Return the open file, which processes may share: it is read by offset."""
-    return open(archive, "rb", buffering=0)
+def _bytes_at(archive: str | Path, offset: int, size: int) -> bytes:
+    """Return bytes of a file, fewer where it ends; opening it costs nothing beside decoding an image."""
+    with open(archive, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, offset)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,11 @@ class ArchiveTree(Tree):
     def __init__(self, path: Path, members: Mapping[str, Member]) -> None:
         self.where, self.name = str(path), archive_name(path.name)
         self.members = dict(members)
-        while len(top := {file.partition("/")[0] for file in self.members}) == 1 and not KNOWN & top:
-            prefix = f"{top.pop()}/"
+        while len(top := {file.partition("/")[:2] for file in self.members}) == 1:
+            ((name, slash),) = top
+            if not slash or name in KNOWN:
+                break
+            prefix = f"{name}/"
             self.members = {file.removeprefix(prefix): member for file, member in self.members.items()}
         self.below: dict[str, tuple[set[str], list[str]]] = {}
         for file in in_order(self.members):
@@ -193,7 +196,7 @@ def tar_members(path: Path) -> dict[str, Member]:
                 links[file] = posixpath.normpath(posixpath.join(posixpath.dirname(file), info.linkname))
             elif info.issparse():
                 raise tarfile.ReadError(f"{file} is stored as a sparse file, which pdvit does not read")
-        end = os.pread(_file(str(path)).fileno(), BLOCK, tar.offset)
+        end = _bytes_at(path, tar.offset, BLOCK)
     if end != bytes(BLOCK):  # what closes every tar; tarfile takes a cut between two members for the end
         raise _damaged(path, "it ends before its last block")
     for file, target in links.items():
