@@ -63,6 +63,15 @@ def write_images(root: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds the unpacked packs of real images."""
+    folder = os.environ.get("PDVIT_TEST_DATA")
+    if folder is None:
+        pytest.skip("PDVIT_TEST_DATA names no folder with real images")
+    return Path(folder)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """An empty working directory."""

@@ -28,6 +28,9 @@ Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 o
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass; unset: the run's, else 32.")
 ]
+OnBadImage = Annotated[
+    str | None, typer.Option("--on-bad-image", metavar="error|skip", help="What to do where an image does not decode.")
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", "-j", min=0, help="Processes that decode image files; unset: the run's.")
 ]
@@ -77,19 +80,21 @@ def open_checkpoint(
     batch_size: int | None,
     workers: int | None,
     source: str | None = None,
+    on_bad_image: str | None = None,
 ) -> Opened:
     """Load a checkpoint and prepare to run it as its run did, except for what is given.
 
     Raises UserError where it can't be loaded, where weights are not finite, and for a bad setting.
     """
     from pdvit.config import build
+    from pdvit.data.bad_images import BadImages
     from pdvit.data.images import Preprocessing
     from pdvit.data.loader import Loading
     from pdvit.engine.device import choose_device, set_up
     from pdvit.models.weights import load
 
     given: dict[str, dict[str, Any]] = {
-        "data": {"source": source, "batch_size": batch_size, "workers": workers},
+        "data": {"source": source, "batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image},
         "run": {"device": device, "precision": precision},
     }
     set_keys = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in given.items()}
@@ -110,6 +115,7 @@ def open_checkpoint(
         eval_batch=config.data.micro_batch if batch_size is None else None,
         rank=ranks.rank,
         processes=ranks.size,
+        bad=BadImages(skip=config.data.on_bad_image == "skip"),
     )
     return Opened(loaded, config, place, loading)
 
@@ -145,7 +151,7 @@ def with_progress(batches: "Iterable[Batch]", total: int, console: "Console", wh
             display.show(done, what, done / max(monotonic() - begun, 1e-9), {})
 
 
-def printable(text: str) -> str:
+def cell(text: str) -> str:
     """Return a name that fits a line of a terminal: without line breaks, markup and bytes that are no letters."""
     from rich.markup import escape
 

@@ -12,14 +12,15 @@ from pdvit.cli.checkpoint import (
     BatchSize,
     Device,
     Model,
+    OnBadImage,
     Opened,
     Precision,
     Weights,
     Workers,
     broken_logits,
+    cell,
     config_of,
     open_checkpoint,
-    printable,
     results_folder,
     with_progress,
 )
@@ -52,6 +53,7 @@ def evaluate(
     precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    on_bad_image: OnBadImage = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Measure how well a checkpoint classifies: accuracy, loss, calibration, and what is taken for what."""
@@ -73,6 +75,7 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             source=data,
+            on_bad_image=on_bad_image,
         )
         if data is None and config_of(path) is None:
             raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
@@ -120,6 +123,7 @@ def _measure(
         "data": source.name,
         "split": name,
         "images": scores.images,
+        "bad_images": len(source.splits[name]) - scores.images,
         "classes": len(source.classes),
         "matched": matched,
         "accuracy": scores.accuracy,
@@ -171,10 +175,8 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
     for name in ("class", "images", "accuracy", "precision", "most taken for"):
         view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
     for _, row in worst.iterrows():
-        wrong = f"{printable(row['confused_with'])} ({row['confused']})" if row["confused"] else "-"
-        view.add_row(
-            printable(row["class"]), str(row["images"]), _share(row["accuracy"]), _share(row["precision"]), wrong
-        )
+        wrong = f"{cell(row['confused_with'])} ({row['confused']})" if row["confused"] else "-"
+        view.add_row(cell(row["class"]), str(row["images"]), _share(row["accuracy"]), _share(row["precision"]), wrong)
     console.print()
     console.print(view, markup=False)
     say(

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
@@ -15,13 +16,14 @@ from pdvit.cli.checkpoint import (
     BatchSize,
     Device,
     Model,
+    OnBadImage,
     Opened,
     Precision,
     Weights,
     Workers,
     broken_logits,
+    cell,
     open_checkpoint,
-    printable,
     results_folder,
     with_progress,
 )
@@ -29,7 +31,7 @@ from pdvit.cli.runs.report import make_console, say
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
-    from pdvit.data.images import BadImage
+    from pdvit.data.bad_images import BadImages
     from pdvit.data.sources import FileSplit
     from pdvit.engine.display import RunConsole
     from pdvit.tasks.prediction import Prediction
@@ -48,9 +50,7 @@ def predict(
     ],
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many labels per image, the most probable first.")] = 1,
-    on_bad_image: Annotated[
-        str, typer.Option("--on-bad-image", metavar="|".join(BAD), help="What to do where an image does not decode.")
-    ] = "error",
+    on_bad_image: OnBadImage = "error",
     model: Model = None,
     weights: Weights = None,
     out: Annotated[str | None, typer.Option("--out", help="The CSV file; - is standard output.")] = None,
@@ -64,6 +64,7 @@ def predict(
         raise UserError(f"'{on_bad_image}' is not known here", "--on-bad-image", f"choose from: {', '.join(BAD)}")
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     say(console, f"opening {checkpoint} ...")
+    from pdvit.data.bad_images import BadImages
     from pdvit.data.pictures import image_files
     from pdvit.engine.interrupts import stop_on_signals
     from pdvit.engine.ranks import ALONE
@@ -82,7 +83,7 @@ def predict(
         workers=workers,
     )
     labels = _labels(opened, top)
-    bad: list[BadImage] = []
+    bad = BadImages(skip=True)  # so that those of several batches are named together
     few: list[Row] = []
     with stop_on_signals() as stop, _stream(file) as stream:  # SIGTERM too must not leave a part of a file
         writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -97,7 +98,7 @@ def predict(
             rows = [(image, rank, labels[label], share) for rank, (label, share) in enumerate(best, 1)]
             writer.writerows(rows)
             few += rows if len(files) <= FEW and file is not None else []
-    _report(few, len(files), bad, file, console)
+    _report(few, len(files), bad.found, file, console)
     return 0
 
 
@@ -122,25 +123,24 @@ def _labels(opened: Opened, top: int) -> list[str]:
 
 
 def _predictions(
-    opened: Opened, files: "FileSplit", top: int, bad: "list[BadImage]", skip: bool, console: "RunConsole"
+    opened: Opened, files: "FileSplit", top: int, bad: "BadImages", skip: bool, console: "RunConsole"
 ) -> "Iterator[Prediction]":
     """Yield what the model says of each image, and collect in `bad` what does not decode.
 
     Raises UserError for those, once there are as many as it names or at the end, unless they are skipped.
     """
-    from pdvit.data.images import NAMED, refuse_bad
+    from pdvit.data.bad_images import NAMED, refuse_bad
     from pdvit.data.loader import eval_batches
     from pdvit.tasks.prediction import predict as run
 
-    def on_bad(found: "list[BadImage]") -> None:
-        bad.extend(found)
-        if not skip and len(bad) >= NAMED:
-            refuse_bad(bad, TIP)
-
-    batches = with_progress(eval_batches(files, opened.loading, on_bad), len(files), console, "images")
-    yield from run(opened.loaded.model, batches, top, opened.config.run.precision)
+    batches = eval_batches(files, replace(opened.loading, bad=bad))
+    batches = with_progress(batches, len(files), console, "images")
+    for found in run(opened.loaded.model, batches, top, opened.config.run.precision):
+        if not skip and len(bad.found) >= NAMED:
+            break
+        yield found
     if not skip:
-        refuse_bad(bad, TIP)
+        refuse_bad(bad.found, TIP)
 
 
 @contextmanager
@@ -161,19 +161,21 @@ def _stream(file: Path | None) -> Iterator[TextIO]:
             text.detach()
 
 
-def _report(rows: list[Row], images: int, bad: "list[BadImage]", file: Path | None, console: "RunConsole") -> None:
+def _report(rows: list[Row], images: int, bad: dict[str, str], file: Path | None, console: "RunConsole") -> None:
     """Print what was found in a few images, what was left out, and where the rest stands."""
     from rich.table import Table
+
+    from pdvit.data.sources.split import printable
 
     if rows:
         view = Table(box=None, pad_edge=False, header_style="bold")
         for name, justify in (("image", "left"), ("label", "left"), ("probability", "right")):
             view.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for image, rank, label, probability in rows:
-            view.add_row(printable(image) if rank == 1 else "", printable(label), f"{probability:.1%}")
+            view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
         console.print(view)
-    for item in bad[:FEW]:
-        say(console, f"skipped  {item.path} ({item.reason})")
+    for name, reason in list(bad.items())[:FEW]:
+        say(console, printable(f"skipped  {name} ({reason})"))
     left, done = f", {len(bad):,} skipped that do not decode" if bad else "", images - len(bad)
     say(console, f"{done:,} image{'s' if done != 1 else ''} labelled{left}")
     if file is not None:

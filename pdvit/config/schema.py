@@ -20,11 +20,22 @@ CROP_MODES = ("center", "squash", "border")
 class DataConfig:
     """Data."""
 
-    source: str = key(
-        "digits",
-        "Where images come from: 'digits', 'digits:0-4', 'digits:5-9', or a folder with train/ and val/.",
-        "--data",
+    source: str = key("digits", "Where images come from: a name, folder, archive or table; help lists all.", "--data")
+    root: str | None = key(None, "Where data sets that go by a name lie (torch/, wds/, hfds/, ...).", "--data-dir")
+    train_split: str | None = key(None, "Split to learn from; unset: train.", "--train-split")
+    val_split: str | None = key(
+        None, "Split to validate on; unset: val or validation, or else a tenth of train.", "--val-split"
     )
+    input_key: str | None = key(None, "Where a data set of a hub has its images; unset: image.", "--input-key")
+    target_key: str | None = key(None, "Where a data set of a hub has its labels; unset: label.", "--target-key")
+    download: bool = key(False, "Download a data set that goes by a name.", "--dataset-download")
+    on_bad_image: str = key(
+        "error",
+        "An image that does not decode ends the run, or is skipped and counted.",
+        "--on-bad-image",
+        choices=("error", "skip"),
+    )
+    check_images: bool = key(False, "Decode every image before the start.", "--check-images")
     batch_size: int = key(
         32,
         "Images per update, in total (timm's is per process); auto: as many as a GPU holds.",

@@ -17,6 +17,7 @@ class Batch:
         patch_targets: class of every patch `(B, N)`; None where the run has no patch labels.
         weights: factors on the weights of the terms in this step, `(B, T)`, each row the same (so that a batch can be
             divided like its images); None where no weight has a schedule.
+        replaced: which images stand in for ones that do not decode, `(B,)`; None where such images end the run.
     """
 
     images: Tensor
@@ -24,6 +25,7 @@ class Batch:
     index: Tensor
     patch_targets: Tensor | None = None
     weights: Tensor | None = None
+    replaced: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -4,7 +4,6 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import timm.data
@@ -15,12 +14,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig, DataConfig
+from pdvit.data.bad_images import BadImage, Sample
 from pdvit.data.randomness import fold
-from pdvit.data.sources import FileSplit
+from pdvit.data.sources import LazySplit
 from pdvit.errors import UserError
-
-# Files named in an error before the rest is only counted.
-NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -102,67 +99,53 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None] * 255
 
 
-@dataclass(frozen=True)
-class BadImage:
-    """A file that does not decode: returned, not raised, so that the main process can name all of a batch."""
+def read_image(image: Image.Image) -> Image.Image:
+    """Decode an open image as RGB, 16-bit greys scaled to 8, and close it.
 
-    path: Path
-    reason: str
-
-
-def read_image(path: Path) -> Image.Image:
-    """Decode a file as RGB, 16-bit greys scaled to 8. Raises whatever its decoder does where it is not sound."""
-    with warnings.catch_warnings():
-        # Pillow warns of possible decompression bombs; as an error it stops before the pixels are made.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
-            if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
-                return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
-            return image.convert("RGB")
+    Of an animation it is the first frame; transparency is dropped; the orientation in EXIF is left alone, as by timm.
+    Raises whatever its decoder does where it is not sound.
+    """
+    with image:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
+            return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
+        return image.convert("RGB")
 
 
-def try_read(path: Path) -> Image.Image | BadImage:
-    """Decode a file, or say why it can't be decoded."""
+def try_read(split: LazySplit, index: int) -> Image.Image | BadImage:
+    """Decode an image of a split, or say why it can't be decoded."""
     try:
-        return read_image(path)
+        with warnings.catch_warnings():
+            # Pillow warns of possible decompression bombs; as an error it stops before the pixels are made.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", message="Palette images with Transparency")
+            return read_image(split.open(index))
     except UnidentifiedImageError:
-        return BadImage(path, "not an image")
+        return BadImage(split.name(index), "not an image")
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        return BadImage(path, str(error) or type(error).__name__)
-
-
-def refuse_bad(bad: list[BadImage], tip: str = "replace it") -> None:
-    """Raise a UserError that names the files that do not decode, if there are any."""
-    if not bad:
-        return
-    shown = "; ".join(f"{item.path} ({item.reason})" for item in bad[:NAMED])
-    more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    count = "1 image does" if len(bad) == 1 else f"{len(bad)} images do"
-    raise UserError(f"{count} not decode", shown + more, tip)
-
-
-Sample = tuple[Tensor | BadImage, int, int]
+        return BadImage(split.name(index), str(error) or type(error).__name__)
 
 
 class FileImages(Dataset[Sample]):
-    """Image files as a torch data set whose keys are (epoch, index); epoch -1 means no augmentation."""
+    """A split as a torch data set whose keys are (epoch, index); epoch -1 means no augmentation."""
 
-    def __init__(self, split: FileSplit, transform: v2.Compose, seed: int) -> None:
-        self.paths, self.labels = split.paths, split.labels
-        self.transform, self.seed = transform, seed
+    def __init__(self, split: LazySplit, transform: v2.Compose, seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.split)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Return the uint8 image (or why there is none), its class and its index."""
         epoch, index = key
-        image = try_read(self.paths[index])
+        image = try_read(self.split, index)
         if not isinstance(image, BadImage):
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
                 torch.default_generator.manual_seed(fold(self.seed, epoch + 1, index))  # and not of the GPU
                 image = self.transform(image)
-        return image, int(self.labels[index]), index
+        return image, int(self.split.labels[index]), index
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        """Return a sample for each key."""
+        return [self[key] for key in keys]

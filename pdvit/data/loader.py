@@ -5,20 +5,20 @@ import multiprocessing
 import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torchvision.transforms.v2 import Compose
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.bad_images import BadImage, BadImages, Sample, Substituted, refuse_bad
 from pdvit.data.batch import Batch
-from pdvit.data.images import BadImage, FileImages, Preprocessing, Sample, refuse_bad
+from pdvit.data.images import FileImages, Preprocessing
 from pdvit.data.mixing import Mixing
 from pdvit.data.randomness import epoch_order, fold, uniform
-from pdvit.data.sources import ArraySplit, FileSplit, Split
+from pdvit.data.sources import ArraySplit, LazySplit, Split
 from pdvit.errors import UserError
 
 # Uint8 images, class indices, sample indices.
@@ -41,6 +41,8 @@ class Loading:
     rank: int = 0
     processes: int = 1
     """How many share each batch, and which of them this is."""
+    bad: BadImages = field(default_factory=BadImages)
+    """What becomes of images that do not decode."""
 
     def share(self, count: int) -> tuple[int, int]:
         """Return where this process's part of `count` things begins and ends; the parts differ by at most one."""
@@ -66,15 +68,21 @@ def train_batches(
         raw = _resident(split, how, augment, mixing, start)
     else:
         raw = _from_workers(split, how, augment, mixing, start)
+    order = _step_indices(len(split), how, mixing, start)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
         batch = Batch(how.preprocessing.normalise(images), labels, index)
-        yield mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
+        batch = mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
+        if how.bad.skip:
+            wanted = next(order)[1][-len(batch) :]
+            batch = replace(batch, replaced=(batch.index != wanted).to(how.device, non_blocking=True))
+        yield batch
 
 
-def eval_batches(split: Split, how: Loading, on_bad: OnBad = refuse_bad) -> Iterator[Batch]:
+def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
     """Yield every image of this process's part of a split exactly once, in order, without augmentation.
 
-    `on_bad` is told the files of a batch that do not decode; where it does not raise, they are left out.
+    Images that do not decode are left out where they are to be skipped. Raises UserError where none of a batch is left
+    that other processes have too.
     """
     size = max(1, min(how.batch_size // how.processes, how.eval_batch or how.batch_size))
     least, most = len(split) // how.processes, -(-len(split) // how.processes)
@@ -86,7 +94,7 @@ def eval_batches(split: Split, how: Loading, on_bad: OnBad = refuse_bad) -> Iter
         raw = ((fit(split.images[i].to(how.device)), split.labels[i], i) for i in chunks)
     else:
         keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
-        raw = _decode(split, how, how.preprocessing.evaluation(), keys, on_bad)
+        raw = _decode(FileImages(split, how.preprocessing.evaluation(), how.seed), how, keys)
     for images, labels, index in raw:
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
@@ -141,10 +149,13 @@ class _Keys(Sampler[list[tuple[int, int]]]):
         return self.start()
 
 
-def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
+def _from_workers(split: LazySplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
     steps = _step_indices(len(split), how, mixing, start)
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
-    for images, labels, index in _decode(split, how, how.preprocessing.training(augment), keys):
+    data: Dataset[Sample] = FileImages(split, how.preprocessing.training(augment), how.seed)
+    if how.bad.skip:
+        data = Substituted(data)
+    for images, labels, index in _decode(data, how, keys):
         yield (
             images.to(how.device, non_blocking=True),
             labels.to(how.device, non_blocking=True),
@@ -153,14 +164,9 @@ def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, mixing
 
 
 def _decode(
-    split: FileSplit,
-    how: Loading,
-    transform: Compose,
-    keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]],
-    on_bad: OnBad = refuse_bad,
+    data: Dataset[Sample], how: Loading, keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]]
 ) -> Iterator[Raw]:
-    """Yield decoded batches for the keys, without what does not decode: `on_bad` is told, and may raise."""
-    data = FileImages(split, transform, how.seed)
+    """Yield decoded batches for the keys; UserError naming the files that do not decode."""
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
@@ -168,17 +174,19 @@ def _decode(
             batch_sampler=_Keys(lambda: iter(keys)),
             num_workers=how.workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
             pin_memory=how.device.type == "cuda",
         )
         batches = iter(loader)
     try:
         for batch, bad in batches:
-            if bad:
-                on_bad(bad)
+            how.bad.meet(bad)
             if batch is not None:
                 yield batch
+            elif how.processes > 1 or isinstance(data, Substituted):
+                # processes have to run the same number of batches, and training needs every one
+                refuse_bad(how.bad.found)
     finally:
         del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
 
@@ -191,17 +199,17 @@ def _end_workers() -> None:
             child.kill()
 
 
-def _leave_signals(_: int) -> None:
+def leave_signals(_: int) -> None:
     """Let the main process decide what a signal to the whole group means; torch ends workers with their parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> tuple[Raw | None, list[BadImage]]:
-    """Stack the images of a batch that decode, if there are any, and list the files that do not."""
+    """Stack the images of a batch that decode, if there are any, and list those that do not."""
     bad = [image for image, _, _ in samples if isinstance(image, BadImage)]
     sound = [(image, label, index) for image, label, index in samples if isinstance(image, Tensor)]
     if not sound:
         return None, bad
-    images, labels, index = zip(*sound, strict=True)
-    return (torch.stack(images), torch.tensor(labels), torch.tensor(index)), bad
+    images, labels, indices = zip(*sound, strict=True)
+    return (torch.stack(images), torch.tensor(labels), torch.tensor(indices)), bad

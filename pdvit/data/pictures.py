@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import SOURCES, ArraySplit, FileSplit, Split, list_images, open_source
+from pdvit.data.kinds import kind_of
+from pdvit.data.sources import FileSplit, Split, list_images, open_source
 from pdvit.errors import UserError, closest
 
 
@@ -25,14 +26,7 @@ class Pictures:
         if size <= limit:
             return self
         chosen = torch.linspace(0, size - 1, limit).round().long()
-        return Pictures(f"{self.description}, {limit} of {size:,}", take(self.split, chosen))
-
-
-def take(split: Split, chosen: torch.Tensor) -> Split:
-    """Return some samples of a split."""
-    if isinstance(split, ArraySplit):
-        return ArraySplit(split.images[chosen], split.labels[chosen])
-    return FileSplit([split.paths[index] for index in chosen.tolist()], split.labels[chosen])
+        return Pictures(f"{self.description}, {limit} of {size:,}", self.split.take(chosen))
 
 
 def held_out(data: DataConfig) -> Pictures:
@@ -42,13 +36,14 @@ def held_out(data: DataConfig) -> Pictures:
 
 
 def named(names: list[str]) -> Pictures:
-    """Return the pictures that the user names: one source, or any folders and files.
+    """Return the pictures that the user names: one source other than a folder, or any folders and files.
 
     Raises UserError where a name is nothing of these, or a folder holds no images.
     """
-    if len(names) == 1 and names[0] in SOURCES:
+    sources = [name for name in names if kind_of(name) and not os.path.isdir(os.path.expanduser(name))]
+    if sources and len(names) == 1:
         return held_out(DataConfig(source=names[0]))
-    if mixed := sorted(set(names) & set(SOURCES)):
+    if mixed := sorted(sources):
         what = f"the source '{mixed[0]}' can't be mixed with files"
         raise UserError(what, "--images", f"measure it by itself: --images {mixed[0]}")
     return Pictures(", ".join(names), image_files(names))
@@ -74,4 +69,4 @@ def _paths(path: Path) -> list[Path]:
         if found := list_images(path):
             return found
         raise UserError("the folder holds no images", str(path), "name a folder with image files")
-    raise UserError("there is no such image, folder or source", f"--images {path}", closest(str(path), SOURCES))
+    raise UserError("there is no such image, folder or source", f"--images {path}", closest(str(path), ["digits"]))

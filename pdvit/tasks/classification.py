@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.config.schema import Config
+from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
@@ -75,6 +76,8 @@ class ClassificationTask:
             )
         self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
         self.schedules = weight_schedules(config, self.steps_per_epoch, self.batch_size)
+        self.bad = BadImages(skip=config.data.on_bad_image == "skip")
+        self.named: set[str] = set()  # of the bad images, those that were shown
         self.loading = Loading(
             self.batch_size,
             config.run.seed,
@@ -84,6 +87,7 @@ class ClassificationTask:
             config.data.micro_batch,
             ranks.rank,
             ranks.size,
+            self.bad,
         )
         self.mixing = Mixing(
             config.augment.cutmix or 0.0,
@@ -130,6 +134,8 @@ class ClassificationTask:
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
         accuracy = (output.logits.argmax(1) == hard).float().mean()
         parts = {name: value.detach() for name, value in losses.parts.items()}
+        if batch.replaced is not None:  # a mean over the images, as all metrics, times the images: the number of a step
+            parts["bad_images"] = batch.replaced.float().mean() * self.batch_size
         return StepOutput(losses.total, {"loss": losses.total.detach(), **parts, "accuracy": accuracy})
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
@@ -137,7 +143,7 @@ class ClassificationTask:
         scores = self._scores(network, "val")
         names, values = self._similarity(network)
         records = {
-            "eval": {"split": "val", "accuracy": scores.accuracy, "loss": scores.loss},
+            "eval": {"split": "val", "accuracy": scores.accuracy, "loss": scores.loss, **self._left_out(scores, "val")},
             "similarity": {"images": len(self._probe_images()), "layers": names, "similarity": values},
         }
         bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
@@ -156,7 +162,7 @@ class ClassificationTask:
                 f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing into one another. Try a "
                 f"larger --cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
             )
-        return records, headline
+        return records, headline + self._bad_headline()
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe."""
@@ -168,6 +174,7 @@ class ClassificationTask:
             "split": split,
             "accuracy": scores.accuracy,
             "loss": scores.loss,
+            **self._left_out(scores, split),
             "similarity_first": first,
             "similarity_last": last,
             "weights": weights,
@@ -189,6 +196,19 @@ class ClassificationTask:
             self.config.run.precision,
             self.ranks,
         )
+
+    def _left_out(self, scores: Scores, split: str) -> dict[str, int]:
+        """Say how many images a split lacks, where those that do not decode are skipped."""
+        return {"bad_images": len(self.source.splits[split]) - scores.images} if self.bad.skip else {}
+
+    def _bad_headline(self) -> str:
+        """Name the images that were skipped and not named before; every process has met others."""
+        found: dict[str, str] = {}
+        for part in self.ranks.gather(self.bad.found) if self.bad.skip else []:
+            found |= part
+        new = {name: reason for name, reason in found.items() if name not in self.named}
+        self.named |= set(new)
+        return f"\nskipped, as they do not decode ({len(found)} so far): {describe_bad(new)}" if new else ""
 
     def _similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
         """Return the layers and P of each on the probe; every process measures all of it."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pdvit.data.batch import Batch
 from pdvit.engine.device import autocast
 from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.errors import UserError
 
 TOP = 5
 # Bins of equal width for the calibration error, and the confidences at which one ends and the next begins.
@@ -70,8 +71,13 @@ class Tally:
             self.confusion.index_add_(0, targets * self.classes + predicted, ones)
 
     def scores(self, ranks: Ranks = ALONE) -> Scores:
-        """Return what the images of all processes come to; every process calls it and gets the same."""
+        """Return what the images of all processes come to; every process calls it and gets the same.
+
+        Raises UserError where there is none.
+        """
         images, right, among, broken = ranks.sum(self.counts).tolist()
+        if not images:
+            raise UserError("none of the images decodes", "data.source (--data)", "replace them, or take another split")
         return Scores(
             images,
             right / images,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.report import make_console, say
 from pdvit.config.schema import Config
+from pdvit.data.kinds import kind_of
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,12 +60,13 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     set_up(device, config.run)
     if ranks.main:
         check_sinks(tracker_names(config.run.track))
-    source = open_source(config.data)
+    source = open_source(config.data, lambda text: say(console, text))
+    if config.data.check_images:
+        source = _checked(source, config, ranks, console)
     if not config.data.batch_size:
         size = _batch_that_fits(command, config, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=size)))
-    if os.path.isdir(config.data.source):  # so that the run can be resumed and analyzed from anywhere
-        config = replace(config, data=replace(config.data, source=os.path.abspath(config.data.source)))
+    config = _from_anywhere(config)
     task = command.make_task(config, source, device, ranks)
     begun_from = [] if initial is None else begin_from(bare(task.module), initial, source.classes)
     trainer = Trainer(task, config, device, ranks)
@@ -75,6 +77,25 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     for note in [*begun_from, *trainer.notes(), *idle]:
         say(console, note)
     return Prepared(command, config, ranks, device_name(device), trainer, console, as_json)
+
+
+def _from_anywhere(config: Config) -> Config:
+    """Return the configuration with whole paths, so that the run can be resumed and analyzed from anywhere."""
+    data = config.data
+    path = os.path.expanduser(data.source)
+    is_path = kind_of(data.source) in (None, "archive", "csv")
+    source = os.path.abspath(path) if is_path and os.path.exists(path) else data.source
+    root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
+    return replace(config, data=replace(data, source=source, root=root))
+
+
+def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
+    """Read all images, every process its share; raises UserError where some do not decode and are not to be skipped."""
+    from pdvit.data.check import check_images
+
+    say(console, "checking all images ...")
+    skip, workers = config.data.on_bad_image == "skip", config.data.workers
+    return check_images(source, skip, workers, lambda text: say(console, text), (ranks.rank, ranks.size), ranks.gather)
 
 
 def _batch_that_fits(command: Command, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:

@@ -8,6 +8,7 @@ from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.prepare import Prepared, prepare
 from pdvit.cli.runs.report import say, train_and_report
 from pdvit.config.schema import Config
+from pdvit.data.kinds import list_kinds
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def start(command: Command, config: Config, as_json: bool, stop: "StopRequest") -> int:
-    """Begin a new run; raises UserError before there is a run directory wherever that is possible."""
+    """Begin a new run; raises UserError before there is a run directory wherever that is possible.
+
+    The source `help` lists the kinds of sources instead.
+    """
+    if config.data.source == "help":
+        print(list_kinds())
+        return 0
     ready = prepare(command, config, as_json)
     from pdvit.engine.interrupts import EXIT_STOPPED
     from pdvit.tracking import RunDirectory

@@ -10,15 +10,20 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data.images import BadImage, FileImages, Preprocessing, refuse_bad, try_read
+from pdvit.data.bad_images import BadImage
+from pdvit.data.images import FileImages, Preprocessing, try_read
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
 
 PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
+def attempt(path):
+    return try_read(FileSplit([path], torch.tensor([0])), 0)
+
+
 def read(path):
-    image = try_read(path)
+    image = attempt(path)
     assert isinstance(image, Image.Image), image
     assert image.mode == "RGB"
     return image
@@ -83,14 +88,14 @@ def bomb():
 def test_a_file_that_does_not_decode_says_why(tmp_path, content):
     file = tmp_path / "bad.png"
     file.write_bytes(content)
-    bad = try_read(file)
+    bad = attempt(file)
     assert isinstance(bad, BadImage)
-    assert bad.path == file
+    assert bad.name == str(file)
     assert bad.reason
 
 
 def test_a_missing_file_says_why(tmp_path):
-    assert isinstance(try_read(tmp_path / "none.png"), BadImage)
+    assert isinstance(attempt(tmp_path / "none.png"), BadImage)
 
 
 def test_a_tiff_that_gives_text_for_a_number_says_why(tmp_path):
@@ -99,7 +104,7 @@ def test_a_tiff_that_gives_text_for_a_number_says_why(tmp_path):
     at = content.index(struct.pack("<HHI", offset, whole, 1))
     content[at + 2 : at + 4] = struct.pack("<H", text)
     (tmp_path / "odd.tif").write_bytes(content)
-    assert isinstance(try_read(tmp_path / "odd.tif"), BadImage)
+    assert isinstance(attempt(tmp_path / "odd.tif"), BadImage)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -111,22 +116,7 @@ def test_no_damage_ends_in_a_traceback(tmp_path, form):
         for _ in range(rng.randint(1, 4)):
             content[rng.randrange(min(len(content), rng.choice([64, 4096])))] = rng.randrange(256)
         file.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
-        assert isinstance(try_read(file), Image.Image | BadImage)
-
-
-def test_bad_files_are_named_and_the_rest_counted(tmp_path):
-    refuse_bad([])
-    with pytest.raises(UserError) as caught:
-        refuse_bad([BadImage(tmp_path / f"{i}.png", "torn") for i in range(13)])
-    assert "13 images do not decode" in caught.value.what
-    assert str(tmp_path / "0.png") in caught.value.where
-    assert "torn" in caught.value.where
-    assert "and 3 more" in caught.value.where
-
-
-def test_one_bad_file_is_one(tmp_path):
-    with pytest.raises(UserError, match="1 image does not decode"):
-        refuse_bad([BadImage(tmp_path / "0.png", "torn")])
+        assert isinstance(attempt(file), Image.Image | BadImage)
 
 
 def test_evaluation_scales_the_short_side_and_crops_the_centre():

@@ -92,7 +92,7 @@ def test_a_misspelt_source_names_the_closest():
 def test_the_sample_photographs_decode():
     paths = sample_photographs().split.paths
     assert len(paths) == 2
-    assert all(read_image(path).size == (640, 427) for path in paths)
+    assert all(read_image(Image.open(path)).size == (640, 427) for path in paths)
 
 
 def test_a_source_is_not_mixed_with_files(tmp_path):

@@ -1,0 +1,171 @@
+"""What a source gives: splits over one list of classes, their images in memory or read when they are needed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+# Images whose size is looked at, and names of a list that are shown.
+SAMPLED, SHOWN = 32, 5
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """A small split held in memory: uint8 images `(N, 3, H, W)` and class indices `(N,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: Tensor) -> "ArraySplit":
+        """Return the samples at these indices."""
+        return ArraySplit(self.images[chosen], self.labels[chosen])
+
+    def hash(self) -> str:
+        """Return what tells these labels and pixels from others."""
+        return _digest(self.labels, [self.images.numpy().tobytes()])
+
+
+class LazySplit(ABC):
+    """A split whose images are read when they are needed, by index and in any process.
+
+    It is pickled for worker processes, so it holds places and names; what has to be opened is opened where it is read.
+    """
+
+    labels: Tensor
+    """Class indices, `(N,)`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Return an image whose header is read; its pixels may be decoded later. Raises whatever its decoder does."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return where the image is, for messages."""
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """Return the image's own name, without where the set lies: a set may move, or be packed."""
+
+    @abstractmethod
+    def take(self, chosen: Tensor) -> Self:
+        """Return the samples at these indices."""
+
+    def hash(self) -> str:
+        """Return what tells these labels and names from others."""
+        keys = (self.key(index) for index in range(len(self)))
+        return _digest(self.labels, (f"{key}/".encode(errors="surrogateescape") for key in keys))
+
+
+@dataclass(frozen=True)
+class FileSplit(LazySplit):
+    """A split of image files."""
+
+    paths: list[Path]
+    labels: Tensor
+
+    def open(self, index: int) -> Image.Image:
+        """Open a file as an image."""
+        return Image.open(self.paths[index])
+
+    def name(self, index: int) -> str:
+        """Return the path."""
+        return str(self.paths[index])
+
+    def key(self, index: int) -> str:
+        """Return the file's name."""
+        return self.paths[index].name
+
+    def take(self, chosen: Tensor) -> "FileSplit":
+        """Return the files at these indices."""
+        return FileSplit([self.paths[index] for index in chosen.tolist()], self.labels[chosen])
+
+
+Split = ArraySplit | LazySplit
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named splits (train, val, perhaps test) over one list of classes, and what somebody should know of them."""
+
+    name: str
+    classes: list[str]
+    splits: Mapping[str, Split] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def final_split(self) -> str:
+        """The split of the closing numbers: test where there is one, so that settings are not chosen on it."""
+        return "test" if "test" in self.splits else "val"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be the same for a run to go on: classes, counts, and a hash of names or pixels by split."""
+        return {"classes": len(self.classes)} | {
+            name: {"images": len(split), "hash": split.hash()} for name, split in self.splits.items()
+        }
+
+    def describe(self) -> str:
+        """Say what was found: classes, images and their sizes in a line, then a line for each note."""
+        counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
+        sizes = describe_sizes(self.splits["train"])
+        return "\n".join([f"{self.name}: {len(self.classes)} classes, images: {counts}{sizes}", *self.notes])
+
+    def noting(self, *notes: str) -> "Source":
+        """Return the source with further notes; empty ones are left out."""
+        return replace(self, notes=(*self.notes, *(note for note in notes if note)))
+
+
+def _digest(labels: Tensor, parts: Iterable[bytes]) -> str:
+    digest = sha256(labels.numpy().tobytes())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def describe_sizes(split: Split) -> str:
+    """Say how large images are, from the headers of a few that are spread evenly over the split."""
+    if isinstance(split, ArraySplit):
+        sizes = [(split.images.shape[-1], split.images.shape[-2])]
+    else:
+        chosen = torch.linspace(0, len(split) - 1, min(len(split), SAMPLED)).round().long()
+        sizes = [size for index in chosen.tolist() if (size := _size(split, index))]
+    if not sizes:
+        return ""
+    widths, heights = sorted(width for width, _ in sizes), sorted(height for _, height in sizes)
+    least, most = f"{widths[0]}x{heights[0]}", f"{widths[-1]}x{heights[-1]}"
+    return f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
+
+
+def _size(split: LazySplit, index: int) -> tuple[int, int] | None:
+    """Return width and height, or None for what is no image: reading it in earnest says so."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with split.open(index) as image:
+                return image.size
+    except Exception:  # decoders raise nearly anything on a damaged file
+        return None
+
+
+def some(names: list[str]) -> str:
+    """List a few names, with characters that no terminal takes escaped."""
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return printable(shown)
+
+
+def printable(text: str) -> str:
+    """Return a text that can be written in UTF-8: file names may hold any bytes."""
+    return text.encode(errors="backslashreplace").decode()

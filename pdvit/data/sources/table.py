@@ -1,0 +1,94 @@
+"""A CSV table of images: path, label and perhaps split."""
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.sources.holdout import assemble, choose_splits
+from pdvit.data.sources.split import FileSplit, LazySplit, Source, printable
+from pdvit.errors import UserError
+
+
+class Row(NamedTuple):
+    """One image: its path and class as written, its split or an empty text, and the line for messages."""
+
+    path: str
+    label: str
+    split: str
+    line: int
+
+
+def read_csv(path: Path, data: DataConfig) -> Source:
+    """Read a table with a header; paths are relative to it, labels any text or whole numbers.
+
+    Classes are the labels of train: in the order of numbers where all are whole numbers, else in that of texts. Raises
+    UserError for a missing column, an empty or negative label, and a label that train has not.
+    """
+    rows = _rows(path)
+    counts = Counter(row.split for row in rows)
+    chosen = _choose(list(counts), data, path)
+    by_role = {role: [row for row in rows if row.split == name] for role, name in chosen.items()}
+    classes = _classes({row.label for row in by_role["train"]})
+    splits = {role: _split(mine, classes, path, role) for role, mine in by_role.items()}
+    unused = [name for name in counts if name not in chosen.values()]
+    notes = [f"{counts[name]:,} rows of split '{printable(name)}' are not used" for name in unused]
+    return assemble(path.stem, classes, splits, data, notes)
+
+
+def _choose(found: list[str], data: DataConfig, path: Path) -> dict[str, str]:
+    """Return which split is what; a table without that column is all to learn from, and a part of it held out."""
+    if found == [""]:
+        return {"train": ""}
+    chosen = choose_splits(found, data)
+    wanted = [name for name in chosen.values() if name not in found]
+    if "train" not in chosen or ("val" not in chosen and "test" not in chosen) or wanted:
+        missing = wanted[0] if wanted else "val" if "train" in chosen else "train"
+        what = f"no row has the split '{missing}' (there are: {', '.join(map(printable, found[:6]))})"
+        raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
+    return chosen
+
+
+def _split(rows: list[Row], classes: list[str], path: Path, role: str) -> LazySplit:
+    numbers = {name: label for label, name in enumerate(classes)}
+    for row in rows:
+        if row.label not in numbers:
+            what = f"label '{printable(row.label)}' of {role} is none of the {len(classes)} labels of train"
+            raise UserError(what, f"{path}, line {row.line}", "add it to train, or remove its rows")
+    labels = torch.tensor([numbers[row.label] for row in rows])
+    return FileSplit([path.parent / row.path for row in rows], labels)
+
+
+def _rows(path: Path) -> list[Row]:
+    """Return the rows; UserError where the table is not sound."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = [name.strip().lower() for name in next(lines, [])]
+        if missing := [name for name in ("path", "label") if name not in header]:
+            what = f"the table has no column '{missing[0]}' (it has: {', '.join(header) or 'nothing'})"
+            raise UserError(what, str(path), "begin it with the line path,label or path,label,split")
+        rows = [_row(dict(zip(header, cells, strict=False)), lines.line_num, path) for cells in lines if any(cells)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the table can't be read: {error}", str(path), "save it as CSV in UTF-8") from error
+    if not rows:
+        raise UserError("the table has no rows", str(path), "add a line for each image")
+    return rows
+
+
+def _row(cells: dict[str, str], line: int, path: Path) -> Row:
+    row = Row(cells.get("path", "").strip(), cells.get("label", "").strip(), cells.get("split", "").strip(), line)
+    if not (row.path and row.label):
+        raise UserError("a row without path or label", f"{path}, line {line}", "fill it in, or remove the row")
+    if row.label.startswith("-") and row.label[1:].isdecimal():
+        what = f"label {row.label} is below 0"
+        raise UserError(what, f"{path}, line {line}", "give the class a number from 0, or remove the row")
+    return row
+
+
+def _classes(labels: set[str]) -> list[str]:
+    return sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)

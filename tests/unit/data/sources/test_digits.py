@@ -1,0 +1,63 @@
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.sources import open_source
+
+SIZES = {"train": 1200, "val": 237, "test": 360}
+
+
+def digits(seed=0):
+    return open_source(DataConfig(source="digits", split_seed=seed))
+
+
+def rows(splits):
+    """Return every image of some splits as a row of numbers, in an order of its own."""
+    images = torch.cat([split.images for split in splits]).flatten(1).numpy()
+    return images[np.lexsort(images.T)]
+
+
+def test_digits_come_in_three_splits_of_known_size():
+    source = digits()
+    assert {name: len(split) for name, split in source.splits.items()} == SIZES
+    assert source.classes == [str(digit) for digit in range(10)]
+    assert source.final_split == "test"
+    for split in source.splits.values():
+        assert split.images.shape[1:] == (3, 32, 32)
+        assert split.images.dtype == torch.uint8
+
+
+def test_digits_splits_share_no_image():
+    originals = load_digits().data
+    assert len(np.unique(originals, axis=0)) == len(originals)
+    every = rows(digits().splits.values())
+    assert len(np.unique(every, axis=0)) == len(originals)
+
+
+def test_digits_are_the_originals_enlarged():
+    originals = load_digits()
+    every = torch.cat([split.images for split in digits().splits.values()])
+    labels = torch.cat([split.labels for split in digits().splits.values()])
+    assert labels.bincount().tolist() == np.bincount(originals.target).tolist()
+    assert torch.equal(every[:, 0], every[:, 1])
+    assert torch.equal(every[:, 0], every[:, 2])
+    assert every.min() == 0
+    # Enlarging four times keeps the mean of an image up to the border, and 16 becomes 255.
+    means = np.sort(every[:, 0].float().mean((1, 2)).numpy())
+    assert np.abs(means - np.sort(originals.images.mean((1, 2)) * 255 / 16)).max() < 3
+
+
+def test_digits_splits_are_stratified():
+    source = digits()
+    share = np.bincount(load_digits().target) / 1797
+    for name, size in SIZES.items():
+        counts = source.splits[name].labels.bincount(minlength=10).numpy()
+        assert np.abs(counts - share * size).max() <= 1
+
+
+def test_the_split_seed_decides_what_is_held_out():
+    assert np.array_equal(rows([digits(0).splits["test"]]), rows([digits(0).splits["test"]]))
+    assert not np.array_equal(rows([digits(0).splits["test"]]), rows([digits(1).splits["test"]]))
+    assert not np.array_equal(rows([digits(0).splits["val"]]), rows([digits(1).splits["val"]]))
+    assert np.array_equal(rows(digits(0).splits.values()), rows(digits(1).splits.values()))

@@ -1,0 +1,199 @@
+import os
+from hashlib import sha256
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.sources import list_images, open_source, source_label
+from pdvit.errors import UserError
+
+VAL = ["val/ant/9.png", "val/bee/9.png"]
+MANY = [f"{name}/{number:02}.png" for name in ("ant", "bee") for number in range(30)]
+
+
+def layout(root, tree):
+    """Make an image file for each split/class/file name."""
+    for path in tree:
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    return root
+
+
+def folder(root):
+    return open_source(DataConfig(source=str(root)))
+
+
+@pytest.mark.parametrize("validation", ["val", "validation"])
+def test_a_folder_of_class_folders_is_a_source(tmp_path, validation):
+    files = ["train/bee/1.png", "train/bee/deep/2.PNG", "train/ant/3.jpg", f"{validation}/ant/4.png"]
+    source = folder(layout(tmp_path / "insects", [*files, f"{validation}/bee/5.png"]))
+    assert source.name == "insects"
+    assert source.classes == ["ant", "bee"]
+    assert [path.name for path in source.splits["train"].paths] == ["3.jpg", "1.png", "2.PNG"]
+    assert source.splits["train"].labels.tolist() == [0, 1, 1]
+    assert [path.name for path in source.splits["val"].paths] == ["4.png", "5.png"]
+    assert set(source.splits) == {"train", "val"}
+    assert source.final_split == "val"
+
+
+def test_a_test_folder_is_the_final_split(tmp_path):
+    source = folder(layout(tmp_path, ["train/ant/1.png", "val/ant/2.png", "test/ant/3.png"]))
+    assert source.final_split == "test"
+    assert [path.name for path in source.splits["test"].paths] == ["3.png"]
+
+
+def test_a_test_folder_of_loose_images_is_no_split(tmp_path):
+    assert set(folder(layout(tmp_path, ["train/a/1.png", "val/a/2.png", "test/3.png"])).splits) == {"train", "val"}
+
+
+def test_names_may_be_in_any_script(tmp_path):
+    root = layout(tmp_path / "zvířata 動物", ["train/žába/один.png", "val/žába/δύο.png"])
+    source = folder(root)
+    assert source.classes == ["žába"]
+    assert source.splits["val"].paths[0].name == "δύο.png"
+    assert source_label(DataConfig(source=str(root))) == "zvířata-動物"
+
+
+def test_hidden_folders_and_other_files_are_passed_over(tmp_path):
+    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/.cache/3.png"])
+    (tmp_path / "train/ant/notes.txt").write_text("not an image")
+    (tmp_path / "train/README.md").write_text("not a class")
+    source = folder(tmp_path)
+    assert source.classes == ["ant"]
+    assert len(source.splits["train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("tree", "what"),
+    [
+        ([], "no folder train/ (found: nothing)"),
+        (["pictures/ant/1.png"], "found: pictures"),
+        (["train/1.png", "val/ant/2.png"], "no class folders"),
+        (["train/ant/1.png"], "no folder val/"),
+        (["train/ant/1.png", "val/ant/2.png", "val/bee/3.png"], "class 'bee' of val/ is not in train/"),
+        (["train/ant/1.png", "train/bee/2.png", "val/ant/3.png"], "class 'bee' has no images in val/"),
+        (["train/ant/1.png", "val/ant/2.png", "test/bee/3.png"], "class 'bee' of test/ is not in train/"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused(tmp_path, tree, what):
+    with pytest.raises(UserError) as caught:
+        folder(layout(tmp_path, tree))
+    assert what in caught.value.what
+
+
+def test_a_class_without_images_is_refused(tmp_path):
+    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png"])
+    (tmp_path / "train/bee").mkdir()
+    with pytest.raises(UserError, match="class 'bee' has no images in train/"):
+        folder(tmp_path)
+
+
+def test_the_list_of_images_is_in_order(tmp_path):
+    layout(tmp_path, ["b.png", "a.jpeg", "c/d.webp"])
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.png", "d.webp"]
+
+
+def names(split):
+    return [split.key(index) for index in range(len(split))]
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_earlier_versions(tmp_path):
+    source = folder(layout(tmp_path, ["train/ant/b.png", "train/ant/a/z.png", "train/bee/c.png", *VAL]))
+    digest = sha256(np.array([0, 0, 1], dtype="<i8").tobytes() + b"z.png/b.png/c.png/").hexdigest()[:16]
+    assert source.fingerprint()["train"] == {"images": 3, "hash": digest}
+    assert source.fingerprint()["classes"] == 2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path, seed, prefix):
+    extra = ["test/ant/1.png", "test/bee/1.png"] if prefix else []
+    root = layout(tmp_path, [f"{prefix}{file}" for file in MANY] + extra)
+    source = open_source(DataConfig(source=str(root), split_seed=seed))
+    train, val = (set(source.splits[split].paths) for split in ("train", "val"))
+    assert not train & val
+    assert {path.relative_to(root).as_posix().removeprefix(prefix) for path in train | val} == set(MANY)
+    assert source.splits["val"].labels.bincount().tolist() == [3, 3]
+    assert source.final_split == ("test" if prefix else "val")
+    assert f"split_seed {seed}" in source.describe()
+    again = open_source(DataConfig(source=str(root), split_seed=seed))
+    other = open_source(DataConfig(source=str(root), split_seed=seed + 1))
+    assert again.fingerprint() == source.fingerprint()
+    assert other.fingerprint()["val"] != source.fingerprint()["val"]
+
+
+def test_the_test_split_may_be_named_as_validation(tmp_path):
+    root = layout(tmp_path, [*(f"train/{file}" for file in MANY), "test/ant/1.png", "test/bee/1.png"])
+    source = open_source(DataConfig(source=str(root), val_split="test"))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 60, "val": 2}
+    assert source.notes == ()
+
+
+def test_splits_of_other_names_are_named(tmp_path):
+    root = layout(tmp_path, ["fit/ant/1.png", "check/ant/2.png", "val/ant/3.png"])
+    source = open_source(DataConfig(source=str(root), train_split="fit", val_split="check"))
+    assert [names(source.splits[split]) for split in ("train", "val")] == [["1.png"], ["2.png"]]
+    with pytest.raises(UserError, match="no folder absent/"):
+        open_source(DataConfig(source=str(root), train_split="fit", val_split="absent"))
+
+
+def test_a_class_of_one_image_stays_in_train_and_is_said(tmp_path):
+    source = folder(layout(tmp_path, [*MANY, "cat/1.png"]))
+    assert source.splits["train"].labels.bincount().tolist() == [27, 27, 1]
+    assert "1 of 3 classes have no image in val: cat" in source.describe()
+
+
+def test_classes_of_one_image_each_can_not_be_divided(tmp_path):
+    with pytest.raises(UserError, match="none can be held out"):
+        folder(layout(tmp_path, ["ant/1.png", "bee/2.png"]))
+
+
+def test_a_folder_of_data_sets_is_no_data_set(tmp_path):
+    tree = [f"{name}/{split}/ant/1.png" for name in ("one", "two") for split in ("train", "val")]
+    with pytest.raises(UserError, match=r"found: one, two"):
+        folder(layout(tmp_path, tree))
+
+
+def test_files_that_are_no_images_are_counted_and_named(tmp_path):
+    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/loose.png"])
+    for name in ("train/ant/notes.txt", "train/ant/.DS_Store", "val/ant/3.gif"):
+        (tmp_path / name).write_bytes(b"GIF89a")
+    said = folder(tmp_path).describe()
+    assert "4 files are not read" in said
+    assert all(name in said for name in ("train/ant/notes.txt", "train/loose.png", "val/ant/3.gif", ".DS_Store"))
+
+
+def test_a_link_to_nothing_is_an_image_that_does_not_open(tmp_path):
+    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png"])
+    (tmp_path / "train/ant/3.png").symlink_to(tmp_path / "gone.png")
+    assert names(folder(tmp_path).splits["train"]) == ["1.png", "3.png"]
+
+
+def test_the_description_has_classes_counts_and_sizes(tmp_path):
+    root = layout(tmp_path / "pets", ["train/ant/1.png", "val/ant/2.png"])
+    assert folder(root).describe() == "pets: 1 classes, images: 1 train, 1 val; 4x4 pixels"
+    Image.new("RGB", (30, 7)).save(root / "train/ant/4.png")
+    (root / "train/ant/5.png").write_bytes(b"torn")
+    assert "from 4x4 to 30x7 pixels" in folder(root).describe()
+
+
+def test_a_name_that_is_no_text_can_be_said(tmp_path):
+    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png"])
+    with open(os.fsencode(tmp_path / "train/ant") + b"/\xff\xfe.txt", "w"):
+        folder(tmp_path).describe().encode("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pack", "options", "counts", "classes"), [
+    ("cifar100", {}, {"train": 45000, "val": 5000, "test": 10000}, 100),
+    ("cifar100", {"val_split": "test"}, {"train": 50000, "val": 10000}, 100),
+    ("tiny-imagenet-50", {}, {"train": 25000, "val": 2500}, 50),
+])  # fmt: skip
+def test_the_real_packs_are_sources(real_data, pack, options, counts, classes):
+    source = open_source(DataConfig(source=str(real_data / pack), **options))
+    assert {name: len(split) for name, split in source.splits.items()} == counts
+    assert len(source.classes) == classes
+    assert all(split.labels.bincount().unique().numel() == 1 for split in source.splits.values())
