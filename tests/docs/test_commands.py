@@ -101,7 +101,9 @@ def test_a_command_that_pdvit_does_not_take_is_found(line):
         parse(arguments)
 
 
-@pytest.mark.parametrize("command", [["train"], ["finetune"], ["analyze"], ["doctor"], ["plot", "similarity"], ["plot", "training"]])
+@pytest.mark.parametrize(
+    "command", [["train"], ["finetune"], ["analyze"], ["doctor"], ["plot", "similarity"], ["plot", "training"]]
+)
 def test_every_command_is_documented(command):
     written = [item for page in PAGES for item in commands(page.read_text(encoding="utf-8"))]
     assert any(arguments[: len(command)] == command for arguments in written)
