@@ -104,7 +104,7 @@ def test_a_command_that_pdvit_does_not_take_is_found(line):
 @pytest.mark.parametrize(
     "command",
     [
-        *(["train"], ["analyze"], ["eval"], ["predict"], ["doctor"]),
+        *(["train"], ["finetune"], ["analyze"], ["eval"], ["predict"], ["doctor"]),
         *(["plot", "similarity"], ["plot", "training"], ["plot", "confusion"]),
     ],
 )
