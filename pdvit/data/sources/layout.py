@@ -62,7 +62,7 @@ def _no_folder(tree: Tree, name: str, folders: list[str]) -> UserError:
 def _split(tree: Tree, folder: str, classes: list[str], others: list[str]) -> LazySplit:
     """Read the class folders of a split; add what is no image in a class folder to `others`."""
     where = f"{tree.where}/{folder}".rstrip("/")
-    found, here = tree.folders(folder), f"{folder or 'the folder'}/".replace("the folder/", "the folder")
+    found, here = tree.folders(folder), f"{folder}/" if folder else tree.where
     if unknown := sorted(set(found) - set(classes)):
         raise UserError(
             f"class '{unknown[0]}' of {here} is not in train/ ({len(unknown)} such)",
