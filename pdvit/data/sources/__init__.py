@@ -58,7 +58,7 @@ def open_source(data: DataConfig, say: Say = say_on_stderr) -> Source:
         looks_like_path = os.sep in data.source or os.path.exists(path)
         what = "there is no folder, archive or table" if looks_like_path else "there is no source named"
         tip = closest(data.source, [kind.written for kind in KINDS if kind.written.islower()])
-        raise UserError(f"{what} '{data.source}'", "data.source (--data)", f"{tip}; --data help lists all kinds")
+        raise UserError(f"{what} '{data.source}'", "data.source (--data)", f"{tip} (--data help lists all kinds)")
     return READERS[kind](data, say)
 
 

@@ -26,9 +26,7 @@ def read_layout(tree: Tree, data: DataConfig) -> Source:
         splits = {"train": _split(tree, "", folders, others)}
         return assemble(tree.name, folders, splits, data, _said(others))
     chosen = choose_splits(folders, data)
-    if "train" not in chosen or ("val" not in chosen and "test" not in chosen):
-        raise _no_folder(tree, "val" if "train" in chosen else "train", folders)
-    for name in (data.train_split, data.val_split):
+    for name in (chosen.get("train", "train"), data.val_split):
         if name is not None and name not in folders:
             raise _no_folder(tree, name, folders)
     classes = tree.folders(chosen["train"])
@@ -37,8 +35,8 @@ def read_layout(tree: Tree, data: DataConfig) -> Source:
         raise UserError(what, WHERE, f"expected {chosen['train']}/CLASS/IMAGE")
     if "test" in chosen and not tree.folders(chosen["test"]):  # loose images: they have no labels
         del chosen["test"]
-        if "val" not in chosen:
-            raise _no_folder(tree, "val", folders)
+    if "val" not in chosen and "test" not in chosen:
+        raise _no_folder(tree, "val", folders)
     splits = {role: _split(tree, name, classes, others) for role, name in chosen.items()}
     return assemble(tree.name, classes, splits, data, _said(others))
 
@@ -62,7 +60,7 @@ def _no_folder(tree: Tree, name: str, folders: list[str]) -> UserError:
 def _split(tree: Tree, folder: str, classes: list[str], others: list[str]) -> LazySplit:
     """Read the class folders of a split; add what is no image in a class folder to `others`."""
     where = f"{tree.where}/{folder}".rstrip("/")
-    found, here = tree.folders(folder), f"{folder or 'the folder'}/".replace("the folder/", "the folder")
+    found, here = tree.folders(folder), f"{folder}/" if folder else tree.where
     if unknown := sorted(set(found) - set(classes)):
         raise UserError(
             f"class '{unknown[0]}' of {here} is not in train/ ({len(unknown)} such)",

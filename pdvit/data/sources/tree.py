@@ -4,6 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -87,10 +88,9 @@ class FolderTree(Tree):
                 return [item for item in items if not item.name.startswith(".")]
         except OSError as error:
             _unreadable(error)
-            raise
 
 
-def _unreadable(error: OSError) -> None:
+def _unreadable(error: OSError) -> NoReturn:
     what = f"the folder can't be read: {error.strerror}"
     raise UserError(what, str(error.filename), "check its permissions") from error
 
