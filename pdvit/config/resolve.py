@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from pdvit.config.policy import parse_policy
 from pdvit.config.presets import PRESETS, TERMS
 from pdvit.config.schema import Config
 from pdvit.config.weights import weight_schedule
@@ -22,10 +23,11 @@ def resolve(config: Config) -> Config:
     """Return the configuration with preset, model and learning rate spelled out.
 
     Resolving twice changes nothing, so that a written run.toml means the same run. Raises UserError where the learning
-    rate would end above its peak, and where the course of a weight can't be read.
+    rate would end above its peak, and where the course of a weight or the policy can't be read.
     """
     for term in TERMS:
         weight_schedule(config.diversity, term)
+    parse_policy(config.augment.auto_augment)
     config = _learning_rate(_model(_preset(config)))
     lr, least = config.optim.lr, config.optim.min_lr
     if lr is not None and least > lr:

@@ -1,12 +1,15 @@
-"""Decoding image files to uint8 tensors, with the random crop and flip of training."""
+"""Decoding image files to uint8 tensors, with the random crop of training."""
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -14,11 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pdvit.config.schema import AugmentConfig
-from pdvit.data.randomness import fold
+from pdvit.data.augment.crop import crop_pixels
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
 
+if TYPE_CHECKING:
+    from pdvit.data.augment.pipeline import Augmentation
+
+Result = TypeVar("Result")
+# Files that are open at once: all crops of so many are drawn together.
+OPEN = 32
 # Files named in an error before the rest is only counted.
 NAMED = 10
 
@@ -58,11 +66,6 @@ class Preprocessing:
             "crop_mode": self.crop_mode,
         }
 
-    def training(self, augment: AugmentConfig) -> v2.Compose:
-        """Return the transform of a training image: random crop and flip, uint8 `(3, size, size)`."""
-        crop = v2.RandomResizedCrop(self.size, scale=augment.scale, interpolation=self._mode(), antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip(augment.hflip), v2.PILToTensor()])
-
     def evaluation(self) -> v2.Compose:
         """Return the transform of a held-out image: short side scaled, centre cropped, uint8 `(3, size, size)`.
 
@@ -77,6 +80,10 @@ class Preprocessing:
 
     def _mode(self) -> v2.InterpolationMode:
         return v2.InterpolationMode(self.interpolation)
+
+    def fill(self, device: torch.device) -> Tensor:
+        """Return the levels of the mean colour, `(3, 1, 1)`: what an operation moves in from outside."""
+        return _on_device(self.mean, device).round()
 
     def fit(self, images: Tensor) -> Tensor:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
@@ -105,28 +112,51 @@ class BadImage:
     reason: str
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode a file as RGB, 16-bit greys scaled to 8. Raises whatever its decoder does where it is not sound."""
+@contextmanager
+def strict_decoders() -> Iterator[None]:
+    """Make Pillow's warning of a decompression bomb an error, before the pixels are made."""
     with warnings.catch_warnings():
-        # Pillow warns of possible decompression bombs; as an error it stops before the pixels are made.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
-            if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
-                return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        yield
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image as RGB, 16-bit greys scaled to 8, and close its file.
+
+    Raises whatever its decoder does where it is not sound.
+    """
+    with image:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
+            return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
+        if image.mode != "RGB":
             return image.convert("RGB")
+        image.load()  # instead of `convert`, which would copy it
+        return image
 
 
-def try_read(path: Path) -> Image.Image | BadImage:
-    """Decode a file, or say why it can't be decoded."""
+def attempt(path: Path, read: Callable[..., Result], *arguments: Any) -> Result | BadImage:
+    """Return `read(*arguments)`, which reads the image file at `path`, or say why it can't be read."""
     try:
-        return read_image(path)
+        return read(*arguments)
     except UnidentifiedImageError:
         return BadImage(path, "not an image")
     except Exception as error:  # decoders raise nearly anything on a damaged file
         return BadImage(path, str(error) or type(error).__name__)
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a file as RGB. Raises whatever its decoder does where it is not sound."""
+    return to_rgb(Image.open(path))
+
+
+def try_read(path: Path) -> Image.Image | BadImage:
+    """Decode a file, or say why it can't be decoded."""
+    with strict_decoders():
+        return attempt(path, read_image, path)
 
 
 def refuse_bad(bad: list[BadImage]) -> None:
@@ -140,24 +170,66 @@ def refuse_bad(bad: list[BadImage]) -> None:
 
 
 Sample = tuple[Tensor | BadImage, int, int]
+Keys = list[tuple[int, int]]
 
 
 class FileImages(Dataset[Sample]):
-    """Image files as a torch data set whose keys are (epoch, index); epoch -1 means no augmentation."""
+    """Image files as a torch data set that is read in batches, of keys (epoch, index)."""
 
-    def __init__(self, split: FileSplit, transform: v2.Compose, seed: int) -> None:
-        self.paths, self.labels = split.paths, split.labels
-        self.transform, self.seed = transform, seed
+    def __init__(self, split: FileSplit, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.paths, self.labels, self.transform = split.paths, split.labels, transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Return the uint8 image (or why there is none), its class and its index."""
-        epoch, index = key
-        image = try_read(self.paths[index])
-        if not isinstance(image, BadImage):
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
-                torch.default_generator.manual_seed(fold(self.seed, epoch + 1, index))  # and not of the GPU
-                image = self.transform(image)
-        return image, int(self.labels[index]), index
+    def __getitems__(self, keys: Keys) -> list[Sample]:
+        """Return for each key the uint8 image (or why there is none), its class and its index."""
+        with strict_decoders():
+            parts = [self._read(keys[at : at + OPEN]) for at in range(0, len(keys), OPEN)]
+        images = [image for part in parts for image in part]
+        return [(image, int(self.labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
+
+    def _read(self, keys: Keys) -> list[Tensor | BadImage]:
+        paths = [self.paths[index] for _, index in keys]
+        return [attempt(path, self._whole, path) for path in paths]
+
+    def _whole(self, path: Path) -> Tensor:
+        return self.transform(read_image(path))
+
+
+class TrainingImages(FileImages):
+    """Image files with the random crop of training; what else is done to them happens in batch.
+
+    All keys of a batch are of one epoch.
+    """
+
+    def __init__(self, split: FileSplit, augmentation: "Augmentation") -> None:
+        super().__init__(split, pixels_of)
+        self.augmentation, self.how = augmentation, augmentation.preprocessing
+
+    def _read(self, keys: Keys) -> list[Tensor | BadImage]:
+        paths = [self.paths[index] for _, index in keys]
+        opened = [attempt(path, Image.open, path) for path in paths]
+        sizes = [(1, 1) if isinstance(image, BadImage) else image.size for image in opened]
+        widths, heights = torch.tensor(sizes).unbind(1)
+        (epoch,) = {epoch for epoch, _ in keys}
+        boxes = self.augmentation.boxes(epoch, torch.tensor([index for _, index in keys]), heights, widths)
+        return [
+            image if isinstance(image, BadImage) else attempt(path, self._cut, image, box)
+            for path, image, box in zip(paths, opened, boxes.tolist(), strict=True)
+        ]
+
+    def _cut(self, image: Image.Image, box: list[int]) -> Tensor:
+        """Decode what is needed of an opened image: a JPEG at half, a quarter ... of its size where that is enough."""
+        width, height = image.size
+        coarser = min(box[2], box[3]) // self.how.size
+        if coarser > 1:
+            image.draft(None, (width // coarser, height // coarser))
+        down, right = image.size[1] / height, image.size[0] / width
+        scaled = (box[0] * down, box[1] * right, box[2] * down, box[3] * right)
+        return crop_pixels(np.asarray(to_rgb(image)), scaled, self.how.size, self.how.interpolation)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 `(3, H, W)`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

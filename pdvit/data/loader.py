@@ -4,25 +4,27 @@ import atexit
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from torchvision.transforms.v2 import Compose
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.batch import Batch
-from pdvit.data.images import BadImage, FileImages, Preprocessing, Sample, refuse_bad
+from pdvit.data.images import BadImage, FileImages, Keys, Preprocessing, Sample, TrainingImages, refuse_bad
 from pdvit.data.mixing import Mixing
-from pdvit.data.randomness import epoch_order, fold, uniform
+from pdvit.data.randomness import epoch_order
 from pdvit.data.sources import ArraySplit, FileSplit, Split
 from pdvit.errors import UserError
 
 # Uint8 images, class indices, sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
+# Epoch and sample indices of each step.
+Steps = Iterator[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,16 @@ def train_batches(
     split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
+    decoded = isinstance(split, FileSplit) or split.decoded
+    augmentation = Augmentation.of(augment, decoded, how.preprocessing, how.seed)
+    steps = _step_indices(len(split), how, mixing, start)
     if isinstance(split, ArraySplit):
-        raw = _resident(split, how, augment, mixing, start)
+        raw = _resident(split, how, augmentation, steps)
     else:
-        raw = _from_workers(split, how, augment, mixing, start)
+        raw = _from_workers(split, how, augmentation, steps)
+    per_epoch = steps_per_epoch(split, how.batch_size)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
-        batch = Batch(how.preprocessing.normalise(images), labels, index)
+        batch = Batch(augmentation(images, step // per_epoch, index), labels, index)
         yield mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
 
 
@@ -81,12 +87,12 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
         raw = ((fit(split.images[i].to(how.device)), split.labels[i], i) for i in chunks)
     else:
         keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
-        raw = _decode(split, how, how.preprocessing.evaluation(), keys)
+        raw = decode(FileImages(split, how.preprocessing.evaluation()), how, keys)
     for images, labels, index in raw:
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
 
-def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Iterator[tuple[int, Tensor]]:
+def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Steps:
     """Yield (epoch, indices) of what this process needs for every step from `start` on."""
     per_epoch, step, share = size // how.batch_size, start, range(*how.share(how.batch_size))
     while True:
@@ -98,32 +104,14 @@ def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Iterat
             step += 1
 
 
-def _resident(split: ArraySplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
+def _resident(split: ArraySplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
     """Yield batches of a set that lives on the device as one uint8 tensor."""
-    images = how.preprocessing.fit(split.images.to(how.device))
-    labels = split.labels.to(how.device)
-    for epoch, index in _step_indices(len(split), how, mixing, start):
+    images, labels = split.images.to(how.device), split.labels.to(how.device)
+    if augmentation.scale is None:
+        images = how.preprocessing.fit(images)
+    for epoch, index in steps:
         chosen = index.to(how.device, non_blocking=True)
-        batch = images[chosen]
-        if augment.shift:
-            batch = shift_images(batch, augment.shift, uniform(fold(how.seed, epoch), chosen, 2))
-        yield batch, labels[chosen], index
-
-
-def shift_images(images: Tensor, most: int, draws: Tensor) -> Tensor:
-    """Move each image by -most ... most pixels down and right, repeating the border.
-
-    Args:
-        images: `(B, C, H, W)`, any dtype.
-        most: the largest shift in pixels.
-        draws: `(B, 2)`, numbers in [0, 1) that decide the shift of each image.
-    """
-    height, width = images.shape[-2:]
-    offset = (draws * (2 * most + 1)).long() - most
-    rows = (torch.arange(height, device=images.device) - offset[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) - offset[:, 1:]).clamp(0, width - 1)
-    each = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        yield augmentation.crop(images[chosen], epoch, index), labels[chosen], index
 
 
 class _Keys(Sampler[list[tuple[int, int]]]):
@@ -136,25 +124,15 @@ class _Keys(Sampler[list[tuple[int, int]]]):
         return self.start()
 
 
-def _from_workers(split: FileSplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
-    steps = _step_indices(len(split), how, mixing, start)
+def _from_workers(split: FileSplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
+    """Yield batches that worker processes decode and crop."""
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
-    for images, labels, index in _decode(split, how, how.preprocessing.training(augment), keys):
-        yield (
-            images.to(how.device, non_blocking=True),
-            labels.to(how.device, non_blocking=True),
-            index,
-        )
+    for images, labels, index in decode(TrainingImages(split, augmentation), how, keys):
+        yield images.to(how.device, non_blocking=True), labels.to(how.device, non_blocking=True), index
 
 
-def _decode(
-    split: FileSplit,
-    how: Loading,
-    transform: Compose,
-    keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]],
-) -> Iterator[Raw]:
+def decode(data: FileImages, how: Loading, keys: Iterable[Keys]) -> Iterator[Raw]:
     """Yield decoded batches for the keys; UserError naming the files that do not decode."""
-    data = FileImages(split, transform, how.seed)
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(

@@ -24,6 +24,8 @@ class ArraySplit:
 
     images: Tensor
     labels: Tensor
+    decoded: bool = False
+    """Whether these were image files, which are cropped and flipped unless the user says otherwise."""
 
     def __len__(self) -> int:
         return len(self.labels)

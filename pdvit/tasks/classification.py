@@ -1,7 +1,7 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batc
 from pdvit.data.mixing import Mixing
 from pdvit.data.pictures import Pictures
 from pdvit.data.randomness import fold
+from pdvit.data.resident import resident
 from pdvit.data.sources import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.protocol import StepOutput
@@ -96,6 +97,10 @@ class ClassificationTask:
         self._probe: Tensor | None = None
         if ranks.rank:  # the weights are the same on all processes; what drop path draws is not
             torch.manual_seed(fold(config.run.seed, ranks.rank))
+
+    def load(self, say: Callable[[str], None]) -> None:
+        """Bring small sets of image files onto the device; say what was chosen, and why. Raises UserError."""
+        self.source = resident(self.source, self.loading, self.config.data.resident, say)
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
         """Return the batch that gave these tensors."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def start(command: Command, config: Config, as_json: bool, stop: "StopRequest") -> int:
     """Begin a new run; raises UserError before there is a run directory wherever that is possible."""
     ready = prepare(command, config, as_json)
+    ready.load()
     from pdvit.engine.interrupts import EXIT_STOPPED
     from pdvit.tracking import RunDirectory
 

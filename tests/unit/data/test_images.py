@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data.images import BadImage, FileImages, Preprocessing, refuse_bad, try_read
+from pdvit.data.augment.pipeline import Augmentation
+from pdvit.data.images import BadImage, Preprocessing, TrainingImages, refuse_bad, try_read
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
 
@@ -139,18 +141,63 @@ def test_evaluation_scales_the_short_side_and_crops_the_centre():
     assert (image == 255).all()
 
 
-def test_training_gives_a_crop_of_the_input_size():
-    image = PLAIN.training(AugmentConfig(scale=(0.1, 0.2)))(Image.new("RGB", (50, 30), (1, 2, 3)))
-    assert image.shape == (3, 8, 8)
+def training_images(paths, seed=3, preprocessing=PLAIN, **settings):
+    augmentation = Augmentation.of(AugmentConfig(**settings), True, preprocessing, seed)
+    return TrainingImages(FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)), augmentation)
+
+
+def test_training_gives_a_crop_of_the_input_size(tmp_path):
+    Image.new("RGB", (50, 30), (1, 2, 3)).save(tmp_path / "plain.png")
+    ((image, label, index),) = training_images([tmp_path / "plain.png"], scale=(0.1, 0.2)).__getitems__([(0, 0)])
+    assert (image.shape, label, index) == ((3, 8, 8), 0, 0)
     assert image[:, 0, 0].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("probability", "flipped"), [(0.0, False), (1.0, True)])
-def test_the_flip_has_its_probability(probability, flipped):
-    array = np.zeros((8, 8, 3), dtype=np.uint8)
-    array[:, :4] = 255
-    image = PLAIN.training(AugmentConfig(hflip=probability, scale=(1.0, 1.0)))(Image.fromarray(array))
-    assert (image[0, 0, 0] < 128) == flipped
+def photograph(form, size):
+    """Return one of scikit-learn's photographs, encoded."""
+    from sklearn.datasets import load_sample_image
+
+    content = io.BytesIO()
+    Image.fromarray(load_sample_image("flower.jpg")).resize(size).save(content, form)
+    return content.getvalue()
+
+
+# A JPEG is decoded at half its size where the crop is twice the input: not the same pixels, but near them.
+@pytest.mark.parametrize(("form", "size", "mean", "most"), [("PNG", (96, 64), 0.05, 2), ("JPEG", (320, 200), 2.0, 60)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, mean, most, interpolation):
+    path = tmp_path / "photograph"
+    path.write_bytes(photograph(form, size))
+    how = Preprocessing(32, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
+    data = training_images([path] * 8, preprocessing=how)
+    found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
+    index = torch.arange(8)
+    boxes = data.augmentation.boxes(0, index, *(torch.full((8,), side) for side in size[::-1]))
+    mode = v2.InterpolationMode(interpolation)
+    whole = Image.open(path)
+    expected = [v2.functional.resized_crop(whole, *box, [32, 32], mode) for box in boxes.tolist()]
+    difference = (torch.stack([v2.functional.pil_to_tensor(image) for image in expected]).int() - found).abs()
+    assert difference.float().mean() < mean
+    assert difference.max() <= most
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
+    opened = []
+    most = 0
+    real = Image.open
+
+    def counting(path):
+        nonlocal most
+        image = real(path)
+        opened.append(image)
+        most = max(most, sum(image.fp is not None for image in opened))
+        return image
+
+    monkeypatch.setattr(Image, "open", counting)
+    training_images([tmp_path / "plain.png"] * 100).__getitems__([(0, index) for index in range(100)])
+    assert len(opened) == 100
+    assert most <= 32
 
 
 def test_normalising_is_subtracting_the_mean_and_dividing_by_the_deviation():
@@ -181,19 +228,20 @@ def test_images_that_are_not_square_are_refused():
         Preprocessing.for_model(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(32, 16), patch_size=8))
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
-    for number in range(2):
-        Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / f"{number}.png")
-    split = FileSplit([tmp_path / "0.png"] * 2, torch.tensor([0, 0]))
-    data = FileImages(split, PLAIN.training(AugmentConfig()), seed=3)
+def test_the_crop_is_a_function_of_seed_epoch_and_index(tmp_path):
+    Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / "noise.png")
+    data = training_images([tmp_path / "noise.png"] * 2)
+
+    def crop(epoch, index, data=data):
+        return data.__getitems__([(epoch, index)])[0][0]
+
     torch.manual_seed(1)
-    first = data[0, 1][0]
+    first = crop(0, 1)
     before = torch.get_rng_state()
     torch.manual_seed(2)
-    assert torch.equal(data[0, 1][0], first)
+    assert torch.equal(crop(0, 1), first)
     torch.set_rng_state(before)
-    assert not torch.equal(data[1, 1][0], first)
-    assert not torch.equal(data[0, 0][0], first)
-    other = FileImages(split, PLAIN.training(AugmentConfig()), seed=4)
-    assert not torch.equal(other[0, 1][0], first)
+    assert not torch.equal(crop(1, 1), first)
+    assert not torch.equal(crop(0, 0), first)
+    assert not torch.equal(crop(0, 1, training_images([tmp_path / "noise.png"] * 2, seed=4)), first)
     assert torch.equal(torch.get_rng_state(), before)
