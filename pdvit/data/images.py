@@ -220,13 +220,17 @@ class TrainingImages(FileImages):
         ]
 
     def _cut(self, image: Image.Image, box: list[int]) -> Tensor:
-        """Decode what is needed of an opened image: a JPEG at half, a quarter ... of its size where that is enough."""
+        """Cut the box out of an opened image, and decode no more of it than is needed.
+
+        A JPEG whose crop is at least twice, four or eight times the input is decoded at that fraction of its size; the
+        edges of the crop then lie on whole pixels of what was decoded.
+        """
         width, height = image.size
         coarser = min(box[2], box[3]) // self.how.size
         if coarser > 1:
             image.draft(None, (width // coarser, height // coarser))
-        down, right = image.size[1] / height, image.size[0] / width
-        scaled = (box[0] * down, box[1] * right, box[2] * down, box[3] * right)
+        step = round(width / image.size[0])
+        scaled = (box[0] / step, box[1] / step, box[2] / step, box[3] / step)
         return crop_pixels(np.asarray(to_rgb(image)), scaled, self.how.size, self.how.interpolation)
 
 

@@ -58,12 +58,17 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
+def augmentation_for(split: Split, how: Loading, augment: AugmentConfig) -> Augmentation:
+    """Return what is done to the images of a split in training."""
+    decoded = isinstance(split, FileSplit) or split.decoded
+    return Augmentation.of(augment, decoded, how.preprocessing, how.seed)
+
+
 def train_batches(
     split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
-    decoded = isinstance(split, FileSplit) or split.decoded
-    augmentation = Augmentation.of(augment, decoded, how.preprocessing, how.seed)
+    augmentation = augmentation_for(split, how, augment)
     steps = _step_indices(len(split), how, mixing, start)
     if isinstance(split, ArraySplit):
         raw = _resident(split, how, augmentation, steps)

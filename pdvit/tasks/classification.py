@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pdvit.config.schema import Config
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, augmentation_for, eval_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.pictures import Pictures
 from pdvit.data.randomness import fold
@@ -93,6 +93,7 @@ class ClassificationTask:
             config.augment.mixup,
             config.augment.mixup_switch_prob,
         )
+        self.augmentation = augmentation_for(source.splits["train"], self.loading, config.augment)
         self.fingerprint = source.fingerprint()
         self._probe: Tensor | None = None
         if ranks.rank:  # the weights are the same on all processes; what drop path draws is not

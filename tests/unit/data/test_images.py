@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data import images
 from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.images import BadImage, Preprocessing, TrainingImages, refuse_bad, try_read
 from pdvit.data.sources import FileSplit
@@ -163,22 +164,33 @@ def photograph(form, size):
 
 
 # A JPEG is decoded at half its size where the crop is twice the input: not the same pixels, but near them.
-@pytest.mark.parametrize(("form", "size", "mean", "most"), [("PNG", (96, 64), 0.05, 2), ("JPEG", (320, 200), 2.0, 60)])
+@pytest.mark.parametrize(("form", "size", "step", "mean"), [("PNG", (96, 64), 1, 0.05), ("JPEG", (200, 160), 2, 2.5)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, mean, most, interpolation):
+def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, step, mean, interpolation):
     path = tmp_path / "photograph"
     path.write_bytes(photograph(form, size))
-    how = Preprocessing(32, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
-    data = training_images([path] * 8, preprocessing=how)
+    how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
+    data = training_images([path] * 8, preprocessing=how, scale=(0.5, 0.9))
     found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
-    index = torch.arange(8)
-    boxes = data.augmentation.boxes(0, index, *(torch.full((8,), side) for side in size[::-1]))
-    mode = v2.InterpolationMode(interpolation)
-    whole = Image.open(path)
-    expected = [v2.functional.resized_crop(whole, *box, [32, 32], mode) for box in boxes.tolist()]
-    difference = (torch.stack([v2.functional.pil_to_tensor(image) for image in expected]).int() - found).abs()
-    assert difference.float().mean() < mean
-    assert difference.max() <= most
+    boxes = data.augmentation.boxes(0, torch.arange(8), *(torch.full((8,), side) for side in size[::-1]))
+    whole, mode = Image.open(path), v2.InterpolationMode(interpolation)
+    expected = []
+    for top, left, tall, wide in boxes.tolist():
+        edges = [round(edge / step) * step for edge in (top, left, top + tall, left + wide)]
+        box = (*edges[:2], edges[2] - edges[0], edges[3] - edges[1])
+        expected.append(v2.functional.pil_to_tensor(v2.functional.resized_crop(whole, *box, [48, 48], mode)))
+    difference = (torch.stack(expected).int() - found).abs().float()
+    assert difference.mean() < mean
+    assert difference.max() <= (4 if step == 1 else 60)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(photograph("JPEG", (96, 80)))
+    shapes, real = [], images.crop_pixels
+    monkeypatch.setattr(images, "crop_pixels", lambda pixels, *rest: shapes.append(pixels.shape) or real(pixels, *rest))
+    training_images([path], scale=(1.0, 1.0)).__getitems__([(0, 0)])
+    assert shapes == [(10, 12, 3)]
 
 
 def test_few_files_are_open_at_once(tmp_path, monkeypatch):
