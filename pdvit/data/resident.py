@@ -117,7 +117,11 @@ def _stored(preprocessing: Preprocessing, size: tuple[int, int]) -> Callable[[Im
     """Return how a training image is stored: as it is or, where it has not that size, scaled and centre-cropped."""
     mode = v2.InterpolationMode(preprocessing.interpolation)
     fit = v2.Compose([v2.Resize(min(size), interpolation=mode, antialias=True), v2.CenterCrop(min(size))])
-    return lambda image: pixels_of(image if (image.height, image.width) == size else fit(image))
+    return partial(_store, size, fit)  # it has to travel to worker processes
+
+
+def _store(size: tuple[int, int], fit: v2.Compose, image: Image.Image) -> Tensor:
+    return pixels_of(image if (image.height, image.width) == size else fit(image))
 
 
 def _decoded(data: FileImages, how: Loading, progress: Callable[[int, int], None]) -> Tensor:

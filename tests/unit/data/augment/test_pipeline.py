@@ -90,3 +90,25 @@ def test_erasing_comes_after_normalising():
     noise = erased[erased != plain]
     assert float(noise.mean()) == pytest.approx(0, abs=0.1)
     assert float(noise.std()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", [{}, {"auto_augment": "", "color_jitter": 0.4}])
+def test_a_gpu_does_the_same_and_is_never_waited_for(more):
+    augment, index = augmentation(**EVERYTHING | more), torch.arange(COUNT)
+    images = IMAGES.cuda()
+
+    def on_gpu():
+        return augment(augment.crop(images, 2, index), 2, index)
+
+    on_gpu()  # constants are copied once
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        found = on_gpu()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = result(augment, index)
+    assert torch.equal(augment.crop(images, 2, index).cpu(), augment.crop(IMAGES, 2, index))
+    # the last bit of a sine or a logarithm may differ, and then a level
+    assert ((found.cpu() - expected).abs() > 1e-4).float().mean() < 0.01
