@@ -190,11 +190,13 @@ class FileImages(Dataset[Sample]):
         return [(image, int(self.labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
 
     def _read(self, keys: Keys) -> list[Tensor | BadImage]:
-        paths = [self.paths[index] for _, index in keys]
-        return [attempt(path, self._whole, path) for path in paths]
+        return [attempt(self.paths[index], self._whole, index) for _, index in keys]
 
-    def _whole(self, path: Path) -> Tensor:
-        return self.transform(read_image(path))
+    def _open(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index])
+
+    def _whole(self, index: int) -> Tensor:
+        return self.transform(to_rgb(self._open(index)))
 
 
 class TrainingImages(FileImages):
@@ -208,15 +210,14 @@ class TrainingImages(FileImages):
         self.augmentation, self.how = augmentation, augmentation.preprocessing
 
     def _read(self, keys: Keys) -> list[Tensor | BadImage]:
-        paths = [self.paths[index] for _, index in keys]
-        opened = [attempt(path, Image.open, path) for path in paths]
+        opened = [attempt(self.paths[index], self._open, index) for _, index in keys]
         sizes = [(1, 1) if isinstance(image, BadImage) else image.size for image in opened]
         widths, heights = torch.tensor(sizes).unbind(1)
         (epoch,) = {epoch for epoch, _ in keys}
         boxes = self.augmentation.boxes(epoch, torch.tensor([index for _, index in keys]), heights, widths)
         return [
-            image if isinstance(image, BadImage) else attempt(path, self._cut, image, box)
-            for path, image, box in zip(paths, opened, boxes.tolist(), strict=True)
+            image if isinstance(image, BadImage) else attempt(self.paths[index], self._cut, image, box)
+            for (_, index), image, box in zip(keys, opened, boxes.tolist(), strict=True)
         ]
 
     def _cut(self, image: Image.Image, box: list[int]) -> Tensor:

@@ -432,5 +432,6 @@ def test_image_files_train_with_every_augmentation_where_the_user_puts_them(trai
     assert "augmentation: crop of 50% to 100%, flip 25%, RandAugment 9, erase 50%" in shown
     assert "images: on cpu" in shown
     assert recipe(run)["augment"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
-    again = trained("--config", run / "run.toml", out="again", base=[])
+    again = run.with_name("again")
+    assert pdvit(["train", "--config", str(run / "run.toml"), "--out", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
