@@ -50,7 +50,7 @@ def _describe(config: Config, task: "ClassificationTask") -> str:
     courses = {name: getattr(diversity, f"{name}_schedule") for name, weight in weights.items() if weight}
     terms += "".join(f", {name} {course}" for name, course in courses.items() if course != "constant")
     model = f"{config.model.name}: {parameters:,} parameters, {size}x{size} pixels, patches of {task.mixing.patch_size}"
-    return f"{model}\nterms: {terms}; {_mixes(config.augment)}"
+    return f"{model}\nterms: {terms}; {_mixes(config.augment)}; augmentation: {task.augmentation.describe()}"
 
 
 def _mixes(augment: AugmentConfig) -> str:

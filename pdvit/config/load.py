@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pdvit.config.duration import parse_duration
 from pdvit.config.keys import KeyInfo, info_of
 from pdvit.config.schema import Config
+from pdvit.config.upgrade import as_today
 from pdvit.errors import UserError, closest
 
 # What run.toml leaves out, so that the same recipe can be run again somewhere else.
@@ -55,7 +56,7 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
     """
     config, known = Config(), sections()
     for where, layer in layers:
-        for section, values in layer.items():
+        for section, values in as_today(layer).items():
             if section not in known:
                 raise UserError(f"there is no section '{section}'", where, _tip(section, [*known], values, known))
             if not isinstance(values, Mapping):
@@ -63,9 +64,10 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
             current = getattr(config, section)
             changes = {name: _check(section, name, value, where) for name, value in values.items()}
             config = replace(config, **{section: replace(current, **changes)})
-    low, high = config.augment.scale
-    if low > high:
-        raise UserError(f"the least crop area {low} is above the most, {high}", "augment.scale", "swap the two")
+    for name in ("scale", "ratio"):
+        low, high = getattr(config.augment, name) or (0.0, 0.0)
+        if low > high:
+            raise UserError(f"the least, {low:g}, is above the most, {high:g}", f"augment.{name}", "swap the two")
     return config
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from pdvit.config.policy import parse_policy
 from pdvit.config.presets import PRESETS, TERMS
 from pdvit.config.schema import Config
 from pdvit.config.weights import weight_schedule
@@ -26,15 +27,16 @@ def resolve(config: Config) -> Config:
 
     Resolving twice changes nothing, so that a written run.toml means the same run. The model of initial weights is
     known when they are read; until then it is left open. Raises UserError where the learning rate would end above its
-    peak, where the course of a weight can't be read, and where what depends on initial weights comes without them.
+    peak, where the course of a weight or the policy can't be read, and where what depends on initial weights comes
+    without them.
     """
     for term in TERMS:
         weight_schedule(config.diversity, term)
+    parse_policy(config.augment.auto_augment)
     for name in ("freeze", "weights") if config.model.init is None else ():
         if getattr(config.model, name) is not None:
-            what = f"model.{name} needs initial weights" + (
-                ": fresh ones would never learn" if name == "freeze" else ""
-            )
+            why = ": fresh ones would never learn" if name == "freeze" else ""
+            what = f"model.{name} needs initial weights{why}"
             raise UserError(what, f"model.{name} (--{name})", "name a checkpoint with --init, or leave it out")
     config = _learning_rate(_model(_preset(config)))
     lr, least = config.optim.lr, config.optim.min_lr

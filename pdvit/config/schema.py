@@ -63,6 +63,12 @@ class DataConfig:
         None, "What becomes of held-out images that are not square.", "--crop-mode", choices=CROP_MODES
     )
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
+    resident: str = key(
+        "auto",
+        "Decode image files once and keep the pixels on the device: auto (where they are small), on or off.",
+        "--resident",
+        choices=("auto", "on", "off"),
+    )
     split_seed: int = key(0, "Which images of a source without splits are held out.", minimum=0, maximum=2**32 - 1)
 
 
@@ -178,11 +184,33 @@ class AugmentConfig:
     mixup_mode: str = key(
         "batch", "One draw for the batch, for each pair or for each image.", "--mixup-mode", choices=MIXUP_MODES
     )
-    shift: int = key(0, "Move the image by up to so many pixels each way (digits).", "--shift", minimum=0, maximum=1024)
-    hflip: float = key(0.5, "Probability of a horizontal flip (image files).", "--hflip", minimum=0, maximum=1)
-    scale: tuple[float, float] = key(
-        (0.35, 1.0), "Area of the random crop, least and most (image files).", "--scale", above=0, maximum=1
+    shift: int = key(0, "Move the image by up to so many pixels each way.", "--shift", minimum=0, maximum=1024)
+    scale: tuple[float, float] | None = key(
+        None,
+        "Area of the random crop, least and most; unset: 0.35 1 for image files, no crop for digits.",
+        "--scale",
+        above=0,
+        maximum=1,
     )
+    ratio: tuple[float, float] = key(
+        (0.75, 4 / 3), "Width to height of the random crop, least and most.", "--ratio", above=0, maximum=100
+    )
+    hflip: float | None = key(
+        None,
+        "Probability of a horizontal flip; unset: 0.5 for image files, 0 for digits.",
+        "--hflip",
+        minimum=0,
+        maximum=1,
+    )
+    auto_augment: str = key("", "RandAugment in timm's words, such as rand-m9-mstd0.5-inc1; empty: none.", "--aa")
+    color_jitter: float = key(
+        0.0,
+        "Strength of the jitter of brightness, contrast and saturation; as in timm, not with --aa.",
+        "--color-jitter",
+        minimum=0,
+        maximum=10,
+    )
+    reprob: float = key(0.0, "Probability of erasing a rectangle (by noise).", "--reprob", minimum=0, maximum=1)
     smoothing: float = key(0.0, "Label smoothing of images and patches.", "--smoothing", minimum=0, maximum=0.99)
 
 

@@ -1,11 +1,14 @@
-"""Decoding image files to uint8 tensors, with the random crop and flip of training."""
+"""Decoding image files to uint8 tensors, with the random crop of training."""
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -13,11 +16,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pdvit.config.schema import AugmentConfig, DataConfig
+from pdvit.config.schema import DataConfig
+from pdvit.data.augment.crop import crop_pixels
 from pdvit.data.bad_images import BadImage, Sample
-from pdvit.data.randomness import fold
 from pdvit.data.sources import LazySplit
 from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    from pdvit.data.augment.pipeline import Augmentation
+
+Result = TypeVar("Result")
+# Files that are open at once: all crops of so many are drawn together.
+OPEN = 32
+Keys = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,6 @@ class Preprocessing:
             "crop_mode": self.crop_mode,
         }
 
-    def training(self, augment: AugmentConfig) -> v2.Compose:
-        """Return the transform of a training image: random crop and flip, uint8 `(3, size, size)`."""
-        crop = v2.RandomResizedCrop(self.size, scale=augment.scale, interpolation=self._mode(), antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip(augment.hflip), v2.PILToTensor()])
-
     def evaluation(self) -> v2.Compose:
         """Return the transform of a held-out image: short side scaled, centre cropped, uint8 `(3, size, size)`.
 
@@ -79,6 +85,10 @@ class Preprocessing:
 
     def _mode(self) -> v2.InterpolationMode:
         return v2.InterpolationMode(self.interpolation)
+
+    def fill(self, device: torch.device) -> Tensor:
+        """Return the levels of the mean colour, `(3, 1, 1)`: what an operation moves in from outside."""
+        return _on_device(self.mean, device).round()
 
     def fit(self, images: Tensor) -> Tensor:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
@@ -99,6 +109,16 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None] * 255
 
 
+@contextmanager
+def strict_decoders() -> Iterator[None]:
+    """Make Pillow's warning of a decompression bomb an error, before the pixels are made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        yield
+
+
 def read_image(image: Image.Image) -> Image.Image:
     """Decode an open image as RGB, 16-bit greys scaled to 8, and close it.
 
@@ -110,42 +130,88 @@ def read_image(image: Image.Image) -> Image.Image:
             raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
             return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()  # instead of `convert`, which would copy it
+        return image
 
 
-def try_read(split: LazySplit, index: int) -> Image.Image | BadImage:
-    """Decode an image of a split, or say why it can't be decoded."""
+def attempt(split: LazySplit, index: int, read: Callable[..., Result], *arguments: Any) -> Result | BadImage:
+    """Return `read(*arguments)`, which reads this image of the split, or say why it can't be read."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of possible decompression bombs; as an error it stops before the pixels are made.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", message="Palette images with Transparency")
-            return read_image(split.open(index))
+        return read(*arguments)
     except UnidentifiedImageError:
         return BadImage(split.name(index), "not an image")
     except Exception as error:  # decoders raise nearly anything on a damaged file
         return BadImage(split.name(index), str(error) or type(error).__name__)
 
 
-class FileImages(Dataset[Sample]):
-    """A split as a torch data set whose keys are (epoch, index); epoch -1 means no augmentation."""
+def try_read(split: LazySplit, index: int) -> Image.Image | BadImage:
+    """Decode an image of a split, or say why it can't be decoded."""
+    with strict_decoders():
+        return attempt(split, index, lambda: read_image(split.open(index)))
 
-    def __init__(self, split: LazySplit, transform: v2.Compose, seed: int) -> None:
-        self.split, self.transform, self.seed = split, transform, seed
+
+class FileImages(Dataset[Sample]):
+    """The images of a split as a torch data set that is read in batches, of keys (epoch, index)."""
+
+    def __init__(self, split: LazySplit, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.split, self.transform = split, transform
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Return the uint8 image (or why there is none), its class and its index."""
-        epoch, index = key
-        image = try_read(self.split, index)
-        if not isinstance(image, BadImage):
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
-                torch.default_generator.manual_seed(fold(self.seed, epoch + 1, index))  # and not of the GPU
-                image = self.transform(image)
-        return image, int(self.split.labels[index]), index
+    def __getitems__(self, keys: Keys) -> list[Sample]:
+        """Return for each key the uint8 image (or why there is none), its class and its index."""
+        with strict_decoders():
+            parts = [self._read(keys[at : at + OPEN]) for at in range(0, len(keys), OPEN)]
+        images = [image for part in parts for image in part]
+        labels = self.split.labels
+        return [(image, int(labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
-        """Return a sample for each key."""
-        return [self[key] for key in keys]
+    def _read(self, keys: Keys) -> list[Tensor | BadImage]:
+        return [attempt(self.split, index, self._whole, index) for _, index in keys]
+
+    def _whole(self, index: int) -> Tensor:
+        return self.transform(read_image(self.split.open(index)))
+
+
+class TrainingImages(FileImages):
+    """Images with the random crop of training; what else is done to them happens in batch.
+
+    All keys of a batch are of one epoch.
+    """
+
+    def __init__(self, split: LazySplit, augmentation: "Augmentation") -> None:
+        super().__init__(split, pixels_of)
+        self.augmentation, self.how = augmentation, augmentation.preprocessing
+
+    def _read(self, keys: Keys) -> list[Tensor | BadImage]:
+        opened = [attempt(self.split, index, self.split.open, index) for _, index in keys]
+        sizes = [(1, 1) if isinstance(image, BadImage) else image.size for image in opened]
+        widths, heights = torch.tensor(sizes).unbind(1)
+        (epoch,) = {epoch for epoch, _ in keys}
+        boxes = self.augmentation.boxes(epoch, torch.tensor([index for _, index in keys]), heights, widths)
+        return [
+            image if isinstance(image, BadImage) else attempt(self.split, index, self._cut, image, box)
+            for (_, index), image, box in zip(keys, opened, boxes.tolist(), strict=True)
+        ]
+
+    def _cut(self, image: Image.Image, box: list[int]) -> Tensor:
+        """Cut the box out of an opened image, and decode no more of it than is needed.
+
+        A JPEG whose crop is at least twice, four or eight times the input is decoded at that fraction of its size; the
+        edges of the crop then lie on whole pixels of what was decoded.
+        """
+        width, height = image.size
+        coarser = min(box[2], box[3]) // self.how.size
+        if coarser > 1:
+            image.draft(None, (width // coarser, height // coarser))
+        step = round(width / image.size[0])
+        scaled = (box[0] / step, box[1] / step, box[2] / step, box[3] / step)
+        return crop_pixels(np.asarray(read_image(image)), scaled, self.how.size, self.how.interpolation)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 `(3, H, W)`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.bad_images import BadImage, BadImages, Sample, Substituted, refuse_bad
 from pdvit.data.batch import Batch
-from pdvit.data.images import FileImages, Preprocessing
+from pdvit.data.images import FileImages, Keys, Preprocessing, TrainingImages
 from pdvit.data.mixing import Mixing
-from pdvit.data.randomness import epoch_order, fold, uniform
+from pdvit.data.randomness import epoch_order
 from pdvit.data.sources import ArraySplit, LazySplit, Split
 from pdvit.errors import UserError
 
 # Uint8 images, class indices, sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
-# What becomes of the files of a batch that do not decode.
-OnBad = Callable[[list[BadImage]], None]
+# Epoch and sample indices of each step.
+Steps = Iterator[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,26 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
+def augmentation_for(split: Split, how: Loading, augment: AugmentConfig) -> Augmentation:
+    """Return what is done to the images of a split in training."""
+    decoded = isinstance(split, LazySplit) or split.decoded
+    return Augmentation.of(augment, decoded, how.preprocessing, how.seed)
+
+
 def train_batches(
     split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
+    augmentation = augmentation_for(split, how, augment)
+    steps = _step_indices(len(split), how, mixing, start)
     if isinstance(split, ArraySplit):
-        raw = _resident(split, how, augment, mixing, start)
+        raw = _resident(split, how, augmentation, steps)
     else:
-        raw = _from_workers(split, how, augment, mixing, start)
+        raw = _from_workers(split, how, augmentation, steps)
+    per_epoch = steps_per_epoch(split, how.batch_size)
     order = _step_indices(len(split), how, mixing, start)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
-        batch = Batch(how.preprocessing.normalise(images), labels, index)
+        batch = Batch(augmentation(images, step // per_epoch, index), labels, index)
         batch = mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
         if how.bad.skip:
             wanted = next(order)[1][-len(batch) :]
@@ -94,12 +104,12 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
         raw = ((fit(split.images[i].to(how.device)), split.labels[i], i) for i in chunks)
     else:
         keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
-        raw = _decode(FileImages(split, how.preprocessing.evaluation(), how.seed), how, keys)
+        raw = decode(FileImages(split, how.preprocessing.evaluation()), how, keys)
     for images, labels, index in raw:
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
 
-def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Iterator[tuple[int, Tensor]]:
+def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Steps:
     """Yield (epoch, indices) of what this process needs for every step from `start` on."""
     per_epoch, step, share = size // how.batch_size, start, range(*how.share(how.batch_size))
     while True:
@@ -111,32 +121,14 @@ def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Iterat
             step += 1
 
 
-def _resident(split: ArraySplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
+def _resident(split: ArraySplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
     """Yield batches of a set that lives on the device as one uint8 tensor."""
-    images = how.preprocessing.fit(split.images.to(how.device))
-    labels = split.labels.to(how.device)
-    for epoch, index in _step_indices(len(split), how, mixing, start):
+    images, labels = split.images.to(how.device), split.labels.to(how.device)
+    if augmentation.scale is None:
+        images = how.preprocessing.fit(images)
+    for epoch, index in steps:
         chosen = index.to(how.device, non_blocking=True)
-        batch = images[chosen]
-        if augment.shift:
-            batch = shift_images(batch, augment.shift, uniform(fold(how.seed, epoch), chosen, 2))
-        yield batch, labels[chosen], index
-
-
-def shift_images(images: Tensor, most: int, draws: Tensor) -> Tensor:
-    """Move each image by -most ... most pixels down and right, repeating the border.
-
-    Args:
-        images: `(B, C, H, W)`, any dtype.
-        most: the largest shift in pixels.
-        draws: `(B, 2)`, numbers in [0, 1) that decide the shift of each image.
-    """
-    height, width = images.shape[-2:]
-    offset = (draws * (2 * most + 1)).long() - most
-    rows = (torch.arange(height, device=images.device) - offset[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) - offset[:, 1:]).clamp(0, width - 1)
-    each = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        yield augmentation.crop(images[chosen], epoch, index), labels[chosen], index
 
 
 class _Keys(Sampler[list[tuple[int, int]]]):
@@ -149,23 +141,17 @@ class _Keys(Sampler[list[tuple[int, int]]]):
         return self.start()
 
 
-def _from_workers(split: LazySplit, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int) -> Iterator[Raw]:
-    steps = _step_indices(len(split), how, mixing, start)
+def _from_workers(split: LazySplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
+    """Yield batches that worker processes decode and crop."""
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
-    data: Dataset[Sample] = FileImages(split, how.preprocessing.training(augment), how.seed)
+    data: Dataset[Sample] = TrainingImages(split, augmentation)
     if how.bad.skip:
         data = Substituted(data)
-    for images, labels, index in _decode(data, how, keys):
-        yield (
-            images.to(how.device, non_blocking=True),
-            labels.to(how.device, non_blocking=True),
-            index,
-        )
+    for images, labels, index in decode(data, how, keys):
+        yield images.to(how.device, non_blocking=True), labels.to(how.device, non_blocking=True), index
 
 
-def _decode(
-    data: Dataset[Sample], how: Loading, keys: Iterator[list[tuple[int, int]]] | list[list[tuple[int, int]]]
-) -> Iterator[Raw]:
+def decode(data: Dataset[Sample], how: Loading, keys: Iterable[Keys]) -> Iterator[Raw]:
     """Yield decoded batches for the keys; UserError naming the files that do not decode."""
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")

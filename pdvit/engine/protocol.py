@@ -1,6 +1,6 @@
 """What the engine asks of a task and its batches, and all that it knows about them."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,9 @@ class Task(Protocol):
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """What the training data are, by name: a run goes on only with the same."""
+
+    def load(self, say: Callable[[str], None]) -> None:
+        """Bring the data where the steps find them fastest, which can take long; say where, and why."""
 
     def batches(self, start: int) -> Generator[Any, None, None]:
         """Yield this process's share of steps start, start + 1, ... without end, in constant time for any start."""

@@ -1,7 +1,7 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from pdvit.config.schema import Config
 from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, augmentation_for, eval_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.pictures import Pictures
 from pdvit.data.randomness import fold
+from pdvit.data.resident import resident
 from pdvit.data.sources import Source
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.ranks import ALONE, Ranks
@@ -99,6 +100,7 @@ class ClassificationTask:
             config.augment.mixup,
             config.augment.mixup_switch_prob,
         )
+        self.augmentation = augmentation_for(source.splits["train"], self.loading, config.augment)
         self.fingerprint = source.fingerprint()
         self._probe: Tensor | None = None
         if ranks.rank:  # the weights are the same on all processes; what drop path draws is not
@@ -111,6 +113,10 @@ class ClassificationTask:
             what = f"with a frozen backbone the tokens never change, so these terms do nothing: {', '.join(idle)}"
             tip = "use --diversity none; of the terms only --mixing trains a head"
             raise UserError(what, "model.freeze (--freeze)", tip)
+
+    def load(self, say: Callable[[str], None]) -> None:
+        """Bring small sets of image files onto the device; say what was chosen, and why. Raises UserError."""
+        self.source = resident(self.source, self.loading, self.config.data.resident, say)
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
         """Return the batch that gave these tensors."""

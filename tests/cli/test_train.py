@@ -309,6 +309,7 @@ class TestRefused:
             (["--epochs", "0"], "0", ""),
             (["--epochs", "2st", "--warmup-epochs", "2st"], "warm-up", "shorten"),
             (["--img-size", "30"], "30x30", "32"),
+            (["--aa", "augmix-m5"], "augmix", "rand-m9"),
             (["--width", "30", "--heads", "4"], "30", "multiple of 4"),
             (["--model-kwargs", "bogus=1"], "bogus", "--model-kwargs"),
             (["--model-kwargs", "pretrained=true"], "pretrained", "remove"),
@@ -420,3 +421,17 @@ def test_a_loss_that_is_no_number_fails_the_run(workplace, tiny, capsys):
     assert "Traceback" not in capsys.readouterr().err
     assert json.loads(Path("run/status.json").read_text())["status"] == "failed"
     assert not Path("run/model.safetensors").exists()
+
+
+def test_image_files_train_with_every_augmentation_where_the_user_puts_them(trained, image_folder, capsys):
+    """Kept on the device on demand; said at the start, with the reason."""
+    flags = ["--data", image_folder, "--batch-size", "8", "--img-size", "16", "--aa", "rand-m9-mstd0.5-inc1"]
+    flags += ["--reprob", "0.5", "--hflip", "0.25", "--scale", "0.5", "1", "--ratio", "0.8", "1.25"]
+    run = trained(*flags, "--resident", "on")
+    shown = capsys.readouterr().out
+    assert "augmentation: crop of 50% to 100%, flip 25%, RandAugment 9, erase 50%" in shown
+    assert "images: on cpu" in shown
+    assert recipe(run)["augment"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
+    again = run.with_name("again")
+    assert pdvit(["train", "--config", str(run / "run.toml"), "--out", str(again)]) == 0
+    assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pdvit.cli.runs.command import Command
@@ -30,6 +31,10 @@ class Prepared:
     trainer: "Trainer"
     console: "RunConsole"
     as_json: bool
+
+    def load(self) -> None:
+        """Bring the data where the steps find them, and say where that is; raises UserError."""
+        self.trainer.task.load(partial(say, self.console))
 
 
 def prepare(command: Command, config: Config, as_json: bool, begun: bool = False) -> Prepared:

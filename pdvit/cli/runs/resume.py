@@ -38,6 +38,7 @@ def resume(command: Command, name: str, change: list[str], as_json: bool, stop: 
     check_changes(changed_keys(to_dict(before), to_dict(config)), f"--resume {path} --change")
     try:
         ready = prepare(command, config, as_json, begun=(path / "checkpoints" / "last").is_file())
+        ready.load()
     except UserError as error:
         raise as_change(error, path, command("--resume", shlex.quote(str(path)))) from error
     directory = RunDirectory.open(path, ready.ranks.main)

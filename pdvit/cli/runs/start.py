@@ -25,6 +25,7 @@ def start(command: Command, config: Config, as_json: bool, stop: "StopRequest") 
         print(list_kinds())
         return 0
     ready = prepare(command, config, as_json)
+    ready.load()
     from pdvit.engine.interrupts import EXIT_STOPPED
     from pdvit.tracking import RunDirectory
 

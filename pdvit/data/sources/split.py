@@ -21,13 +21,15 @@ class ArraySplit:
 
     images: Tensor
     labels: Tensor
+    decoded: bool = False
+    """Whether these were image files, which are cropped and flipped unless the user says otherwise."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, chosen: Tensor) -> "ArraySplit":
         """Return the samples at these indices."""
-        return ArraySplit(self.images[chosen], self.labels[chosen])
+        return ArraySplit(self.images[chosen], self.labels[chosen], self.decoded)
 
     def hash(self) -> str:
         """Return what tells these labels and pixels from others."""

@@ -31,6 +31,8 @@ def values_of(item, hint):
         return st.sampled_from(["3", "3ep", "200st", "1e3im", "0.5ep"]) | st.integers(1, 100)
     if item.name.endswith("_schedule"):
         return st.sampled_from(["constant", "warmup:3", "decay:10%,until:1e6im"])
+    if item.name == "auto_augment":
+        return st.sampled_from(["", "rand", "rand-m9-mstd0.5-inc1"])
     if kind is bool:
         return st.booleans()
     if kind is int:

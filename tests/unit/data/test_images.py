@@ -8,10 +8,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data import images
+from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.bad_images import BadImage
-from pdvit.data.images import FileImages, Preprocessing, try_read
+from pdvit.data.images import Preprocessing, TrainingImages, try_read
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
 
@@ -129,18 +132,74 @@ def test_evaluation_scales_the_short_side_and_crops_the_centre():
     assert (image == 255).all()
 
 
-def test_training_gives_a_crop_of_the_input_size():
-    image = PLAIN.training(AugmentConfig(scale=(0.1, 0.2)))(Image.new("RGB", (50, 30), (1, 2, 3)))
-    assert image.shape == (3, 8, 8)
+def training_images(paths, seed=3, preprocessing=PLAIN, **settings):
+    augmentation = Augmentation.of(AugmentConfig(**settings), True, preprocessing, seed)
+    return TrainingImages(FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)), augmentation)
+
+
+def test_training_gives_a_crop_of_the_input_size(tmp_path):
+    Image.new("RGB", (50, 30), (1, 2, 3)).save(tmp_path / "plain.png")
+    ((image, label, index),) = training_images([tmp_path / "plain.png"], scale=(0.1, 0.2)).__getitems__([(0, 0)])
+    assert (image.shape, label, index) == ((3, 8, 8), 0, 0)
     assert image[:, 0, 0].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("probability", "flipped"), [(0.0, False), (1.0, True)])
-def test_the_flip_has_its_probability(probability, flipped):
-    array = np.zeros((8, 8, 3), dtype=np.uint8)
-    array[:, :4] = 255
-    image = PLAIN.training(AugmentConfig(hflip=probability, scale=(1.0, 1.0)))(Image.fromarray(array))
-    assert (image[0, 0, 0] < 128) == flipped
+def photograph(form, size):
+    """Return one of scikit-learn's photographs, encoded."""
+    from sklearn.datasets import load_sample_image
+
+    content = io.BytesIO()
+    Image.fromarray(load_sample_image("flower.jpg")).resize(size).save(content, form)
+    return content.getvalue()
+
+
+# A JPEG is decoded at half its size where the crop is twice the input: not the same pixels, but near them.
+@pytest.mark.parametrize(("form", "size", "step", "mean"), [("PNG", (96, 64), 1, 0.05), ("JPEG", (200, 160), 2, 2.5)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, step, mean, interpolation):
+    path = tmp_path / "photograph"
+    path.write_bytes(photograph(form, size))
+    how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
+    data = training_images([path] * 8, preprocessing=how, scale=(0.5, 0.9))
+    found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
+    boxes = data.augmentation.boxes(0, torch.arange(8), *(torch.full((8,), side) for side in size[::-1]))
+    whole, mode = Image.open(path), v2.InterpolationMode(interpolation)
+    expected = []
+    for top, left, tall, wide in boxes.tolist():
+        edges = [round(edge / step) * step for edge in (top, left, top + tall, left + wide)]
+        box = (*edges[:2], edges[2] - edges[0], edges[3] - edges[1])
+        expected.append(v2.functional.pil_to_tensor(v2.functional.resized_crop(whole, *box, [48, 48], mode)))
+    difference = (torch.stack(expected).int() - found).abs().float()
+    assert difference.mean() < mean
+    assert difference.max() <= (4 if step == 1 else 60)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(photograph("JPEG", (96, 80)))
+    shapes, real = [], images.crop_pixels
+    monkeypatch.setattr(images, "crop_pixels", lambda pixels, *rest: shapes.append(pixels.shape) or real(pixels, *rest))
+    training_images([path], scale=(1.0, 1.0)).__getitems__([(0, 0)])
+    assert shapes == [(10, 12, 3)]
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
+    opened = []
+    most = 0
+    real = Image.open
+
+    def counting(path):
+        nonlocal most
+        image = real(path)
+        opened.append(image)
+        most = max(most, sum(image.fp is not None for image in opened))
+        return image
+
+    monkeypatch.setattr(Image, "open", counting)
+    training_images([tmp_path / "plain.png"] * 100).__getitems__([(0, index) for index in range(100)])
+    assert len(opened) == 100
+    assert most <= 32
 
 
 def test_normalising_is_subtracting_the_mean_and_dividing_by_the_deviation():
@@ -171,19 +230,20 @@ def test_images_that_are_not_square_are_refused():
         Preprocessing.for_model(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(32, 16), patch_size=8))
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
-    for number in range(2):
-        Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / f"{number}.png")
-    split = FileSplit([tmp_path / "0.png"] * 2, torch.tensor([0, 0]))
-    data = FileImages(split, PLAIN.training(AugmentConfig()), seed=3)
+def test_the_crop_is_a_function_of_seed_epoch_and_index(tmp_path):
+    Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / "noise.png")
+    data = training_images([tmp_path / "noise.png"] * 2)
+
+    def crop(epoch, index, data=data):
+        return data.__getitems__([(epoch, index)])[0][0]
+
     torch.manual_seed(1)
-    first = data[0, 1][0]
+    first = crop(0, 1)
     before = torch.get_rng_state()
     torch.manual_seed(2)
-    assert torch.equal(data[0, 1][0], first)
+    assert torch.equal(crop(0, 1), first)
     torch.set_rng_state(before)
-    assert not torch.equal(data[1, 1][0], first)
-    assert not torch.equal(data[0, 0][0], first)
-    other = FileImages(split, PLAIN.training(AugmentConfig()), seed=4)
-    assert not torch.equal(other[0, 1][0], first)
+    assert not torch.equal(crop(1, 1), first)
+    assert not torch.equal(crop(0, 0), first)
+    assert not torch.equal(crop(0, 1, training_images([tmp_path / "noise.png"] * 2, seed=4)), first)
     assert torch.equal(torch.get_rng_state(), before)

@@ -9,7 +9,7 @@ from PIL import Image
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.cutmix import MODES
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, shift_images, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
@@ -137,34 +137,6 @@ def test_a_batch_larger_than_the_split_is_refused(split):
     with pytest.raises(UserError, match="10 training images are fewer than one batch of 11") as caught:
         steps_per_epoch(split, 11)
     assert "at most 10" in caught.value.tip
-
-
-def slow_shift(image, down, right):
-    channels, height, width = image.shape
-    moved = torch.empty_like(image)
-    for channel in range(channels):
-        for row in range(height):
-            for column in range(width):
-                source_row = min(max(row - down, 0), height - 1)
-                source_column = min(max(column - right, 0), width - 1)
-                moved[channel, row, column] = image[channel, source_row, source_column]
-    return moved
-
-
-def test_shifting_moves_down_and_right_and_repeats_the_border():
-    images = torch.randint(256, (5, 2, 4, 6), dtype=torch.uint8)
-    # With a reach of 2 there are five offsets, and the middle of each fifth of [0, 1) hits one.
-    offsets = [(-2, 2), (-1, 1), (0, 0), (1, -1), (2, -2)]
-    draws = torch.tensor([[(down + 2.5) / 5, (right + 2.5) / 5] for down, right in offsets])
-    expected = torch.stack([slow_shift(image, *offset) for image, offset in zip(images, offsets, strict=True)])
-    assert torch.equal(shift_images(images, 2, draws), expected)
-
-
-def test_every_shift_is_reached_and_none_beyond():
-    images = torch.arange(25.0).view(1, 1, 5, 5).repeat(400, 1, 1, 1)
-    draws = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
-    centres = shift_images(images, 1, draws)[:, 0, 2, 2]
-    assert sorted(set(centres.tolist())) == [6, 7, 8, 11, 12, 13, 16, 17, 18]
 
 
 def test_patch_targets_are_there_only_where_asked(split):

@@ -1,0 +1,152 @@
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data import resident as module
+from pdvit.data.images import Preprocessing
+from pdvit.data.loader import Loading, eval_batches, train_batches
+from pdvit.data.mixing import Mixing
+from pdvit.data.resident import resident
+from pdvit.data.sources import ArraySplit, FileSplit, Source
+from pdvit.errors import UserError
+
+CPU, SIZE = torch.device("cpu"), 16
+HOW = Loading(4, 5, 0, CPU, Preprocessing(SIZE, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3))
+OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=3, labels=False)
+
+
+def write(folder, sizes):
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for number, (height, width) in enumerate(sizes):
+        coarse = torch.rand(1, 3, 4, 4, generator=generator) * 255
+        image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].to(torch.uint8)
+        paths.append(folder / f"{number}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1])
+    return FileSplit(paths, torch.arange(len(paths)) % 3)
+
+
+@pytest.fixture
+def source(tmp_path):
+    def make(*sizes):
+        train = write(tmp_path / "train", sizes * (12 // len(sizes)))
+        return Source("made", ["a", "b", "c"], {"train": train, "val": write(tmp_path / "val", [(20, 30)] * 5)})
+
+    return make
+
+
+def held(source, wanted="auto", how=HOW):
+    said = []
+    return resident(source, how, wanted, said.append), "\n".join(said)
+
+
+def take(split, how=HOW, count=6, **settings):
+    with closing(train_batches(split, how, AugmentConfig(**settings), OFF, 1)) as batches:
+        return list(islice(batches, count))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (10, 14)])
+def test_a_resident_set_gives_what_workers_give(source, size):
+    files = source(size)
+    kept, _ = held(files)
+    assert isinstance(kept.splits["train"], ArraySplit)
+    assert kept.splits["train"].images.shape == (12, 3, *size)
+    for ours, theirs in zip(take(kept.splits["train"]), take(files.splits["train"]), strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        assert torch.equal(ours.targets, theirs.targets)
+        levels = (ours.images - theirs.images).abs() * 127.5
+        assert levels.max() < 2.01
+        assert levels.mean() < 0.15
+
+
+def test_without_rounding_in_the_crop_everything_after_it_is_the_same(source):
+    files = source((16, 16))
+    kept, _ = held(files)
+    more = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
+    for ours, theirs in zip(take(kept.splits["train"], **more), take(files.splits["train"], **more), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+
+
+def test_evaluation_of_a_resident_set_is_the_same_to_the_bit(source):
+    files = source((16, 16))
+    kept, _ = held(files)
+    for ours, theirs in zip(eval_batches(kept.splits["val"], HOW), eval_batches(files.splits["val"], HOW), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.targets, theirs.targets)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_decode_once_and_steps_are_the_same(source, workers):
+    files = source((16, 16))
+    kept, said = held(files, how=replace(HOW, workers=workers))
+    assert "on cpu" in said
+    assert "all are 16x16" in said
+    reference, _ = held(files)
+    for ours, theirs in zip(take(kept.splits["train"]), take(reference.splits["train"]), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "words"),
+    [
+        (((16, 16),), "off", "--resident off"),
+        (((16, 17),), "auto", "larger than the model's 16x16"),
+        (((16, 16), (16, 15)), "auto", "sizes differ: 16x16 and 15x16"),
+    ],
+)
+def test_workers_are_kept_where_something_would_be_lost(source, sizes, wanted, words):
+    files = source(*sizes)
+    kept, said = held(files, wanted)
+    assert kept is files
+    assert words in said
+    assert "worker processes" in said
+
+
+def test_a_set_that_takes_too_much_memory_is_left_to_workers(source, monkeypatch):
+    files = source((16, 16))
+    needed = (12 + 5) * 3 * 16 * 16
+    monkeypatch.setattr(module, "memory_of", lambda _: 8 * needed - 1)
+    kept, said = held(files)
+    assert kept is files
+    assert "of memory" in said
+    monkeypatch.setattr(module, "memory_of", lambda _: 8 * needed)
+    assert held(files)[0] is not files
+    monkeypatch.setattr(module, "memory_of", lambda _: needed // 2)
+    with pytest.raises(UserError, match="more than the memory"):
+        held(files, "on")
+
+
+def test_on_scales_and_crops_what_does_not_fit(source):
+    kept, said = held(source((20, 31), (40, 24)), "on")
+    assert kept.splits["train"].images.shape == (12, 3, 16, 16)
+    assert "scaled and cropped once" in said
+    assert len(take(kept.splits["train"])) == 6
+
+
+def test_embedded_images_are_there_already():
+    split = ArraySplit(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    source = Source("made", ["a"], {"train": split, "val": split})
+    kept, said = held(source)
+    assert kept is source
+    assert said == "images: on cpu from the start"
+
+
+def test_files_that_do_not_decode_are_named(source):
+    files = source((16, 16))
+    files.splits["val"].paths[3].write_bytes(b"nothing")
+    with pytest.raises(UserError) as caught:
+        held(files)
+    assert str(files.splits["val"].paths[3]) in caught.value.where
+
+
+def test_long_decoding_says_how_far_it_is(source, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", -1.0)
+    monkeypatch.setattr(module, "BATCH", 4)
+    _, said = held(source((16, 16)))
+    assert "decoding train: 8 of 12 images" in said
