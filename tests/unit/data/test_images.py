@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 
-from pdvit.config.schema import AugmentConfig
+from pdvit.config.schema import AugmentConfig, DataConfig
 from pdvit.data.images import BadImage, FileImages, Preprocessing, refuse_bad, try_read
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
@@ -197,3 +197,10 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
     other = FileImages(split, PLAIN.training(AugmentConfig()), seed=4)
     assert not torch.equal(other[0, 1][0], first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_the_configuration_sets_wins_over_the_model():
+    model = Preprocessing(32, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    changed = model.changed(DataConfig(mean=(0.1, 0.2, 0.3), crop_mode="squash"))
+    assert changed == Preprocessing(32, 0.9, "bicubic", (0.1, 0.2, 0.3), (0.5,) * 3, "squash")
+    assert model.changed(DataConfig()) == model

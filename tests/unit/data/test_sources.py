@@ -172,3 +172,13 @@ def test_the_list_of_images_is_in_order(tmp_path):
 @pytest.mark.parametrize(("source", "label"), [("digits", "digits"), ("some/place/my set!", "my-set-")])
 def test_a_label_is_fit_for_a_file_name(source, label):
     assert source_label(DataConfig(source=source)) == label
+
+
+@pytest.mark.parametrize(("name", "first"), [("digits:0-4", 0), ("digits:5-9", 5)])
+def test_a_half_of_the_digits_has_its_images_in_the_splits_of_the_whole(name, first):
+    whole, half = (open_source(DataConfig(source=source)) for source in ("digits", name))
+    assert half.classes == [str(digit) for digit in range(first, first + 5)]
+    for split, part in half.splits.items():
+        chosen = [n for n, label in enumerate(whole.splits[split].labels.tolist()) if first <= label < first + 5]
+        assert torch.equal(part.images, whole.splits[split].images[chosen])
+        assert torch.equal(part.labels + first, whole.splits[split].labels[chosen])
