@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from pdvit.config.schema import AugmentConfig
+from pdvit.config.schema import AugmentConfig, DataConfig
 from pdvit.data import images
 from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.bad_images import BadImage
@@ -247,3 +247,10 @@ def test_the_crop_is_a_function_of_seed_epoch_and_index(tmp_path):
     assert not torch.equal(crop(0, 0), first)
     assert not torch.equal(crop(0, 1, training_images([tmp_path / "noise.png"] * 2, seed=4)), first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_the_configuration_sets_wins_over_the_model():
+    model = Preprocessing(32, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    changed = model.changed(DataConfig(mean=(0.1, 0.2, 0.3), crop_mode="squash"))
+    assert changed == Preprocessing(32, 0.9, "bicubic", (0.1, 0.2, 0.3), (0.5,) * 3, "squash")
+    assert model.changed(DataConfig()) == model

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import resident as module
+from pdvit.data.bad_images import BadImages
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
@@ -150,3 +151,28 @@ def test_long_decoding_says_how_far_it_is(source, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 4)
     _, said = held(source((16, 16)))
     assert "decoding train: 8 of 12 images" in said
+
+
+class TestImagesThatDoNotDecode:
+    """Another stands in for one that is skipped, which only the workers' path decides."""
+
+    @pytest.fixture
+    def broken(self, source):
+        files = source((16, 16))
+        files.splits["train"].paths[7].write_bytes(b"no image")
+        return files
+
+    def test_they_leave_the_set_to_the_workers(self, broken):
+        how = replace(HOW, bad=BadImages(skip=True))
+        kept, said = held(broken, how=how)
+        assert kept is broken
+        assert "some do not decode" in said
+        assert list(how.bad.found) == [str(broken.splits["train"].paths[7])]
+
+    def test_the_set_can_not_be_kept(self, broken):
+        with pytest.raises(UserError, match="can't be kept"):
+            held(broken, "on", replace(HOW, bad=BadImages(skip=True)))
+
+    def test_they_end_the_run_unless_they_are_to_be_skipped(self, broken):
+        with pytest.raises(UserError, match="1 image does not decode"):
+            held(broken, how=replace(HOW, bad=BadImages()))

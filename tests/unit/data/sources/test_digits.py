@@ -1,9 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import open_source
+from pdvit.errors import UserError
 
 SIZES = {"train": 1200, "val": 237, "test": 360}
 
@@ -61,3 +63,19 @@ def test_the_split_seed_decides_what_is_held_out():
     assert not np.array_equal(rows([digits(0).splits["test"]]), rows([digits(1).splits["test"]]))
     assert not np.array_equal(rows([digits(0).splits["val"]]), rows([digits(1).splits["val"]]))
     assert np.array_equal(rows(digits(0).splits.values()), rows(digits(1).splits.values()))
+
+
+def test_some_digits_keep_their_splits_and_begin_at_zero():
+    whole, some = open_source(DataConfig()), open_source(DataConfig(source="digits:5-9"))
+    assert some.classes == ["5", "6", "7", "8", "9"]
+    for name, split in some.splits.items():
+        chosen = whole.splits[name].labels >= 5
+        assert torch.equal(split.images, whole.splits[name].images[chosen])
+        assert torch.equal(split.labels, whole.splits[name].labels[chosen] - 5)
+    assert some.fingerprint() != whole.fingerprint()
+
+
+@pytest.mark.parametrize("source", ["digits:", "digits:4", "digits:4-4", "digits:9-5", "digits:0-12", "digits:a-b"])
+def test_another_range_of_digits_is_refused(source):
+    with pytest.raises(UserError, match="no range of digits"):
+        open_source(DataConfig(source=source))
