@@ -54,7 +54,7 @@ def test_a_run_gets_its_table(run_copy, analyzed):
         rows = table[table["metric"] == metric]
         assert rows["layer"].tolist() == LAYERS
         assert rows["depth"].tolist() == [0, 1, 2, 3]
-    assert len(table) == 8
+    assert len(table) == 28
     assert (table["images"] == 256).all()
     assert (table["tokens"] == 16).all()
     facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
@@ -197,9 +197,12 @@ def test_the_output_says_exactly_what_was_measured(run_copy, capsys):
 
 def test_the_bars_grow_with_p(run_copy, capsys):
     assert pdvit(["analyze", str(run_copy), "--limit", "12", "--device", "cpu"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("embed", "block", "norm"))]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("embed", "block", "norm"))]
+    (width,) = [line.split()[-1].count("·") + 2 for line in lines if line.startswith("layer  ")]
+    assert max(map(len, lines[:10])) <= 80
     table = pd.read_csv(run_copy / "analysis.csv")
-    assert [row.count("█") for row in rows] == [round(24 * value) for value in means(table, "similarity")]
+    assert [row.count("█") for row in rows] == [round(width * value) for value in means(table, "similarity")]
 
 
 def test_json_is_all_that_is_printed(run_copy, analyzed):

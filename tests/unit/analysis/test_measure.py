@@ -73,7 +73,7 @@ def check(table: pd.DataFrame, values: dict[tuple[str, str], list[float]]) -> No
 )
 def test_equals_plain_hooks_and_scikit_learn(name, options, prefix, norm):
     model, images = build(name, **options), pictures()
-    table = analyze(model, images)
+    table = analyze(model, images, ["similarity", "similarity_signed"])
     assert ("norm" in set(table["layer"])) == norm
     assert set(table["tokens"]) == {16}
     check(table, expected(model, images, prefix, norm))
@@ -85,7 +85,7 @@ def test_table_is_tidy():
     one = table[table["metric"] == "similarity"]
     assert list(one["layer"]) == ["embed", "block 1", "block 2", "block 3", "norm"]
     assert list(one["depth"]) == [0, 1, 2, 3, 4]
-    assert len(table) == 2 * len(one)
+    assert len(table) == 7 * len(one)
     assert set(table["model"]) == {"mine"}
     assert set(table["images"]) == {5}
     assert table.notna().all(axis=None)
