@@ -40,7 +40,8 @@ class Attention:
 
 def entropy(rows: Tensor) -> Tensor:
     """Return the mean entropy of the rows of `(B, heads, N, N)`, in nats: `(B, heads)`."""
-    return torch.special.entr(rows).sum(-1).mean(-1)
+    parts: Tensor = torch.special.entr(rows)
+    return parts.sum(-1).mean(-1)
 
 
 def distance(rows: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -14,8 +14,6 @@ NORMAL = {5: "-1.645", 25: "-0.674", 75: "0.674", 95: "1.645"}
 BINS = 100
 # A float32 is found by its 16 upper bits, then by its 16 lower ones.
 HALF = 2**16
-# Images whose counters (5 MB each) exist at one moment.
-TOGETHER = 8
 
 
 def pair_cosines(unit: Tensor) -> Iterator[Tensor]:
@@ -31,33 +29,47 @@ def pair_cosines(unit: Tensor) -> Iterator[Tensor]:
 def percentiles(unit: Tensor, at: tuple[int, ...] = PERCENTILES) -> Tensor:
     """Return percentiles of the cosines of all pairs of tokens `(B, N, D)` of length 1: `(B, len(at))`, float64.
 
-    Linear between neighbouring values, as numpy does by default. Exact for any number of tokens at the memory of a
-    block of cosines: the pairs are made twice, and each wanted value is found as in a radix sort, the upper half of
-    its bits first.
+    Linear between neighbouring values, as numpy does by default. Exact for any number of tokens: where the pairs of one
+    image are more than a block of cosines, they are counted instead of sorted, at the memory of a block.
     """
-    return torch.cat([_percentiles(part, at) for part in unit.split(TOGETHER)])
+    count = unit.shape[1]
+    shares = torch.tensor(at, dtype=torch.float64, device=unit.device) / 100
+    if count**2 > BLOCK_ENTRIES:
+        return torch.stack([_counted(image, shares) for image in unit])
+    parts = unit.split(BLOCK_ENTRIES // count**2)
+    return torch.cat([torch.cat([*pair_cosines(part)], 1).double().quantile(shares, 1).T for part in parts])
 
 
-def _percentiles(unit: Tensor, at: tuple[int, ...]) -> Tensor:
-    images, count, _ = unit.shape
-    places = torch.tensor(at, dtype=torch.float64, device=unit.device) / 100 * (count * (count - 1) // 2 - 1)
-    ranks = torch.cat([places.floor(), places.ceil()]).long().repeat(images, 1)
-    found = sum(_count(_key(cosines) >> 16) for cosines in pair_cosines(unit))
-    assert isinstance(found, Tensor)
-    upper, ranks = _locate(found[:, None].expand(-1, ranks.shape[1], -1), ranks)
-    found = sum(_count_lower(_key(cosines), upper) for cosines in pair_cosines(unit))
-    assert isinstance(found, Tensor)
-    lower, _ = _locate(found, ranks)
-    below, above = _value((upper << 16) + lower).double().chunk(2, 1)
+def _counted(unit: Tensor, shares: Tensor) -> Tensor:
+    """Return quantiles of the cosines of one image's tokens `(N, D)`, as a radix sort finds them.
+
+    The pairs are made twice: each wanted value is found by the upper half of its bits, then by the lower.
+    """
+    places = shares * (len(unit) * (len(unit) - 1) // 2 - 1)
+    ranks = torch.cat([places.floor(), places.ceil()]).long()
+    counts = torch.zeros(HALF, dtype=torch.long, device=unit.device)
+    for cosines in pair_cosines(unit[None]):
+        counts += (_key(cosines[0]) >> 16).bincount(minlength=HALF)
+    upper, ranks = _locate(counts.expand(len(ranks), -1), ranks)
+    counts = torch.zeros(len(ranks), HALF, dtype=torch.long, device=unit.device)
+    for cosines in pair_cosines(unit[None]):
+        keys = _key(cosines[0])
+        for number, wanted in enumerate(upper):
+            counts[number] += (keys[keys >> 16 == wanted] & (HALF - 1)).bincount(minlength=HALF)
+    lower, _ = _locate(counts, ranks)
+    below, above = _value((upper << 16) + lower).double().chunk(2)
     return below + (above - below) * (places - places.floor())
 
 
 def histogram(unit: Tensor, bins: int = BINS) -> Tensor:
     """Return the share of the pairs of each image in each of `bins` equal parts of [-1, 1], `(B, bins)`."""
-    total = torch.zeros(len(unit), bins, dtype=torch.long, device=unit.device)
+    images, count, _ = unit.shape
+    total = torch.zeros(images * bins, dtype=torch.long, device=unit.device)
+    offsets = torch.arange(images, device=unit.device)[:, None] * bins
     for cosines in pair_cosines(unit):
-        total += _count(((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1), bins)
-    return total.double() / (unit.shape[1] * (unit.shape[1] - 1) // 2)
+        numbers = ((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1)
+        total += (numbers + offsets).flatten().bincount(minlength=images * bins)
+    return total.view(images, bins).double() / (count * (count - 1) // 2)
 
 
 def _key(values: Tensor) -> Tensor:
@@ -72,28 +84,12 @@ def _value(keys: Tensor) -> Tensor:
     return bits.int().view(torch.float32)
 
 
-def _count(numbers: Tensor, size: int = HALF) -> Tensor:
-    """Count how often each number from 0 to size - 1 is in each row of `(B, K)`: `(B, size)`."""
-    offsets = torch.arange(len(numbers), device=numbers.device)[:, None] * size
-    return (numbers + offsets).flatten().bincount(minlength=len(numbers) * size).view(-1, size)
-
-
-def _count_lower(keys: Tensor, upper: Tensor) -> Tensor:
-    """Count the lower bits of the keys `(B, K)` that begin with each of `upper` `(B, R)`: `(B, R, 2^16)`."""
-    found = []
-    for wanted in upper.T:
-        image, place = torch.nonzero((keys >> 16) == wanted[:, None], as_tuple=True)
-        numbers = image * HALF + (keys[image, place] & (HALF - 1))
-        found.append(numbers.bincount(minlength=len(keys) * HALF).view(-1, HALF))
-    return torch.stack(found, 1)
-
-
 def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return in which of the counted numbers `(B, R, size)` each rank `(B, R)` falls, and its rank among those."""
+    """Return in which of the counted numbers `(R, K)` each rank `(R,)` falls, and its rank among those."""
     ends = counts.cumsum(-1)
-    number = torch.searchsorted(ends, ranks[..., None], right=True)
-    before = ends.gather(-1, number) - counts.gather(-1, number)
-    return number[..., 0], ranks - before[..., 0]
+    number = torch.searchsorted(ends, ranks[:, None], right=True)
+    before = ends.gather(1, number) - counts.gather(1, number)
+    return number[:, 0], ranks - before[:, 0]
 
 
 def _pairs(patches: Patches) -> dict[str, Tensor]:
