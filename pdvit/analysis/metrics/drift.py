@@ -53,7 +53,7 @@ DRIFT = Group(
             "1/n",
             "1/n",
             "chance is 1/n, so it reads higher on fewer patches",
-            "ours (nearest neighbour, as in Caron et al. 2021, of a patch instead of an image)",
+            "ours",
         ),
     },
     shown={"drift_cosine": "own", "drift_retrieval": "found"},

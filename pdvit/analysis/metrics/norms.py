@@ -85,7 +85,7 @@ NORMS = Group(
         ),
         "norm_outliers": Definition(
             "the share of tokens longer than median + max(median, 5 * 1.4826 * median absolute deviation)",
-            "0 to ½",
+            "0 to below ½",
             "0",
             "0",
             "steps of 1/n",

@@ -107,8 +107,8 @@ PAIRS = Group(
             "-1 to 1",
             f"about {'0' if at == 50 else f'{NORMAL[at]}/√d'}",
             "1",
-            "none for the median; the tails of few pairs are drawn in",
-            "ours (the distribution behind the mean of Gong et al.)",
+            "none for the median; outer ones of few pairs are drawn in",
+            "ours",
         )
         for at in PERCENTILES
     },
