@@ -2,8 +2,8 @@
 
 The bare pass of a model over one batch, and the same pass with metrics measured at every layer, take turns in one
 process on the same images; every number is the ratio to the bare pass of its own round (median and middle half), or of
-the least times. Time is that of the CPU's clock for the process, or of the GPU between synchronisations. One row per round is
-appended to analyze.csv.
+the least times. Time is that of the CPU's clock for the process, or of the GPU between synchronisations. One row per
+round is appended to analyze.csv.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import pdvit as library
 import pdvit.config.schema
 import pdvit.data.sources
+from pdvit.analysis import DEFINITIONS, METRICS
 from pdvit.cli import run as pdvit
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -319,3 +321,40 @@ class TestRefused:
     )
     def test_bad_options(self, refusal, run_copy, arguments):
         refusal("analyze", run_copy, *arguments)
+
+
+def test_metrics_are_chosen_by_name(run_copy, analyzed):
+    result = analyzed(run_copy, "--limit", 6, "--metrics", "rank,pairs", "--metrics", "cka")
+    names = {"effective_rank", "participation_ratio", "cka_last"}
+    names |= {f"pairs_p{at}" for at in ("05", "25", "50", "75", "95")}
+    assert set(result["metrics"]) == names
+    assert result["verdict"] is None
+    assert [layer["layer"] for layer in result["layers_measured"]] == LAYERS
+    assert all(set(layer) == names | {"layer", "depth"} for layer in result["layers_measured"])
+    assert result["layers_measured"][-1]["cka_last"] == {"mean": pytest.approx(1), "std": None, "ci95": None}
+    with np.load(run_copy / "analysis" / "pairs.npz") as curves:
+        assert curves["histogram/block 1"].sum() == pytest.approx(1)
+    with np.load(run_copy / "analysis" / "cka.npz") as curves:
+        assert curves["layers"].tolist() == LAYERS
+        assert curves["matrix"].shape == (4, 4)
+    analyzed(run_copy, "--limit", 6)  # what the next analysis did not measure goes away
+    assert [file.name for file in (run_copy / "analysis").iterdir()] == ["analysis.json"]
+
+
+def test_the_command_prints_each_definition_and_a_readable_table(run_copy, capsys, monkeypatch):
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert pdvit(["analyze", str(run_copy), "--limit", "8", "--device", "cpu", "--metrics", ",".join(METRICS)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line for line in lines if line.startswith(("layer  ", "embed  ", "block 1", "block 2 ", "norm  "))]
+        assert max(map(len, rows)) <= width
+        headings = [word for line in rows if line.startswith("layer") for word in line.split()]
+        assert {"P", "signed", "outliers", "found", "entropy", "last"} <= set(headings)
+        assert not any("nan" in row for row in rows)
+        for name, definition in DEFINITIONS.items():
+            assert f"measured {name}: {definition.text}" in lines
+
+
+def test_an_unknown_metric_names_the_closest(run_copy, refusal):
+    assert "did you mean 'spectrum'" in refusal("analyze", run_copy, "--metrics", "spectrm").tip
+    assert "at least 4 images" in refusal("analyze", run_copy, "--metrics", "cka", "--limit", 2).tip

@@ -1,3 +1,4 @@
+import gc
 from contextlib import ExitStack
 
 import numpy as np
@@ -315,3 +316,16 @@ def test_attention_is_refused_for_windows_and_fused_attention_stays_on_otherwise
     swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(1, 2), embed_dim=8)
     with pytest.raises(UserError, match="attention of a SwinTransformer"):
         analyze(swin, pictures(), "attention")
+
+
+def test_memory_does_not_grow_with_the_images():
+    held = []
+
+    def batches():
+        for _ in range(6):
+            yield pictures(4)
+            gc.collect()
+            held.append(sum(found.nbytes for found in gc.get_objects() if type(found) is Tensor))
+
+    measure(build(), batches(), METRICS)
+    assert len(set(held[1:])) == 1
