@@ -103,7 +103,7 @@ class _Meter:
     def _begin(self, size: tuple[int, int]) -> None:
         """Forget the batch before."""
         self.size = size
-        self.first: Patches | None = None
+        self.first: Tensor | None = None  # tokens of length 1 that drift is measured from
         self.before: Tensor | None = None  # attention of the block before
         self.grams: list[Tensor] = []
 
@@ -126,8 +126,8 @@ class _Meter:
         check(patches, layer)
         self.counts[layer] = tokens.shape[1]
         if layer == self.start:
-            self.first = patches
-        if self.first is not None and self.first.tokens.shape == tokens.shape:
+            self.first = patches.unit
+        if self.first is not None and self.first.shape == tokens.shape:
             patches.first = self.first
         for name in self.groups:
             if name not in ("attention", "cka"):

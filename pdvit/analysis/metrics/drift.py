@@ -31,8 +31,8 @@ def retrieval(unit: Tensor, first: Tensor) -> Tensor:
 def _drift(patches: Patches) -> dict[str, Tensor]:
     if patches.first is None:
         return {}
-    first = patches.first.unit
-    return {"drift_cosine": own_cosine(patches.unit, first), "drift_retrieval": retrieval(patches.unit, first)}
+    found = retrieval(patches.unit, patches.first)
+    return {"drift_cosine": own_cosine(patches.unit, patches.first), "drift_retrieval": found}
 
 
 DRIFT = Group(

@@ -51,10 +51,10 @@ class Patches:
     Args:
         tokens: `(B, N, D)`.
         image: height and width of the images, in pixels.
-        first: the tokens of the layer that drift is measured from, where this layer can be compared with it.
+        first: tokens of length 1 of the layer that drift is measured from, where this layer can be compared with it.
     """
 
-    def __init__(self, tokens: Tensor, image: tuple[int, int] = (1, 1), first: "Patches | None" = None) -> None:
+    def __init__(self, tokens: Tensor, image: tuple[int, int] = (1, 1), first: Tensor | None = None) -> None:
         self.tokens = at_least_float32(tokens)
         self.image = image
         self.first = first

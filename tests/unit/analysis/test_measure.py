@@ -320,11 +320,11 @@ def test_attention_is_refused_for_windows_and_fused_attention_stays_on_otherwise
 
 def test_memory_does_not_grow_with_the_images():
     held = []
+    gc.collect()
 
     def batches():
         for _ in range(6):
             yield pictures(4)
-            gc.collect()
             held.append(sum(found.nbytes for found in gc.get_objects() if type(found) is Tensor))
 
     measure(build(), batches(), METRICS)
