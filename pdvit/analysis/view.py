@@ -12,6 +12,8 @@ GAP = 2
 # Most and least width of the bar of P.
 BAR, LEAST_BAR = 24, 8
 Columns = list[tuple[str, list[str]]]
+# The short heading of each metric that the tables show.
+HEADINGS = {metric: heading for group in METRICS.values() for metric, heading in group.shown.items()}
 
 
 def tables(table: "pd.DataFrame", width: int) -> "list[Table]":
@@ -49,7 +51,8 @@ def _columns(table: "pd.DataFrame", depths: list[int], group: str) -> Columns:
 
 
 def _cells(values: "pd.Series", signed: bool = False) -> list[str]:
-    digits = 3 if values.abs().max() < 10 or values.isna().all() else 1
+    largest = values.abs().max()
+    digits = 1 if largest >= 10 else 4 if 0 < largest < 0.02 else 3
     return ["-" if value != value else f"{value:{'+' if signed else ''}.{digits}f}" for value in values]
 
 

@@ -155,7 +155,7 @@ def _show(table: "pd.DataFrame", facts: dict[str, Any], console: "Console") -> N
     """Print the table with a bar per layer, and exactly what was measured."""
     from rich.markup import escape
 
-    from pdvit.analysis.view import tables
+    from pdvit.analysis.view import HEADINGS, tables
 
     console.print(f"\n[italic]{escape(facts['model'])}[/italic]", highlight=False)
     for view in tables(table, console.width):
@@ -171,7 +171,8 @@ def _show(table: "pd.DataFrame", facts: dict[str, Any], console: "Console") -> N
         "spread": facts["spread"],
     }
     for name, text in facts["metrics"].items():
-        console.print(f"[dim]measured[/dim] {name}: {escape(text)}", highlight=False, soft_wrap=True)
+        label = f"{name} ({HEADINGS[name]})" if name in HEADINGS else name
+        console.print(f"[dim]measured[/dim] {label}: {escape(text)}", highlight=False, soft_wrap=True)
     details |= {"note": "; ".join(facts["notes"])} if facts["notes"] else {}
     for name, text in details.items():
         console.print(f"[dim]{name:8}[/dim] {escape(text)}", highlight=False, soft_wrap=True)

@@ -344,8 +344,8 @@ def test_metrics_are_chosen_by_name(run_copy, analyzed):
 def test_the_command_prints_each_definition(run_copy, capsys):
     assert pdvit(["analyze", str(run_copy), "--limit", "4", "--device", "cpu", "--metrics", "similarity,drift"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in ("similarity", "drift_cosine", "drift_retrieval"):
-        assert f"measured {name}: {DEFINITIONS[name].text}" in lines
+    for name, heading in {"similarity": "P", "drift_cosine": "own", "drift_retrieval": "found"}.items():
+        assert f"measured {name} ({heading}): {DEFINITIONS[name].text}" in lines
     assert any(line.startswith("note     drift is measured from block 1") for line in lines)
 
 

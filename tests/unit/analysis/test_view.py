@@ -60,6 +60,8 @@ def test_a_layer_without_a_value_has_a_hyphen_and_large_values_fewer_digits():
     ((_, embed, *rest),) = printed(table, 80)
     assert embed.split() == ["embed", "-", "123.5", "123.5", "123.5"]
     assert rest[0].split() == ["block", "1", "123.5", "123.5", "123.5", "123.5"]
+    ((_, embed, *_),) = printed(analysis("drift", value=0.0012), 80)
+    assert embed.split() == ["embed", "0.0012", "0.0012"]
 
 
 def test_one_image_has_no_interval():
