@@ -36,3 +36,22 @@ class Moments:
         if self.std is None:
             return None
         return float(stdtrit(self.count - 1, 0.975)) * self.std / math.sqrt(self.count)
+
+
+@dataclass
+class Curve:
+    """Count and mean of the curves seen so far."""
+
+    count: int = 0
+    total: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Take in the curves `(B, K)` of more images, in float64."""
+        self.total = self.total + values.double().sum(0).cpu()
+        self.count += len(values)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over images, `(K,)`."""
+        assert isinstance(self.total, Tensor)
+        return self.total / self.count

@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from pdvit.analysis import Analysis
     from pdvit.data.images import Preprocessing
     from pdvit.data.pictures import Pictures
     from pdvit.models.weights import Loaded
-
-BAR = 24
 
 
 def analyze(
@@ -28,6 +27,13 @@ def analyze(
     images: Annotated[
         list[str] | None,
         typer.Option("--images", help="Folder, image file or source; repeatable. Unset: the run's held-out images."),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metrics",
+            help="similarity, similarity_signed, norms (the default), pairs, drift, rank, spectrum, attention, cka.",
+        ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many images.")] = 256,
     model: Model = None,
@@ -44,7 +50,7 @@ def analyze(
     """
     from rich.console import Console
 
-    from pdvit.analysis import write_analysis
+    from pdvit.analysis import DEFAULT, write_analysis
     from pdvit.tracking import newest
 
     console = Console(stderr=as_json)
@@ -56,14 +62,15 @@ def analyze(
     results, folders = [], []
     for path in paths:
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
-        table, facts = _analyze(str(path), images or [], (model, weights), options)
+        options |= {"metrics": metrics or DEFAULT}
+        analysis, facts = _analyze(str(path), images or [], (model, weights), options)
         folder = results_folder(Path(path), out, "analysis", facts["model"])
         if str(folder) in folders:
             raise UserError("two checkpoints of the same name", str(folder), "analyze them one by one, with --out")
         folders.append(str(folder))
-        file = write_analysis(folder, table, facts)
-        results.append(facts | {"file": str(file), "layers_measured": _nested(table)})
-        _show(table, facts, console)
+        file = write_analysis(folder, analysis, facts)
+        results.append(facts | {"file": str(file), "layers_measured": _nested(analysis.table)})
+        _show(analysis.table, facts, console)
         console.print(f"[dim]written[/dim]  {file}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))
@@ -74,10 +81,10 @@ def analyze(
 
 def _analyze(
     path: str, images: list[str], which: tuple[str | None, str | None], options: dict[str, Any]
-) -> tuple["pd.DataFrame", dict[str, Any]]:
+) -> tuple["Analysis", dict[str, Any]]:
     """Load, measure and describe one checkpoint; `which` is its model and its weights, where they are named."""
-    from pdvit.analysis import analyze as measure
-    from pdvit.analysis import statement
+    from pdvit.analysis import measure, statement
+    from pdvit.data.bad_images import BadImages
     from pdvit.data.images import Preprocessing
     from pdvit.data.loader import Loading, eval_batches
     from pdvit.engine.device import choose_device, device_name
@@ -87,18 +94,21 @@ def _analyze(
     pictures = _pictures(Path(path), images).first(options["limit"])
     device = choose_device(options["device"])
     preprocessing = Preprocessing.for_model(loaded.model)
-    loading = Loading(options["batch_size"], 0, options["workers"], device, preprocessing)
+    config = None if images else config_of(Path(path))
+    bad = BadImages(skip=config is not None and config.data.on_bad_image == "skip")  # as the run did
+    loading = Loading(options["batch_size"], 0, options["workers"], device, preprocessing, bad=bad)
     batches = (batch.images for batch in eval_batches(pictures.split, loading))
-    table = measure(loaded.model.to(device), batches, name=loaded.name)
+    analysis = measure(loaded.model.to(device), batches, options["metrics"], loaded.name)
+    left_out = f"; {len(bad.found)} left out that do not decode" if bad.found else ""
     facts = statement(
-        table,
-        f"{pictures.description}; {_fitted(pictures, preprocessing)}",
+        analysis,
+        f"{pictures.description}; {_fitted(pictures, preprocessing)}{left_out}",
         _prefix(loaded),
         loaded.weights,
         path,
         device_name(device),
     )
-    return table, facts
+    return analysis, facts
 
 
 def _pictures(path: Path, images: list[str]) -> "Pictures":
@@ -145,28 +155,25 @@ def _nested(table: "pd.DataFrame") -> list[dict[str, Any]]:
 def _show(table: "pd.DataFrame", facts: dict[str, Any], console: "Console") -> None:
     """Print the table with a bar per layer, and exactly what was measured."""
     from rich.markup import escape
-    from rich.table import Table
 
-    wide = table.pivot(index=["depth", "layer"], columns="metric").reset_index("layer")
-    view = Table(title=escape(facts["model"]), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("layer", "left"), ("P", "right"), ("± 95 %", "right"), ("signed", "right")):
-        view.add_column(name, justify=justify)  # type: ignore[arg-type]
-    view.add_column(f"0{'·' * (BAR - 2)}1")
-    for _, row in wide.iterrows():
-        value, interval = row["mean", "similarity"], row["ci95", "similarity"]
-        bar = "█" * round(value * BAR)
-        spread = "-" if interval != interval else f"{interval:.3f}"
-        view.add_row(row["layer", ""], f"{value:.3f}", spread, f"{row['mean', 'similarity_signed']:+.3f}", bar)
-    console.print()
-    console.print(view)
-    console.print(f"\n{escape(facts['verdict'])}", highlight=False)
+    from pdvit.analysis.view import HEADINGS, tables
+
+    console.print(f"\n[italic]{escape(facts['model'])}[/italic]", highlight=False)
+    for view in tables(table, console.width):
+        console.print(view)
+        console.print()
+    if facts["verdict"]:
+        console.print(escape(facts["verdict"]), highlight=False)
     details = {
-        "measured": "; ".join(facts["metrics"].values()),
         "images": f"{facts['images_measured']} ({facts['images']})",
         "tokens": f"{_patches(table)} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
         "spread": facts["spread"],
     }
+    for name, text in facts["metrics"].items():
+        label = f"{name} ({HEADINGS[name]})" if name in HEADINGS else name
+        console.print(f"[dim]measured[/dim] {label}: {escape(text)}", highlight=False, soft_wrap=True)
+    details |= {"note": "; ".join(facts["notes"])} if facts["notes"] else {}
     for name, text in details.items():
         console.print(f"[dim]{name:8}[/dim] {escape(text)}", highlight=False, soft_wrap=True)

@@ -24,6 +24,8 @@ class Family:
         norm_prefix: the same for the norm, where class tokens join the patches behind the last block.
         order: module that brings a block's tokens back into the order of the image.
         embed: path of the patch embedding.
+        attention: name in a block of the attention between all tokens, whose `attn_drop` sees the probabilities; none
+            where attention works in windows, on merged keys or on channels, or mixes its heads.
         plain: one grid and width throughout, and timm's `forward_intermediates` returns every block.
     """
 
@@ -35,9 +37,10 @@ class Family:
     order: str = ""
     embed: str = "patch_embed"
     plain: bool = False
+    attention: str = ""
 
 
-PLAIN = Family(plain=True)
+PLAIN = Family(plain=True, attention="attn")
 STAGES = Family("stages.*.blocks.*")
 WINDOWS = Family("layers.*.blocks.*")
 MAPS = Family("stages.*.blocks.*", "norm_pre", channels_first=True)
@@ -50,7 +53,7 @@ FAMILIES = {
     "MlpMixer": Family(embed="stem", plain=True),  # also ResMLP and gMLP: patches, no attention
     "Cait": Family(prefix="", plain=True),  # class attention comes behind the blocks
     "Xcit": Family(prefix="", plain=True),  # likewise
-    "NaFlexVit": Family(embed=""),  # fed with images, not with packed sequences
+    "NaFlexVit": Family(embed="", attention="attn"),  # fed with images, not with packed sequences
     "SwinTransformer": WINDOWS,
     "SwinTransformerV2": WINDOWS,
     "SwinTransformerV2Cr": STAGES,

@@ -4,6 +4,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import pdvit as library
 import pdvit.config.schema
 import pdvit.data.sources
+from pdvit.analysis import DEFINITIONS
 from pdvit.cli import run as pdvit
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -54,7 +56,7 @@ def test_a_run_gets_its_table(run_copy, analyzed):
         rows = table[table["metric"] == metric]
         assert rows["layer"].tolist() == LAYERS
         assert rows["depth"].tolist() == [0, 1, 2, 3]
-    assert len(table) == 8
+    assert len(table) == 28
     assert (table["images"] == 256).all()
     assert (table["tokens"] == 16).all()
     facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
@@ -197,9 +199,12 @@ def test_the_output_says_exactly_what_was_measured(run_copy, capsys):
 
 def test_the_bars_grow_with_p(run_copy, capsys):
     assert pdvit(["analyze", str(run_copy), "--limit", "12", "--device", "cpu"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("embed", "block", "norm"))]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("embed", "block", "norm"))]
+    (width,) = [line.split()[-1].count("·") + 2 for line in lines if line.startswith("layer  ")]
+    assert max(map(len, rows)) <= 80
     table = pd.read_csv(run_copy / "analysis.csv")
-    assert [row.count("█") for row in rows] == [round(24 * value) for value in means(table, "similarity")]
+    assert [row.count("█") for row in rows] == [round(width * value) for value in means(table, "similarity")]
 
 
 def test_json_is_all_that_is_printed(run_copy, analyzed):
@@ -316,3 +321,34 @@ class TestRefused:
     )
     def test_bad_options(self, refusal, run_copy, arguments):
         refusal("analyze", run_copy, *arguments)
+
+
+def test_metrics_are_chosen_by_name(run_copy, analyzed):
+    result = analyzed(run_copy, "--limit", 6, "--metrics", "rank,pairs", "--metrics", "cka")
+    names = {"effective_rank", "participation_ratio", "cka_last"}
+    names |= {f"pairs_p{at}" for at in ("05", "25", "50", "75", "95")}
+    assert set(result["metrics"]) == names
+    assert result["verdict"] is None
+    assert [layer["layer"] for layer in result["layers_measured"]] == LAYERS
+    assert all(set(layer) == names | {"layer", "depth"} for layer in result["layers_measured"])
+    assert result["layers_measured"][-1]["cka_last"] == {"mean": pytest.approx(1), "std": None, "ci95": None}
+    with np.load(run_copy / "analysis" / "pairs.npz") as curves:
+        assert curves["histogram/block 1"].sum() == pytest.approx(1)
+    with np.load(run_copy / "analysis" / "cka.npz") as curves:
+        assert curves["layers"].tolist() == LAYERS
+        assert curves["matrix"].shape == (4, 4)
+    analyzed(run_copy, "--limit", 6)  # what the next analysis did not measure goes away
+    assert [file.name for file in (run_copy / "analysis").iterdir()] == ["analysis.json"]
+
+
+def test_the_command_prints_each_definition(run_copy, capsys):
+    assert pdvit(["analyze", str(run_copy), "--limit", "4", "--device", "cpu", "--metrics", "similarity,drift"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, heading in {"similarity": "P", "drift_cosine": "own", "drift_retrieval": "found"}.items():
+        assert f"measured {name} ({heading}): {DEFINITIONS[name].text}" in lines
+    assert any(line.startswith("note     drift is measured from block 1") for line in lines)
+
+
+def test_an_unknown_metric_names_the_closest(run_copy, refusal):
+    assert "did you mean 'spectrum'" in refusal("analyze", run_copy, "--metrics", "spectrm").tip
+    assert "at least 4 images" in refusal("analyze", run_copy, "--metrics", "cka", "--limit", 2).tip

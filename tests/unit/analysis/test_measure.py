@@ -1,3 +1,4 @@
+import gc
 from contextlib import ExitStack
 
 import numpy as np
@@ -9,7 +10,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pdvit.analysis import METRICS, analyze
+from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure
 from pdvit.errors import UserError
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 4}
@@ -73,7 +74,7 @@ def check(table: pd.DataFrame, values: dict[tuple[str, str], list[float]]) -> No
 )
 def test_equals_plain_hooks_and_scikit_learn(name, options, prefix, norm):
     model, images = build(name, **options), pictures()
-    table = analyze(model, images)
+    table = analyze(model, images, ["similarity", "similarity_signed"])
     assert ("norm" in set(table["layer"])) == norm
     assert set(table["tokens"]) == {16}
     check(table, expected(model, images, prefix, norm))
@@ -85,7 +86,7 @@ def test_table_is_tidy():
     one = table[table["metric"] == "similarity"]
     assert list(one["layer"]) == ["embed", "block 1", "block 2", "block 3", "norm"]
     assert list(one["depth"]) == [0, 1, 2, 3, 4]
-    assert len(table) == 2 * len(one)
+    assert len(table) == 7 * len(one)
     assert set(table["model"]) == {"mine"}
     assert set(table["images"]) == {5}
     assert table.notna().all(axis=None)
@@ -120,7 +121,10 @@ def test_other_sizes_give_other_token_counts():
 def test_metrics_can_be_chosen():
     table = analyze(build(), pictures(2), metrics=["similarity_signed"])
     assert set(table["metric"]) == {"similarity_signed"}
-    assert set(METRICS) >= {"similarity", "similarity_signed"}
+    both = analyze(build(), pictures(2), metrics=["rank, drift", "similarity_signed"])
+    names = ["effective_rank", "participation_ratio", "drift_cosine", "drift_retrieval", "similarity_signed"]
+    assert list(dict.fromkeys(both["metric"])) == names
+    pd.testing.assert_frame_equal(analyze(build(), pictures(2)), analyze(build(), pictures(2), metrics=DEFAULT))
 
 
 def test_a_model_in_training_is_measured_without_dropout_and_goes_on_training():
@@ -196,3 +200,132 @@ def test_a_model_whose_patches_are_one_is_seen_as_collapsed():
 def test_a_single_image_without_a_batch_is_refused():
     with pytest.raises(UserError, match="four axes"):
         analyze(timm.create_model("test_vit"), torch.zeros(3, 160, 160))
+
+
+def tokens_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Patch tokens of a small ViT with a class token, by plain calls of its parts."""
+    with torch.no_grad():
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        found = {"embed": tokens}
+        for number, block in enumerate(model.blocks, 1):
+            tokens = found[f"block {number}"] = block(tokens)
+        found["norm"] = model.norm(tokens)
+    return {name: value[:, 1:] for name, value in found.items()}
+
+
+def test_every_group_measures_every_layer():
+    model, images = build(), pictures(9)
+    found = measure(model, images.split(5), METRICS)
+    layers = ["embed", "block 1", "block 2", "block 3", "norm"]
+    rows = {name: part["layer"].tolist() for name, part in found.table.groupby("metric")}
+    for group, spec in METRICS.items():
+        for name in spec.columns:
+            wanted = {"drift": layers[1:], "attention": layers[1:4]}.get(group, layers)
+            assert rows.pop(name) == (layers[2:4] if name == "attention_similarity" else wanted)
+    assert rows == {}
+    assert found.table["mean"].notna().all()
+    assert set(found.curves) == {"pairs", "spectrum", "attention", "cka"}
+    for group, arrays in found.curves.items():
+        assert {name.split("/")[0] for name in arrays} == set(METRICS[group].curves)
+        assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f")
+
+
+def test_drift_is_measured_from_the_first_block():
+    model, images = build(), pictures()
+    table = analyze(model, images, "drift")
+    seen = tokens_of(model.eval(), images)
+    rows = table[table["metric"] == "drift_cosine"].set_index("layer")["mean"]
+    for layer in ("block 1", "block 3", "norm"):
+        expected = torch.cosine_similarity(seen[layer], seen["block 1"], dim=-1).mean()
+        assert rows[layer] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_drift_in_stages_begins_where_the_last_grid_does():
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 4, "window_size": 4, "depths": (1, 2), "num_heads": (1, 2), "embed_dim": 8}
+    found = measure(timm.create_model("swin_tiny_patch4_window7_224", **sizes), pictures(2), ["drift", "spectrum"])
+    rows = found.table[found.table["metric"] == "drift_cosine"]
+    assert rows["layer"].tolist() == ["block 2", "block 3", "norm"]
+    assert rows["mean"].iloc[0] == pytest.approx(1, abs=1e-6)
+    assert "block 2" in found.notes[0]
+    assert {array.shape for name, array in found.curves["spectrum"].items() if "by" in name} == {(5,), (3,)}
+
+
+def test_curves_are_means_over_images_however_they_are_cut():
+    model, images = build(), pictures(9)
+    whole = measure(model, images, ["pairs", "spectrum", "attention"]).curves
+    parts = measure(model, images.split(4), ["pairs", "spectrum", "attention"]).curves
+    for group, arrays in whole.items():
+        for name, array in arrays.items():
+            np.testing.assert_allclose(parts[group][name], array, atol=1e-5, err_msg=name)
+
+
+def test_cka_leaves_out_a_batch_that_is_too_small_and_says_so():
+    model, images = build(), pictures(10)
+    found = measure(model, images.split(8), "cka")
+    assert set(found.table["images"]) == {8}
+    assert "2 images" in found.notes[-1]
+    whole = measure(model, images[:8], "cka")
+    np.testing.assert_array_equal(found.curves["cka"]["matrix"], whole.curves["cka"]["matrix"])
+    matrix = whole.curves["cka"]["matrix"]
+    assert whole.table["mean"].tolist() == matrix[:, -1].tolist()
+    np.testing.assert_allclose(matrix.diagonal(), 1)
+    assert whole.table["std"].isna().all()
+    with pytest.raises(UserError, match="at least 4 images"):
+        measure(model, images[:3], "cka")
+
+
+def test_cka_between_a_model_and_itself_is_that_within():
+    model, images = build(), pictures(8)
+    both = cka_between(model, build(), images.split(6))
+    np.testing.assert_allclose(both, measure(model, images[:6], "cka").curves["cka"]["matrix"], atol=1e-9)
+    assert list(both.index) == list(both.columns) == ["embed", "block 1", "block 2", "block 3", "norm"]
+    other = build("deit_tiny_distilled_patch16_224", depth=1, embed_dim=16)
+    assert cka_between(model, other, images).shape == (5, 3)
+    with pytest.raises(UserError, match="no images"):
+        cka_between(model, other, [])
+
+
+def test_constant_images_and_zero_weights_leave_no_gap():
+    model = build()
+    for weights in (model.pos_embed, model.cls_token, *model.patch_embed.parameters()):
+        nn.init.zeros_(weights)
+    found = measure(model, torch.zeros(4, 3, 32, 32), METRICS)
+    assert found.table["mean"].notna().all()
+    found = measure(build(), torch.ones(1, 3, 32, 32), [name for name in METRICS if name != "cka"])
+    assert found.table["mean"].notna().all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_metric_hides_weights_that_are_not_numbers(metric):
+    model = build()
+    nn.init.constant_(model.blocks[1].attn.qkv.weight, float("nan"))
+    with pytest.raises(UserError, match="block 2"):
+        analyze(model, pictures(), metric)
+
+
+def test_attention_is_refused_for_windows_and_fused_attention_stays_on_otherwise():
+    model = build()
+    seen = []
+    model.blocks[0].attn.attn_drop.register_forward_pre_hook(lambda *_: seen.append(1))
+    analyze(model, pictures(2), [name for name in METRICS if name not in ("attention", "cka")])
+    assert not seen
+    analyze(model, pictures(2), "attention")
+    assert seen
+    assert all(block.attn.fused_attn for block in model.blocks)
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(1, 2), embed_dim=8)
+    with pytest.raises(UserError, match="attention of a SwinTransformer"):
+        analyze(swin, pictures(), "attention")
+
+
+def test_memory_does_not_grow_with_the_images():
+    held = []
+    gc.collect()
+
+    def batches():
+        for _ in range(6):
+            yield pictures(4)
+            held.append(sum(found.nbytes for found in gc.get_objects() if type(found) is Tensor))
+
+    measure(build(), batches(), METRICS)
+    assert len(set(held[1:])) == 1

@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from pdvit.analysis.metrics import METRICS, Attention
+
+PREFIX = 2
+
+
+def maps(images: int = 2, heads: int = 3, patches: int = 6, seed: int = 0, sharp: float = 2.0) -> Tensor:
+    logits = sharp * torch.randn(images, heads, patches + PREFIX, patches + PREFIX, generator=draw(seed))
+    return logits.softmax(-1)
+
+
+def draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def slow(image: np.ndarray, before: np.ndarray, columns: int) -> dict[str, float]:
+    """One image, query by query, from the whole matrices `(heads, T, T)`."""
+    entropies, distances, spreads, likeness = [], [], [], []
+    for head, old in zip(image.astype(np.float64), before.astype(np.float64), strict=True):
+        rows = [row[PREFIX:] / row[PREFIX:].sum() for row in head[PREFIX:]]
+        old_rows = [row[PREFIX:] / row[PREFIX:].sum() for row in old[PREFIX:]]
+        for i, row in enumerate(rows):
+            entropies.append(stats.entropy(row))
+            spreads.append(np.std(row))
+            distances.append(
+                sum(w * math.dist(divmod(i, columns), divmod(j, columns)) for j, w in enumerate(row)),
+            )
+        for key in range(len(rows)):
+            a, b = [row[key] for row in rows], [row[key] for row in old_rows]
+            likeness.append(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+    return {
+        "attention_entropy": np.mean(entropies),
+        "attention_distance": np.mean(distances),
+        "attention_std": np.mean(spreads),
+        "attention_similarity": np.mean(likeness),
+    }
+
+
+def measure(
+    probabilities: Tensor, before: Tensor | None = None, image: tuple[int, int] = (20, 30)
+) -> dict[str, Tensor]:
+    old = None if before is None else Attention(before, PREFIX).rows
+    return METRICS["attention"].of(Attention(probabilities, PREFIX, image, old))
+
+
+@pytest.mark.parametrize("sharp", [0.1, 2.0, 20.0])
+def test_equals_a_count_query_by_query(sharp):
+    now, before = maps(sharp=sharp), maps(seed=1, sharp=sharp)
+    found = measure(now, before)
+    assert set(found) == {*METRICS["attention"].columns, *METRICS["attention"].curves}
+    for index in range(len(now)):
+        for name, value in slow(now[index].numpy(), before[index].numpy(), columns=3).items():
+            assert found[name][index].item() == pytest.approx(value, abs=1e-5), name
+            assert found[name.removeprefix("attention_")][index].mean() == pytest.approx(value, abs=1e-5)
+
+
+def test_the_first_block_has_no_block_before():
+    assert "attention_similarity" not in measure(maps())
+
+
+def test_uniform_and_one_hot_attention():
+    uniform = torch.full((1, 1, 6 + PREFIX, 6 + PREFIX), 1 / 8)
+    found = measure(uniform, uniform)
+    assert found["attention_entropy"].item() == pytest.approx(math.log(6), abs=1e-6)
+    assert found["attention_std"].item() == pytest.approx(0, abs=1e-6)
+    assert found["attention_similarity"].item() == pytest.approx(1, abs=1e-6)
+    own = torch.eye(8)[None, None]
+    found = measure(own, own)
+    assert found["attention_entropy"].item() == 0
+    assert found["attention_distance"].item() == 0
+    assert found["attention_std"].item() == pytest.approx(math.sqrt(5) / 6, abs=1e-6)
+
+
+def test_a_patch_that_looks_at_prefix_tokens_only_counts_as_zeros():
+    blind = torch.zeros(1, 1, 8, 8)
+    blind[..., 0] = 1
+    assert all(value.isfinite().all() for value in measure(blind, blind).values())
+
+
+def test_uniform_distance_is_the_one_in_the_docs():
+    uniform = torch.full((1, 1, 198, 198), 1 / 198)
+    assert measure(uniform, image=(224, 224))["attention_distance"].item() == pytest.approx(7.28, abs=0.005)

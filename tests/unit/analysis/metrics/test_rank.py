@@ -1,0 +1,74 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdvit.analysis.metrics import METRICS, Patches
+from pdvit.analysis.metrics.rank import effective_rank, participation_ratio
+
+few = settings(max_examples=50, deadline=None)
+
+
+def slow_rank(tokens: np.ndarray) -> float:
+    values = np.linalg.svd(tokens.astype(np.float64), compute_uv=False)
+    kept = [float(value) for value in values if value > 1e-6 * values.max()]
+    return math.exp(-sum(v / sum(kept) * math.log(v / sum(kept)) for v in kept)) if kept else 0.0
+
+
+def slow_ratio(tokens: np.ndarray) -> float:
+    values = np.linalg.eigvalsh(np.cov(tokens.astype(np.float64), rowvar=False).reshape(tokens.shape[1], -1))
+    return sum(values) ** 2 / sum(values**2)
+
+
+@few
+@given(
+    count=st.integers(2, 20),
+    width=st.integers(1, 20),
+    rank=st.integers(1, 20),
+    shift=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_equal_the_singular_values_of_numpy(count, width, rank, shift, seed):
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, count, rank, generator=draw) @ torch.randn(rank, width, generator=draw) + shift
+    expected = [slow_rank(image.numpy()) for image in tokens]
+    np.testing.assert_allclose(effective_rank(tokens), expected, rtol=1e-5)
+    np.testing.assert_allclose(participation_ratio(tokens), [slow_ratio(i.numpy()) for i in tokens], rtol=1e-5)
+
+
+def test_worked_by_hand():
+    tokens = torch.tensor([[[3.0, 0], [0, 1]]])  # shares 3/4 and 1/4
+    assert effective_rank(tokens).item() == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
+    four = torch.tensor([[[1.0, 0], [-1, 0], [0, 1], [0, -1]]])  # two equal eigenvalues
+    assert participation_ratio(four).item() == pytest.approx(2)
+    assert effective_rank(torch.eye(5)[None]).item() == pytest.approx(5)
+
+
+def test_identical_tokens_have_one_direction_and_no_spread(gaussian):
+    tokens = gaussian(1, 1, 33).expand(2, 17, 33) * torch.tensor([1.0, 1e-20])[:, None, None]
+    assert effective_rank(tokens).tolist() == pytest.approx([1, 1], abs=1e-12)
+    assert participation_ratio(tokens).tolist() == [0, 0]
+    noisy = tokens[:1] * (1 + 1e-7 * gaussian(1, 17, 33, seed=1))  # rounding is no direction
+    assert effective_rank(noisy).item() == pytest.approx(1, abs=1e-5)
+    assert participation_ratio(noisy).item() == 0
+
+
+def test_zero_tokens_have_none():
+    assert effective_rank(torch.zeros(2, 3, 4)).tolist() == [0, 0]
+    assert participation_ratio(torch.zeros(2, 3, 4)).tolist() == [0, 0]
+
+
+def test_size_does_not_matter(gaussian):
+    tokens = gaussian(2, 6, 5)
+    for size in (1e-12, 1e12):
+        torch.testing.assert_close(effective_rank(tokens * size), effective_rank(tokens), rtol=1e-5, atol=0)
+        torch.testing.assert_close(participation_ratio(tokens * size), participation_ratio(tokens), rtol=1e-5, atol=0)
+
+
+def test_random_tokens_read_as_the_docs_say(gaussian):
+    found = METRICS["rank"].of(Patches(gaussian(1, 196, 768)))
+    assert found["effective_rank"].item() == pytest.approx(189, abs=1)
+    assert found["participation_ratio"].item() == pytest.approx(195 * 768 / (196 + 768), rel=0.02)

@@ -1,0 +1,95 @@
+import cmath
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pdvit.analysis.metrics import METRICS, Patches, spectrum
+from pdvit.analysis.metrics.spectrum import energies, frequencies, log_amplitudes
+
+
+def transform(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The Fourier transform by its sum, `(rows, columns, D)`."""
+    found = np.zeros((rows, columns, image.shape[1]), dtype=complex)
+    for u in range(rows):
+        for v in range(columns):
+            for y in range(rows):
+                for x in range(columns):
+                    wave = cmath.exp(-2j * math.pi * (u * y / rows + v * x / columns))
+                    found[u, v] += wave * image[y * columns + x].astype(np.float64)
+    return found
+
+
+def slow(image: np.ndarray, rows: int, columns: int) -> tuple[float, float, list[float]]:
+    found = transform(image, rows, columns)
+    power = (abs(found) ** 2).sum(-1)
+    high = 0.0
+    for u in range(rows):
+        for v in range(columns):
+            # a frequency and its mirror image are the same wave
+            if max(min(u, rows - u) / rows, min(v, columns - v) / columns) >= 0.25:
+                high += power[u, v]
+    floor = 1e-6 * abs(found).max((0, 1))
+    logs = np.log(np.maximum(abs(found), floor)).mean(-1)
+    least = min(rows, columns)
+    along = [logs[round(k * rows / least), round(k * columns / least)] - logs[0, 0] for k in range(least // 2 + 1)]
+    return power[0, 0] / power.sum(), high / power.sum(), along
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 5), (3, 6), (4, 2), (1, 2), (7, 7)])
+def test_equals_the_sum_of_the_transform(gaussian, grid):
+    tokens = gaussian(2, grid[0] * grid[1], 5, shift=0.5)
+    constant, high = energies(tokens, grid)
+    curve = log_amplitudes(tokens, grid)
+    for index, image in enumerate(tokens.numpy()):
+        expected = slow(image, *grid)
+        assert constant[index].item() == pytest.approx(expected[0], abs=1e-6)
+        assert high[index].item() == pytest.approx(expected[1], abs=1e-6)
+        np.testing.assert_allclose(curve[index], expected[2], atol=1e-5)
+
+
+def test_the_constant_share_is_that_of_the_mean(gaussian):
+    tokens = gaussian(3, 12, 7, shift=1)
+    expected = 12 * tokens.mean(1).square().sum(-1) / tokens.square().sum((1, 2))
+    np.testing.assert_allclose(energies(tokens, (3, 4))[0], expected, rtol=1e-5)
+
+
+def test_a_chessboard_is_the_highest_frequency():
+    board = torch.tensor([(-1.0) ** (i + j) for i in range(6) for j in range(6)])
+    constant, high = energies((board[:, None] * torch.ones(4))[None], (6, 6))
+    assert (constant.item(), high.item()) == pytest.approx((0, 1), abs=1e-6)
+
+
+def test_identical_and_zero_tokens(gaussian):
+    same = gaussian(1, 1, 9).expand(1, 16, 9)
+    constant, high = energies(same, (4, 4))
+    assert (constant.item(), high.item()) == pytest.approx((1, 0), abs=1e-6)
+    np.testing.assert_allclose(log_amplitudes(same, (4, 4)), [[0, *[math.log(1e-6)] * 2]], rtol=1e-4)
+    constant, high = energies(torch.zeros(1, 16, 9), (4, 4))
+    assert (constant.item(), high.item()) == (1, 0)
+    assert log_amplitudes(torch.zeros(1, 16, 9), (4, 4)).tolist() == [[0, 0, 0]]
+
+
+def test_random_tokens_read_as_the_docs_say(gaussian):
+    tokens = gaussian(16, 196, 192)
+    constant, high = energies(tokens, (14, 14))
+    assert float(constant.mean()) == pytest.approx(1 / 196, rel=0.1)
+    assert float(high.mean()) == pytest.approx(0.75, abs=0.01)
+    curve = log_amplitudes(tokens, (14, 14)).mean(0)
+    assert float(curve[3]) == pytest.approx(0.35, abs=0.06)
+    assert float(curve[-1]) == pytest.approx(0, abs=0.06)
+
+
+def test_frequencies_are_shares_of_the_highest():
+    assert frequencies((4, 4)) == [0, 0.5, 1]
+    assert frequencies((7, 14)) == [0, 2 / 7, 4 / 7, 6 / 7]
+
+
+def test_parts_change_nothing(gaussian, monkeypatch):
+    patches = Patches(gaussian(5, 8, 3), (20, 40))
+    whole = METRICS["spectrum"].of(patches)
+    assert set(whole) == {*METRICS["spectrum"].columns, *METRICS["spectrum"].curves}
+    monkeypatch.setattr(spectrum, "BLOCK_ENTRIES", 50)
+    for name, values in METRICS["spectrum"].of(patches).items():
+        torch.testing.assert_close(values, whole[name])
