@@ -160,6 +160,7 @@ class TestChanging:
         assert "run.toml is empty" in refused.what
         assert "state.json" in refused.tip
 
+    @pytest.mark.slow
     def test_a_run_can_not_become_shorter_than_it_is(self, refusal, tiny, tmp_path, train):
         run = train("--time-limit", "0.001s", "--save-every", "1st", status=75)
         go_on(run, "run.time_limit=0.0001s", status=75)
@@ -183,6 +184,7 @@ class TestChanging:
 
 
 class TestSafety:
+    @pytest.mark.slow
     def test_two_processes_do_not_train_one_run(self, stopped):
         command = [sys.executable, "-m", "pdvit", "train", "--resume", str(stopped), "--change", UNLIMITED]
         with RunDirectory.open(stopped).locked():
@@ -194,6 +196,7 @@ class TestSafety:
         (tmp_path / "made").mkdir()
         assert pdvit(["train", *tiny, *SHORT, "--out", str(tmp_path / "made")]) == 0
 
+    @pytest.mark.slow
     def test_an_older_checkpoint_is_named_where_the_newest_is_damaged(self, refusal, train):
         run = train("--save-every", "1ep", "--epochs", "2ep", "--keep", "2")
         (run / "summary.json").unlink()
@@ -226,6 +229,7 @@ class TestSafety:
         saved = int((out / "checkpoints/last").read_text().removeprefix("step-"))
         assert saved == read(out, "status.json")["step"] >= 5
 
+    @pytest.mark.slow
     def test_records_that_are_lost_are_said(self, train, capsys):
         run = train("--time-limit", "0.001s", "--log-interval", "1st", status=75)
         (run / "metrics.jsonl").write_text("")
@@ -240,6 +244,7 @@ class TestSafety:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.stdout == f"opening {image_folder} ...\n"
 
+    @pytest.mark.slow
     def test_where_a_resumed_run_goes_on_is_said(self, stopped, capsys):
         capsys.readouterr()
         go_on(stopped, UNLIMITED)
@@ -247,17 +252,20 @@ class TestSafety:
 
 
 class TestData:
+    @pytest.mark.slow
     def test_fewer_files_than_before_are_refused_with_the_counts(self, refusal, train, image_folder):
         run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
         next((image_folder / "train/red").iterdir()).unlink()
         assert "train has 23 images, and had 24" in refusal("train", "--resume", run).what
 
+    @pytest.mark.slow
     def test_other_files_are_refused(self, refusal, train, image_folder):
         run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
         file = next((image_folder / "train/red").iterdir())
         file.rename(file.with_name("other.png"))
         assert "train has changed" in refusal("train", "--resume", run).what
 
+    @pytest.mark.slow
     def test_data_that_are_gone_name_how_to_go_on(self, refusal, train, image_folder):
         run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
         image_folder.rename(image_folder.with_name("moved"))
@@ -265,13 +273,14 @@ class TestData:
             refused = refusal("train", "--resume", run, *more)
             assert f"pdvit train --resume {run} --change data.source=PATH" in refused.tip
 
+    @pytest.mark.slow
     def test_moved_data_are_found_again(self, train, image_folder):
         run = train("--data", str(image_folder), "--time-limit", "0.001s", status=75)
         moved = image_folder.rename(image_folder.with_name("moved"))
         go_on(run, UNLIMITED, f"data.source={moved}")
         assert read(run, "summary.json")["steps"] == 12
 
-    @pytest.mark.parametrize("workers", [2, 4])
+    @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
     def test_workers_change_nothing(self, train, image_folder, workers):
         flags = ["--data", str(image_folder), "--drop-path", "0.3", "--epochs", "6st"]
         alone, several = (train(*flags, "--workers", str(count)) for count in (0, workers))
@@ -309,6 +318,7 @@ class TestGuards:
         assert found["step"] == 9
         assert found["metrics"]["class"] is None
 
+    @pytest.mark.slow
     def test_nothing_to_replay_is_refused(self, refusal, train):
         assert "no step to replay" in refusal("train", "--replay", train()).what
 
@@ -316,6 +326,7 @@ class TestGuards:
         (broken / "replay/share-0.safetensors").write_bytes(b"x")
         assert "damaged" in refusal("train", "--replay", broken).what
 
+    @pytest.mark.slow
     def test_collapse_is_warned_of(self, train, capsys):
         train("--warn-similarity", "0.01")
         shown = capsys.readouterr().out
@@ -324,6 +335,7 @@ class TestGuards:
         train()
         assert "collapsing" not in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_out_of_memory_says_what_fits_and_going_on_so_gives_the_same(self, train, monkeypatch, capsys):
         from pdvit.tasks import ClassificationTask
 
@@ -349,6 +361,7 @@ class TestGuards:
 
 
 class TestSwitches:
+    @pytest.mark.slow
     def test_parts_and_recomputing_change_nothing_but_rounding(self, train):
         plain = weights(train())
         for flags in (["--micro-batch-size", "5"], ["--grad-checkpointing"]):
@@ -372,12 +385,14 @@ class TestSwitches:
         assert read(run, "summary.json")["loss"] < 3
         assert all(record["loss"] < 10 for record in records(run, "train"))
 
+    @pytest.mark.slow
     def test_deterministic_kernels_are_asked_for_and_left_again(self, train):
         train("--deterministic")
         assert torch.are_deterministic_algorithms_enabled()
         train()
         assert not torch.are_deterministic_algorithms_enabled()
 
+    @pytest.mark.slow
     def test_layer_decay_slows_the_lower_blocks(self, train):
         """With a factor near 0 only the uppermost layers move."""
         runs = [train("--layer-decay", "1e-6"), train("--layer-decay", "1e-6", "--epochs", "24st")]
@@ -385,7 +400,9 @@ class TestSwitches:
         assert torch.allclose(short["blocks.0.attn.qkv.weight"], long["blocks.0.attn.qkv.weight"], atol=1e-6)
         assert not torch.allclose(short["head.weight"], long["head.weight"], atol=1e-4)
 
-    @pytest.mark.parametrize("schedule", ["poly", "wsd", "tanh", "constant"])
+    @pytest.mark.parametrize(
+        "schedule", ["poly", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wsd", "tanh", "constant"))]
+    )
     def test_schedules_of_timm(self, train, schedule, records):
         run = train("--sched", schedule, "--log-interval", "1st", "--epochs", "40st", "--warmup-epochs", "4st")
         rates = [record["lr"] for record in records(run, "train")]
@@ -404,6 +421,7 @@ class TestSwitches:
         (file,) = (train("--profile", "3:5") / "profile").iterdir()
         assert json.loads(file.read_text())["traceEvents"]
 
+    @pytest.mark.slow
     def test_a_trace_says_nothing_on_stderr(self, tiny, tmp_path):
         """The profiler's library writes there by itself, not through Python."""
         command = [sys.executable, "-m", "pdvit", "train", *tiny, *SHORT, "--epochs", "4st", "--profile", "2:4"]

@@ -186,6 +186,7 @@ def test_a_folder_of_images_trains(workplace, tiny, image_folder, records):
     assert [record["step"] for record in records(run, "eval")] == [4, 8]
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(trained, image_folder):
     flags = ["--data", image_folder, "--batch-size", 6, "--img-size", 16]
     alone = trained(*flags, "--workers", 0, out="alone")
@@ -227,6 +228,7 @@ def test_the_files_that_are_shared_name_no_place_and_no_time(digits_run):
         assert digits_run.name not in text
 
 
+@pytest.mark.slow
 def test_default_names_get_a_suffix(workplace, tiny):
     for _ in range(3):
         assert pdvit(["train", *tiny, *SHORT]) == 0

@@ -48,6 +48,7 @@ def test_every_preset_trains_its_terms_with_its_weights(train, records, preset):
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 def test_the_variants_differ_in_their_terms_from_the_first_step(train, records):
     first = {}
     for variant in ("paper", "v1", "released", "diverse-vit"):
@@ -59,6 +60,7 @@ def test_the_variants_differ_in_their_terms_from_the_first_step(train, records):
     assert first["released"]["mixing"] < first["paper"]["mixing"] == first["v1"]["mixing"]
 
 
+@pytest.mark.slow
 def test_a_recipe_repeats_a_variant_with_its_schedules(train):
     flags = ["--diversity", "released", "--mixing-schedule", "warmup:2st", "--contrastive-schedule", "decay:50%"]
     run = train(*flags)
