@@ -64,10 +64,13 @@ def _mixes(augment: AugmentConfig) -> str:
 
 def _conclude(summary: Mapping[str, Any]) -> str:
     """Say how well the images are told apart, and P of first and last."""
+    bad = summary.get("bad_images")
+    left_out = f" ({bad} images do not decode and are left out)" if bad else ""
+    named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
     return (
-        f"{summary['split']} accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}; "
+        f"{summary['split']} accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}{left_out}; "
         f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
-        f"(0 all different, 1 all alike)"
+        f"(0 all different, 1 all alike){named}"
     )
 
 

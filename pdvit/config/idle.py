@@ -1,7 +1,7 @@
 """Settings that were given and do nothing in this run: said, because a typo or a forgotten flag looks the same."""
 
 from pdvit.config.presets import TERMS
-from pdvit.config.schema import AugmentConfig, Config, DiversityConfig
+from pdvit.config.schema import AugmentConfig, Config, DataConfig, DiversityConfig
 
 
 def idle_settings(config: Config) -> list[str]:
@@ -19,8 +19,18 @@ def idle_settings(config: Config) -> list[str]:
         "augment.mixup_prob": (any(mixes), "nothing is mixed"),
         "augment.mixup_mode": (any(mixes), "nothing is mixed"),
         "augment.mixup_switch_prob": (all(mixes), "CutMix and Mixup are not both on"),
+        "augment.color_jitter": (not augment.auto_augment, "RandAugment jitters colours itself"),
     }
-    defaults = {"diversity": DiversityConfig(variant="paper", patch_head="own"), "augment": AugmentConfig()}
+    if config.data.source.split(":")[0] == "digits":
+        in_memory = "the digits lie in memory"
+        files = ("resident", "crop_pct", "crop_mode", "on_bad_image", "check_images")
+        needs |= {f"data.{name}": (False, in_memory) for name in files}
+        needs["augment.ratio"] = (augment.scale is not None, "nothing is cropped")
+    defaults = {
+        "data": DataConfig(),
+        "diversity": DiversityConfig(variant="paper", patch_head="own"),
+        "augment": AugmentConfig(),
+    }
     idle: list[str] = []
     for name, (used, why) in needs.items():
         section, _, item = name.partition(".")

@@ -11,9 +11,9 @@ from pdvit.config.presets import PRESETS, VARIANTS
 
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 MIXUP_MODES = ("batch", "pair", "elem")
-# timm's names.
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-CROP_MODES = ("center", "squash", "border")
+# Of timm's, those that bytes can be scaled with, and that its vision transformers ask for.
+INTERPOLATIONS = ("bilinear", "bicubic")
+CROP_MODES = ("center", "squash")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Decoding image files to uint8 tensors, with the random crop of training."""
 
+import errno
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pdvit.config.schema import DataConfig
+from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, DataConfig
 from pdvit.data.augment.crop import crop_pixels
 from pdvit.data.bad_images import BadImage, Sample
 from pdvit.data.sources import LazySplit
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 # Files that are open at once: all crops of so many are drawn together.
 OPEN = 32
+# What the machine runs short of.
+SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 Keys = list[tuple[int, int]]
 
 
@@ -42,9 +45,22 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_mode: str = "center"
 
+    def __post_init__(self) -> None:
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if (value := getattr(self, name)) not in known:
+                flag = f"data.{name} (--{name.replace('_', '-')})"
+                raise UserError(
+                    f"the {name} '{value}' of the model is not one that pdvit has",
+                    flag,
+                    f"choose from: {', '.join(known)}",
+                )
+
     @classmethod
     def for_model(cls, model: nn.Module) -> "Preprocessing":
-        """Return what a timm model expects: its own size, and what its configuration says of the rest."""
+        """Return what a timm model expects: its own size, and what its configuration says of the rest.
+
+        Raises UserError where the size is not square, and for an interpolation or a way to crop that pdvit has not.
+        """
         parts: Any = model
         data = timm.data.resolve_model_data_config(model)
         size = getattr(getattr(parts, "patch_embed", None), "img_size", None)
@@ -76,11 +92,9 @@ class Preprocessing:
 
         A model that was trained on squashed images gets both sides scaled instead, as timm does.
         """
-        if self.crop_mode == "squash":
-            squash = v2.Resize((self.size, self.size), interpolation=self._mode(), antialias=True)
-            return v2.Compose([squash, v2.PILToTensor()])
         side = math.floor(self.size / self.crop_pct)  # rounded as timm does, so that its transform is the same
-        resize = v2.Resize(side, interpolation=self._mode(), antialias=True)
+        sides = (side, side) if self.crop_mode == "squash" else side
+        resize = v2.Resize(sides, interpolation=self._mode(), antialias=True)
         return v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
 
     def _mode(self) -> v2.InterpolationMode:
@@ -143,6 +157,8 @@ def attempt(split: LazySplit, index: int, read: Callable[..., Result], *argument
     except UnidentifiedImageError:
         return BadImage(split.name(index), "not an image")
     except Exception as error:  # decoders raise nearly anything on a damaged file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORT:
+            raise  # the image has nothing to do with it
         return BadImage(split.name(index), str(error) or type(error).__name__)
 
 

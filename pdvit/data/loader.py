@@ -124,7 +124,7 @@ def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Steps:
 def _resident(split: ArraySplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
     """Yield batches of a set that lives on the device as one uint8 tensor."""
     images, labels = split.images.to(how.device), split.labels.to(how.device)
-    if augmentation.scale is None:
+    if augmentation.scale is None or max(images.shape[2:]) > how.preprocessing.size:  # a crop is never scaled down
         images = how.preprocessing.fit(images)
     for epoch, index in steps:
         chosen = index.to(how.device, non_blocking=True)

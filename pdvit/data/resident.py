@@ -46,7 +46,7 @@ def choose(source: Source, how: Loading, wanted: str) -> Choice:
     size = next(sizes, (side, side))
     small = max(size) <= side
     bytes_needed = _bytes(source, size if small else (side, side), side)
-    limit = memory_of(how.device) // PART // how.processes
+    limit = memory_of(how.device) // PART // (how.processes if how.device.type == "cpu" else 1)
     if wanted == "on":
         if bytes_needed > PART * limit:
             what = f"{bytes_needed / 1e9:.1f} GB of pixels are more than the memory of {how.device}"
@@ -142,7 +142,8 @@ def _decoded(data: FileImages, how: Loading, progress: Callable[[int, int], None
     keys = [[(-1, int(index)) for index in part] for part in torch.arange(len(data)).split(BATCH)]
     images = torch.empty(0, dtype=torch.uint8)
     told = time.monotonic()
-    for part, _, index in decode(data, how, keys):
+    alone = replace(how, processes=1)  # every process reads all of it
+    for part, _, index in decode(data, alone, keys):
         if how.bad.found:
             break
         if not len(images):

@@ -168,19 +168,22 @@ class ClassificationTask:
                 f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing into one another. Try a "
                 f"larger --cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
             )
-        return records, headline + self._bad_headline()
+        skipped = self._newly_skipped()
+        return records, headline + (f"\nskipped, as they do not decode: {skipped}" if skipped else "")
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
         scores = self._scores(network, split)
         first, last = self._first_last_similarity(network)
+        skipped = self._newly_skipped()
         return {
             "task": "classification",
             "split": split,
             "accuracy": scores.accuracy,
             "loss": scores.loss,
             **self._left_out(scores, split),
+            **({"skipped": skipped} if skipped else {}),
             "similarity_first": first,
             "similarity_last": last,
             "weights": weights,
@@ -207,14 +210,14 @@ class ClassificationTask:
         """Say how many images a split lacks, where those that do not decode are skipped."""
         return {"bad_images": len(self.source.splits[split]) - scores.images} if self.bad.skip else {}
 
-    def _bad_headline(self) -> str:
+    def _newly_skipped(self) -> str:
         """Name the images that were skipped and not named before; every process has met others."""
         found: dict[str, str] = {}
         for part in self.ranks.gather(self.bad.found) if self.bad.skip else []:
             found |= part
         new = {name: reason for name, reason in found.items() if name not in self.named}
         self.named |= set(new)
-        return f"\nskipped, as they do not decode ({len(found)} so far): {describe_bad(new)}" if new else ""
+        return describe_bad(new)
 
     def _similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
         """Return the layers and P of each on the probe; every process measures all of it."""
@@ -235,8 +238,12 @@ class ClassificationTask:
         """Return the probe: validation images spread evenly over the split, `(B, 3, H, W)`, always the same."""
         if self._probe is None:
             pictures = Pictures("probe", self.source.splits["val"]).first(self.config.run.probe_images)
-            batches = eval_batches(pictures.split, replace(self.loading, rank=0, processes=1))
-            self._probe = torch.cat([batch.images for batch in batches])
+            batches = [
+                batch.images for batch in eval_batches(pictures.split, replace(self.loading, rank=0, processes=1))
+            ]
+            if not batches:
+                raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")
+            self._probe = torch.cat(batches)
         return self._probe
 
 

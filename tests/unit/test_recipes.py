@@ -87,7 +87,7 @@ EXPECTED = {
     "cifar100-24": Expected(45_000, 100, 32, 4, vit(24, 192, 4, 32, 100), STRUCTURE, 1e-3, 1e-6, 10, 200),
     "cifar100-small": Expected(45_000, 100, 32, 4, vit(8, 48, 4, 32, 100), STRUCTURE, 1e-3, 1e-6, 0.3, 3),
     "tiny-imagenet-50": Expected(25_000, 50, 64, 8, vit(12, 192, 8, 64, 50), STRUCTURE, 1e-3, 1e-6, 10, 200),
-    "tiny-imagenet-50-small": Expected(25_000, 50, 64, 8, vit(8, 48, 8, 64, 50), STRUCTURE, 1e-3, 1e-6, 0.6, 6),
+    "tiny-imagenet-50-small": Expected(25_000, 50, 64, 8, vit(8, 48, 8, 64, 50), STRUCTURE, 1e-3, 1e-6, 0.4, 4),
     "pets-small": Expected(270, 3, 64, 8, vit(8, 48, 8, 64, 3), STRUCTURE, 1e-3, 1e-6, 1, 20),
     "pets-224": Expected(270, 3, 224, 16, vit(12, 192, 16, 224, 3), STRUCTURE, 2e-4, 1e-6, 1, 10),
     "digits": Expected(1_200, 10, 32, 4, vit(8, 48, 4, 32, 10), STRUCTURE, 1e-3, 1e-6, 1.2, 24),

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 TRIES = 10
 DRAWS = 2 * TRIES + 2
-# What torch scales bytes with, and all that timm's vision transformers ask for.
-MODES = ("bilinear", "bicubic")
 
 
 def crop_boxes(
@@ -53,7 +51,7 @@ def crop_pixels(pixels: Any, box: tuple[float, float, float, float], size: int, 
     """Cut a box out of an image and resample it to `(3, size, size)`, uint8.
 
     Args:
-        pixels: `(H, W, 3)`, a uint8 array that can be written to.
+        pixels: `(H, W, 3)`, a uint8 array.
         box: top, left, height and width in its pixels; the edges are rounded to whole ones.
         size, mode: side of the result, `bilinear` or `bicubic`.
     """

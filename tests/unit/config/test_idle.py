@@ -25,6 +25,8 @@ def test_a_preset_by_itself_has_no_idle_setting(preset):
         ({"preset": "none"}, {"mixup_mode": "elem"}, "augment.mixup_mode"),
         ({"preset": "none"}, {"mixup_prob": 1.0}, "augment.mixup_prob"),
         ({}, {"mixup_switch_prob": 0.1}, "augment.mixup_switch_prob"),
+        ({}, {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1"}, "augment.color_jitter"),
+        ({}, {"ratio": (1.0, 1.0)}, "augment.ratio"),
     ],
 )
 def test_a_setting_in_vain_is_named_with_the_reason(diversity, augment, said):
@@ -36,3 +38,9 @@ def test_a_setting_in_vain_is_named_with_the_reason(diversity, augment, said):
 def test_settings_that_act_are_not_named():
     diversity = {"mixing_schedule": "warmup:1ep", "variant": "v1", "cosine_layers": "2", "patch_head": "class"}
     assert idle(diversity=diversity, augment={"mixup": 0.8, "mixup_switch_prob": 0.2, "mixup_mode": "pair"}) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("resident", "off"), ("crop_pct", 0.5), ("check_images", True)])
+def test_what_is_for_image_files_does_nothing_for_digits(name, value):
+    assert idle(data={name: value}) == [f"data.{name} = {value} has no effect: the digits lie in memory"]
+    assert idle(data={name: value, "source": "photographs"}) == []

@@ -25,3 +25,9 @@ def test_what_a_user_writes_stays(written):
     assert as_today(written) == written
     today = build(("new", {"augment": {"hflip": 0.5, "scale": [0.5, 1.0]}}))
     assert build(("again", tomllib.loads(to_toml(today, "")))) == today
+
+
+def test_a_file_of_a_user_with_some_of_the_keys_stays():
+    written = {"data": {"source": "digits", "split_seed": 3}, "augment": {"hflip": 0.5, "scale": [0.5, 1.0]}}
+    config = build(("mine", written))
+    assert (config.augment.hflip, config.augment.scale) == (0.5, (0.5, 1.0))

@@ -1,7 +1,9 @@
+import errno
 import io
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +256,30 @@ def test_what_the_configuration_sets_wins_over_the_model():
     changed = model.changed(DataConfig(mean=(0.1, 0.2, 0.3), crop_mode="squash"))
     assert changed == Preprocessing(32, 0.9, "bicubic", (0.1, 0.2, 0.3), (0.5,) * 3, "squash")
     assert model.changed(DataConfig()) == model
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.75])
+def test_squashed_images_are_those_of_timm(crop_pct):
+    image = Image.effect_noise((50, 30), 90).convert("RGB")
+    how = Preprocessing(32, crop_pct, "bicubic", (0.5,) * 3, (0.5,) * 3, "squash")
+    theirs = timm.data.create_transform(
+        (3, 32, 32), interpolation="bicubic", crop_pct=crop_pct, crop_mode="squash", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    assert torch.allclose(how.normalise(how.evaluation()(image)[None])[0], theirs(image), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("crop_mode", "border"), ("interpolation", "nearest")])
+def test_what_pdvit_can_not_do_is_refused(name, value):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, pretrained_cfg_overlay={name: value})
+    with pytest.raises(UserError, match=f"the {name} '{value}'"):
+        Preprocessing.for_model(model)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_machine_that_runs_short_is_not_taken_for_a_bad_image(error, monkeypatch):
+    def run_short(split, index):
+        raise error
+
+    monkeypatch.setattr(FileSplit, "open", run_short)
+    with pytest.raises(type(error)):
+        try_read(FileSplit([Path("0.png")], torch.tensor([0])), 0)

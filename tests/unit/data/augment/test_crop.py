@@ -11,7 +11,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import _geometry
 from torchvision.transforms.v2 import functional as V
 
-from pdvit.data.augment.crop import DRAWS, MODES, crop_batch, crop_boxes, crop_pixels, shift_images
+from pdvit.config.schema import INTERPOLATIONS
+from pdvit.data.augment.crop import DRAWS, crop_batch, crop_boxes, crop_pixels, shift_images
 from pdvit.data.randomness import uniform
 
 SCALE, RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
@@ -67,11 +68,11 @@ def test_the_box_is_the_one_that_torchvision_cuts_for_the_same_draws(height, wid
 def test_a_box_of_the_whole_image_leaves_it():
     images = torch.randint(256, (4, 3, 9, 9), dtype=torch.uint8)
     whole = torch.tensor([[0, 0, 9, 9]]).expand(4, 4)
-    for mode in MODES:
+    for mode in INTERPOLATIONS:
         assert torch.equal(crop_batch(images, whole, 9, mode), images)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", INTERPOLATIONS)
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (20, 28, 32), (16, 16, 48)])
 def test_a_batch_and_single_images_are_resampled_as_torchvision_does(mode, height, width, size):
     noise = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
@@ -88,7 +89,7 @@ def test_a_batch_and_single_images_are_resampled_as_torchvision_does(mode, heigh
             assert difference.float().mean() < 0.15
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", INTERPOLATIONS)
 def test_one_level_stays_one_level(mode):
     for level in (0, 1, 254, 255):
         images = torch.full((16, 3, 16, 16), level, dtype=torch.uint8)
