@@ -48,9 +48,7 @@ class Described:
     @property
     def weights(self) -> str:
         """Which weights these are: `raw`, `ema`, or `unknown` where neither file nor names say so."""
-        facts = self.config.get("pdvit")
-        told = facts.get("weights", "unknown") if isinstance(facts, dict) else "unknown"
-        return self.chosen.weights if self.chosen.weights != "unknown" else str(told)
+        return self.chosen.weights
 
     @property
     def classes(self) -> list[str] | None:
@@ -82,15 +80,11 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(checkpoint.tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch = sketch_model(architecture, arguments, where) if arguments else plain
-    chosen = choose(checkpoint.tensors, sketch.state_dict().keys(), weights, where)
+    chosen = choose(checkpoint.tensors, sketch.state_dict().keys(), weights, where, _told(config))
     seen = {key: value for key, value in _by_shape(chosen.tensors, sketch).items() if key not in arguments}
     arguments |= seen
     sketch = sketch_model(architecture, arguments, where) if seen else sketch
-    read = _input(config, where)
-    described = Described(checkpoint.name, where, architecture, arguments, sketch, chosen, read, config)
-    if weights and described.weights != weights:
-        raise UserError(f"its weights are {described.weights}, not {weights}", where, "leave out --weights")
-    return described
+    return Described(checkpoint.name, where, architecture, arguments, sketch, chosen, _input(config, where), config)
 
 
 def expect_input(model: Any, described: Described) -> None:
@@ -99,6 +93,13 @@ def expect_input(model: Any, described: Described) -> None:
     size = (described.config.get("pretrained_cfg") or described.config).get("input_size")
     if isinstance(size, list) and len(size) == 3 and all(isinstance(side, int) and side > 0 for side in size):
         with_image_size(model, size[1], size[2])  # models that take any size know theirs from nowhere else
+
+
+def _told(config: dict[str, Any]) -> str:
+    """Return which weights a configuration of `export` says these are."""
+    facts = config.get("pdvit")
+    told = facts.get("weights") if isinstance(facts, dict) else None
+    return told if told in ("raw", "ema") else "unknown"
 
 
 def _nameless(checkpoint: Checkpoint) -> UserError:

@@ -12,6 +12,7 @@ from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments
 from pdvit.models.description import describe
 from pdvit.models.initial import begin_from, fingerprint, settle
+from pdvit.models.weights import export
 
 VIT = "vit_tiny_patch16_224"
 TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
@@ -78,6 +79,16 @@ def test_a_settled_configuration_stays_as_it_is(tmp_path):
     config = resolve(configured(path))
     again = build(("run.toml", to_dict(config)))
     assert settle(again, describe(path)) == again == config
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_a_run_finds_its_weights_again(tmp_path, weights):
+    for name, content in export(make(), CLASSES, {}, weights).items():
+        (tmp_path / name).write_bytes(content)
+    config = resolve(configured(tmp_path))
+    assert config.model.weights == weights
+    again = build(("run.toml", to_dict(config)))  # as --config and --resume do
+    assert settle(again, describe(again.model.init, again.model.name, again.model.weights)) == config
 
 
 def test_other_weights_than_those_of_the_configuration_are_refused(tmp_path):
