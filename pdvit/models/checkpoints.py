@@ -200,7 +200,9 @@ def _said(content: Mapping[Any, Any]) -> dict[str, Any]:
     """Return what the arguments in a training checkpoint say of its model (timm's, DeiT's, DINO's, MAE's names)."""
     given: Any = content.get("args")
     given = vars(given) if isinstance(given, argparse.Namespace) else given
-    args: dict[str, Any] = {key: value for key, value in given.items() if value is not None} if _table(given) else {}
+    told = given.items() if _table(given) else ()
+    # timm's script has an empty text for some of what nobody chose
+    args: dict[str, Any] = {key: value for key, value in told if value is not None and value != ""}
     config: dict[str, Any] = {}
     for name in (args.get("model"), args.get("arch"), content.get("arch")):
         if isinstance(name, str) and "architecture" not in config:
@@ -211,8 +213,8 @@ def _said(content: Mapping[Any, Any]) -> dict[str, Any]:
     arguments = {"img_size": size, "global_pool": args.get("gp"), "drop_path_rate": args.get("drop_path")}
     arguments = {key: value for key, value in arguments.items() if isinstance(value, int | float | str)}
     config["model_args"] = arguments | (dict(extra) if isinstance(extra, Mapping) and _table(extra) else {})
-    told = {key: args[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in args}
-    config["pretrained_cfg"] = {key: list(v) if isinstance(v, tuple) else v for key, v in told.items()}
+    data = {key: args[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in args}
+    config["pretrained_cfg"] = {key: list(v) if isinstance(v, tuple) else v for key, v in data.items()}
     return config
 
 

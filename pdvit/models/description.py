@@ -48,15 +48,27 @@ class Described:
     @property
     def weights(self) -> str:
         """Which weights these are: `raw`, `ema`, or `unknown` where neither file nor names say so."""
-        facts = self.config.get("pdvit")
-        told = facts.get("weights", "unknown") if isinstance(facts, dict) else "unknown"
-        return self.chosen.weights if self.chosen.weights != "unknown" else str(told)
+        return self.chosen.weights
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the classes, where the checkpoint says them."""
-        names = self.config.get("label_names", (self.config.get("pretrained_cfg") or {}).get("label_names"))
-        return [str(name) for name in names] if isinstance(names, list) else None
+        """Names of the classes, where the checkpoint says them; raises UserError where they are no names."""
+        return class_names(self.config, self.where)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of its images in pixels, where its configuration says them."""
+        size = _images(self.config).get("input_size")
+        return None if size is None else (size[1], size[2])
+
+
+def class_names(config: dict[str, Any], where: str) -> list[str] | None:
+    """Return the names of the classes in a config.json; UserError where they are no list of names."""
+    told = config.get("pretrained_cfg")
+    names = config.get("label_names") or (told.get("label_names") if isinstance(told, dict) else None)
+    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+        raise UserError("its label_names are not a list of names", where, "mend its config.json")
+    return names
 
 
 def describe(given: str | Path, model_name: str | None = None, weights: str | None = None) -> Described:
@@ -82,23 +94,25 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(checkpoint.tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch = sketch_model(architecture, arguments, where) if arguments else plain
-    chosen = choose(checkpoint.tensors, sketch.state_dict().keys(), weights, where)
+    chosen = choose(checkpoint.tensors, sketch.state_dict().keys(), weights, where, weights_told(config))
     seen = {key: value for key, value in _by_shape(chosen.tensors, sketch).items() if key not in arguments}
     arguments |= seen
     sketch = sketch_model(architecture, arguments, where) if seen else sketch
-    read = _input(config, where)
-    described = Described(checkpoint.name, where, architecture, arguments, sketch, chosen, read, config)
-    if weights and described.weights != weights:
-        raise UserError(f"its weights are {described.weights}, not {weights}", where, "leave out --weights")
-    return described
+    return Described(checkpoint.name, where, architecture, arguments, sketch, chosen, _input(config, where), config)
 
 
 def expect_input(model: Any, described: Described) -> None:
     """Let a model expect the images that its checkpoint describes."""
     model.pretrained_cfg = model.pretrained_cfg | described.input
-    size = (described.config.get("pretrained_cfg") or described.config).get("input_size")
-    if isinstance(size, list) and len(size) == 3 and all(isinstance(side, int) and side > 0 for side in size):
-        with_image_size(model, size[1], size[2])  # models that take any size know theirs from nowhere else
+    if size := described.image_size:
+        with_image_size(model, *size)  # models that take any size know theirs from nowhere else
+
+
+def weights_told(config: dict[str, Any]) -> str:
+    """Return which weights a config.json of pdvit says these are: `raw`, `ema`, or `unknown` where it does not."""
+    facts = config.get("pdvit")
+    told = facts.get("weights") if isinstance(facts, dict) else None
+    return told if told in ("raw", "ema") else "unknown"
 
 
 def _nameless(checkpoint: Checkpoint) -> UserError:
@@ -137,9 +151,27 @@ def _arguments(config: dict[str, Any], where: str) -> dict[str, Any]:
     # published folders often say these two at the top only
     top: dict[str, Any] = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     top |= arguments
-    if isinstance(top.get("img_size"), list):
-        top["img_size"] = tuple(top["img_size"])
+    size = top.get("img_size")
+    if isinstance(size, list):
+        top["img_size"] = size = tuple(size)
+    if not (
+        size is None or _is_side(size) or (isinstance(size, tuple) and len(size) == 2 and all(map(_is_side, size)))
+    ):
+        raise UserError(f"its img_size is {size!r}", where, COPY)
     return top
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _images(config: dict[str, Any]) -> Any:
+    """Return the part of a config.json that is about images."""
+    return config.get("pretrained_cfg") or config
 
 
 def _by_shape(tensors: Mapping[str, Tensor], sketch: Any) -> dict[str, Any]:
@@ -163,17 +195,20 @@ def _by_shape(tensors: Mapping[str, Tensor], sketch: Any) -> dict[str, Any]:
 
 def _input(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return what a checkpoint says of its images; UserError where that makes no sense."""
-    told = config.get("pretrained_cfg", config)
+    told = _images(config)
     if not isinstance(told, dict):
         raise UserError("its pretrained_cfg is not a table", where, COPY)
+    size = told.get("input_size")
+    if not (size is None or (isinstance(size, list | tuple) and len(size) == 3 and all(map(_is_side, size)))):
+        raise UserError(f"its input_size is {size!r}", where, COPY)
     told = {key: told[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in told}
     for key in ("mean", "std"):
         value = told.get(key, [0.5] * 3)
-        sound = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        sound = isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
         if not sound or (key == "std" and min(value) <= 0):
             raise UserError(f"its {key} is not three numbers", where, COPY)
     crop = told.get("crop_pct", 1.0)
-    if not (isinstance(crop, int | float) and 0.05 < crop <= 2):
+    if not (_is_number(crop) and 0.05 < crop <= 2):
         raise UserError(f"its crop_pct is {crop!r}", where, COPY)
     for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if told.get(key, known[0]) not in known:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from timm.models import group_parameters
+import torch
 from torch import nn
 
 from pdvit.errors import UserError
 from pdvit.models.families import family_of, modules_at
+from pdvit.models.layers import evaluating, image_size_of
 from pdvit.models.tokens import DiverseModel
 
 WHERE = "model.freeze (--freeze)"
@@ -21,7 +22,7 @@ def freeze(network: DiverseModel, part: str) -> None:
     dropout before the classifier too; what learns is the classifier and the patch head (a linear probe).
 
     Raises:
-        UserError: `part` is neither, there are fewer blocks, or timm does not say what comes before a block.
+        UserError: `part` is neither, or there are fewer blocks.
     """
     model = network.model
     if part == BACKBONE:
@@ -43,22 +44,30 @@ def _classifier(model: Any) -> set[str]:
     return {name for name, weight in model.named_parameters() if id(weight) in weights}
 
 
-def _up_to_block(model: Any, count: int) -> set[str]:
-    """Return the names of the weights before the end of block `count`, by timm's own order of layers."""
-    family = family_of(model)
-    blocks = modules_at(model, family.blocks)
+def _up_to_block(model: nn.Module, count: int) -> set[str]:
+    """Return the names of the weights that a forward pass comes to before the end of block `count`."""
+    blocks = modules_at(model, family_of(model).blocks)
     if count > len(blocks):
         raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", WHERE, f"or use {BACKBONE}")
-    if not hasattr(model, "group_matcher"):
-        what = f"timm does not say which layer the weights of a {type(model).__name__} belong to"
-        raise UserError(what, WHERE, f"use {BACKBONE}, or leave it out")
-    layer: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    order = _order(model)
+    last = order.index(blocks[count - 1]) if count else order.index(blocks[0]) - 1
     names = {id(weight): name for name, weight in model.named_parameters()}
+    before = {names[id(w)] for module in order[: last + 1] for w in module.parameters(recurse=False)}
     inside = [{names[id(weight)] for weight in block.parameters()} for block in blocks]
-    behind = {names[id(w)] for norm in modules_at(model, family.norm) for w in norm.parameters()}
-    reach = max(layer[name] for name in inside[count - 1]) if count else min(layer[name] for name in inside[0]) - 1
-    before = {name for name, number in layer.items() if number <= reach}
-    return before.union(*inside[:count]) - behind.union(*inside[count:])
+    return before.union(*inside[:count]).difference(*inside[count:])
+
+
+def _order(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in the order in which a forward pass first calls them."""
+    called: dict[nn.Module, None] = {}
+    hooks = [part.register_forward_pre_hook(lambda part, _: called.setdefault(part)) for part in model.modules()]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(next(model.parameters()).new_zeros(1, 3, *image_size_of(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(called)
 
 
 def _still(model: nn.Module) -> list[nn.Module]:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pdvit.config.schema import Config, DataConfig, ModelConfig
+from pdvit.config import Config, build, to_dict
+from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
+from pdvit.models.build import model_arguments, sketch_model
 from pdvit.models.description import Described
 from pdvit.models.families import family_of
 from pdvit.models.matching import Match, match
@@ -22,6 +24,8 @@ PLAIN = {"depth": "depth", "embed_dim": "width", "num_heads": "heads", "patch_si
 ENOUGH, TOO_MANY = 0.9, 0.1
 # What stands between tokens and classes besides the classifier.
 HEADS = ("head", "fc_norm", "attn_pool", "pre_logits")
+# A norm between them.
+POOLED = ("fc_norm.", "head.norm.")
 NAMED = 5
 
 
@@ -31,8 +35,12 @@ def settle(config: Config, described: Described) -> Config:
     The model and its drop path, the size of its images and how they are prepared, so that the run does not need the
     file again. A configuration that knows its weights already, from run.toml, is complete; it must be these.
 
+    What a file says is no more than a claim: it passes the checks of a configuration, and the shapes of the model that
+    it describes are compared with its tensors before anything is built.
+
     Raises:
-        UserError: the weights are not those that the configuration knows, or are of images that are not square.
+        UserError: the weights are not those that the configuration knows, are of images that are not square, or differ
+            too much from the model; or what the checkpoint says is out of range.
     """
     digest, known = fingerprint(described), config.model.init_hash
     if known not in (None, digest):
@@ -44,7 +52,12 @@ def settle(config: Config, described: Described) -> Config:
     if known is not None:
         return config
     model = replace(config.model, weights=described.weights if described.weights != "unknown" else None)
-    return replace(config, model=_model(model, described), data=_data(config.data, described))
+    config = replace(config, model=_model(model, described), data=_data(config.data, described))
+    build((described.where, to_dict(config)))
+    assert config.model.name is not None
+    arguments = model_arguments(config.model, config.data.img_size)
+    _matched(described, sketch_model(config.model.name, arguments, described.where))
+    return config
 
 
 def fingerprint(described: Described) -> str:
@@ -65,14 +78,13 @@ def begin_from(model: nn.Module, described: Described, classes: Sequence[str]) -
     Raises:
         UserError: too little of the model's backbone is in the file, or too much else; or fresh weights are frozen.
     """
-    found = match(described.chosen.tensors, model, described.where)
-    heads = tuple(f"{name}." for name in (*HEADS, *_classifiers(model)))
+    found = _matched(described, model)
     if described.classes is not None and described.classes != list(classes):
         found = found.without([name for name in found.tensors if name.startswith(_own(model))])
-    _refuse_strangers(found, model, heads, described.where)
     fresh = sorted([*found.missing, *found.misshapen])
-    weights = dict(model.named_parameters())
-    if frozen := [n for n in fresh if n in weights and not weights[n].requires_grad and weights[n].ndim > 1]:
+    # A fresh norm behind the pooling only normalizes; the classifier, which learns, scales what comes out of it.
+    still = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    if frozen := [name for name in fresh if name in still and not name.startswith(POOLED)]:
         what = f"{frozen[0]} is not in the file, and would stay fresh for good"
         raise UserError(what, "model.freeze (--freeze)", "freeze less")
     model.load_state_dict(found.tensors, strict=False)
@@ -102,9 +114,8 @@ def _model(model: ModelConfig, described: Described) -> ModelConfig:
 def _data(data: DataConfig, described: Described) -> DataConfig:
     """Take the checkpoint's size and form of images where the user sets none."""
     told: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.input.items()}
-    config = described.config.get("pretrained_cfg") or described.config
-    size = described.arguments.get("img_size") or config.get("input_size", (None,))[1:] or None
-    if isinstance(size, list | tuple):
+    size = described.arguments.get("img_size") or described.image_size
+    if isinstance(size, tuple):
         if len(set(size)) > 1 and data.img_size is None:
             what = f"the checkpoint takes images of {size[0]}x{size[1]}"
             raise UserError(what, described.where, "pdvit trains on square ones: give --img-size")
@@ -118,23 +129,27 @@ def _classifiers(model: Any) -> tuple[str, ...]:
     return (told,) if isinstance(told, str) else tuple(told)
 
 
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in (*HEADS, *_classifiers(model)))
+
+
 def _own(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in _classifiers(model))
 
 
-def _refuse_strangers(found: Match, model: nn.Module, heads: tuple[str, ...], where: str) -> None:
-    """Raise UserError where file and backbone have too little in common."""
+def _matched(described: Described, model: nn.Module) -> Match:
+    """Compare weights and model; UserError where file and backbone have too little in common."""
+    found, heads = match(described.chosen.tensors, model, described.where), _heads(model)
     backbone = [name for name in model.state_dict() if not name.startswith(heads)]
     lacking = [name for name in (*found.missing, *found.misshapen) if not name.startswith(heads)]
     left = [name for name in found.left if not name.startswith(heads)]
     if len(lacking) <= (1 - ENOUGH) * len(backbone) and len(left) <= TOO_MANY * len(backbone):
-        return
+        return found
     parts = {"missing": found.missing, "of another shape": found.misshapen, "left over": left}
     listed = "; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names)
     what = f"{len(backbone) - len(lacking)} of the backbone's {len(backbone)} weights are in the file ({listed})"
-    raise UserError(
-        what, where, "it belongs to another architecture: name the right one with --model, --depth, --width"
-    )
+    tip = "it belongs to another architecture: name the right one with --model, --depth, --width"
+    raise UserError(what, described.where, tip)
 
 
 def _listed(names: Sequence[str]) -> str:

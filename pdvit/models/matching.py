@@ -38,7 +38,9 @@ class Chosen:
     outside: int = 0
 
 
-def choose(tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str) -> Chosen:
+def choose(
+    tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str, told: str = "unknown"
+) -> Chosen:
     """Find the weights with these names in a file, under whatever prefixes wrappers left.
 
     A prefix is what stands before the names of the model, whatever its words: `module.`, `_orig_mod.module.`,
@@ -49,6 +51,7 @@ def choose(tensors: Mapping[str, Tensor], names: Collection[str], weights: str |
         names: of the model's own tensors.
         weights: `raw` or `ema`; None takes the moving average where there is one.
         where: how an error names the file.
+        told: which weights the file says it holds; it counts where they stand alone, under a prefix that says nothing.
 
     Raises:
         UserError: the file has no such weights, or several of the same kind.
@@ -59,7 +62,7 @@ def choose(tensors: Mapping[str, Tensor], names: Collection[str], weights: str |
         found = {_common_prefix(tensors): most}
         most = 0
     rivals = [prefix for prefix, count in found.items() if count >= max(1, RIVAL * most)] or list(found)
-    kinds = {prefix: _kind(prefix, len(rivals)) for prefix in rivals}
+    kinds = {prefix: _kind(prefix, told if len(rivals) == 1 else "raw") for prefix in rivals}
     wanted = weights or ("ema" if "ema" in kinds.values() else None)
     fitting = [prefix for prefix, kind in kinds.items() if wanted in (None, kind)]
     if not fitting:
@@ -98,11 +101,11 @@ def _common_prefix(tensors: Mapping[str, Tensor]) -> str:
     return "".join(f"{part}." for part in common or [])
 
 
-def _kind(prefix: str, of: int) -> str:
+def _kind(prefix: str, otherwise: str) -> str:
     parts = [word for part in prefix.split(".") for word in part.split("_")]
     if "ema" in parts or "teacher" in parts:
         return "ema"
-    return "raw" if of > 1 or prefix.partition(".")[0] in RAW else "unknown"
+    return "raw" if prefix.partition(".")[0] in RAW else otherwise
 
 
 @dataclass(frozen=True)

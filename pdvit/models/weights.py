@@ -15,7 +15,7 @@ from torch import nn
 from pdvit.errors import UserError
 from pdvit.models.build import create_model
 from pdvit.models.checkpoints import CONFIG, HEADER_KEY, WEIGHTS
-from pdvit.models.description import describe, expect_input
+from pdvit.models.description import describe, expect_input, weights_told
 from pdvit.models.matching import Match, match
 
 
@@ -30,8 +30,7 @@ class Loaded:
     @property
     def weights(self) -> str:
         """Which weights these are: `raw`, `ema`, or `unknown` where the file does not say."""
-        facts = self.config.get("pdvit")
-        return str(facts.get("weights", "unknown")) if isinstance(facts, dict) else "unknown"
+        return weights_told(self.config)
 
 
 def export(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pdvit.errors import UserError
+from pdvit.models.description import class_names
 from pdvit.models.weights import Loaded
 
 TIP = "evaluate it on its own classes, or train it on these: pdvit finetune"
@@ -16,13 +17,8 @@ def label_names(loaded: Loaded) -> list[str] | None:
     model: Any = loaded.model
     if model.num_classes < 1:
         raise UserError("the model has no classifier", loaded.name, "name a checkpoint that was trained on classes")
-    told = loaded.config.get("pretrained_cfg")
-    names = loaded.config.get("label_names") or (told.get("label_names") if isinstance(told, dict) else None)
-    if names is None:
-        return None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError("its label_names are not a list of names", loaded.name, "mend its config.json")
-    if len(names) != model.num_classes:
+    names = class_names(loaded.config, loaded.name)
+    if names is not None and len(names) != model.num_classes:
         what = f"it has {len(names)} label_names for {model.num_classes} classes"
         raise UserError(what, loaded.name, "mend its config.json")
     return names

@@ -74,6 +74,16 @@ def test_a_file_of_timms_saver_says_its_model_its_classes_and_its_size(tmp_path)
     assert load(file).weights == "raw"
 
 
+def test_what_timms_own_script_leaves_empty_is_not_said(tmp_path):
+    # The defaults of timm's train.py for what its file could say of model and images.
+    empty = {"gp": None, "drop_path": None, "input_size": None, "mean": None, "std": None, "crop_pct": None}
+    args = arguments(interpolation="", **empty)
+    model = make()
+    saver = CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=0.1), args, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, 0.5)
+    assert same(model, tmp_path / "last.pth.tar")
+
+
 def test_with_a_moving_average_in_it_the_choice_is_by_name(tmp_path):
     model = make()
     average = ModelEmaV3(model)

@@ -44,6 +44,33 @@ def test_in_stages_what_lies_before_a_block_is_frozen_and_nothing_behind(name):
     assert _up_to_block(model, 0) < _up_to_block(model, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "behind"),
+    [
+        ("pvt_v2_b0", 1, "stages.0.norm."),  # behind block 2 of the first stage
+        ("pvt_v2_b0", 3, "stages.1.norm."),
+        ("cait_xxs24_224", 23, "blocks_token_only."),  # behind all 24
+        ("cait_xxs24_224", 24, "blocks_token_only."),
+        ("pit_ti_224", 2, "transformers.1."),  # timm has no order of layers for it
+    ],
+)
+def test_what_comes_behind_a_trained_block_learns(name, count, behind):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = {name for name, _ in model.named_parameters() if name.startswith(behind)}
+    assert found
+    assert not found & _up_to_block(model, count)
+
+
+def test_finding_the_order_leaves_the_model_as_it_is():
+    module = network(drop_path_rate=0.5)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    hooks = [len(part._forward_pre_hooks) for part in module.modules()]
+    freeze(module, "1")
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert [len(part._forward_pre_hooks) for part in module.modules()] == hooks
+
+
 def test_frozen_parts_behave_as_in_evaluation():
     module = network(drop_path_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
     freeze(module, "2")

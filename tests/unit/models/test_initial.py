@@ -1,10 +1,13 @@
 import argparse
+import json
+import math
 import re
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from pdvit.config import Config, build, resolve, to_dict
@@ -12,6 +15,7 @@ from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments
 from pdvit.models.description import describe
 from pdvit.models.initial import begin_from, fingerprint, settle
+from pdvit.models.weights import export
 
 VIT = "vit_tiny_patch16_224"
 TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
@@ -65,12 +69,12 @@ def test_what_the_user_gives_wins(tmp_path):
     path = saved(tmp_path, make())
     data, model = (
         {"img_size": 64, "mean": [0.0, 0.0, 0.0]},
-        {"drop_path": 0.2, "patch_size": 4, "args": {"qk_norm": True}},
+        {"drop_path": 0.2, "patch_size": 4, "args": {"drop_rate": 0.2}},
     )
     config = resolve(configured(path, data=data, model=model))
     assert (config.data.img_size, config.data.mean) == (64, (0.0, 0.0, 0.0))
     assert (config.model.drop_path, config.model.patch_size, config.model.width) == (0.2, 4, 24)
-    assert config.model.args == {"global_pool": "token", "qk_norm": True}
+    assert config.model.args == {"global_pool": "token", "drop_rate": 0.2}
 
 
 def test_a_settled_configuration_stays_as_it_is(tmp_path):
@@ -78,6 +82,16 @@ def test_a_settled_configuration_stays_as_it_is(tmp_path):
     config = resolve(configured(path))
     again = build(("run.toml", to_dict(config)))
     assert settle(again, describe(path)) == again == config
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_a_run_finds_its_weights_again(tmp_path, weights):
+    for name, content in export(make(), CLASSES, {}, weights).items():
+        (tmp_path / name).write_bytes(content)
+    config = resolve(configured(tmp_path))
+    assert config.model.weights == weights
+    again = build(("run.toml", to_dict(config)))  # as --config and --resume do
+    assert settle(again, describe(again.model.init, again.model.name, again.model.weights)) == config
 
 
 def test_other_weights_than_those_of_the_configuration_are_refused(tmp_path):
@@ -198,6 +212,84 @@ def test_weights_that_would_stay_fresh_for_good_are_refused(tmp_path):
     model.pos_embed.requires_grad_(False)
     with pytest.raises(UserError, match="pos_embed is not in the file"):
         begin_from(model, describe(tmp_path / "x.pth", VIT), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.norm1.weight", "norm.bias"])
+def test_a_fresh_norm_of_the_backbone_is_refused_where_it_is_frozen(tmp_path, name):
+    state = make().state_dict()
+    del state[name]
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    model = make(seed=1).requires_grad_(False)
+    with pytest.raises(UserError, match=f"{name} is not in the file"):
+        begin_from(model, describe(tmp_path / "x.pth", VIT), CLASSES)
+
+
+def test_a_fresh_norm_behind_the_pooling_may_be_frozen(tmp_path):
+    model = make(global_pool="avg")
+    model.requires_grad_(False).head.requires_grad_(True)
+    notes = begin_from(model, describe(saved(tmp_path, make(num_classes=0))), CLASSES)
+    assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
+
+
+# What a file says is only a claim
+
+
+def claiming(folder, **changes):
+    """Return a checkpoint whose config.json is changed: what lies in its tables, and at its top."""
+    path = saved(folder, make()) / "config.json"
+    config = json.loads(path.read_text())
+    config["model_args"] |= changes.pop("model_args", {})
+    config["pretrained_cfg"] |= changes.pop("pretrained_cfg", {})
+    path.write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    path = claiming(tmp_path, model_args={"mlp_ratio": 4000})
+    create = timm.create_model
+
+    def on_meta(*given, **more):
+        model = create(*given, **more)
+        assert next(model.parameters()).is_meta
+        return model
+
+    monkeypatch.setattr(timm, "create_model", on_meta)
+    with pytest.raises(UserError, match="of another shape") as caught:
+        configured(path)
+    assert str(path) in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"pretrained_cfg": {"input_size": size}} for size in (5, "abc", ["a"], [3, -4, -4], [3, 32], [3, True, 32])),
+        *({"model_args": {"img_size": size}} for size in (["a"], [32], -4, -32, "32", True, 32.0)),
+        *({"pretrained_cfg": {"mean": [value, 0.5, 0.5]}} for value in (math.nan, math.inf, True, "a")),
+        {"pretrained_cfg": {"crop_pct": True}},
+        {"model_args": {"drop_path_rate": 1.5}},
+        {"label_names": ["ant", 2, "cat"]},
+    ],
+    ids=str,
+)
+def test_odd_claims_are_refused_by_the_name_of_the_file(tmp_path, changes):
+    path = claiming(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        begin_from(fresh(configured(path)), describe(path), CLASSES)
+    assert str(path) in caught.value.where
+
+
+@pytest.mark.parametrize("size", [["a"], ["a", "b"], [32], "32"])
+def test_odd_sizes_of_a_model_that_takes_any_are_refused(tmp_path, size):
+    text = json.dumps({"architecture": "pvt_v2_b0", "model_args": {"img_size": size}})
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"config.json": text})
+    with pytest.raises(UserError, match="its img_size is"):
+        configured(tmp_path)
+
+
+def test_odd_words_for_the_weights_are_no_claim(tmp_path):
+    config = configured(claiming(tmp_path, pdvit={"weights": "foo"}))
+    assert config.model.weights is None
+    assert build(("run.toml", to_dict(config))) == config
 
 
 def test_the_drop_path_of_a_training_file_is_kept(tmp_path):

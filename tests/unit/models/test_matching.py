@@ -46,6 +46,15 @@ def test_of_two_the_moving_average_is_taken_unless_asked_otherwise(asked, number
     assert len(found.others) == 1
 
 
+@pytest.mark.parametrize("told", ["raw", "ema"])
+def test_what_the_file_says_counts_where_its_weights_stand_alone(told):
+    assert choose(tensors(""), NAMES, told, "file", told).weights == told
+    assert choose(tensors("teacher."), NAMES, None, "file", told).weights == "ema"
+    assert choose(tensors("net.", "ema_net."), NAMES, "raw", "file", told).prefix == "net."
+    with pytest.raises(UserError, match=f"holds {told}, not"):
+        choose(tensors(""), NAMES, {"raw": "ema", "ema": "raw"}[told], "file", told)
+
+
 def test_a_word_that_only_holds_ema_is_none():
     assert choose(tensors("schema.", names=NAMES), NAMES, None, "file").weights == "unknown"
 

@@ -324,7 +324,15 @@ def test_a_header_that_describes_no_model_is_refused(tmp_path, text):
     refuse(with_header(tmp_path, text))
 
 
-@pytest.mark.parametrize("facts", [3, [], "raw", None])
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_the_weights_of_an_export_can_be_asked_for_by_what_they_are(tmp_path, weights):
+    folder = write(tmp_path / "run", export(make(), CLASSES, DATA, weights))
+    assert load(folder, weights=weights).weights == load(folder).weights == weights
+    other = {"raw": "ema", "ema": "raw"}[weights]
+    assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
+
+
+@pytest.mark.parametrize("facts", [3, [], "raw", None, {}, {"weights": "foo"}, {"weights": ["ema"]}])
 def test_a_header_with_odd_facts_has_unknown_weights(tmp_path, files, facts):
     config = json.loads(files["config.json"]) | {"pdvit": facts}
     assert load(with_header(tmp_path, json.dumps(config))).weights == "unknown"
