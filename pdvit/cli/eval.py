@@ -175,10 +175,10 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
     for name in ("class", "images", "accuracy", "precision", "most taken for"):
         view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
     for _, row in worst.iterrows():
-        wrong = f"{cell(row['confused_with'])} ({row['confused']})" if row["confused"] else "-"
+        wrong = cell(f"{row['confused_with']} ({row['confused']})" if row["confused"] else "-")
         view.add_row(cell(row["class"]), str(row["images"]), _share(row["accuracy"]), _share(row["precision"]), wrong)
     console.print()
-    console.print(view, markup=False)
+    console.print(view)
     say(
         console,
         f"\n{facts['split']} accuracy {facts['accuracy']:.1%}{top5}, loss {facts['loss']:.3f}, "
