@@ -15,6 +15,7 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from rich.text import Text
 
     from pdvit.data.batch import Batch
     from pdvit.data.loader import Loading
@@ -151,8 +152,10 @@ def with_progress(batches: "Iterable[Batch]", total: int, console: "Console", wh
             display.show(done, what, done / max(monotonic() - begun, 1e-9), {})
 
 
-def cell(text: str) -> str:
-    """Return a name that fits a line of a terminal: without line breaks, markup and bytes that are no letters."""
-    from rich.markup import escape
+def cell(text: str) -> "Text":
+    """Return a name as a cell of a table: on one line, and as it is, whatever a terminal or markup would make of it."""
+    from rich.text import Text
 
-    return escape("".join(letter if letter.isprintable() else "?" for letter in text))
+    from pdvit.data.sources.split import printable
+
+    return Text(printable(text))

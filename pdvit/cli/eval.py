@@ -168,6 +168,8 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
     """Print the numbers, and the classes that are told worst."""
     from rich.table import Table
 
+    from pdvit.data.sources.split import printable
+
     top5 = "" if facts["accuracy_top5"] is None else f", among the five most probable {facts['accuracy_top5']:.1%}"
     worst = table.sort_values("accuracy", kind="stable").head(WORST)
     of = f"the {WORST} worst of {len(table)} classes" if len(table) > WORST else "by class"
@@ -175,14 +177,14 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
     for name in ("class", "images", "accuracy", "precision", "most taken for"):
         view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
     for _, row in worst.iterrows():
-        wrong = f"{cell(row['confused_with'])} ({row['confused']})" if row["confused"] else "-"
+        wrong = cell(f"{row['confused_with']} ({row['confused']})" if row["confused"] else "-")
         view.add_row(cell(row["class"]), str(row["images"]), _share(row["accuracy"]), _share(row["precision"]), wrong)
     console.print()
-    console.print(view, markup=False)
+    console.print(view)
     say(
         console,
         f"\n{facts['split']} accuracy {facts['accuracy']:.1%}{top5}, loss {facts['loss']:.3f}, "
-        f"calibration error {facts['calibration_error']:.3f} ({facts['images']:,} images of {facts['data']})\n"
+        f"calibration error {facts['calibration_error']:.3f} ({facts['images']:,} images of {printable(facts['data'])})\n"
         f"weights  {facts['weights']}; {facts['precision']} on {facts['device']}; classes matched {facts['matched']}\n"
         f"written  {file}, eval.csv, confusion.csv",
     )

@@ -1,6 +1,11 @@
 """The kinds of sources, as `--data help` lists them. No torch: the list has to come at once."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
+
+from pdvit.config.keys import info_of
+from pdvit.config.schema import DataConfig
+from pdvit.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
 
@@ -27,6 +32,20 @@ KINDS = (
     Kind("wds", "wds/NAME", "WebDataset shards, in --data-dir", "wds/"),
     Kind("tfds", "tfds/NAME", "TensorFlow data sets, copied once into the cache (extra tf-data)", "tfds/"),
 )
+SPLITS, KEYS = ("train_split", "val_split"), ("input_key", "target_key")
+OF_SOURCES = ("root", *SPLITS, *KEYS, "download")
+# Which of the settings that describe a source mean something, by kind.
+TAKES: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "folder": SPLITS,
+    "archive": SPLITS,
+    "csv": SPLITS,
+    "torch": ("root", *SPLITS, "download"),
+    "hfds": OF_SOURCES,
+    "hfids": OF_SOURCES,
+    "wds": ("root", *SPLITS, *KEYS),
+    "tfds": OF_SOURCES,
+}
 
 
 def kind_of(source: str) -> str | None:
@@ -38,6 +57,27 @@ def kind_of(source: str) -> str | None:
         if kind.suffixes and lower.endswith(kind.suffixes):
             return kind.name
     return None
+
+
+def refuse_idle(data: DataConfig) -> None:
+    """Raise UserError where a setting is given that means nothing for the source: it was meant for another."""
+    taken = TAKES[kind_of(data.source) or "folder"]
+    for item in fields(data):
+        if item.name in OF_SOURCES and item.name not in taken and getattr(data, item.name) != item.default:
+            flag = info_of(item).flags[0]
+            what = f"{flag} means nothing for '{data.source}'"
+            raise UserError(what, f"data.{item.name} ({flag})", "leave it out, or check --data")
+
+
+def whole_path(source: str, root: str | None) -> str:
+    """Return a source with the path in it, where there is one, made whole: it is then found from anywhere."""
+    kind, prefix = kind_of(source), ""
+    if kind in ("hfds", "hfids") or (kind == "wds" and root is None):
+        prefix = source[: len(f"{kind}/")]
+    elif kind not in (None, "archive", "csv"):
+        return source
+    path = os.path.expanduser(source.removeprefix(prefix))
+    return prefix + os.path.abspath(path) if os.path.exists(path) else source
 
 
 def list_kinds() -> str:

@@ -5,8 +5,11 @@ import sys
 import tarfile
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from pdvit.cli import run as pdvit
+from pdvit.cli.checkpoint import cell
 
 SHORT = ["--epochs", "2", "--batch-size", "6", "--workers", "0", "--img-size", "16", "--log-interval", "1st"]
 
@@ -17,6 +20,20 @@ def torn(image_folder):
     for name in ("train/green/3.png", "val/red/1.png"):
         (image_folder / name).write_bytes(b"torn")
     return image_folder
+
+
+@pytest.mark.parametrize("name", ["[red]x", "\\\\[b]", ":car:", "猫"])
+def test_a_cell_shows_a_name_as_it_is(name, capsys):
+    table = Table(box=None)
+    table.add_row(cell(name))
+    Console().print(table)
+    assert capsys.readouterr().out.strip() == name
+    assert cell("\x1b[2J\n").plain == r"\x1b[2J\n"
+
+
+def test_a_setting_that_means_nothing_for_the_source_is_refused(refusal, tiny, workplace):
+    assert "--val-split means nothing" in refusal("train", *tiny, "--val-split", "nonsense").what
+    assert not (workplace / "runs").exists()
 
 
 def test_help_lists_the_kinds_of_sources_at_once():

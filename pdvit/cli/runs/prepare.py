@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.report import make_console, say
 from pdvit.config.schema import Config
-from pdvit.data.kinds import kind_of
+from pdvit.data.kinds import refuse_idle, whole_path
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     if ranks.main:
         check_sinks(tracker_names(config.run.track))
     source = open_source(config.data, lambda text: say(console, text))
+    if not begun:
+        refuse_idle(config.data)
     if config.data.check_images:
         source = _checked(source, config, ranks, console)
     if not config.data.batch_size:
@@ -87,9 +89,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
 def _from_anywhere(config: Config) -> Config:
     """Return the configuration with whole paths, so that the run can be resumed and analyzed from anywhere."""
     data = config.data
-    path = os.path.expanduser(data.source)
-    is_path = kind_of(data.source) in (None, "archive", "csv")
-    source = os.path.abspath(path) if is_path and os.path.exists(path) else data.source
+    source = whole_path(data.source, data.root)
     root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
     return replace(config, data=replace(data, source=source, root=root))
 

@@ -78,10 +78,10 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
 
 def _label(init: str) -> str:
     """Return a short name of the initial weights, fit for a run's name."""
+    from pdvit.data.sources import as_file_name
     from pdvit.models.checkpoints import name_of
 
-    name = name_of(Path(init)) if os.path.exists(init) else init.rpartition("/")[2]
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
+    return as_file_name(name_of(Path(init)) if os.path.exists(init) else init.rpartition("/")[2])
 
 
 def _begun_before_restart(config: Config) -> Path | None:

@@ -11,7 +11,7 @@ from pdvit.data.sources.cache import Say, say_on_stderr
 from pdvit.data.sources.digits import read_digits
 from pdvit.data.sources.layout import read_layout
 from pdvit.data.sources.shards import read_shards
-from pdvit.data.sources.split import ArraySplit, FileSplit, LazySplit, Source, Split
+from pdvit.data.sources.split import ArraySplit, FileSplit, LazySplit, Source, Split, as_file_name
 from pdvit.data.sources.streams import read_stream
 from pdvit.data.sources.table import read_csv
 from pdvit.data.sources.timm_sets import read_hub, read_torchvision
@@ -24,6 +24,7 @@ __all__ = [
     "LazySplit",
     "Source",
     "Split",
+    "as_file_name",
     "list_images",
     "open_source",
     "source_label",
@@ -66,7 +67,7 @@ def source_label(data: DataConfig) -> str:
     """Return a short name of the source, fit for a run's name."""
     path = _path(data).resolve()
     name = path.name if kind_of(data.source) not in ("archive", "csv") else archive_name(path.name)
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name) or "data"
+    return as_file_name(name) or "data"
 
 
 def _path(data: DataConfig) -> Path:

@@ -6,7 +6,6 @@ import io
 import lzma
 import os
 import posixpath
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ from pdvit.data.sources.cache import Say, cached
 from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES
 from pdvit.data.sources.imagenet import IMAGES
 from pdvit.data.sources.layout import read_layout
-from pdvit.data.sources.split import LazySplit, Source
+from pdvit.data.sources.split import LazySplit, Source, some
 from pdvit.data.sources.tree import Tree, in_order
 from pdvit.errors import UserError
 
@@ -153,10 +152,17 @@ def read_archive(path: Path, data: DataConfig, say: Say) -> Source:
 
     Raises UserError where the archive is damaged or has another layout.
     """
-    members = zip_members(path) if path.name.lower().endswith(".zip") else tar_members(plain_tar(path, say))
+    dropped: list[str] = []
+    members = zip_members(path) if path.name.lower().endswith(".zip") else tar_members(plain_tar(path, say), dropped)
     # macOS adds this folder to what it packs; its files have the names of the others, and are none of them
     members = {file: member for file, member in members.items() if not file.startswith("__MACOSX/")}
-    return read_layout(ArchiveTree(path, members), data)
+    lost = f"links that lead to no file in the archive, and are not read: {len(dropped):,} ({some(dropped)})"
+    try:
+        return read_layout(ArchiveTree(path, members), data).noting(lost if dropped else "")
+    except UserError as error:
+        if not dropped:
+            raise
+        raise UserError(f"{error.what}; {lost}", error.where, error.tip) from error
 
 
 def archive_name(file: str) -> str:
@@ -174,15 +180,25 @@ def plain_tar(path: Path, say: Say) -> Path:
         return path
 
     def unpack(target: Path) -> None:
-        with _damage(path), opener(path) as packed, open(target, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 2**20)
+        with opener(path) as packed, open(target, "wb") as plain:
+            plain.writelines(_blocks(packed, path))
 
     say(f"{path.name} is compressed, so its images can't be read at random")
     return cached(path, ".tar", unpack, say)
 
 
-def tar_members(path: Path) -> dict[str, Member]:
-    """Return the files of a plain tar by path, links followed; UserError where it is damaged or cut off."""
+def _blocks(packed: Any, path: Path) -> Iterator[bytes]:
+    """Yield what is packed in a file, a mebibyte at a time; UserError where it is damaged, not where writing fails."""
+    with _damage(path):
+        while block := packed.read(2**20):
+            yield block
+
+
+def tar_members(path: Path, dropped: list[str] | None = None) -> dict[str, Member]:
+    """Return the files of a plain tar by path, links followed; UserError where it is damaged or cut off.
+
+    Links that lead to no file of the tar are added to `dropped`.
+    """
     found: dict[str, Member] = {}
     links: dict[str, str] = {}
     with _damage(path), tarfile.open(path, "r:") as tar:
@@ -199,10 +215,19 @@ def tar_members(path: Path) -> dict[str, Member]:
         end = _bytes_at(path, tar.offset, BLOCK)
     if end != bytes(BLOCK):  # what closes every tar; tarfile takes a cut between two members for the end
         raise _damaged(path, "it ends before its last block")
-    for file, target in links.items():
-        if target in found:
-            found[file] = replace(found[target], path=file)
-    return found
+    linked = {file: replace(found[target], path=file) for file in links if (target := _end(file, links)) in found}
+    if dropped is not None:
+        dropped += (file for file in links if file not in linked)
+    return found | linked
+
+
+def _end(file: str, links: Mapping[str, str]) -> str:
+    """Return where a link leads, over others; a link where they lead in a circle."""
+    seen = set[str]()
+    while file in links and file not in seen:
+        seen.add(file)
+        file = links[file]
+    return file
 
 
 def zip_members(path: Path) -> dict[str, Member]:
@@ -217,7 +242,7 @@ def _damage(path: Path) -> Iterator[None]:
     """Say which archive is damaged, and how."""
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OSError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from error
 
 

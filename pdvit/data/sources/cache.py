@@ -3,8 +3,8 @@
 import fcntl
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,6 +25,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pdvit"
 
 
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Let one process of this machine at a time do what goes by a name; raises OSError where the cache refuses."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def digest(identity: str) -> str:
+    """Return twelve letters that tell an identity from others."""
+    return sha256(identity.encode(errors="surrogateescape")).hexdigest()[:12]
+
+
 def cached(original: Path, suffix: str, make: Callable[[Path], None], say: Say) -> Path:
     """Return the copy of a file, made by `make(target)` unless there is one of this very size and time."""
     stat = original.stat()
@@ -37,14 +52,10 @@ def cached_by(name: str, identity: str, suffix: str, make: Callable[[Path], None
 
     It gets its name only when it is whole; several processes make it once. Raises UserError where the disk refuses.
     """
-    folder = cache_folder()
-    digest = sha256(identity.encode(errors="surrogateescape")).hexdigest()[:12]
-    copy = folder / f"{name}-{digest}{suffix}"
+    copy = cache_folder() / f"{name}-{digest(identity)}{suffix}"
     part = copy.with_name(f"{copy.name}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{copy.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(copy.name):
             if not copy.exists():
                 say(f"copying it to {copy}, once ($PDVIT_CACHE moves it) ...")
                 make(part)

@@ -5,13 +5,14 @@ import csv
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.holdout import assemble
+from pdvit.data.sources.holdout import assemble, choose_splits
 from pdvit.data.sources.split import Source, some
 from pdvit.data.sources.tree import Tree, is_image
 from pdvit.errors import UserError
 
 # Where the images lie, and which table has the classes of the validation images.
 IMAGES, SOLUTION = "ILSVRC/Data/CLS-LOC", "LOC_val_solution.csv"
+TIP = "leave --train-split and --val-split out"
 
 
 def is_kaggle(tree: Tree) -> bool:
@@ -25,6 +26,9 @@ def read_kaggle(tree: Tree, data: DataConfig) -> Source:
 
     Raises UserError where the table is missing, or lacks an image.
     """
+    for name in choose_splits(["train", "val"], data).values():
+        if name not in ("train", "val"):
+            raise UserError(f"there is no split '{name}': only train/ and val/ have labels", tree.where, TIP)
     classes = tree.folders(f"{IMAGES}/train")
     files = [tree.files(f"{IMAGES}/train/{name}") for name in classes]
     train = [(file, label) for label, names in enumerate(files) for file in names if is_image(file)]

@@ -121,7 +121,8 @@ class Source:
         """Say what was found: classes, images and their sizes in a line, then a line for each note."""
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         sizes = describe_sizes(self.splits["train"])
-        return "\n".join([f"{self.name}: {len(self.classes)} classes, images: {counts}{sizes}", *self.notes])
+        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{sizes}", *self.notes]
+        return "\n".join(map(printable, lines))
 
     def noting(self, *notes: str) -> "Source":
         """Return the source with further notes; empty ones are left out."""
@@ -141,7 +142,7 @@ def describe_sizes(split: Split) -> str:
         sizes = [(split.images.shape[-1], split.images.shape[-2])]
     else:
         chosen = torch.linspace(0, len(split) - 1, min(len(split), SAMPLED)).round().long()
-        sizes = [size for index in chosen.tolist() if (size := _size(split, index))]
+        sizes = [size for index in chosen.tolist() if (size := image_size(split, index))]
     if not sizes:
         return ""
     widths, heights = sorted(width for width, _ in sizes), sorted(height for _, height in sizes)
@@ -149,7 +150,7 @@ def describe_sizes(split: Split) -> str:
     return f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
 
 
-def _size(split: LazySplit, index: int) -> tuple[int, int] | None:
+def image_size(split: LazySplit, index: int) -> tuple[int, int] | None:
     """Return width and height, or None for what is no image: reading it in earnest says so."""
     import warnings
 
@@ -169,5 +170,10 @@ def some(names: list[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that can be written in UTF-8: file names may hold any bytes."""
-    return text.encode(errors="backslashreplace").decode()
+    """Return a text on one line that a terminal shows as it is: file names may hold any bytes, commands to it too."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def as_file_name(text: str) -> str:
+    """Return a text as part of a file's name: letters of any script stay, and digits, dots, dashes and underscores."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text)

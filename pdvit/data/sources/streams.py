@@ -3,16 +3,18 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.kinds import whole_path
 from pdvit.data.sources.archive import tar_members
 from pdvit.data.sources.cache import Say, cached_by
 from pdvit.data.sources.holdout import assemble, choose_splits
 from pdvit.data.sources.labels import as_classes
 from pdvit.data.sources.shards import shard_split
-from pdvit.data.sources.split import Source
+from pdvit.data.sources.split import Source, as_file_name
 from pdvit.data.sources.timm_sets import need, open_timm
 from pdvit.errors import UserError
 
@@ -46,19 +48,35 @@ def read_stream(data: DataConfig, say: Say) -> Source:
 
 def _copy(data: DataConfig, split: str, version: str, say: Say) -> Path:
     name = "-".join([*data.source.split("/"), split])
-    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
-    identity = json.dumps([data.source, data.root, split, data.input_key, data.target_key, version])
+    source = whole_path(data.source, data.root)
+    identity = json.dumps([source, data.root, split, data.input_key, data.target_key, version])
 
     def write(target: Path) -> None:
         stream = open_timm(data, split)
+        count = 0
         with tarfile.open(target, "w") as tar:
             _add(tar, CLASSES, json.dumps(list(stream.reader.class_to_idx)).encode())
-            for number, (image, label) in enumerate(stream):
-                _add(tar, f"{number:08}.png", _png(image))
-                _add(tar, f"{number:08}.cls", str(int(label)).encode())
+            for image, label in _whole(stream, data.source):
+                _add(tar, f"{count:08}.png", _png(image))
+                _add(tar, f"{count:08}.cls", str(int(label)).encode())
+                count += 1
+        if count != stream.reader.num_samples:
+            what = f"split '{split}' gave {count:,} images of the {stream.reader.num_samples:,} that it says to have"
+            raise UserError(what, data.source, "try again; a set of the hub needs no copy as hfds/")
 
     say(f"{data.source} {split} is a stream, which has no images by number")
-    return cached_by(safe, identity, ".tar", write, say)
+    return cached_by(as_file_name(name), identity, ".tar", write, say)
+
+
+def _whole(stream: Any, source: str) -> Iterator[tuple[Any, Any]]:
+    """Yield every sample of a stream; UserError where it breaks off."""
+    # Where several processes train, timm's reader would give each of them its part.
+    stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
+    try:
+        yield from stream
+    except Exception as error:  # of the network, the files, the decoders
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"the stream breaks off: {reason}", source, "try again; nothing was kept") from error
 
 
 def _png(image: Any) -> bytes:

@@ -43,6 +43,9 @@ def read_csv(path: Path, data: DataConfig) -> Source:
 def _choose(found: list[str], data: DataConfig, path: Path) -> dict[str, str]:
     """Return which split is what; a table without that column is all to learn from, and a part of it held out."""
     if found == [""]:
+        if name := data.train_split or data.val_split:
+            what = f"there is no split '{printable(name)}': the table has no split column"
+            raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
         return {"train": ""}
     chosen = choose_splits(found, data)
     wanted = [name for name in chosen.values() if name not in found]

@@ -2,6 +2,7 @@
 
 import io
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.holdout import TRAIN_NAMES, assemble, choose_splits
+from pdvit.data.sources.cache import digest, locked
+from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, assemble, choose_splits
 from pdvit.data.sources.labels import as_classes
 from pdvit.data.sources.split import FileSplit, LazySplit, Source
 from pdvit.errors import UserError
 
 # Of these torchvision has no validation split: what it calls `train=False` is the published test set.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+
+# What timm takes for a validation split, of torchvision's sets.
+EVALUATION_NAMES = (*VALIDATION_NAMES, "eval", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ def read_torchvision(data: DataConfig) -> Source:
     chosen = choose_splits(["train", "test"] if name in TRAIN_AND_TEST else ["train", "validation"], data)
     if chosen["train"] not in TRAIN_NAMES:  # timm would take any other name for the test set
         raise UserError(f"there is no split '{chosen['train']}' to learn from", data.source, "leave --train-split out")
+    for split in chosen.values():
+        _check_split(name, split, data)
     sets = {role: open_timm(data, split) for role, split in chosen.items()}
     labels = {role: list(map(int, _targets(items, data.source))) for role, items in sets.items()}
     classes, numbers = as_classes(labels, getattr(sets["train"], "classes", None), data.source)
@@ -90,14 +97,19 @@ def read_hub(data: DataConfig) -> Source:
 
 
 def open_timm(data: DataConfig, split: str) -> Any:
-    """Return timm's data set of a split, not shuffled; UserError where it does not open."""
+    """Return timm's data set of a split, not shuffled; UserError where it does not open.
+
+    What is downloaded, one process fetches while the others wait, and then find it there.
+    """
     from timm.data import create_dataset
 
     keys = {"input_key": data.input_key, "target_key": data.target_key}
     options: dict[str, Any] = {key: value for key, value in keys.items() if value is not None}
     root = None if data.root is None else os.path.expanduser(data.root)
+    place = "" if root is None else os.path.abspath(root)
     try:
-        return create_dataset(data.source, root=root, split=split, download=data.download, **options)
+        with locked(f"download-{digest(f'{data.source} {place}')}") if data.download else nullcontext():
+            return create_dataset(data.source, root=root, split=split, download=data.download, **options)
     except Exception as error:  # timm, torchvision and the hubs raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         tip = "--data-dir says where it lies, --dataset-download fetches it, --train-split and --val-split name splits"
@@ -109,6 +121,19 @@ def need(package: str, extra: str, source: str) -> None:
     if find_spec(package) is None:
         what = f"'{source}' needs the package {package}, which is not installed"
         raise UserError(what, "data.source (--data)", f"pip install 'pdvit[{extra}]'")
+
+
+def _check_split(name: str, split: str, data: DataConfig) -> None:
+    """Raise UserError for a split of torchvision that is not there, where timm would take another in its place."""
+    synonyms = next((names for names in (TRAIN_NAMES, EVALUATION_NAMES) if split in names), (split,))
+    if name in TRAIN_AND_TEST:
+        there = split in (*TRAIN_NAMES, *EVALUATION_NAMES, *TEST_NAMES)
+    else:
+        root = os.path.expanduser(data.root or "")
+        folders = name in ("image_folder", "folder") and os.path.isdir(root)
+        there = not folders or any(os.path.isdir(os.path.join(root, folder)) for folder in synonyms)
+    if not there:
+        raise UserError(f"there is no split '{split}'", data.source, "name another with --train-split or --val-split")
 
 
 def _items(items: Any, labels: Tensor, title: str) -> ItemSplit:

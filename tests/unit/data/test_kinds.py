@@ -1,9 +1,12 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from pdvit.data.kinds import KINDS, kind_of, list_kinds
+from pdvit.config.schema import DataConfig
+from pdvit.data.kinds import KINDS, OF_SOURCES, TAKES, kind_of, list_kinds, refuse_idle, whole_path
 from pdvit.data.sources import READERS
+from pdvit.errors import UserError
 
 
 def test_every_kind_has_a_reader_a_line_and_a_place_in_the_docs():
@@ -31,3 +34,55 @@ def test_every_kind_has_a_reader_a_line_and_a_place_in_the_docs():
 )
 def test_a_kind_is_told_by_the_text(source, kind):
     assert kind_of(source) == kind
+
+
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [
+        ("digits", {"val_split": "nonsense"}),
+        ("digits:0-4", {"root": "data"}),
+        ("some/folder", {"input_key": "img"}),
+        ("a.zip", {"download": True}),
+        ("a.csv", {"target_key": "class"}),
+        ("torch/cifar100", {"input_key": "img"}),
+        ("wds/shards", {"download": True}),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(source, setting):
+    with pytest.raises(UserError, match=rf"data\.{next(iter(setting))}"):
+        refuse_idle(DataConfig(source=source, **setting))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataConfig(),
+        DataConfig(source="some/folder", train_split="fit", val_split="check"),
+        DataConfig(source="torch/cifar100", root="data", download=True),
+        DataConfig(source="hfds/owner/name", input_key="img", target_key="fine_label"),
+    ],
+)
+def test_a_setting_that_means_something_is_not(data):
+    refuse_idle(data)
+
+
+def test_every_kind_says_which_settings_it_takes():
+    assert list(TAKES) == [kind.name for kind in KINDS]
+    assert set(OF_SOURCES) <= {item.name for item in fields(DataConfig)}
+
+
+@pytest.mark.parametrize("prefix", ["", "wds/", "hfds/", "HFIDS/"])
+def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/set").mkdir(parents=True)
+    assert whole_path(f"{prefix}some/set", None) == f"{prefix}{tmp_path}/some/set"
+    assert whole_path(f"{prefix}{tmp_path}/some/set", None) == f"{prefix}{tmp_path}/some/set"
+    assert whole_path(f"{prefix}owner/name", None) == f"{prefix}owner/name"
+
+
+@pytest.mark.parametrize("source", ["digits", "torch/mnist", "tfds/mnist", "wds/mnist"])
+def test_a_name_is_no_path(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "mnist"):
+        (tmp_path / name).mkdir()
+    assert whole_path(source, "data") == source

@@ -222,3 +222,52 @@ def pack_folder(folder, file):
         for path in folder.rglob("*"):
             packed.write(path, f"{folder.name}/{path.relative_to(folder)}")
     return file
+
+
+@pytest.mark.parametrize("form", ["tar.gz", "tar.xz", "tar.bz2"])
+def test_damage_inside_a_compressed_tar_is_no_failure_to_write(image_folder, tmp_path, form):
+    file = pack(image_folder, tmp_path / f"set.{form}")
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(400)
+    content[-8:] = bytes(8)  # the checksums of gzip
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="archive can't be read") as caught:
+        opened(file)
+    assert "again" in caught.value.tip
+
+
+def test_a_compressed_tar_whose_copy_does_not_fit_is_not_damaged(image_folder, tmp_path, monkeypatch):
+    file = pack(image_folder, tmp_path / "set.tar.gz")
+    monkeypatch.setattr("pdvit.data.sources.archive._blocks", lambda *_: iter([b"block"] * 3))
+    monkeypatch.setattr("pdvit.data.sources.archive.open", full_disk, raising=False)
+    with pytest.raises(UserError, match="can't be written: No space") as caught:
+        opened(file)
+    assert "PDVIT_CACHE" in caught.value.tip
+
+
+def full_disk(path, mode="r", **options):
+    if "w" in mode:
+        raise OSError(28, "No space left on device")
+    return open(path, mode, **options)
+
+
+def test_links_over_links_are_followed_and_others_counted(image_folder, tmp_path):
+    red = image_folder / "train/red"
+    (red / "a.png").symlink_to("b.png")
+    (red / "b.png").symlink_to("../blue/0.png")
+    plain = len(opened(image_folder)[0].splits["train"])
+    (red / "lost.png").symlink_to("nowhere.png")
+    (red / "loop.png").symlink_to("loop.png")
+    (red / "more").symlink_to("../green")
+    source, _ = opened(pack(image_folder, tmp_path / "set.tar"))
+    assert len(source.splits["train"]) == plain == 26
+    (note,) = (note for note in source.notes if "link" in note)
+    assert all(name in note for name in ("3 (", "lost.png", "loop.png", "red/more"))
+
+
+def test_a_split_that_is_a_link_is_named_where_it_is_missed(image_folder, tmp_path):
+    shutil.rmtree(image_folder / "val")
+    (image_folder / "val").symlink_to("train")
+    with pytest.raises(UserError, match=r"no folder val/.*links that lead to no file.* 1 \(val\)"):
+        opened(pack(image_folder, tmp_path / "set.tar"))

@@ -60,3 +60,9 @@ def test_folders_of_wordnet_ids_are_a_folder_like_any_other(kaggle):
         (images / "val" / f"{name}.JPEG").rename(images / "val" / wnid / f"{name}.JPEG")
     source = open_source(DataConfig(source=str(images)))
     assert source.splits["val"].labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("options", [{"train_split": "bogus"}, {"val_split": "test"}])
+def test_kaggles_layout_has_no_other_splits(kaggle, options):
+    with pytest.raises(UserError, match="there is no split"):
+        open_source(DataConfig(source=str(kaggle), **options))

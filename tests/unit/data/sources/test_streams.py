@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from PIL import Image
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import open_source
+from pdvit.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,3 +66,56 @@ def test_a_set_of_tensorflow_is_copied_once(tmp_path):
 
 
 NAMES = ["one", "two", "three"]
+
+
+class Stream:
+    """What timm's `create_dataset` returns for a stream: images as bright as their numbers, every process its part."""
+
+    def __init__(self, count, said, broken=False):
+        self.count, self.broken, self.reader = count, broken, self
+        self.class_to_idx, self.num_samples = {name: index for index, name in enumerate(NAMES)}, said
+        self.builder = SimpleNamespace(info=SimpleNamespace(splits=["train"], version="1.0.0"))
+        self.dist_rank, self.dist_num_replicas = 1, 2  # as timm finds them under torchrun
+
+    def __iter__(self):
+        for number in range(self.dist_rank, self.count, self.dist_num_replicas):
+            yield Image.new("RGB", (4, 4), (number, 0, 0)), number % 3
+        if self.broken:
+            raise ConnectionError("the network is down")
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    monkeypatch.setattr("pdvit.data.sources.streams.need", lambda *_: None)
+
+    def use(*arguments):
+        monkeypatch.setattr("pdvit.data.sources.streams.open_timm", lambda data, split: Stream(*arguments))
+
+    return use
+
+
+def test_several_processes_copy_every_image(stream):
+    stream(60, 60)
+    source, _ = opened(source="hfids/owner/name")
+    parts = source.splits.values()
+    values = [split.open(index).getpixel((0, 0))[0] for split in parts for index in range(len(split))]
+    assert sorted(values) == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"), [((50, 60), "gave 50 images of the 60"), ((60, 60, True), "breaks off: the network is down")]
+)
+def test_a_stream_that_ends_early_is_refused_and_not_kept(stream, cache, arguments, what):
+    stream(*arguments)
+    with pytest.raises(UserError, match=what):
+        opened(source="hfids/owner/name")
+    stream(60, 60)
+    assert sum(map(len, opened(source="hfids/owner/name")[0].splits.values())) == 60
+
+
+def test_folders_of_one_name_have_copies_of_their_own(stream, tmp_path, monkeypatch):
+    for place, count in (("here", 30), ("there", 60)):
+        (tmp_path / place / "pictures").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        stream(count, count)
+        assert sum(map(len, opened(source="hfids/pictures")[0].splits.values())) == count

@@ -97,3 +97,9 @@ def test_a_table_in_another_encoding_is_refused(tmp_path):
 def test_a_table_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="no file"):
         open_source(DataConfig(source="absent.csv"))
+
+
+@pytest.mark.parametrize("options", [{"train_split": "bogus"}, {"val_split": "test"}])
+def test_a_table_without_splits_has_none_to_name(tmp_path, options):
+    found = refused(tmp_path, "path,label\na.png,cat\nb.png,cat\n", **options)
+    assert "no split column" in found.what

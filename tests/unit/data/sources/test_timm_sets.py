@@ -1,5 +1,7 @@
 import pickle
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,6 +13,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.bad_images import BadImage
 from pdvit.data.images import try_read
 from pdvit.data.sources import open_source
+from pdvit.data.sources.timm_sets import open_timm
 from pdvit.errors import UserError
 
 
@@ -110,3 +113,32 @@ def test_a_folder_as_a_set_of_the_hub(image_folder, tmp_path):
     part = opened(f"hfds/{image_folder}", root=str(tmp_path / "hub"), train_split="train[:50%]")
     assert len(part.splits["train"]) == 12
     assert "have no image in train: red" in part.describe()
+
+
+@pytest.mark.parametrize("split", ["nonsense", "val[:10%]"])
+def test_a_validation_split_that_is_not_there_is_not_the_test_set(mnist, split):
+    with pytest.raises(UserError, match="no split"):
+        opened("torch/mnist", root=str(mnist), val_split=split)
+
+
+def test_a_validation_folder_that_is_not_there_is_not_the_whole(image_folder):
+    with pytest.raises(UserError, match="no split 'check'"):
+        opened("torch/image_folder", root=str(image_folder), val_split="check")
+
+
+def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
+    """Two threads stand for two processes: a lock on a file holds between open files, whoever has opened them."""
+    monkeypatch.setenv("PDVIT_CACHE", str(tmp_path / "cache"))
+    inside, most = [], []
+
+    def create(*_, **__):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    data = DataConfig(source="torch/mnist", root=str(tmp_path), download=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: open_timm(data, "train"), range(4)))
+    assert most == [1, 1, 1, 1]

@@ -1,0 +1,38 @@
+import pytest
+
+from pdvit.data.sources.split import Source, as_file_name, printable, some
+
+
+@pytest.mark.parametrize("name", ["žába 蛙", "naïve.png", "動物", "[red]", "a\\b", "☃", "שלום"])
+def test_what_a_terminal_can_show_stays_as_it_is(name):
+    assert printable(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b[2J", "\\x1b[2J"),
+        ("two\nlines", "two\\nlines"),
+        ("\x9b1m", "\\x9b1m"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_a_terminal_would_obey_or_refuse_is_escaped(name, shown):
+    assert printable(name) == shown
+    assert some([name, "b"]) == f"{shown}, b"
+
+
+def test_no_line_that_describes_a_source_holds_a_command_to_the_terminal(image_folder):
+    from pdvit.config.schema import DataConfig
+    from pdvit.data.sources import open_source
+
+    (image_folder / "train/red/\x1b[31m.txt").touch()
+    root = image_folder.rename(image_folder.with_name("pic\x1btures"))
+    source: Source = open_source(DataConfig(source=str(root)))
+    assert "\x1b" not in source.describe()
+    assert source.describe().count("\\x1b") == 2
+
+
+def test_a_file_name_keeps_letters_of_any_script():
+    assert as_file_name("my set/動物 v1.0_x-y!") == "my-set-動物-v1.0_x-y-"
