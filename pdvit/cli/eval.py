@@ -171,6 +171,7 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
     from pdvit.data.sources.split import printable
 
     top5 = "" if facts["accuracy_top5"] is None else f", among the five most probable {facts['accuracy_top5']:.1%}"
+    images = f"{facts['images']:,} images of {printable(facts['data'])}"
     worst = table.sort_values("accuracy", kind="stable").head(WORST)
     of = f"the {WORST} worst of {len(table)} classes" if len(table) > WORST else "by class"
     view = Table(title=of, title_justify="left", box=None, pad_edge=False, header_style="bold")
@@ -184,7 +185,7 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
     say(
         console,
         f"\n{facts['split']} accuracy {facts['accuracy']:.1%}{top5}, loss {facts['loss']:.3f}, "
-        f"calibration error {facts['calibration_error']:.3f} ({facts['images']:,} images of {printable(facts['data'])})\n"
+        f"calibration error {facts['calibration_error']:.3f} ({images})\n"
         f"weights  {facts['weights']}; {facts['precision']} on {facts['device']}; classes matched {facts['matched']}\n"
         f"written  {file}, eval.csv, confusion.csv",
     )
