@@ -14,6 +14,7 @@ from pdvit.data.loader import leave_signals
 from pdvit.data.sources import ArraySplit, LazySplit, Source, Split
 from pdvit.data.sources.cache import Say
 from pdvit.data.sources.labels import missing_classes
+from pdvit.errors import UserError
 
 # Images that a worker reads at a time, and seconds between two lines that say how far it is.
 CHUNK, SECONDS = 64, 10.0
@@ -39,7 +40,7 @@ def check_images(
         gather: returns what each of them found, to each.
 
     Raises:
-        UserError: naming those that do not decode.
+        UserError: naming those that do not decode, unless they are skipped and each split has others.
     """
     bad: dict[str, str] = {}
     counts, splits = [], dict[str, Split]()
@@ -55,6 +56,9 @@ def check_images(
         return source.noting("all images decode")
     if not skip:
         refuse_bad(bad)
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"no image of {name} decodes: {describe_bad(bad)}", "data.source (--data)", "replace them")
     left_out = f"left out {' and '.join(counts)}, which do not decode: {describe_bad(bad)}"
     missing = (missing_classes(split.labels, source.classes, name) for name, split in splits.items())
     return replace(source, splits=splits).noting(left_out, *(note for note in missing if note not in source.notes))

@@ -172,7 +172,7 @@ def decode(data: Dataset[Sample], how: Loading, keys: Iterable[Keys]) -> Iterato
                 yield batch
             elif how.processes > 1 or isinstance(data, Substituted):
                 # processes have to run the same number of batches, and training needs every one
-                refuse_bad(how.bad.found)
+                refuse_bad(how.bad.found, "too many to skip: replace them")
     finally:
         del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
 

@@ -87,6 +87,10 @@ def begin_from(model: nn.Module, described: Described, classes: Sequence[str]) -
     if frozen := [name for name in fresh if name in still and not name.startswith(POOLED)]:
         what = f"{frozen[0]} is not in the file, and would stay fresh for good"
         raise UserError(what, "model.freeze (--freeze)", "freeze less")
+    broken = [name for name, value in found.tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        what = f"{_listed(broken)} of its weights are infinite or not numbers"
+        raise UserError(what, described.where, "take an earlier checkpoint, or copy it again")
     model.load_state_dict(found.tensors, strict=False)
     return _notes(found, fresh, described, len(model.state_dict()))
 

@@ -58,7 +58,7 @@ def choose(
     """
     found: dict[str, int] = _prefixes(tensors, names)
     most = max(found.values(), default=0)
-    if 2 * most < len(names):  # perhaps another layout, which the model's own filter knows
+    if 2 * most < min(len(names), len(tensors)):  # perhaps another layout, which the model's own filter knows
         found = {_common_prefix(tensors): most}
         most = 0
     rivals = [prefix for prefix, count in found.items() if count >= max(1, RIVAL * most)] or list(found)

@@ -79,6 +79,8 @@ class FileSplit(LazySplit):
 
     def open(self, index: int) -> Image.Image:
         """Open a file as an image."""
+        if self.paths[index].is_fifo():
+            raise ValueError("it is a pipe, not a file")  # which would wait for somebody to write
         return Image.open(self.paths[index])
 
     def name(self, index: int) -> str:

@@ -61,3 +61,10 @@ def test_processes_share_the_work(torn):
 def test_images_in_memory_need_no_check():
     source = open_source(DataConfig())
     assert check(source).fingerprint() == source.fingerprint()
+
+
+def test_a_split_without_any_sound_image_is_refused_before_the_start(torn, image_folder):
+    for file in (image_folder / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="no image of val decodes"):
+        check(torn, skip=True)

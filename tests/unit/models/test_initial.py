@@ -296,3 +296,13 @@ def test_the_drop_path_of_a_training_file_is_kept(tmp_path):
     args = argparse.Namespace(model=VIT, drop_path=0.1, model_kwargs=TINY, img_size=32)
     torch.save({"state_dict": make().state_dict(), "args": args}, tmp_path / "last.pth.tar")
     assert resolve(configured(tmp_path / "last.pth.tar")).model.drop_path == 0.1
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+    state = make().state_dict()
+    state["blocks.0.attn.qkv.weight"][0, 0] = math.nan
+    torch.save(
+        {"state_dict": state, "args": argparse.Namespace(model=VIT, model_kwargs=TINY, img_size=32)}, tmp_path / "x.pth"
+    )
+    with pytest.raises(UserError, match=r"1 \(blocks\.0\.attn\.qkv\.weight\) of its weights"):
+        begin_from(fresh(configured(tmp_path / "x.pth")), describe(tmp_path / "x.pth"), CLASSES)

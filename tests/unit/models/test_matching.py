@@ -120,3 +120,11 @@ def test_what_timms_filter_chokes_on_is_refused():
     model = timm.create_model(VIT, **TINY, img_size=32, num_classes=3)
     with pytest.raises(UserError, match="can't be brought to a VisionTransformer"):
         match(model.state_dict() | {"patch_embed.proj.weight": torch.zeros(5)}, model, "file")
+
+
+def test_a_prefix_is_found_for_a_model_of_fewer_blocks_beside_other_tensors():
+    """The named model may be deeper than the file's: its depth is only known afterwards."""
+    names = [f"blocks.{block}.weight" for block in range(12)]
+    tensors = {f"state_dict.model.{name}": torch.zeros(1) for name in names[:2]} | {"state_dict.extra": torch.zeros(1)}
+    chosen = choose(tensors, names, None, "file")
+    assert (chosen.prefix, chosen.outside) == ("state_dict.model.", 1)
