@@ -141,6 +141,7 @@ def test_the_command_runs_in_several_processes(tmp_path, records):
     assert (read(two, "summary.json")["accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_processes_that_can_not_share_a_batch_are_refused(tmp_path):
     done = launch(2, *CLI, "--batch-size", "15", "--out", str(tmp_path / "run"))
     assert done.returncode != 0

@@ -77,7 +77,7 @@ def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, record
     same(run, uninterrupted, records)
 
 
-@pytest.mark.parametrize("step", [1, 7, 20])
+@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 20))])
 def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step):
     """Break the run off right after the update of one step, whether or not a checkpoint lies there."""
     from pdvit.tasks import ClassificationTask
@@ -172,7 +172,7 @@ def test_a_signal_before_anything_is_imported_ends_cleanly(tmp_path, tiny):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.slow)])
 def test_a_run_outlives_whoever_reads_its_output(tmp_path, tiny, uninterrupted, records, stream):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "pdvit", "train", *tiny, *FLAGS, "--out", str(run)]

@@ -92,6 +92,11 @@ EXPECTED = {
     "pets-224": Expected(270, 3, 224, 16, vit(12, 192, 16, 224, 3), STRUCTURE, 2e-4, 1e-6, 1, 10),
     "digits": Expected(1_200, 10, 32, 4, vit(8, 48, 4, 32, 10), STRUCTURE, 1e-3, 1e-6, 1.2, 24),
 }
+# The quick suite builds one of each kind; deeper and larger ones differ in numbers only.
+QUICK = ("deit-s12-224", "vit-l24-224", "swin-t-224", "cifar100-small", "pets-small", "digits")
+every_recipe = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EXPECTED]
+)
 COMMANDS = {name: "finetune" if re.search("-384|vit-l|pets", name) else "train" for name in EXPECTED}
 
 
@@ -162,19 +167,6 @@ class TestRecipe:
             assert hash_, f"{section} {line}"
             assert comment.startswith(SOURCES), f"{section} {line}"
 
-    def test_the_model_has_the_published_number_of_parameters(self, name):
-        expected, found = EXPECTED[name].parameters, parameters_of(name)
-        if isinstance(expected, int) and expected > 1000:
-            assert found == expected
-        else:
-            digits = len(f"{expected}".partition(".")[2])
-            assert round(found / 1e6, max(digits, 2) if digits else 0) == expected
-
-    def test_patches_are_those_that_the_grid_says(self, name):
-        expected, model = EXPECTED[name], wrapped(name)
-        assert patch_size_of(model.model) == expected.patch
-        assert model.patch_head.out_features == expected.classes
-
     def test_the_learning_rate_runs_as_expected(self, name):
         expected, config = EXPECTED[name], recipe(name)
         per_epoch = expected.images // config.data.batch_size
@@ -196,6 +188,22 @@ class TestRecipe:
         assert found[2] == pytest.approx(expected.lr)
         assert found[-1] == pytest.approx(expected.lr if config.optim.schedule == "constant" else expected.floor)
         assert len(weight_schedules(config, per_epoch, config.data.batch_size)) == 5
+
+
+@every_recipe
+class TestModel:
+    def test_the_model_has_the_published_number_of_parameters(self, name):
+        expected, found = EXPECTED[name].parameters, parameters_of(name)
+        if isinstance(expected, int) and expected > 1000:
+            assert found == expected
+        else:
+            digits = len(f"{expected}".partition(".")[2])
+            assert round(found / 1e6, max(digits, 2) if digits else 0) == expected
+
+    def test_patches_are_those_that_the_grid_says(self, name):
+        expected, model = EXPECTED[name], wrapped(name)
+        assert patch_size_of(model.model) == expected.patch
+        assert model.patch_head.out_features == expected.classes
 
     def test_its_row_says_the_same(self, name):
         config = recipe(name)

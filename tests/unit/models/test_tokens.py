@@ -369,7 +369,7 @@ def hierarchical() -> DiverseModel:
     ("build", "checkpointing"),
     [
         (by_value, True),
-        (hierarchical, True),
+        pytest.param(hierarchical, True, marks=pytest.mark.slow),
         pytest.param(by_hooks, True, marks=pytest.mark.slow),
         pytest.param(hierarchical, False, marks=pytest.mark.slow),
     ],
