@@ -1,114 +1,248 @@
 """`pdvit plot KIND`."""
 
-import os
-import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pdvit.errors import UserError, closest
+from pdvit.cli.figures import Dark, Out, Runs, check_suffix, folders_of, name_of, names_of, theme_of, write
+from pdvit.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import pandas as pd
+
+    from pdvit.plots.ablation import Sweep
+    from pdvit.plots.reading import Arrays
+    from pdvit.plots.style import Drawing, Theme
 
 app = typer.Typer(invoke_without_command=True)
 
-SUFFIXES = (".png", ".svg", ".pdf")
-NEWEST = 6  # lines of one figure that are still told apart
-
-Runs = Annotated[list[Path] | None, typer.Argument(help="Run directories; unset: the newest.")]
-Out = Annotated[Path | None, typer.Option("--out", help="File; .png, .svg or .pdf decides the format.")]
+# Runs of one figure that are drawn when none are named: lines that are told apart, panels that fit beside one another.
+LINES, PANELS = 6, 3
+TABLE, MEASURE = "analysis.csv", "pdvit analyze {}"
 
 
 @app.callback()
 def plot(context: typer.Context) -> None:
-    """Draw figures from run directories."""
+    """Draw figures from run directories, each with its data as CSV beside it."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 @app.command()
-def similarity(runs: Runs = None, out: Out = None) -> None:
-    """Depth against P, one line per analysis: mean and spread over images."""
-    target = _target(out)
-    from pdvit.plots.similarity import plot_similarity, read_analysis
+def similarity(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """Depth against P, one line per analysis: mean and spread, stages, random weights."""
+    check_suffix(out)
+    from pdvit.plots.similarity import METRIC, plot_similarity
 
-    folders = _folders(runs, "analysis.csv", "pdvit analyze")
-    tables = [read_analysis(folder) for folder in folders]
-    _save(plot_similarity(tables, [_name(folder) for folder in folders]), "similarity", folders, target)
+    _lines("similarity", plot_similarity, runs, out, dark, (METRIC,))
 
 
 @app.command()
-def training(runs: Runs = None, out: Out = None) -> None:
+def metrics(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """Small multiples: every metric that was measured, by layer."""
+    check_suffix(out)
+    from pdvit.plots.metrics import plot_metrics
+
+    _lines("metrics", plot_metrics, runs, out, dark)
+
+
+@app.command()
+def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Loss by term, accuracy, and P over epoch and layer, one row per run."""
-    target = _target(out)
+    check_suffix(out)
     from pdvit.plots.training import plot_training, read_records
 
-    folders = _folders(runs, "metrics.jsonl", "pdvit train")
-    if not runs:
-        folders = folders[:1]
+    folders = folders_of(runs, "metrics.jsonl", "pdvit train", 1)
     records = [read_records(folder) for folder in folders]
-    _save(plot_training(records, [_name(folder) for folder in folders]), "training", folders, target)
+    write(plot_training(records, names_of(folders), theme_of(dark)), "training", folders, out)
+
+
+@app.command()
+def pairs(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """How similarities of pairs of patches are distributed: a histogram per layer."""
+    check_suffix(out)
+    from pdvit.plots.pairs import NEEDED, plot_pairs
+
+    folders, arrays, _ = _curves("pairs", runs, NEEDED)
+    write(plot_pairs(arrays, names_of(folders), theme_of(dark)), "pairs", folders, out)
+
+
+@app.command()
+def maps(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest with maps.")] = None,
+    image: Annotated[int, typer.Option("--image", min=0, help="Number of the image, from 0.")] = 0,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--patch", metavar="ROW,COL", help="Patch of the first layer, from 0,0; repeatable. Unset: three."
+        ),
+    ] = None,
+    out: Out = None,
+    dark: Dark = False,
+) -> None:
+    """What single patches of an image resemble, at several depths."""
+    check_suffix(out)
+    chosen = [_place(text) for text in patch or []]
+    from pdvit.plots.maps import plot_maps, read_maps
+
+    folders = folders_of([run] if run else None, "analysis/maps.npz", f"{MEASURE} --explore", 1)
+    figure = plot_maps(read_maps(folders[0]), name_of(folders[0]), image, chosen, theme_of(dark))
+    write(figure, "maps", folders, out)
+
+
+@app.command()
+def attention(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """Entropy and distance of attention, head by head."""
+    check_suffix(out)
+    from pdvit.plots.attention import NEEDED, plot_attention
+
+    folders, arrays, tables = _curves("attention", runs, NEEDED)
+    write(plot_attention(arrays, tables, names_of(folders), theme_of(dark)), "attention", folders, out)
+
+
+@app.command()
+def norms(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """How long the tokens are: mean, spread and outliers by layer."""
+    check_suffix(out)
+    from pdvit.plots.norms import NEEDED, plot_norms
+
+    _lines("norms", plot_norms, runs, out, dark, NEEDED, "norms")
+
+
+@app.command()
+def spectrum(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """Amplitude by spatial frequency for every layer, and the share of the mean."""
+    check_suffix(out)
+    from pdvit.plots.spectrum import NEEDED, SHARE, plot_spectrum
+
+    folders, arrays, tables = _curves("spectrum", runs, NEEDED, (SHARE,))
+    write(plot_spectrum(arrays, tables, names_of(folders), theme_of(dark)), "spectrum", folders, out)
+
+
+@app.command()
+def cka(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    """Which layers tell images apart alike: linear CKA of one model, and between models."""
+    check_suffix(out)
+    from pdvit.plots.cka import NEEDED, plot_cka, read_between
+
+    folders, arrays, _ = _curves("cka", runs, NEEDED)
+    names = names_of(folders)
+    between = [(name, found) for folder, name in zip(folders, names, strict=True) if (found := read_between(folder))]
+    write(plot_cka(arrays, names, between, theme_of(dark)), "cka", folders, out)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Run directory, or folder of an analysis.")],
+    second: Annotated[Path, typer.Argument(help="Another; differences are second minus first.")],
+    out: Out = None,
+    dark: Dark = False,
+) -> None:
+    """Two checkpoints: P of both, their difference with its interval, all other metrics."""
+    check_suffix(out)
+    from pdvit.plots.compare import plot_compare
+    from pdvit.plots.similarity import METRIC
+
+    _lines("compare", plot_compare, [first, second], out, dark, (METRIC,))
+
+
+@app.command()
+def sweep(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv.")],
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="Column of cells.csv. Unset: accuracy, or miou.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline", metavar="KEY=VALUE", help="What differences are taken from. Unset: the first setting."
+        ),
+    ] = None,
+    out: Out = None,
+    dark: Dark = False,
+) -> None:
+    """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
+    check_suffix(out)
+    from pdvit.plots.ablation import read_cells, summarise
+    from pdvit.plots.sweep import markdown, plot_sweep
+
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UserError("there is no such folder", str(folder), "name the folder of a sweep")
+    summary = summarise(read_cells(folder), metric, baseline)
+    _show(summary)
+    write(plot_sweep(summary, name_of(folder), theme_of(dark)), "sweep", [folder], out, markdown(summary))
 
 
 @app.command()
 def confusion(
     run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest evaluation.")] = None,
     out: Out = None,
+    dark: Dark = False,
 ) -> None:
     """What is taken for what: the confusion matrix of an evaluation."""
-    target = _target(out)
+    check_suffix(out)
     from pdvit.plots.confusion import plot_confusion, read_confusion
 
-    folders = _folders([run] if run else None, "confusion.csv", "pdvit eval")[:1]
-    _save(plot_confusion(read_confusion(folders[0]), _name(folders[0])), "confusion", folders, target)
+    folders = folders_of([run] if run else None, "confusion.csv", "pdvit eval {}", 1)
+    figure = plot_confusion(read_confusion(folders[0]), name_of(folders[0]), theme_of(dark))
+    write(figure, "confusion", folders, out)
 
 
-def _target(out: Path | None) -> Path | None:
-    """Check the suffix before any work is done."""
-    if out is not None and out.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"'{out.suffix or out.name}' is not a format of figures",
-            f"--out {out}",
-            closest(out.suffix, SUFFIXES),
-        )
-    return out
+def _lines(
+    kind: str,
+    draw: "Callable[[Sequence[pd.DataFrame], Sequence[str], Theme], Drawing]",
+    runs: list[Path] | None,
+    out: Path | None,
+    dark: bool,
+    needs: Sequence[str] = (),
+    group: str = "similarity",
+) -> None:
+    """Draw a figure from analysis.csv of each run, which has to have the metrics `needs` of a group."""
+    from pdvit.plots.reading import read_analysis
+
+    folders = folders_of(runs, TABLE, MEASURE, LINES)
+    tables = [read_analysis(folder, needs, group) for folder in folders]
+    write(draw(tables, names_of(folders), theme_of(dark)), kind, folders, out)
 
 
-def _folders(runs: list[Path] | None, marker: str, command: str) -> list[Path]:
-    """Return the run directories to draw; UserError naming the command that makes what is missing."""
-    from pdvit.tracking.run_directory import newest
+def _curves(
+    group: str, runs: list[Path] | None, names: Sequence[str], needs: Sequence[str] = ()
+) -> "tuple[list[Path], list[Arrays], list[pd.DataFrame]]":
+    """Return run directories with the curves and the table of each."""
+    from pdvit.plots.reading import read_analysis, read_curves
 
-    folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(marker)[:NEWEST]
-    if not folders:
-        raise UserError(f"no run here has {marker} yet", "runs/", f"run {command} first")
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
-        if not (folder / marker).is_file():
-            name = "" if command == "pdvit train" else f" {folder}"
-            raise UserError(f"the run has no {marker}", str(folder), f"run {command}{name} first")
-    return folders
+    folders = folders_of(runs, f"analysis/{group}.npz", f"{MEASURE} --metrics {group}", PANELS)
+    arrays = [read_curves(folder, group, names) for folder in folders]
+    return folders, arrays, [read_analysis(folder, needs, group) for folder in folders]
 
 
-def _name(folder: Path) -> str:
-    return folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
-
-
-def _save(figure: "Figure", kind: str, folders: list[Path], out: Path | None) -> None:
-    """Write the figure beside its target, rename it, and say where it is."""
-    from pdvit.plots.style import save
-
-    if out is None:
-        names = [re.sub(r"[^\w.-]", "-", _name(folder))[:40] for folder in folders[:3]]
-        more = [f"{len(folders) - 3}-more"] if len(folders) > 3 else []
-        out = Path("figures") / f"{'-'.join([kind, *names, *more])}.png"
+def _place(text: str) -> tuple[int, int]:
+    """Read ROW,COL."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.with_name(f".{out.name}.part{out.suffix}")
-        save(figure, beside)
-        beside.replace(out)
-    except OSError as error:
-        raise UserError(f"the figure can't be written: {error.strerror}", str(out), "choose another --out") from error
-    print(out)
+        row, column = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5") from error
+    return row, column
+
+
+def _show(summary: "Sweep") -> None:
+    """Print the table of a sweep, and what its numbers are."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pdvit.plots.sweep import notes_of, rows_of
+
+    console = Console()
+    head, *body = rows_of(summary)
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(head):
+        view.add_column(escape(name), justify="left" if number < len(head) - 3 else "right")
+    for row in body:
+        view.add_row(*map(escape, row))
+    console.print(view)
+    for note in notes_of(summary):
+        console.print(f"[dim]{escape(note)}[/dim]", highlight=False, soft_wrap=True)

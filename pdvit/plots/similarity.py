@@ -1,58 +1,45 @@
-"""Depth against P: one line per analysis."""
+"""Depth against P: one line per analysis, and the same model with random weights beside it."""
 
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from pdvit.errors import UserError
-from pdvit.plots.style import looks, short, spread_out, styled
+from pdvit.plots.lines import by_name, by_run, label_ends, name_depths, ring, stacked, stages
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, styled
 
+METRIC, REFERENCE = "similarity", "similarity_random"
 # Distance between the names of lines, and of the lowest from the axis, on the scale of P.
-GAP, LOWEST = 0.06, 0.03
-# Ticks beside one another on the axis.
-TICKS = 12
+GAP, LOWEST = 0.058, 0.03
+# How dark bands are, all together.
+BANDS = 0.3
+# The look of the reference.
+RANDOM: dict[str, Any] = {"linestyle": (0, (2.5, 2)), "linewidth": 0.8}
 
 
-def read_analysis(run: Path) -> pd.DataFrame:
-    """Read analysis.csv; UserError where it is damaged or has no P."""
-    file = run / "analysis.csv"
-    try:
-        table = pd.read_csv(file)
-        numbers = {"depth": int, "mean": float, "std": float, "images": int}
-        rows = table[table["metric"] == "similarity"].astype({**numbers, "layer": str})
-        if rows.empty or rows["mean"].isna().any():
-            raise ValueError("it has no values of the metric similarity")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # pandas words these for programmers
-        what = "the analysis is damaged, or not one of pdvit analyze"
-        raise UserError(what, str(file), f"measure it again: pdvit analyze {run}") from error
-    return table
-
-
-def plot_similarity(tables: list[pd.DataFrame], names: list[str]) -> Figure:
+def plot_similarity(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
     """Draw P of every layer, mean and standard deviation over images, each line named at its end.
+
+    Rings mark the first layer of a stage in hierarchical models. Dashed lines are the metric `similarity_random`: the
+    same model with random weights.
 
     Args:
         tables: analyses as `read_analysis` returns them.
         names: what each line is called.
+        theme: colours.
     """
-    with styled(6.6, 3.8) as figure:
+    with styled(DOUBLE, 3.4, theme) as figure:
         (axes,) = figure.axes
-        ends = []
-        for table, look in zip(tables, looks(len(tables)), strict=True):
-            rows = table[table["metric"] == "similarity"].sort_values("depth")
-            axes.plot(rows["depth"], rows["mean"], **look)
-            low, high = rows["mean"] - rows["std"].fillna(0), rows["mean"] + rows["std"].fillna(0)
-            axes.fill_between(rows["depth"], low, high, color=look["color"], alpha=0.15, linewidth=0)
-            ends.append((rows["depth"].iloc[-1], rows["mean"].iloc[-1], look["color"]))
+        rows = stacked(tables, names)
+        figure.data = rows[rows["metric"].isin([METRIC, REFERENCE])]
         axes.set_ylim(0, 1)
-        heights = spread_out([max(height, LOWEST) for _, height, _ in ends], GAP)
-        lift = max(0.0, LOWEST - min(heights))
-        right = max(depth for depth, _, _ in ends)
-        for (depth, value, colour), height, name in zip(ends, heights, names, strict=True):
-            beside = (right + 0.03 * right, height + lift)
-            axes.annotate(short(name), (depth, value), beside, color=colour, va="center", annotation_clip=False)
-        _name_depths(figure, tables)
+        draw_similarity(axes, figure.data, theme)
+        ends = [(name, *_end(part), by_name(rows, theme)[name]["color"]) for name, part in by_run(figure.data, METRIC)]
+        name_depths(axes, figure.data)
+        axes.set_xlim(-0.3, max(x for _, x, _, _ in ends) + 0.1)
+        label_ends(axes, ends, GAP, LOWEST)
         axes.set_ylabel("P, patch similarity")
         axes.set_title(
             f"How alike the patches of an image are: mean |cos| over pairs\n"
@@ -61,22 +48,37 @@ def plot_similarity(tables: list[pd.DataFrame], names: list[str]) -> Figure:
         return figure
 
 
-def _count(tables: list[pd.DataFrame]) -> str:
+def draw_similarity(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
+    """Draw P of stacked analyses, with bands, stages and references, and a key to what is not named."""
+    runs = by_name(rows, theme)
+    parts = by_run(rows, METRIC)
+    for name, part in parts:
+        look = runs[name]
+        axes.plot(part["depth"], part["mean"], **look, clip_on=False)
+        low, high = part["mean"] - part["std"].fillna(0), part["mean"] + part["std"].fillna(0)
+        alpha = min(0.15, BANDS / len(parts))
+        axes.fill_between(part["depth"], low, high, color=look["color"], alpha=alpha, linewidth=0)
+    references = by_run(rows, REFERENCE)
+    for name, part in references:
+        axes.plot(part["depth"], part["mean"], color=runs[name]["color"], **RANDOM)
+    begun = [(name, stages(part)) for name, part in parts]
+    for name, part in begun:
+        if len(part):
+            axes.plot(part["depth"], part["mean"], **ring(theme, runs[name]["color"]))
+    key = []
+    if any(len(part) for _, part in begun):
+        key.append(Line2D([], [], label="a new stage: another grid of patches", **ring(theme)))
+    if references:
+        label = "thin: the same model with random weights"
+        key.append(Line2D([], [], color=theme.ink, label=label, **RANDOM))
+    if key:
+        axes.legend(handles=key, loc="best", fontsize=7)
+
+
+def _end(part: pd.DataFrame) -> tuple[float, float]:
+    return float(part["depth"].iloc[-1]), float(part["mean"].iloc[-1])
+
+
+def _count(tables: Sequence[pd.DataFrame]) -> str:
     least, most = (pick(int(table["images"].iloc[0]) for table in tables) for pick in (min, max))
     return f"{least} to {most} images" if least < most else f"{most} image{'s' if most > 1 else ''}"
-
-
-def _name_depths(figure: Figure, tables: list[pd.DataFrame]) -> None:
-    """Name the depths: embed, blocks by number, norm where all lines end at the same depth."""
-    (axes,) = figure.axes
-    deepest = {int(table["depth"].max()) for table in tables}
-    layers = {int(d): str(n) for table in tables for d, n in zip(table["depth"], table["layer"], strict=True)}
-    last = max(layers)
-    step = max(1, round(last / TICKS))
-    shown = [depth for depth in layers if depth % step == 0 and last - depth >= step] + [last]
-    if len(deepest) > 1:
-        labels = ["embed" if depth == 0 else str(depth) for depth in shown]
-    else:
-        labels = [layers[depth].removeprefix("block ") for depth in shown]
-    axes.set_xticks(shown, labels)
-    axes.set_xlabel("depth" if len(deepest) > 1 else "block")

@@ -1,14 +1,16 @@
 """A run over time: the loss by term, accuracy, and P of every layer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from pdvit.errors import UserError
-from pdvit.plots.style import looks, short, styled
+from pdvit.plots.lines import thinned, unique
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, short, styled
 
 NEEDED = {
     "train": {"epoch", "class"},
@@ -45,26 +47,52 @@ def read_records(run: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def plot_training(runs: list[dict[str, pd.DataFrame]], names: list[str]) -> Figure:
-    """Draw one row per run: loss by term, validation accuracy, and P over epoch and layer."""
-    with styled(10.5, 2.9 * len(runs), rows=len(runs), columns=3) as figure:
+def plot_training(runs: Sequence[dict[str, pd.DataFrame]], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+    """Draw one row per run: loss by term, validation accuracy, and P over epoch and layer.
+
+    Args:
+        runs: records by kind, as `read_records` returns them.
+        names: what each run is called.
+        theme: colours.
+    """
+    with styled(DOUBLE, 2.2 * len(runs), theme, rows=len(runs), columns=3) as figure:
+        figure.data = pd.concat([_table(*pair) for pair in zip(runs, unique(names), strict=True)], ignore_index=True)
         for row, (records, name) in enumerate(zip(runs, names, strict=True)):
             loss, accuracy, heat = figure.axes[3 * row : 3 * row + 3]
-            train, evaluation = records["train"], records["eval"]
-            terms = [term for term in TERMS if term in train]
-            for term, look in zip(terms, looks(len(terms)), strict=True):
-                loss.plot(train["epoch"], train[term], label=term, **{**look, "marker": ""})
-            lowest = min(0.0, train[terms].min().min())  # KoLeo may be negative
-            loss.set(title=f"{short(name)}: loss by term, unweighted", xlabel="epoch", ylim=(lowest, None))
-            loss.legend()
-            accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color="black")
+            _draw_loss(loss, records["train"], theme)
+            loss.set_title(f"{short(name, 18)}: loss by term")
+            evaluation = records["eval"]
+            accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color=theme.ink)
             best = evaluation["accuracy"].max() * 100
             accuracy.set(title=f"validation accuracy, % (best {best:.1f})", xlabel="epoch", ylim=(0, 100))
             _heat_map(heat, records["similarity"])
         return figure
 
 
-def _heat_map(axes: Any, similarity: pd.DataFrame) -> None:
+def _draw_loss(axes: Axes, train: pd.DataFrame, theme: Theme) -> None:
+    terms = _terms(train)
+    for term, look in zip(terms, looks(len(terms), theme), strict=True):
+        axes.plot(train["epoch"], train[term], label=term, **{**look, "marker": ""})
+    lowest = min(0.0, train[terms].min().min())  # KoLeo may be negative
+    axes.set(xlabel="epoch", ylabel="unweighted", ylim=(lowest, None))
+    axes.legend()
+
+
+def _terms(train: pd.DataFrame) -> list[str]:
+    return [term for term in TERMS if term in train]
+
+
+def _table(records: dict[str, pd.DataFrame], name: str) -> pd.DataFrame:
+    """Return one row per number: its panel (loss, accuracy, P), what it is of (a term, a layer), and its epoch."""
+    loss = records["train"].melt("epoch", _terms(records["train"]), "of", "value").assign(panel="loss")
+    accuracy = records["eval"][["epoch", "accuracy"]].rename(columns={"accuracy": "value"}).assign(panel="accuracy")
+    probe = records["similarity"][["epoch", "layers", "similarity"]].explode(["layers", "similarity"])
+    probe = probe.rename(columns={"layers": "of", "similarity": "value"}).assign(panel="P")
+    whole = pd.concat([loss, accuracy, probe], ignore_index=True).assign(run=name)
+    return whole[["run", "panel", "of", "epoch", "value"]].astype({"value": float})
+
+
+def _heat_map(axes: Axes, similarity: pd.DataFrame) -> None:
     """Draw P on the probe: epochs across, layers upwards, 0 to 1 in a map that is monotone in grey."""
     layers = similarity["layers"].iloc[-1]
     grid = pd.DataFrame(similarity["similarity"].tolist()).T
@@ -72,8 +100,7 @@ def _heat_map(axes: Any, similarity: pd.DataFrame) -> None:
     edges = [0.0, *similarity["epoch"]]
     heights = [layer - 0.5 for layer in range(len(layers) + 1)]
     image = axes.pcolormesh(edges, heights, grid, vmin=0, vmax=1, cmap="viridis")
-    step = max(1, round(len(layers) / 8))
-    ticks = [i for i in range(len(layers)) if i % step == 0 or i == len(layers) - 1]
+    ticks = thinned(len(layers), 8)
     axes.set_yticks(ticks, [layers[i].removeprefix("block ") for i in ticks])
     axes.set(title="P by layer on the probe", xlabel="epoch")
     axes.grid(visible=False)

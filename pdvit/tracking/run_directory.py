@@ -185,7 +185,7 @@ def _make(path: Path) -> Path:
 def newest(marker: str, root: Path = RUNS) -> list[Path]:
     """Return the folders under runs/ that hold the file `marker`, the one written last first."""
     files = [path for path in root.glob(f"*/{marker}") if path.is_file()]
-    return [path.parent for path in sorted(files, key=_written, reverse=True)]
+    return [root / path.relative_to(root).parts[0] for path in sorted(files, key=_written, reverse=True)]
 
 
 def _written(path: Path) -> float:
