@@ -141,3 +141,47 @@ def analysis_table():
         return pd.DataFrame(rows)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def analysis_folder():
+    """Return a function that makes the folder of an analysis with every file that figures read; numbers are made up."""
+
+    def make(folder: Path, depth: int = 3, tokens: tuple[int, ...] = (), seed: int = 0) -> Path:
+        import numpy as np
+        import pandas as pd
+
+        rng = np.random.default_rng(seed)
+        layers = ["embed", *(f"block {i}" for i in range(1, depth + 1)), "norm"]
+        counts = list(tokens) or [16] * len(layers)
+        names = ("similarity", "similarity_random", "similarity_signed", "dc_share", "cka_last")
+        names += ("norm_mean", "norm_std", "norm_peak", "norm_outliers", "attention_entropy", "new_metric")
+        rows = [
+            {"model": "made", "layer": layer, "depth": at, "metric": name, "mean": rng.uniform(), "std": 0.1}
+            | {"ci95": 0.05, "images": 8, "tokens": counts[at]}
+            for name in names
+            for at, layer in enumerate(layers)
+            if not name.startswith("attention") or layer.startswith("block")
+        ]
+        (folder / "analysis").mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(folder / "analysis.csv", index=False)
+        arrays: dict[str, dict[str, Any]] = {group: {} for group in ("pairs", "attention", "spectrum", "cka", "maps")}
+        arrays["cka"] = {"matrix": rng.uniform(size=(len(layers),) * 2), "layers": np.array(layers)}
+        arrays["maps"] = {"names": np.array(["cat.png", "dog.png"]), "layers": np.array(layers)}
+        arrays["maps"] |= {f"image/{k}": rng.integers(0, 255, (32, 32, 3)).astype("uint8") for k in range(2)}
+        for layer, count in zip(layers, counts, strict=True):
+            shares = rng.uniform(size=20)
+            arrays["pairs"] |= {f"histogram/{layer}": shares / shares.sum(), f"edges/{layer}": np.linspace(-1, 1, 21)}
+            curve = {f"by_frequency/{layer}": -rng.uniform(size=3), f"frequency/{layer}": np.array([0, 0.5, 1])}
+            arrays["spectrum"] |= curve
+            if layer.startswith("block"):
+                arrays["attention"] |= {f"{name}/{layer}": rng.uniform(size=2) for name in ("entropy", "distance")}
+            arrays["maps"][f"grid/{layer}"] = np.array([round(count**0.5)] * 2)
+            for k in range(2):
+                arrays["maps"][f"cos/{k}/{layer}"] = rng.integers(-127, 128, (count, count)).astype("int8")
+        for group, content in arrays.items():
+            np.savez_compressed(folder / "analysis" / f"{group}.npz", **content)
+        (folder / "analysis" / "analysis.json").write_text(json.dumps({"checkpoint": f"{folder}.safetensors"}))
+        return folder
+
+    return make

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 
-from pdvit.plots.style import LIGHT, MARKERS, Theme, looks, short, spread_out
+from pdvit.plots.style import LIGHT, MARKERS, Theme, looks, readable, short, spread_out
 
 # Ticks beside one another on an axis as wide as a column.
 TICKS = 12
@@ -64,36 +64,39 @@ def name_depths(axes: Axes, rows: pd.DataFrame, ticks: int = TICKS) -> None:
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of one run with which a stage begins: fewer patches, or more, than in the layer before."""
-    begun = rows["tokens"].ne(rows["tokens"].shift()) & (rows.index != rows.index[0])
+    begun: pd.Series[bool] = rows["tokens"].ne(rows["tokens"].shift()) & (rows.index != rows.index[0])
     return rows.loc[begun]
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]], gap: float, lowest: float) -> None:
-    """Write names right of the lines' ends, apart by `gap`; thin leaders where a name had to move.
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[str, float, float, str]], gap: float, lowest: float, theme: Theme
+) -> None:
+    """Write names right of the lines' ends, apart by `gap`; thin leaders where a name stands elsewhere.
 
     Args:
         axes: they belong to these, whose limits are set.
         ends: name, x, y and colour of each line's end.
         gap: the least distance, on the scale of y.
         lowest: no name stands below this.
+        theme: colours; those of letters are drawn to the ink, to be read.
     """
     heights = spread_out([max(y, lowest) for _, _, y, _ in ends], gap)
     lift = max(0.0, lowest - min(heights))
     left, right = axes.get_xlim()
-    room = right - left
+    room, last = right - left, max(x for _, x, _, _ in ends)
     for (name, x, y, colour), height in zip(ends, heights, strict=True):
         place = (right + 0.03 * room, height + lift)
-        axes.annotate(short(name), (x, y), place, color=colour, va="center", annotation_clip=False, fontsize=7.5)
-        if abs(height + lift - y) > gap / 4 or x < max(end for _, end, _, _ in ends):
+        shade = readable(colour, theme)
+        axes.annotate(short(name), (x, y), place, color=shade, va="center", annotation_clip=False, fontsize=7.5)
+        if abs(height + lift - y) > gap / 4 or x < last:
             start, stop = (x + 0.008 * room, y), (right + 0.025 * room, height + lift)
-            axes.add_artist(_leader(axes, start, stop, colour))
-
-
-def _leader(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> ConnectionPatch:
-    leader = ConnectionPatch(start, end, "data", axesA=axes, axesB=axes, color=colour, linewidth=0.5, alpha=0.7)
-    leader.set_in_layout(False)
-    leader.set_clip_on(False)
-    return leader
+            leader = ConnectionPatch(
+                start, stop, "data", axesA=axes, axesB=axes, color=colour, linewidth=0.6, linestyle=":"
+            )
+            leader.set_annotation_clip(False)  # it reaches out of the axes
+            leader.set_clip_on(False)
+            leader.set_in_layout(False)
+            axes.add_artist(leader)
 
 
 def legend(figure: Figure, looks: dict[str, dict[str, Any]], more: Sequence[Line2D] = ()) -> None:

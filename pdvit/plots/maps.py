@@ -71,6 +71,7 @@ def plot_maps(
     pixels = arrays[f"image/{image}"]
     shown = [layers[at] for at in _spread(len(layers))]
     data = pd.concat([_table(arrays, image, patch, layer) for patch in chosen for layer in shown], ignore_index=True)
+    data.insert(0, "run", name)
     side = DOUBLE / (len(shown) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(chosen) + 0.45
     with styled(DOUBLE, height, theme, len(chosen), len(shown) + 1) as figure:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from pdvit.plots.lines import by_name, by_run, legend, name_depths, stacked
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, styled
@@ -40,6 +41,8 @@ def plot_norms(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Them
         means = rows[rows["metric"] == MEAN]["mean"]
         if means.min() > 0 and means.max() > WIDE * means.min():
             length.set_yscale("log")
+            length.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # its own writes formulas
+            length.yaxis.set_minor_formatter(NullFormatter())
         else:
             length.set_ylim(0)
         peak.set_ylim(1)

@@ -39,7 +39,7 @@ def plot_similarity(tables: Sequence[pd.DataFrame], names: Sequence[str], theme:
         ends = [(name, *_end(part), by_name(rows, theme)[name]["color"]) for name, part in by_run(figure.data, METRIC)]
         name_depths(axes, figure.data)
         axes.set_xlim(-0.3, max(x for _, x, _, _ in ends) + 0.1)
-        label_ends(axes, ends, GAP, LOWEST)
+        label_ends(axes, ends, GAP, LOWEST, theme)
         axes.set_ylabel("P, patch similarity")
         axes.set_title(
             f"How alike the patches of an image are: mean |cos| over pairs\n"

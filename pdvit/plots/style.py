@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 # Widths of one and of two columns of a paper, in inches; letters are 7 to 9 points at that size.
@@ -129,6 +129,12 @@ def looks(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:
         dashes, marker = DASHES[(number + turn) % len(DASHES)], MARKERS[(number + 3 * turn) % len(MARKERS)]
         found.append({"color": theme.colours[colour], "linestyle": dashes, "marker": marker})
     return found
+
+
+def readable(colour: str, theme: Theme) -> str:
+    """Return a colour for letters: that of a line, a third of the way to the ink."""
+    mixed = [(2 * own + ink) / 3 for own, ink in zip(to_rgb(colour), to_rgb(theme.ink), strict=True)]
+    return to_hex(mixed)
 
 
 def depths(theme: Theme, deepest: int) -> ScalarMappable:

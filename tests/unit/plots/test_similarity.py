@@ -2,12 +2,15 @@ import math
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patches import ConnectionPatch
 from matplotlib.text import Text
 
 from pdvit.plots.similarity import plot_similarity
+from pdvit.plots.style import LIGHT, readable
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_every_line_is_named_in_its_colour(draw):
     figure = draw(one=[0.1, 0.2, 0.3], two=[0.4, 0.5, 0.6])
     assert [text.get_text() for text in labels(figure)] == ["one", "two"]
     for line, text in zip(figure.axes[0].lines, labels(figure), strict=True):
-        assert line.get_color() == text.get_color()
+        assert text.get_color() == readable(line.get_color(), LIGHT)
 
 
 @pytest.mark.parametrize("end", [0.0, 0.02, 0.5, 0.98, 1.0])
@@ -131,3 +134,39 @@ def test_the_title_says_how_many_images(draw, analysis_table):
     assert "over 8 images" in draw(one=[0.1, 0.2, 0.3]).axes[0].get_title(loc="left")
     tables = [analysis_table([0.1, 0.2, 0.3], images=count) for count in (8, 20)]
     assert "8 to 20 images" in plot_similarity(tables, ["one", "two"]).axes[0].get_title(loc="left")
+
+
+def test_random_weights_are_a_thin_dashed_line(analysis_table):
+    table = analysis_table([0.5, 0.6, 0.7])
+    reference = table[table["metric"] == "similarity"].assign(metric="similarity_random", mean=[0.1, 0.2, 0.3])
+    figure = plot_similarity([pd.concat([table, reference])], ["one"])
+    line, dashed = figure.axes[0].lines
+    assert dashed.get_ydata().tolist() == [0.1, 0.2, 0.3]
+    assert dashed.get_linewidth() < line.get_linewidth()
+    assert dashed.get_linestyle() == "--"
+    assert "random weights" in figure.axes[0].get_legend().get_texts()[0].get_text()
+
+
+def test_the_first_layer_of_a_stage_has_a_ring(analysis_table):
+    table = analysis_table([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    table["tokens"] = table["depth"].map(dict(enumerate([64, 64, 16, 16, 4, 4])))
+    _, rings = plot_similarity([table], ["one"]).axes[0].lines
+    assert rings.get_xdata().tolist() == [2, 4]
+    assert rings.get_ydata().tolist() == [0.3, 0.5]
+
+
+def test_what_is_drawn_is_the_data(draw):
+    data = draw(one=[0.1, 0.2, 0.3], two=[0.4, 0.5, 0.6]).data
+    assert data["run"].tolist() == ["one"] * 3 + ["two"] * 3
+    assert data["mean"].tolist() == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert set(data["metric"]) == {"similarity"}
+
+
+def test_a_name_that_had_to_move_is_led_to_its_line(draw):
+    leaders = draw(one=[0.5, 0.5, 0.5], two=[0.5, 0.5, 0.51]).axes[0].findobj(ConnectionPatch)
+    assert [leader.xy1[1] for leader in leaders] == [0.5, 0.51]
+
+
+def test_twelve_models_look_different(draw):
+    lines = draw(**{f"model-{number}": [0.1, 0.1, number / 12] for number in range(12)}).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 12
