@@ -62,6 +62,15 @@ def name_depths(axes: Axes, rows: pd.DataFrame, ticks: int = TICKS) -> None:
     axes.set_xlabel("block" if same else "depth")
 
 
+def limit(axes: Axes, low: float | None, high: float | None) -> None:
+    """Let an axis begin and end where the metric does, and leave room where it has no end."""
+    bottom, top = axes.dataLim.y0, axes.dataLim.y1
+    bottom = bottom if low is None else min(low, bottom)
+    top = top if high is None else max(high, top)
+    room = 0.06 * ((top - bottom) or 1)
+    axes.set_ylim(bottom - (room if low is None else 0), top + room)
+
+
 def stages(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of one run with which a stage begins: fewer patches, or more, than in the layer before."""
     begun: pd.Series[bool] = rows["tokens"].ne(rows["tokens"].shift()) & (rows.index != rows.index[0])

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from pdvit.plots.lines import by_name, by_run, legend, name_depths, stacked
+from pdvit.plots.lines import by_name, by_run, legend, limit, name_depths, stacked
 from pdvit.plots.similarity import METRIC, RANDOM, REFERENCE
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, styled
 
@@ -97,13 +97,4 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme) -> No
     axes.set_xlim(rows["depth"].min() - 0.4, rows["depth"].max() + 0.4)
     axes.set_title(title_of(metric), fontsize=7.5)
     axes.tick_params(labelsize=6.5)
-    _limit(axes, low if low is None or low >= 0 else None, high)
-
-
-def _limit(axes: Axes, low: float | None, high: float | None) -> None:
-    """Let an axis begin and end where the metric does, and leave room where it has no end."""
-    bottom, top = axes.dataLim.y0, axes.dataLim.y1
-    bottom = bottom if low is None else min(low, bottom)
-    top = top if high is None else max(high, top)
-    room = 0.06 * ((top - bottom) or 1)
-    axes.set_ylim(bottom - (room if low is None else 0), top + room)
+    limit(axes, low if low is None or low >= 0 else None, high)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from pdvit.plots.lines import by_name, by_run, legend, name_depths, stacked
+from pdvit.plots.lines import by_name, by_run, legend, limit, name_depths, stacked
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, styled
 
 MEAN, SPREAD, PEAK, OUTLIERS = NEEDED = ("norm_mean", "norm_std", "norm_peak", "norm_outliers")
@@ -45,7 +45,8 @@ def plot_norms(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Them
             length.yaxis.set_minor_formatter(NullFormatter())
         else:
             length.set_ylim(0)
-        peak.set_ylim(1)
+        limit(peak, 1, None)
+        limit(outliers, 0, None)
         outliers.set_ylim(0, max(1.0, outliers.get_ylim()[1]))
         length.set_title("length: mean ± std over patches")
         peak.set_title("longest token / median")

@@ -134,7 +134,7 @@ def looks(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:
 def readable(colour: str, theme: Theme) -> str:
     """Return a colour for letters: that of a line, a third of the way to the ink."""
     mixed = [(2 * own + ink) / 3 for own, ink in zip(to_rgb(colour), to_rgb(theme.ink), strict=True)]
-    return to_hex(mixed)
+    return to_hex((mixed[0], mixed[1], mixed[2]))
 
 
 def depths(theme: Theme, deepest: int) -> ScalarMappable:

@@ -10,7 +10,7 @@ from pdvit import __version__
 from pdvit.cli import run as pdvit
 
 HEAVY = ("torch", "torchvision", "timm", "pandas", "matplotlib", "sklearn", "safetensors")
-COMMANDS = [[], ["train"], ["analyze"], ["doctor"], ["plot"], ["plot", "similarity"], ["plot", "training"]]
+COMMANDS = [[], ["train"], ["analyze"], ["doctor"], ["plot"], ["plot", "similarity"], ["plot", "sweep"]]
 
 
 def process(*arguments: str, script: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,8 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -75,7 +77,7 @@ def test_the_suffix_decides_the_format(analyses, trainings, capsys, kind, suffix
     file = drawn(capsys)
     assert file == Path(f"deep/figure.{suffix}")
     assert file.read_bytes().startswith(SIGNATURES[suffix])
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert sorted(path.name for path in file.parent.iterdir()) == sorted(["figure.csv", file.name])
 
 
 def test_a_real_run_is_drawn(run_copy, workplace, capsys):
@@ -151,6 +153,112 @@ def test_the_default_name_of_a_figure_of_many_runs_stays_short(analyses, capsys)
     assert drawn(capsys).is_file()
 
 
+# Kinds that read what `pdvit analyze` wrote, with what they need: a file of their own, or metrics of a group.
+CURVES = {"pairs": "histogram", "attention": "entropy", "spectrum": "by_frequency", "cka": "matrix"}
+
+
+@pytest.mark.parametrize("kind", ["metrics", "norms", *CURVES])
+def test_a_kind_is_drawn_from_an_analysis(workplace, analysis_folder, capsys, kind):
+    """All runs by name, and without names the newest that have what is needed."""
+    for name in ("one", "two"):
+        analysis_folder(workplace / "runs" / name)
+    assert pdvit(["plot", kind, "runs/one", "runs/two", "--out", "figure.svg"]) == 0
+    shown = text_of(drawn(capsys))
+    assert all(name in shown for name in ("one", "two"))
+    assert pdvit(["plot", kind, "--dark"]) == 0
+    assert drawn(capsys).name in (f"{kind}-one-two.png", f"{kind}-two-one.png")
+
+
+def test_maps_are_drawn_for_the_patches_that_are_named(workplace, analysis_folder, capsys):
+    analysis_folder(workplace / "runs" / "one")
+    arguments = ["plot", "maps", "--image", "1", "--patch", "0,3", "--patch", "2,2", "--out", "figure.svg"]
+    assert pdvit(arguments) == 0
+    assert "dog.png" in text_of(drawn(capsys))
+    assert set(pd.read_csv("figure.csv")["patch"]) == {"0,3", "2,2"}
+
+
+def test_two_checkpoints_are_compared(analyses, capsys):
+    assert pdvit(["plot", "compare", *analyses(one=[0.2, 0.4, 0.6], two=[0.1, 0.2, 0.2])]) == 0
+    file = drawn(capsys)
+    assert file == Path("figures/compare-one-two.png")
+    apart = pd.read_csv(file.with_suffix(".csv")).query("run == 'difference'")
+    assert apart["mean"].tolist() == pytest.approx([-0.1, -0.2, -0.4])
+
+
+def test_cka_between_models_is_drawn_where_it_was_measured(workplace, analysis_folder, capsys):
+    folder = analysis_folder(workplace / "runs" / "one")
+    layers = np.array(["embed", "block 1"])
+    arrays = {"matrix/other": np.eye(2), "layers/other": layers, "layers": layers}
+    np.savez(folder / "analysis" / "cka_between.npz", **arrays)
+    assert pdvit(["plot", "cka", "--out", "figure.svg"]) == 0
+    assert "one (up), other" in text_of(drawn(capsys))
+
+
+SWEEP = """cell,variant,diversity.preset,run.seed,status,seconds,accuracy,similarity_last
+0,,none,0,finished,9,0.50,0.9
+1,,none,1,finished,9,0.60,0.8
+2,,paper,0,finished,9,0.70,0.3
+3,,paper,1,failed,,,
+"""
+
+
+@pytest.fixture
+def sweep(workplace) -> str:
+    (workplace / "sweep").mkdir()
+    (workplace / "sweep" / "cells.csv").write_text(SWEEP)
+    return "sweep"
+
+
+def test_a_sweep_is_a_table_in_the_terminal_and_in_three_files(sweep, capsys):
+    assert pdvit(["plot", "sweep", sweep, "--out", "ablation.pdf"]) == 0
+    shown = capsys.readouterr().out
+    assert "55.0 ± 7.1" in shown
+    assert "+20.0" in shown
+    assert "1 of 4 cells are not in these numbers: cell 3 (failed)" in shown
+    assert shown.endswith("ablation.pdf\n")
+    table = pd.read_csv("ablation.csv")
+    assert table["mean"].tolist() == pytest.approx([0.55, 0.7])
+    assert table["left_out"].tolist() == [0, 1]
+    assert text_of(Path("ablation.md")).startswith("| diversity.preset | n |")
+
+
+def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):
+    arguments = ["plot", "sweep", sweep, "--metric", "similarity_last", "--baseline", "diversity.preset=paper"]
+    assert pdvit(arguments) == 0
+    assert Path(capsys.readouterr().out.splitlines()[-1]) == Path("figures/sweep-sweep.png")
+    table = pd.read_csv("figures/sweep-sweep.csv").set_index("setting")
+    assert table.loc["none", "difference"] == pytest.approx(0.6)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(workplace, analysis_table, capsys):
+    for place in ("a", "b"):
+        Path(place, "run").mkdir(parents=True)
+        analysis_table([0.2, 0.4, 0.6]).to_csv(f"{place}/run/analysis.csv", index=False)
+    assert pdvit(["plot", "similarity", "a/run", "b/run", "--out", "figure.svg"]) == 0
+    shown = text_of(drawn(capsys))
+    assert all(name in shown for name in ("a/run", "b/run"))
+    assert set(pd.read_csv("figure.csv")["run"]) == {"a/run", "b/run"}
+
+
+def test_the_numbers_of_a_figure_go_beside_it(analyses, capsys):
+    assert pdvit(["plot", "similarity", *analyses(one=[0.2, 0.4, 0.6])]) == 0
+    table = pd.read_csv(drawn(capsys).with_suffix(".csv"))
+    assert table["mean"].tolist() == [0.2, 0.4, 0.6]
+    assert table["layer"].tolist() == ["embed", "block 1", "norm"]
+    assert table["run"].unique().tolist() == ["one"]
+
+
+def test_dark_is_dark(analyses, capsys):
+    (run,) = analyses(one=[0.2, 0.4, 0.6])
+    corners = []
+    for flags in ([], ["--dark"]):
+        assert pdvit(["plot", "similarity", run, *flags]) == 0
+        with Image.open(drawn(capsys)) as image:
+            corners.append(sum(image.convert("RGB").getpixel((0, 0))))
+    assert corners[0] == 3 * 255
+    assert corners[1] < 100
+
+
 @pytest.mark.parametrize("name", ["$price_1^2$", "a&b<c>", "münchen_run", "100%_{x}", "_hidden"])
 def test_a_name_is_drawn_as_it_is(analyses, trainings, capsys, name):
     assert pdvit(["plot", "similarity", *analyses(**{name: [0.2, 0.4, 0.6]}), "--out", "figure.svg"]) == 0
@@ -172,6 +280,41 @@ def test_no_figure_stays_open(analyses):
 
 
 class TestRefused:
+    @pytest.mark.parametrize("kind", CURVES)
+    def test_curves_that_were_not_measured_name_the_command(self, refusal, workplace, analysis_folder, kind):
+        folder = analysis_folder(workplace / "runs" / "one")
+        (folder / "analysis" / f"{kind}.npz").unlink()
+        command = f"pdvit analyze {folder}.safetensors --metrics {kind}"  # what was measured, not where it was written
+        assert command in refusal("plot", kind, "runs/one").tip
+        assert f"--metrics {kind}" in refusal("plot", kind).tip
+
+    def test_metrics_that_were_not_measured_name_the_command(self, refusal, analyses):
+        (run,) = analyses(one=[0.2, 0.4, 0.6])
+        assert f"pdvit analyze {run} --metrics norms" in refusal("plot", "norms", run).tip
+
+    def test_maps_that_were_not_made_name_the_command(self, refusal, analyses):
+        (run,) = analyses(one=[0.2, 0.4, 0.6])
+        assert f"pdvit analyze {run} --explore" in refusal("plot", "maps", run).tip
+
+    @pytest.mark.parametrize("patch", ["3", "a,b", "1,2,3", "99,0"])
+    def test_a_patch_that_is_none(self, refusal, workplace, analysis_folder, patch):
+        analysis_folder(workplace / "runs" / "one")
+        assert refusal("plot", "maps", "--patch", patch).where == "--patch"
+
+    def test_a_sweep_without_cells(self, refusal, workplace):
+        Path("empty").mkdir()
+        assert "cells.csv" in refusal("plot", "sweep", "empty").tip
+        assert "absent" in refusal("plot", "sweep", "absent").where
+
+    @pytest.mark.parametrize("name", ["analysis.csv", "confusion.csv"])
+    def test_data_never_replace_another_table(self, refusal, analyses, name):
+        (run,) = analyses(one=[0.2, 0.4, 0.6])
+        Path(run, name).write_bytes(before := Path(run, "analysis.csv").read_bytes())
+        out = Path(run, name).with_suffix(".png")
+        assert name in refusal("plot", "similarity", run, "--out", out).where
+        assert Path(run, name).read_bytes() == before
+        assert not out.exists()
+
     @pytest.mark.parametrize(("kind", "command"), [("similarity", "pdvit analyze"), ("training", "pdvit train")])
     def test_nothing_to_draw_names_the_command(self, refusal, workplace, kind, command):
         assert command in refusal("plot", kind).tip

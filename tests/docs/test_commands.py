@@ -105,7 +105,7 @@ def test_a_command_that_pdvit_does_not_take_is_found(line):
     "command",
     [
         *(["train"], ["finetune"], ["analyze"], ["eval"], ["predict"], ["doctor"]),
-        *(["plot", "similarity"], ["plot", "training"], ["plot", "confusion"]),
+        *(["plot", kind] for kind in typer.main.get_command(app).commands["plot"].commands),
     ],
 )
 def test_every_command_is_documented(command):
