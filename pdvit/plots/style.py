@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,21 @@ def styled(
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the suffix. Raises OSError."""
+    _render(figure, path, path.suffix[1:].lower())
+
+
+def _render(figure: Figure, target: Any, form: str) -> None:
     with mpl.rc_context(RC), warnings.catch_warnings():
         # names may be in any script: letters that the font lacks become boxes (in SVG they stay text)
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path)
+        figure.savefig(target, format=form)
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as the text of an SVG file."""
+    text = StringIO()
+    _render(figure, text, "svg")
+    return text.getvalue()
 
 
 def looks(count: int) -> list[dict[str, Any]]:
