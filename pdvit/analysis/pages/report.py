@@ -12,9 +12,8 @@ from pdvit.analysis.view import columns_of
 if TYPE_CHECKING:
     import pandas as pd
 
-# What each column of the definitions says, by field.
+# What is said of each number beside its definition, by field.
 FIELDS = {
-    "text": "definition, per image",
     "range": "range",
     "random": "random tokens",
     "identical": "identical tokens",
@@ -75,7 +74,7 @@ def _section(table: "pd.DataFrame", facts: dict[str, Any]) -> str:
     about = {name.replace("_", " "): facts[name] for name in FACTS} | {"device": facts["device"]} | notes
     csv = data_uri(table.to_csv(index=False, float_format="%.6g").encode(), "text/csv")
     save = f'<p class="small"><a download="analysis.csv" href="{csv}">All numbers as CSV</a></p>'
-    return f"<section><h3>{escape(facts['model'])}</h3>{_table(heads, rows, 'numbers')}{save}{_pairs(about)}</section>"
+    return f"<section><h3>{escape(facts['model'])}</h3>{_table(heads, rows)}{save}{_pairs(about)}</section>"
 
 
 def _figure(picture: Picture) -> str:
@@ -85,18 +84,22 @@ def _figure(picture: Picture) -> str:
 
 
 def _definitions(metrics: Iterable[str]) -> str:
-    rows = [[name, *(getattr(DEFINITIONS[name], field) for field in FIELDS)] for name in metrics]
-    return _table(["column", *FIELDS.values()], rows, "definitions")
+    """Return what each number means: the definitions that docs/analyze.md has too."""
+    return "".join(
+        f'<section class="definition"><h3><code>{escape(name)}</code> {escape(DEFINITIONS[name].text)}</h3>'
+        f"{_pairs({label: getattr(DEFINITIONS[name], field) for field, label in FIELDS.items()})}</section>"
+        for name in metrics
+    )
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
         for first, *cells in rows
     )
     whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="table {kind}" role="region" aria-label="{kind}" tabindex="0">{whole}</div>'
+    return f'<div class="table" role="region" aria-label="Numbers by layer" tabindex="0">{whole}</div>'
 
 
 def _pairs(facts: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@
     query: { x: 0.5, y: 0.5 }, // parts of the image, so that grids of any size can be compared
     probe: null, // where a patch is pinned: what is under the pointer
     signed: true,
-    overlay: 0.8,
+    overlay: 1,
   };
 
   // ---- numbers ----------------------------------------------------------------------------------------------------
@@ -65,7 +65,8 @@
 
   // ---- colours: lightness is linear in OKLab, so that equal steps of cosine look like equal steps -------------------
 
-  function colour(lightness, chroma, hue) {
+  /** Return linear sRGB of a colour in OKLCH; parts outside 0 to 1 are colours that no screen has. */
+  function linear(lightness, chroma, hue) {
     const a = chroma * Math.cos((hue * Math.PI) / 180), b = chroma * Math.sin((hue * Math.PI) / 180);
     const l = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3;
     const m = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3;
@@ -74,19 +75,30 @@
       4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s,
       -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
       -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s,
-    ].map((part) => {
-      const linear = Math.min(1, Math.max(0, part));
-      return Math.round(255 * (linear <= 0.0031308 ? 12.92 * linear : 1.055 * linear ** (1 / 2.4) - 0.055));
+    ];
+  }
+  /** Return red, green and blue; the chroma is lowered until a screen has the colour, never its lightness. */
+  function colour(lightness, chroma, hue) {
+    let low = 0, high = chroma;
+    for (let turn = 0; turn < 20; turn += 1) {
+      const middle = turn ? (low + high) / 2 : high;
+      if (linear(lightness, middle, hue).every((part) => part >= 0 && part <= 1)) low = middle;
+      else high = middle;
+    }
+    return linear(lightness, low, hue).map((part) => {
+      const light = Math.min(1, Math.max(0, part));
+      return Math.round(255 * (light <= 0.0031308 ? 12.92 * light : 1.055 * light ** (1 / 2.4) - 0.055));
     });
   }
-  const diverging = (share) => colour(0.965 - 0.545 * Math.abs(share), 0.15 * Math.abs(share) ** 0.8, share < 0 ? 256 : 34);
-  const sequential = (share) => colour(0.2 + 0.73 * share, 0.05 + 0.1 * Math.sin(Math.PI * (0.15 + 0.7 * share)), 292 - 190 * share);
+  const diverging = (share) => colour(0.955 - 0.555 * Math.abs(share), 0.17 * Math.abs(share) ** 0.8, share < 0 ? 258 : 34);
+  const sequential = (share) => colour(0.2 + 0.73 * share, 0.11 + 0.1 * share * (1 - share), 288 + 167 * share);
   const table = (map, low) => Array.from({ length: 2 * LEVELS + 1 }, (_, k) => map(Math.max(low, (k - LEVELS) / LEVELS)));
   const COLOURS = { signed: table(diverging, -1), absolute: table(sequential, 0) };
   const colourOf = (value) => COLOURS[state.signed ? "signed" : "absolute"][shown(value) + LEVELS];
 
   // ---- maps --------------------------------------------------------------------------------------------------------
 
+  const RELIEF = 0.42; // how strongly the image shows through its patches
   const pictures = data.pictures.map((source) => Object.assign(new Image(), { src: source, onload: () => refresh() }));
   const element = (name, className, parent) => {
     const made = document.createElement(name);
@@ -131,22 +143,61 @@
     canvas.width = Math.round(canvas.clientWidth * dots);
     canvas.height = Math.round((canvas.width * picture.naturalHeight) / picture.naturalWidth);
     const brush = canvas.getContext("2d");
-    brush.imageSmoothingEnabled = picture.naturalWidth * 4 > canvas.width; // pixels of tiny images stay pixels
-    brush.imageSmoothingQuality = "high";
-    brush.drawImage(picture, 0, 0, canvas.width, canvas.height);
     const left = (column) => Math.round((column * canvas.width) / columns);
     const top = (row) => Math.round((row * canvas.height) / rows);
     const box = ({ row, column }) => [left(column), top(row), left(column + 1) - left(column), top(row + 1) - top(row)];
-    brush.globalAlpha = state.overlay;
-    found.values.forEach((value, index) => {
-      const patch = { row: Math.floor(index / columns), column: index % columns };
-      brush.fillStyle = `rgb(${colourOf(value).join(" ")})`;
-      brush.fillRect(...box(patch));
-    });
-    brush.globalAlpha = 1;
+    if (pane.of !== picture || pane.grid !== found.grid || pane.pixels.width !== canvas.width) {
+      Object.assign(pane, { of: picture, grid: found.grid }, texture(picture, found.grid, canvas.width, canvas.height, box));
+    }
+    brush.putImageData(painted(pane, found, box), 0, 0);
     frame(brush, box(found.query), dots, []);
     if (found.probe) frame(brush, box(found.probe), dots, [3 * dots, 2 * dots]);
     return found;
+  }
+
+  /** Return the pixels of an image, and how much lighter each is than the mean of its patch. */
+  function texture(picture, [rows, columns], width, height, box) {
+    const paper = element("canvas");
+    Object.assign(paper, { width, height });
+    const brush = paper.getContext("2d", { willReadFrequently: true });
+    brush.imageSmoothingEnabled = picture.naturalWidth * 4 > width; // pixels of tiny images stay pixels
+    brush.imageSmoothingQuality = "high";
+    brush.drawImage(picture, 0, 0, width, height);
+    const pixels = brush.getImageData(0, 0, width, height), relief = new Float32Array(width * height);
+    for (let index = 0; index < rows * columns; index += 1) {
+      const patch = box({ row: Math.floor(index / columns), column: index % columns });
+      let sum = 0;
+      each(patch, width, (at) => {
+        const [red, green, blue] = pixels.data.subarray(4 * at, 4 * at + 3);
+        relief[at] = 0.3 * red + 0.59 * green + 0.11 * blue;
+        sum += relief[at];
+      });
+      const mean = sum / (patch[2] * patch[3]);
+      each(patch, width, (at) => { relief[at] = RELIEF * (relief[at] - mean); });
+    }
+    return { pixels, relief };
+  }
+
+  function each([x, y, across, down], width, visit) {
+    for (let row = y; row < y + down; row += 1) {
+      for (let at = row * width + x; at < row * width + x + across; at += 1) visit(at);
+    }
+  }
+
+  /** Return the map as pixels: each patch in its colour, on average exactly, with the relief of the image in it. */
+  function painted({ pixels, relief }, { values, grid: [, columns] }, box) {
+    const made = new ImageData(new Uint8ClampedArray(pixels.data), pixels.width, pixels.height), { data: into } = made;
+    const own = state.overlay, under = 1 - own;
+    values.forEach((value, index) => {
+      const [red, green, blue] = colourOf(value);
+      each(box({ row: Math.floor(index / columns), column: index % columns }), pixels.width, (at) => {
+        const light = relief[at], first = 4 * at;
+        into[first] = under * into[first] + own * (red + light);
+        into[first + 1] = under * into[first + 1] + own * (green + light);
+        into[first + 2] = under * into[first + 2] + own * (blue + light);
+      });
+    });
+    return made;
   }
 
   /** Outline a patch so that it stands out from any colour. */
@@ -233,7 +284,7 @@
   // ---- controls ----------------------------------------------------------------------------------------------------
 
   const scale = at("scale");
-  function drawLegend(pair) {
+  function drawLegend(pairs) {
     const values = Array.from({ length: 255 }, (_, k) => (state.signed ? k - LEVELS : Math.round(k / 2)));
     const pixels = new Uint8ClampedArray(values.flatMap((value) => [...colourOf(value), 255]));
     scale.getContext("2d").putImageData(new ImageData(pixels, 255, 1), 0, 0);
@@ -243,8 +294,11 @@
       span.textContent = tick;
       return span;
     }));
-    at("needle").hidden = pair === null;
-    if (pair !== null) at("needle").style.left = `${100 * (state.signed ? (pair + 1) / 2 : pair)}%`;
+    at("needles").replaceChildren(...pairs.map((pair, number) => {
+      const needle = element("span", `needle model-${number}`);
+      needle.style.left = `${100 * (state.signed ? (pair + 1) / 2 : pair)}%`;
+      return needle;
+    }));
   }
 
   let waiting = false;
@@ -258,7 +312,7 @@
     const all = panes.map((pane) => { const found = draw(pane); describe(pane, found); return found; });
     const [first] = all;
     drawCurve();
-    drawLegend(panes.length === 1 && first.probe ? first.pair : null);
+    drawLegend(first.probe ? all.map((found) => found.pair) : []);
     at("layer").value = state.step;
     [...at("images").children].forEach((button, image) => button.setAttribute("aria-pressed", image === state.image));
     at("image-name").textContent = data.names[state.image];
@@ -286,7 +340,7 @@
   function goTo(step) { state.step = clamp(step, STEPS - 1); refresh(); }
   function choose(image) { state.image = (image + data.names.length) % data.names.length; refresh(); }
   function measure(signed) { state.signed = signed; refresh(); }
-  let lastOverlay = 0.8;
+  let lastOverlay = 1;
   function toggleOverlay() {
     if (state.overlay) [lastOverlay, state.overlay] = [state.overlay, 0];
     else state.overlay = lastOverlay;
