@@ -149,7 +149,7 @@ def _that_fit(counts: dict[Layer, int], picture: int, room: int) -> tuple[list[L
     raise UserError(
         f"maps of {max(counts.values()):,} patches are too large for a page",
         "--explore",
-        f"use smaller images or larger patches (at most {MOST_PATCHES:,} of them), and explore one checkpoint at a time",
+        f"use smaller images or larger patches (at most {MOST_PATCHES:,}), and explore one checkpoint at a time",
     )
 
 

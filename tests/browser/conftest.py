@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,8 +64,10 @@ class Tab:
 
     def colour(self, selector: str, x: float, y: float = 0.5) -> list[int]:
         """Return red, green and blue of a canvas at a part of its width and height."""
-        script = """(canvas, [x, y]) => Array.from(canvas.getContext("2d")
-            .getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data.slice(0, 3))"""
+        script = """(canvas, [x, y]) => {
+            const copy = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+            copy.drawImage(canvas, -Math.floor(x * canvas.width), -Math.floor(y * canvas.height));
+            return Array.from(copy.getImageData(0, 0, 1, 1).data.slice(0, 3)); }"""
         return self.page.locator(selector).first.evaluate(script, [x, y])
 
 
@@ -145,9 +146,3 @@ def one(made) -> Made:
 @pytest.fixture(scope="session")
 def page_of_one(one) -> str:
     return explorer_page([one.maps], ["images: all 2"])
-
-    """The folder for screenshots that somebody wants to look at: PDVIT_TEST_SCREENSHOTS."""
-    import os
-
-    folder = os.environ.get("PDVIT_TEST_SCREENSHOTS")
-    return Path(folder) if folder else None

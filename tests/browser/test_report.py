@@ -1,5 +1,8 @@
+import pytest
+
 from pdvit.analysis.pages import Picture, report_page
 
+pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>alert(1)</script></svg>'
 
