@@ -188,9 +188,9 @@ def test_the_colours_are_in_order_of_lightness(open_page, page_of_one):
     assert (np.diff(signed[half:]) < 0).all()
     assert signed == pytest.approx(signed[::-1], abs=0.01)
     tab.press("c")
-    absolute = np.diff([oklab_lightness(tab.colour("#scale", place)) for place in places])
+    absolute = np.diff([oklab_lightness(tab.colour("#scale", place)) for place in places[::2]])  # 5 levels apart
     assert absolute.min() > 0
-    assert absolute.max() < 1.5 * absolute.min()  # equal steps
+    assert absolute.max() < 1.2 * absolute.min()  # equal steps
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
