@@ -98,7 +98,7 @@
 
   // ---- maps --------------------------------------------------------------------------------------------------------
 
-  const RELIEF = 0.42; // how strongly the image shows through its patches
+  const RELIEF = 0.36; // how strongly the image shows through its patches
   const pictures = data.pictures.map((source) => Object.assign(new Image(), { src: source, onload: () => refresh() }));
   const element = (name, className, parent) => {
     const made = document.createElement(name);
@@ -325,7 +325,7 @@
     at("pin").textContent = state.probe ? "Unpin" : "Pin this patch";
     at("hint").textContent = state.probe
       ? "Move over others to read their cosine with it."
-      : "Colours are cosines with the framed patch. Click to pin it.";
+      : "Colours are cosines with the framed patch. Click it to keep it.";
   }
 
   function moveTo(point) {
