@@ -34,6 +34,8 @@ class Maps:
         cosines: by image, then by layer: signed cosines times 127, rounded, int8 `(N, N)`.
         similarity: by image, P of each layer, of the tokens themselves.
         notes: which layers are missing, and why.
+        depths: of the layers that are here, from 0 (what enters the first block).
+        deepest: depth of the model's last layer.
     """
 
     model: str
@@ -43,6 +45,8 @@ class Maps:
     cosines: list[dict[str, np.ndarray]]
     similarity: list[list[float]]
     notes: list[str]
+    depths: list[int]
+    deepest: int
 
     def first(self, count: int) -> "Maps":
         """Return those of the first images only."""
@@ -79,8 +83,9 @@ def read_maps(
     counts = {layer: count for layer, (count, _) in shapes_of(model, places).items()}
     layers, most = _that_fit(counts, picture_size(*image_size_of(model)), room)
     kept = {layer: places[layer] for layer in layers}
+    depths, deepest = [layer.depth for layer in layers], max(layer.depth for layer in counts)
     device = next(model.parameters()).device
-    found = Maps(name, [], [], {}, [], [], _left_out(list(counts), layers))
+    found = Maps(name, [], [], {}, [], [], _left_out(list(counts), layers), depths, deepest)
     with evaluating(model):
         for label, pixels in islice(images, most):
             patches = _patches(model, kept, normalise(pixels[None].to(device)))

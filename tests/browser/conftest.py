@@ -118,7 +118,9 @@ class Made:
 def made():
     """Return a function that makes maps of images of one grey: a map's colours are then those of the legend exactly."""
 
-    def make(model: str, grids: dict[str, tuple[int, int]], images: int = 2, seed: int = 0) -> Made:
+    def make(
+        model: str, grids: dict[str, tuple[int, int]], images: int = 2, seed: int = 0, depths: list[int] | None = None
+    ) -> Made:
         rng = np.random.default_rng(seed)
         cosines = []
         for _ in range(images):
@@ -130,7 +132,8 @@ def made():
             cosines.append(by_layer)
         levels = [{layer: (127 * it).round().astype(np.int8) for layer, it in image.items()} for image in cosines]
         shown = [np.full((PIXELS, PIXELS, 3), 90 + 40 * number, dtype=np.uint8) for number in range(images)]
-        found = Made(Maps(model, [f"{n}.png" for n in range(images)], shown, grids, levels, [], []), cosines)
+        names, depths = [f"{n}.png" for n in range(images)], depths or list(range(len(grids)))
+        found = Made(Maps(model, names, shown, grids, levels, [], [], depths, depths[-1]), cosines)
         similarity = [[found.similarity(image, layer) for layer in grids] for image in range(images)]
         found.maps.similarity.extend(similarity)
         return found

@@ -48,6 +48,8 @@ def _model(maps: Maps, pictures: dict[str, int]) -> dict[str, Any]:
     return {
         "name": maps.model,
         "layers": list(maps.grids),
+        "depths": maps.depths,
+        "deepest": maps.deepest,
         "grids": list(maps.grids.values()),
         "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images],
         "similarity": [[round(value, 5) for value in values] for values in maps.similarity],

@@ -78,6 +78,7 @@ def test_no_more_images_are_taken_than_there_is_room_for(plain):
 def test_layers_are_left_out_evenly_where_one_image_does_not_fit(plain):
     maps = read_maps(plain, pictures(2), normalise, room=picture_size(SIDE, SIDE) + 3 * map_size(16))
     assert list(maps.grids) == ["embed", "block 2", "norm"]
+    assert (maps.depths, maps.deepest) == ([0, 2, 5], 5)
     assert len(maps.names) == 1
     assert "block 1, block 3, block 4" in maps.notes[0]
 
@@ -112,7 +113,8 @@ def test_the_file_is_what_the_figure_of_maps_reads(tmp_path):
     levels = np.array([[127, -4], [-4, 127]], dtype=np.int8)
     image = np.zeros((4, 8, 3), dtype=np.uint8)
     write_maps(
-        tmp_path / "maps.npz", Maps("m", ["é<.png"], [image], {"block 1": (1, 2)}, [{"block 1": levels}], [[0.03]], [])
+        tmp_path / "maps.npz",
+        Maps("m", ["é<.png"], [image], {"block 1": (1, 2)}, [{"block 1": levels}], [[0.03]], [], [1], 2),
     )
     with np.load(tmp_path / "maps.npz", allow_pickle=False) as found:
         assert set(found) == {"names", "layers", "image/0", "cos/0/block 1", "grid/block 1"}

@@ -2,7 +2,10 @@
   "use strict";
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
-  const STEPS = Math.max(...data.models.map((model) => model.layers.length));
+  // The model with most layers sets the steps; others show the layer that is nearest in depth.
+  const LEADER = data.models.reduce((most, model) => (model.layers.length > most.layers.length ? model : most));
+  const STEPS = LEADER.layers.length;
+  const share = (model, layer) => model.depths[layer] / Math.max(1, model.deepest);
   const LEVELS = 127; // cosines are kept as integers from -127 to 127
   const state = {
     image: 0,
@@ -29,7 +32,11 @@
     return triangle[(low * (2 * count - low - 1)) / 2 + high - low - 1];
   }
 
-  const layerOf = (model) => Math.round((state.step * (data.models[model].layers.length - 1)) / Math.max(1, STEPS - 1));
+  function layerOf(number) {
+    const model = data.models[number], wanted = share(LEADER, state.step);
+    const away = model.layers.map((_, layer) => Math.abs(share(model, layer) - wanted));
+    return away.indexOf(Math.min(...away));
+  }
   const clamp = (value, most) => Math.min(most, Math.max(0, value));
 
   /** Return row, column and number of the patch that holds a point. */
@@ -165,43 +172,45 @@
     brush.drawImage(picture, 0, 0, width, height);
     const pixels = brush.getImageData(0, 0, width, height), relief = new Float32Array(width * height);
     for (let index = 0; index < rows * columns; index += 1) {
-      const patch = box({ row: Math.floor(index / columns), column: index % columns });
+      const [left, top, across, down] = box({ row: Math.floor(index / columns), column: index % columns });
       let sum = 0;
-      each(patch, width, (at) => {
-        const [red, green, blue] = pixels.data.subarray(4 * at, 4 * at + 3);
-        relief[at] = 0.3 * red + 0.59 * green + 0.11 * blue;
-        sum += relief[at];
-      });
-      const mean = sum / (patch[2] * patch[3]);
-      each(patch, width, (at) => { relief[at] = RELIEF * (relief[at] - mean); });
+      for (let row = top; row < top + down; row += 1) {
+        for (let at = row * width + left; at < row * width + left + across; at += 1) {
+          const first = 4 * at;
+          relief[at] = 0.3 * pixels.data[first] + 0.59 * pixels.data[first + 1] + 0.11 * pixels.data[first + 2];
+          sum += relief[at];
+        }
+      }
+      const mean = sum / (across * down);
+      for (let row = top; row < top + down; row += 1) {
+        for (let at = row * width + left; at < row * width + left + across; at += 1) relief[at] = RELIEF * (relief[at] - mean);
+      }
     }
-    return { pixels, relief };
-  }
-
-  function each([x, y, across, down], width, visit) {
-    for (let row = y; row < y + down; row += 1) {
-      for (let at = row * width + x; at < row * width + x + across; at += 1) visit(at);
-    }
+    return { pixels, relief, made: new ImageData(new Uint8ClampedArray(pixels.data), width, height) };
   }
 
   /** Return the map as pixels: each patch in its colour, on average exactly, with the relief of the image in it. */
-  function painted({ pixels, relief }, { values, grid: [, columns] }, box) {
-    const made = new ImageData(new Uint8ClampedArray(pixels.data), pixels.width, pixels.height), { data: into } = made;
-    const own = state.overlay, under = 1 - own;
+  function painted({ pixels, relief, made }, { values, grid: [, columns] }, box) {
+    const own = state.overlay, under = 1 - own, from = pixels.data, into = made.data;
     values.forEach((value, index) => {
       const [red, green, blue] = colourOf(value);
-      each(box({ row: Math.floor(index / columns), column: index % columns }), pixels.width, (at) => {
-        const light = relief[at], first = 4 * at;
-        into[first] = under * into[first] + own * (red + light);
-        into[first + 1] = under * into[first + 1] + own * (green + light);
-        into[first + 2] = under * into[first + 2] + own * (blue + light);
-      });
+      const [left, top, across, down] = box({ row: Math.floor(index / columns), column: index % columns });
+      for (let row = top; row < top + down; row += 1) {
+        const end = row * pixels.width + left + across;
+        for (let at = end - across, first = 4 * at; at < end; at += 1, first += 4) {
+          const light = relief[at];
+          into[first] = under * from[first] + own * (red + light);
+          into[first + 1] = under * from[first + 1] + own * (green + light);
+          into[first + 2] = under * from[first + 2] + own * (blue + light);
+        }
+      }
     });
     return made;
   }
 
   /** Outline a patch so that it stands out from any colour. */
-  function frame(brush, [x, y, width, height], dots, dash) {
+  function frame(brush, [left, top, across, down], dots, dash) {
+    const [x, y, width, height] = [left + 2 * dots, top + 2 * dots, across - 4 * dots, down - 4 * dots];
     for (const [ink, thick, gaps] of [["rgb(0 0 0 / 0.75)", 4 * dots, []], ["#fff", 2 * dots, dash]]) {
       brush.lineWidth = thick;
       brush.setLineDash(gaps);
@@ -234,28 +243,26 @@
 
   function drawCurve() {
     const curve = at("curve"), width = curve.clientWidth, height = curve.clientHeight;
-    const across = (share) => LEFT + share * (width - LEFT - RIGHT);
+    const across = (part) => LEFT + part * (width - LEFT - RIGHT);
     const up = (value) => TOP + (1 - value) * (height - TOP - BOTTOM);
-    const share = (step, count) => (count < 2 ? 0 : step / (count - 1));
     const parts = [];
     for (const value of [0, 0.5, 1]) {
       parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: up(value), y2: up(value) }));
       parts.push(svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end" }, String(value)));
     }
-    const now = across(share(state.step, STEPS));
+    const now = across(share(LEADER, state.step));
     parts.push(svg("line", { class: "now", x1: now, x2: now, y1: TOP - 4, y2: height - BOTTOM }));
-    const longest = data.models.find((model) => model.layers.length === STEPS);
     const every = Math.ceil((STEPS * 26) / Math.max(1, width - LEFT - RIGHT)); // names that fit side by side
-    longest.layers.forEach((layer, step) => {
+    LEADER.layers.forEach((layer, step) => {
       if (step !== state.step && (step % every || Math.abs(step - state.step) < every)) return;
       const name = layer.replace(/^block /, "");
       const anchor = name.length > 2 && step === STEPS - 1 && width < 500 ? "end" : "middle";
-      const where = { x: across(share(step, STEPS)) + (anchor === "end" ? RIGHT - 2 : 0), y: height - 6, "text-anchor": anchor };
+      const where = { x: across(share(LEADER, step)) + (anchor === "end" ? RIGHT - 2 : 0), y: height - 6, "text-anchor": anchor };
       parts.push(svg("text", { ...where, class: step === state.step ? "now" : "" }, name));
     });
     data.models.forEach((model, number) => {
       const values = model.similarity[state.image], own = `model-${number}`;
-      const points = values.map((value, step) => [across(share(step, values.length)), up(value)]);
+      const points = values.map((value, step) => [across(share(model, step)), up(value)]);
       parts.push(svg("path", { class: own, d: `M${points.join("L")}` }));
       points.forEach(([x, y], step) => {
         parts.push(svg("circle", { class: own, cx: x, cy: y, r: step === layerOf(number) ? 4.5 : 2 }));
@@ -271,14 +278,16 @@
     });
     at("p-values").replaceChildren(...said);
     const sentence = data.models.map((model, number) => `${model.name}: ${text(model.similarity[state.image][layerOf(number)], 3)}`);
-    curve.setAttribute("aria-label", `P by layer, now at ${longest.layers[state.step]}. ${sentence.join("; ")}`);
-    at("layer").setAttribute("aria-valuetext", longest.layers[state.step]);
+    curve.setAttribute("aria-label", `P by layer, now at ${LEADER.layers[state.step]}. ${sentence.join("; ")}`);
+    at("layer").setAttribute("aria-valuetext", LEADER.layers[state.step]);
   }
 
   function layerByPointer(event) {
     if (event.type === "pointermove" && !event.buttons) return;
     const box = at("curve").getBoundingClientRect();
-    goTo(Math.round(((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * (STEPS - 1)));
+    const part = (event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT);
+    const away = LEADER.depths.map((_, step) => Math.abs(share(LEADER, step) - part));
+    goTo(away.indexOf(Math.min(...away)));
   }
 
   // ---- controls ----------------------------------------------------------------------------------------------------
@@ -313,7 +322,7 @@
     const [first] = all;
     drawCurve();
     drawLegend(first.probe ? all.map((found) => found.pair) : []);
-    at("layer").value = state.step;
+    at("layer").value = LEADER.depths[state.step];
     [...at("images").children].forEach((button, image) => button.setAttribute("aria-pressed", image === state.image));
     at("image-name").textContent = data.names[state.image];
     at("signed").setAttribute("aria-pressed", state.signed);
@@ -381,8 +390,13 @@
   data.notes.forEach((note) => { element("li", "", at("notes")).textContent = note; });
   document.body.classList.toggle("several", panes.length > 1);
   at("subtitle").textContent = "cosines between the patches of an image, layer by layer";
-  at("layer").max = STEPS - 1;
-  at("layer").addEventListener("input", (event) => goTo(Number(event.target.value)));
+  at("layer").max = LEADER.deepest;
+  at("layer").addEventListener("input", (event) => { // past layers that were left out, in the direction it was moved
+    const depth = Number(event.target.value), on = depth > LEADER.depths[state.step];
+    const step = on ? LEADER.depths.findIndex((it) => it >= depth) : LEADER.depths.findLastIndex((it) => it <= depth);
+    goTo(step < 0 && on ? STEPS - 1 : step);
+    event.target.value = LEADER.depths[state.step];
+  });
   at("overlay").addEventListener("input", (event) => { state.overlay = event.target.value / 100; refresh(); });
   at("signed").addEventListener("click", () => measure(true));
   at("absolute").addEventListener("click", () => measure(false));

@@ -22,7 +22,17 @@ def made(model: str = "made", images: int = 1, side: int = 2, layers: int = 2, p
         upper = np.triu(levels, 1)
         cosines.append({layer: upper + upper.T + 127 * np.eye(side**2, dtype=np.int8) for layer in grids})
     shown = [rng.integers(0, 256, (pixels, pixels, 3)).astype(np.uint8) for _ in range(images)]
-    return Maps(model, [f"{n}.png" for n in range(images)], shown, grids, cosines, [[0.25] * layers] * images, [])
+    return Maps(
+        model,
+        [f"{n}.png" for n in range(images)],
+        shown,
+        grids,
+        cosines,
+        [[0.25] * layers] * images,
+        [],
+        list(range(layers)),
+        layers - 1,
+    )
 
 
 class Elements(HTMLParser):
