@@ -37,6 +37,13 @@ def tables(table: "pd.DataFrame", width: int) -> "list[Table]":
     return [_table([layers, *part]) for part in parts]
 
 
+def columns_of(table: "pd.DataFrame") -> tuple[list[str], Columns]:
+    """Return the layers of an analysis, and heading and cells of every column that people read."""
+    places = table.drop_duplicates("depth").sort_values("depth")
+    depths = places["depth"].tolist()
+    return places["layer"].tolist(), [column for name in METRICS for column in _columns(table, depths, name)]
+
+
 def _columns(table: "pd.DataFrame", depths: list[int], group: str) -> Columns:
     """Return headings and cells of a group; a hyphen where a layer has no value."""
     found: Columns = []

@@ -42,6 +42,12 @@ def analyze(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")] = 2,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    with_explorer: Annotated[
+        bool, typer.Option("--explore", help="Write a page that shows which patches are alike (explorer.html).")
+    ] = False,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="Write the whole analysis as one page (report.html).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Measure how alike a model's patches are, layer by layer.
@@ -51,6 +57,7 @@ def analyze(
     from rich.console import Console
 
     from pdvit.analysis import DEFAULT, write_analysis
+    from pdvit.cli.pages import check_side_by_side, explore, report
     from pdvit.tracking import newest
 
     console = Console(stderr=as_json)
@@ -59,7 +66,8 @@ def analyze(
         raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
     if out is not None and len(paths) > 1:
         raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
-    results, folders = [], []
+    check_side_by_side(paths if with_explorer else [])
+    results, folders, analyses = [], [], []
     for path in paths:
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device}
         options |= {"metrics": metrics or DEFAULT}
@@ -70,8 +78,13 @@ def analyze(
         folders.append(str(folder))
         file = write_analysis(folder, analysis, facts)
         results.append(facts | {"file": str(file), "layers_measured": _nested(analysis.table)})
+        analyses.append((analysis.table, facts))
         _show(analysis.table, facts, console)
         console.print(f"[dim]written[/dim]  {file}", highlight=False, soft_wrap=True)
+    if with_explorer:
+        explore(paths, folders, _pictures(Path(paths[0]), images or []), (model, weights), device, console)
+    if with_report:
+        report(analyses, [Path(path) for path in paths], Path(folders[0]), console)
     if as_json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))
     else:

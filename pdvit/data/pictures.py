@@ -1,15 +1,20 @@
 """Pictures to look at rather than to learn from: held-out images of a source, a folder, single files."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.bad_images import BadImage, BadImages
+from pdvit.data.images import FileImages, Preprocessing
 from pdvit.data.kinds import kind_of
-from pdvit.data.sources import FileSplit, Split, list_images, open_source
+from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
+from pdvit.data.sources.split import printable
 from pdvit.errors import UserError, closest
 
 
@@ -27,6 +32,20 @@ class Pictures:
             return self
         chosen = torch.linspace(0, size - 1, limit).round().long()
         return Pictures(f"{self.description}, {limit} of {size:,}", self.split.take(chosen))
+
+    def pixels(self, how: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each image and what a model sees of it, uint8 `(3, size, size)`; `bad` ones as it says."""
+        if isinstance(self.split, ArraySplit):
+            for index in range(len(self.split)):
+                yield f"image {index + 1}", how.fit(self.split.images[index : index + 1])[0]
+            return
+        images = FileImages(self.split, how.evaluation())
+        for index in range(len(self.split)):
+            ((image, _, _),) = images.__getitems__([(-1, index)])
+            if isinstance(image, BadImage):
+                bad.meet([image])
+            else:
+                yield printable(self.split.key(index)), image
 
 
 def held_out(data: DataConfig) -> Pictures:

@@ -1,0 +1,239 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pdvit.analysis.pages import explorer_page
+
+pytestmark = pytest.mark.slow
+# A cosine is kept to half of 1/127, and shown with two digits.
+NEAR = 0.5 / 127 + 0.005 + 1e-6
+HOSTILE = "</script><img src=x onerror=alert(1)><svg onload=alert(2)>"
+
+
+def oklab_lightness(colour: list[int]) -> float:
+    """Return the lightness of an sRGB colour in OKLab (Ottosson 2020)."""
+    srgb = np.array(colour) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_cones = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    return float(np.array([0.2105, 0.7936, -0.0041]) @ np.cbrt(np.array(to_cones) @ linear))
+
+
+def contrast(first: list[float], second: list[float]) -> float:
+    """Return the contrast of two colours as WCAG 2 defines it."""
+
+    def luminance(colour):
+        srgb = np.array(colour) / 255
+        return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_page_opens_from_the_disk_and_shows_the_last_layer(open_page, page_of_one, one):
+    tab = open_page(page_of_one)
+    assert tab.text(".pane .model") == "one"
+    assert tab.text(".pane .layer").startswith("norm")
+    assert tab.text("#image-name") == "0.png"
+    assert tab.text("#p-values b") == f"{one.similarity(0, 'norm'):.3f}"
+    assert "images: all 2" in tab.text("#notes")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_patch_under_the_pointer_colours_all_others_by_their_cosine(open_page, page_of_one, one, signed):
+    tab = open_page(page_of_one)
+    tab.press(*([] if signed else ["c"]))
+    tab.hover(0.3, 0.6)  # row 3, column 2 of 4 x 4
+    assert tab.text("#where") == "row 3, column 2"
+    expected = one.others(0, "norm", 9) if signed else np.abs(one.others(0, "norm", 9))
+    assert tab.value() == pytest.approx(expected.mean(), abs=NEAR)
+    about = tab.text(".reading .about").replace("\u2212", "-")
+    low, high = (float(part) for part in about.split("from ")[1].split(" to "))
+    assert (low, high) == (pytest.approx(expected.min(), abs=NEAR), pytest.approx(expected.max(), abs=NEAR))
+    for patch in (0, 7, 14):
+        level = round(127 * one.cosines[0]["norm"][9][patch])
+        place = (level + 127.5) / 255 if signed else (2 * abs(level) + 0.5) / 255
+        row, column = divmod(patch, 4)
+        assert tab.colour("canvas.map", (column + 0.5) / 4, (row + 0.5) / 4) == tab.colour("#scale", place)
+
+
+def test_a_pinned_patch_is_compared_with_the_one_under_the_pointer(open_page, page_of_one, one):
+    tab = open_page(page_of_one)
+    tab.hover(0.1, 0.1)
+    tab.page.mouse.down()
+    tab.page.mouse.up()
+    for patch in (3, 6, 13):
+        row, column = divmod(patch, 4)
+        tab.hover((column + 0.5) / 4, (row + 0.5) / 4)
+        assert tab.value() == pytest.approx(one.cosines[0]["norm"][0][patch], abs=NEAR)
+    assert tab.page.locator(".needle").count() == 1
+    assert tab.page.locator("#pin").get_attribute("aria-pressed") == "true"
+    tab.page.mouse.down()
+    tab.page.mouse.up()
+    tab.settle()
+    assert tab.text("#where") == "row 4, column 2"
+    assert tab.page.locator("#pin").get_attribute("aria-pressed") == "false"
+
+
+def test_the_slider_and_the_curve_choose_the_layer(open_page, page_of_one, one):
+    tab = open_page(page_of_one)
+    tab.hover(0.1, 0.1)
+    slider = tab.page.locator("#layer")
+    for step, layer in enumerate(one.maps.grids):
+        slider.fill(str(step))
+        tab.settle()
+        assert tab.text(".pane .layer").startswith(layer)
+        assert slider.get_attribute("aria-valuetext") == layer
+        assert tab.text("#p-values b") == f"{one.similarity(0, layer):.3f}"
+        assert tab.value() == pytest.approx(one.others(0, layer, 0).mean(), abs=NEAR)
+        marker = tab.page.locator("#curve line.now").bounding_box()["x"]
+        thumb = slider.bounding_box()
+        assert thumb["x"] + 8 + step / 3 * (thumb["width"] - 16) == pytest.approx(marker, abs=1.5)
+    curve = tab.page.locator("#curve").bounding_box()
+    tab.page.mouse.click(curve["x"] + 34 + (curve["width"] - 50) / 3, curve["y"] + 60)
+    tab.settle()
+    assert tab.text(".pane .layer").startswith("block 1")
+
+
+def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
+    tab = open_page(page_of_one)
+    tab.press("ArrowLeft", "ArrowUp")
+    assert tab.text("#where") == "row 2, column 2"
+    assert tab.value() == pytest.approx(one.others(0, "norm", 5).mean(), abs=NEAR)
+    tab.press("Home", "k")
+    assert tab.text(".pane .layer").startswith("block 1")
+    tab.press("n")
+    assert tab.text("#image-name") == "1.png"
+    assert tab.value() == pytest.approx(one.others(1, "block 1", 5).mean(), abs=NEAR)
+    tab.press("p", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown")
+    assert tab.value() == pytest.approx(one.cosines[1]["block 1"][5][13], abs=NEAR)
+    assert "block 1, patch row 2, column 2" in tab.page.locator("canvas.map").get_attribute("aria-label")
+    tab.press("c")
+    assert tab.value() == pytest.approx(abs(one.cosines[1]["block 1"][5][13]), abs=NEAR)
+    tab.press("o")
+    assert tab.colour("canvas.map", 0.9, 0.1) == [130, 130, 130]  # the image itself
+    tab.press("b", "End", "j")
+    assert (tab.text("#image-name"), tab.text(".pane .layer")[:7]) == ("0.png", "block 2")
+    tab.press("?")
+    assert tab.page.locator("#help").is_visible()
+    tab.press("k")  # keys rest while the help is open
+    tab.press("Escape")
+    assert not tab.page.locator("#help").is_visible()
+    assert tab.text(".pane .layer").startswith("block 2")
+
+
+def test_the_controls_are_reached_in_order_and_show_the_focus(open_page, page_of_one):
+    tab = open_page(page_of_one)
+    reached = []
+    for _ in range(9):
+        tab.page.keyboard.press("Tab")
+        script = "(e = document.activeElement) => [e.id || e.className || e.title, getComputedStyle(e).outlineStyle]"
+        name, outline = tab.page.evaluate(f"({script})()")
+        reached.append(name)
+        assert outline != "none", name
+    assert reached == ["open-help", "map", "0.png", "1.png", "signed", "absolute", "overlay", "pin", "layer"]
+
+
+def test_touch_moves_the_patch(open_page, page_of_one, one):
+    tab = open_page(page_of_one, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    tab.page.touchscreen.tap(*tab.over(0.9, 0.1))
+    tab.settle()
+    assert tab.text("#where") == "row 1, column 4"
+    assert tab.value() == pytest.approx(one.others(0, "norm", 3).mean(), abs=NEAR)
+    tab.page.locator("#pin").tap()
+    touch = tab.page.context.new_cdp_session(tab.page)
+    for kind, place in (("Start", (0.1, 0.1)), ("Move", (0.4, 0.6)), ("Move", (0.6, 0.9)), ("End", None)):
+        points = [dict(zip("xy", tab.over(*place), strict=True))] if place else []
+        touch.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+    tab.settle()
+    assert tab.text("#where") == "row 4, column 3, with pinned row 1, column 4"
+    assert tab.value() == pytest.approx(one.cosines[0]["norm"][3][14], abs=NEAR)
+
+
+def test_two_models_are_linked_also_with_other_grids_and_depths(open_page, made):
+    plain = made("plain", dict.fromkeys(("embed", "block 1", "block 2", "block 3", "norm"), (4, 4)))
+    staged = made("staged", {"embed": (8, 8), "block 1": (4, 4), "norm": (2, 2)}, seed=1)
+    tab = open_page(explorer_page([plain.maps, staged.maps], []))
+    tab.hover(0.6, 0.9, pane=1)
+    assert tab.value(0) == pytest.approx(plain.others(0, "norm", 14).mean(), abs=NEAR)
+    assert tab.value(1) == pytest.approx(staged.others(0, "norm", 3).mean(), abs=NEAR)
+    tab.press("Home")
+    assert tab.value(0) == pytest.approx(plain.others(0, "embed", 14).mean(), abs=NEAR)
+    assert tab.value(1) == pytest.approx(staged.others(0, "embed", 7 * 8 + 4).mean(), abs=NEAR)
+    tab.press("k", "k")
+    assert [tab.text(".pane .layer", pane).split("\u2002")[0] for pane in (0, 1)] == ["block 2", "block 1"]
+    assert tab.text("#p-values b", 1) == f"{staged.similarity(0, 'block 1'):.3f}"
+    tab.page.locator("canvas.map").nth(1).focus()
+    tab.press("End", "ArrowLeft")  # a step on the grid of the map with the focus
+    assert tab.value(1) == pytest.approx(staged.others(0, "norm", 2).mean(), abs=NEAR)
+
+
+def test_layers_that_were_left_out_keep_their_place_on_the_axis(open_page, made):
+    plain = made("plain", dict.fromkeys(("embed", "block 1", "block 2", "block 3", "norm"), (2, 2)))
+    thinned = made("thinned", dict.fromkeys(("embed", "block 5", "norm"), (2, 2)), seed=1, depths=[0, 5, 8])
+    tab = open_page(explorer_page([plain.maps, thinned.maps], []))
+    shown = []
+    tab.press("Home")
+    for _ in range(5):
+        shown.append(tab.text(".pane .layer", 1).split("\u2002")[0])
+        tab.press("k")
+    assert shown == ["embed", "embed", "block 5", "block 5", "norm"]
+    tab = open_page(explorer_page([thinned.maps], []))
+    tab.page.locator("#layer").focus()
+    tab.press("ArrowLeft")  # depth 7 was left out
+    assert tab.text(".pane .layer").startswith("block 5")
+    tab.press("ArrowRight")
+    assert tab.text(".pane .layer").startswith("norm")
+
+
+def test_hostile_names_are_shown_and_do_nothing(open_page, one):
+    maps = replace(one.maps, model=HOSTILE, names=[HOSTILE, HOSTILE])
+    tab = open_page(explorer_page([maps, maps], [HOSTILE]))
+    tab.press("p", "n", "k")
+    assert tab.text(".pane .model") == HOSTILE
+    assert tab.text("#image-name") == HOSTILE
+    assert HOSTILE in tab.text("#notes")
+    assert tab.page.title().endswith(HOSTILE)
+    assert tab.page.locator("img[src=x], svg[onload]").count() == 0
+
+
+def test_the_colours_are_in_order_of_lightness(open_page, page_of_one):
+    tab = open_page(page_of_one)
+    places = [(step + 0.5) / 255 for step in range(2, 255, 5)]  # 127, cosine 0, is one of them
+    signed = [oklab_lightness(tab.colour("#scale", place)) for place in places]
+    half = len(signed) // 2
+    assert (np.diff(signed[: half + 1]) > 0).all()
+    assert (np.diff(signed[half:]) < 0).all()
+    assert signed == pytest.approx(signed[::-1], abs=0.01)
+    tab.press("c")
+    absolute = np.diff([oklab_lightness(tab.colour("#scale", place)) for place in places[::2]])  # 5 levels apart
+    assert absolute.min() > 0
+    assert absolute.max() < 1.2 * absolute.min()  # equal steps
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(open_page, page_of_one, scheme):
+    tab = open_page(page_of_one, color_scheme=scheme)
+    script = """(names) => names.map((name) => {
+        const probe = document.createElement("p"); probe.style.color = `var(${name})`; document.body.append(probe);
+        const parts = getComputedStyle(probe).color.match(/[\\d.]+/g).map(Number); probe.remove(); return parts; })"""
+    names = [
+        "--paper",
+        "--ink",
+        "--muted",
+        "--model-colour-0",
+        "--model-colour-1",
+        "--model-colour-2",
+        "--model-colour-3",
+    ]
+    paper, *others = tab.page.evaluate(script, names)
+    assert (np.mean(paper) < 60) == (scheme == "dark")
+    for name, colour in zip(names[1:], others, strict=True):
+        assert contrast(paper, colour) >= 4.5, name
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_a_narrow_screen_needs_no_sideways_scrolling(open_page, one, models):
+    maps = replace(one.maps, model="a-very-long-name-of-a-run-that-goes-on-and-on-and-on-and-on")
+    tab = open_page(explorer_page([maps] * models, []), viewport={"width": 340, "height": 700})
+    assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= 340

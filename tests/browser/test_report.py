@@ -1,0 +1,21 @@
+import pytest
+
+from pdvit.analysis.pages import Picture, report_page
+
+pytestmark = pytest.mark.slow
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>alert(1)</script></svg>'
+
+
+def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_table):
+    names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
+    facts = dict.fromkeys((*names, "spread", "precision", "device", "verdict"), HOSTILE) | {"notes": []}
+    environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
+    pictures = [Picture(HOSTILE, SVG)]
+    tab = open_page(report_page([(analysis_table([0.5, 0.3, 0.2]), facts)], pictures, environment))
+    assert tab.text("h3") == HOSTILE
+    assert tab.page.locator("figure img").evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [30, 20]
+    assert tab.page.locator("img").count() == 1
+    assert len(tab.page.locator("tbody tr").all()) == 3
+    tab.page.emulate_media(media="print")
+    assert tab.page.locator("figcaption").is_visible()
