@@ -61,15 +61,17 @@ def verdict(table: "pd.DataFrame") -> str:
         since = "from the start" if high == rows["layer"].iloc[0] else f"from {high} on"
         course += f", is at or above {COLLAPSED} {since}"
     stage = "" if len(rows) == len(table[table["metric"] == "similarity"]) else " in the last stage"
-    return f"{_head(value, compared)}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
+    return f"{_head(value, compared, start is not None)}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
 
 
-def _head(value: float, compared: int | None) -> str:
+def _head(value: float, compared: int | None, climbs: bool) -> str:
     alike = "than with random weights"
-    if value >= COLLAPSED:
-        heads = {1: "the patches collapse", 0: f"the patches are alike, but no more {alike}"}
-        return heads.get(1 if compared is None else compared, f"the patches are alike, but less {alike}")
-    return f"no collapse, but patches more alike {alike}" if compared == 1 else "no collapse"
+    if value < COLLAPSED:
+        return f"no collapse, but patches more alike {alike}" if compared == 1 else "no collapse"
+    # random weights leave the patches of plain images alike at every layer: what climbs was apart before
+    if climbs or compared in (None, 1):
+        return "the patches collapse"
+    return f"the patches are alike, but {'no more' if compared == 0 else 'less'} {alike}"
 
 
 def advice(table: "pd.DataFrame", checkpoint: str) -> str:
@@ -78,7 +80,7 @@ def advice(table: "pd.DataFrame", checkpoint: str) -> str:
     train = f"pdvit finetune {shlex.quote(checkpoint)} --data SOURCE --cosine 1"
     if value >= COLLAPSED and (share := _of_outliers(table)):
         return f"to try: a model with register tokens, since patches of outlying length make up {share:.2f} of P"
-    if value >= COLLAPSED and compared in (None, 1):
+    if value >= COLLAPSED and (climb(table) or compared in (None, 1)):
         return f"to try: {train}, which trains P down, and analyze again"
     if value >= COLLAPSED:
         return f"to try: other --images, which may be more varied, or {train}"

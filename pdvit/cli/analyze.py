@@ -130,9 +130,8 @@ def _run(
             say(console, f"written  {file}")
     if as_json and ranks.main:
         print(json.dumps(results[0] if len(folders) == len(results) == 1 else results, indent=2))
-    if left or any(result["stopped"] for result in results):
-        if left:
-            say(console, f"stopped; not measured: {', '.join(left)}")
+    if any(ranks.gather(bool(stop))):
+        say(console, f"stopped; not measured: {', '.join(left) or 'none is left'}")
         return EXIT_STOPPED
     if not as_json:
         say(console, f"next     pdvit plot similarity {' '.join(map(str, folders.values()))}")

@@ -31,7 +31,7 @@ def show(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") ->
     for name in ("stopped", "verdict", "advice", "published"):
         if facts[name]:
             label = f"{name}: " if name in ("stopped", "published") else ""
-            console.print(escape(f"{label}{facts[name]}"), highlight=False, soft_wrap=name != "verdict")
+            console.print(escape(f"{label}{facts[name]}"), highlight=False, soft_wrap=True)
     details = {
         "images": f"{facts['images_measured']} ({facts['images']})",
         "tokens": f"{_patches(table)} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
