@@ -533,6 +533,7 @@ def test_grey_images_of_any_shape_are_fitted_to_the_model_and_that_is_said(run_c
     assert json_means(grey, "similarity") == json_means(colour, "similarity")
 
 
+@pytest.mark.slow
 def test_checkpoints_of_every_form_are_measured_at_once(workplace, analyzed):
     torch.manual_seed(0)
     state = timm.create_model("test_vit", num_classes=0).state_dict()
