@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.measure import Images, batches, check
+from pdvit.analysis.measure import Images, batches
+from pdvit.analysis.meter import check, memory_for
 from pdvit.analysis.metrics import LinearCKA, Patches, centred_gram
 from pdvit.analysis.metrics.cka import FEWEST
+from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, exact_float32, layers_of, watch_layers
 
@@ -15,13 +17,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def cka_between(model: nn.Module, other: nn.Module, images: Images) -> "pd.DataFrame":
+def cka_between(
+    model: nn.Module, other: nn.Module, images: Images, other_images: Images | None = None, ranks: Ranks = ALONE
+) -> "pd.DataFrame":
     """Return the linear CKA between the layers of two models on the same images.
 
     Args:
         model: a bare timm model, whose layers are the rows.
         other: another on the same device, whose layers are the columns; grids, widths and depths may differ.
-        images: as for `analyze`, such as both models take; in batches of at least 4, smaller last ones are left out.
+        images: as for `analyze`, in batches of at least 4, smaller ones are left out.
+        other_images: the same images in the same batches, as the other model takes them; None where that is alike.
+        ranks: of several processes each passes its own share of the images; all return the same.
 
     Returns:
         CKA in [-1, 1], as the metric `cka` defines it; 0 where a layer does not tell the images apart.
@@ -31,15 +37,30 @@ def cka_between(model: nn.Module, other: nn.Module, images: Images) -> "pd.DataF
     """
     import pandas as pd
 
-    cka = LinearCKA()
-    with evaluating(model), evaluating(other):
-        for number, batch in enumerate(batches(images, next(model.parameters()).device)):
-            if number == 0 or len(batch) >= FEWEST:
-                cka.add(_grams(model, batch), _grams(other, batch))
-    if isinstance(cka.cross, float):
-        raise UserError("there are no images to measure", "cka_between(model, other, images)", "pass at least 4 images")
+    cka, device = LinearCKA(), next(model.parameters()).device
+    both = (
+        ((batch, batch) for batch in batches(images, device))
+        if other_images is None
+        else zip(batches(images, device), batches(other_images, device), strict=True)
+    )
+    error: UserError | None = None
+    try:
+        with evaluating(model), evaluating(other):
+            for ours, theirs in both:
+                if len(ours) >= FEWEST:
+                    cka.add(_grams(model, ours), _grams(other, theirs))
+    except UserError as found:
+        error = found
+    whole = LinearCKA()
+    for part, met in ranks.gather((cka, error)):
+        if met is not None:
+            raise met
+        whole.merge(part)
+    if isinstance(whole.cross, float):
+        where = "cka_between(model, other, images)"
+        raise UserError(f"there are no images to measure, or no {FEWEST} at once", where, f"pass at least {FEWEST}")
     names = [[layer.name for layer in layers_of(each)] for each in (model, other)]
-    return pd.DataFrame(cka.matrix().cpu().numpy(), index=names[0], columns=names[1])
+    return pd.DataFrame(whole.matrix().numpy(), index=names[0], columns=names[1])
 
 
 def _grams(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -50,6 +71,6 @@ def _grams(model: nn.Module, images: Tensor) -> list[Tensor]:
         check(patches, layer)
         found.append(centred_gram(patches.tokens))
 
-    with torch.no_grad(), exact_float32(images.device), watch_layers(model, look):
+    with memory_for(images), torch.no_grad(), exact_float32(images.device), watch_layers(model, look):
         model(images)
     return found

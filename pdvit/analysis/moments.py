@@ -16,13 +16,17 @@ class Moments:
     squares: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Take in the values `(B,)` of more images (Chan, Golub and LeVeque 1979), in float64."""
+        """Take in the values `(B,)` of more images, in float64."""
         values = values.double()
-        new, mean = len(values), float(values.mean())
-        total = self.count + new
-        apart = mean - self.mean
-        self.squares += float((values - mean).square().sum()) + apart**2 * self.count * new / total
-        self.mean += apart * new / total
+        mean = float(values.mean())
+        self.merge(Moments(len(values), mean, float((values - mean).square().sum())))
+
+    def merge(self, other: "Moments") -> None:
+        """Take in what was added up elsewhere (Chan, Golub and LeVeque 1979)."""
+        total = self.count + other.count
+        apart = other.mean - self.mean
+        self.squares += other.squares + apart**2 * self.count * other.count / total
+        self.mean += apart * other.count / total
         self.count = total
 
     @property
@@ -47,8 +51,12 @@ class Curve:
 
     def add(self, values: Tensor) -> None:
         """Take in the curves `(B, K)` of more images, in float64."""
-        self.total = self.total + values.double().sum(0).cpu()
-        self.count += len(values)
+        self.merge(Curve(len(values), values.double().sum(0).cpu()))
+
+    def merge(self, other: "Curve") -> None:
+        """Take in what was added up elsewhere."""
+        self.total = self.total + other.total
+        self.count += other.count
 
     @property
     def mean(self) -> Tensor:

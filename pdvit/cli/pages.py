@@ -1,20 +1,17 @@
 """The pages of `pdvit analyze`: the patch explorer (--explore) and the report (--report)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdvit.cli.runs.report import say
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from rich.console import Console
-
+    from pdvit.cli.measured import Asked, Measured
     from pdvit.data.pictures import Pictures
-
-    # Of each checkpoint the table, and what was measured.
-    Analyses = Sequence[tuple[pd.DataFrame, dict[str, Any]]]
+    from pdvit.engine.display import RunConsole
+    from pdvit.plots.style import Drawing, Theme
 
 
 def check_side_by_side(checkpoints: Sequence[object]) -> None:
@@ -24,21 +21,12 @@ def check_side_by_side(checkpoints: Sequence[object]) -> None:
     room(len(checkpoints) or 1)
 
 
-def explore(
-    checkpoints: Sequence[str | Path],
-    folders: Sequence[str],
-    pictures: "Pictures",
-    which: tuple[str | None, str | None],
-    device: str,
-    console: "Console",
-) -> None:
+def explore(folders: Mapping[str, Path], pictures: "Pictures", asked: "Asked", console: "RunConsole") -> None:
     """Write explorer.html into the first checkpoint's folder, and analysis/maps.npz into each; say what they hold.
 
-    Checkpoints are opened once more, one at a time, so that all of them are shown the same `pictures`. `which` is the
-    name of the model and the choice of the weights, where the user gave them. Raises UserError.
+    `folders` says where the results of each checkpoint go. Checkpoints are opened once more, one at a time, so that all
+    of them are shown the same `pictures`. Raises UserError.
     """
-    from rich.markup import escape
-
     from pdvit.analysis.maps import MOST_IMAGES, read_maps, write_maps
     from pdvit.analysis.pages import explorer_page, room
     from pdvit.data.bad_images import BadImages
@@ -47,71 +35,144 @@ def explore(
     from pdvit.models.weights import load
     from pdvit.tracking import write_file
 
-    space, shown, bad, models = room(len(checkpoints)), pictures.first(MOST_IMAGES), BadImages(skip=True), []
-    for path in checkpoints:
-        loaded = load(str(path), *which)
+    space, shown, bad, models = room(len(folders)), pictures.first(MOST_IMAGES), BadImages(skip=True), []
+    for path in folders:
+        loaded = load(path, asked.model, asked.weights)
         how = Preprocessing.for_model(loaded.model)
-        model = loaded.model.to(choose_device(device))
+        model = loaded.model.to(choose_device(asked.device))
         models.append(read_maps(model, shown.pixels(how, bad), how.normalise, loaded.name, space))
     notes = [_of_images(pictures, shown, min(len(maps.names) for maps in models), len(bad.found))]
-    page = Path(folders[0]) / "explorer.html"
+    page = next(iter(folders.values())) / "explorer.html"
     try:
-        for folder, maps in zip(folders, models, strict=True):
-            write_maps(Path(folder) / "analysis" / "maps.npz", maps)
+        for folder, maps in zip(folders.values(), models, strict=True):
+            write_maps(folder / "analysis" / "maps.npz", maps)
         write_file(page, explorer_page(models, notes))
     except OSError as error:
         raise _not_written(page, error) from error
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
-        console.print(f"[dim]explorer[/dim] {escape(note)}", highlight=False, soft_wrap=True)
-    console.print(f"[dim]written[/dim]  {escape(str(page))}", highlight=False, soft_wrap=True)
+        say(console, f"explorer {note}")
+    say(console, f"written  {page}")
 
 
-def report(analyses: "Analyses", runs: Sequence[Path], folder: Path, console: "Console") -> None:
-    """Write report.html into a folder: verdicts, tables, figures, definitions and environment of these analyses.
+def report(done: "Sequence[Measured]", folders: Mapping[str, Path], console: "RunConsole") -> None:
+    """Write report.html beside the first analysis: verdicts, tables, figures, definitions and environment.
 
-    `runs` are the checkpoints, for figures of what else lies in their folders. Raises UserError.
+    `folders` says where the results of each checkpoint are. Raises UserError.
     """
-    from rich.markup import escape
-
     from pdvit.analysis.pages import Picture, report_page
-    from pdvit.plots.style import to_svg
+    from pdvit.plots.style import DARK, LIGHT, to_svg
     from pdvit.tracking import describe_environment, write_file
 
-    drawn = {title: draw(analyses, runs) for title, draw in FIGURES.items()}
-    pictures = [Picture(title, to_svg(figure)) for title, figure in drawn.items() if figure is not None]
-    file, device = folder / "report.html", str(analyses[0][1]["device"])
+    pictures = []
+    for title, draw in FIGURES.items():
+        drawn = [draw(done, theme) for theme in (LIGHT, DARK)]
+        light, dark = (figure and to_svg(figure) for figure in drawn)
+        if light and dark:
+            pictures.append(Picture(title, light, dark))
+    file = folders[done[0].path] / "report.html"
+    analyses = [(measured.analysis.table, measured.facts) for measured in done]
     try:
-        write_file(file, report_page(analyses, pictures, describe_environment(device)))
+        write_file(file, report_page(analyses, pictures, describe_environment(done[0].facts["device"])))
     except OSError as error:
         raise _not_written(file, error) from error
-    console.print(f"[dim]written[/dim]  {escape(str(file))}", highlight=False, soft_wrap=True)
+    say(console, f"written  {file}")
 
 
-def _similarity(analyses: "Analyses", runs: Sequence[Path]) -> "Figure | None":
-    from pdvit.plots.similarity import plot_similarity
+def _similarity(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.similarity import METRIC, plot_similarity
 
-    measured = [(table, facts) for table, facts in analyses if (table["metric"] == "similarity").any()]
-    if not measured:
-        return None
-    return plot_similarity([table for table, _ in measured], [facts["model"] for _, facts in measured])
+    found = _with(done, METRIC)
+    return plot_similarity(_tables(found), _names(found), theme) if found else None
 
 
-def _training(analyses: "Analyses", runs: Sequence[Path]) -> "Figure | None":
+def _compare(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.compare import plot_compare
+    from pdvit.plots.similarity import METRIC
+
+    found = _with(done, METRIC)
+    return plot_compare(_tables(found), _names(found), theme) if len(found) == 2 else None
+
+
+def _metrics(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.metrics import plot_metrics
+
+    return None if _compare(done, theme) else plot_metrics(_tables(done), _names(done), theme)  # which has them too
+
+
+def _norms(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.norms import NEEDED, plot_norms
+
+    found = _with(done, *NEEDED)
+    return plot_norms(_tables(found), _names(found), theme) if found else None
+
+
+def _pairs(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.pairs import plot_pairs
+
+    found = _with_curves(done, "pairs")
+    return plot_pairs([one.analysis.curves["pairs"] for one in found], _names(found), theme) if found else None
+
+
+def _spectrum(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.spectrum import plot_spectrum
+
+    found = _with_curves(done, "spectrum")
+    arrays = [one.analysis.curves["spectrum"] for one in found]
+    return plot_spectrum(arrays, _tables(found), _names(found), theme) if found else None
+
+
+def _attention(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.attention import plot_attention
+
+    found = _with_curves(done, "attention")
+    arrays = [one.analysis.curves["attention"] for one in found]
+    return plot_attention(arrays, _tables(found), _names(found), theme) if found else None
+
+
+def _cka(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
+    from pdvit.plots.cka import plot_cka
+
+    found = _with_curves(done, "cka")
+    arrays = [one.analysis.curves["cka"] for one in found]
+    return plot_cka(arrays, _names(found), theme=theme) if found else None
+
+
+def _training(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
     from pdvit.plots.training import plot_training, read_records
 
-    trained = [run for run in runs if (run / "metrics.jsonl").is_file()]
-    return (
-        plot_training([read_records(run) for run in trained], [run.resolve().name for run in trained])
-        if trained
-        else None
-    )
+    runs = [Path(one.path) for one in done if (Path(one.path) / "metrics.jsonl").is_file()]
+    names = [run.resolve().name for run in runs]
+    return plot_training([read_records(run) for run in runs], names, theme) if runs else None
 
 
 # The figures of a report, in order: what each shows, and how it is drawn; None where there is nothing to draw.
-FIGURES: dict[str, Callable[..., "Figure | None"]] = {
+FIGURES: "dict[str, Callable[[Sequence[Measured], Theme], Drawing | None]]" = {
     "P by layer: mean over images, and one standard deviation": _similarity,
+    "The two checkpoints: P, its difference with a 95 % interval, and all other metrics": _compare,
+    "All metrics by layer": _metrics,
+    "Lengths of the tokens: mean, spread and outliers": _norms,
+    "Cosines of all pairs of patches, by layer": _pairs,
+    "Amplitude by spatial frequency, by layer": _spectrum,
+    "Attention: entropy and distance by head": _attention,
+    "Which layers tell images apart alike: linear CKA": _cka,
     "Training: loss by term, validation accuracy, and P by layer over the epochs": _training,
 }
+
+
+def _with(done: "Sequence[Measured]", *metrics: str) -> "list[Measured]":
+    return [one for one in done if set(metrics) <= set(one.analysis.table["metric"])]
+
+
+def _with_curves(done: "Sequence[Measured]", group: str) -> "list[Measured]":
+    return [one for one in done if group in one.analysis.curves]
+
+
+def _tables(done: "Sequence[Measured]") -> list[Any]:
+    return [one.analysis.table for one in done]
+
+
+def _names(done: "Sequence[Measured]") -> list[str]:
+    return [one.name for one in done]
 
 
 def _of_images(pictures: "Pictures", shown: "Pictures", count: int, bad: int) -> str:

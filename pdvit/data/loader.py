@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -97,7 +97,20 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
     size = max(1, min(how.batch_size // how.processes, how.eval_batch or how.batch_size))
     least, most = len(split) // how.processes, -(-len(split) // how.processes)
     turns = max(1, min(-(-most // size), least))  # the same for all processes, as FSDP needs, and none without an image
-    chunks = torch.arange(*how.share(len(split))).tensor_split(turns)
+    yield from _whole(split, how, torch.arange(*how.share(len(split))).tensor_split(turns))
+
+
+def shared_batches(split: Split, how: Loading) -> Iterator[Batch]:
+    """Yield those of a single process's `eval_batches` that are this one's: whole ones, in turn, perhaps none.
+
+    For what depends on which images share a batch, and where processes do not wait for one another.
+    """
+    chunks = torch.arange(len(split)).tensor_split(max(1, -(-len(split) // how.batch_size)))
+    yield from _whole(split, replace(how, rank=0, processes=1), chunks[how.rank :: how.processes])
+
+
+def _whole(split: Split, how: Loading, chunks: Sequence[Tensor]) -> Iterator[Batch]:
+    """Yield the images of each chunk of indices as a batch."""
     raw: Iterator[Raw]
     if isinstance(split, ArraySplit):
         fit = how.preprocessing.fit

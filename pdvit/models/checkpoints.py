@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pdvit.errors import UserError, closest
 from pdvit.models.hub import downloaded, published
+from pdvit.models.memory import check_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The key of the header under which the text of config.json stands.
@@ -78,7 +79,14 @@ def read_checkpoint(given: str | Path) -> Checkpoint:
 
 
 def name_of(path: Path) -> str:
-    """Return what a checkpoint is called: its folder's name, or the file's where that says more than `model`."""
+    """Return what a checkpoint is called: its folder's name, or the file's where that says more than `model`.
+
+    What is not there is called by the last part of the name that is given: of published weights, say.
+    """
+    if not os.path.exists(path):
+        path = Path(str(path).partition("@")[0].rpartition(":")[2])
+        if not os.path.exists(path):
+            return path.name if path.suffix not in (".safetensors", *PICKLED) else path.stem
     folder = path if path.is_dir() else path.parent
     return folder.resolve().name if path.is_dir() or path.stem == "model" else path.stem
 
@@ -98,6 +106,8 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     file = _weights_in(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
+    if file.suffix in (".safetensors", *PICKLED):
+        check_bytes(file.stat().st_size, str(file))  # a file holds hardly anything but weights
     if file.suffix == ".safetensors":
         tensors, config = _read_safetensors(file)
     elif file.suffix in PICKLED:

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pdvit.errors import UserError, closest
 from pdvit.models.build import sketch_model
+from pdvit.models.memory import check_fits
 
 OFFLINE = "check the network, or get the folder where there is one and name it"
 
 
 def published(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights that timm publishes for a model, and their configuration; UserError where it has none."""
-    sketch_model(name, {}, name)  # refuse what pdvit can't read before anything is fetched
+    sketch = sketch_model(name, {}, name)  # refuse what pdvit can't read before anything is fetched
+    check_fits(sketch.state_dict().values(), name)
     family, _, tag = name.partition(".")
     known = timm.list_pretrained(f"{family}.*")
     if not known or (tag and name not in known):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,20 +17,39 @@ from pdvit.models.build import create_model
 from pdvit.models.checkpoints import CONFIG, HEADER_KEY, WEIGHTS
 from pdvit.models.description import describe, expect_input, weights_told
 from pdvit.models.matching import Match, match
+from pdvit.models.memory import check_fits
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model read from disk, and what is known about it."""
+    """A model read from disk, and what is known about it.
+
+    Attributes:
+        model: with the weights of the checkpoint.
+        name: what the checkpoint is called.
+        config: what it says of itself, as timm's config.json.
+        architecture: timm's name of the model.
+        arguments: timm's arguments of it.
+    """
 
     model: nn.Module
     name: str
     config: dict[str, Any]
+    architecture: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
         """Which weights these are: `raw`, `ema`, or `unknown` where the file does not say."""
         return weights_told(self.config)
+
+    def with_random_weights(self, seed: int = 0) -> nn.Module:
+        """Return the same model with timm's own initialisation, on the CPU; no generator of the process moves on."""
+        where = f"{self.architecture} with random weights"
+        check_fits(self.model.state_dict().values(), where)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return create_model(self.architecture, dict(self.arguments), where).eval()
 
 
 def export(
@@ -85,17 +104,20 @@ def load(path: str | Path, model_name: str | None = None, weights: str | None = 
         weights: `raw` or `ema`, where the file holds both; None takes the moving average.
 
     Raises:
-        UserError: nothing is there, the file is truncated, foreign or of another format, or weights and model differ.
+        UserError: nothing is there, the file is truncated, foreign or of another format, weights and model differ, or
+            the model is too big for memory.
     """
     described = describe(path, model_name, weights)
     where = described.where
     found = match(described.chosen.tensors, described.sketch, where)
     _refuse_difference(found, where)  # by shape, before the model takes any memory
+    check_fits(described.sketch.state_dict().values(), where)
     model = create_model(described.architecture, described.arguments, where)
     model.load_state_dict(found.tensors)
     expect_input(model, described)
     facts = {"weights": described.weights} | ({"prefix": prefix} if (prefix := described.chosen.prefix) else {})
-    return Loaded(model.eval(), described.name, described.config | {"pdvit": facts})
+    config = described.config | {"pdvit": facts}
+    return Loaded(model.eval(), described.name, config, described.architecture, described.arguments)
 
 
 def _refuse_difference(found: Match, where: str) -> None:

@@ -1,7 +1,11 @@
+import itertools
 import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,9 @@ import pdvit as library
 import pdvit.config.schema
 import pdvit.data.sources
 from pdvit.analysis import DEFINITIONS
+from pdvit.cli import measured
 from pdvit.cli import run as pdvit
+from pdvit.models import memory
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 LAYERS = ["embed", "block 1", "block 2", "norm"]
@@ -56,8 +62,10 @@ def test_a_run_gets_its_table(run_copy, analyzed):
         rows = table[table["metric"] == metric]
         assert rows["layer"].tolist() == LAYERS
         assert rows["depth"].tolist() == [0, 1, 2, 3]
-    assert len(table) == 28
-    assert (table["images"] == 256).all()
+    assert len(table) == 32
+    random = table["metric"] == "similarity_random"
+    assert (table.loc[~random, "images"] == 256).all()
+    assert (table.loc[random, "images"] == 32).all()
     assert (table["tokens"] == 16).all()
     facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
     assert (facts["images_measured"], facts["patch_tokens"], facts["prefix_tokens_dropped"]) == (256, 16, 1)
@@ -328,7 +336,8 @@ def test_metrics_are_chosen_by_name(run_copy, analyzed):
     names = {"effective_rank", "participation_ratio", "cka_last"}
     names |= {f"pairs_p{at}" for at in ("05", "25", "50", "75", "95")}
     assert set(result["metrics"]) == names
-    assert result["verdict"] is None
+    assert result["verdict"] is result["advice"] is None
+    assert "no verdict, which needs P: --metrics similarity" in result["notes"]
     assert [layer["layer"] for layer in result["layers_measured"]] == LAYERS
     assert all(set(layer) == names | {"layer", "depth"} for layer in result["layers_measured"])
     assert result["layers_measured"][-1]["cka_last"] == {"mean": pytest.approx(1), "std": None, "ci95": None}
@@ -352,3 +361,221 @@ def test_the_command_prints_each_definition(run_copy, capsys):
 def test_an_unknown_metric_names_the_closest(run_copy, refusal):
     assert "did you mean 'spectrum'" in refusal("analyze", run_copy, "--metrics", "spectrm").tip
     assert "at least 4 images" in refusal("analyze", run_copy, "--metrics", "cka", "--limit", 2).tip
+
+
+def test_random_weights_of_the_same_model_are_measured_on_the_spot(run_copy, analyzed):
+    result = analyzed(run_copy, "--limit", 100)
+    config = json.loads((run_copy / "config.json").read_text())
+    torch.manual_seed(0)
+    random = timm.create_model(config["architecture"], **config["model_args"])
+    held_out = library.data.sources.open_source(library.config.schema.DataConfig()).splits["test"].images
+    chosen = torch.linspace(0, 359, 100).round().long()[torch.linspace(0, 99, 32).round().long()]
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{run_copy}", pretrained=True))
+    mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+    expected = library.analyze(random, (held_out[chosen] / 255 - mean) / std, "similarity")
+    assert json_means(result, "similarity_random") == pytest.approx(expected["mean"].tolist(), abs=1e-5)
+    assert f"(random weights on the same images: {expected['mean'].iloc[-1]:.3f})" in result["verdict"]
+    assert str(run_copy) in result["advice"] or "nothing" in result["advice"]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Return a function that lets so many Ctrl-C come after so many batches, of the `nth` time that images are read."""
+
+    def prepare(after: int, times: int = 1, nth: int = 1) -> None:
+        original, calls = measured.shared_batches, itertools.count(1)
+
+        def batches(*arguments):
+            here = next(calls) == nth
+            for number, batch in enumerate(original(*arguments)):
+                if here and number == after:
+                    for _ in range(times):
+                        os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+        monkeypatch.setattr(measured, "shared_batches", batches)
+
+    return prepare
+
+
+def test_an_interrupt_leaves_what_is_there_so_far_and_says_so(run_copy, tmp_path, interrupt, capsys):
+    other = shutil.copytree(run_copy, tmp_path / "other")
+    interrupt(after=3)
+    capsys.readouterr()
+    status = pdvit(["analyze", str(run_copy), str(other), "--limit", "40", "-b", "5", "-j", "0", "--device", "cpu"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert status == 75
+    assert "stopped: on request, after 15 of 40 images" in shown
+    assert f"stopped; not measured: {other}" in shown
+    assert "images 15 (" in shown
+    table = pd.read_csv(run_copy / "analysis.csv")
+    assert (table["images"] == 15).all()
+    assert "similarity_random" not in set(table["metric"])
+    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
+    assert facts["stopped"] == "on request, after 15 of 40 images"
+    assert facts["images_measured"] == 15
+    assert not (other / "analysis.csv").exists()
+
+
+def test_an_interrupt_while_random_weights_are_measured_keeps_the_rest(run_copy, interrupt, capsys):
+    interrupt(after=1, nth=2)
+    assert pdvit(["analyze", str(run_copy), "--limit", "40", "-b", "5", "-j", "0", "--device", "cpu"]) == 75
+    table = pd.read_csv(run_copy / "analysis.csv")
+    assert (table["images"] == 40).all()
+    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
+    assert "stopped before random weights were measured" in facts["notes"]
+
+
+def test_an_interrupt_before_the_first_image_writes_nothing(run_copy, interrupt, capsys):
+    interrupt(after=0)
+    assert pdvit(["analyze", str(run_copy), "--limit", "40", "-j", "0", "--device", "cpu"]) == 75
+    assert f"stopped; not measured: {run_copy}" in capsys.readouterr().out
+    assert not (run_copy / "analysis.csv").exists()
+
+
+def test_a_second_interrupt_ends_at_once(run_copy, interrupt):
+    interrupt(after=3, times=2)
+    assert pdvit(["analyze", str(run_copy), "--limit", "40", "-b", "5", "-j", "0", "--device", "cpu"]) == 130
+    assert not (run_copy / "analysis.csv").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_measure_what_one_does(run_copy, tmp_path):
+    options = ["--limit", "50", "-b", "8", "-j", "0", "--device", "cpu", "--metrics", "similarity,rank,pairs,cka"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    shown = {}
+    for count in (1, 3):
+        out = ["--out", str(tmp_path / str(count))]
+        done = subprocess.run(
+            [*start, str(count), "-m", "pdvit", "analyze", str(run_copy), *options, *out],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        shown[count] = done.stdout
+    one, several = (pd.read_csv(tmp_path / count / "analysis.csv") for count in ("1", "3"))
+    pd.testing.assert_frame_equal(several, one, rtol=2e-6)
+    assert (one["images"].unique() == [50, 32]).all()
+    assert shown[3].count("written") == 1
+    with np.load(tmp_path / "1" / "analysis" / "cka.npz") as whole, np.load(tmp_path / "3/analysis/cka.npz") as parts:
+        np.testing.assert_allclose(parts["matrix"], whole["matrix"], atol=1e-9)
+
+
+def test_sampled_pairs_come_with_their_error(workplace, analyzed, refusal):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), "large.pth")  # 100 patches
+    options = ["large.pth", "--model", "test_vit", "--metrics", "similarity"]
+    whole, some = analyzed(*options), analyzed(*options, "--pairs", "sampled")
+    errors = list(some["sampling_errors"]["similarity"].values())
+    assert whole["sampling_errors"] == {}
+    assert len(errors) == len(some["layers_measured"])
+    for exact, rough, error in zip(
+        json_means(whole, "similarity"), json_means(some, "similarity"), errors, strict=True
+    ):
+        assert 0 < abs(exact - rough) < 4 * error
+    assert f"{max(errors):.2g}" in some["notes"][0]
+    assert "all or sampled" in refusal("analyze", *options, "--pairs", "most").tip
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_any_work(refusal, tmp_path):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in refusal("analyze", "absent", "--out", tmp_path / "file" / "folder").where
+
+
+def test_broken_images_are_left_out_where_that_is_asked_for_and_counted(run_copy, image_folder, analyzed, refusal):
+    (image_folder / "bad.png").write_text("not an image")
+    assert "--on-bad-image skip" in refusal("analyze", run_copy, "--images", image_folder).tip
+    result = analyzed(run_copy, "--images", image_folder, "--on-bad-image", "skip")
+    assert result["images_measured"] == 30
+    assert "1 left out that do not decode" in result["images"]
+    only = refusal("analyze", run_copy, "--images", image_folder / "bad.png", "--on-bad-image", "skip")
+    assert "no images to measure" in only.what
+    assert "skip" in refusal("analyze", run_copy, "--on-bad-image", "ignore").tip
+
+
+def test_constant_images_leave_no_gap_in_the_table(run_copy, tmp_path, analyzed):
+    for number, colour in enumerate(("black", "white", "grey", "red")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{number}.png")
+    groups = "similarity,similarity_signed,norms,pairs,drift,rank,spectrum,attention,cka"
+    result = analyzed(run_copy, *[f"--images={tmp_path / f'{number}.png'}" for number in range(4)], "--metrics", groups)
+    table = pd.read_csv(run_copy / "analysis.csv")
+    assert table["mean"].notna().all()
+    assert np.isfinite(table["mean"]).all()
+    assert result["images_measured"] == 4
+
+
+def test_a_model_of_a_single_patch_is_refused(workplace, refusal):
+    torch.save(timm.create_model("test_vit", img_size=16).state_dict(), "one.pth")
+    assert "single patch" in refusal("analyze", "one.pth", "--model", "test_vit").what
+
+
+def test_a_model_of_other_channels_is_refused(workplace, refusal):
+    torch.save(timm.create_model("test_vit", in_chans=1).state_dict(), "grey.pth")
+    assert "patch_embed.proj.weight" in refusal("analyze", "grey.pth", "--model", "test_vit").what
+
+
+def test_a_model_that_is_too_big_for_memory_is_refused_before_it_is_built(run_copy, refusal, monkeypatch):
+    size = (run_copy / "model.safetensors").stat().st_size
+    for left, where in ((size - 1, "model.safetensors"), (size // 2, "model.safetensors")):
+        monkeypatch.setattr(memory, "available", lambda left=left: left)
+        found = refusal("analyze", run_copy)
+        assert "too big for memory" in found.what
+        assert where in found.where
+
+
+def test_grey_images_of_any_shape_are_fitted_to_the_model_and_that_is_said(run_copy, tmp_path, analyzed):
+    levels = np.random.default_rng(0).integers(0, 255, (50, 37), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    Image.fromarray(levels).convert("RGB").save(tmp_path / "colour.png")
+    grey, colour = (analyzed(run_copy, "--images", tmp_path / name) for name in ("grey.png", "colour.png"))
+    assert "RGB, short side scaled, centre crop to 32x32 px" in grey["images"]
+    assert json_means(grey, "similarity") == json_means(colour, "similarity")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_every_form_are_measured_at_once(workplace, analyzed):
+    torch.manual_seed(0)
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    forms = {
+        "plain.pth": state,
+        "deit.pth": {"model": state, "epoch": 3},
+        "dino.pth": {"teacher": {f"backbone.{name}": value for name, value in state.items()}},
+        "timm.pth.tar": {"state_dict": state, "arch": "test_vit"},
+    }
+    for name, content in forms.items():
+        torch.save(content, name)
+    save_file(state, "alone.safetensors")
+    Path("folder").mkdir()
+    shutil.copy("alone.safetensors", "folder/model.safetensors")
+    Path("folder/config.json").write_text('{"architecture": "test_vit", "num_classes": 0}')
+    results = analyzed(*forms, "alone.safetensors", "local-dir:folder", "--model", "test_vit", "--limit", 2)
+    assert len(results) == 6
+    assert len({json.dumps(result["layers_measured"]) for result in results}) == 1
+    assert [result["model"] for result in results] == ["plain", "deit", "dino", "timm.pth", "alone", "folder"]
+
+
+def test_cka_between_checkpoints_goes_into_the_first_one(run_copy, tmp_path, analyzed):
+    others = [Path(shutil.copytree(run_copy, tmp_path / place / "other")) for place in ("one", "two")]
+    state = load_file(others[1] / "model.safetensors")
+    save_file(
+        {name: -value for name, value in state.items()},
+        others[1] / "model.safetensors",
+        metadata={"config.json": (run_copy / "config.json").read_text()},
+    )
+    results = analyzed(run_copy, *others, "--metrics", "cka", "--limit", 40, "--batch-size", 10)
+    assert "is in analysis/cka_between.npz of copied" in results[1]["notes"][0]
+    with np.load(run_copy / "analysis" / "cka_between.npz") as found, np.load(run_copy / "analysis" / "cka.npz") as own:
+        assert set(found) == {"layers", "layers/other", "layers/other (2)", "matrix/other", "matrix/other (2)"}
+        assert found["layers"].tolist() == found["layers/other"].tolist() == LAYERS
+        np.testing.assert_allclose(found["matrix/other"], own["matrix"], atol=1e-9)
+        assert not np.allclose(found["matrix/other (2)"], own["matrix"], atol=1e-4)
+
+
+def test_cka_between_checkpoints_on_different_images_is_left_out_with_the_reason(run_copy, tmp_path, analyzed):
+    other = Path(shutil.copytree(run_copy, tmp_path / "other"))
+    recipe = (other / "run.toml").read_text()
+    (other / "run.toml").write_text(recipe.replace('source = "digits"', 'source = "digits:0-4"'))
+    results = analyzed(run_copy, other, "--metrics", "cka", "--limit", 12)
+    assert "they were measured on different images" in results[1]["notes"][-2]
+    assert not (run_copy / "analysis" / "cka_between.npz").exists()

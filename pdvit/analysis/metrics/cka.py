@@ -29,11 +29,7 @@ def centred_gram(tokens: Tensor) -> Tensor:
     """
     count = len(tokens)
     if count < FEWEST:
-        raise UserError(
-            f"CKA compares images with one another, and {count} at once are too few",
-            "analyze(metrics='cka')",
-            f"pass batches of at least {FEWEST} images; more make it less noisy (--images, --batch-size)",
-        )
+        raise too_few(count)
     gram, energy = _gram(tokens)
     if not bool(gram.diagonal().sum() > ROUNDING**2 * energy):
         return torch.zeros_like(gram)
@@ -41,6 +37,15 @@ def centred_gram(tokens: Tensor) -> Tensor:
     rows = gram.sum(0) / (count - 2)
     centred = gram - rows - rows[:, None] + rows.sum() / (count - 1)
     return centred.fill_diagonal_(0)
+
+
+def too_few(count: int) -> UserError:
+    """Return the error of batches that all are too small."""
+    return UserError(
+        f"CKA compares images with one another, and {count} at once are too few",
+        "analyze(metrics='cka')",
+        f"pass batches of at least {FEWEST} images; more make it less noisy (--images, --batch-size)",
+    )
 
 
 def _gram(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,9 +73,14 @@ class LinearCKA:
         """Take in the `centred_gram` of each layer of the one and of the other model, for the same images."""
         one, two = (torch.stack(grams).flatten(1) for grams in (first, second))
         scale = 1 / (len(first[0]) - 3)  # n times HSIC: a batch counts by its images
-        self.cross = self.cross + scale * (one @ two.T)
-        self.own = self.own + scale * one.square().sum(1)
-        self.other = self.other + scale * two.square().sum(1)
+        self._sum((scale * (one @ two.T)).cpu(), (scale * one.square().sum(1)).cpu(), scale * two.square().sum(1).cpu())
+
+    def merge(self, other: "LinearCKA") -> None:
+        """Take in what was added up elsewhere."""
+        self._sum(other.cross, other.own, other.other)
+
+    def _sum(self, cross: Tensor | float, own: Tensor | float, other: Tensor | float) -> None:
+        self.cross, self.own, self.other = self.cross + cross, self.own + own, self.other + other
 
     def matrix(self) -> Tensor:
         """Return CKA, `(layers, other layers)`, in [-1, 1]; 0 where a layer does not tell the images apart."""

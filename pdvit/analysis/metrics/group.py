@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdvit.analysis.metrics.sample import cosines_of
 from pdvit.errors import UserError
 from pdvit.similarity import at_least_float32, patch_similarity, unit_tokens
 
@@ -33,7 +34,8 @@ class Group:
 
     Attributes:
         of: function from what is measured (`Patches`, or the attention of a block) to named values: one per image,
-            `(B,)`, for the table, or a curve per image, `(B, K)`, whose mean over images goes to a file.
+            `(B,)`, for the table, or a curve per image, `(B, K)`, whose mean over images goes to a file. Of sampled
+            pairs, `error/NAME` is the standard error of a value, `(B,)`.
         columns: the names in the table, and what they mean.
         curves: the names of the curves, and what they are.
         shown: which columns a terminal shows, and their short headings.
@@ -52,12 +54,20 @@ class Patches:
         tokens: `(B, N, D)`.
         image: height and width of the images, in pixels.
         first: tokens of length 1 of the layer that drift is measured from, where this layer can be compared with it.
+        pairs: which pairs of patches stand for all, `(2, M)`; None for all of them.
     """
 
-    def __init__(self, tokens: Tensor, image: tuple[int, int] = (1, 1), first: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        image: tuple[int, int] = (1, 1),
+        first: Tensor | None = None,
+        pairs: Tensor | None = None,
+    ) -> None:
         self.tokens = at_least_float32(tokens)
         self.image = image
         self.first = first
+        self.pairs = pairs
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -71,9 +81,15 @@ class Patches:
         return unit_tokens(self.tokens)
 
     @cached_property
+    def cosines(self) -> Tensor:
+        """Cosine of every sampled pair, `(B, M)`."""
+        assert self.pairs is not None
+        return cosines_of(self.unit, self.pairs)
+
+    @cached_property
     def similarity(self) -> Tensor:
         """P of every image, `(B,)`."""
-        return patch_similarity(self.tokens)
+        return patch_similarity(self.tokens) if self.pairs is None else self.cosines.abs().double().mean(1)
 
     @property
     def grid(self) -> tuple[int, int]:

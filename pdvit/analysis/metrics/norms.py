@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.group import Definition, Group, Patches
+from pdvit.analysis.metrics.sample import error_of_share_mean
 from pdvit.similarity import SHORTEST, patch_similarity
 
 # Our choice: from twice the median, and five robust standard deviations beyond it, a token is an outlier.
@@ -32,6 +33,15 @@ def similarity_without(tokens: Tensor, left_out: Tensor) -> Tensor:
     return share * (count * (count - 1) / (kept * (kept - 1)))
 
 
+def _sampled(patches: Patches, left_out: Tensor) -> dict[str, Tensor]:
+    """Do what `similarity_without` does with the sampled pairs that hold no outlier."""
+    assert patches.pairs is not None
+    kept = ~(left_out[:, patches.pairs[0]] | left_out[:, patches.pairs[1]])
+    values = patches.cosines.abs().double()
+    name = "similarity_without_outliers"
+    return {name: (values * kept).sum(1) / kept.sum(1), f"error/{name}": error_of_share_mean(values, kept)}
+
+
 def _median(values: Tensor) -> Tensor:
     """Return the median of each row, `(B, 1)`: of an even number the mean of the middle two."""
     ordered = values.sort(-1).values
@@ -42,18 +52,23 @@ def _median(values: Tensor) -> Tensor:
 def _norms(patches: Patches) -> dict[str, Tensor]:
     lengths = patches.lengths
     found = outliers(lengths)
-    rest = patches.similarity.clone()
-    some = found.any(1)
-    if bool(some.any()):
-        rest[some] = similarity_without(patches.tokens[some], found[some])
     shortest = lengths.new_tensor(SHORTEST)
     return {
         "norm_mean": lengths.mean(1),
         "norm_std": lengths.std(1),
         "norm_peak": lengths.amax(1).maximum(shortest) / _median(lengths)[:, 0].maximum(shortest),
         "norm_outliers": found.float().mean(1),
-        "similarity_without_outliers": rest,
-    }
+    } | _rest(patches, found)
+
+
+def _rest(patches: Patches, left_out: Tensor) -> dict[str, Tensor]:
+    if patches.pairs is not None:
+        return _sampled(patches, left_out)
+    rest = patches.similarity.clone()
+    some = left_out.any(1)
+    if bool(some.any()):
+        rest[some] = similarity_without(patches.tokens[some], left_out[some])
+    return {"similarity_without_outliers": rest}
 
 
 NORMS = Group(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.group import Definition, Group, Patches
+from pdvit.analysis.metrics.sample import error_of_quantiles
 from pdvit.similarity import BLOCK_ENTRIES
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -63,13 +64,16 @@ def _counted(unit: Tensor, shares: Tensor) -> Tensor:
 
 def histogram(unit: Tensor, bins: int = BINS) -> Tensor:
     """Return the share of the pairs of each image in each of `bins` equal parts of [-1, 1], `(B, bins)`."""
-    images, count, _ = unit.shape
-    total = torch.zeros(images * bins, dtype=torch.long, device=unit.device)
-    offsets = torch.arange(images, device=unit.device)[:, None] * bins
-    for cosines in pair_cosines(unit):
-        numbers = ((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1)
-        total += (numbers + offsets).flatten().bincount(minlength=images * bins)
-    return total.view(images, bins).double() / (count * (count - 1) // 2)
+    total = sum(_bars(cosines, bins) for cosines in pair_cosines(unit))
+    assert isinstance(total, Tensor)
+    return total.double() / total.sum(1, keepdim=True)
+
+
+def _bars(cosines: Tensor, bins: int) -> Tensor:
+    """Count the values of each row in `bins` equal parts of [-1, 1], `(B, bins)`."""
+    offsets = torch.arange(len(cosines), device=cosines.device)[:, None] * bins
+    numbers = ((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1)
+    return (numbers + offsets).flatten().bincount(minlength=len(cosines) * bins).view(-1, bins)
 
 
 def _key(values: Tensor) -> Tensor:
@@ -93,10 +97,18 @@ def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(patches: Patches) -> dict[str, Tensor]:
-    found = percentiles(patches.unit)
-    values = {f"pairs_p{at:02}": found[:, i] for i, at in enumerate(PERCENTILES)}
-    edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)
-    return values | {"histogram": histogram(patches.unit), "edges": edges.expand(len(found), -1)}
+    names = [f"pairs_p{at:02}" for at in PERCENTILES]
+    edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64).expand(len(patches.tokens), -1)
+    if patches.pairs is None:
+        found = dict(zip(names, percentiles(patches.unit).unbind(1), strict=True))
+        return found | {"histogram": histogram(patches.unit), "edges": edges}
+    cosines = patches.cosines
+    shares = torch.tensor(PERCENTILES, dtype=torch.float64, device=cosines.device) / 100
+    values = torch.stack([row.double().quantile(shares) for row in cosines])
+    found = dict(zip(names, values.unbind(1), strict=True))
+    errors = zip(names, error_of_quantiles(cosines, shares).unbind(1), strict=True)
+    found |= {f"error/{name}": value for name, value in errors}
+    return found | {"histogram": _bars(cosines, BINS).double() / cosines.shape[1], "edges": edges}
 
 
 PAIRS = Group(

@@ -26,10 +26,11 @@ FACTS = ("checkpoint", "weights", "images", "images_measured", "layers", "prefix
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: what it shows, in a line, and the figure as SVG."""
+    """A figure of the report: what it shows, in a line, and the figure as SVG for light pages and for dark ones."""
 
     title: str
-    svg: str
+    light: str
+    dark: str
 
 
 def report_page(
@@ -78,9 +79,12 @@ def _section(table: "pd.DataFrame", facts: dict[str, Any]) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    source = data_uri(picture.svg.encode(), "image/svg+xml")
+    """Return a figure in the colours of the screen; on paper it is light."""
+    light, dark = (data_uri(svg.encode(), "image/svg+xml") for svg in (picture.light, picture.dark))
     title = escape(picture.title)
-    return f'<figure><img alt="{title}" src="{source}"><figcaption>{title}</figcaption></figure>'
+    by_screen = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
+    image = f'<picture>{by_screen}<img alt="{title}" src="{light}"></picture>'
+    return f"<figure>{image}<figcaption>{title}</figcaption></figure>"
 
 
 def _definitions(metrics: Iterable[str]) -> str:

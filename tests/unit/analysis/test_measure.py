@@ -1,5 +1,7 @@
+import copy
 import gc
 from contextlib import ExitStack
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -10,8 +12,11 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure
+from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure, meter
+from pdvit.analysis.metrics import Patches
+from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
+from pdvit.models.layers import layers_of
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 4}
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -219,7 +224,7 @@ def test_every_group_measures_every_layer():
     layers = ["embed", "block 1", "block 2", "block 3", "norm"]
     rows = {name: part["layer"].tolist() for name, part in found.table.groupby("metric")}
     for group, spec in METRICS.items():
-        for name in spec.columns:
+        for name in set(spec.columns) - {"similarity_random"}:  # of the command only
             wanted = {"drift": layers[1:], "attention": layers[1:4]}.get(group, layers)
             assert rows.pop(name) == (layers[2:4] if name == "attention_similarity" else wanted)
     assert rows == {}
@@ -273,6 +278,8 @@ def test_cka_leaves_out_a_batch_that_is_too_small_and_says_so():
     assert whole.table["std"].isna().all()
     with pytest.raises(UserError, match="at least 4 images"):
         measure(model, images[:3], "cka")
+    first = measure(model, [images[8:], images[:8]], "cka")  # nor need the first be large enough
+    np.testing.assert_array_equal(first.curves["cka"]["matrix"], matrix)
 
 
 def test_cka_between_a_model_and_itself_is_that_within():
@@ -302,6 +309,74 @@ def test_no_metric_hides_weights_that_are_not_numbers(metric):
     nn.init.constant_(model.blocks[1].attn.qkv.weight, float("nan"))
     with pytest.raises(UserError, match="block 2"):
         analyze(model, pictures(), metric)
+
+
+class Together(Ranks):
+    """One of several processes, whose parts are passed here by hand."""
+
+    parts: ClassVar[list] = []
+
+    def gather(self, value):
+        self.parts.append(copy.deepcopy(value))
+        return self.parts
+
+
+def test_processes_that_share_the_images_find_what_one_finds():
+    model, images = build(), pictures(23)
+    batches = list(images.split(5))
+    alone = measure(model, batches, METRICS)
+    Together.parts = []
+    for rank in range(2):
+        found = measure(model, batches[rank::3], METRICS, ranks=Together(rank, 4))
+    found = measure(model, [], METRICS, ranks=Together(2, 4))  # a process without an image
+    found = measure(model, batches[2::3], METRICS, ranks=Together(3, 4))
+    pd.testing.assert_frame_equal(found.table, alone.table, rtol=1e-9, atol=1e-12)
+    assert found.images == 23
+    assert found.notes == alone.notes
+    for group, arrays in alone.curves.items():
+        for name, array in arrays.items():
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(found.curves[group][name], array, rtol=1e-9, atol=1e-12)
+    other, half = build("deit_tiny_distilled_patch16_224"), images.split(5)
+    whole = cka_between(model, other, half)
+    Together.parts = []
+    cka_between(model, other, half[1::2], half[1::2], Together(0, 2))
+    pd.testing.assert_frame_equal(cka_between(model, other, half[::2], ranks=Together(1, 2)), whole)
+
+
+def test_an_error_of_one_process_is_that_of_all():
+    Together.parts = []
+    with pytest.raises(UserError, match="infinite"):
+        measure(build(), pictures() * float("nan"), ranks=Together(0, 2))
+    with pytest.raises(UserError, match="infinite"):
+        measure(build(), pictures(), ranks=Together(1, 2))
+
+
+def test_no_memory_for_a_batch_is_said_with_what_helps(monkeypatch):
+    model = build()
+
+    def full(images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(UserError, match="no memory for 5 images at a time") as found:
+        analyze(model, pictures(), "similarity")
+    assert "--batch-size" in found.value.tip
+    with pytest.raises(UserError, match="no memory for a single image"):
+        analyze(model, pictures(1), "similarity")
+    with pytest.raises(UserError, match="no memory"):
+        cka_between(model, build(), pictures())
+
+
+def test_no_patches_are_refused_with_their_layer():
+    layer = layers_of(build())[0]
+    with pytest.raises(UserError, match="there is no patch"):
+        meter.check(Patches(torch.zeros(2, 0, 8)), layer)
+
+
+def test_a_way_to_take_pairs_that_there_is_not():
+    with pytest.raises(UserError, match="no way 'some'"):
+        analyze(build(), pictures(), pairs="some")
 
 
 def test_attention_is_refused_for_windows_and_fused_attention_stays_on_otherwise():

@@ -6,7 +6,7 @@ import pytest
 
 from pdvit.analysis.measure import Analysis
 from pdvit.analysis.metrics import DEFINITIONS
-from pdvit.analysis.report import statement, write_analysis
+from pdvit.analysis.report import statement, with_random, write_analysis, write_between
 from pdvit.errors import UserError
 
 
@@ -30,8 +30,34 @@ def test_it_defines_what_was_measured_and_says_what_is_missing():
 
 
 def test_there_is_no_verdict_without_p():
-    assert facts(analysis("similarity"))["verdict"].startswith("collapse sets in")
-    assert facts(analysis("effective_rank"))["verdict"] is None
+    found = facts(analysis("similarity"))
+    assert found["verdict"].startswith("the patches collapse")
+    assert "runs/m" in found["advice"]
+    assert found["notes"] == []
+    found = facts(analysis("effective_rank"))
+    assert found["verdict"] is found["advice"] is None
+    assert "--metrics similarity" in found["notes"][0]
+
+
+def test_random_weights_stand_beside_as_a_metric_of_their_own():
+    ours, random = analysis("similarity", "norm_mean"), analysis("similarity", "norm_mean")
+    found = with_random(ours, random).table
+    assert found["metric"].value_counts().to_dict() == {"similarity": 3, "norm_mean": 3, "similarity_random": 3}
+    assert found["layer"].tolist() == ["embed", "block 1", "norm"] * 3
+
+
+def test_cka_with_other_models_is_written_by_name_and_goes_with_the_next_analysis(tmp_path):
+    found = analysis("similarity")
+    write_analysis(tmp_path, found, facts(found))
+    write_between(tmp_path, {"one": pd.DataFrame([[1.0, 0.5]], ["embed"], ["embed", "norm"])})
+    with np.load(tmp_path / "analysis" / "cka_between.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {
+            "matrix/one": [[1.0, 0.5]],
+            "layers/one": ["embed", "norm"],
+            "layers": ["embed"],
+        }
+    write_analysis(tmp_path, found, facts(found))
+    assert [file.name for file in (tmp_path / "analysis").iterdir()] == ["analysis.json"]
 
 
 def test_curves_are_written_by_group_and_stale_ones_go(tmp_path):

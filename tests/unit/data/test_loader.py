@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.bad_images import BadImages
 from pdvit.data.cutmix import MODES
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, eval_batches, shared_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
@@ -234,3 +235,20 @@ def test_a_batch_is_divided_without_loss_and_repeated(size):
         again = batch.repeat(7).tensors()[name]
         assert len(again) == 7
         assert torch.equal(again[3:6], value)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_processes_share_the_very_batches_of_one(split, processes):
+    whole = list(eval_batches(split, HOW))
+    shares = [list(shared_batches(split, replace(HOW, rank=rank, processes=processes))) for rank in range(processes)]
+    for rank, share in enumerate(shares):
+        assert len(share) == len(whole[rank::processes])
+        assert all_same(share, whole[rank::processes])
+
+
+def test_a_shared_batch_without_a_sound_image_is_left_out(image_files):
+    for path in image_files.paths[:3]:
+        path.write_text("not an image")
+    how = replace(HOW, processes=2, bad=BadImages(skip=True))
+    assert sum(len(batch) for batch in shared_batches(image_files, how)) == 2
+    assert len(how.bad.found) == 3

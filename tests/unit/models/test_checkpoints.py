@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pdvit.errors import UserError
-from pdvit.models import checkpoints
-from pdvit.models.checkpoints import read_checkpoint
+from pdvit.models import checkpoints, memory
+from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.weights import load
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
@@ -386,3 +387,31 @@ def test_what_a_run_saves_to_go_on_is_read_too(tmp_path):
     found = load(tmp_path / "module.safetensors")
     assert torch.equal(logits(found.model), logits(model))
     assert json.loads((tmp_path / "config.json").read_text())["num_classes"] == 3
+
+
+def test_a_file_larger_than_memory_is_not_read(tmp_path, monkeypatch):
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "large.safetensors")
+    monkeypatch.setattr(memory, "available", lambda: 4000)
+    with pytest.raises(UserError, match="too big for memory"):
+        read_checkpoint(tmp_path / "large.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("hf-hub:timm/vit_small_patch16_224.augreg_in1k", "vit_small_patch16_224.augreg_in1k"),
+        ("hf-hub:somebody/net@v1.2", "net"),
+        ("deit_small_patch16_224.fb_in1k", "deit_small_patch16_224.fb_in1k"),
+        ("local-dir:folder", "folder"),
+        ("folder", "folder"),
+        ("folder/model.safetensors", "folder"),
+        ("folder/other.pth", "other"),
+        ("absent/other.pth", "other"),
+    ],
+)
+def test_what_a_checkpoint_is_called(tmp_path, monkeypatch, given, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for file in ("model.safetensors", "other.pth"):
+        (tmp_path / "folder" / file).touch()
+    assert name_of(Path(given)) == name

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from pdvit.errors import UserError
+from pdvit.models import memory
 from pdvit.models.build import build_model
 from pdvit.models.layers import image_size_of
 from pdvit.models.weights import export, load
@@ -382,3 +383,26 @@ def test_a_hierarchical_model_comes_back_with_its_image_size(tmp_path, name):
         assert image_size_of(loaded) == (64, 64)
         assert torch.equal(logits(loaded, images), logits(model, images))
     assert torch.equal(logits(timm.create_model(f"local-dir:{folder}", pretrained=True), images), logits(model, images))
+
+
+@pytest.mark.parametrize("name", [VIT, "eva02_tiny_patch14_224", "cait_xxs24_224"])
+def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, name):
+    model = make(name)
+    loaded = load(write(tmp_path / "run", export(model, CLASSES, DATA, "raw")))
+    before = torch.get_rng_state()
+    random = loaded.with_random_weights(seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    expected = timm.create_model(name, **SMALL).state_dict()
+    assert expected.keys() == random.state_dict().keys()
+    assert all(torch.equal(value, expected[key]) for key, value in random.state_dict().items())
+    assert not random.training
+
+
+def test_a_model_is_refused_before_it_takes_memory_that_is_not_there(tmp_path, monkeypatch, files):
+    folder, size = write(tmp_path / "run", files), sum(value.numel() * 4 for value in make().state_dict().values())
+    sizes = iter([2**40, size - 1])  # enough for the file, and nearly for the model
+    monkeypatch.setattr(memory, "available", lambda: next(sizes))
+    monkeypatch.setattr("pdvit.models.weights.create_model", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(UserError, match="too big for memory"):
+        load(folder)

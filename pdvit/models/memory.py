@@ -1,0 +1,36 @@
+"""Whether a model fits in memory, asked before it is built."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from pdvit.errors import UserError
+
+GIB = 2**30
+MEMINFO = Path("/proc/meminfo")
+
+
+def available() -> int | None:
+    """Return the bytes of memory that new tensors can have; None where the system (other than Linux) does not say."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", MEMINFO.read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def check_fits(tensors: Iterable[Tensor], where: str) -> None:
+    """Raise UserError where tensors, on the meta device perhaps, are more than the memory that is left."""
+    check_bytes(sum(tensor.numel() * tensor.element_size() for tensor in tensors), where)
+
+
+def check_bytes(needed: int, where: str) -> None:
+    """Raise UserError where so many bytes are more than the memory that is left."""
+    left = available()
+    if left is not None and needed > left:
+        what = (
+            f"the model is too big for memory: its weights take {needed / GIB:.1f} GiB, {left / GIB:.1f} GiB are left"
+        )
+        raise UserError(what, where, "use a machine with more memory, end other programs, or take a smaller model")

@@ -1,0 +1,90 @@
+"""The default metrics of every family, and every other group on those that have what it measures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pdvit.analysis import DEFAULT, METRICS, measure
+from pdvit.errors import UserError
+from pdvit.models.layers import Layer, evaluating, watch_layers
+from tests.unit.models.test_families import CASES, QUICK, all_families, make, pictures
+
+# Attention is read between patches, of plain models whose softmax is all that mixes them.
+ATTENTION = {
+    *("vit", "vit-mean", "vit-without-class-token", "deit", "deit-distilled", "deit3", "dinov2-registers", "dinov3"),
+    *("siglip", "clip", "flexivit", "relpos", "hybrid", "eva02", "rope", "beit", "naflexvit"),
+}
+
+
+def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
+    found: dict[Layer, Tensor] = {}
+    with torch.no_grad(), evaluating(model), watch_layers(model, found.__setitem__):
+        model(images)
+    return found
+
+
+def plain_similarity(tokens: Tensor) -> tuple[float, float]:
+    """P of one image's tokens `(N, D)`, absolute and signed: a loop over pairs."""
+    rows = tokens.double().tolist()
+    absolute = signed = 0.0
+    for i, one in enumerate(rows):
+        for j, two in enumerate(rows):
+            if i != j:
+                dot = math.fsum(x * y for x, y in zip(one, two, strict=True))
+                cosine = dot / math.sqrt(math.fsum(x * x for x in one) * math.fsum(y * y for y in two))
+                absolute += abs(cosine)
+                signed += cosine
+    pairs = len(rows) * (len(rows) - 1)
+    return absolute / pairs, signed / pairs
+
+
+def test_there_are_25_families():
+    assert len(CASES) >= 25
+
+
+@all_families
+def test_the_default_metrics_of_a_family_are_those_of_a_plain_loop(case):
+    model, images = make(case), pictures(case)
+    table = measure(model, images, DEFAULT).table
+    assert np.isfinite(table[["mean", "std", "ci95"]]).all(axis=None)
+    rows = table.set_index(["metric", "layer"])
+    seen = tokens_of(model, images)
+    assert list(rows.loc["similarity"].index) == [layer.name for layer in seen]
+    # every layer is one function of its tokens, so the loop, which is slow, takes those with few
+    few = [layer for layer in seen if seen[layer].shape[1] <= 16]
+    assert few
+    for layer in few:
+        assert rows.loc[("similarity", layer.name), "tokens"] == seen[layer].shape[1]
+        values = np.array([plain_similarity(image) for image in seen[layer]])
+        for metric, expected in zip(("similarity", "similarity_signed"), values.T, strict=True):
+            assert rows.loc[(metric, layer.name), "mean"] == pytest.approx(expected.mean(), abs=1e-5)
+            assert rows.loc[(metric, layer.name), "std"] == pytest.approx(expected.std(ddof=1), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
+)
+def test_every_group_of_a_family_is_finite_or_refused_with_the_reason(name):
+    model, images = make(CASES[name]), pictures(CASES[name], 4)
+    groups = [group for group in METRICS if group != "attention"]
+    found = measure(model, images, groups)
+    assert np.isfinite(found.table["mean"]).all()
+    assert {column for group in groups for column in METRICS[group].columns} - {"similarity_random"} == set(
+        found.table["metric"]
+    )
+    assert all(
+        np.isfinite(array).all()
+        for arrays in found.curves.values()
+        for array in arrays.values()
+        if array.dtype.kind == "f"
+    )
+    if name in ATTENTION:
+        table = measure(model, images, "attention").table
+        assert set(table["metric"]) == set(METRICS["attention"].columns)
+        assert np.isfinite(table["mean"]).all()
+    else:
+        with pytest.raises(UserError, match="attention"):
+            measure(model, images, "attention")
