@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.measure import check
+from pdvit.analysis.meter import check
 from pdvit.analysis.metrics import Patches
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, Place, evaluating, exact_float32, image_size_of, places_of, shapes_of, watch

@@ -11,7 +11,7 @@ def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_
     names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
     facts = dict.fromkeys((*names, "spread", "precision", "device", "verdict"), HOSTILE) | {"notes": []}
     environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
-    pictures = [Picture(HOSTILE, SVG)]
+    pictures = [Picture(HOSTILE, SVG, SVG)]
     tab = open_page(report_page([(analysis_table([0.5, 0.3, 0.2]), facts)], pictures, environment))
     assert tab.text("h3") == HOSTILE
     assert tab.page.locator("figure img").evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [30, 20]

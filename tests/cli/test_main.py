@@ -84,11 +84,12 @@ def test_the_version_imports_nothing_heavy():
     assert not imported("--version") & set(HEAVY)
 
 
-@pytest.mark.parametrize("kind", ["similarity", "training"])
-def test_plotting_imports_no_torch(workplace, digits_run, analysis_table, kind):
-    analysis_table([0.2, 0.4, 0.6]).to_csv("analysis.csv", index=False)
-    run = "." if kind == "similarity" else str(digits_run)
-    packages = imported("plot", kind, run, "--out", "figure.png")
+@pytest.mark.parametrize("kind", ["cka", "maps", "sweep", "training"])
+def test_plotting_imports_no_torch(workplace, digits_run, analysis_folder, kind):
+    run = analysis_folder(workplace / "made")
+    (run / "cells.csv").write_text("cell,status,optim.lr,run.seed,accuracy\n0,finished,1,0,0.5\n1,finished,2,0,0.6\n")
+    run = digits_run if kind == "training" else run
+    packages = imported("plot", kind, str(run), "--out", "figure.png")
     assert "matplotlib" in packages
     assert not packages & {"torch", "torchvision", "timm", "safetensors"}
     assert Path("figure.png").is_file()

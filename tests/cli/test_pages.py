@@ -2,17 +2,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from pdvit.cli import run as pdvit
 from pdvit.cli.pages import explore, report
+from pdvit.cli.runs.report import make_console
 from pdvit.data.pictures import named
 from pdvit.errors import UserError
 
 HOSTILE = "<img src=x onerror=alert(1)>"
+ASKED = SimpleNamespace(model=None, weights=None, device="cpu")
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 
 
@@ -39,7 +41,8 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
     assert data["models"][0]["layers"] == LAYERS
     report = (first / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in report
-    assert report.count('src="data:image/svg+xml') == 2  # P by layer, and how the runs went
+    assert report.count('src="data:image/svg+xml') == 4  # P by layer, both beside one another, norms, how the runs went
+    assert report.count("prefers-color-scheme: dark)") >= 4
     assert "<dt>command</dt>" in report
     assert not (second / "explorer.html").exists()
     for folder in (first, second):
@@ -54,7 +57,7 @@ def test_images_that_do_not_decode_are_left_out_and_counted(run_copy, image_fold
     broken.write_bytes(b"no image")
     files = [str(broken.with_name(name)) for name in ("0.png", broken.name, "1.png")]
     (run_copy / "analysis").mkdir()
-    explore([run_copy], [str(run_copy)], named(files), (None, None), "cpu", Console())
+    explore({str(run_copy): run_copy}, named(files), ASKED, make_console(False))
     assert "1 left out that do not decode" in capsys.readouterr().out.replace("\n", " ")
     assert data_of(run_copy / "explorer.html")["names"] == ["0.png", "1.png"]
 
@@ -68,9 +71,11 @@ def test_pages_that_can_not_be_written_are_errors(run_copy, image_folder, analys
     for page in ("explorer.html", "report.html"):
         (run_copy / page).mkdir()
     with pytest.raises(UserError, match="can't be written"):
-        explore([run_copy], [str(run_copy)], named([str(image_folder)]), (None, None), "cpu", Console())
+        explore({str(run_copy): run_copy}, named([str(image_folder)]), ASKED, make_console(False))
     names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
-    facts = dict.fromkeys((*names, "spread", "precision", "device", "notes", "verdict"), "")
+    facts = dict.fromkeys((*names, "spread", "precision", "device", "notes", "verdict", "advice"), "")
+    analysis = SimpleNamespace(table=analysis_table([0.5, 0.3, 0.2]), curves={})
+    measured = SimpleNamespace(path="a file", name="a file", analysis=analysis, facts=facts)
     with pytest.raises(UserError, match="can't be written") as error:
-        report([(analysis_table([0.5, 0.3, 0.2]), facts)], [run_copy], run_copy, Console())
+        report([measured], {"a file": run_copy}, make_console(False))
     assert error.value.where == str(run_copy / "report.html")
