@@ -33,7 +33,7 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
     said = capsys.readouterr().out
     page = (first / "explorer.html").read_text(encoding="utf-8")
     assert str(first / "explorer.html") in said
-    assert re.search(r"images: 8 of [\d,]+, spread evenly \(digits, test split\)", said)
+    assert re.search(r"images: 8 of 20, spread evenly \(digits, test split, 20 of 360\)", said)
     assert HOSTILE not in page
     data = data_of(first / "explorer.html")
     assert [model["name"] for model in data["models"]] == ["first", HOSTILE]
