@@ -9,7 +9,11 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>al
 
 def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_table):
     names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
-    facts = dict.fromkeys((*names, "spread", "precision", "device", "verdict"), HOSTILE) | {"notes": []}
+    facts = dict.fromkeys((*names, "spread", "precision", "device", "verdict"), HOSTILE) | {
+        "notes": [],
+        "advice": None,
+        "published": None,
+    }
     environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
     pictures = [Picture(HOSTILE, SVG, SVG)]
     tab = open_page(report_page([(analysis_table([0.5, 0.3, 0.2]), facts)], pictures, environment))

@@ -73,7 +73,7 @@ def test_pages_that_can_not_be_written_are_errors(run_copy, image_folder, analys
     with pytest.raises(UserError, match="can't be written"):
         explore({str(run_copy): run_copy}, named([str(image_folder)]), ASKED, make_console(False))
     names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
-    facts = dict.fromkeys((*names, "spread", "precision", "device", "notes", "verdict", "advice"), "")
+    facts = dict.fromkeys((*names, "spread", "precision", "device", "notes", "verdict", "advice", "published"), "")
     analysis = SimpleNamespace(table=analysis_table([0.5, 0.3, 0.2]), curves={})
     measured = SimpleNamespace(path="a file", name="a file", analysis=analysis, facts=facts)
     with pytest.raises(UserError, match="can't be written") as error:

@@ -62,8 +62,9 @@ def report_page(
 
 
 def _verdict(facts: dict[str, Any]) -> str:
-    sentence = facts["verdict"] or "no verdict: P was not measured"
-    return f"<p><b>{escape(facts['model'])}</b> {escape(sentence)}</p>"
+    sentences = [facts["verdict"] or "no verdict: P was not measured", facts["advice"], facts["published"]]
+    said = " ".join(escape(sentence) for sentence in sentences if sentence)
+    return f"<p><b>{escape(facts['model'])}</b> {said}</p>"
 
 
 def _section(table: "pd.DataFrame", facts: dict[str, Any]) -> str:

@@ -26,6 +26,8 @@ FACTS = {
     "device": "cpu",
     "notes": ["cka left 1 image out"],
     "verdict": "no collapse: P is 0.200 at norm",
+    "advice": "nothing to mend",
+    "published": None,
 }
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -49,7 +51,7 @@ def text_of(page: str) -> str:
 
 def test_the_report_has_verdict_numbers_definitions_and_environment(page):
     text = re.sub(r"\s+", " ", text_of(page()))
-    assert "no collapse: P is 0.200 at norm" in text
+    assert "no collapse: P is 0.200 at norm nothing to mend" in text
     assert re.search(r"block 1 0\.300", text)
     assert "torch 2.15" in text
     assert "cka left 1 image out" in text
