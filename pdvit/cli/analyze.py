@@ -68,8 +68,6 @@ def analyze(
         paths = [str(name) for name in names]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
-        if out is not None and len(paths) > 1:
-            raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
         say(console, f"opening {', '.join(paths)} ...")
         from pdvit.analysis import DEFAULT
         from pdvit.cli.measured import Asked
@@ -104,19 +102,25 @@ def analyze(
             results = [_as_json(measured, folders[measured.path]) for measured in done]
             print(json.dumps(results[0] if len(folders) == len(results) == 1 else results, indent=2))
         if stopped:
-            left = [path for path in folders if path not in {measured.path for measured in done}]
-            pages = "; no page was written" if with_explorer or with_report else ""
-            say(console, f"stopped; not measured: {', '.join(left) or 'none is left'}{pages}")
+            _say_stopped(done, folders, with_explorer or with_report, console)
             return EXIT_STOPPED
         if not as_json:
             say(console, f"next     pdvit plot similarity {' '.join(map(str, folders.values()))}")
         return 0
 
 
+def _say_stopped(done: "list[Measured]", folders: dict[str, Path], pages: bool, console: "RunConsole") -> None:
+    left = folders.keys() - {measured.path for measured in done}
+    names = ", ".join(path for path in folders if path in left) or "none is left"
+    say(console, f"stopped; not measured: {names}{'; no page was written' if pages else ''}")
+
+
 def _folders(paths: list[str], out: Path | None) -> dict[str, Path]:
     """Return where the results of each checkpoint go; UserError, before any work, where that can't be."""
     from pdvit.models.checkpoints import name_of
 
+    if out is not None and len(paths) > 1:
+        raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
     folders: dict[str, Path] = {}
     for path in paths:
         folder = results_folder(Path(path), out, "analysis", name_of(Path(path)))
