@@ -71,9 +71,6 @@ def analyze(
         say(console, f"opening {', '.join(paths)} ...")
         from pdvit.analysis import DEFAULT
         from pdvit.cli.measured import Asked
-        from pdvit.cli.pages import check_side_by_side, explore, report
-        from pdvit.engine.interrupts import EXIT_STOPPED, stop_on_signals
-        from pdvit.engine.ranks import join
 
         asked = Asked(
             images=images or [],
@@ -87,32 +84,39 @@ def analyze(
             pairs=pairs,
             on_bad_image=on_bad_image,
         )
-        folders = _folders(paths, out)
-        check_side_by_side(paths if with_explorer else [])
-        ranks = join()
-        with stop_on_signals() as stop:
-            done = _measure(folders, asked, console, ranks, stop)
-            stopped = any(ranks.gather(bool(stop)))
-        if ranks.main and not stopped:
-            if with_explorer:
-                explore(folders, done[0].pictures, asked, console)
-            if with_report:
-                report(done, folders, console)
-        if ranks.main and as_json:
-            results = [_as_json(measured, folders[measured.path]) for measured in done]
-            print(json.dumps(results[0] if len(folders) == len(results) == 1 else results, indent=2))
-        if stopped:
-            _say_stopped(done, folders, with_explorer or with_report, console)
-            return EXIT_STOPPED
-        if not as_json:
-            say(console, f"next     pdvit plot similarity {' '.join(map(str, folders.values()))}")
-        return 0
+        return _run(_folders(paths, out), asked, (with_explorer, with_report), console, as_json)
 
 
-def _say_stopped(done: "list[Measured]", folders: dict[str, Path], pages: bool, console: "RunConsole") -> None:
-    left = folders.keys() - {measured.path for measured in done}
-    names = ", ".join(path for path in folders if path in left) or "none is left"
-    say(console, f"stopped; not measured: {names}{'; no page was written' if pages else ''}")
+def _run(
+    folders: dict[str, Path], asked: "Asked", pages: tuple[bool, bool], console: "RunConsole", as_json: bool
+) -> int:
+    """Measure all checkpoints, write the pages that are asked for (explorer, report), and return the exit status."""
+    from pdvit.cli.pages import check_side_by_side, explore, report
+    from pdvit.engine.interrupts import EXIT_STOPPED, stop_on_signals
+    from pdvit.engine.ranks import join
+
+    with_explorer, with_report = pages
+    check_side_by_side(list(folders) if with_explorer else [])
+    ranks = join()
+    with stop_on_signals() as stop:
+        done = _measure(folders, asked, console, ranks, stop)
+        stopped = any(ranks.gather(bool(stop)))
+    if ranks.main and not stopped:
+        if with_explorer:
+            explore(folders, done[0].pictures, asked, console)
+        if with_report:
+            report(done, folders, console)
+    if ranks.main and as_json:
+        results = [_as_json(measured, folders[measured.path]) for measured in done]
+        print(json.dumps(results[0] if len(folders) == len(results) == 1 else results, indent=2))
+    if stopped:
+        left = folders.keys() - {measured.path for measured in done}
+        names = ", ".join(path for path in folders if path in left) or "none is left"
+        say(console, f"stopped; not measured: {names}{'; no page was written' if any(pages) else ''}")
+        return EXIT_STOPPED
+    if not as_json:
+        say(console, f"next     pdvit plot similarity {' '.join(map(str, folders.values()))}")
+    return 0
 
 
 def _folders(paths: list[str], out: Path | None) -> dict[str, Path]:
