@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from pdvit.sweep import Cell, Folder, State
 
 # What a cell needs, imported once for all.
-PRELOADED = ("pdvit.engine.loop", "pdvit.tasks", "pdvit.models.initial", "pdvit.data.sources", "pdvit.tracking")
+PRELOADED = (
+    *("pdvit.engine.loop", "pdvit.tasks", "pdvit.models.initial", "pdvit.data.sources", "pdvit.tracking"),
+    *("sklearn.datasets", "sklearn.model_selection"),  # of the digits
+)
 # Of the file and the flags, what the whole sweep has and not each of its cells.
 OF_THE_SWEEP = ("out", "name", "time_limit")
 SHOWN = 10
