@@ -15,7 +15,7 @@ import tomli_w
 from pdvit.config import to_dict
 from pdvit.errors import UserError
 from pdvit.sweep.cells import Cell, make_cells, split
-from pdvit.tracking import RunDirectory, hold, write_file
+from pdvit.tracking import RunDirectory, Status, hold, write_file
 
 SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
@@ -94,12 +94,12 @@ class Folder:
             return State("failed", error.what)
         return State(facts.get("status", "failed"), facts.get("reason") or "")
 
-    def fail(self, name: str, reason: str) -> None:
-        """Write down that a cell failed; raises UserError where the disk refuses."""
+    def mark(self, name: str, status: Status, reason: str) -> None:
+        """Write down how a cell ended, where its run could not; raises UserError where the disk refuses."""
         run = RunDirectory(self.path / name)
         run.path.mkdir(exist_ok=True)
         known = run.read_json("status.json") if (run.path / "status.json").is_file() else {}
-        run.write_json("status.json", {**known, "status": "failed", "reason": reason})
+        run.write_json("status.json", {**known, "status": status, "reason": reason})
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:

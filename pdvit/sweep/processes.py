@@ -5,6 +5,7 @@ cell starts as fast as in one process, finds what a process started by hand find
 crashes.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -132,15 +133,18 @@ def _end(processes: Sequence[ForkServerProcess]) -> None:
 
 
 def _settle(process: ForkServerProcess, folder: Folder, cell: Cell, stopping: bool) -> int:
-    """Return how a cell's process ended; where it had no time to say why, write that down."""
+    """Return how a cell's process ended; where it had no time to say why, write that down.
+
+    A failure after a stop was asked for is none of the cell: whoever ends a job may end its workers and its disk too.
+    """
     process.join()
     status = process.exitcode or 0
-    if (
-        status not in (0, EXIT_STOPPED, EXIT_ELSEWHERE)
-        and not stopping
-        and folder.written(cell.name).status != "failed"
-    ):
-        folder.fail(cell.name, _ending(process))
+    if status not in (0, EXIT_STOPPED, EXIT_ELSEWHERE):
+        failed = folder.written(cell.name).status == "failed"
+        if stopping and failed:
+            folder.mark(cell.name, "stopped", "interrupted")
+        elif not (stopping or failed):
+            folder.mark(cell.name, "failed", _ending(process))
     return status
 
 
@@ -166,7 +170,10 @@ def _train_cell(train: Train, folder: Folder, cell: Cell, device: str | None) ->
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     _enter(folder.log(cell.name))
     with folder.claimed(cell.name) as mine:
-        sys.exit(_attempt(train, folder, cell) if mine else EXIT_ELSEWHERE)
+        try:
+            sys.exit(_attempt(train, folder, cell) if mine else EXIT_ELSEWHERE)
+        finally:
+            atexit._run_exitfuncs()  # as at the end of any process; multiprocessing's end without it
 
 
 def _attempt(train: Train, folder: Folder, cell: Cell) -> int:
@@ -182,12 +189,16 @@ def _attempt(train: Train, folder: Folder, cell: Cell) -> int:
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
-    folder.fail(cell.name, " ".join(reason.split()))
+    folder.mark(cell.name, "failed", " ".join(reason.split()))
     return 1
 
 
 def _enter(log: Path) -> None:
-    """Make a new process ready: its output goes to a file, signals reach it, and it stops where the sweep has died."""
+    """Make a new process ready: its output goes to a file, and it stops when the sweep says so or has died.
+
+    Signals to the group (a terminal's, a scheduler's) reach the sweep alone: they would end the cell's workers too.
+    """
+    os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(file, stream)

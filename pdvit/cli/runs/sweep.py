@@ -106,7 +106,7 @@ class Sweep:
             new = [cell for cell in todo if not (folder.path / cell.name / "run.toml").is_file()]
             say(self.console, "checking their configurations ...")
             gpus = run_apart(_check, folder.log("check"), stop, self.command, new) or []
-            self.devices = _devices(todo, gpus)
+            self.devices = devices_of(todo, gpus)
             train = partial(train_cell, self.command)
             run_cells(folder, todo, train, self.devices, stop, self.report, _limit(config))
         return self.close()
@@ -188,7 +188,7 @@ def _check(command: Command, cells: Sequence["Cell"]) -> list[str]:
     return visible_gpus()
 
 
-def _devices(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | None]:
+def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | None]:
     """Return the CUDA_VISIBLE_DEVICES of each process: one per GPU, where cells leave open which one they take."""
     spread = len(gpus) > 1 and all(cell.config.run.device in ("auto", "cuda") for cell in cells)
     return gpus if spread else [None]

@@ -104,7 +104,7 @@ def test_what_this_process_has_begun_runs(folder):
 
 
 def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_try(folder):
-    folder.fail(A0, "no memory")
+    folder.mark(A0, "failed", "no memory")
     assert folder.state(A0) == State("failed", "no memory")
     (folder.path / A0 / ".run.toml.1234").touch()  # a kill while the first file was written
     with folder.claimed(A0) as mine:
@@ -113,7 +113,7 @@ def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_t
     run = put(folder, B0, "failed", facts={"step": 3})
     with folder.claimed(B0):
         assert (run / "run.toml").exists()
-    folder.fail(B0, "again")
+    folder.mark(B0, "failed", "again")
     assert json.loads((run / "status.json").read_text()) == {"status": "failed", "step": 3, "reason": "again"}
 
 

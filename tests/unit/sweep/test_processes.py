@@ -15,7 +15,7 @@ from pdvit.errors import RunFailed, UserError
 from pdvit.sweep import Folder, make_cells, run_apart, run_cells
 
 WORK = '''
-import json, os, signal, sys, time
+import atexit, json, os, signal, sys, time
 from pathlib import Path
 from pdvit.errors import RunFailed, UserError
 
@@ -40,6 +40,13 @@ def train(ways, config, run):
         (run.parent / f"begun-{config.run.seed}").touch()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         time.sleep(60)
+    if way == "breaks when stopped":
+        def broken(*_): raise RuntimeError("a worker is gone")
+        signal.signal(signal.SIGTERM, broken)
+        (run.parent / f"begun-{config.run.seed}").touch()
+        time.sleep(60)
+    if way == "leaves":
+        atexit.register((run.parent / "left").touch)
     return finish(run, device=os.environ.get("CUDA_VISIBLE_DEVICES"), process=os.getpid())
 
 def meet(count, config, run):
@@ -119,6 +126,28 @@ def test_a_stop_stops_the_cells_and_begins_no_other(tmp_path, work):
     run_cells(folder, cells, partial(work.train, ["slow"] * 3), ["0", "1"], stop, lambda *facts: told.append(facts))
     thread.join()
     assert [state.status for _, state, _ in told] == ["running", "running", "waiting", "waiting"]
+
+
+def test_a_cell_that_breaks_because_of_the_stop_has_not_failed(tmp_path, work):
+    folder, cells = sweep(tmp_path, 1)
+    stop = StopRequest()
+
+    def ask(*_) -> None:
+        while not (folder.path / "begun-0").exists():
+            time.sleep(0.01)
+        stop.reason = "SIGTERM"
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    run_cells(folder, cells, partial(work.train, ["breaks when stopped"]), [None], stop, lambda *_: None)
+    thread.join()
+    assert folder.state("seed=0").status == "stopped"
+
+
+def test_a_cell_ends_as_any_process_does(tmp_path, work):
+    folder, cells = sweep(tmp_path, 1)
+    run_cells(folder, cells, partial(work.train, ["leaves"]), [None], StopRequest(), lambda *_: None)
+    assert (folder.path / "left").exists()
 
 
 def test_the_time_limit_stops(tmp_path, work):
