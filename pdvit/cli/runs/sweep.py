@@ -56,7 +56,7 @@ def run_sweep(
     """
     from pdvit.sweep import Folder, make_cells, split
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         tip = "start it without torchrun: each cell gets a device of its own"
         raise UserError("a sweep is not for several processes", "the environment", tip)
     where = str(file)
