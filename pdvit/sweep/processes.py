@@ -143,7 +143,7 @@ def _settle(process: ForkServerProcess, folder: Folder, cell: Cell, stopping: bo
         failed = folder.written(cell.name).status == "failed"
         if stopping and failed:
             folder.mark(cell.name, "stopped", "interrupted")
-        elif not (stopping or failed):
+        elif not (stopping or failed or folder.state(cell.name).status == "running"):  # unless only the helper died
             folder.mark(cell.name, "failed", _ending(process))
     return status
 

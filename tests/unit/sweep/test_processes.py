@@ -12,7 +12,7 @@ import pytest
 
 from pdvit.engine.interrupts import StopRequest
 from pdvit.errors import RunFailed, UserError
-from pdvit.sweep import Folder, make_cells, run_apart, run_cells
+from pdvit.sweep import Folder, make_cells, preload, run_apart, run_cells
 
 WORK = '''
 import atexit, json, os, signal, sys, time
@@ -37,7 +37,7 @@ def train(ways, config, run):
     if way == "killed": os.kill(os.getpid(), signal.SIGKILL)
     if way == "exits": os._exit(3)
     if way == "slow":
-        (run.parent / f"begun-{config.run.seed}").touch()
+        (run.parent / f"begun-{config.run.seed}").write_text(str(os.getpid()))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         time.sleep(60)
     if way == "breaks when stopped":
@@ -71,6 +71,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
     import pdvit_sweep_work
 
+    preload([])  # for the helper that one test here kills: the next one imports nothing
     yield pdvit_sweep_work
     sys.modules.pop("pdvit_sweep_work")
 
@@ -142,6 +143,26 @@ def test_a_cell_that_breaks_because_of_the_stop_has_not_failed(tmp_path, work):
     run_cells(folder, cells, partial(work.train, ["breaks when stopped"]), [None], stop, lambda *_: None)
     thread.join()
     assert folder.state("seed=0").status == "stopped"
+
+
+def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
+    from multiprocessing.forkserver import _forkserver
+
+    folder, cells = sweep(tmp_path, 1)
+    told = []
+
+    def kill() -> None:
+        while not (folder.path / "begun-0").exists():
+            time.sleep(0.01)
+        os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    train = partial(work.train, ["slow"])
+    run_cells(folder, cells, train, [None], StopRequest(), lambda *facts: told.append(facts[1].status))
+    thread.join()
+    assert told == ["running", "running"]
+    os.kill(int((folder.path / "begun-0").read_text()), signal.SIGTERM)
 
 
 def test_a_cell_ends_as_any_process_does(tmp_path, work):
