@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -127,7 +128,8 @@ def _end(processes: Sequence[ForkServerProcess]) -> None:
     for process in processes:
         for number in (signal.SIGTERM, signal.SIGINT):
             if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
     for process in processes:
         process.join()
 
