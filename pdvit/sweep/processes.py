@@ -205,6 +205,7 @@ def _enter(log: Path) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
+    multiprocessing.set_start_method(None, force=True)  # workers of the cell are started as in any process
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_stop_after, args=(parent.sentinel,), daemon=True).start()

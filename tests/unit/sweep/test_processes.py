@@ -15,7 +15,7 @@ from pdvit.errors import RunFailed, UserError
 from pdvit.sweep import Folder, make_cells, preload, run_apart, run_cells
 
 WORK = '''
-import atexit, json, os, signal, sys, time
+import atexit, json, multiprocessing, os, signal, sys, time
 from pathlib import Path
 from pdvit.errors import RunFailed, UserError
 
@@ -46,6 +46,7 @@ def train(ways, config, run):
         (run.parent / f"begun-{config.run.seed}").touch()
         time.sleep(60)
     if way == "leaves":
+        assert multiprocessing.get_start_method(allow_none=True) is None
         atexit.register((run.parent / "left").touch)
     return finish(run, device=os.environ.get("CUDA_VISIBLE_DEVICES"), process=os.getpid())
 
@@ -165,9 +166,10 @@ def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
     os.kill(int((folder.path / "begun-0").read_text()), signal.SIGTERM)
 
 
-def test_a_cell_ends_as_any_process_does(tmp_path, work):
+def test_a_cell_begins_and_ends_as_any_process_does(tmp_path, work):
     folder, cells = sweep(tmp_path, 1)
     run_cells(folder, cells, partial(work.train, ["leaves"]), [None], StopRequest(), lambda *_: None)
+    assert folder.state("seed=0").status == "finished"
     assert (folder.path / "left").exists()
 
 
