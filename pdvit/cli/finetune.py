@@ -2,17 +2,16 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.runs.options import AsJson, Assign, Change, File, Replay, Resume, begin
-from pdvit.cli.settings import make_config, with_settings
+from pdvit.cli.runs.options import AsJson, Assign, Cells, Change, File, Replay, Resume, begin
+from pdvit.cli.settings import with_settings
 from pdvit.cli.train import TRAIN
+from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
-FINETUNE = replace(TRAIN, name="finetune")
 # Why these stands in docs/finetune.md.
 DEFAULTS = {
     "data": {"source": "digits:5-9"},
@@ -29,6 +28,7 @@ def finetune(
     ] = None,
     config: File = None,
     assign: Assign = None,
+    cells: Cells = None,
     resume: Resume = None,
     change: Change = None,
     replay: Replay = None,
@@ -42,15 +42,16 @@ def finetune(
     if checkpoint is not None and settings["model_init"] is not None:
         raise UserError("there are two checkpoints to begin with", "CKPT, --init", "give one of them")
     settings["model_init"] = checkpoint if checkpoint is not None else settings["model_init"]
-    if resume is None and replay is None:
-        _check_given(config, assign or [], settings)
-    return begin(FINETUNE, config, assign, resume, change, replay, as_json, settings, DEFAULTS)
+    return begin(FINETUNE, config, assign, cells, resume, change, replay, as_json, settings, DEFAULTS)
 
 
-def _check_given(config: Path | None, assign: list[str], settings: dict[str, Any]) -> None:
-    if make_config(config, assign, settings).model.init is None:
+def _check_given(config: Config) -> None:
+    if config.model.init is None:
         from pdvit.tracking import newest
 
         runs = newest("model.safetensors")
         tip = "name a run, a file of weights or a model of timm, for example pdvit finetune "
         raise UserError("there is no checkpoint to begin with", "CKPT", tip + str(runs[0] if runs else "runs/NAME"))
+
+
+FINETUNE = replace(TRAIN, name="finetune", check=_check_given)

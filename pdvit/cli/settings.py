@@ -39,22 +39,29 @@ def with_settings(command: Callable[..., Any], defaults: Layer | None = None) ->
 
 
 def make_config(
+    file: Path | None, assignments: list[str], settings: Mapping[str, Any], assigned_by: str = "--set"
+) -> Config:
+    """Merge file, flags and assignments (of the flag `assigned_by`) over the defaults, in this order.
+
+    Raises UserError.
+    """
+    return build(*make_layers(file, assignments, settings, assigned_by))
+
+
+def make_layers(
     file: Path | None,
     assignments: list[str],
     settings: Mapping[str, Any],
     assigned_by: str = "--set",
     defaults: Layer | None = None,
-) -> Config:
-    """Merge file, flags and assignments (of the flag `assigned_by`) over the defaults, in this order.
-
-    `defaults` are those of the command, over everybody's. Raises UserError.
-    """
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return what `build` merges, each with its name; `defaults` are those of the command, over everybody's."""
     layers: list[tuple[str, Mapping[str, Any]]] = [("the command's defaults", defaults or {})]
     if file is not None:
         layers.append((str(file), read_toml(file)))
     layers.append(("the command line", _from_flags(settings)))
     layers += [(f"{assigned_by} {text}", parse_set(text, assigned_by)) for text in assignments]
-    return build(*layers)
+    return layers
 
 
 def given_flags(settings: Mapping[str, Any]) -> list[str]:

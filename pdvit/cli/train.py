@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.runs.command import Command
-from pdvit.cli.runs.options import AsJson, Assign, Change, File, Replay, Resume, begin
+from pdvit.cli.runs.options import AsJson, Assign, Cells, Change, File, Replay, Resume, begin
 from pdvit.cli.settings import with_settings
 from pdvit.config.presets import TERMS
 from pdvit.config.schema import AugmentConfig, Config
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def train(
     config: File = None,
     assign: Assign = None,
+    cells: Cells = None,
     resume: Resume = None,
     change: Change = None,
     replay: Replay = None,
@@ -31,7 +32,7 @@ def train(
 
     Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
     """
-    return begin(TRAIN, config, assign, resume, change, replay, as_json, settings)
+    return begin(TRAIN, config, assign, cells, resume, change, replay, as_json, settings)
 
 
 def _make_task(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "ClassificationTask":

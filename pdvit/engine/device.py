@@ -45,6 +45,12 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
+def visible_gpus() -> list[str]:
+    """Return, for each GPU that this process sees, the CUDA_VISIBLE_DEVICES of a process that sees it alone."""
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+
+
 def device_name(device: torch.device) -> str:
     """Return what the hardware calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

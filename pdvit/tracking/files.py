@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written beside their target, then renamed."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -27,6 +28,17 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold(path: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a file against other processes. Raises BlockingIOError where one has it, unless told to `wait`; OSError.
+
+    The lock ends with this process, and is not its workers'.
+    """
+    with path.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,5 @@
 """The run directory: everything that one run leaves behind, and nothing half-written."""
 
-import fcntl
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pdvit.errors import UserError
-from pdvit.tracking.files import to_json, write_file
+from pdvit.tracking.files import hold, to_json, write_file
 
 RUNS = Path("runs")
 RECORDS = "metrics.jsonl"
@@ -71,8 +70,7 @@ class RunDirectory:
         with ExitStack() as stack:
             try:
                 (self.path / "checkpoints").mkdir(exist_ok=True)
-                file = stack.enter_context((self.path / "checkpoints" / ".lock").open("w"))
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
+                stack.enter_context(hold(self.path / "checkpoints" / ".lock"))
             except BlockingIOError as error:
                 what = "another process is training this run"
                 raise UserError(what, str(self.path), "stop that one first") from error

@@ -8,9 +8,11 @@ from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.recipe import as_change
 from pdvit.cli.runs.resume import resume
 from pdvit.cli.runs.start import start
+from pdvit.cli.runs.sweep import devices_of
 from pdvit.config import build
 from pdvit.engine.interrupts import stop_on_signals
 from pdvit.errors import UserError
+from pdvit.sweep import make_cells
 from pdvit.tasks import ClassificationTask
 
 SETTINGS = {
@@ -60,3 +62,18 @@ def test_flags_become_changes_where_a_run_is_resumed(where, tip, new_where, new_
     error = as_change(UserError("what", where, tip), Path("runs/a"), "AGAIN")
     assert (error.what, error.where) == ("what", new_where)
     assert new_tip in error.tip
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpus", "processes"),
+    [
+        (["auto", "cuda"], ["0", "1"], ["0", "1"]),
+        (["auto", "cpu"], ["0", "1"], [None]),
+        (["cuda:1", "auto"], ["0", "1"], [None]),
+        (["auto"], ["3"], [None]),
+        (["auto"], [], [None]),
+    ],
+)
+def test_a_sweep_runs_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus, processes):
+    cells = make_cells({}, {"run.device": devices}, "x.toml")
+    assert devices_of(cells, gpus) == processes

@@ -24,7 +24,11 @@ MAY_IMPORT = {
     "tasks": {"models", "losses", "data", "similarity", "config", "engine.protocol", "engine.device", "engine.ranks"},
     "analysis": {"models", "data", "similarity", "engine", "tracking"},
     "plots": set(),
-    "cli": {"config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"},
+    "sweep": {"config", "tracking", "tasks", "engine"},
+    "cli": {
+        *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"),
+        "sweep",
+    },
     "__main__": {"cli"},
 }
 # What a room may use beside Python's own library; rooms that are not here are free.
@@ -34,6 +38,7 @@ LIBRARIES = {
     "tracking": set(),
     "similarity": {"torch"},
     "losses": {"torch"},
+    "sweep": {"tomli_w"},
     "plots": {"pandas", "matplotlib", "numpy", "scipy"},
     "engine": {"torch", "timm", "safetensors", "rich"},
 }

@@ -21,9 +21,16 @@ class MakeTask(Protocol):
         """Return the task; raises UserError."""
 
 
+def anything(config: Config) -> None:
+    """Refuse nothing."""
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command that trains: its name, its task, and what it says before the first step and after the last."""
+    """A command that trains: its name, its task, and what it says before the first step and after the last.
+
+    It can be pickled, for the processes of a sweep.
+    """
 
     name: str
     make_task: MakeTask
@@ -31,6 +38,8 @@ class Command:
     """Say in a line or two what is trained, from the configuration and the task."""
     conclude: Callable[[Mapping[str, Any]], str]
     """Say in a line what came out, from the summary."""
+    check: Callable[[Config], None] = anything
+    """Raise UserError where a new run lacks what only this command asks for."""
 
     def __call__(self, *arguments: str) -> str:
         """Return the command as one would type it."""

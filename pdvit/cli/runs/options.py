@@ -9,12 +9,18 @@ from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.replay import replay as run_replay
 from pdvit.cli.runs.resume import resume as run_resume
 from pdvit.cli.runs.start import start
+from pdvit.cli.runs.sweep import run_sweep
 from pdvit.cli.runs.together import together
-from pdvit.cli.settings import Layer, given_flags, make_config
+from pdvit.cli.settings import Layer, given_flags, make_layers
+from pdvit.config.load import build
 from pdvit.errors import UserError
 
 File = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any keys.")]
 Assign = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; wins over everything; repeatable.")]
+Cells = Annotated[
+    str | None,
+    typer.Option("--cells", help="Of a file with a [sweep]: run only these, 3-7 or 1,4,9-; list shows them all."),
+]
 Resume = Annotated[
     str | None, typer.Option("--resume", help="Go on with this run directory, as it was configured; auto: the newest.")
 ]
@@ -32,6 +38,7 @@ def begin(
     command: Command,
     config: Path | None,
     assign: list[str] | None,
+    cells: str | None,
     resume: str | None,
     change: list[str] | None,
     replay: Path | None,
@@ -39,13 +46,17 @@ def begin(
     settings: dict[str, Any],
     defaults: Layer | None = None,
 ) -> int:
-    """Start, resume or replay a run, as the options say; return the exit status, and raise UserError and RunFailed."""
+    """Start, resume or replay a run, or run a sweep, as the options say.
+
+    Returns the exit status, and raises UserError and RunFailed.
+    """
     from pdvit.engine.interrupts import stop_on_signals
 
     if resume is not None and replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
     again = f"--resume {resume}" if resume is not None else f"--replay {replay}" if replay is not None else None
     given = given_flags(settings) + (["--set"] if assign else []) + (["--config"] if config else [])
+    given += ["--cells"] if cells is not None else []
     if again is not None and given:
         raise UserError(
             f"a run that is taken up keeps its configuration, so {given[0]} can't be given",
@@ -59,4 +70,11 @@ def begin(
             return run_replay(command, replay, as_json)
         if resume is not None:
             return run_resume(command, resume, change or [], as_json, stop)
-        return start(command, make_config(config, assign or [], settings, defaults=defaults), as_json, stop)
+        layers = make_layers(config, assign or [], settings, defaults=defaults)
+        if config is not None and "sweep" in dict(layers)[str(config)]:
+            return run_sweep(command, config, layers, cells, as_json, stop)
+        if cells is not None:
+            raise UserError("only a sweep has cells", "--cells", "name a --config with a [sweep] table: docs/sweep.md")
+        asked = build(*layers)
+        command.check(asked)
+        return start(command, asked, as_json, stop)

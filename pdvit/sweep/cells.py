@@ -1,0 +1,172 @@
+"""A [sweep] table to cells: which runs it asks for, in which order, under which names."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pdvit.config import Config, build, resolve
+from pdvit.errors import UserError, closest
+
+SECTION = "sweep"
+SEED = "run.seed"
+# What a sweep decides for its cells.
+PLACES = ("run.out", "run.name")
+LONGEST = 200  # of a folder's name; most disks take 255 bytes
+EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
+# Anything else in a value becomes _ in the name of its cell.
+NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        number: its place in the sweep, from 1.
+        name: that of its folder.
+        variant: the bundle it belongs to; empty without bundles.
+        values: the crossed keys, `{section.key: value}`, in the order of the table.
+        config: what it trains, as asked for: not resolved.
+    """
+
+    number: int
+    name: str
+    variant: str
+    values: Mapping[str, Any]
+    config: Config
+
+
+def split(layer: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Return what a configuration file says without its sweep, and the [sweep] table; None where it has none."""
+    rest = {name: value for name, value in layer.items() if name != SECTION}
+    table = layer.get(SECTION)
+    if table is not None and not (isinstance(table, Mapping) and table):
+        raise UserError("the sweep says nothing", where, f"write [sweep], and below it for example {EXAMPLE}")
+    return rest, table
+
+
+def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], where: str) -> list[Cell]:
+    """Return the cells of a sweep over `base`, every configuration checked; raises UserError, with the cell.
+
+    Seeds are the outermost loop, so that a sweep that ends early has whole rounds of all cells, and seeds that are
+    added later come last. Then come the variants, then the keys as the table lists them, the last one changing fastest.
+    """
+    where = f"[sweep] of {where}"
+    variants = _variants(table.get("variant", []), where)
+    axes = {key: _values(key, values, where) for key, values in table.items() if key != "variant"}
+    for name, bundle in variants.items():
+        if twice := [key for key in bundle if key in axes]:
+            what = f"'{twice[0]}' is crossed, and variant '{name}' sets it too"
+            raise UserError(what, where, "leave one of them out")
+    outer, inner = [key for key in axes if key == SEED], [key for key in axes if key != SEED]
+    short = _short_names(axes)
+    cells: list[Cell] = []
+    for values in product(*(axes[key] for key in outer), variants or {"": {}}, *(axes[key] for key in inner)):
+        chosen = dict(zip([*outer, "variant", *inner], values, strict=True))
+        variant = chosen.pop("variant")
+        named = [f"{short[key]}={_text(chosen[key])}" for key in [*inner, *outer]]
+        name = "-".join([*([variant] if variant else []), *named])
+        number, chosen = len(cells) + 1, {key: chosen[key] for key in axes}
+        config = _config(base, variants.get(variant, {}) | chosen, f"cell {number} ({name}) of {where}")
+        cells.append(Cell(number, name, variant, chosen, config))
+    _check_names([cell.name for cell in cells], where)
+    return cells
+
+
+def numbers(text: str, count: int) -> set[int]:
+    """Read which of `count` cells are meant: `3`, `3-7`, `5-`, several with commas; raises UserError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*)\s*)?", part)
+        if match is None:
+            tip = "for example 3-7 or 1,4,9-; also list, to see them, and failed, to try those again"
+            raise UserError(f"'{part.strip()}' names no cells", "--cells", tip)
+        first = int(match[1])
+        last = int(match[3] or count) if match[2] else first
+        if not 1 <= first <= count or not first <= last <= count:
+            what = f"there are no cells '{part.strip()}'"
+            raise UserError(what, "--cells", f"the sweep has cells 1 to {count}; --cells list shows them")
+        found |= set(range(first, last + 1))
+    return found
+
+
+def _variants(tables: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Return the bundles by name, each as `{section.key: value}`."""
+    if not (isinstance(tables, list) and all(isinstance(table, Mapping) for table in tables)):
+        raise UserError("'variant' is no key", where, "begin each bundle with [[sweep.variant]] and give it a name")
+    found: dict[str, dict[str, Any]] = {}
+    for number, table in enumerate(tables, 1):
+        bundle = dict(table)
+        name = bundle.pop("name", None)
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+%-]*", name):
+            what = f"variant {number} has no name" if name is None else f"{name!r} is no name for a variant"
+            raise UserError(what, where, 'write for example name = "baseline"; letters, digits and ._+- only')
+        if name in found:
+            raise UserError(f"two variants are named '{name}'", where, "rename one of them")
+        for key, value in bundle.items():
+            _check_key(key, value, f"variant '{name}' in {where}")
+        found[name] = bundle
+    return found
+
+
+def _values(key: str, values: Any, where: str) -> list[Any]:
+    """Return the values of a key that is crossed."""
+    _check_key(key, values, where)
+    if not (isinstance(values, list) and values):
+        raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise UserError(f"'{key}' has the value {value!r} twice", where, "leave one out: each cell is run once")
+    return values
+
+
+def _check_key(key: str, value: Any, where: str) -> None:
+    if "." not in key:
+        if isinstance(value, Mapping) and value:
+            inner = f'"{key}.{next(iter(value))}"'
+            raise UserError(f"'{key}' is a section, not a key", where, f"put the whole key in quotes: {inner} = ...")
+        tip = closest(key, ["variant"]) if key.startswith("var") else f"write section.key, for example {EXAMPLE}"
+        raise UserError(f"'{key}' is not section.key", where, tip)
+    if key in PLACES:
+        raise UserError(f"'{key}' can't be swept", where, "each cell has a folder of its own under the sweep's --out")
+
+
+def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], where: str) -> Config:
+    """Return the configuration of a cell, checked as far as data and model need not be looked at."""
+    layer: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        layer.setdefault(section, {})[name] = value
+    config = build((where, base), (where, layer))
+    try:
+        if config.data.batch_size:  # else it is found on the device, and the learning rate follows it
+            resolve(config)
+    except UserError as error:
+        raise UserError(error.what, f"{error.where}, {where}", error.tip) from error
+    return config
+
+
+def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys without their sections, where that is clear."""
+    last = [key.partition(".")[2] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+
+
+def _text(value: Any) -> str:
+    """Say a value in the name of a folder."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "_".join(_text(item) for item in value)
+    return NOT_IN_NAMES.sub("_", str(value)).strip("_")
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    tip = "make [[sweep.variant]] bundles of these values, with names of their own"
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UserError(f"two cells would be named '{name}'", where, tip)
+        if len(name.encode()) > LONGEST:
+            raise UserError(f"the name '{name[:60]}...' is too long for a folder", where, tip)

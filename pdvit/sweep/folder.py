@@ -1,0 +1,195 @@
+"""The folder of a sweep: what was asked for, a run directory for each cell, and the table of them all."""
+
+import csv
+import io
+import os
+import tomllib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from pdvit.config import to_dict
+from pdvit.errors import UserError
+from pdvit.sweep.cells import Cell, make_cells, split
+from pdvit.tracking import RunDirectory, Status, hold, write_file
+
+SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"
+FACTS = ("status", "reason", "seconds", "commit", "hardware")
+CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a cell is, and why where that has a reason."""
+
+    status: CellStatus
+    reason: str = ""
+
+
+class Folder:
+    """The files of a sweep. Several processes may work on one at a time: who trains a cell holds its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, name: str) -> Path:
+        """Return where a cell's output goes."""
+        return self.path / LOGS / f"{name}.txt"
+
+    def begin(self, base: Mapping[str, Any], table: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+        """Make the folder, or take it up again; raises UserError where it is something else, or of another sweep.
+
+        A sweep that goes on may have more cells than before; those that it had have to be the same.
+        """
+        text = f"# What the cells here were asked for.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
+        file = self.path / SWEEP
+        try:
+            if self.path.exists() and not file.is_file() and (not self.path.is_dir() or any(self._strangers())):
+                what = "the folder exists already, and is not that of a sweep"
+                raise UserError(what, str(self.path), "choose another --out")
+            (self.path / LOGS).mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                if file.is_file():
+                    _check_same(self.asked(), cells, str(self.path))
+                if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                    write_file(file, text)
+        except OSError as error:
+            what = f"the sweep can't be written: {error.strerror}"
+            raise UserError(
+                what, str(self.path), "check free space and permissions, or choose another --out"
+            ) from error
+
+    def asked(self) -> list[Cell]:
+        """Return the cells that sweep.toml asks for; raises UserError where it is damaged."""
+        file = self.path / SWEEP
+        try:
+            base, table = split(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the sweep can't be read: {error}", str(file), "restore it, or choose another --out"
+            ) from (error)
+        return make_cells(base, table or {}, str(file))
+
+    def state(self, name: str) -> State:
+        """Return where a cell is. A run that says it runs while nobody holds its lock was interrupted."""
+        written = self.written(name)
+        if written.status != "finished" and self._held(name):
+            return State("running")
+        return State("stopped", "interrupted") if written.status == "running" else written
+
+    def written(self, name: str) -> State:
+        """Return what a cell's own files say, whoever holds its lock."""
+        run = RunDirectory(self.path / name)
+        if not (run.path / "status.json").is_file():
+            return State("running" if (run.path / "run.toml").is_file() else "waiting")
+        try:
+            facts = run.read_json("status.json")
+            if facts.get("status") == "finished":
+                run.read_json("summary.json")
+        except UserError as error:
+            return State("failed", error.what)
+        return State(facts.get("status", "failed"), facts.get("reason") or "")
+
+    def mark(self, name: str, status: Status, reason: str) -> None:
+        """Write down how a cell ended, where its run could not; raises UserError where the disk refuses."""
+        run = RunDirectory(self.path / name)
+        run.path.mkdir(exist_ok=True)
+        known = run.read_json("status.json") if (run.path / "status.json").is_file() else {}
+        run.write_json("status.json", {**known, "status": status, "reason": reason})
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Hold the lock of a cell; False where somebody else trains it."""
+        with ExitStack() as stack:
+            with self._alone():
+                free = not self._held(name)
+                if free:
+                    stack.enter_context(hold(self._lock(name)))
+            if free:
+                _clear(self.path / name)
+            yield free
+
+    def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, State]]:
+        """Write cells.csv from what the run directories say, and return every cell's state.
+
+        The cells are those of sweep.toml as it is now: another process may have added some. Those that this process has
+        `begun` run, even where they don't hold their locks yet.
+        """
+        with self._alone():
+            running = State("running")
+            states = [(cell, running if cell.name in begun else self.state(cell.name)) for cell in self.asked()]
+            rows = [self._row(cell, state) for cell, state in states]
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_file(self.path / TABLE, text.getvalue())
+        return states
+
+    def _row(self, cell: Cell, state: State) -> dict[str, Any]:
+        run = RunDirectory(self.path / cell.name)
+        row = {"cell": cell.number, "name": cell.name, "variant": cell.variant, **cell.values}
+        row |= dict.fromkeys(FACTS, "") | {"status": state.status, "reason": state.reason}
+        if (run.path / "environment.json").is_file():
+            environment = run.read_json("environment.json")
+            on_cpu = f"{environment.get('processor')}, {environment.get('cores')} cores"
+            device = environment.get("device")
+            row |= {"commit": environment.get("commit"), "hardware": on_cpu if device == "cpu" else device}
+        if state.status == "finished":
+            summary = run.read_json("summary.json")
+            row |= {name: value for name, value in summary.items() if type(value) in (int, float)}
+        return row
+
+    def _held(self, name: str) -> bool:
+        """Tell whether a process trains the cell, for the sweep or with --resume."""
+        for lock in (self._lock(name), self.path / name / "checkpoints" / ".lock"):
+            if lock.exists():
+                try:
+                    with hold(lock):
+                        pass
+                except BlockingIOError:
+                    return True
+        return False
+
+    def _lock(self, name: str) -> Path:
+        return self.path / LOGS / f".{name}.lock"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until no other process claims a cell, asks for its lock or writes the table: it takes a moment.
+
+        It does not nest: closing a file gives up all locks that this process has on it.
+        """
+        with hold(self.path / LOGS / ".lock", wait=True):
+            yield
+
+    def _strangers(self) -> Iterator[str]:
+        """Yield what lies in the folder that another process, which begins this very sweep, did not make just now."""
+        return (name for name in os.listdir(self.path) if name != LOGS)
+
+
+def _clear(run: Path) -> None:
+    """Empty the folder of a run that was broken off before it began: a new run wants an empty one."""
+    if run.is_dir() and not all((run / name).is_file() for name in ("run.toml", "environment.json")):
+        for file in run.iterdir():
+            file.unlink()
+
+
+def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None:
+    tip = "choose another --out; a sweep that goes on may only have more cells: more values, variants or seeds"
+    known = {cell.name: cell for cell in now}
+    for cell in before:
+        if cell.name not in known:
+            raise UserError(f"the sweep here has a cell '{cell.name}', which is not asked for any more", where, tip)
+        if (old := to_dict(cell.config)) != (new := to_dict(known[cell.name].config)):
+            section = next(name for name in new if old[name] != new[name])
+            names = sorted({*old[section], *new[section]})
+            key = next(name for name in names if old[section].get(name) != new[section].get(name))
+            was, now_is = old[section].get(key), new[section].get(key)
+            what = f"'{cell.name}' is another run now: {section}.{key} was {was!r}, is {now_is!r}"
+            raise UserError(what, where, tip)

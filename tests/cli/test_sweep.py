@@ -1,0 +1,263 @@
+"""`pdvit train --config` with a [sweep] table, as a user sees it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pdvit.cli import run as pdvit
+
+BASE = """
+[data]
+img_size = 16
+batch_size = 16
+[model]
+depth = 2
+width = 16
+heads = 1
+patch_size = 8
+[optim]
+epochs = "{steps}st"
+warmup = "1st"
+[checkpoint]
+every = "5st"
+[run]
+device = "cpu"
+log_every = "1st"
+[sweep]
+"""
+TWO = '"run.seed" = [0]\n[[sweep.variant]]\nname = "none"\n"diversity.preset" = "none"\n'
+TWO += '[[sweep.variant]]\nname = "paper"\n'
+PATIENCE, STEPS = 240.0, 150
+
+
+def write(place: Path, sweep: str = TWO, steps: int = 2) -> Path:
+    file = place / "tiny.toml"
+    file.write_text(BASE.format(steps=steps) + sweep)
+    return file
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "cells.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def statuses(folder: Path) -> list[str]:
+    return [row["status"] for row in rows(folder)]
+
+
+def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, capsys, records):
+    write(workplace)
+    assert pdvit(["train", "--config", "tiny.toml", "--json"]) == 0
+    sweep = workplace / "runs" / "tiny"
+    shown = capsys.readouterr()
+    counts = {"finished": 2, "failed": 0, "stopped": 0, "waiting": 0, "running": 0}
+    assert json.loads(shown.out) == {"sweep": "runs/tiny", "cells": 2} | counts
+    assert "cell 2 of 2: paper-seed=0: finished in" in shown.err
+    assert "test accuracy" in shown.err
+    for row, preset in zip(rows(sweep), ("none", "paper"), strict=True):
+        flags = [*tiny, "--img-size", "16", "--batch-size", "16", "--epochs", "2st", "--warmup-epochs", "1st"]
+        assert pdvit(["train", *flags, "--log-interval", "1st", "--diversity", preset, "--out", preset]) == 0
+        assert records(sweep / row["name"]) == records(workplace / preset)
+        weights = [(run / "model.safetensors").read_bytes() for run in (sweep / row["name"], workplace / preset)]
+        assert weights[0] == weights[1]
+        summary = json.loads((workplace / preset / "summary.json").read_text())
+        for name in ("accuracy", "loss", "similarity_first", "similarity_last"):
+            assert float(row[name]) == summary[name]
+        assert (row["variant"], row["run.seed"], row["status"]) == (preset, "0", "finished")
+        assert "cores" in row["hardware"]
+    before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")}
+    capsys.readouterr()
+    assert pdvit(["train", "--config", "tiny.toml"]) == 0
+    assert "2 cells in runs/tiny, 0 of them to do now" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")} == before
+
+
+def test_a_mistake_in_any_cell_is_found_before_the_first_begins(workplace, refusal):
+    write(workplace, '"optim.lr" = [1e-3, 1e-2, -1]\n')
+    found = refusal("train", "--config", "tiny.toml")
+    assert "cell 3 (lr=-1) of [sweep] of tiny.toml" in found.where
+    assert not (workplace / "runs").exists()
+    write(workplace, '"model.name" = ["vit_tiny_patch16_224", "vit_tny_patch16_224"]\n')
+    found = refusal("train", "--config", "tiny.toml")
+    assert "cell 2 (name=vit_tny_patch16_224)" in found.where
+    assert "vit_tiny" in found.tip
+    assert statuses(workplace / "runs" / "tiny") == ["waiting", "waiting"]
+
+
+def test_cells_are_listed_and_nothing_is_written(workplace, capsys):
+    write(workplace)
+    assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--out", "x"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2 cells, in x",
+        "    1  none-seed=0  waiting",
+        "    2  paper-seed=0  waiting",
+    ]
+    assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["cells"][1] == {"cell": 2, "name": "paper-seed=0", "status": "waiting"}
+    assert [path.name for path in workplace.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "where"),
+    [
+        (["--cells", "3"], "no cells '3'", "--cells"),
+        (["--cells", "x"], "'x' names no cells", "--cells"),
+        (["--seed", "1"], "the sweep sets run.seed", "the command line"),
+        (["--set", "diversity.preset=none"], "the sweep sets diversity.preset", "--set"),
+        (["--set", "sweep.run.seed=[1]"], "there is no section 'sweep'", "--set"),
+        (["--epochs", "0"], "out of range", "the command line"),
+    ],
+)
+def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, arguments, what, where):
+    write(workplace)
+    found = refusal("train", "--config", "tiny.toml", *arguments)
+    assert what in found.what
+    assert where in found.where
+    assert not (workplace / "runs").exists()
+
+
+def test_only_a_sweep_has_cells(workplace, refusal):
+    assert "only a sweep has cells" in refusal("train", "--cells", "1").what
+    assert "keeps its configuration" in refusal("train", "--resume", "x", "--cells", "1").what
+    (workplace / "empty.toml").write_text("[sweep]\n")
+    assert "says nothing" in refusal("train", "--config", "empty.toml").what
+
+
+def test_finetuning_asks_every_cell_for_a_checkpoint(workplace, refusal):
+    write(workplace, '[[sweep.variant]]\nname = "a"\n"model.init" = "x"\n[[sweep.variant]]\nname = "b"\n')
+    found = refusal("finetune", "--config", "tiny.toml")
+    assert "no checkpoint to begin with" in found.what
+    assert "cell 2 (b)" in found.where
+
+
+def test_a_sweep_is_not_for_torchrun(workplace, refusal, monkeypatch):
+    write(workplace)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refusal("train", "--config", "tiny.toml").tip
+
+
+def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:
+    """Start a sweep in a process group of its own."""
+    line = [sys.executable, "-m", "pdvit", "train", "--config", "tiny.toml", *arguments]
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=place
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int) -> str:
+    shown = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == status, shown
+    return shown
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and f'"step": {step}' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run} never came to step {step}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A sweep that nobody disturbs."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    write(place, steps=STEPS)
+    finish(command("--out", "whole", place=place), 0)
+    return place / "whole"
+
+
+def same(sweep: Path, other: Path, records) -> None:
+    assert statuses(sweep) == ["finished"] * len(rows(other))
+    for row in rows(other):
+        one, two = sweep / row["name"], other / row["name"]
+        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert records(one) == records(two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["everybody", "the sweep", "the cell"])
+def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, records, whom):
+    write(workplace, steps=STEPS)
+    sweep = workplace / "runs" / "tiny"
+    process = command()
+    wait_for_step(sweep / "none-seed=0", 20)
+    assert statuses(sweep) == ["running", "waiting"]
+    cell = holder((sweep / "none-seed=0" / "checkpoints" / ".lock").stat().st_ino)
+    if whom != "the cell":  # alone, it stops when its sweep is gone
+        process.kill()
+    if whom != "the sweep":
+        os.kill(cell, signal.SIGKILL)
+    if whom == "the cell":  # a failure like another: passed over, and tried again when asked
+        assert "ended by SIGKILL" in finish(process, 1)
+        assert statuses(sweep) == ["failed", "finished"]
+        assert "0 of them to do" in finish(command(), 1)
+        finish(command("--cells", "failed"), 0)
+    else:
+        finish(process, -signal.SIGKILL)
+        assert "going on after step" in finish(command(), 0) + (sweep / "logs" / "none-seed=0.txt").read_text()
+    same(sweep, undisturbed, records)
+
+
+def holder(inode: int) -> int:
+    """Return the process that has a POSIX lock on a file."""
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if "POSIX" in words and words[5].endswith(f":{inode}"):
+            return int(words[4])
+    raise AssertionError("nobody holds the lock")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("group", [True, False])
+def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, records, number, group):
+    write(workplace, steps=STEPS)
+    sweep = workplace / "runs" / "tiny"
+    process = command()
+    wait_for_step(sweep / "none-seed=0", 20)
+    (os.killpg if group else os.kill)(process.pid, number)
+    assert "the same command goes on" in finish(process, 75)
+    assert statuses(sweep) == ["stopped", "waiting"]
+    finish(command(), 0)
+    same(sweep, undisturbed, records)
+
+
+@pytest.mark.slow
+def test_two_commands_share_one_sweep(workplace, undisturbed, records):
+    write(workplace, steps=STEPS)
+    sweep = workplace / "runs" / "tiny"
+    shown = [finish(process, 0) for process in (command(), command())]
+    text = "\n".join(shown)
+    for name in ("none-seed=0", "paper-seed=0"):
+        assert text.count(f"{name}: finished in") >= 1
+        assert (sweep / "logs" / f"{name}.txt").read_text().count("run directory:") == 1
+    same(sweep, undisturbed, records)
+
+
+@pytest.mark.slow
+def test_cells_that_break_down_are_passed_over(workplace):
+    write(workplace, '"optim.lr" = [1e30, 1e-3]\n"optim.opt" = ["sgd"]\n', steps=30)
+    assert "finite" in finish(command(), 1)
+    found = rows(workplace / "runs" / "tiny")
+    assert [row["status"] for row in found] == ["failed", "finished"]
+    assert "not a number" in found[0]["reason"]
+
+
+@pytest.mark.slow
+def test_the_time_limit_is_the_sweeps(workplace, undisturbed, records):
+    write(workplace, steps=STEPS)
+    finish(command("--time-limit", "0.1s"), 75)
+    sweep = workplace / "runs" / "tiny"
+    assert "finished" not in statuses(sweep)
+    finish(command(), 0)
+    same(sweep, undisturbed, records)

@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from pdvit.engine.device import visible_gpus
+
+
+@pytest.mark.parametrize(
+    ("variable", "count", "found"),
+    [
+        (None, 0, []),
+        (None, 2, ["0", "1"]),
+        ("2,5", 2, ["2", "5"]),
+        ("GPU-a,MIG-b", 2, ["GPU-a", "MIG-b"]),
+        ("3,-1,4", 1, ["3"]),  # CUDA reads up to the first that is not there
+        ("", 0, []),
+    ],
+)
+def test_gpus_are_named_as_a_process_of_their_own_has_to_see_them(monkeypatch, variable, count, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible_gpus() == found

@@ -1,0 +1,135 @@
+import tomllib
+from itertools import product
+
+import pytest
+
+from pdvit.config import build
+from pdvit.errors import UserError
+from pdvit.sweep import make_cells, numbers, split
+
+BASE = {"data": {"batch_size": 16}, "model": {"depth": 2}}
+
+
+def cells_of(text: str):
+    return make_cells(BASE, tomllib.loads(text)["sweep"], "a.toml")
+
+
+def refused(text: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        cells_of(text)
+    return caught.value
+
+
+def test_lists_are_crossed():
+    cells = cells_of('[sweep]\n"optim.lr" = [1e-3, 1]\n"model.width" = [16, 32]\n')
+    assert [cell.number for cell in cells] == [1, 2, 3, 4]
+    assert [(cell.config.optim.lr, cell.config.model.width) for cell in cells] == [*product((0.001, 1.0), (16, 32))]
+    assert [cell.name for cell in cells] == ["lr=0.001-width=16", "lr=0.001-width=32", "lr=1-width=16", "lr=1-width=32"]
+    assert cells[1].values == {"optim.lr": 0.001, "model.width": 32}
+    assert all(cell.config.data.batch_size == 16 and cell.variant == "" for cell in cells)
+
+
+def test_variants_are_bundles_and_seeds_the_outermost_loop():
+    cells = cells_of(
+        '[sweep]\n"optim.lr" = [1e-3]\n"run.seed" = [0, 1]\n'
+        '[[sweep.variant]]\nname = "baseline"\n"diversity.preset" = "none"\n"optim.opt" = "sgd"\n'
+        '[[sweep.variant]]\nname = "paper"\n'
+    )
+    assert [(cell.config.run.seed, cell.variant) for cell in cells] == [*product((0, 1), ("baseline", "paper"))]
+    assert cells[0].name == "baseline-lr=0.001-seed=0"
+    assert (cells[0].config.diversity.preset, cells[0].config.optim.opt) == ("none", "sgd")
+    assert (cells[1].config.diversity.preset, cells[1].config.optim.opt) == ("paper", "adamw")
+    assert list(cells[0].values) == ["optim.lr", "run.seed"]
+
+
+def test_seeds_that_are_added_come_last():
+    text = '[sweep]\n"model.width" = [16, 32]\n"run.seed" = [0{}]\n'
+    before, after = cells_of(text.format("")), cells_of(text.format(", 1"))
+    assert after[: len(before)] == before
+
+
+def test_a_cell_is_what_one_would_ask_for_by_hand():
+    (cell,) = cells_of('[sweep]\n"augment.scale" = [[0.5, 1]]\n')
+    assert cell.config == build(("base", BASE), ("hand", {"augment": {"scale": [0.5, 1.0]}}))
+    assert cell.name == "scale=0.5_1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("run.tf32", "true", "tf32=true"),
+        ("data.source", '"~/some where/x.tar"', "source=some_where_x.tar"),
+        ("optim.epochs", '"5ep"', "epochs=5ep"),
+        ("optim.warmup", '"5%"', "warmup=5%"),
+        ("optim.lr", "1e-5", "lr=1e-05"),
+        ("augment.auto_augment", '""', "auto_augment="),
+    ],
+)
+def test_names_can_be_read_and_are_folders(key, value, name):
+    assert [cell.name for cell in cells_of(f'[sweep]\n"{key}" = [{value}]\n')] == [name]
+
+
+def test_names_say_the_section_where_two_keys_are_alike(monkeypatch):
+    from pdvit.sweep.cells import _short_names
+
+    keys = {"model.width": None, "segment.width": None, "optim.lr": None}
+    assert list(_short_names(keys).values()) == ["model.width", "segment.width", "lr"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "where", "tip"),
+    [
+        ('[sweep]\n"optim.lrr" = [1]', "no key 'optim.lrr'", "cell 1 (lrr=1) of [sweep] of a.toml", "'lr'"),
+        ('[sweep]\n"optm.lr" = [1]', "no section 'optm'", "cell 1", "optim"),
+        ('[sweep]\n"optim.lr" = [1, -1]', "-1.0 is out of range", "cell 2 (lr=-1)", "above 0"),
+        ('[sweep]\n"optim.min_lr" = [0, 1]', "is above the peak", "cell 2 (min_lr=1)", "lower it"),
+        ('[sweep]\n"optim.lr" = 1', "needs a list", "[sweep] of a.toml", "for example"),
+        ('[sweep]\n"optim.lr" = []', "needs a list", "a.toml", "for example"),
+        ('[sweep]\n"optim.lr" = [0.1, 0.10]', "0.1 twice", "a.toml", "once"),
+        ("[sweep]\noptim.lr = [0.1]", "'optim' is a section", "a.toml", '"optim.lr" = ...'),
+        ("[sweep]\nlr = [0.1]", "'lr' is not section.key", "a.toml", "for example"),
+        ('[sweep]\nvariants = [{name = "a"}]', "'variants' is not section.key", "a.toml", "'variant'"),
+        ("[sweep.variant]\nname = 'a'", "'variant' is no key", "a.toml", "[[sweep.variant]]"),
+        ('[[sweep.variant]]\n"optim.lr" = 1', "variant 1 has no name", "a.toml", "name ="),
+        ('[[sweep.variant]]\nname = "a/b"', "'a/b' is no name", "a.toml", "letters"),
+        ('[[sweep.variant]]\nname = "a"\n[[sweep.variant]]\nname = "a"', "two variants", "a.toml", "rename"),
+        ('[[sweep.variant]]\nname = "a"\nlr = 1', "'lr' is not section.key", "variant 'a'", "section.key"),
+        ('[sweep]\n"run.out" = ["a", "b"]', "'run.out' can't be swept", "a.toml", "--out"),
+        (
+            '[sweep]\n"optim.lr" = [1]\n[[sweep.variant]]\nname = "a"\n"optim.lr" = 1',
+            "variant 'a' sets it too",
+            "a.toml",
+            "one of them",
+        ),
+        ('[sweep]\n"data.source" = ["a/b", "a b"]', "two cells would be named 'source=a_b'", "a.toml", "variant"),
+        (f'[sweep]\n"data.source" = ["{"a" * 300}"]', "too long", "a.toml", "variant"),
+    ],
+)
+def test_a_sweep_that_can_not_be_run_is_refused_as_a_whole(text, what, where, tip):
+    error = refused(text)
+    assert what in error.what
+    assert where in error.where
+    assert tip in error.tip
+
+
+def test_the_table_is_no_part_of_the_configuration():
+    assert split({"optim": {"lr": 1}, "sweep": {"run.seed": [1]}}, "f") == ({"optim": {"lr": 1}}, {"run.seed": [1]})
+    assert split({"optim": {}}, "f") == ({"optim": {}}, None)
+    for table in ({}, 3):
+        with pytest.raises(UserError, match="says nothing"):
+            split({"sweep": table}, "f")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("3", {3}), ("3-5", {3, 4, 5}), ("1, 4,6-", {1, 4, 6, 7}), ("2 - 3", {2, 3}), ("7-", {7})],
+)
+def test_cells_are_chosen_by_number(text, found):
+    assert numbers(text, 7) == found
+
+
+@pytest.mark.parametrize("text", ["8", "0", "0-3", "5-3", "6-9", "", "a", "3-4-5", "-3", "1,,2"])
+def test_cells_that_are_not_there_are_refused(text):
+    with pytest.raises(UserError) as caught:
+        numbers(text, 7)
+    assert caught.value.where == "--cells"

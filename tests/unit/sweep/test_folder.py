@@ -1,0 +1,165 @@
+import csv
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pdvit.errors import UserError
+from pdvit.sweep import Folder, State, make_cells
+
+BASE = {"optim": {"epochs": "3st"}}
+TABLE = {"run.seed": [0, 1], "variant": [{"name": "a"}, {"name": "b", "model.depth": 3}]}
+A0, B0, A1, B1 = "a-seed=0", "b-seed=0", "a-seed=1", "b-seed=1"
+
+
+def begin(path: Path, base=BASE, table=TABLE) -> Folder:
+    folder = Folder(path)
+    folder.begin(base, table, make_cells(base, table, "x.toml"))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return begin(tmp_path / "sweep")
+
+
+def put(folder: Folder, name: str, status: str | None = None, **files: dict) -> Path:
+    run = folder.path / name
+    run.mkdir(exist_ok=True)
+    (run / "run.toml").write_text("")
+    environment = {"processor": "CPU X", "cores": 4, "device": "cpu", "commit": "abc"}
+    (run / "environment.json").write_text(json.dumps(environment | files.get("environment", {})))
+    if status:
+        (run / "status.json").write_text(json.dumps({"status": status} | files.get("facts", {})))
+    if status == "finished":
+        summary = {"task": "classification", "accuracy": 0.5, "loss": 1.0, "seconds": 3.5, "seconds_by_phase": {}}
+        (run / "summary.json").write_text(json.dumps(summary | files.get("summary", {})))
+    return run
+
+
+def table(folder: Folder) -> list[dict[str, str]]:
+    folder.write_table()
+    with (folder.path / "cells.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def elsewhere(lock: Path):
+    """Return a process that holds a lock until its input ends."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    return process
+
+
+def release(process: subprocess.Popen) -> None:
+    process.communicate("\n")
+
+
+def test_the_folder_says_what_was_asked_for(folder):
+    assert tomllib.loads((folder.path / "sweep.toml").read_text()) == BASE | {"sweep": TABLE}
+    assert folder.asked() == make_cells(BASE, TABLE, "x.toml")
+
+
+def test_the_table_says_what_the_run_directories_say(folder):
+    put(folder, A0, "finished", summary={"similarity_last": None, "skipped": "x.png"})
+    put(folder, B0, "failed", facts={"reason": "loss was infinite"}, environment={"device": "GPU Y"})
+    put(folder, A1, "running")
+    rows = table(folder)
+    assert list(rows[0]) == [
+        *("cell", "name", "variant", "run.seed", "status", "reason", "seconds", "commit", "hardware"),
+        *("accuracy", "loss"),
+    ]
+    assert [row["cell"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["status"] for row in rows] == ["finished", "failed", "stopped", "waiting"]
+    assert rows[0] | {"accuracy": "0.5", "seconds": "3.5", "commit": "abc", "hardware": "CPU X, 4 cores"} == rows[0]
+    assert (rows[1]["reason"], rows[1]["hardware"], rows[1]["accuracy"]) == ("loss was infinite", "GPU Y", "")
+    assert (rows[3]["variant"], rows[3]["run.seed"], rows[3]["commit"]) == ("b", "1", "")
+
+
+def test_a_run_that_was_killed_is_told_from_one_that_runs(folder):
+    run = put(folder, A0, "running")
+    put(folder, B0)  # killed before its first status
+    assert folder.state(A0) == State("stopped", "interrupted")
+    assert folder.state(B0) == State("stopped", "interrupted")
+    (run / "checkpoints").mkdir()
+    for lock in (run / "checkpoints" / ".lock", folder.path / "logs" / f".{A0}.lock"):
+        process = elsewhere(lock)
+        assert folder.state(A0) == State("running")
+        with folder.claimed(A0) as mine:
+            assert not mine
+        release(process)
+        assert folder.state(A0).status == "stopped"
+    with folder.claimed(A0) as mine:
+        assert mine
+
+
+def test_what_this_process_has_begun_runs(folder):
+    states = {cell.name: state.status for cell, state in folder.write_table({B0})}
+    assert states == {A0: "waiting", B0: "running", A1: "waiting", B1: "waiting"}
+
+
+def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_try(folder):
+    folder.mark(A0, "failed", "no memory")
+    assert folder.state(A0) == State("failed", "no memory")
+    (folder.path / A0 / ".run.toml.1234").touch()  # a kill while the first file was written
+    with folder.claimed(A0) as mine:
+        assert mine
+        assert list((folder.path / A0).iterdir()) == []
+    run = put(folder, B0, "failed", facts={"step": 3})
+    with folder.claimed(B0):
+        assert (run / "run.toml").exists()
+    folder.mark(B0, "failed", "again")
+    assert json.loads((run / "status.json").read_text()) == {"status": "failed", "step": 3, "reason": "again"}
+
+
+def test_damaged_files_are_a_failed_cell(folder):
+    run = put(folder, A0, "finished")
+    (run / "summary.json").write_text("{")
+    assert folder.state(A0).status == "failed"
+
+
+def test_a_sweep_that_goes_on_may_have_more_cells(folder):
+    more = TABLE | {"run.seed": [0, 1, 2], "variant": [*TABLE["variant"], {"name": "c"}]}
+    assert len(begin(folder.path, table=more).asked()) == 9
+    assert begin(folder.path, table=more).asked() == folder.asked()
+    with pytest.raises(UserError, match="not asked for any more"):
+        begin(folder.path)
+    assert len(table(folder)) == 9  # also by a process that began with fewer
+
+
+@pytest.mark.parametrize(
+    ("base", "changed", "what"),
+    [
+        ({"optim": {"epochs": "4st"}}, TABLE, "optim.epochs was '3st', is '4st'"),
+        (BASE, TABLE | {"run.seed": [0, 2]}, "'a-seed=1', which is not asked for any more"),
+        (
+            BASE,
+            TABLE | {"variant": [{"name": "a"}, {"name": "b", "model.depth": 4}]},
+            "'b-seed=0' is another run now: model.depth was 3, is 4",
+        ),
+    ],
+)
+def test_a_sweep_that_changed_is_refused(folder, base, changed, what):
+    before = (folder.path / "sweep.toml").read_text()
+    with pytest.raises(UserError) as caught:
+        begin(folder.path, base, changed)
+    assert what in caught.value.what
+    assert "--out" in caught.value.tip
+    assert (folder.path / "sweep.toml").read_text() == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").touch()
+    (tmp_path / "file").touch()
+    for name in ("there", "file"):
+        with pytest.raises(UserError, match="not that of a sweep"):
+            begin(tmp_path / name)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["x"]
+    (tmp_path / "empty").mkdir()
+    begin(tmp_path / "empty")

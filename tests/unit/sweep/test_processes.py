@@ -1,0 +1,213 @@
+"""Cells in processes of their own, with work that takes no time in place of training."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from pdvit.engine.interrupts import StopRequest
+from pdvit.errors import RunFailed, UserError
+from pdvit.sweep import Folder, make_cells, preload, run_apart, run_cells
+
+WORK = '''
+import atexit, json, multiprocessing, os, signal, sys, time
+from pathlib import Path
+from pdvit.errors import RunFailed, UserError
+
+def finish(run, **facts):
+    run.mkdir(exist_ok=True)
+    for name in ("run.toml", "environment.json"):
+        (run / name).write_text("{}")
+    (run / "summary.json").write_text(json.dumps(facts))
+    (run / "status.json").write_text('{"status": "finished"}')
+    return 0
+
+def train(ways, config, run):
+    """End in the way that stands for the seed."""
+    way = ways[config.run.seed]
+    print("this is cell", config.run.seed)
+    if way == "refused": raise UserError("the disk is full", "here", "make room")
+    if way == "broken": raise RunFailed("not finite", "lower")
+    if way == "bug": raise ValueError("a\\nbug")
+    if way == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if way == "exits": os._exit(3)
+    if way == "slow":
+        (run.parent / f"begun-{config.run.seed}").write_text(str(os.getpid()))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        time.sleep(60)
+    if way == "breaks when stopped":
+        def broken(*_): raise RuntimeError("a worker is gone")
+        signal.signal(signal.SIGTERM, broken)
+        (run.parent / f"begun-{config.run.seed}").touch()
+        time.sleep(60)
+    if way == "leaves":
+        assert multiprocessing.get_start_method(allow_none=True) is None
+        atexit.register((run.parent / "left").touch)
+    return finish(run, device=os.environ.get("CUDA_VISIBLE_DEVICES"), process=os.getpid())
+
+def meet(count, config, run):
+    """Wait until so many cells run at the same time."""
+    (run.parent / f"begun-{config.run.seed}").touch()
+    while len(list(run.parent.glob("begun-*"))) < count:
+        time.sleep(0.01)
+    return finish(run, device=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+def answer(way):
+    if way == "refused": raise UserError("what", "where", "tip")
+    if way == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if way == "slow": time.sleep(60)
+    return way * 2
+'''
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "pdvit_sweep_work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    import pdvit_sweep_work
+
+    preload([])  # for the helper that one test here kills: the next one imports nothing
+    yield pdvit_sweep_work
+    sys.modules.pop("pdvit_sweep_work")
+
+
+def sweep(tmp_path, count: int) -> tuple[Folder, list]:
+    folder, table = Folder(tmp_path / "sweep"), {"run.seed": [*range(count)]}
+    cells = make_cells({}, table, "x.toml")
+    folder.begin({}, table, cells)
+    return folder, cells
+
+
+def summary(folder: Folder, seed: int) -> dict:
+    return json.loads((folder.path / f"seed={seed}" / "summary.json").read_text())
+
+
+def test_failures_are_recorded_and_passed_over(tmp_path, work):
+    ways = ["refused", "broken", "bug", "killed", "exits", "well"]
+    folder, cells = sweep(tmp_path, len(ways))
+    told = []
+    run_cells(folder, cells, partial(work.train, ways), [None], StopRequest(), lambda *facts: told.append(facts))
+    states = [folder.state(cell.name) for cell in cells]
+    assert [state.status for state in states] == ["failed"] * 5 + ["finished"]
+    reasons = ["the disk is full", "not finite", "ValueError: a bug", "ended by SIGKILL", "ended with status 3", ""]
+    assert [state.reason for state in states] == reasons
+    assert [(cell.number, state.status) for cell, state, _ in told[:4]] == [
+        *((1, "running"), (1, "failed"), (2, "running"), (2, "failed"))
+    ]
+    assert "this is cell 0\nerror: the disk is full" in folder.log("seed=0").read_text()
+    assert "ValueError" in folder.log("seed=2").read_text()
+
+
+def test_each_cell_has_a_process_and_each_device_one_cell_at_a_time(tmp_path, work):
+    folder, cells = sweep(tmp_path, 2)
+    run_cells(folder, cells, partial(work.meet, 2), ["7", "GPU-x"], StopRequest(), lambda *_: None)
+    assert {summary(folder, seed)["device"] for seed in (0, 1)} == {"7", "GPU-x"}
+    folder, cells = sweep(tmp_path / "one", 3)
+    run_cells(folder, cells, partial(work.train, [""] * 3), ["5"], StopRequest(), lambda *_: None)
+    assert {summary(folder, seed)["device"] for seed in range(3)} == {"5"}
+    assert len({summary(folder, seed)["process"] for seed in range(3)} - {os.getpid()}) == 3
+
+
+def test_a_stop_stops_the_cells_and_begins_no_other(tmp_path, work):
+    folder, cells = sweep(tmp_path, 3)
+    stop, told = StopRequest(), []
+
+    def ask() -> None:
+        while len(list(folder.path.glob("begun-*"))) < 2:
+            time.sleep(0.01)
+        stop.reason = "SIGINT"
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    run_cells(folder, cells, partial(work.train, ["slow"] * 3), ["0", "1"], stop, lambda *facts: told.append(facts))
+    thread.join()
+    assert [state.status for _, state, _ in told] == ["running", "running", "waiting", "waiting"]
+
+
+def test_a_cell_that_breaks_because_of_the_stop_has_not_failed(tmp_path, work):
+    folder, cells = sweep(tmp_path, 1)
+    stop = StopRequest()
+
+    def ask(*_) -> None:
+        while not (folder.path / "begun-0").exists():
+            time.sleep(0.01)
+        stop.reason = "SIGTERM"
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    run_cells(folder, cells, partial(work.train, ["breaks when stopped"]), [None], stop, lambda *_: None)
+    thread.join()
+    assert folder.state("seed=0").status == "stopped"
+
+
+def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
+    from multiprocessing.forkserver import _forkserver
+
+    folder, cells = sweep(tmp_path, 1)
+    told = []
+
+    def kill() -> None:
+        while not (folder.path / "begun-0").exists():
+            time.sleep(0.01)
+        os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    train = partial(work.train, ["slow"])
+    run_cells(folder, cells, train, [None], StopRequest(), lambda *facts: told.append(facts[1].status))
+    thread.join()
+    assert told == ["running", "running"]
+    os.kill(int((folder.path / "begun-0").read_text()), signal.SIGTERM)
+
+
+def test_a_cell_begins_and_ends_as_any_process_does(tmp_path, work):
+    folder, cells = sweep(tmp_path, 1)
+    run_cells(folder, cells, partial(work.train, ["leaves"]), [None], StopRequest(), lambda *_: None)
+    assert folder.state("seed=0").status == "finished"
+    assert (folder.path / "left").exists()
+
+
+def test_the_time_limit_stops(tmp_path, work):
+    folder, cells = sweep(tmp_path, 2)
+    stop = StopRequest()
+    run_cells(folder, cells, partial(work.train, ["slow"] * 2), [None], stop, lambda *_: None, limit=0.01)
+    assert stop.reason == "time limit"
+    assert not (folder.path / "begun-1").exists()
+
+
+def test_a_finished_cell_is_not_trained_again(tmp_path, work):
+    folder, cells = sweep(tmp_path, 1)
+    for way in ("well", "broken"):
+        run_cells(folder, cells, partial(work.train, [way]), [None], StopRequest(), lambda *_: None)
+    assert folder.state("seed=0").status == "finished"
+
+
+def test_what_is_asked_of_a_process_is_answered(tmp_path, work):
+    log, stop = tmp_path / "log", StopRequest()
+    assert run_apart(work.answer, log, stop, "ab") == "abab"
+    with pytest.raises(UserError) as caught:
+        run_apart(work.answer, log, stop, "refused")
+    assert caught.value.tip == "tip"
+    with pytest.raises(RunFailed, match="ended by SIGKILL"):
+        run_apart(work.answer, log, stop, "killed")
+    stop.reason = "SIGTERM"
+    assert run_apart(work.answer, log, stop, "slow") is None
+
+
+def test_signals_to_the_group_do_not_end_the_helper(tmp_path, work):
+    """Slurm and terminals signal every process; the helper has to outlive that, or no exit status comes back."""
+    from multiprocessing.forkserver import _forkserver
+
+    folder, cells = sweep(tmp_path, 1)
+    run_cells(folder, cells, partial(work.train, [""]), [None], StopRequest(), lambda *_: None)
+    helper = _forkserver._forkserver_pid
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(helper, number)
+    assert run_apart(work.answer, tmp_path / "log", StopRequest(), "ab") == "abab"
+    assert _forkserver._forkserver_pid == helper
