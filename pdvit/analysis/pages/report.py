@@ -62,9 +62,9 @@ def report_page(
 
 
 def _verdict(facts: dict[str, Any]) -> str:
-    sentences = [facts["verdict"] or "no verdict: P was not measured", facts["advice"], facts["published"]]
-    said = " ".join(escape(sentence) for sentence in sentences if sentence)
-    return f"<p><b>{escape(facts['model'])}</b> {said}</p>"
+    verdict = facts["verdict"] or "no verdict: P was not measured"
+    more = (f"<p>{escape(sentence)}</p>" for sentence in (facts["advice"], facts["published"]) if sentence)
+    return f"<p><b>{escape(facts['model'])}</b> {escape(verdict)}</p>{''.join(more)}"
 
 
 def _section(table: "pd.DataFrame", facts: dict[str, Any]) -> str:
