@@ -11,8 +11,8 @@ IGNORED = 255
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Return the cross-entropy summed over the pixels that have a class, divided by the number of all pixels.
 
-    As in mmsegmentation: an image whose pixels are mostly ignored counts less. So images of one size count alike however
-    they are divided into parts, and a batch without any class has loss 0, and gradient 0.
+    As in mmsegmentation: an image whose pixels are mostly ignored counts less. So a batch has the same loss however it
+    is divided into parts, and one without any class has loss 0, with gradient 0.
 
     Args:
         logits: `(B, C, h, w)`, brought to the size of the masks bilinearly (`align_corners=False`).

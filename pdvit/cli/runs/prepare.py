@@ -52,7 +52,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     from pdvit.engine.ranks import join
     from pdvit.models.description import describe
     from pdvit.models.initial import begin_from, settle
-    from pdvit.tasks.classification import bare
+    from pdvit.tasks.base import bare
     from pdvit.tracking import check_sinks, tracker_names
 
     if config.model.init is not None and not begun:
