@@ -1,18 +1,16 @@
 """`pdvit finetune`: `pdvit train` with initial weights and defaults of its own."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.runs.options import AsJson, Assign, Change, File, Replay, Resume, begin
+from pdvit.cli.runs.kinds import FINETUNE
+from pdvit.cli.runs.options import AsJson, Assign, Change, File, Replay, Resume, begin, initial_weights
 from pdvit.cli.settings import make_config, with_settings
-from pdvit.cli.train import TRAIN
 from pdvit.errors import UserError
 
-FINETUNE = replace(TRAIN, name="finetune")
 # Why these stands in docs/finetune.md.
 DEFAULTS = {
     "data": {"source": "digits:5-9"},
@@ -39,9 +37,7 @@ def finetune(
 
     Without --data: on the digits 5 to 9, for a model that learned 0 to 4 (pdvit train --data digits:0-4).
     """
-    if checkpoint is not None and settings["model_init"] is not None:
-        raise UserError("there are two checkpoints to begin with", "CKPT, --init", "give one of them")
-    settings["model_init"] = checkpoint if checkpoint is not None else settings["model_init"]
+    initial_weights(checkpoint, settings)
     if resume is None and replay is None:
         _check_given(config, assign or [], settings)
     return begin(FINETUNE, config, assign, resume, change, replay, as_json, settings, DEFAULTS)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.command import Command, Kind
 from pdvit.cli.runs.recipe import as_change
 from pdvit.cli.runs.resume import resume
 from pdvit.cli.runs.start import start
 from pdvit.config import build
+from pdvit.data.sources import open_source
 from pdvit.engine.interrupts import stop_on_signals
 from pdvit.errors import UserError
 from pdvit.tasks import ClassificationTask
@@ -26,7 +27,14 @@ def test_another_command_brings_its_task_and_its_words(tmp_path, capsys):
         def finish(self, network, weights):
             return super().finish(network, weights) | {"task": "other"}
 
-    command = Command("other", Other, lambda config, task: "something else", lambda s: f"the {s['task']} came out")
+    kind = Kind(
+        open_source=lambda config, say: open_source(config.data, say),
+        make_task=Other,
+        describe=lambda config, task: "something else",
+        conclude=lambda summary: f"the {summary['task']} came out",
+        use=lambda run: "somehow",
+    )
+    command = Command("other", lambda config: kind)
     out = tmp_path / "run"
     settings = SETTINGS | {"run": SETTINGS["run"] | {"out": str(out)}}
     with stop_on_signals() as stop:
