@@ -23,7 +23,11 @@ class Kind:
 
 KINDS = (
     Kind("digits", "digits", "1,797 handwritten digits of scikit-learn, built in; some: digits:0-4", "digits:"),
-    Kind("scenes", "scenes", "pictures of these digits with a class for every pixel, built in (pdvit segment)"),
+    Kind(
+        "scenes",
+        "scenes",
+        "handwritten numbers on textured grounds, with a class for every pixel, built in (pdvit segment)",
+    ),
     Kind("folder", "FOLDER", "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone; ImageNet-1k"),
     Kind("archive", "FILE.tar, FILE.zip", "the same inside an archive; also .tar.gz, .tar.xz", suffixes=ARCHIVES),
     Kind("csv", "FILE.csv", "a table with the columns path, label and perhaps split", suffixes=(".csv",)),
