@@ -11,7 +11,7 @@ from pdvit.data.bad_images import BadImage, Sample
 from pdvit.data.batch import Batch
 from pdvit.data.images import Keys
 from pdvit.data.loader import Loading, decode, from_workers, mark_replaced, step_indices
-from pdvit.data.masks.split import MaskSplit, read_pair
+from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.masks.table import IGNORED
 from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, finish
 
@@ -30,7 +30,7 @@ class Pairs(Dataset[Sample]):
         return [self._read(epoch, index) for epoch, index in keys]
 
     def _read(self, epoch: int, index: int) -> Sample:
-        pair = read_pair(self.split, index)
+        pair = try_pair(self.split, index)
         if isinstance(pair, BadImage):
             return pair, 0, index
         if isinstance(self.transform, EvaluationTransform):

@@ -7,7 +7,7 @@ from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.bad_images import NAMED
-from pdvit.data.masks.table import IGNORED, ClassTable
+from pdvit.data.masks.table import ClassTable
 from pdvit.data.masks.table_file import read_table
 from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, choose_splits
 from pdvit.data.sources.split import printable
@@ -98,7 +98,7 @@ def find_folders(root: Path) -> Folders:
         found = ", ".join(FolderTree(root).folders()[:6]) or "no folders"
         raise UserError(f"'{root}' has no images/ and masks/ (found: {printable(found)})", WHERE, LAYOUT)
     file = next((root / name for name in TABLES if (root / name).is_file()), None)
-    return Folders(root, "images", masks, file and read_table(file))
+    return Folders(root, "images", masks, read_table(file) if file else None)
 
 
 def ade_table(folder: Path) -> ClassTable | None:

@@ -90,9 +90,9 @@ class MaskFiles(MaskSplit):
         return sha256(f"{super().hash()} {self.table.identity()}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def read_pair(split: MaskSplit, index: int) -> Pair | BadImage:
+def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
     """Decode an image `(W, H)` and its mask, or say why one of them can't be used."""
-    mask = read_mask(split, index)
+    mask = try_mask(split, index)
     if isinstance(mask, BadImage):
         return mask
     with strict_decoders():
@@ -102,7 +102,7 @@ def read_pair(split: MaskSplit, index: int) -> Pair | BadImage:
     return wrong_size(split, index, image.size, mask) or (image, mask)
 
 
-def read_mask(split: MaskSplit, index: int) -> Tensor | BadMask:
+def try_mask(split: MaskSplit, index: int) -> Tensor | BadMask:
     """Read a mask, or say why it can't be used."""
     with strict_decoders():
         mask = attempt(split, index, split.mask, index)

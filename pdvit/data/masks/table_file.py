@@ -71,7 +71,7 @@ def _colour(row: dict[str, str], path: Path) -> Colour:
     text = row["colour"]
     levels = [text[at : at + 2] for at in (1, 3, 5)] if re.fullmatch("#[0-9a-fA-F]{6}", text) else []
     numbers = [int(level, 16) for level in levels] or [int(part) for part in re.findall(r"\d+", text)]
-    if not levels and not re.fullmatch(r"\d{1,3} +\d{1,3} +\d{1,3}", text) or max(numbers) > 255:
+    if (not levels and not re.fullmatch(r"\d{1,3} +\d{1,3} +\d{1,3}", text)) or max(numbers) > 255:
         what = f"'{printable(text)}' is no colour of '{printable(row['name'])}'"
         raise UserError(what, str(path), "write it as #804080, or as 128 64 128")
     return numbers[0], numbers[1], numbers[2]
