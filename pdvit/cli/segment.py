@@ -22,7 +22,9 @@ DEFAULTS: Layer = {
 def segment(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(metavar="CKPT", help="Backbone: run directory, timm folder, file of weights, model of timm's hub."),
+        typer.Argument(
+            metavar="CKPT", help="Backbone: run directory, timm folder, file of weights, model of timm's hub."
+        ),
     ] = None,
     config: File = None,
     assign: Assign = None,

@@ -19,8 +19,6 @@ from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.models.freezing import BACKBONE
-from pdvit.models.layers import exact_float32
-from pdvit.similarity import patch_similarity
 from pdvit.tasks.probe import Probe, describe_similarity
 from pdvit.tasks.weights import weight_schedules, with_weights
 
@@ -108,7 +106,7 @@ class ImageTask(ABC):
         """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
         numbers, images, _ = self.measure(network, split)
-        first, last = self._first_last_similarity(network)
+        first, last = self.first_last(network)
         skipped = self._newly_skipped()
         return {
             "task": self.name,
@@ -129,17 +127,9 @@ class ImageTask(ABC):
             self._probe = Probe(self.source.splits["val"], self.config.run.probe_images, alone)
         return self._probe
 
-    @torch.no_grad()
-    def _first_last_similarity(self, network: nn.Module) -> tuple[float, float]:
-        """Return P of the very tokens that the losses compare, on the probe."""
-        network.eval()
-        with exact_float32(self.device):
-            output = self.tokens(network, self.probe.images)
-        return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
-
     @abstractmethod
-    def tokens(self, network: nn.Module, images: Tensor) -> Any:
-        """Run the network and return what has the `first` and `last` tokens."""
+    def first_last(self, network: nn.Module) -> tuple[float, float]:
+        """Return P of first and last on the probe."""
 
     def _left_out(self, images: int, split: str) -> dict[str, int]:
         """Say how many images a split lacks, where those that do not decode are skipped."""

@@ -39,6 +39,13 @@ def class_table(confusion: Tensor, classes: list[str]) -> "pd.DataFrame":
     return pd.DataFrame(columns)
 
 
+def mask_table(confusion: Tensor, iou: Tensor, classes: list[str]) -> "pd.DataFrame":
+    """Return one row per class of a confusion matrix of pixels: the columns of `class_table`, and the IoU."""
+    table = class_table(confusion, classes).rename(columns={"images": "pixels"})
+    table.insert(2, "iou", [None if value != value else value for value in iou.tolist()])
+    return table
+
+
 def confusion_table(confusion: Tensor, classes: list[str]) -> "pd.DataFrame":
     """Return the matrix as rows of class, predicted and images: every class with itself, and what else there was.
 

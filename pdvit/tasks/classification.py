@@ -18,8 +18,10 @@ from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments, patch_size_of
 from pdvit.models.freezing import freeze
+from pdvit.models.layers import exact_float32
 from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.models.weights import export
+from pdvit.similarity import patch_similarity
 from pdvit.tasks.base import ImageTask, checkpoint_activations, objective_of, refuse_idle_terms
 from pdvit.tasks.scores import Tally, measure
 
@@ -105,9 +107,13 @@ class ClassificationTask(ImageTask):
         numbers = {"accuracy": scores.accuracy, "loss": scores.loss}
         return numbers, scores.images, f"accuracy {scores.accuracy:6.1%}  loss {scores.loss:.3f}"
 
-    def tokens(self, network: nn.Module, images: Tensor) -> Any:
-        """Run the network without its patch head."""
-        return network(images, patch_logits=False)
+    @torch.no_grad()
+    def first_last(self, network: nn.Module) -> tuple[float, float]:
+        """Return P of the very tokens that the losses compare, on the probe."""
+        network.eval()
+        with exact_float32(self.device):
+            output = network(self.probe.images, patch_logits=False)
+        return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return a timm folder of the bare model, without the patch head."""

@@ -47,6 +47,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     say(console, f"opening {config.data.source} ...")  # what comes now can take minutes: imports, many files, weights
     from pdvit.config import resolve
     from pdvit.config.idle import idle_settings
+    from pdvit.config.resolve import with_crop
     from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.loop import Trainer
     from pdvit.engine.ranks import join
@@ -58,7 +59,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     if config.model.init is not None and not begun:
         say(console, f"reading {config.model.init} ...")
         initial = describe(config.model.init, config.model.name, config.model.weights)
-        config = settle(config, initial)
+        config = settle(with_crop(config), initial)
     config = resolve(config) if config.data.batch_size else config
     ranks = join()
     device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
