@@ -23,7 +23,7 @@ def segment(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            metavar="CKPT", help="Backbone: run directory, timm folder, file of weights, model of timm's hub."
+            metavar="CKPT", help="Backbone: a run, timm folder, file of weights, or model of timm's hub."
         ),
     ] = None,
     config: File = None,
