@@ -22,10 +22,11 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
-from pdvit.models.build import build_model, model_arguments, patch_size_of
+from pdvit.models.build import build_model, checkpoint_activations, model_arguments, patch_size_of
 from pdvit.models.freezing import BACKBONE, freeze
 from pdvit.models.layers import exact_float32, measure_layers
-from pdvit.models.tokens import DiverseModel, layer_numbers
+from pdvit.models.reading import layer_numbers
+from pdvit.models.tokens import DiverseModel
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
 from pdvit.tasks.scores import Scores, Tally, measure
@@ -47,7 +48,7 @@ class ClassificationTask:
         arguments = model_arguments(config.model, config.data.img_size)
         model = build_model(config.model.name, arguments | {"num_classes": len(source.classes)})
         if config.model.grad_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         diversity = config.diversity
         weights: dict[str, Any] = {term: getattr(diversity, term) or 0.0 for term in TERMS}
         variant = diversity.variant or "paper"
@@ -247,16 +248,8 @@ class ClassificationTask:
         return self._probe
 
 
-def _checkpoint_activations(model: Any) -> None:
-    try:
-        model.set_grad_checkpointing(True)
-    except (AssertionError, AttributeError) as error:
-        what = f"timm has no gradient checkpointing for a {type(model).__name__}"
-        raise UserError(what, "model.grad_checkpointing (--grad-checkpointing)", "leave it out") from error
-
-
 def bare(network: nn.Module) -> nn.Module:
-    """Return the timm model inside a DiverseModel."""
-    model = network.model
+    """Return the timm model inside a DiverseModel or a Segmenter."""
+    model = network.inside
     assert isinstance(model, nn.Module)
     return model
