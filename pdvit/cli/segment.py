@@ -22,9 +22,7 @@ DEFAULTS: Layer = {
 def segment(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(
-            metavar="CKPT", help="Backbone: a run, timm folder, file of weights, or model of timm's hub."
-        ),
+        typer.Argument(metavar="CKPT", help="Backbone: a run, timm folder, file of weights, or model of timm's hub."),
     ] = None,
     config: File = None,
     assign: Assign = None,

@@ -223,6 +223,12 @@ class SegmentConfig:
     )
     width: int = key(512, "Channels inside the head (upernet).", "--head-width", minimum=8)
     aux: float = key(0.4, "Weight of the auxiliary head's loss (upernet); 0: no such head.", "--aux", minimum=0)
+    norm: str | None = key(
+        None,
+        "Norm inside the head (upernet); unset: batch, or group where a forward pass has a single image.",
+        "--head-norm",
+        choices=("batch", "group"),
+    )
     classes: str | None = key(
         None, "Table of the classes (name, id, colour) of folders of masks; unset: classes.tsv there.", "--classes"
     )

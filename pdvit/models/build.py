@@ -119,7 +119,7 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     try:
         model = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
-        if "img_size" in arguments and "unexpected keyword argument 'img_size'" in str(error):
+        if "img_size" in arguments and "unexpected keyword arg" in str(error) and "'img_size'" in str(error):
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
             size = arguments["img_size"]
             return with_image_size(
@@ -132,6 +132,15 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
         ) from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute activations twice instead of keeping them; UserError where timm has no such way."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        what = f"timm has no gradient checkpointing for a {type(model).__name__}"
+        raise UserError(what, "model.grad_checkpointing (--grad-checkpointing)", "leave it out") from error
 
 
 def _check_grid(model: Any, where: str) -> None:

@@ -162,17 +162,8 @@ def refuse_idle_terms(config: Config, objective: Objective) -> None:
         raise UserError(what, "model.freeze (--freeze)", tip)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Let a timm model compute activations twice instead of keeping them; UserError where it can't."""
-    try:
-        model.set_grad_checkpointing(True)
-    except (AssertionError, AttributeError) as error:
-        what = f"timm has no gradient checkpointing for a {type(model).__name__}"
-        raise UserError(what, "model.grad_checkpointing (--grad-checkpointing)", "leave it out") from error
-
-
 def bare(network: nn.Module) -> nn.Module:
-    """Return the timm model inside a DiverseModel."""
-    model = network.model
+    """Return the timm model inside a DiverseModel or a Segmenter."""
+    model = network.inside
     assert isinstance(model, nn.Module)
     return model

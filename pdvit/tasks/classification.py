@@ -16,13 +16,14 @@ from pdvit.data.sources import Source
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
-from pdvit.models.build import build_model, model_arguments, patch_size_of
+from pdvit.models.build import build_model, checkpoint_activations, model_arguments, patch_size_of
 from pdvit.models.freezing import freeze
 from pdvit.models.layers import exact_float32
-from pdvit.models.tokens import DiverseModel, layer_numbers
+from pdvit.models.reading import layer_numbers
+from pdvit.models.tokens import DiverseModel
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
-from pdvit.tasks.base import ImageTask, checkpoint_activations, objective_of, refuse_idle_terms
+from pdvit.tasks.base import ImageTask, objective_of, refuse_idle_terms
 from pdvit.tasks.scores import Tally, measure
 
 

@@ -156,7 +156,8 @@ def pixel_network(network: nn.Module) -> Network:
     def logits_of(images: Tensor) -> Tensor:
         segmenter: Any = network
         height, width = images.shape[-2:]
-        return segmenter.resize(segmenter(images).logits.float(), (height, width))
+        logits: Tensor = segmenter.resize(segmenter(images).logits.float(), (height, width))
+        return logits
 
     return logits_of
 

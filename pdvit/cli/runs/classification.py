@@ -22,6 +22,10 @@ def _open(config: Config, say: Callable[[str], None]) -> "Source":
     return open_source(config.data, say)
 
 
+def _settle(config: Config, processes: int) -> Config:
+    return config
+
+
 def _make_task(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "ClassificationTask":
     from pdvit.tasks import ClassificationTask
 
@@ -78,4 +82,4 @@ def _use(run: Path) -> str:
     return f"timm: create_model('local-dir:{run}', pretrained=True)"
 
 
-CLASSIFICATION = Kind(_open, _make_task, _describe, _conclude, _use)
+CLASSIFICATION = Kind(_open, _settle, _make_task, _describe, _conclude, _use)

@@ -1,6 +1,7 @@
 """Segmentation, as the commands that train see it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,16 @@ def _open(config: Config, say: Callable[[str], None]) -> "Source":
     from pdvit.data.masks.sources import open_masks
 
     return open_masks(config.data, config.segment, say)
+
+
+def _settle(config: Config, processes: int) -> Config:
+    """Choose the norm of the head: forward passes of a single image can't have batch norm."""
+    from pdvit.models.segmentation.norms import settle_norm
+
+    share = max(1, config.data.batch_size // processes)
+    most = min(config.data.micro_batch or share, share)
+    least = min(most, share % most or most)  # the last part of a batch may be shorter
+    return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, least)))
 
 
 def _make_task(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "SegmentationTask":
@@ -56,4 +67,4 @@ def _use(run: Path) -> str:
     return f"pdvit eval {run}; pdvit predict {run} IMAGE; pictures: {run}/predictions"
 
 
-SEGMENTATION = Kind(_open, _make_task, _describe, _conclude, _use)
+SEGMENTATION = Kind(_open, _settle, _make_task, _describe, _conclude, _use)
