@@ -52,8 +52,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     from pdvit.engine.loop import Trainer
     from pdvit.engine.ranks import join
     from pdvit.models.description import describe
-    from pdvit.models.initial import begin_from, settle
-    from pdvit.tasks.base import bare
+    from pdvit.models.initial import begin, settle
     from pdvit.tracking import check_sinks, tracker_names
 
     if config.model.init is not None and not begun:
@@ -77,7 +76,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
         config = resolve(replace(config, data=replace(config.data, batch_size=size)))
     config = _from_anywhere(kind.settle(config, ranks.size))
     task = kind.make_task(config, source, device, ranks)
-    begun_from = [] if initial is None else begin_from(bare(task.module), initial, source.classes)
+    begun_from = [] if initial is None else begin(task.module, initial, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
     length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"

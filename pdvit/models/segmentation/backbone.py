@@ -35,6 +35,7 @@ class Adapter:
         multiple: sides of images are padded to a multiple of it.
         size: height and width of the images that it was built for.
         any_size: whether it takes others.
+        pruned: names of the model's weights that no head reads.
     """
 
     indices: tuple[int, ...]
@@ -44,7 +45,8 @@ class Adapter:
     widths: tuple[int, ...]
     multiple: int
     size: tuple[int, int]
-    any_size: bool
+    any_size: bool = True
+    pruned: frozenset[str] = frozenset()
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """Return the size that images of this size are padded to. Raises UserError where they are too large."""
@@ -102,9 +104,11 @@ def look_at(sketch: nn.Module, head: str) -> Adapter:
     norm = head == LINEAR and bool(modules_at(model, family.norm))
     widths = tuple(int(infos[indices[at]]["num_chs"]) for at in order)
     reached = tuple(strides[indices[at]] for at in order)
-    adapter = Adapter(indices, order, norm, reached, widths, _multiple(model, strides), image_size_of(model), True)
+    adapter = Adapter(indices, order, norm, reached, widths, _multiple(model, strides), image_size_of(model))
+    whole = sketch.state_dict().keys()
     prune(sketch, adapter)
-    return replace(adapter, any_size=_takes_any(sketch, adapter))
+    pruned = frozenset(whole - sketch.state_dict().keys())
+    return replace(adapter, any_size=_takes_any(sketch, adapter), pruned=pruned)
 
 
 def prune(model: Any, adapter: Adapter) -> None:

@@ -64,8 +64,8 @@ class Segmenter(Wrapper):
     ) -> None:
         super().__init__()
         assert segment.head is not None, "this is for segmentation alone"
-        self.backbone, self.adapter, self.segment = backbone, adapter, segment
         norm = segment.norm or "batch"
+        self.backbone, self.adapter, self.segment = backbone, adapter, replace(segment, norm=norm)
         self.head = make_head(adapter, classes, segment.head, segment.width, segment.aux > 0, norm)
         self.names: tuple[str, ...] = ()
         self.taps: dict[str, Tap] = {}
