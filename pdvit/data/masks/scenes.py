@@ -24,8 +24,9 @@ GROUND = 10
 CLASSES = [*map(str, range(10)), "ground"]
 COUNTS = {"train": 1024, "val": 128, "test": 256}
 # Least and most digits that are laid into a scene, and sides of a digit in pixels.
-DIGITS, SIDES = (2, 5), (22, 36)
-LEVELS = (0, 50)  # of dark ink; of light ink they are the distance from white
+DIGITS, SIDES = (2, 4), (26, 36)
+# Levels of red, green and blue: of ink, and least and most of the ground.
+LIGHT, DARK = (200, 255), (20, 155)
 # Ink that makes a pixel a digit's, and the share of a digit's pixels that may lie on others; else it is laid anew.
 INK, COVERED, TRIES = 100, 0.1, 6
 # Scenes whose pixels are hashed.
@@ -99,7 +100,7 @@ class Scenes(MaskSplit):
     def _make(self, seed: int) -> tuple[Array, Array]:
         pixels, mask = _ground(seed), np.full((SIDE, SIDE), GROUND, np.uint8)
         draws = uniform(seed, torch.arange(DIGITS[1] * TRIES + 1), 7).tolist()
-        wanted, dark, *_ = draws.pop()
+        wanted, *_ = draws.pop()
         for place in range(_between(DIGITS, wanted)):
             for which, side, down, right, *colour in draws[place * TRIES : (place + 1) * TRIES]:
                 number, length = int(which * len(self.values)), _between(SIDES, side)
@@ -108,8 +109,7 @@ class Scenes(MaskSplit):
                 box, stroke = (slice(top, top + length), slice(left, left + length)), ink >= INK
                 if (mask[box][stroke] != GROUND).mean() <= COVERED:
                     mask[box][stroke] = int(self.values[number])
-                    levels = np.array([_between(LEVELS, part) for part in colour])
-                    _paint(pixels[box], ink, levels if dark < 0.5 else 255 - levels)
+                    _paint(pixels[box], ink, np.array([_between(LIGHT, part) for part in colour]))
                     break
         return pixels, mask
 
@@ -120,13 +120,13 @@ def _between(ends: tuple[int, int], draw: float) -> int:
 
 
 def _ground(seed: int) -> Array:
-    """Return a ground of blotches of colour, large and small, and grain: `(64, 64, 3)` uint8, 60 to 195."""
+    """Return a ground of blotches of colour, large and small, and grain: `(64, 64, 3)` uint8."""
     total = np.zeros((SIDE, SIDE, 3), np.int32)
     for stream, (cells, strength) in enumerate(((4, 80), (13, 40), (SIDE, 15))):
         draws = uniform(fold(seed, stream), torch.arange(cells * cells), 3).numpy().reshape(cells, cells, 3)
         blotches = Image.fromarray((draws * strength).astype(np.uint8))
         total += np.array(blotches.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-    return (60 + total).astype(np.uint8)
+    return (DARK[0] + total).astype(np.uint8)
 
 
 def _ink(digit: Array, side: int) -> Array:
