@@ -65,6 +65,19 @@ def confusion(
     _save(plot_confusion(read_confusion(folders[0]), _name(folders[0])), "confusion", folders, target)
 
 
+@app.command()
+def segmentation(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest segmentation.")] = None,
+    out: Out = None,
+) -> None:
+    """Image, truth, prediction and errors side by side, and the IoU of every class."""
+    target = _target(out)
+    from pdvit.plots.segmentation import plot_segmentation, read_segmentation
+
+    folders = _folders([run] if run else None, "iou.csv", "pdvit eval")[:1]
+    _save(plot_segmentation(*read_segmentation(folders[0]), _name(folders[0])), "segmentation", folders, target)
+
+
 def _target(out: Path | None) -> Path | None:
     """Check the suffix before any work is done."""
     if out is not None and out.suffix.lower() not in SUFFIXES:

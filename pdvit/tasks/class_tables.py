@@ -1,5 +1,6 @@
 """Scores by class, as tables: for eval.csv and confusion.csv."""
 
+import csv
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,11 @@ def distinct(classes: list[str]) -> list[str]:
     """Return names that are all different: one that stands twice gets its number (ImageNet has two cranes)."""
     counts = Counter(classes)
     return [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(classes)]
+
+
+def table_bytes(table: "pd.DataFrame") -> bytes:
+    """Return a table as a CSV file; names of any bytes stay as they are."""
+    return table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode(errors="surrogateescape")
 
 
 def _shares(part: Tensor, whole: Tensor) -> list[float | None]:

@@ -1,6 +1,5 @@
 """Segmentation: a class for every pixel, with the diversity terms on the patches of the backbone."""
 
-import csv
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,7 +29,7 @@ from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
 from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
-from pdvit.tasks.class_tables import distinct, mask_table
+from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
 from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
 from pdvit.tasks.mask_scores import MaskScores, MaskTally, measure_masks
 from pdvit.tasks.windows import Looking, Network
@@ -104,7 +103,8 @@ class SegmentationTask(ImageTask):
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
         numbers = super().finish(network, weights)
-        self.files = {"iou.csv": table_file(self.scores, self.source.classes)}
+        table = mask_table(self.scores.confusion, self.scores.iou, distinct(self.source.classes))
+        self.files = {"iou.csv": table_bytes(table)}
         split = Pictures("pictures", self._split(self.source.final_split)).first(PICTURES).split
         assert isinstance(split, MaskSplit)
         self.files |= pictures(pixel_network(network), split, self.source, self.loading, self.config, self.how)
@@ -166,12 +166,6 @@ def numbers_of(scores: MaskScores) -> dict[str, Any]:
     """Return the numbers of a record, by name."""
     names = ("miou", "accuracy", "accuracy_mean", "loss")
     return {name: getattr(scores, name) for name in names} | ({"in_windows": scores.large} if scores.large else {})
-
-
-def table_file(scores: MaskScores, classes: list[str]) -> bytes:
-    """Return iou.csv: what came out by class."""
-    table = mask_table(scores.confusion, scores.iou, distinct(classes))
-    return table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode(errors="surrogateescape")
 
 
 def pictures(

@@ -34,7 +34,7 @@ LIBRARIES = {
     "tracking": set(),
     "similarity": {"torch"},
     "losses": {"torch"},
-    "plots": {"pandas", "matplotlib", "numpy"},
+    "plots": {"pandas", "matplotlib", "numpy", "PIL"},
     "engine": {"torch", "timm", "safetensors", "rich"},
 }
 # Optional packages, by the exact module: inside functions only, so that the room works without them.

@@ -69,8 +69,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     source = kind.open_source(config, lambda text: say(console, text))
     if not begun:
         refuse_idle(config.data)
-    if config.data.check_images:
-        source = _checked(source, config, ranks, console)
+    source = _checked(source, config, ranks, console)
     if not config.data.batch_size:
         size = _batch_that_fits(kind, config, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=size)))
@@ -96,12 +95,21 @@ def _from_anywhere(config: Config) -> Config:
 
 
 def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
-    """Read all images, every process its share; raises UserError where some do not decode and are not to be skipped."""
-    from pdvit.data.check import check_images
+    """Read all images and masks where that is asked for, every process its share.
 
-    say(console, "checking all images ...")
-    skip, workers = config.data.on_bad_image == "skip", config.data.workers
-    return check_images(source, skip, workers, lambda text: say(console, text), (ranks.rank, ranks.size), ranks.gather)
+    Raises UserError where images do not decode and are not to be skipped, and for masks that can't be used.
+    """
+    from pdvit.data.check import check_images
+    from pdvit.data.masks.check import check_masks
+
+    skip, workers, share = config.data.on_bad_image == "skip", config.data.workers, (ranks.rank, ranks.size)
+    if config.data.check_images:
+        say(console, "checking all images ...")
+        source = check_images(source, skip, workers, lambda text: say(console, text), share, ranks.gather)
+    if config.segment.head is not None and config.segment.check_masks:
+        say(console, "checking all masks ...")
+        source = check_masks(source, workers, lambda text: say(console, text), share, ranks.gather)
+    return source
 
 
 def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:

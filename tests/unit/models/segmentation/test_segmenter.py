@@ -126,7 +126,7 @@ def test_a_backbone_of_one_size_takes_smaller_images_and_refuses_larger_ones():
     segmenter = build_segmenter(family("hiera_tiny_224"), 5).eval()
     assert not segmenter.adapter.any_size
     assert segmenter.resize(segmenter(images(1, 20, 64)).logits, (20, 64)).shape == (1, 5, 20, 64)
-    with pytest.raises(UserError, match="images of 64x64 alone.*eval-mode slide"):
+    with pytest.raises(UserError, match=r"images of 64x64 alone.*eval-mode slide"):
         segmenter(images(1, 65, 64))
 
 
