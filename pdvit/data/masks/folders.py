@@ -67,7 +67,8 @@ class Folders:
             tip = f"expected for each a file of the same name{self.ends[1] and ' and ' + self.ends[1]} in {self.masks}/"
             raise UserError(f"{count} no mask in {self.masks}/{split}", printable(shown), tip)
         extra = len(masks) - len(images)
-        notes = [f"{extra:,} masks of {self.masks}/{split} have no image, and are not read"] * bool(extra)
+        count = "1 mask has" if extra == 1 else f"{extra:,} masks have"
+        notes = [f"{count} no image in {self.images}/{split}"] if extra else []
         return list(images.values()), [masks[stem] for stem in images], notes
 
     def _files(self, kind: str, split: str, end: str) -> dict[str, Path]:

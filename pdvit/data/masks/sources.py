@@ -11,7 +11,7 @@ import torch
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.bad_images import BadImage, BadMask, refuse_masks
 from pdvit.data.check import look_at_all
-from pdvit.data.images import attempt
+from pdvit.data.images import attempt, strict_decoders
 from pdvit.data.kinds import kind_of
 from pdvit.data.masks.folders import WHERE, find_folders
 from pdvit.data.masks.scenes import read_scenes
@@ -86,7 +86,8 @@ def found_table(splits: Mapping[str, MaskFiles], workers: int, say: Say) -> Clas
 
 
 def _ids(split: MaskFiles, index: int) -> set[int] | BadMask:
-    ids = attempt(split, index, _ids_of, split.masks[index])
+    with strict_decoders():
+        ids = attempt(split, index, _ids_of, split.masks[index])
     return BadMask(split.mask_name(index), ids.reason) if isinstance(ids, BadImage) else ids
 
 

@@ -1,7 +1,7 @@
 """Tables of classes: which value of a mask, or which colour, is which class."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class ClassTable:
     names: list[str]
     palette: list[Colour]
     ids: Mapping[int, int] | None
-    colours: Mapping[Colour, int] | None = field(default=None)
+    colours: Mapping[Colour, int] | None = None
 
     @classmethod
     def of_ids(
@@ -68,7 +68,7 @@ class ClassTable:
 
     def _by_colour(self, pixels: Array) -> Array:
         packed = pixels.astype(np.int32) @ np.array([2**16, 2**8, 1], np.int32)
-        known, ids = self._of_colour
+        known, ids = self._packed_colours
         at = np.searchsorted(known, packed).clip(max=len(known) - 1)
         found: Array = np.where(known[at] == packed, ids[at], np.uint8(OUTSIDE))
         if len(outside := np.unique(packed[found == OUTSIDE])):
@@ -85,17 +85,17 @@ class ClassTable:
         return table
 
     @cached_property
-    def _of_colour(self) -> tuple[Array, Array]:
+    def _packed_colours(self) -> tuple[Array, Array]:
         """Packed colours in order, and their training ids."""
-        packed = sorted((red << 16 | green << 8 | blue, place) for (red, green, blue), place in self._colours().items())
+        colours = (self.colours or {}).items()
+        packed = sorted((red << 16 | green << 8 | blue, place) for (red, green, blue), place in colours)
         return np.array([colour for colour, _ in packed], np.int32), np.array([place for _, place in packed], np.uint8)
-
-    def _colours(self) -> Mapping[Colour, int]:
-        return self.colours or {}
 
 
 def open_mask(path: Path) -> Image.Image:
     """Open a mask; raises ValueError for a JPEG, whose values are not exact, and whatever its decoder does."""
+    if path.is_fifo():
+        raise ValueError("it is a pipe, not a file")
     image = Image.open(path)
     if image.format in ("JPEG", "MPO"):
         image.close()

@@ -15,7 +15,7 @@ def test_scenes_have_the_digits_and_the_ground_as_classes():
     assert SOURCE.classes == [*"0123456789", "ground"]
     assert {name: len(split) for name, split in SOURCE.splits.items()} == scenes.COUNTS
     assert len(set(SOURCE.palette)) == len(SOURCE.classes)
-    assert "scenes: 11 classes, images: 1,024 train" in SOURCE.describe()
+    assert "scenes: 11 classes, images: 4,096 train" in SOURCE.describe()
 
 
 def test_image_and_mask_fit_and_every_digit_occurs():

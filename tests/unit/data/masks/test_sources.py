@@ -157,7 +157,7 @@ def test_at_most_ten_missing_masks_are_named(camvid, write):
 
 def test_masks_without_an_image_are_counted(camvid):
     (camvid / "images/val/8.png").unlink()
-    assert "1 masks of masks/val have no image" in opened(camvid).describe()
+    assert "1 mask has no image in images/val" in opened(camvid).describe()
 
 
 def test_two_masks_of_one_image_are_refused(camvid):

