@@ -77,7 +77,7 @@ def backbone_arguments(name: str, arguments: dict[str, Any], crop: int | None = 
         with torch.device("meta"):
             model = create_model(name, sized, MODEL)
     options = {option: True for option in OPTIONS if _takes(model, option)}
-    side = {} if crop is None else {"img_size": crop + -crop % _multiple(model, _strides(model))}
+    side = {} if crop is None else {"img_size": crop + -crop % _strides(model)[-1]}
     return options | arguments | side | {"num_classes": 0}
 
 

@@ -32,12 +32,13 @@ FAMILIES = {
     "xcit_nano_12_p16_224": {"depth": 4, "embed_dim": 16, "num_heads": 2},
     "swin_tiny_patch4_window7_224": SWIN,
     "swinv2_tiny_window8_256": SWIN,
-    "hiera_tiny_224": {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 1]},
-    "pvt_v2_b0": {"depths": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2]},
-    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
-    "twins_svt_small": {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2]},
-    "volo_d1_224": {"layers": [1, 1, 1, 1], "embed_dims": [16, 32, 32, 32], "num_heads": [1, 2, 2, 2]},
+    "hiera_tiny_224": {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 2]},
+    "pvt_v2_b0": {"depths": [1, 1, 1, 2], "embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2]},
+    "convnext_atto": {"depths": [1, 1, 1, 2], "dims": [8, 8, 16, 16]},
+    "twins_svt_small": {"depths": [1, 1, 1, 2], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2]},
+    "volo_d1_224": {},
 }
+QUICK = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
 SIZES = {"embed_dim": "width", "num_heads": "heads", "patch_size": "patch_size", "depth": "depth"}
 
 
@@ -63,26 +64,36 @@ def images(count=2, height=32, width=32):
     return torch.linspace(-1, 1, count * 3 * height * width).sin().view(count, 3, height, width)
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("swin_tiny_patch4_window7_224", 59.94), ("swin_large_patch4_window12_384", 233.97)]
-)
-def test_upernet_has_the_parameters_that_mmsegmentation_states(name, millions):
-    with torch.device("meta"):
-        segmenter = build_segmenter(config(name, crop=512, width=512), 150)
-    assert round(sum(weight.numel() for weight in segmenter.parameters()) / 1e6, 2) == millions
+def millions(module):
+    return round(sum(weight.numel() for weight in module.parameters()) / 1e6, 2)
 
 
-def test_upernet_needs_the_computation_that_mmsegmentation_states():
-    # Multiplications of convolutions and matrix products: half of the operations that torch counts.
+def test_upernet_with_swin_tiny_has_the_size_and_cost_that_mmsegmentation_states():
+    # The cost: multiplications of convolutions and matrix products, half of the operations that torch counts, for one
+    # image in evaluation, so without the auxiliary head.
     with torch.device("meta"):
         segmenter = build_segmenter(config("swin_tiny_patch4_window7_224", crop=512, width=512), 150).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             segmenter(torch.empty(1, 3, 512, 2048))
+    assert millions(segmenter) == 59.94
+    assert millions(segmenter.head.aux) == 0.92
     assert round(counter.get_total_flops() / 2 / 1e9, 1) == 944.4
 
 
+@pytest.mark.slow
+def test_upernet_with_swin_large_has_the_size_of_the_papers():
+    with torch.device("meta"):
+        segmenter = build_segmenter(config("swin_large_patch4_window12_384", crop=512, width=512), 150)
+    head = segmenter.head
+    parts = [millions(part) for part in (segmenter.backbone, head.decoder, head.classifier, head.aux)]
+    assert parts == [195.20, 36.88, 0.08, 1.81]  # which add up to 233.97; unrounded it is 233.963
+    assert millions(segmenter) == 233.96
+
+
 @pytest.mark.parametrize("head", ["upernet", "linear"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_weight_learns(name, head):
     # On the meta device, where gradients have shapes alone: whether there is one is what matters.
     with torch.device("meta"):
@@ -101,15 +112,15 @@ def test_every_weight_learns(name, head):
 
 @pytest.mark.parametrize("head", ["upernet", "linear"])
 @pytest.mark.parametrize("name", [VIT[0], "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 50), (71, 40), (9, 13), (5, 100)])
 @torch.no_grad()
-def test_images_of_any_size(name, head, size):
+def test_images_of_any_size(name, head):
     segmenter = build_segmenter(config(head=head) if name == VIT[0] else family(name, head=head), 5).eval()
-    logits = segmenter.resize(segmenter(images(1, *size)).logits, size)
-    assert logits.shape == (1, 5, *size)
-    assert logits.isfinite().all()
-    other = segmenter.resize(segmenter(images(1, *size)).logits, size, (60, 41))
-    assert other.shape == (1, 5, 60, 41)
+    for size in [(32, 32), (33, 50), (71, 40), (9, 13), (5, 100)]:
+        raw = segmenter(images(1, *size)).logits
+        logits = segmenter.resize(raw, size)
+        assert logits.shape == (1, 5, *size)
+        assert logits.isfinite().all()
+        assert segmenter.resize(raw, size, (60, 41)).shape == (1, 5, 60, 41)
 
 
 @torch.no_grad()
@@ -126,7 +137,7 @@ def test_a_backbone_of_one_size_takes_smaller_images_and_refuses_larger_ones():
     segmenter = build_segmenter(family("hiera_tiny_224"), 5).eval()
     assert not segmenter.adapter.any_size
     assert segmenter.resize(segmenter(images(1, 20, 64)).logits, (20, 64)).shape == (1, 5, 20, 64)
-    with pytest.raises(UserError, match=r"images of 64x64 alone.*eval-mode slide"):
+    with pytest.raises(UserError, match=r"(?s)images of 64x64 alone.*eval-mode slide"):
         segmenter(images(1, 65, 64))
 
 
@@ -155,7 +166,7 @@ def test_the_maps_are_those_of_the_quarters_of_the_blocks():
     assert twelve.adapter.indices == (2, 5, 8, 11)  # mmsegmentation's for a ViT of 12 blocks
 
 
-@pytest.mark.parametrize("crop", [32, 100, 224, 512])
+@pytest.mark.parametrize("crop", [64, 100, 224])
 def test_swin_shifts_its_windows_in_the_last_stage_at_every_crop(crop):
     with torch.device("meta"):
         segmenter = build_segmenter(config("swin_tiny_patch4_window7_224", crop=crop), 3)
@@ -163,7 +174,7 @@ def test_swin_shifts_its_windows_in_the_last_stage_at_every_crop(crop):
     assert [(block.window_size, block.shift_size) for block in last] == [((7, 7), (0, 0)), ((7, 7), (3, 3))]
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_layer_decay_reaches_every_block_and_leaves_the_head(name):
     with torch.device("meta"):
         segmenter = build_segmenter(family(name), 5)
@@ -233,7 +244,7 @@ def test_the_terms_see_the_tokens_of_the_first_and_last_block():
     segmenter = build(diversity=replace(TERMS, cosine_layers="2")).eval()
     seen = {}
     for at in (0, 1, 3):
-        segmenter.backbone.blocks[at].register_forward_hook(lambda *it, at=at: seen.setdefault(at, it[2][:, 1:]))
+        segmenter.backbone.blocks[at].register_forward_hook(lambda *it, at=at: seen.update({at: it[2][:, 1:]}))
     output = segmenter(images())
     assert torch.equal(output.first, seen[0])
     assert torch.equal(output.last, seen[3])
@@ -268,7 +279,7 @@ def test_a_copy_has_its_own_tokens():
 def test_the_crop_is_the_image_size_where_none_is_set_and_else_the_models_own():
     unset = config(crop=None)
     assert build_segmenter(replace(unset, data=DataConfig(img_size=40)), 2).segment.crop == 40
-    assert build_segmenter(config(crop=None, model={}), 2).segment.crop == 224
+    assert build_segmenter(config(crop=None, model={"depth": 1, "width": 16, "heads": 2}), 2).segment.crop == 224
     assert build(crop=33).adapter.size == (40, 40)  # what its patches fit
 
 
