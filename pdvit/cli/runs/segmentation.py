@@ -64,7 +64,7 @@ def _conclude(summary: Mapping[str, Any]) -> str:
 
 
 def _use(run: Path) -> str:
-    return f"pdvit eval {run}; pdvit predict {run} IMAGE; pictures: {run}/predictions"
+    return f"pdvit eval, predict and plot segmentation {run}; pictures: {run}/predictions"
 
 
 SEGMENTATION = Kind(_open, _settle, _make_task, _describe, _conclude, _use)
