@@ -118,3 +118,12 @@ def test_the_preset_says_which_tokens_are_read():
 def test_a_layer_may_be_given_as_a_number():
     diversity = build(("here", {"diversity": {"first": 3, "cosine_layers": 6}})).diversity
     assert (diversity.first, diversity.cosine_layers) == ("3", "6")
+
+
+def test_segmentation_takes_a_presets_terms_but_mixing():
+    config = resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"preset": "paper"}})))
+    assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
+    assert config.augment.cutmix == 0
+    assert resolve(config) == config
+    with pytest.raises(UserError, match="mixing term needs whole patches"):
+        resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"mixing": 0.5}})))
