@@ -10,7 +10,7 @@ from torch import nn
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
-from pdvit.models.layers import image_size_of, places_of, shapes_of, with_image_size
+from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of, with_image_size
 
 # Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
 RESERVED = frozenset(
@@ -45,7 +45,7 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
     }
     assert model.name is not None, "resolve the configuration first"
     sizes = {name for name in PLAIN_SIZES if named[name] is not None} | (PLAIN_SIZES & set(model.args or {}))
-    plain = not sizes or family_of(sketch_model(model.name, {})).plain
+    plain = not sizes or family_of(plain_sketch(model.name, MODEL)).plain
     if not plain and (refused := sorted(name for name in sizes if named[name] is not None)):
         raise UserError(
             f"{model.name} has stages of different sizes, so one {FLAGS[refused[0]]} can't be given",
@@ -95,7 +95,7 @@ def plain_sketch(name: str, where: str) -> nn.Module:
 
 def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
     if width is None or heads is None:
-        parts: Any = sketch_model(name, {})
+        parts: Any = plain_sketch(name, MODEL)
         width = width or int(parts.embed_dim)
         heads = heads or max(1, width // (parts.embed_dim // parts.blocks[0].attn.num_heads))
     if width % heads:

@@ -27,7 +27,7 @@ from pdvit.models.families import family_of
 from pdvit.models.freezing import freeze
 from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
-from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
+from pdvit.models.segmentation.segmenter import SegmentOutput, Segmenter, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
 from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
 from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
@@ -49,6 +49,8 @@ class SegmentationTask(ImageTask):
         super().__init__(config, source, device, ranks)
         self.classes = len(source.classes)
         self.module: Segmenter = build_segmenter(config, self.classes).to(device)
+        if device.type == "cuda" and ranks.size > 1:  # in place: statistics of a share of the batch would be poor ones
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         self.objective = objective_of(config, pixel_loss)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
@@ -70,7 +72,7 @@ class SegmentationTask(ImageTask):
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run one forward pass and add up the objective."""
         output = network(batch.images)
-        output = output._replace(logits=self._resized(output.logits, batch.targets))
+        output = SegmentOutput(self._resized(output.logits, batch.targets), *output[1:])
         weights = None if batch.weights is None else batch.weights[0]
         losses = self.objective(output, batch.targets, None, weights)
         total, parts = losses.total, dict(losses.parts)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdvit.config.schema import Config, SegmentConfig
-from pdvit.errors import UserError
 from pdvit.models.build import checkpoint_activations, create_model, model_arguments, sketch_model
 from pdvit.models.layers import image_size_of
 from pdvit.models.reading import Tap, layer_numbers, layers_to_read, tapped, taps_at
@@ -16,7 +15,7 @@ from pdvit.models.segmentation.backbone import MODEL, Adapter, backbone_argument
 from pdvit.models.segmentation.heads import make_head
 from pdvit.models.wrapper import Wrapper
 
-# The terms that see tokens; the mixing term needs the class of every patch.
+# The terms that see tokens; `config.resolve` refuses the mixing term, which needs the class of every patch.
 TOKEN_TERMS = ("cosine", "contrastive", "koleo", "spectral")
 
 
@@ -110,14 +109,10 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
     weight, the forward pass returns the tokens that it compares.
 
     Raises:
-        UserError: timm can't build the backbone, pdvit can't read it, its maps do not fit the head, or the mixing term
-            is on.
+        UserError: timm can't build the backbone, pdvit can't read it, or its maps do not fit the head.
     """
     model, diversity, segment = config.model, config.diversity, config.segment
     assert model.name is not None, "resolve the configuration first"
-    if diversity.mixing:
-        what = "the mixing term needs whole patches of one class, which pixels of an image do not give"
-        raise UserError(what, "diversity.mixing (--mixing)", "leave it out: cosine and contrastive work")
     crop = segment.crop or config.data.img_size
     arguments = model_arguments(model, None)
     arguments = backbone_arguments(model.name, arguments, crop)

@@ -120,6 +120,7 @@ def test_a_layer_may_be_given_as_a_number():
     assert (diversity.first, diversity.cosine_layers) == ("3", "6")
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("sections", "side"),
     [
@@ -149,3 +150,12 @@ def test_a_preset_keeps_its_terms_in_a_segmentation_but_for_mixing():
 def test_images_with_masks_are_not_mixed(sections):
     with pytest.raises(UserError, match="not mixed"):
         resolved(segment={"head": "upernet"}, **sections)
+=======
+def test_segmentation_takes_a_presets_terms_but_mixing():
+    config = resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"preset": "paper"}})))
+    assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
+    assert config.augment.cutmix == 0
+    assert resolve(config) == config
+    with pytest.raises(UserError, match="mixing term needs whole patches"):
+        resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"mixing": 0.5}})))
+>>>>>>> s2

@@ -13,7 +13,7 @@ from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, Segmen
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY
 from pdvit.models.description import describe
-from pdvit.models.initial import begin, settle
+from pdvit.models.initial import begin, fingerprint, settle
 from pdvit.models.layers import watch_layers
 from pdvit.models.segmentation.files import export_segmenter, load_segmenter
 from pdvit.models.segmentation.segmenter import build_segmenter
@@ -53,6 +53,25 @@ def images(size=(40, 50)):
     return torch.linspace(-1, 1, 3 * size[0] * size[1]).sin().view(1, 3, *size)
 
 
+def uncoloured(told):
+    return {name: value for name, value in told["pdvit"].items() if name != "palette"}
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """The files of one model."""
+    return export_segmenter(make(seed=1), CLASSES, PALETTE, DATA, "ema")
+
+
+@pytest.fixture
+def run(exported, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, content in exported.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def spoil(folder, change):
     """Write the weights again with another header; return their file."""
     file = folder / "model.safetensors"
@@ -87,13 +106,12 @@ def test_a_file_alone_gives_the_same_logits(tmp_path, options, crop):
     assert not loaded.model.training
 
 
-def test_the_names_in_the_file_are_of_backbone_and_head(tmp_path):
-    folder = write(tmp_path / "run", make())
-    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+def test_the_names_in_the_file_are_of_backbone_and_head(run):
+    with safe_open(run / "model.safetensors", framework="pt") as opened:
         names = list(opened.keys())
     assert {name.partition(".")[0] for name in names} == {"backbone", "head"}
     assert {name.split(".")[1] for name in names if name.startswith("head")} == {"neck", "decoder", "classifier", "aux"}
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text())
     assert config["architecture"] == "vit_tiny_patch16_224"
     assert config["label_names"] == CLASSES
 
@@ -122,8 +140,8 @@ def test_the_names_in_the_file_are_of_backbone_and_head(tmp_path):
         (lambda _, tensors: tensors.update({"head.more": torch.zeros(2)}), "unknown 'head.more'"),
     ],
 )
-def test_a_header_is_not_trusted(tmp_path, change, what):
-    file = spoil(write(tmp_path / "run", make()), change)
+def test_a_header_is_not_trusted(run, change, what):
+    file = spoil(run, change)
     with pytest.raises(UserError, match=what):
         load_segmenter(file)
 
@@ -152,25 +170,18 @@ def test_a_reader_of_classifiers_gets_the_backbone(tmp_path, name):
     assert layers[-1][0] == f"block {4 if 'vit' in name else 6}"
 
 
-def described(tmp_path, **options):
-    return describe(write(tmp_path / "run", make(seed=1, **options)))
-
-
 def weights_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 @torch.no_grad()
-def test_the_head_is_taken_where_classes_and_kind_are_the_same(tmp_path):
+def test_the_head_is_taken_where_classes_and_kind_are_the_same(run):
     segmenter = build_segmenter(config(crop=48), 3)
-    found = described(tmp_path)
-    notes = begin(segmenter, found, CLASSES)
+    notes = begin(segmenter, describe(run), CLASSES)
     theirs = make(seed=1).head.state_dict()
     assert notes[-1].startswith("head: ")
     assert "the file's" in notes[-1]
-    assert all(
-        torch.equal(value, theirs.head.state_dict()[name]) for name, value in segmenter.head.state_dict().items()
-    )
+    assert all(torch.equal(value, theirs[name]) for name, value in segmenter.head.state_dict().items())
     assert segmenter.backbone.pos_embed.shape[1] == 37  # 6x6 patches and the class token: resampled
 
 
@@ -183,10 +194,10 @@ def test_the_head_is_taken_where_classes_and_kind_are_the_same(tmp_path):
         (CLASSES, {"width": 32}, "has other shapes"),
     ],
 )
-def test_another_head_stays_fresh_and_that_is_said(tmp_path, classes, options, why):
+def test_another_head_stays_fresh_and_that_is_said(run, classes, options, why):
     segmenter = build_segmenter(config(**options), len(classes))
     before = weights_of(segmenter.head)
-    notes = begin(segmenter, described(tmp_path), classes)
+    notes = begin(segmenter, describe(run), classes)
     assert notes[-1] == f"head: fresh, as the file's {why}"
     assert all(torch.equal(before[name], value) for name, value in segmenter.head.state_dict().items())
 
@@ -216,6 +227,7 @@ def test_a_classifier_gives_its_backbone_with_positions_resampled(tmp_path, head
     assert ("norm.weight" in segmenter.backbone.state_dict()) == (head == "linear")
 
 
+@pytest.mark.slow
 def test_files_of_the_original_swin_and_deit_begin_a_segmentation(tmp_path):
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=5, **SWIN)
     # the published layout: a stage merges patches at its end, and masks are saved
@@ -230,9 +242,9 @@ def test_files_of_the_original_swin_and_deit_begin_a_segmentation(tmp_path):
     args = config("swin_tiny_patch4_window7_224").model
     torch.save({"model": published, "args": None}, tmp_path / "x.pth")
     found = describe(tmp_path / "x.pth", "swin_tiny_patch4_window7_224")
+    wider = build_segmenter(replace(config(crop=64), model=replace(args, args=SWIN | {"embed_dim": 16})), 3)
     with pytest.raises(UserError, match=r"of the backbone's"):  # another size: not what it claims to be
-        other = replace(config(crop=64), model=replace(args, args=SWIN | {"embed_dim": 16}))
-        begin(build_segmenter(other, 3), found, CLASSES)
+        begin(wider, found, CLASSES)
     begin(segmenter, found, CLASSES)
     for name in ("layers.1.downsample.reduction.weight", "layers.3.blocks.1.attn.qkv.weight"):
         assert torch.equal(segmenter.backbone.state_dict()[name], swin.state_dict()[name])
@@ -246,11 +258,7 @@ def test_files_of_the_original_swin_and_deit_begin_a_segmentation(tmp_path):
     assert segmenter.backbone.pos_embed.shape[1] == 66
 
 
-def test_the_hash_of_initial_weights_knows_the_head(tmp_path):
-    from pdvit.models.initial import fingerprint
-
-    first = make()
-    one = fingerprint(describe(write(tmp_path / "a", first)))
-    with torch.no_grad():
-        first.head.classifier.bias += 1
-    assert fingerprint(describe(write(tmp_path / "b", first))) != one
+def test_the_hash_of_initial_weights_knows_the_head(run):
+    one = fingerprint(describe(run))
+    spoil(run, lambda _, tensors: tensors["head.classifier.bias"].add_(1))
+    assert fingerprint(describe(run)) != one

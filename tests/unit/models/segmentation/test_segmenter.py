@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import timm
@@ -55,9 +56,15 @@ def family(name, **more):
     return config(name, model, crop=64, **more)
 
 
-def build(*arguments, classes=5, **options):
+@cache
+def built(options, classes):
     torch.manual_seed(0)
-    return build_segmenter(config(*arguments, **options), classes)
+    return build_segmenter(options, classes)
+
+
+def build(*arguments, classes=5, **options):
+    """A model of its own; those of equal settings are built once."""
+    return copy.deepcopy(built(config(*arguments, **options), classes))
 
 
 def images(count=2, height=32, width=32):
@@ -166,7 +173,9 @@ def test_the_maps_are_those_of_the_quarters_of_the_blocks():
     assert twelve.adapter.indices == (2, 5, 8, 11)  # mmsegmentation's for a ViT of 12 blocks
 
 
-@pytest.mark.parametrize("crop", [64, 100, 224])
+@pytest.mark.parametrize(
+    "crop", [64, pytest.param(100, marks=pytest.mark.slow), pytest.param(224, marks=pytest.mark.slow)]
+)
 def test_swin_shifts_its_windows_in_the_last_stage_at_every_crop(crop):
     with torch.device("meta"):
         segmenter = build_segmenter(config("swin_tiny_patch4_window7_224", crop=crop), 3)
@@ -290,7 +299,6 @@ def test_the_crop_is_the_image_size_where_none_is_set_and_else_the_models_own():
         ({"name": "crossvit_tiny_240"}, "two grids"),
         ({"name": "pit_ti_224", "crop": 224}, "3 maps of different sizes.*--head linear"),
         ({"name": "vit_of_nobody"}, "no model named"),
-        ({"diversity": replace(NONE, mixing=1.0)}, "the mixing term needs whole patches of one class"),
     ],
 )
 def test_what_does_not_work_is_refused_with_a_reason(options, what):
