@@ -55,23 +55,17 @@ def _preset(config: Config) -> Config:
     }
     if spelled["variant"] == "released" and diversity.cosine is None:
         spelled["cosine"] = 0.0  # it has no cosine term, whatever the preset says
-<<<<<<< HEAD
-    if config.segment.head is not None and diversity.mixing is None:
-        spelled["mixing"] = 0.0  # no patch has a class of its own, whatever the preset says
-=======
     if config.segment.head is not None:
         if diversity.mixing:
             what = "the mixing term needs whole patches of one class, which the pixels of an image do not give"
             raise UserError(what, "diversity.mixing (--mixing)", "leave it out: the other terms work")
         spelled["mixing"] = 0.0  # whatever the preset says
->>>>>>> s2
     if augment.cutmix is None:
         mixes = spelled["mixing"] > 0 or preset.mixed
         augment = replace(augment, cutmix=1.0 if mixes else 0.0)
-    if config.segment.head is not None and (spelled["mixing"] or augment.cutmix or augment.mixup):
+    if config.segment.head is not None and (augment.cutmix or augment.mixup):
         what = "images whose pixels have classes of their own are not mixed"
-        where = "diversity.mixing, augment.cutmix and augment.mixup (--mixing, --cutmix, --mixup)"
-        raise UserError(what, where, "leave them at 0: cosine and contrastive work")
+        raise UserError(what, "augment.cutmix, augment.mixup (--cutmix, --mixup)", "leave them at 0")
     return replace(config, diversity=replace(diversity, **spelled), augment=augment)
 
 

@@ -27,7 +27,7 @@ from pdvit.models.families import family_of
 from pdvit.models.freezing import freeze
 from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
-from pdvit.models.segmentation.segmenter import SegmentOutput, Segmenter, build_segmenter
+from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
 from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
 from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown

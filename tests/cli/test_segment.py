@@ -152,7 +152,7 @@ def test_the_picture_of_a_segmentation(copy, workplace, capsys):
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        (["--mixing", "1"], "not mixed"),
+        (["--mixing", "1"], "mixing term needs"),
         (["--mixup", "0.5"], "not mixed"),
         (["--diversity", "cutmix"], "not mixed"),
         (["--stride", "33"], "leave gaps"),

@@ -120,7 +120,6 @@ def test_a_layer_may_be_given_as_a_number():
     assert (diversity.first, diversity.cosine_layers) == ("3", "6")
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("sections", "side"),
     [
@@ -138,19 +137,14 @@ def test_crop_and_image_size_are_one_in_a_segmentation(sections, side):
     assert resolve(config) == config
 
 
-def test_a_preset_keeps_its_terms_in_a_segmentation_but_for_mixing():
-    config = resolved(segment={"head": "upernet"}, diversity={"preset": "paper"})
-    assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
-    assert config.augment.cutmix == 0
-
-
 @pytest.mark.parametrize(
-    "sections", [{"diversity": {"mixing": 1.0}}, {"diversity": {"preset": "cutmix"}}, {"augment": {"mixup": 0.2}}]
+    "sections", [{"diversity": {"preset": "cutmix"}}, {"augment": {"mixup": 0.2}}, {"augment": {"cutmix": 1.0}}]
 )
 def test_images_with_masks_are_not_mixed(sections):
     with pytest.raises(UserError, match="not mixed"):
         resolved(segment={"head": "upernet"}, **sections)
-=======
+
+
 def test_segmentation_takes_a_presets_terms_but_mixing():
     config = resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"preset": "paper"}})))
     assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
@@ -158,4 +152,3 @@ def test_segmentation_takes_a_presets_terms_but_mixing():
     assert resolve(config) == config
     with pytest.raises(UserError, match="mixing term needs whole patches"):
         resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"mixing": 0.5}})))
->>>>>>> s2
