@@ -124,7 +124,8 @@ def test_a_run_is_repeated_by_its_configuration_and_resumed_to_the_same_tensors(
     out = tmp_path / "again"
     flags = ["--config", str(trained / "run.toml"), "--out", str(out), "--stop-after", "2ep"]
     assert pdvit(["train", *flags]) == 75
-    assert pdvit(["segment", "--resume", str(out), "--change", "run.stop_after=100ep"]) == 0
+    assert pdvit(["segment", "--resume", str(out), "--change", "run.stop_after=4ep"]) == 75
+    assert pdvit(["segment", "--resume", str(out)]) == 0
     first, second = (load_file(run / "model.safetensors") for run in (trained, out))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -161,7 +162,7 @@ def test_the_picture_of_a_segmentation(copy, workplace, capsys):
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_start(refusal, shapes, tmp_path, flags, what):
-    given = ["--data", shapes, "--crop", 32, *MODEL, *CPU, "--out", tmp_path / "run"]
+    given = ["--data", shapes, "--crop", 32, "--batch-size", 4, *MODEL, *CPU, "--out", tmp_path / "run"]
     assert what in refusal("segment", *given, *flags).what
     assert not (tmp_path / "run").exists()
 
