@@ -74,7 +74,8 @@ class SegmentationTask(ImageTask):
         output = network(batch.images)
         output = SegmentOutput(self._resized(output.logits, batch.targets), *output[1:])
         weights = None if batch.weights is None else batch.weights[0]
-        losses = self.objective(output, batch.targets, None, weights)
+        tokens: Any = output  # without mixing the objective reads logits and, where a term is on, first and last
+        losses = self.objective(tokens, batch.targets, None, weights)
         total, parts = losses.total, dict(losses.parts)
         if output.aux is not None:
             parts["aux"] = pixel_loss(self._resized(output.aux, batch.targets), batch.targets)
