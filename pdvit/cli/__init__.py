@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pdvit import __version__
-from pdvit.cli import analyze, doctor, eval, finetune, plot, predict, train
+from pdvit.cli import analyze, doctor, eval, finetune, plot, predict, segment, train
 from pdvit.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(finetune.finetune)
+app.command()(segment.segment)
 app.command("eval")(eval.evaluate)
 app.command()(predict.predict)
 app.command()(analyze.analyze)

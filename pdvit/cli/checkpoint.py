@@ -1,11 +1,11 @@
 """What the commands that use a trained checkpoint have in common: how it is opened, and where results go."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from pdvit.data.batch import Batch
     from pdvit.data.loader import Loading
     from pdvit.engine.ranks import Ranks
+    from pdvit.models.segmentation.files import LoadedSegmenter
     from pdvit.models.weights import Loaded
 
 Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")]
@@ -37,14 +37,25 @@ Workers = Annotated[
 ]
 
 
+# What has so many images.
+Part = TypeVar("Part", bound=Sized)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint that is ready to run: its model on the device, the run's configuration, how images are loaded."""
 
-    loaded: "Loaded"
+    loaded: "Loaded | LoadedSegmenter"
     config: Config
     device: "torch.device"
     loading: "Loading"
+
+    @property
+    def labels_pixels(self) -> bool:
+        """Whether the checkpoint is one of segmentation."""
+        from pdvit.models.segmentation.files import LoadedSegmenter
+
+        return isinstance(self.loaded, LoadedSegmenter)
 
 
 def config_of(path: Path, *layers: tuple[str, dict[str, Any]]) -> Config | None:
@@ -92,7 +103,7 @@ def open_checkpoint(
     from pdvit.data.images import Preprocessing
     from pdvit.data.loader import Loading
     from pdvit.engine.device import choose_device, set_up
-    from pdvit.models.weights import load
+    from pdvit.models.segmentation.files import LoadedSegmenter
 
     given: dict[str, dict[str, Any]] = {
         "data": {"source": source, "batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image},
@@ -102,7 +113,7 @@ def open_checkpoint(
     flags = ("the command line", set_keys)
     measured = ("measurements", {"run": {"tf32": False}})  # a run is measured as it measured itself
     config = config_of(path, flags) or build(measured, flags)
-    loaded = load(path, model, weights)
+    loaded = _load(path, model, weights)
     check_finite(loaded, path)
     place = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
     set_up(place, config.run)
@@ -112,7 +123,9 @@ def open_checkpoint(
         seed=config.run.seed,
         workers=config.data.workers,
         device=place,
-        preprocessing=Preprocessing.for_model(loaded.model),
+        preprocessing=Preprocessing.for_model(
+            loaded.model.inside if isinstance(loaded, LoadedSegmenter) else loaded.model
+        ),
         eval_batch=config.data.micro_batch if batch_size is None else None,
         rank=ranks.rank,
         processes=ranks.size,
@@ -121,7 +134,18 @@ def open_checkpoint(
     return Opened(loaded, config, place, loading)
 
 
-def check_finite(loaded: "Loaded", path: Path) -> None:
+def _load(path: Path, model: str | None, weights: str | None) -> "Loaded | LoadedSegmenter":
+    """Load a checkpoint of either task."""
+    from pdvit.models.description import describe
+    from pdvit.models.segmentation.files import load_segmenter
+    from pdvit.models.weights import load
+
+    if describe(path, model, weights).segment is not None:
+        return load_segmenter(path, model, weights)
+    return load(path, model, weights)
+
+
+def check_finite(loaded: "Loaded | LoadedSegmenter", path: Path) -> None:
     """Raise UserError where weights or running statistics are infinite or not numbers."""
     state = loaded.model.state_dict()
     broken = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
@@ -140,7 +164,7 @@ def broken_logits(images: str, path: Path, precision: str) -> UserError:
     return UserError(what, str(path), tip)
 
 
-def with_progress(batches: "Iterable[Batch]", total: int, console: "Console", what: str) -> "Iterator[Batch]":
+def with_progress(batches: "Iterable[Part]", total: int, console: "Console", what: str) -> "Iterator[Part]":
     """Yield the batches, and show how many images are done, their rate and the time left."""
     from pdvit.engine.display import Display
 

@@ -1,10 +1,9 @@
 """`pdvit eval`."""
 
-import csv
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,18 +23,15 @@ from pdvit.cli.checkpoint import (
     results_folder,
     with_progress,
 )
+from pdvit.cli.pixels import Asked, measure_pixels, report_pixels
+from pdvit.cli.results import WORST, Evaluation, first_of, share, split_named
 from pdvit.cli.runs.report import make_console, say
 from pdvit.cli.runs.together import together
-from pdvit.errors import UserError, closest
+from pdvit.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from pdvit.data.sources import Source
     from pdvit.engine.display import RunConsole
     from pdvit.engine.ranks import Ranks
-
-WORST = 10
 
 
 def evaluate(
@@ -54,9 +50,15 @@ def evaluate(
     batch_size: BatchSize = None,
     workers: Workers = None,
     on_bad_image: OnBadImage = None,
+    scales: Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")] = False,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as pdvit segment.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Measure the first so many images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
-    """Measure how well a checkpoint classifies: accuracy, loss, calibration, and what is taken for what."""
+    """Measure a checkpoint: accuracy, calibration and what is taken for what, or mIoU where it labels pixels."""
     with together():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         say(console, f"opening {checkpoint} ...")
@@ -79,37 +81,46 @@ def evaluate(
         )
         if data is None and config_of(path) is None:
             raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
-        facts, tables = _measure(opened, path, split, console, ranks)
+        if opened.labels_pixels:
+            found = measure_pixels(opened, path, Asked(split, limit, scales, flip, classes, data), console, ranks)
+        elif scales or flip or classes is not None:
+            what = "the checkpoint labels images, not pixels"
+            raise UserError(what, "--ms, --flip, --classes", "leave them out: they are for segmentation")
+        else:
+            found = _measure(opened, path, split, limit, console, ranks)
         if ranks.main:
-            file = _write(folder, facts, tables)
-            _report(facts, tables["eval.csv"], file, console)
+            file = _write(folder, found)
+            (report_pixels if opened.labels_pixels else _report)(found, file, console)
             if as_json:
-                print(json.dumps(facts | {"file": str(file)}, indent=2))
+                print(json.dumps(found.facts | {"file": str(file)}, indent=2))
             else:
-                say(console, f"next     pdvit plot confusion {folder}")
+                say(console, f"next     pdvit plot {'segmentation' if opened.labels_pixels else 'confusion'} {folder}")
         return 0
 
 
 def _measure(
-    opened: Opened, path: Path, split: str | None, console: "RunConsole", ranks: "Ranks"
-) -> tuple[dict[str, Any], dict[str, "pd.DataFrame"]]:
+    opened: Opened, path: Path, split: str | None, limit: int | None, console: "RunConsole", ranks: "Ranks"
+) -> Evaluation:
     """Measure a split and return what came out, in numbers and by class."""
     from pdvit.data.loader import eval_batches
     from pdvit.data.sources import open_source
     from pdvit.engine.device import device_name
-    from pdvit.tasks.class_tables import class_table, confusion_table, distinct
+    from pdvit.models.weights import Loaded
+    from pdvit.tasks.class_tables import class_table, confusion_table, distinct, table_bytes
     from pdvit.tasks.labels import match
     from pdvit.tasks.scores import Tally, measure
 
+    assert isinstance(opened.loaded, Loaded)
     loaded, precision = opened.loaded, opened.config.run.precision
     source = open_source(opened.config.data)
     order, matched = match(loaded, source.classes, source.name)
-    name = _split(source, split)
-    batches = eval_batches(source.splits[name], opened.loading)
+    name = split_named(source, split)
+    images = first_of(source.splits[name], limit)
+    batches = eval_batches(images, opened.loading)
     net = loaded.model
     scores = measure(
         net if order is None else lambda images: net(images)[:, order],
-        with_progress(batches, len(source.splits[name]) // ranks.size, console, name),
+        with_progress(batches, len(images) // ranks.size, console, name),
         Tally(len(source.classes), opened.device, confusion=True),
         precision,
         ranks,
@@ -123,7 +134,7 @@ def _measure(
         "data": source.name,
         "split": name,
         "images": scores.images,
-        "bad_images": len(source.splits[name]) - scores.images,
+        "bad_images": len(images) - scores.images,
         "classes": len(source.classes),
         "matched": matched,
         "accuracy": scores.accuracy,
@@ -137,39 +148,33 @@ def _measure(
     }
     assert scores.confusion is not None
     classes = distinct(source.classes)
-    tables = {"eval.csv": class_table(scores.confusion, classes)}
-    return facts, tables | {"confusion.csv": confusion_table(scores.confusion, classes)}
+    table = class_table(scores.confusion, classes)
+    tables = {"eval.csv": table, "confusion.csv": confusion_table(scores.confusion, classes)}
+    return Evaluation(facts, table, {name: table_bytes(table) for name, table in tables.items()})
 
 
-def _split(source: "Source", wanted: str | None) -> str:
-    name = wanted or source.final_split
-    if name not in source.splits:
-        raise UserError(f"{source.name} has no split '{name}'", "--split", closest(name, source.splits))
-    return name
-
-
-def _write(folder: Path, facts: dict[str, Any], tables: dict[str, "pd.DataFrame"]) -> Path:
-    """Write the tables, and eval.json last; UserError where the place can't be written."""
+def _write(folder: Path, found: Evaluation) -> Path:
+    """Write the files, and eval.json last; UserError where the place can't be written."""
     from pdvit.tracking import to_json, write_file
 
-    texts = {name: table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC) for name, table in tables.items()}
-    texts["eval.json"] = to_json(facts) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            write_file(folder / name, text.encode(errors="surrogateescape"))  # names of any bytes stay as they are
+        for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}\n".encode()}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_file(folder / name, content)
     except OSError as error:
         what = f"the results can't be written: {error.strerror}"
         raise UserError(what, str(folder), "choose another --out") from error
     return folder / "eval.json"
 
 
-def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "RunConsole") -> None:
+def _report(found: Evaluation, file: Path, console: "RunConsole") -> None:
     """Print the numbers, and the classes that are told worst."""
     from rich.table import Table
 
     from pdvit.data.sources.split import printable
 
+    facts, table = found.facts, found.table
     top5 = "" if facts["accuracy_top5"] is None else f", among the five most probable {facts['accuracy_top5']:.1%}"
     images = f"{facts['images']:,} images of {printable(facts['data'])}"
     worst = table.sort_values("accuracy", kind="stable").head(WORST)
@@ -179,7 +184,7 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
         view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
     for _, row in worst.iterrows():
         wrong = cell(f"{row['confused_with']} ({row['confused']})" if row["confused"] else "-")
-        view.add_row(cell(row["class"]), str(row["images"]), _share(row["accuracy"]), _share(row["precision"]), wrong)
+        view.add_row(cell(row["class"]), str(row["images"]), share(row["accuracy"]), share(row["precision"]), wrong)
     console.print()
     console.print(view)
     say(
@@ -189,7 +194,3 @@ def _report(facts: dict[str, Any], table: "pd.DataFrame", file: Path, console: "
         f"weights  {facts['weights']}; {facts['precision']} on {facts['device']}; classes matched {facts['matched']}\n"
         f"written  {file}, eval.csv, confusion.csv",
     )
-
-
-def _share(value: float) -> str:
-    return "-" if value != value else f"{value:.1%}"

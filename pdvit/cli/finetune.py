@@ -1,14 +1,14 @@
 """`pdvit finetune`: `pdvit train` with initial weights and defaults of its own."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.runs.options import AsJson, Assign, Cells, Change, File, Replay, Resume, begin
+from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.kinds import kind_of
+from pdvit.cli.runs.options import AsJson, Assign, Cells, Change, File, Replay, Resume, begin, initial_weights
 from pdvit.cli.settings import with_settings
-from pdvit.cli.train import TRAIN
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
@@ -39,9 +39,7 @@ def finetune(
 
     Without --data: on the digits 5 to 9, for a model that learned 0 to 4 (pdvit train --data digits:0-4).
     """
-    if checkpoint is not None and settings["model_init"] is not None:
-        raise UserError("there are two checkpoints to begin with", "CKPT, --init", "give one of them")
-    settings["model_init"] = checkpoint if checkpoint is not None else settings["model_init"]
+    initial_weights(checkpoint, settings)
     return begin(FINETUNE, config, assign, cells, resume, change, replay, as_json, settings, DEFAULTS)
 
 
@@ -54,4 +52,4 @@ def _check_given(config: Config) -> None:
         raise UserError("there is no checkpoint to begin with", "CKPT", tip + str(runs[0] if runs else "runs/NAME"))
 
 
-FINETUNE = replace(TRAIN, name="finetune", check=_check_given)
+FINETUNE = Command("finetune", kind_of, _check_given)

@@ -191,6 +191,21 @@ def confusion(
     write(figure, "confusion", folders, out)
 
 
+@app.command()
+def segmentation(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest segmentation.")] = None,
+    out: Out = None,
+    dark: Dark = False,
+) -> None:
+    """Image, truth, prediction and errors side by side, and the IoU of every class."""
+    check_suffix(out)
+    from pdvit.plots.segmentation import plot_segmentation, read_segmentation
+
+    folders = folders_of([run] if run else None, "iou.csv", "pdvit eval {}", 1)
+    figure = plot_segmentation(*read_segmentation(folders[0]), name_of(folders[0]), theme_of(dark))
+    write(figure, "segmentation", folders, out)
+
+
 def _lines(
     kind: str,
     draw: "Callable[[Sequence[pd.DataFrame], Sequence[str], Theme], Drawing]",

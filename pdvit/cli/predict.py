@@ -27,6 +27,7 @@ from pdvit.cli.checkpoint import (
     results_folder,
     with_progress,
 )
+from pdvit.cli.pixels import predict_pixels
 from pdvit.cli.runs.report import make_console, say
 from pdvit.errors import UserError
 
@@ -53,13 +54,17 @@ def predict(
     on_bad_image: OnBadImage = "error",
     model: Model = None,
     weights: Weights = None,
-    out: Annotated[str | None, typer.Option("--out", help="The CSV file; - is standard output.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="The CSV file, - is standard output; of masks the folder.")
+    ] = None,
     device: Device = "auto",
     precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    scales: Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")] = False,
 ) -> int:
-    """Label images: the most probable classes with their probabilities, as CSV."""
+    """Label images: the most probable classes with their probabilities, as CSV; or every pixel, as PNG masks."""
     if on_bad_image not in BAD:
         raise UserError(f"'{on_bad_image}' is not known here", "--on-bad-image", f"choose from: {', '.join(BAD)}")
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
@@ -70,7 +75,6 @@ def predict(
     from pdvit.engine.ranks import ALONE
     from pdvit.models.checkpoints import name_of
 
-    file = None if out == "-" else _target(path, out, name_of(path))
     files = image_files(images)
     opened = open_checkpoint(
         path,
@@ -82,8 +86,14 @@ def predict(
         batch_size=batch_size,
         workers=workers,
     )
-    labels = _labels(opened, top)
     bad = BadImages(skip=True)  # so that those of several batches are named together
+    if opened.labels_pixels:
+        folder = _folder(path, out, top, name_of(path))
+        return _masks(opened, files, folder, (scales, flip), bad, on_bad_image, console)
+    if scales or flip:
+        raise UserError("the checkpoint labels images, not pixels", "--ms, --flip", "leave them out")
+    file = None if out == "-" else _target(path, out, name_of(path))
+    labels = _labels(opened, top)
     few: list[Row] = []
     with stop_on_signals() as stop, _stream(file) as stream:  # SIGTERM too must not leave a part of a file
         writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -102,6 +112,38 @@ def predict(
     return 0
 
 
+def _masks(
+    opened: Opened,
+    files: "FileSplit",
+    folder: Path,
+    views: tuple[bool, bool],
+    bad: "BadImages",
+    on_bad_image: str,
+    console: "RunConsole",
+) -> int:
+    """Write a mask for every image, and the same over the image; UserError as `_predictions` has it."""
+    from pdvit.data.bad_images import refuse_bad
+    from pdvit.engine.interrupts import stop_on_signals
+
+    with stop_on_signals() as stop:
+        for _ in with_progress(predict_pixels(opened, files, folder, views, bad), len(files), console, "images"):
+            if stop:
+                raise KeyboardInterrupt
+    if on_bad_image != "skip":
+        refuse_bad(bad.found, TIP)
+    _report([], len(files), bad.found, folder / "masks", console)
+    return 0
+
+
+def _folder(path: Path, out: str | None, top: int, name: str) -> Path:
+    """Return the folder for masks; UserError where that can't be, or something is asked that masks do not have."""
+    if top > 1 or out == "-":
+        flag = "--out -" if out == "-" else f"--top {top}"
+        raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
+    folder = results_folder(path, None if out is None else Path(os.path.expanduser(out)), "eval", name)
+    return folder if out is not None else folder / "predicted"
+
+
 def _target(path: Path, out: str | None, name: str) -> Path:
     """Return the file to write; UserError where that can't be."""
     file = None if out is None else Path(os.path.expanduser(out))
@@ -113,8 +155,10 @@ def _target(path: Path, out: str | None, name: str) -> Path:
 
 def _labels(opened: Opened, top: int) -> list[str]:
     """Return the names of the checkpoint's classes, or their numbers; UserError where there are fewer than `top`."""
+    from pdvit.models.weights import Loaded
     from pdvit.tasks.labels import label_names
 
+    assert isinstance(opened.loaded, Loaded)
     model: Any = opened.loaded.model
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):

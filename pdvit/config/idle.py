@@ -1,7 +1,9 @@
 """Settings that were given and do nothing in this run: said, because a typo or a forgotten flag looks the same."""
 
+from dataclasses import fields
+
 from pdvit.config.presets import TERMS
-from pdvit.config.schema import AugmentConfig, Config, DataConfig, DiversityConfig
+from pdvit.config.schema import AugmentConfig, Config, DataConfig, DiversityConfig, SegmentConfig
 
 
 def idle_settings(config: Config) -> list[str]:
@@ -26,10 +28,12 @@ def idle_settings(config: Config) -> list[str]:
         files = ("resident", "crop_pct", "crop_mode", "on_bad_image", "check_images")
         needs |= {f"data.{name}": (False, in_memory) for name in files}
         needs["augment.ratio"] = (augment.scale is not None, "nothing is cropped")
+    needs |= _of_segmentation(config)
     defaults = {
         "data": DataConfig(),
         "diversity": DiversityConfig(variant="paper", patch_head="own"),
         "augment": AugmentConfig(),
+        "segment": SegmentConfig(),
     }
     idle: list[str] = []
     for name, (used, why) in needs.items():
@@ -38,3 +42,20 @@ def idle_settings(config: Config) -> list[str]:
         if not used and value != getattr(defaults[section], item):
             idle.append(f"{name} = {value} has no effect: {why}")
     return idle
+
+
+def _of_segmentation(config: Config) -> dict[str, tuple[bool, str]]:
+    """Return what is needed where pixels have classes, and what is only needed there."""
+    segment = config.segment
+    if segment.head is None:
+        return {f"segment.{item.name}": (False, "segment.head is unset") for item in fields(SegmentConfig)}
+    why = "images with masks have augmentations of their own: segment.jitter, max_share, photometric, augment.hflip"
+    others = ("shift", "scale", "ratio", "auto_augment", "color_jitter", "reprob", "smoothing")
+    needs = {f"augment.{name}": (False, why) for name in others}
+    needs["data.resident"] = (False, "images with masks are read when they are needed")
+    upernet = segment.head == "upernet"
+    needs |= {f"segment.{name}": (upernet, f"the {segment.head} head has none") for name in ("width", "aux")}
+    needs["segment.stride"] = (segment.mode != "whole", "images are evaluated whole")
+    if config.data.source == "scenes":
+        needs |= {f"segment.{name}": (False, "the scenes are made") for name in ("classes", "check_masks")}
+    return needs

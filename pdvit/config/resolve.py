@@ -13,6 +13,8 @@ from pdvit.errors import UserError
 SMALL = "vit_tiny_patch16_224"
 SMALL_DEPTH, SMALL_WIDTH, SMALL_HEAD_WIDTH, SMALL_PATCH, SMALL_IMAGE = 8, 48, 16, 4, 32
 SMALL_LR = 1e-3
+# Side of the digit scenes.
+SCENE = 64
 # With initial weights: a tenth, as the paper's authors fine-tune; but where tokens are shorter than any of timm's, what
 # the small model learns with (docs/finetune.md).
 FINE, NARROW = 0.1, 192
@@ -38,7 +40,7 @@ def resolve(config: Config) -> Config:
             why = ": fresh ones would never learn" if name == "freeze" else ""
             what = f"model.{name} needs initial weights{why}"
             raise UserError(what, f"model.{name} (--{name})", "name a checkpoint with --init, or leave it out")
-    config = _learning_rate(_model(_preset(config)))
+    config = with_crop(_learning_rate(_model(_preset(config))))
     lr, least = config.optim.lr, config.optim.min_lr
     if lr is not None and least > lr:
         raise UserError(f"the least learning rate {least:g} is above the peak, {lr:g}", "optim.min_lr", "lower it")
@@ -53,10 +55,30 @@ def _preset(config: Config) -> Config:
     }
     if spelled["variant"] == "released" and diversity.cosine is None:
         spelled["cosine"] = 0.0  # it has no cosine term, whatever the preset says
+    if config.segment.head is not None:
+        if diversity.mixing:
+            what = "the mixing term needs whole patches of one class, which the pixels of an image do not give"
+            raise UserError(what, "diversity.mixing (--mixing)", "leave it out: the other terms work")
+        spelled["mixing"] = 0.0  # whatever the preset says
     if augment.cutmix is None:
         mixes = spelled["mixing"] > 0 or preset.mixed
         augment = replace(augment, cutmix=1.0 if mixes else 0.0)
+    if config.segment.head is not None and (augment.cutmix or augment.mixup):
+        what = "images whose pixels have classes of their own are not mixed"
+        raise UserError(what, "augment.cutmix, augment.mixup (--cutmix, --mixup)", "leave them at 0")
     return replace(config, diversity=replace(diversity, **spelled), augment=augment)
+
+
+def with_crop(config: Config) -> Config:
+    """Return a configuration of a segmentation with the side of its crops, where that is known: it is the image size.
+
+    Called before initial weights say what size theirs was, too: what the user wants comes first.
+    """
+    segment, data = config.segment, config.data
+    crop = segment.crop or data.img_size or (SCENE if data.source == "scenes" else None)
+    if segment.head is None or crop is None:
+        return config
+    return replace(config, segment=replace(segment, crop=crop), data=replace(data, img_size=crop))
 
 
 def _model(config: Config) -> Config:
@@ -77,7 +99,8 @@ def _model(config: Config) -> Config:
         heads=model.heads or max(1, width // SMALL_HEAD_WIDTH),
         patch_size=model.patch_size or SMALL_PATCH,
     )
-    return replace(config, model=model, data=replace(data, img_size=data.img_size or SMALL_IMAGE))
+    side = SMALL_IMAGE if config.segment.head is None else SCENE
+    return replace(config, model=model, data=replace(data, img_size=data.img_size or side))
 
 
 def _learning_rate(config: Config) -> Config:

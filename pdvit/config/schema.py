@@ -215,6 +215,49 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class SegmentConfig:
+    """Segmentation."""
+
+    head: str | None = key(
+        None, "Label every pixel, with this head; unset: classify images.", "--head", choices=("upernet", "linear")
+    )
+    width: int = key(512, "Channels inside the head (upernet).", "--head-width", minimum=8)
+    aux: float = key(0.4, "Weight of the auxiliary head's loss (upernet); 0: no such head.", "--aux", minimum=0)
+    norm: str | None = key(
+        None,
+        "Norm inside the head (upernet); unset: batch, or group where a forward pass has a single image.",
+        "--head-norm",
+        choices=("batch", "group"),
+    )
+    classes: str | None = key(
+        None, "Table of the classes (name, id, colour) of folders of masks; unset: classes.tsv there.", "--classes"
+    )
+    check_masks: bool = key(False, "Read every mask before the start.", "--check-masks")
+    crop: int | None = key(
+        None, "Side of training crops and of evaluation windows in pixels; unset: the image size.", "--crop", minimum=8
+    )
+    short_side: int | None = key(
+        None, "Scale images to this short side, before the jitter too; unset: as they are.", "--short-side", minimum=8
+    )
+    jitter: tuple[float, float] = key(
+        (0.5, 2.0), "Factors of the short side in training, least and most.", "--jitter", above=0, maximum=16
+    )
+    max_share: float = key(
+        0.75, "Draw a crop again where one class covers more; 1: never.", "--cat-max-ratio", above=0, maximum=1
+    )
+    photometric: bool = key(True, "Jitter brightness, contrast, saturation and hue.", "--photometric/--no-photometric")
+    mode: str | None = key(
+        None,
+        "Evaluate whole images, or windows of them; unset: windows for plain vision transformers.",
+        "--eval-mode",
+        choices=("whole", "slide"),
+    )
+    stride: int | None = key(
+        None, "Pixels from window to window; unset: two thirds of a window.", "--stride", minimum=1
+    )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimization."""
 
@@ -308,6 +351,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     diversity: DiversityConfig = DiversityConfig()
     augment: AugmentConfig = AugmentConfig()
+    segment: SegmentConfig = SegmentConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

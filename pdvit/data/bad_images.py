@@ -13,6 +13,7 @@ from pdvit.errors import UserError
 # Images named in an error before the rest is only counted.
 NAMED = 10
 RUN_TIP = "replace it, or skip it: --on-bad-image skip (to go on with a run: --change data.on_bad_image=skip)"
+MASK_TIP = "mend it, or give its values a line in the table of classes (--classes); --check-masks names all of them"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class BadImage:
 
     name: str
     reason: str
+
+
+class BadMask(BadImage):
+    """A mask that does not fit its image or the classes; it ends the run, for it says that others may be wrong too."""
 
 
 @dataclass
@@ -35,7 +40,9 @@ class BadImages:
     """Reason by name."""
 
     def meet(self, bad: Iterable[BadImage]) -> None:
-        """Note images that do not decode; UserError where they are not to be skipped."""
+        """Note images that do not decode; UserError where they are not to be skipped, and for every bad mask."""
+        bad = list(bad)
+        refuse_masks({item.name: item.reason for item in bad if isinstance(item, BadMask)})
         new = {item.name: item.reason for item in bad}
         if not self.skip:
             refuse_bad(new)
@@ -49,14 +56,21 @@ def refuse_bad(bad: Mapping[str, str], tip: str = RUN_TIP) -> None:
         raise UserError(f"{count} not decode", describe_bad(bad), tip)
 
 
+def refuse_masks(bad: Mapping[str, str], tip: str = MASK_TIP) -> None:
+    """Raise a UserError that names the masks that can't be used (name -> reason), if there are any."""
+    if bad:
+        count = "1 mask" if len(bad) == 1 else f"{len(bad)} masks"
+        raise UserError(f"{count} can't be used", describe_bad(bad), tip)
+
+
 def describe_bad(bad: Mapping[str, str]) -> str:
-    """Name images that do not decode (name -> reason), up to ten, and count the rest."""
+    """Name images or masks that can't be used (name -> reason), up to ten, and count the rest."""
     shown = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:NAMED])
     return printable(shown + (f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""))
 
 
-Sample = tuple[Tensor | BadImage, int, int]
-"""A uint8 image `(3, size, size)` or why there is none, its class and its index."""
+Sample = tuple[Tensor | BadImage, int | Tensor, int]
+"""A uint8 image `(3, H, W)` or why there is none, its class (or the class of every pixel) and its index."""
 
 
 class Substituted(Dataset[Sample]):

@@ -12,8 +12,9 @@ class Batch:
 
     Attributes:
         images: normalised `(B, 3, H, W)`, float32.
-        targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`.
-        index: which samples of the split, `(B,)`, for replay.
+        targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`; in segmentation the class of every pixel
+            `(B, H, W)`, 255 where none counts.
+        index: which samples of the split, `(B,)`, for replay; -1 for one that only fills a turn.
         patch_targets: class of every patch `(B, N)`; None where the run has no patch labels.
         weights: factors on the weights of the terms in this step, `(B, T)`, each row the same (so that a batch can be
             divided like its images); None where no weight has a schedule.

@@ -47,7 +47,7 @@ def check_images(
     for name, split in source.splits.items():
         found: Found = {}
         if isinstance(split, LazySplit):
-            for part in gather(_read(split, name, workers, say, share)):
+            for part in gather(look_at_all(split, name, _verdict, workers, say, share)):
                 found |= part
         bad |= {found[index].name: found[index].reason for index in sorted(found)}
         splits[name] = _without(split, found)
@@ -60,27 +60,37 @@ def check_images(
         if not len(split):
             raise UserError(f"no image of {name} decodes: {describe_bad(bad)}", "data.source (--data)", "replace them")
     left_out = f"left out {' and '.join(counts)}, which do not decode: {describe_bad(bad)}"
-    missing = (missing_classes(split.labels, source.classes, name) for name, split in splits.items())
+    missing = (
+        ()
+        if source.palette
+        else (missing_classes(split.labels, source.classes, name) for name, split in splits.items())
+    )
     return replace(source, splits=splits).noting(left_out, *(note for note in missing if note not in source.notes))
 
 
-class _Verdicts(Dataset[tuple[int, BadImage | None]]):
-    """What is wrong with each image of a split, by index."""
-
-    def __init__(self, split: LazySplit) -> None:
-        self.split = split
-
-    def __getitem__(self, index: int) -> tuple[int, BadImage | None]:
-        image = try_read(self.split, index)
-        return index, image if isinstance(image, BadImage) else None
+def _verdict(split: LazySplit, index: int) -> BadImage | None:
+    image = try_read(split, index)
+    return image if isinstance(image, BadImage) else None
 
 
-def _read(split: LazySplit, name: str, workers: int, say: Say, share: tuple[int, int]) -> Found:
-    """Return what is wrong with this process's part of a split."""
+class _Looked(Dataset[tuple[int, Any]]):
+    """What `look` finds in each image of a split, by index."""
+
+    def __init__(self, split: LazySplit, look: Callable[..., Any]) -> None:
+        self.split, self.look = split, look
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.look(self.split, index)
+
+
+def look_at_all(
+    split: LazySplit, name: str, look: Callable[..., Any], workers: int, say: Say, share: tuple[int, int]
+) -> dict[int, Any]:
+    """Return what `look(split, index)` finds in this process's part of a split, by index, where it is not None."""
     rank, processes = share
     mine = list(range(rank, len(split), processes))
     loader: Any = DataLoader(
-        _Verdicts(split),
+        _Looked(split, look),
         batch_size=CHUNK,
         sampler=mine,
         num_workers=workers,
@@ -88,14 +98,15 @@ def _read(split: LazySplit, name: str, workers: int, say: Say, share: tuple[int,
         worker_init_fn=leave_signals,
         generator=torch.Generator(),  # else it draws from the process generator
     )
-    found: Found = {}
+    found: dict[int, Any] = {}
     done, said = 0, time.monotonic()
-    for verdicts in loader:
-        found |= {index: verdict for index, verdict in verdicts if verdict is not None}
-        done += len(verdicts)
+    for seen in loader:
+        found |= {index: verdict for index, verdict in seen if verdict is not None}
+        done += len(seen)
         if time.monotonic() - said > SECONDS:
             said = time.monotonic()
-            say(f"checked {done:,} of {len(mine):,} images of {name}, {len(found)} bad")
+            bad = sum(isinstance(verdict, BadImage) for verdict in found.values())
+            say(f"checked {done:,} of {len(mine):,} images of {name}, {bad} bad")
     return found
 
 

@@ -23,6 +23,11 @@ class Kind:
 
 KINDS = (
     Kind("digits", "digits", "1,797 handwritten digits of scikit-learn, built in; some: digits:0-4", "digits:"),
+    Kind(
+        "scenes",
+        "scenes",
+        "handwritten numbers on textured grounds, with a class for every pixel, built in (pdvit segment)",
+    ),
     Kind("folder", "FOLDER", "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone; ImageNet-1k"),
     Kind("archive", "FILE.tar, FILE.zip", "the same inside an archive; also .tar.gz, .tar.xz", suffixes=ARCHIVES),
     Kind("csv", "FILE.csv", "a table with the columns path, label and perhaps split", suffixes=(".csv",)),
@@ -37,6 +42,7 @@ OF_SOURCES = ("root", *SPLITS, *KEYS, "download")
 # Which of the settings that describe a source mean something, by kind.
 TAKES: dict[str, tuple[str, ...]] = {
     "digits": (),
+    "scenes": (),
     "folder": SPLITS,
     "archive": SPLITS,
     "csv": SPLITS,

@@ -22,7 +22,7 @@ from pdvit.data.randomness import epoch_order
 from pdvit.data.sources import ArraySplit, LazySplit, Split
 from pdvit.errors import UserError
 
-# Uint8 images, class indices, sample indices.
+# Uint8 images, class indices (of images, or of their pixels), sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
 # Epoch and sample indices of each step.
 Steps = Iterator[tuple[int, Tensor]]
@@ -72,20 +72,23 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
     augmentation = augmentation_for(split, how, augment)
-    steps = _step_indices(len(split), how, mixing, start)
+    steps = step_indices(len(split), how, start, mixing)
     if isinstance(split, ArraySplit):
         raw = _resident(split, how, augmentation, steps)
     else:
-        raw = _from_workers(split, how, augmentation, steps)
+        raw = from_workers(TrainingImages(split, augmentation), how, steps)
     per_epoch = steps_per_epoch(split, how.batch_size)
-    order = _step_indices(len(split), how, mixing, start)
+    order = step_indices(len(split), how, start, mixing)
     for step, (images, labels, index) in zip(count(start), raw, strict=False):
         batch = Batch(augmentation(images, step // per_epoch, index), labels, index)
         batch = mixing.mix(batch, how.seed, step, how.batch_size, range(*how.share(how.batch_size)))
-        if how.bad.skip:
-            wanted = next(order)[1][-len(batch) :]
-            batch = replace(batch, replaced=(batch.index != wanted).to(how.device, non_blocking=True))
-        yield batch
+        yield mark_replaced(batch, order, how) if how.bad.skip else batch
+
+
+def mark_replaced(batch: Batch, order: Steps, how: Loading) -> Batch:
+    """Say of a batch which images stand in for those that the order of the run wanted next."""
+    wanted = next(order)[1][-len(batch) :]
+    return replace(batch, replaced=(batch.index != wanted).to(how.device, non_blocking=True))
 
 
 def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
@@ -122,15 +125,15 @@ def _whole(split: Split, how: Loading, chunks: Sequence[Tensor]) -> Iterator[Bat
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
 
-def _step_indices(size: int, how: Loading, mixing: Mixing, start: int) -> Steps:
-    """Yield (epoch, indices) of what this process needs for every step from `start` on."""
+def step_indices(size: int, how: Loading, start: int, mixing: Mixing | None = None) -> Steps:
+    """Yield (epoch, indices) of what this process needs for every step from `start` on: its share, and what lends."""
     per_epoch, step, share = size // how.batch_size, start, range(*how.share(how.batch_size))
     while True:
         epoch, position = divmod(step, per_epoch)
         order = epoch_order(how.seed, epoch, size)
         for at in range(position, per_epoch):
             whole = order[at * how.batch_size : (at + 1) * how.batch_size]
-            yield epoch, whole[mixing.held(how.seed, step, how.batch_size, share)]
+            yield epoch, whole[mixing.held(how.seed, step, how.batch_size, share) if mixing else list(share)]
             step += 1
 
 
@@ -154,10 +157,9 @@ class _Keys(Sampler[list[tuple[int, int]]]):
         return self.start()
 
 
-def _from_workers(split: LazySplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
-    """Yield batches that worker processes decode and crop."""
+def from_workers(data: Dataset[Sample], how: Loading, steps: Steps) -> Iterator[Raw]:
+    """Yield batches of training images that worker processes decode and crop."""
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
-    data: Dataset[Sample] = TrainingImages(split, augmentation)
     if how.bad.skip:
         data = Substituted(data)
     for images, labels, index in decode(data, how, keys):
@@ -211,4 +213,5 @@ def _collate(samples: list[Sample]) -> tuple[Raw | None, list[BadImage]]:
     if not sound:
         return None, bad
     images, labels, indices = zip(*sound, strict=True)
-    return (torch.stack(images), torch.tensor(labels), torch.tensor(indices)), bad
+    targets = torch.stack([torch.as_tensor(label) for label in labels])
+    return (torch.stack(images), targets, torch.tensor(indices)), bad

@@ -13,6 +13,7 @@ FIXED = frozenset(
         *(f"data.{name}" for name in ("mean", "std", "crop_pct", "interpolation", "crop_mode")),
         *(f"model.{name}" for name in ("name", "depth", "width", "heads", "patch_size", "args")),
         *(f"model.{name}" for name in ("init", "weights", "init_hash", "freeze")),
+        *(f"segment.{name}" for name in ("head", "width", "norm", "classes", "crop", "short_side")),
         "diversity.preset",  # the weights are spelled out: those can change
         "diversity.patch_head",
         "optim.opt",
@@ -37,7 +38,8 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
 def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
     """Raise UserError where a change, `{key: (old, new)}`, would make another run of it."""
     for key, (old, new) in changes.items():
-        switched = key == "diversity.mixing" and bool(old) != bool(new)  # the patch head comes and goes with it
+        # a head comes and goes with these
+        switched = key in ("diversity.mixing", "segment.aux") and bool(old) != bool(new)
         if key in FIXED or switched:
             raise UserError(f"{key} can't change from {old} to {new} within a run", where, "start a new run with it")
 

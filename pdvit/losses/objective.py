@@ -131,7 +131,7 @@ class Objective:
             parts["koleo"] = koleo_loss(output.last)
         if self.spectral:
             parts["spectral"] = spectral_loss(output.last)
-        return Losses(self._total(parts, output.last.shape[1], weights), parts)
+        return Losses(self._total(parts, output, weights), parts)
 
     def _class_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.class_loss is not None:
@@ -167,8 +167,8 @@ class Objective:
             )
         return mixing_loss(output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label)
 
-    def _total(self, parts: dict[str, Tensor], count: int, factors: Tensor | None) -> Tensor:
-        """Add up the parts of images of `count` patches."""
+    def _total(self, parts: dict[str, Tensor], output: Tokens, factors: Tensor | None) -> Tensor:
+        """Add up the parts."""
         weights = {
             name: getattr(self, name) * (1.0 if factors is None else factors[at])
             for at, name in enumerate(TERMS)
@@ -176,7 +176,7 @@ class Objective:
         }
         total = parts["class"]
         if self.variant == "diverse-vit" and "mixing" in weights:
-            patches = count * weights.pop("mixing")
+            patches = output.last.shape[1] * weights.pop("mixing")
             total = (total + patches * parts["mixing"]) / (1 + patches)
         for name, weight in weights.items():
             total = total + weight * parts[name]

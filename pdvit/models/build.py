@@ -10,7 +10,7 @@ from torch import nn
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
-from pdvit.models.layers import image_size_of, places_of, shapes_of, with_image_size
+from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of, with_image_size
 
 # Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
 RESERVED = frozenset(
@@ -45,7 +45,7 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
     }
     assert model.name is not None, "resolve the configuration first"
     sizes = {name for name in PLAIN_SIZES if named[name] is not None} | (PLAIN_SIZES & set(model.args or {}))
-    plain = not sizes or family_of(sketch_model(model.name, {})).plain
+    plain = not sizes or family_of(plain_sketch(model.name, MODEL)).plain
     if not plain and (refused := sorted(name for name in sizes if named[name] is not None)):
         raise UserError(
             f"{model.name} has stages of different sizes, so one {FLAGS[refused[0]]} can't be given",
@@ -95,7 +95,7 @@ def plain_sketch(name: str, where: str) -> nn.Module:
 
 def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
     if width is None or heads is None:
-        parts: Any = sketch_model(name, {})
+        parts: Any = plain_sketch(name, MODEL)
         width = width or int(parts.embed_dim)
         heads = heads or max(1, width // (parts.embed_dim // parts.blocks[0].attn.num_heads))
     if width % heads:
@@ -119,7 +119,7 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     try:
         model = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
-        if "img_size" in arguments and "unexpected keyword argument 'img_size'" in str(error):
+        if "img_size" in arguments and "unexpected keyword arg" in str(error) and "'img_size'" in str(error):
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
             size = arguments["img_size"]
             return with_image_size(
@@ -132,6 +132,15 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
         ) from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute activations twice instead of keeping them; UserError where timm has no such way."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        what = f"timm has no gradient checkpointing for a {type(model).__name__}"
+        raise UserError(what, "model.grad_checkpointing (--grad-checkpointing)", "leave it out") from error
 
 
 def _check_grid(model: Any, where: str) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from pdvit.config.schema import CROP_MODES, INTERPOLATIONS
+from pdvit.config import build
+from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import plain_sketch, sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.layers import with_image_size
 from pdvit.models.matching import Chosen, choose
+from pdvit.models.segmentation.backbone import Adapter, look_at
 
 COPY = "copy the file again"
 # Widths of timm's plain vision transformers, with the sizes in their names.
@@ -34,6 +36,8 @@ class Described:
         chosen: its weights.
         input: mean, std, crop_pct, interpolation and crop_mode of its images, as far as it says them.
         config: what it says of itself, as timm's config.json.
+        segment: of a segmentation model, its head and how it is evaluated; the sketch is then its backbone.
+        adapter: how a backbone's maps are read; None of other checkpoints.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Described:
     chosen: Chosen
     input: dict[str, Any]
     config: dict[str, Any]
+    segment: SegmentConfig | None = None
+    adapter: Adapter | None = None
 
     @property
     def weights(self) -> str:
@@ -97,8 +103,12 @@ def describe(given: str | Path, model_name: str | None = None, weights: str | No
     chosen = choose(checkpoint.tensors, sketch.state_dict().keys(), weights, where, weights_told(config))
     seen = {key: value for key, value in _by_shape(chosen.tensors, sketch).items() if key not in arguments}
     arguments |= seen
-    sketch = sketch_model(architecture, arguments, where) if seen else sketch
-    return Described(checkpoint.name, where, architecture, arguments, sketch, chosen, _input(config, where), config)
+    segment = _segment(config, where)
+    if seen or segment is not None:  # the plain sketch is not to be pruned
+        sketch = sketch_model(architecture, arguments, where)
+    adapter = None if segment is None else look_at(sketch, str(segment.head))
+    told = _input(config, where)
+    return Described(checkpoint.name, where, architecture, arguments, sketch, chosen, told, config, segment, adapter)
 
 
 def expect_input(model: Any, described: Described) -> None:
@@ -113,6 +123,18 @@ def weights_told(config: dict[str, Any]) -> str:
     facts = config.get("pdvit")
     told = facts.get("weights") if isinstance(facts, dict) else None
     return told if told in ("raw", "ema") else "unknown"
+
+
+def _segment(config: dict[str, Any], where: str) -> SegmentConfig | None:
+    """Return what a config.json of pdvit says of a segmentation model's head; UserError where it makes no sense."""
+    facts = config.get("pdvit")
+    told = facts.get("segment") if isinstance(facts, dict) else None
+    if told is None:
+        return None
+    segment = build((where, {"segment": told})).segment
+    if segment.head is None or segment.crop is None:
+        raise UserError("its configuration says no head or no crop of its segmentation", where, COPY)
+    return segment
 
 
 def _nameless(checkpoint: Checkpoint) -> UserError:

@@ -8,13 +8,13 @@ from torch import nn
 from pdvit.errors import UserError
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import evaluating, image_size_of
-from pdvit.models.tokens import DiverseModel
+from pdvit.models.wrapper import Wrapper
 
 WHERE = "model.freeze (--freeze)"
 BACKBONE = "backbone"
 
 
-def freeze(network: DiverseModel, part: str) -> None:
+def freeze(network: Wrapper, part: str) -> None:
     """Freeze the embedding and the first N blocks (`part` is N), or everything but the heads (`backbone`).
 
     Frozen weights get no gradient, so the optimizer leaves them out. Frozen modules stay in evaluation mode: dropout
@@ -24,7 +24,7 @@ def freeze(network: DiverseModel, part: str) -> None:
     Raises:
         UserError: `part` is neither, or there are fewer blocks.
     """
-    model = network.model
+    model = network.inside
     if part == BACKBONE:
         frozen = {name for name, _ in model.named_parameters()} - _classifier(model)
     elif part.isdecimal():

@@ -1,7 +1,7 @@
 """Beginning with a checkpoint: its model and images go into the configuration, its weights into the model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -16,6 +16,9 @@ from pdvit.models.build import model_arguments, sketch_model
 from pdvit.models.description import Described
 from pdvit.models.families import family_of
 from pdvit.models.matching import Match, match
+from pdvit.models.segmentation.files import begin_head
+from pdvit.models.segmentation.segmenter import Segmenter
+from pdvit.models.wrapper import Wrapper
 
 INIT = "model.init (--init)"
 # Keys of the configuration for timm's arguments; those of plain models first.
@@ -63,14 +66,28 @@ def settle(config: Config, described: Described) -> Config:
 def fingerprint(described: Described) -> str:
     """Return a hash of the weights: of names, types, shapes and numbers."""
     digest = sha256()
-    for name, value in sorted(described.chosen.tensors.items()):
+    head = {} if described.segment is None else described.chosen.outside
+    for name, value in sorted([*described.chosen.tensors.items(), *head.items()]):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def begin_from(model: nn.Module, described: Described, classes: Sequence[str]) -> list[str]:
+def begin(network: nn.Module, described: Described, classes: Sequence[str]) -> list[str]:
+    """`begin_from` for the timm model inside, and for a segmentation model's head where the file has the like of it."""
+    assert isinstance(network, Wrapper)
+    if not isinstance(network, Segmenter):
+        return begin_from(network.inside, described, classes)
+    notes = begin_from(network.backbone, described, classes, network.adapter.pruned)
+    return [*notes, begin_head(network, described, classes)]
+
+
+def begin_from(
+    model: nn.Module, described: Described, classes: Sequence[str], pruned: Collection[str] = ()
+) -> list[str]:
     """Put a checkpoint's weights into a timm model; return what to say of it.
+
+    `pruned` are names that were left out of the model, which the file may have.
 
     The classifier stays fresh where classes differ in number or names. Positions and tables of relative positions are
     resampled to the model's grid, patch embeddings to its patches.
@@ -78,7 +95,7 @@ def begin_from(model: nn.Module, described: Described, classes: Sequence[str]) -
     Raises:
         UserError: too little of the model's backbone is in the file, or too much else; or fresh weights are frozen.
     """
-    found = _matched(described, model)
+    found = _matched(described, model, pruned)
     if described.classes is not None and described.classes != list(classes):
         found = found.without([name for name in found.tensors if name.startswith(_own(model))])
     fresh = sorted([*found.missing, *found.misshapen])
@@ -141,12 +158,12 @@ def _own(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in _classifiers(model))
 
 
-def _matched(described: Described, model: nn.Module) -> Match:
+def _matched(described: Described, model: nn.Module, pruned: Collection[str] = ()) -> Match:
     """Compare weights and model; UserError where file and backbone have too little in common."""
     found, heads = match(described.chosen.tensors, model, described.where), _heads(model)
     backbone = [name for name in model.state_dict() if not name.startswith(heads)]
     lacking = [name for name in (*found.missing, *found.misshapen) if not name.startswith(heads)]
-    left = [name for name in found.left if not name.startswith(heads)]
+    left = [name for name in found.left if not name.startswith(heads) and name not in pruned]
     if len(lacking) <= (1 - ENOUGH) * len(backbone) and len(left) <= TOO_MANY * len(backbone):
         return found
     parts = {"missing": found.missing, "of another shape": found.misshapen, "left over": left}
@@ -168,8 +185,8 @@ def _notes(found: Match, fresh: list[str], described: Described, total: int) -> 
     notes = [f"begins with {described.name}{kind}: {len(found.tensors)} of {total} tensors{under}"]
     if chosen.others:
         notes.append(f"it holds others too ({', '.join(chosen.others)}): --weights raw or ema chooses")
-    if chosen.outside:
-        notes.append(f"passed over: {chosen.outside} tensors that stand elsewhere in it")
+    if chosen.outside and described.segment is None:
+        notes.append(f"passed over: {len(chosen.outside)} tensors that stand elsewhere in it")
     for what, names in (("fresh", fresh), ("resampled", found.resampled), ("left over", found.left)):
         if names:
             notes.append(f"{what}: {_listed(names)}")

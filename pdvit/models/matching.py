@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from pdvit.errors import UserError
 RAW = frozenset({"state_dict", "model", "student"})
 # A prefix counts as another set of weights where it leads to this share of the names that the best one leads to.
 RIVAL = 0.5
+# By what filters of timm know its own names, which a backbone without a head lacks.
+MARKS = ("head.fc.weight", "head.norm.weight")
 # Parts of a masked autoencoder that its encoder leaves behind.
 DECODER = ("decoder_", "decoder.", "mask_token")
 
@@ -28,14 +30,14 @@ class Chosen:
         prefix: what stood before the names, with its dot.
         weights: `raw`, `ema`, or `unknown` where nothing says so.
         others: prefixes of further sets of weights in the file.
-        outside: how many tensors stand under no such prefix.
+        outside: tensors that stand under no such prefix, by their whole names.
     """
 
     tensors: dict[str, Tensor]
     prefix: str
     weights: str
     others: tuple[str, ...] = ()
-    outside: int = 0
+    outside: dict[str, Tensor] = field(default_factory=dict)
 
 
 def choose(
@@ -74,7 +76,8 @@ def choose(
     prefix = fitting[0]
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     others = tuple(sorted(set(rivals) - {prefix}))
-    outside = sum(not name.startswith((prefix, *others)) for name in tensors) if prefix else 0
+    known = (prefix, *others) if prefix else ("",)
+    outside = {name: value for name, value in tensors.items() if not name.startswith(known)}
     return Chosen(inside, prefix, kinds[prefix], others, outside)
 
 
@@ -166,19 +169,21 @@ def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, T
     rules: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if rules is None:
         return tensors
+    own = tensors.keys() <= model.state_dict().keys()
+    marks = {name: Tensor() for name in MARKS if own and name not in tensors}
     scaled = any(name.endswith(".ls1.gamma") for name, _ in model.named_parameters())
     published = {"adapt_layer_scale": True} if scaled and any(".gamma_" in name for name in tensors) else {}  # DeiT-III
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of how timm interpolates
-            adapted: dict[str, Tensor] = rules(dict(tensors), model, **published)
+            adapted: dict[str, Tensor] = rules(tensors | marks, model, **published)
     except Exception as error:  # odd names and shapes fail anywhere in there
         raise UserError(
             f"its weights can't be brought to a {type(model).__name__}: {type(error).__name__}: {error}",
             where,
             "the file belongs to another architecture; name the right one with --model",
         ) from error
-    return adapted
+    return {name: value for name, value in adapted.items() if name not in marks}
 
 
 def _resampled(name: str, before: Mapping[str, Tensor], after: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """A model whose forward pass also returns its first and last patch tokens: what training needs."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.losses.chunked import chunked_mixing_loss
 from pdvit.models.families import family_of, modules_at
-from pdvit.models.layers import Place, evaluating, places_of, shapes_of
+from pdvit.models.layers import Place, evaluating
+from pdvit.models.reading import Tap, layers_to_read, tapped, taps_at
+from pdvit.models.wrapper import Wrapper
 
-FIRST, LAST = "diversity.first (--first)", "diversity.last (--last)"
-COSINE = "diversity.cosine_layers (--cosine-layers)"
 HEAD = "DiverseModel(model, patch_head=...)"
 LINEAR = "use nn.Linear, or call the model without patch_targets and the objective with them"
 
@@ -39,7 +39,7 @@ class TokenOutput(NamedTuple):
     smoothing: float = 0.0
 
 
-class DiverseModel(nn.Module):
+class DiverseModel(Wrapper):
     """A timm vision transformer whose forward pass also returns its first and last patch tokens.
 
     The network is unchanged: logits equal the bare model's. Compile or distribute this module, and optimize its
@@ -60,6 +60,8 @@ class DiverseModel(nn.Module):
             head does not fit.
     """
 
+    inner = "model"
+
     def __init__(
         self,
         model: nn.Module,
@@ -71,54 +73,23 @@ class DiverseModel(nn.Module):
         super().__init__()
         family = family_of(model)
         self.model = model
-        places = {layer.name: place for layer, place in places_of(model).items()}
-        if family.plain and (embed := modules_at(model, family.embed)):
-            places["patches"] = Place(embed[0])
-        shapes = shapes_of(model, places)
-        blocks = [name for name in places if name.startswith("block")]
-        final = "norm" if "norm" in places else blocks[-1]
-        last = _last(last, final, blocks)
-        others = [_block(number, blocks, COSINE) for number in cosine_layers]
-        # The layers to read: first, last, what the patch head reads, and those of the cosine term.
-        self.names = (_first(first, last, blocks, shapes), last, final, *others)
-        self.norm = places[final]
-        self.frozen: list[nn.Module] = []  # what stays in evaluation mode: see `freezing.freeze`
-        self.taps: dict[str, _Tap] | None = None
-        if family.plain and set(self.names) <= {*blocks, final}:
-            self.indices = sorted({blocks.index(name) for name in self.names if name in blocks})
+        layers = layers_to_read(model, first, last, cosine_layers)
+        # First, last, what the patch head reads, and those of the cosine term.
+        self.names = (layers.first, layers.last, layers.final, *layers.others)
+        self.norm = layers.places[layers.final]
+        width = layers.shapes[layers.final][1]
+        self.taps: dict[str, Tap] | None = None
+        if family.plain and set(self.names) <= {*layers.blocks, layers.final}:
+            self.indices = sorted({layers.blocks.index(name) for name in self.names if name in layers.blocks})
         else:
-            self.taps = {name: _Tap(places[name]) for name in dict.fromkeys(self.names)}
-            _let_hooks_through_checkpoints()
+            self.taps = taps_at(layers.places, self.names)
         # The model's own classifier stays where it is: as a second name for it, it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = None
         if isinstance(patch_head, str):
-            _check_classifier(model, patch_head, places[final], shapes[final][1])
+            _check_classifier(model, patch_head, self.norm, width)
         elif patch_head is not False:
-            self.patch_head = _patch_head(model, patch_head, shapes[final])
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of training; frozen parts stay in that of evaluation."""
-        super().train(mode)
-        for part in self.frozen:
-            part.eval()
-        return self
-
-    def no_weight_decay(self) -> set[str]:
-        """Name the parameters that timm's optimizers must not decay (position, class token): the model's own list."""
-        own = getattr(self.model, "no_weight_decay", set)
-        return {f"model.{name}" for name in own()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Say which block a parameter belongs to, for timm's layer decay: the model's own rules, under `model.`."""
-        model: Any = self.model
-        if not hasattr(model, "group_matcher"):
-            what = f"timm does not say which layer the weights of a {type(model).__name__} belong to"
-            raise UserError(what, "optim.layer_decay (--layer-decay)", "leave it out")
-        rules = model.group_matcher(coarse)
-        if callable(rules):
-            return lambda name: rules(name.removeprefix("model."))  # type: ignore[return-value]
-        return {group: _under_model(rule) for group, rule in rules.items()}
+            self.patch_head = _patch_head(model, patch_head, layers.shapes[layers.final])
 
     def forward(
         self,
@@ -133,7 +104,7 @@ class DiverseModel(nn.Module):
         the mean cross-entropy of the patches, computed in parts, so that their logits never exist at once. That
         needs a linear patch head. `patch_logits=False` leaves the patch head out, to measure or predict.
         """
-        logits, tokens = self._by_value(images) if self.taps is None else self._by_hook(images, self.taps)
+        logits, tokens = self._by_value(images) if self.taps is None else tapped(self.taps, self.model, images)
         first, last, final, *more = (tokens[name] for name in self.names)
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
         others = tuple(more)
@@ -152,102 +123,6 @@ class DiverseModel(nn.Module):
         features, blocks = model.forward_intermediates(images, indices=self.indices, output_fmt="NLC")
         tokens = {f"block {index + 1}": block for index, block in zip(self.indices, blocks, strict=True)}
         return model.forward_head(features), tokens | {"norm": self.norm.tokens(features)}
-
-    def _by_hook(self, images: Tensor, taps: "Mapping[str, _Tap]") -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits, and tokens by layer as hooks see them: where timm hands out whole stages only."""
-        for tap in taps.values():
-            tap.open = True
-        try:
-            logits = self.model(images)
-            tokens = {name: tap.place.tokens(tap.value) for name, tap in taps.items()}
-        finally:  # an error must not leave activations behind
-            for tap in taps.values():
-                tap.open, tap.value = False, None
-        return logits, tokens
-
-
-class _Tap:
-    """A slot that a hook fills; open during a forward pass only, so that recomputing activations does not fill it.
-
-    Copied with its model, it is the copy's own slot.
-    """
-
-    def __init__(self, place: Place) -> None:
-        self.place, self.open = place, False
-        self.value: Any = None
-        place.hook(self.fill)
-
-    def fill(self, value: Any) -> None:
-        if self.open:
-            self.value = value
-
-
-def layer_numbers(text: str) -> list[int]:
-    """Read the numbers of blocks, with commas between: `6,12`. Raises UserError."""
-    numbers = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"'{text}' is not a list of blocks", COSINE, "give their numbers with commas: 6,12")
-    return [int(number) for number in numbers]
-
-
-def _let_hooks_through_checkpoints() -> None:
-    """Let compiled code fill a slot from inside a checkpointed block, in the forward pass only.
-
-    Without it torch.compile refuses a hook in there, because recomputing could not repeat what it does. It need not: a
-    slot is closed by then.
-    """
-    import torch._dynamo  # slow to import
-
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-
-
-def _under_model(rule: Any) -> Any:
-    """Return a rule of timm's matcher (a pattern, or a list of (pattern, order)) for names that begin with `model.`."""
-    if callable(rule):
-        return lambda name: rule(name.removeprefix("model."))
-    if isinstance(rule, str):  # all alternatives of it
-        return rf"model\.(?:{rule.replace('^', '')})"
-    return [(_under_model(pattern), order) for pattern, order in rule]
-
-
-def _last(last: str, final: str, blocks: list[str]) -> str:
-    if last not in ("norm", "block"):
-        raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
-    return final if last == "norm" else blocks[-1]
-
-
-def _block(number: Any, blocks: list[str], where: str) -> str:
-    name = f"block {number}"
-    if name not in blocks:
-        raise UserError(f"there is no {name}: the model has {len(blocks)}", where, f"choose from 1 to {len(blocks)}")
-    return name
-
-
-def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, tuple[int, int]]) -> str:
-    """Return the layer that `first` means; UserError where its grid or width are not those of last."""
-    alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
-    if first == "block":
-        if not alike:
-            tip = "use --first embed or a deeper model" if shapes.get("embed") == shapes[last] else "use --last block"
-            raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
-        return alike[0]
-    if first not in ("embed", "patches") and not str(first).isdecimal():
-        what = f"there is no first called '{first}'"
-        raise UserError(what, FIRST, f"choose block, embed, patches, or a number from 1 to {len(blocks)}")
-    name = str(first) if first in ("embed", "patches") else _block(first, blocks, FIRST)
-    if name not in shapes:
-        what = f"first is '{name}', but this model's patch embedding is not to be compared with last"
-        raise UserError(what, FIRST, "use --first block, whatever the preset says")
-    if shapes[name] != shapes[last]:
-        (count, width), (last_count, last_width) = shapes[name], shapes[last]
-        raise UserError(
-            f"{name} has {count} patches of width {width}, but {last} has {last_count} of width {last_width}",
-            FIRST,
-            f"choose one from {alike[0]} on" if alike else "use --last block",
-        )
-    if name == last:
-        raise UserError(f"first and last are both {name}", FIRST, "choose an earlier one")
-    return name
 
 
 def _patch_head(model: Any, given: "bool | nn.Module", shape: tuple[int, int]) -> nn.Module:

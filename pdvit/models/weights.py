@@ -18,6 +18,7 @@ from pdvit.models.checkpoints import CONFIG, HEADER_KEY, WEIGHTS
 from pdvit.models.description import describe, expect_input, weights_told
 from pdvit.models.matching import Match, match
 from pdvit.models.memory import check_fits
+from pdvit.models.segmentation.backbone import prune
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,16 @@ def export(
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and the header of the weights carries the text of
     config.json, so that the file alone is enough. Neither holds a name, path or time.
     """
-    text = _config_text(model, classes, data_config, weights)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
+    extra = {"label_names": classes, "pdvit": {"weights": weights}}
+    return files(model, state or model.state_dict(), extra, data_config)
+
+
+def files(
+    model: nn.Module, state: Mapping[str, torch.Tensor], extra: dict[str, Any], data_config: dict[str, Any]
+) -> dict[str, bytes]:
+    """Return config.json with more entries, and the weights with its text in their header, of a timm model."""
+    text = _config_text(model, extra, data_config)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     return {
         CONFIG: text.encode(),
         WEIGHTS: _in_order(save(tensors, metadata={"format": "pt", HEADER_KEY: text})),
@@ -84,8 +93,7 @@ def _in_order(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
-def _config_text(model: nn.Module, classes: list[str], data_config: dict[str, Any], weights: str) -> str:
-    extra = {"label_names": classes, "pdvit": {"weights": weights}}
+def _config_text(model: nn.Module, extra: dict[str, Any], data_config: dict[str, Any]) -> str:
     with TemporaryDirectory() as folder:
         # timm's public save_for_hf writes the model's weights too: twice, and not where they are spread over processes.
         save_config_for_hf(model, str(Path(folder) / CONFIG), model_config=extra, data_config=data_config)
@@ -96,7 +104,7 @@ def _config_text(model: nn.Module, classes: list[str], data_config: dict[str, An
 
 
 def load(path: str | Path, model_name: str | None = None, weights: str | None = None) -> Loaded:
-    """Read a checkpoint with its model: everything that `read_checkpoint` takes.
+    """Read a checkpoint with its model: everything that `read_checkpoint` takes; of a segmentation model the backbone.
 
     Args:
         path: a run directory, a timm folder, a file, or the name of published weights.
@@ -110,9 +118,11 @@ def load(path: str | Path, model_name: str | None = None, weights: str | None = 
     described = describe(path, model_name, weights)
     where = described.where
     found = match(described.chosen.tensors, described.sketch, where)
-    _refuse_difference(found, where)  # by shape, before the model takes any memory
+    refuse_difference(found, where)  # by shape, before the model takes any memory
     check_fits(described.sketch.state_dict().values(), where)
     model = create_model(described.architecture, described.arguments, where)
+    if described.adapter is not None:
+        prune(model, described.adapter)
     model.load_state_dict(found.tensors)
     expect_input(model, described)
     facts = {"weights": described.weights} | ({"prefix": prefix} if (prefix := described.chosen.prefix) else {})
@@ -120,7 +130,7 @@ def load(path: str | Path, model_name: str | None = None, weights: str | None = 
     return Loaded(model.eval(), described.name, config, described.architecture, described.arguments)
 
 
-def _refuse_difference(found: Match, where: str) -> None:
+def refuse_difference(found: Match, where: str) -> None:
     """Raise UserError unless the weights are those of the model, no more and no less, in its very shapes."""
     shapes = sorted([*found.misshapen, *found.resampled])
     for names, what in ((found.missing, "lack"), (found.left, "hold an unknown"), (shapes, "have another shape of")):

@@ -1,5 +1,6 @@
 """Scores by class, as tables: for eval.csv and confusion.csv."""
 
+import csv
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,13 @@ def class_table(confusion: Tensor, classes: list[str]) -> "pd.DataFrame":
     return pd.DataFrame(columns)
 
 
+def mask_table(confusion: Tensor, iou: Tensor, classes: list[str]) -> "pd.DataFrame":
+    """Return one row per class of a confusion matrix of pixels: the columns of `class_table`, and the IoU."""
+    table = class_table(confusion, classes).rename(columns={"images": "pixels"})
+    table.insert(2, "iou", [None if value != value else value for value in iou.tolist()])
+    return table
+
+
 def confusion_table(confusion: Tensor, classes: list[str]) -> "pd.DataFrame":
     """Return the matrix as rows of class, predicted and images: every class with itself, and what else there was.
 
@@ -57,6 +65,11 @@ def distinct(classes: list[str]) -> list[str]:
     """Return names that are all different: one that stands twice gets its number (ImageNet has two cranes)."""
     counts = Counter(classes)
     return [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(classes)]
+
+
+def table_bytes(table: "pd.DataFrame") -> bytes:
+    """Return a table as a CSV file; names of any bytes stay as they are."""
+    return table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode(errors="surrogateescape")
 
 
 def _shares(part: Tensor, whole: Tensor) -> list[float | None]:

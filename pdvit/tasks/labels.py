@@ -33,9 +33,15 @@ def match(loaded: Loaded, classes: list[str], source: str) -> tuple[list[int] | 
     Raises:
         UserError: other classes than the checkpoint's, by number or by name.
     """
-    names, model = label_names(loaded), loaded.model
-    count: Any = model.num_classes
-    where = f"{loaded.name} on {source}"
+    model: Any = loaded.model
+    return match_names(label_names(loaded), model.num_classes, loaded.name, classes, source)
+
+
+def match_names(
+    names: list[str] | None, count: int, checkpoint: str, classes: list[str], source: str
+) -> tuple[list[int] | None, str]:
+    """`match` for a checkpoint with `count` outputs of these names, where it says them."""
+    where = f"{checkpoint} on {source}"
     if names is not None and set(classes) < set(names):
         what = f"{source} has {len(classes)} of the checkpoint's {count} classes"
         tip = "a share of right answers would depend on whether the other classes may be answered; " + TIP

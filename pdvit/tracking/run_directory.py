@@ -83,6 +83,7 @@ class RunDirectory:
         if not self.writes:
             return
         try:
+            (self.path / name).parent.mkdir(exist_ok=True)
             write_file(self.path / name, content)
         except OSError as error:
             raise UserError(

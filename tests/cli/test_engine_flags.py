@@ -434,12 +434,12 @@ class TestSwitches:
         assert f"{shift} pixels leaves nothing of images of 16x16" in refused.what
 
     def test_layers_without_a_p_are_named(self, train, capsys, monkeypatch):
-        import pdvit.tasks.classification as classification
+        import pdvit.tasks.probe as probe
 
         def similarity(tokens):
             return torch.tensor([float("nan")]) if tokens.shape[-1] == 16 else torch.tensor([0.5])
 
-        monkeypatch.setattr(classification, "patch_similarity", similarity)
+        monkeypatch.setattr(probe, "patch_similarity", similarity)
         train()
         assert "infinite or no numbers in embed, block 1, block 2, norm" in capsys.readouterr().out
 

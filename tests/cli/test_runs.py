@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.command import Command, Kind
 from pdvit.cli.runs.recipe import as_change
 from pdvit.cli.runs.resume import resume
 from pdvit.cli.runs.start import start
 from pdvit.cli.runs.sweep import devices_of
 from pdvit.config import build
+from pdvit.data.sources import open_source
 from pdvit.engine.interrupts import stop_on_signals
 from pdvit.errors import UserError
 from pdvit.sweep import make_cells
@@ -28,7 +29,15 @@ def test_another_command_brings_its_task_and_its_words(tmp_path, capsys):
         def finish(self, network, weights):
             return super().finish(network, weights) | {"task": "other"}
 
-    command = Command("other", Other, lambda config, task: "something else", lambda s: f"the {s['task']} came out")
+    kind = Kind(
+        open_source=lambda config, say: open_source(config.data, say),
+        settle=lambda config, processes: config,
+        make_task=Other,
+        describe=lambda config, task: "something else",
+        conclude=lambda summary: f"the {summary['task']} came out",
+        use=lambda run: "somehow",
+    )
+    command = Command("other", lambda config: kind)
     out = tmp_path / "run"
     settings = SETTINGS | {"run": SETTINGS["run"] | {"out": str(out)}}
     with stop_on_signals() as stop:

@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> None:
         rest = [*context._protected_args, *context.args]
         name, command, arguments = command.resolve_command(context, rest)
         parent = context
-    if name in ("train", "finetune") and context.params["config"] is None:
+    if name in ("train", "finetune", "segment") and context.params["config"] is None:
         own = {"checkpoint", "config", "assign", "resume", "change", "replay", "as_json"}
         # Typer leaves a repeatable option that was not given as an empty tuple until it calls the command.
         settings = {key: value for key, value in context.params.items() if key not in own and value != ()}

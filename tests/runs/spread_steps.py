@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pdvit.cli.runs.kinds import kind_of
 from pdvit.config import build, resolve
-from pdvit.data.sources import open_source
 from pdvit.engine.loop import Trainer
 from pdvit.engine.ranks import join
 from pdvit.tasks import ClassificationTask
@@ -25,8 +25,12 @@ class Wide(ClassificationTask):
 def main(out: Path, settings: dict, steps: int, wide: bool) -> None:
     torch.use_deterministic_algorithms(True)
     config, ranks = resolve(build(("test", settings))), join()
-    source = open_source(config.data)
-    task = (Wide if wide else ClassificationTask)(config, source, torch.device("cpu"), ranks)
+    kind = kind_of(config)
+    source = kind.open_source(config, print)
+    task = (Wide if wide else kind.make_task)(config, source, torch.device("cpu"), ranks)
+    for module in task.module.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0  # a head's dropout is drawn by each process for itself
     if wide:
         task.module.double()
     trainer = Trainer(task, config, torch.device("cpu"), ranks)

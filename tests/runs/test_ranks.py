@@ -105,6 +105,26 @@ def test_two_compiled_processes_equal_eager_ones(tmp_path, micro):
     assert compiled[1]["train"] == pytest.approx(eager[1]["train"], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_segmentation_is_the_same_in_two_processes(tmp_path, how):
+    """Windows of 32 pixels, the mean over processes of the loss, and every pixel once in the scores."""
+    settings = SETTINGS | {
+        "data": {"source": "scenes", "batch_size": 8, "workers": 0},
+        "segment": {"head": "upernet", "width": 8, "norm": "group", "crop": 32},
+        "diversity": {"preset": "paper"},
+        "augment": {},
+        "optim": SETTINGS["optim"] | {"opt": "sgd"},
+    }
+    alone = steps(tmp_path / "one", 1, settings)
+    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}})
+    for file in {name.split(".")[0] for name in alone[0]} - {"state"}:
+        assert furthest(both[0], alone[0], f"{file}.") <= 1e-5
+    assert both[1]["train"] == pytest.approx(alone[1]["train"], rel=1e-4, abs=1e-5)
+    for name in ("miou", "accuracy", "accuracy_mean", "loss"):
+        assert both[1]["eval"][name] == pytest.approx(alone[1]["eval"][name], abs=1e-3)
+
+
 CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
 CLI += [
     "--batch-size",

@@ -39,7 +39,7 @@ LIBRARIES = {
     "similarity": {"torch"},
     "losses": {"torch"},
     "sweep": {"tomli_w"},
-    "plots": {"pandas", "matplotlib", "numpy", "scipy"},
+    "plots": {"pandas", "matplotlib", "numpy", "scipy", "PIL"},
     "engine": {"torch", "timm", "safetensors", "rich"},
 }
 # Optional packages, by the exact module: inside functions only, so that the room works without them.

@@ -1,7 +1,8 @@
-"""What one command that trains has of its own."""
+"""What one command that trains has of its own, and what one kind of task brings to all of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pdvit.config.schema import Config
@@ -26,18 +27,31 @@ def anything(config: Config) -> None:
 
 
 @dataclass(frozen=True)
-class Command:
-    """A command that trains: its name, its task, and what it says before the first step and after the last.
+class Kind:
+    """A kind of task: its data, what is trained on them, and what is said before the first step and after the last."""
 
-    It can be pickled, for the processes of a sweep.
-    """
-
-    name: str
+    open_source: Callable[[Config, Callable[[str], None]], "Source"]
+    """Open the data of a configuration; raises UserError."""
+    settle: Callable[[Config, int], Config]
+    """Fill in what depends on the number of processes; raises UserError."""
     make_task: MakeTask
     describe: Callable[[Config, Any], str]
     """Say in a line or two what is trained, from the configuration and the task."""
     conclude: Callable[[Mapping[str, Any]], str]
     """Say in a line what came out, from the summary."""
+    use: Callable[[Path], str]
+    """Say how the weights in a run directory are used."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that trains: its name, and how it tells which kind of task a configuration asks for.
+
+    It can be pickled, for the processes of a sweep.
+    """
+
+    name: str
+    kind_of: Callable[[Config], Kind]
     check: Callable[[Config], None] = anything
     """Raise UserError where a new run lacks what only this command asks for."""
 

@@ -34,6 +34,13 @@ Replay = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")]
 
 
+def initial_weights(checkpoint: str | None, settings: dict[str, Any]) -> None:
+    """Take the checkpoint that is a command's argument for `--init`; UserError where both are given."""
+    if checkpoint is not None and settings["model_init"] is not None:
+        raise UserError("there are two checkpoints to begin with", "CKPT, --init", "give one of them")
+    settings["model_init"] = checkpoint if checkpoint is not None else settings["model_init"]
+
+
 def begin(
     command: Command,
     config: Path | None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.command import Command, Kind
 from pdvit.cli.runs.report import make_console, say
 from pdvit.config.schema import Config
 from pdvit.data.kinds import refuse_idle, whole_path
@@ -25,6 +25,7 @@ class Prepared:
     """Everything that a run needs, before it has a directory."""
 
     command: Command
+    kind: Kind
     config: Config
     ranks: "Ranks"
     device: str
@@ -46,44 +47,43 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     say(console, f"opening {config.data.source} ...")  # what comes now can take minutes: imports, many files, weights
     from pdvit.config import resolve
     from pdvit.config.idle import idle_settings
-    from pdvit.data.sources import open_source
+    from pdvit.config.resolve import with_crop
     from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.loop import Trainer
     from pdvit.engine.ranks import join
     from pdvit.models.description import describe
-    from pdvit.models.initial import begin_from, settle
-    from pdvit.tasks.classification import bare
+    from pdvit.models.initial import begin, settle
     from pdvit.tracking import check_sinks, tracker_names
 
     if config.model.init is not None and not begun:
         say(console, f"reading {config.model.init} ...")
         initial = describe(config.model.init, config.model.name, config.model.weights)
-        config = settle(config, initial)
+        config = settle(with_crop(config), initial)
     config = resolve(config) if config.data.batch_size else config
     ranks = join()
     device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
     set_up(device, config.run)
     if ranks.main:
         check_sinks(tracker_names(config.run.track))
-    source = open_source(config.data, lambda text: say(console, text))
+    kind = command.kind_of(config)
+    source = kind.open_source(config, lambda text: say(console, text))
     if not begun:
         refuse_idle(config.data)
-    if config.data.check_images:
-        source = _checked(source, config, ranks, console)
+    source = _checked(source, config, ranks, console)
     if not config.data.batch_size:
-        size = _batch_that_fits(command, config, source, device, ranks)
+        size = _batch_that_fits(kind, config, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=size)))
-    config = _from_anywhere(config)
-    task = command.make_task(config, source, device, ranks)
-    begun_from = [] if initial is None else begin_from(bare(task.module), initial, source.classes)
+    config = _from_anywhere(kind.settle(config, ranks.size))
+    task = kind.make_task(config, source, device, ranks)
+    begun_from = [] if initial is None else begin(task.module, initial, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
     length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
-    say(console, f"{source.describe()}\n{command.describe(config, task)}; {length}")
+    say(console, f"{source.describe()}\n{kind.describe(config, task)}; {length}")
     idle = [f"note: {setting}" for setting in idle_settings(config)]
     for note in [*begun_from, *trainer.notes(), *idle]:
         say(console, note)
-    return Prepared(command, config, ranks, device_name(device), trainer, console, as_json)
+    return Prepared(command, kind, config, ranks, device_name(device), trainer, console, as_json)
 
 
 def _from_anywhere(config: Config) -> Config:
@@ -95,15 +95,24 @@ def _from_anywhere(config: Config) -> Config:
 
 
 def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
-    """Read all images, every process its share; raises UserError where some do not decode and are not to be skipped."""
+    """Read all images and masks where that is asked for, every process its share.
+
+    Raises UserError where images do not decode and are not to be skipped, and for masks that can't be used.
+    """
     from pdvit.data.check import check_images
+    from pdvit.data.masks.check import check_masks
 
-    say(console, "checking all images ...")
-    skip, workers = config.data.on_bad_image == "skip", config.data.workers
-    return check_images(source, skip, workers, lambda text: say(console, text), (ranks.rank, ranks.size), ranks.gather)
+    skip, workers, share = config.data.on_bad_image == "skip", config.data.workers, (ranks.rank, ranks.size)
+    if config.data.check_images:
+        say(console, "checking all images ...")
+        source = check_images(source, skip, workers, lambda text: say(console, text), share, ranks.gather)
+    if config.segment.head is not None and config.segment.check_masks:
+        say(console, "checking all masks ...")
+        source = check_masks(source, workers, lambda text: say(console, text), share, ranks.gather)
+    return source
 
 
-def _batch_that_fits(command: Command, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
+def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
     """Find the largest total batch, a power of two or all images, that the GPUs hold; raises UserError without one."""
     from pdvit.config import resolve
     from pdvit.engine.loop import Trainer
@@ -121,7 +130,7 @@ def _batch_that_fits(command: Command, config: Config, source: "Source", device:
     )
     trial = resolve(trial)
     # Each process by itself: trials that exchange gradients would wait for one another.
-    task = command.make_task(trial, source, device, ALONE)
+    task = kind.make_task(trial, source, device, ALONE)
     images = len(source.splits["train"]) // ranks.size
     size = largest_batch(Trainer(task, trial, device, ALONE).updater, task.batches(0), images)
     size = int(min(ranks.gather(size))) * ranks.size

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdvit.cli.runs.command import Command
+from pdvit.cli.runs.command import Kind
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def train_and_report(ready: "Prepared", directory: "RunDirectory", stop: "StopRe
         say(ready.console, f"stopped; go on with: {again}")
         return EXIT_STOPPED
     if ready.ranks.main:
-        close(ready.command, directory.path, summary, ready.console, ready.as_json)
+        close(ready.kind, directory.path, summary, ready.console, ready.as_json)
     return 0
 
 
-def close(command: Command, run: Path, summary: Mapping[str, Any], console: "RunConsole", as_json: bool) -> None:
+def close(kind: Kind, run: Path, summary: Mapping[str, Any], console: "RunConsole", as_json: bool) -> None:
     """Say what came out, what was written where, and which command comes next."""
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -60,10 +60,10 @@ def close(command: Command, run: Path, summary: Mapping[str, Any], console: "Run
     compared = " ".join(str(path) for path in [*others[:1], run])
     say(
         console,
-        f"\n{command.conclude(summary)}\n"
+        f"\n{kind.conclude(summary)}\n"
         f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images per second\n"
-        f"weights   {run}/model.safetensors (timm: create_model('local-dir:{run}', pretrained=True))\n"
+        f"weights   {run}/model.safetensors ({kind.use(run)})\n"
         f"records   {run}/metrics.jsonl, summary.json; repeat with --config {run}/run.toml\n"
         f"next      pdvit analyze {compared}",
     )

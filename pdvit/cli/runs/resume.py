@@ -29,7 +29,7 @@ def resume(command: Command, name: str, change: list[str], as_json: bool, stop: 
             raise UserError("the run is finished, so nothing can change", f"--resume {path}", "start a new run")
         console = make_console(as_json)
         say(console, f"{path} is finished already")
-        close(command, path, summary, console, as_json)
+        close(command.kind_of(recipe_of(path, [])), path, summary, console, as_json)
         return 0
     for text in change:
         if text.partition("=")[0].strip() in ("run.out", "run.name"):

@@ -155,7 +155,9 @@ class Sweep:
     def _outcome(self, cell: "Cell", state: "State", seconds: float) -> str:
         if state.status == "finished":
             summary = json.loads((self.folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
-            return f"finished in {_time(seconds)}; {self.command.conclude(summary).splitlines()[0]}"
+            return (
+                f"finished in {_time(seconds)}; {self.command.kind_of(cell.config).conclude(summary).splitlines()[0]}"
+            )
         if state.status == "running":
             return "another process trains it"
         return f"{state.status}{': ' if state.reason else ''}{state.reason}"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.kinds import KINDS, kind_of
@@ -32,6 +33,7 @@ __all__ = [
 
 READERS: dict[str, Callable[[DataConfig, Say], Source]] = {
     "digits": lambda data, say: read_digits(data),
+    "scenes": lambda data, say: _no_classes(),
     "folder": lambda data, say: read_layout(FolderTree(_path(data)), data),
     "archive": lambda data, say: read_archive(_path(data), data, say),
     "csv": lambda data, say: read_csv(_path(data), data),
@@ -61,6 +63,11 @@ def open_source(data: DataConfig, say: Say = say_on_stderr) -> Source:
         tip = closest(data.source, [kind.written for kind in KINDS if kind.written.islower()])
         raise UserError(f"{what} '{data.source}'", "data.source (--data)", f"{tip} (--data help lists all kinds)")
     return READERS[kind](data, say)
+
+
+def _no_classes() -> NoReturn:
+    what = "digit scenes have classes of pixels, not of images"
+    raise UserError(what, "data.source (--data)", "use pdvit segment, or --data digits")
 
 
 def source_label(data: DataConfig) -> str:

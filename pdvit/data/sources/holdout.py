@@ -1,6 +1,7 @@
 """Which split is what, and holding out a part of train where there is no validation split."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from pdvit.errors import UserError
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 ROLES = ("train", "val", "test")
 HELD_OUT = 0.1
+Lazy = TypeVar("Lazy", bound=LazySplit)
 
 
 def choose_splits(found: Sequence[str], data: DataConfig) -> dict[str, str]:
@@ -58,7 +60,7 @@ def _how(seed: int, has_test: bool) -> str:
     return f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {seed}: {why}"
 
 
-def hold_out(split: LazySplit, seed: int) -> tuple[LazySplit, LazySplit]:
+def hold_out(split: Lazy, seed: int) -> tuple[Lazy, Lazy]:
     """Divide a split into what is learned from and what is held out: a tenth of each class, at least one of two.
 
     Raises UserError where every class has one image only.

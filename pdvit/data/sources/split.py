@@ -107,6 +107,8 @@ class Source:
     classes: list[str]
     splits: Mapping[str, Split] = field(repr=False)
     notes: tuple[str, ...] = ()
+    palette: list[tuple[int, int, int]] | None = None
+    """A colour for each class, where every pixel has one."""
 
     @property
     def final_split(self) -> str:

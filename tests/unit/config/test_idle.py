@@ -44,3 +44,27 @@ def test_settings_that_act_are_not_named():
 def test_what_is_for_image_files_does_nothing_for_digits(name, value):
     assert idle(data={name: value}) == [f"data.{name} = {value} has no effect: the digits lie in memory"]
     assert idle(data={name: value, "source": "photographs"}) == []
+
+
+@pytest.mark.parametrize("preset", ["none", "paper"])
+def test_a_segmentation_by_itself_has_no_idle_setting(preset):
+    assert idle(segment={"head": "upernet"}, diversity={"preset": preset}) == []
+
+
+@pytest.mark.parametrize(
+    ("segment", "augment", "said"),
+    [
+        ({"width": 64}, {}, "segment.width"),
+        ({"head": "linear", "width": 64}, {}, "segment.width"),
+        ({"head": "upernet", "mode": "whole", "stride": 8}, {}, "segment.stride"),
+        ({"head": "upernet"}, {"shift": 2}, "augment.shift"),
+        ({"head": "upernet"}, {"smoothing": 0.1}, "augment.smoothing"),
+    ],
+)
+def test_what_only_another_task_or_head_has_is_named(segment, augment, said):
+    (sentence,) = idle(segment=segment, augment=augment, diversity={"preset": "none"}, data={"source": "photographs"})
+    assert sentence.startswith(f"{said} = ")
+
+
+def test_flips_of_images_with_masks_act():
+    assert idle(segment={"head": "upernet"}, augment={"hflip": 0.0}, diversity={"preset": "none"}) == []

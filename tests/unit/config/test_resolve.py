@@ -118,3 +118,37 @@ def test_the_preset_says_which_tokens_are_read():
 def test_a_layer_may_be_given_as_a_number():
     diversity = build(("here", {"diversity": {"first": 3, "cosine_layers": 6}})).diversity
     assert (diversity.first, diversity.cosine_layers) == ("3", "6")
+
+
+@pytest.mark.parametrize(
+    ("sections", "side"),
+    [
+        ({"data": {"source": "scenes"}}, 64),
+        ({"data": {"source": "scenes", "img_size": 48}}, 48),
+        ({"segment": {"crop": 40}, "data": {"img_size": 48}}, 40),
+        ({"data": {"source": "masks/"}}, 64),
+        ({"model": {"name": "vit_small_patch16_224"}, "data": {"source": "masks/"}}, None),
+    ],
+)
+def test_crop_and_image_size_are_one_in_a_segmentation(sections, side):
+    sections = {**sections, "segment": {"head": "linear", **sections.get("segment", {})}}
+    config = resolved(**sections, diversity={"preset": "none"})
+    assert (config.segment.crop, config.data.img_size) == (side, side)
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize(
+    "sections", [{"diversity": {"preset": "cutmix"}}, {"augment": {"mixup": 0.2}}, {"augment": {"cutmix": 1.0}}]
+)
+def test_images_with_masks_are_not_mixed(sections):
+    with pytest.raises(UserError, match="not mixed"):
+        resolved(segment={"head": "upernet"}, **sections)
+
+
+def test_segmentation_takes_a_presets_terms_but_mixing():
+    config = resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"preset": "paper"}})))
+    assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
+    assert config.augment.cutmix == 0
+    assert resolve(config) == config
+    with pytest.raises(UserError, match="mixing term needs whole patches"):
+        resolve(build(("here", {"segment": {"head": "linear"}, "diversity": {"mixing": 0.5}})))

@@ -1,0 +1,201 @@
+"""What `pdvit eval` and `pdvit predict` do with a checkpoint that labels pixels."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdvit.cli.checkpoint import Opened, broken_logits, cell, with_progress
+from pdvit.cli.results import WORST, Evaluation, first_of, share, split_named
+from pdvit.cli.runs.report import say
+from pdvit.errors import UserError
+
+if TYPE_CHECKING:
+    from pdvit.config.schema import SegmentConfig
+    from pdvit.data.bad_images import BadImages
+    from pdvit.data.sources import FileSplit
+    from pdvit.engine.display import RunConsole
+    from pdvit.engine.ranks import Ranks
+    from pdvit.models.segmentation.files import LoadedSegmenter
+    from pdvit.tasks.windows import Looking
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags of `pdvit eval` ask for."""
+
+    split: str | None
+    limit: int | None
+    scales: bool
+    flip: bool
+    classes: str | None
+    data: str | None
+
+
+def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsole", ranks: "Ranks") -> Evaluation:
+    """Measure a split and return what came out, in numbers, by class, and in pictures."""
+    from pdvit.data.masks.batches import eval_batches
+    from pdvit.data.masks.sources import open_masks
+    from pdvit.data.masks.split import MaskSplit
+    from pdvit.data.pictures import Pictures
+    from pdvit.engine.device import device_name
+    from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
+    from pdvit.tasks.labels import match_names
+    from pdvit.tasks.mask_scores import MaskTally, measure_masks
+    from pdvit.tasks.segmentation import PICTURES, numbers_of, pictures, pixel_network
+
+    loaded, config = _segmenter(opened), opened.config
+    segment = _segment(opened, asked)
+    source = open_masks(config.data, segment)
+    order, matched = match_names(loaded.classes, len(loaded.classes), loaded.name, source.classes, source.name)
+    name, how = split_named(source, asked.split), _looking(opened, asked.scales, asked.flip)
+    images, network = first_of(source.splits[name], asked.limit), pixel_network(loaded.model)
+    assert isinstance(images, MaskSplit)
+    ordered = network if order is None else lambda seen: network(seen)[:, order]
+    scores = measure_masks(
+        ordered,
+        with_progress(eval_batches(images, opened.loading, segment), len(images) // ranks.size, console, name),
+        MaskTally(len(source.classes), opened.device),
+        how,
+        config.run.precision,
+        ranks,
+    )
+    if scores.broken:
+        raise broken_logits(f"{scores.broken} of {scores.images} images", path, config.run.precision)
+    table = mask_table(scores.confusion, scores.iou, distinct(source.classes))
+    by_class = table["class"], table["iou"]
+    facts = {
+        "task": "segmentation",
+        "checkpoint": str(path),
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "data": source.name,
+        "split": name,
+        "images": scores.images,
+        "bad_images": len(images) - scores.images,
+        "classes": len(source.classes),
+        "matched": matched,
+        **numbers_of(scores),
+        "iou": {label: value if value == value else None for label, value in zip(*by_class, strict=True)},
+        "mode": how.mode,
+        "window": how.window,
+        "stride": how.stride,
+        "scales": list(how.scales),
+        "flip": how.flip,
+        "precision": config.run.precision,
+        "device": device_name(opened.device),
+        "processes": ranks.size,
+    }
+    chosen = Pictures("pictures", images).first(PICTURES).split
+    assert isinstance(chosen, MaskSplit)
+    config = replace(config, segment=segment)
+    files = pictures(ordered, chosen, source, opened.loading, config, how) if ranks.main else {}
+    return Evaluation(facts, table, {"iou.csv": table_bytes(table)} | files)
+
+
+def report_pixels(found: Evaluation, file: Path, console: "RunConsole") -> None:
+    """Print the numbers, and the classes that are told worst."""
+    from rich.table import Table
+
+    from pdvit.data.sources.split import printable
+
+    facts, table = found.facts, found.table
+    worst = table.sort_values("iou", kind="stable").head(WORST)
+    of = f"the {WORST} worst of {len(table)} classes" if len(table) > WORST else "by class"
+    view = Table(title=of, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("class", "pixels", "IoU", "accuracy", "precision", "most taken for"):
+        view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
+    for _, row in worst.iterrows():
+        wrong = cell(str(row["confused_with"]) if row["confused"] else "-")
+        shares = (share(row[name]) for name in ("iou", "accuracy", "precision"))
+        view.add_row(cell(row["class"]), f"{row['pixels']:,}", *shares, wrong)
+    console.print()
+    console.print(view)
+    views = f"{len(facts['scales'])} scales" if len(facts["scales"]) > 1 else "one scale"
+    how = f"windows of {facts['window']}, {facts['stride']} apart" if facts["mode"] == "slide" else "whole images"
+    large = f" ({facts['in_windows']} too large, in windows)" if "in_windows" in facts else ""
+    say(
+        console,
+        f"\n{facts['split']} mIoU {facts['miou']:.1%}, accuracy {facts['accuracy']:.1%} of pixels and "
+        f"{facts['accuracy_mean']:.1%} by class, loss {facts['loss']:.3f} "
+        f"({facts['images']:,} images of {printable(facts['data'])})\n"
+        f"views    {how}{large}, {views}{' and mirror images' if facts['flip'] else ''}\n"
+        f"weights  {facts['weights']}; {facts['precision']} on {facts['device']}; classes matched {facts['matched']}\n"
+        f"written  {file}, iou.csv, predictions/",
+    )
+
+
+def _segmenter(opened: Opened) -> "LoadedSegmenter":
+    from pdvit.models.segmentation.files import LoadedSegmenter
+
+    assert isinstance(opened.loaded, LoadedSegmenter)
+    return opened.loaded
+
+
+def _segment(opened: Opened, asked: Asked) -> "SegmentConfig":
+    """Return how the checkpoint evaluates, with the table of classes that is given, or that of its run on its data."""
+    own = opened.config.segment.classes if asked.data is None else None
+    return replace(_segmenter(opened).segment, classes=asked.classes or own)
+
+
+def _looking(opened: Opened, scales: bool, flip: bool) -> "Looking":
+    from pdvit.tasks.segmentation import looking
+    from pdvit.tasks.views import SCALES
+
+    loading = opened.loading
+    batch = min(loading.eval_batch or loading.batch_size, loading.batch_size // loading.processes)
+    return replace(looking(_segmenter(opened).model, batch), scales=SCALES if scales else (1.0,), flip=flip)
+
+
+def predict_pixels(
+    opened: Opened, files: "FileSplit", folder: Path, views: tuple[bool, bool], bad: "BadImages"
+) -> Iterator[list[Path]]:
+    """Write the mask of every image, its classes in their colours (palette PNG), and the same over the image.
+
+    Both have the image's size and name, in `folder`/masks and `folder`/overlays. Yields one thing per image; those
+    that do not decode are collected in `bad`.
+    """
+    from pdvit.data.bad_images import BadImage
+    from pdvit.data.images import try_read
+    from pdvit.data.masks.table import default_palette
+    from pdvit.data.masks.transforms import EvaluationTransform
+    from pdvit.engine.device import autocast
+    from pdvit.tasks.mask_pictures import as_palette, overlay, png, predicted_mask
+    from pdvit.tasks.segmentation import pixel_network
+    from pdvit.tracking import write_file
+
+    loaded, how, loading = _segmenter(opened), _looking(opened, *views), opened.loading
+    palette = loaded.palette or default_palette(len(loaded.classes))
+    transform = EvaluationTransform(loaded.segment.short_side, loading.preprocessing.interpolation)
+    network = pixel_network(loaded.model)
+    for index, name in enumerate(_names(files)):
+        image = try_read(files, index)
+        if isinstance(image, BadImage):
+            bad.meet([image])
+            yield [folder]
+            continue
+        seen = loading.preprocessing.normalise(transform(image)[None].to(opened.device))
+        with autocast(opened.device, opened.config.run.precision):
+            mask = predicted_mask(network, seen, (image.height, image.width), len(loaded.classes), how)
+        for kind, picture in (("masks", as_palette(mask, palette)), ("overlays", overlay(image, mask, palette))):
+            target = folder / kind / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_file(target, png(picture))
+        yield [folder / "masks" / name]
+
+
+def _names(files: "FileSplit") -> list[Path]:
+    """Return the name of each image as a PNG; where two have the same, with the folders in which they differ.
+
+    Raises UserError where they differ in the ending only.
+    """
+    paths = [Path(os.path.abspath(path)) for path in files.paths]
+    names = [Path(path.stem + ".png") for path in paths]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(common).with_suffix(".png") for path in paths]
+    if twice := next((path for at, path in enumerate(paths) if names.index(names[at]) < at), None):
+        what = f"two images would have the mask {twice.with_suffix('.png').name}"
+        raise UserError(what, str(twice), "label them one after another, each with its own --out")
+    return names

@@ -1,0 +1,1 @@
+"""Masks: images with a class for every pixel, from digit scenes or folders, and batches of them."""

@@ -1,0 +1,124 @@
+"""Segmentation: image, truth, prediction and errors side by side, and the IoU of every class."""
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap
+from PIL import Image
+
+from pdvit.errors import UserError
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, short, styled
+
+# Images that are drawn, and classes whose bars are: of more the best and the worst.
+SHOWN, BARS = 4, 40
+COLUMNS = ("image", "truth", "prediction", "errors")
+IGNORED = 255
+Array = np.ndarray[Any, Any]
+
+
+class Picture(NamedTuple):
+    """One image `(H, W, 3)`; of truth and prediction the classes `(H, W)` and the same in colours `(H, W, 3)`."""
+
+    image: Array
+    truth: Array
+    prediction: Array
+    truth_colours: Array
+    prediction_colours: Array
+
+    @property
+    def errors(self) -> Array:
+        """0 where the prediction is right, 1 where it is wrong, 2 where no class is known."""
+        found: Array = np.where(self.truth == IGNORED, 2, self.truth != self.prediction)
+        return found
+
+
+def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[Picture]]:
+    """Read iou.csv and the pictures of predictions; UserError where they are damaged or missing."""
+    file = run / "iou.csv"
+    try:
+        with file.open(encoding="utf-8", errors="replace", newline="") as opened:
+            rows = list(csv.DictReader(opened, strict=True))
+        table = pd.DataFrame({"class": [row["class"] for row in rows]}, dtype=object)
+        table["pixels"] = [int(row["pixels"]) for row in rows]
+        table["iou"] = [float(row["iou"]) if row["iou"] else np.nan for row in rows]
+        if table.empty:
+            raise ValueError("it has no class")
+        pictures = [_picture(image) for image in sorted((run / "predictions").glob("*-image.png"))]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        what = f"the table of classes or a picture is damaged, or not one of a segmentation: {error}"
+        raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
+    return table, pictures
+
+
+def _picture(image: Path) -> Picture:
+    masks = [Image.open(image.with_name(image.name.replace("-image.", f"-{name}."))) for name in COLUMNS[1:3]]
+    classes, colours = zip(*((np.array(mask), np.array(mask.convert("RGB"))) for mask in masks), strict=True)
+    return Picture(np.array(Image.open(image).convert("RGB")), *classes, *colours)
+
+
+def plot_segmentation(table: pd.DataFrame, pictures: list[Picture], name: str, theme: Theme = LIGHT) -> Drawing:
+    """Draw the first pictures, a row each, and beside them the IoU of the classes.
+
+    Args:
+        table: as `read_segmentation` returns it, the IoU missing where a class is nowhere.
+        pictures: the same.
+        name: of the run, for the title.
+        theme: colours.
+    """
+    shown, classes = pictures[:SHOWN], _chosen(table)
+    rows, height = max(len(shown), 1), max(2.0, 1.15 * len(shown), 0.13 * len(classes) + 0.6)
+    with styled(DOUBLE, height, theme, rows, 5, width_ratios=(1, 1, 1, 1, 1.6)) as figure:
+        figure.data = table.assign(run=name)[["run", *table.columns]]
+        axes = np.array(figure.axes).reshape(rows, 5)
+        for row, picture in zip(axes, shown, strict=False):
+            _draw_row(row[:4], picture, theme)
+        for place in axes[len(shown) :, :4].flat:
+            place.set_axis_off()
+        for title, place in zip(COLUMNS, axes[0], strict=False):
+            place.set_title(title)
+        grid = axes[0, 4].get_gridspec()
+        for place in axes[:, 4]:
+            place.remove()
+        _draw_bars(figure.add_subplot(grid[:, 4]), classes, len(table), float(table["iou"].mean()), name, theme)
+        return figure
+
+
+def _draw_row(places: Any, picture: Picture, theme: Theme) -> None:
+    for place, drawn in zip(places, (picture.image, picture.truth_colours, picture.prediction_colours), strict=False):
+        place.imshow(drawn, interpolation="nearest")
+    colours = ListedColormap([theme.muted, theme.colours[1], theme.paper])
+    places[3].imshow(picture.errors, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    labelled = picture.truth != IGNORED
+    wrong = float((picture.errors == 1).sum() / max(labelled.sum(), 1))
+    places[3].set_xlabel(f"{wrong:.1%} wrong".replace("%", " %"), fontsize=7)
+    for place in places:
+        place.set(xticks=[], yticks=[])
+        place.grid(visible=False)
+        for side in place.spines.values():
+            side.set_visible(False)
+
+
+def _chosen(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the classes that are drawn, best first: all that have an IoU, or of many the best and the worst."""
+    ordered = table[table["iou"].notna()].sort_values("iou", ascending=False, kind="stable")
+    if len(ordered) <= BARS:
+        return ordered
+    return pd.concat([ordered.head(BARS // 2), ordered.tail(BARS // 2)])
+
+
+def _draw_bars(place: Any, classes: pd.DataFrame, count: int, mean: float, name: str, theme: Theme) -> None:
+    """Draw a bar for each class, the best on top, and the mean as a line."""
+    at, values = range(len(classes)), classes["iou"].tolist()
+    place.barh(at, values, color=theme.colours[0], height=0.7)
+    place.set_yticks(at, [short(label) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
+    place.invert_yaxis()
+    place.axvline(mean, color=theme.colours[1], linewidth=1.2)
+    for height, value in zip(at, values, strict=True):
+        place.annotate(f"{value:.2f}", (value, height), (3, 0), textcoords="offset points", va="center", fontsize=6)
+    place.set(xlim=(0, 1.08), xlabel="IoU")
+    place.grid(visible=False)
+    of = f", {len(classes)} of {count} classes" if len(classes) < count else ""
+    place.set_title(f"{short(name)}: mIoU {mean:.3f} (line){of}")

@@ -1,0 +1,192 @@
+"""Segmentation: a class for every pixel, with the diversity terms on the patches of the backbone."""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pdvit.config.schema import Config
+from pdvit.data.batch import Batch
+from pdvit.data.images import Preprocessing, try_read
+from pdvit.data.loader import Loading
+from pdvit.data.masks.batches import eval_batches, train_batches
+from pdvit.data.masks.split import MaskSplit
+from pdvit.data.masks.table import default_palette
+from pdvit.data.pictures import Pictures
+from pdvit.data.sources import Source
+from pdvit.engine.device import autocast
+from pdvit.engine.protocol import StepOutput
+from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.errors import UserError
+from pdvit.losses.pixels import IGNORED, pixel_loss
+from pdvit.models.build import patch_size_of
+from pdvit.models.families import family_of
+from pdvit.models.freezing import freeze
+from pdvit.models.reading import layers_to_read
+from pdvit.models.segmentation.files import export_segmenter
+from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
+from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
+from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
+from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
+from pdvit.tasks.mask_scores import MaskScores, MaskTally, measure_masks
+from pdvit.tasks.windows import Looking, Network
+
+# Images of the final split whose predictions are kept.
+PICTURES = 8
+
+
+class SegmentationTask(ImageTask):
+    """Trains a backbone with a head on a source of images with masks; see `pdvit.engine.protocol.Task`."""
+
+    name = "segmentation"
+    best_metric = "miou"
+
+    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """Build model, batches and objective from a resolved configuration; raises UserError."""
+        super().__init__(config, source, device, ranks)
+        self.classes = len(source.classes)
+        self.module: Segmenter = build_segmenter(config, self.classes).to(device)
+        if device.type == "cuda" and ranks.size > 1:  # in place: statistics of a share of the batch would be poor ones
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        self.objective = objective_of(config, pixel_loss)
+        if config.model.freeze is not None:
+            freeze(self.module, config.model.freeze)
+            refuse_idle_terms(config, self.objective)
+        backbone = self.module.inside
+        self.use(Preprocessing.for_model(backbone).changed(config.data))
+        self.patch_size = patch_size_of(backbone)
+        self.how = looking(self.module, min(self.loading.eval_batch or self.batch_size, self.batch_size // ranks.size))
+        self.files: dict[str, bytes] = {}
+
+    def load(self, say: Callable[[str], None]) -> None:
+        """Leave the data where they are: images with masks are read when they are needed."""
+
+    def training_batches(self, start: int) -> Generator[Batch, None, None]:
+        """Yield training batches from step `start` on, without end."""
+        hflip = self.config.augment.hflip
+        return train_batches(self._split("train"), self.loading, self.config.segment, self.how.window, start, hflip)
+
+    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """Run one forward pass and add up the objective."""
+        output = network(batch.images)
+        output = SegmentOutput(self._resized(output.logits, batch.targets), *output[1:])
+        weights = None if batch.weights is None else batch.weights[0]
+        tokens: Any = output  # without mixing the objective reads logits and, where a term is on, first and last
+        losses = self.objective(tokens, batch.targets, None, weights)
+        total, parts = losses.total, dict(losses.parts)
+        if output.aux is not None:
+            parts["aux"] = pixel_loss(self._resized(output.aux, batch.targets), batch.targets)
+            total = total + self.config.segment.aux * parts["aux"]
+        valid = batch.targets != IGNORED
+        right = (output.logits.argmax(1) == batch.targets) & valid
+        parts["accuracy"] = (right.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
+        if batch.replaced is not None:  # a mean over the images, as all metrics, times the images: the number of a step
+            parts["bad_images"] = batch.replaced.float().mean() * self.batch_size
+        return StepOutput(total, {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}})
+
+    def measure(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
+        """Measure mIoU, accuracies and loss on a split."""
+        network.eval()
+        self.scores = measure_masks(
+            pixel_network(network),
+            eval_batches(self._split(split), self.loading, self.config.segment),
+            MaskTally(self.classes, self.device),
+            self.how,
+            self.config.run.precision,
+            self.ranks,
+            together=self.config.run.distribute == "fsdp",
+        )
+        numbers = numbers_of(self.scores)
+        words = f"mIoU {self.scores.miou:6.1%}  accuracy {self.scores.accuracy:6.1%}  loss {self.scores.loss:.3f}"
+        return numbers, self.scores.images, words
+
+    def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
+        """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
+        numbers = super().finish(network, weights)
+        table = mask_table(self.scores.confusion, self.scores.iou, distinct(self.source.classes))
+        self.files = {"iou.csv": table_bytes(table)}
+        split = Pictures("pictures", self._split(self.source.final_split)).first(PICTURES).split
+        assert isinstance(split, MaskSplit)
+        self.files |= pictures(pixel_network(network), split, self.source, self.loading, self.config, self.how)
+        return numbers
+
+    def first_last(self, network: nn.Module) -> tuple[float, float]:
+        """Return P of the layers that the losses compare, or would compare by default, on the probe."""
+        diversity = self.config.diversity
+        layers = layers_to_read(bare(network), diversity.first or "block", diversity.last or "norm", ())
+        names, values = self.probe.similarity(bare(network), network)
+        found = dict(zip(names, values, strict=True))
+        return found[layers.first], found[layers.last]
+
+    def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
+        """Return the weights of backbone and head with all that is needed to use them, the table and the pictures."""
+        palette, preprocessing = self.source.palette or [], self.preprocessing.as_timm()
+        return self.files | export_segmenter(self.module, self.source.classes, palette, preprocessing, weights, state)
+
+    def _split(self, name: str) -> MaskSplit:
+        split = self.source.splits[name]
+        assert isinstance(split, MaskSplit)
+        return split
+
+    def _resized(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Bring logits to the size of training crops."""
+        height, width = masks.shape[-2:]
+        return self.module.resize(logits.float(), (height, width))
+
+
+def looking(module: Segmenter, batch: int) -> Looking:
+    """Return how a model looks at images in evaluation; UserError where windows would leave gaps.
+
+    `batch` is the most windows of a forward pass.
+    """
+    segment = module.segment
+    window = segment.crop
+    assert window is not None
+    stride = segment.stride or max(1, window * 2 // 3)
+    if stride > window:
+        what = f"windows of {window} pixels that are {stride} apart leave gaps"
+        raise UserError(what, "segment.stride (--stride)", f"choose at most {window}")
+    mode = segment.mode or ("slide" if family_of(module.inside).plain else "whole")
+    return Looking(mode, window, stride, max(1, batch))
+
+
+def pixel_network(network: nn.Module) -> Network:
+    """Return a segmenter as a function from images `(B, 3, H, W)` to logits of their pixels `(B, C, H, W)`."""
+
+    def logits_of(images: Tensor) -> Tensor:
+        segmenter: Any = network
+        height, width = images.shape[-2:]
+        logits: Tensor = segmenter.resize(segmenter(images).logits.float(), (height, width))
+        return logits
+
+    return logits_of
+
+
+def numbers_of(scores: MaskScores) -> dict[str, Any]:
+    """Return the numbers of a record, by name."""
+    names = ("miou", "accuracy", "accuracy_mean", "loss")
+    return {name: getattr(scores, name) for name in names} | ({"in_windows": scores.large} if scores.large else {})
+
+
+def pictures(
+    network: Network, split: MaskSplit, source: Source, loading: Loading, config: Config, how: Looking
+) -> dict[str, bytes]:
+    """Return image, truth and prediction of each image of a split as PNG files, small enough to be looked at."""
+    files, palette = dict[str, bytes](), source.palette or default_palette(len(source.classes))
+    alone = replace(loading, rank=0, processes=1)
+    for number, batch in enumerate(eval_batches(split, alone, config.segment), 1):
+        truth, image = batch.targets[0], try_read(split, int(batch.index))
+        assert isinstance(image, Image.Image), "it was decoded a moment ago"
+        height, width = truth.shape
+        with autocast(loading.device, config.run.precision):
+            mask = predicted_mask(network, batch.images, (height, width), len(source.classes), how)
+        parts = {
+            "image": image,
+            "truth": as_palette(truth.byte().cpu(), palette),
+            "prediction": as_palette(mask, palette),
+        }
+        files |= {f"predictions/{number:02}-{name}.png": png(shown(part)) for name, part in parts.items()}
+    return files

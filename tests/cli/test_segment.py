@@ -1,0 +1,212 @@
+"""`pdvit segment`, and what the other commands do with what it makes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+
+from pdvit.cli import app
+from pdvit.cli import run as pdvit
+
+CPU = ["--device", "cpu", "--workers", "0"]
+MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
+CLASSES = "id\tname\tcolour\n0\tground\t#000000\n1\tdisc\t#ff0000\n2\tsquare\t#00ff00\n7\tUnlabelled\t#ffffff\n"
+
+
+def write_masks(root: Path, seed: int = 0) -> Path:
+    """Write images with discs and squares, portrait, odd and smaller than the crop, and their masks."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 8), ("val", 3)):
+        for number in range(count):
+            height, width = 40 + 3 * number, 25 + 5 * number
+            mask = np.zeros((height, width), np.uint8)
+            rows, columns = np.mgrid[:height, :width]
+            mask[(rows - 12) ** 2 + (columns - 10) ** 2 < 60] = 1
+            mask[25:35, 8:20] = 2
+            mask[:2] = 7
+            pixels = np.array([(90, 90, 90), (220, 60, 50), (40, 180, 60)] + [(0, 0, 0)] * 5)[mask]
+            pixels = (pixels + rng.integers(-20, 20, pixels.shape)).clip(0, 255).astype(np.uint8)
+            for kind, array in (("images", pixels), ("masks", mask)):
+                folder = root / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / f"{number}.png")
+    (root / "classes.tsv").write_text(CLASSES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    return write_masks(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def train(shapes: Path, out: Path, *more: str, command: str = "segment") -> int:
+    length = [] if "--epochs" in more else ["--epochs", "4"]
+    flags = ["--data", str(shapes), "--crop", "32", "--batch-size", "4", "--out", str(out), *CPU, *MODEL, *length]
+    return pdvit([command, *flags, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory) -> Path:
+    """A finished run; never write into it, use a copy."""
+    out = tmp_path_factory.mktemp("trained") / "shapes"
+    assert train(shapes, out, "--diversity", "paper") == 0
+    return out
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+def evaluated(capsys, *arguments: object) -> dict:
+    capsys.readouterr()
+    assert pdvit(["eval", *map(str, arguments), *CPU, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_summary_has_the_numbers_and_the_run_its_files(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["task"] == "segmentation"
+    assert 0 <= summary["miou"] <= summary["accuracy"] <= 1
+    assert {"accuracy_mean", "loss", "similarity_first", "similarity_last", "images_per_second"} <= set(summary)
+    names = {path.name for path in (trained / "predictions").iterdir()}
+    assert names == {f"{n:02}-{kind}.png" for n in (1, 2, 3) for kind in ("image", "truth", "prediction")}
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert {"cosine", "contrastive", "aux", "class"} <= set(next(r for r in records if r["kind"] == "train"))
+    assert [r["kind"] for r in records].count("similarity") == 4
+
+
+def test_eval_gives_exactly_what_the_run_ended_with(trained, copy, capsys):
+    summary = json.loads((trained / "summary.json").read_text())
+    found = evaluated(capsys, copy)
+    for name in ("miou", "accuracy", "accuracy_mean", "loss", "split"):
+        assert found[name] == summary[name]
+    assert set(found["iou"]) == {"ground", "disc", "square"}
+    known = [value for value in found["iou"].values() if value is not None]
+    assert found["miou"] == pytest.approx(np.mean(known))
+    assert (copy / "iou.csv").read_bytes() == (trained / "iou.csv").read_bytes()
+
+
+def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp_path):
+    found = evaluated(capsys, copy)
+    assert pdvit(["predict", str(copy), str(shapes / "images" / "val"), "--out", str(tmp_path / "out"), *CPU]) == 0
+    both, either = np.zeros(3), np.zeros(3)
+    for file in sorted((shapes / "masks" / "val").iterdir()):
+        truth = np.array(Image.open(file))
+        mask = Image.open(tmp_path / "out" / "masks" / file.name)
+        assert (mask.mode, mask.size) == ("P", truth.shape[::-1])
+        assert mask.getpalette()[:9] == [0, 0, 0, 255, 0, 0, 0, 255, 0]
+        assert np.array(Image.open(tmp_path / "out" / "overlays" / file.name)).shape == (*truth.shape, 3)
+        predicted, known = np.array(mask), truth != 7
+        for c in range(3):
+            both[c] += ((predicted == c) & (truth == c) & known).sum()
+            either[c] += (((predicted == c) | (truth == c)) & known).sum()
+    assert found["miou"] == pytest.approx(float(np.mean(both / either)), abs=1e-12)
+
+
+def test_scales_flips_and_a_limit(copy, capsys):
+    one = evaluated(capsys, copy, "--limit", 1)
+    assert one["images"] == 1
+    views = evaluated(capsys, copy, "--ms", "--flip", "--limit", 1)
+    assert (len(views["scales"]), views["flip"]) == (6, True)
+    assert views["loss"] != one["loss"]
+
+
+def test_a_run_is_repeated_by_its_configuration_and_resumed_to_the_same_tensors(shapes, trained, tmp_path):
+    """`train` repeats what `segment` did, since the head stands in run.toml; in two parts it gives the same."""
+    from safetensors.torch import load_file
+
+    out = tmp_path / "again"
+    flags = ["--config", str(trained / "run.toml"), "--out", str(out), "--stop-after", "2ep"]
+    assert pdvit(["train", *flags]) == 75
+    assert pdvit(["segment", "--resume", str(out), "--change", "run.stop_after=4ep"]) == 75
+    assert pdvit(["segment", "--resume", str(out)]) == 0
+    first, second = (load_file(run / "model.safetensors") for run in (trained, out))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_trained_backbone_is_taken_with_frozen_weights(shapes, digits_run, tmp_path, capsys):
+    out = tmp_path / "from"
+    flags = ["--data", str(shapes), "--head", "linear", "--freeze", "backbone", "--epochs", "2st", "--batch-size", "4"]
+    assert pdvit(["segment", str(digits_run), *flags, "--out", str(out), *CPU]) == 0
+    assert "head: fresh" in capsys.readouterr().out
+    from safetensors.torch import load_file
+
+    before, after = (load_file(run / "model.safetensors") for run in (digits_run, out))
+    same = [name for name in before if f"backbone.{name}" in after]
+    assert len(same) > 10
+    assert all(torch.equal(before[name], after[f"backbone.{name}"]) for name in same)
+
+
+def test_the_picture_of_a_segmentation(copy, workplace, capsys):
+    assert pdvit(["plot", "segmentation", str(copy), "--out", "figure.png"]) == 0
+    with Image.open("figure.png") as figure:
+        assert figure.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--mixing", "1"], "mixing term needs"),
+        (["--mixup", "0.5"], "not mixed"),
+        (["--diversity", "cutmix"], "not mixed"),
+        (["--stride", "33"], "leave gaps"),
+        (["--data", "digits"], "not of pixels"),
+        (["--batch-size", "1", "--head-norm", "batch"], "nothing to average"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_the_start(refusal, shapes, tmp_path, flags, what):
+    given = ["--data", shapes, "--crop", 32, "--batch-size", 4, *MODEL, *CPU, "--out", tmp_path / "run"]
+    assert what in refusal("segment", *given, *flags).what
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, tmp_path):
+    root = write_masks(tmp_path / "bad")
+    Image.fromarray(np.full((40, 25), 5, np.uint8)).save(root / "masks" / "train" / "0.png")
+    refused = refusal("segment", "--data", root, "--crop", 32, *MODEL, *CPU, "--check-masks", "--out", tmp_path / "r")
+    assert "0.png" in refused.where
+    assert not (tmp_path / "r").exists()
+
+
+def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, copy, digits_run, tmp_path):
+    other = write_masks(tmp_path / "other")
+    (other / "classes.tsv").write_text(CLASSES.replace("2\tsquare", "2\tbox"))
+    assert "'box'" in refusal("eval", copy, "--data", other, *CPU).what
+    (other / "classes.tsv").write_text(CLASSES + "3\tmore\t#0000ff\n")
+    assert "3 classes" in refusal("eval", copy, "--data", other, *CPU).what
+    assert "classes of pixels" in refusal("eval", digits_run, "--data", "scenes", *CPU).what
+    assert "labels images" in refusal("eval", digits_run, "--ms", *CPU).what
+    assert "not of pixels" in refusal("eval", copy, "--data", "digits", *CPU).what
+
+
+def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
+    assert train(shapes, tmp_path / "run", "--shift", "2", "--head", "linear", "--epochs", "1st") == 0
+    shown = capsys.readouterr().out
+    assert "augment.shift = 2 has no effect" in shown
+    assert "segment.width = 8 has no effect: the linear head has none" in shown
+
+
+def test_one_image_per_step_works(shapes, tmp_path):
+    assert train(shapes, tmp_path / "run", "--batch-size", "1", "--epochs", "2st") == 0
+    assert 'norm = "group"' in (tmp_path / "run" / "run.toml").read_text()
+
+
+def test_train_finetune_and_segment_take_the_same_settings():
+    commands = typer.main.get_command(app).commands
+    flags = {name: {flag for item in commands[name].params for flag in item.opts} for name in ("train", "segment")}
+    assert flags["segment"] - flags["train"] == {"checkpoint"}
+    assert not flags["train"] - flags["segment"]
+    assert {flag for item in commands["finetune"].params for flag in item.opts} == flags["segment"]
+
+
+@pytest.mark.slow
+def test_without_arguments_it_learns_the_scenes(workplace, capsys):
+    assert pdvit(["segment", "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["miou"] >= 0.6

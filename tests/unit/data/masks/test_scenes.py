@@ -1,0 +1,67 @@
+import pickle
+
+import numpy as np
+import torch
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.masks import scenes
+from pdvit.data.masks.scenes import GROUND, SIDE, read_scenes
+from pdvit.data.sources.digits import read_digits
+
+SOURCE = read_scenes(DataConfig())
+
+
+def test_scenes_have_the_digits_and_the_ground_as_classes():
+    assert SOURCE.classes == [*"0123456789", "ground"]
+    assert {name: len(split) for name, split in SOURCE.splits.items()} == scenes.COUNTS
+    assert len(set(SOURCE.palette)) == len(SOURCE.classes)
+    assert "scenes: 11 classes, images: 4,096 train" in SOURCE.describe()
+
+
+def test_image_and_mask_fit_and_every_digit_occurs():
+    found = torch.zeros(11, dtype=torch.long)
+    for index in range(60):
+        image, mask = SOURCE.splits["train"].open(index), SOURCE.splits["train"].mask(index)
+        assert (image.mode, image.size, mask.shape, mask.dtype) == ("RGB", (SIDE, SIDE), (SIDE, SIDE), torch.uint8)
+        assert 1 <= len(set(mask.unique().tolist()) - {GROUND}) <= scenes.DIGITS[1]
+        found += mask.flatten().long().bincount(minlength=11)
+    assert (found > 0).all()
+
+
+def test_strokes_stand_out_from_the_ground():
+    for index in range(20):
+        pixels, mask = SOURCE.splits["val"].scene(index)
+        grey = pixels.mean(2)
+        assert abs(grey[mask != GROUND].mean() - grey[mask == GROUND].mean()) > 40
+
+
+def test_a_scene_is_a_function_of_its_split_and_number():
+    train, again = SOURCE.splits["train"], read_scenes(DataConfig()).splits["train"]
+    worker = pickle.loads(pickle.dumps(again))
+    some = again.take(torch.tensor([7, 3]))
+    for ours, theirs in ((again.scene(7), worker.scene(7)), (some.scene(0), train.scene(7))):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not np.array_equal(train.scene(0)[0], train.scene(1)[0])
+    assert not np.array_equal(train.scene(0)[0], SOURCE.splits["val"].scene(0)[0])
+    assert (some.name(0), some.mask_name(0)) == ("scene 7 of train", "scene 7 of train")
+
+
+def test_making_scenes_leaves_the_process_generator_alone():
+    before = torch.get_rng_state()
+    read_scenes(DataConfig()).splits["test"].scene(5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_digit_is_in_two_splits():
+    digits = read_digits(DataConfig()).splits
+    for name, split in SOURCE.splits.items():
+        assert torch.equal(split.digits, digits[name].images[:, 0])
+        assert torch.equal(split.values, digits[name].labels)
+
+
+def test_a_fingerprint_tells_scenes_from_others(monkeypatch):
+    ours, again = SOURCE.fingerprint(), read_scenes(DataConfig()).fingerprint()
+    assert ours == again
+    assert read_scenes(DataConfig(split_seed=1)).fingerprint() != ours
+    monkeypatch.setattr(scenes, "LIGHT", (150, 255))  # other pixels of the same digits
+    assert read_scenes(DataConfig()).fingerprint() != ours

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from pdvit.errors import UserError
+from pdvit.plots.segmentation import BARS, SHOWN, plot_segmentation, read_segmentation
+
+
+def write(run, classes=3, pictures=2):
+    (run / "predictions").mkdir(parents=True)
+    rows = [f'"class {n}",{10 * n},{n / (classes + 1) if n else ""}' for n in range(classes)]
+    (run / "iou.csv").write_text("\n".join(['"class","pixels","iou"', *rows]) + "\n")
+    for number in range(1, pictures + 1):
+        Image.fromarray(np.full((6, 8, 3), 90, np.uint8)).save(run / "predictions" / f"{number:02}-image.png")
+        for name in ("truth", "prediction"):
+            mask = np.zeros((6, 8), np.uint8)
+            mask[0] = 255 if name == "truth" else 1
+            mask[1] = 1 if name == "truth" else 2
+            image = Image.fromarray(mask)
+            image.putpalette([value for colour in range(256) for value in (colour, 0, 255 - colour)])
+            image.save(run / "predictions" / f"{number:02}-{name}.png")
+    return run
+
+
+def test_errors_are_where_truth_and_prediction_differ_and_a_class_is_known(tmp_path):
+    table, (picture, _) = read_segmentation(write(tmp_path / "run"))
+    assert table["class"].tolist() == ["class 0", "class 1", "class 2"]
+    assert np.isnan(table["iou"][0])
+    assert picture.errors[:3, 0].tolist() == [2, 1, 0]
+
+
+def test_a_row_of_four_for_each_picture_and_a_bar_for_each_class(tmp_path):
+    table, pictures = read_segmentation(write(tmp_path / "run", pictures=SHOWN + 1))
+    figure = plot_segmentation(table, pictures, "run")
+    assert len(figure.axes) == 4 * SHOWN + 1
+    bars = figure.axes[-1]
+    assert [bar.get_width() for bar in bars.patches] == [0.5, 0.25]
+    assert "mIoU 0.375" in bars.get_title(loc="left")
+    assert "2 of 3 classes" in bars.get_title(loc="left")
+
+
+def test_of_many_classes_the_best_and_the_worst(tmp_path):
+    table, _ = read_segmentation(write(tmp_path / "run", classes=150, pictures=0))
+    bars = plot_segmentation(table, [], "run").axes[-1].patches
+    widths = [bar.get_width() for bar in bars]
+    assert len(widths) == BARS
+    assert (max(widths), min(widths)) == (table["iou"].max(), table["iou"].min())
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", '"class","pixels","iou"\n"x","many","0.5"\n'])
+def test_a_damaged_table_is_an_error_that_names_the_command(tmp_path, text):
+    run = write(tmp_path / "run")
+    (run / "iou.csv").write_text(text)
+    with pytest.raises(UserError, match="damaged") as caught:
+        read_segmentation(run)
+    assert "pdvit eval" in caught.value.tip
+
+
+def test_a_missing_picture_is_an_error(tmp_path):
+    run = write(tmp_path / "run")
+    (run / "predictions" / "01-truth.png").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        read_segmentation(run)

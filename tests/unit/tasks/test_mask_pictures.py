@@ -1,0 +1,43 @@
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pdvit.tasks.mask_pictures import SHOWN, as_palette, overlay, png, predicted_mask, shown
+from pdvit.tasks.windows import Looking
+
+PALETTE = [(10, 20, 30), (200, 0, 0)]
+MASK = torch.tensor([[0, 1, 255], [1, 1, 0]], dtype=torch.uint8)
+
+
+def test_a_palette_png_keeps_values_and_shows_colours():
+    image = Image.open(io.BytesIO(png(as_palette(MASK, PALETTE))))
+    assert image.mode == "P"
+    assert np.array_equal(np.array(image), MASK.numpy())
+    colours = np.array(image.convert("RGB"))
+    assert [tuple(colours[0, column]) for column in range(3)] == [*PALETTE, (255, 255, 255)]
+
+
+def test_an_overlay_leaves_pixels_without_a_class_alone():
+    image = Image.fromarray(np.full((2, 3, 3), 100, np.uint8))
+    found = np.array(overlay(image, MASK, PALETTE)).astype(int)
+    assert tuple(found[0, 2]) == (100, 100, 100)
+    assert abs(found[0, 1] - (0.4 * 100 + 0.6 * np.array(PALETTE[1]))).max() <= 1
+
+
+def test_pictures_are_made_small_and_masks_keep_their_values():
+    large = torch.zeros(SHOWN, 2 * SHOWN, dtype=torch.uint8)
+    large[:, SHOWN:] = 1
+    small = shown(as_palette(large, PALETTE))
+    assert small.size == (SHOWN, SHOWN // 2)
+    assert set(np.unique(np.array(small))) == {0, 1}
+    image = Image.new("RGB", (30, 20))
+    assert shown(image) is image
+
+
+def test_the_predicted_class_is_that_of_the_largest_score():
+    image = torch.randn(1, 3, 10, 12, generator=torch.Generator().manual_seed(0))
+    mask = predicted_mask(lambda seen: seen, image, (10, 12), 3, Looking("slide", 8, 4))
+    assert mask.dtype == torch.uint8
+    assert torch.equal(mask.long(), image[0].argmax(0))
