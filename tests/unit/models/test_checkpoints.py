@@ -99,7 +99,8 @@ def test_with_a_moving_average_in_it_the_choice_is_by_name(tmp_path):
     assert torch.equal(logits(found.model), logits(average.module))
 
 
-WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "backbone.", "model.encoder."]
+MORE = ["_orig_mod.", "_orig_mod.module.", "model.", "model.encoder."]
+WRAPPED = ["module.", "module._orig_mod.", "backbone.", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 
 
 @pytest.mark.parametrize("prefix", WRAPPED)

@@ -30,7 +30,14 @@ def step(module):
     return {name.removeprefix("model.") for name, weight in module.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "twins_svt_small", "pvt_v2_b0", "maxvit_tiny_tf_224"])
+SLOW = pytest.mark.slow
+STAGED = [
+    "pvt_v2_b0",
+    *(pytest.param(f"{name}_224", marks=SLOW) for name in ("swin_tiny_patch4_window7", "maxvit_tiny_tf")),
+]
+
+
+@pytest.mark.parametrize("name", [*STAGED, pytest.param("twins_svt_small", marks=SLOW)])
 def test_in_stages_what_lies_before_a_block_is_frozen_and_nothing_behind(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -50,7 +57,7 @@ def test_in_stages_what_lies_before_a_block_is_frozen_and_nothing_behind(name):
         ("pvt_v2_b0", 1, "stages.0.norm."),  # behind block 2 of the first stage
         ("pvt_v2_b0", 3, "stages.1.norm."),
         ("cait_xxs24_224", 23, "blocks_token_only."),  # behind all 24
-        ("cait_xxs24_224", 24, "blocks_token_only."),
+        pytest.param("cait_xxs24_224", 24, "blocks_token_only.", marks=SLOW),
         ("pit_ti_224", 2, "transformers.1."),  # timm has no order of layers for it
     ],
 )

@@ -371,7 +371,7 @@ def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path, files):
     )
 
 
-@pytest.mark.parametrize("name", ["pvt_v2_b0", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["pvt_v2_b0", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)])
 def test_a_hierarchical_model_comes_back_with_its_image_size(tmp_path, name):
     arguments = {"img_size": 64, "num_classes": 3} | ({"window_size": 2} if name.startswith("swin") else {})
     torch.manual_seed(0)
