@@ -43,18 +43,12 @@ def cka_between(
         if other_images is None
         else zip(batches(images, device), batches(other_images, device), strict=True)
     )
-    error: UserError | None = None
-    try:
-        with evaluating(model), evaluating(other):
-            for ours, theirs in both:
-                if len(ours) >= FEWEST:
-                    cka.add(_grams(model, ours), _grams(other, theirs))
-    except UserError as found:
-        error = found
+    with ranks.failing_together(), evaluating(model), evaluating(other):
+        for ours, theirs in both:
+            if len(ours) >= FEWEST:
+                cka.add(_grams(model, ours), _grams(other, theirs))
     whole = LinearCKA()
-    for part, met in ranks.gather((cka, error)):
-        if met is not None:
-            raise met
+    for part in ranks.gather(cka):
         whole.merge(part)
     if isinstance(whole.cross, float):
         where = "cka_between(model, other, images)"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.meter import check
+from pdvit.analysis.meter import check, memory_for
 from pdvit.analysis.metrics import Patches
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, Place, evaluating, exact_float32, image_size_of, places_of, shapes_of, watch
@@ -107,7 +107,7 @@ def _patches(model: nn.Module, places: Mapping[Layer, Place], images: Tensor) ->
         found[layer] = Patches(tokens, (images.shape[-2], images.shape[-1]))
         check(found[layer], layer)
 
-    with torch.no_grad(), exact_float32(images.device), watch(places, look):
+    with memory_for(images), torch.no_grad(), exact_float32(images.device), watch(places, look):
         model(images)
     return found
 

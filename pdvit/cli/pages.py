@@ -29,6 +29,7 @@ def explore(folders: Mapping[str, Path], pictures: "Pictures", asked: "Asked", c
     """
     from pdvit.analysis.maps import MOST_IMAGES, read_maps, write_maps
     from pdvit.analysis.pages import explorer_page, room
+    from pdvit.cli.measured import placed
     from pdvit.data.bad_images import BadImages
     from pdvit.data.images import Preprocessing
     from pdvit.engine.device import choose_device
@@ -39,7 +40,7 @@ def explore(folders: Mapping[str, Path], pictures: "Pictures", asked: "Asked", c
     for path in folders:
         loaded = load(path, asked.model, asked.weights)
         how = Preprocessing.for_model(loaded.model)
-        model = loaded.model.to(choose_device(asked.device))
+        model = placed(loaded.model, choose_device(asked.device), path)
         models.append(read_maps(model, shown.pixels(how, bad), how.normalise, loaded.name, space))
     notes = [_of_images(pictures, shown, min(len(maps.names) for maps in models), len(bad.found))]
     page = next(iter(folders.values())) / "explorer.html"
@@ -95,8 +96,11 @@ def _compare(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
 
 def _metrics(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
     from pdvit.plots.metrics import plot_metrics
+    from pdvit.plots.similarity import METRIC
 
-    return None if _compare(done, theme) else plot_metrics(_tables(done), _names(done), theme)  # which has them too
+    if len(_with(done, METRIC)) == 2:  # then `_compare` shows them
+        return None
+    return plot_metrics(_tables(done), _names(done), theme)
 
 
 def _norms(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":

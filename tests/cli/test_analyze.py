@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import os
@@ -22,6 +23,10 @@ import pdvit.data.sources
 from pdvit.analysis import DEFINITIONS
 from pdvit.cli import measured
 from pdvit.cli import run as pdvit
+from pdvit.cli.runs.report import make_console
+from pdvit.engine.interrupts import StopRequest
+from pdvit.engine.ranks import Ranks
+from pdvit.errors import UserError
 from pdvit.models import memory
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -378,6 +383,17 @@ def test_random_weights_of_the_same_model_are_measured_on_the_spot(run_copy, ana
     assert str(run_copy) in result["advice"] or "nothing" in result["advice"]
 
 
+def test_random_weights_that_find_no_memory_do_not_cost_the_analysis(run_copy, analyzed, monkeypatch):
+    def full(loaded, seed=0):
+        raise UserError("the model is too big for memory", "here", "take a smaller one")
+
+    monkeypatch.setattr(measured.Loaded, "with_random_weights", full)
+    result = analyzed(run_copy, "--limit", 6)
+    assert "random weights were not measured: the model is too big for memory" in result["notes"]
+    assert result["verdict"]
+    assert "random weights on" not in result["verdict"]
+
+
 @pytest.fixture
 def interrupt(monkeypatch):
     """Return a function that lets so many Ctrl-C come after so many batches, of the `nth` time that images are read."""
@@ -492,6 +508,17 @@ def test_broken_images_are_left_out_where_that_is_asked_for_and_counted(run_copy
     only = refusal("analyze", run_copy, "--images", image_folder / "bad.png", "--on-bad-image", "skip")
     assert "no images to measure" in only.what
     assert "skip" in refusal("analyze", run_copy, "--on-bad-image", "ignore").tip
+
+
+def test_an_image_that_several_processes_meet_is_counted_once(run_copy, image_folder):
+    class Twice(Ranks):
+        def gather(self, value):
+            return [value, copy.deepcopy(value)]
+
+    (image_folder / "bad.png").write_text("not an image")
+    asked = measured.Asked([str(image_folder)], ["similarity"], 256, None, None, 8, 0, "cpu", "all", "skip")
+    found = measured.measure_checkpoint(str(run_copy), asked, None, make_console(True), Twice(), StopRequest())
+    assert "; 1 left out that do not decode" in found.facts["images"]
 
 
 def test_constant_images_leave_no_gap_in_the_table(run_copy, tmp_path, analyzed):
