@@ -363,6 +363,12 @@ def test_the_command_prints_each_definition(run_copy, capsys):
     assert any(line.startswith("note     drift is measured from block 1") for line in lines)
 
 
+def test_without_p_the_next_figure_is_of_what_was_measured(run_copy, tmp_path, capsys):
+    run = run_copy.rename(tmp_path / "my run")
+    assert pdvit(["analyze", str(run), "--limit", "4", "--device", "cpu", "--metrics", "norms"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next     pdvit plot metrics '{run}'"
+
+
 def test_an_unknown_metric_names_the_closest(run_copy, refusal):
     assert "did you mean 'spectrum'" in refusal("analyze", run_copy, "--metrics", "spectrm").tip
     assert "at least 4 images" in refusal("analyze", run_copy, "--metrics", "cka", "--limit", 2).tip

@@ -16,7 +16,7 @@ from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure, mete
 from pdvit.analysis.metrics import Patches
 from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
-from pdvit.models.layers import layers_of
+from pdvit.models.layers import places_of
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 4}
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -370,7 +370,7 @@ def test_no_memory_for_a_batch_is_said_with_what_helps(monkeypatch):
 
 
 def test_no_patches_are_refused_with_their_layer():
-    layer = layers_of(build())[0]
+    layer = next(iter(places_of(build())))
     with pytest.raises(UserError, match="there is no patch"):
         meter.check(Patches(torch.zeros(2, 0, 8)), layer)
 
