@@ -150,17 +150,14 @@ def _split(source: "Source", wanted: str | None) -> str:
 
 def _write(folder: Path, facts: dict[str, Any], tables: dict[str, "pd.DataFrame"]) -> Path:
     """Write the tables, and eval.json last; UserError where the place can't be written."""
-    from pdvit.tracking import to_json, write_file
+    from pdvit.tracking import to_json, write_file, writing
 
     texts = {name: table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC) for name, table in tables.items()}
     texts["eval.json"] = to_json(facts) + "\n"
-    try:
+    with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_file(folder / name, text.encode(errors="surrogateescape"))  # names of any bytes stay as they are
-    except OSError as error:
-        what = f"the results can't be written: {error.strerror}"
-        raise UserError(what, str(folder), "choose another --out") from error
     return folder / "eval.json"
 
 
