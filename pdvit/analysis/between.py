@@ -11,7 +11,7 @@ from pdvit.analysis.metrics import LinearCKA, Patches, centred_gram
 from pdvit.analysis.metrics.cka import FEWEST
 from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, evaluating, exact_float32, layers_of, watch_layers
+from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, watch_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,23 +43,17 @@ def cka_between(
         if other_images is None
         else zip(batches(images, device), batches(other_images, device), strict=True)
     )
-    error: UserError | None = None
-    try:
-        with evaluating(model), evaluating(other):
-            for ours, theirs in both:
-                if len(ours) >= FEWEST:
-                    cka.add(_grams(model, ours), _grams(other, theirs))
-    except UserError as found:
-        error = found
+    with ranks.failing_together(), evaluating(model), evaluating(other):
+        for ours, theirs in both:
+            if len(ours) >= FEWEST:
+                cka.add(_grams(model, ours), _grams(other, theirs))
     whole = LinearCKA()
-    for part, met in ranks.gather((cka, error)):
-        if met is not None:
-            raise met
+    for part in ranks.gather(cka):
         whole.merge(part)
     if isinstance(whole.cross, float):
         where = "cka_between(model, other, images)"
         raise UserError(f"there are no images to measure, or no {FEWEST} at once", where, f"pass at least {FEWEST}")
-    names = [[layer.name for layer in layers_of(each)] for each in (model, other)]
+    names = [[layer.name for layer in places_of(each)] for each in (model, other)]
     return pd.DataFrame(whole.matrix().numpy(), index=names[0], columns=names[1])
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.meter import check
+from pdvit.analysis.meter import check, memory_for
 from pdvit.analysis.metrics import Patches
+from pdvit.analysis.report import write_arrays
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, Place, evaluating, exact_float32, image_size_of, places_of, shapes_of, watch
-from pdvit.tracking import write_file
 
 # Images whose maps are kept, and the patches of a layer, at most. A map of 2,048 patches is 2.8 MB of a page.
 MOST_IMAGES, MOST_PATCHES = 8, 2048
@@ -107,7 +106,7 @@ def _patches(model: nn.Module, places: Mapping[Layer, Place], images: Tensor) ->
         found[layer] = Patches(tokens, (images.shape[-2], images.shape[-1]))
         check(found[layer], layer)
 
-    with torch.no_grad(), exact_float32(images.device), watch(places, look):
+    with memory_for(images), torch.no_grad(), exact_float32(images.device), watch(places, look):
         model(images)
     return found
 
@@ -128,9 +127,7 @@ def write_maps(file: Path, maps: Maps) -> None:
     for number, (image, cosines) in enumerate(zip(maps.images, maps.cosines, strict=True)):
         arrays[f"image/{number}"] = image
         arrays |= {f"cos/{number}/{layer}": levels for layer, levels in cosines.items()}
-    packed = BytesIO()
-    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
-    write_file(file, packed.getvalue())
+    write_arrays(file, arrays)
 
 
 def map_size(count: int) -> int:

@@ -93,14 +93,13 @@ def measure(
     if pairs not in ("all", "sampled"):
         raise UserError(f"there is no way '{pairs}' to take pairs", "--pairs", "choose all or sampled")
     meter = Meter(model, choose(metrics), pairs == "sampled")
-    error: UserError | None = None
-    try:
-        with evaluating(model):
-            for batch in batches(images, next(model.parameters()).device):
-                meter.add(batch)
-    except UserError as found:
-        error = found
-    meter.sums, meter.largest = _together(meter, error, ranks)
+    with ranks.failing_together(), evaluating(model):
+        for batch in batches(images, next(model.parameters()).device):
+            meter.add(batch)
+    parts: list[Sums] = ranks.gather(meter.sums)
+    meter.sums = Sums()
+    for part in parts:
+        meter.sums.merge(part)
     if not meter.sums.images:
         raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
     meter.check_cka()
@@ -108,18 +107,6 @@ def measure(
     table = table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
     layers = [layer.name for layer in meter.places]
     return Analysis(table, meter.sums.images, layers, meter.arrays(), meter.notes(), meter.sampling_errors())
-
-
-def _together(meter: Meter, error: UserError | None, ranks: Ranks) -> tuple[Sums, int]:
-    """Merge what all processes added up, in the order of ranks; raise the first error that one of them met."""
-    parts: list[tuple[Sums, int, UserError | None]] = ranks.gather((meter.sums, meter.largest, error))
-    for _, _, found in parts:
-        if found is not None:
-            raise found from error
-    whole = Sums()
-    for sums, _, _ in parts:
-        whole.merge(sums)
-    return whole, max(largest for _, largest, _ in parts)
 
 
 def choose(metrics: str | Iterable[str]) -> dict[str, Group]:

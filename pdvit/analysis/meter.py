@@ -15,7 +15,7 @@ from pdvit.analysis.moments import Curve, Moments
 from pdvit.engine.memory import is_out_of_memory
 from pdvit.errors import UserError
 from pdvit.models.attention import watch_attention
-from pdvit.models.layers import Layer, Place, exact_float32, places_of, shapes_of, watch_layers
+from pdvit.models.layers import Layer, Place, exact_float32, places_of, shapes_of, watch
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Sums:
     counts: dict[Layer, int] = field(default_factory=dict)
     cka: LinearCKA = field(default_factory=LinearCKA)
     cka_images: int = 0
+    largest: int = 0
+    """Images of the largest batch."""
 
     def merge(self, other: "Sums") -> None:
         """Take in what another process added up."""
@@ -40,6 +42,7 @@ class Sums:
         self.counts |= other.counts
         self.images += other.images
         self.cka_images += other.cka_images
+        self.largest = max(self.largest, other.largest)
 
 
 class Meter:
@@ -58,7 +61,6 @@ class Meter:
         self.places = places_of(model)
         self.start = _first_alike(model, self.places) if "drift" in groups else None
         self.sums = Sums()
-        self.largest = 0
         self._begin((0, 0))
 
     def _begin(self, size: tuple[int, int]) -> None:
@@ -72,12 +74,12 @@ class Meter:
         """Run the model on a batch `(B, C, H, W)`, and take in what its layers show."""
         self._begin((images.shape[-2], images.shape[-1]))
         with memory_for(images), torch.no_grad(), exact_float32(images.device), ExitStack() as stack:
-            stack.enter_context(watch_layers(self.model, self._look))
+            stack.enter_context(watch(self.places, self._look))
             if "attention" in self.groups:
                 stack.enter_context(watch_attention(self.model, self._attend))
             self.model(images)
         self.sums.images += len(images)
-        self.largest = max(self.largest, len(images))
+        self.sums.largest = max(self.sums.largest, len(images))
         if self.grams:
             self.sums.cka.add(self.grams, self.grams)
             self.sums.cka_images += len(images)
@@ -117,7 +119,7 @@ class Meter:
     def check_cka(self) -> None:
         """Raise UserError where CKA is wanted and no batch was large enough for it."""
         if "cka" in self.groups and self.sums.images and not self.sums.cka_images:
-            raise too_few(self.largest)
+            raise too_few(self.sums.largest)
 
     def rows(self, name: str) -> Iterator[tuple[object, ...]]:
         """Yield the rows of the table: metric by metric, each by layer."""

@@ -11,13 +11,13 @@ import numpy as np
 from pdvit.analysis.measure import Analysis
 from pdvit.analysis.metrics import DEFINITIONS, METRICS
 from pdvit.analysis.verdict import advice, verdict
-from pdvit.errors import UserError
-from pdvit.tracking import to_json, write_file
+from pdvit.tracking import to_json, write_file, writing
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BETWEEN = "cka_between.npz"
+BETWEEN, MAPS = "cka_between.npz", "maps.npz"
+THE_ANALYSIS = "the analysis"
 UNKNOWN = "no verdict, which needs P: --metrics similarity"
 
 
@@ -82,38 +82,36 @@ def statement(
 
 
 def write_between(folder: Path, tables: "Mapping[str, pd.DataFrame]") -> None:
-    """Write analysis/cka_between.npz: `matrix/NAME` and `layers/NAME` of each other model, and the own `layers`."""
+    """Write analysis/cka_between.npz: `matrix/NAME` and `layers/NAME` of each other model, and the own `layers`.
+
+    UserError where the place can't be written.
+    """
     arrays: dict[str, np.ndarray] = {f"matrix/{name}": table.to_numpy() for name, table in tables.items()}
     arrays |= {f"layers/{name}": table.columns.to_numpy(dtype=str) for name, table in tables.items()}
     own = next(iter(tables.values())).index.to_numpy(dtype=str)
-    _write_arrays(folder / "analysis" / BETWEEN, arrays | {"layers": own})
+    with writing(THE_ANALYSIS, folder):
+        write_arrays(folder / "analysis" / BETWEEN, arrays | {"layers": own})
 
 
 def write_analysis(folder: Path, analysis: Analysis, facts: dict[str, Any]) -> Path:
     """Write analysis.csv, analysis/analysis.json and the curves, one .npz for each group of metrics that has some.
 
-    Curves of an earlier analysis go away. UserError where the place can't be written.
+    Arrays of an earlier analysis go away, of other images perhaps. UserError where the place can't be written.
     """
-    file = folder / "analysis.csv"
-    try:
-        (folder / "analysis").mkdir(parents=True, exist_ok=True)
-        write_file(folder / "analysis" / "analysis.json", to_json(facts) + "\n")
-        for group in METRICS:
-            curves = folder / "analysis" / f"{group}.npz"
-            if group in analysis.curves:
-                _write_arrays(curves, analysis.curves[group])
-            else:
-                curves.unlink(missing_ok=True)
-        (folder / "analysis" / BETWEEN).unlink(missing_ok=True)
-        write_file(file, analysis.table.to_csv(index=False, float_format="%.6g"))
-    except OSError as error:
-        raise UserError(
-            f"the analysis can't be written: {error.strerror}", str(folder), "choose another --out"
-        ) from error
-    return file
+    table, arrays = folder / "analysis.csv", folder / "analysis"
+    with writing(THE_ANALYSIS, folder):
+        arrays.mkdir(parents=True, exist_ok=True)
+        for name in (*METRICS, BETWEEN, MAPS):
+            (arrays / name).with_suffix(".npz").unlink(missing_ok=True)
+        write_file(arrays / "analysis.json", to_json(facts) + "\n")
+        for group, curves in analysis.curves.items():
+            write_arrays(arrays / f"{group}.npz", curves)
+        write_file(table, analysis.table.to_csv(index=False, float_format="%.6g"))
+    return table
 
 
-def _write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Write numpy arrays by name as a compressed .npz, whole or not at all. Raises OSError."""
     packed = BytesIO()
-    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(packed, **arrays)
     write_file(file, packed.getvalue())

@@ -155,16 +155,14 @@ def _measure(
 
 def _write(folder: Path, found: Evaluation) -> Path:
     """Write the files, and eval.json last; UserError where the place can't be written."""
-    from pdvit.tracking import to_json, write_file
+    from pdvit.tracking import to_json, write_file, writing
 
-    try:
+    with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}\n".encode()}).items():
+        for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}
+".encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content)
-    except OSError as error:
-        what = f"the results can't be written: {error.strerror}"
-        raise UserError(what, str(folder), "choose another --out") from error
     return folder / "eval.json"
 
 

@@ -72,22 +72,19 @@ def theme_of(dark: bool) -> "Theme":
 
 def write(figure: "Drawing", kind: str, folders: list[Path], out: Path | None, page: str | None = None) -> None:
     """Write the figure, beside it its data as CSV and `page` as Markdown, each renamed when whole; say where it is."""
-    from pdvit.plots.style import save
+    from pdvit.plots.style import render
+    from pdvit.tracking import write_file, writing
 
     out = out or _default(kind, folders)
     table = figure.data.to_csv(index=False, float_format="%.6g")
     texts = {out.with_suffix(".csv"): table} | ({out.with_suffix(".md"): page} if page else {})
     for file, text in texts.items():
         _refuse_other(file, text)
-    try:
+    with writing("the figure", out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.with_name(f".{out.name}.part{out.suffix}")
-        save(figure, beside)
-        beside.replace(out)
+        write_file(out, render(figure, out.suffix))
         for file, text in texts.items():
-            _write_text(file, text)
-    except OSError as error:
-        raise UserError(f"the figure can't be written: {error.strerror}", str(out), "choose another --out") from error
+            write_file(file, text.encode(errors="replace"))  # what a file system takes as a name need not be text
     print(out)
 
 
@@ -107,10 +104,3 @@ def _refuse_other(file: Path, text: str) -> None:
     if not re.fullmatch(re.escape(begin.encode()) + rb"[,\n]?", known):
         what = f"{file.name} is there, and is not the data of a figure"
         raise UserError(what, str(file), "choose another --out: a figure's data go beside it, under its name")
-
-
-def _write_text(file: Path, text: str) -> None:
-    from pdvit.tracking import write_file
-
-    # what a file system takes as a name need not be text
-    write_file(file, text.encode("utf-8", errors="replace"))

@@ -57,7 +57,6 @@ class Asked:
 class Subject:
     """A checkpoint that is ready to be measured."""
 
-    path: str
     loaded: Loaded
     pictures: Pictures
     loading: Loading
@@ -106,8 +105,7 @@ def measure_checkpoint(
     """Load, measure and describe a checkpoint, and compare it with the first; None where it stopped before an image."""
     choose(asked.metrics)  # raises for a name that there is not, before anything is loaded
     subject = prepare(path, asked, ranks)
-    until = Until(stop)
-    model = placed(subject.loaded.model, subject.loading.device, path)
+    model, until = subject.loaded.model, Until(stop)
     try:
         images = until(_images(subject, console, subject.loaded.name))
         analysis = measure(model, images, asked.metrics, subject.loaded.name, asked.pairs, ranks)
@@ -124,9 +122,10 @@ def measure_checkpoint(
     if first is not None and "cka" in choose(asked.metrics):
         between, note = _between(first, subject, asked, console, ranks, stop)
         analysis = replace(analysis, notes=[*analysis.notes, note])
+    bad = {name for found in ranks.gather(set(subject.loading.bad.found)) for name in found}
     facts = statement(
         analysis,
-        _described(subject, sum(ranks.gather(len(subject.loading.bad.found)))),
+        _described(subject, len(bad)),
         max(place.prefix for place in places_of(model).values()),
         subject.loaded.weights,
         path,
@@ -138,12 +137,16 @@ def measure_checkpoint(
 
 
 def prepare(path: str, asked: Asked, ranks: "Ranks") -> Subject:
-    """Load a checkpoint and choose its images; UserError where either can't be."""
-    loaded = load(path, asked.model, asked.weights)
-    device = choose_device(asked.device, ranks.local if ranks.size > 1 else None)
-    given = {"on_bad_image": asked.on_bad_image} if asked.on_bad_image is not None else {}
-    flags = ("the command line", {"data": given})
-    run = None if asked.images else config_of(Path(path), flags)  # a run's own images, treated as it did
+    """Load a checkpoint to the device and choose its images; UserError, of all processes, where one of them can't."""
+    with ranks.failing_together():
+        loaded = load(path, asked.model, asked.weights)
+        device = choose_device(asked.device, ranks.local if ranks.size > 1 else None)
+        placed(loaded.model, device, path)
+        given = {"on_bad_image": asked.on_bad_image} if asked.on_bad_image is not None else {}
+        flags = ("the command line", {"data": given})
+        run = None if asked.images else config_of(Path(path), flags)  # a run's own images, treated as it did
+        skip = (run or build(flags)).data.on_bad_image == "skip"
+        pictures = _pictures(asked.images, run).first(asked.limit)
     loading = Loading(
         asked.batch_size,
         0,
@@ -152,9 +155,9 @@ def prepare(path: str, asked: Asked, ranks: "Ranks") -> Subject:
         Preprocessing.for_model(loaded.model),
         rank=ranks.rank,
         processes=ranks.size,
-        bad=BadImages(skip=(run or build(flags)).data.on_bad_image == "skip"),
+        bad=BadImages(skip=skip),
     )
-    return Subject(path, loaded, _pictures(asked.images, run).first(asked.limit), loading)
+    return Subject(loaded, pictures, loading)
 
 
 def placed(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":
@@ -185,20 +188,19 @@ def _images(subject: Subject, console: "RunConsole", what: str) -> "Iterator[Ten
 def _with_random(
     analysis: Analysis, subject: Subject, asked: Asked, console: "RunConsole", ranks: "Ranks", stop: "StopRequest"
 ) -> Analysis:
-    """Measure P of the same model with random weights on some of the same images; without it where that is stopped."""
-    loaded, until = subject.loaded, Until(stop)
-    model = placed(loaded.with_random_weights(), subject.loading.device, f"{loaded.architecture} with random weights")
+    """Measure P of the same model with random weights on some of the same images, or note why that could not be."""
+    loaded, until, why = subject.loaded, Until(stop), ""
     few = replace(subject, pictures=subject.pictures.first(REFERENCE))
-    images = until(_images(few, console, "random weights"))
     try:
+        with ranks.failing_together():
+            model = placed(loaded.with_random_weights(), subject.loading.device, loaded.architecture)
+        images = until(_images(few, console, "random weights"))
         random = measure(model, images, "similarity", loaded.name, asked.pairs, ranks)
-    except UserError:
-        if not any(ranks.gather(until.cut)):
-            raise
-    else:
-        if not any(ranks.gather(until.cut)):
-            return with_random(analysis, random)
-    return replace(analysis, notes=[*analysis.notes, "stopped before random weights were measured"])
+    except UserError as error:
+        why = f"random weights were not measured: {error.what}"
+    if any(ranks.gather(until.cut)):
+        why = "stopped before random weights were measured"
+    return replace(analysis, notes=[*analysis.notes, why]) if why else with_random(analysis, random)
 
 
 def _between(
@@ -208,10 +210,8 @@ def _between(
     both, until = f"cka between {first.name} and {subject.loaded.name}", Until(stop)
     if not _same(first.pictures, subject.pictures):
         return None, f"{both} was left out: they were measured on different images"
-    other = _loaded_again(first, asked, ranks)
-    if isinstance(other, UserError):
-        return None, f"{both} was left out: {other.what}"
     try:
+        other = prepare(first.path, asked, ranks)  # once more, beside this one
         pairs = zip(_images(other, console, both), _images(subject, console, both), strict=True)
         ours, theirs = tee(until(pairs))
         table = cka_between(
@@ -223,21 +223,6 @@ def _between(
     if any(ranks.gather(until.cut)):
         return None, f"{both} was left out: stopped before"
     return table, f"{both} is in analysis/cka_between.npz of {first.name}"
-
-
-def _loaded_again(first: Measured, asked: Asked, ranks: "Ranks") -> Subject | UserError:
-    """Load the first checkpoint once more, beside another, or return why a process can't: memory, as a rule."""
-    other: Subject | None = None
-    error: UserError | None = None
-    try:
-        other = prepare(first.path, asked, ranks)
-        placed(other.loaded.model, other.loading.device, first.path)
-    except UserError as found:
-        error = found
-    failed: list[UserError] = [found for found in ranks.gather(error) if found is not None]
-    if failed or other is None:
-        return failed[0]
-    return other
 
 
 def _same(first: Pictures, second: Pictures) -> bool:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.runs.report import say
-from pdvit.errors import UserError
 
 if TYPE_CHECKING:
     from pdvit.cli.measured import Asked, Measured
@@ -29,26 +28,26 @@ def explore(folders: Mapping[str, Path], pictures: "Pictures", asked: "Asked", c
     """
     from pdvit.analysis.maps import MOST_IMAGES, read_maps, write_maps
     from pdvit.analysis.pages import explorer_page, room
+    from pdvit.analysis.report import MAPS
+    from pdvit.cli.measured import placed
     from pdvit.data.bad_images import BadImages
     from pdvit.data.images import Preprocessing
     from pdvit.engine.device import choose_device
     from pdvit.models.weights import load
-    from pdvit.tracking import write_file
+    from pdvit.tracking import write_file, writing
 
     space, shown, bad, models = room(len(folders)), pictures.first(MOST_IMAGES), BadImages(skip=True), []
     for path in folders:
         loaded = load(path, asked.model, asked.weights)
         how = Preprocessing.for_model(loaded.model)
-        model = loaded.model.to(choose_device(asked.device))
+        model = placed(loaded.model, choose_device(asked.device), path)
         models.append(read_maps(model, shown.pixels(how, bad), how.normalise, loaded.name, space))
     notes = [_of_images(pictures, shown, min(len(maps.names) for maps in models), len(bad.found))]
     page = next(iter(folders.values())) / "explorer.html"
-    try:
+    with writing("the page", page):
         for folder, maps in zip(folders.values(), models, strict=True):
-            write_maps(folder / "analysis" / "maps.npz", maps)
+            write_maps(folder / "analysis" / MAPS, maps)
         write_file(page, explorer_page(models, notes))
-    except OSError as error:
-        raise _not_written(page, error) from error
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
         say(console, f"explorer {note}")
     say(console, f"written  {page}")
@@ -60,21 +59,18 @@ def report(done: "Sequence[Measured]", folders: Mapping[str, Path], console: "Ru
     `folders` says where the results of each checkpoint are. Raises UserError.
     """
     from pdvit.analysis.pages import Picture, report_page
-    from pdvit.plots.style import DARK, LIGHT, to_svg
-    from pdvit.tracking import describe_environment, write_file
+    from pdvit.plots.style import DARK, LIGHT, render
+    from pdvit.tracking import describe_environment, write_file, writing
 
     pictures = []
     for title, draw in FIGURES.items():
-        drawn = [draw(done, theme) for theme in (LIGHT, DARK)]
-        light, dark = (figure and to_svg(figure) for figure in drawn)
+        light, dark = (draw(done, theme) for theme in (LIGHT, DARK))
         if light and dark:
-            pictures.append(Picture(title, light, dark))
+            pictures.append(Picture(title, render(light, ".svg"), render(dark, ".svg")))
     file = folders[done[0].path] / "report.html"
     analyses = [(measured.analysis.table, measured.facts) for measured in done]
-    try:
+    with writing("the page", file):
         write_file(file, report_page(analyses, pictures, describe_environment(done[0].facts["device"])))
-    except OSError as error:
-        raise _not_written(file, error) from error
     say(console, f"written  {file}")
 
 
@@ -95,8 +91,11 @@ def _compare(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
 
 def _metrics(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
     from pdvit.plots.metrics import plot_metrics
+    from pdvit.plots.similarity import METRIC
 
-    return None if _compare(done, theme) else plot_metrics(_tables(done), _names(done), theme)  # which has them too
+    if len(_with(done, METRIC)) == 2:  # then `_compare` shows them
+        return None
+    return plot_metrics(_tables(done), _names(done), theme)
 
 
 def _norms(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":
@@ -182,7 +181,3 @@ def _of_images(pictures: "Pictures", shown: "Pictures", count: int, bad: int) ->
     fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - bad else ""
     broken = f"; {bad} left out that do not decode" if bad else ""
     return f"images: {which} ({pictures.description}){fewer}{broken}"
-
-
-def _not_written(file: Path, error: OSError) -> UserError:
-    return UserError(f"the page can't be written: {error.strerror}", str(file), "choose another --out")

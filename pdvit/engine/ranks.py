@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,6 +44,21 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Raise on all processes the first UserError, in the order of ranks, that one of them meets inside.
+
+        Else the others would wait for one that has given up. What is inside must not itself exchange anything.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as found:
+            error = found
+        for met in self.gather(error):
+            if met is not None:
+                raise met
 
     def share(self, value: Any) -> Any:
         """Return the main process's value on each of them."""

@@ -73,7 +73,11 @@ class _Output:
 
 
 def places_of(model: nn.Module, where: str = MODEL) -> dict[Layer, Place]:
-    """Return every layer of a model and where its tokens are; UserError where pdvit can't read them."""
+    """Return every layer of a model and where its tokens are; UserError where pdvit can't read them.
+
+    They are `embed` (what enters the first block: patch embedding plus position), `block 1` ... `block L` and, where
+    there is a final norm over tokens, `norm`.
+    """
     family = family_of(model, where)
     blocks = modules_at(model, family.blocks)
     if not blocks:
@@ -90,14 +94,6 @@ def places_of(model: nn.Module, where: str = MODEL) -> dict[Layer, Place]:
     for norm in modules_at(model, family.norm):
         places[Layer("norm", len(blocks) + 1)] = at(norm, prefix=prefix)
     return places
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    """List the places that `watch_layers` reads: `embed`, `block 1` ... `block L` and, where there is one, `norm`.
-
-    `embed` is what enters the first block: patch embedding plus position.
-    """
-    return list(places_of(model))
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def plot_attention(
 
 
 def _mark_uniform(figure: Drawing, data: pd.DataFrame, theme: Theme) -> None:
-    """Mark the entropy of attention to all patches alike, where all blocks have the same number of them."""
+    """Mark the entropy of attention to all patches alike, for up to three numbers of them."""
     axes = figure.axes[0]
     counts = data["tokens"].unique()
     for count in counts[:3]:

@@ -5,9 +5,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -114,23 +113,14 @@ def styled(
         yield figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the suffix, each time the same bytes. Raises OSError."""
-    _render(figure, path, path.suffix.lower())
-
-
-def to_svg(figure: Figure) -> str:
-    """Return a figure as the text of an SVG file."""
-    text = StringIO()
-    _render(figure, text, ".svg")
-    return text.getvalue()
-
-
-def _render(figure: Figure, target: Any, suffix: str) -> None:
+def render(figure: Figure, suffix: str) -> bytes:
+    """Return a figure as a file of the format of a suffix (`.svg`), each time the same bytes."""
+    suffix, packed = suffix.lower(), BytesIO()
     with mpl.rc_context(RC), warnings.catch_warnings():
         # names may be in any script: letters that the font lacks become boxes (in SVG they stay text)
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(target, format=suffix[1:], facecolor=figure.get_facecolor(), metadata=METADATA.get(suffix))
+        figure.savefig(packed, format=suffix[1:], facecolor=figure.get_facecolor(), metadata=METADATA.get(suffix))
+    return packed.getvalue()
 
 
 def looks(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:

@@ -9,11 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pdvit.errors import UserError
+
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file beside its target and rename it. Raises OSError; the target then is what it was."""
     with new_file(path) as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(what: str, where: Path) -> Iterator[None]:
+    """Say an OSError inside as a UserError: what could not be written, for which the user names another `--out`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} can't be written: {error.strerror}", str(where), "choose another --out") from error
 
 
 @contextmanager

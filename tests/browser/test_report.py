@@ -4,7 +4,7 @@ from pdvit.analysis.pages import Picture, report_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>alert(1)</script></svg>'
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>alert(1)</script></svg>'
 
 
 def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_table):

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import os
@@ -22,6 +23,10 @@ import pdvit.data.sources
 from pdvit.analysis import DEFINITIONS
 from pdvit.cli import measured
 from pdvit.cli import run as pdvit
+from pdvit.cli.runs.report import make_console
+from pdvit.engine.interrupts import StopRequest
+from pdvit.engine.ranks import Ranks
+from pdvit.errors import UserError
 from pdvit.models import memory
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -358,6 +363,12 @@ def test_the_command_prints_each_definition(run_copy, capsys):
     assert any(line.startswith("note     drift is measured from block 1") for line in lines)
 
 
+def test_without_p_the_next_figure_is_of_what_was_measured(run_copy, tmp_path, capsys):
+    run = run_copy.rename(tmp_path / "my run")
+    assert pdvit(["analyze", str(run), "--limit", "4", "--device", "cpu", "--metrics", "norms"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next     pdvit plot metrics '{run}'"
+
+
 def test_an_unknown_metric_names_the_closest(run_copy, refusal):
     assert "did you mean 'spectrum'" in refusal("analyze", run_copy, "--metrics", "spectrm").tip
     assert "at least 4 images" in refusal("analyze", run_copy, "--metrics", "cka", "--limit", 2).tip
@@ -376,6 +387,17 @@ def test_random_weights_of_the_same_model_are_measured_on_the_spot(run_copy, ana
     assert json_means(result, "similarity_random") == pytest.approx(expected["mean"].tolist(), abs=1e-5)
     assert f"(random weights on the same images: {expected['mean'].iloc[-1]:.3f})" in result["verdict"]
     assert str(run_copy) in result["advice"] or "nothing" in result["advice"]
+
+
+def test_random_weights_that_find_no_memory_do_not_cost_the_analysis(run_copy, analyzed, monkeypatch):
+    def full(loaded, seed=0):
+        raise UserError("the model is too big for memory", "here", "take a smaller one")
+
+    monkeypatch.setattr(measured.Loaded, "with_random_weights", full)
+    result = analyzed(run_copy, "--limit", 6)
+    assert "random weights were not measured: the model is too big for memory" in result["notes"]
+    assert result["verdict"]
+    assert "random weights on" not in result["verdict"]
 
 
 @pytest.fixture
@@ -492,6 +514,17 @@ def test_broken_images_are_left_out_where_that_is_asked_for_and_counted(run_copy
     only = refusal("analyze", run_copy, "--images", image_folder / "bad.png", "--on-bad-image", "skip")
     assert "no images to measure" in only.what
     assert "skip" in refusal("analyze", run_copy, "--on-bad-image", "ignore").tip
+
+
+def test_an_image_that_several_processes_meet_is_counted_once(run_copy, image_folder):
+    class Twice(Ranks):
+        def gather(self, value):
+            return [value, copy.deepcopy(value)]
+
+    (image_folder / "bad.png").write_text("not an image")
+    asked = measured.Asked([str(image_folder)], ["similarity"], 256, None, None, 8, 0, "cpu", "all", "skip")
+    found = measured.measure_checkpoint(str(run_copy), asked, None, make_console(True), Twice(), StopRequest())
+    assert "; 1 left out that do not decode" in found.facts["images"]
 
 
 def test_constant_images_leave_no_gap_in_the_table(run_copy, tmp_path, analyzed):

@@ -105,6 +105,6 @@ def grid_of(count: int, image: tuple[int, int]) -> tuple[int, int]:
         raise UserError(
             f"{count} patches are no grid of the shape of a {height}x{width} image",
             "analyze(metrics=...)",
-            "leave out spectrum and attention, or use images that the patches fill",
+            "leave out spectrum, attention and --explore, or use images that the patches fill",
         )
     return rows, count // rows

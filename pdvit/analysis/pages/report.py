@@ -29,8 +29,8 @@ class Picture:
     """A figure of the report: what it shows, in a line, and the figure as SVG for light pages and for dark ones."""
 
     title: str
-    light: str
-    dark: str
+    light: bytes
+    dark: bytes
 
 
 def report_page(
@@ -81,7 +81,7 @@ def _section(table: "pd.DataFrame", facts: dict[str, Any]) -> str:
 
 def _figure(picture: Picture) -> str:
     """Return a figure in the colours of the screen; on paper it is light."""
-    light, dark = (data_uri(svg.encode(), "image/svg+xml") for svg in (picture.light, picture.dark))
+    light, dark = (data_uri(svg, "image/svg+xml") for svg in (picture.light, picture.dark))
     title = escape(picture.title)
     by_screen = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
     image = f'<picture>{by_screen}<img alt="{title}" src="{light}"></picture>'

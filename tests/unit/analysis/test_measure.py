@@ -16,7 +16,7 @@ from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure, mete
 from pdvit.analysis.metrics import Patches
 from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
-from pdvit.models.layers import layers_of
+from pdvit.models.layers import places_of
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 4}
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
@@ -312,23 +312,24 @@ def test_no_metric_hides_weights_that_are_not_numbers(metric):
 
 
 class Together(Ranks):
-    """One of several processes, whose parts are passed here by hand."""
+    """One of several processes that run one after the other: each gets what those before it said, and itself."""
 
-    parts: ClassVar[list] = []
+    said: ClassVar[dict[int, list]] = {}
 
     def gather(self, value):
-        self.parts.append(copy.deepcopy(value))
-        return self.parts
+        own = self.said.setdefault(self.rank, [])
+        own.append(copy.deepcopy(value))
+        return [values[len(own) - 1] for values in self.said.values()]
 
 
 def test_processes_that_share_the_images_find_what_one_finds():
     model, images = build(), pictures(23)
     batches = list(images.split(5))
     alone = measure(model, batches, METRICS)
-    Together.parts = []
+    Together.said = {}
     for rank in range(2):
-        found = measure(model, batches[rank::3], METRICS, ranks=Together(rank, 4))
-    found = measure(model, [], METRICS, ranks=Together(2, 4))  # a process without an image
+        measure(model, batches[rank::3], METRICS, ranks=Together(rank, 4))
+    measure(model, [], METRICS, ranks=Together(2, 4))  # a process without an image
     found = measure(model, batches[2::3], METRICS, ranks=Together(3, 4))
     pd.testing.assert_frame_equal(found.table, alone.table, rtol=1e-9, atol=1e-12)
     assert found.images == 23
@@ -339,13 +340,13 @@ def test_processes_that_share_the_images_find_what_one_finds():
                 np.testing.assert_allclose(found.curves[group][name], array, rtol=1e-9, atol=1e-12)
     other, half = build("deit_tiny_distilled_patch16_224"), images.split(5)
     whole = cka_between(model, other, half)
-    Together.parts = []
+    Together.said = {}
     cka_between(model, other, half[1::2], half[1::2], Together(0, 2))
     pd.testing.assert_frame_equal(cka_between(model, other, half[::2], ranks=Together(1, 2)), whole)
 
 
 def test_an_error_of_one_process_is_that_of_all():
-    Together.parts = []
+    Together.said = {}
     with pytest.raises(UserError, match="infinite"):
         measure(build(), pictures() * float("nan"), ranks=Together(0, 2))
     with pytest.raises(UserError, match="infinite"):
@@ -369,7 +370,7 @@ def test_no_memory_for_a_batch_is_said_with_what_helps(monkeypatch):
 
 
 def test_no_patches_are_refused_with_their_layer():
-    layer = layers_of(build())[0]
+    layer = next(iter(places_of(build())))
     with pytest.raises(UserError, match="there is no patch"):
         meter.check(Patches(torch.zeros(2, 0, 8)), layer)
 

@@ -66,6 +66,7 @@ def test_curves_are_written_by_group_and_stale_ones_go(tmp_path):
     assert write_analysis(tmp_path, found, facts(found)) == tmp_path / "analysis.csv"
     with np.load(tmp_path / "analysis" / "spectrum.npz") as arrays:
         assert {name: arrays[name].tolist() for name in arrays} == {"by_frequency/block 1": [0, 1, 2]}
+    (tmp_path / "analysis" / "maps.npz").touch()  # of other images, perhaps
     again = analysis("similarity", curves={"cka": {"matrix": np.eye(3)}})
     write_analysis(tmp_path, again, facts(again))
     assert sorted(file.name for file in (tmp_path / "analysis").iterdir()) == ["analysis.json", "cka.npz"]
@@ -78,3 +79,5 @@ def test_a_place_that_is_a_file_is_refused(tmp_path):
     found = analysis("similarity")
     with pytest.raises(UserError, match="can't be written"):
         write_analysis(tmp_path / "file", found, facts(found))
+    with pytest.raises(UserError, match="can't be written"):
+        write_between(tmp_path / "file", {"one": pd.DataFrame([[1.0]], ["embed"], ["embed"])})

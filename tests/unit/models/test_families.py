@@ -23,7 +23,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from pdvit.models.families import FAMILIES
-from pdvit.models.layers import layers_of, measure_layers
+from pdvit.models.layers import measure_layers, places_of
 from pdvit.models.tokens import DiverseModel
 
 View = Callable[[nn.Module, Any], Tensor]
@@ -377,7 +377,7 @@ def test_a_patch_of_the_image_changes_its_own_token_most(name):
 @all_families
 def test_layers_are_named_from_the_embedding_to_the_norm(case):
     model, images = make(case), pictures(case)
-    layers = layers_of(model)
+    layers = list(places_of(model))
     found = measure_layers(model, images, torch.clone)
     assert list(found) == layers
     assert [layer.depth for layer in layers] == list(range(len(layers)))

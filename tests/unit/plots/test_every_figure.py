@@ -20,7 +20,7 @@ from pdvit.plots.pairs import plot_pairs
 from pdvit.plots.reading import read_analysis, read_curves
 from pdvit.plots.similarity import plot_similarity
 from pdvit.plots.spectrum import plot_spectrum
-from pdvit.plots.style import DARK, LIGHT, SINGLE, save
+from pdvit.plots.style import DARK, LIGHT, SINGLE, render
 from pdvit.plots.sweep import plot_sweep
 from pdvit.plots.training import plot_training
 
@@ -80,18 +80,15 @@ def test_letters_stand_out_from_the_paper(draw, kind, theme):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hostile_names_are_drawn_as_they_are(draw, kind, tmp_path):
-    save(draw(kind, HOSTILE), tmp_path / "figure.svg")
-    shown = "".join(ElementTree.parse(tmp_path / "figure.svg").getroot().itertext())
+def test_hostile_names_are_drawn_as_they_are(draw, kind):
+    shown = "".join(ElementTree.fromstring(render(draw(kind, HOSTILE), ".svg")).itertext())
     assert "$x_1" in shown
     assert not {"\x01", "\udce9"} & set(shown)
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_the_same_numbers_make_the_same_file(draw, tmp_path, suffix):
-    for number in range(2):
-        save(draw("norms"), tmp_path / f"{number}.{suffix}")
-    assert (tmp_path / f"0.{suffix}").read_bytes() == (tmp_path / f"1.{suffix}").read_bytes()
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])
+def test_the_same_numbers_make_the_same_file(draw, suffix):
+    assert render(draw("norms"), suffix) == render(draw("norms"), suffix)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,7 +39,7 @@ def page(analysis_table):
     def make(**facts) -> str:
         table = analysis_table([0.5, 0.3, 0.2])
         return report_page(
-            [(table, FACTS | facts)], [Picture("P by layer", "<svg/>", "<svg/>")], ENVIRONMENT | {"command": HOSTILE}
+            [(table, FACTS | facts)], [Picture("P by layer", b"<svg/>", b"<svg/>")], ENVIRONMENT | {"command": HOSTILE}
         )
 
     return make
