@@ -71,8 +71,10 @@ def _head(value: float, compared: int | None, climbs: bool) -> str:
     if value < COLLAPSED:
         return f"no collapse, but patches more alike {alike}" if compared == 1 else "no collapse"
     # random weights leave the patches of plain images alike at every layer: what climbs was apart before
-    if climbs or compared in (None, 1):
+    if climbs or compared == 1:
         return "the patches collapse"
+    if compared is None:
+        return "the patches are alike (not compared with random weights)"
     return f"the patches are alike, but {'no more' if compared == 0 else 'less'} {alike}"
 
 
@@ -84,8 +86,10 @@ def advice(table: "pd.DataFrame", checkpoint: str) -> str:
         return "to try: --metrics norms, which shows how long the patches are; the checkpoint may be broken"
     if value >= COLLAPSED and (share := _of_outliers(table)):
         return f"to try: a model with register tokens, since patches of outlying length make up {share:.2f} of P"
-    if value >= COLLAPSED and (climb(table) or compared in (None, 1)):
+    if value >= COLLAPSED and (climb(table) or compared == 1):
         return f"to try: {train}, which trains P down, and analyze again"
+    if value >= COLLAPSED and compared is None:
+        return f"to try: pdvit analyze {shlex.quote(checkpoint)} to the end, since untrained patches may be as alike"
     if value >= COLLAPSED:
         return f"to try: other --images, which may be more varied, or {train}"
     if compared == 1:
