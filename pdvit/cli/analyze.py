@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +116,7 @@ def _run(
         say(console, f"stopped; not measured: {names}{'; no page was written' if any(pages) else ''}")
         return EXIT_STOPPED
     if not as_json:
-        say(console, f"next     pdvit plot similarity {' '.join(map(str, folders.values()))}")
+        say(console, f"next     pdvit plot similarity {shlex.join(map(str, folders.values()))}")
     return 0
 
 
