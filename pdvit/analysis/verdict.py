@@ -53,6 +53,8 @@ def verdict(table: "pd.DataFrame") -> str:
     """Say in one sentence whether the patches collapse, compared with random weights, and where P starts to climb."""
     rows, compared = last_stage(table), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
+    if value == 0:  # tokens that have a direction are never all orthogonal to the last bit
+        return f"no verdict: P is exactly 0 at {last}, as of patches that are zero"
     random = table.loc[table["metric"] == "similarity_random"].sort_values("depth")["mean"]
     beside = "" if random.empty else f" (random weights on the same images: {random.iloc[-1]:.3f})"
     start, high = climb(table), onset(table)
@@ -69,8 +71,10 @@ def _head(value: float, compared: int | None, climbs: bool) -> str:
     if value < COLLAPSED:
         return f"no collapse, but patches more alike {alike}" if compared == 1 else "no collapse"
     # random weights leave the patches of plain images alike at every layer: what climbs was apart before
-    if climbs or compared in (None, 1):
+    if climbs or compared == 1:
         return "the patches collapse"
+    if compared is None:
+        return "the patches are alike (not compared with random weights)"
     return f"the patches are alike, but {'no more' if compared == 0 else 'less'} {alike}"
 
 
@@ -78,10 +82,14 @@ def advice(table: "pd.DataFrame", checkpoint: str) -> str:
     """Say in one sentence what to try."""
     value, compared = float(last_stage(table)["mean"].iloc[-1]), against_random(table)
     train = f"pdvit finetune {shlex.quote(checkpoint)} --data SOURCE --cosine 1"
+    if value == 0:
+        return "to try: --metrics norms, which shows how long the patches are; the checkpoint may be broken"
     if value >= COLLAPSED and (share := _of_outliers(table)):
         return f"to try: a model with register tokens, since patches of outlying length make up {share:.2f} of P"
-    if value >= COLLAPSED and (climb(table) or compared in (None, 1)):
+    if value >= COLLAPSED and (climb(table) or compared == 1):
         return f"to try: {train}, which trains P down, and analyze again"
+    if value >= COLLAPSED and compared is None:
+        return f"to try: pdvit analyze {shlex.quote(checkpoint)} to the end, since untrained patches may be as alike"
     if value >= COLLAPSED:
         return f"to try: other --images, which may be more varied, or {train}"
     if compared == 1:

@@ -195,6 +195,7 @@ def decode(data: Dataset[Sample], how: Loading, keys: Iterable[Keys]) -> Iterato
 @atexit.register
 def _end_workers() -> None:
     """End workers that an error left behind: at exit Python would wait for them, and they ignore being asked."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise, below the error that is shown
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -197,6 +197,13 @@ def test_hostile_names_are_shown_and_do_nothing(open_page, one):
     assert tab.page.locator("img[src=x], svg[onload]").count() == 0
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_long_name_does_not_widen_the_page(open_page, one, width):
+    maps = replace(one.maps, model="long" * 50)
+    tab = open_page(explorer_page([maps, maps], ["long" * 50]), viewport={"width": width, "height": 800})
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == width
+
+
 def test_the_colours_are_in_order_of_lightness(open_page, page_of_one):
     tab = open_page(page_of_one)
     places = [(step + 0.5) / 255 for step in range(2, 255, 5)]  # 127, cosine 0, is one of them

@@ -31,7 +31,7 @@ def test_it_defines_what_was_measured_and_says_what_is_missing():
 
 def test_there_is_no_verdict_without_p():
     found = facts(analysis("similarity"))
-    assert found["verdict"].startswith("the patches collapse")
+    assert found["verdict"].startswith("the patches are alike")
     assert "runs/m" in found["advice"]
     assert found["notes"] == []
     found = facts(analysis("effective_rank"))

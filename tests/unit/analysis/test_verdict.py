@@ -120,6 +120,18 @@ def test_without_random_weights_the_verdict_goes_by_p_alone():
     assert "is at or above 0.5 from the start" in verdict(table(0.6, 0.7))
 
 
+def test_patches_that_are_alike_from_the_start_are_not_called_collapsed_uncompared():
+    rows = table(0.6, 0.62)  # of an analysis that was stopped
+    assert verdict(rows).startswith("the patches are alike (not compared with random weights): P does not climb")
+    assert "pdvit analyze 'my run' to the end" in advice(rows, "my run")
+
+
+def test_patches_that_are_zero_get_no_verdict():
+    rows = against([0.0, 0.0], [0.1, 0.8])
+    assert verdict(rows) == "no verdict: P is exactly 0 at block 1, as of patches that are zero"
+    assert "--metrics norms" in advice(rows, "my run")
+
+
 def outliers(value: float, without: float) -> pd.DataFrame:
     """The last block has outliers; the final norm, which makes all tokens alike in length, hides them."""
     rows = against([0.1, value, value], [0.1, 0.1, 0.1], norm=True)

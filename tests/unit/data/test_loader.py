@@ -1,3 +1,5 @@
+import multiprocessing
+import signal
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -10,7 +12,7 @@ from pdvit.config.schema import AugmentConfig
 from pdvit.data.bad_images import BadImages
 from pdvit.data.cutmix import MODES
 from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, shared_batches, steps_per_epoch, train_batches
+from pdvit.data.loader import Loading, _end_workers, eval_batches, shared_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
@@ -179,6 +181,21 @@ def test_a_file_that_does_not_decode_is_named(image_files, content, workers):
         with pytest.raises(UserError) as caught:
             read()
         assert str(image_files.paths[4]) in caught.value.where
+
+
+def test_workers_that_an_error_left_end_without_another(image_files):
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = eval_batches(image_files, replace(HOW, workers=2))
+    next(batches)
+    try:
+        workers = [child for child in multiprocessing.active_children() if child.daemon]
+        _end_workers()
+        for worker in workers:
+            worker.join(5)
+        assert len(workers) == 2
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_half_a_jpeg_is_named(tmp_path, image_files):
