@@ -159,8 +159,7 @@ def _write(folder: Path, found: Evaluation) -> Path:
 
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}
-".encode()}).items():
+        for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}\n".encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content)
     return folder / "eval.json"
