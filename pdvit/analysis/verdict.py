@@ -36,6 +36,18 @@ def climb(table: "pd.DataFrame") -> str | None:
     return _from(rows, float(rows["mean"].min()) + LEAST)
 
 
+def climbs_itself(table: "pd.DataFrame") -> bool:
+    """Tell whether P climbs, and by 0.05 more than that of random weights does over the same layers.
+
+    Without random weights any climb counts.
+    """
+    rises = [
+        float(rows["mean"].iloc[-1] - rows["mean"].min()) if len(rows) else 0.0
+        for rows in (last_stage(table), last_stage(table, "similarity_random"))
+    ]
+    return climb(table) is not None and rises[0] - rises[1] >= LEAST
+
+
 def against_random(table: "pd.DataFrame") -> int | None:
     """Return 1, 0 or -1 where the last layer's P is above, about or below that of random weights; None without them.
 
@@ -63,14 +75,14 @@ def verdict(table: "pd.DataFrame") -> str:
         since = "from the start" if high == rows["layer"].iloc[0] else f"from {high} on"
         course += f", is at or above {COLLAPSED} {since}"
     stage = "" if len(rows) == len(table[table["metric"] == "similarity"]) else " in the last stage"
-    return f"{_head(value, compared, start is not None)}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
+    return f"{_head(value, compared, climbs_itself(table))}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
 
 
 def _head(value: float, compared: int | None, climbs: bool) -> str:
     alike = "than with random weights"
     if value < COLLAPSED:
         return f"no collapse, but patches more alike {alike}" if compared == 1 else "no collapse"
-    # random weights leave the patches of plain images alike at every layer: what climbs was apart before
+    # random weights leave the patches of plain images alike: what climbs more than they do was apart before
     if climbs or compared == 1:
         return "the patches collapse"
     if compared is None:
@@ -86,7 +98,7 @@ def advice(table: "pd.DataFrame", checkpoint: str) -> str:
         return "to try: --metrics norms, which shows how long the patches are; the checkpoint may be broken"
     if value >= COLLAPSED and (share := _of_outliers(table)):
         return f"to try: a model with register tokens, since patches of outlying length make up {share:.2f} of P"
-    if value >= COLLAPSED and (climb(table) or compared == 1):
+    if value >= COLLAPSED and (climbs_itself(table) or compared == 1):
         return f"to try: {train}, which trains P down, and analyze again"
     if value >= COLLAPSED and compared is None:
         return f"to try: pdvit analyze {shlex.quote(checkpoint)} to the end, since untrained patches may be as alike"
