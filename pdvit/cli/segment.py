@@ -21,9 +21,9 @@ DEFAULTS: Layer = {
 }
 # More of them on scenes, which are small and never two alike; and with a model of ours.
 SCENES: Layer = {
-    "data": {"batch_size": 16},
-    "segment": {"width": 48, "aux": 0.0, "jitter": (1.0, 1.0), "photometric": False},
-    "optim": {"epochs": "3"},
+    "data": {"batch_size": 8},
+    "segment": {"width": 32, "aux": 0.0, "jitter": (1.0, 1.0), "photometric": False},
+    "optim": {"epochs": "2.5"},
 }
 SMALL: Layer = {"model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8}, "optim": {"lr": 2e-3}}
 

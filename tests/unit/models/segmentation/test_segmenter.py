@@ -159,6 +159,16 @@ def test_the_linear_head_classifies_the_tokens_behind_the_final_norm():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("head", ["upernet", "linear"])
+def test_a_fresh_head_tells_the_classes_apart(head):
+    """Else a small model learns what is an object, and for long not which."""
+    torch.manual_seed(0)
+    segmenter = build(head=head, width=48, classes=64)
+    for classifier in [segmenter.head.classifier, *([segmenter.head.aux[-1]] if head == "upernet" else [])]:
+        inputs = torch.randn(16, classifier.in_channels, 8, 8)
+        assert 0.4 < classifier(inputs).std() < 0.9  # uniform within 1 / sqrt(width): sqrt(1 / 3), and the bias
+
+
 def test_the_maps_are_those_of_the_quarters_of_the_blocks():
     segmenter = build(model=VIT[1] | {"depth": 7}).eval()
     assert segmenter.adapter.indices == (1, 3, 5, 6)
