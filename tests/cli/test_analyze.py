@@ -213,7 +213,7 @@ def test_the_output_says_exactly_what_was_measured(run_copy, capsys):
 def test_the_next_command_can_be_pasted(run_copy, workplace, capsys):
     shutil.copytree(run_copy, workplace / "my run")
     assert pdvit(["analyze", "my run", "--limit", "2", "--metrics", "similarity_signed", "--device", "cpu"]) == 0
-    assert "pdvit plot similarity 'my run'" in capsys.readouterr().out
+    assert "pdvit plot metrics 'my run'" in capsys.readouterr().out
 
 
 def test_the_bars_grow_with_p(run_copy, capsys):
