@@ -24,7 +24,7 @@ GROUND = 10
 CLASSES = [*map(str, range(10)), "ground"]
 COUNTS = {"train": 4096, "val": 128, "test": 256}
 # Least and most digits that are laid into a scene, and sides of a digit in pixels.
-DIGITS, SIDES = (2, 3), (30, 40)
+DIGITS, SIDES = (2, 4), (28, 38)
 # Levels of red, green and blue: of ink, and least and most of the ground.
 LIGHT, DARK = (200, 255), (20, 155)
 # Ink that makes a pixel a digit's, and the share of a digit's pixels that may lie on others; else it is laid anew.
