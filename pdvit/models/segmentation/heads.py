@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pdvit.models.segmentation.backbone import Adapter
 
 DROPOUT = 0.1
-# Classifiers begin as torch makes them. With mmsegmentation's deviation of 0.01 small models trained from scratch told
-# objects from the ground for hundreds of steps, and none from another: see docs/segment.md.
+# Classifiers begin as torch makes them. With mmsegmentation's deviation of 0.01 a small model trained from scratch told
+# objects from the ground, and for hundreds of steps not from each other: docs/segment.md has the numbers.
 # The auxiliary head reads the third map, with so many channels inside: mmsegmentation's settings.
 AUX_MAP, AUX_WIDTH = 2, 256
 
