@@ -45,7 +45,7 @@ def segment(
 ) -> int:
     """Train a vision transformer to label every pixel.
 
-    Without arguments: a small one on scenes of handwritten digits, in about two minutes.
+    Without arguments: a small one on scenes of handwritten digits, in a few minutes.
     """
     initial_weights(checkpoint, settings)
     defaults = DEFAULTS if resume or replay else _defaults(config, assign or [], settings)
