@@ -150,7 +150,7 @@ def compare(
 
 @app.command()
 def sweep(
-    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
     metric: Annotated[
         str | None, typer.Option("--metric", help="Column of cells.csv. Unset: accuracy, or miou.")
     ] = None,
@@ -169,8 +169,8 @@ def sweep(
     from pdvit.plots.sweep import markdown, plot_sweep
 
     folder = folder.expanduser()
-    if not folder.is_dir():
-        raise UserError("there is no such folder", str(folder), "name the folder of a sweep")
+    if not folder.exists():
+        raise UserError("there is no such folder or file", str(folder), "name the folder of a sweep, or its cells.csv")
     summary = summarise(read_cells(folder), metric, baseline)
     _show(summary)
     write(plot_sweep(summary, name_of(folder), theme_of(dark)), "sweep", [folder], out, markdown(summary))

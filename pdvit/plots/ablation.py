@@ -47,9 +47,9 @@ class Sweep:
         return self.metric in PERCENT
 
 
-def read_cells(folder: Path) -> pd.DataFrame:
-    """Read cells.csv, everything as text; UserError where it is missing or damaged."""
-    file = folder / CELLS
+def read_cells(place: Path) -> pd.DataFrame:
+    """Read cells.csv of a sweep's folder, or a file like it, everything as text; UserError where it can't be read."""
+    file = place / CELLS if place.is_dir() else place
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             rows = list(csv.DictReader(opened, strict=True))
@@ -59,7 +59,7 @@ def read_cells(folder: Path) -> pd.DataFrame:
             raise ValueError("it has no rows, or lacks columns")
     except FileNotFoundError as error:
         tip = "name the folder of a sweep: run directories and cells.csv, one row per run"
-        raise UserError(f"there is no {CELLS}", str(folder), tip) from error
+        raise UserError(f"there is no {file.name}", str(file.parent), tip) from error
     except (OSError, ValueError, csv.Error) as error:
         tip = "it needs one row per run, and the columns cell and status"
         raise UserError("the table of cells is damaged", str(file), tip) from error

@@ -17,6 +17,8 @@ LONGEST = 200  # of a folder's name; most disks take 255 bytes
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
 # Anything else in a value becomes _ in the name of its cell.
 NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")
+# What stands for a value of the cell in other values.
+FILLED = re.compile(r"\{([\w.]+)\}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], 
         named = [f"{short[key]}={_text(chosen[key])}" for key in [*inner, *outer]]
         name = "-".join([*([variant] if variant else []), *named])
         number, chosen = len(cells) + 1, {key: chosen[key] for key in axes}
-        config = _config(base, variants.get(variant, {}) | chosen, f"cell {number} ({name}) of {where}")
+        words = {"variant": variant, **chosen}
+        bundle = _filled(variants.get(variant, {}), words)
+        config = _config(_filled(base, words), bundle | chosen, f"cell {number} ({name}) of {where}")
         cells.append(Cell(number, name, variant, chosen, config))
     _check_names([cell.name for cell in cells], where)
     return cells
@@ -120,6 +124,17 @@ def _values(key: str, values: Any, where: str) -> list[Any]:
         if value in values[:number]:
             raise UserError(f"'{key}' has the value {value!r} twice", where, "leave one out: each cell is run once")
     return values
+
+
+def _filled(value: Any, words: Mapping[str, Any]) -> Any:
+    """Return values with `{variant}` and `{section.key}` as the cell has them; other braces stay: shards have some."""
+    if isinstance(value, Mapping):
+        return {key: _filled(part, words) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_filled(part, words) for part in value]
+    if not isinstance(value, str):
+        return value
+    return FILLED.sub(lambda match: str(words.get(match[1], match[0])), value)
 
 
 def _check_key(key: str, value: Any, where: str) -> None:

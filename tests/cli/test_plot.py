@@ -222,6 +222,14 @@ def test_a_sweep_is_a_table_in_the_terminal_and_in_three_files(sweep, capsys):
     assert text_of(Path("ablation.md")).startswith("| diversity.preset | n |")
 
 
+def test_a_file_of_cells_is_a_sweep_too(sweep, capsys):
+    Path(sweep, "cells.csv").rename("results.csv")
+    assert pdvit(["plot", "sweep", "results.csv", "--out", "ablation.png"]) == 0
+    assert "paper" in capsys.readouterr().out
+    assert pdvit(["plot", "sweep", "nothing.csv"]) == 2
+    assert "there is no such folder or file" in capsys.readouterr().err
+
+
 def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):
     arguments = ["plot", "sweep", sweep, "--metric", "similarity_last", "--baseline", "diversity.preset=paper"]
     assert pdvit(arguments) == 0

@@ -19,7 +19,7 @@ File = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file w
 Assign = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; wins over everything; repeatable.")]
 Cells = Annotated[
     str | None,
-    typer.Option("--cells", help="Of a file with a [sweep]: run only these, 3-7 or 1,4,9-; list shows them all."),
+    typer.Option("--cells", help="Of a sweep: run only these cells, 3-7 or 1,4,9-; list shows them all."),
 ]
 Resume = Annotated[
     str | None, typer.Option("--resume", help="Go on with this run directory, as it was configured; auto: the newest.")

@@ -11,7 +11,8 @@ BASE = {"data": {"batch_size": 16}, "model": {"depth": 2}}
 
 
 def cells_of(text: str):
-    return make_cells(BASE, tomllib.loads(text)["sweep"], "a.toml")
+    base, table = split(tomllib.loads(text), "a.toml")
+    return make_cells(base or BASE, table, "a.toml")
 
 
 def refused(text: str) -> UserError:
@@ -40,6 +41,26 @@ def test_variants_are_bundles_and_seeds_the_outermost_loop():
     assert (cells[0].config.diversity.preset, cells[0].config.optim.opt) == ("none", "sgd")
     assert (cells[1].config.diversity.preset, cells[1].config.optim.opt) == ("paper", "adamw")
     assert list(cells[0].values) == ["optim.lr", "run.seed"]
+
+
+def test_a_value_may_name_what_the_cell_has():
+    cells = cells_of("""
+        [model]
+        init = "runs/{variant}-seed={run.seed}/{optim.lr}{other}"
+        [data]
+        source = "wds/x-{000..100}.tar"
+        [sweep]
+        "run.seed" = [1, 2]
+        [[sweep.variant]]
+        name = "a"
+        [[sweep.variant]]
+        name = "b"
+        "data.train_split" = "{variant}"
+    """)
+    ends = ["a-seed=1", "b-seed=1", "a-seed=2", "b-seed=2"]
+    assert [cell.config.model.init for cell in cells] == [f"runs/{end}/{{optim.lr}}{{other}}" for end in ends]
+    assert {cell.config.data.source for cell in cells} == {"wds/x-{000..100}.tar"}
+    assert [cell.config.data.train_split for cell in cells] == [None, "b", None, "b"]
 
 
 def test_seeds_that_are_added_come_last():
