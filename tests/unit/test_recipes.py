@@ -21,7 +21,8 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 # Where a setting can come from, as the head of the table explains.
-SOURCES = ("README", "draft", "main.py", "models.py", "timm", "DeiT", "Swin", "ours", "the row's name", "the run of")
+SOURCES = ("README", "draft", "main.py", "models.py", "configs", "timm", "DeiT", "Swin", "mmseg", "ours")
+SOURCES += ("the row's name", "the run of")
 IMAGENET = 1_281_167
 DEIT, VIT_L, SWIN, SWIN_22K = 5e-4, 5e-5, 5e-4, 2e-5  # learning rates for 512 images
 TIMM = "timm, results/results-imagenet.csv, param_count"
@@ -97,7 +98,9 @@ QUICK = ("deit-s12-224", "vit-l24-224", "swin-t-224", "cifar100-small", "pets-sm
 every_recipe = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EXPECTED]
 )
+SEGMENTATION = [name for name in FILES if re.search("ade20k|cityscapes|camvid|scenes", name)]
 COMMANDS = {name: "finetune" if re.search("-384|vit-l|pets", name) else "train" for name in EXPECTED}
+COMMANDS |= dict.fromkeys(SEGMENTATION, "segment")
 
 
 def recipe(name: str) -> Config:
@@ -142,11 +145,12 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_every_recipe_has_a_row_and_an_expectation():
-    assert set(rows()) == set(FILES) == set(EXPECTED)
+    """Those of segmentation have theirs in test_segmentation_recipes.py."""
+    assert set(rows()) == set(FILES) == {*EXPECTED, *SEGMENTATION}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-class TestRecipe:
+@pytest.mark.parametrize("name", FILES)
+class TestFile:
     def test_it_resolves_to_itself(self, name):
         assert resolve(recipe(name)) == recipe(name)
         assert recipe(name).run.name == name
@@ -154,7 +158,10 @@ class TestRecipe:
     def test_its_first_line_is_the_command(self, name):
         first = FILES[name].read_text(encoding="utf-8").splitlines()[0]
         assert first == f"# pdvit {COMMANDS[name]} --config experiments/recipes/{name}.toml"
-        assert (recipe(name).model.init is not None) == (COMMANDS[name] == "finetune")
+        config = recipe(name)
+        assert (config.segment.head is not None) == (COMMANDS[name] == "segment")
+        if COMMANDS[name] != "segment":
+            assert (config.model.init is not None) == (COMMANDS[name] == "finetune")
 
     def test_every_setting_says_where_it_comes_from(self, name):
         section = ""
@@ -167,6 +174,9 @@ class TestRecipe:
             assert hash_, f"{section} {line}"
             assert comment.startswith(SOURCES), f"{section} {line}"
 
+
+@pytest.mark.parametrize("name", EXPECTED)
+class TestLearningRate:
     def test_the_learning_rate_runs_as_expected(self, name):
         expected, config = EXPECTED[name], recipe(name)
         per_epoch = expected.images // config.data.batch_size
@@ -248,11 +258,14 @@ def test_the_second_phase_can_follow_the_first(name):
 
 
 def test_a_finetuned_row_begins_where_its_base_ends():
-    for name in EXPECTED:
-        init = recipe(name).model.init
-        if init is not None and init.startswith("runs/"):
-            base = recipe(init.removeprefix("runs/"))
-            assert (base.model.depth, base.run.name) == (recipe(name).model.depth, init.removeprefix("runs/"))
+    for name in FILES:
+        model = recipe(name).model
+        if model.init is not None and model.init.startswith("runs/"):
+            base = recipe(model.init.removeprefix("runs/"))
+            assert base.run.name == model.init.removeprefix("runs/")
+            shape = [(one.depth, one.width, one.heads, one.patch_size) for one in (base.model, model)]
+            assert shape[0] == shape[1]
+            assert base.diversity.preset == "paper"
 
 
 def test_digits_is_what_train_does_without_arguments():

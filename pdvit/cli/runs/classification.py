@@ -22,7 +22,7 @@ def _open(config: Config, say: Callable[[str], None]) -> "Source":
     return open_source(config.data, say)
 
 
-def _settle(config: Config, processes: int) -> Config:
+def _settle(config: Config, processes: int, device: "torch.device") -> Config:
     return config
 
 

@@ -32,8 +32,8 @@ class Kind:
 
     open_source: Callable[[Config, Callable[[str], None]], "Source"]
     """Open the data of a configuration; raises UserError."""
-    settle: Callable[[Config, int], Config]
-    """Fill in what depends on the number of processes; raises UserError."""
+    settle: Callable[[Config, int, "torch.device"], Config]
+    """Fill in what depends on the number of processes and their devices; raises UserError."""
     make_task: MakeTask
     describe: Callable[[Config, Any], str]
     """Say in a line or two what is trained, from the configuration and the task."""

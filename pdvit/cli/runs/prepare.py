@@ -73,7 +73,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     if not config.data.batch_size:
         size = _batch_that_fits(kind, config, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=size)))
-    config = _from_anywhere(kind.settle(config, ranks.size))
+    config = _from_anywhere(kind.settle(config, ranks.size, device))
     task = kind.make_task(config, source, device, ranks)
     begun_from = [] if initial is None else begin(task.module, initial, source.classes)
     trainer = Trainer(task, config, device, ranks)

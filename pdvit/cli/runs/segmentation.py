@@ -23,14 +23,15 @@ def _open(config: Config, say: Callable[[str], None]) -> "Source":
     return open_masks(config.data, config.segment, say)
 
 
-def _settle(config: Config, processes: int) -> Config:
-    """Choose the norm of the head: forward passes of a single image can't have batch norm."""
+def _settle(config: Config, processes: int, device: "torch.device") -> Config:
+    """Choose the norm of the head: a batch norm can't have the statistics of a single image."""
     from pdvit.models.segmentation.norms import settle_norm
 
     share = max(1, config.data.batch_size // processes)
     most = min(config.data.micro_batch or share, share)
     least = min(most, share % most or most)  # the last part of a batch may be shorter
-    return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, least)))
+    joined = least * processes if device.type == "cuda" else least  # by SyncBatchNorm, which needs GPUs
+    return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, joined)))
 
 
 def _make_task(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> "SegmentationTask":
