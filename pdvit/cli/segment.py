@@ -23,7 +23,7 @@ DEFAULTS: Layer = {
 SCENES: Layer = {
     "data": {"batch_size": 8},
     "segment": {"width": 32, "aux": 0.0, "jitter": (1.0, 1.0), "photometric": False},
-    "optim": {"epochs": "2.5"},
+    "optim": {"epochs": "1.25"},
 }
 SMALL: Layer = {"model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8}, "optim": {"lr": 2e-3}}
 

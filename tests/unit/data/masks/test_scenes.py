@@ -28,6 +28,21 @@ def test_image_and_mask_fit_and_every_digit_occurs():
     assert (found > 0).all()
 
 
+def test_digits_lie_on_the_grid_and_inside(monkeypatch):
+    fresh = read_scenes(DataConfig()).splits["test"]
+    places = set()
+
+    def look(pixels, ink, colour):
+        offset = pixels.__array_interface__["data"][0] - pixels.base.__array_interface__["data"][0]
+        places.add((offset // (3 * SIDE) % scenes.GRID, offset // 3 % SIDE % scenes.GRID))
+        assert pixels.shape[:2] == ink.shape and ink.shape[0] in scenes.SIDES
+
+    monkeypatch.setattr(scenes, "_paint", look)
+    for index in range(10):
+        fresh.scene(index)
+    assert places == {(0, 0)}
+
+
 def test_strokes_stand_out_from_the_ground():
     for index in range(20):
         pixels, mask = SOURCE.splits["val"].scene(index)
