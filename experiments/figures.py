@@ -1,7 +1,8 @@
-"""Draw P and effective rank by depth from a layers.csv: `python experiments/figures.py ablation/layers.csv [VARIANT ...]`.
+"""Draw P and effective rank by depth: `python experiments/figures.py ablation/layers.csv [VARIANT ...]`.
 
-The figure lies beside the table, as layers.svg and layers.png. Lines are means over seeds, bands 95 % intervals (Student's t); solid after
-training, dashed before. What was crossed beside variant and seed has a panel for each of its values.
+The figure lies beside the table, as layers.svg and layers.png. Lines are means over seeds, bands 95 % intervals
+(Student's t); solid after training, dashed before. What was crossed beside variant and seed has a panel for each of its
+values.
 """
 
 import sys
