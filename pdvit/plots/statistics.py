@@ -33,16 +33,20 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
+def interval(values: Sequence[float]) -> Difference:
+    """Return the mean of a sample with its t interval; `pairs` is its size."""
+    mean, std = mean_and_std(values)
+    half = float(stdtrit(len(values) - 1, LEVEL)) * std / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Difference(mean, mean - half, mean + half, len(values))
+
+
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
     """Return second minus first over what both have, by key (a seed): the paired t interval.
 
     Pairing takes out what a seed does to both, so the interval is narrower than that of two independent samples where
     seeds matter.
     """
-    apart = [second[key] - first[key] for key in first if key in second]
-    mean, std = mean_and_std(apart)
-    half = float(stdtrit(len(apart) - 1, LEVEL)) * std / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
-    return Difference(mean, mean - half, mean + half, len(apart))
+    return interval([second[key] - first[key] for key in first if key in second])
 
 
 def welch(means: tuple[float, float], stds: tuple[float, float], counts: tuple[int, int]) -> Difference:

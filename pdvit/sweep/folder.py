@@ -48,7 +48,8 @@ class Folder:
         text = f"# What the cells here were asked for.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
         file = self.path / SWEEP
         try:
-            if self.path.exists() and not file.is_file() and (not self.path.is_dir() or any(self._strangers())):
+            strange = self.path.exists() and (not self.path.is_dir() or any(self._strangers()))
+            if strange and not file.is_file():  # in this order: another process may write it between the two
                 what = "the folder exists already, and is not that of a sweep"
                 raise UserError(what, str(self.path), "choose another --out")
             (self.path / LOGS).mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ class Folder:
 
     def _strangers(self) -> Iterator[str]:
         """Yield what lies in the folder that another process, which begins this very sweep, did not make just now."""
-        return (name for name in os.listdir(self.path) if name != LOGS)
+        return (name for name in os.listdir(self.path) if name != LOGS and not name.startswith(f".{SWEEP}."))
 
 
 def _clear(run: Path) -> None:

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from pdvit.cli import run as pdvit
+from pdvit.cli.runs.sweep import Sweep
+from pdvit.cli.train import TRAIN
+from pdvit.sweep import Folder, State, make_cells, split
 
 BASE = """
 [data]
@@ -89,6 +93,18 @@ def test_a_mistake_in_any_cell_is_found_before_the_first_begins(workplace, refus
     assert "cell 2 (name=vit_tny_patch16_224)" in found.where
     assert "vit_tiny" in found.tip
     assert statuses(workplace / "runs" / "tiny") == ["waiting", "waiting"]
+
+
+def test_a_cell_that_ends_without_a_finite_loss_ends_no_sweep(tmp_path):
+    """summary.json has no NaN, so its loss is null."""
+    file = write(tmp_path)
+    base, table = split(tomllib.loads(file.read_text()), str(file))
+    cells, folder = make_cells(base, table, str(file)), Folder(tmp_path / "sweep")
+    sweep = Sweep(TRAIN, folder, cells, None, True)
+    (folder.path / cells[0].name).mkdir(parents=True)
+    summary = {"split": "test", "accuracy": 0.1, "loss": None, "similarity_first": None, "similarity_last": None}
+    (folder.path / cells[0].name / "summary.json").write_text(json.dumps(summary))
+    assert "test accuracy 10.0%, loss nan" in sweep._outcome(cells[0], State("finished"), 1.0)
 
 
 def test_cells_are_listed_and_nothing_is_written(workplace, capsys):

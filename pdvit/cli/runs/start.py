@@ -60,6 +60,8 @@ def _shared_directory(ready: Prepared) -> Path:
 
 def _new_directory(config: Config, device: str) -> "RunDirectory":
     """Make the run directory and write what is known before the first step."""
+    import torch
+
     from pdvit.config import to_toml
     from pdvit.data.sources import source_label
     from pdvit.engine.ranks import launch
@@ -72,7 +74,8 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
     text = to_toml(config, command_line())
     directory = RunDirectory.create(config.run.out, name)
     directory.write("run.toml", text)
-    directory.write_json("environment.json", describe_environment(device) | {"launch": launch()[0]})
+    facts = {"threads": torch.get_num_threads(), "launch": launch()[0]}
+    directory.write_json("environment.json", describe_environment(device) | facts)
     return directory
 
 

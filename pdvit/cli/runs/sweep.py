@@ -1,6 +1,7 @@
 """A sweep: what the user asked for, how its cells are checked and run, and what is said of them."""
 
 import json
+import math
 import os
 import statistics
 from collections import Counter
@@ -155,9 +156,9 @@ class Sweep:
     def _outcome(self, cell: "Cell", state: "State", seconds: float) -> str:
         if state.status == "finished":
             summary = json.loads((self.folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
-            return (
-                f"finished in {_time(seconds)}; {self.command.kind_of(cell.config).conclude(summary).splitlines()[0]}"
-            )
+            numbers = {name: math.nan if value is None else value for name, value in summary.items()}
+            told = self.command.kind_of(cell.config).conclude(numbers).splitlines()[0]
+            return f"finished in {_time(seconds)}; {told}"
         if state.status == "running":
             return "another process trains it"
         return f"{state.status}{': ' if state.reason else ''}{state.reason}"

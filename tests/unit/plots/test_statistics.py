@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pdvit.plots.statistics import mean_and_std, paired, welch
+from pdvit.plots.statistics import interval, mean_and_std, paired, welch
 
 close = {"rel": 1e-9, "abs": 1e-9}
 
@@ -19,6 +19,13 @@ def test_a_paired_difference_is_that_of_scipy(count):
     assert found.pairs == count
     assert found.mean == pytest.approx((second - first).mean(), **close)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), **close)
+
+
+def test_the_interval_of_a_mean_is_that_of_scipy():
+    values = [0.2, 0.5, 0.9, 0.4]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = interval(values)
+    assert (found.mean, found.low, found.high, found.pairs) == pytest.approx((0.5, expected.low, expected.high, 4))
 
 
 def test_only_seeds_that_both_have_are_paired():

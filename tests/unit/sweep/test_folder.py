@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -163,3 +164,23 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["x"]
     (tmp_path / "empty").mkdir()
     begin(tmp_path / "empty")
+
+
+def test_another_process_may_begin_the_same_sweep_at_the_same_time(tmp_path, monkeypatch):
+    """Its sweep.toml may be half-written, or may appear, with all that follows, while the folder is looked at."""
+    half = tmp_path / "half"
+    (half / "logs").mkdir(parents=True)
+    (half / ".sweep.toml.12ab34cd").write_text("")
+    begin(half)
+
+    listed, path = os.listdir, tmp_path / "now"
+
+    def meanwhile(folder):
+        monkeypatch.undo()
+        begin(path).write_table()
+        return listed(folder)
+
+    (path / "logs").mkdir(parents=True)
+    monkeypatch.setattr(os, "listdir", meanwhile)
+    begin(path)
+    assert (path / "cells.csv").is_file()

@@ -1,0 +1,83 @@
+"""Draw P and effective rank by depth: `python experiments/figures.py ablation/layers.csv [VARIANT ...]`.
+
+The figure lies beside the table, as layers.svg and layers.png. Lines are means over seeds, bands 95 % intervals
+(Student's t); solid after training, dashed before. What was crossed beside variant and seed has a panel for each of its
+values.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from tables import NUMBERS, SEED
+
+from pdvit.plots.lines import legend
+from pdvit.plots.statistics import interval
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styled
+
+HERE = Path(__file__).parent
+DASHED = {"after": "-", "before": (0, (3, 2))}
+HEIGHT = 2.1  # of a row of panels, in inches
+LABELS = {"similarity": "P, patch similarity", "effective_rank": "effective rank"}
+
+
+def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
+    """Draw a row of panels for P and one for effective rank, over depth relative to the last layer.
+
+    Args:
+        layers: as layers.csv; `data` of the figure is mean, low and high of each line at each layer.
+        theme: colours.
+    """
+    data = summarise(layers)
+    panels = list(data.groupby("panel", sort=False))
+    names = [str(name) for name in data["variant"].unique()]
+    styles = [look | {"linestyle": "-"} for look in looks(len(names), theme)]
+    with styled(DOUBLE, HEIGHT * len(NUMBERS), theme, len(NUMBERS), len(panels), sharex=True, sharey="row") as figure:
+        figure.data = data
+        for number, axes in enumerate(figure.axes):
+            row, column = divmod(number, len(panels))
+            panel, part = panels[column]
+            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)))
+            axes.set_title(panel if row == 0 else "")
+            axes.set_ylabel(LABELS[NUMBERS[row]] if column == 0 else "")
+            axes.set_xlabel("relative depth" if row else "")
+        before = Line2D([], [], color=theme.muted, linestyle=DASHED["before"], label="before training")
+        legend(figure, dict(zip(names, styles, strict=True)), [before])
+        return figure
+
+
+def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]]) -> None:
+    for (variant, when), line in rows.groupby(["variant", "when"], sort=False):
+        look = styles[variant] | {"linestyle": DASHED[when]} | ({"marker": ""} if when == "before" else {})
+        axes.plot(line["depth"], line["mean"], **look)
+        axes.fill_between(line["depth"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
+
+
+def summarise(layers: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, low and high over seeds, by panel, variant, when, metric and relative depth."""
+    crossed = [name for name in layers if "." in name and name != SEED and layers[name].nunique() > 1]
+    rows = []
+    for key, line in layers.groupby([*crossed, "variant", "when"], sort=False):
+        values = dict(zip(crossed, key, strict=False))
+        panel = ", ".join(f"{name.partition('.')[2]} {value}" for name, value in values.items())
+        place = {"panel": panel, "variant": key[-2], "when": key[-1]}
+        for (depth, layer), seeds in line.groupby(["depth", "layer"]):
+            for metric in NUMBERS:
+                over = interval(seeds[metric].tolist())
+                at = {"metric": metric, "layer": layer, "depth": depth / line["depth"].max(), "n": over.pairs}
+                rows.append(place | at | {"mean": over.mean, "low": over.low, "high": over.high})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    file, *variants = sys.argv[1:]
+    layers = pd.read_csv(HERE / file, keep_default_na=False)
+    figure = draw_layers(layers[layers["variant"].isin(variants)] if variants else layers)
+    for suffix in (".svg", ".png"):
+        (HERE / file).with_suffix(suffix).write_bytes(render(figure, suffix))
+
+
+if __name__ == "__main__":
+    main()

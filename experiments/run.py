@@ -1,0 +1,149 @@
+"""Run the evidence of a folder beside this script: `python experiments/run.py FOLDER [FILE] [words for pdvit train]`.
+
+    python experiments/run.py ablation           # the sweep of experiments/ablation/cpu.toml
+    python experiments/run.py ablation tuning    # tuning.toml: prints the best learning rates on validation
+    python experiments/run.py ablation gpu --set data.source=../cifar100
+
+It trains the cells of the sweep, and measures P and effective rank of every layer of each finished one on 256 images of
+the split that the run ended with: with its final weights and with those that it began from. Then it writes
+FOLDER/results.csv, one row per cell, and FOLDER/layers.csv, one row per cell and layer (results-gpu.csv and
+layers-gpu.csv of gpu.toml; of tuning.toml tuning.csv alone: nothing else is measured). README.md tells the columns.
+
+What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). Without a GPU as many cells run at
+a time as there are cores, with one thread each; CUDA_VISIBLE_DEVICES= hides the GPUs. The exit status is that of
+pdvit train, or 1 where a finished run could not be measured.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+from tables import LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
+
+from pdvit.analysis import analyze
+from pdvit.cli.runs.prepare import prepare
+from pdvit.cli.train import TRAIN
+from pdvit.config import build, read_toml
+from pdvit.engine.device import visible_gpus
+from pdvit.engine.interrupts import EXIT_STOPPED, StopRequest, stop_on_signals
+from pdvit.errors import UserError
+from pdvit.models.weights import load
+from pdvit.sweep import Folder
+from pdvit.tasks.base import bare
+from pdvit.tasks.probe import Probe
+from pdvit.tracking import write_file
+
+HERE = Path(__file__).parent
+IMAGES = 256
+
+
+def train(line: Sequence[str], count: int, stop: StopRequest) -> int:
+    """Run the same command so many times at once: they share the cells. Returns the exit status that says most."""
+    running = [subprocess.Popen(line, process_group=0) for _ in range(count)]  # a terminal's Ctrl-C reaches us alone
+    asked = False
+    try:
+        while any(process.poll() is None for process in running):
+            time.sleep(0.2)
+            if stop and not asked:
+                asked = True
+                for process in running:
+                    process.terminate()  # each cell finishes its step and saves
+    finally:
+        for process in running:
+            process.send_signal(signal.SIGINT)  # to one that has ended it does nothing
+            process.wait()
+    return max((process.returncode for process in running), key=abs)
+
+
+def measure(run: Path) -> str | None:
+    """Write what every layer of a finished run is like, after training and before; return why that can't be.
+
+    Of a run that ended with a loss that is not finite there is nothing to measure after training.
+    """
+    try:
+        sound = json.loads((run / "summary.json").read_text())["loss"] is not None
+        with redirect_stderr(io.StringIO()):  # it would say what it prepares
+            began = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
+        images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loading).images
+        models = {"after": load(run).model.to(began.device)} if sound else {}
+        parts = []
+        for when, model in (models | {"before": bare(began.module)}).items():
+            table = analyze(model, images, ["similarity", "rank"])
+            wide = table.pivot(index=["depth", "layer"], columns="metric", values="mean").reset_index()
+            parts.append(wide[["layer", "depth", *NUMBERS]].assign(when=when))
+        write_file(run / LAYERS, pd.concat(parts).to_csv(index=False))
+    except UserError as error:
+        return error.what
+    return None
+
+
+def measure_all(runs: Sequence[Path], count: int, stop: StopRequest) -> bool:
+    """Measure so many runs at a time; tell whether all could be."""
+    done = True
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too
+    with ProcessPoolExecutor(count, get_context("spawn"), signal.signal, ignore) as pool:
+        for number, (run, trouble) in enumerate(zip(runs, pool.map(measure, runs), strict=True), 1):
+            print(f"layers {number} of {len(runs)}: {run.name}{': not measured: ' if trouble else ''}{trouble or ''}")
+            done &= trouble is None
+            if stop:
+                pool.shutdown(cancel_futures=True)
+                return False
+    return done
+
+
+def run(kind: str, folder: Path, words: Sequence[str], stop: StopRequest) -> int:
+    """Train, measure and write the tables of one sweep; return the exit status."""
+    line = [sys.executable, "-m", "pdvit", "train", "--config", str(folder / f"{kind}.toml"), *words]
+    listed = subprocess.run([*line, "--cells", "list", "--json"], stdout=subprocess.PIPE, text=True)
+    if listed.returncode:
+        return listed.returncode
+    there = json.loads(listed.stdout)
+    sweep, count = Path(there["sweep"]), 1
+    if not visible_gpus():
+        os.environ["OMP_NUM_THREADS"] = "1"
+        count = min(len(os.sched_getaffinity(0)), len(there["cells"]))
+    status = train(line, count, stop)
+    if stop or status not in (0, 1, EXIT_STOPPED):
+        return status or EXIT_STOPPED
+    finished = [sweep / cell.name for cell, state in Folder(sweep).write_table() if state.status == "finished"]
+    todo = [run for run in finished if "tuning" not in kind and not (run / LAYERS).is_file()]
+    if todo and not measure_all(todo, count, stop):
+        status = EXIT_STOPPED if stop else status or 1
+    write(kind, folder, sweep)
+    return status
+
+
+def write(kind: str, folder: Path, sweep: Path) -> None:
+    """Write the tables, or of a tuning the one table, and print what it chose."""
+    cells, end = cells_of(sweep), "" if kind == "cpu" else f"-{kind}"
+    if "tuning" not in kind:
+        write_table(folder / f"results{end}.csv", cells)
+        write_table(folder / f"layers{end}.csv", list(layers_of(sweep, cells)))
+        return
+    write_table(folder / f"{kind}.csv", cells)
+    for setting, (rate, score, edge) in best_rates(cells).items():
+        print(f'"optim.lr" = {rate:g}  # {setting}: {score:.4f} on validation{", at the edge" if edge else ""}')
+
+
+def main() -> int:
+    folder, *words = sys.argv[1:] or ["--help"]
+    if folder.startswith("-"):
+        print(__doc__)
+        return 2
+    kind = words.pop(0) if words and not words[0].startswith("-") else "cpu"
+    with stop_on_signals() as stop:
+        return run(kind, HERE / folder, words, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""experiments/run.py from start to end, against what the run directories say and models built by hand."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from pdvit.cli import run as pdvit
+from pdvit.config.schema import DataConfig
+from pdvit.data.images import Preprocessing
+from pdvit.data.loader import Loading, eval_batches
+from pdvit.data.pictures import held_out
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
+BASE = """
+[data]
+source = "digits"
+batch_size = 16
+{size}
+[model]
+{model}
+[optim]
+opt = "sgd"
+lr = 1e-2
+epochs = "{steps}st"
+warmup = "1st"
+[run]
+device = "cpu"
+log_every = "1st"
+name = "{name}"
+[sweep]
+"run.seed" = [3]
+{sweep}
+"""
+SIZE = "img_size = 16"
+MODEL = "depth = 2\nwidth = 16\nheads = 1\npatch_size = 8"
+TWO = '[[sweep.variant]]\nname = "none"\n"diversity.preset" = "none"\n[[sweep.variant]]\nname = "paper"\n'
+BROKEN = '[[sweep.variant]]\nname = "diverging"\n"optim.lr" = 1e30\n'
+PATIENCE = 280.0
+close = {"rel": 6e-5, "abs": 1e-9}  # five digits
+
+
+def write(name: str, sweep: str, steps: int = 30, size: str = SIZE, model: str = MODEL) -> None:
+    Path("claim").mkdir(exist_ok=True)
+    text = BASE.format(size=size, model=model, steps=steps, name=f"claim-{name}", sweep=sweep)
+    Path("claim", f"{name}.toml").write_text(text)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    line = [sys.executable, str(SCRIPT), str(Path("claim").resolve()), *words]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, env=environment, start_new_session=True, **pipe)
+
+
+def finish(process: subprocess.Popen[str], status: int) -> str:
+    shown = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == status, shown
+    return shown
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with Path("claim", name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def similarity_by_hand(seed: int) -> dict[str, float]:
+    """P of a model that timm builds with this seed, on the test images: one image and one pair of patches at a time."""
+    torch.manual_seed(seed)
+    arguments = {"img_size": 16, "depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8, "num_classes": 10}
+    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    how = Loading(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(model))
+    found: dict[str, list[float]] = {"block 2": [], "norm": []}
+    for name, module in (("block 2", model.blocks[1]), ("norm", model.norm)):
+        module.register_forward_hook(lambda _, __, tokens, name=name: found[name].extend(map(alike, tokens[:, 1:])))
+    with torch.no_grad():
+        for batch in eval_batches(held_out(DataConfig(source="digits")).first(256).split, how):
+            model(batch.images)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def alike(tokens: torch.Tensor) -> float:
+    unit = (tokens / tokens.norm(dim=1, keepdim=True)).double()
+    pairs = [(i, j) for i in range(len(unit)) for j in range(i)]
+    return sum(abs(float(unit[i] @ unit[j])) for i, j in pairs) / len(pairs)
+
+
+def analysis(run: Path) -> dict[tuple[str, str], float]:
+    """What `pdvit analyze` says of a run."""
+    assert pdvit(["analyze", str(run), "--metrics", "similarity,rank", "--device", "cpu"]) == 0
+    with (run / "analysis.csv").open(newline="") as file:
+        return {(row["layer"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
+
+
+def check_row(row: dict[str, str], run: Path) -> None:
+    """Compare a row with what the files of its run say."""
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("accuracy", "loss", "similarity_first", "similarity_last", "seconds", "steps"):
+        assert float(row[name]) == pytest.approx(summary[name], **close)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "eval"][-1]
+    assert float(row["accuracy_val"]) == pytest.approx(last["accuracy"], **close)
+    environment = json.loads((run / "environment.json").read_text())
+    assert row["torch"] == environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert (row["threads"], row["cores"]) == ("1", str(environment["cores"]))
+    measured = analysis(run)
+    for name, layer in (("block", "block 2"), ("norm", "norm")):
+        assert float(row[f"similarity_{name}"]) == pytest.approx(measured[layer, "similarity"], **close)
+        assert float(row[f"rank_{name}"]) == pytest.approx(measured[layer, "effective_rank"], **close)
+
+
+@pytest.mark.slow
+def test_a_folder_is_run_measured_and_written(workplace):
+    write("cpu", TWO + BROKEN)
+    finish(start(), 1)
+    found, sweep = rows("results.csv"), workplace / "runs" / "claim-cpu"
+    assert [(row["variant"], row["status"]) for row in found] == [
+        *(("none", "finished"), ("paper", "finished"), ("diverging", "failed"))
+    ]
+    before = similarity_by_hand(seed=3)
+    for row in found[:2]:
+        check_row(row, sweep / row["name"])
+        for name, layer in (("block", "block 2"), ("norm", "norm")):
+            assert float(row[f"similarity_{name}_before"]) == pytest.approx(before[layer], **close)
+    assert "not a number" in found[2]["reason"]
+    assert int(found[2]["loss_spikes"]) > 0
+    assert found[2]["similarity_block"] == found[2]["accuracy"] == ""
+
+    layers = rows("layers.csv")
+    assert len(layers) == 2 * 2 * 4  # cells, after and before, layers
+    paper = {(row["when"], row["layer"]): row for row in layers if row["variant"] == "paper"}
+    assert paper["after", "norm"]["similarity"] == found[1]["similarity_norm"]
+    assert paper["before", "block 2"]["effective_rank"] == found[1]["rank_block_before"]
+    assert {(row["run.seed"], row["depth"]) for row in layers if row["layer"] == "norm"} == {("3", "3")}
+    texts = [Path("claim", name).read_text() for name in ("results.csv", "layers.csv")]
+    assert not [text for text in texts if str(workplace) in text or "/tmp" in text]
+
+    times = {file: file.stat().st_mtime_ns for file in sweep.glob("*/layers.csv")}
+    assert "layers" not in finish(start(), 1).replace("layers.csv", "")
+    assert {file: file.stat().st_mtime_ns for file in sweep.glob("*/layers.csv")} == times
+    assert [Path("claim", name).read_text() for name in ("results.csv", "layers.csv")] == texts
+    assert pdvit(["plot", "sweep", "claim/results.csv", "--metric", "rank_block"]) == 0
+
+    # Runs that go on from these begin with their weights.
+    write("gpu", TWO, steps=2, size="", model='init = "runs/claim-cpu/{variant}-seed={run.seed}"')
+    finish(start("gpu"), 0)
+    for row, first in zip(rows("results-gpu.csv"), found, strict=False):
+        for name in ("similarity_block", "rank_block", "similarity_norm", "rank_norm"):
+            assert row[f"{name}_before"] == first[name]
+    assert len(rows("layers-gpu.csv")) == len(layers)
+
+
+@pytest.mark.slow
+def test_a_tuning_prints_the_best_rates_and_measures_nothing_else(workplace):
+    write("tuning", '"optim.lr" = [1e-3, 1e-2]\n' + TWO, steps=3)
+    shown = finish(start("tuning", "--set", "optim.weight_decay=0.5"), 0)
+    found = rows("tuning.csv")
+    for variant in ("none", "paper"):
+        scores = [(-float(row["accuracy_val"]), row["optim.lr"]) for row in found if row["variant"] == variant]
+        assert len(scores) == 2
+        assert f'"optim.lr" = {min(scores)[1]}  # {variant}: ' in shown
+    assert "similarity_block" not in found[0]
+    assert sorted(path.name for path in Path("claim").iterdir()) == ["tuning.csv", "tuning.toml"]
+    runs = list((workplace / "runs" / "claim-tuning").glob("*/run.toml"))
+    assert len(runs) == 4
+    assert all("weight_decay = 0.5" in run.read_text() for run in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [True, False])
+def test_ctrl_c_stops_all_and_the_same_command_goes_on(workplace, group):
+    write("cpu", TWO, steps=20000)
+    process = start()
+    run = workplace / "runs" / "claim-cpu" / "none-seed=3"
+    deadline = time.monotonic() + PATIENCE
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    finish(process, 75)  # its output has ended, so nobody holds it open
+    states = json.loads((run / "status.json").read_text())
+    assert (states["status"], states["reason"]) == ("stopped", "SIGTERM")
+    assert not list(Path("claim").glob("*.csv"))
+
+
+@pytest.mark.slow
+def test_what_pdvit_refuses_is_refused(workplace):
+    write("cpu", '"optim.lr" = [-1.0]')
+    assert "out of range" in finish(start(), 2)
+    assert not Path("runs").exists()
