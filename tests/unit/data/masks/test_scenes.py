@@ -35,7 +35,8 @@ def test_digits_lie_on_the_grid_and_inside(monkeypatch):
     def look(pixels, ink, colour):
         offset = pixels.__array_interface__["data"][0] - pixels.base.__array_interface__["data"][0]
         places.add((offset // (3 * SIDE) % scenes.GRID, offset // 3 % SIDE % scenes.GRID))
-        assert pixels.shape[:2] == ink.shape and ink.shape[0] in scenes.SIDES
+        assert pixels.shape[:2] == ink.shape
+        assert ink.shape[0] in scenes.SIDES
 
     monkeypatch.setattr(scenes, "_paint", look)
     for index in range(10):
