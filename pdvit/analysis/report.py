@@ -22,10 +22,13 @@ UNKNOWN = "no verdict, which needs P: --metrics similarity"
 
 
 def with_random(analysis: Analysis, random: Analysis) -> Analysis:
-    """Return an analysis with P of the same model with random weights beside it, as the metric `similarity_random`."""
+    """Return an analysis with P of the same model with random weights beside it, as the metric `similarity_random`.
+
+    Of the layers of the analysis alone: the backbone of a segmentation may lack the final norm.
+    """
     import pandas as pd
 
-    rows = random.table[random.table["metric"] == "similarity"]
+    rows = random.table[(random.table["metric"] == "similarity") & random.table["layer"].isin(analysis.layers)]
     rows = rows.assign(metric="similarity_random", model=analysis.table["model"].iloc[0])
     return replace(analysis, table=pd.concat([analysis.table, rows], ignore_index=True))
 

@@ -175,7 +175,7 @@ def _pictures(images: list[str], run: Config | None) -> Pictures:
     """Return what to look at: what the user names, the run's own held-out images, or two photographs."""
     if images:
         return named(images)
-    return sample_photographs() if run is None else held_out(run.data)
+    return sample_photographs() if run is None else held_out(run)
 
 
 def _images(subject: Subject, console: "RunConsole", what: str) -> "Iterator[Tensor]":

@@ -195,7 +195,8 @@ def _names(files: "FileSplit") -> list[Path]:
     if len(set(names)) < len(names):
         common = os.path.commonpath([path.parent for path in paths])
         names = [path.relative_to(common).with_suffix(".png") for path in paths]
-    if twice := next((path for at, path in enumerate(paths) if names.index(names[at]) < at), None):
+    first = {name: at for at, name in reversed(list(enumerate(names)))}
+    if twice := next((path for at, path in enumerate(paths) if first[names[at]] < at), None):
         what = f"two images would have the mask {twice.with_suffix('.png').name}"
         raise UserError(what, str(twice), "label them one after another, each with its own --out")
     return names

@@ -50,7 +50,7 @@ def metrics(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 
 @app.command()
 def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Loss by term, accuracy, and P over epoch and layer, one row per run."""
+    """Loss by term, accuracy or mIoU, and P over epoch and layer, one row per run."""
     check_suffix(out)
     from pdvit.plots.training import plot_training, read_records
 

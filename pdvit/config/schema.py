@@ -248,7 +248,7 @@ class SegmentConfig:
     photometric: bool = key(True, "Jitter brightness, contrast, saturation and hue.", "--photometric/--no-photometric")
     mode: str | None = key(
         None,
-        "Evaluate whole images, or windows of them; unset: windows for plain vision transformers.",
+        "Evaluate whole images, or windows of them; unset: windows for plain models and those of one size.",
         "--eval-mode",
         choices=("whole", "slide"),
     )

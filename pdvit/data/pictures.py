@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdvit.config.schema import DataConfig
+from pdvit.config.schema import Config, DataConfig
 from pdvit.data.bad_images import BadImage, BadImages
 from pdvit.data.images import FileImages, Preprocessing
 from pdvit.data.kinds import kind_of
+from pdvit.data.masks.sources import open_masks
 from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
 from pdvit.data.sources.split import printable
 from pdvit.errors import UserError, closest
@@ -48,9 +49,10 @@ class Pictures:
                 yield printable(self.split.key(index)), image
 
 
-def held_out(data: DataConfig) -> Pictures:
-    """Return the images that a run never learned from: its test split, or else validation."""
-    source = open_source(data)
+def held_out(config: Config) -> Pictures:
+    """Return the images that a run never learned from: its test split, or else validation; of a segmentation too."""
+    masks = config.segment.head is not None or config.data.source == "scenes"
+    source = open_masks(config.data, config.segment) if masks else open_source(config.data)
     return Pictures(f"{source.name}, {source.final_split} split", source.splits[source.final_split])
 
 
@@ -61,7 +63,7 @@ def named(names: list[str]) -> Pictures:
     """
     sources = [name for name in names if kind_of(name) and not os.path.isdir(os.path.expanduser(name))]
     if sources and len(names) == 1:
-        return held_out(DataConfig(source=names[0]))
+        return held_out(Config(data=DataConfig(source=names[0])))
     if mixed := sorted(sources):
         what = f"the source '{mixed[0]}' can't be mixed with files"
         raise UserError(what, "--images", f"measure it by itself: --images {mixed[0]}")

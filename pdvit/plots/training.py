@@ -1,4 +1,4 @@
-"""A run over time: the loss by term, accuracy, and P of every layer."""
+"""A run over time: the loss by term, accuracy or mIoU, and P of every layer."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ NEEDED = {
     "eval": {"epoch", "accuracy"},
     "similarity": {"epoch", "layers", "similarity"},
 }
-TERMS = ("class", "cosine", "contrastive", "mixing", "koleo", "spectral")
+TERMS = ("class", "aux", "cosine", "contrastive", "mixing", "koleo", "spectral")
+# What a run is judged by, the first that its evaluations have: segmentations have both.
+SCORES = {"miou": "mIoU", "accuracy": "accuracy"}
 
 
 def read_records(run: Path) -> dict[str, pd.DataFrame]:
@@ -48,7 +50,7 @@ def read_records(run: Path) -> dict[str, pd.DataFrame]:
 
 
 def plot_training(runs: Sequence[dict[str, pd.DataFrame]], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
-    """Draw one row per run: loss by term, validation accuracy, and P over epoch and layer.
+    """Draw one row per run: loss by term, validation accuracy or mIoU, and P over epoch and layer.
 
     Args:
         runs: records by kind, as `read_records` returns them.
@@ -58,13 +60,13 @@ def plot_training(runs: Sequence[dict[str, pd.DataFrame]], names: Sequence[str],
     with styled(DOUBLE, 2.2 * len(runs), theme, rows=len(runs), columns=3) as figure:
         figure.data = pd.concat([_table(*pair) for pair in zip(runs, unique(names), strict=True)], ignore_index=True)
         for row, (records, name) in enumerate(zip(runs, names, strict=True)):
-            loss, accuracy, heat = figure.axes[3 * row : 3 * row + 3]
+            loss, score, heat = figure.axes[3 * row : 3 * row + 3]
             _draw_loss(loss, records["train"], theme)
             loss.set_title(f"{short(name, 18)}: loss by term")
-            evaluation = records["eval"]
-            accuracy.plot(evaluation["epoch"], evaluation["accuracy"] * 100, marker=".", color=theme.ink)
-            best = evaluation["accuracy"].max() * 100
-            accuracy.set(title=f"validation accuracy, % (best {best:.1f})", xlabel="epoch", ylim=(0, 100))
+            evaluation, key = records["eval"], _score(records)
+            score.plot(evaluation["epoch"], evaluation[key] * 100, marker=".", color=theme.ink)
+            best = evaluation[key].max() * 100
+            score.set(title=f"validation {SCORES[key]}, % (best {best:.1f})", xlabel="epoch", ylim=(0, 100))
             _heat_map(heat, records["similarity"])
         return figure
 
@@ -78,17 +80,22 @@ def _draw_loss(axes: Axes, train: pd.DataFrame, theme: Theme) -> None:
     axes.legend()
 
 
+def _score(records: dict[str, pd.DataFrame]) -> str:
+    return next(key for key in SCORES if key in records["eval"])
+
+
 def _terms(train: pd.DataFrame) -> list[str]:
     return [term for term in TERMS if term in train]
 
 
 def _table(records: dict[str, pd.DataFrame], name: str) -> pd.DataFrame:
-    """Return one row per number: its panel (loss, accuracy, P), what it is of (a term, a layer), and its epoch."""
+    """Return one row per number: its panel (loss, the score, P), what it is of (a term, a layer), and its epoch."""
     loss = records["train"].melt("epoch", _terms(records["train"]), "of", "value").assign(panel="loss")
-    accuracy = records["eval"][["epoch", "accuracy"]].rename(columns={"accuracy": "value"}).assign(panel="accuracy")
+    key = _score(records)
+    score = records["eval"][["epoch", key]].rename(columns={key: "value"}).assign(panel=SCORES[key])
     probe = records["similarity"][["epoch", "layers", "similarity"]].explode(["layers", "similarity"])
     probe = probe.rename(columns={"layers": "of", "similarity": "value"}).assign(panel="P")
-    whole = pd.concat([loss, accuracy, probe], ignore_index=True).assign(run=name)
+    whole = pd.concat([loss, score, probe], ignore_index=True).assign(run=name)
     return whole[["run", "panel", "of", "epoch", "value"]].astype({"value": float})
 
 

@@ -135,7 +135,7 @@ def measure_masks(
             return network(images)
 
     passes = _Together(logits_of, ranks) if together and ranks.size > 1 else logits_of
-    for batch in (batch for batch in batches if int(batch.index[0]) >= 0):  # else it repeats one
+    for batch in batches:
         for image, mask in zip(batch.images, batch.targets, strict=True):
             height, width = mask.shape
             finite = torch.ones((), dtype=torch.bool, device=image.device)

@@ -149,7 +149,8 @@ def looking(module: Segmenter, batch: int) -> Looking:
     if stride > window:
         what = f"windows of {window} pixels that are {stride} apart leave gaps"
         raise UserError(what, "segment.stride (--stride)", f"choose at most {window}")
-    mode = segment.mode or ("slide" if family_of(module.inside).plain else "whole")
+    windows = family_of(module.inside).plain or not module.adapter.any_size
+    mode = segment.mode or ("slide" if windows else "whole")
     return Looking(mode, window, stride, max(1, batch))
 
 

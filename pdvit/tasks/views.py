@@ -106,7 +106,7 @@ def _scores(network: Network, image: Tensor, size: tuple[int, int], how: Looking
         del logits
     assert total is not None
     total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
-    yield 0, total
+    yield from ((rows.start, total[:, rows.start : rows.stop]) for rows in _blocks(len(total), size))
 
 
 def _view(network: Network, image: Tensor, scale: float, mirrored: bool, how: Looking) -> Tensor:

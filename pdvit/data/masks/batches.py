@@ -1,9 +1,8 @@
 """Batches of images and masks, by step, as the loader makes them of images and classes."""
 
 from collections.abc import Generator, Iterator
-from itertools import count
+from dataclasses import replace
 
-import torch
 from torch.utils.data import Dataset
 
 from pdvit.config.schema import SegmentConfig
@@ -12,7 +11,6 @@ from pdvit.data.batch import Batch
 from pdvit.data.images import Keys
 from pdvit.data.loader import Loading, decode, from_workers, mark_replaced, step_indices
 from pdvit.data.masks.split import MaskSplit, try_pair
-from pdvit.data.masks.table import IGNORED
 from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, finish
 
 
@@ -57,15 +55,10 @@ def train_batches(
 def eval_batches(split: MaskSplit, how: Loading, segment: SegmentConfig) -> Iterator[Batch]:
     """Yield every image of this process's part of a split exactly once, alone: `(1, 3, h, w)` at the evaluation scale.
 
-    Targets `(1, H, W)` have the mask's own size. All processes take the same number of turns, as FSDP needs: one that
-    has no image left repeats one with all of it ignored, and index -1.
+    Targets `(1, H, W)` have the mask's own size. Processes may have different numbers of images, or none: whoever
+    runs a model that is spread over them makes them wait for one another.
     """
-    mine = list(range(*how.share(len(split))))
-    turns = -(-len(split) // how.processes)
-    keys: list[Keys] = [[(-1, index)] for index in mine + [0] * (turns - len(mine))]
+    keys: list[Keys] = [[(-1, index)] for index in range(*how.share(len(split)))]
     transform = EvaluationTransform(segment.short_side, how.preprocessing.interpolation)
-    for turn, (images, masks, index) in zip(count(), decode(Pairs(split, transform), how, keys), strict=False):
-        images, targets = how.preprocessing.normalise(images.to(how.device)), masks.to(how.device).long()
-        if how.processes > 1 and turn >= len(mine):
-            targets, index = torch.full_like(targets, IGNORED), torch.full_like(index, -1)
-        yield Batch(images, targets, index)
+    for images, masks, index in decode(Pairs(split, transform), replace(how, processes=1), keys):
+        yield Batch(how.preprocessing.normalise(images.to(how.device)), masks.to(how.device).long(), index)

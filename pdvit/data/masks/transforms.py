@@ -27,6 +27,14 @@ LONGEST = 4
 RETRIES = 10
 
 
+class ShortSideJitter(v2.RandomShortestSize):  # type: ignore[misc]
+    """Scales to a short side drawn evenly; a thin strip, whose long side is limited, keeps a pixel at least."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
+
+
 class CategoryRatioCrop(v2.RandomCrop):  # type: ignore[misc]
     """Random crop `(side, side)`, or what there is of it; drawn again, up to 10 times, where one class covers too much.
 
@@ -105,7 +113,7 @@ class TrainingTransform:
         wanted = self.segment.short_side or side
         least, most = (max(1, round(factor * wanted)) for factor in self.segment.jitter)
         mode = v2.InterpolationMode(self.preprocessing.interpolation)
-        return v2.RandomShortestSize(range(least, most + 1), LONGEST * most, mode)
+        return ShortSideJitter(range(least, most + 1), LONGEST * most, mode)
 
     def _after(self) -> list[Callable[..., Any]]:
         after = [CategoryRatioCrop(self.crop, self.segment.max_share), v2.RandomHorizontalFlip(self.flip)]
@@ -124,10 +132,12 @@ class EvaluationTransform:
         pixels = pixels_of(image)
         if self.short_side is None:
             return pixels
-        mode = v2.InterpolationMode(self.interpolation)
-        resized: Tensor = functional.resize(
-            pixels, [self.short_side], mode, max_size=LONGEST * self.short_side, antialias=True
-        )
+        height, width = pixels.shape[-2:]
+        short, long = self.short_side, self.short_side * max(height, width) // min(height, width)
+        if long > (most := LONGEST * short):
+            short, long = max(1, most * short // long), most  # of a thin strip at least a pixel
+        size = [short, long] if height < width else [long, short]
+        resized: Tensor = functional.resize(pixels, size, v2.InterpolationMode(self.interpolation), antialias=True)
         return resized
 
 

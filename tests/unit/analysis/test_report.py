@@ -46,6 +46,13 @@ def test_random_weights_stand_beside_as_a_metric_of_their_own():
     assert found["layer"].tolist() == ["embed", "block 1", "norm"] * 3
 
 
+def test_random_weights_stand_beside_the_layers_that_were_measured():
+    """A segmentation's backbone may lack the final norm, which its model with random weights has."""
+    ours = analysis("similarity", layers=("embed", "block 1"))
+    found = with_random(ours, analysis("similarity")).table.query("metric == 'similarity_random'")
+    assert found["layer"].tolist() == ["embed", "block 1"]
+
+
 def test_cka_with_other_models_is_written_by_name_and_goes_with_the_next_analysis(tmp_path):
     found = analysis("similarity")
     write_analysis(tmp_path, found, facts(found))

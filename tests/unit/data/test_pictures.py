@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pdvit.config.schema import DataConfig
+from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.data.images import read_image
 from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
 from pdvit.data.sources import ArraySplit, FileSplit
@@ -48,20 +48,31 @@ def test_a_selection_of_files_keeps_paths_and_labels_together():
 
 
 def test_held_out_pictures_are_the_test_split():
-    pictures = held_out(DataConfig(source="digits"))
+    pictures = held_out(Config(data=DataConfig(source="digits")))
     assert len(pictures.split) == 360
     assert pictures.description == "digits, test split"
 
 
 def test_held_out_pictures_are_validation_where_there_is_no_test_split(tmp_path):
     pictures_in(tmp_path, ["train/a/1.png", "val/a/2.png"])
-    pictures = held_out(DataConfig(source=str(tmp_path)))
+    pictures = held_out(Config(data=DataConfig(source=str(tmp_path))))
     assert [path.name for path in pictures.split.paths] == ["2.png"]
     assert "val split" in pictures.description
 
 
-def test_a_source_can_be_named():
-    assert len(named(["digits"]).split) == 360
+def test_held_out_pictures_of_a_segmentation_are_its_images_without_the_masks(tmp_path):
+    pictures_in(
+        tmp_path, [f"{kind}/{name}.png" for kind in ("images", "masks") for name in ("train/1", "val/2", "test/3")]
+    )
+    (tmp_path / "classes.tsv").write_text("0\tground\n1\tdisc\n")
+    pictures = held_out(Config(data=DataConfig(source=str(tmp_path)), segment=SegmentConfig(head="linear")))
+    assert [pictures.split.name(index) for index in range(len(pictures.split))] == [str(tmp_path / "images/test/3.png")]
+    assert pictures.description.endswith(", test split")
+
+
+@pytest.mark.parametrize(("source", "images"), [("digits", 360), ("scenes", 256)])
+def test_a_source_can_be_named(source, images):
+    assert len(named([source]).split) == images
 
 
 def test_folders_and_files_can_be_named_together(tmp_path):

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from pdvit.errors import UserError
-from pdvit.plots.segmentation import BARS, SHOWN, plot_segmentation, read_segmentation
+from pdvit.plots.segmentation import BARS, NAMED, SHOWN, plot_segmentation, read_segmentation
 
 
 def write(run, classes=3, pictures=2):
@@ -35,8 +37,46 @@ def test_a_row_of_four_for_each_picture_and_a_bar_for_each_class(tmp_path):
     assert len(figure.axes) == 4 * SHOWN + 1
     bars = figure.axes[-1]
     assert [bar.get_width() for bar in bars.patches] == [0.5, 0.25]
-    assert "mIoU 0.375" in bars.get_title(loc="left")
-    assert "2 of 3 classes" in bars.get_title(loc="left")
+    assert "mIoU 0.375" in bars.get_title(loc="right")
+    assert "2 of 3 classes" in bars.get_xlabel()
+
+
+def test_the_legend_has_the_classes_that_are_drawn_in_their_colours(tmp_path):
+    table, pictures = read_segmentation(write(tmp_path / "run", classes=9))
+    (legend,) = plot_segmentation(table, pictures, "run").legends
+    patches = zip(legend.texts, legend.get_patches(), strict=True)
+    found = {text.get_text(): to_hex(patch.get_facecolor()) for text, patch in patches}
+    assert found == {"class 0": "#0000ff", "class 1": "#0100fe", "class 2": "#0200fd", "no class": "#ff0000"}
+
+
+def test_of_many_classes_the_legend_has_the_most_frequent(tmp_path):
+    run = write(tmp_path / "run", classes=150)
+    mask = np.repeat(np.arange(0, 60, dtype=np.uint8), np.arange(60))[None]  # 59 is the most frequent
+    for name in ("truth", "prediction"):
+        with Image.open(run / "predictions" / f"01-{name}.png") as image:
+            palette = image.getpalette()
+        image = Image.fromarray(mask)
+        image.putpalette(palette)
+        image.save(run / "predictions" / f"01-{name}.png")
+    table, pictures = read_segmentation(run)
+    (legend,) = plot_segmentation(table, pictures[:1], "run").legends
+    assert [text.get_text() for text in legend.texts] == [f"class {n}" for n in range(60 - NAMED, 60)]
+
+
+@pytest.mark.parametrize("classes", [3, 150])
+def test_nothing_leaves_the_figure_and_no_number_lies_under_the_line_of_the_mean(tmp_path, classes):
+    run = write(tmp_path / "run", classes=classes, pictures=SHOWN)
+    table, pictures = read_segmentation(run)
+    table["class"] = [f"{name} with a name that does not end here" for name in table["class"]]
+    figure = plot_segmentation(table, pictures, "a-run-whose-name-is-long-enough-for-two")
+    FigureCanvasAgg(figure).draw()
+    drawn = figure.get_tightbbox()
+    assert drawn.x0 >= 0
+    assert drawn.y0 >= 0
+    assert drawn.x1 <= figure.get_figwidth()
+    assert drawn.y1 <= figure.get_figheight()
+    bars = figure.axes[-1]
+    assert all(text.get_zorder() > bars.lines[0].get_zorder() and text.get_bbox_patch() for text in bars.texts)
 
 
 def test_of_many_classes_the_best_and_the_worst(tmp_path):
@@ -54,6 +94,13 @@ def test_a_damaged_table_is_an_error_that_names_the_command(tmp_path, text):
     with pytest.raises(UserError, match="damaged") as caught:
         read_segmentation(run)
     assert "pdvit eval" in caught.value.tip
+
+
+def test_a_mask_without_a_palette_is_an_error(tmp_path):
+    run = write(tmp_path / "run")
+    Image.fromarray(np.zeros((6, 8), np.uint8)).save(run / "predictions" / "01-truth.png")
+    with pytest.raises(UserError, match="no palette"):
+        read_segmentation(run)
 
 
 def test_a_missing_picture_is_an_error(tmp_path):

@@ -60,6 +60,20 @@ def test_accuracy_is_in_percent(panels):
     assert "75.0" in panels[1].get_title(loc="left")
 
 
+def test_of_a_segmentation_it_is_the_miou(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"eval": {"miou": line.get("accuracy", 0) / 2}, "train": {"aux": 0.9}}.get(line["kind"], {})
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    figure = plot_training([read_records(run)], ["mine"])
+    (line,) = figure.axes[1].lines
+    assert line.get_ydata().tolist() == [37.5, 25]
+    assert "mIoU, % (best 37.5)" in figure.axes[1].get_title(loc="left")
+    assert "aux" in {line.get_label() for line in figure.axes[0].lines}
+    table = figure.data.query("panel == 'mIoU'")
+    assert table["value"].tolist() == [0.375, 0.25]
+
+
 def test_the_heat_map_is_p_over_epoch_and_layer(panels):
     (mesh,) = panels[2].collections
     assert np.asarray(mesh.get_array()).tolist() == np.transpose(SIMILARITY).tolist()

@@ -75,6 +75,7 @@ def test_what_fits_not_at_once_comes_in_blocks_with_the_same_scores(monkeypatch,
     net, picture = network(), image(20, 30)
     expected = gathered(net, picture, (27, 41), how)
     monkeypatch.setattr(views, "BLOCK", 3 * 41 * 4)
+    assert all(part.scores.numel() <= views.BLOCK for part in score_parts(net, picture, (27, 41), 3, how))
     torch.testing.assert_close(gathered(net, picture, (27, 41), how), expected, rtol=1e-5, atol=1e-5)
 
 

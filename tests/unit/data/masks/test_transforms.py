@@ -124,6 +124,28 @@ def test_the_short_side_is_scaled_whatever_the_orientation(height, width):
     assert max(sides) in (31, 32)
 
 
+@pytest.mark.parametrize("size", [(1, 200), (200, 1), (10, 900), (1, 1)])
+@pytest.mark.parametrize("side", [None, 16])
+def test_a_thin_strip_keeps_a_pixel(size, side):
+    """Its long side is limited, and what that leaves of the short one would be rounded down to nothing."""
+    segment = SegmentConfig(short_side=side)
+    for index in range(8):
+        image, mask = transform(segment, 32)(pair(*size), 0, index)
+        assert (image.shape, mask.shape) == ((3, 32, 32), (32, 32))
+        assert mask[0, 0] != 254
+    seen = EvaluationTransform(side, "bilinear")(pair(*size)[0])
+    assert min(seen.shape[1:]) >= 1
+    assert max(seen.shape[1:]) <= (max(size) if side is None else 4 * side)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64))
+@settings(max_examples=60, deadline=None)
+def test_evaluation_sizes_are_torchvisions_but_for_thin_strips(height, width, side):
+    seen = EvaluationTransform(side, "nearest")(Image.new("RGB", (width, height)))
+    expected = functional._geometry._compute_resized_output_size((height, width), [side], max_size=4 * side)
+    assert seen.shape[1:] == tuple(max(1, length) for length in expected)
+
+
 def test_masks_are_scaled_by_the_nearest_pixel():
     segment = SegmentConfig(jitter=(0.3, 3.0), max_share=1.0, photometric=False)
     image, mask = pair(21, 17)

@@ -17,6 +17,7 @@ from pdvit.losses import Objective
 from pdvit.models.freezing import freeze
 from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
 from pdvit.models.tokens import TokenOutput
+from pdvit.tasks.segmentation import looking
 
 NONE = DiversityConfig(preset="none", cosine=0.0, contrastive=0.0, mixing=0.0)
 TERMS = replace(NONE, cosine=1.0, contrastive=1.0)
@@ -146,6 +147,7 @@ def test_a_backbone_of_one_size_takes_smaller_images_and_refuses_larger_ones():
     assert segmenter.resize(segmenter(images(1, 20, 64)).logits, (20, 64)).shape == (1, 5, 20, 64)
     with pytest.raises(UserError, match=r"(?s)images of 64x64 alone.*eval-mode slide"):
         segmenter(images(1, 65, 64))
+    assert looking(segmenter, 1).mode == "slide"  # windows of the crop are what it takes
 
 
 @torch.no_grad()
