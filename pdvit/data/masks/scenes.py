@@ -23,8 +23,8 @@ SIDE = 64
 GROUND = 10
 CLASSES = [*map(str, range(10)), "ground"]
 COUNTS = {"train": 4096, "val": 128, "test": 256}
-# Least and most digits that are laid into a scene, sides of a digit in pixels, and what its place is a multiple of: on a
-# grid a small model learns more in two minutes.
+# Least and most digits that are laid into a scene, sides of a digit in pixels, and what its place is a multiple of: on
+# a grid a small model learns more in two minutes.
 DIGITS, SIDES, GRID = (3, 4), (28, 32, 36), 8
 # Levels of red, green and blue: of ink, and least and most of the ground.
 LIGHT, DARK = (200, 255), (20, 155)
