@@ -31,7 +31,7 @@ def test_another_command_brings_its_task_and_its_words(tmp_path, capsys):
 
     kind = Kind(
         open_source=lambda config, say: open_source(config.data, say),
-        settle=lambda config, processes: config,
+        settle=lambda config, processes, device: config,
         make_task=Other,
         describe=lambda config, task: "something else",
         conclude=lambda summary: f"the {summary['task']} came out",
