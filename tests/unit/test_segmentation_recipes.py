@@ -87,7 +87,7 @@ EXPECTED = {
     "camvid-small": Expected(
         *CAMVID, 160, (135, 270), 180, plain(8, 48, 8, 160, 11, 32, False), 450, 22, 1e-3, 1e-6, "cosine"
     ),
-    "scenes": Expected(*SCENES, 64, (64, 64), None, plain(4, 96, 8, 64, 11, 32, False), 1280, 64, 2e-3, 1e-6, "cosine"),
+    "scenes": Expected(*SCENES, 64, (64, 64), None, plain(4, 96, 8, 64, 11, 32, False), 640, 32, 2e-3, 1e-6, "cosine"),
 }
 every_recipe = pytest.mark.parametrize("name", EXPECTED)
 # The quick suite builds these; the others differ in numbers only.
