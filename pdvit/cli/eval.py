@@ -16,7 +16,6 @@ from pdvit.cli.checkpoint import (
     Precision,
     Weights,
     Workers,
-    broken_logits,
     cell,
     config_of,
     open_checkpoint,
@@ -24,7 +23,7 @@ from pdvit.cli.checkpoint import (
     with_progress,
 )
 from pdvit.cli.pixels import Asked, measure_pixels, report_pixels
-from pdvit.cli.results import WORST, Evaluation, first_of, share, split_named
+from pdvit.cli.results import WORST, Evaluation, facts_of, first_of, share, split_named
 from pdvit.cli.runs.report import make_console, say
 from pdvit.cli.runs.together import together
 from pdvit.errors import UserError
@@ -104,14 +103,13 @@ def _measure(
     """Measure a split and return what came out, in numbers and by class."""
     from pdvit.data.loader import eval_batches
     from pdvit.data.sources import open_source
-    from pdvit.engine.device import device_name
     from pdvit.models.weights import Loaded
     from pdvit.tasks.class_tables import class_table, confusion_table, distinct, table_bytes
     from pdvit.tasks.labels import match
     from pdvit.tasks.scores import Tally, measure
 
     assert isinstance(opened.loaded, Loaded)
-    loaded, precision = opened.loaded, opened.config.run.precision
+    loaded = opened.loaded
     source = open_source(opened.config.data)
     order, matched = match(loaded, source.classes, source.name)
     name = split_named(source, split)
@@ -122,29 +120,16 @@ def _measure(
         net if order is None else lambda images: net(images)[:, order],
         with_progress(batches, len(images) // ranks.size, console, name),
         Tally(len(source.classes), opened.device, confusion=True),
-        precision,
+        opened.config.run.precision,
         ranks,
     )
-    if scores.broken:
-        raise broken_logits(f"{scores.broken} of {scores.images} images", path, precision)
     facts = {
-        "checkpoint": str(path),
-        "model": loaded.name,
-        "weights": loaded.weights,
-        "data": source.name,
-        "split": name,
-        "images": scores.images,
-        "bad_images": len(images) - scores.images,
-        "classes": len(source.classes),
-        "matched": matched,
+        **facts_of(opened, path, source, name, images, matched, scores),
         "accuracy": scores.accuracy,
         "accuracy_top5": scores.accuracy_top5,
         "loss": scores.loss,
         "calibration_error": scores.calibration_error,
-        "precision": precision,
-        "device": device_name(opened.device),
         "batch_size": opened.loading.batch_size,
-        "processes": ranks.size,
     }
     assert scores.confusion is not None
     classes = distinct(source.classes)

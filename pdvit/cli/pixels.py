@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdvit.cli.checkpoint import Opened, broken_logits, cell, with_progress
-from pdvit.cli.results import WORST, Evaluation, first_of, share, split_named
+from pdvit.cli.checkpoint import Opened, cell, with_progress
+from pdvit.cli.results import WORST, Evaluation, facts_of, first_of, share, split_named
 from pdvit.cli.runs.report import say
 from pdvit.errors import UserError
 
@@ -39,7 +39,6 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     from pdvit.data.masks.sources import open_masks
     from pdvit.data.masks.split import MaskSplit
     from pdvit.data.pictures import Pictures
-    from pdvit.engine.device import device_name
     from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
     from pdvit.tasks.labels import match_names
     from pdvit.tasks.mask_scores import MaskTally, measure_masks
@@ -61,21 +60,11 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
         config.run.precision,
         ranks,
     )
-    if scores.broken:
-        raise broken_logits(f"{scores.broken} of {scores.images} images", path, config.run.precision)
     table = mask_table(scores.confusion, scores.iou, distinct(source.classes))
     by_class = table["class"], table["iou"]
     facts = {
         "task": "segmentation",
-        "checkpoint": str(path),
-        "model": loaded.name,
-        "weights": loaded.weights,
-        "data": source.name,
-        "split": name,
-        "images": scores.images,
-        "bad_images": len(images) - scores.images,
-        "classes": len(source.classes),
-        "matched": matched,
+        **facts_of(opened, path, source, name, images, matched, scores),
         **numbers_of(scores),
         "iou": {label: value if value == value else None for label, value in zip(*by_class, strict=True)},
         "mode": how.mode,
@@ -83,9 +72,6 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
         "stride": how.stride,
         "scales": list(how.scales),
         "flip": how.flip,
-        "precision": config.run.precision,
-        "device": device_name(opened.device),
-        "processes": ranks.size,
     }
     chosen = Pictures("pictures", images).first(PICTURES).split
     assert isinstance(chosen, MaskSplit)
