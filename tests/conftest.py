@@ -64,6 +64,42 @@ def write_images(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Images with masks: 8 training and 3 validation images, portrait, odd, some small; never write into it."""
+    return write_masks(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture
+def mask_folder(shapes, tmp_path) -> Path:
+    return Path(shutil.copytree(shapes, tmp_path / "shapes"))
+
+
+def write_masks(root: Path) -> Path:
+    """Write images with a disc and a square, and their masks; value 7 is unlabelled."""
+    import numpy as np
+    from PIL import Image
+
+    rng, lines = np.random.default_rng(0), ["id\tname\tcolour", "0\tground\t#000000", "1\tdisc\t#ff0000"]
+    for split, count in (("train", 8), ("val", 3)):
+        for number in range(count):
+            height, width = 40 + 3 * number, 25 + 5 * number
+            mask = np.zeros((height, width), np.uint8)
+            rows, columns = np.mgrid[:height, :width]
+            mask[(rows - 12) ** 2 + (columns - 10) ** 2 < 60] = 1
+            mask[25:35, 8:20] = 2
+            mask[:2] = 7
+            pixels = np.array([(90, 90, 90), (220, 60, 50), (40, 180, 60)] + [(0, 0, 0)] * 5)[mask]
+            pixels = (pixels + rng.integers(-20, 20, pixels.shape)).clip(0, 255).astype(np.uint8)
+            for kind, array in (("images", pixels), ("masks", mask)):
+                folder = root / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / f"{number}.png")
+    lines += ["2\tsquare\t#00ff00", "7\tUnlabelled\t#ffffff", ""]
+    (root / "classes.tsv").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder that holds the unpacked packs of real images."""
     folder = os.environ.get("PDVIT_TEST_DATA")

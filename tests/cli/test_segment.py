@@ -15,33 +15,6 @@ from pdvit.cli import run as pdvit
 
 CPU = ["--device", "cpu", "--workers", "0"]
 MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
-CLASSES = "id\tname\tcolour\n0\tground\t#000000\n1\tdisc\t#ff0000\n2\tsquare\t#00ff00\n7\tUnlabelled\t#ffffff\n"
-
-
-def write_masks(root: Path, seed: int = 0) -> Path:
-    """Write images with discs and squares, portrait, odd and smaller than the crop, and their masks."""
-    rng = np.random.default_rng(seed)
-    for split, count in (("train", 8), ("val", 3)):
-        for number in range(count):
-            height, width = 40 + 3 * number, 25 + 5 * number
-            mask = np.zeros((height, width), np.uint8)
-            rows, columns = np.mgrid[:height, :width]
-            mask[(rows - 12) ** 2 + (columns - 10) ** 2 < 60] = 1
-            mask[25:35, 8:20] = 2
-            mask[:2] = 7
-            pixels = np.array([(90, 90, 90), (220, 60, 50), (40, 180, 60)] + [(0, 0, 0)] * 5)[mask]
-            pixels = (pixels + rng.integers(-20, 20, pixels.shape)).clip(0, 255).astype(np.uint8)
-            for kind, array in (("images", pixels), ("masks", mask)):
-                folder = root / kind / split
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(folder / f"{number}.png")
-    (root / "classes.tsv").write_text(CLASSES)
-    return root
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return write_masks(tmp_path_factory.mktemp("data") / "shapes")
 
 
 def train(shapes: Path, out: Path, *more: str, command: str = "segment") -> int:
@@ -144,6 +117,27 @@ def test_a_trained_backbone_is_taken_with_frozen_weights(shapes, digits_run, tmp
     assert all(torch.equal(before[name], after[f"backbone.{name}"]) for name in same)
 
 
+def test_analyze_takes_the_runs_own_images(copy, capsys):
+    assert pdvit(["analyze", str(copy), *CPU, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images_measured"], found["weights"]) == (3, "raw")
+    assert found["images"].startswith("shapes, val split")
+    assert all({"similarity", "similarity_random"} <= layer.keys() for layer in found["layers_measured"])
+    assert pdvit(["analyze", str(copy), *CPU]) == 0  # the table too: the backbone has no final norm
+    assert "3 (shapes, val split" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_eval_gives_what_a_run_with_an_average_ended_with(shapes, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(shapes, out, "--model-ema-decay", "0.9", "--eval-mode", "slide", "--stride", "11") == 0
+    summary, found = json.loads((out / "summary.json").read_text()), evaluated(capsys, out)
+    assert (summary["weights"], found["weights"], found["stride"]) == ("ema", "ema", 11)
+    assert [found[name] for name in ("miou", "accuracy", "loss")] == [
+        summary[name] for name in ("miou", "accuracy", "loss")
+    ]
+
+
 def test_the_picture_of_a_segmentation(copy, workplace, capsys):
     assert pdvit(["plot", "segmentation", str(copy), "--out", "figure.png"]) == 0
     with Image.open("figure.png") as figure:
@@ -167,19 +161,19 @@ def test_what_makes_no_sense_is_refused_before_the_start(refusal, shapes, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, tmp_path):
-    root = write_masks(tmp_path / "bad")
+def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, mask_folder, tmp_path):
+    root = mask_folder
     Image.fromarray(np.full((40, 25), 5, np.uint8)).save(root / "masks" / "train" / "0.png")
     refused = refusal("segment", "--data", root, "--crop", 32, *MODEL, *CPU, "--check-masks", "--out", tmp_path / "r")
     assert "0.png" in refused.where
     assert not (tmp_path / "r").exists()
 
 
-def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, copy, digits_run, tmp_path):
-    other = write_masks(tmp_path / "other")
-    (other / "classes.tsv").write_text(CLASSES.replace("2\tsquare", "2\tbox"))
+def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, copy, digits_run, mask_folder):
+    other, table = mask_folder, (mask_folder / "classes.tsv").read_text()
+    (other / "classes.tsv").write_text(table.replace("2\tsquare", "2\tbox"))
     assert "'box'" in refusal("eval", copy, "--data", other, *CPU).what
-    (other / "classes.tsv").write_text(CLASSES + "3\tmore\t#0000ff\n")
+    (other / "classes.tsv").write_text(table + "3\tmore\t#0000ff\n")
     assert "3 classes" in refusal("eval", copy, "--data", other, *CPU).what
     assert "classes of pixels" in refusal("eval", digits_run, "--data", "scenes", *CPU).what
     assert "labels images" in refusal("eval", digits_run, "--ms", *CPU).what

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("spread_steps.py")
@@ -159,6 +161,38 @@ def test_the_command_runs_in_several_processes(tmp_path, records):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3)
     # Evaluation counts every image exactly once: 237 do not divide by two.
     assert (read(two, "summary.json")["accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder):
+    """Every labelled pixel once, though three images do not divide by two; what does not decode is left out."""
+    run, once = tmp_path / "run", tmp_path / "once"
+    segment = [*CLI[:2], "segment", "--data", str(mask_folder), *CLI[3:11], "--head-width", "8", "--crop", "32"]
+    segment += ["--batch-size", "4", "--eval-mode", "whole", "--device", "cpu", "--workers", "0"]
+    done = launch(2, *segment, "--epochs", "6st", "--out", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    labelled = sum(int((np.array(Image.open(file)) != 7).sum()) for file in (mask_folder / "masks/val").iterdir())
+    assert sum(int(line.split(",")[1]) for line in (run / "iou.csv").read_text().splitlines()[1:]) == labelled
+    for processes in (1, 2):
+        done = launch(processes, "-m", "pdvit", "eval", str(run), "--device", "cpu", "--out", str(once))
+        assert done.returncode == 0, done.stderr[-3000:]
+        found, ended = read(once, "eval.json"), read(run, "summary.json")
+        assert (found["processes"], found["images"]) == (processes, 3)
+        for name in ("miou", "accuracy", "accuracy_mean"):
+            assert found[name] == ended[name]
+        assert found["loss"] == pytest.approx(ended["loss"], rel=1e-12)
+        for file in (path.relative_to(run) for path in (run / "predictions").iterdir()):
+            assert (once / file).read_bytes() == (run / file).read_bytes()
+        assert (once / "iou.csv").read_bytes() == (run / "iou.csv").read_bytes()
+    (mask_folder / "images/val/2.png").write_bytes(b"torn")
+    skip = ["eval", str(run), "--device", "cpu", "--out", str(once), "--on-bad-image", "skip"]
+    left = []
+    for processes in (1, 2):
+        done = launch(processes, "-m", "pdvit", *skip)
+        assert done.returncode == 0, done.stderr[-3000:]
+        left.append([read(once, "eval.json")[name] for name in ("images", "bad_images", "miou")])
+    assert left[0] == left[1]
+    assert left[0][:2] == [2, 1]
 
 
 @pytest.mark.slow

@@ -77,6 +77,21 @@ def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, record
     same(run, uninterrupted, records)
 
 
+@pytest.mark.slow
+def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny, shapes, records):
+    """Crops and colours are drawn by worker processes, drop path and dropout in this one."""
+    flags = ["--data", str(shapes), "--head", "upernet", "--head-width", "8", "--crop", "32", "--workers", "2"]
+    flags += [*tiny, "--batch-size", "4", "--epochs", "60st", "--drop-path", "0.3", "--model-ema-decay", "0.9"]
+    flags += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "25st", "--warmup-epochs", "5st"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert pdvit(["train", *flags, "--out", str(whole)]) == 0
+    assert interrupt(run, flags, signal.SIGKILL, 20).returncode == -signal.SIGKILL
+    assert 20 < newest_step(run) < 60
+    assert pdvit(["segment", "--resume", str(run)]) == 0
+    same(run, whole, records)
+    assert (run / "iou.csv").read_bytes() == (whole / "iou.csv").read_bytes()
+
+
 @pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 20))])
 def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step):
     """Break the run off right after the update of one step, whether or not a checkpoint lies there."""

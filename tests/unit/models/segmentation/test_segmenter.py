@@ -1,4 +1,6 @@
 import copy
+import os
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -17,7 +19,6 @@ from pdvit.losses import Objective
 from pdvit.models.freezing import freeze
 from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
 from pdvit.models.tokens import TokenOutput
-from pdvit.tasks.segmentation import looking
 
 NONE = DiversityConfig(preset="none", cosine=0.0, contrastive=0.0, mixing=0.0)
 TERMS = replace(NONE, cosine=1.0, contrastive=1.0)
@@ -147,7 +148,6 @@ def test_a_backbone_of_one_size_takes_smaller_images_and_refuses_larger_ones():
     assert segmenter.resize(segmenter(images(1, 20, 64)).logits, (20, 64)).shape == (1, 5, 20, 64)
     with pytest.raises(UserError, match=r"(?s)images of 64x64 alone.*eval-mode slide"):
         segmenter(images(1, 65, 64))
-    assert looking(segmenter, 1).mode == "slide"  # windows of the crop are what it takes
 
 
 @torch.no_grad()
@@ -319,6 +319,7 @@ def test_what_does_not_work_is_refused_with_a_reason(options, what):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("name", [VIT[0], "swin_tiny_patch4_window7_224"])
 def test_compiled_it_is_the_same(name):
     options = config(diversity=TERMS) if name == VIT[0] else family(name, diversity=TERMS)
