@@ -188,6 +188,7 @@ class Trainer:
         progress = self.state.progress
         with self.journal.clock.during("evaluate"):
             check_weights(self.state)
+            self.ranks.share_buffers(self.evaluated)
             records, headline = self.task.evaluate(self.evaluated)
         self.journal.evaluation(records, headline)
         value = records["eval"][self.task.best_metric]
@@ -212,6 +213,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Export the weights, measure them, and close the run."""
         progress, tensors = self.state.progress, self.state.snapshot().tensors
+        self.ranks.share_buffers(self.evaluated)
         numbers = self.task.finish(self.evaluated, self.weights)
         if self.ranks.main:
             for name, content in self.task.export(tensors.get("ema", tensors["module"]), self.weights).items():

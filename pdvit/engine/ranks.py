@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -67,6 +67,14 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give the main process's buffers to the others: the running statistics of a BatchNorm are each one's own."""
+        if self.size > 1:
+            for buffer in filter(torch.is_floating_point, module.buffers()):
+                values = buffer.contiguous()
+                dist.broadcast(values, src=0)
+                buffer.copy_(values)
 
 
 ALONE = Ranks()
