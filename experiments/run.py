@@ -7,7 +7,8 @@
 It trains the cells of the sweep, and measures P and effective rank of every layer of each finished one on 256 images of
 the split that the run ended with: with its final weights and with those that it began from. Then it writes
 FOLDER/results.csv, one row per cell, and FOLDER/layers.csv, one row per cell and layer (results-gpu.csv and
-layers-gpu.csv of gpu.toml; of tuning.toml tuning.csv alone: nothing else is measured). README.md tells the columns.
+layers-gpu.csv of gpu.toml; of tuning.toml tuning.csv alone, and of a segmentation its results: nothing else is
+measured). README.md tells the columns.
 
 What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). Without a GPU as many cells run at
 a time as there are cores, with one thread each; CUDA_VISIBLE_DEVICES= hides the GPUs. The exit status is that of
@@ -115,8 +116,10 @@ def run(kind: str, folder: Path, words: Sequence[str], stop: StopRequest) -> int
     status = train(line, count, stop)
     if stop or status not in (0, 1, EXIT_STOPPED):
         return status or EXIT_STOPPED
-    finished = [sweep / cell.name for cell, state in Folder(sweep).write_table() if state.status == "finished"]
-    todo = [run for run in finished if "tuning" not in kind and not (run / LAYERS).is_file()]
+    finished = [cell for cell, state in Folder(sweep).write_table() if state.status == "finished"]
+    # Of pixels mIoU is the measure: the backbones' layers are in the tables of the runs that made them.
+    measured = [sweep / cell.name for cell in finished if "tuning" not in kind and cell.config.segment.head is None]
+    todo = [run for run in measured if not (run / LAYERS).is_file()]
     if todo and not measure_all(todo, count, stop):
         status = EXIT_STOPPED if stop else status or 1
     write(kind, folder, sweep)
@@ -128,7 +131,8 @@ def write(kind: str, folder: Path, sweep: Path) -> None:
     cells, end = cells_of(sweep), "" if kind == "cpu" else f"-{kind}"
     if "tuning" not in kind:
         write_table(folder / f"results{end}.csv", cells)
-        write_table(folder / f"layers{end}.csv", list(layers_of(sweep, cells)))
+        if layers := list(layers_of(sweep, cells)):
+            write_table(folder / f"layers{end}.csv", layers)
         return
     write_table(folder / f"{kind}.csv", cells)
     for setting, (rate, score, edge) in best_rates(cells).items():
