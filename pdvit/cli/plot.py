@@ -186,6 +186,9 @@ def confusion(
     check_suffix(out)
     from pdvit.plots.confusion import plot_confusion, read_confusion
 
+    if run and (run / "iou.csv").is_file():
+        tip = f"its scores by class, and pictures: pdvit plot segmentation {run}"
+        raise UserError("the run labels pixels, whose confusions are in iou.csv alone", str(run), tip)
     folders = folders_of([run] if run else None, "confusion.csv", "pdvit eval {}", 1)
     figure = plot_confusion(read_confusion(folders[0]), name_of(folders[0]), theme_of(dark))
     write(figure, "confusion", folders, out)

@@ -58,6 +58,9 @@ class SegmentationTask(ImageTask):
         backbone = self.module.inside
         self.use(Preprocessing.for_model(backbone).changed(config.data))
         self.patch_size = patch_size_of(backbone)
+        diversity = config.diversity  # what the losses compare, or would compare by default
+        layers = layers_to_read(bare(self.module), diversity.first or "block", diversity.last or "norm", ())
+        self.compared = layers.first, layers.last
         self.how = looking(self.module, min(self.loading.eval_batch or self.batch_size, self.batch_size // ranks.size))
         self.files: dict[str, bytes] = {}
 
@@ -115,11 +118,9 @@ class SegmentationTask(ImageTask):
 
     def first_last(self, network: nn.Module) -> tuple[float, float]:
         """Return P of the layers that the losses compare, or would compare by default, on the probe."""
-        diversity = self.config.diversity
-        layers = layers_to_read(bare(network), diversity.first or "block", diversity.last or "norm", ())
-        names, values = self.probe.similarity(bare(network), network)
-        found = dict(zip(names, values, strict=True))
-        return found[layers.first], found[layers.last]
+        found = dict(zip(*self.probe.similarity(bare(network), network), strict=True))
+        first, last = self.compared
+        return found[first], found[last]
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return the weights of backbone and head with all that is needed to use them, the table and the pictures."""
@@ -151,6 +152,11 @@ def looking(module: Segmenter, batch: int) -> Looking:
         raise UserError(what, "segment.stride (--stride)", f"choose at most {window}")
     windows = family_of(module.inside).plain or not module.adapter.any_size
     mode = segment.mode or ("slide" if windows else "whole")
+    if mode == "whole" and not module.adapter.any_size:
+        what = f"the backbone takes images of {window}x{window} pixels alone, so none can be evaluated whole"
+        raise UserError(
+            what, "segment.mode (--eval-mode)", "leave it unset or choose slide: windows of the crop's size"
+        )
     return Looking(mode, window, stride, max(1, batch))
 
 

@@ -330,6 +330,11 @@ class TestRefused:
     def test_a_run_without_an_analysis_names_the_command(self, refusal, run_copy):
         assert f"pdvit analyze {run_copy}" in refusal("plot", "similarity", run_copy).tip
 
+    def test_the_confusion_of_a_run_that_labels_pixels_names_its_own_figure(self, refusal, workplace):
+        Path("runs/pixels").mkdir(parents=True)
+        Path("runs/pixels/iou.csv").write_text("class,iou\n")
+        assert "pdvit plot segmentation runs/pixels" in refusal("plot", "confusion", "runs/pixels").tip
+
     def test_a_run_that_is_not_there(self, refusal, workplace):
         for kind in ("similarity", "training"):
             assert "absent" in refusal("plot", kind, "absent").where

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 # Training ids of pixels without a class: ignored in loss and scores; or beyond the table, or beyond the image.
@@ -92,7 +93,7 @@ class ClassTable:
         return np.array([colour for colour, _ in packed], np.int32), np.array([place for _, place in packed], np.uint8)
 
 
-def open_mask(path: Path) -> Image.Image:
+def open_mask(path: Path) -> ImageFile:
     """Open a mask; raises ValueError for a JPEG, whose values are not exact, and whatever its decoder does."""
     if path.is_fifo():
         raise ValueError("it is a pipe, not a file")
@@ -103,11 +104,14 @@ def open_mask(path: Path) -> Image.Image:
     return image
 
 
-def values_of(image: Image.Image) -> Array:
+def values_of(image: ImageFile) -> Array:
     """Return the values of an open mask `(H, W)`, of a palette its indices; ValueError where it holds no ids."""
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(f"it is {image.mode}, where ids are expected")
+    tiles = list(image.tile)  # decoding empties it
     values = np.array(image)
+    for tile in tiles:  # Pillow spreads grey values of 2 and 4 bits over 0 to 255
+        values = values // {"L;2": 85, "L;4": 17}.get(str(tile[3]), 1)
     if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= VALUES):
         raise ValueError(f"ids from {values.min()} to {values.max()} are no whole numbers below {VALUES}")
     return values.astype(np.uint16) if values.dtype != np.uint8 else values

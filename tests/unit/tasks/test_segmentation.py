@@ -17,10 +17,10 @@ SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4], "wind
 HIERA = {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 2]}
 
 
-def task_of(model: dict, crop: int = 32, **segment) -> SegmentationTask:
+def task_of(model: dict, crop: int = 32, diversity: str = "paper", **segment) -> SegmentationTask:
     sections = {"model": model | {"drop_path": 0.0}, "data": {"source": "scenes", "batch_size": 2, "workers": 0}}
     sections |= {"segment": {"head": "upernet", "width": 8, "crop": crop} | segment, "optim": {"epochs": "2st"}}
-    return SegmentationTask(resolve(build(("flags", sections | {"diversity": {"preset": "paper"}}))), SCENES, CPU)
+    return SegmentationTask(resolve(build(("flags", sections | {"diversity": {"preset": diversity}}))), SCENES, CPU)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,18 @@ def task_of(model: dict, crop: int = 32, **segment) -> SegmentationTask:
 def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segment, mode):
     how = task_of(model, 64, **segment).how
     assert (how.mode, how.window, how.stride) == (mode, 64, 42)
+
+
+def test_a_model_of_one_size_can_not_see_whole_images_and_says_so_at_the_start():
+    with pytest.raises(UserError, match="images of 64x64 pixels alone") as error:
+        task_of({"name": "hiera_tiny_224", "args": HIERA}, 64, mode="whole")
+    assert error.value.where == "segment.mode (--eval-mode)"
+
+
+def test_a_model_without_layers_to_compare_is_refused_before_training_though_it_has_no_terms():
+    swin = {"name": "swin_tiny_patch4_window7_224", "args": SWIN | {"depths": [1, 1, 1, 1]}}
+    with pytest.raises(UserError, match="no block before"):
+        task_of(swin, 64, diversity="none")
 
 
 def test_windows_that_leave_gaps_are_refused():

@@ -1,4 +1,6 @@
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -59,6 +61,23 @@ def test_one_bit_masks_hold_two_classes_and_255_may_be_one(write, tmp_path):
     assert ClassTable.of_ids({0: "no", 1: "yes"}).read(path).tolist() == [[1, 0]]
     grey = write(tmp_path / "grey.png", np.array([[0, 255]], np.uint8))
     assert ClassTable.of_ids({0: "no", 255: "yes"}).read(grey).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(("bits", "row"), [(4, b"\x03\x9f"), (2, b"\x1b")])
+def test_grey_masks_of_2_and_4_bits_hold_the_values_of_the_file(tmp_path, bits, row):
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    path = tmp_path / "grey.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    assert mode_of(path) == "L"
+    table = ClassTable.of_ids({value: str(value) for value in range(16)})
+    assert table.read(path).tolist() == [[0, 3, 9, 15] if bits == 4 else [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
