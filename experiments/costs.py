@@ -1,0 +1,93 @@
+"""What the paper's rows would cost: `python experiments/costs.py` writes costs.csv and prints it as Markdown.
+
+Counted are the images of a recipe's training and the operations of all forward and backward passes, on the meta device:
+a multiplication and an addition are two, a backward pass is two forward passes, recomputed activations are one more.
+Evaluation is not in it. What the operations take is the rate that speed/train_step.csv has of DeiT-S with all terms on
+each kind of hardware: of a CPU one core, of a GPU the card. A model that uses the hardware better or worse than DeiT-S
+costs accordingly less or more.
+"""
+
+from io import StringIO
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+from tables import write_table
+from torch.utils.flop_counter import FlopCounterMode
+
+from pdvit.config import Config, build, read_toml, resolve
+from pdvit.config.duration import parse_duration
+from pdvit.models.build import model_arguments, sketch_model
+from pdvit.models.segmentation.segmenter import build_segmenter
+
+HERE = Path(__file__).parent
+# Images to train on, and classes.
+SETS = {"imagenet": (1_281_167, 1000), "ade20k": (20_210, 150), "cityscapes": (2_975, 19)}
+# Where a second command goes on, as the recipe says: the end of that.
+WHOLE = {"deit-b12-224": "400ep", "deit-b24-224": "400ep", "ade20k-swin-l": "200000st"}
+MEASURED = "deit_small_patch16_224"
+
+
+def forward_operations(config: Config, classes: int) -> int:
+    """Return the operations of one image's forward pass, at the size of the training images."""
+    assert config.model.name is not None
+    with torch.device("meta"):
+        if config.segment.head is not None:
+            model: torch.nn.Module = build_segmenter(config, classes)
+            size = config.segment.crop
+        else:
+            arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": classes}
+            model = sketch_model(config.model.name, arguments)
+            size = config.data.img_size or model.pretrained_cfg["input_size"][-1]
+        assert size is not None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(torch.empty(1, 3, size, size))
+    return int(counter.get_total_flops())
+
+
+def cost_of(recipe: Path) -> dict[str, object] | None:
+    """Return the row of a recipe, or None where its data are none of the paper's."""
+    config = resolve(build((str(recipe), read_toml(recipe))))
+    known = SETS.get(Path(config.data.source).name)
+    if known is None:
+        return None
+    count, classes = known
+    batch = config.data.batch_size
+    length = parse_duration(WHOLE.get(recipe.stem, config.optim.epochs), "ep", "optim.epochs")
+    images = length.steps(count // batch, batch) * batch
+    forward = forward_operations(config, classes)
+    passes = 4 if config.model.grad_checkpointing else 3
+    return {"recipe": recipe.stem, "images": images, "forward": forward, "operations": passes * forward * images}
+
+
+def rates() -> dict[str, float]:
+    """Return operations per second of the training step by hardware: median over the rounds."""
+    table = pd.read_csv(HERE / "speed" / "train_step.csv")
+    table = table[(table["model"] == MEASURED) & (table["img_size"] == 224) & (table["classes"] == 1000)]
+    step = 3 * forward_operations(resolve(build(("deit", {"model": {"name": MEASURED}}))), 1000)
+    found = {}
+    for (hardware, device, threads), rounds in table.groupby(["hardware", "device", "threads"]):
+        if device != "cpu" or threads == 1:
+            name = f"{'core' if device == 'cpu' else 'GPU'}-hours, {hardware}"
+            found[name] = step * median(rounds["paper"])
+    return found
+
+
+def main() -> None:
+    rows = [row for recipe in sorted((HERE / "recipes").glob("*.toml")) if (row := cost_of(recipe))]
+    table = pd.DataFrame(rows)
+    for name, rate in rates().items():
+        table[name] = table["operations"] / rate / 3600
+    write_table(HERE / "costs.csv", table.to_dict("records"))
+    shown = StringIO()
+    heads = ["recipe", "images, M", "forward, G", "all, 10^18", *table.columns[4:]]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", file=shown)
+    for row in table.itertuples(index=False):
+        numbers = [f"{row[1] / 1e6:,.1f}", f"{row[2] / 1e9:,.1f}", f"{row[3] / 1e18:,.1f}"]
+        print(f"| {' | '.join([row[0], *numbers, *(f'{hours:,.0f}' for hours in row[4:])])} |", file=shown)
+    print(shown.getvalue(), end="")
+
+
+if __name__ == "__main__":
+    main()
