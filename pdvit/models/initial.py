@@ -12,10 +12,11 @@ from torch import nn
 from pdvit.config import Config, build, to_dict
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
-from pdvit.models.build import model_arguments, sketch_model
+from pdvit.models.build import sketch_model
 from pdvit.models.description import Described
 from pdvit.models.families import family_of
 from pdvit.models.matching import Match, match
+from pdvit.models.segmentation.backbone import arguments_of
 from pdvit.models.segmentation.files import begin_head
 from pdvit.models.segmentation.segmenter import Segmenter
 from pdvit.models.wrapper import Wrapper
@@ -58,8 +59,7 @@ def settle(config: Config, described: Described) -> Config:
     config = replace(config, model=_model(model, described), data=_data(config.data, described))
     build((described.where, to_dict(config)))
     assert config.model.name is not None
-    arguments = model_arguments(config.model, config.data.img_size)
-    _matched(described, sketch_model(config.model.name, arguments, described.where))
+    _matched(described, sketch_model(config.model.name, arguments_of(config), described.where))
     return config
 
 
