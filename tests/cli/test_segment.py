@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,12 @@ from PIL import Image
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
+from pdvit.cli.runs.prepare import trial_of
+from pdvit.cli.runs.segmentation import SEGMENTATION
+from pdvit.config import build
+from pdvit.engine.loop import Trainer
+from pdvit.engine.memory import fits
+from pdvit.engine.ranks import ALONE
 
 CPU = ["--device", "cpu", "--workers", "0"]
 MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
@@ -190,6 +197,22 @@ def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
 def test_one_image_per_step_works(shapes, tmp_path):
     assert train(shapes, tmp_path / "run", "--batch-size", "1", "--epochs", "2st") == 0
     assert 'norm = "group"' in (tmp_path / "run" / "run.toml").read_text()
+
+
+@pytest.mark.parametrize("norm", [{}, {"norm": "batch"}])
+def test_a_batch_is_sought_with_one_image_first(shapes, norm):
+    """A batch norm of UPerNet's pooled map would have nothing to average over; a GPU's memory is not needed for it."""
+    sections = {"data": {"source": str(shapes), "batch_size": "auto", "workers": 0}, "diversity": {"preset": "none"}}
+    sections |= {"segment": {"head": "upernet", "width": 8, "crop": 32} | norm}
+    sections |= {"model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}}
+    config = build(("flags", sections))
+    trial, cpu = trial_of(config), torch.device("cpu")
+    task = SEGMENTATION.make_task(trial, SEGMENTATION.open_source(config, print), cpu, ALONE)
+    updater = Trainer(task, trial, cpu, ALONE).updater
+    with closing(task.batches(0)) as batches:
+        batch = next(batches)
+    updater(batch, 1)
+    assert all(fits(updater, batch, size) for size in (1, 2))
 
 
 def test_train_finetune_and_segment_take_the_same_settings():

@@ -114,7 +114,6 @@ def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunCons
 
 def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
     """Find the largest total batch, a power of two or all images, that the GPUs hold; raises UserError without one."""
-    from pdvit.config import resolve
     from pdvit.engine.loop import Trainer
     from pdvit.engine.memory import largest_batch
     from pdvit.engine.ranks import ALONE
@@ -122,13 +121,7 @@ def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torc
     if device.type == "cpu":
         what = "auto needs a GPU: a CPU that runs out of memory gives no error that can be caught"
         raise UserError(what, "data.batch_size (--batch-size)", "give a number, for example 64")
-    trial = replace(
-        config,
-        data=replace(config.data, batch_size=1, micro_batch=None),
-        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
-        run=replace(config.run, distribute="ddp"),
-    )
-    trial = resolve(trial)
+    trial = trial_of(config)
     # Each process by itself: trials that exchange gradients would wait for one another.
     task = kind.make_task(trial, source, device, ALONE)
     images = len(source.splits["train"]) // ranks.size
@@ -137,3 +130,17 @@ def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torc
     if not size:
         raise UserError("not even one image fits", "data.batch_size (--batch-size)", "use a smaller model or image")
     return size
+
+
+def trial_of(config: Config) -> Config:
+    """Return the configuration by which it is tried how many images a GPU holds, resolved: it begins with one."""
+    from pdvit.config import resolve
+
+    trial = replace(
+        config,
+        data=replace(config.data, batch_size=1, micro_batch=None),
+        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
+        run=replace(config.run, distribute="ddp"),
+        segment=replace(config.segment, norm="group"),  # a batch norm can't have one; it takes as much memory
+    )
+    return resolve(trial)
