@@ -54,7 +54,7 @@ def _of_segmentation(config: Config) -> dict[str, tuple[bool, str]]:
     needs = {f"augment.{name}": (False, why) for name in others}
     needs["data.resident"] = (False, "images with masks are read when they are needed")
     upernet = segment.head == "upernet"
-    needs |= {f"segment.{name}": (upernet, f"the {segment.head} head has none") for name in ("width", "aux")}
+    needs |= {f"segment.{name}": (upernet, f"the {segment.head} head has none") for name in ("width", "aux", "norm")}
     needs["segment.stride"] = (segment.mode != "whole", "images are evaluated whole")
     if config.data.source == "scenes":
         needs |= {f"segment.{name}": (False, "the scenes are made") for name in ("classes", "check_masks")}

@@ -56,6 +56,7 @@ def test_a_segmentation_by_itself_has_no_idle_setting(preset):
     [
         ({"width": 64}, {}, "segment.width"),
         ({"head": "linear", "width": 64}, {}, "segment.width"),
+        ({"head": "linear", "norm": "group"}, {}, "segment.norm"),
         ({"head": "upernet", "mode": "whole", "stride": 8}, {}, "segment.stride"),
         ({"head": "upernet"}, {"shift": 2}, "augment.shift"),
         ({"head": "upernet"}, {"smoothing": 0.1}, "augment.smoothing"),
