@@ -15,7 +15,8 @@ from pdvit.cli import app
 from pdvit.cli import run as pdvit
 from pdvit.cli.runs.prepare import trial_of
 from pdvit.cli.runs.segmentation import SEGMENTATION
-from pdvit.config import build
+from pdvit.config import build, resolve
+from pdvit.config.idle import idle_settings
 from pdvit.engine.loop import Trainer
 from pdvit.engine.memory import fits
 from pdvit.engine.ranks import ALONE
@@ -192,6 +193,15 @@ def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "augment.shift = 2 has no effect" in shown
     assert "segment.width = 8 has no effect: the linear head has none" in shown
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_defaults_of_the_command_are_not_said_to_do_nothing(head, monkeypatch):
+    begun = []
+    monkeypatch.setattr("pdvit.cli.runs.options.start", lambda command, config, *_: begun.append(config) or 0)
+    assert pdvit(["segment", "--head", head]) == 0
+    assert idle_settings(resolve(begun[0])) == []
+    assert begun[0].segment.width == (32 if head == "upernet" else 512)
 
 
 def test_one_image_per_step_works(shapes, tmp_path):
