@@ -67,6 +67,12 @@ def test_model_and_images_come_from_the_checkpoint(tmp_path):
     }
 
 
+def test_a_segmentation_takes_no_centre_crop_from_the_checkpoint(tmp_path):
+    path = saved(tmp_path, make(), mean=(0.1, 0.2, 0.3), crop_pct=0.8, crop_mode="squash", interpolation="bilinear")
+    data = configured(path, segment={"head": "linear"}).data
+    assert (data.mean, data.interpolation, data.crop_pct, data.crop_mode) == ((0.1, 0.2, 0.3), "bilinear", None, None)
+
+
 def test_what_the_user_gives_wins(tmp_path):
     path = saved(tmp_path, make())
     data, model = (
