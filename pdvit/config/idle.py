@@ -57,7 +57,6 @@ def _of_segmentation(config: Config) -> dict[str, tuple[bool, str]]:
     needs |= {f"data.{name}": (False, crops) for name in ("crop_pct", "crop_mode")}
     upernet = segment.head == "upernet"
     needs |= {f"segment.{name}": (upernet, f"the {segment.head} head has none") for name in ("width", "aux", "norm")}
-    needs["segment.stride"] = (segment.mode != "whole", "images are evaluated whole")
     if config.data.source == "scenes":
         needs |= {f"segment.{name}": (False, "the scenes are made") for name in ("classes", "check_masks")}
     return needs
