@@ -177,6 +177,16 @@ def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, mask_folder
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("shape", [(40, 25, 3), (40, 25)])
+def test_a_first_mask_that_does_not_fit_is_named_unasked_before_the_start(refusal, mask_folder, tmp_path, shape):
+    (mask_folder / "classes.tsv").write_text("0\tground\n1\tdisc\n2\tsquare\n7\tUnlabelled\n")
+    Image.fromarray(np.full(shape, 5, np.uint8)).save(mask_folder / "masks" / "val" / "0.png")
+    refused = refusal("segment", "--data", mask_folder, "--crop", 32, *MODEL, *CPU, "--out", tmp_path / "r")
+    assert "val/0.png" in refused.where
+    assert "--check-masks" in refused.tip
+    assert not (tmp_path / "r").exists()
+
+
 def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, copy, digits_run, mask_folder):
     other, table = mask_folder, (mask_folder / "classes.tsv").read_text()
     (other / "classes.tsv").write_text(table.replace("2\tsquare", "2\tbox"))
