@@ -19,12 +19,13 @@ DEFAULTS: Layer = {
     "diversity": {"preset": "none"},
     "segment": {"head": "upernet"},
 }
-# More of them on scenes, which are small and never two alike; and with a model of ours.
+# More of them on scenes, which are small and never two alike; with the head that has a width; and with a model of ours.
 SCENES: Layer = {
     "data": {"batch_size": 8},
-    "segment": {"width": 32, "aux": 0.0, "jitter": (1.0, 1.0), "photometric": False},
+    "segment": {"jitter": (1.0, 1.0), "photometric": False},
     "optim": {"epochs": "1.25"},
 }
+UPERNET: Layer = {"segment": {"width": 32, "aux": 0.0}}
 SMALL: Layer = {"model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8}, "optim": {"lr": 2e-3}}
 
 
@@ -58,7 +59,8 @@ def _defaults(file: Path | None, assign: list[str], settings: Mapping[str, Any])
     asked = build(*((name, {key: layer[key] for key in layer if key != "sweep"}) for name, layer in given))
     layers = [DEFAULTS]
     if asked.data.source == "scenes":
-        layers += [SCENES] if asked.model.init or asked.model.name else [SCENES, SMALL]
+        layers += [SCENES] + [UPERNET] * (asked.segment.head == "upernet")
+        layers += [] if asked.model.init or asked.model.name else [SMALL]
     merged: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for section, values in layer.items():

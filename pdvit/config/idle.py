@@ -53,9 +53,10 @@ def _of_segmentation(config: Config) -> dict[str, tuple[bool, str]]:
     others = ("shift", "scale", "ratio", "auto_augment", "color_jitter", "reprob", "smoothing")
     needs = {f"augment.{name}": (False, why) for name in others}
     needs["data.resident"] = (False, "images with masks are read when they are needed")
+    crops = "images with masks are cropped by segment.crop; only those of the probe, which P is of, are cropped so"
+    needs |= {f"data.{name}": (False, crops) for name in ("crop_pct", "crop_mode")}
     upernet = segment.head == "upernet"
-    needs |= {f"segment.{name}": (upernet, f"the {segment.head} head has none") for name in ("width", "aux")}
-    needs["segment.stride"] = (segment.mode != "whole", "images are evaluated whole")
+    needs |= {f"segment.{name}": (upernet, f"the {segment.head} head has none") for name in ("width", "aux", "norm")}
     if config.data.source == "scenes":
         needs |= {f"segment.{name}": (False, "the scenes are made") for name in ("classes", "check_masks")}
     return needs

@@ -64,10 +64,11 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
             current = getattr(config, section)
             changes = {name: _check(section, name, value, where) for name, value in values.items()}
             config = replace(config, **{section: replace(current, **changes)})
-    for name in ("scale", "ratio"):
-        low, high = getattr(config.augment, name) or (0.0, 0.0)
+    augment, segment = config.augment, config.segment
+    ends = {"augment.scale": augment.scale, "augment.ratio": augment.ratio, "segment.jitter": segment.jitter}
+    for name, (low, high) in ((name, pair) for name, pair in ends.items() if pair is not None):
         if low > high:
-            raise UserError(f"the least, {low:g}, is above the most, {high:g}", f"augment.{name}", "swap the two")
+            raise UserError(f"the least, {low:g}, is above the most, {high:g}", name, "swap the two")
     return config
 
 

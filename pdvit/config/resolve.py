@@ -20,6 +20,8 @@ SCENE = 64
 FINE, NARROW = 0.1, 192
 # DeiT's learning rate for 512 images per update.
 LR_PER_512 = 5e-4
+# The paper's (and MMSegmentation's) for 16 images of a segmentation, whose head is fresh whatever the backbone is.
+LR_PER_16 = 6e-5
 # Keys of the diversity section that a preset fills in.
 OF_PRESET = ("variant", "first", "last", "patch_head", *TERMS)
 
@@ -108,6 +110,10 @@ def _learning_rate(config: Config) -> Config:
     if config.optim.lr is not None or model.name is None:
         return config
     lr = LR_PER_512 * config.data.batch_size / 512
-    if model.init is not None:
-        lr = SMALL_LR if model.width is not None and model.width < NARROW else FINE * lr
+    if model.init is not None and model.width is not None and model.width < NARROW:
+        lr = SMALL_LR
+    elif config.segment.head is not None:
+        lr = LR_PER_16 * config.data.batch_size / 16
+    elif model.init is not None:
+        lr = FINE * lr
     return replace(config, optim=replace(config.optim, lr=lr))

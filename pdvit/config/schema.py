@@ -264,7 +264,8 @@ class OptimConfig:
     opt: str = key("adamw", "Any timm optimizer.", "--opt")
     lr: float | None = key(
         None,
-        "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model (with --init a tenth of that).",
+        "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model (with --init a tenth of that; "
+        "of segmentation 6e-5 x batch / 16).",
         "--lr",
         above=0,
     )

@@ -12,10 +12,11 @@ from torch import nn
 from pdvit.config import Config, build, to_dict
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
-from pdvit.models.build import model_arguments, sketch_model
+from pdvit.models.build import sketch_model
 from pdvit.models.description import Described
 from pdvit.models.families import family_of
 from pdvit.models.matching import Match, match
+from pdvit.models.segmentation.backbone import arguments_of
 from pdvit.models.segmentation.files import begin_head
 from pdvit.models.segmentation.segmenter import Segmenter
 from pdvit.models.wrapper import Wrapper
@@ -55,11 +56,10 @@ def settle(config: Config, described: Described) -> Config:
     if known is not None:
         return config
     model = replace(config.model, weights=described.weights if described.weights != "unknown" else None)
-    config = replace(config, model=_model(model, described), data=_data(config.data, described))
+    config = replace(config, model=_model(model, described), data=_data(config, described))
     build((described.where, to_dict(config)))
     assert config.model.name is not None
-    arguments = model_arguments(config.model, config.data.img_size)
-    _matched(described, sketch_model(config.model.name, arguments, described.where))
+    _matched(described, sketch_model(config.model.name, arguments_of(config), described.where))
     return config
 
 
@@ -132,9 +132,12 @@ def _model(model: ModelConfig, described: Described) -> ModelConfig:
     return replace(model, name=described.architecture, args=more or None, **sizes)
 
 
-def _data(data: DataConfig, described: Described) -> DataConfig:
-    """Take the checkpoint's size and form of images where the user sets none."""
-    told: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.input.items()}
+def _data(config: Config, described: Described) -> DataConfig:
+    """Take the checkpoint's size and form of images where the user sets none, but no centre crop for a segmentation."""
+    data, cropped = config.data, ("crop_pct", "crop_mode") if config.segment.head is not None else ()
+    told: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in described.input.items() if key not in cropped
+    }
     size = described.arguments.get("img_size") or described.image_size
     if isinstance(size, tuple):
         if len(set(size)) > 1 and data.img_size is None:

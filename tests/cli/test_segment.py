@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,13 @@ from PIL import Image
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
+from pdvit.cli.runs.prepare import trial_of
+from pdvit.cli.runs.segmentation import SEGMENTATION
+from pdvit.config import build, resolve
+from pdvit.config.idle import idle_settings
+from pdvit.engine.loop import Trainer
+from pdvit.engine.memory import fits
+from pdvit.engine.ranks import ALONE
 
 CPU = ["--device", "cpu", "--workers", "0"]
 MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
@@ -169,6 +177,16 @@ def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, mask_folder
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("shape", [(40, 25, 3), (40, 25)])
+def test_a_first_mask_that_does_not_fit_is_named_unasked_before_the_start(refusal, mask_folder, tmp_path, shape):
+    (mask_folder / "classes.tsv").write_text("0\tground\n1\tdisc\n2\tsquare\n7\tUnlabelled\n")
+    Image.fromarray(np.full(shape, 5, np.uint8)).save(mask_folder / "masks" / "val" / "0.png")
+    refused = refusal("segment", "--data", mask_folder, "--crop", 32, *MODEL, *CPU, "--out", tmp_path / "r")
+    assert "val/0.png" in refused.where
+    assert "--check-masks" in refused.tip
+    assert not (tmp_path / "r").exists()
+
+
 def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, copy, digits_run, mask_folder):
     other, table = mask_folder, (mask_folder / "classes.tsv").read_text()
     (other / "classes.tsv").write_text(table.replace("2\tsquare", "2\tbox"))
@@ -187,9 +205,34 @@ def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
     assert "segment.width = 8 has no effect: the linear head has none" in shown
 
 
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_defaults_of_the_command_are_not_said_to_do_nothing(head, monkeypatch):
+    begun = []
+    monkeypatch.setattr("pdvit.cli.runs.options.start", lambda command, config, *_: begun.append(config) or 0)
+    assert pdvit(["segment", "--head", head]) == 0
+    assert idle_settings(resolve(begun[0])) == []
+    assert begun[0].segment.width == (32 if head == "upernet" else 512)
+
+
 def test_one_image_per_step_works(shapes, tmp_path):
     assert train(shapes, tmp_path / "run", "--batch-size", "1", "--epochs", "2st") == 0
     assert 'norm = "group"' in (tmp_path / "run" / "run.toml").read_text()
+
+
+@pytest.mark.parametrize("norm", [{}, {"norm": "batch"}])
+def test_a_batch_is_sought_with_one_image_first(shapes, norm):
+    """A batch norm of UPerNet's pooled map would have nothing to average over; a GPU's memory is not needed for it."""
+    sections = {"data": {"source": str(shapes), "batch_size": "auto", "workers": 0}, "diversity": {"preset": "none"}}
+    sections |= {"segment": {"head": "upernet", "width": 8, "crop": 32} | norm}
+    sections |= {"model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}}
+    config = build(("flags", sections))
+    trial, cpu = trial_of(config), torch.device("cpu")
+    task = SEGMENTATION.make_task(trial, SEGMENTATION.open_source(config, print), cpu, ALONE)
+    updater = Trainer(task, trial, cpu, ALONE).updater
+    with closing(task.batches(0)) as batches:
+        batch = next(batches)
+    updater(batch, 1)
+    assert all(fits(updater, batch, size) for size in (1, 2))
 
 
 def test_train_finetune_and_segment_take_the_same_settings():

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from pdvit.config import Config, build, read_toml, resolve
+from pdvit.config.resolve import with_crop
 from pdvit.engine.schedule import make_plan, make_scheduler
 from pdvit.models.build import model_arguments, patch_size_of, sketch_model
+from pdvit.models.description import Described
+from pdvit.models.initial import settle
+from pdvit.models.matching import Chosen
 from pdvit.models.tokens import DiverseModel
 from pdvit.tasks.weights import weight_schedules
 
@@ -271,3 +275,22 @@ def test_a_finetuned_row_begins_where_its_base_ends():
 def test_digits_is_what_train_does_without_arguments():
     found, expected = recipe("digits"), resolve(Config())
     assert replace(found, run=replace(found.run, name=None)) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [  # the quick suite has the one whose crop is no multiple of its patches, and a plain model
+        pytest.param(name, marks=[] if name in ("cityscapes-swin-l", "camvid-small") else [pytest.mark.slow])
+        for name in FILES
+        if recipe(name).model.init
+    ],
+)
+def test_it_can_begin_with_its_weights(name, monkeypatch):
+    """With weights of its own model at that model's own size, on the meta device: what is looked at before training."""
+    config = build((str(FILES[name]), read_toml(FILES[name])))
+    sketch = sketch_model(config.model.name, model_arguments(config.model, None))
+    chosen = Chosen(dict(sketch.state_dict()), "", "raw")
+    described = Described("init", "init", config.model.name, {}, sketch, chosen, {}, {})
+    monkeypatch.setattr("pdvit.models.initial.fingerprint", lambda _: "0123456789abcdef")
+    settled = resolve(settle(with_crop(config), described))
+    assert settled.segment.crop == config.segment.crop

@@ -95,12 +95,12 @@ def _from_anywhere(config: Config) -> Config:
 
 
 def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
-    """Read all images and masks where that is asked for, every process its share.
+    """Read all images and masks where that is asked for, every process its share, and the first masks always.
 
     Raises UserError where images do not decode and are not to be skipped, and for masks that can't be used.
     """
     from pdvit.data.check import check_images
-    from pdvit.data.masks.check import check_masks
+    from pdvit.data.masks.check import check_first_pairs, check_masks
 
     skip, workers, share = config.data.on_bad_image == "skip", config.data.workers, (ranks.rank, ranks.size)
     if config.data.check_images:
@@ -109,12 +109,13 @@ def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunCons
     if config.segment.head is not None and config.segment.check_masks:
         say(console, "checking all masks ...")
         source = check_masks(source, workers, lambda text: say(console, text), share, ranks.gather)
+    if config.segment.head is not None:
+        check_first_pairs(source, skip)
     return source
 
 
 def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
     """Find the largest total batch, a power of two or all images, that the GPUs hold; raises UserError without one."""
-    from pdvit.config import resolve
     from pdvit.engine.loop import Trainer
     from pdvit.engine.memory import largest_batch
     from pdvit.engine.ranks import ALONE
@@ -122,13 +123,7 @@ def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torc
     if device.type == "cpu":
         what = "auto needs a GPU: a CPU that runs out of memory gives no error that can be caught"
         raise UserError(what, "data.batch_size (--batch-size)", "give a number, for example 64")
-    trial = replace(
-        config,
-        data=replace(config.data, batch_size=1, micro_batch=None),
-        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
-        run=replace(config.run, distribute="ddp"),
-    )
-    trial = resolve(trial)
+    trial = trial_of(config)
     # Each process by itself: trials that exchange gradients would wait for one another.
     task = kind.make_task(trial, source, device, ALONE)
     images = len(source.splits["train"]) // ranks.size
@@ -137,3 +132,17 @@ def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torc
     if not size:
         raise UserError("not even one image fits", "data.batch_size (--batch-size)", "use a smaller model or image")
     return size
+
+
+def trial_of(config: Config) -> Config:
+    """Return the configuration by which it is tried how many images a GPU holds, resolved: it begins with one."""
+    from pdvit.config import resolve
+
+    trial = replace(
+        config,
+        data=replace(config.data, batch_size=1, micro_batch=None),
+        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
+        run=replace(config.run, distribute="ddp"),
+        segment=replace(config.segment, norm="group"),  # a batch norm can't have one; it takes as much memory
+    )
+    return resolve(trial)

@@ -41,11 +41,16 @@ def _make_task(config: Config, source: "Source", device: "torch.device", ranks: 
 
 
 def _describe(config: Config, task: "SegmentationTask") -> str:
-    """Say what is trained: backbone and head, the crops, how images are evaluated, and what is added to the loss."""
+    """Say what is trained: backbone and head, the crops, how images are evaluated, and what is added to the loss.
+
+    Only the task knows whether images are evaluated whole: a stride in vain is said here, as other idle settings are.
+    """
     module, segment, how = task.module, config.segment, task.how
     total, backbone = (sum(weight.numel() for weight in part.parameters()) for part in (module, module.inside))
     model = f"{config.model.name} with {segment.head} head: {backbone:,} + {total - backbone:,} parameters"
     windows = f"windows of {how.window}, {how.stride} apart" if how.mode == "slide" else "whole images"
+    if how.mode == "whole" and segment.stride is not None:
+        windows += f"\nnote: segment.stride = {segment.stride} has no effect: images are evaluated whole"
     least, most = segment.jitter
     colours = ", colours jittered" if segment.photometric else ""
     return (

@@ -1,10 +1,10 @@
-"""Reading all masks before the start, so that a run does not meet a bad one in the middle."""
+"""Reading masks before the start, so that a run does not meet a bad one in the middle: all, or the first of a split."""
 
 from collections.abc import Callable
 
-from pdvit.data.bad_images import BadImage, BadMask, refuse_masks
+from pdvit.data.bad_images import BadImage, BadImages, BadMask, refuse_masks
 from pdvit.data.check import look_at_all
-from pdvit.data.masks.split import MaskSplit, try_mask, wrong_size
+from pdvit.data.masks.split import MaskSplit, try_mask, try_pair, wrong_size
 from pdvit.data.masks.table import OUTSIDE
 from pdvit.data.sources import Source
 from pdvit.data.sources.cache import Say
@@ -49,6 +49,19 @@ def check_masks(
             notes.append(f"{len(empty)} of {len(source.classes)} classes are in no mask of {name}: {some(empty)}")
     refuse_masks(bad, TIP)
     return source.noting(*notes)
+
+
+def check_first_pairs(source: Source, skip: bool) -> None:
+    """Read the first image and mask of every split: what is wrong with all masks shows in any of them.
+
+    Raises UserError as the run would when it met the pair: for a mask that can't be used, and for an image that does
+    not decode unless such are left out (`skip`).
+    """
+    for split in source.splits.values():
+        assert isinstance(split, MaskSplit)
+        pair = try_pair(split, 0)
+        if isinstance(pair, BadImage):
+            BadImages(skip).meet([pair])
 
 
 def _look(split: MaskSplit, index: int) -> BadMask | frozenset[int]:

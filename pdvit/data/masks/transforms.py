@@ -20,7 +20,6 @@ from pdvit.data.images import Preprocessing, pixels_of
 from pdvit.data.masks.split import Pair
 from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.randomness import fold
-from pdvit.errors import UserError
 
 # Longest side, as a multiple of the short side that is wanted; MMSegmentation: 2048 to 512.
 LONGEST = 4
@@ -79,22 +78,13 @@ class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """From an image and its mask to a training crop, as a function of (seed, epoch, index).
-
-    Raises UserError where the jitter's ends are the wrong way round.
-    """
+    """From an image and its mask to a training crop, as a function of (seed, epoch, index)."""
 
     segment: SegmentConfig
     preprocessing: Preprocessing
     crop: int
     flip: float
     seed: int
-
-    def __post_init__(self) -> None:
-        least, most = self.segment.jitter
-        if least > most:
-            what = f"the least factor {least} is above the most {most}"
-            raise UserError(what, "segment.jitter (--jitter)", "give the smaller one first")
 
     def __call__(self, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Return the crop, uint8 `(3, crop, crop)`, and its mask, with 254 where the image ends."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdvit.config.schema import Config
 from pdvit.errors import UserError
-from pdvit.models.build import create_model, plain_sketch
+from pdvit.models.build import create_model, model_arguments, plain_sketch
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import evaluating, image_size_of
 from pdvit.models.segmentation.swin import pad_before_roll
@@ -63,6 +64,19 @@ class Adapter:
             images, indices=list(self.indices), norm=self.norm, intermediates_only=True, output_fmt="NCHW"
         )
         return [found[index] for index in self.order]
+
+
+def arguments_of(config: Config) -> dict[str, Any]:
+    """Return timm's arguments of a resolved configuration's model: of a segmentation, of its backbone.
+
+    Its crop is `segment.crop`, or else the image size, or else the model's own. Raises UserError as `model_arguments`
+    and `backbone_arguments` do.
+    """
+    model, segment, side = config.model, config.segment, config.data.img_size
+    assert model.name is not None, "resolve the configuration first"
+    if segment.head is None:
+        return model_arguments(model, side)
+    return backbone_arguments(model.name, model_arguments(model, None), segment.crop or side)
 
 
 def backbone_arguments(name: str, arguments: dict[str, Any], crop: int | None = None) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from pdvit.errors import UserError
 GROUPS, LEAST = 32, 4
 
 
-def settle_norm(segment: SegmentConfig, images: int) -> str:
+def settle_norm(segment: SegmentConfig, images: int) -> str | None:
     """Return the norm of the head: what is set, or `batch`, or `group` where the statistics are of one image.
+
+    A linear head has none, and unset stays unset.
 
     UPerNet pools each image to a single token, and a BatchNorm in training needs more than one value per channel.
 
@@ -22,7 +24,9 @@ def settle_norm(segment: SegmentConfig, images: int) -> str:
     Raises:
         UserError: `batch` is set, and statistics would be of one image.
     """
-    if segment.norm == "batch" and images < 2 and segment.head == "upernet":
+    if segment.head == "linear":
+        return segment.norm
+    if segment.norm == "batch" and images < 2:
         what = "with one image per forward pass a BatchNorm of UPerNet's pooled map has nothing to average over"
         raise UserError(what, "segment.norm (--head-norm)", "use --head-norm group, or more images")
     return segment.norm or ("batch" if images > 1 else "group")

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdvit.config.schema import Config, SegmentConfig
-from pdvit.models.build import checkpoint_activations, create_model, model_arguments, sketch_model
+from pdvit.models.build import checkpoint_activations, create_model, sketch_model
 from pdvit.models.layers import image_size_of
 from pdvit.models.reading import Tap, layer_numbers, layers_to_read, tapped, taps_at
-from pdvit.models.segmentation.backbone import MODEL, Adapter, backbone_arguments, look_at, prune
+from pdvit.models.segmentation.backbone import MODEL, Adapter, arguments_of, look_at, prune
 from pdvit.models.segmentation.heads import make_head
 from pdvit.models.wrapper import Wrapper
 
@@ -105,21 +105,17 @@ class Segmenter(Wrapper):
 def build_segmenter(config: Config, classes: int) -> Segmenter:
     """Build the model of a resolved configuration with fresh weights.
 
-    The crop is `segment.crop`, or else the image size, or else the model's own. Where a term other than mixing has a
-    weight, the forward pass returns the tokens that it compares.
+    Where a term other than mixing has a weight, the forward pass returns the tokens that it compares.
 
     Raises:
         UserError: timm can't build the backbone, pdvit can't read it, or its maps do not fit the head.
     """
     model, diversity, segment = config.model, config.diversity, config.segment
     assert model.name is not None, "resolve the configuration first"
-    crop = segment.crop or config.data.img_size
-    arguments = model_arguments(model, None)
-    arguments = backbone_arguments(model.name, arguments, crop)
     tokens = None
     if any(getattr(diversity, term) for term in TOKEN_TERMS):
         tokens = (diversity.first or "block", diversity.last or "norm", layer_numbers(diversity.cosine_layers))
-    segmenter = make_segmenter(model.name, arguments, classes, segment, tokens)
+    segmenter = make_segmenter(model.name, arguments_of(config), classes, segment, tokens)
     if model.grad_checkpointing:
         checkpoint_activations(segmenter.backbone)
     return segmenter

@@ -56,7 +56,8 @@ def test_a_segmentation_by_itself_has_no_idle_setting(preset):
     [
         ({"width": 64}, {}, "segment.width"),
         ({"head": "linear", "width": 64}, {}, "segment.width"),
-        ({"head": "upernet", "mode": "whole", "stride": 8}, {}, "segment.stride"),
+        ({"head": "linear", "norm": "group"}, {}, "segment.norm"),
+        ({"stride": 8}, {}, "segment.stride"),
         ({"head": "upernet"}, {"shift": 2}, "augment.shift"),
         ({"head": "upernet"}, {"smoothing": 0.1}, "augment.smoothing"),
     ],
@@ -64,6 +65,14 @@ def test_a_segmentation_by_itself_has_no_idle_setting(preset):
 def test_what_only_another_task_or_head_has_is_named(segment, augment, said):
     (sentence,) = idle(segment=segment, augment=augment, diversity={"preset": "none"}, data={"source": "photographs"})
     assert sentence.startswith(f"{said} = ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("crop_pct", 0.5), ("crop_mode", "squash")])
+def test_the_centre_crop_of_evaluation_does_nothing_for_images_with_masks(name, value):
+    segment, data = {"head": "upernet"}, {name: value, "source": "photographs"}
+    (sentence,) = idle(segment=segment, data=data, diversity={"preset": "none"})
+    assert sentence.startswith(f"data.{name} = {value} has no effect: ")
+    assert "the probe" in sentence
 
 
 def test_flips_of_images_with_masks_act():

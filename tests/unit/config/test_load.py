@@ -174,6 +174,7 @@ def test_the_error_names_the_range():
 
 def test_a_crop_whose_bounds_are_swapped_is_refused():
     assert refuse({"augment": {"scale": [0.9, 0.1]}}).where == "augment.scale"
+    assert refuse({"segment": {"jitter": [2.0, 0.5]}}).where == "segment.jitter"
 
 
 def test_whole_numbers_serve_as_floats():

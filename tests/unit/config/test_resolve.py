@@ -94,6 +94,21 @@ def test_the_learning_rate_of_a_named_model_grows_with_the_batch(batch, lr):
     assert config.optim.lr == pytest.approx(lr, rel=1e-12)
 
 
+@pytest.mark.parametrize(("batch", "lr"), [(16, 6e-5), (8, 3e-5), (64, 2.4e-4)])
+@pytest.mark.parametrize("init", [{}, {"init": "deit_base_patch16_224.fb_in1k"}])
+def test_a_named_model_with_a_head_for_pixels_has_the_papers_rate(init, batch, lr):
+    sections = {"model": {"name": "deit_base_patch16_224"} | init, "data": {"batch_size": batch}}
+    config = resolved(**sections, segment={"head": "upernet"}, diversity={"preset": "none"})
+    assert config.optim.lr == pytest.approx(lr, rel=1e-12)
+
+
+def test_small_models_with_a_head_for_pixels_keep_their_rate():
+    segment, diversity = {"head": "upernet"}, {"preset": "none"}
+    assert resolved(segment=segment, diversity=diversity).optim.lr == 1e-3
+    small = {"name": "vit_tiny_patch16_224", "width": 48, "init": "runs/small"}
+    assert resolved(segment=segment, diversity=diversity, model=small).optim.lr == 1e-3
+
+
 def test_a_rate_that_would_rise_to_its_end_is_refused():
     with pytest.raises(UserError, match="above the peak"):
         resolve(build(("flags", {"optim": {"lr": 1e-5, "min_lr": 1e-4}})))

@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from pdvit.config import Config, build, resolve, to_dict
+from pdvit.config.resolve import with_crop
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments
 from pdvit.models.description import describe
-from pdvit.models.initial import begin_from, fingerprint, settle
+from pdvit.models.initial import begin, begin_from, fingerprint, settle
+from pdvit.models.segmentation.segmenter import build_segmenter
 from pdvit.models.weights import export
 
 VIT = "vit_tiny_patch16_224"
@@ -63,6 +65,12 @@ def test_model_and_images_come_from_the_checkpoint(tmp_path):
     assert {name: value.shape for name, value in fresh(config).state_dict().items()} == {
         name: value.shape for name, value in model.state_dict().items()
     }
+
+
+def test_a_segmentation_takes_no_centre_crop_from_the_checkpoint(tmp_path):
+    path = saved(tmp_path, make(), mean=(0.1, 0.2, 0.3), crop_pct=0.8, crop_mode="squash", interpolation="bilinear")
+    data = configured(path, segment={"head": "linear"}).data
+    assert (data.mean, data.interpolation, data.crop_pct, data.crop_mode) == ((0.1, 0.2, 0.3), "bilinear", None, None)
 
 
 def test_what_the_user_gives_wins(tmp_path):
@@ -134,6 +142,17 @@ def test_images_that_are_not_square_need_a_size(tmp_path):
     with pytest.raises(UserError, match="16x32"):
         configured(path)
     assert configured(path, data={"img_size": 32}).data.img_size == 32
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_a_crop_needs_to_be_no_multiple_of_the_patches(tmp_path, head):
+    config = build(("here", {"segment": {"head": head, "crop": 33}, "diversity": {"preset": "none"}}))
+    path = saved(tmp_path, make())
+    config = resolve(settle(with_crop(replace(config, model=replace(config.model, init=str(path)))), describe(path)))
+    assert (config.segment.crop, config.model.width) == (33, 24)
+    segmenter = build_segmenter(config, 3)
+    assert segmenter.inside.patch_embed.img_size == (40, 40)
+    assert "resampled: 1 (pos_embed)" in begin(segmenter, describe(path), CLASSES)
 
 
 # The weights

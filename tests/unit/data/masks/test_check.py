@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.bad_images import BadMask
 from pdvit.data.check import check_images
-from pdvit.data.masks.check import check_masks
+from pdvit.data.masks.check import check_first_pairs, check_masks
 from pdvit.data.masks.sources import open_masks
 from pdvit.errors import UserError
 
@@ -90,6 +92,31 @@ def test_a_bad_image_is_not_the_fault_of_its_mask(camvid):
     assert "classes have no image" not in checked.describe()
     with pytest.raises(UserError, match="1 image does not decode"):
         check_images(opened(camvid), False, 0, lambda text: None)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_first_pair_of_every_split_is_looked_at(camvid, fill, write, split):
+    source = opened(camvid)
+    check_first_pairs(source, skip=False)
+    image, mask = (Path(name(0)) for name in (source.splits[split].name, source.splits[split].mask_name))
+    sound = mask.read_bytes()
+    for spoil, reason in (
+        (lambda: fill(mask, 4), "id 4 is outside of the table of 3 classes"),
+        (lambda: write(mask, np.zeros((15, 17, 3), np.uint8)), "it is RGB, where ids are expected"),
+        (lambda: write(mask, np.zeros((5, 6), np.uint8)), "it is 6x5, its image"),
+    ):
+        spoil()
+        for skip in (False, True):
+            with pytest.raises(UserError, match="1 mask can't be used") as caught:
+                check_first_pairs(opened(camvid), skip)
+            assert f"{mask} ({reason}" in caught.value.where
+        mask.write_bytes(sound)
+    fill(mask, 3)  # it teaches nothing, and does no harm
+    check_first_pairs(opened(camvid), skip=False)
+    image.write_bytes(b"torn")
+    with pytest.raises(UserError, match="1 image does not decode"):
+        check_first_pairs(opened(camvid), skip=False)
+    check_first_pairs(opened(camvid), skip=True)
 
 
 @pytest.mark.slow

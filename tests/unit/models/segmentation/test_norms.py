@@ -17,7 +17,11 @@ def test_unset_it_is_batch_but_for_single_images(given, images, norm):
 def test_a_batch_norm_over_one_image_is_refused():
     with pytest.raises(UserError, match=r"(?s)one image.*--head-norm group"):
         settle_norm(SegmentConfig(head="upernet", norm="batch"), 1)
-    assert settle_norm(SegmentConfig(head="linear", norm="batch"), 1) == "batch"  # it has none
+
+
+@pytest.mark.parametrize("given", [None, "batch", "group"])
+def test_a_linear_head_has_none_so_what_is_given_stays(given):
+    assert [settle_norm(SegmentConfig(head="linear", norm=given), images) for images in (1, 2)] == [given] * 2
 
 
 @pytest.mark.parametrize(("width", "groups"), [(512, 32), (64, 16), (8, 2), (50, 10), (13, 1), (3, 1)])
