@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,9 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     from pdvit.engine.display import RunConsole
     from pdvit.engine.ranks import Ranks
+
+# The pictures that a segmentation leaves, see `tasks.segmentation.pictures`.
+PICTURE = re.compile(r"\d{2,}-(image|truth|prediction)\.png")
 
 
 def evaluate(
@@ -144,6 +148,9 @@ def _write(folder: Path, found: Evaluation) -> Path:
 
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for picture in (folder / "predictions").glob("*.png"):  # those of another evaluation are not this one's
+            if PICTURE.fullmatch(picture.name) and f"predictions/{picture.name}" not in found.files:
+                picture.unlink()
         for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}\n".encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content)

@@ -83,8 +83,11 @@ def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp
 
 
 def test_scales_flips_and_a_limit(copy, capsys):
+    (copy / "predictions" / "mine.png").touch()
     one = evaluated(capsys, copy, "--limit", 1)
     assert one["images"] == 1
+    pictures = {path.name for path in (copy / "predictions").iterdir()}
+    assert pictures == {"01-image.png", "01-truth.png", "01-prediction.png", "mine.png"}, "those of the run are gone"
     views = evaluated(capsys, copy, "--ms", "--flip", "--limit", 1)
     assert (len(views["scales"]), views["flip"]) == (6, True)
     assert views["loss"] != one["loss"]
