@@ -57,10 +57,31 @@ def test_ade20ks_layout(ade, above, stored):
     assert source.splits["train"].name(0).endswith("images/training/ADE_train_00000001.jpg")
 
 
-def test_ade20k_without_the_names_of_its_classes_is_refused(ade):
+def test_ade20k_without_the_names_of_its_classes_is_refused(ade, monkeypatch):
     (ade / "objectInfo150.txt").unlink()
     with pytest.raises(UserError, match="objectInfo150"):
         opened(ade)
+    monkeypatch.chdir(ade)
+    with pytest.raises(UserError, match="objectInfo150"):
+        opened(".")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_set_of_ones_own_may_have_ade20ks_folders(ade, tmp_path, named):
+    (ade / "objectInfo150.txt").unlink()
+    root = ade.rename(tmp_path / "mine")
+    (root / "classes.tsv").write_text("0\tvoid\n" + "".join(f"{n}\tc{n}\n" for n in range(1, 5)))
+    if named:
+        (root / "classes.tsv").rename(tmp_path / "classes.tsv")
+    source = opened(root, tmp_path / "classes.tsv" if named else None)
+    assert source.classes == ["c1", "c2", "c3", "c4"]
+    assert lengths(source) == {"train": 4, "val": 2}
+
+
+def test_ade20k_under_another_name_is_known_by_the_names_of_its_classes(ade, tmp_path, monkeypatch):
+    monkeypatch.chdir(ade)
+    assert opened(".").classes == ["wall", "building", "sky", "floor"]
+    assert opened(ade.rename(tmp_path / "renamed")).classes == ["wall", "building", "sky", "floor"]
 
 
 def test_cityscapes_layout(cityscapes, stored):
