@@ -55,6 +55,15 @@ def evaluate(
     on_bad_image: OnBadImage = None,
     scales: Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-mode", metavar="whole|slide", help="Segmentation: whole images, or windows; unset: as its run."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Segmentation: pixels from window to window; unset: as its run.")
+    ] = None,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as pdvit segment.")
     ] = None,
@@ -85,10 +94,12 @@ def evaluate(
         if data is None and config_of(path) is None:
             raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
         if opened.labels_pixels:
-            found = measure_pixels(opened, path, Asked(split, limit, scales, flip, classes, data), console, ranks)
-        elif scales or flip or classes is not None:
+            asked = Asked(split, limit, scales, flip, mode, stride, classes, data)
+            found = measure_pixels(opened, path, asked, console, ranks)
+        elif scales or flip or any(option is not None for option in (mode, stride, classes)):
             what = "the checkpoint labels images, not pixels"
-            raise UserError(what, "--ms, --flip, --classes", "leave them out: they are for segmentation")
+            tip = "leave them out: they are for segmentation"
+            raise UserError(what, "--ms, --flip, --eval-mode, --stride, --classes", tip)
         else:
             found = _measure(opened, path, split, limit, console, ranks)
         if ranks.main:

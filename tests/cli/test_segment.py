@@ -130,6 +130,19 @@ def test_analyze_takes_the_runs_own_images(copy, capsys):
     assert "3 (shapes, val split" in capsys.readouterr().out
 
 
+def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
+    how = json.loads((copy / "summary.json").read_text())
+    windows = evaluated(capsys, copy, "--stride", 4)
+    whole = evaluated(capsys, copy, "--eval-mode", "whole")
+    assert (windows["mode"], windows["window"], windows["stride"]) == ("slide", 32, 4)
+    assert whole["mode"] == "whole"
+    assert len({how["loss"], windows["loss"], whole["loss"]}) == 3
+    again = evaluated(capsys, copy, "--eval-mode", "slide", "--stride", 21)
+    assert (again["loss"], again["miou"]) == (how["loss"], how["miou"])
+    assert "leave gaps" in refusal("eval", copy, "--stride", 33, *CPU).what
+    assert "slide" in refusal("eval", copy, "--eval-mode", "windows", *CPU).tip
+
+
 @pytest.mark.slow
 def test_eval_gives_what_a_run_with_an_average_ended_with(shapes, tmp_path, capsys):
     out = tmp_path / "run"
@@ -179,7 +192,10 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
     (other / "classes.tsv").write_text(table + "3\tmore\t#0000ff\n")
     assert "3 classes" in refusal("eval", copy, "--data", other, *CPU).what
     assert "classes of pixels" in refusal("eval", digits_run, "--data", "scenes", *CPU).what
-    assert "labels images" in refusal("eval", digits_run, "--ms", *CPU).what
+    for flags in (["--ms"], ["--eval-mode", "whole"], ["--stride", 8]):
+        refused = refusal("eval", digits_run, *flags, *CPU)
+        assert "labels images" in refused.what
+        assert flags[0] in refused.where
     assert "not of pixels" in refusal("eval", copy, "--data", "digits", *CPU).what
 
 

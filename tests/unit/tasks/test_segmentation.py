@@ -51,7 +51,7 @@ def test_a_model_without_layers_to_compare_is_refused_before_training_though_it_
 
 def test_windows_that_leave_gaps_are_refused():
     task = task_of(PLAIN, stride=32)
-    assert looking(task.module, 1).stride == 32
+    assert looking(task.module, task.module.segment, 1).stride == 32
     with pytest.raises(UserError, match="leave gaps"):
         task_of(PLAIN, stride=33)
 
