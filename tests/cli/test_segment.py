@@ -82,12 +82,17 @@ def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp
     assert found["miou"] == pytest.approx(float(np.mean(both / either)), abs=1e-12)
 
 
-def test_scales_flips_and_a_limit(copy, capsys):
+def test_scales_flips_and_a_limit_of_the_first_images(copy, mask_folder, capsys):
     (copy / "predictions" / "mine.png").touch()
     one = evaluated(capsys, copy, "--limit", 1)
     assert one["images"] == 1
     pictures = {path.name for path in (copy / "predictions").iterdir()}
     assert pictures == {"01-image.png", "01-truth.png", "01-prediction.png", "mine.png"}, "those of the run are gone"
+    for kind in ("images", "masks"):
+        for number in (1, 2):
+            (mask_folder / kind / "val" / f"{number}.png").unlink()
+    first = evaluated(capsys, copy, "--data", mask_folder)
+    assert [first[name] for name in ("images", "miou", "loss")] == [one[name] for name in ("images", "miou", "loss")]
     views = evaluated(capsys, copy, "--ms", "--flip", "--limit", 1)
     assert (len(views["scales"]), views["flip"]) == (6, True)
     assert views["loss"] != one["loss"]

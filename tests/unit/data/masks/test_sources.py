@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
+from pdvit.data.masks.folders import cityscapes_table
 from pdvit.data.masks.sources import open_masks
 from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.sources import open_source
@@ -98,6 +99,15 @@ def test_cityscapes_layout(cityscapes, stored):
         assert name.endswith("_gtFine_labelIds.png")
         expected = [[known[i].train_id if i != 255 else 255 for i in row] for row in stored(cityscapes, name).tolist()]
         assert split.mask(index).tolist() == expected
+
+
+def test_the_19_ids_of_cityscapes_that_are_scored():
+    """Written out from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle."""
+    scored = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    table = cityscapes_table()
+    assert table.ids == {value: scored.index(value) if value in scored else 255 for value in (*range(34), 255)}
+    ends = "road", "sidewalk", "motorcycle", "bicycle"
+    assert (*table.names[:2], *table.names[-2:], len(table.names)) == (*ends, 19)
 
 
 def test_a_flat_pair_of_folders_holds_out_a_tenth(camvid, tmp_path):
