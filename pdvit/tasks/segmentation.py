@@ -27,6 +27,7 @@ from pdvit.models.families import family_of
 from pdvit.models.freezing import freeze
 from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
+from pdvit.models.segmentation.norms import share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
 from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
@@ -49,8 +50,7 @@ class SegmentationTask(ImageTask):
         super().__init__(config, source, device, ranks)
         self.classes = len(source.classes)
         self.module: Segmenter = build_segmenter(config, self.classes).to(device)
-        if device.type == "cuda" and ranks.size > 1:  # in place: statistics of a share of the batch would be poor ones
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        share_statistics(self.module, device, ranks.size)
         self.objective = objective_of(config, pixel_loss)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
