@@ -12,7 +12,7 @@ from pdvit.analysis.metrics import Attention, Group, LinearCKA, Patches, centred
 from pdvit.analysis.metrics.cka import FEWEST, too_few
 from pdvit.analysis.metrics.sample import PER_PATCH, draw_pairs
 from pdvit.analysis.moments import Curve, Moments
-from pdvit.engine.memory import is_out_of_memory
+from pdvit.engine.device import is_out_of_memory
 from pdvit.errors import UserError
 from pdvit.models.attention import watch_attention
 from pdvit.models.layers import Layer, Place, exact_float32, places_of, shapes_of, watch

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from pdvit.engine.display import RunConsole
     from pdvit.engine.ranks import Ranks
 
+# The pictures that a segmentation leaves, see `tasks.segmentation.pictures`.
+PICTURE = re.compile(r"\d{2,}-(image|truth|prediction)\.png")
+
 
 def evaluate(
     checkpoint: Annotated[
@@ -51,6 +55,15 @@ def evaluate(
     on_bad_image: OnBadImage = None,
     scales: Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-mode", metavar="whole|slide", help="Segmentation: whole images, or windows; unset: as its run."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Segmentation: pixels from window to window; unset: as its run.")
+    ] = None,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as pdvit segment.")
     ] = None,
@@ -81,10 +94,12 @@ def evaluate(
         if data is None and config_of(path) is None:
             raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
         if opened.labels_pixels:
-            found = measure_pixels(opened, path, Asked(split, limit, scales, flip, classes, data), console, ranks)
-        elif scales or flip or classes is not None:
+            asked = Asked(split, limit, scales, flip, mode, stride, classes, data)
+            found = measure_pixels(opened, path, asked, console, ranks)
+        elif scales or flip or any(option is not None for option in (mode, stride, classes)):
             what = "the checkpoint labels images, not pixels"
-            raise UserError(what, "--ms, --flip, --classes", "leave them out: they are for segmentation")
+            tip = "leave them out: they are for segmentation"
+            raise UserError(what, "--ms, --flip, --eval-mode, --stride, --classes", tip)
         else:
             found = _measure(opened, path, split, limit, console, ranks)
         if ranks.main:
@@ -144,6 +159,9 @@ def _write(folder: Path, found: Evaluation) -> Path:
 
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for picture in (folder / "predictions").glob("*.png"):  # those of another evaluation are not this one's
+            if PICTURE.fullmatch(picture.name) and f"predictions/{picture.name}" not in found.files:
+                picture.unlink()
         for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}\n".encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content)

@@ -17,8 +17,7 @@ from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, shared_batches
 from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
 from pdvit.data.sources import ArraySplit
-from pdvit.engine.device import choose_device, device_name
-from pdvit.engine.memory import is_out_of_memory
+from pdvit.engine.device import choose_device, device_name, is_out_of_memory
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
 from pdvit.models.weights import Loaded, load

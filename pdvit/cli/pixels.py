@@ -29,6 +29,8 @@ class Asked:
     limit: int | None
     scales: bool
     flip: bool
+    mode: str | None
+    stride: int | None
     classes: str | None
     data: str | None
 
@@ -48,7 +50,7 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     segment = _segment(opened, asked)
     source = open_masks(config.data, segment)
     order, matched = match_names(loaded.classes, len(loaded.classes), loaded.name, source.classes, source.name)
-    name, how = split_named(source, asked.split), _looking(opened, asked.scales, asked.flip)
+    name, how = split_named(source, asked.split), _looking(opened, segment, asked.scales, asked.flip)
     images, network = first_of(source.splits[name], asked.limit), pixel_network(loaded.model)
     assert isinstance(images, MaskSplit)
     ordered = network if order is None else lambda seen: network(seen)[:, order]
@@ -120,18 +122,24 @@ def _segmenter(opened: Opened) -> "LoadedSegmenter":
 
 
 def _segment(opened: Opened, asked: Asked) -> "SegmentConfig":
-    """Return how the checkpoint evaluates, with the table of classes that is given, or that of its run on its data."""
+    """Return how the checkpoint evaluates, or as is asked, with the table of classes: its run's, on its run's data.
+
+    Raises UserError for a mode or stride that can't be.
+    """
+    from pdvit.config import build
+
+    given = {name: value for name in ("mode", "stride") if (value := getattr(asked, name)) is not None}
+    build(("the command line", {"segment": given}))
     own = opened.config.segment.classes if asked.data is None else None
-    return replace(_segmenter(opened).segment, classes=asked.classes or own)
+    return replace(_segmenter(opened).segment, classes=asked.classes or own, **given)
 
 
-def _looking(opened: Opened, scales: bool, flip: bool) -> "Looking":
+def _looking(opened: Opened, segment: "SegmentConfig", scales: bool, flip: bool) -> "Looking":
     from pdvit.tasks.segmentation import looking
     from pdvit.tasks.views import SCALES
 
-    loading = opened.loading
-    batch = min(loading.eval_batch or loading.batch_size, loading.batch_size // loading.processes)
-    return replace(looking(_segmenter(opened).model, batch), scales=SCALES if scales else (1.0,), flip=flip)
+    how = looking(_segmenter(opened).model, segment, opened.loading.per_pass)
+    return replace(how, scales=SCALES if scales else (1.0,), flip=flip)
 
 
 def predict_pixels(
@@ -151,7 +159,8 @@ def predict_pixels(
     from pdvit.tasks.segmentation import pixel_network
     from pdvit.tracking import write_file
 
-    loaded, how, loading = _segmenter(opened), _looking(opened, *views), opened.loading
+    loaded, loading = _segmenter(opened), opened.loading
+    how = _looking(opened, loaded.segment, *views)
     palette = loaded.palette or default_palette(len(loaded.classes))
     transform = EvaluationTransform(loaded.segment.short_side, loading.preprocessing.interpolation)
     network = pixel_network(loaded.model)

@@ -45,6 +45,11 @@ class Loading:
     bad: BadImages = field(default_factory=BadImages)
     """What becomes of images that do not decode."""
 
+    @property
+    def per_pass(self) -> int:
+        """The most images, or windows of them, of this process's forward passes when nothing is learned."""
+        return max(1, min(self.batch_size // self.processes, self.eval_batch or self.batch_size))
+
     def share(self, count: int) -> tuple[int, int]:
         """Return where this process's part of `count` things begins and ends; the parts differ by at most one."""
         return count * self.rank // self.processes, count * (self.rank + 1) // self.processes
@@ -97,9 +102,10 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
     Images that do not decode are left out where they are to be skipped. Raises UserError where none of a batch is left
     that other processes have too.
     """
-    size = max(1, min(how.batch_size // how.processes, how.eval_batch or how.batch_size))
     least, most = len(split) // how.processes, -(-len(split) // how.processes)
-    turns = max(1, min(-(-most // size), least))  # the same for all processes, as FSDP needs, and none without an image
+    turns = max(
+        1, min(-(-most // how.per_pass), least)
+    )  # the same for all processes, as FSDP needs, and none without an image
     yield from _whole(split, how, torch.arange(*how.share(len(split))).tensor_split(turns))
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.journal import Journal
-from pdvit.engine.memory import fits, is_out_of_memory, largest
+from pdvit.engine.memory import fits, largest
 from pdvit.engine.protocol import Batch
 from pdvit.engine.ranks import lost_another
 from pdvit.engine.replay import share_of, write_bundle

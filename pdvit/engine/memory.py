@@ -1,23 +1,14 @@
-"""Running out of memory: noticing it, and finding by trial what fits."""
+"""Finding by trial what fits in memory."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
+from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.protocol import Batch
 from pdvit.engine.update import Updater
 
 SPARE = 0.1  # of the memory: no two steps need exactly the same
-
-# What a full device says where torch has no error of its own for it.
-SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that a device had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-    )
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

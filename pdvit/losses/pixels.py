@@ -15,11 +15,9 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     is divided into parts, and one without any class has loss 0, with gradient 0.
 
     Args:
-        logits: `(B, C, h, w)`, brought to the size of the masks bilinearly (`align_corners=False`).
+        logits: `(B, C, H, W)`, at the size of the masks.
         masks: class indices `(B, H, W)`, 255 where there is none.
     """
-    if logits.shape[-2:] != masks.shape[-2:]:
-        logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
     if torch.are_deterministic_algorithms_enabled():  # of images, torch has no such kernel on a GPU
         logits, masks = logits.movedim(1, -1).flatten(0, -2), masks.flatten()
     return F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum") / masks.numel()

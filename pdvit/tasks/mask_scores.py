@@ -46,7 +46,7 @@ class MaskScores:
 
 
 class MaskTally:
-    """Adds up pixels. Nothing in it waits for the device."""
+    """Adds up pixels."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         from torchmetrics.classification import MulticlassConfusionMatrix

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pdvit.config.schema import Config
+from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.batch import Batch
 from pdvit.data.images import Preprocessing, try_read
 from pdvit.data.loader import Loading
@@ -27,6 +27,7 @@ from pdvit.models.families import family_of
 from pdvit.models.freezing import freeze
 from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
+from pdvit.models.segmentation.norms import share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
 from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
@@ -49,8 +50,7 @@ class SegmentationTask(ImageTask):
         super().__init__(config, source, device, ranks)
         self.classes = len(source.classes)
         self.module: Segmenter = build_segmenter(config, self.classes).to(device)
-        if device.type == "cuda" and ranks.size > 1:  # in place: statistics of a share of the batch would be poor ones
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        share_statistics(self.module, device, ranks.size)
         self.objective = objective_of(config, pixel_loss)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
@@ -61,7 +61,7 @@ class SegmentationTask(ImageTask):
         diversity = config.diversity  # what the losses compare, or would compare by default
         layers = layers_to_read(bare(self.module), diversity.first or "block", diversity.last or "norm", ())
         self.compared = layers.first, layers.last
-        self.how = looking(self.module, min(self.loading.eval_batch or self.batch_size, self.batch_size // ranks.size))
+        self.how = looking(self.module, self.module.segment, self.loading.per_pass)
         self.files: dict[str, bytes] = {}
 
     def load(self, say: Callable[[str], None]) -> None:
@@ -138,12 +138,11 @@ class SegmentationTask(ImageTask):
         return self.module.resize(logits.float(), (height, width))
 
 
-def looking(module: Segmenter, batch: int) -> Looking:
+def looking(module: Segmenter, segment: SegmentConfig, batch: int) -> Looking:
     """Return how a model looks at images in evaluation; UserError where windows would leave gaps.
 
-    `batch` is the most windows of a forward pass.
+    `segment` says mode, stride and the side of windows, its crop; `batch` is the most windows of a forward pass.
     """
-    segment = module.segment
     window = segment.crop
     assert window is not None
     stride = segment.stride or max(1, window * 2 // 3)
@@ -157,7 +156,7 @@ def looking(module: Segmenter, batch: int) -> Looking:
         raise UserError(
             what, "segment.mode (--eval-mode)", "leave it unset or choose slide: windows of the crop's size"
         )
-    return Looking(mode, window, stride, max(1, batch))
+    return Looking(mode, window, stride, batch)
 
 
 def pixel_network(network: nn.Module) -> Network:

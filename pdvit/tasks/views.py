@@ -73,7 +73,7 @@ def tiles(image: tuple[int, ...], mask: tuple[int, int], classes: int, how: Look
 
     What surrounds a tile, up to a window, is looked at with it.
     """
-    most = max(*how.scales, 1.0) ** 2 * max(image[0] * image[1], mask[0] * mask[1])
+    most = max(max(*how.scales, 1.0) ** 2 * image[0] * image[1], mask[0] * mask[1])  # the mask is never scaled
     cuts = math.ceil(math.sqrt(classes * most / MAP))
     rows, columns = (
         [_side(length * k // count, length * (k + 1) // count, image[axis], length, how.window) for k in range(count)]

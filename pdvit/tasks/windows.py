@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pdvit.engine.device import is_out_of_memory
+
 Network = Callable[[Tensor], Tensor]
 """Images `(B, 3, H, W)` to logits `(B, C, h, w)` of any size."""
 
@@ -47,8 +49,10 @@ def pixel_logits(network: Network, image: Tensor, how: Looking) -> Tensor:
         return slide(network, image, how.window, how.stride, how.batch)
     try:
         return resize(network(image).float(), (height, width))
-    except torch.OutOfMemoryError:
-        pass  # behind the handler: the error holds what the pass has computed
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # behind the handler: the error holds what the pass has computed
     torch.cuda.empty_cache()
     return slide(network, image, how.window, how.stride, 1)
 

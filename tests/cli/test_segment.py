@@ -90,9 +90,17 @@ def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp
     assert found["miou"] == pytest.approx(float(np.mean(both / either)), abs=1e-12)
 
 
-def test_scales_flips_and_a_limit(copy, capsys):
+def test_scales_flips_and_a_limit_of_the_first_images(copy, mask_folder, capsys):
+    (copy / "predictions" / "mine.png").touch()
     one = evaluated(capsys, copy, "--limit", 1)
     assert one["images"] == 1
+    pictures = {path.name for path in (copy / "predictions").iterdir()}
+    assert pictures == {"01-image.png", "01-truth.png", "01-prediction.png", "mine.png"}, "those of the run are gone"
+    for kind in ("images", "masks"):
+        for number in (1, 2):
+            (mask_folder / kind / "val" / f"{number}.png").unlink()
+    first = evaluated(capsys, copy, "--data", mask_folder)
+    assert [first[name] for name in ("images", "miou", "loss")] == [one[name] for name in ("images", "miou", "loss")]
     views = evaluated(capsys, copy, "--ms", "--flip", "--limit", 1)
     assert (len(views["scales"]), views["flip"]) == (6, True)
     assert views["loss"] != one["loss"]
@@ -133,6 +141,19 @@ def test_analyze_takes_the_runs_own_images(copy, capsys):
     assert all({"similarity", "similarity_random"} <= layer.keys() for layer in found["layers_measured"])
     assert pdvit(["analyze", str(copy), *CPU]) == 0  # the table too: the backbone has no final norm
     assert "3 (shapes, val split" in capsys.readouterr().out
+
+
+def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
+    how = json.loads((copy / "summary.json").read_text())
+    windows = evaluated(capsys, copy, "--stride", 4)
+    whole = evaluated(capsys, copy, "--eval-mode", "whole")
+    assert (windows["mode"], windows["window"], windows["stride"]) == ("slide", 32, 4)
+    assert whole["mode"] == "whole"
+    assert len({how["loss"], windows["loss"], whole["loss"]}) == 3
+    again = evaluated(capsys, copy, "--eval-mode", "slide", "--stride", 21)
+    assert (again["loss"], again["miou"]) == (how["loss"], how["miou"])
+    assert "leave gaps" in refusal("eval", copy, "--stride", 33, *CPU).what
+    assert "slide" in refusal("eval", copy, "--eval-mode", "windows", *CPU).tip
 
 
 @pytest.mark.slow
@@ -194,7 +215,10 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
     (other / "classes.tsv").write_text(table + "3\tmore\t#0000ff\n")
     assert "3 classes" in refusal("eval", copy, "--data", other, *CPU).what
     assert "classes of pixels" in refusal("eval", digits_run, "--data", "scenes", *CPU).what
-    assert "labels images" in refusal("eval", digits_run, "--ms", *CPU).what
+    for flags in (["--ms"], ["--eval-mode", "whole"], ["--stride", 8]):
+        refused = refusal("eval", digits_run, *flags, *CPU)
+        assert "labels images" in refused.what
+        assert flags[0] in refused.where
     assert "not of pixels" in refusal("eval", copy, "--data", "digits", *CPU).what
 
 

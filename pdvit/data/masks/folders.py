@@ -89,7 +89,8 @@ class Folders:
 def find_folders(root: Path) -> Folders:
     """Tell the layout of a folder; UserError where it has none with masks."""
     for folder in (root, root / ADE):
-        if all((folder / kind / "training").is_dir() for kind in ("images", "annotations")):
+        known = folder.resolve().name == ADE or (folder / OBJECTS).is_file()  # sets of one's own may have these folders
+        if known and all((folder / kind / "training").is_dir() for kind in ("images", "annotations")):
             return Folders(folder, "images", "annotations", ade_table(folder))
     if all((root / kind).is_dir() for kind in ("leftImg8bit", "gtFine")):
         ends = ("_leftImg8bit", "_gtFine_labelIds")

@@ -108,10 +108,12 @@ def values_of(image: ImageFile) -> Array:
     """Return the values of an open mask `(H, W)`, of a palette its indices; ValueError where it holds no ids."""
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(f"it is {image.mode}, where ids are expected")
-    tiles = list(image.tile)  # decoding empties it
-    values = np.array(image)
-    for tile in tiles:  # Pillow spreads grey values of 2 and 4 bits over 0 to 255
-        values = values // {"L;2": 85, "L;4": 17}.get(str(tile[3]), 1)
+    raw = image.tile[0][3] if image.tile else None  # decoding empties it
+    # how values are packed, by name: PNG's alone, first of several things in TIFF
+    name = str(raw[0] if isinstance(raw, tuple) else raw)
+    values, spread = np.array(image), {"L;2": 85, "L;4": 17}.get(name[:3], 1)
+    if spread > 1:  # Pillow spreads grey values of 2 and 4 bits over 0 to 255
+        values = values // spread
     if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= VALUES):
         raise ValueError(f"ids from {values.min()} to {values.max()} are no whole numbers below {VALUES}")
     return values.astype(np.uint16) if values.dtype != np.uint8 else values

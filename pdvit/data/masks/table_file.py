@@ -28,9 +28,9 @@ def read_table(path: Path) -> ClassTable:
     place = {row["name"]: number for number, row in enumerate(known)}
     ids = {_id(row, path): place.get(row["name"], IGNORED) for row in rows if row["id"]}
     colours = {_colour(row, path): place.get(row["name"], IGNORED) for row in rows if row["colour"]}
-    for what, values in (("id", ids), ("colour", colours), ("name", {row["name"] for row in rows})):
-        if values and len(values) != len(rows):
-            missing = next((row["name"] for row in rows if not row[what]), None)
+    for what, values, of in (("id", ids, rows), ("colour", colours, rows), ("name", place, known)):
+        if values and len(values) != len(of):
+            missing = next((row["name"] for row in of if not row[what]), None)
             fault = f"'{printable(missing)}' has no {what}" if missing else f"two classes have the same {what}"
             raise UserError(f"{fault}, where others do", str(path), TIP)
     if not (ids or colours):

@@ -33,7 +33,6 @@ class LoadedSegmenter:
         classes: their names.
         palette: a colour (0 to 255) for each class, where the file has them.
         segment: the head, and how the run evaluated; the side of its crop is set.
-        mean, std: of the channels, of 1.
         weights: `raw`, `ema` or `unknown`.
     """
 
@@ -42,8 +41,6 @@ class LoadedSegmenter:
     classes: list[str]
     palette: Palette | None
     segment: SegmentConfig
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     weights: str
 
 
@@ -87,9 +84,7 @@ def load_segmenter(path: str | Path, model_name: str | None = None, weights: str
     model = Segmenter(backbone, adapter, len(classes), segment)
     model.load_state_dict(found.tensors)
     expect_input(backbone, described)
-    images: Any = backbone.pretrained_cfg
-    mean, std = tuple(images["mean"]), tuple(images["std"])
-    return LoadedSegmenter(model.eval(), described.name, classes, palette, segment, mean, std, described.weights)
+    return LoadedSegmenter(model.eval(), described.name, classes, palette, segment, described.weights)
 
 
 def begin_head(segmenter: Segmenter, described: Described, classes: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The norm inside the UPerNet head: over the images of a batch, or over the groups of channels of each."""
 
+import torch
 from torch import nn
 
 from pdvit.config.schema import SegmentConfig
@@ -30,6 +31,15 @@ def settle_norm(segment: SegmentConfig, images: int) -> str | None:
         what = "with one image per forward pass a BatchNorm of UPerNet's pooled map has nothing to average over"
         raise UserError(what, "segment.norm (--head-norm)", "use --head-norm group, or more images")
     return segment.norm or ("batch" if images > 1 else "group")
+
+
+def share_statistics(module: nn.Module, device: torch.device, processes: int) -> None:
+    """Let each BatchNorm inside average over the images of all processes, in place; torch can on GPUs alone.
+
+    Statistics of a share of the batch would be poor ones.
+    """
+    if device.type == "cuda" and processes > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def with_group_norm(module: nn.Module) -> None:

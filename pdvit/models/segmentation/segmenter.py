@@ -88,14 +88,12 @@ class Segmenter(Wrapper):
         first, last, *others = (tokens[name] for name in self.names)
         return SegmentOutput(logits, aux, first, last, tuple(others))
 
-    def resize(self, logits: Tensor, image: tuple[int, int], size: tuple[int, int] | None = None) -> Tensor:
-        """Return logits `(B, C, h, w)` of images of this size at another (unset: the same), `(B, C, *size)`.
+    def resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return logits `(B, C, h, w)` of images of this size at the same, `(B, C, *size)`.
 
         Bilinear, `align_corners=False`. Logits cover the padded image: what lies outside of the image is cut off.
         """
-        size, padded = size or image, self.adapter.padded(*image)
-        whole = [round(want * all_ / own) for want, all_, own in zip(size, padded, image, strict=True)]
-        full = F.interpolate(logits, whole, mode="bilinear", align_corners=False)
+        full = F.interpolate(logits, self.adapter.padded(*size), mode="bilinear", align_corners=False)
         return full[..., : size[0], : size[1]]
 
     def _maps(self, images: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pdvit.engine.device import visible_gpus
+from pdvit.engine.device import is_out_of_memory, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,16 @@ def test_gpus_are_named_as_a_process_of_their_own_has_to_see_them(monkeypatch, v
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert visible_gpus() == found
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes do not match"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_only_a_full_device_is_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected

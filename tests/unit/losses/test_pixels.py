@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from pdvit.losses.pixels import pixel_loss
 
@@ -36,13 +35,6 @@ def test_it_is_the_sum_over_labelled_pixels_by_all_pixels(seed, images, classes,
                     row = logits[b, :, y, x].double()
                     total -= float(row[label]) - math.log(sum(math.exp(value) for value in row))
     assert float(pixel_loss(logits, masks)) == pytest.approx(total / masks.numel(), rel=1e-5, abs=1e-6)
-
-
-def test_logits_are_brought_to_the_size_of_the_masks():
-    logits, _ = made(0, 2, 3, 5, 4, 0)
-    _, masks = made(1, 2, 3, 10, 9, 0.2)
-    large = F.interpolate(logits, size=(10, 9), mode="bilinear", align_corners=False)
-    assert torch.equal(pixel_loss(logits, masks), pixel_loss(large, masks))
 
 
 def test_parts_of_a_batch_add_up_by_their_images():

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from pdvit.data.batch import Batch
 from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
+from pdvit.tasks import windows
 from pdvit.tasks.mask_scores import MaskTally, measure_masks
+from pdvit.tasks.segmentation import numbers_of
 from pdvit.tasks.windows import Looking
 
 CPU = torch.device("cpu")
+ONE = torch.tensor([0])
 
 
 def counted(predicted: np.ndarray, masks: np.ndarray, classes: int):
@@ -128,6 +131,31 @@ def test_a_model_is_measured_on_masks_of_their_own_size():
     ious, miou, accuracy, _ = counted(resized.argmax(1).numpy(), masks.numpy(), 3)
     assert found.iou.tolist() == pytest.approx(ious)
     assert (found.miou, found.accuracy, found.images) == (pytest.approx(miou), pytest.approx(accuracy), 1)
+
+
+def test_images_that_are_too_large_to_be_evaluated_whole_are_counted_and_seen_in_windows(monkeypatch):
+    def network(seen):  # it sees all of what it is given, so that windows differ from the whole
+        return seen * 3 + seen.mean((2, 3), keepdim=True) * 5
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        Batch(torch.randn(1, 3, *size, generator=generator), torch.randint(3, (1, 9, 14), generator=generator), ONE)
+        for size in ((12, 20), (6, 10), (11, 25))
+    ]
+
+    def measured(mode, chosen):
+        return measure_masks(network, chosen, MaskTally(3, CPU), Looking(mode, 8, 4), "fp32")
+
+    large = batches[::2]
+    whole, in_windows = measured("whole", large), measured("slide", large)
+    assert whole.large == 0
+    assert whole.loss != in_windows.loss
+    monkeypatch.setattr(windows, "WHOLE", 200)  # of 240, 60 and 275 pixels
+    found = measured("whole", large)
+    assert (found.large, found.loss) == (2, in_windows.loss)
+    assert torch.equal(found.confusion, in_windows.confusion)
+    assert numbers_of(measured("whole", batches))["in_windows"] == 2
+    assert "in_windows" not in numbers_of(measured("slide", batches))
 
 
 def test_processes_that_share_a_model_make_as_many_passes():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,6 +92,26 @@ def test_a_huge_map_is_made_of_tiles_that_see_what_is_around_them(monkeypatch, s
     found = gathered(net, picture, mask, how)
     agree = (found.argmax(0) == expected.argmax(0)).float().mean()
     assert agree > 0.9  # the windows lie elsewhere
+
+
+@pytest.mark.parametrize(
+    ("size", "mask", "classes", "scales", "fits"),
+    [
+        ((512, 683), (1536, 2048), 150, SCALES, True),  # only the image is scaled, the mask never
+        ((512, 683), (2304, 3200), 150, SCALES, False),
+        ((1024, 2048), (1024, 2048), 150, (1.0,), True),
+        ((1024, 2048), (1024, 2048), 150, SCALES, True),
+        ((1536, 2048), (1536, 2048), 150, SCALES, False),
+        ((1536, 2048), (512, 683), 150, SCALES, False),
+    ],
+)
+def test_an_image_is_tiled_where_a_map_of_image_or_mask_has_more_than_a_thousand_million_scores(
+    size, mask, classes, scales, fits
+):
+    largest = max(max(scales) ** 2 * math.prod(size), math.prod(mask))
+    assert (classes * largest < 1.05e9) == fits, "the documented limit"
+    rows, columns = tiles(size, mask, classes, Looking("whole", 512, 341, scales=scales))
+    assert (len(rows) == len(columns) == 1) == fits
 
 
 @settings(max_examples=200, deadline=None)

@@ -104,12 +104,27 @@ def test_whole_images_go_through_at_once_and_too_large_ones_in_windows(monkeypat
 
 
 @torch.no_grad()
-def test_a_whole_image_that_does_not_fit_in_memory_is_taken_in_windows():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_whole_image_that_does_not_fit_in_memory_is_taken_in_windows(error):
     net, picture = network(), image(20, 33)
 
     def small(images: torch.Tensor) -> torch.Tensor:
         if images.shape[-1] > 16:
-            raise torch.OutOfMemoryError("too large")
+            raise error
         return net(images)
 
     assert torch.equal(pixel_logits(small, picture, Looking("whole", 16, 8)), slide(net, picture, 16, 8, 1))
+
+
+def test_another_fault_of_a_whole_image_is_not_taken_for_a_lack_of_memory():
+    def broken(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="do not fit"):
+        pixel_logits(broken, image(20, 33), Looking("whole", 16, 8))

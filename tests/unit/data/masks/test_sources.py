@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
+from pdvit.data.masks.folders import cityscapes_table
 from pdvit.data.masks.sources import open_masks
 from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.sources import open_source
@@ -57,10 +58,31 @@ def test_ade20ks_layout(ade, above, stored):
     assert source.splits["train"].name(0).endswith("images/training/ADE_train_00000001.jpg")
 
 
-def test_ade20k_without_the_names_of_its_classes_is_refused(ade):
+def test_ade20k_without_the_names_of_its_classes_is_refused(ade, monkeypatch):
     (ade / "objectInfo150.txt").unlink()
     with pytest.raises(UserError, match="objectInfo150"):
         opened(ade)
+    monkeypatch.chdir(ade)
+    with pytest.raises(UserError, match="objectInfo150"):
+        opened(".")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_set_of_ones_own_may_have_ade20ks_folders(ade, tmp_path, named):
+    (ade / "objectInfo150.txt").unlink()
+    root = ade.rename(tmp_path / "mine")
+    (root / "classes.tsv").write_text("0\tvoid\n" + "".join(f"{n}\tc{n}\n" for n in range(1, 5)))
+    if named:
+        (root / "classes.tsv").rename(tmp_path / "classes.tsv")
+    source = opened(root, tmp_path / "classes.tsv" if named else None)
+    assert source.classes == ["c1", "c2", "c3", "c4"]
+    assert lengths(source) == {"train": 4, "val": 2}
+
+
+def test_ade20k_under_another_name_is_known_by_the_names_of_its_classes(ade, tmp_path, monkeypatch):
+    monkeypatch.chdir(ade)
+    assert opened(".").classes == ["wall", "building", "sky", "floor"]
+    assert opened(ade.rename(tmp_path / "renamed")).classes == ["wall", "building", "sky", "floor"]
 
 
 def test_cityscapes_layout(cityscapes, stored):
@@ -77,6 +99,15 @@ def test_cityscapes_layout(cityscapes, stored):
         assert name.endswith("_gtFine_labelIds.png")
         expected = [[known[i].train_id if i != 255 else 255 for i in row] for row in stored(cityscapes, name).tolist()]
         assert split.mask(index).tolist() == expected
+
+
+def test_the_19_ids_of_cityscapes_that_are_scored():
+    """Written out from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle."""
+    scored = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    table = cityscapes_table()
+    assert table.ids == {value: scored.index(value) if value in scored else 255 for value in (*range(34), 255)}
+    ends = "road", "sidewalk", "motorcycle", "bicycle"
+    assert (*table.names[:2], *table.names[-2:], len(table.names)) == (*ends, 19)
 
 
 def test_a_flat_pair_of_folders_holds_out_a_tenth(camvid, tmp_path):

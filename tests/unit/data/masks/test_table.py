@@ -80,6 +80,34 @@ def test_grey_masks_of_2_and_4_bits_hold_the_values_of_the_file(tmp_path, bits, 
     assert table.read(path).tolist() == [[0, 3, 9, 15] if bits == 4 else [0, 1, 2, 3]]
 
 
+def grey_tiff(bits: int, rows: list[bytes]) -> bytes:
+    """A TIFF of four pixels a row, without compression: header, strips of a row, their places and lengths, and tags."""
+    count, start, strips = len(rows), 8, b"".join(rows)
+    places = [start + sum(map(len, rows[:at])) for at in range(count)]
+    lists = struct.pack(f"<{2 * count}I", *places, *map(len, rows))
+    at = start + len(strips)
+    numbers = {256: 4, 257: count, 258: bits, 259: 1, 262: 1, 277: 1, 278: 1}  # size, bits, raw, black is zero
+    tags = {tag: (3, 1, value) for tag, value in numbers.items()}
+    tags |= {273: (4, count, at), 279: (4, count, at + 4 * count)}
+    body = b"".join(struct.pack("<HHII", tag, *tags[tag]) for tag in sorted(tags))
+    header = struct.pack("<2sHI", b"II", 42, at + len(lists))
+    return header + strips + lists + struct.pack("<H", len(tags)) + body + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "expected"),
+    [
+        (4, [b"\x03\x9f", b"\xf0\x12"], [[0, 3, 9, 15], [15, 0, 1, 2]]),
+        (2, [b"\x1b", b"\xe4"], [[0, 1, 2, 3], [3, 2, 1, 0]]),
+        (8, [b"\0\x09\x0f\x01", b"\x0f\x0e\x0d\x0c"], [[0, 9, 15, 1], [15, 14, 13, 12]]),
+    ],
+)
+def test_a_tiff_of_several_strips_holds_the_values_of_the_file(tmp_path, bits, rows, expected):
+    (tmp_path / "grey.tiff").write_bytes(grey_tiff(bits, rows))
+    table = ClassTable.of_ids({value: str(value) for value in range(16)})
+    assert table.read(tmp_path / "grey.tiff").tolist() == expected
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_colours_are_read_through_the_table(tmp_path, mode):
     pixels = np.array([[RED, BLUE], [(9, 9, 9), RED]], np.uint8)

@@ -35,6 +35,13 @@ def test_a_table_without_ids_reads_masks_by_colour(tmp_path):
     assert found.colours == {(255, 0, 0): 0, (224, 224, 192): IGNORED, (0, 255, 0): 1}
 
 
+def test_classes_that_are_ignored_may_share_a_name(tmp_path):
+    found = table(tmp_path, "0\tvoid\t#000000\n1\tvoid\t#010101\n2\ta\t#020202\n3\tb\t#030303\n")
+    assert found.names == ["a", "b"]
+    assert found.ids == {0: IGNORED, 1: IGNORED, 255: IGNORED, 2: 0, 3: 1}
+    assert found.colours == {(0, 0, 0): IGNORED, (1, 1, 1): IGNORED, (2, 2, 2): 0, (3, 3, 3): 1}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -45,6 +52,8 @@ def test_a_table_without_ids_reads_masks_by_colour(tmp_path):
         ("0\ta\n0\tb\n", "same id"),
         ("0\ta\n1\ta\n", "same name"),
         ("0\ta\t#000000\n1\tb\t#000000\n", "same colour"),
+        ("0\ta\n1\tb\n2\tvoid\n2\tvoid\n", "same id"),
+        ("0\ta\t#000000\n1\tb\t#010101\n2\tvoid\t#000000\n", "same colour"),
         ("0\ta\t#000000\n1\tb\n", "'b' has no colour"),
         ("id\tname\n\ta\n1\tb\n", "'a' has no id"),
         ("0\ta\n1\n", "class 2 of the table has no name"),

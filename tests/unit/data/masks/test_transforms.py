@@ -178,6 +178,20 @@ def test_photometric_distortion_keeps_the_order_of_channels_and_the_mask():
     assert torch.equal(PhotometricDistort()(image, mask)[1], mask)
 
 
+def test_each_photometric_factor_is_drawn_for_half_of_the_images_from_its_whole_range():
+    image = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8))
+    torch.manual_seed(0)
+    drawn = [PhotometricDistort().make_params([image]) for _ in range(400)]
+    ranges = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}
+    for name, (least, most) in ranges.items():
+        factors = [params[f"{name}_factor"] for params in drawn if params[f"{name}_factor"] is not None]
+        assert 0.4 < len(factors) / len(drawn) < 0.6
+        edge = (most - least) / 20
+        assert least <= min(factors) < least + edge, name
+        assert most - edge < max(factors) <= most, name
+    assert 0.4 < sum(params["contrast_before"] for params in drawn) / len(drawn) < 0.6
+
+
 def test_a_draw_is_a_function_of_seed_epoch_and_index():
     segment = SegmentConfig()
     made = {

@@ -98,7 +98,8 @@ def test_a_file_alone_gives_the_same_logits(tmp_path, options, crop):
     loaded = load_segmenter(write(tmp_path / "run", segmenter) / "model.safetensors")
     assert torch.equal(loaded.model(images()).logits, segmenter(images()).logits)
     assert (loaded.classes, loaded.palette, loaded.weights) == (CLASSES, PALETTE, "ema")
-    assert (loaded.mean, loaded.std) == ((0.1,) * 3, (0.4,) * 3)
+    told = loaded.model.inside.pretrained_cfg
+    assert (tuple(told["mean"]), tuple(told["std"])) == ((0.1,) * 3, (0.4,) * 3)
     told = {name: getattr(loaded.segment, name) for name in options if name != "name"}
     assert told == {name: value for name, value in options.items() if name != "name"}
     assert loaded.segment.crop == crop

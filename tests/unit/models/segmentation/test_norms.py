@@ -4,7 +4,7 @@ from torch import nn
 
 from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.segmentation.norms import group_norm, settle_norm, with_group_norm
+from pdvit.models.segmentation.norms import group_norm, settle_norm, share_statistics, with_group_norm
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,12 @@ def test_every_batch_norm_is_replaced_at_any_depth():
     one, two = torch.randn(2, 1, 3, 4, 4)
     both = module(torch.cat([one, two]))
     torch.testing.assert_close(both, torch.cat([module(one), module(two)]))
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "shared"), [("cuda", 2, 2), ("cuda:1", 4, 2), ("cuda", 1, 0), ("cpu", 2, 0)]
+)
+def test_statistics_are_shared_among_gpus(device, processes, shared):
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), nn.BatchNorm2d(8))
+    share_statistics(module, torch.device(device), processes)
+    assert sum(isinstance(part, nn.SyncBatchNorm) for part in module.modules()) == shared

@@ -129,7 +129,6 @@ def test_images_of_any_size(name, head):
         logits = segmenter.resize(raw, size)
         assert logits.shape == (1, 5, *size)
         assert logits.isfinite().all()
-        assert segmenter.resize(raw, size, (60, 41)).shape == (1, 5, 60, 41)
 
 
 @torch.no_grad()
