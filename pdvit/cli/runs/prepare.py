@@ -95,22 +95,21 @@ def _from_anywhere(config: Config) -> Config:
 
 
 def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
-    """Read all images and masks where that is asked for, every process its share, and the first masks always.
+    """Read images and masks: all where that is asked for, always the masks held out; every process its share.
 
     Raises UserError where images do not decode and are not to be skipped, and for masks that can't be used.
     """
     from pdvit.data.check import check_images
-    from pdvit.data.masks.check import check_first_pairs, check_masks
+    from pdvit.data.masks.check import check_masks
 
     skip, workers, share = config.data.on_bad_image == "skip", config.data.workers, (ranks.rank, ranks.size)
     if config.data.check_images:
         say(console, "checking all images ...")
         source = check_images(source, skip, workers, lambda text: say(console, text), share, ranks.gather)
-    if config.segment.head is not None and config.segment.check_masks:
-        say(console, "checking all masks ...")
-        source = check_masks(source, workers, lambda text: say(console, text), share, ranks.gather)
-    if config.segment.head is not None:
-        check_first_pairs(source, skip)
+    if config.segment.head is not None and config.data.source != "scenes":
+        every = config.segment.check_masks
+        say(console, "checking all masks ..." if every else "checking the masks that are held out ...")
+        source = check_masks(source, every, workers, lambda text: say(console, text), share, ranks.gather)
     return source
 
 

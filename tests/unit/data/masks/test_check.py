@@ -7,7 +7,7 @@ import torch
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.bad_images import BadMask
 from pdvit.data.check import check_images
-from pdvit.data.masks.check import check_first_pairs, check_masks
+from pdvit.data.masks.check import check_masks
 from pdvit.data.masks.sources import open_masks
 from pdvit.errors import UserError
 
@@ -16,8 +16,8 @@ def opened(root):
     return open_masks(DataConfig(source=str(root)), SegmentConfig())
 
 
-def check(root, workers=0, **more):
-    return check_masks(opened(root), workers, lambda text: None, **more)
+def check(root, workers=0, every=True, **more):
+    return check_masks(opened(root), every, workers, lambda text: None, **more)
 
 
 @pytest.fixture
@@ -94,29 +94,33 @@ def test_a_bad_image_is_not_the_fault_of_its_mask(camvid):
         check_images(opened(camvid), False, 0, lambda text: None)
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_the_first_pair_of_every_split_is_looked_at(camvid, fill, write, split):
-    source = opened(camvid)
-    check_first_pairs(source, skip=False)
-    image, mask = (Path(name(0)) for name in (source.splits[split].name, source.splits[split].mask_name))
+@pytest.mark.parametrize(("split", "index"), [("train", 0), ("val", 0), ("val", -1), ("test", 0), ("test", -1)])
+def test_held_out_masks_and_the_first_to_learn_from_are_always_read(camvid, fill, write, split, index):
+    held = opened(camvid).splits[split]
+    mask = Path(held.mask_name(range(len(held))[index]))
     sound = mask.read_bytes()
+    assert check(camvid, every=False).notes == opened(camvid).notes
     for spoil, reason in (
         (lambda: fill(mask, 4), "id 4 is outside of the table of 3 classes"),
         (lambda: write(mask, np.zeros((15, 17, 3), np.uint8)), "it is RGB, where ids are expected"),
         (lambda: write(mask, np.zeros((5, 6), np.uint8)), "it is 6x5, its image"),
     ):
         spoil()
-        for skip in (False, True):
-            with pytest.raises(UserError, match="1 mask can't be used") as caught:
-                check_first_pairs(opened(camvid), skip)
-            assert f"{mask} ({reason}" in caught.value.where
+        with pytest.raises(UserError, match="1 mask can't be used") as caught:
+            check(camvid, every=False)
+        assert f"{mask} ({reason}" in caught.value.where
         mask.write_bytes(sound)
     fill(mask, 3)  # it teaches nothing, and does no harm
-    check_first_pairs(opened(camvid), skip=False)
-    image.write_bytes(b"torn")
-    with pytest.raises(UserError, match="1 image does not decode"):
-        check_first_pairs(opened(camvid), skip=False)
-    check_first_pairs(opened(camvid), skip=True)
+    check(camvid, every=False)
+
+
+def test_a_held_out_split_without_labels_is_refused_and_one_bad_mask_to_learn_from_waits(camvid, fill):
+    fill(Path(opened(camvid).splits["train"].mask_name(1)), 4)
+    check(camvid, every=False)
+    for mask in (camvid / "masks/test").iterdir():
+        fill(mask, 3)
+    with pytest.raises(UserError, match="masks of test has a class"):
+        check(camvid, every=False)
 
 
 @pytest.mark.slow
