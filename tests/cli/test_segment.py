@@ -204,7 +204,7 @@ def test_a_first_mask_that_does_not_fit_is_named_unasked_before_the_start(refusa
     Image.fromarray(np.full(shape, 5, np.uint8)).save(mask_folder / "masks" / "val" / "0.png")
     refused = refusal("segment", "--data", mask_folder, "--crop", 32, *MODEL, *CPU, "--out", tmp_path / "r")
     assert "val/0.png" in refused.where
-    assert "--check-masks" in refused.tip
+    assert "--classes" in refused.tip
     assert not (tmp_path / "r").exists()
 
 
