@@ -173,7 +173,13 @@ def sweep(
         raise UserError("there is no such folder or file", str(folder), "name the folder of a sweep, or its cells.csv")
     summary = summarise(read_cells(folder), metric, baseline)
     _show(summary)
-    write(plot_sweep(summary, name_of(folder), theme_of(dark)), "sweep", [folder], out, markdown(summary))
+    write(
+        plot_sweep(summary, name_of(folder.with_suffix("") if folder.is_file() else folder), theme_of(dark)),
+        "sweep",
+        [folder],
+        out,
+        markdown(summary),
+    )
 
 
 @app.command()

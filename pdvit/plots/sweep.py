@@ -35,7 +35,7 @@ def plot_sweep(sweep: Sweep, name: str, theme: Theme = LIGHT) -> Drawing:
             left.plot(seeds, [place + 0.16] * len(seeds), "o", color=colour, alpha=0.5, markersize=3, markeredgewidth=0)
             if row["n"]:
                 _mark(left, row["mean"] * factor, place, colour, (row["std"] * factor,) * 2)
-        left.set(title=f"{short(name)}: mean ± std, dots are seeds", xlabel=heading(sweep))
+        left.set(title=short(name), xlabel=f"{heading(sweep)}: mean ± std, dots are seeds")
         if columns == 2:
             _draw_differences(figure.axes[1], sweep, colours, theme)
         counts = table["n"].nunique() > 1

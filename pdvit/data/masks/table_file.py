@@ -12,7 +12,7 @@ from pdvit.errors import UserError
 COLUMNS = ("id", "name", "colour")
 # Classes that are ignored, by their names.
 UNLABELLED = ("unlabelled", "unlabeled", "void", "ignore", "ignored")
-TIP = "write a line for each class, as id TAB name, or id TAB name TAB #804080"
+TIP = "write a line for each class: id TAB name, or id TAB name TAB #804080; without ids begin with name TAB colour"
 
 
 def read_table(path: Path) -> ClassTable:
@@ -24,15 +24,20 @@ def read_table(path: Path) -> ClassTable:
     rows = _rows(path)
     known = [row for row in rows if row["name"].casefold() not in UNLABELLED]
     if not 2 <= len(known) <= OUTSIDE:
-        raise UserError(f"the table has {len(known)} classes", str(path), f"it has to have 2 to {OUTSIDE}")
+        what = f"the table has {len(known)} classes that are not ignored"
+        raise UserError(what, str(path), f"it has to have 2 to {OUTSIDE}")
     place = {row["name"]: number for number, row in enumerate(known)}
     ids = {_id(row, path): place.get(row["name"], IGNORED) for row in rows if row["id"]}
     colours = {_colour(row, path): place.get(row["name"], IGNORED) for row in rows if row["colour"]}
     for what, values, of in (("id", ids, rows), ("colour", colours, rows), ("name", place, known)):
         if values and len(values) != len(of):
             missing = next((row["name"] for row in of if not row[what]), None)
-            fault = f"'{printable(missing)}' has no {what}" if missing else f"two classes have the same {what}"
-            raise UserError(f"{fault}, where others do", str(path), TIP)
+            written = [row[what] for row in of]
+            twice = next((text for text in written if written.count(text) > 1), "written in two ways")
+            fault = f"two classes have the same {what}, {printable(twice)}"
+            if missing is not None:
+                fault = f"'{printable(missing)}' has no {what}, where others do"
+            raise UserError(fault, str(path), TIP)
     if not (ids or colours):
         raise UserError("the table has neither ids nor colours", str(path), TIP)
     palette = [_colour(row, path) for row in known] if colours else default_palette(len(known))
