@@ -92,7 +92,9 @@ def evaluate(
             on_bad_image=on_bad_image,
         )
         if data is None and config_of(path) is None:
-            raise UserError("nothing says on which images", checkpoint, "name a source: --data digits, --data FOLDER")
+            made = "scenes" if opened.labels_pixels else "digits"
+            tip = f"name a source: --data {made}, --data FOLDER"
+            raise UserError("nothing says on which images", checkpoint, tip)
         if opened.labels_pixels:
             asked = Asked(split, limit, scales, flip, mode, stride, classes, data)
             found = measure_pixels(opened, path, asked, console, ranks)

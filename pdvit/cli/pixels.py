@@ -51,6 +51,8 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     source = open_masks(config.data, segment)
     order, matched = match_names(loaded.classes, len(loaded.classes), loaded.name, source.classes, source.name)
     name, how = split_named(source, asked.split), _looking(opened, segment, asked.scales, asked.flip)
+    if asked.stride is not None and how.mode == "whole":
+        say(console, "note: --stride has no effect: images are evaluated whole")
     images, network = first_of(source.splits[name], asked.limit), pixel_network(loaded.model)
     assert isinstance(images, MaskSplit)
     ordered = network if order is None else lambda seen: network(seen)[:, order]

@@ -122,7 +122,9 @@ def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, 
     alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
     if first == "block":
         if not alike:
-            tip = "use --first embed or a deeper model" if shapes.get("embed") == shapes[last] else "use --last block"
+            tip = "use --last block" if last != blocks[-1] else "choose a model with two blocks of one grid at its end"
+            if shapes.get("embed") == shapes[last]:
+                tip = "use --first embed or a deeper model"
             raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
         return alike[0]
     if first not in ("embed", "patches") and not str(first).isdecimal():

@@ -6,7 +6,7 @@ from pdvit.errors import UserError
 from pdvit.models.description import class_names
 from pdvit.models.weights import Loaded
 
-TIP = "evaluate it on its own classes, or train it on these: pdvit finetune"
+TIP = "evaluate it on its own classes, or train it on these: pdvit finetune, of pixels pdvit segment"
 
 
 def label_names(loaded: Loaded) -> list[str] | None:

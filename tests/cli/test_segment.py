@@ -149,6 +149,8 @@ def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
     whole = evaluated(capsys, copy, "--eval-mode", "whole")
     assert (windows["mode"], windows["window"], windows["stride"]) == ("slide", 32, 4)
     assert whole["mode"] == "whole"
+    assert pdvit(["eval", str(copy), "--eval-mode", "whole", "--stride", "7", *CPU]) == 0
+    assert "--stride has no effect" in capsys.readouterr().out
     assert len({how["loss"], windows["loss"], whole["loss"]}) == 3
     again = evaluated(capsys, copy, "--eval-mode", "slide", "--stride", 21)
     assert (again["loss"], again["miou"]) == (how["loss"], how["miou"])
