@@ -142,6 +142,6 @@ def trial_of(config: Config) -> Config:
         data=replace(config.data, batch_size=1, micro_batch=None),
         optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # else it would follow the batch of one
         run=replace(config.run, distribute="ddp"),
-        segment=replace(config.segment, norm="group"),  # a batch norm can't have one; it takes as much memory
+        segment=replace(config.segment, norm="group"),  # a batch norm can not learn from one image
     )
     return resolve(trial)
