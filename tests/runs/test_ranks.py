@@ -32,8 +32,8 @@ def launch(processes, *arguments):
     return subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=PATIENCE)
 
 
-def steps(out, processes, settings, precision="short"):
-    done = launch(processes, str(SCRIPT), str(out), json.dumps(settings), str(STEPS), precision)
+def steps(out, processes, settings, precision="short", count=STEPS):
+    done = launch(processes, str(SCRIPT), str(out), json.dumps(settings), str(count), precision)
     assert done.returncode == 0, done.stderr[-3000:]
     tensors = {
         f"{file.stem}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()
@@ -118,10 +118,11 @@ def test_a_segmentation_is_the_same_in_two_processes(tmp_path, how):
         "augment": {},
         "optim": SETTINGS["optim"] | {"opt": "sgd"},
     }
-    alone = steps(tmp_path / "one", 1, settings)
-    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}})
+    # Four: with more, a ReLU of the head that rounding has put on the other side makes the difference.
+    alone = steps(tmp_path / "one", 1, settings, count=4)
+    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}}, count=4)
     for file in {name.split(".")[0] for name in alone[0]} - {"state"}:
-        assert furthest(both[0], alone[0], f"{file}.") <= 1e-5
+        assert furthest(both[0], alone[0], f"{file}.") <= 1e-6
     assert both[1]["train"] == pytest.approx(alone[1]["train"], rel=1e-4, abs=1e-5)
     for name in ("miou", "accuracy", "accuracy_mean", "loss"):
         assert both[1]["eval"][name] == pytest.approx(alone[1]["eval"][name], abs=1e-3)
