@@ -1,18 +1,35 @@
-"""Every file of experiments is a configuration or a sweep that holds; nothing is trained here."""
+"""Every file of experiments is a configuration or a sweep that holds; those for a GPU are tried at a tiny size."""
 
 import csv
+import shutil
 import tomllib
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from pdvit.cli import run as pdvit
 from pdvit.config import build, resolve
 from pdvit.sweep import make_cells, split
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*/*.toml"))
 RECIPES = ("digits", "recipes")  # of one run each
+# Sweeps of which each variant has the rate that a table of tuning says.
+RATES = {
+    "ablation/cpu": "ablation/tuning",
+    "transfer/pretrain": "ablation/tuning",
+}
+# The recipes for a GPU, in the order of their chains, and what makes them small.
+CHAINS = (
+    ["ablation/gpu-tuning"],
+    ["depth/gpu"],
+    ["remedies/gpu"],
+    ["ablation/gpu", "transfer/gpu"],
+    ["segmentation/gpu-backbones", "segmentation/gpu"],
+)
+SHORT = ["--epochs", "2st", "--warmup-epochs", "1st", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+SMALL = ["--set", "segment.crop=64", "--set", "segment.short_side=72"]
 
 
 def cells_of(file: Path):
@@ -44,31 +61,48 @@ def best_of(file: Path) -> dict[str, float]:
     return {variant: min(rows)[1] for variant, rows in found.items()}
 
 
-def check_rates(folder: Path, shared: Path) -> int:
-    """Compare the rates of cpu.toml with the folder's tuning.csv, or with a shared one what is trained alike."""
-    own, checked = (folder / "tuning.csv").is_file(), 0
-    tuning = folder / "tuning.csv" if own else shared
-    best = best_of(tuning) if tuning.is_file() else {}
-    for cell in cells_of(folder / "cpu.toml"):
-        other = cell.config.model.init is not None or cell.config.segment.head is not None
-        if cell.variant in best and "optim.lr" not in cell.values and (own or not other):
-            assert cell.config.optim.lr == best[cell.variant], cell.name
-            checked += 1
-    return checked
+def check_rates(file: Path, tuning: Path) -> None:
+    """Compare the rate of every cell with the best of its variant in a table."""
+    best = best_of(tuning)
+    for cell in cells_of(file):
+        assert cell.config.optim.lr == best[cell.variant], cell.name
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*/cpu.toml")), ids=lambda file: file.parent.name)
-def test_every_variant_has_its_best_rate_on_validation(file):
-    check_rates(file.parent, FOLDER / "ablation" / "tuning.csv")
+@pytest.mark.parametrize(("file", "tuning"), RATES.items())
+def test_every_variant_has_its_best_rate_on_validation(file, tuning):
+    check_rates(FOLDER / f"{file}.toml", FOLDER / f"{tuning}.csv")
 
 
 @pytest.mark.parametrize(("rate", "sound"), [("1e-3", True), ("2e-3", False)])
 def test_a_rate_that_is_not_the_best_is_found(tmp_path, rate, sound):
-    (tmp_path / "cpu.toml").write_text(f'[sweep]\n"run.seed" = [1]\n[[sweep.variant]]\nname = "a"\n"optim.lr" = {rate}')
+    (tmp_path / "a.toml").write_text(f'[sweep]\n"run.seed" = [1]\n[[sweep.variant]]\nname = "a"\n"optim.lr" = {rate}')
     lines = ["variant,optim.lr,status,accuracy_val", "a,0.002,finished,0.5", "a,0.001,finished,0.5", "a,0.004,failed,"]
-    (tmp_path / "tuning.csv").write_text("\n".join(lines))
+    (tmp_path / "a.csv").write_text("\n".join(lines))
     if sound:
-        assert check_rates(tmp_path, tmp_path / "none.csv") == 1
+        check_rates(tmp_path / "a.toml", tmp_path / "a.csv")
     else:
         with pytest.raises(AssertionError, match="a-seed=1"):
-            check_rates(tmp_path, tmp_path / "none.csv")
+            check_rates(tmp_path / "a.toml", tmp_path / "a.csv")
+
+
+def first_cells(file: Path) -> list[int]:
+    """Numbers of the cells with the first seed and the first learning rate."""
+    cells = cells_of(file)
+    values = [{key: cell.values[key] for key in ("run.seed", "optim.lr") if key in cell.values} for cell in cells]
+    return [number for number, found in enumerate(values, 1) if found == values[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", CHAINS, ids=lambda files: files[0].replace("/", "-"))
+def test_every_setting_for_a_gpu_takes_two_steps(workplace, image_folder, mask_folder, files):
+    for name in ("cifar100", "tiny-imagenet-50"):
+        shutil.copytree(image_folder, workplace / "data" / name)
+    shutil.copytree(mask_folder, workplace / "data" / "camvid")
+    for name in files:
+        file = FOLDER / f"{name}.toml"
+        cells = ",".join(map(str, first_cells(file)))
+        more = SMALL if name == "segmentation/gpu" else []
+        assert pdvit(["train", "--config", str(file), "--cells", cells, *SHORT, *more]) == 0, name
+        with (workplace / "runs" / name.replace("/", "-") / "cells.csv").open(newline="") as table:
+            rows = list(csv.DictReader(table))
+        assert {row["variant"] for row in rows if row["status"] == "finished"} == {row["variant"] for row in rows}

@@ -1,0 +1,76 @@
+"""Whose patches does a term make alike? `python experiments/ablation/regions.py` reads the runs of cpu.toml.
+
+On 256 of the images that a run ended with it measures P behind the final norm: over all pairs of patches of the plain
+images; and, with the left half of each image pasted from another, over the pairs from one image and over those
+from images of different classes. It writes regions.csv, a row for each run, and prints means and standard
+deviations over seeds.
+"""
+
+import io
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pdvit import DiverseModel, patch_similarity
+from pdvit.cli.runs.prepare import prepare
+from pdvit.cli.train import TRAIN
+from pdvit.config import build, read_toml
+from pdvit.data.cutmix import paste
+from pdvit.data.loader import eval_batches
+from pdvit.data.pictures import Pictures
+from pdvit.models.weights import load
+from pdvit.similarity import unit_tokens
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from tables import SEED, write_table  # noqa: E402
+
+RUNS = Path("runs/ablation")
+IMAGES = 256
+
+
+def measure(run: Path) -> dict[str, float]:
+    """Return P of plain images, and of mixed ones within what comes from one image and between classes."""
+    with redirect_stderr(io.StringIO()):  # it would say what it prepares
+        task = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
+    chosen = Pictures("images", task.source.splits[task.source.final_split]).first(IMAGES).split
+    batches = list(eval_batches(chosen, task.loading))
+    images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])
+    model = DiverseModel(load(run).model.to(images.device), patch_head=False).eval()
+    side = task.config.model.patch_size
+    rows, columns = images.shape[-2] // side, images.shape[-1] // side
+    left = (torch.arange(columns, device=images.device) < columns // 2).expand(rows, columns)
+    others, classes = images.roll(1, 0), labels.roll(1)
+    mixed = paste(images, labels, others, classes, left.expand(len(images), -1, -1), len(task.source.classes)).images
+    with torch.no_grad():
+        plain, tokens = model(images).last, model(mixed).last[labels != classes]
+    within, between = parts(tokens, left.flatten())
+    return {"plain": float(patch_similarity(plain).mean()), "within": within, "between": between}
+
+
+def parts(tokens: Tensor, side: Tensor) -> tuple[float, float]:
+    """Return the mean |cos| over pairs of different patches on one side, and on different ones; `side` is `(N,)`."""
+    unit = unit_tokens(tokens)
+    cosines = (unit @ unit.transpose(1, 2)).abs().mean(0)
+    same = side[:, None] == side
+    apart = ~torch.eye(len(side), dtype=torch.bool, device=side.device)
+    return float(cosines[same & apart].mean()), float(cosines[~same].mean())
+
+
+def main() -> None:
+    cells = pd.read_csv(RUNS / "cells.csv")
+    rows = []
+    for cell in cells[cells["status"] == "finished"].to_dict("records"):
+        rows.append({"variant": cell["variant"], SEED: cell[SEED], **measure(RUNS / cell["name"])})
+    write_table(HERE / "regions.csv", rows)
+    print(
+        pd.DataFrame(rows).groupby("variant", sort=False)[["plain", "within", "between"]].agg(["mean", "std"]).round(2)
+    )
+
+
+if __name__ == "__main__":
+    main()
