@@ -103,9 +103,11 @@ def seeds_of(cells: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
 
 
 def control_of(row: Row, name: str, rows: Sequence[Row]) -> Row | None:
-    """Return a control of a row: alike otherwise, and of `probe-paper` it is `probe-none` where there is one."""
+    """Return the control that is alike otherwise; that of `probe-paper` is `probe-none`, where there is one."""
     alike = {other.variant: other for other in rows if other.where == row.where}
-    control = alike.get(f"{row.variant.rpartition('-')[0]}-{name}", alike.get(name))
+    families = [other.removesuffix("none") for other in alike if other.endswith("-none")]
+    family = next((family for family in families if row.variant.startswith(family)), "")
+    control = alike.get(f"{family}{name}")
     return None if control is row else control
 
 
