@@ -1,8 +1,8 @@
 """Draw P and effective rank by depth: `python experiments/figures.py ablation/layers.csv [VARIANT ...]`.
 
-The figure lies beside the table, as layers.svg and layers.png. Lines are means over seeds, bands 95 % intervals
-(Student's t); solid after training, dashed before. What was crossed beside variant and seed has a panel for each of its
-values.
+The figure lies beside the table, as layers.png. Lines are means over seeds, bands 95 % intervals (Student's t); solid
+after training, dashed before, in grey where all begin alike. What was crossed beside variant and seed has a panel for
+each of its values.
 """
 
 import sys
@@ -18,7 +18,7 @@ from pdvit.plots.statistics import interval
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styled
 
 HERE = Path(__file__).parent
-DASHED = {"after": "-", "before": (0, (3, 2))}
+DASHED = (0, (3, 2))
 HEIGHT = 2.1  # of a row of panels, in inches
 LABELS = {"similarity": "P, patch similarity", "effective_rank": "effective rank"}
 
@@ -39,18 +39,23 @@ def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         for number, axes in enumerate(figure.axes):
             row, column = divmod(number, len(panels))
             panel, part = panels[column]
-            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)))
+            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)), theme.muted)
             axes.set_title(panel if row == 0 else "")
             axes.set_ylabel(LABELS[NUMBERS[row]] if column == 0 else "")
             axes.set_xlabel("relative depth" if row else "")
-        before = Line2D([], [], color=theme.muted, linestyle=DASHED["before"], label="before training")
+        before = Line2D([], [], color=theme.muted, linestyle=DASHED, label="before training")
         legend(figure, dict(zip(names, styles, strict=True)), [before])
         return figure
 
 
-def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]]) -> None:
+def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]], muted: str) -> None:
+    alike = rows[rows["when"] == "before"].groupby("layer")["mean"].nunique().max() == 1  # begun from the same weights
     for (variant, when), line in rows.groupby(["variant", "when"], sort=False):
-        look = styles[variant] | {"linestyle": DASHED[when]} | ({"marker": ""} if when == "before" else {})
+        look = styles[variant]
+        if when == "before":
+            shade = {"color": muted} if alike else {}
+            axes.plot(line["depth"], line["mean"], **look | {"linestyle": DASHED, "marker": ""} | shade)
+            continue
         axes.plot(line["depth"], line["mean"], **look)
         axes.fill_between(line["depth"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
 
@@ -75,8 +80,7 @@ def main() -> None:
     file, *variants = sys.argv[1:]
     layers = pd.read_csv(HERE / file, keep_default_na=False)
     figure = draw_layers(layers[layers["variant"].isin(variants)] if variants else layers)
-    for suffix in (".svg", ".png"):
-        (HERE / file).with_suffix(suffix).write_bytes(render(figure, suffix))
+    (HERE / file).with_suffix(".png").write_bytes(render(figure, ".png"))
 
 
 if __name__ == "__main__":
