@@ -1,6 +1,6 @@
 """What the terms do in each experiment, against both controls: `python experiments/effects.py [FILE]`.
 
-    python experiments/effects.py                         # all questions: effects.csv, effects.svg and effects.png
+    python experiments/effects.py                         # all questions: effects.csv and effects.png
     python experiments/effects.py ablation/results.csv    # one table of results: all its variants
 
 Both print a table in Markdown. Where learning rates were crossed, each variant has the one with the best mean on
@@ -38,7 +38,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure("accuracy or mIoU, points", {"miou": "mIoU, %", "accuracy": "accuracy, %"}, 100, 1),
+    Measure("accuracy or mIoU", {"miou": "mIoU, %", "accuracy": "accuracy, %"}, 100, 1),
     Measure("P", {"similarity_norm": "P behind the norm", "similarity_last": "P of last"}, 1, 2),
     Measure("effective rank", {"rank_norm": "effective rank there"}, 1, 1),
 )
@@ -65,15 +65,9 @@ class Question:
     where: Mapping[str, object] | None = None
 
 
-DEPTHS, WIDTHS, TERMS = (6, 12, 24), (24, 96), ("cosine", "contrastive", "mixing", "paper")
-REMEDIES = {"layerscale": "LayerScale", "registers": "registers", "talking-heads": "CaiT"}
+TERMS = ("cosine", "contrastive", "mixing", "paper")
 QUESTIONS = (
-    *(Question("depth", f"digits, {d} blocks", "depth/results.csv", where={"model.depth": d}) for d in DEPTHS),
-    *(Question("width", f"digits, width {w}", "depth/results-widths.csv", where={"model.width": w}) for w in WIDTHS),
     *(Question("which term", f"digits, {term}", "ablation/results.csv", term) for term in TERMS),
-    *(Question("remedies", f"digits, {name}", "remedies/results.csv", f"{r}-paper") for r, name in REMEDIES.items()),
-    Question("transfer", "digits 0 to 4, then 5 to 9, frozen", "transfer/results.csv", "probe-paper"),
-    Question("transfer", "digits 0 to 4, then 5 to 9, finetuned", "transfer/results.csv", "finetuned-paper"),
     Question("photographs", "Tiny ImageNet-50", "segmentation/results-backbones.csv"),
     Question("segmentation", "CamVid, frozen", "segmentation/results-camvid-frozen.csv"),
     Question("segmentation", "CamVid, finetuned", "segmentation/results-camvid-finetuned.csv"),
@@ -133,14 +127,14 @@ def table_of(results: pd.DataFrame) -> list[list[str]]:
     """Return the table of one experiment in words, headings first."""
     rows = list(rows_of(results))
     where = [name.rpartition(".")[2] for name in rows[0].where]
-    table = [[*where, "", "rate", "n"]]
+    rates = ["rate"] * (RATE in results)  # where a variant brings its own, the recipe has it
+    table = [[*where, "", *rates, "n"]]
     for number, measure in enumerate(MEASURES):
         if any(row.values[number] for row in rows):
             heading = next(heading for column, heading in measure.columns.items() if column in results)
             table[0] += [heading, f"{MINUS} none", f"{MINUS} cutmix"][: 3 if number == 0 else 2]
     for row in rows:
-        rate = NOTHING if math.isnan(row.rate) else f"{row.rate:g}"
-        line = [*map(str, row.where.values()), row.variant, rate, str(len(row.values[0]))]
+        line = [*map(str, row.where.values()), row.variant, *(f"{row.rate:g}" for _ in rates), str(len(row.values[0]))]
         for number, measure in enumerate(MEASURES):
             if any(other.values[number] for other in rows):
                 mean, std = mean_and_std([value * measure.factor for value in row.values[number].values()])
@@ -175,7 +169,7 @@ def summary_of(table: pd.DataFrame) -> list[list[str]]:
     """Return the table of all questions in words: the first measure against both controls, the others against none."""
     first, *others = MEASURES
     columns = [(first, control) for control in CONTROLS] + [(measure, CONTROLS[0]) for measure in others]
-    summary = [["question", "setting", "n", *(f"{measure.name}, {MINUS} {control}" for measure, control in columns)]]
+    summary = [["question", "setting", "n", *(f"{measure.name} {MINUS} {control}" for measure, control in columns)]]
     before = ""
     for (question, setting), part in table.groupby(["question", "setting"], sort=False):
         line = [str(question) if question != before else "", str(setting), str(part["n"].iloc[0])]
@@ -219,7 +213,7 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
             for place in range(1, len(settings)):
                 if settings[place][0] != settings[place - 1][0]:
                     axes.axhline(place - 0.5, color=theme.muted, linewidth=0.4)
-            axes.set_xlabel(measure.name)
+            axes.set_xlabel(measure.name + (", points" if measure.factor == 100 else ""))
             axes.grid(visible=False, axis="y")
             axes.grid(visible=True, axis="x")
             axes.tick_params(axis="y", length=0)
@@ -240,8 +234,7 @@ def main() -> None:
     table = effects()
     write_table(HERE / "effects.csv", table.to_dict("records"))
     print(markdown(summary_of(table)), end="")
-    for suffix in (".svg", ".png"):
-        (HERE / "effects").with_suffix(suffix).write_bytes(render(draw(table), suffix))
+    (HERE / "effects.png").write_bytes(render(draw(table), ".png"))
 
 
 if __name__ == "__main__":
