@@ -144,6 +144,15 @@ def sum_by_kind(spent: Iterable[tuple[str, float]]) -> dict[str, float]:
     return sums
 
 
+def own_times(events: Iterable[Any], gpu: bool) -> list[tuple[str, float]]:
+    """Return name and microseconds of a profile's operators; on a GPU of its kernels, each once."""
+    if not gpu:
+        return [(event.key, event.self_cpu_time_total) for event in events]
+    # What launched a kernel has its time too, and so has a range around it.
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    return [(event.key, event.self_device_time_total) for event in kernels]
+
+
 def profiled(args: argparse.Namespace, preset: str, steps: int = 3) -> tuple[dict[str, float], str]:
     """Return milliseconds of a step by kind and by the clock, with no profiler running, and torch's table."""
     device, step = choose_device(args.device), make_step(args, preset)
@@ -153,12 +162,7 @@ def profiled(args: argparse.Namespace, preset: str, steps: int = 3) -> tuple[dic
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu], acc_events=True) as recorded:
         seconds(step, device, steps)
     events = recorded.key_averages()
-    if gpu:  # kernels: what launched them has their time too, and so has a range around them
-        kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
-        spent = [(event.key, event.self_device_time_total) for event in kernels]
-    else:
-        spent = [(event.key, event.self_cpu_time_total) for event in events]
-    sums = {kind: time / 1000 / steps for kind, time in sum_by_kind(spent).items()}
+    sums = {kind: time / 1000 / steps for kind, time in sum_by_kind(own_times(events, gpu)).items()}
     table = events.table(
         sort_by=f"self_{'device' if gpu else 'cpu'}_time_total", row_limit=30, max_name_column_width=90
     )

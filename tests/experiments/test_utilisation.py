@@ -2,13 +2,15 @@
 
 import csv
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import utilisation
 from operations import forward_operations
 from torch import nn
-from utilisation import REST, configure, kind_of, row_of, sum_by_kind
+from torch.autograd import DeviceType
+from utilisation import REST, configure, kind_of, own_times, row_of, sum_by_kind
 
 TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--batch-size", "4", "--classes", "10"]
 TINY += ["--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3", "patch_size=8", "--sizes", "32", "64"]
@@ -66,6 +68,21 @@ def test_times_add_up_by_kind():
     sums = sum_by_kind([("aten::mm", 3.0), ("aten::gelu", 1.0), ("aten::bmm", 4.0), ("aten::add", 0.5)])
     assert {kind: time for kind, time in sums.items() if time} == {"matrix products": 7.0, REST: 1.5}
     assert len(sums) == 5
+
+
+def test_a_kernel_counts_once():
+    def event(name, device, microseconds, annotation=False):
+        times = {"self_cpu_time_total": 1.0, "self_device_time_total": microseconds}
+        return SimpleNamespace(key=name, device_type=device, is_user_annotation=annotation, **times)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 70.0),  # has the time of the kernel that it launched
+        event("nvjet_hsh_256x128", DeviceType.CUDA, 70.0),
+        event("Optimizer.step#AdamW.step", DeviceType.CUDA, 90.0, annotation=True),
+        event("Memcpy DtoD (Device -> Device)", DeviceType.CUDA, 5.0),
+    ]
+    assert own_times(events, gpu=True) == [("nvjet_hsh_256x128", 70.0), ("Memcpy DtoD (Device -> Device)", 5.0)]
+    assert own_times(events[:1], gpu=False) == [("aten::mm", 1.0)]
 
 
 def test_the_sides_are_pdvits_presets(monkeypatch):
