@@ -3,18 +3,18 @@
 Counted are the images of a recipe's training and the operations of all forward and backward passes, on the meta device:
 a multiplication and an addition are two, a backward pass is two forward passes, recomputed activations are one more.
 Evaluation is not in it. What the operations take is the rate that speed/train_step.csv has of DeiT-S with all terms on
-each kind of hardware: of a CPU one core, of a GPU the card. A model that uses the hardware better or worse than DeiT-S
-costs accordingly less or more.
+each kind of hardware: of a CPU one core, of a GPU the card; in the fastest setting (precision, compiled or not, batch)
+that was measured there, which the column names. A model that uses the hardware better or worse than DeiT-S costs
+accordingly less or more.
 """
 
 from io import StringIO
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
+from speed.operations import forward_operations
 from tables import write_table
-from torch.utils.flop_counter import FlopCounterMode
 
 from pdvit.config import Config, build, read_toml, resolve
 from pdvit.config.duration import parse_duration
@@ -29,21 +29,19 @@ WHOLE = {"deit-b12-224": "400ep", "deit-b24-224": "400ep", "ade20k-swin-l": "200
 MEASURED = "deit_small_patch16_224"
 
 
-def forward_operations(config: Config, classes: int) -> int:
+def operations_of(config: Config, classes: int) -> int:
     """Return the operations of one image's forward pass, at the size of the training images."""
     assert config.model.name is not None
-    with torch.device("meta"):
-        if config.segment.head is not None:
+    if config.segment.head is not None:
+        with torch.device("meta"):
             model: torch.nn.Module = build_segmenter(config, classes)
-            size = config.segment.crop
-        else:
-            arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": classes}
-            model = sketch_model(config.model.name, arguments)
-            size = config.data.img_size or model.pretrained_cfg["input_size"][-1]
-        assert size is not None
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.eval()(torch.empty(1, 3, size, size))
-    return int(counter.get_total_flops())
+        size = config.segment.crop
+    else:
+        arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": classes}
+        model = sketch_model(config.model.name, arguments)
+        size = config.data.img_size or model.pretrained_cfg["input_size"][-1]
+    assert size is not None
+    return forward_operations(model, size)
 
 
 def cost_of(recipe: Path) -> dict[str, object] | None:
@@ -56,28 +54,31 @@ def cost_of(recipe: Path) -> dict[str, object] | None:
     batch = config.data.batch_size
     length = parse_duration(WHOLE.get(recipe.stem, config.optim.epochs), "ep", "optim.epochs")
     images = length.steps(count // batch, batch) * batch
-    forward = forward_operations(config, classes)
+    forward = operations_of(config, classes)
     passes = 4 if config.model.grad_checkpointing else 3
     return {"recipe": recipe.stem, "images": images, "forward": forward, "operations": passes * forward * images}
 
 
-def rates() -> dict[str, float]:
-    """Return operations per second of the training step by hardware: median over the rounds."""
-    table = pd.read_csv(HERE / "speed" / "train_step.csv")
+def rates(file: Path) -> dict[str, float]:
+    """Return operations per second of the step, median over the rounds, by hardware with its fastest setting."""
+    table = pd.read_csv(file)
     table = table[(table["model"] == MEASURED) & (table["img_size"] == 224) & (table["classes"] == 1000)]
-    step = 3 * forward_operations(resolve(build(("deit", {"model": {"name": MEASURED}}))), 1000)
+    table = table[table["model_kwargs"].isna() & ((table["device"] != "cpu") | (table["threads"] == 1))]
+    table = table.assign(unit=table["device"].map(lambda device: "core" if device == "cpu" else "GPU"))
+    settings = table.groupby(["unit", "hardware", "precision", "compile", "batch_size"])["paper"].median()
+    step = 3 * operations_of(resolve(build(("deit", {"model": {"name": MEASURED}}))), 1000)
     found = {}
-    for (hardware, device, threads), rounds in table.groupby(["hardware", "device", "threads"]):
-        if device != "cpu" or threads == 1:
-            name = f"{'core' if device == 'cpu' else 'GPU'}-hours, {hardware}"
-            found[name] = step * median(rounds["paper"])
+    for unit, hardware, precision, compiled, batch in settings.groupby(["unit", "hardware"]).idxmax():
+        images = settings[unit, hardware, precision, compiled, batch]
+        name = f"{unit}-hours, {hardware} ({precision}{', compiled' * bool(compiled)}, batch {batch})"
+        found[name] = step * float(images)
     return found
 
 
 def main() -> None:
     rows = [row for recipe in sorted((HERE / "recipes").glob("*.toml")) if (row := cost_of(recipe))]
     table = pd.DataFrame(rows)
-    for name, rate in rates().items():
+    for name, rate in rates(HERE / "speed" / "train_step.csv").items():
         table[name] = table["operations"] / rate / 3600
     write_table(HERE / "costs.csv", table.to_dict("records"))
     shown = StringIO()

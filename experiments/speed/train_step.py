@@ -102,12 +102,15 @@ class Side:
         with self.output.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, **settings)
 
-    def turn(self) -> tuple[int, float, float]:
-        """Work until the next record; return steps, seconds, and CPU seconds of the main process."""
+    def turn(self, least: int) -> tuple[int, float, float]:
+        """Work until a record `least` steps on or more; return steps, seconds, CPU seconds of the main process.
+
+        timm writes records at the end and the beginning of an epoch too, one step apart.
+        """
         start, cpu, size = self.step, self._cpu(), -1
         self.signal(signal.SIGCONT)
         begun = time.perf_counter()
-        while self.step == start:
+        while self.step < start + least:
             time.sleep(0.004)
             if self.process.poll() is not None:
                 raise SystemExit(f"{shlex.join(self.process.args)}\nended:\n{self.output.read_text()[-3000:]}")
@@ -150,12 +153,12 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         for name in SIDES:
             sides[name] = Side(name, command_of(name, args, found), folder, args.threads)
             while sides[name].step <= args.steps:
-                sides[name].turn()
+                sides[name].turn(1)
         rows = []
         for number in range(args.rounds):
             row: dict[str, float] = {"round": number + 1}
             for name in [*SIDES, *SIDES][number % len(SIDES) :][: len(SIDES)]:
-                steps, seconds, cpu = sides[name].turn()
+                steps, seconds, cpu = sides[name].turn(args.steps)
                 row[name] = float(f"{steps * args.batch_size / seconds:.5g}")
                 row[f"{name}_cpu_ms"] = float(f"{1000 * cpu / steps / args.batch_size:.5g}")
             rows.append(row)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from costs import HERE, cost_of, forward_operations
+from costs import HERE, MEASURED, cost_of, operations_of, rates
 
 from pdvit.config import build, read_toml, resolve
 
@@ -17,7 +17,7 @@ LARGE = {"swin-s-224": 8.7, "swin-b-224": 15.4, "swin-l-384": 103.9}
 )
 def test_a_forward_pass_takes_what_is_published(recipe, published):
     config = resolve(build(("recipe", read_toml(HERE / "recipes" / f"{recipe}.toml"))))
-    assert forward_operations(config, 1000) / 2e9 == pytest.approx(published, abs=0.06)
+    assert operations_of(config, 1000) / 2e9 == pytest.approx(published, abs=0.06)
 
 
 def test_a_row_has_the_images_of_all_its_epochs_and_the_table_is_of_this_code():
@@ -31,3 +31,41 @@ def test_a_row_has_the_images_of_all_its_epochs_and_the_table_is_of_this_code():
 
 def test_recipes_of_other_data_have_no_row():
     assert cost_of(HERE / "recipes" / "digits.toml") is None
+
+
+def write_rounds(file, rounds):
+    """Write a table of training steps: rounds of DeiT-S, but for what is said."""
+    usual = {"model": MEASURED, "model_kwargs": "", "img_size": 224, "classes": 1000, "device": "cpu", "threads": 1}
+    usual |= {"precision": "fp32", "compile": False, "batch_size": 8, "hardware": "small"}
+    pd.DataFrame([usual | row for row in rounds]).to_csv(file, index=False)
+
+
+def test_each_hardware_counts_by_its_fastest_setting(tmp_path):
+    gpu = {"device": "cuda", "hardware": "large", "batch_size": 256}
+    compiled = gpu | {"precision": "bf16", "compile": True}
+    rounds = [
+        *({"paper": images} for images in (1.0, 2.0, 30.0)),
+        *({"paper": images, "batch_size": 32} for images in (1.5, 1.5)),
+        *(gpu | {"paper": images} for images in (900.0, 1000.0)),
+        *(gpu | {"paper": images, "precision": "bf16"} for images in (2000.0, 9000.0, 2500.0)),
+        *(compiled | {"paper": images, "threads": threads} for images, threads in ((3000.0, 1), (5000.0, 4))),
+        compiled | {"paper": 3500.0, "batch_size": 64},
+        # Nothing of these counts: another model, size or number of classes, and several cores.
+        compiled | {"paper": 1e6, "model": "vit_tiny_patch16_224"},
+        compiled | {"paper": 1e6, "model_kwargs": "depth=2"},
+        compiled | {"paper": 1e6, "img_size": 512},
+        compiled | {"paper": 1e6, "classes": 10},
+        {"paper": 1e6, "threads": 2},
+    ]
+    write_rounds(tmp_path / "steps.csv", rounds)
+    # README_deit.md of DeiT: 4.6 thousand million multiplications of a forward pass; a step is three.
+    step = 3 * 2 * 4.6e9
+    assert rates(tmp_path / "steps.csv") == {
+        "core-hours, small (fp32, batch 8)": pytest.approx(2 * step, rel=0.01),
+        "GPU-hours, large (bf16, compiled, batch 256)": pytest.approx(4000 * step, rel=0.01),
+    }
+
+
+def test_no_rates_without_the_model(tmp_path):
+    write_rounds(tmp_path / "steps.csv", [{"paper": 1.0, "img_size": 32}])
+    assert rates(tmp_path / "steps.csv") == {}
