@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
@@ -57,6 +58,14 @@ def train(tmp_path, tiny):
 def stopped(train):
     """A run that its time limit stopped after the first step."""
     return train("--time-limit", "0.001s", status=75)
+
+
+def make_square(folder):
+    """Cut the images of a folder to the input size of a short run."""
+    for file in folder.rglob("*.png"):
+        with Image.open(file) as image:
+            image.crop((8, 8, 24, 24)).save(file)
+    return folder
 
 
 def go_on(run, *changes, status=0):
@@ -302,6 +311,16 @@ class TestData:
         moved = image_folder.rename(image_folder.with_name("moved"))
         go_on(run, UNLIMITED, f"data.source={moved}")
         assert read(run, "summary.json")["steps"] == 12
+
+    def test_images_on_the_device_learn_what_those_of_workers_do(self, train, image_folder, device, records):
+        """To the bit, where the crop has nothing to round: batches, metrics and weights."""
+        flags = ["--data", str(make_square(image_folder)), "--scale", "1", "1", "--ratio", "1", "1", "--reprob", "0.5"]
+        flags += ["--aa", "rand-m9", "--epochs", "6st", "--workers", "0", "--device", device]
+        flags += ["--deterministic"] if device == "cuda" else []
+        kept, decoded = (train(*flags, "--resident", where) for where in ("on", "off"))
+        assert records(kept) == records(decoded)
+        ours, theirs = weights(kept), weights(decoded)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
     @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
     def test_workers_change_nothing(self, train, image_folder, workers):

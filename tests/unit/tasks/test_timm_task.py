@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
+from timm.utils import NativeScaler
 from torch import Tensor, nn
 
 from pdvit import Objective
@@ -112,6 +113,21 @@ def test_every_weight_learns_and_timm_can_group_them(make_task, batch):
     module = task.get_trainable_module()
     assert all(weight.grad is not None for weight in module.parameters())
     create_optimizer_v2(module, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+
+
+def test_it_learns_in_half_precision_with_the_scaler_of_timm(make_task, batch, device):
+    """As timm's script does with --amp --amp-dtype float16: the first steps overflow, are left out, and halve the scale."""
+    task, scaler = make_task(prob=0.0), NativeScaler(device=device)
+    module, losses = task.get_trainable_module(), []
+    optimizer = create_optimizer_v2(module, opt="adamw", lr=1e-2)
+    for _ in range(40):
+        with torch.autocast(device, torch.float16):
+            loss = task(*batch)["loss"]
+        optimizer.zero_grad()
+        scaler(loss, optimizer, clip_grad=1.0, parameters=module.parameters())
+        losses.append(loss.item())
+    assert all(weight.isfinite().all() for weight in module.parameters())
+    assert losses[-1] < losses[0] - 1
 
 
 def test_the_compiled_task_gives_the_same_loss(make_task, batch):
