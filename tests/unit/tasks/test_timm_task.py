@@ -116,7 +116,7 @@ def test_every_weight_learns_and_timm_can_group_them(make_task, batch):
 
 
 def test_it_learns_in_half_precision_with_the_scaler_of_timm(make_task, batch, device):
-    """As timm's script does with --amp --amp-dtype float16: the first steps overflow, are left out, and halve the scale."""
+    """As timm's script does with --amp --amp-dtype float16: steps that overflow are left out, and halve the scale."""
     task, scaler = make_task(prob=0.0), NativeScaler(device=device)
     module, losses = task.get_trainable_module(), []
     optimizer = create_optimizer_v2(module, opt="adamw", lr=1e-2)
