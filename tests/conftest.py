@@ -7,6 +7,8 @@ from typing import Any
 
 # One thread, here and in the processes that tests start: tiny models only lose time to more, and none depends on it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# torch looks at it once, at the first product on a GPU; a run with --deterministic may come after another.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 import pytest
 
