@@ -7,6 +7,8 @@ from typing import Any
 
 # One thread, here and in the processes that tests start: tiny models only lose time to more, and none depends on it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# torch looks at it once, at the first product on a GPU; a run with --deterministic may come after another.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 import pytest
 
@@ -23,6 +25,30 @@ class Refusal:
     tip: str
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """The name of a device: the test runs on a CPU, and with -m gpu on a GPU.
+
+    There in float32 proper, whatever an earlier run in this process chose; a run of the test's own chooses anew.
+    """
+    if request.param == "cuda":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.use_deterministic_algorithms(False)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Flags of a model that trains in a blink."""
@@ -31,9 +57,9 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory) -> Path:
-    """A finished run, trained once; never write into it, use `run_copy`."""
+    """A finished run, trained once; never write into it, use `run_copy`. Without TF32, also where a GPU measures it."""
     out = tmp_path_factory.mktemp("trained") / "tiny-digits"
-    assert pdvit(["train", *TINY, "--epochs", "2", "--batch-size", "128", "--out", str(out)]) == 0
+    assert pdvit(["train", *TINY, "--no-tf32", "--epochs", "2", "--batch-size", "128", "--out", str(out)]) == 0
     return out
 
 

@@ -39,7 +39,7 @@ def analyzed(capsys):
 
     def analyze(*arguments: object):
         capsys.readouterr()
-        assert pdvit(["analyze", *map(str, arguments), "--device", "cpu", "--workers", "0", "--json"]) == 0
+        assert pdvit(["analyze", "--device", "cpu", "--workers", "0", *map(str, arguments), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     return analyze
@@ -88,11 +88,11 @@ def test_the_numbers_are_those_of_the_library_on_the_same_images(run_copy, analy
         assert json_means(result, metric) == pytest.approx(means(expected, metric), abs=1e-5)
 
 
-def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analyzed):
+def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analyzed, device):
     paths = sorted(image_folder.rglob("*.png"))
     model = timm.create_model(f"local-dir:{run_copy}", pretrained=True)
     expected = library.analyze(model, timm_images(model, paths))
-    result = analyzed(run_copy, "--images", image_folder)
+    result = analyzed(run_copy, "--images", image_folder, "--device", device)
     assert result["images_measured"] == len(paths) == 30
     assert json_means(result, "similarity") == pytest.approx(means(expected, "similarity"), abs=1e-5)
 

@@ -1,23 +1,30 @@
 """What the engine can do, through `pdvit train`: stop, resume, change, replay, keep, precision, parts, average."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
 from pdvit.data.images import Preprocessing
+from pdvit.engine import memory
 from pdvit.tracking import RunDirectory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
 SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
+# A step keeps some 12 MB of each image.
+LARGE = ["--device", "cuda", "--epochs", "2st", "--warmup-epochs", "0st", "--img-size", "64", "--patch-size", "4"]
+LARGE += ["--width", "192", "--heads", "3", "--depth", "4"]
 
 
 def read(run, name):
@@ -53,8 +60,33 @@ def stopped(train):
     return train("--time-limit", "0.001s", status=75)
 
 
+def make_square(folder):
+    """Cut the images of a folder to the input size of a short run."""
+    for file in folder.rglob("*.png"):
+        with Image.open(file) as image:
+            image.crop((8, 8, 24, 24)).save(file)
+    return folder
+
+
 def go_on(run, *changes, status=0):
     assert pdvit(["train", "--resume", str(run), *(flag for c in changes for flag in ("--change", c))]) == status
+
+
+@pytest.fixture
+def gigabyte():
+    """A context in which torch gives this process one GiB of the GPU; `share` is that part of all of it."""
+
+    @contextmanager
+    def limited():
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(limited.share)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    limited.share = 2**30 / torch.cuda.get_device_properties(0).total_memory
+    return limited
 
 
 UNLIMITED = "run.time_limit=1h"
@@ -280,6 +312,16 @@ class TestData:
         go_on(run, UNLIMITED, f"data.source={moved}")
         assert read(run, "summary.json")["steps"] == 12
 
+    def test_images_on_the_device_learn_what_those_of_workers_do(self, train, image_folder, device, records):
+        """To the bit, where the crop has nothing to round: batches, metrics and weights."""
+        flags = ["--data", str(make_square(image_folder)), "--scale", "1", "1", "--ratio", "1", "1", "--reprob", "0.5"]
+        flags += ["--aa", "rand-m9", "--epochs", "6st", "--workers", "0", "--device", device]
+        flags += ["--deterministic"] if device == "cuda" else []
+        kept, decoded = (train(*flags, "--resident", where) for where in ("on", "off"))
+        assert records(kept) == records(decoded)
+        ours, theirs = weights(kept), weights(decoded)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
     @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
     def test_workers_change_nothing(self, train, image_folder, workers):
         flags = ["--data", str(image_folder), "--drop-path", "0.3", "--epochs", "6st"]
@@ -336,7 +378,7 @@ class TestGuards:
         assert "collapsing" not in capsys.readouterr().out
 
     @pytest.mark.slow
-    def test_out_of_memory_says_what_fits_and_going_on_so_gives_the_same(self, train, monkeypatch, capsys):
+    def test_out_of_memory_says_what_fits_and_going_on_so_gives_the_same(self, train, monkeypatch, capsys, device):
         from pdvit.tasks import ClassificationTask
 
         plain = ClassificationTask.step
@@ -346,15 +388,36 @@ class TestGuards:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return plain(self, network, batch)
 
-        whole = train("--micro-batch-size", "4")
+        exact = ["--device", device, "--no-tf32"]
+        whole = train("--micro-batch-size", "4", *exact)
         monkeypatch.setattr(ClassificationTask, "step", step)
-        run = train(status=1)
+        run = train(*exact, status=1)
         shown = capsys.readouterr().err
         assert "4 fit" in shown
         assert f"--resume {run} --change data.micro_batch=4" in shown
         go_on(run, "data.micro_batch=4")
         ours, theirs = weights(run), weights(whole)
         assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+    @pytest.mark.gpu
+    def test_what_a_full_gpu_says_fits_does_fit(self, train, gigabyte, capsys):
+        with gigabyte():
+            run = train(*LARGE, "--batch-size", "512", status=1)
+            said = re.search(r"no memory for 512 images at a time\b.*\b(\d+) fit; ", capsys.readouterr().err, re.DOTALL)
+            assert 1 <= int(said[1]) <= 256
+            go_on(run, f"data.micro_batch={said[1]}")
+        assert read(run, "summary.json")["steps"] == 2
+
+    @pytest.mark.gpu
+    def test_auto_finds_the_batch_that_a_gpu_holds(self, train, gigabyte, monkeypatch):
+        """Of a GPU of one GiB; four times as many images do not fit there."""
+        monkeypatch.setattr(memory, "SPARE", 1 - gigabyte.share)
+        run = train(*LARGE, "--batch-size", "auto")
+        size = recipe(run)["data"]["batch_size"]
+        assert size in [2**power for power in range(10)]
+        assert read(run, "summary.json")["steps"] == 2
+        with gigabyte():
+            train(*LARGE, "--batch-size", str(4 * size), status=1)
 
     def test_a_batch_size_is_not_sought_on_a_cpu(self, refusal, tiny):
         assert "needs a GPU" in refusal("train", *tiny, "--batch-size", "auto").what
@@ -380,10 +443,15 @@ class TestSwitches:
         assert all(torch.equal(ours[name], kept[f"model.{name}"]) for name in ours)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_short_precisions_train(self, train, precision, records):
-        run = train("--precision", precision)
-        assert read(run, "summary.json")["loss"] < 3
-        assert all(record["loss"] < 10 for record in records(run, "train"))
+    def test_short_precisions_train_nearly_alike(self, train, precision, records, device):
+        """Near float32 on a CPU: a number of 8 bits is off by up to 0.4%, and float16 first skips a step or two."""
+        runs = train(), train("--device", device, "--precision", precision)
+        expected, found = (read(run, "summary.json") for run in runs)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
+        for name in ("similarity_first", "similarity_last"):
+            assert found[name] == pytest.approx(expected[name], abs=0.02)
+        for ours, theirs in zip(*(records(run, "train") for run in reversed(runs)), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
 
     @pytest.mark.slow
     def test_deterministic_kernels_are_asked_for_and_left_again(self, train):
@@ -411,11 +479,19 @@ class TestSwitches:
         assert (rates[-1] < 2e-4) == (schedule != "constant")
 
     @pytest.mark.slow
-    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own, of its compiler
-    def test_a_compiled_step_equals_an_eager_one(self, train):
-        plain, compiled = train("--epochs", "4st"), train("--epochs", "4st", "--compile")
+    @pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+    def test_a_compiled_step_equals_an_eager_one(self, train, device, records):
+        """By SGD: AdamW divides a gradient by its own size, so where that is rounding alone, it makes steps of it.
+
+        Without TF32, which rounds what differs in the last bit to factors that differ by a thousandth.
+        """
+        flags = ["--epochs", "6st", "--opt", "sgd", "--lr", "0.1", "--device", device, "--no-tf32"]
+        plain, compiled = train(*flags), train(*flags, "--compile")
         ours, theirs = weights(compiled), weights(plain)
-        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5) for name in theirs)
+        for one, other in zip(records(compiled, "train"), records(plain, "train"), strict=True):
+            for name in ("loss", "class", "cosine", "contrastive", "mixing", "grad_norm"):
+                assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
     def test_a_trace_is_written(self, train):
         (file,) = (train("--profile", "3:5") / "profile").iterdir()

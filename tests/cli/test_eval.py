@@ -30,7 +30,7 @@ def evaluated(capsys):
 
     def evaluate(*arguments: object):
         capsys.readouterr()
-        assert pdvit(["eval", *map(str, arguments), *CPU, "--json"]) == 0
+        assert pdvit(["eval", *CPU, *map(str, arguments), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     return evaluate
@@ -85,6 +85,16 @@ def test_the_numbers_are_those_at_the_end_of_any_training(tiny, workplace, image
     assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [[], ["--precision", "bf16", "--model-ema-decay", "0.9"]], ids=["fp32", "bf16"])
+def test_the_numbers_are_those_at_the_end_of_a_training_on_a_gpu(tiny, workplace, evaluated, flags):
+    """To the bit, since both round alike: TF32 or not is a setting of the run."""
+    flags = ["--epochs", "2", "--batch-size", "128", "--device", "cuda", *flags]
+    assert pdvit(["train", *tiny, *flags, "--out", "run"]) == 0
+    summary, found = json.loads(Path("run/summary.json").read_text()), evaluated("run", "--device", "cuda")
+    assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
+
+
 @pytest.mark.slow
 def test_two_processes_count_every_image_once(run_copy, evaluated):
     one = evaluated(run_copy)
@@ -97,9 +107,9 @@ def test_two_processes_count_every_image_once(run_copy, evaluated):
         assert two[key] == pytest.approx(one[key], rel=1e-6)
 
 
-def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(run_copy, evaluated, answers):
+def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(run_copy, evaluated, answers, device):
     logits, targets = answers
-    found, shares, every = evaluated(run_copy), logits.softmax(1).numpy(), list(range(10))
+    found, shares, every = evaluated(run_copy, "--device", device), logits.softmax(1).numpy(), list(range(10))
     predicted = shares.argmax(1)
     assert found["accuracy"] == (predicted == targets).mean()
     assert found["accuracy_top5"] == pytest.approx(top_k_accuracy_score(targets, shares, k=5, labels=every))

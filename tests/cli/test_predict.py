@@ -32,8 +32,8 @@ def expected(run: Path, paths: list[Path]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("top", [1, 3])
-def test_labels_and_probabilities_are_those_of_timm(run_copy, image_folder, top):
-    assert pdvit(["predict", str(run_copy), str(image_folder), "--top", str(top), *CPU]) == 0
+def test_labels_and_probabilities_are_those_of_timm(run_copy, image_folder, top, device):
+    assert pdvit(["predict", str(run_copy), str(image_folder), "--top", str(top), *CPU, "--device", device]) == 0
     rows, paths = rows_of(run_copy / "predictions.csv"), sorted(image_folder.rglob("*.png"))
     best = expected(run_copy, paths).topk(top)
     assert list(rows[0]) == ["image", "rank", "label", "probability"]

@@ -33,9 +33,9 @@ def train(shapes: Path, out: Path, *more: str, command: str = "segment") -> int:
 
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory) -> Path:
-    """A finished run; never write into it, use a copy."""
+    """A finished run; never write into it, use a copy. Without TF32, also where a GPU measures it."""
     out = tmp_path_factory.mktemp("trained") / "shapes"
-    assert train(shapes, out, "--diversity", "paper") == 0
+    assert train(shapes, out, "--diversity", "paper", "--no-tf32") == 0
     return out
 
 
@@ -46,7 +46,7 @@ def copy(trained, tmp_path) -> Path:
 
 def evaluated(capsys, *arguments: object) -> dict:
     capsys.readouterr()
-    assert pdvit(["eval", *map(str, arguments), *CPU, "--json"]) == 0
+    assert pdvit(["eval", *CPU, *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -73,9 +73,24 @@ def test_eval_gives_exactly_what_the_run_ended_with(trained, copy, capsys):
     assert (copy / "iou.csv").read_bytes() == (trained / "iou.csv").read_bytes()
 
 
-def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp_path):
-    found = evaluated(capsys, copy)
-    assert pdvit(["predict", str(copy), str(shapes / "images" / "val"), "--out", str(tmp_path / "out"), *CPU]) == 0
+@pytest.mark.gpu
+def test_eval_on_a_gpu_gives_what_the_run_ended_with(shapes, trained, copy, capsys, tmp_path):
+    """To the bit where the run was on the GPU too; else a pixel in a thousand may be on another side of a border."""
+    summary, found = json.loads((trained / "summary.json").read_text()), evaluated(capsys, copy, "--device", "cuda")
+    assert found["loss"] == pytest.approx(summary["loss"], rel=1e-4)
+    for name in ("miou", "accuracy", "accuracy_mean"):
+        assert found[name] == pytest.approx(summary[name], abs=2e-3)
+    assert train(shapes, tmp_path / "gpu", "--diversity", "paper", "--device", "cuda") == 0
+    summary = json.loads((tmp_path / "gpu" / "summary.json").read_text())
+    found = evaluated(capsys, tmp_path / "gpu", "--device", "cuda")
+    for name in ("miou", "accuracy", "accuracy_mean", "loss"):
+        assert found[name] == summary[name]
+
+
+def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp_path, device):
+    found = evaluated(capsys, copy, "--device", device)
+    images, where = str(shapes / "images" / "val"), ["--out", str(tmp_path / "out"), "--device", device]
+    assert pdvit(["predict", str(copy), images, *CPU, *where]) == 0
     both, either = np.zeros(3), np.zeros(3)
     for file in sorted((shapes / "masks" / "val").iterdir()):
         truth = np.array(Image.open(file))

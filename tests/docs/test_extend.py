@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +11,16 @@ PAGE = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="ut
 EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python([^\n]*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(("options", "example"), [case[1:] for case in EXAMPLES], ids=[case[0] for case in EXAMPLES])
-def test_the_example_runs_as_printed(options, example, tmp_path):
+CASES = [pytest.param("cpu", *case[1:], id=case[0]) for case in EXAMPLES]
+CASES += [
+    pytest.param("cuda", *case[1:], id=f"{case[0]} on a GPU", marks=pytest.mark.gpu)
+    for case in EXAMPLES
+    if "cuda" in case[2]
+]
+
+
+@pytest.mark.parametrize(("device", "options", "example"), CASES)
+def test_the_example_runs_as_printed(device, options, example, tmp_path):
     """In a process of its own, as its libraries warn about many things."""
     needs = re.search(r"needs=(\S+)", options)
     for name in needs[1].split(",") if needs else ():
@@ -21,9 +30,11 @@ def test_the_example_runs_as_printed(options, example, tmp_path):
         (tmp_path / "train.py").write_text(
             "import timm.task\nassert timm.task.ClassificationTask.func.__name__ == 'DiversityTask'\n"
         )
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    seen = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=seen, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_all_ways_are_shown():
     assert len(EXAMPLES) == 5
+    assert len(CASES) == 6

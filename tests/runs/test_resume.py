@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -19,11 +20,22 @@ FLAGS += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "150
 PATIENCE = 120.0
 
 
+def on(device: str) -> list[str]:
+    """Flags of a run that gives the same bits each time; a CPU does that by itself."""
+    return ["--device", device, *(["--deterministic"] if device == "cuda" else [])]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert pdvit(["train", *tiny, *FLAGS, "--out", str(out)]) == 0
-    return out
+def uninterrupted(tmp_path_factory, tiny):
+    """Return a function that gives the whole run on a device, trained once."""
+
+    @functools.cache
+    def train(device: str = "cpu") -> Path:
+        out = tmp_path_factory.mktemp("uninterrupted") / "run"
+        assert pdvit(["train", *tiny, *FLAGS, *on(device), "--out", str(out)]) == 0
+        return out
+
+    return train
 
 
 def interrupt(run: Path, flags: list[str], number: signal.Signals, past: int) -> subprocess.CompletedProcess[str]:
@@ -56,13 +68,13 @@ def same(run: Path, other: Path, records) -> None:
     assert status(run) == status(other)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, tiny, uninterrupted, records):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, tiny, uninterrupted, records, device):
     run = tmp_path / "run"
-    assert interrupt(run, [*tiny, *FLAGS], signal.SIGKILL, 30).returncode == -signal.SIGKILL
+    assert interrupt(run, [*tiny, *FLAGS, *on(device)], signal.SIGKILL, 30).returncode == -signal.SIGKILL
     assert 30 < newest_step(run) < STEPS
     assert not (run / "model.safetensors").exists()
     assert pdvit(["train", "--resume", str(run)]) == 0
-    same(run, uninterrupted, records)
+    same(run, uninterrupted(device), records)
 
 
 def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, records):
@@ -74,15 +86,16 @@ def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, record
     assert status(run)["reason"] == "SIGTERM"
     assert 10 < status(run)["step"] < STEPS
     assert pdvit(["train", "--resume", str(run)]) == 0
-    same(run, uninterrupted, records)
+    same(run, uninterrupted(), records)
 
 
 @pytest.mark.slow
-def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny, shapes, records):
+def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny, shapes, records, device):
     """Crops and colours are drawn by worker processes, drop path and dropout in this one."""
     flags = ["--data", str(shapes), "--head", "upernet", "--head-width", "8", "--crop", "32", "--workers", "2"]
     flags += [*tiny, "--batch-size", "4", "--epochs", "60st", "--drop-path", "0.3", "--model-ema-decay", "0.9"]
     flags += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "25st", "--warmup-epochs", "5st"]
+    flags += on(device)
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert pdvit(["train", *flags, "--out", str(whole)]) == 0
     assert interrupt(run, flags, signal.SIGKILL, 20).returncode == -signal.SIGKILL
@@ -93,11 +106,11 @@ def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny
 
 
 @pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 20))])
-def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step):
+def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step, device):
     """Break the run off right after the update of one step, whether or not a checkpoint lies there."""
     from pdvit.tasks import ClassificationTask
 
-    flags = [*tiny, *FLAGS, "--epochs", "24st", "--warmup-epochs", "2st", "--val-interval", "10st"]
+    flags = [*tiny, *FLAGS, *on(device), "--epochs", "24st", "--warmup-epochs", "2st", "--val-interval", "10st"]
     assert pdvit(["train", *flags, "--out", str(tmp_path / "whole")]) == 0
     steps = 0
     plain = ClassificationTask.step
@@ -198,4 +211,4 @@ def test_a_run_outlives_whoever_reads_its_output(tmp_path, tiny, uninterrupted, 
         shown = other.read()
         assert process.wait(timeout=PATIENCE) == 0, shown
     assert "Traceback" not in shown
-    same(run, uninterrupted, records)
+    same(run, uninterrupted(), records)

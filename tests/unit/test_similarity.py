@@ -40,7 +40,7 @@ def literal(tokens: Tensor, signed: bool) -> list[float]:
 def value_and_gradient(tokens: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:
     tokens = tokens.detach().clone().requires_grad_()
     value = patch_similarity(tokens, signed)
-    weights = torch.arange(1, len(value) + 1, dtype=value.dtype)  # another weight for every image
+    weights = torch.arange(1, len(value) + 1).to(value)  # another weight for every image
     (value * weights).sum().backward()
     assert tokens.grad is not None
     return value.detach(), tokens.grad
@@ -68,9 +68,9 @@ def test_equals_the_formula_pair_by_pair(signed, shape):
 
 
 @KINDS
-def test_float32_equals_the_formula(signed):
+def test_float32_equals_the_formula(device, signed):
     tokens = gaussian(2, 12, 5, dtype=torch.float32)
-    found = patch_similarity(tokens, signed)
+    found = patch_similarity(tokens.to(device), signed)
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx(literal(tokens, signed), abs=1e-6)
 
@@ -210,7 +210,7 @@ def test_no_images_give_no_values():
 @DTYPES
 @AUTOCAST
 @pytest.mark.parametrize("case", ["zero", "one zero", "tiny", "tiny and alike", "huge", "identical"])
-def test_value_and_gradient_are_finite(signed, dtype, autocast, case):
+def test_value_and_gradient_are_finite(device, signed, dtype, autocast, case):
     # fp16 ends at 65504 and its smallest number is 6e-8
     tiny, huge = (1e-7, 6e4 / 5) if dtype == torch.float16 else (1e-30, 1e6)
     random = gaussian(2, 6, 5)
@@ -221,9 +221,9 @@ def test_value_and_gradient_are_finite(signed, dtype, autocast, case):
         "tiny and alike": torch.full_like(random, tiny),
         "huge": random * huge,
         "identical": torch.ones_like(random),
-    }[case].to(dtype)
+    }[case].to(device, dtype)
     assert tokens.isfinite().all()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
         value, gradient = value_and_gradient(tokens, signed)
     assert value.isfinite().all()
     assert gradient.isfinite().all()
@@ -242,10 +242,10 @@ def test_huge_and_ordinary_tokens_have_one_value(signed):
 
 @KINDS
 @DTYPES
-def test_autocast_changes_nothing(signed, dtype):
-    tokens = gaussian(2, 20, 16).to(dtype)
+def test_autocast_changes_nothing(device, signed, dtype):
+    tokens = gaussian(2, 20, 16).to(device, dtype)
     expected = value_and_gradient(tokens, signed)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         found = value_and_gradient(tokens, signed)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -253,8 +253,8 @@ def test_autocast_changes_nothing(signed, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @KINDS
-def test_short_numbers_are_computed_in_float32(signed, dtype):
-    tokens = gaussian(2, 20, 16).to(dtype)
+def test_short_numbers_are_computed_in_float32(device, signed, dtype):
+    tokens = gaussian(2, 20, 16).to(device, dtype)
     torch.testing.assert_close(patch_similarity(tokens, signed), patch_similarity(tokens.float(), signed))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.models.segmentation.neck import Neck
 from pdvit.models.segmentation.norms import with_group_norm
+from pdvit.models.segmentation.pooling import with_pools
 
 if TYPE_CHECKING:
     from pdvit.models.segmentation.backbone import Adapter
@@ -85,6 +86,7 @@ def _decoder(widths: Sequence[int], width: int) -> nn.Module:
         tip = "install segmentation-models-pytorch 0.5 or 0.6, or use --head linear"
         raise UserError(what, "segment.head (--head)", tip) from error
     decoder: nn.Module = UPerNetDecoder([0, 0, *widths], encoder_depth=5, decoder_channels=width)
+    with_pools(decoder)
     return decoder
 
 

@@ -16,8 +16,8 @@ from pdvit.data.resident import resident
 from pdvit.data.sources import ArraySplit, FileSplit, Source
 from pdvit.errors import UserError
 
-CPU, SIZE = torch.device("cpu"), 16
-HOW = Loading(4, 5, 0, CPU, Preprocessing(SIZE, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3))
+SIZE = 16
+HOW = Loading(4, 5, 0, torch.device("cpu"), Preprocessing(SIZE, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3))
 OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=3, labels=False)
 
 
@@ -42,6 +42,11 @@ def source(tmp_path):
     return make
 
 
+@pytest.fixture
+def how(device):
+    return replace(HOW, device=torch.device(device))
+
+
 def held(source, wanted="auto", how=HOW):
     said = []
     return resident(source, how, wanted, said.append), "\n".join(said)
@@ -53,12 +58,14 @@ def take(split, how=HOW, count=6, **settings):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (10, 14)])
-def test_a_resident_set_gives_what_workers_give(source, size):
+def test_a_resident_set_gives_what_workers_give(source, how, size):
     files = source(size)
-    kept, _ = held(files)
+    kept, said = held(files, how=how)
     assert isinstance(kept.splits["train"], ArraySplit)
     assert kept.splits["train"].images.shape == (12, 3, *size)
-    for ours, theirs in zip(take(kept.splits["train"]), take(files.splits["train"]), strict=True):
+    assert kept.splits["train"].images.device.type == how.device.type
+    assert f"on {how.device}" in said
+    for ours, theirs in zip(take(kept.splits["train"], how), take(files.splits["train"], how), strict=True):
         assert torch.equal(ours.index, theirs.index)
         assert torch.equal(ours.targets, theirs.targets)
         levels = (ours.images - theirs.images).abs() * 127.5
@@ -66,30 +73,31 @@ def test_a_resident_set_gives_what_workers_give(source, size):
         assert levels.mean() < 0.15
 
 
-def test_without_rounding_in_the_crop_everything_after_it_is_the_same(source):
+def test_without_rounding_in_the_crop_everything_after_it_is_the_same(source, how):
     files = source((16, 16))
-    kept, _ = held(files)
+    kept, _ = held(files, how=how)
     more = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
-    for ours, theirs in zip(take(kept.splits["train"], **more), take(files.splits["train"], **more), strict=True):
-        assert torch.equal(ours.images, theirs.images)
+    ours, theirs = (take(source.splits["train"], how, **more) for source in (kept, files))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.images, other.images)
 
 
-def test_evaluation_of_a_resident_set_is_the_same_to_the_bit(source):
+def test_evaluation_of_a_resident_set_is_the_same_to_the_bit(source, how):
     files = source((16, 16))
-    kept, _ = held(files)
-    for ours, theirs in zip(eval_batches(kept.splits["val"], HOW), eval_batches(files.splits["val"], HOW), strict=True):
+    kept, _ = held(files, how=how)
+    for ours, theirs in zip(eval_batches(kept.splits["val"], how), eval_batches(files.splits["val"], how), strict=True):
         assert torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.targets, theirs.targets)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_decode_once_and_steps_are_the_same(source, workers):
+def test_workers_decode_once_and_steps_are_the_same(source, how, workers):
     files = source((16, 16))
-    kept, said = held(files, how=replace(HOW, workers=workers))
-    assert "on cpu" in said
+    kept, said = held(files, how=replace(how, workers=workers))
+    assert f"on {how.device}" in said
     assert "all are 16x16" in said
-    reference, _ = held(files)
-    for ours, theirs in zip(take(kept.splits["train"]), take(reference.splits["train"]), strict=True):
+    reference, _ = held(files, how=how)
+    for ours, theirs in zip(take(kept.splits["train"], how), take(reference.splits["train"], how), strict=True):
         assert torch.equal(ours.images, theirs.images)
 
 

@@ -161,7 +161,6 @@ def test_an_old_gpu_has_neither_tf32_nor_bf16_of_its_own(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_has_what_its_generation_promises():
     found = doctor.gpus()["cuda:0"]
     assert found["model"].detail == torch.cuda.get_device_name(0)

@@ -16,7 +16,6 @@ from pdvit.engine.update import Meter, Updater, make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
 
-CPU = torch.device("cpu")
 OPTIM = OptimConfig(lr=0.1, weight_decay=0.3)
 
 
@@ -41,21 +40,26 @@ class Task:
 
     batch_size = 5
 
-    def __init__(self, scale=1.0):
-        self.module, self.scale = network(), scale
+    def __init__(self, scale=1.0, device="cpu"):
+        self.module, self.scale = network().to(device), scale
 
     def step(self, network, batch):
         loss = self.scale * network(batch.points).square().mean()
         return StepOutput(loss, {"loss": loss.detach()})
 
 
-BATCH = Points(torch.linspace(-1, 1, 20).view(5, 4))
+def batch_on(device):
+    return Points(torch.linspace(-1, 1, 20, device=device).view(5, 4))
+
+
+BATCH = batch_on("cpu")
 
 
 def updater_of(task, optimizer, clip=None, precision="fp32", compile=False):
     config = replace(Config(), optim=OptimConfig(clip_grad=clip), run=RunConfig(precision=precision, compile=compile))
-    scaler = GradScaler("cpu", enabled=precision == "fp16")
-    return Updater(task, Step(task, compile), optimizer, scaler, None, config, ALONE, CPU)
+    device = next(task.module.parameters()).device
+    scaler = GradScaler(device.type, enabled=precision == "fp16")
+    return Updater(task, Step(task, compile), optimizer, scaler, None, config, ALONE, device)
 
 
 def sgd(task, lr=0.1):
@@ -97,19 +101,19 @@ def test_gradients_of_the_step_before_are_gone():
 
 @pytest.mark.parametrize("opt", ["adamw", "adam", "sgd", "momentum", "lamb", "lion", "muon"])
 @pytest.mark.parametrize("bad", [1, 2])
-def test_an_update_that_is_not_finite_changes_nothing(opt, bad):
+def test_an_update_that_is_not_finite_changes_nothing(device, opt, bad):
     """Neither weights nor the optimizer's state, be it the first update or a later one."""
-    ours, theirs = Task(), Task()
+    ours, theirs, batch = Task(device=device), Task(device=device), batch_on(device)
     updaters = [updater_of(task, make_optimizer(task.module, OptimConfig(opt=opt, lr=0.1))) for task in (ours, theirs)]
     for number in (1, 2, 3):
         if number == bad:
-            broken = Points(torch.full((5, 4), float("nan")))
+            broken = Points(torch.full((5, 4), float("nan"), device=device))
             metrics, skipped = updaters[0](broken, number)
             assert skipped
             assert metrics["loss"].isnan()
-        _, skipped = updaters[0](BATCH, number)
+        _, skipped = updaters[0](batch, number)
         assert not skipped
-        updaters[1](BATCH, number)
+        updaters[1](batch, number)
     weights = zip(ours.module.parameters(), theirs.module.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
 
@@ -127,13 +131,13 @@ def test_an_infinite_gradient_of_a_finite_loss_is_seen():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_short_precision_comes_near_the_long_one(precision):
-    short, full = Task(), Task()
+def test_a_short_precision_comes_near_the_long_one(device, precision):
+    short, full, batch = Task(device=device), Task(device=device), batch_on(device)
     updater = updater_of(short, sgd(short), precision=precision)
     if precision == "fp16":  # the scale of the start overflows on purpose; here it fits
-        updater.scaler = GradScaler("cpu", init_scale=1024.0)
-    metrics, skipped = updater(BATCH, 1)
-    expected, _ = updater_of(full, sgd(full))(BATCH, 1)
+        updater.scaler = GradScaler(device, init_scale=1024.0)
+    metrics, skipped = updater(batch, 1)
+    expected, _ = updater_of(full, sgd(full))(batch, 1)
     assert not skipped
     assert not torch.equal(metrics["loss"], expected["loss"])
     torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"], rtol=0.02, atol=0)
@@ -141,13 +145,13 @@ def test_a_short_precision_comes_near_the_long_one(precision):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
 
 
-def test_a_loss_scale_that_overflows_is_halved_and_the_step_skipped():
-    task = Task(1e4)
+def test_a_loss_scale_that_overflows_is_halved_and_the_step_skipped(device):
+    task = Task(1e4, device)
     updater = updater_of(task, make_optimizer(task.module, OptimConfig(opt="adamw", lr=0.1)), precision="fp16")
     before, scales = copy.deepcopy(task.module.state_dict()), []
     for step in range(20):
         scales.append(updater.scaler.get_scale())
-        if not updater(BATCH, step + 1)[1]:
+        if not updater(batch_on(device), step + 1)[1]:
             break
         assert all(torch.equal(before[name], value) for name, value in task.module.state_dict().items())
     assert len(scales) > 1
@@ -195,7 +199,7 @@ def add(meter, skipped=False, **values):
 
 
 def test_a_meter_gives_means_and_starts_anew():
-    meter = Meter(CPU)
+    meter = Meter(torch.device("cpu"))
     for loss, accuracy in ((1.0, 0.0), (2.0, 1.0), (6.0, 0.5)):
         add(meter, loss=loss, accuracy=accuracy)
     assert meter.read(ALONE) == ({"loss": 3.0, "accuracy": 0.5}, 0, 0)
@@ -205,7 +209,7 @@ def test_a_meter_gives_means_and_starts_anew():
 
 
 def test_a_meter_keeps_no_graph_and_enough_digits():
-    meter = Meter(CPU)
+    meter = Meter(torch.device("cpu"))
     meter.add({"loss": torch.tensor(1e8, requires_grad=True) * 1}, torch.tensor(False))
     add(meter, loss=1.0)
     assert not meter.sums["loss"].requires_grad
@@ -213,7 +217,7 @@ def test_a_meter_keeps_no_graph_and_enough_digits():
 
 
 def test_a_meter_leaves_skipped_steps_out_and_counts_them():
-    meter = Meter(CPU)
+    meter = Meter(torch.device("cpu"))
     for loss in (1.0, float("nan"), 3.0, float("inf"), float("nan")):
         add(meter, skipped=not math.isfinite(loss), loss=loss)
     assert meter.read(ALONE) == ({"loss": 2.0}, 3, 2)

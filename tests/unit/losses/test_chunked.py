@@ -61,11 +61,11 @@ def test_without_a_bias_and_with_a_frozen_head():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_sum_exact(dtype):
+def test_autocast_keeps_the_sum_exact(device, dtype):
     """Products in half precision, all else in float32; small slopes of many patches do not vanish."""
-    weights = [weight.detach().float().requires_grad_() for weight in make(4, 300, 8, 50, 0, soft=False)[:3]]
-    targets = make(4, 300, 8, 50, 0, soft=False)[3]
-    with torch.autocast("cpu", dtype):
+    *parts, targets = (part.detach().to(device) for part in make(4, 300, 8, 50, 0, soft=False))
+    weights = [weight.float().requires_grad_() for weight in parts]
+    with torch.autocast(device, dtype):
         found = chunked_mixing_loss(*weights, targets)
     expected = dense(*weights, targets, 0.0)
     assert found.dtype == torch.float32
@@ -74,14 +74,14 @@ def test_autocast_keeps_the_sum_exact(dtype):
         assert (one - other).norm() < 0.02 * other.norm()
 
 
-def test_the_gradient_of_the_head_fits_float16_where_its_sum_would_not():
+def test_the_gradient_of_the_head_fits_float16_where_its_sum_would_not(device):
     """Many patches of one class: their slopes add up to more than 65,504 before they are divided by their number."""
-    tokens, head = torch.full((64, 400, 4), 10.0), torch.zeros(10, 4, requires_grad=True)
-    targets = torch.zeros(64, 400, dtype=torch.long)
-    with torch.autocast("cpu", torch.float16):
+    tokens, head = torch.full((64, 400, 4), 10.0, device=device), torch.zeros(10, 4, device=device, requires_grad=True)
+    targets = torch.zeros(64, 400, dtype=torch.long, device=device)
+    with torch.autocast(device, torch.float16):
         loss = chunked_mixing_loss(tokens, head, None, targets)
     (found,) = torch.autograd.grad(loss, head)
-    expected = torch.full((10, 4), 1.0)
+    expected = torch.full((10, 4), 1.0, device=device)
     expected[0] = -9.0
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
 

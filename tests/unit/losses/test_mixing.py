@@ -82,11 +82,11 @@ def test_gradient_equals_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_short_numbers_are_computed_in_float32(dtype, autocast):
+def test_short_numbers_are_computed_in_float32(device, dtype, autocast):
     logits, targets = make(2, 8, 10)
-    leaf = logits.to(dtype).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = mixing_loss(leaf, targets)
+    leaf = logits.to(device, dtype).requires_grad_()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = mixing_loss(leaf, targets.to(device))
     loss.backward()
     assert loss.dtype == torch.float32
     expected = literal(leaf.detach(), F.one_hot(targets, 10).double())
@@ -200,11 +200,11 @@ def test_the_other_variants_are_the_mean_over_patches(variant):
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("scale", [1e6, 1e-30, 0])
-def test_every_form_is_finite_in_float32(variant, autocast, scale):
+def test_every_form_is_finite_in_float32(device, variant, autocast, scale):
     logits, targets = make(2, 5, 6)
-    leaf = (scale * logits.float()).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = mixing_loss(leaf, targets, variant, 0.1)
+    leaf = (scale * logits.float()).to(device).requires_grad_()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = mixing_loss(leaf, targets.to(device), variant, 0.1)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.isfinite()

@@ -336,6 +336,23 @@ def test_compiles_in_one_piece(variant, multi_label):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_compiled_it_gives_the_same_loss_and_gradients(device, variant):
+    """By the compiler that training uses. Both compute in float32 and add up in another order: some 1e-6 apart."""
+    output, targets, patch_targets = make()
+    targets, patch_targets = targets.to(device), patch_targets.to(device)
+    objective, found = on(variant=variant, grid=(2, 3), label_smoothing=0.1), []
+    torch.compiler.reset()
+    for call in (objective.__call__, torch.compile(objective.__call__, fullgraph=True, dynamic=False)):
+        leaves = [tensor.to(device).requires_grad_() for tensor in output[:4]]
+        losses = call(Output(*leaves), targets, patch_targets)
+        gradients = torch.autograd.grad(losses.total, leaves, allow_unused=True)
+        found.append((losses, [gradient for gradient in gradients if gradient is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

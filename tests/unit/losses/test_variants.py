@@ -65,10 +65,32 @@ def test_half_precision_stays_finite(form, dtype, scale, case):
 
 
 @every
-def test_autocast_changes_nothing_and_float64_stays(form):
-    first, last = tokens("random", 1.0, (2, 9, 8), seed=0)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_short_numbers_give_what_the_same_numbers_give_in_float64(device, form, dtype, autocast):
+    """A gradient is rounded to its tokens' type, so to 8 bits at least; the value is not.
+
+    The loss is scaled as a run in float16 does it: some gradients would be too small for that type.
+    """
+    short = tokens("random", 1.0, (2, 49, 64), seed=0).to(dtype)
+    found, expected = [], []
+    for numbers, gradients in ((short.to(device), found), (short.double(), expected)):
+        first, last = (part.clone().requires_grad_() for part in numbers)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = FORMS[form](first, last)
+        (1024 * loss).backward()
+        gradients += [loss.detach().cpu().double(), last.grad.cpu().double()]
+        gradients += [] if first.grad is None else [first.grad.cpu().double()]
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert (ours - theirs).norm() <= max(1e-5, torch.finfo(dtype).eps) * theirs.norm()
+
+
+@every
+def test_autocast_changes_nothing_and_float64_stays(device, form):
+    first, last = tokens("random", 1.0, (2, 9, 8), seed=0).to(device)
     expected = FORMS[form](first, last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert FORMS[form](first, last).item() == expected.item()
     assert FORMS[form](first.double(), last.double()).dtype == torch.float64
 

@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
+from timm.utils import NativeScaler
 from torch import Tensor, nn
 
 from pdvit import Objective
@@ -19,37 +20,45 @@ make_model = functools.partial(
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
+def batch(device) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     random.seed(0)
-    return torch.randn(4, 3, 48, 48), torch.tensor([0, 3, 4, 1])
+    return torch.randn(4, 3, 48, 48).to(device), torch.tensor([0, 3, 4, 1], device=device)
 
 
-def make_task(model: nn.Module | None = None, criterion: nn.Module | None = None, **options: object) -> DiversityTask:
-    torch.manual_seed(0)
-    return DiversityTask(model or make_model(), criterion or LabelSmoothingCrossEntropy(0.1), verbose=False, **options)
+@pytest.fixture
+def make_task(device):
+    """Return a function that makes a task with a model on the device, as timm's script does."""
+
+    def make(criterion: nn.Module | None = None, **options: object) -> DiversityTask:
+        torch.manual_seed(0)
+        criterion = criterion or LabelSmoothingCrossEntropy(0.1)
+        where = torch.device(device)
+        return DiversityTask(make_model().to(where), criterion, device=where, verbose=False, **options)
+
+    return make
 
 
-def test_the_loss_is_the_class_loss_that_was_given_plus_the_terms(batch):
+def test_the_loss_is_the_class_loss_that_was_given_plus_the_terms(make_task, batch):
     found = make_task(objective=Objective(cosine=2, contrastive=3, mixing=4))(*batch)
     terms = 2 * found["cosine_loss"] + 3 * found["contrastive_loss"] + 4 * found["mixing_loss"]
     torch.testing.assert_close(found["loss"], found["class_loss"] + terms)
     assert found["output"].shape == (4, CLASSES)
 
 
-def test_without_mixing_images_and_targets_are_taken_as_they_are(batch):
+def test_without_mixing_images_and_targets_are_taken_as_they_are(make_task, batch):
     images, classes = batch
     task = make_task(criterion=nn.CrossEntropyLoss(label_smoothing=0.1), objective=Objective(mixing=0)).eval()
     found, logits = task(images, classes), task.get_eval_model()(images)
     torch.testing.assert_close(found["output"], logits)
     torch.testing.assert_close(found["class_loss"], nn.functional.cross_entropy(logits, classes, label_smoothing=0.1))
-    soft = torch.rand(4, CLASSES).softmax(1)  # timm's own mixing is welcome then
+    soft = torch.rand(4, CLASSES, device=images.device).softmax(1)  # timm's own mixing is welcome then
     torch.testing.assert_close(
         task(images, soft)["class_loss"], nn.functional.cross_entropy(logits, soft, label_smoothing=0.1)
     )
 
 
-def test_the_class_loss_of_a_mixed_image_is_that_of_its_classes_by_area(batch, monkeypatch):
+def test_the_class_loss_of_a_mixed_image_is_that_of_its_classes_by_area(make_task, batch, monkeypatch):
     task, seen = make_task(cutmix=1.0, prob=1.0), []
     model = task.trainable_module
     monkeypatch.setattr(model, "forward", lambda *args: seen.append(args) or type(model).forward(model, *args))
@@ -61,7 +70,7 @@ def test_the_class_loss_of_a_mixed_image_is_that_of_its_classes_by_area(batch, m
     torch.testing.assert_close(found["class_loss"], expected)
 
 
-def test_the_form_and_smoothing_of_the_objective_are_kept(batch):
+def test_the_form_and_smoothing_of_the_objective_are_kept(make_task, batch):
     found = {}
     for name, options in {"paper": {}, "smooth": {"label_smoothing": 0.3}, "released": {"variant": "released"}}.items():
         random.seed(0)
@@ -69,17 +78,17 @@ def test_the_form_and_smoothing_of_the_objective_are_kept(batch):
     assert len({round(value, 5) for value in found.values()}) == 3
 
 
-def test_several_labels_are_refused():
+def test_several_labels_are_refused(make_task):
     with pytest.raises(UserError, match="one class per image"):
         make_task(objective=Objective(multi_label=True))
 
 
-def test_images_that_are_mixed_already_are_refused_with_the_mixing_term(batch):
+def test_images_that_are_mixed_already_are_refused_with_the_mixing_term(make_task, batch):
     with pytest.raises(UserError, match="mixed already"):
-        make_task()(batch[0], torch.rand(4, CLASSES))
+        make_task()(batch[0], torch.rand(4, CLASSES).to(batch[0]))
 
 
-def test_checkpoints_hold_the_bare_model_and_the_patch_head_apart(batch):
+def test_checkpoints_hold_the_bare_model_and_the_patch_head_apart(make_task, batch):
     task = make_task()
     task.setup_ema(decay=0.5)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1)
@@ -89,7 +98,7 @@ def test_checkpoints_hold_the_bare_model_and_the_patch_head_apart(batch):
     states = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
     make_model().load_state_dict(states[0]["state_dict"])
     make_model().load_state_dict(states[1]["state_dict_ema"])
-    fresh = make_task(make_model())
+    fresh = make_task()
     fresh.load_checkpoint_state(states[0]["state_dict"], states[0]["task_state"])
     for name, value in task.get_trainable_module().state_dict().items():
         assert torch.equal(fresh.get_trainable_module().state_dict()[name], value)
@@ -98,7 +107,7 @@ def test_checkpoints_hold_the_bare_model_and_the_patch_head_apart(batch):
     )
 
 
-def test_every_weight_learns_and_timm_can_group_them(batch):
+def test_every_weight_learns_and_timm_can_group_them(make_task, batch):
     task = make_task()
     task(*batch)["loss"].backward()
     module = task.get_trainable_module()
@@ -106,7 +115,22 @@ def test_every_weight_learns_and_timm_can_group_them(batch):
     create_optimizer_v2(module, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
 
 
-def test_the_compiled_task_gives_the_same_loss(batch):
+def test_it_learns_in_half_precision_with_the_scaler_of_timm(make_task, batch, device):
+    """As timm's script does with --amp --amp-dtype float16: steps that overflow are left out, and halve the scale."""
+    task, scaler = make_task(prob=0.0), NativeScaler(device=device)
+    module, losses = task.get_trainable_module(), []
+    optimizer = create_optimizer_v2(module, opt="adamw", lr=1e-2)
+    for _ in range(40):
+        with torch.autocast(device, torch.float16):
+            loss = task(*batch)["loss"]
+        optimizer.zero_grad()
+        scaler(loss, optimizer, clip_grad=1.0, parameters=module.parameters())
+        losses.append(loss.item())
+    assert all(weight.isfinite().all() for weight in module.parameters())
+    assert losses[-1] < losses[0] - 1
+
+
+def test_the_compiled_task_gives_the_same_loss(make_task, batch):
     found = []
     for compiled in (False, True):
         task = make_task()
@@ -119,7 +143,7 @@ def test_the_compiled_task_gives_the_same_loss(batch):
     torch.testing.assert_close(*found)
 
 
-def test_the_evaluator_reads_its_output(batch):
+def test_the_evaluator_reads_its_output(make_task, batch):
     task = make_task()
     evaluator = task.create_evaluator()
     assert type(evaluator).__name__ == "ClassificationEvaluator"

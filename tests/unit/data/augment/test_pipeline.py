@@ -93,7 +93,6 @@ def test_erasing_comes_after_normalising():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("more", [{}, {"auto_augment": "", "color_jitter": 0.4}])
 def test_a_gpu_does_the_same_and_is_never_waited_for(more):
     augment, index = augmentation(**EVERYTHING | more), torch.arange(COUNT)
