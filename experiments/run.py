@@ -2,7 +2,7 @@
 
     python experiments/run.py ablation           # the sweep of experiments/ablation/cpu.toml
     python experiments/run.py ablation tuning    # tuning.toml: prints the best learning rates on validation
-    python experiments/run.py ablation gpu --set data.source=../cifar100
+    python experiments/run.py ablation gpu --at-once 4 --set data.source=../cifar100
 
 It trains the cells of the sweep, and measures P and effective rank of every layer of each finished one on 256 images of
 the split that the run ended with: with its final weights and with those that it began from. Then it writes
@@ -10,9 +10,10 @@ FOLDER/results.csv, one row per cell, and FOLDER/layers.csv, one row per cell an
 layers-gpu.csv of gpu.toml; of tuning.toml tuning.csv alone, and of a segmentation its results: nothing else is
 measured). README.md tells the columns.
 
-What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). Without a GPU as many cells run at
-a time as there are cores, with one thread each; CUDA_VISIBLE_DEVICES= hides the GPUs. The exit status is that of
-pdvit train, or 1 where a finished run could not be measured.
+What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). One cell runs at a time on each
+GPU; without one as many as there are cores, with one thread each. --at-once says how many instead.
+CUDA_VISIBLE_DEVICES= hides the GPUs. The exit status is that of pdvit train, or 1 where a finished run could not be
+measured.
 """
 
 import io
@@ -102,17 +103,18 @@ def measure_all(runs: Sequence[Path], count: int, stop: StopRequest) -> bool:
     return done
 
 
-def run(kind: str, folder: Path, words: Sequence[str], stop: StopRequest) -> int:
+def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop: StopRequest) -> int:
     """Train, measure and write the tables of one sweep; return the exit status."""
     line = [sys.executable, "-m", "pdvit", "train", "--config", str(folder / f"{kind}.toml"), *words]
     listed = subprocess.run([*line, "--cells", "list", "--json"], stdout=subprocess.PIPE, text=True)
     if listed.returncode:
         return listed.returncode
     there = json.loads(listed.stdout)
-    sweep, count = Path(there["sweep"]), 1
+    sweep, most = Path(there["sweep"]), at_once or 1
     if not visible_gpus():
         os.environ["OMP_NUM_THREADS"] = "1"
-        count = min(len(os.sched_getaffinity(0)), len(there["cells"]))
+        most = at_once or len(os.sched_getaffinity(0))
+    count = min(most, len(there["cells"]))
     status = train(line, count, stop)
     if stop or status not in (0, 1, EXIT_STOPPED):
         return status or EXIT_STOPPED
@@ -139,14 +141,29 @@ def write(kind: str, folder: Path, sweep: Path) -> None:
         print(f'"optim.lr" = {rate:g}  # {setting}: {score:.4f} on validation{", at the edge" if edge else ""}')
 
 
-def main() -> int:
-    folder, *words = sys.argv[1:] or ["--help"]
+def understand(words: Sequence[str]) -> tuple[str, str, int | None, list[str]]:
+    """Return folder, file, --at-once and the words for pdvit train; ValueError where there is no folder or number."""
+    folder, *rest = words
     if folder.startswith("-"):
+        raise ValueError(folder)
+    kind = rest.pop(0) if rest and not rest[0].startswith("-") else "cpu"
+    if "--at-once" not in rest:
+        return folder, kind, None, rest
+    place = rest.index("--at-once")
+    (count,) = map(int, rest[place + 1 : place + 2])
+    if count < 1:
+        raise ValueError(count)
+    return folder, kind, count, rest[:place] + rest[place + 2 :]
+
+
+def main() -> int:
+    try:
+        folder, kind, at_once, words = understand(sys.argv[1:])
+    except ValueError:
         print(__doc__)
         return 2
-    kind = words.pop(0) if words and not words[0].startswith("-") else "cpu"
     with stop_on_signals() as stop:
-        return run(kind, HERE / folder, words, stop)
+        return run(kind, HERE / folder, at_once, words, stop)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from run import understand
 
 from pdvit.cli import run as pdvit
 from pdvit.config.schema import DataConfig
@@ -117,6 +118,24 @@ def check_row(row: dict[str, str], run: Path) -> None:
         assert float(row[f"rank_{name}"]) == pytest.approx(measured[layer, "effective_rank"], **close)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ablation", ("ablation", "cpu", None, [])),
+        ("ablation gpu --set a=b", ("ablation", "gpu", None, ["--set", "a=b"])),
+        ("ablation --lr 1 --at-once 4 --set a=b", ("ablation", "cpu", 4, ["--lr", "1", "--set", "a=b"])),
+    ],
+)
+def test_the_words_of_the_command_are_understood(line, expected):
+    assert understand(line.split()) == expected
+
+
+@pytest.mark.parametrize("line", ["", "--help", "ablation --at-once", "ablation --at-once 0", "ablation --at-once x"])
+def test_what_is_not_understood_is_refused(line):
+    with pytest.raises(ValueError, match="."):
+        understand(line.split())
+
+
 @pytest.mark.slow
 def test_a_folder_is_run_measured_and_written(workplace):
     write("cpu", TWO + BROKEN)
@@ -151,7 +170,7 @@ def test_a_folder_is_run_measured_and_written(workplace):
 
     # Runs that go on from these begin with their weights.
     write("gpu", TWO, steps=2, size="", model='init = "runs/claim-cpu/{variant}-seed={run.seed}"')
-    finish(start("gpu"), 0)
+    finish(start("gpu", "--at-once", "1"), 0)
     for row, first in zip(rows("results-gpu.csv"), found, strict=False):
         for name in ("similarity_block", "rank_block", "similarity_norm", "rank_norm"):
             assert row[f"{name}_before"] == first[name]
