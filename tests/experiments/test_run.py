@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from run import understand
+from run import main, understand
 
 from pdvit.cli import run as pdvit
 from pdvit.config.schema import DataConfig
@@ -131,9 +131,10 @@ def test_the_words_of_the_command_are_understood(line, expected):
 
 
 @pytest.mark.parametrize("line", ["", "--help", "ablation --at-once", "ablation --at-once 0", "ablation --at-once x"])
-def test_what_is_not_understood_is_refused(line):
-    with pytest.raises(ValueError, match="."):
-        understand(line.split())
+def test_what_is_not_understood_shows_the_help(line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
+    assert main() == 2
+    assert "--at-once" in capsys.readouterr().out
 
 
 @pytest.mark.slow
