@@ -11,6 +11,7 @@ from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
 from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of, with_image_size
+from pdvit.models.memory import check_fits
 
 # Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
 RESERVED = frozenset(
@@ -64,9 +65,9 @@ def build_model(name: str, arguments: dict[str, Any], where: str = "model.name (
     """Build a timm model with fresh weights.
 
     Raises:
-        UserError: what `sketch_model` refuses.
+        UserError: what `sketch_model` refuses, or it is too big for memory.
     """
-    sketch_model(name, arguments, where)
+    check_fits(sketch_model(name, arguments, where).state_dict().values(), where)
     return create_model(name, arguments, where)
 
 

@@ -33,4 +33,5 @@ def check_bytes(needed: int, where: str) -> None:
         what = (
             f"the model is too big for memory: its weights take {needed / GIB:.1f} GiB, {left / GIB:.1f} GiB are left"
         )
-        raise UserError(what, where, "use a machine with more memory, end other programs, or take a smaller model")
+        tip = "use a machine with more memory, end other programs, or take a smaller model or smaller images"
+        raise UserError(what, where, tip)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.models.build import checkpoint_activations, create_model, sketch_model
 from pdvit.models.layers import image_size_of
+from pdvit.models.memory import check_fits
 from pdvit.models.reading import Tap, layer_numbers, layers_to_read, tapped, taps_at
 from pdvit.models.segmentation.backbone import MODEL, Adapter, arguments_of, look_at, prune
 from pdvit.models.segmentation.heads import make_head
@@ -129,7 +130,9 @@ def make_segmenter(
 ) -> Segmenter:
     """Build a model with fresh weights from timm's name and arguments of its backbone. Raises UserError."""
     assert segment.head is not None, "this is for segmentation alone"
-    adapter = look_at(sketch_model(name, arguments, where), segment.head)
+    sketch = sketch_model(name, arguments, where)
+    check_fits(sketch.state_dict().values(), where)
+    adapter = look_at(sketch, segment.head)
     backbone = create_model(name, arguments, where)
     prune(backbone, adapter)
     segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])

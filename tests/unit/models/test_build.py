@@ -168,3 +168,10 @@ def test_an_image_of_one_patch_is_refused():
     with pytest.raises(UserError, match="single patch") as caught:
         sketch_model("test_vit", {"img_size": 16, "patch_size": 16})
     assert "32" in caught.value.tip
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
+    monkeypatch.setattr("pdvit.models.memory.available", lambda: 1000)
+    with pytest.raises(UserError, match="too big for memory") as refused:
+        build_model(VIT, SMALL, "here")
+    assert refused.value.where == "here"

@@ -334,3 +334,9 @@ def test_a_segmenter_says_where_its_timm_model_is():
     assert isinstance(segmenter, Segmenter)
     assert isinstance(segmenter.inside, timm.models.VisionTransformer)
     assert not isinstance(segmenter.inside.head, nn.Linear)
+
+
+def test_a_backbone_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
+    monkeypatch.setattr("pdvit.models.memory.available", lambda: 1000)
+    with pytest.raises(UserError, match="too big for memory"):
+        build_segmenter(config(), 3)
