@@ -18,6 +18,7 @@ RECIPES = ("digits", "recipes")  # of one run each
 # Sweeps of which each variant has the rate that a table of tuning says.
 RATES = {
     "ablation/cpu": "ablation/tuning",
+    "remedies/cpu": "remedies/tuning",
     "transfer/pretrain": "ablation/tuning",
 }
 # The recipes for a GPU, in the order of their chains, and what makes them small.
