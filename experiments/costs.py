@@ -60,16 +60,19 @@ def cost_of(recipe: Path) -> dict[str, object] | None:
 
 
 def rates(file: Path) -> dict[str, float]:
-    """Return operations per second of the step, median over the rounds, by hardware with its fastest setting."""
+    """Return operations per second of the step by hardware: the fastest of its settings, each a median over the rounds.
+
+    Rounds of another commit are another setting: the code differs, and what else the machine did.
+    """
     table = pd.read_csv(file)
     table = table[(table["model"] == MEASURED) & (table["img_size"] == 224) & (table["classes"] == 1000)]
     table = table[table["model_kwargs"].isna() & ((table["device"] != "cpu") | (table["threads"] == 1))]
     table = table.assign(unit=table["device"].map(lambda device: "core" if device == "cpu" else "GPU"))
-    settings = table.groupby(["unit", "hardware", "precision", "compile", "batch_size"])["paper"].median()
+    settings = table.groupby(["unit", "hardware", "precision", "compile", "batch_size", "commit"])["paper"].median()
     step = 3 * operations_of(resolve(build(("deit", {"model": {"name": MEASURED}}))), 1000)
     found = {}
-    for unit, hardware, precision, compiled, batch in settings.groupby(["unit", "hardware"]).idxmax():
-        images = settings[unit, hardware, precision, compiled, batch]
+    for unit, hardware, precision, compiled, batch, commit in settings.groupby(["unit", "hardware"]).idxmax():
+        images = settings[unit, hardware, precision, compiled, batch, commit]
         name = f"{unit}-hours, {hardware} ({precision}{', compiled' * bool(compiled)}, batch {batch})"
         found[name] = step * float(images)
     return found

@@ -9,7 +9,7 @@ validation. Differences are paired by seed, with their 95 % interval (Student's 
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,25 +28,33 @@ MINUS, NOTHING = "\u2212", "\u2013"
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that is compared: its name, the columns that may have it with their headings (the first that is there),
-    its unit and digits."""
+    """A number that is compared.
+
+    Attributes:
+        name: to read.
+        columns: that may have it, with their headings; the first that is there.
+        factor: from the column's unit to that of the table.
+        digits: behind the point.
+        relative: differences are percentages of the control, for what is compared between settings of another size.
+    """
 
     name: str
     columns: Mapping[str, str]
     factor: int
     digits: int
+    relative: bool = False
 
 
 MEASURES = (
     Measure("accuracy or mIoU", {"miou": "mIoU, %", "accuracy": "accuracy, %"}, 100, 1),
     Measure("P", {"similarity_norm": "P behind the norm", "similarity_last": "P of last"}, 1, 2),
-    Measure("effective rank", {"rank_norm": "effective rank there"}, 1, 1),
+    Measure("effective rank", {"rank_norm": "effective rank there"}, 1, 1, relative=True),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in one setting: its rate, and for each measure the value of each seed."""
+    """A variant in one setting: its rate, and for each measure the value of each seed, in the table's unit."""
 
     where: Mapping[str, object]
     variant: str
@@ -71,6 +79,8 @@ QUESTIONS = (
     Question("photographs", "Tiny ImageNet-50", "segmentation/results-backbones.csv"),
     Question("segmentation", "CamVid, frozen", "segmentation/results-camvid-frozen.csv"),
     Question("segmentation", "CamVid, finetuned", "segmentation/results-camvid-finetuned.csv"),
+    Question("segmentation", "digit scenes, frozen", "segmentation/results-scenes-frozen.csv"),
+    Question("segmentation", "digit scenes, finetuned", "segmentation/results-scenes-finetuned.csv"),
 )
 
 
@@ -81,18 +91,18 @@ def rows_of(results: pd.DataFrame) -> Iterator[Row]:
     for (*setting, variant), cells in results.groupby([*crossed, "variant"], sort=False):
         chosen, rate = cells[cells["status"] == "finished"], math.nan
         if RATE in cells:
-            ((rate, *_),) = best_rates(cells.to_dict("records")).values()
+            rate = next((rate for rate, *_ in best_rates(cells.to_dict("records")).values()), math.nan)
             chosen = chosen[chosen[RATE] == rate]
-        values = [seeds_of(chosen, measure.columns) for measure in MEASURES]
+        values = [seeds_of(chosen, measure) for measure in MEASURES]
         yield Row(dict(zip(crossed, setting, strict=True)), variant, rate, values)
 
 
-def seeds_of(cells: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
+def seeds_of(cells: pd.DataFrame, measure: Measure) -> dict[str, float]:
     """Return the value of each seed, of the first column that is there."""
-    for column in columns:
+    for column in measure.columns:
         if column in cells:
             known = cells[[SEED, column]].dropna()
-            return dict(zip(known[SEED].astype(str), known[column], strict=True))
+            return dict(zip(known[SEED].astype(str), known[column] * measure.factor, strict=True))
     return {}
 
 
@@ -106,12 +116,14 @@ def control_of(row: Row, name: str, rows: Sequence[Row]) -> Row | None:
 
 
 def effect(row: Row, control: Row | None, measure: int) -> Difference | None:
-    """Return row minus control in the measure's unit, or None where either lacks it."""
+    """Return row minus control, of a relative measure in percent of the control; None where either lacks it."""
     if control is None:
         return None
     first, second = control.values[measure], row.values[measure]
-    factor = MEASURES[measure].factor
-    found = paired({seed: value * factor for seed, value in first.items()}, {s: v * factor for s, v in second.items()})
+    if MEASURES[measure].relative:
+        second = {seed: 100 * (value / first[seed] - 1) for seed, value in second.items() if seed in first}
+        first = dict.fromkeys(first, 0.0)
+    found = paired(first, second)
     return found if found.pairs else None
 
 
@@ -126,41 +138,37 @@ def written(effect: Difference | None, digits: int) -> str:
 def table_of(results: pd.DataFrame) -> list[list[str]]:
     """Return the table of one experiment in words, headings first."""
     rows = list(rows_of(results))
-    where = [name.rpartition(".")[2] for name in rows[0].where]
     rates = ["rate"] * (RATE in results)  # where a variant brings its own, the recipe has it
-    table = [[*where, "", *rates, "n"]]
-    for number, measure in enumerate(MEASURES):
-        if any(row.values[number] for row in rows):
-            heading = next(heading for column, heading in measure.columns.items() if column in results)
-            table[0] += [heading, f"{MINUS} none", f"{MINUS} cutmix"][: 3 if number == 0 else 2]
+    table = [[*(name.rpartition(".")[2] for name in rows[0].where), "", *rates, "n"]]
+    shown = [number for number in range(len(MEASURES)) if any(row.values[number] for row in rows)]
+    for measure in (MEASURES[number] for number in shown):
+        heading = next(heading for column, heading in measure.columns.items() if column in results)
+        table[0] += [heading, *(f"{MINUS} {name}{', %' * measure.relative}" for name in CONTROLS)]
     for row in rows:
         line = [*map(str, row.where.values()), row.variant, *(f"{row.rate:g}" for _ in rates), str(len(row.values[0]))]
-        for number, measure in enumerate(MEASURES):
-            if any(other.values[number] for other in rows):
-                mean, std = mean_and_std([value * measure.factor for value in row.values[number].values()])
-                line.append(f"{mean:.{measure.digits}f} ± {std:.{measure.digits}f}")
-                for name in CONTROLS[: 2 if number == 0 else 1]:
-                    line.append(written(effect(row, control_of(row, name, rows), number), measure.digits))
+        for number in shown:
+            digits = MEASURES[number].digits
+            mean, std = mean_and_std(list(row.values[number].values()))
+            line.append(f"{mean:.{digits}f} ± {std:.{digits}f}")
+            digits *= not MEASURES[number].relative
+            line += [written(effect(row, control_of(row, name, rows), number), digits) for name in CONTROLS]
         table.append(line)
     return table
 
 
 def effects() -> pd.DataFrame:
-    """Return the effect for each question, on each measure, against each control."""
+    """Return the effect for each question, on each measure, against each control, with the mean of that control."""
     found = []
     for asked in QUESTIONS:
         rows = list(rows_of(pd.read_csv(HERE / asked.file)))
         (row,) = [row for row in rows if row.variant == asked.variant and row.where == (asked.where or {})]
         for number, measure in enumerate(MEASURES):
             for name in CONTROLS:
-                seen = effect(row, control_of(row, name, rows), number)
-                if seen is not None:
-                    line = {
-                        "question": asked.question,
-                        "setting": asked.setting,
-                        "measure": measure.name,
-                        "minus": name,
-                    }
+                control = control_of(row, name, rows)
+                seen = effect(row, control, number)
+                if control is not None and seen is not None:
+                    line = {"question": asked.question, "setting": asked.setting, "measure": measure.name}
+                    line |= {"minus": name, "control": mean_and_std(list(control.values[number].values()))[0]}
                     found.append(line | {"n": seen.pairs, "effect": seen.mean, "low": seen.low, "high": seen.high})
     return pd.DataFrame(found)
 
@@ -169,15 +177,22 @@ def summary_of(table: pd.DataFrame) -> list[list[str]]:
     """Return the table of all questions in words: the first measure against both controls, the others against none."""
     first, *others = MEASURES
     columns = [(first, control) for control in CONTROLS] + [(measure, CONTROLS[0]) for measure in others]
-    summary = [["question", "setting", "n", *(f"{measure.name} {MINUS} {control}" for measure, control in columns)]]
-    before = ""
+    heads = [f"{measure.name} {MINUS} {control}{', %' * measure.relative}" for measure, control in columns]
+    summary, before = [["question", "setting", "n", f"{first.name} of {CONTROLS[0]}", *heads]], ""
     for (question, setting), part in table.groupby(["question", "setting"], sort=False):
-        line = [str(question) if question != before else "", str(setting), str(part["n"].iloc[0])]
+        line = []
         for measure, control in columns:
             seen = part[(part["measure"] == measure.name) & (part["minus"] == control)]
             found = [Difference(row.effect, row.low, row.high, row.n) for row in seen.itertuples()]
-            line.append(written(found[0] if found else None, measure.digits))
-        summary.append(line)
+            line.append(written(found[0] if found else None, 0 if measure.relative else measure.digits))
+        base = part[(part["measure"] == first.name) & (part["minus"] == CONTROLS[0])].iloc[0]
+        told = [
+            str(question) * (question != before),
+            str(setting),
+            str(base["n"]),
+            f"{base['control']:.{first.digits}f}",
+        ]
+        summary.append([*told, *line])
         before = str(question)
     return summary
 
@@ -197,13 +212,10 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     settings = list(dict.fromkeys(zip(table["question"], table["setting"], strict=True)))
     with styled(DOUBLE, ROW * len(settings) + AROUND, theme, columns=len(MEASURES), sharey=True) as figure:
         figure.data = table
-        looks = dict(
-            zip(
-                CONTROLS,
-                ({"color": theme.colours[0], "fmt": "o"}, {"color": theme.colours[1], "fmt": "s"}),
-                strict=True,
-            )
-        )
+        looks: dict[str, dict[str, str]] = {
+            "none": {"color": theme.colours[0], "fmt": "o"},
+            "cutmix": {"color": theme.colours[1], "fmt": "s"},
+        }
         for axes, measure in zip(figure.axes, MEASURES, strict=True):
             axes.axvline(0, color=theme.muted, linewidth=0.8)
             for line in table[table["measure"] == measure.name].itertuples():
@@ -213,7 +225,7 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
             for place in range(1, len(settings)):
                 if settings[place][0] != settings[place - 1][0]:
                     axes.axhline(place - 0.5, color=theme.muted, linewidth=0.4)
-            axes.set_xlabel(measure.name + (", points" if measure.factor == 100 else ""))
+            axes.set_xlabel(measure.name + ", points" * (measure.factor == 100) + ", %" * measure.relative)
             axes.grid(visible=False, axis="y")
             axes.grid(visible=True, axis="x")
             axes.tick_params(axis="y", length=0)

@@ -11,7 +11,7 @@ layers-gpu.csv of gpu.toml; of tuning.toml tuning.csv alone, and of a segmentati
 measured). README.md tells the columns.
 
 What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). One cell runs at a time on each
-GPU; without one as many as there are cores, with one thread each. --at-once says how many instead.
+GPU, or as many as --at-once says; without a GPU as many as there are cores in all, with one thread each.
 CUDA_VISIBLE_DEVICES= hides the GPUs. The exit status is that of pdvit train, or 1 where a finished run could not be
 measured.
 """

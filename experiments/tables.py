@@ -101,16 +101,18 @@ def told(name: str, value: Any) -> str:
 def best_rates(cells: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float, bool]]:
     """Return by setting the best learning rate on validation, of equals the lower; its score; is it the grid's edge?
 
-    The score is the mean over seeds; a rate at which a run failed is none.
+    The score is the mean over seeds; a rate at which a run failed or has no score is none, and a setting with no other
+    is left out.
     """
     found: dict[str, dict[float, list[float]]] = {}
     for cell in cells:
         others = [f"{name}={cell[name]}" for name in cell if "." in name and name not in (RATE, SEED)]
-        score = next((float(cell[name]) for name in ("miou_val", "accuracy_val") if cell.get(name)), -math.inf)
+        score = max((float(cell[name]) for name in ("miou_val", "accuracy_val") if cell.get(name)), default=math.nan)
         scores = found.setdefault(", ".join([cell["variant"], *others]), {}).setdefault(float(cell[RATE]), [])
-        scores.append(score if cell["status"] == "finished" else -math.inf)
+        scores.append(score if cell["status"] == "finished" and not math.isnan(score) else -math.inf)
     best = {}
     for setting, rates in found.items():
         score, negative = max((mean(scores), -rate) for rate, scores in rates.items())
-        best[setting] = (-negative, score, -negative in (min(rates), max(rates)))
+        if score > -math.inf:
+            best[setting] = (-negative, score, -negative in (min(rates), max(rates)))
     return best

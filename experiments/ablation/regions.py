@@ -1,9 +1,9 @@
-"""Whose patches does a term make alike? `python experiments/ablation/regions.py` reads the runs of cpu.toml.
+"""Do patches tell images apart? `python experiments/ablation/regions.py` reads the runs of cpu.toml.
 
-On 256 of the images that a run ended with it measures P behind the final norm: over all pairs of patches of the plain
-images; and, with the left half of each image pasted from another, over the pairs from one image and over those
-from images of different classes. It writes regions.csv, a row for each run, and prints means and standard
-deviations over seeds.
+On 256 of the images that a run ended with, plain and with the left half of each pasted from another one, it measures P
+behind the final norm over pairs of patches in the same half and over pairs across the halves, where mixed halves are of
+different classes. Patches across are farther apart on the grid, mixed or not: what mixing adds is the difference
+between the two. It writes regions.csv, a row for each run, and prints means and standard deviations over seeds.
 """
 
 import io
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pdvit import DiverseModel, patch_similarity
+from pdvit import DiverseModel
 from pdvit.cli.runs.prepare import prepare
 from pdvit.cli.train import TRAIN
 from pdvit.config import build, read_toml
@@ -34,7 +34,7 @@ IMAGES = 256
 
 
 def measure(run: Path) -> dict[str, float]:
-    """Return P of plain images, and of mixed ones within what comes from one image and between classes."""
+    """Return P over pairs in the same half and across the halves, of plain and of mixed images."""
     with redirect_stderr(io.StringIO()):  # it would say what it prepares
         task = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
     chosen = Pictures("images", task.source.splits[task.source.final_split]).first(IMAGES).split
@@ -46,10 +46,12 @@ def measure(run: Path) -> dict[str, float]:
     left = (torch.arange(columns, device=images.device) < columns // 2).expand(rows, columns)
     others, classes = images.roll(1, 0), labels.roll(1)
     mixed = paste(images, labels, others, classes, left.expand(len(images), -1, -1), len(task.source.classes)).images
+    apart, found = labels != classes, {}
     with torch.no_grad():
-        plain, tokens = model(images).last, model(mixed).last[labels != classes]
-    within, between = parts(tokens, left.flatten())
-    return {"plain": float(patch_similarity(plain).mean()), "within": within, "between": between}
+        for name, pictures in (("plain", images), ("mixed", mixed)):
+            same, across = parts(model(pictures).last[apart], left.flatten())
+            found |= {f"{name}_same_half": same, f"{name}_across": across}
+    return found
 
 
 def parts(tokens: Tensor, side: Tensor) -> tuple[float, float]:
@@ -68,7 +70,7 @@ def main() -> None:
         rows.append({"variant": cell["variant"], SEED: cell[SEED], **measure(RUNS / cell["name"])})
     write_table(HERE / "regions.csv", rows)
     print(
-        pd.DataFrame(rows).groupby("variant", sort=False)[["plain", "within", "between"]].agg(["mean", "std"]).round(2)
+        pd.DataFrame(rows).drop(columns=SEED).groupby("variant", sort=False).agg(["mean", "std"]).round(3).to_string()
     )
 
 

@@ -64,7 +64,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="*", help="of the products")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write there where the time goes")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.threads > 1 and choose_device(args.device).type == "cpu":
+        parser.error("the CPU's clock of a process adds up its threads: on a CPU it has to be one")
+    return args
 
 
 def configure(args: argparse.Namespace, preset: str) -> Config:

@@ -29,6 +29,15 @@ def test_a_row_has_the_images_of_all_its_epochs_and_the_table_is_of_this_code():
     assert row["operations"] == int(table.loc["deit-b12-224", "operations"])
 
 
+def test_the_hours_are_those_of_the_measured_steps_and_the_page_has_them():
+    table = pd.read_csv(HERE / "costs.csv", index_col="recipe")
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    for name, rate in rates(HERE / "speed" / "train_step.csv").items():
+        assert (table[name] * rate * 3600).tolist() == pytest.approx(table["operations"].tolist(), rel=1e-3)
+        assert all(f"{recipe}.toml) |" in page and f"| {hours:,.0f} |" in page for recipe, hours in table[name].items())
+        assert f"{rate / 1e9:.0f} thousand million" in page
+
+
 def test_recipes_of_other_data_have_no_row():
     assert cost_of(HERE / "recipes" / "digits.toml") is None
 
@@ -36,7 +45,7 @@ def test_recipes_of_other_data_have_no_row():
 def write_rounds(file, rounds):
     """Write a table of training steps: rounds of DeiT-S, but for what is said."""
     usual = {"model": MEASURED, "model_kwargs": "", "img_size": 224, "classes": 1000, "device": "cpu", "threads": 1}
-    usual |= {"precision": "fp32", "compile": False, "batch_size": 8, "hardware": "small"}
+    usual |= {"precision": "fp32", "compile": False, "batch_size": 8, "hardware": "small", "commit": "a"}
     pd.DataFrame([usual | row for row in rounds]).to_csv(file, index=False)
 
 
@@ -46,6 +55,7 @@ def test_each_hardware_counts_by_its_fastest_setting(tmp_path):
     rounds = [
         *({"paper": images} for images in (1.0, 2.0, 30.0)),
         *({"paper": images, "batch_size": 32} for images in (1.5, 1.5)),
+        *({"paper": images, "commit": "b"} for images in (0.5, 0.5, 0.5)),
         *(gpu | {"paper": images} for images in (900.0, 1000.0)),
         *(gpu | {"paper": images, "precision": "bf16"} for images in (2000.0, 9000.0, 2500.0)),
         *(compiled | {"paper": images, "threads": threads} for images, threads in ((3000.0, 1), (5000.0, 4))),

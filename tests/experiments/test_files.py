@@ -4,6 +4,7 @@ import csv
 import shutil
 import tomllib
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_no_two_sweeps_share_a_folder():
     sweeps = [tomllib.loads(file.read_text(encoding="utf-8")) for file in FILES if file.parent.name not in RECIPES]
     names = [sweep["run"]["name"] for sweep in sweeps]
     assert len(names) == len(set(names))
+
+
+def test_no_tuning_and_no_recipe_for_a_gpu_is_forgotten():
+    assert {f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*tuning.csv")} <= {
+        *RATES.values(),
+        "digits/tuning",
+    }
+    assert {f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/gpu*.toml")} == {*chain(*CHAINS)}
 
 
 def best_of(file: Path) -> dict[str, float]:

@@ -62,3 +62,8 @@ def test_a_rate_at_which_a_seed_failed_is_none():
 def test_what_else_was_crossed_has_a_rate_of_its_own():
     rows = [cell("a", 0.001 * depth, depth / 100, **{"model.depth": str(depth)}) for depth in (6, 12)]
     assert best_rates(rows) == {"a, model.depth=6": (0.006, 0.06, True), "a, model.depth=12": (0.012, 0.12, True)}
+
+
+def test_a_run_without_a_score_wins_nothing_and_a_setting_without_any_is_left_out():
+    rows = [cell("a", 0.001, float("nan")), cell("a", 0.002, 0.1), cell("b", 0.001, 0.9, status="failed")]
+    assert best_rates(rows) == {"a": (0.002, 0.1, True)}

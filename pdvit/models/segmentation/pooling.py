@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Pool(nn.AdaptiveAvgPool2d):
     """Means over a grid of parts: torch's own, or as products where only deterministic kernels are asked for.
 
-    There torch refuses the gradient of its own on a GPU.
+    There torch refuses the gradient of its own on a GPU; a CPU does the same, so that it can be proven there.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,4 +36,4 @@ def _shares(side: int, parts: int, like: Tensor) -> Tensor:
     """
     part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(side, device=like.device)
     inside = (place >= part * side // parts) & (place < ((part + 1) * side + parts - 1) // parts)
-    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)

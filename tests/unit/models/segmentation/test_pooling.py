@@ -27,9 +27,18 @@ def test_products_give_the_means_and_gradients_of_torch(deterministic, sides, pa
     torch.testing.assert_close(ours.grad.cpu(), maps.grad)
 
 
+def test_products_in_bfloat16_are_near(deterministic):
+    maps = torch.randn(2, 3, 13, 32)
+    found = Pool(3)(maps.to(deterministic, torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    expected = nn.functional.adaptive_avg_pool2d(maps, 3)
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=0.01)
+
+
 def test_it_is_torch_s_own_unless_deterministic_kernels_are_asked_for():
     module = nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.ReLU()), nn.Conv2d(2, 2, 1))
     maps, names = torch.randn(1, 2, 7, 8), list(module.state_dict())
+    assert not torch.are_deterministic_algorithms_enabled()
     expected = module(maps)
     with_pools(module)
     assert isinstance(module[0][0], Pool)
