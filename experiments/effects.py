@@ -76,6 +76,8 @@ class Question:
 TERMS = ("cosine", "contrastive", "mixing", "paper")
 QUESTIONS = (
     *(Question("which term", f"digits, {term}", "ablation/results.csv", term) for term in TERMS),
+    Question("transfer", "digits 0 to 4, then 5 to 9, frozen", "transfer/results.csv", "probe-paper"),
+    Question("transfer", "digits 0 to 4, then 5 to 9, finetuned", "transfer/results.csv", "finetuned-paper"),
     Question("photographs", "Tiny ImageNet-50", "segmentation/results-backbones.csv"),
     Question("segmentation", "CamVid, frozen", "segmentation/results-camvid-frozen.csv"),
     Question("segmentation", "CamVid, finetuned", "segmentation/results-camvid-finetuned.csv"),

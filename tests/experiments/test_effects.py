@@ -109,7 +109,7 @@ def test_the_table_and_the_figure_are_those_of_the_results():
     assert len(figure.axes[0].containers) == len(found[found["measure"] == MEASURES[0].name])
 
 
-@pytest.mark.parametrize("table", ["ablation/results.csv"])
+@pytest.mark.parametrize("table", ["ablation/results.csv", "transfer/results.csv", "transfer/results-pretrain.csv"])
 def test_the_pages_have_the_tables_of_their_results(table):
     text = (HERE / table).with_name("README.md").read_text(encoding="utf-8")
     assert markdown(table_of(pd.read_csv(HERE / table))) in text
