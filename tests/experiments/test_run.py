@@ -15,6 +15,7 @@ import torch
 from run import main, understand
 
 from pdvit.cli import run as pdvit
+from pdvit.config import Config
 from pdvit.config.schema import DataConfig
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, eval_batches
@@ -83,7 +84,7 @@ def similarity_by_hand(seed: int) -> dict[str, float]:
     for name, module in (("block 2", model.blocks[1]), ("norm", model.norm)):
         module.register_forward_hook(lambda _, __, tokens, name=name: found[name].extend(map(alike, tokens[:, 1:])))
     with torch.no_grad():
-        for batch in eval_batches(held_out(DataConfig(source="digits")).first(256).split, how):
+        for batch in eval_batches(held_out(Config(data=DataConfig(source="digits"))).first(256).split, how):
             model(batch.images)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
