@@ -340,3 +340,5 @@ def test_a_backbone_that_does_not_fit_is_refused_before_it_takes_memory(monkeypa
     monkeypatch.setattr("pdvit.models.memory.available", lambda: 1000)
     with pytest.raises(UserError, match="too big for memory"):
         build_segmenter(config(), 3)
+    with torch.device("meta"):  # takes no memory
+        build_segmenter(config(), 3)
