@@ -76,6 +76,18 @@ class Question:
 TERMS = ("cosine", "contrastive", "mixing", "paper")
 QUESTIONS = (
     *(Question("which term", f"digits, {term}", "ablation/results.csv", term) for term in TERMS),
+    *(
+        Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
+        for blocks in (6, 12, 24)
+    ),
+    *(
+        Question("width", f"digits, {width} channels", "depth/results-widths.csv", where={"model.width": width})
+        for width in (24, 96)
+    ),
+    *(
+        Question("beside a remedy", f"digits, {name.replace('-', ' ')}", "remedies/results.csv", f"{name}-paper")
+        for name in ("layerscale", "registers", "talking-heads")
+    ),
     Question("transfer", "digits 0 to 4, then 5 to 9, frozen", "transfer/results.csv", "probe-paper"),
     Question("transfer", "digits 0 to 4, then 5 to 9, finetuned", "transfer/results.csv", "finetuned-paper"),
     Question("photographs", "Tiny ImageNet-50", "segmentation/results-backbones.csv"),
@@ -97,6 +109,17 @@ def rows_of(results: pd.DataFrame) -> Iterator[Row]:
             chosen = chosen[chosen[RATE] == rate]
         values = [seeds_of(chosen, measure) for measure in MEASURES]
         yield Row(dict(zip(crossed, setting, strict=True)), variant, rate, values)
+
+
+def at_best_rates(table: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Keep of a table with a row or more for each run those of each variant, in each setting, at its best rate."""
+    parts = []
+    for row in rows_of(results):
+        kept = table[(table["variant"] == row.variant) & (table[RATE] == row.rate)]
+        for name, value in row.where.items():
+            kept = kept[kept[name] == value]
+        parts.append(kept.drop(columns=RATE))
+    return pd.concat(parts)
 
 
 def seeds_of(cells: pd.DataFrame, measure: Measure) -> dict[str, float]:

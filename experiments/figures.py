@@ -1,17 +1,19 @@
 """Draw P and effective rank by depth: `python experiments/figures.py ablation/layers.csv [VARIANT ...]`.
 
 The figure lies beside the table, as layers.png. Lines are means over seeds, bands 95 % intervals (Student's t); solid
-after training, dashed before, in grey where all begin alike. What was crossed beside variant and seed has a panel for
-each of its values.
+after training, dashed before, one line in grey where all begin alike. Where learning rates were crossed, each variant
+has the one with the best mean on validation (of results.csv beside the table). What else was crossed beside variant and
+seed has a panel for each of its values.
 """
 
 import sys
 from pathlib import Path
 
 import pandas as pd
+from effects import at_best_rates
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from tables import NUMBERS, SEED
+from tables import NUMBERS, RATE, SEED
 
 from pdvit.plots.lines import legend
 from pdvit.plots.statistics import interval
@@ -49,13 +51,14 @@ def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
 
 
 def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]], muted: str) -> None:
-    alike = rows[rows["when"] == "before"].groupby("layer")["mean"].nunique().max() == 1  # begun from the same weights
-    for (variant, when), line in rows.groupby(["variant", "when"], sort=False):
+    before = rows[rows["when"] == "before"]
+    alike = before.groupby("layer")["mean"].nunique().max() == 1  # begun from the same weights
+    drawn = before[before["variant"] == before["variant"].iloc[0]] if alike else before
+    for variant, line in drawn.groupby("variant", sort=False):
+        shade = {"color": muted} if alike else {}
+        axes.plot(line["depth"], line["mean"], **styles[variant] | {"linestyle": DASHED, "marker": ""} | shade)
+    for variant, line in rows[rows["when"] == "after"].groupby("variant", sort=False):
         look = styles[variant]
-        if when == "before":
-            shade = {"color": muted} if alike else {}
-            axes.plot(line["depth"], line["mean"], **look | {"linestyle": DASHED, "marker": ""} | shade)
-            continue
         axes.plot(line["depth"], line["mean"], **look)
         axes.fill_between(line["depth"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
 
@@ -79,6 +82,9 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     file, *variants = sys.argv[1:]
     layers = pd.read_csv(HERE / file, keep_default_na=False)
+    if RATE in layers:
+        results = Path(file).name.replace("layers", "results")
+        layers = at_best_rates(layers, pd.read_csv((HERE / file).with_name(results)))
     figure = draw_layers(layers[layers["variant"].isin(variants)] if variants else layers)
     (HERE / file).with_suffix(".png").write_bytes(render(figure, ".png"))
 

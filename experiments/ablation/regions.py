@@ -1,9 +1,10 @@
 """Do patches tell images apart? `python experiments/ablation/regions.py` reads the runs of cpu.toml.
 
-On 256 of the images that a run ended with, plain and with the left half of each pasted from another one, it measures P
-behind the final norm over pairs of patches in the same half and over pairs across the halves, where mixed halves are of
-different classes. Patches across are farther apart on the grid, mixed or not: what mixing adds is the difference
-between the two. It writes regions.csv, a row for each run, and prints means and standard deviations over seeds.
+Of each variant it takes the runs at the best learning rate. On 256 of the images that a run ended with, plain and with
+the left half of each pasted from another one, it measures P behind the final norm over pairs of patches in the same
+half and over pairs across the halves, where mixed halves are of different classes. Patches across are farther apart on
+the grid, mixed or not: what mixing adds is the difference between the two. It writes regions.csv, a row for each run,
+and prints means and standard deviations over seeds.
 """
 
 import io
@@ -27,6 +28,7 @@ from pdvit.similarity import unit_tokens
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from effects import at_best_rates  # noqa: E402
 from tables import SEED, write_table  # noqa: E402
 
 RUNS = Path("runs/ablation")
@@ -64,9 +66,8 @@ def parts(tokens: Tensor, side: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    cells = pd.read_csv(RUNS / "cells.csv")
-    rows = []
-    for cell in cells[cells["status"] == "finished"].to_dict("records"):
+    cells, rows = pd.read_csv(HERE / "results.csv"), []
+    for cell in at_best_rates(cells[cells["status"] == "finished"], cells).to_dict("records"):
         rows.append({"variant": cell["variant"], SEED: cell[SEED], **measure(RUNS / cell["name"])})
     write_table(HERE / "regions.csv", rows)
     print(

@@ -1,22 +1,13 @@
-import importlib.util
-
 import pandas as pd
 import pytest
 import torch
 from effects import HERE
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location("regions", HERE / "ablation" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_pairs_in_the_same_half_and_across_are_told_apart():
+def test_pairs_in_the_same_half_and_across_are_told_apart(load):
     right, up, both = [1.0, 0.0], [0.0, 2.0], [-3.0, -3.0]
     tokens = torch.tensor([[right, both, up, up]])
-    same, across = load("regions").parts(tokens, torch.tensor([True, True, False, False]))
+    same, across = load(HERE / "ablation" / "regions.py").parts(tokens, torch.tensor([True, True, False, False]))
     assert same == pytest.approx((0.5**0.5 + 1) / 2)
     assert across == pytest.approx((0 + 0 + 0.5**0.5 + 0.5**0.5) / 4)
 

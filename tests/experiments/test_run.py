@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import run as script
 import timm
 import torch
-from run import main, understand
+from run import main, train, understand
 
 from pdvit.cli import run as pdvit
 from pdvit.config import Config
@@ -20,6 +21,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.images import Preprocessing
 from pdvit.data.loader import Loading, eval_batches
 from pdvit.data.pictures import held_out
+from pdvit.engine.interrupts import StopRequest
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
 BASE = """
@@ -136,6 +138,35 @@ def test_what_is_not_understood_shows_the_help(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
     assert main() == 2
     assert "--at-once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "expected"),
+    [([], "", 2), ([], "--at-once 1", 1), (["0"], "", 1), (["0"], "--at-once 2", 2), (["0"], "--at-once 9", 2)],
+)
+def test_so_many_commands_share_the_cells_as_were_asked_for_and_no_more_than_there_are_cells(
+    workplace, monkeypatch, gpus, words, expected
+):
+    write("cpu", TWO)
+    begun = []
+    monkeypatch.setattr(script, "train", lambda line, count, stop: begun.append(count) or 130)
+    monkeypatch.setattr(script, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(sys, "argv", ["run.py", str(Path("claim").resolve()), *words.split()])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main() == 130
+    assert begun == [expected]
+
+
+def test_commands_run_at_once_and_the_status_that_says_most_is_told(tmp_path):
+    code = (  # the first waits for the second, which ends with 75
+        "import os, sys, time; first, second = sys.argv[1:]\n"
+        "try: os.mkdir(first)\n"
+        "except FileExistsError: os.mkdir(second); sys.exit(75)\n"
+        "while not os.path.exists(second): time.sleep(0.01)"
+    )
+    places = [str(tmp_path / name) for name in ("first", "second")]
+    assert train([sys.executable, "-c", code, *places], 2, StopRequest()) == 75
 
 
 @pytest.mark.slow

@@ -1,0 +1,114 @@
+"""Learning rate against depth, and against width: `python experiments/depth/grid.py`.
+
+It reads results.csv and results-widths.csv (whose width between is that of the least depth in results.csv), prints a
+table of each in Markdown and draws depths.png and widths.png. A run has stalled when it ends below half of the test
+images right, and diverged when its loss ends without a number; a spike is a record of the training loss above three
+times the median of the 20 before it (tables.py).
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from pdvit.plots.lines import legend
+from pdvit.plots.statistics import mean_and_std, paired
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styled
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from effects import CONTROLS, MEASURES, MINUS, markdown, written  # noqa: E402
+from tables import RATE, SEED  # noqa: E402
+
+VARIANTS = (*CONTROLS, "paper")
+STALLED = 0.5
+HEIGHT = 2.0  # of a row of panels, in inches
+ACCURACY, P = MEASURES[0].columns["accuracy"], MEASURES[1].columns["similarity_norm"]
+
+
+def grids() -> dict[str, pd.DataFrame]:
+    """Return the runs for each figure: those of all depths, and those of all widths at the least depth."""
+    depths = pd.read_csv(HERE / "results.csv")
+    least = depths[depths["model.depth"] == depths["model.depth"].min()].assign(**{"model.width": 48})
+    widths = pd.concat([pd.read_csv(HERE / "results-widths.csv"), least], ignore_index=True)
+    return {"depths": depths, "widths": widths.sort_values("model.width", kind="stable")}
+
+
+def axis_of(runs: pd.DataFrame) -> str:
+    """Return what is crossed with the learning rate."""
+    return "model.width" if "model.width" in runs else "model.depth"
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each size, rate and variant: means and deviations, runs that stalled, diverged or had spikes."""
+    axis, rows = axis_of(runs), []
+    for (size, rate, variant), cells in runs.groupby([axis, RATE, "variant"]):
+        ended = cells[cells["status"] == "finished"]
+        mean, std = mean_and_std((ended["accuracy"] * MEASURES[0].factor).tolist())
+        rows.append(
+            {"size": size, "rate": rate, "variant": variant, "n": len(cells), "accuracy": mean, "std": std}
+            | {"similarity": mean_and_std(ended["similarity_norm"].dropna().tolist())[0]}
+            | {"stalled": int((ended["accuracy"] < STALLED).sum()), "spikes": int((cells["loss_spikes"] > 0).sum())}
+            | {"diverged": int((cells["status"] == "failed").sum() + ended["loss"].isna().sum())}
+        )
+    return pd.DataFrame(rows)
+
+
+def table_of(runs: pd.DataFrame) -> list[list[str]]:
+    """Return the table in words: accuracy of each variant, paired differences, and how many runs went wrong."""
+    axis, counts = axis_of(runs), ("stalled", "diverged", "spikes")
+    differences = [f"{VARIANTS[-1]} {MINUS} {control}" for control in CONTROLS]
+    heads = [f"{count}: {', '.join(VARIANTS)}" for count in counts]
+    table = [[axis.partition(".")[2], "rate", "n", *(f"{name}, %" for name in VARIANTS), *differences, *heads]]
+    for (size, rate), part in summarise(runs).groupby(["size", "rate"]):
+        by = {str(row["variant"]): row for row in part.to_dict("records")}
+        cells = runs[(runs[axis] == size) & (runs[RATE] == rate) & (runs["status"] == "finished")]
+        seeds = {
+            name: dict(zip(rows[SEED], rows["accuracy"] * MEASURES[0].factor, strict=True))
+            for name, rows in cells.groupby("variant")
+        }
+        told = [f"{by[name]['accuracy']:.1f} ± {by[name]['std']:.1f}" for name in VARIANTS]
+        told += [written(paired(seeds[control], seeds[VARIANTS[-1]]), MEASURES[0].digits) for control in CONTROLS]
+        told += [", ".join(str(by[name][count]) for name in VARIANTS) for count in counts]
+        table.append([str(size), f"{rate:g}", str(by[VARIANTS[-1]]["n"]), *told])
+    return table
+
+
+def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
+    """Draw accuracy, and below it P behind the norm, by learning rate: a panel for each size, a dot for each seed."""
+    axis = axis_of(runs)
+    sizes = sorted(runs[axis].unique())
+    styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in looks(len(VARIANTS), theme)], strict=True))
+    rows = (("accuracy", ACCURACY, MEASURES[0].factor), ("similarity_norm", P, 1))
+    size = (DOUBLE, HEIGHT * len(rows))
+    with styled(*size, theme, len(rows), len(sizes), sharex=True, sharey="row") as figure:
+        figure.data = runs[[axis, RATE, "variant", SEED, *(column for column, *_ in rows)]]
+        for number, axes in enumerate(figure.axes):
+            row, place = divmod(number, len(sizes))
+            column, label, factor = rows[row]
+            for variant, look in styles.items():
+                cells = runs[(runs[axis] == sizes[place]) & (runs["variant"] == variant)].dropna(subset=column)
+                means = cells.groupby(RATE)[column].mean() * factor
+                axes.plot(means.index, means, **look)
+                seeds = {"color": look["color"], "marker": ".", "markersize": 3, "alpha": 0.5, "linestyle": ""}
+                axes.plot(cells[RATE], cells[column] * factor, **seeds)
+            axes.set_xscale("log")
+            axes.set_xticks(sorted(runs[RATE].unique()), [f"{rate:g}" for rate in sorted(runs[RATE].unique())])
+            axes.minorticks_off()
+            axes.set_title("" if row else f"{axis.partition('.')[2]} {sizes[place]}")
+            axes.set_ylabel("" if place else label)
+            axes.set_xlabel("learning rate" if row else "")
+            if not row:
+                axes.axhline(STALLED * factor, color=theme.muted, linewidth=0.8, linestyle=":")
+        legend(figure, styles, [])
+        return figure
+
+
+def main() -> None:
+    for name, runs in grids().items():
+        print(markdown(table_of(runs)))
+        (HERE / f"{name}.png").write_bytes(render(draw(runs), ".png"))
+
+
+if __name__ == "__main__":
+    main()

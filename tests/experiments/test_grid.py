@@ -1,0 +1,56 @@
+import pandas as pd
+import pytest
+from effects import HERE, MINUS, markdown
+from scipy import stats
+
+GRID = HERE / "depth" / "grid.py"
+
+
+def runs() -> pd.DataFrame:
+    """Two depths, two rates, three variants, three seeds: at 24 blocks and the higher rate `none` goes wrong."""
+    rows = [
+        {"variant": variant, "run.seed": seed, "model.depth": depth, "optim.lr": rate, "status": "finished"}
+        | {"accuracy": 0.6 + 0.1 * place + 0.01 * seed**2, "similarity_norm": 0.5 - 0.1 * place, "loss": 0.5}
+        | {"loss_spikes": 0}
+        for depth in (6, 24)
+        for rate in (0.001, 0.002)
+        for place, variant in enumerate(("none", "cutmix", "paper"))
+        for seed in (1, 2, 3)
+    ]
+    table = pd.DataFrame(rows)
+    bad = (table["model.depth"] == 24) & (table["optim.lr"] == 0.002) & (table["variant"] == "none")
+    table.loc[bad & (table["run.seed"] == 1), ["accuracy", "loss_spikes"]] = [0.49, 4]
+    table.loc[bad & (table["run.seed"] == 2), ["status", "accuracy", "loss"]] = ["failed", None, None]
+    table.loc[bad & (table["run.seed"] == 3), ["accuracy", "loss"]] = [0.1, None]
+    return table
+
+
+def test_runs_that_stalled_diverged_or_had_spikes_are_counted(load):
+    head, *body = load(GRID).table_of(runs())
+    assert head[:6] == ["depth", "rate", "n", "none, %", "cutmix, %", "paper, %"]
+    assert [line[:3] for line in body] == [[d, r, "3"] for d in ("6", "24") for r in ("0.001", "0.002")]
+    assert [line[-3:] for line in body[:3]] == [["0, 0, 0"] * 3] * 3
+    assert body[3][-3:] == ["2, 0, 0", "2, 0, 0", "1, 0, 0"]
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have(load):
+    *_, line = load(GRID).table_of(runs())
+    pairs = stats.ttest_1samp([100 * (0.81 - 0.49), 100 * (0.89 - 0.1)], 0)
+    low, high = pairs.confidence_interval(0.95)
+    assert line[3:7] == ["29.5 ± 27.6", "74.7 ± 4.0", "84.7 ± 4.0", f"+55.5 [{MINUS}{-low:.1f}, +{high:.1f}]"]
+
+
+def test_the_figure_has_a_panel_for_each_size_and_a_line_for_each_variant(load):
+    figure = load(GRID).draw(runs())
+    assert [axes.get_title("left") for axes in figure.axes] == ["depth 6", "depth 24", "", ""]
+    for axes, column in zip(figure.axes, ("accuracy", "accuracy", "similarity_norm", "similarity_norm"), strict=True):
+        assert [list(line.get_xdata()) for line in axes.lines[:6:2]] == [[0.001, 0.002]] * 3, column
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([64.667, 64.667], abs=0.001)
+    assert list(figure.axes[1].lines[0].get_ydata()) == pytest.approx([64.667, 29.5], abs=0.001)
+    assert list(figure.axes[3].lines[4].get_ydata()) == pytest.approx([0.3, 0.3])
+
+
+def test_the_page_has_the_tables(load):
+    grid, page = load(GRID), (HERE / "depth" / "README.md").read_text("utf-8")
+    for runs in grid.grids().values():
+        assert markdown(grid.table_of(runs)) in page
