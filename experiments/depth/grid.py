@@ -1,7 +1,8 @@
 """Learning rate against depth, and against width: `python experiments/depth/grid.py`.
 
-It reads results.csv and results-widths.csv (whose width between is that of the least depth in results.csv), prints a
-table of each in Markdown and draws depths.png and widths.png. A run has stalled when it ends below half of the test
+It reads results.csv and results-widths.csv (whose width between is that of the least depth in results.csv), prints two
+tables of each in Markdown, all rates and what the greatest size changes at the best ones, and draws depths.png and
+widths.png. A run has stalled when it ends below half of the test
 images right, and diverged when its loss ends without a number; a spike is a record of the training loss above three
 times the median of the 20 before it (tables.py).
 """
@@ -17,13 +18,13 @@ from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styl
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from effects import CONTROLS, MEASURES, MINUS, markdown, written  # noqa: E402
+from effects import CONTROLS, MEASURES, MINUS, effect, markdown, rows_of, written  # noqa: E402
 from tables import RATE, SEED  # noqa: E402
 
 VARIANTS = (*CONTROLS, "paper")
 STALLED = 0.5
 HEIGHT = 2.0  # of a row of panels, in inches
-ACCURACY, P = MEASURES[0].columns["accuracy"], MEASURES[1].columns["similarity_norm"]
+ACCURACY, P, RANK = MEASURES[0].columns["accuracy"], MEASURES[1].columns["similarity_norm"], MEASURES[2].name
 
 
 def grids() -> dict[str, pd.DataFrame]:
@@ -74,6 +75,23 @@ def table_of(runs: pd.DataFrame) -> list[list[str]]:
     return table
 
 
+def changes_of(runs: pd.DataFrame) -> list[list[str]]:
+    """Return what each variant gains or loses from the least size to the greatest, at its best rates on validation."""
+    axis, rows = axis_of(runs), list(rows_of(runs))
+    least, greatest = runs[axis].min(), runs[axis].max()
+    table = [[f"{axis.partition('.')[2]} {greatest} {MINUS} {least}", "n", "accuracy, points", P, f"{RANK}, %"]]
+    for variant in VARIANTS:
+        small, large = (
+            next(row for row in rows if row.variant == variant and row.where[axis] == size)
+            for size in (least, greatest)
+        )
+        found = [effect(large, small, number) for number in range(len(MEASURES))]
+        digits = [0 if measure.relative else measure.digits for measure in MEASURES]
+        seeds = str(max(seen.pairs if seen else 0 for seen in found))
+        table.append([variant, seeds, *map(written, found, digits)])
+    return table
+
+
 def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     """Draw accuracy, and below it P behind the norm, by learning rate: a panel for each size, a dot for each seed."""
     axis = axis_of(runs)
@@ -107,6 +125,7 @@ def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
 def main() -> None:
     for name, runs in grids().items():
         print(markdown(table_of(runs)))
+        print(markdown(changes_of(runs)))
         (HERE / f"{name}.png").write_bytes(render(draw(runs), ".png"))
 
 

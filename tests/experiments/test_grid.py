@@ -40,6 +40,19 @@ def test_differences_are_paired_over_the_seeds_that_both_have(load):
     assert line[3:7] == ["29.5 ± 27.6", "74.7 ± 4.0", "84.7 ± 4.0", f"+55.5 [{MINUS}{-low:.1f}, +{high:.1f}]"]
 
 
+def test_the_change_from_the_least_size_to_the_greatest_is_that_of_the_best_rates(load):
+    table = runs()
+    table["accuracy_val"] = 0.5 + 0.1 * ((table["optim.lr"] == 0.001) == (table["model.depth"] == 24))
+    table["rank_norm"] = 10.0 - (table["variant"] == "none") * (table["model.depth"] == 24) * table["run.seed"]
+    table.loc[(table["model.depth"] == 24) & (table["optim.lr"] == 0.001), "accuracy"] += 0.1
+    head, *body = load(GRID).changes_of(table)
+    assert head == [f"depth 24 {MINUS} 6", "n", "accuracy, points", "P behind the norm", "effective rank, %"]
+    low, high = stats.ttest_1samp([-10, -20, -30], 0).confidence_interval(0.95)
+    rank = f"{MINUS}20 [{MINUS}{-low:.0f}, +{high:.0f}]"
+    assert body[0] == ["none", "3", "+10.0 [+10.0, +10.0]", "+0.00 [+0.00, +0.00]", rank]
+    assert body[2] == ["paper", "3", "+10.0 [+10.0, +10.0]", "+0.00 [+0.00, +0.00]", "+0 [+0, +0]"]
+
+
 def test_the_figure_has_a_panel_for_each_size_and_a_line_for_each_variant(load):
     figure = load(GRID).draw(runs())
     assert [axes.get_title("left") for axes in figure.axes] == ["depth 6", "depth 24", "", ""]
@@ -54,3 +67,4 @@ def test_the_page_has_the_tables(load):
     grid, page = load(GRID), (HERE / "depth" / "README.md").read_text("utf-8")
     for runs in grid.grids().values():
         assert markdown(grid.table_of(runs)) in page
+        assert markdown(grid.changes_of(runs)) in page
