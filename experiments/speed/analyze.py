@@ -7,7 +7,6 @@ round is appended to analyze.csv.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from rounds import append
 
 from pdvit import analyze
 from pdvit.analysis import DEFAULT, METRICS
@@ -101,12 +101,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, float]]) -> None:
     facts |= {"hardware": machine["processor"] if args.device == "cpu" else machine["device"]}
     facts |= {"torch": machine["packages"]["torch"], "timm": machine["packages"]["timm"], "commit": machine["commit"]}
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items() if value != ""))
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, "round", *SIDES])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(facts | row for row in rows)
+    append(args.csv, [*facts, "round", *SIDES], (facts | row for row in rows))
 
 
 def main() -> None:

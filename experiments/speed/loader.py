@@ -8,7 +8,6 @@ Linux only.
 """
 
 import argparse
-import csv
 import multiprocessing
 import os
 import time
@@ -18,6 +17,7 @@ from statistics import median, quantiles
 
 import torch
 from PIL import Image
+from rounds import append
 from timm.data import ImageDataset, create_loader
 
 from pdvit.config.schema import AugmentConfig
@@ -143,12 +143,7 @@ def report(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
     facts |= {"scale": " ".join(map(str, args.scale)), "hardware": machine["processor"], "cores": machine["cores"]}
     facts |= {"torch": machine["packages"]["torch"], "timm_version": machine["packages"]["timm"]}
     facts |= {"commit": machine["commit"]}
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, *sorted(rows[0], key="round".__ne__)])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(facts | row for row in rows)
+    append(args.csv, [*facts, *sorted(rows[0], key="round".__ne__)], (facts | row for row in rows))
 
 
 def spread(ratios: list[float]) -> str:

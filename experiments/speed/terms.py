@@ -9,7 +9,6 @@ the most it held beyond what it held before the model was built. One row per rou
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import timm
 import torch
+from rounds import append
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,14 +181,9 @@ def report(args: argparse.Namespace, rows: list[dict[str, float]], peaks: dict[s
     facts |= {"torch": machine["packages"]["torch"], "timm": machine["packages"]["timm"], "commit": machine["commit"]}
     facts |= {f"{side}_peak_mb": float(f"{peak:.5g}") for side, peak in peaks.items()}
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in ("", False)))
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        columns = [name for name in facts if not name.endswith("_peak_mb")]
-        columns += ["round", *SIDES, *(f"{side}_peak_mb" for side in SIDES)]
-        writer = csv.DictWriter(file, columns)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(facts | row for row in rows)
+    columns = [name for name in facts if not name.endswith("_peak_mb")]
+    columns += ["round", *SIDES, *(f"{side}_peak_mb" for side in SIDES)]
+    append(args.csv, columns, (facts | row for row in rows))
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ script's, not theirs. One row per round is appended to train_step.csv. Linux onl
 """
 
 import argparse
-import csv
 import hashlib
 import os
 import re
@@ -26,6 +25,7 @@ from statistics import median
 import numpy as np
 import torch
 from PIL import Image
+from rounds import append
 
 from pdvit.engine.device import device_name
 from pdvit.models.build import FLAGS
@@ -187,12 +187,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, float]]) -> None:
     facts |= {"torch": machine["packages"]["torch"], "timm_version": machine["packages"]["timm"]}
     facts |= {"train_py": hashlib.sha256(args.train_py.read_bytes()).hexdigest()[:8], "commit": machine["commit"]}
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in ("", False)))
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, *rows[0]])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(facts | row for row in rows)
+    append(args.csv, [*facts, *rows[0]], (facts | row for row in rows))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ utilisation.csv. `--profile` writes where the time of a step goes, with all term
 """
 
 import argparse
-import csv
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from operations import forward_operations
+from rounds import append
 from terms import seconds
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -192,12 +192,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, float]]) -> str:
     facts |= {"model_kwargs": " ".join(args.model_kwargs)}
     facts |= {"hardware": machine["processor"] if args.device == "cpu" else machine["device"]}
     facts |= {"torch": machine["packages"]["torch"], "timm": machine["packages"]["timm"], "commit": machine["commit"]}
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, *rows[0]])
-        if fresh:
-            writer.writeheader()
-        writer.writerows(facts | row for row in rows)
+    append(args.csv, [*facts, *rows[0]], (facts | row for row in rows))
     return ", ".join(f"{name} {value}" for name, value in facts.items() if value not in ("", False))
 
 
