@@ -75,10 +75,10 @@ class Question:
 
 TERMS = ("cosine", "contrastive", "mixing", "paper")
 QUESTIONS = (
-    *(Question("which term", f"digits, {term}", "ablation/results.csv", term) for term in TERMS),
+    *(Question("which term", f"digits, 12 blocks, {term}", "ablation/results.csv", term) for term in TERMS),
     *(
         Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
-        for blocks in (6, 12, 24)
+        for blocks in (6, 24)
     ),
     *(
         Question("width", f"digits, {width} channels", "depth/results-widths.csv", where={"model.width": width})
@@ -112,7 +112,14 @@ def rows_of(results: pd.DataFrame) -> Iterator[Row]:
 
 
 def at_best_rates(table: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    """Keep of a table with a row or more for each run those of each variant, in each setting, at its best rate."""
+    """Keep of each variant in each setting the runs at its best rate, without the column of rates.
+
+    Args:
+        table: a row or more for each run; where rates were not crossed it is returned as it is.
+        results: of the same runs.
+    """
+    if RATE not in results:
+        return table
     parts = []
     for row in rows_of(results):
         kept = table[(table["variant"] == row.variant) & (table[RATE] == row.rate)]

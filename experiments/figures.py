@@ -1,7 +1,7 @@
 """Draw P and effective rank by depth: `python experiments/figures.py ablation/layers.csv [VARIANT ...]`.
 
 The figure lies beside the table, as layers.png. Lines are means over seeds, bands 95 % intervals (Student's t); solid
-after training, dashed before, one line in grey where all begin alike. Where learning rates were crossed, each variant
+after training, dashed before, one black line where all begin alike. Where learning rates were crossed, each variant
 has the one with the best mean on validation (of results.csv beside the table). What else was crossed beside variant and
 seed has a panel for each of its values.
 """
@@ -13,7 +13,7 @@ import pandas as pd
 from effects import at_best_rates
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from tables import NUMBERS, RATE, SEED
+from tables import NUMBERS, SEED
 
 from pdvit.plots.lines import legend
 from pdvit.plots.statistics import interval
@@ -41,21 +41,21 @@ def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         for number, axes in enumerate(figure.axes):
             row, column = divmod(number, len(panels))
             panel, part = panels[column]
-            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)), theme.muted)
+            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)), theme.ink)
             axes.set_title(panel if row == 0 else "")
             axes.set_ylabel(LABELS[NUMBERS[row]] if column == 0 else "")
             axes.set_xlabel("relative depth" if row else "")
-        before = Line2D([], [], color=theme.muted, linestyle=DASHED, label="before training")
+        before = Line2D([], [], color=theme.ink, linestyle=DASHED, label="before training")
         legend(figure, dict(zip(names, styles, strict=True)), [before])
         return figure
 
 
-def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]], muted: str) -> None:
+def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]], ink: str) -> None:
     before = rows[rows["when"] == "before"]
     alike = before.groupby("layer")["mean"].nunique().max() == 1  # begun from the same weights
     drawn = before[before["variant"] == before["variant"].iloc[0]] if alike else before
     for variant, line in drawn.groupby("variant", sort=False):
-        shade = {"color": muted} if alike else {}
+        shade = {"color": ink} if alike else {}
         axes.plot(line["depth"], line["mean"], **styles[variant] | {"linestyle": DASHED, "marker": ""} | shade)
     for variant, line in rows[rows["when"] == "after"].groupby("variant", sort=False):
         look = styles[variant]
@@ -82,9 +82,8 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     file, *variants = sys.argv[1:]
     layers = pd.read_csv(HERE / file, keep_default_na=False)
-    if RATE in layers:
-        results = Path(file).name.replace("layers", "results")
-        layers = at_best_rates(layers, pd.read_csv((HERE / file).with_name(results)))
+    results = (HERE / file).with_name(Path(file).name.replace("layers", "results"))
+    layers = at_best_rates(layers, pd.read_csv(results))
     figure = draw_layers(layers[layers["variant"].isin(variants)] if variants else layers)
     (HERE / file).with_suffix(".png").write_bytes(render(figure, ".png"))
 

@@ -1,10 +1,10 @@
 """Learning rate against depth, and against width: `python experiments/depth/grid.py`.
 
-It reads results.csv and results-widths.csv (whose width between is that of the least depth in results.csv), prints two
-tables of each in Markdown, all rates and what the greatest size changes at the best ones, and draws depths.png and
-widths.png. A run has stalled when it ends below half of the test
-images right, and diverged when its loss ends without a number; a spike is a record of the training loss above three
-times the median of the 20 before it (tables.py).
+It reads results.csv and results-widths.csv; the width 48 is that of results.csv, at 6 blocks. Of each it prints two
+tables in Markdown, all rates and what the greatest size changes at the best ones, and draws depths.png and widths.png.
+A run has stalled when it ends with less than half of the test images right, and is lost when it failed or its loss
+ended without a number. A spike is a record of the training loss, all terms together, above three times the median of
+the 20 before it.
 """
 
 import sys
@@ -13,24 +13,25 @@ from pathlib import Path
 import pandas as pd
 
 from pdvit.plots.lines import legend
-from pdvit.plots.statistics import mean_and_std, paired
+from pdvit.plots.statistics import mean_and_std
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styled
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from effects import CONTROLS, MEASURES, MINUS, effect, markdown, rows_of, written  # noqa: E402
+from effects import CONTROLS, MEASURES, MINUS, NOTHING, effect, markdown, rows_of, written  # noqa: E402
 from tables import RATE, SEED  # noqa: E402
 
 VARIANTS = (*CONTROLS, "paper")
 STALLED = 0.5
 HEIGHT = 2.0  # of a row of panels, in inches
-ACCURACY, P, RANK = MEASURES[0].columns["accuracy"], MEASURES[1].columns["similarity_norm"], MEASURES[2].name
+WIDTH = 48  # of cpu.toml
+ACCURACY, P, RANK = "accuracy, %", "P behind the norm", "effective rank, %"
 
 
 def grids() -> dict[str, pd.DataFrame]:
     """Return the runs for each figure: those of all depths, and those of all widths at the least depth."""
     depths = pd.read_csv(HERE / "results.csv")
-    least = depths[depths["model.depth"] == depths["model.depth"].min()].assign(**{"model.width": 48})
+    least = depths[depths["model.depth"] == depths["model.depth"].min()].assign(**{"model.width": WIDTH})
     widths = pd.concat([pd.read_csv(HERE / "results-widths.csv"), least], ignore_index=True)
     return {"depths": depths, "widths": widths.sort_values("model.width", kind="stable")}
 
@@ -40,46 +41,35 @@ def axis_of(runs: pd.DataFrame) -> str:
     return "model.width" if "model.width" in runs else "model.depth"
 
 
-def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each size, rate and variant: means and deviations, runs that stalled, diverged or had spikes."""
-    axis, rows = axis_of(runs), []
-    for (size, rate, variant), cells in runs.groupby([axis, RATE, "variant"]):
-        ended = cells[cells["status"] == "finished"]
-        mean, std = mean_and_std((ended["accuracy"] * MEASURES[0].factor).tolist())
-        rows.append(
-            {"size": size, "rate": rate, "variant": variant, "n": len(cells), "accuracy": mean, "std": std}
-            | {"similarity": mean_and_std(ended["similarity_norm"].dropna().tolist())[0]}
-            | {"stalled": int((ended["accuracy"] < STALLED).sum()), "spikes": int((cells["loss_spikes"] > 0).sum())}
-            | {"diverged": int((cells["status"] == "failed").sum() + ended["loss"].isna().sum())}
-        )
-    return pd.DataFrame(rows)
-
-
 def table_of(runs: pd.DataFrame) -> list[list[str]]:
     """Return the table in words: accuracy of each variant, paired differences, and how many runs went wrong."""
-    axis, counts = axis_of(runs), ("stalled", "diverged", "spikes")
+    axis, digits = axis_of(runs), MEASURES[0].digits
     differences = [f"{VARIANTS[-1]} {MINUS} {control}" for control in CONTROLS]
-    heads = [f"{count}: {', '.join(VARIANTS)}" for count in counts]
-    table = [[axis.partition(".")[2], "rate", "n", *(f"{name}, %" for name in VARIANTS), *differences, *heads]]
-    for (size, rate), part in summarise(runs).groupby(["size", "rate"]):
-        by = {str(row["variant"]): row for row in part.to_dict("records")}
-        cells = runs[(runs[axis] == size) & (runs[RATE] == rate) & (runs["status"] == "finished")]
-        seeds = {
-            name: dict(zip(rows[SEED], rows["accuracy"] * MEASURES[0].factor, strict=True))
-            for name, rows in cells.groupby("variant")
-        }
-        told = [f"{by[name]['accuracy']:.1f} ± {by[name]['std']:.1f}" for name in VARIANTS]
-        told += [written(paired(seeds[control], seeds[VARIANTS[-1]]), MEASURES[0].digits) for control in CONTROLS]
-        told += [", ".join(str(by[name][count]) for name in VARIANTS) for count in counts]
-        table.append([str(size), f"{rate:g}", str(by[VARIANTS[-1]]["n"]), *told])
+    heads = [f"{count}: {', '.join(VARIANTS)}" for count in ("n", "stalled", "lost", "spikes")]
+    table = [[axis.partition(".")[2], "rate", *(f"{name}, %" for name in VARIANTS), *differences, *heads]]
+    for (size, rate), cells in runs.groupby([axis, RATE]):
+        rows = {row.variant: row for row in rows_of(cells.drop(columns=RATE))}
+        values = [list(rows[name].values[0].values()) for name in VARIANTS]
+        told = [NOTHING if not found else "{:.1f} ± {:.1f}".format(*mean_and_std(found)) for found in values]
+        told += [written(effect(rows[VARIANTS[-1]], rows[control], 0), digits) for control in CONTROLS]
+        counts = [[len(found) for found in values], *wrong(cells)]
+        told += [", ".join(map(str, count)) for count in counts]
+        table.append([str(size), f"{rate:g}", *told])
     return table
+
+
+def wrong(cells: pd.DataFrame) -> list[list[int]]:
+    """Count for each variant the runs that stalled, that are lost, and that had a spike."""
+    lost = (cells["status"] == "failed") | cells["loss"].isna()
+    marks = (~lost & (cells["accuracy"] < STALLED), lost, cells["loss_spikes"] > 0)
+    return [[int(mark[cells["variant"] == name].sum()) for name in VARIANTS] for mark in marks]
 
 
 def changes_of(runs: pd.DataFrame) -> list[list[str]]:
     """Return what each variant gains or loses from the least size to the greatest, at its best rates on validation."""
     axis, rows = axis_of(runs), list(rows_of(runs))
     least, greatest = runs[axis].min(), runs[axis].max()
-    table = [[f"{axis.partition('.')[2]} {greatest} {MINUS} {least}", "n", "accuracy, points", P, f"{RANK}, %"]]
+    table = [[f"{axis.partition('.')[2]} {greatest} {MINUS} {least}", "n", "accuracy, points", P, RANK]]
     for variant in VARIANTS:
         small, large = (
             next(row for row in rows if row.variant == variant and row.where[axis] == size)

@@ -46,7 +46,7 @@ def test_without_crossed_settings_there_is_one_panel_and_one_seed_has_no_band():
     assert figure.data["low"].isna().all()
 
 
-def test_what_begins_alike_has_one_grey_line_and_what_does_not_a_line_of_its_own_colour():
+def test_what_begins_alike_has_one_line_and_what_does_not_a_line_of_its_own_colour():
     same, rows = draw_layers(layers()).axes[0].lines, layers()
     dashed = [line for line in same if line.get_linestyle() == "--"]
     assert len(dashed) == 1

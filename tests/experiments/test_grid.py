@@ -1,6 +1,6 @@
 import pandas as pd
 import pytest
-from effects import HERE, MINUS, markdown
+from effects import HERE, MINUS, NOTHING, markdown
 from scipy import stats
 
 GRID = HERE / "depth" / "grid.py"
@@ -25,19 +25,26 @@ def runs() -> pd.DataFrame:
     return table
 
 
-def test_runs_that_stalled_diverged_or_had_spikes_are_counted(load):
+def test_runs_that_stalled_are_lost_or_had_spikes_are_counted(load):
     head, *body = load(GRID).table_of(runs())
-    assert head[:6] == ["depth", "rate", "n", "none, %", "cutmix, %", "paper, %"]
-    assert [line[:3] for line in body] == [[d, r, "3"] for d in ("6", "24") for r in ("0.001", "0.002")]
-    assert [line[-3:] for line in body[:3]] == [["0, 0, 0"] * 3] * 3
-    assert body[3][-3:] == ["2, 0, 0", "2, 0, 0", "1, 0, 0"]
+    assert head[:6] == ["depth", "rate", "none, %", "cutmix, %", "paper, %", f"paper {MINUS} none"]
+    assert [line[:2] for line in body] == [[d, r] for d in ("6", "24") for r in ("0.001", "0.002")]
+    assert [line[-4:] for line in body[:3]] == [["3, 3, 3", *["0, 0, 0"] * 3]] * 3
+    assert body[3][-4:] == ["2, 3, 3", "1, 0, 0", "2, 0, 0", "1, 0, 0"]
 
 
 def test_differences_are_paired_over_the_seeds_that_both_have(load):
     *_, line = load(GRID).table_of(runs())
     pairs = stats.ttest_1samp([100 * (0.81 - 0.49), 100 * (0.89 - 0.1)], 0)
     low, high = pairs.confidence_interval(0.95)
-    assert line[3:7] == ["29.5 ± 27.6", "74.7 ± 4.0", "84.7 ± 4.0", f"+55.5 [{MINUS}{-low:.1f}, +{high:.1f}]"]
+    assert line[2:6] == ["29.5 ± 27.6", "74.7 ± 4.0", "84.7 ± 4.0", f"+55.5 [{MINUS}{-low:.1f}, +{high:.1f}]"]
+
+
+def test_where_all_runs_of_a_control_failed_there_is_no_number(load):
+    table = runs()
+    table.loc[table["variant"] == "none", ["status", "accuracy", "loss"]] = ["failed", None, None]
+    for line in load(GRID).table_of(table)[1:]:
+        assert (line[2], line[5], line[-4], line[-2]) == (NOTHING, NOTHING, "0, 3, 3", "3, 0, 0")
 
 
 def test_the_change_from_the_least_size_to_the_greatest_is_that_of_the_best_rates(load):

@@ -141,17 +141,17 @@ def test_what_is_not_understood_shows_the_help(line, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "words", "expected"),
-    [([], "", 2), ([], "--at-once 1", 1), (["0"], "", 1), (["0"], "--at-once 2", 2), (["0"], "--at-once 9", 2)],
+    ("gpus", "cores", "words", "expected"),
+    [([], 1, "", 1), ([], 3, "", 2), ([], 3, "--at-once 1", 1), (["0"], 3, "", 1), (["0"], 3, "--at-once 2", 2)],
 )
 def test_so_many_commands_share_the_cells_as_were_asked_for_and_no_more_than_there_are_cells(
-    workplace, monkeypatch, gpus, words, expected
+    workplace, monkeypatch, gpus, cores, words, expected
 ):
     write("cpu", TWO)
     begun = []
     monkeypatch.setattr(script, "train", lambda line, count, stop: begun.append(count) or 130)
     monkeypatch.setattr(script, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(sys, "argv", ["run.py", str(Path("claim").resolve()), *words.split()])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main() == 130
@@ -163,7 +163,8 @@ def test_commands_run_at_once_and_the_status_that_says_most_is_told(tmp_path):
         "import os, sys, time; first, second = sys.argv[1:]\n"
         "try: os.mkdir(first)\n"
         "except FileExistsError: os.mkdir(second); sys.exit(75)\n"
-        "while not os.path.exists(second): time.sleep(0.01)"
+        "for _ in range(3000): os.path.exists(second) and sys.exit(0); time.sleep(0.01)\n"
+        "sys.exit(99)"
     )
     places = [str(tmp_path / name) for name in ("first", "second")]
     assert train([sys.executable, "-c", code, *places], 2, StopRequest()) == 75
