@@ -51,7 +51,8 @@ def run_cells(
         train: the work; a function that can be pickled.
         devices: for each process at a time, its CUDA_VISIBLE_DEVICES; None leaves it as it is.
         stop: stops the cells too, resumable.
-        report: is told of each cell that begins ("running") and that ends, with the seconds since its beginning.
+        report: is told of each cell that begins ("running") and that ends, with the seconds since then; 0 where
+            another process finished it.
         limit: seconds after which to stop.
     """
     begun, asked = time.monotonic(), False
@@ -60,10 +61,14 @@ def run_cells(
     try:
         while running or (waiting and not stop):
             while waiting and free and not stop:
-                cell, device = waiting.popleft(), free.pop(0)
+                cell = waiting.popleft()
+                report(cell, State("running"), 0.0)
+                if folder.written(cell.name).status == "finished":  # meanwhile, by others: no need of a process
+                    report(cell, State("finished"), 0.0)
+                    continue
+                device = free.pop(0)
                 process = _start(_train_cell, train, folder, cell, device)
                 running[process.sentinel] = (process, cell, device, time.monotonic())
-                report(cell, State("running"), 0.0)
             ended = connection.wait(list(running), TURN)
             if limit is not None and time.monotonic() - begun >= limit:
                 stop.reason = stop.reason or "time limit"

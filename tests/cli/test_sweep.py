@@ -95,7 +95,7 @@ def test_a_mistake_in_any_cell_is_found_before_the_first_begins(workplace, refus
     assert statuses(workplace / "runs" / "tiny") == ["waiting", "waiting"]
 
 
-def test_a_cell_that_ends_without_a_finite_loss_ends_no_sweep(tmp_path):
+def test_a_cell_that_ends_without_a_finite_loss_ends_no_sweep_and_who_finished_it_is_told(tmp_path):
     """summary.json has no NaN, so its loss is null."""
     file = write(tmp_path)
     base, table = split(tomllib.loads(file.read_text()), str(file))
@@ -104,7 +104,8 @@ def test_a_cell_that_ends_without_a_finite_loss_ends_no_sweep(tmp_path):
     (folder.path / cells[0].name).mkdir(parents=True)
     summary = {"split": "test", "accuracy": 0.1, "loss": None, "similarity_first": None, "similarity_last": None}
     (folder.path / cells[0].name / "summary.json").write_text(json.dumps(summary))
-    assert "test accuracy 10.0%, loss nan" in sweep._outcome(cells[0], State("finished"), 1.0)
+    assert "finished in 1 s; test accuracy 10.0%, loss nan" in sweep._outcome(cells[0], State("finished"), 1.0)
+    assert "finished by another process; test accuracy" in sweep._outcome(cells[0], State("finished"), 0.0)
 
 
 def test_cells_are_listed_and_nothing_is_written(workplace, capsys):

@@ -121,7 +121,7 @@ class Sweep:
         if begins:
             say(self.console, f"{said} ...")
             return
-        if state.status == "finished":
+        if state.status == "finished" and seconds:
             self.seconds.append(seconds)
         self.left -= 1
         told = f"{said}: {self._outcome(cell, state, seconds)}"
@@ -158,7 +158,7 @@ class Sweep:
             summary = json.loads((self.folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
             numbers = {name: math.nan if value is None else value for name, value in summary.items()}
             told = self.command.kind_of(cell.config).conclude(numbers).splitlines()[0]
-            return f"finished in {_time(seconds)}; {told}"
+            return f"finished {f'in {_time(seconds)}' if seconds else 'by another process'}; {told}"
         if state.status == "running":
             return "another process trains it"
         return f"{state.status}{': ' if state.reason else ''}{state.reason}"

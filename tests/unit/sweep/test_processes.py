@@ -188,6 +188,15 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, work):
     assert folder.state("seed=0").status == "finished"
 
 
+def test_what_others_finished_meanwhile_needs_no_process(tmp_path, work, monkeypatch):
+    folder, cells = sweep(tmp_path, 1)
+    run_cells(folder, cells, partial(work.train, ["well"]), [None], StopRequest(), lambda *_: None)
+    monkeypatch.setattr("pdvit.sweep.processes._start", None)
+    told = []
+    run_cells(folder, cells, partial(work.train, ["well"]), [None], StopRequest(), lambda *facts: told.append(facts))
+    assert [(state.status, seconds) for _, state, seconds in told] == [("running", 0.0), ("finished", 0.0)]
+
+
 def test_what_is_asked_of_a_process_is_answered(tmp_path, work):
     log, stop = tmp_path / "log", StopRequest()
     assert run_apart(work.answer, log, stop, "ab") == "abab"
