@@ -1,7 +1,8 @@
-"""What the terms do in each experiment, against both controls: `python experiments/effects.py [FILE]`.
+"""What the terms do in each experiment, against both controls: `python experiments/effects.py [FILE [FIGURE]]`.
 
     python experiments/effects.py                         # all questions: effects.csv and effects.png
     python experiments/effects.py ablation/results.csv    # one table of results: all its variants
+    python experiments/effects.py ablation/results.csv ablation/effects.png    # draws their effects too
 
 Both print a table in Markdown. Where learning rates were crossed, each variant has the one with the best mean on
 validation. Differences are paired by seed, with their 95 % interval (Student's t).
@@ -188,10 +189,20 @@ def table_of(results: pd.DataFrame) -> list[list[str]]:
     return table
 
 
-def effects() -> pd.DataFrame:
+def questions_of(file: str) -> list[Question]:
+    """Return what one can ask of a table of results: each variant in each setting that has a control."""
+    rows = list(rows_of(pd.read_csv(HERE / file)))
+    asked = [
+        row for row in rows if row.variant not in CONTROLS and any(control_of(row, name, rows) for name in CONTROLS)
+    ]
+    names = [" ".join([*map(str, row.where.values()), row.variant]) for row in asked]
+    return [Question("", name, file, row.variant, row.where) for name, row in zip(names, asked, strict=True)]
+
+
+def effects(questions: Sequence[Question] = QUESTIONS) -> pd.DataFrame:
     """Return the effect for each question, on each measure, against each control, with the mean of that control."""
     found = []
-    for asked in QUESTIONS:
+    for asked in questions:
         rows = list(rows_of(pd.read_csv(HERE / asked.file)))
         (row,) = [row for row in rows if row.variant == asked.variant and row.where == (asked.where or {})]
         for number, measure in enumerate(MEASURES):
@@ -273,7 +284,10 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(markdown(table_of(pd.read_csv(HERE / sys.argv[1]))), end="")
+        file, *figure = sys.argv[1:]
+        print(markdown(table_of(pd.read_csv(HERE / file))), end="")
+        for name in figure:
+            (HERE / name).write_bytes(render(draw(effects(questions_of(file))), ".png"))
         return
     table = effects()
     write_table(HERE / "effects.csv", table.to_dict("records"))

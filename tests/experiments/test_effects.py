@@ -1,10 +1,24 @@
 """What the terms do in each experiment: the numbers against scipy, and the pages against the tables of results."""
 
 import math
+import sys
 
 import pandas as pd
 import pytest
-from effects import HERE, MEASURES, control_of, draw, effect, effects, markdown, rows_of, summary_of, table_of
+from effects import (
+    HERE,
+    MEASURES,
+    control_of,
+    draw,
+    effect,
+    effects,
+    main,
+    markdown,
+    questions_of,
+    rows_of,
+    summary_of,
+    table_of,
+)
 from scipy import stats
 
 ACCURACY, P, RANK = range(len(MEASURES))
@@ -92,6 +106,22 @@ def test_without_a_column_there_is_no_number():
     assert (head[:3], body[0][:2]) == (["", "n", "accuracy, %"], ["none", "3"])
 
 
+def test_of_one_table_every_variant_that_has_a_control_is_asked_for(tmp_path, monkeypatch):
+    table = results()
+    family = table[table["variant"] != "cosine-plain"].assign(variant=lambda rows: "probe-" + rows["variant"])
+    deep = pd.concat([table, family]).assign(**{"model.depth": 24})
+    pd.concat([deep, deep.assign(**{"model.depth": 6})]).to_csv(tmp_path / "results.csv", index=False)
+    asked = questions_of(str(tmp_path / "results.csv"))
+    names = ["paper", "cosine-plain", "probe-cutmix", "probe-paper"]
+    assert {question.setting for question in asked} == {f"{depth} {name}" for depth in (6, 24) for name in names}
+    found = effects(asked)
+    paper = found[(found["setting"] == "24 paper") & (found["minus"] == "none") & (found["measure"] == "P")]
+    assert paper["effect"].item() == pytest.approx(-0.4)
+    monkeypatch.setattr(sys, "argv", ["effects.py", str(tmp_path / "results.csv"), str(tmp_path / "effects.png")])
+    main()
+    assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_table_and_the_figure_are_those_of_the_results():
     found = effects()
     written = pd.read_csv(HERE / "effects.csv")
@@ -109,7 +139,13 @@ def test_the_table_and_the_figure_are_those_of_the_results():
     assert len(figure.axes[0].containers) == len(found[found["measure"] == MEASURES[0].name])
 
 
-@pytest.mark.parametrize("table", ["ablation/results.csv", "transfer/results.csv", "transfer/results-pretrain.csv"])
+TABLES = (
+    *("ablation/results.csv", "depth/results.csv", "depth/results-widths.csv", "remedies/results.csv"),
+    *("transfer/results.csv", "transfer/results-pretrain.csv"),
+)
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_the_pages_have_the_tables_of_their_results(table):
     text = (HERE / table).with_name("README.md").read_text(encoding="utf-8")
     assert markdown(table_of(pd.read_csv(HERE / table))) in text
