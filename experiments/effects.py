@@ -282,18 +282,22 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         return figure
 
 
-def main() -> None:
+def main() -> int:
     if len(sys.argv) > 1:
+        if not (HERE / sys.argv[1]).is_file() or not Path(sys.argv[1]).name.startswith("results"):
+            print(__doc__)
+            return 2
         file, *figure = sys.argv[1:]
         print(markdown(table_of(pd.read_csv(HERE / file))), end="")
         for name in figure:
             (HERE / name).write_bytes(render(draw(effects(questions_of(file))), ".png"))
-        return
+        return 0
     table = effects()
     write_table(HERE / "effects.csv", table.to_dict("records"))
     print(markdown(summary_of(table)), end="")
     (HERE / "effects.png").write_bytes(render(draw(table), ".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -79,14 +79,22 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    file, *variants = sys.argv[1:]
+def main() -> int:
+    words = sys.argv[1:]
+    if not words or not (HERE / words[0]).is_file() or not Path(words[0]).name.startswith("layers"):
+        print(__doc__)
+        return 2
+    file, *variants = words
     layers = pd.read_csv(HERE / file, keep_default_na=False)
+    if unknown := {*variants} - {*layers["variant"]}:
+        print(f"no variant {', '.join(sorted(unknown))} in {file}: it has {', '.join(layers['variant'].unique())}")
+        return 2
     results = (HERE / file).with_name(Path(file).name.replace("layers", "results"))
     layers = at_best_rates(layers, pd.read_csv(results))
     figure = draw_layers(layers[layers["variant"].isin(variants)] if variants else layers)
     (HERE / file).with_suffix(".png").write_bytes(render(figure, ".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,8 @@ It trains the cells of the sweep, and measures P and effective rank of every lay
 the split that the run ended with: with its final weights and with those that it began from. Then it writes
 FOLDER/results.csv, one row per cell, and FOLDER/layers.csv, one row per cell and layer (results-gpu.csv and
 layers-gpu.csv of gpu.toml; of tuning.toml tuning.csv alone, and of a segmentation its results: nothing else is
-measured). README.md tells the columns.
+measured). README.md tells the columns. Where words change the recipe, or some cells have not ended, the tables lie in
+the folder of the sweep.
 
 What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). One cell runs at a time on each
 GPU, or as many as --at-once says; without a GPU as many as there are cores in all, with one thread each.
@@ -30,7 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
-from tables import LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
+from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
 
 from pdvit.analysis import analyze
 from pdvit.cli.runs.prepare import prepare
@@ -106,6 +107,8 @@ def measure_all(runs: Sequence[Path], count: int, stop: StopRequest) -> bool:
 def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop: StopRequest) -> int:
     """Train, measure and write the tables of one sweep; return the exit status."""
     line = [sys.executable, "-m", "pdvit", "train", "--config", str(folder / f"{kind}.toml"), *words]
+    if "list" in words:
+        return subprocess.run(line).returncode
     listed = subprocess.run([*line, "--cells", "list", "--json"], stdout=subprocess.PIPE, text=True)
     if listed.returncode:
         return listed.returncode
@@ -118,18 +121,27 @@ def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop
     status = train(line, count, stop)
     if stop or status not in (0, 1, EXIT_STOPPED):
         return status or EXIT_STOPPED
-    finished = [cell for cell, state in Folder(sweep).write_table() if state.status == "finished"]
+    states = Folder(sweep).write_table()
+    if status == EXIT_STOPPED and all(state.status in ENDED for _, state in states):  # of one of several commands
+        status = int(any(state.status == "failed" for _, state in states))
+    finished = [cell for cell, state in states if state.status == "finished"]
     # Of pixels mIoU is the measure: the backbones' layers are in the tables of the runs that made them.
     measured = [sweep / cell.name for cell in finished if "tuning" not in kind and cell.config.segment.head is None]
     todo = [run for run in measured if not (run / LAYERS).is_file()]
     if todo and not measure_all(todo, count, stop):
         status = EXIT_STOPPED if stop else status or 1
-    write(kind, folder, sweep)
+    whole = all(state.status in ENDED for _, state in states)
+    write(kind, folder if whole and same(words) else sweep, sweep)
     return status
 
 
+def same(words: Sequence[str]) -> bool:
+    """Tell whether the recipe was run as it is: the only word that changes nothing of it is where the images are."""
+    return not words or (len(words) == 2 and words[1].startswith("data.source="))
+
+
 def write(kind: str, folder: Path, sweep: Path) -> None:
-    """Write the tables, or of a tuning the one table, and print what it chose."""
+    """Write the tables, or of a tuning the one table, into a folder, and print what it chose."""
     cells, end = cells_of(sweep), "" if kind == "cpu" else f"-{kind}"
     if "tuning" not in kind:
         write_table(folder / f"results{end}.csv", cells)

@@ -146,6 +146,8 @@ def _metric(cells: pd.DataFrame, metric: str | None) -> str:
         if "." not in name and name not in ("cell", VARIANT, "status") and cells[name].map(_number).notna().any()
     ]
     wanted = metric or next((name for name in METRICS if name in numbers), None)
+    if wanted is None and not numbers:
+        raise UserError("no cell has numbers yet", CELLS, "go on with pdvit train --config, and plot it then")
     if wanted is None:
         raise UserError("the cells have no accuracy and no miou", CELLS, f"name a --metric: {', '.join(numbers)}")
     if wanted not in numbers:
@@ -164,9 +166,11 @@ def _baseline(cells: pd.DataFrame, axes: list[str], wanted: str | None) -> dict[
             key, value = (axes or [VARIANT])[0], part.strip()
         if key not in axes:
             raise UserError(f"'{key}' was not varied in this sweep", "--baseline", closest(key, axes))
-        if value not in set(cells[key]):
-            raise UserError(f"no cell has {key}={value}", "--baseline", closest(value, map(str, cells[key].unique())))
-        chosen[key] = value
+        there = [str(found) for found in cells[key].unique()]
+        alike = [found for found in there if found == value or None is not _number(found) == _number(value)]
+        if not alike:
+            raise UserError(f"no cell has {key}={value}", "--baseline", closest(value, there))
+        chosen[key] = alike[0]
     return chosen
 
 

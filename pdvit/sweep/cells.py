@@ -13,6 +13,8 @@ SECTION = "sweep"
 SEED = "run.seed"
 # What a sweep decides for its cells.
 PLACES = ("run.out", "run.name")
+# What lies in its folder beside the cells.
+SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"
 LONGEST = 200  # of a folder's name; most disks take 255 bytes
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
 # Anything else in a value becomes _ in the name of its cell.
@@ -181,6 +183,9 @@ def _text(value: Any) -> str:
 def _check_names(names: Sequence[str], where: str) -> None:
     tip = "make [[sweep.variant]] bundles of these values, with names of their own"
     for number, name in enumerate(names):
+        if name in ("", SWEEP, TABLE, LOGS):
+            what = f"a cell would be named '{name}', as a file of the sweep" if name else "a cell would have no name"
+            raise UserError(what, where, "name each [[sweep.variant]] otherwise, or cross a key such as run.seed")
         if name in names[:number]:
             raise UserError(f"two cells would be named '{name}'", where, tip)
         if len(name.encode()) > LONGEST:

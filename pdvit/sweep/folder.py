@@ -5,7 +5,7 @@ import io
 import os
 import tomllib
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,9 @@ import tomli_w
 
 from pdvit.config import to_dict
 from pdvit.errors import UserError
-from pdvit.sweep.cells import Cell, make_cells, split
+from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
 from pdvit.tracking import RunDirectory, Status, hold, write_file
 
-SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
 CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
 
@@ -43,7 +42,7 @@ class Folder:
     def begin(self, base: Mapping[str, Any], table: Mapping[str, Any], cells: Sequence[Cell]) -> None:
         """Make the folder, or take it up again; raises UserError where it is something else, or of another sweep.
 
-        A sweep that goes on may have more cells than before; those that it had have to be the same.
+        A sweep that goes on may have more cells than before; those that began have to be the same.
         """
         text = f"# What the cells here were asked for.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
         file = self.path / SWEEP
@@ -55,7 +54,8 @@ class Folder:
             (self.path / LOGS).mkdir(parents=True, exist_ok=True)
             with self._alone():
                 if file.is_file():
-                    _check_same(self.asked(), cells, str(self.path))
+                    begun = [cell for cell in self.asked() if (self.path / cell.name).exists()]
+                    _check_same(begun, cells, str(self.path))
                 if not file.is_file() or file.read_text(encoding="utf-8") != text:
                     write_file(file, text)
         except OSError as error:
@@ -137,10 +137,11 @@ class Folder:
         row = {"cell": cell.number, "name": cell.name, "variant": cell.variant, **cell.values}
         row |= dict.fromkeys(FACTS, "") | {"status": state.status, "reason": state.reason}
         if (run.path / "environment.json").is_file():
-            environment = run.read_json("environment.json")
-            on_cpu = f"{environment.get('processor')}, {environment.get('cores')} cores"
-            device = environment.get("device")
-            row |= {"commit": environment.get("commit"), "hardware": on_cpu if device == "cpu" else device}
+            with suppress(UserError):  # a damaged file of one cell stops no sweep
+                environment = run.read_json("environment.json")
+                on_cpu = f"{environment.get('processor')}, {environment.get('cores')} cores"
+                device = environment.get("device")
+                row |= {"commit": environment.get("commit"), "hardware": on_cpu if device == "cpu" else device}
         if state.status == "finished":
             summary = run.read_json("summary.json")
             row |= {name: value for name, value in summary.items() if type(value) in (int, float)}

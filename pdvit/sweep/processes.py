@@ -56,6 +56,7 @@ def run_cells(
         limit: seconds after which to stop.
     """
     begun, asked = time.monotonic(), False
+    before = {cell.name: folder.written(cell.name).status for cell in cells}
     waiting, again = deque(cells), set[str]()
     free, running = list(devices), dict[Any, tuple[ForkServerProcess, Cell, str | None, float]]()
     try:
@@ -63,8 +64,9 @@ def run_cells(
             while waiting and free and not stop:
                 cell = waiting.popleft()
                 report(cell, State("running"), 0.0)
-                if folder.written(cell.name).status == "finished":  # meanwhile, by others: no need of a process
-                    report(cell, State("finished"), 0.0)
+                state = folder.written(cell.name)
+                if state.status == "finished" or "failed" == state.status != before[cell.name]:  # meanwhile, by others
+                    report(cell, state, 0.0)
                     continue
                 device = free.pop(0)
                 process = _start(_train_cell, train, folder, cell, device)

@@ -141,6 +141,11 @@ def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, arguments,
     assert not (workplace / "runs").exists()
 
 
+def test_variants_that_are_no_list_are_refused(workplace, refusal):
+    write(workplace, "variant = 3\n")
+    assert "'variant' is no key" in refusal("train", "--config", "tiny.toml", "--lr", "1").what
+
+
 def test_only_a_sweep_has_cells(workplace, refusal):
     assert "only a sweep has cells" in refusal("train", "--cells", "1").what
     assert "keeps its configuration" in refusal("train", "--resume", "x", "--cells", "1").what

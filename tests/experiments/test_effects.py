@@ -118,8 +118,15 @@ def test_of_one_table_every_variant_that_has_a_control_is_asked_for(tmp_path, mo
     paper = found[(found["setting"] == "24 paper") & (found["minus"] == "none") & (found["measure"] == "P")]
     assert paper["effect"].item() == pytest.approx(-0.4)
     monkeypatch.setattr(sys, "argv", ["effects.py", str(tmp_path / "results.csv"), str(tmp_path / "effects.png")])
-    main()
+    assert main() == 0
     assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["nothing/results.csv"], ["depth/layers.csv"]])
+def test_what_is_no_table_of_results_shows_the_help(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["effects.py", *words])
+    assert main() == 2
+    assert "effects.py [FILE [FIGURE]]" in capsys.readouterr().out
 
 
 def test_the_table_and_the_figure_are_those_of_the_results():

@@ -1,7 +1,9 @@
+import sys
+
 import pandas as pd
 import pytest
 from effects import at_best_rates
-from figures import draw_layers
+from figures import draw_layers, main
 from scipy import stats
 
 from pdvit.plots.style import render
@@ -68,3 +70,19 @@ def test_where_rates_were_crossed_each_variant_has_its_best_on_validation_at_eac
     means = data[(data["metric"] == "similarity") & (data["when"] == "after")].groupby(["panel", "variant"])["mean"]
     assert {key for key, mean in means.min().items() if mean > 10} == {("depth 4", "paper")}
     assert data["n"].eq(3).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "figures.py ablation/layers.csv"),
+        (["--help"], "figures.py ablation/layers.csv"),
+        (["depth/results.csv"], "figures.py ablation/layers.csv"),
+        (["depth/layers.csv", "nonee", "paper"], "no variant nonee in depth/layers.csv: it has none, cutmix, paper"),
+    ],
+)
+def test_what_can_not_be_drawn_is_said_and_no_figure_is_replaced(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["figures.py", *words])
+    monkeypatch.setattr("figures.render", None)
+    assert main() == 2
+    assert said in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 import run as script
 import timm
 import torch
-from run import main, train, understand
+from run import main, same, train, understand
 
 from pdvit.cli import run as pdvit
 from pdvit.config import Config
@@ -141,6 +141,14 @@ def test_what_is_not_understood_shows_the_help(line, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("line", "expected"),
+    [("", True), ("--set data.source=../x", True), ("--cells 1", False), ("--set optim.lr=1", False)],
+)
+def test_only_the_recipe_as_it_is_has_its_tables_beside_it(line, expected):
+    assert same(line.split()) == expected
+
+
+@pytest.mark.parametrize(
     ("gpus", "cores", "words", "expected"),
     [([], 1, "", 1), ([], 3, "", 2), ([], 3, "--at-once 1", 1), (["0"], 3, "", 1), (["0"], 3, "--at-once 2", 2)],
 )
@@ -215,13 +223,13 @@ def test_a_folder_is_run_measured_and_written(workplace):
 def test_a_tuning_prints_the_best_rates_and_measures_nothing_else(workplace):
     write("tuning", '"optim.lr" = [1e-3, 1e-2]\n' + TWO, steps=3)
     shown = finish(start("tuning", "--set", "optim.weight_decay=0.5"), 0)
-    found = rows("tuning.csv")
+    found = rows("../runs/claim-tuning/tuning.csv")  # of another recipe, so not beside this one
     for variant in ("none", "paper"):
         scores = [(-float(row["accuracy_val"]), row["optim.lr"]) for row in found if row["variant"] == variant]
         assert len(scores) == 2
         assert f'"optim.lr" = {min(scores)[1]}  # {variant}: ' in shown
     assert "similarity_block" not in found[0]
-    assert sorted(path.name for path in Path("claim").iterdir()) == ["tuning.csv", "tuning.toml"]
+    assert sorted(path.name for path in Path("claim").iterdir()) == ["tuning.toml"]
     runs = list((workplace / "runs" / "claim-tuning").glob("*/run.toml"))
     assert len(runs) == 4
     assert all("weight_decay = 0.5" in run.read_text() for run in runs)

@@ -148,7 +148,7 @@ class Sweep:
         if broken:
             more = f"and {len(broken) - SHOWN} more; " if len(broken) > SHOWN else ""
             say(self.console, f"{more}logs in {self.folder.path}/logs; to try them again: --cells failed")
-        if counts["stopped"] or counts["waiting"]:
+        if counts["stopped"] or counts["waiting"] or counts["running"]:
             say(self.console, "the same command goes on")
             return EXIT_STOPPED
         return 1 if broken else 0
@@ -199,7 +199,8 @@ def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | N
 
 def _refuse_swept(table: Mapping[str, Any], given: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Raise UserError where the command line sets what the sweep sets."""
-    variants = [bundle for bundle in table.get("variant", []) if isinstance(bundle, Mapping)]
+    variants = table.get("variant")
+    variants = [bundle for bundle in variants if isinstance(bundle, Mapping)] if isinstance(variants, list) else []
     swept = {key for part in (table, *variants) for key in part}
     for name, layer in given:
         for section, values in layer.items():

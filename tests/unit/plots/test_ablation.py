@@ -112,6 +112,11 @@ def test_miou_is_compared_where_there_is_no_accuracy():
     assert summarise(cells(rows)).metric == "miou"
 
 
+def test_a_number_may_be_written_otherwise():
+    rows = [{"optim.lr": rate, "run.seed": seed, "accuracy": 0.5} for rate in ("0.001", "0.002") for seed in (0, 1)]
+    assert summarise(cells(rows), baseline="optim.lr=2e-3").baseline == "optim.lr=0.002"
+
+
 @pytest.mark.parametrize("baseline", ["diversity.preset=papr", "model.depth=3", "papr"])
 def test_a_baseline_that_is_not_there_is_refused(baseline):
     with pytest.raises(UserError):

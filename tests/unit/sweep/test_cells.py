@@ -123,6 +123,9 @@ def test_names_say_the_section_where_two_keys_are_alike(monkeypatch):
             "one of them",
         ),
         ('[sweep]\n"data.source" = ["a/b", "a b"]', "two cells would be named 'source=a_b'", "a.toml", "variant"),
+        ("[sweep]\nvariant = []", "a cell would have no name", "a.toml", "run.seed"),
+        ('[[sweep.variant]]\nname = "logs"', "'logs', as a file of the sweep", "a.toml", "otherwise"),
+        ('[[sweep.variant]]\nname = "cells.csv"', "'cells.csv', as", "a.toml", "otherwise"),
         (f'[sweep]\n"data.source" = ["{"a" * 300}"]', "too long", "a.toml", "variant"),
     ],
 )

@@ -128,9 +128,23 @@ def test_a_sweep_that_goes_on_may_have_more_cells(folder):
     more = TABLE | {"run.seed": [0, 1, 2], "variant": [*TABLE["variant"], {"name": "c"}]}
     assert len(begin(folder.path, table=more).asked()) == 9
     assert begin(folder.path, table=more).asked() == folder.asked()
+    assert len(table(folder)) == 9  # also by a process that began with fewer
+    put(folder, "c-seed=2")
     with pytest.raises(UserError, match="not asked for any more"):
         begin(folder.path)
-    assert len(table(folder)) == 9  # also by a process that began with fewer
+
+
+def test_of_cells_that_never_began_a_mistake_can_be_mended(folder):
+    put(folder, A0)
+    changed = TABLE | {"run.seed": [0, 2], "variant": [TABLE["variant"][0], {"name": "b", "model.depth": 4}]}
+    assert [cell.name for cell in begin(folder.path, table=changed).asked()] == [A0, B0, "a-seed=2", "b-seed=2"]
+
+
+def test_a_damaged_environment_of_one_cell_leaves_its_columns_empty(folder):
+    (put(folder, A0, "finished") / "environment.json").write_text("{")
+    put(folder, B0, "finished")
+    rows = table(folder)
+    assert [(row["accuracy"], row["commit"]) for row in rows[:2]] == [("0.5", ""), ("0.5", "abc")]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +161,8 @@ def test_a_sweep_that_goes_on_may_have_more_cells(folder):
 )
 def test_a_sweep_that_changed_is_refused(folder, base, changed, what):
     before = (folder.path / "sweep.toml").read_text()
+    for name in (A0, B0, A1, B1):
+        put(folder, name)
     with pytest.raises(UserError) as caught:
         begin(folder.path, base, changed)
     assert what in caught.value.what

@@ -12,7 +12,7 @@ import pytest
 
 from pdvit.engine.interrupts import StopRequest
 from pdvit.errors import RunFailed, UserError
-from pdvit.sweep import Folder, make_cells, preload, run_apart, run_cells
+from pdvit.sweep import Folder, State, make_cells, preload, run_apart, run_cells
 
 WORK = '''
 import atexit, json, multiprocessing, os, signal, sys, time
@@ -186,6 +186,22 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, work):
     for way in ("well", "broken"):
         run_cells(folder, cells, partial(work.train, [way]), [None], StopRequest(), lambda *_: None)
     assert folder.state("seed=0").status == "finished"
+
+
+def test_what_failed_with_others_meanwhile_is_not_tried_again_and_what_had_failed_before_is(tmp_path, work):
+    folder, cells = sweep(tmp_path, 2)
+    told = []
+
+    def report(cell, state, seconds):
+        told.append((cell.number, state.status))
+        if told == [(1, "running")]:  # another process ends cell 2 meanwhile
+            folder.mark(cells[1].name, "failed", "theirs")
+
+    run_cells(folder, cells, partial(work.train, ["well", "well"]), [None], StopRequest(), report)
+    assert told == [(1, "running"), (1, "finished"), (2, "running"), (2, "failed")]
+    assert folder.state("seed=1") == State("failed", "theirs")
+    run_cells(folder, cells[1:], partial(work.train, ["well", "well"]), [None], StopRequest(), lambda *_: None)
+    assert folder.state("seed=1").status == "finished"
 
 
 def test_what_others_finished_meanwhile_needs_no_process(tmp_path, work, monkeypatch):
