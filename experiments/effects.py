@@ -81,10 +81,7 @@ QUESTIONS = (
         Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
         for blocks in (6, 24)
     ),
-    *(
-        Question("width", f"digits, {width} channels", "depth/results-widths.csv", where={"model.width": width})
-        for width in (24, 96)
-    ),
+    Question("width", "digits, 6 blocks, 96 wide", "depth/results-widths.csv"),
     *(
         Question("beside a remedy", f"digits, {name.replace('-', ' ')}", "remedies/results.csv", f"{name}-paper")
         for name in ("layerscale", "registers", "talking-heads")
@@ -190,11 +187,9 @@ def table_of(results: pd.DataFrame) -> list[list[str]]:
 
 
 def questions_of(file: str) -> list[Question]:
-    """Return what one can ask of a table of results: each variant in each setting that has a control."""
+    """Return what one can ask of a table of results: each variant that is no control, in each setting."""
     rows = list(rows_of(pd.read_csv(HERE / file)))
-    asked = [
-        row for row in rows if row.variant not in CONTROLS and any(control_of(row, name, rows) for name in CONTROLS)
-    ]
+    asked = [row for row in rows if all(control_of(row, name, rows) for name in CONTROLS)]
     names = [" ".join([*map(str, row.where.values()), row.variant]) for row in asked]
     return [Question("", name, file, row.variant, row.where) for name, row in zip(names, asked, strict=True)]
 

@@ -32,8 +32,7 @@ def grids() -> dict[str, pd.DataFrame]:
     """Return the runs for each figure: those of all depths, and those of all widths at the least depth."""
     depths = pd.read_csv(HERE / "results.csv")
     least = depths[depths["model.depth"] == depths["model.depth"].min()].assign(**{"model.width": WIDTH})
-    widths = pd.concat([pd.read_csv(HERE / "results-widths.csv"), least], ignore_index=True)
-    return {"depths": depths, "widths": widths.sort_values("model.width", kind="stable")}
+    return {"depths": depths, "widths": pd.concat([least, pd.read_csv(HERE / "results-widths.csv")], ignore_index=True)}
 
 
 def axis_of(runs: pd.DataFrame) -> str:

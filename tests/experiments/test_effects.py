@@ -106,13 +106,13 @@ def test_without_a_column_there_is_no_number():
     assert (head[:3], body[0][:2]) == (["", "n", "accuracy, %"], ["none", "3"])
 
 
-def test_of_one_table_every_variant_that_has_a_control_is_asked_for(tmp_path, monkeypatch):
+def test_of_one_table_every_variant_that_is_no_control_is_asked_for(tmp_path, monkeypatch):
     table = results()
     family = table[table["variant"] != "cosine-plain"].assign(variant=lambda rows: "probe-" + rows["variant"])
     deep = pd.concat([table, family]).assign(**{"model.depth": 24})
     pd.concat([deep, deep.assign(**{"model.depth": 6})]).to_csv(tmp_path / "results.csv", index=False)
     asked = questions_of(str(tmp_path / "results.csv"))
-    names = ["paper", "cosine-plain", "probe-cutmix", "probe-paper"]
+    names = ["paper", "cosine-plain", "probe-paper"]
     assert {question.setting for question in asked} == {f"{depth} {name}" for depth in (6, 24) for name in names}
     found = effects(asked)
     paper = found[(found["setting"] == "24 paper") & (found["minus"] == "none") & (found["measure"] == "P")]
