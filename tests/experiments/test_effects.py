@@ -147,7 +147,13 @@ def test_the_table_and_the_figure_are_those_of_the_results():
 
 
 TABLES = (
-    *("ablation/results.csv", "depth/results.csv", "depth/results-widths.csv", "remedies/results.csv"),
+    *(
+        "ablation/results.csv",
+        "ablation/results-mixing.csv",
+        "depth/results.csv",
+        "depth/results-widths.csv",
+        "remedies/results.csv",
+    ),
     *("transfer/results.csv", "transfer/results-pretrain.csv"),
 )
 
