@@ -14,6 +14,8 @@ from pdvit.config.schema import Config
 from pdvit.config.upgrade import as_today
 from pdvit.errors import UserError, closest
 
+# A section of files: pdvit.sweep takes it out before the rest is read here.
+SWEEP = "sweep"
 # What run.toml leaves out, so that the same recipe can be run again somewhere else.
 _PLACES = {("run", "out"), ("run", "name")}
 
@@ -73,11 +75,13 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
 
 
 def _tip(section: str, names: list[str], value: Any, known: Mapping[str, type]) -> str:
-    """Point from a key without its section (`lr = 1`) to the section that has it."""
+    """Point from a key without its section (`lr = 1`) to the section that has it, and from [sweep] to its file."""
+    if section == SWEEP:
+        return "write it in the file that --config names (see docs/sweep.md)"
     for name, cls in known.items():
         if not isinstance(value, Mapping) and section in get_type_hints(cls):
             return f"'{section}' belongs to a section: write {name}.{section}"
-    return closest(section, names)
+    return closest(section, [*names, SWEEP])
 
 
 def _check(section: str, name: str, value: Any, where: str) -> Any:

@@ -7,9 +7,9 @@ from itertools import product
 from typing import Any
 
 from pdvit.config import Config, build, resolve
+from pdvit.config.load import SWEEP as SECTION
 from pdvit.errors import UserError, closest
 
-SECTION = "sweep"
 SEED = "run.seed"
 # What a sweep decides for its cells.
 PLACES = ("run.out", "run.name")

@@ -141,6 +141,12 @@ def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, arguments,
     assert not (workplace / "runs").exists()
 
 
+def test_where_no_cell_failed_none_is_tried_again(workplace, capsys):
+    write(workplace)
+    assert pdvit(["train", "--config", "tiny.toml", "--cells", "failed"]) == 0
+    assert "0 cells: none failed" in capsys.readouterr().out
+
+
 def test_variants_that_are_no_list_are_refused(workplace, refusal):
     write(workplace, "variant = 3\n")
     assert "'variant' is no key" in refusal("train", "--config", "tiny.toml", "--lr", "1").what

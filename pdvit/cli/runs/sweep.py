@@ -140,7 +140,7 @@ class Sweep:
         if self.as_json:
             statuses = {status: counts[status] for status in get_args(CellStatus)}
             print(json.dumps({"sweep": str(self.folder.path), "cells": len(states)} | statuses, indent=2))
-        parts = ", ".join(f"{count} {status}" for status, count in counts.items())
+        parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
         say(self.console, f"\n{len(states)} cells: {parts}\ntable     {self.folder.path}/cells.csv")
         broken = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
         for line in broken[:SHOWN]:

@@ -105,6 +105,11 @@ def test_a_key_without_its_section_points_to_the_section(key, name):
     assert name in refuse({key: 1}).tip
 
 
+@pytest.mark.parametrize(("section", "tip"), [("swep", "'sweep'"), ("sweep", "--config")])
+def test_the_sweep_is_a_section_of_a_file(section, tip):
+    assert tip in refuse({section: {"run.seed": [1]}}).tip
+
+
 def test_a_section_with_a_plain_value_is_refused():
     assert "section" in refuse({"optim": 3}).what
 
