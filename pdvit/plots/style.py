@@ -41,14 +41,14 @@ class Theme:
     ramp: tuple[float, float]
 
 
-# The petroff10 colours; in the dark theme the same hues, lifted off the background.
+# The petroff10 colours, grey after four others; in the dark theme the same hues, lifted off the background.
 LIGHT = Theme(
-    ("#3f90da", "#bd1f01", "#94a4a2", "#832db6", "#ffa90e", "#a96b59", "#e76300", "#717581"),
+    ("#3f90da", "#bd1f01", "#ffa90e", "#832db6", "#94a4a2", "#a96b59", "#e76300", "#717581"),
     *("#ffffff", "#1a1a1a", "#767676"),
     (0.0, 0.85),
 )
 DARK = Theme(
-    ("#5aa9f0", "#ff6a4d", "#b4c4c2", "#b877e6", "#ffbe4a", "#c98d7b", "#f08030", "#9197a4"),
+    ("#5aa9f0", "#ff6a4d", "#ffbe4a", "#b877e6", "#b4c4c2", "#c98d7b", "#f08030", "#9197a4"),
     *("#16191d", "#e8e8e8", "#8f959c"),
     (0.25, 1.0),
 )
