@@ -9,6 +9,7 @@ and prints means and standard deviations over seeds.
 
 import io
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -25,33 +26,46 @@ from pdvit.data.loader import eval_batches
 from pdvit.data.pictures import Pictures
 from pdvit.models.weights import load
 from pdvit.similarity import unit_tokens
+from pdvit.tasks.base import ImageTask
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from effects import at_best_rates  # noqa: E402
 from tables import SEED, write_table  # noqa: E402
 
+Measure = Callable[[Path], dict[str, float]]
 RUNS = Path("runs/ablation")
 IMAGES = 256
 
 
-def measure(run: Path) -> dict[str, float]:
-    """Return P over pairs in the same half and across the halves, of plain and of mixed images."""
+def opened(run: Path) -> tuple[DiverseModel, Tensor, Tensor, ImageTask]:
+    """Return the model of a finished run, images of the split that it ended with, their classes, and its task."""
     with redirect_stderr(io.StringIO()):  # it would say what it prepares
         task = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
     chosen = Pictures("images", task.source.splits[task.source.final_split]).first(IMAGES).split
     batches = list(eval_batches(chosen, task.loading))
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])
-    model = DiverseModel(load(run).model.to(images.device), patch_head=False).eval()
+    return DiverseModel(load(run).model.to(images.device), patch_head=False).eval(), images, labels, task
+
+
+def pasted(images: Tensor, labels: Tensor, task: ImageTask) -> tuple[Tensor, Tensor, Tensor]:
+    """Return images with another one in their left half, the class of that one, and which patches `(N,)` are there."""
     side = task.config.model.patch_size
     rows, columns = images.shape[-2] // side, images.shape[-1] // side
     left = (torch.arange(columns, device=images.device) < columns // 2).expand(rows, columns)
     others, classes = images.roll(1, 0), labels.roll(1)
-    mixed = paste(images, labels, others, classes, left.expand(len(images), -1, -1), len(task.source.classes)).images
+    mixed = paste(images, labels, others, classes, left.expand(len(images), -1, -1), len(task.source.classes))
+    return mixed.images, classes, left.flatten()
+
+
+def measure(run: Path) -> dict[str, float]:
+    """Return P over pairs in the same half and across the halves, of plain and of mixed images."""
+    model, images, labels, task = opened(run)
+    mixed, classes, left = pasted(images, labels, task)
     apart, found = labels != classes, {}
     with torch.no_grad():
         for name, pictures in (("plain", images), ("mixed", mixed)):
-            same, across = parts(model(pictures).last[apart], left.flatten())
+            same, across = parts(model(pictures).last[apart], left)
             found |= {f"{name}_same_half": same, f"{name}_across": across}
     return found
 
@@ -65,15 +79,18 @@ def parts(tokens: Tensor, side: Tensor) -> tuple[float, float]:
     return float(cosines[same & apart].mean()), float(cosines[~same].mean())
 
 
-def main() -> None:
-    cells, rows = pd.read_csv(HERE / "results.csv"), []
+def of_all_runs(measure: Measure, name: str, kind: str = "cpu", variants: Sequence[str] = ()) -> None:
+    """Measure the runs of a sweep at the best rates, of some variants or all; write and print the table."""
+    end = "" if kind == "cpu" else f"-{kind}"
+    cells, rows = pd.read_csv(HERE / f"results{end}.csv"), []
     for cell in at_best_rates(cells[cells["status"] == "finished"], cells).to_dict("records"):
-        rows.append({"variant": cell["variant"], SEED: cell[SEED], **measure(RUNS / cell["name"])})
-    write_table(HERE / "regions.csv", rows)
-    print(
-        pd.DataFrame(rows).drop(columns=SEED).groupby("variant", sort=False).agg(["mean", "std"]).round(3).to_string()
-    )
+        if not variants or cell["variant"] in variants:
+            run = RUNS.with_name(RUNS.name + end) / cell["name"]
+            rows.append({"variant": cell["variant"], SEED: cell[SEED], **measure(run)})
+    write_table(HERE / f"{name}{end}.csv", rows)
+    table = pd.DataFrame(rows).drop(columns=SEED).groupby("variant", sort=False).agg(["mean", "std"])
+    print(table.round(3).to_string())
 
 
 if __name__ == "__main__":
-    main()
+    of_all_runs(measure, "regions")
