@@ -76,6 +76,7 @@ class Question:
 
 TERMS = ("cosine", "contrastive", "mixing", "paper")
 QUESTIONS = (
+    Question("smoke test", "digits, 8 blocks, 64 patches", "digits/results.csv"),
     *(Question("which term", f"digits, 12 blocks, {term}", "ablation/results.csv", term) for term in TERMS),
     *(
         Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
@@ -289,7 +290,7 @@ def main() -> int:
         return 0
     table = effects()
     write_table(HERE / "effects.csv", table.to_dict("records"))
-    print(markdown(summary_of(table)), end="")
+    print(markdown(summary_of(pd.read_csv(HERE / "effects.csv"))), end="")  # rounded from what is written
     (HERE / "effects.png").write_bytes(render(draw(table), ".png"))
     return 0
 

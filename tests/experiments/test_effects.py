@@ -152,6 +152,7 @@ TABLES = (
         "ablation/results-mixing.csv",
         "depth/results.csv",
         "depth/results-widths.csv",
+        "digits/results.csv",
         "remedies/results.csv",
     ),
     *("transfer/results.csv", "transfer/results-pretrain.csv"),
@@ -162,3 +163,11 @@ TABLES = (
 def test_the_pages_have_the_tables_of_their_results(table):
     text = (HERE / table).with_name("README.md").read_text(encoding="utf-8")
     assert markdown(table_of(pd.read_csv(HERE / table))) in text
+
+
+def test_the_front_page_has_the_numbers_of_the_smoke_test():
+    results, page = pd.read_csv(HERE / "digits" / "results.csv"), (HERE.parent / "README.md").read_text("utf-8")
+    for _, rows in results.groupby("variant"):
+        accuracy, similarity = 100 * rows["accuracy"], rows["similarity_norm"]
+        told = f"{accuracy.mean():.1f} ± {accuracy.std():.1f} | {similarity.mean():.2f} ± {similarity.std():.2f} |"
+        assert told in page
