@@ -171,3 +171,19 @@ def test_the_front_page_has_the_numbers_of_the_smoke_test():
         accuracy, similarity = 100 * rows["accuracy"], rows["similarity_norm"]
         told = f"{accuracy.mean():.1f} ± {accuracy.std():.1f} | {similarity.mean():.2f} ± {similarity.std():.2f} |"
         assert told in page
+
+
+@pytest.mark.parametrize("kind", ["camvid-frozen", "camvid-finetuned", "scenes-frozen", "scenes-finetuned"])
+def test_the_page_has_the_numbers_of_the_segmentations(kind):
+    results = pd.read_csv(HERE / "segmentation" / f"results-{kind}.csv")
+    lines = (HERE / "segmentation" / "README.md").read_text("utf-8").splitlines()
+    first = next(
+        number for number, line in enumerate(lines) if line.startswith("| [") and f"(results-{kind}.csv)" in line
+    )
+    rates = results.groupby("variant")["optim.lr"].max() if "optim.lr" in results else {}
+    for line, (variant, rows) in zip(lines[first:], results.groupby("variant", sort=False), strict=False):
+        best = rows[rows["optim.lr"] == rates[variant]] if len(rates) else rows  # the higher rate, as the page says
+        for name in ("miou", "accuracy", "accuracy_mean"):
+            assert f"| {100 * best[name].mean():.1f} ± {100 * best[name].std():.1f} |" in line
+        assert line.endswith(f"| {best['similarity_last'].mean():.2f} |")
+        assert f"| {variant} |" in line
