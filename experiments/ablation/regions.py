@@ -79,14 +79,14 @@ def parts(tokens: Tensor, side: Tensor) -> tuple[float, float]:
     return float(cosines[same & apart].mean()), float(cosines[~same].mean())
 
 
-def of_all_runs(measure: Measure, name: str, kind: str = "cpu", variants: Sequence[str] = ()) -> None:
+def of_all_runs(take: Measure, name: str, kind: str = "cpu", variants: Sequence[str] = ()) -> None:
     """Measure the runs of a sweep at the best rates, of some variants or all; write and print the table."""
     end = "" if kind == "cpu" else f"-{kind}"
     cells, rows = pd.read_csv(HERE / f"results{end}.csv"), []
     for cell in at_best_rates(cells[cells["status"] == "finished"], cells).to_dict("records"):
         if not variants or cell["variant"] in variants:
             run = RUNS.with_name(RUNS.name + end) / cell["name"]
-            rows.append({"variant": cell["variant"], SEED: cell[SEED], **measure(run)})
+            rows.append({"variant": cell["variant"], SEED: cell[SEED], **take(run)})
     write_table(HERE / f"{name}{end}.csv", rows)
     table = pd.DataFrame(rows).drop(columns=SEED).groupby("variant", sort=False).agg(["mean", "std"])
     print(table.round(3).to_string())

@@ -11,7 +11,7 @@ from pdvit.cli.runs.command import Command
 from pdvit.cli.runs.kinds import kind_of
 from pdvit.cli.runs.options import AsJson, Assign, Cells, Change, File, Replay, Resume, begin, initial_weights
 from pdvit.cli.settings import Layer, make_layers, with_settings
-from pdvit.config.load import build
+from pdvit.config.load import SWEEP_SECTION, build
 
 # Why these stands in docs/segment.md.
 DEFAULTS: Layer = {
@@ -56,7 +56,7 @@ def segment(
 def _defaults(file: Path | None, assign: list[str], settings: Mapping[str, Any]) -> Layer:
     """Return the defaults for what is asked for."""
     given = make_layers(file, assign, settings, defaults=DEFAULTS)
-    asked = build(*((name, {key: layer[key] for key in layer if key != "sweep"}) for name, layer in given))
+    asked = build(*((name, {key: layer[key] for key in layer if key != SWEEP_SECTION}) for name, layer in given))
     layers = [DEFAULTS]
     if asked.data.source == "scenes":
         layers += [SCENES] + [UPERNET] * (asked.segment.head == "upernet")

@@ -15,7 +15,7 @@ from pdvit.config.upgrade import as_today
 from pdvit.errors import UserError, closest
 
 # A section of files: pdvit.sweep takes it out before the rest is read here.
-SWEEP = "sweep"
+SWEEP_SECTION = "sweep"
 # What run.toml leaves out, so that the same recipe can be run again somewhere else.
 _PLACES = {("run", "out"), ("run", "name")}
 
@@ -76,12 +76,12 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
 
 def _tip(section: str, names: list[str], value: Any, known: Mapping[str, type]) -> str:
     """Point from a key without its section (`lr = 1`) to the section that has it, and from [sweep] to its file."""
-    if section == SWEEP:
+    if section == SWEEP_SECTION:
         return "write it in the file that --config names (see docs/sweep.md)"
     for name, cls in known.items():
         if not isinstance(value, Mapping) and section in get_type_hints(cls):
             return f"'{section}' belongs to a section: write {name}.{section}"
-    return closest(section, [*names, SWEEP])
+    return closest(section, [*names, SWEEP_SECTION])
 
 
 def _check(section: str, name: str, value: Any, where: str) -> Any:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from pdvit.config import Config, build, resolve
-from pdvit.config.load import SWEEP as SECTION
+from pdvit.config.load import SWEEP_SECTION
 from pdvit.errors import UserError, closest
 
 SEED = "run.seed"
@@ -44,8 +44,8 @@ class Cell:
 
 def split(layer: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Return what a configuration file says without its sweep, and the [sweep] table; None where it has none."""
-    rest = {name: value for name, value in layer.items() if name != SECTION}
-    table = layer.get(SECTION)
+    rest = {name: value for name, value in layer.items() if name != SWEEP_SECTION}
+    table = layer.get(SWEEP_SECTION)
     if table is not None and not (isinstance(table, Mapping) and table):
         raise UserError("the sweep says nothing", where, f"write [sweep], and below it for example {EXAMPLE}")
     return rest, table

@@ -443,5 +443,7 @@ def test_with_the_mixing_term_patches_learn_which_image_they_are_from(workplace,
     words = f"--data {image_folder} --img-size 16 --batch-size 8 --patch-size 4 --depth 2 --width 48 --heads 3"
     words += " --epochs 60st --lr 3e-3 --mixup-prob 1 --diversity cutmix --mixing 1 --log-interval 10st --out run"
     assert pdvit(["train", *words.split()]) == 0
-    # A patch that knew its picture's classes and not which is its own would be at their entropy, 0.3 to 0.4 on average.
-    assert records(workplace / "run", "train")[-1]["mixing"] < 0.1
+    last = records(workplace / "run", "train")[-1]
+    # The class loss can't fall below the entropy of a picture's classes, 0.3 on average; nor could the mixing term, if a
+    # patch knew these classes and not which is its own.
+    assert last["mixing"] < 0.1 < 0.15 < last["class"]

@@ -2,10 +2,12 @@
 
 import math
 import sys
+from statistics import mean, stdev
 
 import pandas as pd
 import pytest
 from effects import (
+    CONTROLS,
     HERE,
     MEASURES,
     control_of,
@@ -18,6 +20,7 @@ from effects import (
     rows_of,
     summary_of,
     table_of,
+    written,
 )
 from scipy import stats
 
@@ -166,24 +169,32 @@ def test_the_pages_have_the_tables_of_their_results(table):
 
 
 def test_the_front_page_has_the_numbers_of_the_smoke_test():
-    results, page = pd.read_csv(HERE / "digits" / "results.csv"), (HERE.parent / "README.md").read_text("utf-8")
-    for _, rows in results.groupby("variant"):
-        accuracy, similarity = 100 * rows["accuracy"], rows["similarity_norm"]
-        told = f"{accuracy.mean():.1f} ± {accuracy.std():.1f} | {similarity.mean():.2f} ± {similarity.std():.2f} |"
-        assert told in page
+    rows = list(rows_of(pd.read_csv(HERE / "digits" / "results.csv")))
+    page = (HERE.parent / "README.md").read_text("utf-8")
+    flags = {"none": "none`", "cutmix": "cutmix` (control)"}
+    flags |= {"cosine-plain": "none --cosine 1`", "paper": "paper` (default)"}
+    for row in rows:
+        accuracy, similarity = ([*row.values[number].values()] for number in (0, 1))
+        told = f"{mean(accuracy):.1f} ± {stdev(accuracy):.1f} | {mean(similarity):.2f} ± {stdev(similarity):.2f} |"
+        start = f"| `--diversity {flags[row.variant]} |"
+        assert any(line.startswith(start) and line.endswith(told) for line in page.splitlines())
+    paper = next(row for row in rows if row.variant == "paper")
+    for name in CONTROLS:
+        mean_and_interval = written(effect(paper, control_of(paper, name, rows), 0), 1)
+        assert mean_and_interval.replace("+", "") in page
 
 
 @pytest.mark.parametrize("kind", ["camvid-frozen", "camvid-finetuned", "scenes-frozen", "scenes-finetuned"])
 def test_the_page_has_the_numbers_of_the_segmentations(kind):
     results = pd.read_csv(HERE / "segmentation" / f"results-{kind}.csv")
     lines = (HERE / "segmentation" / "README.md").read_text("utf-8").splitlines()
-    first = next(
-        number for number, line in enumerate(lines) if line.startswith("| [") and f"(results-{kind}.csv)" in line
-    )
-    rates = results.groupby("variant")["optim.lr"].max() if "optim.lr" in results else {}
-    for line, (variant, rows) in zip(lines[first:], results.groupby("variant", sort=False), strict=False):
-        best = rows[rows["optim.lr"] == rates[variant]] if len(rates) else rows  # the higher rate, as the page says
-        for name in ("miou", "accuracy", "accuracy_mean"):
-            assert f"| {100 * best[name].mean():.1f} ± {100 * best[name].std():.1f} |" in line
-        assert line.endswith(f"| {best['similarity_last'].mean():.2f} |")
-        assert f"| {variant} |" in line
+    first = next(number for number, line in enumerate(lines) if line[:3] == "| [" and f"(results-{kind}.csv)" in line)
+    rows = list(rows_of(results))
+    for line, row in zip(lines[first:], rows, strict=False):
+        cells = results[results["variant"] == row.variant]
+        cells = cells[cells["optim.lr"] == row.rate] if "optim.lr" in cells else cells
+        parts = [100 * cells[name] for name in ("miou", "accuracy", "accuracy_mean")]
+        shares = [f"{part.mean():.1f} ± {part.std():.1f}" for part in parts]
+        differences = [written(effect(row, control_of(row, name, rows), 0), 1) for name in CONTROLS]
+        told = [row.variant, shares[0], *differences, *shares[1:], f"{cells['similarity_last'].mean():.2f}"]
+        assert line.endswith(f"| {' | '.join(told)} |")

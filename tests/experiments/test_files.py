@@ -15,7 +15,7 @@ from pdvit.sweep import make_cells, split
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*/*.toml"))
-RECIPES = "recipes"  # of one run each
+RECIPES = "recipes"  # the folder of those of one run each
 # Sweeps of which each variant has the rate, or one of its rates, that a table of tuning says.
 RATES = {
     "ablation/cpu": "ablation/tuning",
@@ -56,7 +56,7 @@ def test_no_two_sweeps_share_a_folder():
 
 
 def test_no_tuning_and_no_recipe_for_a_gpu_is_forgotten():
-    assert {f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*tuning.csv")} <= {*RATES.values()}
+    assert {f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*tuning.csv")} <= set(RATES.values())
     assert {f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/gpu*.toml")} == {*chain(*CHAINS)}
 
 

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 import torch
-from effects import HERE
+from effects import HERE, NOTHING
 
 from pdvit.similarity import patch_similarity
 
@@ -38,16 +38,29 @@ def test_the_first_three_make_up_the_mean_cosine(load):
     assert min(found.values()) > 0
 
 
-def test_a_token_is_nearer_to_the_class_that_it_resembles(load):
+def test_each_half_leans_to_its_own_class(load):
     known = tokens(lambda image, place: RIGHT if image < 2 else UP)
-    seen = torch.stack([torch.stack([2 * RIGHT, UP]), torch.stack([RIGHT + UP, 3 * RIGHT])])
-    own, other = torch.tensor([[0, 0], [0, 1]]), torch.tensor([[1, 1], [1, 0]])
-    found = load(SHARES).margins(known, torch.tensor([0, 0, 1, 1]), seen, own, other)
-    assert found.sign().tolist() == [[1, -1], [0, -1]]
+    labels, left = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False])
+    say = {
+        "its own": [RIGHT, 2 * UP],  # the left image is of class 0, the right one of class 1
+        "the other": [UP, RIGHT],
+        "both alike": [3 * UP, UP],
+        "its own, and both the left": [RIGHT, RIGHT + UP],
+    }
+    seen = torch.stack([torch.stack(halves) for halves in say.values()])
+    shares = load(SHARES)
+    leanings = shares.leanings(known, labels, seen, torch.ones(4, dtype=int), torch.zeros(4, dtype=int))
+    assert [shares.own(leanings[[number]], left) for number in range(4)] == [1, 0, 0, 1]
 
 
-def test_the_page_has_the_numbers():
-    table, page = pd.read_csv(HERE / "ablation" / "shares.csv"), (HERE / "ablation" / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("kind", ["", "-long"])
+def test_the_page_has_the_numbers(kind):
+    table = pd.read_csv(HERE / "ablation" / f"shares{kind}.csv")
+    page = (HERE / "ablation" / "README.md").read_text("utf-8")
     for variant, rows in table.groupby("variant"):
-        cells = [f"{rows[name].mean():.2f} ± {rows[name].std():.2f}" for name in table.columns[2:]]
+        cells = [told(rows[name]) for name in table.columns[2:]]
         assert f"| {variant} | {' | '.join(cells)} |" in page
+
+
+def told(values: pd.Series) -> str:
+    return NOTHING if values.isna().all() else f"{values.mean():.2f} ± {values.std():.2f}"

@@ -12,7 +12,7 @@ from pdvit.cli.runs.start import start
 from pdvit.cli.runs.sweep import run_sweep
 from pdvit.cli.runs.together import together
 from pdvit.cli.settings import Layer, given_flags, make_layers
-from pdvit.config.load import build
+from pdvit.config.load import SWEEP_SECTION, build
 from pdvit.errors import UserError
 
 File = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any keys.")]
@@ -78,7 +78,7 @@ def begin(
         if resume is not None:
             return run_resume(command, resume, change or [], as_json, stop)
         layers = make_layers(config, assign or [], settings, defaults=defaults)
-        if config is not None and "sweep" in dict(layers)[str(config)]:
+        if config is not None and SWEEP_SECTION in dict(layers)[str(config)]:
             return run_sweep(command, config, layers, cells, as_json, stop)
         if cells is not None:
             raise UserError("only a sweep has cells", "--cells", "name a --config with a [sweep] table: docs/sweep.md")
