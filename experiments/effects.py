@@ -78,6 +78,7 @@ TERMS = ("cosine", "contrastive", "mixing", "paper")
 QUESTIONS = (
     Question("smoke test", "digits, 8 blocks, 64 patches", "digits/results.csv"),
     *(Question("which term", f"digits, 12 blocks, {term}", "ablation/results.csv", term) for term in TERMS),
+    Question("longer training", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv"),
     *(
         Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
         for blocks in (6, 24)

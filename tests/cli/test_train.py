@@ -444,6 +444,6 @@ def test_with_the_mixing_term_patches_learn_which_image_they_are_from(workplace,
     words += " --epochs 60st --lr 3e-3 --mixup-prob 1 --diversity cutmix --mixing 1 --log-interval 10st --out run"
     assert pdvit(["train", *words.split()]) == 0
     last = records(workplace / "run", "train")[-1]
-    # The class loss can't fall below the entropy of a picture's classes, 0.3 on average; nor could the mixing term, if a
-    # patch knew these classes and not which is its own.
+    # The class loss can't fall below the entropy of a picture's classes, 0.3 on average; nor could the mixing term, if
+    # a patch knew these classes and not which is its own.
     assert last["mixing"] < 0.1 < 0.15 < last["class"]

@@ -153,6 +153,7 @@ TABLES = (
     *(
         "ablation/results.csv",
         "ablation/results-mixing.csv",
+        "ablation/results-long.csv",
         "depth/results.csv",
         "depth/results-widths.csv",
         "digits/results.csv",
