@@ -285,6 +285,9 @@ def main() -> int:
             print(__doc__)
             return 2
         file, *figure = sys.argv[1:]
+        if figure and not questions_of(file):
+            print(f"{file} has no variant beside both controls, {' and '.join(CONTROLS)}: nothing to draw")
+            return 2
         print(markdown(table_of(pd.read_csv(HERE / file))), end="")
         for name in figure:
             (HERE / name).write_bytes(render(draw(effects(questions_of(file))), ".png"))

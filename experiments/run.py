@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from pdvit.engine.device import visible_gpus
 from pdvit.engine.interrupts import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import UserError
 from pdvit.models.weights import load
-from pdvit.sweep import Folder
+from pdvit.sweep import Folder, numbers
 from pdvit.tasks.base import bare
 from pdvit.tasks.probe import Probe
 from pdvit.tracking import write_file
@@ -107,7 +108,7 @@ def measure_all(runs: Sequence[Path], count: int, stop: StopRequest) -> bool:
 def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop: StopRequest) -> int:
     """Train, measure and write the tables of one sweep; return the exit status."""
     line = [sys.executable, "-m", "pdvit", "train", "--config", str(folder / f"{kind}.toml"), *words]
-    if "list" in words:
+    if {"list", "--help"} & {*words}:
         return subprocess.run(line).returncode
     listed = subprocess.run([*line, "--cells", "list", "--json"], stdout=subprocess.PIPE, text=True)
     if listed.returncode:
@@ -117,13 +118,15 @@ def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop
     if not visible_gpus():
         os.environ["OMP_NUM_THREADS"] = "1"
         most = at_once or len(os.sched_getaffinity(0))
-    count = min(most, len(there["cells"]))
+    chosen = chosen_of(words, len(there["cells"]))
+    count = min(most, len(chosen))
     status = train(line, count, stop)
     if stop or status not in (0, 1, EXIT_STOPPED):
         return status or EXIT_STOPPED
     states = Folder(sweep).write_table()
-    if status == EXIT_STOPPED and all(state.status in ENDED for _, state in states):  # of one of several commands
-        status = int(any(state.status == "failed" for _, state in states))
+    reached = [state.status for cell, state in states if cell.number in chosen]
+    if status == EXIT_STOPPED and all(state in ENDED for state in reached):  # of one of several commands
+        status = int("failed" in reached)
     finished = [cell for cell, state in states if state.status == "finished"]
     # Of pixels mIoU is the measure: the backbones' layers are in the tables of the runs that made them.
     measured = [sweep / cell.name for cell in finished if "tuning" not in kind and cell.config.segment.head is None]
@@ -133,6 +136,12 @@ def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop
     whole = all(state.status in ENDED for _, state in states)
     write(kind, folder if whole and same(words) else sweep, sweep)
     return status
+
+
+def chosen_of(words: Sequence[str], count: int) -> set[int]:
+    """Return the numbers of the cells that the words choose; of `--cells failed` it may be any of all."""
+    said = next((value for name, value in pairwise(words) if name == "--cells"), "failed")
+    return set(range(1, count + 1)) if said == "failed" else numbers(said, count)
 
 
 def same(words: Sequence[str]) -> bool:
@@ -174,8 +183,17 @@ def main() -> int:
     except ValueError:
         print(__doc__)
         return 2
+    if not (HERE / folder / f"{kind}.toml").is_file():
+        there = ", ".join(file.stem for file in sorted((HERE / folder).glob("*.toml")))
+        folders = ", ".join(sorted({file.parent.name for file in HERE.glob("*/cpu.toml")}))
+        print(f"{folder} has no {kind}.toml: {f'it has {there}' if there else f'folders are for example {folders}'}")
+        return 2
     with stop_on_signals() as stop:
-        return run(kind, HERE / folder, at_once, words, stop)
+        try:
+            return run(kind, HERE / folder, at_once, words, stop)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
 
 
 if __name__ == "__main__":

@@ -86,6 +86,9 @@ def of_all_runs(take: Measure, name: str, kind: str = "cpu", variants: Sequence[
     for cell in at_best_rates(cells[cells["status"] == "finished"], cells).to_dict("records"):
         if not variants or cell["variant"] in variants:
             run = RUNS.with_name(RUNS.name + end) / cell["name"]
+            if not (run / "summary.json").is_file():
+                words = "" if kind == "cpu" else f" {kind}"
+                sys.exit(f"no run here at {run}: train them first, `python experiments/run.py ablation{words}`")
             rows.append({"variant": cell["variant"], SEED: cell[SEED], **take(run)})
     write_table(HERE / f"{name}{end}.csv", rows)
     table = pd.DataFrame(rows).drop(columns=SEED).groupby("variant", sort=False).agg(["mean", "std"])

@@ -95,12 +95,16 @@ def _default(kind: str, folders: list[Path]) -> Path:
 
 
 def _refuse_other(file: Path, text: str) -> None:
-    """Keep `--out RUN/analysis.png` from replacing RUN/analysis.csv: a figure's table begins with another column."""
+    """Keep `--out RUN/analysis.png` from replacing RUN/analysis.csv: a figure's table begins with another column.
+
+    A page begins with a table, whose heading may be that of other columns.
+    """
     if not file.exists():
         return
-    begin = re.split("[,\n]", text, maxsplit=1)[0]
+    begin = re.split("[,\n]", text, maxsplit=1)[0].encode()
     with file.open("rb") as opened:
-        known = opened.read(len(begin.encode()) + 1)
-    if not re.fullmatch(re.escape(begin.encode()) + rb"[,\n]?", known):
+        known = opened.read(len(begin) + 1)
+    same = known[:1] == b"|" if file.suffix == ".md" else re.fullmatch(re.escape(begin) + rb"[,\n]?", known)
+    if not same:
         what = f"{file.name} is there, and is not the data of a figure"
         raise UserError(what, str(file), "choose another --out: a figure's data go beside it, under its name")

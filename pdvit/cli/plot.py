@@ -173,13 +173,9 @@ def sweep(
         raise UserError("there is no such folder or file", str(folder), "name the folder of a sweep, or its cells.csv")
     summary = summarise(read_cells(folder), metric, baseline)
     _show(summary)
-    write(
-        plot_sweep(summary, name_of(folder.with_suffix("") if folder.is_file() else folder), theme_of(dark)),
-        "sweep",
-        [folder],
-        out,
-        markdown(summary),
-    )
+    if folder.is_file():  # experiments/digits/results.csv is digits-results
+        folder = folder.with_name(f"{folder.resolve().parent.name}-{folder.stem}")
+    write(plot_sweep(summary, name_of(folder), theme_of(dark)), "sweep", [folder], out, markdown(summary))
 
 
 @app.command()

@@ -230,6 +230,23 @@ def test_a_file_of_cells_is_a_sweep_too(sweep, capsys):
     assert "there is no such folder or file" in capsys.readouterr().err
 
 
+def test_sweeps_whose_tables_have_one_name_have_figures_of_their_own(sweep, capsys):
+    for place in ("one", "two"):
+        Path(place).mkdir()
+        Path(place, "results.csv").write_text(SWEEP)
+    assert pdvit(["plot", "sweep", "one/results.csv"]) == 0
+    assert pdvit(["plot", "sweep", "two/results.csv"]) == 0
+    Path("two", "results.csv").write_text(SWEEP.replace("diversity.preset", "model.name"))
+    assert pdvit(["plot", "sweep", "two/results.csv"]) == 0  # a page with another heading is replaced
+    assert [path.name for path in sorted(Path("figures").glob("*.md"))] == [
+        "sweep-one-results.md",
+        "sweep-two-results.md",
+    ]
+    Path("figures", "sweep-one-results.md").write_text("# Mine")
+    assert pdvit(["plot", "sweep", "one/results.csv"]) == 2
+    assert "sweep-one-results.md is there" in capsys.readouterr().err
+
+
 def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):
     arguments = ["plot", "sweep", sweep, "--metric", "similarity_last", "--baseline", "diversity.preset=paper"]
     assert pdvit(arguments) == 0

@@ -132,6 +132,13 @@ def test_what_is_no_table_of_results_shows_the_help(words, monkeypatch, capsys):
     assert "effects.py [FILE [FIGURE]]" in capsys.readouterr().out
 
 
+def test_a_table_without_both_controls_has_no_effects_to_draw(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["effects.py", "ablation/results-mixing.csv", str(tmp_path / "effects.png")])
+    assert main() == 2
+    assert "no variant beside both controls" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_table_and_the_figure_are_those_of_the_results():
     found = effects()
     written = pd.read_csv(HERE / "effects.csv")

@@ -150,7 +150,10 @@ def test_only_the_recipe_as_it_is_has_its_tables_beside_it(line, expected):
 
 @pytest.mark.parametrize(
     ("gpus", "cores", "words", "expected"),
-    [([], 1, "", 1), ([], 3, "", 2), ([], 3, "--at-once 1", 1), (["0"], 3, "", 1), (["0"], 3, "--at-once 2", 2)],
+    [
+        *[([], 1, "", 1), ([], 3, "", 2), ([], 3, "--at-once 1", 1), ([], 3, "--cells 2", 1), ([], 3, "--cells 1-", 2)],
+        *[(["0"], 3, "", 1), (["0"], 3, "--at-once 2", 2), ([], 3, "--cells failed", 2)],
+    ],
 )
 def test_so_many_commands_share_the_cells_as_were_asked_for_and_no_more_than_there_are_cells(
     workplace, monkeypatch, gpus, cores, words, expected
@@ -164,6 +167,22 @@ def test_so_many_commands_share_the_cells_as_were_asked_for_and_no_more_than_the
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main() == 130
     assert begun == [expected]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("nonsense", "nonsense has no cpu.toml: folders are for example ablation, depth"),
+        ("segmentation", "segmentation has no cpu.toml: it has backbones, camvid-finetuned"),
+        ("digits --cells 99", "there are no cells '99'"),
+    ],
+)
+def test_what_is_not_there_is_told(line, told, workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main() == 2
+    assert told in "".join(capsys.readouterr())
+    assert not Path("runs").exists()
 
 
 def test_commands_run_at_once_and_the_status_that_says_most_is_told(tmp_path):
