@@ -90,6 +90,10 @@ QUESTIONS = (
     ),
     Question("transfer", "digits 0 to 4, then 5 to 9, frozen", "transfer/results.csv", "probe-paper"),
     Question("transfer", "digits 0 to 4, then 5 to 9, finetuned", "transfer/results.csv", "finetuned-paper"),
+    *(
+        Question("photographs", f"CIFAR-100, 10 classes, {term}", "ablation/results-photos.csv", term)
+        for term in ("cosine", "mixing", "paper")
+    ),
     Question("photographs", "Tiny ImageNet-50", "segmentation/results-backbones.csv"),
     Question("segmentation", "CamVid, frozen", "segmentation/results-camvid-frozen.csv"),
     Question("segmentation", "CamVid, finetuned", "segmentation/results-camvid-finetuned.csv"),

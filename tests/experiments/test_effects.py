@@ -161,6 +161,7 @@ TABLES = (
         "ablation/results.csv",
         "ablation/results-mixing.csv",
         "ablation/results-long.csv",
+        "ablation/results-photos.csv",
         "depth/results.csv",
         "depth/results-widths.csv",
         "digits/results.csv",
