@@ -92,7 +92,9 @@ def main() -> int:
     results = (HERE / file).with_name(Path(file).name.replace("layers", "results"))
     layers = at_best_rates(layers, pd.read_csv(results))
     figure = draw_layers(layers[layers["variant"].isin(variants)] if variants else layers)
-    (HERE / file).with_suffix(".png").write_bytes(render(figure, ".png"))
+    out = (HERE / file).with_suffix(".png")
+    out.write_bytes(render(figure, ".png"))
+    print(f"written  {out}")
     return 0
 
 

@@ -155,6 +155,8 @@ def test_variants_that_are_no_list_are_refused(workplace, refusal):
 def test_only_a_sweep_has_cells(workplace, refusal):
     assert "only a sweep has cells" in refusal("train", "--cells", "1").what
     assert "keeps its configuration" in refusal("train", "--resume", "x", "--cells", "1").what
+    (workplace / "typo.toml").write_text('[swep]\n"run.seed" = [1]\n')
+    assert "'sweep'" in refusal("train", "--config", "typo.toml", "--cells", "1").tip
     (workplace / "empty.toml").write_text("[sweep]\n")
     assert "says nothing" in refusal("train", "--config", "empty.toml").what
 

@@ -80,8 +80,8 @@ def begin(
         layers = make_layers(config, assign or [], settings, defaults=defaults)
         if config is not None and SWEEP_SECTION in dict(layers)[str(config)]:
             return run_sweep(command, config, layers, cells, as_json, stop)
+        asked = build(*layers)
         if cells is not None:
             raise UserError("only a sweep has cells", "--cells", "name a --config with a [sweep] table: docs/sweep.md")
-        asked = build(*layers)
         command.check(asked)
         return start(command, asked, as_json, stop)
