@@ -31,7 +31,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last: a backend that is a package of its own
         reason = str(error).split(". ")[0].split(": ")[0]
         if len(reason) > 80:  # torch lists every backend that was ever thought of
             reason = "torch does not know it"

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pdvit.engine.device import is_out_of_memory, visible_gpus
+from pdvit.engine.device import choose_device, is_out_of_memory, visible_gpus
+from pdvit.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,14 @@ def test_gpus_are_named_as_a_process_of_their_own_has_to_see_them(monkeypatch, v
 )
 def test_only_a_full_device_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("name", ["xla", "hpu", "privateuseone", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match=f"no device '{name}' here"):
+        choose_device(name)
+
+
+def test_a_device_that_torch_knows_and_pdvit_does_not_is_refused():
+    with pytest.raises(UserError, match="does not run on 'meta'"):
+        choose_device("meta")
