@@ -42,7 +42,7 @@ def opened(run: Path) -> tuple[DiverseModel, Tensor, Tensor, ImageTask]:
     """Return the model of a finished run, images of the split that it ended with, their classes, and its task."""
     with redirect_stderr(io.StringIO()):  # it would say what it prepares
         task = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
-    chosen = Pictures("images", task.source.splits[task.source.final_split]).first(IMAGES).split
+    chosen = Pictures("images", task.source.splits[task.source.final_split]).subsample(IMAGES).split
     batches = list(eval_batches(chosen, task.loading))
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])
     return DiverseModel(load(run).model.to(images.device), patch_head=False).eval(), images, labels, task

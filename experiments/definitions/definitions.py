@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pdvit.config import build, read_toml
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches
+from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.pictures import held_out
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.models.layers import places_of, watch
 from pdvit.models.weights import load
 from pdvit.tracking import describe_environment
@@ -100,7 +100,7 @@ def whole_tokens(checkpoint: Path) -> tuple[dict[str, list[Tensor]], int]:
     chosen = {name: replace(places[name], prefix=0) for name in names}  # the class token is wanted here
     found: dict[str, list[Tensor]] = {name: [] for name in chosen}
     run = build(("run.toml", read_toml(checkpoint / "run.toml")))
-    loading = Loading(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(loaded.model))
+    loading = LoaderConfig(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(loaded.model))
     with torch.no_grad(), watch(chosen, lambda name, tokens: found[name].extend(tokens.double())):
         for batch in eval_batches(held_out(run.data).first(IMAGES).split, loading):
             loaded.model(batch.images)

@@ -21,9 +21,9 @@ from rounds import append
 from timm.data import ImageDataset, create_loader
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, train_batches
+from pdvit.data.loader import LoaderConfig, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import FileSplit, list_images
 from pdvit.tracking import describe_environment
 
@@ -62,7 +62,7 @@ def scaled(paths: list[Path], long_side: int, folder: Path) -> list[Path]:
 def ours(paths: list[Path], args: argparse.Namespace) -> Iterator[object]:
     size, interpolation = args.img_size, args.interpolation
     preprocessing = Preprocessing(size, 0.9, interpolation, MEAN, STD)
-    how = Loading(args.batch_size, 0, args.workers, torch.device("cpu"), preprocessing)
+    how = LoaderConfig(args.batch_size, 0, args.workers, torch.device("cpu"), preprocessing)
     split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
     unmixed = Mixing(0.0, 0.0, patch_size=16, num_classes=1, labels=False)
     return train_batches(split, how, AugmentConfig(scale=tuple(args.scale)), unmixed, 0)

@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from pdvit.config import Config, build, resolve
 from pdvit.data.sources import ArraySplit, Source
 from pdvit.engine.device import choose_device, device_name, set_up
-from pdvit.engine.loop import Trainer
-from pdvit.engine.ranks import ALONE
+from pdvit.engine.distributed import SINGLE_PROCESS
+from pdvit.engine.trainer import Trainer
 from pdvit.models.build import FLAGS, model_arguments, sketch_model
 from pdvit.tasks import ClassificationTask
 from pdvit.tracking import describe_environment
@@ -88,7 +88,7 @@ def make_step(args: argparse.Namespace, preset: str) -> Callable[[], None]:
     images = torch.randint(256, (2 * args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
     split = ArraySplit(images, torch.randint(args.classes, (len(images),)))
     source = Source("noise", [str(number) for number in range(args.classes)], {"train": split, "val": split})
-    trainer = Trainer(ClassificationTask(config, source, device), config, device, ALONE)
+    trainer = Trainer(ClassificationTask(config, source, device), config, device, SINGLE_PROCESS)
     batches, numbers = cycle(list(islice(trainer.task.batches(0), 4))), count(1)
     return lambda: trainer.state.meter.add(*trainer.updater(next(batches), next(numbers)))
 

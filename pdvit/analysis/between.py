@@ -9,7 +9,7 @@ from pdvit.analysis.measure import Images, batches
 from pdvit.analysis.meter import check, memory_for
 from pdvit.analysis.metrics import LinearCKA, Patches, centred_gram
 from pdvit.analysis.metrics.cka import FEWEST
-from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, watch_layers
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def cka_between(
-    model: nn.Module, other: nn.Module, images: Images, other_images: Images | None = None, ranks: Ranks = ALONE
+    model: nn.Module,
+    other: nn.Module,
+    images: Images,
+    other_images: Images | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> "pd.DataFrame":
     """Return the linear CKA between the layers of two models on the same images.
 
@@ -48,7 +52,7 @@ def cka_between(
             if len(ours) >= FEWEST:
                 cka.add(_grams(model, ours), _grams(other, theirs))
     whole = LinearCKA()
-    for part in ranks.gather(cka):
+    for part in ranks.all_gather(cka):
         whole.merge(part)
     if isinstance(whole.cross, float):
         where = "cka_between(model, other, images)"

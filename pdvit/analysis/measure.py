@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pdvit.analysis.meter import Meter, Sums
 from pdvit.analysis.metrics import DEFAULT, METRICS, Group
-from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.models.layers import evaluating
 
@@ -81,7 +81,7 @@ def measure(
     metrics: str | Iterable[str] = DEFAULT,
     name: str = "model",
     pairs: str = "all",
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Analysis:
     """Do what `analyze` does, and return the curves too.
 
@@ -96,7 +96,7 @@ def measure(
     with ranks.failing_together(), evaluating(model):
         for batch in batches(images, next(model.parameters()).device):
             meter.add(batch)
-    parts: list[Sums] = ranks.gather(meter.sums)
+    parts: list[Sums] = ranks.all_gather(meter.sums)
     meter.sums = Sums()
     for part in parts:
         meter.sums.merge(part)

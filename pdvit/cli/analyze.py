@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from pdvit.cli.measured import Asked, Measured
     from pdvit.engine.display import RunConsole
+    from pdvit.engine.distributed import Ranks
     from pdvit.engine.interrupts import StopRequest
-    from pdvit.engine.ranks import Ranks
 
 
 def analyze(
@@ -93,15 +93,15 @@ def _run(
 ) -> int:
     """Measure all checkpoints, write the pages that are asked for (explorer, report), and return the exit status."""
     from pdvit.cli.pages import check_side_by_side, explore, report
+    from pdvit.engine.distributed import init_process_group
     from pdvit.engine.interrupts import EXIT_STOPPED, stop_on_signals
-    from pdvit.engine.ranks import join
 
     with_explorer, with_report = pages
     check_side_by_side(list(folders) if with_explorer else [])
-    ranks = join()
+    ranks = init_process_group()
     with stop_on_signals() as stop:
         done = _measure(folders, asked, console, ranks, stop)
-        stopped = any(ranks.gather(bool(stop)))
+        stopped = any(ranks.all_gather(bool(stop)))
     if ranks.main and not stopped:
         if with_explorer:
             explore(folders, done[0].pictures, asked, console)
@@ -147,7 +147,7 @@ def _measure(
     done: list[Measured] = []
     between: dict[str, pd.DataFrame] = {}
     for path, folder in folders.items():
-        if any(ranks.gather(bool(stop))):
+        if any(ranks.all_gather(bool(stop))):
             break
         measured = measure_checkpoint(path, asked, done[0] if done else None, console, ranks, stop)
         if measured is None:  # stopped before its first image

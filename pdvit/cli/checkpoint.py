@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from pdvit.data.loader import Loading
-    from pdvit.engine.ranks import Ranks
+    from pdvit.data.loader import LoaderConfig
+    from pdvit.engine.distributed import Ranks
     from pdvit.models.segmentation.files import LoadedSegmenter
     from pdvit.models.weights import Loaded
 
@@ -48,7 +48,7 @@ class Opened:
     loaded: "Loaded | LoadedSegmenter"
     config: Config
     device: "torch.device"
-    loading: "Loading"
+    loading: "LoaderConfig"
 
     @property
     def labels_pixels(self) -> bool:
@@ -100,8 +100,8 @@ def open_checkpoint(
     """
     from pdvit.config import build
     from pdvit.data.bad_images import BadImages
-    from pdvit.data.images import Preprocessing
-    from pdvit.data.loader import Loading
+    from pdvit.data.loader import LoaderConfig
+    from pdvit.data.preprocessing import Preprocessing
     from pdvit.engine.device import choose_device, set_up
     from pdvit.models.segmentation.files import LoadedSegmenter
 
@@ -115,10 +115,10 @@ def open_checkpoint(
     config = config_of(path, flags) or build(measured, flags)
     loaded = _load(path, model, weights)
     check_finite(loaded, path)
-    place = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
+    place = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(place, config.run)
     loaded.model.to(place)
-    loading = Loading(
+    loading = LoaderConfig(
         batch_size=config.data.batch_size,
         seed=config.run.seed,
         workers=config.data.workers,
@@ -128,7 +128,7 @@ def open_checkpoint(
         ),
         eval_batch=config.data.micro_batch if batch_size is None else None,
         rank=ranks.rank,
-        processes=ranks.size,
+        processes=ranks.world_size,
         bad=BadImages(skip=config.data.on_bad_image == "skip"),
     )
     return Opened(loaded, config, place, loading)

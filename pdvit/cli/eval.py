@@ -31,7 +31,7 @@ from pdvit.errors import UserError
 
 if TYPE_CHECKING:
     from pdvit.engine.display import RunConsole
-    from pdvit.engine.ranks import Ranks
+    from pdvit.engine.distributed import Ranks
 
 # The pictures that a segmentation leaves, see `tasks.segmentation.pictures`.
 PICTURE = re.compile(r"\d{2,}-(image|truth|prediction)\.png")
@@ -74,10 +74,10 @@ def evaluate(
     with together():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         say(console, f"opening {checkpoint} ...")
-        from pdvit.engine.ranks import join
+        from pdvit.engine.distributed import init_process_group
         from pdvit.models.checkpoints import name_of
 
-        ranks = join()
+        ranks = init_process_group()
         folder = results_folder(path, out, "eval", name_of(path))
         opened = open_checkpoint(
             path,
@@ -135,7 +135,7 @@ def _measure(
     net = loaded.model
     scores = measure(
         net if order is None else lambda images: net(images)[:, order],
-        with_progress(batches, len(images) // ranks.size, console, name),
+        with_progress(batches, len(images) // ranks.world_size, console, name),
         Tally(len(source.classes), opened.device, confusion=True),
         opened.config.run.precision,
         ranks,

@@ -13,9 +13,9 @@ from pdvit.config import build
 from pdvit.config.schema import Config
 from pdvit.data.bad_images import BadImages
 from pdvit.data.batch import Batch
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, shared_batches
+from pdvit.data.loader import LoaderConfig, shared_batches
 from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit
 from pdvit.engine.device import choose_device, device_name, is_out_of_memory
 from pdvit.errors import UserError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pdvit.engine.display import RunConsole
+    from pdvit.engine.distributed import Ranks
     from pdvit.engine.interrupts import StopRequest
-    from pdvit.engine.ranks import Ranks
 
 T = TypeVar("T")
 # Images that a model with random weights is measured on.
@@ -58,7 +58,7 @@ class Subject:
 
     loaded: Loaded
     pictures: Pictures
-    loading: Loading
+    loading: LoaderConfig
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def measure_checkpoint(
         images = until(_images(subject, console, subject.loaded.name))
         analysis = measure(model, images, asked.metrics, subject.loaded.name, asked.pairs, ranks)
     except UserError:
-        if any(ranks.gather(until.cut)) and not sum(ranks.gather(until.passed)):
+        if any(ranks.all_gather(until.cut)) and not sum(ranks.all_gather(until.passed)):
             return None
         raise
-    stopped = any(ranks.gather(until.cut))
+    stopped = any(ranks.all_gather(until.cut))
     total = len(subject.pictures.split)
     why = f"on request, after {analysis.images} of {total} images" if stopped else None
     if not stopped and "similarity" in choose(asked.metrics):
@@ -121,7 +121,7 @@ def measure_checkpoint(
     if first is not None and "cka" in choose(asked.metrics):
         between, note = _between(first, subject, asked, console, ranks, stop)
         analysis = replace(analysis, notes=[*analysis.notes, note])
-    bad = {name for found in ranks.gather(set(subject.loading.bad.found)) for name in found}
+    bad = {name for found in ranks.all_gather(set(subject.loading.bad.found)) for name in found}
     facts = statement(
         analysis,
         _described(subject, len(bad)),
@@ -139,21 +139,21 @@ def prepare(path: str, asked: Asked, ranks: "Ranks") -> Subject:
     """Load a checkpoint to the device and choose its images; UserError, of all processes, where one of them can't."""
     with ranks.failing_together():
         loaded = load(path, asked.model, asked.weights)
-        device = choose_device(asked.device, ranks.local if ranks.size > 1 else None)
+        device = choose_device(asked.device, ranks.local_rank if ranks.world_size > 1 else None)
         placed(loaded.model, device, path)
         given = {"on_bad_image": asked.on_bad_image} if asked.on_bad_image is not None else {}
         flags = ("the command line", {"data": given})
         run = None if asked.images else config_of(Path(path), flags)  # a run's own images, treated as it did
         skip = (run or build(flags)).data.on_bad_image == "skip"
-        pictures = _pictures(asked.images, run).first(asked.limit)
-    loading = Loading(
+        pictures = _pictures(asked.images, run).subsample(asked.limit)
+    loading = LoaderConfig(
         asked.batch_size,
         0,
         asked.workers,
         device,
         Preprocessing.for_model(loaded.model),
         rank=ranks.rank,
-        processes=ranks.size,
+        processes=ranks.world_size,
         bad=BadImages(skip=skip),
     )
     return Subject(loaded, pictures, loading)
@@ -189,7 +189,7 @@ def _with_random(
 ) -> Analysis:
     """Measure P of the same model with random weights on some of the same images, or note why that could not be."""
     loaded, until, why = subject.loaded, Until(stop), ""
-    few = replace(subject, pictures=subject.pictures.first(REFERENCE))
+    few = replace(subject, pictures=subject.pictures.subsample(REFERENCE))
     try:
         with ranks.failing_together():
             model = placed(loaded.with_random_weights(), subject.loading.device, loaded.architecture)
@@ -197,7 +197,7 @@ def _with_random(
         random = measure(model, images, "similarity", loaded.name, asked.pairs, ranks)
     except UserError as error:
         why = f"random weights were not measured: {error.what}"
-    if any(ranks.gather(until.cut)):
+    if any(ranks.all_gather(until.cut)):
         why = "stopped before random weights were measured"
     return replace(analysis, notes=[*analysis.notes, why]) if why else with_random(analysis, random)
 
@@ -217,9 +217,9 @@ def _between(
             other.loaded.model, subject.loaded.model, (one for one, _ in ours), (two for _, two in theirs), ranks
         )
     except UserError as error:
-        stopped = any(ranks.gather(until.cut))
+        stopped = any(ranks.all_gather(until.cut))
         return None, f"{both} was left out: {'stopped before' if stopped else error.what}"
-    if any(ranks.gather(until.cut)):
+    if any(ranks.all_gather(until.cut)):
         return None, f"{both} was left out: stopped before"
     return table, f"{both} is in analysis/cka_between.npz of {first.name}"
 

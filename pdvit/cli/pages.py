@@ -31,12 +31,12 @@ def explore(folders: Mapping[str, Path], pictures: "Pictures", asked: "Asked", c
     from pdvit.analysis.report import MAPS
     from pdvit.cli.measured import placed
     from pdvit.data.bad_images import BadImages
-    from pdvit.data.images import Preprocessing
+    from pdvit.data.preprocessing import Preprocessing
     from pdvit.engine.device import choose_device
     from pdvit.models.weights import load
     from pdvit.tracking import write_file, writing
 
-    space, shown, bad, models = room(len(folders)), pictures.first(MOST_IMAGES), BadImages(skip=True), []
+    space, shown, bad, models = room(len(folders)), pictures.subsample(MOST_IMAGES), BadImages(skip=True), []
     for path in folders:
         loaded = load(path, asked.model, asked.weights)
         how = Preprocessing.for_model(loaded.model)

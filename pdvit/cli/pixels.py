@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pdvit.data.bad_images import BadImages
     from pdvit.data.sources import FileSplit
     from pdvit.engine.display import RunConsole
-    from pdvit.engine.ranks import Ranks
+    from pdvit.engine.distributed import Ranks
     from pdvit.models.segmentation.files import LoadedSegmenter
-    from pdvit.tasks.windows import Looking
+    from pdvit.tasks.windows import SlidingWindowConfig
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     ordered = network if order is None else lambda seen: network(seen)[:, order]
     scores = measure_masks(
         ordered,
-        with_progress(eval_batches(images, opened.loading, segment), len(images) // ranks.size, console, name),
+        with_progress(eval_batches(images, opened.loading, segment), len(images) // ranks.world_size, console, name),
         MaskTally(len(source.classes), opened.device),
         how,
         config.run.precision,
@@ -77,7 +77,7 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
         "scales": list(how.scales),
         "flip": how.flip,
     }
-    chosen = Pictures("pictures", images).first(PICTURES).split
+    chosen = Pictures("pictures", images).subsample(PICTURES).split
     assert isinstance(chosen, MaskSplit)
     config = replace(config, segment=segment)
     files = pictures(ordered, chosen, source, opened.loading, config, how) if ranks.main else {}
@@ -136,7 +136,7 @@ def _segment(opened: Opened, asked: Asked) -> "SegmentConfig":
     return replace(_segmenter(opened).segment, classes=asked.classes or own, **given)
 
 
-def _looking(opened: Opened, segment: "SegmentConfig", scales: bool, flip: bool) -> "Looking":
+def _looking(opened: Opened, segment: "SegmentConfig", scales: bool, flip: bool) -> "SlidingWindowConfig":
     from pdvit.tasks.segmentation import looking
     from pdvit.tasks.views import SCALES
 
@@ -153,9 +153,9 @@ def predict_pixels(
     that do not decode are collected in `bad`.
     """
     from pdvit.data.bad_images import BadImage
-    from pdvit.data.images import try_read
     from pdvit.data.masks.table import default_palette
     from pdvit.data.masks.transforms import EvaluationTransform
+    from pdvit.data.preprocessing import try_read
     from pdvit.engine.device import autocast
     from pdvit.tasks.mask_pictures import as_palette, overlay, png, predicted_mask
     from pdvit.tasks.segmentation import pixel_network

@@ -71,15 +71,15 @@ def predict(
     say(console, f"opening {checkpoint} ...")
     from pdvit.data.bad_images import BadImages
     from pdvit.data.pictures import image_files
+    from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.interrupts import stop_on_signals
-    from pdvit.engine.ranks import ALONE
     from pdvit.models.checkpoints import name_of
 
     files = image_files(images)
     opened = open_checkpoint(
         path,
         model,
-        ALONE,
+        SINGLE_PROCESS,
         weights=weights,
         device=device,
         precision=precision,

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pdvit.data.bad_images import BadImage, describe_bad, refuse_bad
-from pdvit.data.images import try_read
 from pdvit.data.loader import leave_signals
+from pdvit.data.preprocessing import try_read
 from pdvit.data.sources import ArraySplit, LazySplit, Source, Split
 from pdvit.data.sources.cache import Say
 from pdvit.data.sources.labels import missing_classes

@@ -16,8 +16,8 @@ from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.bad_images import BadImage, BadImages, Sample, Substituted, refuse_bad
 from pdvit.data.batch import Batch
-from pdvit.data.images import FileImages, Keys, Preprocessing, TrainingImages
 from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import FileImages, Keys, Preprocessing, TrainingImages
 from pdvit.data.randomness import epoch_order
 from pdvit.data.sources import ArraySplit, LazySplit, Split
 from pdvit.errors import UserError
@@ -29,7 +29,7 @@ Steps = Iterator[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoaderConfig:
     """How batches are made, for one run."""
 
     batch_size: int
@@ -66,14 +66,14 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def augmentation_for(split: Split, how: Loading, augment: AugmentConfig) -> Augmentation:
+def augmentation_for(split: Split, how: LoaderConfig, augment: AugmentConfig) -> Augmentation:
     """Return what is done to the images of a split in training."""
     decoded = isinstance(split, LazySplit) or split.decoded
     return Augmentation.of(augment, decoded, how.preprocessing, how.seed)
 
 
 def train_batches(
-    split: Split, how: Loading, augment: AugmentConfig, mixing: Mixing, start: int
+    split: Split, how: LoaderConfig, augment: AugmentConfig, mixing: Mixing, start: int
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...; what a short last batch would hold sits out."""
     augmentation = augmentation_for(split, how, augment)
@@ -90,13 +90,13 @@ def train_batches(
         yield mark_replaced(batch, order, how) if how.bad.skip else batch
 
 
-def mark_replaced(batch: Batch, order: Steps, how: Loading) -> Batch:
+def mark_replaced(batch: Batch, order: Steps, how: LoaderConfig) -> Batch:
     """Say of a batch which images stand in for those that the order of the run wanted next."""
     wanted = next(order)[1][-len(batch) :]
     return replace(batch, replaced=(batch.index != wanted).to(how.device, non_blocking=True))
 
 
-def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
+def eval_batches(split: Split, how: LoaderConfig) -> Iterator[Batch]:
     """Yield every image of this process's part of a split exactly once, in order, without augmentation.
 
     Images that do not decode are left out where they are to be skipped. Raises UserError where none of a batch is left
@@ -109,7 +109,7 @@ def eval_batches(split: Split, how: Loading) -> Iterator[Batch]:
     yield from _whole(split, how, torch.arange(*how.share(len(split))).tensor_split(turns))
 
 
-def shared_batches(split: Split, how: Loading) -> Iterator[Batch]:
+def shared_batches(split: Split, how: LoaderConfig) -> Iterator[Batch]:
     """Yield those of a single process's `eval_batches` that are this one's: whole ones, in turn, perhaps none.
 
     For what depends on which images share a batch, and where processes do not wait for one another.
@@ -118,7 +118,7 @@ def shared_batches(split: Split, how: Loading) -> Iterator[Batch]:
     yield from _whole(split, replace(how, rank=0, processes=1), chunks[how.rank :: how.processes])
 
 
-def _whole(split: Split, how: Loading, chunks: Sequence[Tensor]) -> Iterator[Batch]:
+def _whole(split: Split, how: LoaderConfig, chunks: Sequence[Tensor]) -> Iterator[Batch]:
     """Yield the images of each chunk of indices as a batch."""
     raw: Iterator[Raw]
     if isinstance(split, ArraySplit):
@@ -131,7 +131,7 @@ def _whole(split: Split, how: Loading, chunks: Sequence[Tensor]) -> Iterator[Bat
         yield Batch(how.preprocessing.normalise(images.to(how.device)), labels.to(how.device), index)
 
 
-def step_indices(size: int, how: Loading, start: int, mixing: Mixing | None = None) -> Steps:
+def step_indices(size: int, how: LoaderConfig, start: int, mixing: Mixing | None = None) -> Steps:
     """Yield (epoch, indices) of what this process needs for every step from `start` on: its share, and what lends."""
     per_epoch, step, share = size // how.batch_size, start, range(*how.share(how.batch_size))
     while True:
@@ -143,7 +143,7 @@ def step_indices(size: int, how: Loading, start: int, mixing: Mixing | None = No
             step += 1
 
 
-def _resident(split: ArraySplit, how: Loading, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
+def _resident(split: ArraySplit, how: LoaderConfig, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
     """Yield batches of a set that lives on the device as one uint8 tensor."""
     images, labels = split.images.to(how.device), split.labels.to(how.device)
     if augmentation.scale is None or max(images.shape[2:]) > how.preprocessing.size:  # a crop is never scaled down
@@ -163,7 +163,7 @@ class _Keys(Sampler[list[tuple[int, int]]]):
         return self.start()
 
 
-def from_workers(data: Dataset[Sample], how: Loading, steps: Steps) -> Iterator[Raw]:
+def from_workers(data: Dataset[Sample], how: LoaderConfig, steps: Steps) -> Iterator[Raw]:
     """Yield batches of training images that worker processes decode and crop."""
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
     if how.bad.skip:
@@ -172,7 +172,7 @@ def from_workers(data: Dataset[Sample], how: Loading, steps: Steps) -> Iterator[
         yield images.to(how.device, non_blocking=True), labels.to(how.device, non_blocking=True), index
 
 
-def decode(data: Dataset[Sample], how: Loading, keys: Iterable[Keys]) -> Iterator[Raw]:
+def decode(data: Dataset[Sample], how: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
     """Yield decoded batches for the keys; UserError naming the files that do not decode."""
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pdvit.config.schema import Config, DataConfig
 from pdvit.data.bad_images import BadImage, BadImages
-from pdvit.data.images import FileImages, Preprocessing
 from pdvit.data.kinds import kind_of
 from pdvit.data.masks.sources import open_masks
+from pdvit.data.preprocessing import FileImages, Preprocessing
 from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
 from pdvit.data.sources.split import printable
 from pdvit.errors import UserError, closest
@@ -26,7 +26,7 @@ class Pictures:
     description: str
     split: Split
 
-    def first(self, limit: int) -> "Pictures":
+    def subsample(self, limit: int) -> "Pictures":
         """Return at most `limit` of them, spread evenly and always the same."""
         size = len(self.split)
         if size <= limit:

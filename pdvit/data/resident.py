@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from pdvit.data.bad_images import BadImage, describe_bad
-from pdvit.data.images import FileImages, Preprocessing, attempt, pixels_of, strict_decoders
-from pdvit.data.loader import Loading, decode
+from pdvit.data.loader import LoaderConfig, decode
+from pdvit.data.preprocessing import FileImages, Preprocessing, attempt, pixels_of, strict_decoders
 from pdvit.data.sources import ArraySplit, LazySplit, Source, Split
 from pdvit.errors import UserError
 
@@ -31,7 +31,7 @@ class Choice:
     reason: str
 
 
-def choose(source: Source, how: Loading, wanted: str) -> Choice:
+def choose(source: Source, how: LoaderConfig, wanted: str) -> Choice:
     """Decide where the image files of a source are kept; `wanted` is auto, on or off.
 
     auto keeps them on the device where nothing is lost by it: all training images have one size, which is at most the
@@ -64,7 +64,7 @@ def choose(source: Source, how: Loading, wanted: str) -> Choice:
     return Choice(size, f"all are {size[1]}x{size[0]}")
 
 
-def resident(source: Source, how: Loading, wanted: str, say: Callable[[str], None]) -> Source:
+def resident(source: Source, how: LoaderConfig, wanted: str, say: Callable[[str], None]) -> Source:
     """Return the source with its image files on the device where that is chosen; say what was chosen, and why.
 
     Held-out images are kept as their evaluation transform leaves them, so their pixels are those that workers give.
@@ -91,7 +91,7 @@ def resident(source: Source, how: Loading, wanted: str, say: Callable[[str], Non
     return replace(source, splits=splits)
 
 
-def _with_bad(source: Source, how: Loading, wanted: str, say: Callable[[str], None]) -> Source:
+def _with_bad(source: Source, how: LoaderConfig, wanted: str, say: Callable[[str], None]) -> Source:
     """Leave a source with images that do not decode to the workers; UserError where it is to be resident."""
     if wanted == "on":
         what = f"images that do not decode can't be kept: {describe_bad(how.bad.found)}"
@@ -137,7 +137,7 @@ def _store(size: tuple[int, int], fit: v2.Compose, image: Image.Image) -> Tensor
     return pixels_of(image if (image.height, image.width) == size else fit(image))
 
 
-def _decoded(data: FileImages, how: Loading, progress: Callable[[int, int], None]) -> Tensor:
+def _decoded(data: FileImages, how: LoaderConfig, progress: Callable[[int, int], None]) -> Tensor:
     """Decode every image of a split, in order: uint8 `(N, 3, H, W)` on the host; stops at one that does not decode."""
     keys = [[(-1, int(index)) for index in part] for part in torch.arange(len(data)).split(BATCH)]
     images = torch.empty(0, dtype=torch.uint8)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.device import is_out_of_memory
+from pdvit.engine.distributed import lost_another
 from pdvit.engine.journal import Journal
 from pdvit.engine.memory import fits, largest
+from pdvit.engine.parallel import to_local
 from pdvit.engine.protocol import Batch
-from pdvit.engine.ranks import lost_another
 from pdvit.engine.replay import share_of, write_bundle
-from pdvit.engine.spread import local
 from pdvit.engine.state import State
 from pdvit.engine.update import Updater
 from pdvit.errors import RunFailed, UserError
@@ -32,7 +32,7 @@ def explain(error: BaseException, run: Path, updater: Updater, batch: Batch | No
 
 def _out_of_memory(run: Path, updater: Updater, batch: Batch | None) -> RunFailed:
     """Find out what would fit, and say it."""
-    processes, device = updater.ranks.size, updater.device
+    processes, device = updater.ranks.world_size, updater.device
     most = min(updater.micro_batch, updater.task.batch_size // processes)
     if batch is None or processes > 1:  # a trial would mix with what the other processes still exchange
         tip = f"go on in parts: --resume {run} --change data.micro_batch={max(1, most // 2)}"
@@ -65,7 +65,7 @@ def check_weights(state: State) -> None:
     """
     buffers = [(name, buffer) for name, buffer in state.module.named_buffers() if buffer.is_floating_point()]
     weights = [*state.module.named_parameters(), *buffers]  # running statistics can break where no weight does
-    unsound = state.ranks.sum(torch.stack([(~local(weight).isfinite()).any() for _, weight in weights]).int())
+    unsound = state.ranks.all_reduce(torch.stack([(~to_local(weight).isfinite()).any() for _, weight in weights]).int())
     if bool(unsound.any()):
         broken = [name for (name, _), count in zip(weights, unsound.tolist(), strict=True) if count]
         raise RunFailed(
@@ -84,10 +84,10 @@ def give_up(run: Path, state: State, batch: Batch, generators: dict[str, torch.T
         generators: before the step.
         in_a_row: how many steps have been skipped up to it.
     """
-    snapshot, shares = state.snapshot(), state.ranks.gather(share_of(batch, generators))
+    snapshot, shares = state.snapshot(), state.ranks.all_gather(share_of(batch, generators))
     if state.ranks.main:
         write_bundle(run, snapshot, shares)
-    state.ranks.gather(None)  # torchrun ends the others as soon as one is done
+    state.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
     return RunFailed(
         f"loss or gradient was infinite or not a number in {in_a_row} steps in a row, up to step {snapshot.step}",
         f"see where: --replay {run}; then start a new run with a lower --lr, or with --clip-grad 1",

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pdvit.engine.ranks import Ranks
+from pdvit.engine.distributed import Ranks
 
 
 class Profiler:
@@ -44,6 +44,6 @@ class Profiler:
         assert self.running is not None
         self.running.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps-{self.first}-{end}" + (f"-rank-{self.ranks.rank}" if self.ranks.size > 1 else "")
+        name = f"steps-{self.first}-{end}" + (f"-rank-{self.ranks.rank}" if self.ranks.world_size > 1 else "")
         self.running.export_chrome_trace(str(self.folder / f"{name}.json"))
         self.running = None

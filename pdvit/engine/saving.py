@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.failures import check_weights
 from pdvit.engine.journal import Journal
 from pdvit.engine.replay import drop_bundle

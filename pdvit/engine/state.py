@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from pdvit.engine.distributed import Ranks
 from pdvit.engine.packing import pack, unpack
-from pdvit.engine.ranks import Ranks
 from pdvit.engine.update import Meter
 from pdvit.engine.upgrade import upgrade
 from pdvit.errors import UserError
@@ -83,7 +83,7 @@ class State:
         rest: dict[str, Tensor] = {}
         mine = {f"meter.{name}": value.cpu() for name, value in self.meter.tensors().items()}
         mine |= {f"generator.{name}": value for name, value in self.generators().items()}
-        for rank, theirs in enumerate(self.ranks.gather(mine)):
+        for rank, theirs in enumerate(self.ranks.all_gather(mine)):
             rest |= {f"{rank}.{name}": value for name, value in theirs.items()}
         facts = {
             "version": VERSION,

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from pdvit.config.schema import Config, OptimConfig
 from pdvit.engine.device import autocast
+from pdvit.engine.distributed import Ranks
 from pdvit.engine.protocol import Batch, Task
-from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError, closest
 
 # Of timm's names, those of torch that update all weights in one kernel, and leave them alone where a flag on the device
@@ -83,7 +83,7 @@ class Updater:
         norm = self.clip()
         metrics["grad_norm"] = norm
         skipped = ~(norm.isfinite() & metrics["loss"].isfinite())
-        skipped = self.ranks.sum(skipped.int()) > 0  # all processes must do the same
+        skipped = self.ranks.all_reduce(skipped.int()) > 0  # all processes must do the same
         self._apply(skipped)
         self.scaler.update()
         if self.ema is not None:
@@ -172,7 +172,7 @@ class Meter:
         The one place where training waits for the device.
         """
         stacked = torch.stack([*self.sums.values(), self.skipped, self.in_a_row])
-        *sums, skipped, in_a_row = ranks.sum(stacked).div(ranks.size).tolist()
+        *sums, skipped, in_a_row = ranks.all_reduce(stacked).div(ranks.world_size).tolist()
         counted = self.steps - skipped
         means = {
             name: total / counted if counted else float("nan") for name, total in zip(self.sums, sums, strict=True)

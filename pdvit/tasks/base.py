@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pdvit.config.schema import Config
 from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, steps_per_epoch
+from pdvit.data.loader import LoaderConfig, steps_per_epoch
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources import Source
-from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.models.freezing import BACKBONE
@@ -33,7 +33,7 @@ class ImageTask(ABC):
     best_metric: str
     module: nn.Module
 
-    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
         torch.manual_seed(config.run.seed)
         self._probe: Probe | None = None
@@ -42,17 +42,17 @@ class ImageTask(ABC):
         """Settle how batches are made and shared; raises UserError where processes can't share them evenly."""
         config, ranks = self.config, self.ranks
         self.preprocessing, self.batch_size = preprocessing, config.data.batch_size
-        if self.batch_size % ranks.size:
+        if self.batch_size % ranks.world_size:
             raise UserError(
-                f"{ranks.size} processes can't share batches of {self.batch_size} evenly",
+                f"{ranks.world_size} processes can't share batches of {self.batch_size} evenly",
                 "data.batch_size (--batch-size)",
-                f"choose a multiple of {ranks.size}",
+                f"choose a multiple of {ranks.world_size}",
             )
         self.steps_per_epoch = steps_per_epoch(self.source.splits["train"], self.batch_size)
         self.schedules = weight_schedules(config, self.steps_per_epoch, self.batch_size)
         self.bad = BadImages(skip=config.data.on_bad_image == "skip")
         self.named: set[str] = set()  # of the bad images, those that were shown
-        self.loading = Loading(
+        self.loading = LoaderConfig(
             self.batch_size,
             config.run.seed,
             config.data.workers,
@@ -60,7 +60,7 @@ class ImageTask(ABC):
             preprocessing,
             config.data.micro_batch,
             ranks.rank,
-            ranks.size,
+            ranks.world_size,
             self.bad,
         )
         self.fingerprint = self.source.fingerprint()
@@ -138,7 +138,7 @@ class ImageTask(ABC):
     def _newly_skipped(self) -> str:
         """Name the images that were skipped and not named before; every process has met others."""
         found: dict[str, str] = {}
-        for part in self.ranks.gather(self.bad.found) if self.bad.skip else []:
+        for part in self.ranks.all_gather(self.bad.found) if self.bad.skip else []:
             found |= part
         new = {name: reason for name, reason in found.items() if name not in self.named}
         self.named |= set(new)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from pdvit.config.schema import Config
 from pdvit.data.batch import Batch
-from pdvit.data.images import Preprocessing
 from pdvit.data.loader import augmentation_for, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.resident import resident
 from pdvit.data.sources import Source
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments, patch_size_of
 from pdvit.models.freezing import freeze
@@ -33,7 +33,7 @@ class ClassificationTask(ImageTask):
     name = "classification"
     best_metric = "accuracy"
 
-    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         """Build model, batches and objective from a resolved configuration; raises UserError."""
         super().__init__(config, source, device, ranks)
         assert config.model.name is not None, "resolve the configuration first"

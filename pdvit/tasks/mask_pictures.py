@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.tasks.views import score_parts
-from pdvit.tasks.windows import Looking, Network
+from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 Palette = Sequence[tuple[int, int, int]]
 # Colour of pixels without a class, and how much of a class's colour lies over an image.
@@ -19,7 +19,9 @@ SHOWN = 512
 
 
 @torch.no_grad()
-def predicted_mask(network: Network, image: Tensor, size: tuple[int, int], classes: int, how: Looking) -> Tensor:
+def predicted_mask(
+    network: Network, image: Tensor, size: tuple[int, int], classes: int, how: SlidingWindowConfig
+) -> Tensor:
     """Return the class of every pixel, uint8 `size` on the CPU.
 
     Args:

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from pdvit.data.batch import Batch
 from pdvit.engine.device import autocast
-from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.losses.pixels import IGNORED
 from pdvit.tasks.views import score_parts
-from pdvit.tasks.windows import Looking, Network
+from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class MaskTally:
         """Count an image whose parts have all been added."""
         self.counts += torch.stack([torch.ones_like(finite), ~finite, torch.full_like(finite, large)])
 
-    def scores(self, ranks: Ranks = ALONE) -> MaskScores:
+    def scores(self, ranks: Ranks = SINGLE_PROCESS) -> MaskScores:
         """Return what the images of all processes come to; every process calls it and gets the same.
 
         Raises UserError where there is no pixel with a class.
         """
-        confusion = ranks.sum(self.matrix.confmat).cpu()
-        images, broken, large = ranks.sum(self.counts).tolist()
+        confusion = ranks.all_reduce(self.matrix.confmat).cpu()
+        images, broken, large = ranks.all_reduce(self.counts).tolist()
         pixels, right = confusion.sum(), confusion.diagonal().double()
         if not pixels:
             what = "no image decodes" if not images else f"none of the pixels of {images} masks has a class"
@@ -85,7 +85,7 @@ class MaskTally:
             float(iou.nanmean()),
             float(right.sum() / pixels),
             float((right / of_class).nanmean()),
-            float(ranks.sum(self.loss) / pixels),
+            float(ranks.all_reduce(self.loss) / pixels),
             broken,
             large,
             iou,
@@ -112,9 +112,9 @@ def measure_masks(
     network: Network,
     batches: Iterable[Batch],
     tally: MaskTally,
-    how: Looking,
+    how: SlidingWindowConfig,
     precision: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     together: bool = False,
 ) -> MaskScores:
     """Run a model over images and return its scores: the one way, while training, after it and of any checkpoint.
@@ -134,7 +134,7 @@ def measure_masks(
         with autocast(images.device, precision):
             return network(images)
 
-    passes = _Together(logits_of, ranks) if together and ranks.size > 1 else logits_of
+    passes = _Together(logits_of, ranks) if together and ranks.world_size > 1 else logits_of
     for batch in batches:
         for image, mask in zip(batch.images, batch.targets, strict=True):
             height, width = mask.shape
@@ -155,10 +155,10 @@ class _Together:
         self.network, self.ranks = network, ranks
 
     def __call__(self, images: Tensor) -> Tensor:
-        self.ranks.gather(True)
+        self.ranks.all_gather(True)
         return self.network(images)
 
     def wait(self, device: torch.device, window: int) -> None:
         """Take part in what the others still have to do."""
-        while any(self.ranks.gather(False)):
+        while any(self.ranks.all_gather(False)):
             self.network(torch.zeros(1, 3, window, window, device=device))

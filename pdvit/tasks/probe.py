@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pdvit.data.loader import Loading, eval_batches
+from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.pictures import Pictures
 from pdvit.data.sources import Split
 from pdvit.errors import UserError
@@ -18,7 +18,7 @@ BARS = "▁▂▃▄▅▆▇█"
 class Probe:
     """Images spread evenly over a split; every process has all of them."""
 
-    def __init__(self, split: Split, count: int, loading: Loading) -> None:
+    def __init__(self, split: Split, count: int, loading: LoaderConfig) -> None:
         self.split, self.count, self.loading = split, count, loading
         self._images: Tensor | None = None
 
@@ -26,7 +26,7 @@ class Probe:
     def images(self) -> Tensor:
         """The images, `(B, 3, H, W)`; UserError where none of them decodes."""
         if self._images is None:
-            chosen = Pictures("probe", self.split).first(self.count).split
+            chosen = Pictures("probe", self.split).subsample(self.count).split
             batches = [batch.images for batch in eval_batches(chosen, self.loading)]
             if not batches:
                 raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")

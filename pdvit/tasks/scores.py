@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pdvit.data.batch import Batch
 from pdvit.engine.device import autocast
-from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 
 TOP = 5
@@ -70,22 +70,22 @@ class Tally:
             ones = torch.ones_like(targets, dtype=torch.int32)
             self.confusion.index_add_(0, targets * self.classes + predicted, ones)
 
-    def scores(self, ranks: Ranks = ALONE) -> Scores:
+    def scores(self, ranks: Ranks = SINGLE_PROCESS) -> Scores:
         """Return what the images of all processes come to; every process calls it and gets the same.
 
         Raises UserError where there is none.
         """
-        images, right, among, broken = ranks.sum(self.counts).tolist()
+        images, right, among, broken = ranks.all_reduce(self.counts).tolist()
         if not images:
             raise UserError("none of the images decodes", "data.source (--data)", "replace them, or take another split")
         return Scores(
             images,
             right / images,
             among / images if self.classes >= TOP else None,
-            float(ranks.sum(self.loss)) / images,
-            self.calibration_error(ranks.sum(self.bins)),
+            float(ranks.all_reduce(self.loss)) / images,
+            self.calibration_error(ranks.all_reduce(self.bins)),
             broken,
-            ranks.sum(self.confusion).view(self.classes, -1).cpu() if len(self.confusion) else None,
+            ranks.all_reduce(self.confusion).view(self.classes, -1).cpu() if len(self.confusion) else None,
         )
 
     @staticmethod
@@ -108,7 +108,7 @@ def measure(
     batches: Iterable[Batch],
     tally: Tally,
     precision: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Scores:
     """Run a model over batches and return its scores: the one way, while training, after it and of any checkpoint.
 

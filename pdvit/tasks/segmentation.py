@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.batch import Batch
-from pdvit.data.images import Preprocessing, try_read
-from pdvit.data.loader import Loading
+from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
 from pdvit.data.pictures import Pictures
+from pdvit.data.preprocessing import Preprocessing, try_read
 from pdvit.data.sources import Source
 from pdvit.engine.device import autocast
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.ranks import ALONE, Ranks
 from pdvit.errors import UserError
 from pdvit.losses.pixels import IGNORED, pixel_loss
 from pdvit.models.build import patch_size_of
@@ -33,7 +33,7 @@ from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
 from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
 from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
 from pdvit.tasks.mask_scores import MaskScores, MaskTally, measure_masks
-from pdvit.tasks.windows import Looking, Network
+from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 # Images of the final split whose predictions are kept.
 PICTURES = 8
@@ -45,12 +45,12 @@ class SegmentationTask(ImageTask):
     name = "segmentation"
     best_metric = "miou"
 
-    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         """Build model, batches and objective from a resolved configuration; raises UserError."""
         super().__init__(config, source, device, ranks)
         self.classes = len(source.classes)
         self.module: Segmenter = build_segmenter(config, self.classes).to(device)
-        share_statistics(self.module, device, ranks.size)
+        share_statistics(self.module, device, ranks.world_size)
         self.objective = objective_of(config, pixel_loss)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
@@ -111,7 +111,7 @@ class SegmentationTask(ImageTask):
         numbers = super().finish(network, weights)
         table = mask_table(self.scores.confusion, self.scores.iou, distinct(self.source.classes))
         self.files = {"iou.csv": table_bytes(table)}
-        split = Pictures("pictures", self._split(self.source.final_split)).first(PICTURES).split
+        split = Pictures("pictures", self._split(self.source.final_split)).subsample(PICTURES).split
         assert isinstance(split, MaskSplit)
         self.files |= pictures(pixel_network(network), split, self.source, self.loading, self.config, self.how)
         return numbers
@@ -138,7 +138,7 @@ class SegmentationTask(ImageTask):
         return self.module.resize(logits.float(), (height, width))
 
 
-def looking(module: Segmenter, segment: SegmentConfig, batch: int) -> Looking:
+def looking(module: Segmenter, segment: SegmentConfig, batch: int) -> SlidingWindowConfig:
     """Return how a model looks at images in evaluation; UserError where windows would leave gaps.
 
     `segment` says mode, stride and the side of windows, its crop; `batch` is the most windows of a forward pass.
@@ -156,7 +156,7 @@ def looking(module: Segmenter, segment: SegmentConfig, batch: int) -> Looking:
         raise UserError(
             what, "segment.mode (--eval-mode)", "leave it unset or choose slide: windows of the crop's size"
         )
-    return Looking(mode, window, stride, batch)
+    return SlidingWindowConfig(mode, window, stride, batch)
 
 
 def pixel_network(network: nn.Module) -> Network:
@@ -178,7 +178,7 @@ def numbers_of(scores: MaskScores) -> dict[str, Any]:
 
 
 def pictures(
-    network: Network, split: MaskSplit, source: Source, loading: Loading, config: Config, how: Looking
+    network: Network, split: MaskSplit, source: Source, loading: LoaderConfig, config: Config, how: SlidingWindowConfig
 ) -> dict[str, bytes]:
     """Return image, truth and prediction of each image of a split as PNG files, small enough to be looked at."""
     files, palette = dict[str, bytes](), source.palette or default_palette(len(source.classes))

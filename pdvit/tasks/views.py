@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdvit.tasks.windows import Looking, Network, pixel_logits, resize
+from pdvit.tasks.windows import Network, SlidingWindowConfig, pixel_logits, resize
 
 # The factors of `--ms`, mmsegmentation's.
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -43,7 +43,9 @@ class _Side(NamedTuple):
     length: int
 
 
-def score_parts(network: Network, image: Tensor, size: tuple[int, int], classes: int, how: Looking) -> Iterator[Part]:
+def score_parts(
+    network: Network, image: Tensor, size: tuple[int, int], classes: int, how: SlidingWindowConfig
+) -> Iterator[Part]:
     """Yield the scores of all pixels of a mask, each in exactly one part.
 
     Of one view these are logits; of several the logarithm of the mean of their probabilities (softmax). Maps are
@@ -68,7 +70,9 @@ def score_parts(network: Network, image: Tensor, size: tuple[int, int], classes:
                     yield Part(row.at + start + max(0, begin), column.begin, inside)
 
 
-def tiles(image: tuple[int, ...], mask: tuple[int, int], classes: int, how: Looking) -> tuple[list[_Side], list[_Side]]:
+def tiles(
+    image: tuple[int, ...], mask: tuple[int, int], classes: int, how: SlidingWindowConfig
+) -> tuple[list[_Side], list[_Side]]:
     """Divide a mask into rows and columns of tiles whose maps fit in memory: nearly always one of each.
 
     What surrounds a tile, up to a window, is looked at with it.
@@ -90,7 +94,9 @@ def _side(begin: int, end: int, image: int, mask: int, margin: int) -> _Side:
     return _Side(begin, end, first, last, at, behind - at)
 
 
-def _scores(network: Network, image: Tensor, size: tuple[int, int], how: Looking) -> Iterator[tuple[int, Tensor]]:
+def _scores(
+    network: Network, image: Tensor, size: tuple[int, int], how: SlidingWindowConfig
+) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row and the scores `(C, R, W)` of each block of rows."""
     views = [(scale, mirrored) for scale in how.scales for mirrored in (False, True)[: 1 + how.flip]]
     total: Tensor | None = None
@@ -109,7 +115,7 @@ def _scores(network: Network, image: Tensor, size: tuple[int, int], how: Looking
     yield from ((rows.start, total[:, rows.start : rows.stop]) for rows in _blocks(len(total), size))
 
 
-def _view(network: Network, image: Tensor, scale: float, mirrored: bool, how: Looking) -> Tensor:
+def _view(network: Network, image: Tensor, scale: float, mirrored: bool, how: SlidingWindowConfig) -> Tensor:
     """Return the logits `(1, C, h, w)` of an image that was resized and perhaps mirrored, mirrored back."""
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[-2:])
     seen = resize(image, (height, width))

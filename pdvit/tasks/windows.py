@@ -17,7 +17,7 @@ WHOLE = 2**23
 
 
 @dataclass(frozen=True)
-class Looking:
+class SlidingWindowConfig:
     """How an image is looked at.
 
     Attributes:
@@ -42,7 +42,7 @@ class Looking:
         return self.mode == "whole" and height * width * most > WHOLE
 
 
-def pixel_logits(network: Network, image: Tensor, how: Looking) -> Tensor:
+def pixel_logits(network: Network, image: Tensor, how: SlidingWindowConfig) -> Tensor:
     """Return float32 logits `(1, C, H, W)` of an image `(1, 3, H, W)`: one for each of its own pixels."""
     height, width = image.shape[-2:]
     if how.mode == "slide" or height * width > WHOLE:

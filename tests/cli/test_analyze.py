@@ -24,8 +24,8 @@ from pdvit.analysis import DEFINITIONS
 from pdvit.cli import measured
 from pdvit.cli import run as pdvit
 from pdvit.cli.runs.report import make_console
+from pdvit.engine.distributed import Ranks
 from pdvit.engine.interrupts import StopRequest
-from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
 from pdvit.models import memory
 

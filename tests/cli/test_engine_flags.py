@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
-from pdvit.data.images import Preprocessing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine import memory
 from pdvit.tracking import RunDirectory
 

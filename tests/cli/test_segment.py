@@ -17,9 +17,9 @@ from pdvit.cli.runs.prepare import trial_of
 from pdvit.cli.runs.segmentation import SEGMENTATION
 from pdvit.config import build, resolve
 from pdvit.config.idle import idle_settings
-from pdvit.engine.loop import Trainer
+from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.memory import fits
-from pdvit.engine.ranks import ALONE
+from pdvit.engine.trainer import Trainer
 
 CPU = ["--device", "cpu", "--workers", "0"]
 MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
@@ -268,8 +268,8 @@ def test_a_batch_is_sought_with_one_image_first(shapes, norm):
     sections |= {"model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}}
     config = build(("flags", sections))
     trial, cpu = trial_of(config), torch.device("cpu")
-    task = SEGMENTATION.make_task(trial, SEGMENTATION.open_source(config, print), cpu, ALONE)
-    updater = Trainer(task, trial, cpu, ALONE).updater
+    task = SEGMENTATION.make_task(trial, SEGMENTATION.open_source(config, print), cpu, SINGLE_PROCESS)
+    updater = Trainer(task, trial, cpu, SINGLE_PROCESS).updater
     with closing(task.batches(0)) as batches:
         batch = next(batches)
     updater(batch, 1)

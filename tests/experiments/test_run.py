@@ -18,9 +18,9 @@ from run import main, same, train, understand
 from pdvit.cli import run as pdvit
 from pdvit.config import Config
 from pdvit.config.schema import DataConfig
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches
+from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.pictures import held_out
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.interrupts import StopRequest
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
@@ -81,7 +81,7 @@ def similarity_by_hand(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     arguments = {"img_size": 16, "depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8, "num_classes": 10}
     model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
-    how = Loading(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(model))
+    how = LoaderConfig(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(model))
     found: dict[str, list[float]] = {"block 2": [], "norm": []}
     for name, module in (("block 2", model.blocks[1]), ("norm", model.norm)):
         module.register_forward_hook(lambda _, __, tokens, name=name: found[name].extend(map(alike, tokens[:, 1:])))

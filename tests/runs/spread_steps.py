@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from pdvit.cli.runs.kinds import kind_of
 from pdvit.config import build, resolve
-from pdvit.engine.loop import Trainer
-from pdvit.engine.ranks import join
+from pdvit.engine.distributed import init_process_group
+from pdvit.engine.trainer import Trainer
 from pdvit.tasks import ClassificationTask
 
 
@@ -24,7 +24,7 @@ class Wide(ClassificationTask):
 
 def main(out: Path, settings: dict, steps: int, wide: bool) -> None:
     torch.use_deterministic_algorithms(True)
-    config, ranks = resolve(build(("test", settings))), join()
+    config, ranks = resolve(build(("test", settings))), init_process_group()
     kind = kind_of(config)
     source = kind.open_source(config, print)
     task = (Wide if wide else kind.make_task)(config, source, torch.device("cpu"), ranks)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pdvit.cli import run as pdvit
-from pdvit.engine.loop import Trainer
+from pdvit.engine.trainer import Trainer
 
 FIRST, LAST = 12, 24  # the steps between are watched; by then constants are on the device, and every kernel was used
 FLAGS = ["--epochs", "30st", "--batch-size", "8", "--img-size", "32", "--log-interval", "6st", "--val-interval", "30st"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from pdvit.data.sources import Source
-    from pdvit.engine.ranks import Ranks
+    from pdvit.engine.distributed import Ranks
     from pdvit.tasks import ClassificationTask
 
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
     from pdvit.data.sources import Source
+    from pdvit.engine.distributed import Ranks
     from pdvit.engine.protocol import Task
-    from pdvit.engine.ranks import Ranks
 
 
 class MakeTask(Protocol):

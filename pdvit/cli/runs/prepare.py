@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from pdvit.data.sources import Source
     from pdvit.engine.display import RunConsole
-    from pdvit.engine.loop import Trainer
-    from pdvit.engine.ranks import Ranks
+    from pdvit.engine.distributed import Ranks
+    from pdvit.engine.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     from pdvit.config.idle import idle_settings
     from pdvit.config.resolve import with_crop
     from pdvit.engine.device import choose_device, device_name, set_up
-    from pdvit.engine.loop import Trainer
-    from pdvit.engine.ranks import join
+    from pdvit.engine.distributed import init_process_group
+    from pdvit.engine.trainer import Trainer
     from pdvit.models.description import describe
     from pdvit.models.initial import begin, settle
     from pdvit.tracking import check_sinks, tracker_names
@@ -60,8 +60,8 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
         initial = describe(config.model.init, config.model.name, config.model.weights)
         config = settle(with_crop(config), initial)
     config = resolve(config) if config.data.batch_size else config
-    ranks = join()
-    device = choose_device(config.run.device, ranks.local if ranks.size > 1 else None)
+    ranks = init_process_group()
+    device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(device, config.run)
     if ranks.main:
         check_sinks(tracker_names(config.run.track))
@@ -73,11 +73,11 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
     if not config.data.batch_size:
         size = _batch_that_fits(kind, config, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=size)))
-    config = _from_anywhere(kind.settle(config, ranks.size, device))
+    config = _from_anywhere(kind.settle(config, ranks.world_size, device))
     task = kind.make_task(config, source, device, ranks)
     begun_from = [] if initial is None else begin(task.module, initial, source.classes)
     trainer = Trainer(task, config, device, ranks)
-    processes = f" x {ranks.size} processes" if ranks.size > 1 else ""
+    processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
     say(console, f"{source.describe()}\n{kind.describe(config, task)}; {length}")
     idle = [f"note: {setting}" for setting in idle_settings(config)]
@@ -102,32 +102,32 @@ def _checked(source: "Source", config: Config, ranks: "Ranks", console: "RunCons
     from pdvit.data.check import check_images
     from pdvit.data.masks.check import check_masks
 
-    skip, workers, share = config.data.on_bad_image == "skip", config.data.workers, (ranks.rank, ranks.size)
+    skip, workers, share = config.data.on_bad_image == "skip", config.data.workers, (ranks.rank, ranks.world_size)
     if config.data.check_images:
         say(console, "checking all images ...")
-        source = check_images(source, skip, workers, lambda text: say(console, text), share, ranks.gather)
+        source = check_images(source, skip, workers, lambda text: say(console, text), share, ranks.all_gather)
     if config.segment.head is not None and config.data.source != "scenes":
         every = config.segment.check_masks
         say(console, "checking all masks ..." if every else "checking the masks that are held out ...")
-        source = check_masks(source, every, workers, lambda text: say(console, text), share, ranks.gather)
+        source = check_masks(source, every, workers, lambda text: say(console, text), share, ranks.all_gather)
     return source
 
 
 def _batch_that_fits(kind: Kind, config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
     """Find the largest total batch, a power of two or all images, that the GPUs hold; raises UserError without one."""
-    from pdvit.engine.loop import Trainer
+    from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.memory import largest_batch
-    from pdvit.engine.ranks import ALONE
+    from pdvit.engine.trainer import Trainer
 
     if device.type == "cpu":
         what = "auto needs a GPU: a CPU that runs out of memory gives no error that can be caught"
         raise UserError(what, "data.batch_size (--batch-size)", "give a number, for example 64")
     trial = trial_of(config)
     # Each process by itself: trials that exchange gradients would wait for one another.
-    task = kind.make_task(trial, source, device, ALONE)
-    images = len(source.splits["train"]) // ranks.size
-    size = largest_batch(Trainer(task, trial, device, ALONE).updater, task.batches(0), images)
-    size = int(min(ranks.gather(size))) * ranks.size
+    task = kind.make_task(trial, source, device, SINGLE_PROCESS)
+    images = len(source.splits["train"]) // ranks.world_size
+    size = largest_batch(Trainer(task, trial, device, SINGLE_PROCESS).updater, task.batches(0), images)
+    size = int(min(ranks.all_gather(size))) * ranks.world_size
     if not size:
         raise UserError("not even one image fits", "data.batch_size (--batch-size)", "use a smaller model or image")
     return size

@@ -29,10 +29,10 @@ def start(command: Command, config: Config, as_json: bool, stop: "StopRequest") 
     from pdvit.engine.interrupts import EXIT_STOPPED
     from pdvit.tracking import RunDirectory
 
-    if any(ready.ranks.gather(bool(stop))):
+    if any(ready.ranks.all_gather(bool(stop))):
         say(ready.console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
-    begun = ready.ranks.share(_begun_before_restart(ready.config) if ready.ranks.main else None)
+    begun = ready.ranks.broadcast(_begun_before_restart(ready.config) if ready.ranks.main else None)
     directory = RunDirectory(begun or _shared_directory(ready), ready.ranks.main)
     if begun and (begun / "status.json").is_file() and directory.read_json("status.json").get("status") == "stopped":
         return EXIT_STOPPED  # on purpose: torchrun's restart must not undo it
@@ -51,7 +51,7 @@ def _shared_directory(ready: Prepared) -> Path:
             made = _new_directory(ready.config, ready.device).path
         except UserError as error:
             made = error
-    shared = ready.ranks.share(made)
+    shared = ready.ranks.broadcast(made)
     if isinstance(shared, UserError):
         raise shared
     assert isinstance(shared, Path)
@@ -64,7 +64,7 @@ def _new_directory(config: Config, device: str) -> "RunDirectory":
 
     from pdvit.config import to_toml
     from pdvit.data.sources import source_label
-    from pdvit.engine.ranks import launch
+    from pdvit.engine.distributed import launch
     from pdvit.tracking import RunDirectory, command_line, describe_environment
 
     name = config.run.name
@@ -89,7 +89,7 @@ def _label(init: str) -> str:
 
 def _begun_before_restart(config: Config) -> Path | None:
     """Return the run that this command began before torchrun started its processes again."""
-    from pdvit.engine.ranks import launch
+    from pdvit.engine.distributed import launch
     from pdvit.tracking import RunDirectory, newest
 
     name, restarts = launch()

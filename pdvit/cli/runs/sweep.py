@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # What a cell needs, imported once for all.
 PRELOADED = (
-    *("pdvit.engine.loop", "pdvit.tasks", "pdvit.models.initial", "pdvit.data.sources", "pdvit.tracking"),
+    *("pdvit.engine.trainer", "pdvit.tasks", "pdvit.models.initial", "pdvit.data.sources", "pdvit.tracking"),
     *("sklearn.datasets", "sklearn.model_selection"),  # of the digits
 )
 # Of the file and the flags, what the whole sweep has and not each of its cells.

@@ -20,11 +20,11 @@ def together() -> Iterator[None]:
             raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
         raise
     finally:
-        if "pdvit.engine.ranks" in sys.modules:
-            sys.modules["pdvit.engine.ranks"].leave()
+        if "pdvit.engine.distributed" in sys.modules:
+            sys.modules["pdvit.engine.distributed"].destroy_process_group()
 
 
 def _said(error: Exception) -> bool:
-    from pdvit.engine.ranks import said_by_main
+    from pdvit.engine.distributed import said_by_main
 
     return said_by_main(str(error))

@@ -17,7 +17,7 @@ from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import draws, erase
 from pdvit.data.augment.crop import DRAWS, crop_batch, crop_boxes, shift_images
 from pdvit.data.augment.operations import operate
-from pdvit.data.images import Preprocessing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold, uniform
 
 # Where the user says nothing, for images that were decoded from files.

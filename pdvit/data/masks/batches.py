@@ -8,10 +8,10 @@ from torch.utils.data import Dataset
 from pdvit.config.schema import SegmentConfig
 from pdvit.data.bad_images import BadImage, Sample
 from pdvit.data.batch import Batch
-from pdvit.data.images import Keys
-from pdvit.data.loader import Loading, decode, from_workers, mark_replaced, step_indices
+from pdvit.data.loader import LoaderConfig, decode, from_workers, mark_replaced, step_indices
 from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, finish
+from pdvit.data.preprocessing import Keys
 
 
 class Pairs(Dataset[Sample]):
@@ -37,7 +37,7 @@ class Pairs(Dataset[Sample]):
 
 
 def train_batches(
-    split: MaskSplit, how: Loading, segment: SegmentConfig, crop: int, start: int, hflip: float | None = None
+    split: MaskSplit, how: LoaderConfig, segment: SegmentConfig, crop: int, start: int, hflip: float | None = None
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of steps start, start + 1, ...: crops `(B, 3, crop, crop)` and `(B, crop, crop)`.
 
@@ -52,7 +52,7 @@ def train_batches(
         yield mark_replaced(batch, order, how) if how.bad.skip else batch
 
 
-def eval_batches(split: MaskSplit, how: Loading, segment: SegmentConfig) -> Iterator[Batch]:
+def eval_batches(split: MaskSplit, how: LoaderConfig, segment: SegmentConfig) -> Iterator[Batch]:
     """Yield every image of this process's part of a split exactly once, alone: `(1, 3, h, w)` at the evaluation scale.
 
     Targets `(1, H, W)` have the mask's own size. Processes may have different numbers of images, or none: whoever

@@ -11,13 +11,13 @@ import torch
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.bad_images import BadImage, BadMask, refuse_masks
 from pdvit.data.check import look_at_all
-from pdvit.data.images import attempt, strict_decoders
 from pdvit.data.kinds import kind_of
 from pdvit.data.masks.folders import WHERE, find_folders
 from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import MaskFiles
 from pdvit.data.masks.table import IGNORED, OUTSIDE, ClassTable, Colour, open_mask, values_of
 from pdvit.data.masks.table_file import TIP, read_table
+from pdvit.data.preprocessing import attempt, strict_decoders
 from pdvit.data.sources import FileSplit, Source
 from pdvit.data.sources.cache import Say, say_on_stderr
 from pdvit.data.sources.holdout import HELD_OUT, ROLES, hold_out

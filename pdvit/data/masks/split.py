@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.data.bad_images import BadImage, BadMask
-from pdvit.data.images import attempt, read_image, strict_decoders
 from pdvit.data.masks.table import ClassTable
+from pdvit.data.preprocessing import attempt, read_image, strict_decoders
 from pdvit.data.sources import FileSplit, LazySplit
 
 Pair = tuple[Image.Image, Tensor]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure, meter
 from pdvit.analysis.metrics import Patches
-from pdvit.engine.ranks import Ranks
+from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
 

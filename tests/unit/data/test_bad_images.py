@@ -8,9 +8,9 @@ from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.bad_images import BadImage, BadImages, describe_bad, refuse_bad
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, train_batches
+from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
 
@@ -33,7 +33,7 @@ def split(tmp_path):
 
 
 def loading(**options):
-    how = Loading(batch_size=4, seed=5, workers=0, device=torch.device("cpu"), preprocessing=PREPROCESSING)
+    how = LoaderConfig(batch_size=4, seed=5, workers=0, device=torch.device("cpu"), preprocessing=PREPROCESSING)
     return replace(how, bad=BadImages(skip=True), **options)
 
 

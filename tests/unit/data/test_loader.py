@@ -11,16 +11,16 @@ from PIL import Image
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.bad_images import BadImages
 from pdvit.data.cutmix import MODES
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, _end_workers, eval_batches, shared_batches, steps_per_epoch, train_batches
+from pdvit.data.loader import LoaderConfig, _end_workers, eval_batches, shared_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
 
 COUNT, CLASSES, SIZE = 10, 3, 8
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(SIZE, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
-HOW = Loading(batch_size=3, seed=5, workers=0, device=CPU, preprocessing=PREPROCESSING)
+HOW = LoaderConfig(batch_size=3, seed=5, workers=0, device=CPU, preprocessing=PREPROCESSING)
 AUGMENT = AugmentConfig(shift=2)
 OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
 ON = replace(OFF, cutmix=1.0)

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
-from pdvit.data.images import read_image
 from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
+from pdvit.data.preprocessing import read_image
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
 
@@ -24,7 +24,7 @@ def pictures_in(folder, names):
 
 
 def test_a_selection_is_spread_evenly():
-    chosen = Pictures("some", numbered(9)).first(3)
+    chosen = Pictures("some", numbered(9)).subsample(3)
     assert chosen.split.labels.tolist() == [0, 4, 8]
     assert chosen.description == "some, 3 of 9"
 
@@ -32,18 +32,18 @@ def test_a_selection_is_spread_evenly():
 @pytest.mark.parametrize("limit", [9, 20])
 def test_no_more_than_there_are_is_all_of_them(limit):
     pictures = Pictures("some", numbered(9))
-    assert pictures.first(limit) is pictures
+    assert pictures.subsample(limit) is pictures
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 99])
 def test_a_selection_has_the_asked_size_and_no_picture_twice(limit):
-    labels = Pictures("some", numbered(100)).first(limit).split.labels
+    labels = Pictures("some", numbered(100)).subsample(limit).split.labels
     assert len(labels.unique()) == len(labels) == limit
 
 
 def test_a_selection_of_files_keeps_paths_and_labels_together():
     split = FileSplit([Path(f"{number}.png") for number in range(5)], torch.arange(5))
-    chosen = Pictures("some", split).first(2).split
+    chosen = Pictures("some", split).subsample(2).split
     assert [int(path.stem) for path in chosen.paths] == chosen.labels.tolist() == [0, 4]
 
 

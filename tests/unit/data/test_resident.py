@@ -9,15 +9,15 @@ from PIL import Image
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import resident as module
 from pdvit.data.bad_images import BadImages
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading, eval_batches, train_batches
+from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.resident import resident
 from pdvit.data.sources import ArraySplit, FileSplit, Source
 from pdvit.errors import UserError
 
 SIZE = 16
-HOW = Loading(4, 5, 0, torch.device("cpu"), Preprocessing(SIZE, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3))
+HOW = LoaderConfig(4, 5, 0, torch.device("cpu"), Preprocessing(SIZE, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3))
 OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=3, labels=False)
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.amp import GradScaler
 
 from pdvit.config.schema import Config, OptimConfig, RunConfig
+from pdvit.engine.distributed import SINGLE_PROCESS
+from pdvit.engine.parallel import Step
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.ranks import ALONE
-from pdvit.engine.spread import Step
 from pdvit.engine.update import Meter, Updater, make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
@@ -59,7 +59,7 @@ def updater_of(task, optimizer, clip=None, precision="fp32", compile=False):
     config = replace(Config(), optim=OptimConfig(clip_grad=clip), run=RunConfig(precision=precision, compile=compile))
     device = next(task.module.parameters()).device
     scaler = GradScaler(device.type, enabled=precision == "fp16")
-    return Updater(task, Step(task, compile), optimizer, scaler, None, config, ALONE, device)
+    return Updater(task, Step(task, compile), optimizer, scaler, None, config, SINGLE_PROCESS, device)
 
 
 def sgd(task, lr=0.1):
@@ -202,10 +202,10 @@ def test_a_meter_gives_means_and_starts_anew():
     meter = Meter(torch.device("cpu"))
     for loss, accuracy in ((1.0, 0.0), (2.0, 1.0), (6.0, 0.5)):
         add(meter, loss=loss, accuracy=accuracy)
-    assert meter.read(ALONE) == ({"loss": 3.0, "accuracy": 0.5}, 0, 0)
+    assert meter.read(SINGLE_PROCESS) == ({"loss": 3.0, "accuracy": 0.5}, 0, 0)
     add(meter, loss=7.0)
-    assert meter.read(ALONE) == ({"loss": 7.0}, 0, 0)
-    assert meter.read(ALONE) == ({}, 0, 0)
+    assert meter.read(SINGLE_PROCESS) == ({"loss": 7.0}, 0, 0)
+    assert meter.read(SINGLE_PROCESS) == ({}, 0, 0)
 
 
 def test_a_meter_keeps_no_graph_and_enough_digits():
@@ -213,17 +213,17 @@ def test_a_meter_keeps_no_graph_and_enough_digits():
     meter.add({"loss": torch.tensor(1e8, requires_grad=True) * 1}, torch.tensor(False))
     add(meter, loss=1.0)
     assert not meter.sums["loss"].requires_grad
-    assert meter.read(ALONE)[0] == {"loss": 50_000_000.5}
+    assert meter.read(SINGLE_PROCESS)[0] == {"loss": 50_000_000.5}
 
 
 def test_a_meter_leaves_skipped_steps_out_and_counts_them():
     meter = Meter(torch.device("cpu"))
     for loss in (1.0, float("nan"), 3.0, float("inf"), float("nan")):
         add(meter, skipped=not math.isfinite(loss), loss=loss)
-    assert meter.read(ALONE) == ({"loss": 2.0}, 3, 2)
+    assert meter.read(SINGLE_PROCESS) == ({"loss": 2.0}, 3, 2)
     add(meter, skipped=True, loss=float("nan"))
-    means, skipped, in_a_row = meter.read(ALONE)
+    means, skipped, in_a_row = meter.read(SINGLE_PROCESS)
     assert math.isnan(means["loss"])
     assert (skipped, in_a_row) == (1, 3)  # the row goes on over a reading
     add(meter, loss=1.0)
-    assert meter.read(ALONE) == ({"loss": 1.0}, 0, 0)
+    assert meter.read(SINGLE_PROCESS) == ({"loss": 1.0}, 0, 0)

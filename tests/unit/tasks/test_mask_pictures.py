@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from pdvit.tasks.mask_pictures import SHOWN, as_palette, overlay, png, predicted_mask, shown
-from pdvit.tasks.windows import Looking
+from pdvit.tasks.windows import SlidingWindowConfig
 
 PALETTE = [(10, 20, 30), (200, 0, 0)]
 MASK = torch.tensor([[0, 1, 255], [1, 1, 0]], dtype=torch.uint8)
@@ -38,6 +38,6 @@ def test_pictures_are_made_small_and_masks_keep_their_values():
 
 def test_the_predicted_class_is_that_of_the_largest_score():
     image = torch.randn(1, 3, 10, 12, generator=torch.Generator().manual_seed(0))
-    mask = predicted_mask(lambda seen: seen, image, (10, 12), 3, Looking("slide", 8, 4))
+    mask = predicted_mask(lambda seen: seen, image, (10, 12), 3, SlidingWindowConfig("slide", 8, 4))
     assert mask.dtype == torch.uint8
     assert torch.equal(mask.long(), image[0].argmax(0))

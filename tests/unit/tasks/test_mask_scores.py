@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdvit.data.batch import Batch
-from pdvit.engine.ranks import Ranks
+from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import windows
 from pdvit.tasks.mask_scores import MaskTally, measure_masks
 from pdvit.tasks.segmentation import numbers_of
-from pdvit.tasks.windows import Looking
+from pdvit.tasks.windows import SlidingWindowConfig
 
 CPU = torch.device("cpu")
 ONE = torch.tensor([0])
@@ -126,7 +126,7 @@ def test_a_model_is_measured_on_masks_of_their_own_size():
     masks = torch.randint(3, (1, 18, 31), generator=torch.Generator().manual_seed(1))
     masks[0, :4] = 255
     batch = Batch(images, masks, torch.tensor([0]))
-    found = measure_masks(lambda seen: seen * 3, [batch], MaskTally(3, CPU), Looking("slide", 8, 4), "fp32")
+    found = measure_masks(lambda seen: seen * 3, [batch], MaskTally(3, CPU), SlidingWindowConfig("slide", 8, 4), "fp32")
     resized = torch.nn.functional.interpolate(images * 3, size=(18, 31), mode="bilinear", align_corners=False)
     ious, miou, accuracy, _ = counted(resized.argmax(1).numpy(), masks.numpy(), 3)
     assert found.iou.tolist() == pytest.approx(ious)
@@ -144,7 +144,7 @@ def test_images_that_are_too_large_to_be_evaluated_whole_are_counted_and_seen_in
     ]
 
     def measured(mode, chosen):
-        return measure_masks(network, chosen, MaskTally(3, CPU), Looking(mode, 8, 4), "fp32")
+        return measure_masks(network, chosen, MaskTally(3, CPU), SlidingWindowConfig(mode, 8, 4), "fp32")
 
     large = batches[::2]
     whole, in_windows = measured("whole", large), measured("slide", large)
@@ -175,5 +175,7 @@ def test_processes_that_share_a_model_make_as_many_passes():
         return images
 
     batch = Batch(torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long), torch.tensor([0]))
-    measure_masks(network, [batch], MaskTally(3, CPU), Looking("whole", 4, 4), "fp32", Asked(0, 2), together=True)
+    measure_masks(
+        network, [batch], MaskTally(3, CPU), SlidingWindowConfig("whole", 4, 4), "fp32", Asked(0, 2), together=True
+    )
     assert passes == [(1, 3, 8, 8), (1, 3, 4, 4), (1, 3, 4, 4)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 from pdvit.data.batch import Batch
-from pdvit.engine.ranks import Ranks
+from pdvit.engine.distributed import Ranks
 from pdvit.tasks.scores import BINS, Tally, measure
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from pdvit.cli.runs.segmentation import SEGMENTATION
 from pdvit.config import build, resolve
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.masks.sources import open_masks
-from pdvit.engine.ranks import ALONE, Ranks
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import segmentation
 from pdvit.tasks.segmentation import SegmentationTask, looking
@@ -20,7 +20,7 @@ SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4], "wind
 HIERA = {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 2]}
 
 
-def task_of(model: dict, crop: int = 32, diversity: str = "paper", ranks=ALONE, **segment) -> SegmentationTask:
+def task_of(model: dict, crop: int = 32, diversity: str = "paper", ranks=SINGLE_PROCESS, **segment) -> SegmentationTask:
     sections = {"model": model | {"drop_path": 0.0}, "data": {"source": "scenes", "batch_size": 2, "workers": 0}}
     sections |= {"segment": {"head": "upernet", "width": 8, "crop": crop} | segment, "optim": {"epochs": "2st"}}
     config = resolve(build(("flags", sections | {"diversity": {"preset": diversity}})))
@@ -71,7 +71,7 @@ def test_windows_that_leave_gaps_are_refused():
 def test_the_statistics_of_norms_are_shared_as_device_and_processes_allow(monkeypatch):
     asked = []
     monkeypatch.setattr(segmentation, "share_statistics", lambda *given: asked.append(given))
-    task = task_of(PLAIN, ranks=Ranks(size=2))
+    task = task_of(PLAIN, ranks=Ranks(world_size=2))
     assert asked == [(task.module, CPU, 2)]
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pdvit.tasks import views, windows
 from pdvit.tasks.views import SCALES, resized_rows, score_parts, tiles
-from pdvit.tasks.windows import Looking, resize
+from pdvit.tasks.windows import SlidingWindowConfig, resize
 
 
 def network(classes: int = 3) -> nn.Module:
@@ -22,7 +22,7 @@ def image(height: int, width: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gathered(net: nn.Module, picture: torch.Tensor, size: tuple[int, int], how: Looking, classes: int = 3):
+def gathered(net: nn.Module, picture: torch.Tensor, size: tuple[int, int], how: SlidingWindowConfig, classes: int = 3):
     """Put the parts together, and count how often each pixel came."""
     scores, times = torch.zeros(classes, *size), torch.zeros(size)
     for top, left, part in score_parts(net, picture, size, classes, how):
@@ -38,7 +38,7 @@ def test_scores_of_one_view_are_logits_at_the_size_of_the_mask():
     net, picture = network(), image(20, 30)
     at_image = F.interpolate(net(picture), size=(20, 30), mode="bilinear", align_corners=False)
     at_mask = F.interpolate(at_image, size=(27, 41), mode="bilinear", align_corners=False)
-    assert torch.equal(gathered(net, picture, (27, 41), Looking("whole", 16, 8)), at_mask[0])
+    assert torch.equal(gathered(net, picture, (27, 41), SlidingWindowConfig("whole", 16, 8)), at_mask[0])
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def test_scales_and_flips_are_averaged_as_probabilities(mode):
             logits = torch.flip(logits, [3]) if flip else logits
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
             mean += logits[0].double().softmax(0) / 12
-    found = gathered(net, picture, size, Looking(mode, 16, 8, scales=SCALES, flip=True))
+    found = gathered(net, picture, size, SlidingWindowConfig(mode, 16, 8, scales=SCALES, flip=True))
     torch.testing.assert_close(found.exp().double(), mean, rtol=0, atol=1e-6)
 
 
@@ -72,7 +72,9 @@ def test_blocks_of_rows_are_those_of_the_resized_whole(height, width, rows, colu
     torch.testing.assert_close(torch.cat(parts, 2), resize(maps, (rows, columns)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [Looking("whole", 16, 8), Looking("whole", 16, 8, scales=(0.5, 1.5), flip=True)])
+@pytest.mark.parametrize(
+    "how", [SlidingWindowConfig("whole", 16, 8), SlidingWindowConfig("whole", 16, 8, scales=(0.5, 1.5), flip=True)]
+)
 def test_what_fits_not_at_once_comes_in_blocks_with_the_same_scores(monkeypatch, how):
     net, picture = network(), image(20, 30)
     expected = gathered(net, picture, (27, 41), how)
@@ -83,7 +85,7 @@ def test_what_fits_not_at_once_comes_in_blocks_with_the_same_scores(monkeypatch,
 
 @pytest.mark.parametrize(("size", "mask"), [((64, 80), (64, 80)), ((64, 80), (71, 93)), ((64, 80), (40, 200))])
 def test_a_huge_map_is_made_of_tiles_that_see_what_is_around_them(monkeypatch, size, mask):
-    net, picture, how = network(), resize(image(8, 10), size), Looking("slide", 16, 8)
+    net, picture, how = network(), resize(image(8, 10), size), SlidingWindowConfig("slide", 16, 8)
     expected = gathered(net, picture, mask, how)
     monkeypatch.setattr(views, "MAP", 3 * 2000)
     rows, columns = tiles(size, mask, 3, how)
@@ -110,7 +112,7 @@ def test_an_image_is_tiled_where_a_map_of_image_or_mask_has_more_than_a_thousand
 ):
     largest = max(max(scales) ** 2 * math.prod(size), math.prod(mask))
     assert (classes * largest < 1.05e9) == fits, "the documented limit"
-    rows, columns = tiles(size, mask, classes, Looking("whole", 512, 341, scales=scales))
+    rows, columns = tiles(size, mask, classes, SlidingWindowConfig("whole", 512, 341, scales=scales))
     assert (len(rows) == len(columns) == 1) == fits
 
 
@@ -119,7 +121,7 @@ def test_an_image_is_tiled_where_a_map_of_image_or_mask_has_more_than_a_thousand
 def test_tiles_cover_a_mask_once_and_lie_inside_of_what_is_seen(height, width, rows, columns, classes, window, most):
     before, views.MAP = views.MAP, most
     try:
-        found = tiles((height, width), (rows, columns), classes, Looking("slide", window, window))
+        found = tiles((height, width), (rows, columns), classes, SlidingWindowConfig("slide", window, window))
         for sides, length in zip(found, (rows, columns), strict=True):
             assert [side.begin for side in sides] == [0, *(side.end for side in sides[:-1])]
             assert sides[-1].end == length

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdvit.tasks import windows
-from pdvit.tasks.windows import Looking, pixel_logits, slide
+from pdvit.tasks.windows import SlidingWindowConfig, pixel_logits, slide
 
 
 def network(classes: int = 3, shrink: int = 1) -> nn.Module:
@@ -93,7 +93,7 @@ def test_low_precision_is_added_up_in_float32():
 
 @torch.no_grad()
 def test_whole_images_go_through_at_once_and_too_large_ones_in_windows(monkeypatch):
-    net, picture, how = network(shrink=2), image(20, 33), Looking("whole", 16, 8)
+    net, picture, how = network(shrink=2), image(20, 33), SlidingWindowConfig("whole", 16, 8)
     whole = F.interpolate(net(picture), size=(20, 33), mode="bilinear", align_corners=False)
     assert torch.equal(pixel_logits(net, picture, how), whole)
     assert not how.too_large(20, 33)
@@ -119,7 +119,7 @@ def test_a_whole_image_that_does_not_fit_in_memory_is_taken_in_windows(error):
             raise error
         return net(images)
 
-    assert torch.equal(pixel_logits(small, picture, Looking("whole", 16, 8)), slide(net, picture, 16, 8, 1))
+    assert torch.equal(pixel_logits(small, picture, SlidingWindowConfig("whole", 16, 8)), slide(net, picture, 16, 8, 1))
 
 
 def test_another_fault_of_a_whole_image_is_not_taken_for_a_lack_of_memory():
@@ -127,4 +127,4 @@ def test_another_fault_of_a_whole_image_is_not_taken_for_a_lack_of_memory():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="do not fit"):
-        pixel_logits(broken, image(20, 33), Looking("whole", 16, 8))
+        pixel_logits(broken, image(20, 33), SlidingWindowConfig("whole", 16, 8))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment.pipeline import Augmentation
-from pdvit.data.images import Preprocessing
+from pdvit.data.preprocessing import Preprocessing
 
 SIZE, COUNT = 16, 24
 PLAIN = Preprocessing(SIZE, 1.0, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

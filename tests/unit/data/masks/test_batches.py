@@ -7,14 +7,14 @@ import torch
 
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.bad_images import BadImages
-from pdvit.data.images import Preprocessing
-from pdvit.data.loader import Loading
+from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.sources import open_masks
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.errors import UserError
 
 CROP = 16
-HOW = Loading(3, 5, 0, torch.device("cpu"), Preprocessing(CROP, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
+HOW = LoaderConfig(3, 5, 0, torch.device("cpu"), Preprocessing(CROP, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3))
 SEGMENT = SegmentConfig()
 SCENES = open_masks(DataConfig(source="scenes"), SEGMENT).splits
 

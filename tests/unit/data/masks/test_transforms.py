@@ -8,7 +8,6 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.images import Preprocessing
 from pdvit.data.masks.transforms import (
     CategoryRatioCrop,
     EvaluationTransform,
@@ -16,6 +15,7 @@ from pdvit.data.masks.transforms import (
     TrainingTransform,
     finish,
 )
+from pdvit.data.preprocessing import Preprocessing
 
 HOW = Preprocessing(8, 1.0, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 PLAIN = SegmentConfig(jitter=(1.0, 1.0), max_share=1.0, photometric=False)

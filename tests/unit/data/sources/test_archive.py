@@ -12,7 +12,7 @@ from PIL import Image
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.bad_images import BadImage
-from pdvit.data.images import try_read
+from pdvit.data.preprocessing import try_read
 from pdvit.data.sources import open_source, source_label
 from pdvit.errors import UserError
 

@@ -11,7 +11,7 @@ from timm.data import create_dataset
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.bad_images import BadImage
-from pdvit.data.images import try_read
+from pdvit.data.preprocessing import try_read
 from pdvit.data.sources import open_source
 from pdvit.data.sources.timm_sets import open_timm
 from pdvit.errors import UserError

@@ -19,29 +19,29 @@ from pdvit.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run; alone by default. `local` is the number of this one on its machine."""
+    """The processes of a run; alone by default. `local_rank` is the number of this one on its machine."""
 
     rank: int = 0
-    size: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes, on each of them."""
-        if self.size > 1:
+        if self.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return every process's value, in the order of ranks, on each of them."""
-        if self.size == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
@@ -56,34 +56,34 @@ class Ranks:
             yield
         except UserError as found:
             error = found
-        for met in self.gather(error):
+        for met in self.all_gather(error):
             if met is not None:
                 raise met
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the main process's value on each of them."""
-        if self.size == 1:
+        if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def share_buffers(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Give the main process's buffers to the others: the running statistics of a BatchNorm are each one's own."""
-        if self.size > 1:
+        if self.world_size > 1:
             for buffer in filter(torch.is_floating_point, module.buffers()):
                 values = buffer.contiguous()
                 dist.broadcast(values, src=0)
                 buffer.copy_(values)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
 FLAGS = 4  # the most that are asked at once
 PATIENCE = timedelta(seconds=5)  # for the main process to end with the same error
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """End the connection to the other processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -131,7 +131,7 @@ class Agreement:
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.several = ranks.size > 1
+        self.several = ranks.world_size > 1
         if self.several:
             self.group: Any = dist.new_group(backend="gloo")  # of its own, so that a GPU's queue is not waited for
             self._send(torch.zeros(FLAGS, dtype=torch.int32))
@@ -150,7 +150,7 @@ class Agreement:
         self.pending: Any = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
 
-def join() -> Ranks:
+def init_process_group() -> Ranks:
     """Join the run that torchrun started this process for; alone where there is none.
 
     Raises UserError where the launcher's variables make no sense.
@@ -161,7 +161,7 @@ def join() -> Ranks:
         ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
     except ValueError as error:
         raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", TORCHRUN) from error
-    if ranks.size > 1 and not dist.is_initialized():
+    if ranks.world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, rank, size = next(rendezvous("env://"))

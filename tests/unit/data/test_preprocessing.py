@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig, DataConfig
-from pdvit.data import images
+from pdvit.data import preprocessing as images
 from pdvit.data.augment.pipeline import Augmentation
 from pdvit.data.bad_images import BadImage
-from pdvit.data.images import Preprocessing, TrainingImages, try_read
+from pdvit.data.preprocessing import Preprocessing, TrainingImages, try_read
 from pdvit.data.sources import FileSplit
 from pdvit.errors import UserError
 

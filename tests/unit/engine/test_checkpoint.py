@@ -9,9 +9,9 @@ from torch import nn
 from torch.amp import GradScaler
 
 from pdvit.config.schema import OptimConfig
-from pdvit.engine import checkpoints as checkpoints_module
-from pdvit.engine.checkpoints import Checkpoints
-from pdvit.engine.ranks import ALONE
+from pdvit.engine import checkpoint as checkpoints_module
+from pdvit.engine.checkpoint import Checkpoints
+from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.state import Progress, State
 from pdvit.engine.update import Meter, make_optimizer
 from pdvit.errors import UserError
@@ -39,7 +39,15 @@ def fresh(opt="adamw", seed=0, module=Noisy):
     optimizer = make_optimizer(network, OptimConfig(opt=opt, lr=0.05))
     average = ModelEmaV3(network, decay=0.9)
     return State(
-        network, optimizer, GradScaler("cpu", enabled=False), average, Meter(CPU), CPU, ALONE, {"a": {"b": 1}}, {}
+        network,
+        optimizer,
+        GradScaler("cpu", enabled=False),
+        average,
+        Meter(CPU),
+        CPU,
+        SINGLE_PROCESS,
+        {"a": {"b": 1}},
+        {},
     )
 
 
@@ -101,7 +109,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
     torch.set_rng_state(generator)
     train(ours, 3)
     assert identical(ours, theirs)
-    assert ours.meter.read(ALONE) == theirs.meter.read(ALONE)
+    assert ours.meter.read(SINGLE_PROCESS) == theirs.meter.read(SINGLE_PROCESS)
 
 
 def test_progress_is_restored_to_the_last_digit(tmp_path):

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdvit.config import build
+from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.interrupts import stop_on_signals
-from pdvit.engine.loop import Trainer
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.ranks import ALONE
 from pdvit.engine.replay import replay
+from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import RunDirectory
 
@@ -90,7 +90,7 @@ class LineFit:
 
 def trainer_of(task, **more):
     settings = {section: SETTINGS.get(section, {}) | more.get(section, {}) for section in {*SETTINGS, *more}}
-    return Trainer(task, build(("test", settings)), CPU, ALONE)
+    return Trainer(task, build(("test", settings)), CPU, SINGLE_PROCESS)
 
 
 def run(path, task, resume=False, changed=None, **more):
@@ -516,7 +516,7 @@ def test_nothing_waits_for_the_device_between_log_steps(monkeypatch, opt, reads)
             trainer.state.meter.add(*trainer.updater(next(batches), step + 1))
     assert counted.reads >= 3 if reads else counted.reads == 0
     with CountReads(monkeypatch) as counted:
-        trainer.state.meter.read(ALONE)
+        trainer.state.meter.read(SINGLE_PROCESS)
     assert counted.reads > 0
 
 

@@ -19,17 +19,17 @@ from torch.amp import GradScaler
 
 from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
-from pdvit.engine.checkpoints import Checkpoints
+from pdvit.engine.checkpoint import Checkpoints
+from pdvit.engine.distributed import Agreement, Ranks
 from pdvit.engine.failures import check_weights, explain, give_up, mark
 from pdvit.engine.interrupts import StopRequest
 from pdvit.engine.journal import Journal
+from pdvit.engine.parallel import make_average, parallelize
 from pdvit.engine.profiler import Profiler
 from pdvit.engine.protocol import Batch, Task
-from pdvit.engine.ranks import Agreement, Ranks
 from pdvit.engine.recipe import check_data, check_recipe
 from pdvit.engine.saving import Saver
 from pdvit.engine.schedule import make_plan, make_scheduler
-from pdvit.engine.spread import make_average, spread
 from pdvit.engine.state import State
 from pdvit.engine.update import Meter, Updater, make_optimizer, skips_on_device
 from pdvit.errors import UserError
@@ -48,7 +48,7 @@ class Trainer:
         self.task, self.config, self.device, self.ranks = task, config, device, ranks
         self.plan = make_plan(config, task.steps_per_epoch, task.batch_size)
         average = make_average(task.module, config.optim.ema_decay)
-        network = spread(task, average, config.run, ranks, device)
+        network = parallelize(task, average, config.run, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
         self.scheduler = make_scheduler(optimizer, config, self.plan)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
@@ -169,7 +169,7 @@ class Trainer:
         try:
             yield from batches
         except UserError:
-            if self.ranks.size == 1 and self.state.progress.step:
+            if self.ranks.world_size == 1 and self.state.progress.step:
                 self.saver.save()
             raise
 
@@ -188,7 +188,7 @@ class Trainer:
         progress = self.state.progress
         with self.journal.clock.during("evaluate"):
             check_weights(self.state)
-            self.ranks.share_buffers(self.evaluated)
+            self.ranks.broadcast_buffers(self.evaluated)
             records, headline = self.task.evaluate(self.evaluated)
         self.journal.evaluation(records, headline)
         value = records["eval"][self.task.best_metric]
@@ -205,7 +205,7 @@ class Trainer:
     def _stopped(self, stop: StopRequest) -> None:
         self.checkpoints.wait()
         self.journal.status("stopped", reason=stop.reason)
-        self.ranks.gather(None)  # torchrun ends the others as soon as one is done
+        self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
 
     def _checkpoints(self, directory: RunDirectory) -> Checkpoints:
         return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.plan.milestone)
@@ -213,7 +213,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Export the weights, measure them, and close the run."""
         progress, tensors = self.state.progress, self.state.snapshot().tensors
-        self.ranks.share_buffers(self.evaluated)
+        self.ranks.broadcast_buffers(self.evaluated)
         numbers = self.task.finish(self.evaluated, self.weights)
         if self.ranks.main:
             for name, content in self.task.export(tensors.get("ema", tensors["module"]), self.weights).items():

@@ -8,8 +8,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pdvit.config.schema import RunConfig
+from pdvit.engine.distributed import Ranks
 from pdvit.engine.protocol import StepOutput, Task
-from pdvit.engine.ranks import Ranks
 from pdvit.errors import UserError
 
 
@@ -32,14 +32,16 @@ def make_average(module: nn.Module, decay: float | None) -> ModelEmaV3 | None:
     return None if decay is None else ModelEmaV3(module, decay=decay)
 
 
-def spread(task: Task, average: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+def parallelize(
+    task: Task, average: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device
+) -> nn.Module:
     """Return the step to call: as it is, under DDP, or with module and average spread (in place) by FSDP2.
 
     FSDP takes each block of the module by itself: every child of an nn.ModuleList or nn.Sequential of several. Raises
     UserError where processes or torch can't do it.
     """
     if run.distribute == "fsdp":
-        if ranks.size == 1:
+        if ranks.world_size == 1:
             raise UserError("fsdp needs several processes", "run.distribute (--distribute)", "start with torchrun")
         if run.compile:
             what = "a model that fsdp spreads can't be compiled: its weights are fetched within the step"
@@ -47,14 +49,14 @@ def spread(task: Task, average: ModelEmaV3 | None, run: RunConfig, ranks: Ranks,
         for part in (task.module, *([average.module] if average else [])):
             _shard(part)
     step = Step(task, run.compile)
-    if ranks.size == 1 or run.distribute == "fsdp":
+    if ranks.world_size == 1 or run.distribute == "fsdp":
         return step
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, which is all of it where it is not spread."""
     part: Any = tensor
     return part.to_local() if hasattr(part, "to_local") else tensor
