@@ -35,8 +35,8 @@ import pandas as pd
 from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
 
 from pdvit.analysis import analyze
-from pdvit.cli.runs.prepare import prepare
-from pdvit.cli.train import TRAIN
+from pdvit.cli.console import make_console
+from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.engine.device import visible_gpus
 from pdvit.engine.interrupts import EXIT_STOPPED, StopRequest, stop_on_signals
@@ -77,7 +77,7 @@ def measure(run: Path) -> str | None:
     try:
         sound = json.loads((run / "summary.json").read_text())["loss"] is not None
         with redirect_stderr(io.StringIO()):  # it would say what it prepares
-            began = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
+            began = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
         images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loading).images
         models = {"after": load(run).model.to(began.device)} if sound else {}
         parts = []

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pdvit import DiverseModel
-from pdvit.cli.runs.prepare import prepare
-from pdvit.cli.train import TRAIN
+from pdvit.cli.console import make_console
+from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.data.cutmix import paste
 from pdvit.data.loader import eval_batches
@@ -41,7 +41,7 @@ IMAGES = 256
 def opened(run: Path) -> tuple[DiverseModel, Tensor, Tensor, ImageTask]:
     """Return the model of a finished run, images of the split that it ended with, their classes, and its task."""
     with redirect_stderr(io.StringIO()):  # it would say what it prepares
-        task = prepare(TRAIN, build(("run.toml", read_toml(run / "run.toml"))), as_json=True).trainer.task
+        task = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
     chosen = Pictures("images", task.source.splits[task.source.final_split]).subsample(IMAGES).split
     batches = list(eval_batches(chosen, task.loading))
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])

@@ -31,7 +31,7 @@ from pdvit.engine.device import choose_device, device_name, set_up
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.trainer import Trainer
 from pdvit.models.build import FLAGS, model_arguments, sketch_model
-from pdvit.tasks import ClassificationTask
+from pdvit.tasks.classification import ClassificationTask
 from pdvit.tracking import describe_environment
 
 # Kinds of operators and of GPU kernels by their names, case aside; the first that fits. A kernel that torch.compile

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pdvit import __version__
-from pdvit.cli import analyze, doctor, eval, finetune, plot, predict, segment, train
+from pdvit.cli import analyze, doctor, eval, plot, predict, train
 from pdvit.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -17,8 +17,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train.train)
-app.command()(finetune.finetune)
-app.command()(segment.segment)
+app.command()(train.finetune)
+app.command()(train.segment)
 app.command("eval")(eval.evaluate)
 app.command()(predict.predict)
 app.command()(analyze.analyze)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.runs.report import make_console, say
-from pdvit.cli.runs.together import together
+from pdvit.cli.console import log, make_console
+from pdvit.cli.runs import process_group
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def analyze(
     """
     from pdvit.tracking import newest
 
-    with together():
+    with process_group():
         console = make_console(as_json)
         names = [os.path.expanduser(name) for name in checkpoints or []] or newest("model.safetensors")[:1]
         paths = [str(name) for name in names]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
-        say(console, f"opening {', '.join(paths)} ...")
+        log(console, f"opening {', '.join(paths)} ...")
         from pdvit.analysis import DEFAULT
         from pdvit.cli.measured import Asked
 
@@ -113,11 +113,11 @@ def _run(
     if stopped:
         left = folders.keys() - {measured.path for measured in done}
         names = ", ".join(path for path in folders if path in left) or "none is left"
-        say(console, f"stopped; not measured: {names}{'; no page was written' if any(pages) else ''}")
+        log(console, f"stopped; not measured: {names}{'; no page was written' if any(pages) else ''}")
         return EXIT_STOPPED
     if not as_json:
         kind = "similarity" if all(measured.facts["verdict"] for measured in done) else "metrics"
-        say(console, f"next     pdvit plot {kind} {shlex.join(map(str, folders.values()))}")
+        log(console, f"next     pdvit plot {kind} {shlex.join(map(str, folders.values()))}")
     return 0
 
 
@@ -159,7 +159,7 @@ def _measure(
                 between[_new_name(measured.name, between)] = measured.between
                 write_between(folders[done[0].path], between)
             show(measured.analysis.table, measured.facts, console)
-            say(console, f"written  {file}")
+            log(console, f"written  {file}")
     return done
 
 

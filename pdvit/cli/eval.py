@@ -23,10 +23,10 @@ from pdvit.cli.checkpoint import (
     results_folder,
     with_progress,
 )
+from pdvit.cli.console import log, make_console
 from pdvit.cli.pixels import Asked, measure_pixels, report_pixels
 from pdvit.cli.results import WORST, Evaluation, facts_of, first_of, share, split_named
-from pdvit.cli.runs.report import make_console, say
-from pdvit.cli.runs.together import together
+from pdvit.cli.runs import process_group
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Measure a checkpoint: accuracy, calibration and what is taken for what, or mIoU where it labels pixels."""
-    with together():
+    with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
-        say(console, f"opening {checkpoint} ...")
+        log(console, f"opening {checkpoint} ...")
         from pdvit.engine.distributed import init_process_group
         from pdvit.models.checkpoints import name_of
 
@@ -110,7 +110,7 @@ def evaluate(
             if as_json:
                 print(json.dumps(found.facts | {"file": str(file)}, indent=2))
             else:
-                say(console, f"next     pdvit plot {'segmentation' if opened.labels_pixels else 'confusion'} {folder}")
+                log(console, f"next     pdvit plot {'segmentation' if opened.labels_pixels else 'confusion'} {folder}")
         return 0
 
 
@@ -189,7 +189,7 @@ def _report(found: Evaluation, file: Path, console: "RunConsole") -> None:
         view.add_row(cell(row["class"]), str(row["images"]), share(row["accuracy"]), share(row["precision"]), wrong)
     console.print()
     console.print(view)
-    say(
+    log(
         console,
         f"\n{facts['split']} accuracy {facts['accuracy']:.1%}{top5}, loss {facts['loss']:.3f}, "
         f"calibration error {facts['calibration_error']:.3f} ({images})\n"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdvit.cli.runs.report import say
+from pdvit.cli.console import log
 
 if TYPE_CHECKING:
     from pdvit.cli.measured import Asked, Measured
@@ -49,8 +49,8 @@ def explore(folders: Mapping[str, Path], pictures: "Pictures", asked: "Asked", c
             write_maps(folder / "analysis" / MAPS, maps)
         write_file(page, explorer_page(models, notes))
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
-        say(console, f"explorer {note}")
-    say(console, f"written  {page}")
+        log(console, f"explorer {note}")
+    log(console, f"written  {page}")
 
 
 def report(done: "Sequence[Measured]", folders: Mapping[str, Path], console: "RunConsole") -> None:
@@ -71,7 +71,7 @@ def report(done: "Sequence[Measured]", folders: Mapping[str, Path], console: "Ru
     analyses = [(measured.analysis.table, measured.facts) for measured in done]
     with writing("the page", file):
         write_file(file, report_page(analyses, pictures, describe_environment(done[0].facts["device"])))
-    say(console, f"written  {file}")
+    log(console, f"written  {file}")
 
 
 def _similarity(done: "Sequence[Measured]", theme: "Theme") -> "Drawing | None":

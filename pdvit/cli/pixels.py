@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdvit.cli.checkpoint import Opened, cell, with_progress
+from pdvit.cli.console import log
 from pdvit.cli.results import WORST, Evaluation, facts_of, first_of, share, split_named
-from pdvit.cli.runs.report import say
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     order, matched = match_names(loaded.classes, len(loaded.classes), loaded.name, source.classes, source.name)
     name, how = split_named(source, asked.split), _looking(opened, segment, asked.scales, asked.flip)
     if asked.stride is not None and how.mode == "whole":
-        say(console, "note: --stride has no effect: images are evaluated whole")
+        log(console, "note: --stride has no effect: images are evaluated whole")
     images, network = first_of(source.splits[name], asked.limit), pixel_network(loaded.model)
     assert isinstance(images, MaskSplit)
     ordered = network if order is None else lambda seen: network(seen)[:, order]
@@ -105,7 +105,7 @@ def report_pixels(found: Evaluation, file: Path, console: "RunConsole") -> None:
     views = f"{len(facts['scales'])} scales" if len(facts["scales"]) > 1 else "one scale"
     how = f"windows of {facts['window']}, {facts['stride']} apart" if facts["mode"] == "slide" else "whole images"
     large = f" ({facts['in_windows']} too large, in windows)" if "in_windows" in facts else ""
-    say(
+    log(
         console,
         f"\n{facts['split']} mIoU {facts['miou']:.1%}, accuracy {facts['accuracy']:.1%} of pixels and "
         f"{facts['accuracy_mean']:.1%} by class, loss {facts['loss']:.3f} "

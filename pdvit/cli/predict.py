@@ -27,8 +27,8 @@ from pdvit.cli.checkpoint import (
     results_folder,
     with_progress,
 )
+from pdvit.cli.console import log, make_console
 from pdvit.cli.pixels import predict_pixels
-from pdvit.cli.runs.report import make_console, say
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def predict(
     if on_bad_image not in BAD:
         raise UserError(f"'{on_bad_image}' is not known here", "--on-bad-image", f"choose from: {', '.join(BAD)}")
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
-    say(console, f"opening {checkpoint} ...")
+    log(console, f"opening {checkpoint} ...")
     from pdvit.data.bad_images import BadImages
     from pdvit.data.pictures import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
@@ -219,8 +219,8 @@ def _report(rows: list[Row], images: int, bad: dict[str, str], file: Path | None
             view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
         console.print(view)
     for name, reason in list(bad.items())[:FEW]:
-        say(console, printable(f"skipped  {name} ({reason})"))
+        log(console, printable(f"skipped  {name} ({reason})"))
     left, done = f", {len(bad):,} skipped that do not decode" if bad else "", images - len(bad)
-    say(console, f"{done:,} image{'s' if done != 1 else ''} labelled{left}")
+    log(console, f"{done:,} image{'s' if done != 1 else ''} labelled{left}")
     if file is not None:
-        say(console, f"written  {file}")
+        log(console, f"written  {file}")

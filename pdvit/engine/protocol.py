@@ -53,7 +53,7 @@ class Task(Protocol):
     def fingerprint(self) -> Mapping[str, Any]:
         """What the training data are, by name: a run goes on only with the same."""
 
-    def load(self, say: Callable[[str], None]) -> None:
+    def load(self, log: Callable[[str], None]) -> None:
         """Bring the data where the steps find them fastest, which can take long; say where, and why."""
 
     def batches(self, start: int) -> Generator[Any, None, None]:

@@ -1,5 +1,19 @@
-"""What can be trained: each task is a forward pass, an objective and its metrics."""
+"""What can be trained: each task opens its data, builds its model, and has a forward pass, an objective and metrics."""
 
-from pdvit.tasks.classification import ClassificationTask
+from typing import TYPE_CHECKING
 
-__all__ = ["ClassificationTask"]
+from pdvit.config.schema import Config
+
+if TYPE_CHECKING:
+    from pdvit.tasks.base import ImageTask
+
+
+def task_class(config: Config) -> type["ImageTask"]:
+    """Return the task of a configuration: segmentation if `segment.head` is set, else classification."""
+    if config.segment.head is not None:
+        from pdvit.tasks.segmentation import SegmentationTask
+
+        return SegmentationTask
+    from pdvit.tasks.classification import ClassificationTask
+
+    return ClassificationTask

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdvit.config.schema import Config
+from pdvit.config.schema import Config, DiversityConfig
 from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
 from pdvit.data.loader import LoaderConfig, steps_per_epoch
@@ -16,6 +16,7 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources import Source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
+from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.models.freezing import BACKBONE
@@ -67,6 +68,20 @@ class ImageTask(ABC):
         if ranks.rank:  # the weights are the same on all processes; what drop path draws is not
             torch.manual_seed(fold(config.run.seed, ranks.rank))
 
+    @staticmethod
+    @abstractmethod
+    def open_source(config: Config, log: Callable[[str], None]) -> Source:
+        """Open the data of a configuration; raises UserError."""
+
+    @classmethod
+    def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
+        """Fill in what depends on the number of processes and their device; raises UserError."""
+        return config
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return one or two lines on the model, its images, the terms and the augmentation."""
+
     @abstractmethod
     def measure(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
         """Measure a split; every image counts exactly once, over all processes.
@@ -77,6 +92,18 @@ class ImageTask(ABC):
     @abstractmethod
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
+
+    @abstractmethod
+    def load(self, log: Callable[[str], None]) -> None:
+        """Move small data sets onto the device, and log it; raises UserError."""
+
+    @abstractmethod
+    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
+        """Run forward pass and objective on one batch, in training mode."""
+
+    @abstractmethod
+    def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
+        """Return the files that hold these weights of the module (name -> content)."""
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
         """Return the batch that gave these tensors."""
@@ -143,6 +170,16 @@ class ImageTask(ABC):
         new = {name: reason for name, reason in found.items() if name not in self.named}
         self.named |= set(new)
         return describe_bad(new)
+
+
+def describe_terms(diversity: DiversityConfig) -> str:
+    """Return the terms that are on, with their weights, variant and schedules."""
+    weights = {term: getattr(diversity, term) for term in TERMS if getattr(diversity, term)}
+    terms = ", ".join(f"{term} {weight:g}" for term, weight in weights.items()) or "none"
+    variant = f" ({diversity.variant})" if diversity.variant != "paper" and weights else ""
+    schedules = {term: getattr(diversity, f"{term}_schedule") for term in weights}
+    scheduled = (f", {term} {schedule}" for term, schedule in schedules.items() if schedule != "constant")
+    return terms + variant + "".join(scheduled)
 
 
 def objective_of(config: Config, class_loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Objective:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdvit.config.schema import Config
+from pdvit.config.schema import AugmentConfig, Config
 from pdvit.data.batch import Batch
 from pdvit.data.loader import augmentation_for, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.resident import resident
-from pdvit.data.sources import Source
+from pdvit.data.sources import Source, open_source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
@@ -23,7 +23,7 @@ from pdvit.models.reading import layer_numbers
 from pdvit.models.tokens import DiverseModel
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
-from pdvit.tasks.base import ImageTask, objective_of, refuse_idle_terms
+from pdvit.tasks.base import ImageTask, describe_terms, objective_of, refuse_idle_terms
 from pdvit.tasks.scores import Tally, measure
 
 
@@ -72,9 +72,24 @@ class ClassificationTask(ImageTask):
         )
         self.augmentation = augmentation_for(source.splits["train"], self.loading, config.augment)
 
-    def load(self, say: Callable[[str], None]) -> None:
+    @staticmethod
+    def open_source(config: Config, log: Callable[[str], None]) -> Source:
+        """Open the data of a configuration; raises UserError."""
+        return open_source(config.data, log)
+
+    def describe(self) -> str:
+        """Return two lines: model, image and patch size; terms, mixing and augmentation."""
+        name, size = self.config.model.name, self.preprocessing.size
+        parameters = sum(weight.numel() for weight in self.module.model.parameters())
+        return (
+            f"{name}: {parameters:,} parameters, {size}x{size} pixels, patches of {self.mixing.patch_size}\n"
+            f"terms: {describe_terms(self.config.diversity)}; {_describe_mixing(self.config.augment)}; "
+            f"augmentation: {self.augmentation.describe()}"
+        )
+
+    def load(self, log: Callable[[str], None]) -> None:
         """Bring small sets of image files onto the device; say what was chosen, and why. Raises UserError."""
-        self.source = resident(self.source, self.loading, self.config.data.resident, say)
+        self.source = resident(self.source, self.loading, self.config.data.resident, log)
 
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
@@ -120,3 +135,13 @@ class ClassificationTask(ImageTask):
         """Return a timm folder of the bare model, without the patch head."""
         bare = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
+
+
+def _describe_mixing(augment: AugmentConfig) -> str:
+    """Return the fraction of batches that CutMix and Mixup mix."""
+    both = bool(augment.cutmix and augment.mixup)
+    cutmix = augment.mixup_switch_prob if both else float(bool(augment.cutmix))
+    mixup = 1 - cutmix if both else float(bool(augment.mixup))
+    fractions = {"patch CutMix": cutmix * augment.mixup_prob, "Mixup": mixup * augment.mixup_prob}
+    parts = [f"{name} on {fraction:.0%} of batches" for name, fraction in fractions.items() if fraction]
+    return " and ".join(parts) or "no CutMix"

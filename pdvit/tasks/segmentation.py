@@ -12,6 +12,7 @@ from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.batch import Batch
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches, train_batches
+from pdvit.data.masks.sources import open_masks
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
 from pdvit.data.pictures import Pictures
@@ -27,9 +28,9 @@ from pdvit.models.families import family_of
 from pdvit.models.freezing import freeze
 from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
-from pdvit.models.segmentation.norms import share_statistics
+from pdvit.models.segmentation.norms import settle_norm, share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
-from pdvit.tasks.base import ImageTask, bare, objective_of, refuse_idle_terms
+from pdvit.tasks.base import ImageTask, bare, describe_terms, objective_of, refuse_idle_terms
 from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
 from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
 from pdvit.tasks.mask_scores import MaskScores, MaskTally, measure_masks
@@ -64,7 +65,40 @@ class SegmentationTask(ImageTask):
         self.how = looking(self.module, self.module.segment, self.loading.per_pass)
         self.files: dict[str, bytes] = {}
 
-    def load(self, say: Callable[[str], None]) -> None:
+    @staticmethod
+    def open_source(config: Config, log: Callable[[str], None]) -> Source:
+        """Open the images and masks of a configuration; raises UserError."""
+        return open_masks(config.data, config.segment, log)
+
+    @classmethod
+    def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
+        """Choose the norm of the head: a batch norm has no statistics of a single image. Raises UserError."""
+        per_rank = max(1, config.data.batch_size // world_size)
+        micro_batch = min(config.data.micro_batch or per_rank, per_rank)
+        smallest = min(micro_batch, per_rank % micro_batch or micro_batch)  # the last part of a batch may be shorter
+        normalised = smallest * world_size if device.type == "cuda" else smallest  # SyncBatchNorm needs GPUs
+        return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, normalised)))
+
+    def describe(self) -> str:
+        """Return the model, crops and windows; terms and augmentation; a note if `segment.stride` has no effect."""
+        segment, windows = self.config.segment, self.how
+        total, backbone = (
+            sum(weight.numel() for weight in part.parameters()) for part in (self.module, self.module.inside)
+        )
+        evaluation = "whole images"
+        if windows.mode == "slide":
+            evaluation = f"windows of {windows.window}, {windows.stride} apart"
+        elif segment.stride is not None:
+            evaluation += f"\nnote: segment.stride = {segment.stride} has no effect: images are evaluated whole"
+        low, high = segment.jitter
+        colours = ", colours jittered" if segment.photometric else ""
+        return (
+            f"{self.config.model.name} with {segment.head} head: {backbone:,} + {total - backbone:,} parameters, "
+            f"crops of {windows.window}x{windows.window} pixels, patches of {self.patch_size}; evaluated: {evaluation}\n"
+            f"terms: {describe_terms(self.config.diversity)}; augmentation: scaled by {low:g} to {high:g}{colours}"
+        )
+
+    def load(self, log: Callable[[str], None]) -> None:
         """Leave the data where they are: images with masks are read when they are needed."""
 
     def training_batches(self, start: int) -> Generator[Batch, None, None]:

@@ -23,7 +23,7 @@ import pdvit.data.sources
 from pdvit.analysis import DEFINITIONS
 from pdvit.cli import measured
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs.report import make_console
+from pdvit.cli.console import make_console
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.interrupts import StopRequest
 from pdvit.errors import UserError
@@ -524,7 +524,7 @@ def test_broken_images_are_left_out_where_that_is_asked_for_and_counted(run_copy
 
 def test_an_image_that_several_processes_meet_is_counted_once(run_copy, image_folder):
     class Twice(Ranks):
-        def gather(self, value):
+        def all_gather(self, value):
             return [value, copy.deepcopy(value)]
 
     (image_folder / "bad.png").write_text("not an image")

@@ -244,7 +244,7 @@ class TestSafety:
         bad = image_folder / "train/blue/0.png"
         out = tmp_path / "run"
         command = ["train", *tiny, *SHORT, "--data", str(image_folder), "--workers", "0", "--out", str(out)]
-        from pdvit.tasks import ClassificationTask
+        from pdvit.tasks.classification import ClassificationTask
 
         plain, steps = ClassificationTask.step, 0
 
@@ -334,7 +334,7 @@ class TestGuards:
     @pytest.fixture
     def broken(self, monkeypatch, train):
         """A run whose images are not numbers from step 5 on."""
-        from pdvit.tasks import ClassificationTask
+        from pdvit.tasks.classification import ClassificationTask
 
         steps = ClassificationTask.batches
 
@@ -379,7 +379,7 @@ class TestGuards:
 
     @pytest.mark.slow
     def test_out_of_memory_says_what_fits_and_going_on_so_gives_the_same(self, train, monkeypatch, capsys, device):
-        from pdvit.tasks import ClassificationTask
+        from pdvit.tasks.classification import ClassificationTask
 
         plain = ClassificationTask.step
 

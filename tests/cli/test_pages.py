@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pdvit.cli import run as pdvit
+from pdvit.cli.console import make_console
 from pdvit.cli.pages import explore, report
-from pdvit.cli.runs.report import make_console
 from pdvit.data.pictures import named
 from pdvit.errors import UserError
 

@@ -4,50 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pdvit.cli.runs.command import Command, Kind
-from pdvit.cli.runs.recipe import as_change
-from pdvit.cli.runs.resume import resume
-from pdvit.cli.runs.start import start
-from pdvit.cli.runs.sweep import devices_of
-from pdvit.config import build
-from pdvit.data.sources import open_source
-from pdvit.engine.interrupts import stop_on_signals
+from pdvit.cli.change import with_change_tips
+from pdvit.cli.sweep import devices_of
 from pdvit.errors import UserError
 from pdvit.sweep import make_cells
-from pdvit.tasks import ClassificationTask
-
-SETTINGS = {
-    "data": {"batch_size": 16, "img_size": 16},
-    "model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8},
-    "optim": {"epochs": "3st", "warmup": "1st"},
-    "run": {"device": "cpu", "time_limit": "0.001s"},
-}
-
-
-def test_another_command_brings_its_task_and_its_words(tmp_path, capsys):
-    class Other(ClassificationTask):
-        def finish(self, network, weights):
-            return super().finish(network, weights) | {"task": "other"}
-
-    kind = Kind(
-        open_source=lambda config, say: open_source(config.data, say),
-        settle=lambda config, processes, device: config,
-        make_task=Other,
-        describe=lambda config, task: "something else",
-        conclude=lambda summary: f"the {summary['task']} came out",
-        use=lambda run: "somehow",
-    )
-    command = Command("other", lambda config: kind)
-    out = tmp_path / "run"
-    settings = SETTINGS | {"run": SETTINGS["run"] | {"out": str(out)}}
-    with stop_on_signals() as stop:
-        assert start(command, build(("test", settings)), False, stop) == 75
-    shown = capsys.readouterr().out
-    assert "something else; 3 steps of 16 images on cpu" in shown
-    assert f"go on with: pdvit other --resume {out}" in shown
-    with stop_on_signals() as stop:
-        assert resume(command, str(out), ["run.time_limit=1h"], False, stop) == 0
-    assert "the other came out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -68,7 +28,7 @@ def test_another_command_brings_its_task_and_its_words(tmp_path, capsys):
     ],
 )
 def test_flags_become_changes_where_a_run_is_resumed(where, tip, new_where, new_tip):
-    error = as_change(UserError("what", where, tip), Path("runs/a"), "AGAIN")
+    error = with_change_tips(UserError("what", where, tip), Path("runs/a"), "AGAIN")
     assert (error.what, error.where) == ("what", new_where)
     assert new_tip in error.tip
 

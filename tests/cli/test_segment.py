@@ -13,13 +13,13 @@ from PIL import Image
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs.prepare import trial_of
-from pdvit.cli.runs.segmentation import SEGMENTATION
+from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
 from pdvit.config.idle import idle_settings
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.memory import fits
 from pdvit.engine.trainer import Trainer
+from pdvit.tasks.segmentation import SegmentationTask
 
 CPU = ["--device", "cpu", "--workers", "0"]
 MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
@@ -249,7 +249,7 @@ def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_defaults_of_the_command_are_not_said_to_do_nothing(head, monkeypatch):
     begun = []
-    monkeypatch.setattr("pdvit.cli.runs.options.start", lambda command, config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
     assert pdvit(["segment", "--head", head]) == 0
     assert idle_settings(resolve(begun[0])) == []
     assert begun[0].segment.width == (32 if head == "upernet" else 512)
@@ -267,8 +267,8 @@ def test_a_batch_is_sought_with_one_image_first(shapes, norm):
     sections |= {"segment": {"head": "upernet", "width": 8, "crop": 32} | norm}
     sections |= {"model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}}
     config = build(("flags", sections))
-    trial, cpu = trial_of(config), torch.device("cpu")
-    task = SEGMENTATION.make_task(trial, SEGMENTATION.open_source(config, print), cpu, SINGLE_PROCESS)
+    trial, cpu = trial_config(config), torch.device("cpu")
+    task = SegmentationTask(trial, SegmentationTask.open_source(config, print), cpu, SINGLE_PROCESS)
     updater = Trainer(task, trial, cpu, SINGLE_PROCESS).updater
     with closing(task.batches(0)) as batches:
         batch = next(batches)

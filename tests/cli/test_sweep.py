@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs.sweep import Sweep
-from pdvit.cli.train import TRAIN
+from pdvit.cli.sweep import Sweep
 from pdvit.sweep import Folder, State, make_cells, split
 
 BASE = """
@@ -100,7 +99,7 @@ def test_a_cell_that_ends_without_a_finite_loss_ends_no_sweep_and_who_finished_i
     file = write(tmp_path)
     base, table = split(tomllib.loads(file.read_text()), str(file))
     cells, folder = make_cells(base, table, str(file)), Folder(tmp_path / "sweep")
-    sweep = Sweep(TRAIN, folder, cells, None, True)
+    sweep = Sweep("train", folder, cells, None, True)
     (folder.path / cells[0].name).mkdir(parents=True)
     summary = {"split": "test", "accuracy": 0.1, "loss": None, "similarity_first": None, "similarity_last": None}
     (folder.path / cells[0].name / "summary.json").write_text(json.dumps(summary))

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from pdvit.cli import app
-from pdvit.cli.settings import make_config
+from pdvit.cli.options import make_config
 from pdvit.errors import UserError
 
 ROOT = Path(__file__).parents[2]

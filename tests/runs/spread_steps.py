@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pdvit.cli.runs.kinds import kind_of
 from pdvit.config import build, resolve
 from pdvit.engine.distributed import init_process_group
 from pdvit.engine.trainer import Trainer
-from pdvit.tasks import ClassificationTask
+from pdvit.tasks import task_class
+from pdvit.tasks.classification import ClassificationTask
 
 
 class Wide(ClassificationTask):
@@ -25,9 +25,9 @@ class Wide(ClassificationTask):
 def main(out: Path, settings: dict, steps: int, wide: bool) -> None:
     torch.use_deterministic_algorithms(True)
     config, ranks = resolve(build(("test", settings))), init_process_group()
-    kind = kind_of(config)
-    source = kind.open_source(config, print)
-    task = (Wide if wide else kind.make_task)(config, source, torch.device("cpu"), ranks)
+    task_type = task_class(config)
+    source = task_type.open_source(config, print)
+    task = (Wide if wide else task_type)(config, source, torch.device("cpu"), ranks)
     for module in task.module.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0  # a head's dropout is drawn by each process for itself

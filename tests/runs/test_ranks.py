@@ -245,7 +245,7 @@ def test_the_signal_of_slurm_stops_all_processes_and_the_run_goes_on(tmp_path):
 FAILING = """
 import os, signal, sys
 from pdvit.cli import run
-from pdvit.tasks import ClassificationTask
+from pdvit.tasks.classification import ClassificationTask
 plain, steps = ClassificationTask.step, 0
 def step(self, network, batch):
     global steps

@@ -108,7 +108,7 @@ def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny
 @pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 20))])
 def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step, device):
     """Break the run off right after the update of one step, whether or not a checkpoint lies there."""
-    from pdvit.tasks import ClassificationTask
+    from pdvit.tasks.classification import ClassificationTask
 
     flags = [*tiny, *FLAGS, *on(device), "--epochs", "24st", "--warmup-epochs", "2st", "--val-interval", "10st"]
     assert pdvit(["train", *flags, "--out", str(tmp_path / "whole")]) == 0

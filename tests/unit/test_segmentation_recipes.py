@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs.segmentation import SEGMENTATION as KIND
 from pdvit.config import Config, resolve, to_toml
 from pdvit.engine.interrupts import EXIT_STOPPED
 from pdvit.engine.schedule import make_plan
 from pdvit.errors import UserError
 from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
+from pdvit.tasks.segmentation import SegmentationTask
 from tests.unit.test_recipes import FILES, SEGMENTATION, rates, recipe, rows, vit
 
 ADE20K, CITYSCAPES, CAMVID, SCENES = (20_210, 150), (2_975, 19), (367, 11), (4_096, 11)  # training images, classes
@@ -117,7 +117,7 @@ class TestRecipe:
     def test_the_command_adds_nothing_to_it(self, name, monkeypatch):
         """`segment` has defaults of its own: a file that left one of them open would be another run in `train`."""
         begun: list[Config] = []
-        monkeypatch.setattr("pdvit.cli.runs.options.start", lambda command, config, *_: begun.append(config) or 0)
+        monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
         assert pdvit(["segment", "--config", str(FILES[name])]) == 0
         assert pdvit(["train", "--config", str(FILES[name])]) == 0
         assert [resolve(config) for config in begun] == [recipe(name)] * 2
@@ -169,7 +169,7 @@ class TestModel:
 
 def test_scenes_is_what_segment_does_without_arguments(monkeypatch):
     begun: list[Config] = []
-    monkeypatch.setattr("pdvit.cli.runs.options.start", lambda command, config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
     assert pdvit(["segment"]) == 0
     found = recipe("scenes")
     assert replace(found, run=replace(found.run, name=None)) == resolve(begun[0])
@@ -178,7 +178,7 @@ def test_scenes_is_what_segment_does_without_arguments(monkeypatch):
 @pytest.mark.parametrize("name", ["ade20k-swin-l", "ade20k-vit-b"])
 def test_the_other_weights_in_its_comment_take_the_place_of_ours(name, monkeypatch):
     begun: list[Config] = []
-    monkeypatch.setattr("pdvit.cli.runs.options.start", lambda command, config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
     (command,) = re.findall(r"^#\s+pdvit (segment [a-z].+)$", FILES[name].read_text(encoding="utf-8"), re.MULTILINE)
     _, weights, _, file = words = shlex.split(command)
     assert Path(file).name == FILES[name].name
@@ -211,14 +211,14 @@ def test_ade20k_goes_on_to_200k():
 def test_the_statistics_are_of_all_gpus(name):
     """One image on each of eight GPUs is enough for a batch norm whose statistics they share; no share is not."""
     config, cpu, gpu = recipe(name), torch.device("cpu"), torch.device("cuda")
-    assert KIND.settle(config, 8, gpu).segment.norm == "batch"
+    assert SegmentationTask.resolve(config, 8, gpu).segment.norm == "batch"
     unset = replace(config, segment=replace(config.segment, norm=None))
     alone = config.data.batch_size == 8
-    assert KIND.settle(unset, 8, gpu).segment.norm == "batch"
-    assert KIND.settle(unset, 8, cpu).segment.norm == ("group" if alone else "batch")
+    assert SegmentationTask.resolve(unset, 8, gpu).segment.norm == "batch"
+    assert SegmentationTask.resolve(unset, 8, cpu).segment.norm == ("group" if alone else "batch")
     parts = replace(config, data=replace(config.data, micro_batch=1))
     with pytest.raises(UserError, match="one image"):
-        KIND.settle(parts, 1, gpu)
+        SegmentationTask.resolve(parts, 1, gpu)
 
 
 # Names of the smallest file of each layout, and the recipes that read it.

@@ -326,7 +326,7 @@ class Together(Ranks):
 
     said: ClassVar[dict[int, list]] = {}
 
-    def gather(self, value):
+    def all_gather(self, value):
         own = self.said.setdefault(self.rank, [])
         own.append(copy.deepcopy(value))
         return [values[len(own) - 1] for values in self.said.values()]

@@ -109,7 +109,7 @@ def test_deterministic_mode_counts_the_same_in_little_memory():
 class Pretended(Ranks):
     """Two processes, of which the other has found the same."""
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return 2 * tensor
 
 
@@ -162,10 +162,10 @@ def test_processes_that_share_a_model_make_as_many_passes():
     answers = iter([[True, True], [True, False], [True, False], [False, False]])
 
     class Asked(Ranks):
-        def gather(self, value):
+        def all_gather(self, value):
             return next(answers)
 
-        def sum(self, tensor):
+        def all_reduce(self, tensor):
             return tensor
 
     passes = []

@@ -4,7 +4,6 @@ from itertools import islice
 import pytest
 import torch
 
-from pdvit.cli.runs.segmentation import SEGMENTATION
 from pdvit.config import build, resolve
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.masks.sources import open_masks
@@ -58,7 +57,7 @@ def test_a_stride_is_said_to_do_nothing_where_images_are_evaluated_whole(mode):
     said = "note: segment.stride = 8 has no effect: images are evaluated whole"
     swin = {"name": "swin_tiny_patch4_window7_224", "args": SWIN}
     for task, expected in ((task_of(swin, 64, stride=8, **mode), True), (task_of(PLAIN, stride=8), False)):
-        assert (said in SEGMENTATION.describe(task.config, task).splitlines()) == expected
+        assert (said in task.describe().splitlines()) == expected
 
 
 def test_windows_that_leave_gaps_are_refused():

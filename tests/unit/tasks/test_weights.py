@@ -9,7 +9,7 @@ from pdvit.data.batch import Batch
 from pdvit.data.sources import open_source
 from pdvit.engine.replay import share_of
 from pdvit.losses import TERMS, WeightSchedule
-from pdvit.tasks import ClassificationTask
+from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.weights import weight_schedules, with_weights
 
 CPU = torch.device("cpu")

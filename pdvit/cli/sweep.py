@@ -1,4 +1,4 @@
-"""A sweep: what the user asked for, how its cells are checked and run, and what is said of them."""
+"""A sweep: check its cells, run them, and print their outcomes."""
 
 import json
 import math
@@ -11,16 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pdvit.cli.runs.command import Command
-from pdvit.cli.runs.prepare import prepare
-from pdvit.cli.runs.report import make_console, say
-from pdvit.cli.runs.resume import resume
-from pdvit.cli.runs.start import start
+from pdvit.cli.console import log, make_console
+from pdvit.cli.runs import build_trainer, check_initial_weights, resume, start, train_to_end
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
 from pdvit.config.schema import Config
 from pdvit.config.upgrade import as_today
 from pdvit.errors import UserError
+from pdvit.tasks.summary import describe_summary
 
 if TYPE_CHECKING:
     from pdvit.engine.interrupts import StopRequest
@@ -28,7 +26,14 @@ if TYPE_CHECKING:
 
 # What a cell needs, imported once for all.
 PRELOADED = (
-    *("pdvit.engine.trainer", "pdvit.tasks", "pdvit.models.initial", "pdvit.data.sources", "pdvit.tracking"),
+    *(
+        "pdvit.engine.trainer",
+        "pdvit.tasks.classification",
+        "pdvit.tasks.segmentation",
+        "pdvit.models.initial",
+        "pdvit.data.sources",
+        "pdvit.tracking",
+    ),
     *("sklearn.datasets", "sklearn.model_selection"),  # of the digits
 )
 # Of the file and the flags, what the whole sweep has and not each of its cells.
@@ -37,7 +42,7 @@ SHOWN = 10
 
 
 def run_sweep(
-    command: Command,
+    command: str,
     file: Path,
     layers: Sequence[tuple[str, Mapping[str, Any]]],
     chosen: str | None,
@@ -47,7 +52,7 @@ def run_sweep(
     """Run the cells of a sweep that are not finished, or list them; return the exit status.
 
     Args:
-        command: what trains a cell.
+        command: the name of the command that trains a cell.
         file: the file with the [sweep] table.
         layers: that file's and those of the command line, as for one run.
         chosen: which cells, as --cells says it; None is all.
@@ -70,7 +75,7 @@ def run_sweep(
     cells = make_cells(asked, table, where)
     for cell in cells:
         try:
-            command.check(cell.config)
+            check_initial_weights(command, cell.config)
         except UserError as error:
             raise _of_cell(error, cell) from error
     folder = Folder(_place(config, file))
@@ -83,7 +88,7 @@ class Sweep:
     """The cells that one command runs, and what is said of them."""
 
     def __init__(
-        self, command: Command, folder: "Folder", cells: Sequence["Cell"], chosen: str | None, as_json: bool
+        self, command: str, folder: "Folder", cells: Sequence["Cell"], chosen: str | None, as_json: bool
     ) -> None:
         self.command, self.folder, self.cells = command, folder, cells
         self.picked, self.again = _picked(folder, cells, chosen), chosen == "failed"
@@ -101,11 +106,11 @@ class Sweep:
         folder.write_table()
         over = {"finished"} if self.again else {"finished", "failed"}
         todo = [cell for cell in self.picked if folder.written(cell.name).status not in over]
-        say(self.console, f"{len(self.cells)} cells in {folder.path}, {len(todo)} of them to do now")
+        log(self.console, f"{len(self.cells)} cells in {folder.path}, {len(todo)} of them to do now")
         self.left = len(todo)
         if todo:
             new = [cell for cell in todo if not (folder.path / cell.name / "run.toml").is_file()]
-            say(self.console, "checking their configurations ...")
+            log(self.console, "checking their configurations ...")
             gpus = run_apart(_check, folder.log("check"), stop, self.command, new) or []
             self.devices = devices_of(todo, gpus)
             train = partial(train_cell, self.command)
@@ -119,7 +124,7 @@ class Sweep:
         self.folder.write_table(self.mine)
         said = f"cell {cell.number} of {len(self.cells)}: {cell.name}"
         if begins:
-            say(self.console, f"{said} ...")
+            log(self.console, f"{said} ...")
             return
         if state.status == "finished" and seconds:
             self.seconds.append(seconds)
@@ -127,7 +132,7 @@ class Sweep:
         told = f"{said}: {self._outcome(cell, state, seconds)}"
         if self.left > 0 and self.seconds:
             told += f"; about {_time(statistics.mean(self.seconds) * self.left / len(self.devices))} left"
-        say(self.console, told)
+        log(self.console, told)
 
     def close(self) -> int:
         """Write the table, say what became of the cells, and return the exit status."""
@@ -141,15 +146,15 @@ class Sweep:
             statuses = {status: counts[status] for status in get_args(CellStatus)}
             print(json.dumps({"sweep": str(self.folder.path), "cells": len(states)} | statuses, indent=2))
         parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
-        say(self.console, f"\n{len(states)} cells: {parts}\ntable     {self.folder.path}/cells.csv")
+        log(self.console, f"\n{len(states)} cells: {parts}\ntable     {self.folder.path}/cells.csv")
         broken = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
         for line in broken[:SHOWN]:
-            say(self.console, line)
+            log(self.console, line)
         if broken:
             more = f"and {len(broken) - SHOWN} more; " if len(broken) > SHOWN else ""
-            say(self.console, f"{more}logs in {self.folder.path}/logs; to try them again: --cells failed")
+            log(self.console, f"{more}logs in {self.folder.path}/logs; to try them again: --cells failed")
         if counts["stopped"] or counts["waiting"] or counts["running"]:
-            say(self.console, "the same command goes on")
+            log(self.console, "the same command goes on")
             return EXIT_STOPPED
         return 1 if broken else 0
 
@@ -157,24 +162,26 @@ class Sweep:
         if state.status == "finished":
             summary = json.loads((self.folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
             numbers = {name: math.nan if value is None else value for name, value in summary.items()}
-            told = self.command.kind_of(cell.config).conclude(numbers).splitlines()[0]
+            told = describe_summary(numbers).splitlines()[0]
             return f"finished {f'in {_time(seconds)}' if seconds else 'by another process'}; {told}"
         if state.status == "running":
             return "another process trains it"
         return f"{state.status}{': ' if state.reason else ''}{state.reason}"
 
 
-def train_cell(command: Command, config: Config, run: Path) -> int:
+def train_cell(command: str, config: Config, run: Path) -> int:
     """Begin the run of a cell, or go on with it; return the exit status, and raise UserError and RunFailed."""
     from pdvit.engine.interrupts import stop_on_signals
 
     with stop_on_signals() as stop:
         if (run / "run.toml").is_file():
-            return resume(command, str(run), [], False, stop)
-        return start(command, replace(config, run=replace(config.run, out=str(run))), False, stop)
+            prepared = resume(command, str(run), [], as_json=False)
+        else:
+            prepared = start(command, replace(config, run=replace(config.run, out=str(run))), False, stop)
+        return prepared if isinstance(prepared, int) else train_to_end(prepared, stop)
 
 
-def _check(command: Command, cells: Sequence["Cell"]) -> list[str]:
+def _check(command: str, cells: Sequence["Cell"]) -> list[str]:
     """Prepare every configuration as its run will, seeds aside; raises UserError; returns the GPUs that are there."""
     from pdvit.engine.device import visible_gpus
 
@@ -185,7 +192,7 @@ def _check(command: Command, cells: Sequence["Cell"]) -> list[str]:
             continue
         known.append(facts)
         try:
-            prepare(command, cell.config, as_json=False)
+            build_trainer(cell.config, make_console(as_json=False))
         except UserError as error:
             raise _of_cell(error, cell) from error
     return visible_gpus()

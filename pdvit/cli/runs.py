@@ -1,0 +1,391 @@
+"""A run from its configuration to its summary: build the trainer, start or resume, train, print the result."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pdvit.cli.change import saved_config, with_change_tips
+from pdvit.cli.console import log, make_console
+from pdvit.config.load import read_toml
+from pdvit.config.schema import Config
+from pdvit.data.kinds import list_kinds, refuse_idle, whole_path
+from pdvit.errors import RunFailed, UserError
+from pdvit.tasks.summary import describe_summary, usage
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdvit.data.sources import Source
+    from pdvit.engine.display import RunConsole
+    from pdvit.engine.distributed import Ranks
+    from pdvit.engine.interrupts import StopRequest
+    from pdvit.engine.trainer import Trainer
+    from pdvit.tracking import RunDirectory
+
+MAX_BROKEN_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train."""
+
+    command: str
+    trainer: "Trainer"
+    console: "RunConsole"
+    as_json: bool
+    directory: "RunDirectory"
+    restart: Mapping[str, Any] | None = None
+    """Of a run that began before: the settings that changed since, with their new values."""
+    changes: Mapping[str, tuple[Any, Any]] | None = None
+    """Of a resumed run: the settings that this command changes, old and new."""
+
+
+def check_initial_weights(command: str, config: Config) -> None:
+    """Raise UserError if `finetune` has no checkpoint to start from."""
+    if command == "finetune" and config.model.init is None:
+        from pdvit.tracking import newest
+
+        runs = newest("model.safetensors")
+        tip = f"name a run, a weight file or a model of timm, for example pdvit finetune {runs[0] if runs else 'RUN'}"
+        raise UserError("no checkpoint to start from", "CKPT", tip)
+
+
+def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) -> "Trainer":
+    """Open the data, build task and trainer, and print what is trained; raises UserError.
+
+    A resumed run loads its own checkpoint and no longer needs the file of `model.init`.
+    """
+    log(console, f"opening {config.data.source} ...")  # imports, many files and weights can take minutes
+    from pdvit.config import resolve
+    from pdvit.config.idle import idle_settings
+    from pdvit.config.resolve import with_crop
+    from pdvit.engine.device import choose_device, device_name, set_up
+    from pdvit.engine.distributed import init_process_group
+    from pdvit.engine.trainer import Trainer
+    from pdvit.models.description import describe
+    from pdvit.models.initial import begin, settle
+    from pdvit.tasks import task_class
+    from pdvit.tracking import check_sinks, tracker_names
+
+    checkpoint = None
+    if config.model.init is not None and not resumed:
+        log(console, f"reading {config.model.init} ...")
+        checkpoint = describe(config.model.init, config.model.name, config.model.weights)
+        config = settle(with_crop(config), checkpoint)
+    config = resolve(config) if config.data.batch_size else config
+    ranks = init_process_group()
+    device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
+    set_up(device, config.run)
+    if ranks.main:
+        check_sinks(tracker_names(config.run.track))
+    task_type = task_class(config)
+    source = task_type.open_source(config, partial(log, console))
+    if not resumed:
+        refuse_idle(config.data)
+    if config.segment.head is not None and config.data.source != "scenes":
+        source = _check_masks(source, config, ranks, console)
+    if not config.data.batch_size:
+        batch_size = _find_batch_size(config, source, device, ranks)
+        config = resolve(replace(config, data=replace(config.data, batch_size=batch_size)))
+    config = _with_absolute_paths(task_type.resolve(config, ranks.world_size, device))
+    task = task_type(config, source, device, ranks)
+    notes = [] if checkpoint is None else begin(task.module, checkpoint, source.classes)
+    trainer = Trainer(task, config, device, ranks)
+    processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
+    length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
+    log(console, f"{source.describe()}\n{task.describe()}; {length}")
+    for note in (*notes, *trainer.notes(), *(f"note: {setting}" for setting in idle_settings(config))):
+        log(console, note)
+    return trainer
+
+
+def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> Run | int:
+    """Prepare a new run, or the one that this command began before torchrun restarted its processes.
+
+    Raises UserError, if possible before the run has a directory. Returns an exit status if there is nothing to train:
+    the source `help` prints the sources.
+    """
+    if config.data.source == "help":
+        print(list_kinds())
+        return 0
+    console = make_console(as_json)
+    trainer = build_trainer(config, console)
+    trainer.task.load(partial(log, console))
+    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.tracking import RunDirectory
+
+    ranks = trainer.ranks
+    if any(ranks.all_gather(bool(stop))):
+        log(console, "stopped before the first step; nothing was written")
+        return EXIT_STOPPED
+    begun = ranks.broadcast(_begun_before_restart(trainer.config) if ranks.main else None)
+    directory = RunDirectory(begun or _create_directory(trainer), ranks.main)
+    if not begun:
+        return Run(command, trainer, console, as_json, directory)
+    if (begun / "status.json").is_file() and directory.read_json("status.json").get("status") == "stopped":
+        return EXIT_STOPPED  # on purpose: a restart by torchrun must not undo it
+    return Run(command, trainer, console, as_json, directory, restart=directory.changes())
+
+
+def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | int:
+    """Prepare the run `name`, or the newest for `auto`, to resume; raises UserError if it can't be resumed.
+
+    Returns an exit status if the run is finished.
+    """
+    from pdvit.config import resolve, to_dict
+    from pdvit.engine.recipe import changed_keys, check_changes
+    from pdvit.tracking import RunDirectory, newest
+
+    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
+    if not runs:
+        raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
+    path, console = runs[0], make_console(as_json)
+    directory = RunDirectory.open(path)
+    if summary := _summary_of_finished(directory):
+        if change:
+            raise UserError("the run is finished, so nothing can change", f"--resume {path}", "start a new run")
+        log(console, f"{path} is finished")
+        print_summary(path, summary, console, as_json)
+        return 0
+    for text in change:
+        if text.partition("=")[0].strip() in ("run.out", "run.name"):
+            raise UserError("a run keeps its folder", f"--change {text}", "move the folder instead")
+    saved, config = saved_config(path, []), saved_config(path, change)
+    check_changes(changed_keys(to_dict(saved), to_dict(config)), f"--resume {path} --change")
+    try:
+        trainer = build_trainer(config, console, resumed=(path / "checkpoints" / "last").is_file())
+        trainer.task.load(partial(log, console))
+    except UserError as error:
+        raise with_change_tips(error, path, _resume_command(command, path)) from error
+    directory = RunDirectory.open(path, trainer.ranks.main)
+    changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
+    restart = directory.changes() | {key: new for key, (_, new) in changes.items()}
+    return Run(command, trainer, console, as_json, directory, restart, changes)
+
+
+def train_to_end(run: Run, stop: "StopRequest") -> int:
+    """Train, print the summary, and return the exit status; raises UserError and RunFailed."""
+    from pdvit.config import to_toml
+    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.tracking import command_line
+
+    console, trainer, directory = run.console, run.trainer, run.directory
+    command = _resume_command(run.command, directory.path)
+    with directory.locked():
+        if run.restart is not None:
+            for note in trainer.restore(directory, run.restart):
+                log(console, note)
+        if run.changes is not None:
+            step = trainer.state.progress.step
+            log(console, f"resuming after step {step}" if step else "no checkpoint yet: starting from step 0")
+            if run.changes:
+                directory.record_changes(step, dict(run.changes), to_toml(trainer.config, command_line()))
+        log(console, f"run directory: {directory.path}")
+        try:
+            summary = trainer.run(directory, console, stop)
+        except UserError as error:
+            raise UserError(error.what, error.where, f"{error.tip}; resume with: {command}") from error
+        if summary is None:
+            log(console, f"stopped; resume with: {command}")
+            return EXIT_STOPPED
+        if trainer.ranks.main:
+            print_summary(directory.path, summary, console, run.as_json)
+    return 0
+
+
+def replay(path: Path, as_json: bool) -> int:
+    """Run the step again at which a run broke down, and print what is not finite; raises UserError without one."""
+    from pdvit.tracking import RunDirectory
+
+    config = saved_config(RunDirectory.open(path).path, [])
+    config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
+    console = make_console(as_json)
+    trainer = build_trainer(config, console, resumed=True)
+    from pdvit.engine.replay import replay as replay_step
+
+    found = replay_step(path, trainer.state, trainer.updater)
+    metrics = {name: value if abs(value) < float("inf") else None for name, value in found.metrics.items()}
+    if as_json:
+        print(json.dumps({"step": found.step, "metrics": metrics, "broken": found.broken}, indent=2))
+        return 0
+    log(console, f"step {found.step} again:")
+    for name, value in metrics.items():
+        log(console, f"  {name:12} {'not finite' if value is None else f'{value:.6g}'}")
+    names, more = found.broken[:MAX_BROKEN_NAMES], len(found.broken) - MAX_BROKEN_NAMES
+    log(console, f"non-finite gradients: {', '.join(names) or 'none'}{f' and {more} more' if more > 0 else ''}")
+    return 0
+
+
+def print_summary(run: Path, summary: Mapping[str, Any], console: "RunConsole", as_json: bool) -> None:
+    """Print the closing metrics, the files, and the next command."""
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    from pdvit.tracking import newest
+
+    data = _data_source(run)
+    others = [path for path in newest("summary.json") if path.resolve() != run.resolve() and _data_source(path) == data]
+    compared = " ".join(str(path) for path in [*others[:1], run])
+    log(
+        console,
+        f"\n{describe_summary(summary)}\n"
+        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, "
+        f"{summary['images_per_second']:,.0f} images per second\n"
+        f"weights   {run}/model.safetensors ({usage(summary, run)})\n"
+        f"records   {run}/metrics.jsonl, summary.json; repeat with --config {run}/run.toml\n"
+        f"next      pdvit analyze {compared}",
+    )
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the process group at the end. An error that rank 0 has too is printed by rank 0 only."""
+    try:
+        yield
+    except (UserError, RunFailed) as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from pdvit.engine.distributed import said_by_main
+
+            if said_by_main(str(error)):
+                raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
+        raise
+    finally:
+        if "pdvit.engine.distributed" in sys.modules:
+            sys.modules["pdvit.engine.distributed"].destroy_process_group()
+
+
+def trial_config(config: Config) -> Config:
+    """Return the resolved configuration for finding the batch size that fits: batches of one image."""
+    from pdvit.config import resolve
+
+    trial = replace(
+        config,
+        data=replace(config.data, batch_size=1, micro_batch=None),
+        optim=replace(config.optim, lr=config.optim.lr or 1e-3),  # the default follows the batch size
+        run=replace(config.run, distribute="ddp"),
+        segment=replace(config.segment, norm="group"),  # a batch norm can't learn from one image
+    )
+    return resolve(trial)
+
+
+def _find_batch_size(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
+    """Return the largest total batch, a power of two or all images, that fits the GPUs; raises UserError if none."""
+    from pdvit.engine.distributed import SINGLE_PROCESS
+    from pdvit.engine.memory import largest_batch
+    from pdvit.engine.trainer import Trainer
+    from pdvit.tasks import task_class
+
+    where = "data.batch_size (--batch-size)"
+    if device.type == "cpu":
+        raise UserError("auto needs a GPU: out of memory on a CPU can't be caught", where, "give a number, such as 64")
+    trial = trial_config(config)
+    # Each process by itself: trials that exchange gradients would wait for each other.
+    task = task_class(trial)(trial, source, device, SINGLE_PROCESS)
+    images = len(source.splits["train"]) // ranks.world_size
+    size = largest_batch(Trainer(task, trial, device, SINGLE_PROCESS).updater, task.batches(0), images)
+    size = int(min(ranks.all_gather(size))) * ranks.world_size
+    if not size:
+        raise UserError("not even one image fits", where, "use a smaller model or image")
+    return size
+
+
+def _check_masks(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
+    """Read the masks that are held out, with `check_masks` all; each process reads its part. Raises UserError."""
+    from pdvit.data.masks.check import check_masks
+
+    every = config.segment.check_masks
+    log(console, "checking all masks ..." if every else "checking the masks that are held out ...")
+    part = (ranks.rank, ranks.world_size)
+    return check_masks(source, every, config.data.workers, partial(log, console), part, ranks.all_gather)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with absolute paths, so that the run can be resumed and analyzed from anywhere."""
+    data = config.data
+    root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
+    return replace(config, data=replace(data, source=whole_path(data.source, data.root), root=root))
+
+
+def _create_directory(trainer: "Trainer") -> Path:
+    """Create the run directory on rank 0 and return it on every rank; its error is raised on every rank."""
+    ranks = trainer.ranks
+    created: Path | UserError | None = None
+    if ranks.main:
+        try:
+            created = _new_directory(trainer.config, trainer.device).path
+        except UserError as error:
+            created = error
+    created = ranks.broadcast(created)
+    if isinstance(created, UserError):
+        raise created
+    assert isinstance(created, Path)
+    return created
+
+
+def _new_directory(config: Config, device: "torch.device") -> "RunDirectory":
+    """Create the run directory with the files that are known before the first step."""
+    import torch
+
+    from pdvit.config import to_toml
+    from pdvit.data.sources import as_file_name, source_label
+    from pdvit.engine.device import device_name
+    from pdvit.engine.distributed import launch
+    from pdvit.models.checkpoints import name_of
+    from pdvit.tracking import RunDirectory, command_line, describe_environment
+
+    name, init = config.run.name, config.model.init
+    if name is None:
+        label = config.diversity.preset
+        if init is not None:
+            label = f"from-{as_file_name(name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2])}"
+        name = f"{source_label(config.data)}-{label}"
+    text = to_toml(config, command_line())
+    directory = RunDirectory.create(config.run.out, name)
+    directory.write("run.toml", text)
+    environment = {"threads": torch.get_num_threads(), "launch": launch()[0]}
+    directory.write_json("environment.json", describe_environment(device_name(device)) | environment)
+    return directory
+
+
+def _begun_before_restart(config: Config) -> Path | None:
+    """Return the run that this command began before torchrun restarted its processes."""
+    from pdvit.engine.distributed import launch
+    from pdvit.tracking import RunDirectory, newest
+
+    name, restarts = launch()
+    if not (name and restarts):
+        return None
+    places = [Path(os.path.expanduser(config.run.out))] if config.run.out else newest("environment.json")
+    for path in places:
+        complete = (path / "environment.json").is_file() and (path / "run.toml").is_file()
+        if complete and RunDirectory(path).read_json("environment.json").get("launch") == name:
+            return path
+    return None
+
+
+def _summary_of_finished(directory: "RunDirectory") -> dict[str, Any] | None:
+    if not all((directory.path / name).is_file() for name in ("status.json", "summary.json")):
+        return None
+    finished = directory.read_json("status.json").get("status") == "finished"
+    return directory.read_json("summary.json") if finished else None
+
+
+def _data_source(run: Path) -> object:
+    """Return the data of a run: only runs on the same images are compared."""
+    try:
+        return read_toml(run / "run.toml").get("data", {}).get("source")
+    except UserError:
+        return None
+
+
+def _resume_command(command: str, run: Path) -> str:
+    return f"pdvit {command} --resume {shlex.quote(str(run))}"

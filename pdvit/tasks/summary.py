@@ -1,0 +1,33 @@
+"""The summary of a finished run in words. No torch: a sweep prints it for each of its cells."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def describe_summary(summary: Mapping[str, Any]) -> str:
+    """Return the closing metrics, the images that were left out, and P of the first and last tokens."""
+    if summary.get("task") == "segmentation":
+        windows = summary.get("in_windows")
+        note = f" ({windows} images were too large for a single pass and were evaluated in windows)" if windows else ""
+        metrics = (
+            f"mIoU {summary['miou']:.1%}, pixel accuracy {summary['accuracy']:.1%}, "
+            f"mean class accuracy {summary['accuracy_mean']:.1%}, loss {summary['loss']:.3f}{note}"
+        )
+    else:
+        metrics = f"accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}"
+    bad = summary.get("bad_images")
+    left_out = f" ({bad} images do not decode and are left out)" if bad else ""
+    named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
+    return (
+        f"{summary['split']} {metrics}{left_out}; "
+        f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
+        f"(0 all different, 1 all alike){named}"
+    )
+
+
+def usage(summary: Mapping[str, Any], run: Path) -> str:
+    """Return how the weights in a run directory are used."""
+    if summary.get("task") == "segmentation":
+        return f"pdvit eval, predict and plot segmentation {run}; pictures: {run}/predictions"
+    return f"timm: create_model('local-dir:{run}', pretrained=True)"
