@@ -94,7 +94,8 @@ class SegmentationTask(ImageTask):
         colours = ", colours jittered" if segment.photometric else ""
         return (
             f"{self.config.model.name} with {segment.head} head: {backbone:,} + {total - backbone:,} parameters, "
-            f"crops of {windows.window}x{windows.window} pixels, patches of {self.patch_size}; evaluated: {evaluation}\n"
+            f"crops of {windows.window}x{windows.window} pixels, patches of {self.patch_size}; "
+            f"evaluated: {evaluation}\n"
             f"terms: {describe_terms(self.config.diversity)}; augmentation: scaled by {low:g} to {high:g}{colours}"
         )
 

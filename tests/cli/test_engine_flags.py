@@ -121,7 +121,7 @@ class TestStopping:
         run = train()
         before = (run / "metrics.jsonl").read_bytes()
         go_on(run)
-        assert "finished already" in capsys.readouterr().out
+        assert "is finished" in capsys.readouterr().out
         assert (run / "metrics.jsonl").read_bytes() == before
 
     def test_a_run_without_a_state_starts_again(self, stopped, train, records):
@@ -206,7 +206,7 @@ class TestChanging:
 
     @pytest.mark.parametrize("key", ["run.out", "run.name"])
     def test_a_run_stays_where_it_is(self, refusal, stopped, key):
-        assert "stays" in refusal("train", "--resume", stopped, "--change", f"{key}=other").what
+        assert "keeps its folder" in refusal("train", "--resume", stopped, "--change", f"{key}=other").what
 
     def test_only_a_resumed_run_is_changed(self, refusal, tiny):
         assert "--resume" in refusal("train", *tiny, "--change", "optim.lr=1").tip

@@ -102,8 +102,8 @@ def test_at_another_resolution_with_the_terms_and_layer_decay(workplace, capsys)
 
 def test_without_a_checkpoint_there_is_a_tip(workplace, capsys):
     error = refused(capsys, "finetune")
-    assert "no checkpoint to begin with" in error
-    assert "pdvit finetune runs/NAME" in error
+    assert "no checkpoint to start from" in error
+    assert "pdvit finetune RUN" in error
 
 
 def test_two_checkpoints_are_refused(workplace, capsys):
@@ -111,7 +111,7 @@ def test_two_checkpoints_are_refused(workplace, capsys):
 
 
 def test_a_run_that_is_taken_up_has_its_checkpoint_already(workplace, capsys):
-    assert "keeps its configuration, so --init" in refused(capsys, "finetune", "a.pth", "--resume", "run")
+    assert "keeps its saved configuration, so --init" in refused(capsys, "finetune", "a.pth", "--resume", "run")
 
 
 def test_a_checkpoint_that_does_not_fit_trains_nothing(workplace, capsys):

@@ -153,7 +153,7 @@ def test_variants_that_are_no_list_are_refused(workplace, refusal):
 
 def test_only_a_sweep_has_cells(workplace, refusal):
     assert "only a sweep has cells" in refusal("train", "--cells", "1").what
-    assert "keeps its configuration" in refusal("train", "--resume", "x", "--cells", "1").what
+    assert "keeps its saved configuration" in refusal("train", "--resume", "x", "--cells", "1").what
     (workplace / "typo.toml").write_text('[swep]\n"run.seed" = [1]\n')
     assert "'sweep'" in refusal("train", "--config", "typo.toml", "--cells", "1").tip
     (workplace / "empty.toml").write_text("[sweep]\n")
@@ -163,7 +163,7 @@ def test_only_a_sweep_has_cells(workplace, refusal):
 def test_finetuning_asks_every_cell_for_a_checkpoint(workplace, refusal):
     write(workplace, '[[sweep.variant]]\nname = "a"\n"model.init" = "x"\n[[sweep.variant]]\nname = "b"\n')
     found = refusal("finetune", "--config", "tiny.toml")
-    assert "no checkpoint to begin with" in found.what
+    assert "no checkpoint to start from" in found.what
     assert "cell 2 (b)" in found.where
 
 

@@ -6,7 +6,8 @@ import pytest
 import typer
 
 from pdvit.cli import app
-from pdvit.cli.options import make_config
+from pdvit.cli.options import make_layers
+from pdvit.config import build
 from pdvit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -62,10 +63,10 @@ def parse(arguments: list[str]) -> None:
         name, command, arguments = command.resolve_command(context, rest)
         parent = context
     if name in ("train", "finetune", "segment") and context.params["config"] is None:
-        own = {"checkpoint", "config", "assign", "resume", "change", "replay", "as_json"}
+        own = {"checkpoint", "config", "assign", "cells", "resume", "change", "replay", "as_json"}
         # Typer leaves a repeatable option that was not given as an empty tuple until it calls the command.
         settings = {key: value for key, value in context.params.items() if key not in own and value != ()}
-        make_config(None, context.params["assign"] or [], settings)
+        build(*make_layers(None, list(context.params["assign"] or []), settings))
 
 
 def documented() -> list:
