@@ -106,7 +106,7 @@ def test_the_parts_of_several_processes_add_up():
     sums = {id(getattr(parts[0], name)): sum(getattr(tally, name) for tally in parts) for name in attributes}
 
     class Three(Ranks):
-        def sum(self, tensor):
+        def all_reduce(self, tensor):
             return sums[id(tensor)]
 
     together, alone = parts[0].scores(Three()), scores_of(logits, targets)
