@@ -138,7 +138,7 @@ def _segment(opened: Opened, asked: Asked) -> "SegmentConfig":
 
 def _looking(opened: Opened, segment: "SegmentConfig", scales: bool, flip: bool) -> "SlidingWindowConfig":
     from pdvit.tasks.segmentation import looking
-    from pdvit.tasks.views import SCALES
+    from pdvit.tasks.windows import SCALES
 
     how = looking(_segmenter(opened).model, segment, opened.loading.per_pass)
     return replace(how, scales=SCALES if scales else (1.0,), flip=flip)

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pdvit.tasks.views import score_parts
-from pdvit.tasks.windows import Network, SlidingWindowConfig
+from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 
 Palette = Sequence[tuple[int, int, int]]
 # Colour of pixels without a class, and how much of a class's colour lies over an image.
@@ -20,7 +19,7 @@ SHOWN = 512
 
 @torch.no_grad()
 def predicted_mask(
-    network: Network, image: Tensor, size: tuple[int, int], classes: int, how: SlidingWindowConfig
+    network: Network, image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig
 ) -> Tensor:
     """Return the class of every pixel, uint8 `size` on the CPU.
 
@@ -28,13 +27,12 @@ def predicted_mask(
         network: images to logits, in evaluation mode.
         image: `(1, 3, h, w)`, normalised.
         size: height and width of the mask.
-        classes: how many there are, at most 255.
-        how: windows, scales, flips.
+        classes: number of classes, at most 255.
+        config: windows, scales, flips.
     """
     mask = torch.empty(size, dtype=torch.uint8)
-    for top, left, scores in score_parts(network, image, size, classes, how):
-        rows, columns = scores.shape[1:]
-        mask[top : top + rows, left : left + columns] = scores.argmax(0).byte().cpu()
+    for top, scores in score_rows(network, image, size, classes, config):
+        mask[top : top + scores.shape[1]] = scores.argmax(0).byte().cpu()
     return mask
 
 

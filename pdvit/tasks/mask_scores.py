@@ -13,8 +13,7 @@ from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.losses.pixels import IGNORED
-from pdvit.tasks.views import score_parts
-from pdvit.tasks.windows import Network, SlidingWindowConfig
+from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,21 @@ class MaskScores:
 
 
 class MaskTally:
-    """Adds up pixels."""
+    """Confusion matrix (integers, on the device) and loss of pixels, summed over images."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        from torchmetrics.classification import MulticlassConfusionMatrix
-
-        self.matrix = MulticlassConfusionMatrix(classes, ignore_index=IGNORED, validate_args=False).to(device)
+        self.classes = classes
+        self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.counts = torch.zeros(3, dtype=torch.long, device=device)  # images, broken, large
 
     def add(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """Count the pixels of a part: scores `(C, R, W)`, mask `(R, W)`; return whether the scores are all finite."""
+        """Count the pixels of some rows: scores `(C, R, W)`, mask `(R, W)`; return whether all scores are finite."""
+        pairs = torch.where(mask == IGNORED, self.classes**2, mask * self.classes + scores.argmax(0))
         with _any_order():
-            self.matrix.update(scores.argmax(0), mask)
+            counts = pairs.flatten().bincount(minlength=self.classes**2 + 1)
             losses = F.cross_entropy(scores[None], mask[None], ignore_index=IGNORED, reduction="none")
+        self.confusion += counts[:-1].view_as(self.confusion)
         self.loss += losses.sum(dtype=torch.float64)
         return scores.isfinite().all()
 
@@ -72,7 +72,7 @@ class MaskTally:
 
         Raises UserError where there is no pixel with a class.
         """
-        confusion = ranks.all_reduce(self.matrix.confmat).cpu()
+        confusion = ranks.all_reduce(self.confusion).cpu()
         images, broken, large = ranks.all_reduce(self.counts).tolist()
         pixels, right = confusion.sum(), confusion.diagonal().double()
         if not pixels:
@@ -95,10 +95,7 @@ class MaskTally:
 
 @contextmanager
 def _any_order() -> Iterator[None]:
-    """Let whole numbers be added up in any order, which makes no difference, in deterministic mode too.
-
-    torchmetrics would there compare every pixel with every pair of classes: an ordinary image would take 90 GB.
-    """
+    """Leave deterministic mode: sums of integers do not depend on their order, nor does a loss per pixel."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -128,7 +125,6 @@ def measure_masks(
         ranks: the processes that share the images.
         together: whether the model is spread over them, so that all have to make as many forward passes.
     """
-    classes = tally.matrix.num_classes
 
     def logits_of(images: Tensor) -> Tensor:
         with autocast(images.device, precision):
@@ -137,11 +133,9 @@ def measure_masks(
     passes = _Together(logits_of, ranks) if together and ranks.world_size > 1 else logits_of
     for batch in batches:
         for image, mask in zip(batch.images, batch.targets, strict=True):
-            height, width = mask.shape
             finite = torch.ones((), dtype=torch.bool, device=image.device)
-            for top, left, scores in score_parts(passes, image[None], (height, width), classes, how):
-                rows, columns = scores.shape[1:]
-                finite &= tally.add(scores, mask[top : top + rows, left : left + columns])
+            for top, scores in score_rows(passes, image[None], (mask.shape[0], mask.shape[1]), tally.classes, how):
+                finite &= tally.add(scores, mask[top : top + scores.shape[1]])
             tally.end_image(finite, how.too_large(*image.shape[-2:]))
     if isinstance(passes, _Together):
         passes.wait(tally.loss.device, how.window)

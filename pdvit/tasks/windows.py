@@ -1,6 +1,7 @@
-"""Logits of every pixel of an image of any size, in bounded memory: the image at once, or window by window."""
+"""Scores of every pixel: the image at once or in sliding windows, averaged over scales and mirror images."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,17 +9,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.engine.device import is_out_of_memory
+from pdvit.errors import UserError
 
 Network = Callable[[Tensor], Tensor]
 """Images `(B, 3, H, W)` to logits `(B, C, h, w)` of any size."""
 
-# The most pixels that one forward pass takes when images are evaluated whole: Cityscapes at a scale of 1.75 fits.
+# MMSegmentation's scales of multi-scale evaluation (`--ms`).
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# Largest number of pixels of one forward pass over a whole image: Cityscapes at a scale of 1.75 fits.
 WHOLE = 2**23
+# Largest number of scores in one map (4 GiB in float32).
+MAX_SCORES = 2**30
+# Largest number of scores that are resized to the mask, and compared, at once.
+BLOCK = 2**26
 
 
 @dataclass(frozen=True)
 class SlidingWindowConfig:
-    """How an image is looked at.
+    """How an image is evaluated.
 
     Attributes:
         mode: `whole` or `slide`.
@@ -26,7 +34,7 @@ class SlidingWindowConfig:
         stride: pixels from window to window, at most `window`.
         batch: windows of one forward pass.
         scales: factors of the image's size; scores are averaged over them.
-        flip: mirror each of them too.
+        flip: average over the mirror image of each scale too.
     """
 
     mode: str
@@ -37,46 +45,107 @@ class SlidingWindowConfig:
     flip: bool = False
 
     def too_large(self, height: int, width: int) -> bool:
-        """Tell whether an image of this size is evaluated in windows, although whole was asked for."""
-        most = max(self.scales) ** 2
-        return self.mode == "whole" and height * width * most > WHOLE
+        """Whether an image of this size is evaluated in windows although the mode is `whole`."""
+        return self.mode == "whole" and height * width * max(self.scales) ** 2 > WHOLE
 
 
-def pixel_logits(network: Network, image: Tensor, how: SlidingWindowConfig) -> Tensor:
-    """Return float32 logits `(1, C, H, W)` of an image `(1, 3, H, W)`: one for each of its own pixels."""
+def score_rows(
+    network: Network, image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first row and the scores `(C, R, W)` of each block of rows of a mask, from top to bottom.
+
+    The largest score is the pixel's class; `cross_entropy` takes the scores as logits. Scores of one view are logits;
+    of several views, the logarithm of their mean probability (softmax). Maps are resized bilinearly, masks never.
+
+    Args:
+        network: images to logits.
+        image: `(1, 3, h, w)`, normalised.
+        size: height and width of the mask.
+        classes: number of classes.
+        config: windows, scales, flips.
+
+    Raises:
+        UserError: if a map of scores has more than `MAX_SCORES` numbers.
+    """
+    views = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
+    _check_size(image, size, classes, config, several=len(views) > 1)
+    total: Tensor | None = None
+    for scale, mirrored in views:
+        logits = _view(network, image, scale, mirrored, config)
+        if len(views) == 1:
+            yield from ((rows.start, resized_rows(logits, size, rows)[0]) for rows in _blocks(logits.shape[1], size))
+            return
+        if total is None:
+            total = logits.new_zeros(logits.shape[1], *size)
+        for rows in _blocks(logits.shape[1], size):
+            total[:, rows.start : rows.stop] += resized_rows(logits, size, rows)[0].softmax(0)
+        del logits
+    assert total is not None
+    total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+    yield from ((rows.start, total[:, rows.start : rows.stop]) for rows in _blocks(len(total), size))
+
+
+def _check_size(image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig, several: bool) -> None:
     height, width = image.shape[-2:]
-    if how.mode == "slide" or height * width > WHOLE:
-        return slide(network, image, how.window, how.stride, how.batch)
+    pixels = math.ceil(max(config.scales) ** 2 * height * width)
+    if several:  # their mean is a map of the mask's size; a single view is resized block by block
+        pixels = max(pixels, math.prod(size))
+    if classes * pixels > MAX_SCORES:
+        raise UserError(
+            f"{classes} classes of {pixels:,} pixels are more than {MAX_SCORES:,} scores",
+            f"an image of {height}x{width} with a mask of {size[0]}x{size[1]}",
+            "evaluate without --ms and --flip, set segment.short_side, or cut the image into smaller ones",
+        )
+
+
+def _view(network: Network, image: Tensor, scale: float, mirrored: bool, config: SlidingWindowConfig) -> Tensor:
+    """Return the logits `(1, C, h, w)` of a resized and perhaps mirrored image, mirrored back."""
+    height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[-2:])
+    resized = resize(image, (height, width))
+    logits = pixel_logits(network, resized.flip(-1) if mirrored else resized, config)
+    return logits.flip(-1) if mirrored else logits
+
+
+def pixel_logits(network: Network, image: Tensor, config: SlidingWindowConfig) -> Tensor:
+    """Return float32 logits `(1, C, H, W)` of an image `(1, 3, H, W)`, one for each of its pixels."""
+    height, width = image.shape[-2:]
+    if config.mode == "slide" or height * width > WHOLE:
+        return slide(network, image, config.window, config.stride, config.batch)
     try:
         return resize(network(image).float(), (height, width))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # behind the handler: the error holds what the pass has computed
+    # behind the handler, because the error holds the tensors of the pass
     torch.cuda.empty_cache()
-    return slide(network, image, how.window, how.stride, 1)
+    return slide(network, image, config.window, config.stride, 1)
 
 
 def slide(network: Network, image: Tensor, window: int, stride: int, batch: int) -> Tensor:
     """Return logits `(1, C, H, W)` of an image `(1, 3, H, W)`, averaged over windows `stride` pixels apart.
 
-    The last window of a row or column ends where the image does, as in mmsegmentation. An image that is smaller than a
-    window is filled up with zeros, right and bottom.
+    The last window of a row or column ends at the border, as in MMSegmentation. An image smaller than a window is
+    padded with zeros, right and bottom.
     """
-    from monai.inferers.utils import sliding_window_inference
-
-    def logits_of(windows: Tensor) -> Tensor:
-        # monai adds up in what comes back, and in the type of what goes in
-        logits = network(windows).float()
-        return logits.clone() if logits.shape[-2:] == windows.shape[-2:] else resize(logits, windows.shape[-2:])
-
     height, width = image.shape[-2:]
-    filled = F.pad(image.float(), (0, max(0, window - width), 0, max(0, window - height)))
-    # monai takes the stride as a share that overlaps, and rounds down: half a pixel more, and it finds the stride again
-    overlap = max(0.0, 1 - (stride + 0.5) / window)
-    logits = sliding_window_inference(filled, (window, window), batch, logits_of, overlap)
-    assert isinstance(logits, Tensor)
-    return logits[..., :height, :width]
+    padded = F.pad(image.float(), (0, max(0, window - width), 0, max(0, window - height)))
+    tops, lefts = (
+        [min(start, side - window) for start in range(0, side - window + stride, stride)] for side in padded.shape[-2:]
+    )
+    corners = [(slice(top, top + window), slice(left, left + window)) for top in tops for left in lefts]
+    total: Tensor | None = None
+    counts = padded.new_zeros(padded.shape[-2:])
+    for start in range(0, len(corners), batch):
+        group = corners[start : start + batch]
+        windows = torch.cat([padded[..., rows, columns] for rows, columns in group])
+        logits = resize(network(windows).float(), (window, window))
+        if total is None:
+            total = logits.new_zeros(1, logits.shape[1], *padded.shape[-2:])
+        for (rows, columns), part in zip(group, logits, strict=True):
+            total[0, :, rows, columns] += part
+            counts[rows, columns] += 1
+    assert total is not None
+    return total.div_(counts)[..., :height, :width]
 
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -84,3 +153,22 @@ def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def resized_rows(maps: Tensor, size: tuple[int, int], rows: range) -> Tensor:
+    """Return some rows of `resize(maps, size)`: maps `(1, C, h, w)` to `(1, C, R, W)`."""
+    if len(rows) == size[0]:
+        return resize(maps, size)
+    height = maps.shape[-2]
+    at = ((torch.arange(rows.start, rows.stop, device=maps.device) + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+    above = at.long().clamp(max=height - 1)
+    below = (above + 1).clamp(max=height - 1)
+    weight = (at - above).to(maps.dtype)[:, None]
+    mixed = torch.lerp(maps[:, :, above], maps[:, :, below], weight)
+    return F.interpolate(mixed, size=(len(rows), size[1]), mode="bilinear", align_corners=False)
+
+
+def _blocks(classes: int, size: tuple[int, int]) -> list[range]:
+    height, width = size
+    rows = max(1, BLOCK // (classes * width))
+    return [range(start, min(start + rows, height)) for start in range(0, height, rows)]

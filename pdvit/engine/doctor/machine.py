@@ -16,7 +16,7 @@ from pdvit.tracking.environment import installed_version, processor
 
 CORE = (
     *("torch", "torchvision", "timm", "safetensors", "typer", "rich", "pandas", "matplotlib", "scipy"),
-    *("scikit-learn", "pillow", "tomli-w", "segmentation-models-pytorch", "torchmetrics", "monai"),
+    *("scikit-learn", "pillow", "tomli-w", "segmentation-models-pytorch"),
 )
 EXTRAS = ("tensorboard", "wandb", "trackio")
 CGROUP = Path("/sys/fs/cgroup")

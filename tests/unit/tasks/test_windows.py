@@ -5,8 +5,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from pdvit.errors import UserError
 from pdvit.tasks import windows
-from pdvit.tasks.windows import SlidingWindowConfig, pixel_logits, slide
+from pdvit.tasks.windows import (
+    SCALES,
+    SlidingWindowConfig,
+    pixel_logits,
+    resize,
+    resized_rows,
+    score_rows,
+    slide,
+)
 
 
 def network(classes: int = 3, shrink: int = 1) -> nn.Module:
@@ -128,3 +137,82 @@ def test_another_fault_of_a_whole_image_is_not_taken_for_a_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="do not fit"):
         pixel_logits(broken, image(20, 33), SlidingWindowConfig("whole", 16, 8))
+
+
+@torch.no_grad()
+def gathered(net: nn.Module, picture: torch.Tensor, size: tuple[int, int], how: SlidingWindowConfig, classes: int = 3):
+    """Put the blocks together; each row comes once, from top to bottom."""
+    rows, parts = zip(*score_rows(net, picture, size, classes, how), strict=True)
+    assert list(rows) == [sum(part.shape[1] for part in parts[:number]) for number in range(len(parts))]
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def test_scores_of_one_view_are_logits_at_the_size_of_the_mask():
+    net, picture = network(shrink=2), image(20, 30)
+    at_image = F.interpolate(net(picture), size=(20, 30), mode="bilinear", align_corners=False)
+    at_mask = F.interpolate(at_image, size=(27, 41), mode="bilinear", align_corners=False)
+    assert torch.equal(gathered(net, picture, (27, 41), SlidingWindowConfig("whole", 16, 8)), at_mask[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_scales_and_flips_are_averaged_as_probabilities(mode):
+    net, picture, size = network(shrink=2), image(21, 30), (27, 41)
+    mean = torch.zeros(3, *size, dtype=torch.float64)
+    for scale in SCALES:
+        for flip in (False, True):
+            inside = int(21 * scale + 0.5), int(30 * scale + 0.5)
+            seen = F.interpolate(picture, size=inside, mode="bilinear", align_corners=False)
+            seen = torch.flip(seen, [3]) if flip else seen
+            if mode == "slide":
+                logits = windows.slide(net, seen, 16, 8, 1)
+            else:
+                logits = F.interpolate(net(seen), size=inside, mode="bilinear", align_corners=False)
+            logits = torch.flip(logits, [3]) if flip else logits
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            mean += logits[0].double().softmax(0) / 12
+    found = gathered(net, picture, size, SlidingWindowConfig(mode, 16, 8, scales=SCALES, flip=True))
+    torch.testing.assert_close(found.exp().double(), mean, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+def test_blocks_of_rows_are_those_of_the_resized_whole(height, width, rows, columns, block):
+    maps = image(height, width)
+    parts = [
+        resized_rows(maps, (rows, columns), range(start, min(start + block, rows))) for start in range(0, rows, block)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 2), resize(maps, (rows, columns)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", [SlidingWindowConfig("whole", 16, 8), SlidingWindowConfig("whole", 16, 8, scales=(0.5, 1.5), flip=True)]
+)
+def test_what_fits_not_at_once_comes_in_blocks_with_the_same_scores(monkeypatch, how):
+    net, picture = network(shrink=2), image(20, 30)
+    expected = gathered(net, picture, (27, 41), how)
+    monkeypatch.setattr(windows, "BLOCK", 3 * 41 * 4)
+    assert all(part.numel() <= windows.BLOCK for _, part in score_rows(net, picture, (27, 41), 3, how))
+    torch.testing.assert_close(gathered(net, picture, (27, 41), how), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("size", "mask", "scales", "fits"),
+    [
+        ((20, 30), (20, 30), (1.0,), True),
+        ((20, 30), (60, 90), (1.0,), True),  # a single view is resized block by block
+        ((20, 30), (60, 90), (0.5, 1.0), False),
+        ((20, 30), (20, 30), (1.0, 1.75), False),
+        ((60, 90), (20, 30), (1.0,), False),
+    ],
+)
+def test_a_map_of_too_many_scores_is_an_error(monkeypatch, size, mask, scales, fits):
+    monkeypatch.setattr(windows, "MAX_SCORES", 3 * 20 * 30)
+    config = SlidingWindowConfig("slide", 16, 8, scales=scales)
+    if fits:
+        assert gathered(network(), image(*size), mask, config).shape == (3, *mask)
+    else:
+        with pytest.raises(UserError, match="more than 1,800 scores"):
+            gathered(network(), image(*size), mask, config)
