@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _open(config: Config, say: Callable[[str], None]) -> "Source":
     from pdvit.data.sources import open_source
 
-    return open_source(config.data, say)
+    return open_source(config.data)
 
 
 def _settle(config: Config, processes: int, device: "torch.device") -> Config:

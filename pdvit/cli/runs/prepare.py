@@ -89,7 +89,7 @@ def prepare(command: Command, config: Config, as_json: bool, begun: bool = False
 def _from_anywhere(config: Config) -> Config:
     """Return the configuration with whole paths, so that the run can be resumed and analyzed from anywhere."""
     data = config.data
-    source = whole_path(data.source, data.root)
+    source = whole_path(data.source)
     root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
     return replace(config, data=replace(data, source=source, root=root))
 
