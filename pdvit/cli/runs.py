@@ -312,7 +312,7 @@ def _with_absolute_paths(config: Config) -> Config:
     """Return the configuration with absolute paths, so that the run can be resumed and analyzed from anywhere."""
     data = config.data
     root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
-    return replace(config, data=replace(data, source=whole_path(data.source, data.root), root=root))
+    return replace(config, data=replace(data, source=whole_path(data.source), root=root))
 
 
 def _create_directory(trainer: "Trainer") -> Path:

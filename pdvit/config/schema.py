@@ -21,7 +21,7 @@ class DataConfig:
     """Data."""
 
     source: str = key("digits", "Where images come from: a name, folder, archive or table; help lists all.", "--data")
-    root: str | None = key(None, "Where data sets that go by a name lie (torch/, wds/, hfds/, ...).", "--data-dir")
+    root: str | None = key(None, "Where data sets that go by a name lie (torch/, hfds/).", "--data-dir")
     train_split: str | None = key(None, "Split to learn from; unset: train.", "--train-split")
     val_split: str | None = key(
         None, "Split to validate on; unset: val or validation, or else a tenth of train.", "--val-split"

@@ -7,8 +7,6 @@ from pdvit.config.keys import info_of
 from pdvit.config.schema import DataConfig
 from pdvit.errors import UserError
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -28,14 +26,11 @@ KINDS = (
         "scenes",
         "handwritten numbers on textured grounds, with a class for every pixel, built in (pdvit segment)",
     ),
-    Kind("folder", "FOLDER", "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone; ImageNet-1k"),
-    Kind("archive", "FILE.tar, FILE.zip", "the same inside an archive; also .tar.gz, .tar.xz", suffixes=ARCHIVES),
+    Kind("folder", "FOLDER", "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone"),
+    Kind("tar", "FILE.tar", "the same inside a plain tar, read in place", suffixes=(".tar",)),
     Kind("csv", "FILE.csv", "a table with the columns path, label and perhaps split", suffixes=(".csv",)),
     Kind("torch", "torch/cifar100", "data sets of torchvision, in --data-dir", "torch/"),
     Kind("hfds", "hfds/OWNER/NAME", "Hugging Face data sets, by name or folder (extra hf-data)", "hfds/"),
-    Kind("hfids", "hfids/OWNER/NAME", "their streams, copied once into the cache (extra hf-data)", "hfids/"),
-    Kind("wds", "wds/NAME", "WebDataset shards, in --data-dir", "wds/"),
-    Kind("tfds", "tfds/NAME", "TensorFlow data sets, copied once into the cache (extra tf-data)", "tfds/"),
 )
 SPLITS, KEYS = ("train_split", "val_split"), ("input_key", "target_key")
 OF_SOURCES = ("root", *SPLITS, *KEYS, "download")
@@ -44,13 +39,10 @@ TAKES: dict[str, tuple[str, ...]] = {
     "digits": (),
     "scenes": (),
     "folder": SPLITS,
-    "archive": SPLITS,
+    "tar": SPLITS,
     "csv": SPLITS,
     "torch": ("root", *SPLITS, "download"),
     "hfds": OF_SOURCES,
-    "hfids": OF_SOURCES,
-    "wds": ("root", *SPLITS, *KEYS),
-    "tfds": OF_SOURCES,
 }
 
 
@@ -75,12 +67,12 @@ def refuse_idle(data: DataConfig) -> None:
             raise UserError(what, f"data.{item.name} ({flag})", "leave it out, or check --data")
 
 
-def whole_path(source: str, root: str | None) -> str:
+def whole_path(source: str) -> str:
     """Return a source with the path in it, where there is one, made whole: it is then found from anywhere."""
     kind, prefix = kind_of(source), ""
-    if kind in ("hfds", "hfids") or (kind == "wds" and root is None):
+    if kind == "hfds":
         prefix = source[: len(f"{kind}/")]
-    elif kind not in (None, "archive", "csv"):
+    elif kind not in (None, "tar", "csv"):
         return source
     path = os.path.expanduser(source.removeprefix(prefix))
     return prefix + os.path.abspath(path) if os.path.exists(path) else source

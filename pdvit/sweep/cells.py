@@ -129,7 +129,7 @@ def _values(key: str, values: Any, where: str) -> list[Any]:
 
 
 def _filled(value: Any, words: Mapping[str, Any]) -> Any:
-    """Return values with `{variant}` and `{section.key}` as the cell has them; other braces stay: shards have some."""
+    """Return values with `{variant}` and `{section.key}` as the cell has them; other braces stay."""
     if isinstance(value, Mapping):
         return {key: _filled(part, words) for key, part in value.items()}
     if isinstance(value, list):

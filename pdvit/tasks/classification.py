@@ -75,7 +75,7 @@ class ClassificationTask(ImageTask):
     @staticmethod
     def open_source(config: Config, log: Callable[[str], None]) -> Source:
         """Open the data of a configuration; raises UserError."""
-        return open_source(config.data, log)
+        return open_source(config.data)
 
     def describe(self) -> str:
         """Return two lines: model, image and patch size; terms, mixing and augmentation."""

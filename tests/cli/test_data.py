@@ -40,12 +40,12 @@ def test_help_lists_the_kinds_of_sources_at_once():
     code = "import sys; from pdvit.cli import run; s = run(sys.argv[1:]); sys.exit(s + ('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, "train", "--data", "help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for kind in ("digits", "FOLDER", "FILE.zip", "FILE.csv", "torch/", "hfds/", "wds/", "tfds/"):
+    for kind in ("digits", "FOLDER", "FILE.tar", "FILE.csv", "torch/", "hfds/"):
         assert sum(kind in line for line in done.stdout.splitlines()) == 1
 
 
 def test_errors_of_sources_come_before_there_is_a_run(refusal, workplace):
-    assert "no file" in refusal("train", "--data", "absent.zip").what
+    assert "no file" in refusal("train", "--data", "absent.tar").what
     assert "--data help" in refusal("train", "--data", "absent").tip
     (workplace / "half.tar").write_bytes(b"half of it")
     assert "can't be read" in refusal("train", "--data", "half.tar").what

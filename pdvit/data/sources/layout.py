@@ -4,7 +4,6 @@ import torch
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, assemble, choose_splits
-from pdvit.data.sources.imagenet import is_kaggle, read_kaggle
 from pdvit.data.sources.split import LazySplit, Source, some
 from pdvit.data.sources.tree import SUFFIXES, Tree, is_image
 from pdvit.errors import UserError
@@ -18,8 +17,6 @@ def read_layout(tree: Tree, data: DataConfig) -> Source:
     Raises UserError where it has another layout, where a class has no image in a split, and where a split has a class
     that train has not.
     """
-    if is_kaggle(tree):
-        return read_kaggle(tree, data)
     folders, others = tree.folders(), list[str]()
     splits: dict[str, LazySplit]
     if _is_classes(tree, folders, data):

@@ -84,8 +84,6 @@ def test_a_set_that_does_not_open_says_why(source, options, what, tip):
     ("source", "package", "extra"),
     [
         ("hfds/owner/name", "datasets", "hf-data"),
-        ("hfids/owner/name", "datasets", "hf-data"),
-        ("tfds/mnist", "tensorflow_datasets", "tf-data"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named(source, package, extra, monkeypatch):

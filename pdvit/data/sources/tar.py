@@ -1,67 +1,48 @@
-"""Archives read in place: members of a tar by their offsets, of a zip by their names."""
+"""Plain tar files read in place: each member by its offset."""
 
-import bz2
-import gzip
 import io
-import lzma
 import os
 import posixpath
 import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.cache import Say, cached
 from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES
-from pdvit.data.sources.imagenet import IMAGES
 from pdvit.data.sources.layout import read_layout
 from pdvit.data.sources.split import LazySplit, Source, some
 from pdvit.data.sources.tree import Tree, in_order
 from pdvit.errors import UserError
 
-# A member above this is no image that anybody trains on, and would be unpacked to memory.
-MOST_BYTES = 2**30
-# What is not passed through where it is the only folder at the top.
-KNOWN = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES, IMAGES.partition("/")[0]}
+# A larger member is not an image, and reading it would fill the memory.
+MAX_MEMBER_BYTES = 2**30
+# Split folders, which stay when one of them is the only folder at the top.
+SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 BLOCK = 512  # of a tar file
-# How compressed files begin.
-OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: its path in it, and in a tar where its bytes begin and how many they are."""
+    """A file in a tar: its path, the offset of its bytes and their number."""
 
     archive: str
     path: str
-    offset: int | None = None
-    size: int = 0
+    offset: int
+    size: int
 
     def read(self) -> bytes:
-        """Return the bytes; raises OSError and what zipfile raises on damage."""
-        if self.size >= MOST_BYTES:
-            raise ValueError(f"{self.size:,} bytes are no image")
-        if self.offset is None:
-            return _zip(self.archive, os.getpid()).read(self.path)
+        """Return the bytes; raises OSError, ValueError or EOFError if the tar is damaged."""
+        if self.size >= MAX_MEMBER_BYTES:
+            raise ValueError(f"{self.size:,} bytes, too large for an image")
         content = _bytes_at(self.archive, self.offset, self.size)
         if len(content) < self.size:
             raise EOFError("the archive ends in the middle of it")
         return content
-
-
-@lru_cache(maxsize=16)
-def _zip(archive: str, process: int) -> zipfile.ZipFile:
-    """Return the open archive of a process: processes that share one would move its position under one another."""
-    return zipfile.ZipFile(archive)
 
 
 def _bytes_at(archive: str | Path, offset: int, size: int) -> bytes:
@@ -94,15 +75,15 @@ class MemberSplit(LazySplit):
         return MemberSplit([self.members[index] for index in chosen.tolist()], self.labels[chosen])
 
 
-class ArchiveTree(Tree):
-    """The members of an archive as a tree, without the single folder that everything may lie in."""
+class TarTree(Tree):
+    """The members of a tar as a tree, without a single folder around everything."""
 
     def __init__(self, path: Path, members: Mapping[str, Member]) -> None:
-        self.where, self.name = str(path), archive_name(path.name)
+        self.where, self.name = str(path), path.stem
         self.members = dict(members)
         while len(top := {file.partition("/")[:2] for file in self.members}) == 1:
             ((name, slash),) = top
-            if not slash or name in KNOWN:
+            if not slash or name in SPLIT_NAMES:
                 break
             prefix = f"{name}/"
             self.members = {file.removeprefix(prefix): member for file, member in self.members.items()}
@@ -147,54 +128,22 @@ class ArchiveTree(Tree):
             folder = parent
 
 
-def read_archive(path: Path, data: DataConfig, say: Say) -> Source:
-    """Read a source from a tar or zip archive; a compressed tar is first unpacked to a plain one in the cache.
-
-    Raises UserError where the archive is damaged or has another layout.
-    """
+def read_tar(path: Path, data: DataConfig) -> Source:
+    """Read a source from a plain tar; UserError if it is damaged, compressed or laid out otherwise."""
     dropped: list[str] = []
-    members = zip_members(path) if path.name.lower().endswith(".zip") else tar_members(plain_tar(path, say), dropped)
-    # macOS adds this folder to what it packs; its files have the names of the others, and are none of them
+    members = tar_members(path, dropped)
+    # macOS adds this folder; its files have the names of the images.
     members = {file: member for file, member in members.items() if not file.startswith("__MACOSX/")}
-    lost = f"links that lead to no file in the archive, and are not read: {len(dropped):,} ({some(dropped)})"
+    note = f"links without a file in the tar, not read: {len(dropped):,} ({some(dropped)})"
     try:
-        return read_layout(ArchiveTree(path, members), data).noting(lost if dropped else "")
+        return read_layout(TarTree(path, members), data).noting(note if dropped else "")
     except UserError as error:
         if not dropped:
             raise
-        raise UserError(f"{error.what}; {lost}", error.where, error.tip) from error
+        raise UserError(f"{error.what}; {note}", error.where, error.tip) from error
 
 
-def archive_name(file: str) -> str:
-    """Return an archive's name without its endings."""
-    name, ending = os.path.splitext(file)
-    return name.removesuffix(".tar") if ending.lower() in (".gz", ".xz", ".bz2") else name
-
-
-def plain_tar(path: Path, say: Say) -> Path:
-    """Return a tar that can be read at any place: a compressed one unpacked into the cache, once."""
-    with open(path, "rb") as file:
-        head = file.read(6)
-    opener = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None)
-    if opener is None:
-        return path
-
-    def unpack(target: Path) -> None:
-        with opener(path) as packed, open(target, "wb") as plain:
-            plain.writelines(_blocks(packed, path))
-
-    say(f"{path.name} is compressed, so its images can't be read at random")
-    return cached(path, ".tar", unpack, say)
-
-
-def _blocks(packed: Any, path: Path) -> Iterator[bytes]:
-    """Yield what is packed in a file, a mebibyte at a time; UserError where it is damaged, not where writing fails."""
-    with _damage(path):
-        while block := packed.read(2**20):
-            yield block
-
-
-def tar_members(path: Path, dropped: list[str] | None = None) -> dict[str, Member]:
+def tar_members(path: Path, dropped: list[str]) -> dict[str, Member]:
     """Return the files of a plain tar by path, links followed; UserError where it is damaged or cut off.
 
     Links that lead to no file of the tar are added to `dropped`.
@@ -216,8 +165,7 @@ def tar_members(path: Path, dropped: list[str] | None = None) -> dict[str, Membe
     if end != bytes(BLOCK):  # what closes every tar; tarfile takes a cut between two members for the end
         raise _damaged(path, "it ends before its last block")
     linked = {file: replace(found[target], path=file) for file in links if (target := _end(file, links)) in found}
-    if dropped is not None:
-        dropped += (file for file in links if file not in linked)
+    dropped += (file for file in links if file not in linked)
     return found | linked
 
 
@@ -230,19 +178,12 @@ def _end(file: str, links: Mapping[str, str]) -> str:
     return file
 
 
-def zip_members(path: Path) -> dict[str, Member]:
-    """Return the files of a zip by path; UserError where it is damaged."""
-    with _damage(path), zipfile.ZipFile(path) as packed:
-        infos = [info for info in packed.infolist() if not info.is_dir()]
-    return {posixpath.normpath(info.filename): Member(str(path), info.filename, None, info.file_size) for info in infos}
-
-
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Say which archive is damaged, and how."""
+    """Name the damaged tar and the damage."""
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OSError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from error
 
 

@@ -1,0 +1,176 @@
+import io
+import pickle
+import shutil
+import tarfile
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.bad_images import BadImage
+from pdvit.data.preprocessing import try_read
+from pdvit.data.sources import open_source, source_label
+from pdvit.errors import UserError
+
+
+def opened(path, **options):
+    return open_source(DataConfig(source=str(path), **options))
+
+
+def pack(folder, file, top=""):
+    """Pack the contents of a folder below a folder `top`."""
+    with tarfile.open(file, "w") as packed:
+        packed.add(folder, top.rstrip("/") or ".")
+    return file
+
+
+def pixels(split):
+    return [np.asarray(split.open(index).convert("RGB")) for index in range(len(split))]
+
+
+@pytest.mark.parametrize("top", ["", "pictures/", "a/b/"])
+def test_an_archive_is_the_folder_that_was_packed(image_folder, tmp_path, top):
+    packed = opened(pack(image_folder, tmp_path / "pictures.tar", top))
+    plain = opened(image_folder)
+    assert packed.classes == plain.classes
+    assert packed.name == "pictures"
+    assert packed.fingerprint() == plain.fingerprint()
+    for name, split in plain.splits.items():
+        assert torch.equal(packed.splits[name].labels, split.labels)
+        assert all(map(np.array_equal, pixels(packed.splits[name]), pixels(split)))
+
+
+def test_an_archive_of_classes_alone_is_divided(image_folder, tmp_path):
+    packed = opened(pack(image_folder / "train", tmp_path / "set.tar"))
+    assert {name: len(split) for name, split in packed.splits.items()} == {"train": 21, "val": 3}
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
+def test_an_archive_that_is_cut_off_is_refused(image_folder, tmp_path, kept):
+    file = pack(image_folder, tmp_path / "set.tar")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(UserError) as caught:
+        opened(file)
+    assert "can't be read" in caught.value.what
+    assert str(tmp_path) in caught.value.where
+
+
+def test_a_tar_that_is_cut_off_between_two_members_is_refused(image_folder, tmp_path):
+    """Python's tarfile takes that for its end."""
+    file = pack(image_folder, tmp_path / "set.tar")
+    with tarfile.open(file) as packed:
+        last = packed.getmembers()[-1].offset
+    file.write_bytes(file.read_bytes()[:last])
+    with pytest.raises(UserError, match="last block"):
+        opened(file)
+
+
+def test_links_in_a_tar_are_followed(image_folder, tmp_path):
+    (image_folder / "train/red/hard.png").hardlink_to(image_folder / "train/red/0.png")
+    (image_folder / "train/red/soft.png").symlink_to("1.png")
+    source = opened(pack(image_folder, tmp_path / "set.tar"))
+    plain = opened(image_folder)
+    assert source.fingerprint() == plain.fingerprint()
+    assert all(map(np.array_equal, pixels(source.splits["train"]), pixels(plain.splits["train"])))
+
+
+def test_names_may_be_in_any_script(image_folder, tmp_path):
+    (image_folder / "train/red").rename(image_folder / "train/žába 蛙")
+    (image_folder / "val/red").rename(image_folder / "val/žába 蛙")
+    source = opened(pack(image_folder, tmp_path / "動物.tar"))
+    assert "žába 蛙" in source.classes
+    assert source_label(DataConfig(source=str(tmp_path / "動物.tar"))) == "動物"
+
+
+def test_a_member_that_does_not_decode_is_named(image_folder, tmp_path):
+    (image_folder / "train/green/3.png").write_bytes(b"torn")
+    file = pack(image_folder, tmp_path / "set.tar")
+    split = opened(file).splits["train"]
+    bad = [verdict for index in range(len(split)) if isinstance(verdict := try_read(split, index), BadImage)]
+    assert [item.name for item in bad] == [f"{file}/train/green/3.png"]
+
+
+def _sums(arguments):
+    split, indices = arguments
+    return [int(np.asarray(split.open(index).convert("RGB")).sum()) for index in indices]
+
+
+def test_processes_read_at_the_same_time(image_folder, tmp_path):
+    split = opened(pack(image_folder, tmp_path / "set.tar")).splits["train"]
+    expected = [int(image.sum()) for image in pixels(split)]  # opened before the fork
+    with get_context("fork").Pool(2) as pool:
+        found = pool.map(_sums, [(split, list(range(24)) * 20)] * 4)
+    assert found == [expected * 20] * 4
+
+
+def test_a_split_can_be_sent_to_another_process(image_folder, tmp_path):
+    split = opened(pack(image_folder, tmp_path / "set.tar")).splits["train"]
+    again = pickle.loads(pickle.dumps(split))
+    shutil.rmtree(image_folder)
+    assert again.hash() == split.hash()
+    assert again.open(3).size == split.open(3).size
+
+
+def test_a_tar_of_nothing_and_a_tar_of_text(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as packed:
+        info = tarfile.TarInfo("readme.txt")
+        info.size = 3
+        packed.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(UserError, match="no folder train/"):
+        opened(tmp_path / "set.tar")
+    (tmp_path / "text.tar").write_text("no archive")
+    with pytest.raises(UserError, match="can't be read"):
+        opened(tmp_path / "text.tar")
+
+
+@pytest.mark.slow
+def test_a_real_pack_reads_the_same_from_an_archive(real_data, tmp_path):
+    """With its greyscale files."""
+    plain = opened(real_data / "tiny-imagenet-50")
+    packed = opened(pack(real_data / "tiny-imagenet-50", tmp_path / "tiny.tar", "tiny-imagenet-50/"))
+    assert packed.fingerprint() == plain.fingerprint()
+    grey = 0
+    for index in torch.linspace(0, 24999, 1000).long().tolist():
+        with plain.splits["train"].open(index) as ours, packed.splits["train"].open(index) as theirs:
+            grey += ours.mode == "L"
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert grey
+    assert isinstance(try_read(packed.splits["train"], 0), Image.Image)
+
+
+def test_links_over_links_are_followed_and_others_counted(image_folder, tmp_path):
+    red = image_folder / "train/red"
+    (red / "a.png").symlink_to("b.png")
+    (red / "b.png").symlink_to("../blue/0.png")
+    plain = len(opened(image_folder).splits["train"])
+    (red / "lost.png").symlink_to("nowhere.png")
+    (red / "loop.png").symlink_to("loop.png")
+    (red / "more").symlink_to("../green")
+    source = opened(pack(image_folder, tmp_path / "set.tar"))
+    assert len(source.splits["train"]) == plain == 26
+    (note,) = (note for note in source.notes if "link" in note)
+    assert all(name in note for name in ("3 (", "lost.png", "loop.png", "red/more"))
+
+
+def test_a_split_that_is_a_link_is_named_where_it_is_missed(image_folder, tmp_path):
+    shutil.rmtree(image_folder / "val")
+    (image_folder / "val").symlink_to("train")
+    with pytest.raises(UserError, match=r"no folder val/.*links without a file.* 1 \(val\)"):
+        opened(pack(image_folder, tmp_path / "set.tar"))
+
+
+def test_a_member_too_large_for_an_image_is_bad(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pdvit.data.sources.tar.MAX_MEMBER_BYTES", 10)
+    found = try_read(opened(pack(image_folder, tmp_path / "set.tar")).splits["train"], 0)
+    assert isinstance(found, BadImage)
+    assert "too large" in found.reason
+
+
+@pytest.mark.parametrize("source", ["set.zip", "set.tar.gz", "SET.TXZ", "wds/set", "hfids/owner/set", "tfds/set"])
+def test_sources_without_an_index_are_refused(source):
+    with pytest.raises(UserError, match="can't be read by index"):
+        opened(source)
