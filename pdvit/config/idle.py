@@ -25,7 +25,7 @@ def idle_settings(config: Config) -> list[str]:
     }
     if config.data.source.split(":")[0] == "digits":
         in_memory = "the digits lie in memory"
-        files = ("resident", "crop_pct", "crop_mode", "on_bad_image", "check_images")
+        files = ("resident", "crop_pct", "crop_mode", "on_bad_image")
         needs |= {f"data.{name}": (False, in_memory) for name in files}
         needs["augment.ratio"] = (augment.scale is not None, "nothing is cropped")
     needs |= _of_segmentation(config)

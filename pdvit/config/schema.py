@@ -20,7 +20,7 @@ CROP_MODES = ("center", "squash")
 class DataConfig:
     """Data."""
 
-    source: str = key("digits", "Where images come from: a name, folder, archive or table; help lists all.", "--data")
+    source: str = key("digits", "Where images come from: a name, folder, tar or table; help lists all.", "--data")
     root: str | None = key(None, "Where data sets that go by a name lie (torch/, hfds/).", "--data-dir")
     train_split: str | None = key(None, "Split to learn from; unset: train.", "--train-split")
     val_split: str | None = key(
@@ -35,7 +35,6 @@ class DataConfig:
         "--on-bad-image",
         choices=("error", "skip"),
     )
-    check_images: bool = key(False, "Decode every image before the start.", "--check-images")
     batch_size: int = key(
         32,
         "Images per update, in total (timm's is per process); auto: as many as a GPU holds.",

@@ -95,7 +95,7 @@ def _with_bad(source: Source, how: LoaderConfig, wanted: str, say: Callable[[str
     """Leave a source with images that do not decode to the workers; UserError where it is to be resident."""
     if wanted == "on":
         what = f"images that do not decode can't be kept: {describe_bad(how.bad.found)}"
-        raise UserError(what, "data.resident (--resident)", "leave them out for good: --check-images")
+        raise UserError(what, "data.resident (--resident)", "delete them, or use --resident off")
     say(f"images: decoded at every step by {how.workers} worker processes (some do not decode)")
     return source
 

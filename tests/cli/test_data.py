@@ -55,14 +55,6 @@ def test_errors_of_sources_come_before_there_is_a_run(refusal, workplace):
     assert not (workplace / "runs").exists()
 
 
-def test_checking_names_what_does_not_decode_before_there_is_a_run(refusal, workplace, torn, tiny):
-    found = refusal("train", *tiny, *SHORT, "--data", torn, "--check-images")
-    assert "2 images do not decode" in found.what
-    assert "green/3.png" in found.where
-    assert "red/1.png" in found.where
-    assert not (workplace / "runs").exists()
-
-
 @pytest.mark.slow
 def test_a_run_skips_bad_images_counts_them_and_goes_on_the_same(workplace, torn, tiny, records, capsys):
     flags = [*tiny, *SHORT, "--data", str(torn), "--on-bad-image", "skip", "--save-every", "1st"]
@@ -87,15 +79,6 @@ def test_a_run_that_met_a_bad_image_goes_on_without_it(workplace, torn, tiny, re
     found = refusal("train", *tiny, *SHORT, "--data", torn, "--out", "run", "--save-every", "1st")
     assert "on_bad_image=skip" in found.tip
     assert pdvit(["train", "--resume", "run", "--change", "data.on_bad_image=skip"]) == 0
-
-
-@pytest.mark.slow
-def test_checked_images_are_left_out_of_the_run(workplace, torn, tiny, capsys):
-    flags = [*tiny, *SHORT, "--data", str(torn), "--on-bad-image", "skip", "--check-images"]
-    assert pdvit(["train", *flags, "--out", "run"]) == 0
-    shown = capsys.readouterr().out
-    assert "images: 23 train, 5 val" in shown
-    assert "left out 1 of train and 1 of val" in shown
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_settings_that_act_are_not_named():
     assert idle(diversity=diversity, augment={"mixup": 0.8, "mixup_switch_prob": 0.2, "mixup_mode": "pair"}) == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("resident", "off"), ("crop_pct", 0.5), ("check_images", True)])
+@pytest.mark.parametrize(("name", "value"), [("resident", "off"), ("crop_pct", 0.5)])
 def test_what_is_for_image_files_does_nothing_for_digits(name, value):
     assert idle(data={name: value}) == [f"data.{name} = {value} has no effect: the digits lie in memory"]
     assert idle(data={name: value, "source": "photographs"}) == []
