@@ -16,7 +16,6 @@ from pdvit.cli.runs import build_trainer, check_initial_weights, resume, start, 
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
 from pdvit.config.schema import Config
-from pdvit.config.upgrade import as_today
 from pdvit.errors import UserError
 from pdvit.tasks.summary import describe_summary
 
@@ -221,7 +220,7 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return what was asked for in one table, later layers first."""
     merged: dict[str, dict[str, Any]] = {}
     for layer in layers:
-        for section, values in as_today(layer).items():
+        for section, values in layer.items():
             merged[section] = merged.get(section, {}) | dict(values)
     merged["run"] = {key: value for key, value in merged.get("run", {}).items() if key not in OF_THE_SWEEP}
     return merged

@@ -11,7 +11,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pdvit.config.duration import parse_duration
 from pdvit.config.keys import KeyInfo, info_of
 from pdvit.config.schema import Config
-from pdvit.config.upgrade import as_today
 from pdvit.errors import UserError, closest
 
 # A section of files: pdvit.sweep takes it out before the rest is read here.
@@ -58,7 +57,7 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
     """
     config, known = Config(), sections()
     for where, layer in layers:
-        for section, values in as_today(layer).items():
+        for section, values in layer.items():
             if section not in known:
                 raise UserError(f"there is no section '{section}'", where, _tip(section, [*known], values, known))
             if not isinstance(values, Mapping):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pdvit.engine.state import Snapshot, State
+from pdvit.engine.state import VERSION, Snapshot, State
 from pdvit.errors import UserError
 from pdvit.tracking import sync, to_json, write_file
 
@@ -62,6 +62,10 @@ class Checkpoints:
             source = self.folder / (self.folder / LAST).read_text().strip()
             facts = json.loads((source / FACTS).read_text())
             _verify(source, facts)
+            if facts["version"] != VERSION:
+                what = f"the checkpoint has format {facts['version']}, this version of pdvit reads format {VERSION}"
+                tip = "resume it with the version of pdvit that wrote it, or start a new run"
+                raise UserError(what, str(source), tip)
             check(facts)
             files = ["module", "state", *(["ema"] if (source / "ema.safetensors").is_file() else [])]
             state.take(Snapshot(facts, {file: load_file(source / f"{file}.safetensors") for file in files}))

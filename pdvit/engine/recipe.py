@@ -44,19 +44,15 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
             raise UserError(f"{key} can't change from {old} to {new} within a run", where, "start a new run with it")
 
 
-def check_recipe(
-    saved: Mapping[str, Any] | None, config: Mapping[str, Any], recorded: Mapping[str, Any], where: str
-) -> None:
+def check_recipe(saved: Mapping[str, Any], config: Mapping[str, Any], recorded: Mapping[str, Any], where: str) -> None:
     """Raise UserError where run.toml is not what the checkpoint was made with.
 
     Args:
-        saved: the configuration in the checkpoint; None where its format has none.
+        saved: the configuration in the checkpoint.
         config: that of run.toml, with what was changed on purpose.
         recorded: keys that were changed on purpose, with their values.
         where: the run.
     """
-    if saved is None:
-        return
     # an earlier pdvit did not know every key of today
     saved, config = (to_dict(resolve(build((where, recipe)))) for recipe in (saved, config))
     differ = {
@@ -75,9 +71,9 @@ def check_recipe(
         )
 
 
-def check_data(saved: Mapping[str, Any] | None, data: Mapping[str, Any], where: str) -> None:
+def check_data(saved: Mapping[str, Any], data: Mapping[str, Any], where: str) -> None:
     """Raise UserError where the data are not those the run began with."""
-    if saved is None or dict(saved) == dict(data):
+    if dict(saved) == dict(data):
         return
     for name in [*saved, *(name for name in data if name not in saved)]:
         old, new = saved.get(name), data.get(name)

@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.packing import pack, unpack
 from pdvit.engine.update import Meter
-from pdvit.engine.upgrade import upgrade
-from pdvit.errors import UserError
 
 VERSION = 2
 # What a parameter group holds because the configuration says so; a resumed run follows its configuration.
@@ -106,9 +104,6 @@ class State:
         """Take on what a snapshot holds; raises what torch and Python raise where it does not fit."""
         facts, tensors = snapshot.facts, snapshot.tensors
         rest = tensors["state"]
-        if facts["version"] > VERSION:
-            raise UserError("the checkpoint is of a newer pdvit", "its state.json", "update pdvit")
-        upgrade(facts, rest, self._names())
         _load(self.module, tensors["module"])
         if self.ema is not None:
             _load(self.ema.module, tensors.get("ema", tensors["module"]))

@@ -76,8 +76,8 @@ class Trainer:
         where = str(directory.path)
 
         def check(facts: dict[str, Any]) -> None:
-            check_recipe(facts.get("config"), self.state.config, changed, where)
-            check_data(facts.get("data"), self.state.data, where)
+            check_recipe(facts["config"], self.state.config, changed, where)
+            check_data(facts["data"], self.state.data, where)
 
         self._checkpoints(directory).restore(self.state, check)
         if self.state.progress.step > self.plan.steps:

@@ -233,7 +233,7 @@ def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, records, whom):
         finish(command("--cells", "failed"), 0)
     else:
         finish(process, -signal.SIGKILL)
-        assert "going on after step" in finish(command(), 0) + (sweep / "logs" / "none-seed=0.txt").read_text()
+        assert "resuming after step" in finish(command(), 0) + (sweep / "logs" / "none-seed=0.txt").read_text()
     same(sweep, undisturbed, records)
 
 

@@ -142,7 +142,7 @@ def test_a_run_without_a_checkpoint_starts_over(tmp_path, digits_run, records):
 def test_a_finished_run_stays_as_it_is(run_copy, capsys):
     before = {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
     assert pdvit(["train", "--resume", str(run_copy)]) == 0
-    assert "finished already" in capsys.readouterr().out
+    assert "is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()} == before
 
 

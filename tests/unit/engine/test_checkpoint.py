@@ -306,12 +306,12 @@ def test_a_checkpoint_without_checksums_still_loads(tmp_path):
     assert identical(ours, theirs)
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, difference):
     trained(tmp_path)
-    change(tmp_path / "step-00000003" / "state.json", lambda facts: facts.update(version=facts["version"] + 1))
-    with pytest.raises(UserError, match="newer") as caught:
+    change(tmp_path / "step-00000003" / "state.json", lambda facts: facts.update(version=facts["version"] + difference))
+    with pytest.raises(UserError, match="has format"):
         restore(fresh(), tmp_path)
-    assert "update" in caught.value.tip
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

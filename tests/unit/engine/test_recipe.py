@@ -24,7 +24,6 @@ def test_changed_keys_have_both_values():
 def test_the_same_recipe_is_taken():
     config = to_dict(resolve(build()))
     check_recipe(config, to_dict(resolve(build())), {}, "here")
-    check_recipe(None, config, {}, "here")  # of a format that kept none
 
 
 def test_another_recipe_is_refused_by_its_keys():
@@ -76,6 +75,5 @@ def test_what_is_fixed_exists_and_is_refused():
 def test_other_data_are_refused(data, named):
     saved = {"classes": 3, "train": {"images": 10, "hash": "a"}}
     check_data(saved, dict(saved), "here")
-    check_data(None, data, "here")
     with pytest.raises(UserError, match=named):
         check_data(saved, data, "here")
