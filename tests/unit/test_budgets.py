@@ -1,0 +1,102 @@
+"""Size and depth of the code, counted with blank lines and docstrings.
+
+The budgets are the numbers of today and may only fall. The goal: a package of 14,500 lines in 125 files, 17,000 lines
+of tests, 220 functions in 50 files and 6 frames for a training run, 8 frames for an analysis, and no class name twice.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pdvit
+
+PACKAGE = Path(pdvit.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+PACKAGE_LINES, PACKAGE_FILES, TEST_LINES = 21_475, 205, 25_530
+TRAIN_FUNCTIONS, TRAIN_FILES, TRAIN_FRAMES = 336, 70, 8
+ANALYZE_FRAMES = 13
+NAMES_USED_TWICE = {"Asked", "Batch", "Meter", "Picture", "State", "Sweep"}
+
+# Runs one command and prints as JSON: our functions that it called ("file:name", without lambdas and comprehensions),
+# and the number of our frames from `pdvit.cli.run` to the first call of a target.
+TRACE = """
+import json, os, sys, threading
+
+import pdvit
+from pdvit.cli import run
+
+root = os.path.dirname(pdvit.__file__)
+called, depths = set(), []
+ANONYMOUS = ("<lambda>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
+OPTIMIZED = 1  # of code flags: a function, not the body of a class or module
+
+
+def trace(frame, event, argument):
+    code = frame.f_code
+    if event != "call" or not code.co_flags & OPTIMIZED:
+        return
+    if code.co_filename.startswith(root) and code.co_name not in ANONYMOUS:
+        called.add(f"{os.path.relpath(code.co_filename, root)}:{code.co_qualname}")
+    if not depths and code.co_name == target and place in code.co_filename:
+        depth = 0
+        while frame := frame.f_back:
+            depth += frame.f_code.co_filename.startswith(root) and frame.f_code.co_name not in ANONYMOUS
+        depths.append(depth)
+
+
+place, target, *arguments = sys.argv[1:]
+threading.setprofile(trace)
+sys.setprofile(trace)
+status = run(arguments)
+sys.setprofile(None)
+print("\\n" + json.dumps({"status": status, "called": sorted(called), "frames": depths[0]}))
+"""
+
+
+def traced(place: str, target: str, *arguments: str) -> dict:
+    command = [sys.executable, "-c", TRACE, place, target, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent, env=dict(os.environ))
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["status"] == 0
+    return result
+
+
+def lines(files: list[Path]) -> int:
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+def test_the_package_keeps_its_budget_of_lines_and_files():
+    assert lines(FILES) <= PACKAGE_LINES
+    assert len(FILES) <= PACKAGE_FILES
+
+
+def test_the_tests_keep_their_budget_of_lines():
+    assert lines(sorted((Path(__file__).parents[1]).rglob("*.py"))) <= TEST_LINES
+
+
+def test_no_other_public_class_name_stands_twice():
+    names = Counter(
+        node.name
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} <= NAMES_USED_TWICE
+
+
+def test_the_default_training_run_takes_few_functions_and_frames(tmp_path):
+    found = traced("torch/optim/", "step", "train", "--epochs", "4st", "--out", str(tmp_path / "run"))
+    files = {name.partition(":")[0] for name in found["called"]}
+    assert len(found["called"]) <= TRAIN_FUNCTIONS, found["called"]
+    assert len(files) <= TRAIN_FILES
+    assert found["frames"] <= TRAIN_FRAMES
+
+
+def test_an_analysis_takes_few_frames_to_p(digits_run):
+    out = digits_run.parent / "traced-analysis"
+    found = traced("pdvit/similarity.py", "patch_similarity", "analyze", str(digits_run), "--out", str(out))
+    assert found["frames"] <= ANALYZE_FRAMES
