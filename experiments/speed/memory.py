@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 from pdvit import patch_similarity
-from pdvit.losses.chunked import chunked_mixing_loss
+from pdvit.losses.mixing import chunked_mixing_loss
 
 
 def peak_mb(run: Callable[[], object]) -> float:

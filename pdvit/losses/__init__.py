@@ -1,4 +1,4 @@
-"""The diversity terms, one file each: pure functions of tensors; `objective` adds them up."""
+"""The diversity terms: pure functions of tensors, one file each; `objective` adds them up."""
 
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss

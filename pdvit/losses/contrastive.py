@@ -1,4 +1,4 @@
-"""The contrastive term: a patch of the last layer should know its own patch of the first layer."""
+"""The contrastive term: a patch of the last layer should match its own patch of the first layer."""
 
 import math
 
@@ -10,9 +10,9 @@ from pdvit.errors import UserError
 from pdvit.losses.variants import VARIANTS, check_variant
 from pdvit.similarity import at_least_float32, unit_tokens
 
-# Of the released code: side of the window of its local negative, and what it adds to a probability before the log.
+# Of the released code: side of the window of its local negative, and its guard inside the logarithm.
 WINDOW = 7
-ADDED = 1e-8
+EPS = 1e-8
 
 
 def contrastive_loss(
@@ -53,7 +53,9 @@ def contrastive_loss(
     """
     check_variant(variant, VARIANTS, "contrastive_loss(variant=...)")
     count = last.shape[1]
-    if variant != "diverse-vit" if detach_first is None else detach_first:
+    if detach_first is None:
+        detach_first = variant != "diverse-vit"
+    if detach_first:
         first = first.detach()
     if variant == "diverse-vit":
         first, last = unit_tokens(first), unit_tokens(last)
@@ -61,31 +63,27 @@ def contrastive_loss(
     if count < 2:
         return (last * 0).sum() + (first * 0).sum()
     # m_i - l_i = (sum_j l_j - n l_i) / (n - 1) = n / (n - 1) * (mean - l_i): elementwise, so autocast leaves it alone
-    away = last.mean(1, keepdim=True) - last
+    difference = last.mean(1, keepdim=True) - last
     if variant != "v1":
-        away = away * (count / (count - 1))
-    others = (first * away).sum(-1)
+        difference = difference * (count / (count - 1))
+    negative = (first * difference).sum(-1)
     if variant != "released":
-        return F.softplus(others).mean()
-    nearby = (first * (_local_mean(last, grid or _square(count)) - last)).sum(-1)
-    logits = torch.stack((torch.zeros_like(others), others, nearby), -1)  # all less the positive one
-    return -(logits.softmax(-1)[..., 0] + ADDED).log().mean()
+        return F.softplus(negative).mean()
+    local = (first * (_local_mean(last, grid) - last)).sum(-1)
+    logits = torch.stack((torch.zeros_like(negative), negative, local), -1)  # minus the positive one
+    return -(logits.softmax(-1)[..., 0] + EPS).log().mean()
 
 
-def _local_mean(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def _local_mean(tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """Return the mean of the other tokens of the window around each, `(B, N, D)`; zeros beyond the border count too."""
-    if grid[0] * grid[1] != tokens.shape[1]:
-        what = f"{tokens.shape[1]} patches do not fill a grid of {grid[0]} rows and {grid[1]} columns"
+    count = tokens.shape[1]
+    rows, columns = grid or (math.isqrt(count),) * 2
+    if rows * columns != count:
+        what = f"{count} patches do not fill a grid of {rows} rows and {columns} columns"
+        if grid is None:
+            what = f"{count} patches form no square, and the released form needs to know which are neighbours"
         raise UserError(what, "contrastive_loss(grid=...)", "pass grid=(rows, columns) of the patches")
     others = WINDOW**2 - 1
-    maps = tokens.transpose(1, 2).unflatten(-1, grid)
+    maps = tokens.transpose(1, 2).unflatten(-1, (rows, columns))
     total = F.avg_pool2d(maps, WINDOW, stride=1, padding=WINDOW // 2, divisor_override=others)
     return total.flatten(2).transpose(1, 2) - tokens / others
-
-
-def _square(count: int) -> tuple[int, int]:
-    side = math.isqrt(count)
-    if side * side != count:
-        what = f"{count} patches are no square, and the released form needs to know which are neighbours"
-        raise UserError(what, "contrastive_loss(grid=...)", "pass grid=(rows, columns) of the patches")
-    return side, side

@@ -1,4 +1,4 @@
-"""The cosine term: how alike the patches of the last layer are."""
+"""The cosine term: the similarity of the patches of the last layer."""
 
 from torch import Tensor
 

@@ -1,12 +1,12 @@
-"""The KoLeo term: every patch should keep its distance from its nearest neighbour."""
+"""The KoLeo term: the distance of every patch from its nearest neighbour."""
 
 import torch
 from torch import Tensor
 
 from pdvit.similarity import BLOCK_ENTRIES, unit_tokens
 
-# Distances far below this count as this one: DINOv2's epsilon.
-NEAREST = 1e-8
+# DINOv2's epsilon, added in quadrature to a distance.
+EPS = 1e-8
 
 
 def koleo_loss(last: Tensor) -> Tensor:
@@ -28,12 +28,12 @@ def koleo_loss(last: Tensor) -> Tensor:
     if last.shape[1] < 2:
         return (unit * 0).sum()
     nearest = _nearest(unit.detach())
-    apart = unit - unit.gather(1, nearest[..., None].expand_as(unit))
-    return -0.5 * (apart.square().sum(-1) + NEAREST**2).log().mean()
+    difference = unit - unit.gather(1, nearest[..., None].expand_as(unit))
+    return -0.5 * (difference.square().sum(-1) + EPS**2).log().mean()
 
 
 def _nearest(unit: Tensor) -> Tensor:
-    """Return which other token of the image `(B, N, D)` is nearest to each, `(B, N)`, in blocks of rows."""
+    """Return the index of the nearest other token of the image for each of `(B, N, D)`: `(B, N)`, in blocks of rows."""
     images, count, _ = unit.shape
     rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
     found = []

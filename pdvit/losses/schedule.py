@@ -1,11 +1,11 @@
-"""How the weight of a term runs over the steps."""
+"""The factor on the weight of a term over the steps."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """The factor on a weight as a function of the step alone, so that a run can be taken up anywhere.
+    """The factor on a weight as a function of the step alone, so a run can be resumed at any step.
 
     Attributes:
         total: steps of the run.

@@ -1,4 +1,4 @@
-"""The spectral term: how few directions the patches of an image share."""
+"""The spectral term: the number of directions that the patches of an image use."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from pdvit.similarity import unit_tokens
 def spectral_loss(last: Tensor) -> Tensor:
     """Return the purity tr(K^2) of K = U U^T / n, averaged over the images; U `(n, d)` holds the patches at length 1.
 
-    K has trace 1, so its eigenvalues are shares, and the purity is the sum of their squares; 1 / purity, the
-    participation ratio, counts the directions that the patches really use. It is also the mean of the squared cosines
+    K has trace 1, so its eigenvalues sum to 1, and the purity is the sum of their squares; 1 / purity, the
+    participation ratio, counts the directions in use. It is also the mean of the squared cosines
     of all pairs, the diagonal included, and up to constants the soft orthogonality |U U^T - I|^2 of Bansal et al.,
     arXiv 1810.09102. Its use as a diversity term is our choice. No eigenvalue is computed: |U U^T| = |U^T U|, so the
     smaller of the two will do.

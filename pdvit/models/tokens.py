@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.losses.chunked import chunked_mixing_loss
+from pdvit.losses.mixing import chunked_mixing_loss
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import Place, evaluating
 from pdvit.models.reading import Tap, layers_to_read, tapped, taps_at

@@ -98,7 +98,7 @@ class ClassificationTask(ImageTask):
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run one forward pass and add up the objective."""
         smoothing = self.objective.label_smoothing
-        in_parts = self.objective.in_parts
+        in_parts = self.objective.mixing_is_patchwise
         output = network(batch.images, batch.patch_targets if in_parts else None, smoothing)
         weights = None if batch.weights is None else batch.weights[0]
         losses = self.objective(output, batch.targets, batch.patch_targets, weights)

@@ -12,7 +12,7 @@ from pdvit.data.batch import Batch
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
-from pdvit.losses.pixels import IGNORED
+from pdvit.losses.cross_entropy import IGNORED
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 
 

@@ -22,7 +22,7 @@ from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
-from pdvit.losses.pixels import IGNORED, pixel_loss
+from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.build import patch_size_of
 from pdvit.models.families import family_of
 from pdvit.models.freezing import freeze

@@ -65,7 +65,7 @@ class DiversityTask(TimmTask):
         if objective.mixing:
             input, patch_targets, class_loss = self._mix(input, target)
             objective = replace(objective, class_loss=class_loss)
-        in_parts = patch_targets if objective.in_parts else None
+        in_parts = patch_targets if objective.mixing_is_patchwise else None
         output = self.trainable_module(input, in_parts, objective.label_smoothing)
         losses = objective(output, target, patch_targets)
         parts = {f"{name}_loss": value for name, value in losses.parts.items()}

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "config": set(),
     "tracking": set(),
     "losses": {"similarity"},
-    "models": {"config", "losses.chunked"},
+    "models": {"config", "losses.mixing"},
     "data": {"config"},
     "engine": {"tracking", "config"},
     "tasks": {
