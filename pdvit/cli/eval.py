@@ -121,9 +121,15 @@ def _measure(
     from pdvit.data.loader import eval_batches
     from pdvit.data.sources import open_source
     from pdvit.models.weights import Loaded
-    from pdvit.tasks.class_tables import class_table, confusion_table, distinct, table_bytes
     from pdvit.tasks.labels import match
-    from pdvit.tasks.scores import Tally, measure
+    from pdvit.tasks.metrics import (
+        ClassificationMetric,
+        class_table,
+        confusion_table,
+        csv_bytes,
+        evaluate_classification,
+        unique_names,
+    )
 
     assert isinstance(opened.loaded, Loaded)
     loaded = opened.loaded
@@ -133,10 +139,10 @@ def _measure(
     images = first_of(source.splits[name], limit)
     batches = eval_batches(images, opened.loading)
     net = loaded.model
-    scores = measure(
+    scores = evaluate_classification(
         net if order is None else lambda images: net(images)[:, order],
         with_progress(batches, len(images) // ranks.world_size, console, name),
-        Tally(len(source.classes), opened.device, confusion=True),
+        ClassificationMetric(len(source.classes), opened.device, confusion=True),
         opened.config.run.precision,
         ranks,
     )
@@ -149,10 +155,10 @@ def _measure(
         "batch_size": opened.loading.batch_size,
     }
     assert scores.confusion is not None
-    classes = distinct(source.classes)
+    classes = unique_names(source.classes)
     table = class_table(scores.confusion, classes)
     tables = {"eval.csv": table, "confusion.csv": confusion_table(scores.confusion, classes)}
-    return Evaluation(facts, table, {name: table_bytes(table) for name, table in tables.items()})
+    return Evaluation(facts, table, {name: csv_bytes(table) for name, table in tables.items()})
 
 
 def _write(folder: Path, found: Evaluation) -> Path:

@@ -41,10 +41,9 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     from pdvit.data.masks.sources import open_masks
     from pdvit.data.masks.split import MaskSplit
     from pdvit.data.pictures import Pictures
-    from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
     from pdvit.tasks.labels import match_names
-    from pdvit.tasks.mask_scores import MaskTally, measure_masks
-    from pdvit.tasks.segmentation import PICTURES, numbers_of, pictures, pixel_network
+    from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
+    from pdvit.tasks.segmentation import PICTURES, pictures, pixel_network
 
     loaded, config = _segmenter(opened), opened.config
     segment = _segment(opened, asked)
@@ -56,20 +55,20 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     images, network = first_of(source.splits[name], asked.limit), pixel_network(loaded.model)
     assert isinstance(images, MaskSplit)
     ordered = network if order is None else lambda seen: network(seen)[:, order]
-    scores = measure_masks(
+    scores = evaluate_segmentation(
         ordered,
         with_progress(eval_batches(images, opened.loading, segment), len(images) // ranks.world_size, console, name),
-        MaskTally(len(source.classes), opened.device),
+        SegmentationMetric(len(source.classes), opened.device),
         how,
         config.run.precision,
         ranks,
     )
-    table = mask_table(scores.confusion, scores.iou, distinct(source.classes))
+    table = class_table(scores.confusion, unique_names(source.classes), scores.iou)
     by_class = table["class"], table["iou"]
     facts = {
         "task": "segmentation",
         **facts_of(opened, path, source, name, images, matched, scores),
-        **numbers_of(scores),
+        **scores.record(),
         "iou": {label: value if value == value else None for label, value in zip(*by_class, strict=True)},
         "mode": how.mode,
         "window": how.window,
@@ -81,7 +80,7 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     assert isinstance(chosen, MaskSplit)
     config = replace(config, segment=segment)
     files = pictures(ordered, chosen, source, opened.loading, config, how) if ranks.main else {}
-    return Evaluation(facts, table, {"iou.csv": table_bytes(table)} | files)
+    return Evaluation(facts, table, {"iou.csv": csv_bytes(table)} | files)
 
 
 def report_pixels(found: Evaluation, file: Path, console: "RunConsole") -> None:

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pdvit.data.sources import Source, Split
-    from pdvit.tasks.mask_scores import MaskScores
-    from pdvit.tasks.scores import Scores
+    from pdvit.tasks.metrics import ClassificationScores, SegmentationScores
 
 # Classes that the terminal shows.
 WORST = 10
@@ -49,7 +48,7 @@ def facts_of(
     split: str,
     images: "Split",
     matched: str,
-    scores: "Scores | MaskScores",
+    scores: "ClassificationScores | SegmentationScores",
 ) -> dict[str, Any]:
     """Return what is told of any evaluation: of which checkpoint it is, on what, and how.
 

@@ -24,7 +24,7 @@ from pdvit.models.tokens import DiverseModel
 from pdvit.models.weights import export
 from pdvit.similarity import patch_similarity
 from pdvit.tasks.base import ImageTask, describe_terms, objective_of, refuse_idle_terms
-from pdvit.tasks.scores import Tally, measure
+from pdvit.tasks.metrics import ClassificationMetric, evaluate_classification
 
 
 class ClassificationTask(ImageTask):
@@ -113,10 +113,10 @@ class ClassificationTask(ImageTask):
         """Measure accuracy and loss on a split."""
         network.eval()
         batches = eval_batches(self.source.splits[split], self.loading)
-        scores = measure(
+        scores = evaluate_classification(
             lambda images: network(images, patch_logits=False).logits,
             batches,
-            Tally(len(self.source.classes), self.device),
+            ClassificationMetric(len(self.source.classes), self.device),
             self.config.run.precision,
             self.ranks,
         )

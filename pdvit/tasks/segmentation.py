@@ -31,9 +31,8 @@ from pdvit.models.segmentation.files import export_segmenter
 from pdvit.models.segmentation.norms import settle_norm, share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, describe_terms, objective_of, refuse_idle_terms
-from pdvit.tasks.class_tables import distinct, mask_table, table_bytes
 from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
-from pdvit.tasks.mask_scores import MaskScores, MaskTally, measure_masks
+from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
 from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 # Images of the final split whose predictions are kept.
@@ -128,24 +127,24 @@ class SegmentationTask(ImageTask):
     def measure(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
         """Measure mIoU, accuracies and loss on a split."""
         network.eval()
-        self.scores = measure_masks(
+        self.scores = evaluate_segmentation(
             pixel_network(network),
             eval_batches(self._split(split), self.loading, self.config.segment),
-            MaskTally(self.classes, self.device),
+            SegmentationMetric(self.classes, self.device),
             self.how,
             self.config.run.precision,
             self.ranks,
-            together=self.config.run.distribute == "fsdp",
+            in_lockstep=self.config.run.distribute == "fsdp",
         )
-        numbers = numbers_of(self.scores)
+        numbers = self.scores.record()
         words = f"mIoU {self.scores.miou:6.1%}  accuracy {self.scores.accuracy:6.1%}  loss {self.scores.loss:.3f}"
         return numbers, self.scores.images, words
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
         numbers = super().finish(network, weights)
-        table = mask_table(self.scores.confusion, self.scores.iou, distinct(self.source.classes))
-        self.files = {"iou.csv": table_bytes(table)}
+        table = class_table(self.scores.confusion, unique_names(self.source.classes), self.scores.iou)
+        self.files = {"iou.csv": csv_bytes(table)}
         split = Pictures("pictures", self._split(self.source.final_split)).subsample(PICTURES).split
         assert isinstance(split, MaskSplit)
         self.files |= pictures(pixel_network(network), split, self.source, self.loading, self.config, self.how)
@@ -204,12 +203,6 @@ def pixel_network(network: nn.Module) -> Network:
         return logits
 
     return logits_of
-
-
-def numbers_of(scores: MaskScores) -> dict[str, Any]:
-    """Return the numbers of a record, by name."""
-    names = ("miou", "accuracy", "accuracy_mean", "loss")
-    return {name: getattr(scores, name) for name in names} | ({"in_windows": scores.large} if scores.large else {})
 
 
 def pictures(

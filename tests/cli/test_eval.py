@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_
 import pdvit as library
 import pdvit.config.schema
 import pdvit.data.sources
-import pdvit.tasks.scores
+import pdvit.tasks.metrics
 from pdvit.cli import run as pdvit
 
 KEYS = ("accuracy", "accuracy_top5", "loss", "calibration_error", "split", "images", "model", "weights", "data")
@@ -186,7 +186,7 @@ def test_an_interrupt_leaves_no_files(run_copy, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(library.tasks.scores, "measure", interrupted)
+    monkeypatch.setattr(library.tasks.metrics, "evaluate_classification", interrupted)
     before = sorted(run_copy.rglob("*"))
     assert pdvit(["eval", str(run_copy), *CPU]) == 130
     assert sorted(run_copy.rglob("*")) == before

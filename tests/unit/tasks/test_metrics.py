@@ -1,0 +1,335 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+from torch.nn import functional as F
+
+from pdvit.data.batch import Batch
+from pdvit.engine.distributed import Ranks
+from pdvit.errors import UserError
+from pdvit.tasks import windows
+from pdvit.tasks.metrics import (
+    BINS,
+    ClassificationMetric,
+    SegmentationMetric,
+    class_table,
+    confusion_table,
+    evaluate_classification,
+    evaluate_segmentation,
+    unique_names,
+)
+from pdvit.tasks.windows import SlidingWindowConfig
+
+CPU = torch.device("cpu")
+MATRIX = torch.tensor([[5, 2, 2, 0], [0, 7, 0, 0], [4, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.int32)
+NAMES = ["a", "b", "c", "d"]
+
+
+def random_logits(images: int, classes: int, seed: int = 0, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (images,), generator=generator)
+    logits = torch.randn(images, classes, generator=generator) * scale
+    logits[torch.arange(images), targets] += scale
+    return logits, targets
+
+
+def classification(logits: torch.Tensor, targets: torch.Tensor, batch: int = 1000) -> ClassificationMetric:
+    metric = ClassificationMetric(logits.shape[1], CPU, confusion=True)
+    for part, labels in zip(logits.split(batch), targets.split(batch), strict=True):
+        metric.update(part, labels)
+    return metric
+
+
+def segmentation(scores: torch.Tensor, masks: torch.Tensor) -> SegmentationMetric:
+    metric = SegmentationMetric(scores.shape[1], CPU)
+    for image, mask in zip(scores, masks, strict=True):
+        half = len(mask) // 2
+        metric.update([(0, image[:, :half]), (half, image[:, half:])], mask)
+    return metric
+
+
+def calibration_error_of_a_loop(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """Sort images into the bins ((m - 1) / 15, m / 15] one by one."""
+    error = 0.0
+    for m in range(1, 16):
+        inside = [i for i, row in enumerate(probabilities) if (m - 1) / 15 < row.max() <= m / 15]
+        if inside:
+            accuracy = sum(probabilities[i].argmax() == targets[i] for i in inside) / len(inside)
+            confidence = sum(float(probabilities[i].max()) for i in inside) / len(inside)
+            error += len(inside) / len(targets) * abs(accuracy - confidence)
+    return error
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(6, 12), st.floats(0.1, 20), st.integers(1, 40))
+def test_classification_scores_equal_scikit_learn_and_a_plain_loop(seed, images, classes, scale, batch):
+    logits, targets = random_logits(images, classes, seed, scale)
+    found, labels = classification(logits, targets, batch).compute(), list(range(classes))
+    assert found.images == images
+    assert found.accuracy == accuracy_score(targets, logits.argmax(1))
+    assert found.accuracy_top5 == pytest.approx(top_k_accuracy_score(targets, logits, k=5, labels=labels), abs=1e-12)
+    assert (found.confusion.numpy() == confusion_matrix(targets, logits.argmax(1), labels=labels)).all()
+    loss = -logits.double().log_softmax(1)[range(images), targets].mean().item()
+    assert found.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    probabilities = logits.softmax(1).double().numpy()
+    error = calibration_error_of_a_loop(probabilities, targets.numpy())
+    assert found.calibration_error == pytest.approx(error, abs=1e-9)
+
+
+def test_the_calibration_error_by_hand():
+    # two images at 0.8 of which one is correct, two at 0.6 of which both are
+    probabilities = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.6, 0.4], [0.6, 0.4]])
+    found = classification(probabilities.log(), torch.tensor([0, 1, 0, 0])).compute()
+    assert found.calibration_error == pytest.approx((2 * 0.3 + 2 * 0.4) / 4, abs=1e-6)
+    sure = torch.eye(3) * 1e4
+    assert classification(sure, torch.arange(3)).compute().calibration_error == 0
+    assert classification(sure, torch.tensor([1, 2, 0])).compute().calibration_error == 1
+
+
+def test_an_edge_belongs_to_the_bin_below_it():
+    metric = ClassificationMetric(5, CPU)
+    metric.update(torch.zeros(1, 5), torch.tensor([0]))  # a confidence of 0.2, which in float32 is above 3 / 15
+    metric.update(torch.tensor([[50.0, 0, 0, 0, 0]]), torch.tensor([0]))  # 1 is the end of the last bin
+    assert metric.bins[0].nonzero().flatten().tolist() == [3, BINS - 1]
+
+
+def test_fewer_than_five_classes_have_no_top_five():
+    assert classification(*random_logits(20, 4)).compute().accuracy_top5 is None
+    assert classification(*random_logits(20, 5)).compute().accuracy_top5 == 1
+
+
+def test_scores_of_three_ranks_equal_those_of_one():
+    logits, targets = random_logits(100, 6)
+    parts = [classification(*part) for part in zip(logits.split(34), targets.split(34), strict=True)]
+    attributes = ("counts", "loss", "bins", "confusion")
+    sums = {id(getattr(parts[0], name)): sum(getattr(part, name) for part in parts) for name in attributes}
+
+    class Three(Ranks):
+        def all_reduce(self, tensor):
+            return sums[id(tensor)]
+
+    several, one = parts[0].compute(Three()), classification(logits, targets).compute()
+    assert torch.equal(several.confusion, one.confusion)
+    exact = {"confusion": None, "loss": 0, "calibration_error": 0}
+    assert replace(several, **exact) == replace(one, **exact)
+    assert several.loss == pytest.approx(one.loss, rel=1e-6)
+    assert several.calibration_error == pytest.approx(one.calibration_error, rel=1e-9)
+
+
+def test_logits_that_are_not_finite_are_counted():
+    logits, targets = random_logits(10, 5)
+    logits[3, 2], logits[4, 0], logits[4, 1] = math.nan, math.inf, -math.inf
+    assert classification(logits, targets).compute().broken == 2
+    scores = torch.zeros(3, 2, 2, 2)
+    scores[1, 0, 0, 0] = math.nan
+    assert segmentation(scores, torch.zeros(3, 2, 2, dtype=torch.long)).compute().broken == 1
+
+
+def test_a_metric_without_confusion_matrix_needs_no_square_of_the_classes():
+    metric = ClassificationMetric(10**6, CPU)
+    metric.update(torch.zeros(1, 10**6), torch.tensor([0]))
+    assert metric.compute().confusion is None
+    metric.reset()
+    with pytest.raises(UserError, match="none of the images decodes"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_models_run_in_the_configured_precision_without_gradients(precision):
+    dtypes = []
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        logits = images.flatten(1) @ weight
+        dtypes.append(logits.dtype)
+        return logits
+
+    weight = torch.randn(12, 5, requires_grad=True)
+    images, targets = torch.randn(8, 3, 2, 2), torch.arange(8) % 5
+    batches = [Batch(images[i : i + 3], targets[i : i + 3], torch.arange(i, min(i + 3, 8))) for i in (0, 3, 6)]
+    assert evaluate_classification(network, batches, ClassificationMetric(5, CPU), precision).images == 8
+    assert set(dtypes) == {torch.float32 if precision == "fp32" else torch.bfloat16}
+
+
+def counted_in_a_loop(predicted: np.ndarray, masks: np.ndarray, classes: int):
+    """The definition, class by class and pixel by pixel: IoU per class, mIoU, pixel and mean accuracy."""
+    ious, recalls, correct, pixels = [], [], 0, 0
+    for c in range(classes):
+        both = present = found = 0
+        for p, t in zip(predicted.ravel(), masks.ravel(), strict=True):
+            if t == 255:
+                continue
+            both += p == c and t == c
+            present += t == c
+            found += p == c
+        ious.append(both / (present + found - both) if present + found else math.nan)
+        recalls.append(both / present if present else math.nan)
+        correct, pixels = correct + both, pixels + present
+    return ious, float(np.nanmean(ious)), correct / pixels, float(np.nanmean(recalls))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 7), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
+def test_segmentation_scores_equal_a_count_pixel_by_pixel(seed, classes, images, height, width):
+    rng = np.random.default_rng(seed)
+    present = rng.integers(0, classes, rng.integers(1, classes + 1))  # some classes occur nowhere
+    masks = rng.choice([*present, 255], (images, height, width)).astype(np.int64)
+    masks[0, 0, 0] = present[0]
+    scores = torch.from_numpy(rng.normal(size=(images, classes, height, width))).float()
+    found = segmentation(scores, torch.from_numpy(masks)).compute()
+    ious, *means = counted_in_a_loop(scores.argmax(1).numpy(), masks, classes)
+    assert found.iou.tolist() == pytest.approx(ious, abs=1e-12, nan_ok=True)
+    assert [found.miou, found.accuracy, found.accuracy_mean] == pytest.approx(means, abs=1e-12)
+    assert int(found.confusion.sum()) == int((masks != 255).sum())
+    logs = scores.double().log_softmax(1)
+    losses = [-logs[n, masks[n, y, x], y, x].item() for n, y, x in np.argwhere(masks != 255)]
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_class_that_is_predicted_and_never_present_has_an_iou_of_0():
+    scores = torch.zeros(1, 3, 1, 2)
+    scores[0, 0, 0, 0] = scores[0, 2, 0, 1] = 1.0
+    found = segmentation(scores, torch.zeros(1, 1, 2, dtype=torch.long)).compute()
+    assert found.iou.tolist() == pytest.approx([0.5, math.nan, 0.0], nan_ok=True)
+    assert (found.miou, found.accuracy_mean) == (0.25, 0.5)
+
+
+def test_pixels_beyond_the_integers_of_float32_are_counted_exactly():
+    metric = SegmentationMetric(2, CPU)
+    metric.confusion += torch.tensor([[2**24 + 1, 0], [1, 2**24]])
+    assert metric.compute().confusion.tolist() == [[2**24 + 1, 0], [1, 2**24]]
+
+
+def test_no_pixel_with_a_class_is_an_error():
+    with pytest.raises(UserError, match="none of the pixels of 1 masks"):
+        segmentation(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 255)).compute()
+    with pytest.raises(UserError, match="no image decodes"):
+        SegmentationMetric(2, CPU).compute()
+
+
+def test_deterministic_mode_counts_the_same():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 150, 200, 200, generator=generator)
+    masks = torch.randint(150, (1, 200, 200), generator=generator)
+    expected = segmentation(scores, masks).compute()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = segmentation(scores, masks).compute()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.confusion, expected.confusion)
+    assert found.miou == expected.miou
+
+
+def test_masks_are_compared_at_their_own_size():
+    images = torch.randn(1, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    masks = torch.randint(3, (1, 18, 31), generator=torch.Generator().manual_seed(1))
+    masks[0, :4] = 255
+    batch, config = Batch(images, masks, torch.tensor([0])), SlidingWindowConfig("slide", 8, 4)
+    found = evaluate_segmentation(lambda part: part * 3, [batch], SegmentationMetric(3, CPU), config, "fp32")
+    resized = F.interpolate(images * 3, size=(18, 31), mode="bilinear", align_corners=False)
+    ious, *means = counted_in_a_loop(resized.argmax(1).numpy(), masks.numpy(), 3)
+    assert found.iou.tolist() == pytest.approx(ious)
+    assert [found.miou, found.accuracy, found.accuracy_mean] == pytest.approx(means)
+
+
+def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted(monkeypatch):
+    def network(images):  # depends on all of its input, so that windows differ from the whole
+        return images * 3 + images.mean((2, 3), keepdim=True) * 5
+
+    def batch(*size):
+        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(size[0]))
+        return Batch(images, torch.randint(3, (1, 9, 14), generator=torch.Generator().manual_seed(1)), torch.zeros(1))
+
+    def evaluated(mode, batches):
+        return evaluate_segmentation(
+            network, batches, SegmentationMetric(3, CPU), SlidingWindowConfig(mode, 8, 4), "fp32"
+        )
+
+    large, small = [batch(12, 20), batch(11, 25)], batch(6, 10)
+    whole, in_windows = evaluated("whole", large), evaluated("slide", large)
+    assert (whole.large, "in_windows" in whole.record()) == (0, False)
+    assert whole.loss != in_windows.loss
+    monkeypatch.setattr(windows, "WHOLE", 200)  # of 240, 275 and 60 pixels
+    found = evaluated("whole", large)
+    assert (found.large, found.loss) == (2, in_windows.loss)
+    assert torch.equal(found.confusion, in_windows.confusion)
+    assert evaluated("whole", [*large, small]).record()["in_windows"] == 2
+
+
+class OtherRank(Ranks):
+    """Two ranks, the other with these statuses for its forward passes, and the same sums."""
+
+    def __init__(self, *statuses):
+        super().__init__(0, 2)
+        object.__setattr__(self, "statuses", iter(statuses))
+
+    def all_gather(self, value):
+        return [value, next(self.statuses)]
+
+    def all_reduce(self, tensor):
+        return 2 * tensor
+
+
+def in_lockstep(ranks: Ranks, image: torch.Tensor):
+    passes, batch = [], Batch(image[None], torch.zeros(1, 8, 8, dtype=torch.long), torch.tensor([0]))
+    metric, config = SegmentationMetric(3, CPU), SlidingWindowConfig("whole", 4, 4)
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        passes.append(images.shape)
+        return images
+
+    return passes, lambda: evaluate_segmentation(network, [batch], metric, config, "fp32", ranks, in_lockstep=True)
+
+
+def test_ranks_that_share_a_model_make_the_same_number_of_passes():
+    passes, evaluate = in_lockstep(OtherRank(True, True, True, False), torch.randn(3, 8, 8))
+    assert evaluate().images == 2
+    assert passes == [(1, 3, 8, 8), (1, 3, 4, 4), (1, 3, 4, 4)]
+
+
+def test_an_error_of_one_rank_ends_all_that_share_a_model(monkeypatch):
+    passes, evaluate = in_lockstep(OtherRank(True, UserError("too large", "an image", "cut it")), torch.randn(3, 8, 8))
+    with pytest.raises(UserError, match="too large"):
+        evaluate()
+    assert len(passes) == 1
+    monkeypatch.setattr(windows, "MAX_SCORES", 3 * 8 * 8 - 1)
+    ranks = OtherRank(True)
+    with pytest.raises(UserError, match="more than 191 scores"):
+        in_lockstep(ranks, torch.randn(3, 8, 8))[1]()
+    assert list(ranks.statuses) == []  # the other one was told
+
+
+def test_class_tables_equal_scikit_learn():
+    before = MATRIX.clone()
+    targets, predicted = (
+        torch.repeat_interleave(index, MATRIX.flatten()) for index in (torch.arange(16) // 4, torch.arange(16) % 4)
+    )
+    precision, recall, _, support = precision_recall_fscore_support(
+        targets, predicted, labels=list(range(4)), zero_division=math.nan
+    )
+    table = class_table(MATRIX, NAMES)
+    assert table["accuracy"].tolist() == pytest.approx(recall.tolist(), nan_ok=True)
+    assert table["precision"].tolist() == pytest.approx(precision.tolist(), nan_ok=True)
+    assert table["images"].tolist() == support.tolist()
+    assert table["confused_with"].dropna().to_dict() == {0: "b", 2: "a"}  # of several the first
+    assert table["confused"].tolist() == [2, 0, 4, 0]
+    rows = confusion_table(MATRIX, NAMES).itertuples(index=False)
+    assert [tuple(row) for row in rows] == [
+        *[("a", "a", 5), ("a", "b", 2), ("a", "c", 2), ("b", "b", 7)],
+        *[("c", "a", 4), ("c", "c", 1), ("d", "d", 0)],
+    ]
+    assert torch.equal(MATRIX, before)
+    pixels = class_table(MATRIX, NAMES, torch.tensor([0.5, 1.0, 0.0, math.nan]))
+    assert pixels.columns.tolist()[:3] == ["class", "pixels", "iou"]
+    assert pixels["iou"].dropna().tolist() == [0.5, 1.0, 0.0]
+
+
+def test_names_that_occur_twice_get_their_index():
+    assert unique_names(["crane", "dog", "crane"]) == ["crane (0)", "dog", "crane (2)"]
