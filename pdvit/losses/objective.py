@@ -127,7 +127,7 @@ class Objective:
             parts["koleo"] = koleo_loss(output.last)
         if self.spectral:
             parts["spectral"] = spectral_loss(output.last)
-        return Losses(self._total(parts, output.last.shape[1], weights), parts)
+        return Losses(self._total(parts, output, weights), parts)
 
     @property
     def mixing_is_patchwise(self) -> bool:
@@ -158,7 +158,7 @@ class Objective:
             )
         return mixing_loss(output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label)
 
-    def _total(self, parts: dict[str, Tensor], patches: int, factors: Tensor | None) -> Tensor:
+    def _total(self, parts: dict[str, Tensor], output: Tokens, factors: Tensor | None) -> Tensor:
         weights = {
             name: getattr(self, name) * (1.0 if factors is None else factors[index])
             for index, name in enumerate(TERMS)
@@ -166,7 +166,7 @@ class Objective:
         }
         total = parts["class"]
         if self.variant == "diverse-vit" and "mixing" in weights:
-            patch_weight = patches * weights.pop("mixing")
+            patch_weight = output.last.shape[1] * weights.pop("mixing")
             total = (total + patch_weight * parts["mixing"]) / (1 + patch_weight)
         for name, weight in weights.items():
             total = total + weight * parts[name]
