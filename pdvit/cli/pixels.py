@@ -38,7 +38,7 @@ class Asked:
 def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsole", ranks: "Ranks") -> Evaluation:
     """Measure a split and return what came out, in numbers, by class, and in pictures."""
     from pdvit.data.masks.batches import eval_batches
-    from pdvit.data.masks.sources import open_masks
+    from pdvit.data.masks.folders import open_masks
     from pdvit.data.masks.split import MaskSplit
     from pdvit.data.pictures import Pictures
     from pdvit.tasks.labels import match_names

@@ -300,7 +300,7 @@ def _find_batch_size(config: Config, source: "Source", device: "torch.device", r
 
 def _check_masks(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
     """Read the masks that are held out, with `check_masks` all; each process reads its part. Raises UserError."""
-    from pdvit.data.masks.check import check_masks
+    from pdvit.data.masks.split import check_masks
 
     every = config.segment.check_masks
     log(console, "checking all masks ..." if every else "checking the masks that are held out ...")

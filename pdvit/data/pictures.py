@@ -12,7 +12,7 @@ from torch import Tensor
 from pdvit.config.schema import Config, DataConfig
 from pdvit.data.bad_images import BadImage, BadImages
 from pdvit.data.kinds import kind_of
-from pdvit.data.masks.sources import open_masks
+from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import FileImages, Preprocessing
 from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
 from pdvit.data.sources.split import printable

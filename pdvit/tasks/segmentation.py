@@ -12,7 +12,7 @@ from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.batch import Batch
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches, train_batches
-from pdvit.data.masks.sources import open_masks
+from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
 from pdvit.data.pictures import Pictures

@@ -1,17 +1,33 @@
-"""Folders of images and masks: ADE20K and Cityscapes as they are published, and any pair of folders."""
+"""Sources of masks: digit scenes, and folders of images and masks (ADE20K, Cityscapes, CamVid or the user's own)."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from torchvision.datasets import Cityscapes
 
-from pdvit.config.schema import DataConfig
-from pdvit.data.bad_images import NAMED
-from pdvit.data.masks.table import ClassTable
-from pdvit.data.masks.table_file import read_table
-from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, choose_splits
+from pdvit.config.schema import DataConfig, SegmentConfig
+from pdvit.data.bad_images import BadMask, describe_bad, refuse_masks
+from pdvit.data.kinds import kind_of
+from pdvit.data.masks.scenes import read_scenes
+from pdvit.data.masks.split import Log, MaskFiles, scan_masks, try_mask
+from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, open_mask, read_table
+from pdvit.data.sources import Source, list_images
+from pdvit.data.sources.cache import say_on_stderr
+from pdvit.data.sources.holdout import (
+    HELD_OUT,
+    ROLES,
+    TEST_NAMES,
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    choose_splits,
+    hold_out,
+)
 from pdvit.data.sources.split import printable
-from pdvit.data.sources.tree import FolderTree, is_image
+from pdvit.data.sources.tree import FolderTree
 from pdvit.errors import UserError
 
 WHERE = "data.source (--data)"
@@ -20,27 +36,62 @@ MASKS, TABLES = ("masks", "annotations", "labels"), ("classes.tsv", "classes.csv
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Where a set has its images and its masks, by split below both, and what its masks mean where that is known.
+def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = say_on_stderr) -> Source:
+    """Open a source of images with masks, whose splits are `MaskSplit`s; `log` receives the progress.
 
-    An image and its mask have the same path but for the ends of their names, which are given without suffix.
+    Raises UserError for another source or layout, images without masks, and a damaged class table.
+    """
+    kind, root = kind_of(data.source), Path(os.path.expanduser(data.source))
+    if kind == "scenes":
+        if segment.classes is not None:
+            raise UserError("digit scenes have their own classes", "segment.classes (--classes)", "leave it out")
+        return read_scenes(data)
+    if not os.path.isdir(root):
+        if kind in (None, "folder"):
+            raise UserError(f"there is no folder '{data.source}'", WHERE, "check the path, or use --data scenes")
+        tip = "use --data scenes, or a folder with images/ and masks/"
+        raise UserError(f"'{data.source}' has classes of images, not of pixels", WHERE, tip)
+    folders = find_folders(root)
+    table = folders.table if segment.classes is None else read_table(Path(os.path.expanduser(segment.classes)))
+    chosen, notes = folders.splits(data)
+    splits = dict[str, MaskFiles]()
+    for role in (role for role in ROLES if role in chosen):
+        splits[role], note = folders.open(chosen[role], table or ClassTable([], [], None))
+        notes += note
+    if table is None:
+        table = infer_table(splits, data.workers, log)
+        splits = {role: replace(split, table=table) for role, split in splits.items()}
+        notes.append("classes are the ids in the masks; a table (classes.tsv, --classes) gives them names")
+    if ignored := [str(value) for value, place in (table.ids or {}).items() if place == IGNORED and value != IGNORED]:
+        notes.append(f"ignored in masks: {', '.join(ignored)}")
+    if "val" not in splits:
+        splits["train"], splits["val"] = hold_out(splits["train"], data.split_seed)
+        splits = {role: splits[role] for role in ROLES if role in splits}
+        notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
+    return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
+
+
+@dataclass(frozen=True)
+class MaskFolders:
+    """A layout: the folder of images and that of masks, with the splits below both, and the class table if known.
+
+    An image and its mask have the same path, except for suffixes and the given endings of their stems.
     """
 
     root: Path
     images: str
     masks: str
     table: ClassTable | None = None
-    ends: tuple[str, str] = ("", "")
+    endings: tuple[str, str] = ("", "")
     unlabelled: tuple[str, ...] = ()
-    """Splits whose masks say nothing."""
+    """Splits whose masks are empty."""
 
     def splits(self, data: DataConfig) -> tuple[dict[str, str], list[str]]:
-        """Return which folder of both serves as which split, and notes; folders without splits are all train.
+        """Return the folder of each split by role, and notes; without split folders, all is train.
 
-        Raises UserError where a split that is asked for is not there.
+        Raises UserError if a configured split is missing.
         """
-        found = {kind: FolderTree(self.root / kind).folders() for kind in (self.images, self.masks)}
+        found = {name: FolderTree(self.root / name).folders() for name in (self.images, self.masks)}
         known = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES, data.train_split, data.val_split}
         folders = [name for name in found[self.images] if name in known]
         if not folders and not (data.train_split or data.val_split):
@@ -54,71 +105,102 @@ class Folders:
                 raise UserError(what, str(self.root), LAYOUT)
         return chosen, notes
 
-    def pairs(self, split: str) -> tuple[list[Path], list[Path], list[str]]:
-        """Return the images of a split, their masks, and notes; UserError names images without a mask."""
-        images = self._files(self.images, split, self.ends[0])
-        masks = self._files(self.masks, split, self.ends[1])
+    def open(self, split: str, table: ClassTable) -> tuple[MaskFiles, list[str]]:
+        """Return a split and notes; raises UserError for images without a mask."""
+        images = self._files(self.images, split, self.endings[0])
+        masks = self._files(self.masks, split, self.endings[1])
         if not images:
             raise UserError(f"no images in {self.images}/{split}", str(self.root), LAYOUT)
-        missing = [str(path) for stem, path in images.items() if stem not in masks]
-        if missing:
-            count = "1 image has" if len(missing) == 1 else f"{len(missing)} images have"
-            shown = "; ".join(missing[:NAMED]) + (f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-            tip = f"expected for each a file of the same name{self.ends[1] and ' and ' + self.ends[1]} in {self.masks}/"
-            raise UserError(f"{count} no mask in {self.masks}/{split}", printable(shown), tip)
+        if missing := {str(path): "no mask" for stem, path in images.items() if stem not in masks}:
+            tip = f"add a file of the same name{self.endings[1] and ' and ' + self.endings[1]} in {self.masks}/"
+            raise UserError(
+                f"images without a mask in {self.masks}/{split}: {len(missing)}", describe_bad(missing), tip
+            )
         extra = len(masks) - len(images)
-        count = "1 mask has" if extra == 1 else f"{extra:,} masks have"
-        notes = [f"{count} no image in {self.images}/{split}"] if extra else []
-        return list(images.values()), [masks[stem] for stem in images], notes
+        notes = [f"masks without an image in {self.images}/{split}: {extra:,}"] if extra else []
+        labels = torch.zeros(len(images), dtype=torch.long)
+        return MaskFiles(list(images.values()), labels, [masks[stem] for stem in images], table), notes
 
-    def _files(self, kind: str, split: str, end: str) -> dict[str, Path]:
-        """Return the images below a folder, by their path there without suffix and end; UserError for two of one."""
-        folder, files = self.root / kind / split, dict[str, Path]()
-        for file in FolderTree(folder).files(""):
-            stem = file.rpartition(".")[0]
-            if not is_image(file) or not stem.endswith(end):
+    def _files(self, folder: str, split: str, ending: str) -> dict[str, Path]:
+        """Return the image files below a folder by their path without suffix and ending."""
+        root, files = self.root / folder / split, dict[str, Path]()
+        for path in list_images(root):
+            stem = str(path.relative_to(root).with_suffix(""))
+            if not stem.endswith(ending):
                 continue
-            stem = stem.removesuffix(end)
+            stem = stem.removesuffix(ending)
             if stem in files:
-                what = f"{files[stem].name} and {Path(file).name} have the same name but for the suffix"
-                raise UserError(what, str(folder), "rename or remove one, so that it is clear which belongs to which")
-            files[stem] = folder / file
+                what = f"{files[stem].name} and {path.name} have the same name but for the suffix"
+                raise UserError(what, str(root), "rename or remove one")
+            files[stem] = path
         return files
 
 
-def find_folders(root: Path) -> Folders:
-    """Tell the layout of a folder; UserError where it has none with masks."""
+def find_folders(root: Path) -> MaskFolders:
+    """Recognize the layout of a folder; raises UserError if it has no images with masks."""
     for folder in (root, root / ADE):
-        known = folder.resolve().name == ADE or (folder / OBJECTS).is_file()  # sets of one's own may have these folders
-        if known and all((folder / kind / "training").is_dir() for kind in ("images", "annotations")):
-            return Folders(folder, "images", "annotations", ade_table(folder))
-    if all((root / kind).is_dir() for kind in ("leftImg8bit", "gtFine")):
-        ends = ("_leftImg8bit", "_gtFine_labelIds")
-        return Folders(root, "leftImg8bit", "gtFine", cityscapes_table(), ends, ("test",))
+        known = folder.resolve().name == ADE or (folder / OBJECTS).is_file()  # other sets may have these folders
+        if known and all((folder / name / "training").is_dir() for name in ("images", "annotations")):
+            return MaskFolders(folder, "images", "annotations", ade_table(folder))
+    if all((root / name).is_dir() for name in ("leftImg8bit", "gtFine")):
+        endings = ("_leftImg8bit", "_gtFine_labelIds")
+        return MaskFolders(root, "leftImg8bit", "gtFine", cityscapes_table(), endings, ("test",))
     masks = next((name for name in MASKS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
         found = ", ".join(FolderTree(root).folders()[:6]) or "no folders"
         raise UserError(f"'{root}' has no images/ and masks/ (found: {printable(found)})", WHERE, LAYOUT)
     file = next((root / name for name in TABLES if (root / name).is_file()), None)
-    return Folders(root, "images", masks, read_table(file) if file else None)
+    return MaskFolders(root, "images", masks, read_table(file) if file else None)
 
 
-def ade_table(folder: Path) -> ClassTable | None:
+def ade_table(folder: Path) -> ClassTable:
     """Return ADE20K's 150 classes, by the first of their names in objectInfo150.txt; 0 is ignored."""
     file = folder / OBJECTS
-    if not file.is_file():
-        what = f"there is no {OBJECTS}, which names the classes"
-        raise UserError(what, str(folder), "it comes with the images: unpack the whole archive")
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     try:
-        return ClassTable.of_ids({int(row[0]): row[4].split(",")[0].strip() for row in rows if any(row)}, ignored=[0])
-    except (IndexError, ValueError) as error:
-        raise UserError(f"{OBJECTS} can't be read: {error}", str(file), "restore it from the archive") from error
+        rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+        names = {int(row[0]): row[4].split(",")[0].strip() for row in rows if any(row)}
+    except (OSError, IndexError, ValueError) as error:
+        what = f"{OBJECTS}, which names the classes, can't be read: {error}"
+        raise UserError(what, str(folder), "it comes with the images: unpack the whole archive") from error
+    return ClassTable.of_ids(names, ignored=[0])
 
 
 def cityscapes_table() -> ClassTable:
     """Return the 19 classes that Cityscapes scores, read from labelIds; the other ids are ignored."""
-    kinds = [kind for kind in Cityscapes.classes if kind.id >= 0]  # a licence plate has -1
-    scored = sorted((kind for kind in kinds if not kind.ignore_in_eval), key=lambda kind: kind.train_id)
-    ignored = [kind.id for kind in kinds if kind.ignore_in_eval]
-    return ClassTable.of_ids({kind.id: kind.name for kind in scored}, ignored, [kind.color for kind in scored])
+    known = [item for item in Cityscapes.classes if item.id >= 0]  # a licence plate has -1
+    scored = sorted((item for item in known if not item.ignore_in_eval), key=lambda item: item.train_id)
+    ignored = [item.id for item in known if item.ignore_in_eval]
+    return ClassTable.of_ids({item.id: item.name for item in scored}, ignored, [item.color for item in scored])
+
+
+def infer_table(splits: Mapping[str, MaskFiles], workers: int, log: Log) -> ClassTable:
+    """Return the table of the ids in all masks, 255 left out; raises UserError for masks without ids.
+
+    The palette is that of the first mask, if it has a colour for each id.
+    """
+    bad, ids = dict[str, str](), set[int]()
+    for name, split in splits.items():
+        for found in scan_masks(split, name, _ids_in, range(len(split)), workers, log).values():
+            if isinstance(found, BadMask):
+                bad[found.name] = found.reason
+            else:
+                ids |= found
+    refuse_masks(bad, f"without a class table masks need ids; else {TIP}")
+    known = sorted(ids - {IGNORED})
+    if not 2 <= len(known) <= OUTSIDE:
+        what = f"the masks have {len(known)} ids besides {IGNORED}; 2 to {OUTSIDE} can be classes"
+        raise UserError(what, "segment.classes (--classes)", TIP)
+    with open_mask(splits["train"].masks[0]) as image:
+        levels = image.getpalette("RGB") or []
+    complete = len(levels) >= 3 * known[-1] + 3
+    palette = [(levels[3 * value], levels[3 * value + 1], levels[3 * value + 2]) for value in known if complete]
+    return ClassTable.of_ids({value: str(value) for value in known}, palette=palette or None)
+
+
+def _ids_in(split: MaskFiles, index: int) -> set[int] | BadMask:
+    def read(index: int) -> set[int]:
+        with open_mask(split.masks[index]) as image:
+            return set(np.unique(mask_values(image)).tolist())
+
+    ids: set[int] | BadMask = try_mask(split, index, read)
+    return ids

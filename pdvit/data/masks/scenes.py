@@ -1,10 +1,10 @@
-"""Digit scenes: real handwritten digits on textured grounds, and which digit every pixel belongs to.
+"""Digit scenes: handwritten digits on textured grounds, with the digit that every pixel belongs to.
 
-A scene is a function of its split and its number alone. It is made of whole numbers (Pillow resamples bytes with them
-too), so it is the same on every machine.
+A scene is a function of its split and its number. It is computed in integers (Pillow resamples bytes with them too), so
+it is the same on every machine.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
@@ -19,59 +19,55 @@ from pdvit.data.randomness import fold, uniform
 from pdvit.data.sources import ArraySplit, Source
 from pdvit.data.sources.digits import read_digits
 
-SIDE = 64
-GROUND = 10
+SIDE, GROUND = 64, 10
 CLASSES = [*map(str, range(10)), "ground"]
 COUNTS = {"train": 4096, "val": 128, "test": 256}
-# Least and most digits that are laid into a scene, sides of a digit in pixels, and what its place is a multiple of: on
-# a grid a small model learns more in two minutes.
+# Digits per scene (min, max), sides of a digit in pixels, and the grid of its corner: with a grid a small model learns
+# more in two minutes.
 DIGITS, SIDES, GRID = (3, 4), (28, 32, 36), 8
-# Levels of red, green and blue: of ink, and least and most of the ground.
+# Levels of red, green and blue of ink and ground (min, max).
 LIGHT, DARK = (200, 255), (20, 155)
-# Ink that makes a pixel a digit's, and the share of a digit's pixels that may lie on others; else it is laid anew.
-INK, COVERED, TRIES = 64, 0.1, 6
-# Scenes whose pixels are hashed.
-HASHED = 4
+# Ink from which a pixel belongs to the digit; the fraction of a digit that may cover others, else it is placed again.
+INK, MAX_COVERED, TRIES = 64, 0.1, 6
+HASHED_SCENES = 4
 
 
 def read_scenes(data: DataConfig) -> Source:
-    """Return scenes of the digits of each split of pdvit's digits: no digit is in two splits."""
-    digits = read_digits(DataConfig(split_seed=data.split_seed)).splits
-    splits = {}
-    for number, (name, count) in enumerate(COUNTS.items()):
+    """Return scenes made of the digits of each split of `digits`, so no digit is in two splits."""
+    digits, splits = read_digits(DataConfig(split_seed=data.split_seed)).splits, {}
+    for stream, (name, count) in enumerate(COUNTS.items()):
         split = digits[name]
         assert isinstance(split, ArraySplit)
-        splits[name] = Scenes(split.images[:, 0], split.labels, name, number, torch.arange(count))
+        splits[name] = Scenes(split.images[:, 0], split.labels, name, stream, torch.arange(count))
     palette = default_palette(len(CLASSES) + 1)[1:-1]
     return Source("scenes", CLASSES, splits, palette=[*palette, (0, 0, 0)])
 
 
 @dataclass(frozen=True)
 class Scenes(MaskSplit):
-    """Scenes of 64x64 pixels, made when they are needed, from digits `(D, 32, 32)` uint8 with their values `(D,)`."""
+    """Scenes of 64x64 pixels, made on demand from digits `(D, 32, 32)` uint8 with their values `(D,)`."""
 
     digits: Tensor
     values: Tensor
     role: str
     stream: int
     numbers: Tensor
-    """Which of its scenes these are."""
-    made: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
-    """Those that this process has made."""
+    """The number of each scene, `(N,)`."""
+    cache: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
 
     flip = 0.0  # a mirrored digit is another sign
 
     @property
     def labels(self) -> Tensor:  # type: ignore[override]
-        """Each image's own number, `(N,)`."""
-        return torch.arange(len(self.numbers))
+        """Zeros."""
+        return torch.zeros_like(self.numbers)
 
     def open(self, index: int) -> Image.Image:
         """Return a scene."""
         return Image.fromarray(self.scene(index)[0])
 
     def mask(self, index: int) -> Tensor:
-        """Return the digit of every pixel, 10 where there is none."""
+        """Return the digit of every pixel, 10 for the ground."""
         return torch.from_numpy(self.scene(index)[1])
 
     def name(self, index: int) -> str:
@@ -82,61 +78,52 @@ class Scenes(MaskSplit):
 
     def take(self, chosen: Tensor) -> "Scenes":
         """Return the scenes at these indices."""
-        return Scenes(self.digits, self.values, self.role, self.stream, self.numbers[chosen])
+        return replace(self, numbers=self.numbers[chosen])
 
     def hash(self) -> str:
-        """Return what tells these scenes from others: their numbers, the digits, and the pixels of a few."""
+        """Return a hash of the numbers, the digits, and the pixels of a few scenes."""
         digest = sha256(self.numbers.numpy().tobytes() + self.digits.numpy().tobytes() + self.values.numpy().tobytes())
-        for index in range(min(HASHED, len(self))):
+        for index in range(min(HASHED_SCENES, len(self))):
             digest.update(b"".join(part.tobytes() for part in self.scene(index)))
         return digest.hexdigest()[:16]
 
     def scene(self, index: int) -> tuple[Array, Array]:
-        """Make a scene, or find it made: pixels `(64, 64, 3)` and digits `(64, 64)`, uint8."""
+        """Return a scene, made on first use: pixels `(64, 64, 3)` and digits `(64, 64)`, uint8."""
         number = int(self.numbers[index])
-        if number not in self.made:
-            self.made[number] = self._make(fold(self.stream, number))
-        return self.made[number]
+        if number not in self.cache:
+            self.cache[number] = self._make(fold(self.stream, number))
+        return self.cache[number]
 
     def _make(self, seed: int) -> tuple[Array, Array]:
         pixels, mask = _ground(seed), np.full((SIDE, SIDE), GROUND, np.uint8)
         draws = uniform(seed, torch.arange(DIGITS[1] * TRIES + 1), 7).tolist()
-        wanted, *_ = draws.pop()
-        for place in range(_between(DIGITS, wanted)):
-            for which, side, down, right, *colour in draws[place * TRIES : (place + 1) * TRIES]:
-                number, length = int(which * len(self.values)), SIDES[int(side * len(SIDES))]
-                ink = _ink(self.digits[number].numpy(), length)
-                top, left = (int(part * ((SIDE - length) // GRID + 1)) * GRID for part in (down, right))
-                box, stroke = (slice(top, top + length), slice(left, left + length)), ink >= INK
-                if (mask[box][stroke] != GROUND).mean() <= COVERED:
+        for place in range(_integer(DIGITS, draws.pop()[0])):
+            for digit, size, down, right, *colour in draws[place * TRIES : (place + 1) * TRIES]:
+                number, side = int(digit * len(self.values)), SIDES[int(size * len(SIDES))]
+                ink = np.array(
+                    Image.fromarray(self.digits[number].numpy()).resize((side, side), Image.Resampling.BILINEAR)
+                )
+                ink = (ink.astype(np.int32) * 3 // 2).clip(max=255)
+                top, left = (int(part * ((SIDE - side) // GRID + 1)) * GRID for part in (down, right))
+                box, stroke = (slice(top, top + side), slice(left, left + side)), ink >= INK
+                if (mask[box][stroke] != GROUND).mean() <= MAX_COVERED:
                     mask[box][stroke] = int(self.values[number])
-                    _paint(pixels[box], ink, np.array([_between(LIGHT, part) for part in colour]))
+                    opacity, paint = ink[..., None], np.array([_integer(LIGHT, part) for part in colour])
+                    pixels[box] = (pixels[box] * (255 - opacity) + paint * opacity) // 255
                     break
         return pixels, mask
 
 
-def _between(ends: tuple[int, int], draw: float) -> int:
-    """Return a whole number from least to most, from a draw in [0, 1)."""
+def _integer(ends: tuple[int, int], draw: float) -> int:
+    """Map a draw in [0, 1) to an integer from min to max."""
     return ends[0] + int(draw * (ends[1] - ends[0] + 1))
 
 
 def _ground(seed: int) -> Array:
-    """Return a ground of blotches of colour, large and small, and grain: `(64, 64, 3)` uint8."""
+    """Return a ground of coloured blotches, large and small, and grain: `(64, 64, 3)` uint8."""
     total = np.zeros((SIDE, SIDE, 3), np.int32)
     for stream, (cells, strength) in enumerate(((4, 80), (13, 40), (SIDE, 15))):
         draws = uniform(fold(seed, stream), torch.arange(cells * cells), 3).numpy().reshape(cells, cells, 3)
         blotches = Image.fromarray((draws * strength).astype(np.uint8))
         total += np.array(blotches.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     return (DARK[0] + total).astype(np.uint8)
-
-
-def _ink(digit: Array, side: int) -> Array:
-    """Return how much of each pixel a digit of this side inks: `(side, side)` uint8."""
-    scaled = np.array(Image.fromarray(digit).resize((side, side), Image.Resampling.BILINEAR), np.int32)
-    return (scaled * 3 // 2).clip(max=255).astype(np.uint8)
-
-
-def _paint(pixels: Array, ink: Array, colour: Array) -> None:
-    """Lay ink of a colour over pixels `(side, side, 3)`, in place."""
-    share = ink[..., None].astype(np.int32)
-    pixels[:] = (pixels * (255 - share) + colour * share) // 255

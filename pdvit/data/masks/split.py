@@ -1,36 +1,44 @@
-"""Splits whose images have masks; both are read, or made, when they are needed."""
+"""Splits whose images have masks; both are read, or made, on demand. And the check of masks before a run."""
 
+import time
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from pdvit.data.bad_images import BadImage, BadMask
-from pdvit.data.masks.table import ClassTable
+from pdvit.data.bad_images import BadImage, BadMask, refuse_masks
+from pdvit.data.loader import leave_signals
+from pdvit.data.masks.table import OUTSIDE, ClassTable
 from pdvit.data.preprocessing import attempt, read_image, strict_decoders
-from pdvit.data.sources import FileSplit, LazySplit
+from pdvit.data.sources import FileSplit, LazySplit, Source
+from pdvit.data.sources.split import image_size, some
+from pdvit.errors import UserError
 
 Pair = tuple[Image.Image, Tensor]
+Log = Callable[[str], None]
+# Masks that a worker reads at a time, and seconds between two progress messages.
+CHUNK, SECONDS = 64, 10.0
+TIP = "mend or remove them; ids or colours outside of the table need a line in it (--classes)"
 
 
 class MaskSplit(LazySplit):
-    """A split whose images have a class for every pixel.
-
-    Its `labels` are each image's own number: no image is of one class.
-    """
+    """A split whose images have a class for every pixel; its `labels` are all 0."""
 
     flip: float = 0.5
-    """How often a training image is mirrored where the user says nothing."""
+    """Default probability of mirroring a training image."""
 
     @abstractmethod
     def mask(self, index: int) -> Tensor:
         """Return the training id of every pixel, uint8 `(H, W)`: 0 to classes - 1, or 255 (`IGNORED`).
 
-        Raises ValueError that says what is wrong with it, and whatever its decoder does.
+        Raises ValueError for values outside of the table, and any error of the decoder.
         """
 
     @abstractmethod
@@ -39,79 +47,151 @@ class MaskSplit(LazySplit):
 
 
 @dataclass(frozen=True)
-class MaskFiles(MaskSplit):
-    """Image files, and for each a file of its mask, which is read through one table of classes."""
+class MaskFiles(FileSplit, MaskSplit):
+    """Image files with mask files, which are read through one class table."""
 
-    images: FileSplit
     masks: list[Path]
     table: ClassTable
-
-    @classmethod
-    def of(cls, images: list[Path], masks: list[Path], table: ClassTable) -> "MaskFiles":
-        """Pair image files with mask files."""
-        return cls(FileSplit(images, torch.arange(len(images))), masks, table)
-
-    @property
-    def labels(self) -> Tensor:  # type: ignore[override]
-        """Each image's own number, `(N,)`."""
-        return self.images.labels
-
-    def open(self, index: int) -> Image.Image:
-        """Open the file of an image."""
-        return self.images.open(index)
 
     def mask(self, index: int) -> Tensor:
         """Read the file of a mask."""
         return self.table.read(self.masks[index])
-
-    def name(self, index: int) -> str:
-        """Return the image's path."""
-        return self.images.name(index)
 
     def mask_name(self, index: int) -> str:
         """Return the mask's path."""
         return str(self.masks[index])
 
     def key(self, index: int) -> str:
-        """Return the names of image and mask."""
-        return f"{self.images.key(index)}/{self.masks[index].name}"
+        """Return the file names of image and mask."""
+        return f"{self.paths[index].name}/{self.masks[index].name}"
 
     def take(self, chosen: Tensor) -> "MaskFiles":
         """Return the pairs at these indices."""
-        at = chosen.tolist()
-        return MaskFiles.of([self.images.paths[i] for i in at], [self.masks[i] for i in at], self.table)
-
-    def with_table(self, table: ClassTable) -> "MaskFiles":
-        """Return the same files, read through another table."""
-        return replace(self, table=table)
+        masks = [self.masks[index] for index in chosen.tolist()]
+        return replace(self, paths=super().take(chosen).paths, labels=self.labels[chosen], masks=masks)
 
     def hash(self) -> str:
-        """Return what tells these names and this table from others."""
+        """Return a hash of the names and the table."""
         return sha256(f"{super().hash()} {self.table.identity()}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
-    """Decode an image `(W, H)` and its mask, or say why one of them can't be used."""
-    mask = try_mask(split, index)
+    """Decode an image `(W, H)` and its mask, or return the fault of one of them."""
+    mask = try_mask(split, index, split.mask)
     if isinstance(mask, BadImage):
         return mask
     with strict_decoders():
         image = attempt(split, index, lambda: read_image(split.open(index)))
     if isinstance(image, BadImage):
         return image
-    return wrong_size(split, index, image.size, mask) or (image, mask)
+    return _wrong_size(split, index, image.size, mask) or (image, mask)
 
 
-def try_mask(split: MaskSplit, index: int) -> Tensor | BadMask:
-    """Read a mask, or say why it can't be used."""
+def try_mask(split: MaskSplit, index: int, read: Callable[[int], Any]) -> Any | BadMask:
+    """Return `read(index)`, which reads a mask, or the mask's fault."""
     with strict_decoders():
-        mask = attempt(split, index, split.mask, index)
-    return BadMask(split.mask_name(index), mask.reason) if isinstance(mask, BadImage) else mask
+        result = attempt(split, index, read, index)
+    return BadMask(split.mask_name(index), result.reason) if isinstance(result, BadImage) else result
 
 
-def wrong_size(split: MaskSplit, index: int, size: tuple[int, int], mask: Tensor) -> BadMask | None:
-    """Say that a mask has another size than its image, where it has."""
+def _wrong_size(split: MaskSplit, index: int, size: tuple[int, int], mask: Tensor) -> BadMask | None:
     height, width = mask.shape
     if (width, height) == size:
         return None
     return BadMask(split.mask_name(index), f"it is {width}x{height}, its image {size[0]}x{size[1]}")
+
+
+def check_masks(
+    source: Source,
+    every: bool,
+    workers: int,
+    log: Log,
+    share: tuple[int, int] = (0, 1),
+    gather: Callable[[dict[int, Any]], list[dict[int, Any]]] = lambda found: [found],
+) -> Source:
+    """Read masks before the run; return the source with notes on them.
+
+    Without `every`, the held-out masks are read, since their faults would end the run after the training, and the first
+    training mask, since it shows a fault that all have.
+
+    Args:
+        source: a source of masks; generated ones are not checked.
+        every: read all masks, refuse those that ignore every pixel, and note classes without a pixel.
+        workers: processes that read; 0 reads in this one.
+        log: receives the progress.
+        share: rank and number of the processes that divide the work.
+        gather: `all_gather` over these processes.
+
+    Raises:
+        UserError: masks that do not decode, have values outside of the table or another size than their image; or a
+            held-out split of which no pixel has a class.
+    """
+    bad, notes = dict[str, str](), list[str]()
+    for name, split in source.splits.items():
+        if not isinstance(split, MaskFiles):
+            continue
+        count = len(split) if every or name != "train" else 1
+        mine, found = range(share[0], count, share[1]), dict[int, Any]()
+        for part in gather(scan_masks(split, name, _classes_in, mine, workers if count > 1 else 0, log)):
+            found |= part
+        found = dict(sorted(found.items()))
+        bad |= {item.name: item.reason for item in found.values() if isinstance(item, BadMask)}
+        present = frozenset[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
+        absent = [label for place, label in enumerate(source.classes) if place not in present]
+        if every:
+            ignoring = [split.mask_name(index) for index, item in found.items() if item == frozenset()]
+            bad |= dict.fromkeys(ignoring, "all of its pixels are ignored")
+            if absent:
+                notes.append(f"{len(absent)} of {len(source.classes)} classes are in no mask of {name}: {some(absent)}")
+        elif name != "train" and found and not present and not bad:
+            what = f"no pixel of the {len(split)} masks of {name} has a class"
+            raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
+    refuse_masks(bad, TIP)
+    return source.noting("all masks are sound", *notes) if every else source
+
+
+def _classes_in(split: MaskFiles, index: int) -> BadMask | frozenset[int]:
+    """Return the classes in a mask, or its fault; an image that does not decode is not the mask's fault."""
+    mask = try_mask(split, index, split.mask)
+    if isinstance(mask, BadMask):
+        return mask
+    size = image_size(split, index)
+    fault = _wrong_size(split, index, size, mask) if size else None
+    return fault or frozenset(mask.flatten().bincount()[:OUTSIDE].nonzero().flatten().tolist())
+
+
+@dataclass(frozen=True)
+class _Scan(Dataset[tuple[int, Any]]):
+    split: MaskFiles
+    scan: Callable[[MaskFiles, int], Any]
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.scan(self.split, index)
+
+
+def scan_masks(
+    split: MaskFiles,
+    name: str,
+    scan: Callable[[MaskFiles, int], Any],
+    indices: Sequence[int],
+    workers: int,
+    log: Log,
+) -> dict[int, Any]:
+    """Return `scan(split, index)` for these masks of a split, by index, computed in worker processes."""
+    loader: Any = DataLoader(
+        _Scan(split, scan),
+        batch_size=CHUNK,
+        sampler=indices,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals,
+        generator=torch.Generator(),  # else it draws from the process generator
+    )
+    found: dict[int, Any] = {}
+    logged = time.monotonic()
+    for chunk in loader:
+        found |= dict(chunk)
+        if time.monotonic() - logged > SECONDS:
+            logged = time.monotonic()
+            log(f"read {len(found):,} of {len(indices):,} masks of {name}")
+    return found

@@ -1,10 +1,13 @@
-"""Tables of classes: which value of a mask, or which colour, is which class."""
+"""Class tables: the class of each value or colour of a mask. From ids, or from files with id, name and colour."""
 
+import csv
+import io
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +15,15 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-# Training ids of pixels without a class: ignored in loss and scores; or beyond the table, or beyond the image.
+from pdvit.data.sources.split import printable
+from pdvit.errors import UserError
+
+# Training ids of pixels without a class: ignored in loss and metrics; or outside of the table, or of the image.
 IGNORED, OUTSIDE = 255, 254
-VALUES = 2**16
-NAMED = 10
+IDS, COLOURS = 2**16, 2**24
+COLUMNS = ("id", "name", "colour")
+IGNORED_NAMES = ("unlabelled", "unlabeled", "void", "ignore", "ignored")
+TIP = "write a line for each class: id TAB name, or id TAB name TAB #804080; without ids begin with name TAB colour"
 Colour = tuple[int, int, int]
 Array = np.ndarray[Any, Any]
 
@@ -27,8 +35,8 @@ class ClassTable:
     Attributes:
         names: name of each class.
         palette: colour of each class.
-        ids: training id by value of a mask, 255 for values that are ignored; None: masks are read by colour.
-        colours: training id by colour; None: masks are never colours.
+        ids: training id by value of a mask, 255 for ignored values; None: masks are read by colour.
+        colours: training id by colour; None: masks with colours are refused.
     """
 
     names: list[str]
@@ -40,61 +48,51 @@ class ClassTable:
     def of_ids(
         cls, names: Mapping[int, str], ignored: Iterable[int] = (), palette: list[Colour] | None = None
     ) -> "ClassTable":
-        """Return the table of masks whose values are ids (id -> name); 255 is ignored unless it is one of them."""
+        """Return the table of masks whose values are ids (id -> name); 255 is ignored unless it is a class."""
         ids = dict.fromkeys((255, *ignored), IGNORED) | {value: place for place, value in enumerate(names)}
         return cls(list(names.values()), palette or default_palette(len(names)), ids)
 
     def identity(self) -> str:
-        """Return what makes two tables the same: classes and what they are read from, not how they are shown."""
+        """Return what two equal tables share: classes, ids and colours in masks, but not the palette."""
         ids, colours = (sorted(known.items()) if known else known for known in (self.ids, self.colours))
         return repr((self.names, ids, colours))
 
     def read(self, path: Path) -> Tensor:
-        """Read a mask: training ids, uint8 `(H, W)`.
-
-        Raises ValueError that says which ids or colours are outside of the table, or that it holds neither.
-        """
+        """Read a mask: training ids, uint8 `(H, W)`; raises ValueError for values outside of the table."""
         with open_mask(path) as image:
-            if self.ids is not None and image.mode not in ("RGB", "RGBA"):
-                return torch.from_numpy(self._by_id(values_of(image)))
-            if self.colours is None:
+            by_id = self.ids is not None and image.mode not in ("RGB", "RGBA")
+            if by_id:
+                values, lookup = mask_values(image), self._lookup_ids
+            elif self.colours is not None:
+                values = np.array(image.convert("RGB")) @ np.array([2**16, 2**8, 1], np.int32)
+                lookup = self._lookup_colours
+            else:
                 raise ValueError(f"it is {image.mode}, where ids are expected: the table has no colours")
-            return torch.from_numpy(self._by_colour(np.array(image.convert("RGB"))))
-
-    def _by_id(self, values: Array) -> Array:
-        found: Array = self._of_value[values]
-        if len(outside := np.unique(values[found == OUTSIDE])):
-            raise ValueError(f"{_some('id', map(str, outside))} outside of the table of {len(self.names)} classes")
-        return found
-
-    def _by_colour(self, pixels: Array) -> Array:
-        packed = pixels.astype(np.int32) @ np.array([2**16, 2**8, 1], np.int32)
-        known, ids = self._packed_colours
-        at = np.searchsorted(known, packed).clip(max=len(known) - 1)
-        found: Array = np.where(known[at] == packed, ids[at], np.uint8(OUTSIDE))
-        if len(outside := np.unique(packed[found == OUTSIDE])):
-            colours = (f"#{colour:06x}" for colour in outside)
-            raise ValueError(f"{_some('colour', colours)} outside of the table of {len(self.names)} classes")
-        return found
+        found: Array = lookup[values]
+        if len(outside := np.unique(values[found == OUTSIDE]).tolist()):
+            names = [str(value) if by_id else f"#{value:06x}" for value in outside[:10]]
+            more = ", ..." if len(outside) > len(names) else ""
+            unit = "id" if by_id else "colour"
+            raise ValueError(f"outside of the table of {len(self.names)} classes: {unit} {', '.join(names)}{more}")
+        return torch.from_numpy(found)
 
     @cached_property
-    def _of_value(self) -> Array:
-        """Training id of every value that a mask may have."""
-        table = np.full(VALUES, OUTSIDE, np.uint8)
+    def _lookup_ids(self) -> Array:
+        lookup = np.full(IDS, OUTSIDE, np.uint8)
         for value, place in (self.ids or {}).items():
-            table[value] = place
-        return table
+            lookup[value] = place
+        return lookup
 
     @cached_property
-    def _packed_colours(self) -> tuple[Array, Array]:
-        """Packed colours in order, and their training ids."""
-        colours = (self.colours or {}).items()
-        packed = sorted((red << 16 | green << 8 | blue, place) for (red, green, blue), place in colours)
-        return np.array([colour for colour, _ in packed], np.int32), np.array([place for _, place in packed], np.uint8)
+    def _lookup_colours(self) -> Array:
+        lookup = np.full(COLOURS, OUTSIDE, np.uint8)
+        for (red, green, blue), place in (self.colours or {}).items():
+            lookup[red << 16 | green << 8 | blue] = place
+        return lookup
 
 
 def open_mask(path: Path) -> ImageFile:
-    """Open a mask; raises ValueError for a JPEG, whose values are not exact, and whatever its decoder does."""
+    """Open a mask; raises ValueError for a JPEG, whose values are not exact, and any error of its decoder."""
     if path.is_fifo():
         raise ValueError("it is a pipe, not a file")
     image = Image.open(path)
@@ -104,31 +102,94 @@ def open_mask(path: Path) -> ImageFile:
     return image
 
 
-def values_of(image: ImageFile) -> Array:
-    """Return the values of an open mask `(H, W)`, of a palette its indices; ValueError where it holds no ids."""
+def mask_values(image: ImageFile) -> Array:
+    """Return the values of an open mask `(H, W)`, of a palette its indices; raises ValueError if it has no ids."""
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(f"it is {image.mode}, where ids are expected")
-    raw = image.tile[0][3] if image.tile else None  # decoding empties it
-    # how values are packed, by name: PNG's alone, first of several things in TIFF
-    name = str(raw[0] if isinstance(raw, tuple) else raw)
-    values, spread = np.array(image), {"L;2": 85, "L;4": 17}.get(name[:3], 1)
-    if spread > 1:  # Pillow spreads grey values of 2 and 4 bits over 0 to 255
-        values = values // spread
-    if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= VALUES):
-        raise ValueError(f"ids from {values.min()} to {values.max()} are no whole numbers below {VALUES}")
+    packing = image.tile[0][3] if image.tile else None  # decoding empties it
+    # its name: the only argument for PNG, the first of several for TIFF
+    name = str(packing[0] if isinstance(packing, tuple) else packing)
+    # Pillow stretches grey values of 2 and 4 bits to 0 to 255
+    values = np.array(image) // {"L;2": 85, "L;4": 17}[name[:3]] if name[:3] in ("L;2", "L;4") else np.array(image)
+    if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= IDS):
+        raise ValueError(f"ids from {values.min()} to {values.max()} are not whole numbers below {IDS}")
     return values.astype(np.uint16) if values.dtype != np.uint8 else values
 
 
 def default_palette(count: int) -> list[Colour]:
-    """Return colours that differ, as Pascal VOC has them: the bits of a class's number, spread over the channels."""
+    """Return distinct colours, those of Pascal VOC: the bits of the class number, spread over the channels."""
 
-    def channel(number: int, which: int) -> int:
-        return sum((number >> 3 * place + which & 1) << 7 - place for place in range(8))
+    def channel(number: int, offset: int) -> int:
+        return sum((number >> 3 * bit + offset & 1) << 7 - bit for bit in range(8))
 
     return [(channel(number, 0), channel(number, 1), channel(number, 2)) for number in range(count)]
 
 
-def _some(what: str, found: Iterable[str]) -> str:
-    names = list(found)
-    shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-    return f"{what} {shown} is" if len(names) == 1 else f"{what}s {shown} are"
+class _Row(NamedTuple):
+    name: str
+    id: int | None
+    colour: Colour | None
+
+
+def read_table(path: Path) -> ClassTable:
+    """Read a class table; the columns of a file without header are id, name and optionally colour.
+
+    A table without ids is for masks that are colours. Classes named Unlabelled, Void or Ignored are ignored, and so is
+    the value 255 unless it is a class. Raises UserError for a file that is not such a table.
+    """
+    rows = _read_rows(path)
+    classes = [row for row in rows if row.name.casefold() not in IGNORED_NAMES]
+    if not 2 <= len(classes) <= OUTSIDE:
+        what = f"the table has {len(classes)} classes that are not ignored"
+        raise UserError(what, str(path), f"list 2 to {OUTSIDE} classes")
+    for column, checked in (("id", rows), ("colour", rows), ("name", classes)):
+        cells = [getattr(row, column) for row in checked]
+        if None in cells and any(cell is not None for cell in cells):
+            name = printable(checked[cells.index(None)].name)
+            raise UserError(f"'{name}' has no {column}, others have one", str(path), TIP)
+        if twice := [cell for cell in cells if cell is not None and cells.count(cell) > 1]:
+            raise UserError(f"two classes have the same {column}: {printable(str(twice[0]))}", str(path), TIP)
+    place = {row.name: number for number, row in enumerate(classes)}
+    ids = {row.id: place.get(row.name, IGNORED) for row in rows if row.id is not None}
+    colours = {row.colour: place.get(row.name, IGNORED) for row in rows if row.colour is not None}
+    if not (ids or colours):
+        raise UserError("the table has neither ids nor colours", str(path), TIP)
+    palette = [row.colour for row in classes if row.colour is not None] or default_palette(len(classes))
+    return ClassTable(list(place), palette, {255: IGNORED} | ids if ids else None, colours or None)
+
+
+def _read_rows(path: Path) -> list[_Row]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text else ",")
+        lines = [[cell.strip() for cell in line] for line in reader if any(line)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the class table can't be read: {error}", str(path), TIP) from error
+    header = [cell.lower().replace("color", "colour") for cell in lines[0]] if lines else []
+    header, lines = (header, lines[1:]) if "name" in header else (list(COLUMNS), lines)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        cells = dict.fromkeys(COLUMNS, "") | dict(zip(header, line, strict=False))
+        name, value, colour = cells["name"], cells["id"], cells["colour"]
+        if not name:
+            raise UserError(f"class {number} of the table has no name", str(path), TIP)
+        if value and not (value.isdecimal() and int(value) < IDS):
+            what = f"id '{printable(value)}' of '{printable(name)}' is not a whole number below {IDS}"
+            raise UserError(what, str(path), TIP)
+        levels = _levels(colour)
+        if levels is None and colour:
+            what = f"'{printable(colour)}' of '{printable(name)}' is not a colour"
+            raise UserError(what, str(path), "write it as #804080, or as 128 64 128")
+        rows.append(_Row(name, int(value) if value else None, levels))
+    return rows
+
+
+def _levels(text: str) -> Colour | None:
+    """Parse `#rrggbb`, or three numbers separated by spaces."""
+    if re.fullmatch("#[0-9a-fA-F]{6}", text):
+        red, green, blue = bytes.fromhex(text[1:])
+    elif re.fullmatch(r"\d{1,3} +\d{1,3} +\d{1,3}", text):
+        red, green, blue = map(int, text.split())
+    else:
+        return None
+    return (red, green, blue) if max(red, green, blue) < 256 else None

@@ -1,10 +1,9 @@
-"""What is done to training images and their masks: MMSegmentation's chain, of torchvision's transforms.
+"""Training transforms of images and masks: MMSegmentation's chain, made of torchvision's transforms.
 
-Scale, crop, flip, colours, in its order. Padding goes right and bottom of what is smaller than the crop; it has no
-colour yet, because after the normalisation it is 0.
+Scale, crop, flip, colours, in this order. Images smaller than the crop are padded right and bottom; the padding is set
+after the normalization, to 0.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,47 +20,17 @@ from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.preprocessing import Preprocessing, pixels_of
 from pdvit.data.randomness import fold
 
-# Longest side, as a multiple of the short side that is wanted; MMSegmentation: 2048 to 512.
+# Longest side as a multiple of the short side; MMSegmentation: 2048 to 512.
 LONGEST = 4
 RETRIES = 10
 
 
 class ShortSideJitter(v2.RandomShortestSize):  # type: ignore[misc]
-    """Scales to a short side drawn evenly; a thin strip, whose long side is limited, keeps a pixel at least."""
+    """Scales to a random short side; a thin strip, whose long side is limited, keeps at least one pixel."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the size."""
         return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
-
-
-class CategoryRatioCrop(v2.RandomCrop):  # type: ignore[misc]
-    """Random crop `(side, side)`, or what there is of it; drawn again, up to 10 times, where one class covers too much.
-
-    Pixels without a class do not count, and the class of a crop that has no other covers too much.
-    """
-
-    def __init__(self, side: int, max_share: float) -> None:
-        super().__init__(side)
-        self.max_share = max_share
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the crop."""
-        (mask,) = (part for part in flat_inputs if isinstance(part, tv_tensors.Mask))
-        rows, columns = mask.shape[-2:]
-        height, width = (min(side, most) for side, most in zip(self.size, (rows, columns), strict=True))
-        for tries_left in reversed(range(RETRIES + 1)):
-            top, left = (int(torch.randint(room + 1, ())) for room in (rows - height, columns - width))
-            if not tries_left or (height, width) == (rows, columns) or self.max_share == 1:
-                break
-            if self.fits(mask[..., top : top + height, left : left + width]):
-                break
-        crop = {"top": top, "left": left, "height": height, "width": width}
-        return {"needs_crop": True, "needs_pad": False, "padding": [0, 0, 0, 0]} | crop
-
-    def fits(self, mask: Tensor) -> bool:
-        """Tell whether a crop has two classes or more, and none of them covers too much."""
-        counts = mask.flatten().bincount()[:OUTSIDE]
-        return int((counts > 0).sum()) > 1 and bool(counts.max() < self.max_share * counts.sum())
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
@@ -76,6 +45,25 @@ class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
         return params | {"channel_permutation": None}
 
 
+def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, int, int]:
+    """Draw a crop of a mask `(H, W)`, again up to 10 times if one class covers too much: top, left, height, width."""
+    rows, columns = mask.shape
+    height, width = min(side, rows), min(side, columns)
+    for tries_left in reversed(range(RETRIES + 1)):
+        top, left = (int(torch.randint(room + 1, ())) for room in (rows - height, columns - width))
+        if not tries_left or (height, width) == (rows, columns) or max_fraction == 1:
+            break
+        if balanced(mask[top : top + height, left : left + width], max_fraction):
+            break
+    return top, left, height, width
+
+
+def balanced(mask: Tensor, max_fraction: float) -> bool:
+    """Whether a mask has at least two classes, each below this fraction of the pixels that have a class."""
+    counts = mask.flatten().bincount()[:OUTSIDE]
+    return int((counts > 0).sum()) > 1 and bool(counts.max() < max_fraction * counts.sum())
+
+
 @dataclass(frozen=True)
 class TrainingTransform:
     """From an image and its mask to a training crop, as a function of (seed, epoch, index)."""
@@ -87,32 +75,29 @@ class TrainingTransform:
     seed: int
 
     def __call__(self, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return the crop, uint8 `(3, crop, crop)`, and its mask, with 254 where the image ends."""
+        """Return the crop, uint8 `(3, crop, crop)`, and its mask, with 254 outside of the image."""
         parts = tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
             torch.default_generator.manual_seed(fold(self.seed, epoch, index))  # that of the CPU alone
-            for transform in (self._jitter(min(pair[1].shape)), *self._after()):
-                parts = transform(*parts)
-        image, mask = parts
-        beyond = [0, 0, self.crop - mask.shape[-1], self.crop - mask.shape[-2]]
-        padded = functional.pad(image, beyond), functional.pad(mask, beyond, fill=OUTSIDE)
-        return padded[0].as_subclass(Tensor), padded[1].as_subclass(Tensor)
+            parts = self.jitter(min(pair[1].shape))(*parts)
+            box = draw_crop(parts[1].as_subclass(Tensor), self.crop, self.segment.max_share)
+            parts = v2.RandomHorizontalFlip(self.flip)(*(functional.crop(part, *box) for part in parts))
+            image, mask = PhotometricDistort()(*parts) if self.segment.photometric else parts
+        padding = [0, 0, self.crop - mask.shape[-1], self.crop - mask.shape[-2]]
+        image, mask = functional.pad(image, padding), functional.pad(mask, padding, fill=OUTSIDE)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
-    def _jitter(self, side: int) -> v2.Transform:
-        """Return what scales an image of this short side: to a side drawn evenly from the jitter's range."""
-        wanted = self.segment.short_side or side
-        least, most = (max(1, round(factor * wanted)) for factor in self.segment.jitter)
+    def jitter(self, side: int) -> ShortSideJitter:
+        """Return the scaling of an image with this short side."""
+        target = self.segment.short_side or side
+        least, most = (max(1, round(factor * target)) for factor in self.segment.jitter)
         mode = v2.InterpolationMode(self.preprocessing.interpolation)
         return ShortSideJitter(range(least, most + 1), LONGEST * most, mode)
-
-    def _after(self) -> list[Callable[..., Any]]:
-        after = [CategoryRatioCrop(self.crop, self.segment.max_share), v2.RandomHorizontalFlip(self.flip)]
-        return after + [PhotometricDistort()] * self.segment.photometric
 
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Scales an image to the short side of evaluation; the mask stays as it is."""
+    """Scales an image to the short side of evaluation; the mask keeps its size."""
 
     short_side: int | None
     interpolation: str
@@ -124,15 +109,15 @@ class EvaluationTransform:
             return pixels
         height, width = pixels.shape[-2:]
         short, long = self.short_side, self.short_side * max(height, width) // min(height, width)
-        if long > (most := LONGEST * short):
-            short, long = max(1, most * short // long), most  # of a thin strip at least a pixel
+        if long > (longest := LONGEST * short):
+            short, long = max(1, longest * short // long), longest
         size = [short, long] if height < width else [long, short]
         resized: Tensor = functional.resize(pixels, size, v2.InterpolationMode(self.interpolation), antialias=True)
         return resized
 
 
-def finish(images: Tensor, masks: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """Normalise a batch `(B, 3, H, W)` and make targets `(B, H, W)` of masks: 0 and 255 beyond the image."""
-    beyond = masks == OUTSIDE
-    targets = masks.long().masked_fill_(beyond, IGNORED)
-    return preprocessing.normalise(images).masked_fill_(beyond[:, None], 0.0), targets
+def normalise_and_pad(images: Tensor, masks: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """Normalize a batch `(B, 3, H, W)` and make targets `(B, H, W)` of masks: 0 and 255 outside of the images."""
+    outside = masks == OUTSIDE
+    targets = masks.long().masked_fill_(outside, IGNORED)
+    return preprocessing.normalise(images).masked_fill_(outside[:, None], 0.0), targets

@@ -6,7 +6,7 @@ import torch
 
 from pdvit.config import build, resolve
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.masks.sources import open_masks
+from pdvit.data.masks.folders import open_masks
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import segmentation

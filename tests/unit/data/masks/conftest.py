@@ -7,9 +7,9 @@ from PIL import Image
 CAMVID = ("Sky", "Road", "Car", "Unlabelled")
 
 
-def save(path: Path, pixels, mode=None) -> Path:
+def save(path: Path, pixels) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(pixels), mode).save(path)
+    Image.fromarray(np.asarray(pixels)).save(path)
     return path
 
 
@@ -23,13 +23,13 @@ def ids(number: int, values, height=12, width=16):
 
 @pytest.fixture
 def write():
-    """Return a function that saves an array as an image."""
+    """A function that saves an array as an image."""
     return save
 
 
 @pytest.fixture
 def load():
-    """Return a function that reads the pixels of an image file."""
+    """A function that reads the pixels of an image file."""
 
     def read(path: Path) -> np.ndarray:
         with Image.open(path) as image:
@@ -40,7 +40,7 @@ def load():
 
 @pytest.fixture
 def fill(load):
-    """Return a function that gives every pixel of a mask the same value."""
+    """A function that gives every pixel of a mask the same value."""
     return lambda path, value: save(path, np.full_like(load(path), value))
 
 
@@ -65,8 +65,7 @@ def ade(tmp_path) -> Path:
     for split, short, count in (("training", "train", 4), ("validation", "val", 2)):
         for number in range(1, count + 1):
             name = f"ADE_{short}_{number:08d}"
-            (root / "images" / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture(number)).save(root / "images" / split / f"{name}.jpg")
+            save(root / "images" / split / f"{name}.jpg", picture(number))
             save(root / "annotations" / split / f"{name}.png", ids(number, range(5)))
     rows = ["Idx\tRatio\tTrain\tVal\tName", "1\t0.2\t9\t1\twall", "2\t0.1\t6\t6\tbuilding, edifice", "3\t0\t1\t1\tsky"]
     (root / "objectInfo150.txt").write_text("\n".join([*rows, "4\t0.1\t2\t2\tfloor, flooring"]) + "\n")
@@ -75,7 +74,7 @@ def ade(tmp_path) -> Path:
 
 @pytest.fixture
 def cityscapes(tmp_path) -> Path:
-    """Cityscapes' layout, with the files that must not be read beside labelIds, and a test split without labels."""
+    """Cityscapes' layout, with the other files beside labelIds, and a test split without labels."""
     root = tmp_path / "cityscapes"
     for split, cities in (("train", ("aachen", "ulm")), ("val", ("lindau",)), ("test", ("berlin",))):
         for city in cities:
@@ -84,7 +83,7 @@ def cityscapes(tmp_path) -> Path:
                 save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", picture(frame))
                 masks = root / "gtFine" / split / city
                 values = [0] if split == "test" else [*range(34), 255]
-                save(masks / f"{name}_gtFine_labelIds.png", ids(frame, values, 12, 16))
+                save(masks / f"{name}_gtFine_labelIds.png", ids(frame, values))
                 save(masks / f"{name}_gtFine_color.png", picture(frame))
                 save(masks / f"{name}_gtFine_instanceIds.png", ids(frame, [200]))
                 (masks / f"{name}_gtFine_polygons.json").write_text("{}")

@@ -1,4 +1,3 @@
-import re
 import struct
 import zlib
 
@@ -9,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pdvit.data.masks.table import IGNORED, OUTSIDE, ClassTable, default_palette
+from pdvit.data.masks.table import IGNORED, OUTSIDE, ClassTable, default_palette, read_table
+from pdvit.errors import UserError
 
 TABLE = ClassTable.of_ids({7: "sky", 3: "road", 9: "car"}, ignored=[0])
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -32,7 +32,7 @@ def test_ids_equal_a_plain_lookup(tmp_path_factory, known, values):
     table = ClassTable.of_ids({value: str(value) for value in known})
     outside = sorted({value for value in values if value not in known and value != 255})
     if outside:
-        with pytest.raises(ValueError, match=rf"ids? {', '.join(map(str, outside))} (is|are) outside"):
+        with pytest.raises(ValueError, match=f"outside of .* id {', '.join(map(str, outside))}"):
             table.read(path)
     else:
         expected = [known.index(value) if value in known else IGNORED for value in values]
@@ -41,24 +41,15 @@ def test_ids_equal_a_plain_lookup(tmp_path_factory, known, values):
         assert found.tolist() == [expected[:3], expected[3:]]
 
 
-def test_a_palette_image_gives_its_indices_and_255_is_ignored(tmp_path):
+def test_palette_16_bit_and_1_bit_masks_hold_ids(write, tmp_path):
     image = Image.fromarray(np.array([[7, 3], [0, 255]], np.uint8)).convert("L")
     image.putpalette([value for index in range(256) for value in (index, 0, 255 - index)])
     image.save(tmp_path / "voc.png")
     assert mode_of(tmp_path / "voc.png") == "P"
     assert TABLE.read(tmp_path / "voc.png").tolist() == [[0, 1], [IGNORED, IGNORED]]
-
-
-def test_16_bits_hold_ids_and_what_is_beyond_the_table_is_named(write, tmp_path):
     assert TABLE.read(write(tmp_path / "a.png", np.array([[9, 7]], np.uint16))).tolist() == [[2, 0]]
-    with pytest.raises(ValueError, match="id 3007 is outside of the table of 3 classes"):
-        TABLE.read(write(tmp_path / "b.png", np.array([[9, 3007]], np.uint16)))
-
-
-def test_one_bit_masks_hold_two_classes_and_255_may_be_one(write, tmp_path):
-    path = tmp_path / "bits.png"
-    Image.fromarray(np.array([[True, False]])).save(path)
-    assert ClassTable.of_ids({0: "no", 1: "yes"}).read(path).tolist() == [[1, 0]]
+    bits = write(tmp_path / "bits.png", np.array([[True, False]]))
+    assert ClassTable.of_ids({0: "no", 1: "yes"}).read(bits).tolist() == [[1, 0]]
     grey = write(tmp_path / "grey.png", np.array([[0, 255]], np.uint8))
     assert ClassTable.of_ids({0: "no", 255: "yes"}).read(grey).tolist() == [[0, 1]]
 
@@ -116,31 +107,20 @@ def test_colours_are_read_through_the_table(tmp_path, mode):
     assert COLOURS.read(tmp_path / "mask.png").tolist() == [[0, 1], [IGNORED, 0]]
 
 
-def test_a_colour_outside_of_the_table_is_named(write, tmp_path):
-    path = write(tmp_path / "mask.png", np.array([[RED, (1, 2, 3)]], np.uint8))
-    with pytest.raises(ValueError, match="colour #010203 is outside of the table of 2 classes"):
-        COLOURS.read(path)
-
-
-def test_colours_where_ids_are_expected_are_refused(write, tmp_path):
-    path = write(tmp_path / "mask.png", np.array([[RED]], np.uint8))
-    with pytest.raises(ValueError, match="RGB, where ids are expected"):
-        TABLE.read(path)
-
-
-def test_a_jpeg_is_refused(write, tmp_path):
-    path = tmp_path / "mask.jpg"
-    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(path)
-    with pytest.raises(ValueError, match="JPEG"):
-        TABLE.read(path)
-
-
-@pytest.mark.parametrize(("dtype", "message"), [(np.float32, "it is F"), (np.int32, re.escape("no whole numbers"))])
-def test_what_holds_no_ids_is_refused(tmp_path, dtype, message):
-    path = tmp_path / "mask.tiff"
-    Image.fromarray(np.array([[-1, 1]], dtype)).save(path)
+@pytest.mark.parametrize(
+    ("name", "pixels", "table", "message"),
+    [
+        ("mask.png", np.array([[9, 3007]], np.uint16), TABLE, "outside of the table of 3 classes: id 3007"),
+        ("mask.png", np.array([[RED, (1, 2, 3)]], np.uint8), COLOURS, "the table of 2 classes: colour #010203"),
+        ("mask.png", np.array([[RED]], np.uint8), TABLE, "RGB, where ids are expected"),
+        ("mask.jpg", np.full((8, 8), 7, np.uint8), TABLE, "JPEG"),
+        ("mask.tiff", np.array([[-1, 1]], np.float32), TABLE, "it is F"),
+        ("mask.tiff", np.array([[-1, 1]], np.int32), TABLE, "not whole numbers"),
+    ],
+)
+def test_masks_that_do_not_fit_the_table_are_refused(write, tmp_path, name, pixels, table, message):
     with pytest.raises(ValueError, match=message):
-        TABLE.read(path)
+        table.read(write(tmp_path / name, pixels))
 
 
 def test_the_default_colours_are_those_of_pascal_voc():
@@ -150,7 +130,72 @@ def test_the_default_colours_are_those_of_pascal_voc():
     assert len(set(default_palette(OUTSIDE))) == OUTSIDE
 
 
-def test_a_table_is_another_by_what_it_means_and_not_by_its_colours():
+def test_the_identity_of_a_table_leaves_the_palette_out():
     assert TABLE.identity() == ClassTable(TABLE.names, [RED] * 3, TABLE.ids).identity()
     assert TABLE.identity() != ClassTable.of_ids({7: "sky", 3: "road", 9: "car"}).identity()
     assert TABLE.identity() != ClassTable.of_ids({7: "sky", 3: "road", 9: "bus"}, ignored=[0]).identity()
+
+
+def parsed(tmp_path, text):
+    path = tmp_path / "classes.tsv"
+    path.write_text(text, encoding="utf-8-sig")
+    return read_table(path)
+
+
+def test_camvids_table_ignores_unlabelled_pixels(tmp_path):
+    found = parsed(tmp_path, "0\tSky\n1\tRoad\n11\tUnlabelled\n")
+    assert found.names == ["Sky", "Road"]
+    assert found.ids == {0: 0, 1: 1, 11: IGNORED, 255: IGNORED}
+    assert found.colours is None
+    assert found.palette == default_palette(2)
+
+
+@pytest.mark.parametrize(
+    "text", ["id,name,color\n4,a,#0A0b0C\n2,b,1 2 3\n\n", "name,colour,id\na,#0a0b0c,4\nb,1 2 3,2"]
+)
+def test_a_header_may_give_the_columns_in_any_order(tmp_path, text):
+    found = parsed(tmp_path, text)
+    assert (found.names, found.ids) == (["a", "b"], {255: IGNORED, 4: 0, 2: 1})
+    assert found.colours == {(10, 11, 12): 0, (1, 2, 3): 1}
+    assert found.palette == [(10, 11, 12), (1, 2, 3)]
+
+
+def test_a_table_without_ids_reads_masks_by_colour_and_ignored_classes_may_share_a_name(tmp_path):
+    found = parsed(tmp_path, "name\tcolour\nsky\t#ff0000\nvoid\t#e0e0c0\nroad\t#00ff00\nvoid\t#000000\n")
+    assert (found.names, found.ids) == (["sky", "road"], None)
+    assert found.colours == {(255, 0, 0): 0, (224, 224, 192): IGNORED, (0, 255, 0): 1, (0, 0, 0): IGNORED}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "0 classes"),
+        ("0\ta\n1\tvoid\n", "1 classes"),
+        ("".join(f"{n}\tc{n}\n" for n in range(255)), "255 classes"),
+        ("0\ta\n00\tb\n", "same id: 0"),
+        ("0\ta\n1\ta\n", "same name: a"),
+        ("0\ta\n1\tb\n2\tvoid\n2\tvoid\n", "same id: 2"),
+        ("0\ta\t#000000\n1\tb\t#010101\n2\tvoid\t0 0 0\n", "same colour"),
+        ("0\ta\t#000000\n1\tb\n", "'b' has no colour"),
+        ("id\tname\n\ta\n1\tb\n", "'a' has no id"),
+        ("0\ta\n1\n", "class 2 of the table has no name"),
+        ("-1\ta\n1\tb\n", "id '-1' of 'a'"),
+        ("70000\ta\n1\tb\n", "id '70000'"),
+        ("name\na\nb\n", "neither ids nor colours"),
+        ("0\ta\tred\n1\tb\t#000000\n", "'red' of 'a' is not a colour"),
+        ("0\ta\t1 2 256\n1\tb\t#000000\n", "'1 2 256' of 'a'"),
+    ],
+)
+def test_a_table_that_is_not_sound_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parsed(tmp_path, text)
+    assert caught.value.tip
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_can_not_be_read_is_refused(tmp_path, content):
+    path = tmp_path / "classes.csv"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="can't be read"):
+        read_table(path)

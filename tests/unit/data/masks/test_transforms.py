@@ -9,11 +9,12 @@ from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
 from pdvit.data.masks.transforms import (
-    CategoryRatioCrop,
     EvaluationTransform,
     PhotometricDistort,
     TrainingTransform,
-    finish,
+    balanced,
+    draw_crop,
+    normalise_and_pad,
 )
 from pdvit.data.preprocessing import Preprocessing
 
@@ -48,37 +49,23 @@ def test_a_crop_fits_by_the_rule(values, most):
     counts = {value: values.count(value) for value in set(values) - {255}}
     expected = len(counts) > 1 and max(counts.values()) / sum(counts.values()) < most
     mask = torch.tensor(values, dtype=torch.uint8)[None]
-    assert CategoryRatioCrop(4, most).fits(mask) == expected
+    assert balanced(mask, most) == expected
 
 
 @pytest.mark.parametrize("most", [0.75, 1.0])
 def test_crops_equal_a_plain_loop(most):
-    mask = tv_tensors.Mask(torch.zeros(40, 50, dtype=torch.uint8))
+    mask = torch.zeros(40, 50, dtype=torch.uint8)
     mask[:, 30:] = 1
     for seed in range(40):
         torch.manual_seed(seed)
-        found = CategoryRatioCrop(16, most).make_params([mask])
+        found = draw_crop(mask, 16, most)
         torch.manual_seed(seed)
         for tried in range(11):
             top, left = int(torch.randint(25, ())), int(torch.randint(35, ()))
             part = mask[top : top + 16, left : left + 16]
             if tried == 10 or most == 1 or 0.25 < part.float().mean() < 0.75:
                 break
-        assert (found["top"], found["left"]) == (top, left)
-
-
-def test_retries_make_balanced_crops_more_frequent():
-    mask = tv_tensors.Mask(torch.zeros(64, 64, dtype=torch.uint8))
-    mask[:, 48:] = 1  # 75 to 25
-
-    def share(most):
-        torch.manual_seed(0)
-        crop = CategoryRatioCrop(32, most)
-        found = [crop(mask).float().mean() for _ in range(200)]
-        return sum(0.25 < part < 0.75 for part in found) / len(found)
-
-    assert share(1.0) < 0.6
-    assert share(0.75) > 0.85
+        assert found == (top, left, 16, 16)
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 6), (8, 3), (9, 8), (8, 8), (15, 16), (4, 16)])
@@ -94,7 +81,7 @@ def test_image_and_mask_stay_together_and_are_padded_right_and_bottom(height, wi
 
 def test_after_normalising_the_image_is_0_and_the_mask_255_beyond_the_end():
     image, mask = transform()(pair(5, 6), 0, 1)
-    images, targets = finish(image[None], mask[None], HOW)
+    images, targets = normalise_and_pad(image[None], mask[None], HOW)
     assert (images.dtype, targets.dtype) == (torch.float32, torch.int64)
     assert (images[:, :, 5:] == 0).all()
     assert (images[:, :, :, 6:] == 0).all()
@@ -109,7 +96,7 @@ def test_after_normalising_the_image_is_0_and_the_mask_255_beyond_the_end():
 @pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (25, 25)])
 def test_the_short_side_is_scaled_whatever_the_orientation(height, width):
     segment = SegmentConfig(jitter=(0.5, 2.0), short_side=16, photometric=False)
-    jitter = transform(segment, 64)._jitter(min(height, width))
+    jitter = transform(segment, 64).jitter(min(height, width))
     sides = set()
     for seed in range(120):
         torch.manual_seed(seed)
@@ -199,27 +186,20 @@ def test_a_draw_is_a_function_of_seed_epoch_and_index():
         for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     }
     torch.rand(5)
+    before = torch.get_rng_state()
     for key, (image, mask) in made.items():
         again = transform(segment, seed=key[0])(pair(30, 40), *key[1:])
         assert torch.equal(again[0], image)
         assert torch.equal(again[1], mask)
-    assert len({image.numpy().tobytes() for image, _ in made.values()}) == 4
-
-
-def test_the_process_generator_is_as_before():
-    before = torch.get_rng_state()
-    transform(SegmentConfig())(pair(30, 40), 3, 4)
     assert torch.equal(torch.get_rng_state(), before)
+    assert len({image.numpy().tobytes() for image, _ in made.values()}) == 4
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [((30, 20), (24, 16)), ((20, 30), (16, 24)), ((16, 200), (5, 64)), ((8, 8), (16, 16))]
 )
-def test_evaluation_scales_the_short_side_up_to_four_times_the_long(size, expected):
-    image = EvaluationTransform(16, "bilinear")(pair(*size)[0])
-    assert (image.shape, image.dtype) == ((3, *expected), torch.uint8)
-
-
-def test_evaluation_leaves_images_as_they_are_where_no_side_is_given():
-    image, _ = pair(7, 9)
+def test_evaluation_scales_the_short_side_unless_the_long_one_is_above_four_times(size, expected):
+    image, _ = pair(*size)
+    scaled = EvaluationTransform(16, "bilinear")(image)
+    assert (scaled.shape, scaled.dtype) == ((3, *expected), torch.uint8)
     assert torch.equal(EvaluationTransform(None, "bilinear")(image), functional.pil_to_tensor(image))

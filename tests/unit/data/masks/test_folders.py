@@ -1,0 +1,322 @@
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import Cityscapes
+
+from pdvit.config.schema import DataConfig, SegmentConfig
+from pdvit.data.bad_images import BadImage, BadMask
+from pdvit.data.masks.folders import cityscapes_table, open_masks
+from pdvit.data.masks.split import check_masks, try_pair
+from pdvit.data.sources import open_source
+from pdvit.errors import UserError
+
+
+def opened(root, classes=None, **data):
+    segment = SegmentConfig(classes=None if classes is None else str(classes))
+    return open_masks(DataConfig(source=str(root), workers=0, **data), segment, lambda text: None)
+
+
+def check(root, workers=0, every=True, **more):
+    return check_masks(opened(root), every, workers, lambda text: None, **more)
+
+
+def lengths(source):
+    return {name: len(split) for name, split in source.splits.items()}
+
+
+@pytest.fixture
+def stored(load):
+    def read(root, name):
+        (path,) = root.rglob(name)
+        return torch.from_numpy(load(path)).long()
+
+    return read
+
+
+def test_camvids_layout(camvid, stored):
+    source = opened(camvid)
+    assert source.classes == ["Sky", "Road", "Car"]
+    assert lengths(source) == {"train": 7, "val": 3, "test": 2}
+    assert source.final_split == "test"
+    assert "ignored in masks: 3" in source.describe()
+    for split in source.splits.values():
+        for index in range(len(split)):
+            expected = stored(camvid / "masks", split.key(index).split("/")[1])
+            image, mask = try_pair(split, index)
+            assert torch.equal(mask.long(), torch.where(expected == 3, 255, expected))
+            assert (image.mode, image.size) == ("RGB", tuple(reversed(expected.shape)))
+    part = pickle.loads(pickle.dumps(split)).take(torch.tensor([1]))
+    assert (len(part), part.name(0), part.mask_name(0)) == (1, split.name(1), split.mask_name(1))
+    assert torch.equal(part.mask(0), split.mask(1))
+    assert part.hash() != split.hash()
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_ade20ks_layout(ade, above, stored):
+    source = opened(ade.parent if above else ade)
+    assert source.classes == ["wall", "building", "sky", "floor"]
+    assert lengths(source) == {"train": 4, "val": 2}
+    expected = stored(ade, "ADE_val_00000002.png")
+    assert torch.equal(source.splits["val"].mask(1).long(), torch.where(expected == 0, 255, expected - 1))
+    assert source.splits["train"].name(0).endswith("images/training/ADE_train_00000001.jpg")
+
+
+def test_ade20k_is_recognized_by_its_name_or_its_list_of_objects(ade, tmp_path, monkeypatch):
+    monkeypatch.chdir(ade)
+    assert opened(".").classes == ["wall", "building", "sky", "floor"]
+    (ade / "objectInfo150.txt").rename(tmp_path / "kept")
+    with pytest.raises(UserError, match="objectInfo150"):
+        opened(".")
+    renamed = ade.rename(tmp_path / "mine")  # the user's own set may have these folders
+    (renamed / "classes.tsv").write_text("0\tvoid\n" + "".join(f"{n}\tc{n}\n" for n in range(1, 5)))
+    assert opened(renamed).classes == ["c1", "c2", "c3", "c4"]
+    (tmp_path / "kept").rename(renamed / "objectInfo150.txt")
+    assert opened(renamed).classes == ["wall", "building", "sky", "floor"]
+
+
+def test_cityscapes_layout(cityscapes, stored):
+    source = opened(cityscapes)
+    assert lengths(source) == {"train": 4, "val": 2}
+    assert "test is not used: it has no labels" in source.describe()
+    known = {item.id: item for item in Cityscapes.classes}
+    by_place = {item.train_id: item for item in Cityscapes.classes if 0 <= item.train_id < 255}
+    assert source.classes == [by_place[place].name for place in range(19)]
+    assert source.palette == [by_place[place].color for place in range(19)]
+    split = source.splits["train"]
+    for index in range(len(split)):
+        name = split.mask_name(index).rpartition("/")[2]
+        assert name.endswith("_gtFine_labelIds.png")
+        expected = [[known[i].train_id if i != 255 else 255 for i in row] for row in stored(cityscapes, name).tolist()]
+        assert split.mask(index).tolist() == expected
+
+
+def test_the_19_ids_of_cityscapes_that_are_scored():
+    """Written out from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle."""
+    scored = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    table = cityscapes_table()
+    assert table.ids == {value: scored.index(value) if value in scored else 255 for value in (*range(34), 255)}
+    ends = "road", "sidewalk", "motorcycle", "bicycle"
+    assert (*table.names[:2], *table.names[-2:], len(table.names)) == (*ends, 19)
+
+
+def test_folders_without_splits_hold_out_a_tenth(camvid, tmp_path):
+    root = tmp_path / "flat"
+    for name in ("images", "masks"):
+        (root / name / "deep").mkdir(parents=True)
+        for file in (camvid / name).rglob("*.png"):
+            shutil.copy(file, root / name / "deep" / file.name)
+    shutil.copy(camvid / "classes.tsv", root / "classes.csv")
+    source = opened(root)
+    assert lengths(source) == {"train": 11, "val": 1}
+    assert "val is 10% of the training images" in source.describe()
+    train, val = ({split.name(index) for index in range(len(split))} for split in source.splits.values())
+    assert len(train | val) == 12
+    assert opened(root).fingerprint() == source.fingerprint()
+    assert opened(root, split_seed=3).fingerprint() != source.fingerprint()
+
+
+def test_without_a_table_the_ids_of_all_masks_are_the_classes(camvid, fill, load):
+    (camvid / "classes.tsv").unlink()
+    fill(camvid / "masks/test/12.png", 9)
+    fill(camvid / "masks/val/10.png", 255)
+    source = opened(camvid)
+    assert source.classes == ["0", "1", "2", "3", "9"]
+    assert source.splits["test"].mask(1).unique().tolist() == [4]
+    assert source.splits["val"].mask(0).unique().tolist() == [255]
+    assert "a table (classes.tsv, --classes) gives them names" in source.describe()
+    for file in (camvid / "masks").rglob("*.png"):
+        image = Image.fromarray(load(file))
+        image.putpalette([level for index in range(256) for level in (index, 7, 255 - index)])
+        image.save(file)
+    assert opened(camvid).palette == [(index, 7, 255 - index) for index in (0, 1, 2, 3, 9)]
+
+
+def test_a_given_table_overrides_that_of_the_folder(camvid, tmp_path):
+    (tmp_path / "mine.csv").write_text("id,name\n0,up\n1,down\n2,void\n3,ignore\n")
+    assert opened(camvid, tmp_path / "mine.csv").classes == ["up", "down"]
+
+
+def one_id(camvid, write, fill):
+    for file in (camvid / "masks").rglob("*.png"):
+        fill(file, 5)
+    (camvid / "classes.tsv").unlink()
+
+
+def colours_without_table(camvid, write, fill):
+    write(camvid / "masks/val/8.png", np.zeros((4, 4, 3), np.uint8))
+    (camvid / "classes.tsv").unlink()
+
+
+def many_missing(camvid, write, fill):
+    for number in range(12):
+        write(camvid / f"images/val/more{number:02}.png", np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "place"),
+    [
+        (one_id, "have 1 ids", "--classes"),
+        (colours_without_table, "1 mask can't be used", "8.png (it is RGB"),
+        (many_missing, "images without a mask in masks/val: 12", "and 2 more"),
+        (lambda root, *_: (root / "masks/train/2.png").unlink(), "masks/train: 1\n", "images/train/2.png"),
+        (lambda root, *_: shutil.copy(root / "masks/val/8.png", root / "masks/val/8.bmp"), "same name but", "val"),
+        (lambda root, *_: shutil.rmtree(root / "images/val") or (root / "images/val").mkdir(), "no images in", ""),
+        (lambda root, *_: shutil.rmtree(root / "masks"), "has no images/ and masks/", "--data"),
+    ],
+)
+def test_folders_that_are_not_complete_are_refused(camvid, write, fill, spoil, message, place):
+    spoil(camvid, write, fill)
+    with pytest.raises(UserError, match=message) as caught:
+        opened(camvid)
+    assert place in caught.value.where
+    assert caught.value.where.count(".png") <= 10
+
+
+def test_unused_masks_and_splits_are_noted(camvid):
+    (camvid / "images/val/8.png").unlink()
+    shutil.rmtree(camvid / "masks/test")
+    source = opened(camvid)
+    assert lengths(source) == {"train": 7, "val": 2}
+    assert "test is not used" in source.describe()
+    assert "masks without an image in images/val: 1" in source.describe()
+
+
+def test_splits_of_other_names(camvid):
+    for name in ("images", "masks"):
+        (camvid / name / "val").rename(camvid / name / "check")
+    assert lengths(opened(camvid, val_split="check")) == {"train": 7, "val": 3, "test": 2}
+    with pytest.raises(UserError, match="no images/chekc with masks"):
+        opened(camvid, val_split="chekc")
+
+
+def test_sources_without_masks_are_refused(tmp_path):
+    for source, message in (("no/such/folder", "there is no folder"), ("torch/cifar100", "not of pixels")):
+        with pytest.raises(UserError, match=message):
+            opened(source)
+    with pytest.raises(UserError, match="classes of pixels"):
+        open_source(DataConfig(source="scenes"))
+    with pytest.raises(UserError, match="their own classes"):
+        opened("scenes", tmp_path / "classes.tsv")
+
+
+def test_a_fingerprint_depends_on_tables_and_files_but_not_on_places(camvid, tmp_path):
+    ours = opened(camvid).fingerprint()
+    moved = shutil.copytree(camvid, tmp_path / "elsewhere")
+    assert opened(moved).fingerprint() == ours
+    (moved / "classes.tsv").write_text("0\tSky\n2\tRoad\n1\tCar\n3\tUnlabelled\n")
+    assert opened(moved).fingerprint() != ours
+    shutil.copy(camvid / "classes.tsv", moved / "classes.tsv")
+    (moved / "masks/val/8.png").rename(moved / "masks/val/other.png")
+    (moved / "images/val/8.png").rename(moved / "images/val/other.png")
+    assert opened(moved).fingerprint() != ours
+
+
+def test_a_fault_is_that_of_the_image_or_of_the_mask(camvid):
+    split = opened(camvid).splits["train"]
+    (camvid / "images/train/1.png").write_bytes(b"torn")
+    (camvid / "masks/train/2.png").write_bytes(b"torn")
+    (camvid / "masks/train/3.png").unlink()
+    image, mask, gone = (try_pair(split, index) for index in range(3))
+    assert (type(image), image.name[-12:], image.reason) == (BadImage, "/train/1.png", "not an image")
+    assert (type(mask), mask.name[-18:]) == (BadMask, "/masks/train/2.png")
+    assert isinstance(gone, BadMask)
+    assert "No such file" in gone.reason
+
+
+@pytest.fixture
+def faulty(camvid, write, fill):
+    fill(camvid / "masks/train/1.png", 4)
+    write(camvid / "masks/train/2.png", np.zeros((5, 6), np.uint8))
+    write(camvid / "masks/train/3.png", np.zeros((15, 17, 3), np.uint8))
+    fill(camvid / "masks/train/4.png", 3)
+    fill(camvid / "masks/val/8.png", 255)
+    (camvid / "masks/test/11.png").write_bytes(b"torn")
+    return camvid
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_check_names_every_fault(faulty, workers):
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match="6 masks can't be used") as caught:
+        check(faulty, workers)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, reason in (
+        ("train/1.png", "outside of the table of 3 classes: id 4"),
+        ("train/2.png", "it is 6x5, its image 17x14"),
+        ("train/3.png", "it is RGB, where ids are expected"),
+        ("train/4.png", "all of its pixels are ignored"),
+        ("val/8.png", "all of its pixels are ignored"),
+        ("test/11.png", "not an image"),
+    ):
+        assert any(f"{name} ({reason}" in part for part in caught.value.where.split("; "))
+
+
+def test_the_check_of_sound_masks_changes_nothing(camvid):
+    (camvid / "images/train/1.png").write_bytes(b"torn")  # not a fault of its mask
+    source, checked = opened(camvid), check(camvid)
+    assert checked.notes == (*source.notes, "all masks are sound")
+    assert checked.fingerprint() == source.fingerprint()
+    (camvid / "classes.tsv").write_text("0\tSky\n1\tRoad\n2\tCar\n3\tBus\n4\tRare\n")
+    assert "1 of 5 classes are in no mask of val: Rare" in check(camvid).describe()
+
+
+def test_ranks_share_the_check(faulty):
+    parts = []
+    for rank in range(2):
+        with pytest.raises(UserError):
+            check(faulty, share=(rank, 2), gather=lambda found: parts.append(found) or [found])
+    first, second = parts[:3], parts[3:]
+    assert [sorted({**ours, **theirs}) for ours, theirs in zip(first, second, strict=True)] == [
+        list(range(7)),
+        list(range(3)),
+        list(range(2)),
+    ]
+    assert all(index % 2 == rank for rank, half in ((0, first), (1, second)) for found in half for index in found)
+    assert isinstance(first[0][0], BadMask)
+
+
+@pytest.mark.parametrize(("split", "index"), [("train", 0), ("val", 0), ("val", -1), ("test", -1)])
+def test_held_out_masks_and_the_first_training_mask_are_always_read(camvid, fill, write, split, index):
+    held = opened(camvid).splits[split]
+    mask = Path(held.mask_name(range(len(held))[index]))
+    sound = mask.read_bytes()
+    assert check(camvid, every=False).notes == opened(camvid).notes
+    for spoil, reason in (
+        (lambda: fill(mask, 4), "outside of the table of 3 classes: id 4"),
+        (lambda: write(mask, np.zeros((5, 6), np.uint8)), "it is 6x5, its image"),
+    ):
+        spoil()
+        with pytest.raises(UserError, match="1 mask can't be used") as caught:
+            check(camvid, every=False)
+        assert f"{mask} ({reason}" in caught.value.where
+        mask.write_bytes(sound)
+    fill(mask, 3)  # it teaches nothing, and does no harm
+    check(camvid, every=False)
+
+
+def test_a_held_out_split_without_labels_is_refused_and_other_training_masks_wait(camvid, fill):
+    fill(Path(opened(camvid).splits["train"].mask_name(1)), 4)
+    check(camvid, every=False)
+    for mask in (camvid / "masks/test").iterdir():
+        fill(mask, 3)
+    with pytest.raises(UserError, match="masks of test has a class"):
+        check(camvid, every=False)
+
+
+@pytest.mark.slow
+def test_the_real_packs(real_data):
+    camvid = opened(real_data / "camvid")
+    assert lengths(camvid) == {"train": 367, "val": 101, "test": 233}
+    assert len(camvid.classes) == 11
+    assert "Unlabelled" not in camvid.classes
+    assert check(real_data / "camvid").notes[-1] == "all masks are sound"
+    ade = opened(real_data / "ade20k-sample")
+    assert lengths(ade) == {"train": 3, "val": 3}
+    assert (len(ade.classes), ade.classes[0], ade.classes[149]) == (150, "wall", "flag")
+    pairs = [try_pair(split, index) for split in ade.splits.values() for index in range(3)]
+    assert all(image.size == mask.shape[::-1] for image, mask in pairs)
