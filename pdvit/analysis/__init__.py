@@ -1,10 +1,9 @@
-"""What happens to the patches of a checkpoint, layer by layer."""
+"""Analysis of the patches of a checkpoint, layer by layer."""
 
-from pdvit.analysis.between import cka_between
-from pdvit.analysis.measure import Analysis, analyze, measure
+from pdvit.analysis.measure import Analysis, analyze, cka_between, measure
 from pdvit.analysis.metrics import DEFAULT, DEFINITIONS, METRICS
-from pdvit.analysis.published import published
-from pdvit.analysis.report import statement, with_random, write_analysis, write_between
+from pdvit.analysis.tables import write_analysis, write_between
+from pdvit.analysis.verdict import describe
 
 __all__ = [
     "DEFAULT",
@@ -13,10 +12,8 @@ __all__ = [
     "Analysis",
     "analyze",
     "cka_between",
+    "describe",
     "measure",
-    "published",
-    "statement",
-    "with_random",
     "write_analysis",
     "write_between",
 ]

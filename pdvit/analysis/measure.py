@@ -1,38 +1,42 @@
-"""Per-layer metrics of a model, streamed over images: nothing is kept per image."""
+"""Metrics of every layer of a model, streamed over images: memory does not grow with their number."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.meter import Meter, Sums
-from pdvit.analysis.metrics import DEFAULT, METRICS, Group
+from pdvit.analysis.metrics import DEFAULT, METRICS, Attention, LinearCKA, MetricGroup, Patches, centred_gram
+from pdvit.analysis.metrics.cka import MIN_IMAGES, batch_too_small
+from pdvit.analysis.statistics import MeanCurve, Moments
+from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
-from pdvit.models.layers import evaluating
+from pdvit.models.attention import watch_attention
+from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch, watch_layers
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
-BATCH = 32
+# Images per forward pass if they come as one tensor.
+BATCH_SIZE = 32
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured.
+    """The metrics of one model.
 
     Attributes:
         table: as `analyze` returns it.
-        images: how many were measured.
-        layers: names of all that the model has, in order.
-        curves: by group, what is more than a number per layer: arrays by `name/layer`.
-        notes: what is missing in the table, and why.
-        sampling: by metric and layer, the standard error of an image's value where pairs were sampled.
+        images: number of images.
+        layers: names of all layers of the model, in order.
+        curves: by group, arrays by `name/layer` for values that are more than a number per layer.
+        notes: values that are missing in the table, and why.
     """
 
     table: "pd.DataFrame"
@@ -40,39 +44,42 @@ class Analysis:
     layers: list[str]
     curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    sampling: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def with_random(self, random: "Analysis") -> "Analysis":
+        """Add P of the same model with random weights, as the metric `similarity_random`.
+
+        Only layers of this analysis are added: the backbone of a segmentation may lack the final norm.
+        """
+        import pandas as pd
+
+        rows = random.table[(random.table["metric"] == "similarity") & random.table["layer"].isin(self.layers)]
+        rows = rows.assign(metric="similarity_random", model=self.table["model"].iloc[0])
+        return replace(self, table=pd.concat([self.table, rows], ignore_index=True))
 
 
 def analyze(
-    model: nn.Module,
-    images: Images,
-    metrics: str | Iterable[str] = DEFAULT,
-    name: str = "model",
-    pairs: str = "all",
+    model: nn.Module, images: Images, metrics: str | Iterable[str] = DEFAULT, name: str = "model"
 ) -> "pd.DataFrame":
-    """Measure the patches of every layer of a timm vision transformer.
+    """Measure the patch tokens of every layer of a timm vision transformer.
 
     Args:
-        model: a bare timm model; it is put in evaluation mode while it is measured.
-        images: normalised images `(B, 3, H, W)` that the model takes, or an iterable of such batches (or of tuples
-            that begin with one).
+        model: a bare timm model; it is in evaluation mode during the measurement.
+        images: normalised images `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one).
         metrics: names of groups: `similarity` (P), `similarity_signed`, `norms`, `pairs`, `drift`, `rank`,
-            `spectrum`, `attention`, `cka`. docs/analyze.md defines what each gives.
-        name: what the `model` column says.
-        pairs: `all` pairs of patches, or `sampled`: 32 for each patch, drawn at random, so that the cost of P, its
-            percentiles and P without outliers grows with the number of patches, not with its square.
+            `spectrum`, `attention`, `cka`. docs/analyze.md defines their columns.
+        name: content of the `model` column.
 
     Returns:
-        A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for what enters the first
+        A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for the input of the first
         block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single image), images,
-        and tokens (patches per image). Prefix tokens are left out; the metrics are computed in float32, sums that need
-        it in float64. A layer that a metric is not defined at has no row.
+        and tokens (patches per image). Prefix tokens are left out. Metrics are computed in float32, sums that need it
+        in float64. A metric that is not defined at a layer has no row there.
 
     Raises:
-        UserError: an unknown metric or way to take pairs, no images, fewer than two patches, tokens that are not
-            finite, no memory for a batch, or a model or images that a metric can't be measured with.
+        UserError: an unknown metric, no images, fewer than two patches, tokens that are not finite, out of memory, or
+            a metric that can't be computed for this model or these images.
     """
-    return measure(model, images, metrics, name, pairs).table
+    return measure(model, images, metrics, name).table
 
 
 def measure(
@@ -80,57 +87,278 @@ def measure(
     images: Images,
     metrics: str | Iterable[str] = DEFAULT,
     name: str = "model",
-    pairs: str = "all",
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Analysis:
     """Do what `analyze` does, and return the curves too.
 
-    Of several processes each passes its own share of the images, which may be none; all return the same. Whatever one
-    of them raises as a UserError, all raise.
+    Each of several processes passes its part of the images, which may be empty; all return the same result. A
+    UserError of one process is raised in all.
+    """
+    layer_metrics = LayerMetrics(model, select_metrics(metrics))
+    device = next(model.parameters()).device
+    with ranks.failing_together(), evaluating(model), layer_metrics.watching():
+        for batch in batches(images, device):
+            layer_metrics.start(batch)
+            with inference(batch):
+                model(batch)
+            layer_metrics.finish(batch)
+    parts: list[MetricSums] = ranks.all_gather(layer_metrics.sums)
+    layer_metrics.sums = MetricSums()
+    for part in parts:
+        layer_metrics.sums.merge(part)
+    return layer_metrics.compute(name)
+
+
+def cka_between(
+    model: nn.Module,
+    other: nn.Module,
+    images: Images,
+    other_images: Images | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> "pd.DataFrame":
+    """Return the linear CKA between the layers of two models on the same images.
+
+    Args:
+        model: a bare timm model, whose layers are the rows.
+        other: another model on the same device, whose layers are the columns; grids, widths and depths may differ.
+        images: as for `analyze`. Batches of fewer than 4 images are left out.
+        other_images: the same images in the same batches, preprocessed for the other model; None if that is the same.
+        ranks: each of several processes passes its part of the images; all return the same.
+
+    Returns:
+        CKA in [-1, 1], as the metric `cka` defines it; 0 for layers that are equal for all images.
+
+    Raises:
+        UserError: no batch of 4 images, a single patch, or tokens that are not finite.
     """
     import pandas as pd
 
-    if pairs not in ("all", "sampled"):
-        raise UserError(f"there is no way '{pairs}' to take pairs", "--pairs", "choose all or sampled")
-    meter = Meter(model, choose(metrics), pairs == "sampled")
-    with ranks.failing_together(), evaluating(model):
-        for batch in batches(images, next(model.parameters()).device):
-            meter.add(batch)
-    parts: list[Sums] = ranks.all_gather(meter.sums)
-    meter.sums = Sums()
-    for part in parts:
-        meter.sums.merge(part)
-    if not meter.sums.images:
-        raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
-    meter.check_cka()
-    table = pd.DataFrame(list(meter.rows(name)), columns=list(COLUMNS))
-    table = table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
-    layers = [layer.name for layer in meter.places]
-    return Analysis(table, meter.sums.images, layers, meter.arrays(), meter.notes(), meter.sampling_errors())
+    def grams(network: nn.Module, batch: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+
+        def visit(layer: Layer, tokens: Tensor) -> None:
+            patches = Patches(tokens)
+            check_tokens(patches, layer)
+            found.append(centred_gram(patches.tokens))
+
+        with inference(batch), watch_layers(network, visit):
+            network(batch)
+        return found
+
+    cka, device = LinearCKA(), next(model.parameters()).device
+    pairs = (
+        ((batch, batch) for batch in batches(images, device))
+        if other_images is None
+        else zip(batches(images, device), batches(other_images, device), strict=True)
+    )
+    with ranks.failing_together(), evaluating(model), evaluating(other):
+        for batch, other_batch in pairs:
+            if len(batch) >= MIN_IMAGES:
+                cka.update(grams(model, batch), grams(other, other_batch))
+    total = LinearCKA()
+    for part in ranks.all_gather(cka):
+        total.merge(part)
+    if not total.images:
+        raise UserError(
+            f"there are no images to measure, or no batch of {MIN_IMAGES}",
+            "cka_between(model, other, images)",
+            f"pass batches of at least {MIN_IMAGES} images",
+        )
+    rows, columns = ([layer.name for layer in places_of(each)] for each in (model, other))
+    return pd.DataFrame(total.compute().numpy(), index=rows, columns=columns)
 
 
-def choose(metrics: str | Iterable[str]) -> dict[str, Group]:
-    """Look up groups by name; a name may be several with commas between."""
+def select_metrics(metrics: str | Iterable[str]) -> dict[str, MetricGroup]:
+    """Return groups by name; a name may be several, separated by commas."""
     listed = [metrics] if isinstance(metrics, str) else list(metrics)
     names = [name.strip() for part in listed for name in part.split(",")]
     for name in names or [""]:
         if name not in METRICS:
-            raise UserError(
-                f"there is no metric '{name}'", "analyze(metrics=...)", closest(name, METRICS, len(METRICS))
-            )
+            tip = closest(name, METRICS, len(METRICS))
+            raise UserError(f"there is no metric '{name}'", "analyze(metrics=...)", tip)
     return {name: METRICS[name] for name in names}
 
 
 def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
-    """Yield the images by batches on the device; UserError where they have other than four axes."""
-    parts: Iterable[Tensor | Sequence[Tensor]] = images.split(BATCH) if isinstance(images, Tensor) else images
-    for batch in parts:
-        first = batch if isinstance(batch, Tensor) else batch[0]
-        if first.ndim != 4:
+    """Yield batches of images on the device; UserError unless they have four axes."""
+    parts: Iterable[Tensor | Sequence[Tensor]] = images.split(BATCH_SIZE) if isinstance(images, Tensor) else images
+    for part in parts:
+        batch = part if isinstance(part, Tensor) else part[0]
+        if batch.ndim != 4:
             raise UserError(
-                f"images have four axes (image, channel, height, width), not the shape {tuple(first.shape)}",
+                f"images have four axes (image, channel, height, width), not the shape {tuple(batch.shape)}",
                 "analyze(model, images)",
-                "add the missing axis, for example images[None] for a single one",
+                "add the missing axis, for example images[None] for a single image",
             )
-        if len(first):
-            yield first.to(device)
+        if len(batch):
+            yield batch.to(device)
+
+
+@contextmanager
+def inference(images: Tensor) -> Iterator[None]:
+    """Compute in exact float32 without gradients; UserError if the device is out of memory."""
+    try:
+        with torch.no_grad(), exact_float32(images.device):
+            yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tip = "choose a smaller --batch-size, or fewer --metrics" if len(images) > 1 else "choose a larger device"
+        count = f"{len(images)} images at a time" if len(images) > 1 else "a single image"
+        raise UserError(f"there is no memory for {count}", str(images.device), tip) from error
+
+
+def check_tokens(patches: Patches, layer: Layer) -> None:
+    """Raise UserError if there are fewer than two patches, or if tokens are not finite."""
+    count = patches.tokens.shape[1]
+    if count < 2:
+        raise UserError(
+            f"similarity needs at least two patches, and there {'is one patch' if count else 'is no patch'}",
+            f"{layer.name}, analyze(model, images)",
+            "use larger images or smaller patches",
+        )
+    _check_finite(patches.lengths, layer)
+
+
+def _check_finite(values: Tensor, layer: Layer) -> None:
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"the patches at {layer.name} are infinite or not numbers",
+            "the model's weights, or its input",
+            "the checkpoint is damaged, or the images are not normalised for this model",
+        )
+
+
+@dataclass
+class MetricSums:
+    """Sums over images, which processes exchange; their size depends on the layers alone."""
+
+    images: int = 0
+    moments: dict[tuple[str, Layer], Moments] = field(default_factory=dict)
+    curves: dict[tuple[str, str], MeanCurve] = field(default_factory=dict)
+    tokens: dict[Layer, int] = field(default_factory=dict)
+    cka: LinearCKA = field(default_factory=LinearCKA)
+    largest_batch: int = 0
+
+    def merge(self, other: "MetricSums") -> None:
+        """Add the sums of another process."""
+        for key, moments in other.moments.items():
+            self.moments.setdefault(key, Moments()).merge(moments)
+        for name, curve in other.curves.items():
+            self.curves.setdefault(name, MeanCurve()).merge(curve)
+        self.cka.merge(other.cka)
+        self.tokens |= other.tokens
+        self.images += other.images
+        self.largest_batch = max(self.largest_batch, other.largest_batch)
+
+
+class LayerMetrics:
+    """Metrics of every layer, updated by hooks during forward passes.
+
+    Args:
+        model: a bare timm model.
+        groups: the groups to compute.
+    """
+
+    def __init__(self, model: nn.Module, groups: dict[str, MetricGroup]) -> None:
+        self.model = model
+        self.groups = groups
+        self.places = places_of(model)
+        self.sums = MetricSums()
+        self.first_layer: Layer | None = None
+        if "drift" in groups:  # the losses' first: the first block whose grid and width are those of the last layer
+            shapes = shapes_of(model, self.places)
+            last = shapes[list(self.places)[-1]]
+            self.first_layer = next(layer for layer in self.places if layer.depth > 0 and shapes[layer] == last)
+        self._reset((0, 0))
+
+    def _reset(self, image_size: tuple[int, int]) -> None:
+        self.image_size = image_size
+        self.first: Tensor | None = None  # unit tokens of `first_layer`
+        self.previous: Tensor | None = None  # attention of the previous block
+        self.grams: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Read every layer during forward passes of the model, between `start` and `finish`."""
+        with ExitStack() as stack:
+            stack.enter_context(watch(self.places, self._visit))
+            if "attention" in self.groups:
+                stack.enter_context(watch_attention(self.model, self._visit_attention))
+            yield
+
+    def start(self, images: Tensor) -> None:
+        """Begin a batch `(B, C, H, W)`."""
+        self._reset((images.shape[-2], images.shape[-1]))
+
+    def finish(self, images: Tensor) -> None:
+        """End a batch."""
+        self.sums.images += len(images)
+        self.sums.largest_batch = max(self.sums.largest_batch, len(images))
+        if self.grams:
+            self.sums.cka.update(self.grams, self.grams)
+        self._reset((0, 0))
+
+    def _visit(self, layer: Layer, tokens: Tensor) -> None:
+        patches = Patches(tokens, self.image_size)
+        check_tokens(patches, layer)
+        self.sums.tokens[layer] = tokens.shape[1]
+        if layer == self.first_layer:
+            self.first = patches.unit
+        if self.first is not None and self.first.shape == tokens.shape:
+            patches.first = self.first
+        for name, group in self.groups.items():
+            if name not in ("attention", "cka"):
+                self._add(name, layer, group.compute(patches))
+        if "cka" in self.groups and len(tokens) >= MIN_IMAGES:
+            self.grams.append(centred_gram(patches.tokens))
+
+    def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
+        block = Attention(probabilities, self.places[layer].prefix, self.image_size, self.previous)
+        self._add("attention", layer, self.groups["attention"].compute(block))
+        self.previous = block.rows
+
+    def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
+        for name, values in results.items():
+            _check_finite(values, layer)
+            if name in self.groups[group].columns:
+                self.sums.moments.setdefault((name, layer), Moments()).update(values)
+            else:
+                self.sums.curves.setdefault((group, f"{name}/{layer.name}"), MeanCurve()).update(values)
+
+    def compute(self, name: str) -> Analysis:
+        """Return the metrics of a model of that name over all images; UserError if there were none."""
+        import pandas as pd
+
+        sums, layers = self.sums, [layer.name for layer in self.places]
+        if not sums.images:
+            raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
+        curves: dict[str, dict[str, np.ndarray]] = {}
+        for (group, curve), values in sums.curves.items():
+            curves.setdefault(group, {})[curve] = values.mean.numpy()
+        if "cka" in self.groups:
+            if not sums.cka.images:
+                raise batch_too_small(sums.largest_batch)
+            curves["cka"] = {"matrix": sums.cka.compute().numpy(), "layers": np.array(layers)}
+        rows: list[tuple[object, ...]] = []
+        for metric in [column for group in self.groups.values() for column in group.columns]:
+            for number, layer in enumerate(self.places):
+                place = (name, layer.name, layer.depth, metric)
+                if moments := sums.moments.get((metric, layer)):
+                    rows.append((*place, moments.mean, moments.std, moments.ci95, moments.count, sums.tokens[layer]))
+                elif metric == "cka_last":
+                    value = float(curves["cka"]["matrix"][number, -1])
+                    rows.append((*place, value, None, None, sums.cka.images, sums.tokens[layer]))
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        table = table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
+        return Analysis(table, sums.images, layers, curves, self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.first_layer is not None:
+            notes.append(f"drift is measured from {self.first_layer.name}, at later layers of its grid and width")
+        if "attention" in self.groups:
+            notes.append("attention was computed without fused kernels, between patches only, at blocks only")
+        if "cka" in self.groups and (left := self.sums.images - self.sums.cka.images):
+            notes.append(f"cka left {left} images out: a batch of fewer than {MIN_IMAGES}")
+        return notes

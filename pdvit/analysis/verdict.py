@@ -1,21 +1,32 @@
-"""Do the patches collapse, since which layer, and what to try: in two sentences."""
+"""The verdict on an analysis: whether the patches collapse, from which layer on, and what to try."""
 
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pdvit.analysis.measure import Analysis
+from pdvit.analysis.metrics import DEFINITIONS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Our choices, not the paper's. From 0.5 on the average pair of patches is nearer to parallel than to orthogonal.
+# Our choices, not the paper's. From 0.5 on, the average pair of patches is nearer to parallel than to orthogonal.
 COLLAPSED = 0.5
-# The least difference in P that counts, between layers or from random weights.
-LEAST = 0.05
+# The smallest difference in P that counts, between layers or from random weights.
+MIN_DIFFERENCE = 0.05
+# Published values by timm's name without tag and number of blocks; other papers show figures only.
+PUBLISHED = {
+    ("deit_base_patch16_224", 24): "P above 0.7 at the last layer (arXiv 2104.12753 v3, as told by a later article; "
+    "those weights are not public)",
+    ("vit_base_patch32_224", 12): "P of 0.54 at block 1, lowest (0.21) at block 7, 0.22 at block 12, before the norm "
+    "(one reader of the same paper, one image, timm's weights of that time: ChengyueGongR/PatchVisionTransformer, "
+    "issue 3)",
+}
 
 
 def last_stage(table: "pd.DataFrame", metric: str = "similarity") -> "pd.DataFrame":
-    """Return the rows of a metric by depth, of the layers at the end that share the last one's number of patches.
+    """Return the rows of a metric by depth, of the last layers that have the same number of patches.
 
-    P of other grids and widths is another scale. Of a plain model these are all layers.
+    Those are all layers of a plain model. P of other grids and widths is another scale.
     """
     rows = table[table["metric"] == metric].sort_values("depth")
     other = rows.loc[rows["tokens"] != rows["tokens"].iloc[-1], "depth"] if len(rows) else rows["depth"]
@@ -23,46 +34,40 @@ def last_stage(table: "pd.DataFrame", metric: str = "similarity") -> "pd.DataFra
 
 
 def onset(table: "pd.DataFrame") -> str | None:
-    """Return the first layer from which P stays at or above 0.5 up to the last; None where the last is below."""
-    return _from(last_stage(table), COLLAPSED)
+    """Return the first layer from which P stays at or above 0.5 up to the last; None if the last is below."""
+    return _first_above(last_stage(table), COLLAPSED)
 
 
 def climb(table: "pd.DataFrame") -> str | None:
-    """Return the layer at which P starts to climb towards its value at the last; None where it does not.
-
-    The first layer from which P stays 0.05 or more above its lowest.
-    """
+    """Return the first layer from which P stays 0.05 or more above its minimum; None if P does not climb."""
     rows = last_stage(table)
-    return _from(rows, float(rows["mean"].min()) + LEAST)
+    return _first_above(rows, float(rows["mean"].min()) + MIN_DIFFERENCE)
 
 
-def climbs_itself(table: "pd.DataFrame") -> bool:
-    """Tell whether P climbs, and by 0.05 more than that of random weights does over the same layers.
-
-    Without random weights any climb counts.
-    """
+def climbs_beyond_random(table: "pd.DataFrame") -> bool:
+    """Return whether P climbs by 0.05 more than that of random weights; without those, whether it climbs."""
     rises = [
         float(rows["mean"].iloc[-1] - rows["mean"].min()) if len(rows) else 0.0
         for rows in (last_stage(table), last_stage(table, "similarity_random"))
     ]
-    return climb(table) is not None and rises[0] - rises[1] >= LEAST
+    return climb(table) is not None and rises[0] - rises[1] >= MIN_DIFFERENCE
 
 
 def against_random(table: "pd.DataFrame") -> int | None:
-    """Return 1, 0 or -1 where the last layer's P is above, about or below that of random weights; None without them.
+    """Return 1, 0 or -1 if the last layer's P is above, about or below that of random weights; None without them.
 
-    A difference counts from 0.05 on, and where the two 95 % intervals do not overlap.
+    A difference counts from 0.05 on, and only if the two 95 % intervals do not overlap.
     """
     ours, random = (table[table["metric"] == name].sort_values("depth") for name in ("similarity", "similarity_random"))
     if random.empty:
         return None
-    apart = float(ours["mean"].iloc[-1] - random["mean"].iloc[-1])
+    difference = float(ours["mean"].iloc[-1] - random["mean"].iloc[-1])
     widths = [float(rows["ci95"].fillna(0).iloc[-1]) for rows in (ours, random)]
-    return 0 if abs(apart) < max(LEAST, sum(widths)) else 1 if apart > 0 else -1
+    return 0 if abs(difference) < max(MIN_DIFFERENCE, sum(widths)) else 1 if difference > 0 else -1
 
 
 def verdict(table: "pd.DataFrame") -> str:
-    """Say in one sentence whether the patches collapse, compared with random weights, and where P starts to climb."""
+    """Return one sentence: whether the patches collapse, compared with random weights, and where P starts to climb."""
     rows, compared = last_stage(table), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
     if value == 0:  # tokens that have a direction are never all orthogonal to the last bit
@@ -75,55 +80,103 @@ def verdict(table: "pd.DataFrame") -> str:
         since = "from the start" if high == rows["layer"].iloc[0] else f"from {high} on"
         course += f", is at or above {COLLAPSED} {since}"
     stage = "" if len(rows) == len(table[table["metric"] == "similarity"]) else " in the last stage"
-    return f"{_head(value, compared, climbs_itself(table))}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
-
-
-def _head(value: float, compared: int | None, climbs: bool) -> str:
-    alike = "than with random weights"
     if value < COLLAPSED:
-        return f"no collapse, but patches more alike {alike}" if compared == 1 else "no collapse"
-    # random weights leave the patches of plain images alike: what climbs more than they do was apart before
-    if climbs or compared == 1:
-        return "the patches collapse"
-    if compared is None:
-        return "the patches are alike (not compared with random weights)"
-    return f"the patches are alike, but {'no more' if compared == 0 else 'less'} {alike}"
+        head = "no collapse, but patches more alike than with random weights" if compared == 1 else "no collapse"
+    elif climbs_beyond_random(table) or compared == 1:
+        # random weights leave the patches of plain images alike; a further climb means that they were apart before
+        head = "the patches collapse"
+    elif compared is None:
+        head = "the patches are alike (not compared with random weights)"
+    else:
+        head = f"the patches are alike, but {'no more' if compared == 0 else 'less'} than with random weights"
+    return f"{head}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
 
 
 def advice(table: "pd.DataFrame", checkpoint: str) -> str:
-    """Say in one sentence what to try."""
+    """Return one sentence: what to try."""
     value, compared = float(last_stage(table)["mean"].iloc[-1]), against_random(table)
-    train = f"pdvit finetune {shlex.quote(checkpoint)} --data SOURCE --cosine 1"
+    path = shlex.quote(checkpoint)
+    train = f"pdvit finetune {path} --data SOURCE --cosine 1"
     if value == 0:
         return "to try: --metrics norms, which shows how long the patches are; the checkpoint may be broken"
-    if value >= COLLAPSED and (share := _of_outliers(table)):
-        return f"to try: a model with register tokens, since patches of outlying length make up {share:.2f} of P"
-    if value >= COLLAPSED and (climbs_itself(table) or compared == 1):
+    if value < COLLAPSED:
+        if compared == 1:
+            return f"to try where single patches matter, as in segmentation: {train}"
+        return "to try: nothing against collapse; --metrics rank,norms,attention show other ways to fail"
+    if part := _part_of_outliers(table):
+        return f"to try: a model with register tokens, since patches of outlying length make up {part:.2f} of P"
+    if climbs_beyond_random(table) or compared == 1:
         return f"to try: {train}, which trains P down, and analyze again"
-    if value >= COLLAPSED and compared is None:
-        return f"to try: pdvit analyze {shlex.quote(checkpoint)} to the end, since untrained patches may be as alike"
-    if value >= COLLAPSED:
-        return f"to try: other --images, which may be more varied, or {train}"
-    if compared == 1:
-        return f"to try where single patches matter, as in segmentation: {train}"
-    return "to try: nothing against collapse; --metrics rank,norms,attention show other ways to fail"
+    if compared is None:
+        return f"to try: pdvit analyze {path} to the end, since untrained patches may be as alike"
+    return f"to try: other --images, which may be more varied, or {train}"
 
 
-def _from(rows: "pd.DataFrame", least: float) -> str | None:
-    """Return the first layer from which the values stay at or above `least` up to the last."""
+def _first_above(rows: "pd.DataFrame", threshold: float) -> str | None:
+    """Return the first layer from which the values stay at or above a threshold up to the last."""
     layer = None
     for name, value in zip(rows["layer"][::-1], rows["mean"][::-1], strict=True):
-        if value < least:
+        if value < threshold:
             break
         layer = str(name)
     return layer
 
 
-def _of_outliers(table: "pd.DataFrame") -> float:
-    """Return how much of P at the last block goes with its outliers, 0 below 0.05; a final norm would hide them."""
+def _part_of_outliers(table: "pd.DataFrame") -> float:
+    """Return how much P falls at the last block without its outliers, 0 below 0.05; a final norm would hide them."""
     rows = [last_stage(table, name) for name in ("similarity", "similarity_without_outliers")]
     blocks = [found[found["layer"] != "norm"]["mean"] for found in rows]
     if any(found.empty for found in blocks):
         return 0.0
-    share = float(blocks[0].iloc[-1] - blocks[1].iloc[-1])
-    return share if share >= LEAST else 0.0
+    part = float(blocks[0].iloc[-1] - blocks[1].iloc[-1])
+    return part if part >= MIN_DIFFERENCE else 0.0
+
+
+def describe(
+    analysis: Analysis,
+    *,
+    checkpoint: str,
+    architecture: str,
+    weights: str,
+    images: str,
+    prefix: int,
+    device: str,
+    stopped: str | None = None,
+) -> dict[str, Any]:
+    """Return the content of analysis.json: the exact conditions of the measurement, and the verdict.
+
+    Args:
+        analysis: the measurement.
+        checkpoint: its path, as on the command line.
+        architecture: timm's name of the model.
+        weights: raw, ema or unknown.
+        images: description of the images.
+        prefix: number of prefix tokens that were dropped.
+        device: name of the hardware.
+        stopped: why the measurement ended before the last image; None if it did not.
+    """
+    table = analysis.table
+    last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
+    stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
+    has_p = bool((table["metric"] == "similarity").any())
+    blocks = sum(name.startswith("block") for name in analysis.layers)
+    return {
+        "model": str(table["model"].iloc[0]),
+        "checkpoint": checkpoint,
+        "weights": weights,
+        "images": images,
+        "images_measured": analysis.images,
+        "patch_tokens": int(table["tokens"].iloc[-1]),
+        "prefix_tokens_dropped": prefix,
+        "layers": "embed is the input of block 1 (with position); blocks are read before the final norm; the last row "
+        f"is {last}{stages}",
+        "metrics": {name: DEFINITIONS[name].text for name in dict.fromkeys(table["metric"])},
+        "notes": analysis.notes if has_p else [*analysis.notes, "no verdict, which needs P: --metrics similarity"],
+        "stopped": stopped,
+        "spread": "std and ci95 (half-width, Student's t) over images",
+        "precision": "float32",
+        "device": device,
+        "verdict": verdict(table) if has_p else None,
+        "advice": advice(table, checkpoint) if has_p else None,
+        "published": PUBLISHED.get((architecture.partition(".")[0], blocks)),
+    }

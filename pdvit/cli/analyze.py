@@ -1,4 +1,4 @@
-"""`pdvit analyze`."""
+"""`pdvit analyze`: options, and the output in the terminal."""
 
 import json
 import os
@@ -17,15 +17,13 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pdvit.cli.measured import Asked, Measured
+    from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
     from pdvit.engine.display import RunConsole
-    from pdvit.engine.distributed import Ranks
-    from pdvit.engine.interrupts import StopRequest
 
 
 def analyze(
     checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="Run directories, timm folders, files of weights, names of models.")
+        list[str] | None, typer.Argument(help="Run directories, timm folders, weight files, names of models.")
     ] = None,
     images: Annotated[
         list[str] | None,
@@ -38,26 +36,23 @@ def analyze(
             help="similarity, similarity_signed, norms (the default), pairs, drift, rank, spectrum, attention, cka.",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many images.")] = 256,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of images.")] = 256,
     model: Model = None,
     weights: Weights = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; for one checkpoint.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results of one checkpoint.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")] = 2,
     device: Device = "auto",
-    pairs: Annotated[
-        str, typer.Option("--pairs", metavar="all|sampled", help="All pairs of patches, or 32 drawn for each patch.")
-    ] = "all",
     on_bad_image: OnBadImage = None,
-    with_explorer: Annotated[
-        bool, typer.Option("--explore", help="Write a page that shows which patches are alike (explorer.html).")
+    explore: Annotated[
+        bool, typer.Option("--explore", help="Write explorer.html, which shows similar patches in each image.")
     ] = False,
-    with_report: Annotated[
-        bool, typer.Option("--report", help="Write the whole analysis as one page (report.html).")
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html, the whole analysis as one page.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
-    """Measure how alike a model's patches are, layer by layer.
+    """Measure how similar a model's patches are, layer by layer.
 
     Without arguments: the newest run.
     """
@@ -69,11 +64,11 @@ def analyze(
         paths = [str(name) for name in names]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
-        log(console, f"opening {', '.join(paths)} ...")
+        log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
         from pdvit.analysis import DEFAULT
-        from pdvit.cli.measured import Asked
+        from pdvit.cli.analyze_run import AnalyzeOptions, Analyzer
 
-        asked = Asked(
+        options = AnalyzeOptions(
             images=images or [],
             metrics=list(metrics or DEFAULT),
             limit=limit,
@@ -82,47 +77,64 @@ def analyze(
             batch_size=batch_size,
             workers=workers,
             device=device,
-            pairs=pairs,
             on_bad_image=on_bad_image,
+            explore=explore,
+            report=report,
+            as_json=as_json,
         )
-        return _run(_folders(paths, out), asked, (with_explorer, with_report), console, as_json)
+        return _analyze_all(Analyzer(options, console), _result_folders(paths, out))
 
 
-def _run(
-    folders: dict[str, Path], asked: "Asked", pages: tuple[bool, bool], console: "RunConsole", as_json: bool
-) -> int:
-    """Measure all checkpoints, write the pages that are asked for (explorer, report), and return the exit status."""
-    from pdvit.cli.pages import check_side_by_side, explore, report
-    from pdvit.engine.distributed import init_process_group
+def _analyze_all(analyzer: "Analyzer", folders: dict[str, Path]) -> int:
+    """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
+    from pdvit.analysis import write_analysis, write_between
+    from pdvit.analysis.explorer import bytes_per_model
+    from pdvit.cli.analyze_pages import write_explorer, write_report
     from pdvit.engine.interrupts import EXIT_STOPPED, stop_on_signals
 
-    with_explorer, with_report = pages
-    check_side_by_side(list(folders) if with_explorer else [])
-    ranks = init_process_group()
-    with stop_on_signals() as stop:
-        done = _measure(folders, asked, console, ranks, stop)
-        stopped = any(ranks.all_gather(bool(stop)))
-    if ranks.main and not stopped:
-        if with_explorer:
-            explore(folders, done[0].pictures, asked, console)
-        if with_report:
-            report(done, folders, console)
-    if ranks.main and as_json:
-        results = [_as_json(measured, folders[measured.path]) for measured in done]
-        print(json.dumps(results[0] if len(folders) == len(results) == 1 else results, indent=2))
+    options, console, main = analyzer.options, analyzer.console, analyzer.ranks.main
+    if options.explore:
+        bytes_per_model(len(folders))  # an error if they are too many for a page
+    results: list[CheckpointAnalysis] = []
+    between: dict[str, pd.DataFrame] = {}
+    with stop_on_signals() as analyzer.stop:
+        for path, folder in folders.items():
+            first = results[0] if results else None
+            result = None if analyzer.any_rank(analyzer.stop) else analyzer.measure(path, first)
+            if result is None:
+                break
+            results.append(result)
+            if main:
+                file = write_analysis(folder, result.analysis, result.facts)
+                if result.between is not None:
+                    # runs in different folders can have the same name
+                    names = chain([result.name], (f"{result.name} ({number})" for number in count(2)))
+                    between[next(name for name in names if name not in between)] = result.between
+                    write_between(folders[results[0].path], between)
+                print_analysis(result.analysis.table, result.facts, console)
+                log(console, f"written  {file}")
+        stopped = analyzer.any_rank(analyzer.stop)
+    if main and not stopped:
+        if options.explore:
+            write_explorer(folders, results[0].pictures, options, console)
+        if options.report:
+            write_report(results, folders, console)
+    if main and options.as_json:
+        printed = [_as_json(result, folders[result.path]) for result in results]
+        print(json.dumps(printed[0] if len(folders) == len(printed) == 1 else printed, indent=2))
     if stopped:
-        left = folders.keys() - {measured.path for measured in done}
-        names = ", ".join(path for path in folders if path in left) or "none is left"
-        log(console, f"stopped; not measured: {names}{'; no page was written' if any(pages) else ''}")
+        measured = {result.path for result in results}
+        left = ", ".join(path for path in folders if path not in measured) or "none is left"
+        log(console, f"stopped; not measured: {left}{'; no page was written' * (options.explore or options.report)}")
         return EXIT_STOPPED
-    if not as_json:
-        kind = "similarity" if all(measured.facts["verdict"] for measured in done) else "metrics"
-        log(console, f"next     pdvit plot {kind} {shlex.join(map(str, folders.values()))}")
+    if not options.as_json:
+        figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
+        log(console, f"next     pdvit plot {figure} {shlex.join(map(str, folders.values()))}")
     return 0
 
 
-def _folders(paths: list[str], out: Path | None) -> dict[str, Path]:
-    """Return where the results of each checkpoint go; UserError, before any work, where that can't be."""
+def _result_folders(paths: list[str], out: Path | None) -> dict[str, Path]:
+    """Return the folder for the results of each checkpoint; UserError, before any work, if two are the same."""
     from pdvit.models.checkpoints import name_of
 
     if out is not None and len(paths) > 1:
@@ -136,42 +148,44 @@ def _folders(paths: list[str], out: Path | None) -> dict[str, Path]:
     return folders
 
 
-def _measure(
-    folders: dict[str, Path], asked: "Asked", console: "RunConsole", ranks: "Ranks", stop: "StopRequest"
-) -> "list[Measured]":
-    """Measure, write and print one checkpoint after the other, until a signal stops it; return what was measured."""
-    from pdvit.analysis import write_analysis, write_between
-    from pdvit.cli.measured import measure_checkpoint
-    from pdvit.cli.shown import show
-
-    done: list[Measured] = []
-    between: dict[str, pd.DataFrame] = {}
-    for path, folder in folders.items():
-        if any(ranks.all_gather(bool(stop))):
-            break
-        measured = measure_checkpoint(path, asked, done[0] if done else None, console, ranks, stop)
-        if measured is None:  # stopped before its first image
-            break
-        done.append(measured)
-        if ranks.main:
-            file = write_analysis(folder, measured.analysis, measured.facts)
-            if measured.between is not None:
-                between[_new_name(measured.name, between)] = measured.between
-                write_between(folders[done[0].path], between)
-            show(measured.analysis.table, measured.facts, console)
-            log(console, f"written  {file}")
-    return done
+def _as_json(result: "CheckpointAnalysis", folder: Path) -> dict[str, Any]:
+    """Return the facts, and one object per layer with its metrics; a missing spread is null."""
+    layers: dict[str, dict[str, Any]] = {}
+    for row in result.analysis.table.to_dict("records"):
+        layer = layers.setdefault(row["layer"], {"layer": row["layer"], "depth": row["depth"]})
+        numbers = {key: row[key] for key in ("mean", "std", "ci95")}
+        layer[row["metric"]] = {key: None if value != value else value for key, value in numbers.items()}
+    return result.facts | {"file": str(folder / "analysis.csv"), "layers_measured": list(layers.values())}
 
 
-def _as_json(measured: "Measured", folder: Path) -> dict[str, Any]:
-    """Return what was measured, with a number for each layer and metric."""
-    from pdvit.cli.shown import nested
+def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
+    """Print the tables with a bar per layer, the verdict, definitions, and the conditions of the measurement."""
+    from rich.markup import escape
 
-    table = str(folder / "analysis.csv")
-    return measured.facts | {"file": table, "layers_measured": nested(measured.analysis.table)}
+    from pdvit.analysis import DEFINITIONS
+    from pdvit.analysis.tables import terminal_tables
 
-
-def _new_name(name: str, taken: dict[str, Any]) -> str:
-    """Return a name that is not taken: two runs in different folders can have the same."""
-    numbers = (f"{name} ({number})" for number in count(2))
-    return next(new for new in chain([name], numbers) if new not in taken)
+    console.print(f"\n[italic]{escape(facts['model'])}[/italic]", highlight=False)
+    for view in terminal_tables(table, console.width):
+        console.print(view)
+        console.print()
+    for name in ("stopped", "verdict", "advice", "published"):
+        if facts[name]:
+            log(console, f"{name}: {facts[name]}" if name in ("stopped", "published") else facts[name])
+    for name, text in facts["metrics"].items():
+        heading = DEFINITIONS[name].heading
+        label = f"{name} ({heading})" if heading else name
+        console.print(f"[dim]measured[/dim] {label}: {escape(text)}", highlight=False, soft_wrap=True)
+    first, last = table["tokens"].iloc[0], table["tokens"].iloc[-1]
+    patches = str(last) if first == last else f"{first} at {table['layer'].iloc[0]} to {last} at the end:"
+    conditions = {
+        "images": f"{facts['images_measured']} ({facts['images']})",
+        "tokens": f"{patches} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
+        "layers": facts["layers"],
+        "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
+        "spread": facts["spread"],
+        "note": "; ".join(facts["notes"]),
+    }
+    for name, text in conditions.items():
+        if text:
+            console.print(f"[dim]{name:8}[/dim] {escape(text)}", highlight=False, soft_wrap=True)

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-
-from pdvit.analysis.maps import Maps
-from pdvit.analysis.pages import explorer_page
+from pdvit.analysis.explorer import Maps, explorer_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

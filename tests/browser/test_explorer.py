@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from pdvit.analysis.pages import explorer_page
+from pdvit.analysis.explorer import explorer_page
 
 pytestmark = pytest.mark.slow
 # A cosine is kept to half of 1/127, and shown with two digits.

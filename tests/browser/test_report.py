@@ -1,6 +1,5 @@
 import pytest
-
-from pdvit.analysis.pages import Picture, report_page
+from pdvit.analysis.report import ReportFigure, report_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -15,7 +14,7 @@ def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_
         "published": None,
     }
     environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
-    pictures = [Picture(HOSTILE, SVG, SVG)]
+    pictures = [ReportFigure(HOSTILE, SVG, SVG)]
     tab = open_page(report_page([(analysis_table([0.5, 0.3, 0.2]), facts)], pictures, environment))
     assert tab.text("h3") == HOSTILE
     assert tab.page.locator("figure img").evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [30, 20]

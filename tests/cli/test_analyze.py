@@ -21,11 +21,10 @@ import pdvit as library
 import pdvit.config.schema
 import pdvit.data.sources
 from pdvit.analysis import DEFINITIONS
-from pdvit.cli import measured
+from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
 from pdvit.cli.console import make_console
 from pdvit.engine.distributed import Ranks
-from pdvit.engine.interrupts import StopRequest
 from pdvit.errors import UserError
 from pdvit.models import memory
 
@@ -399,7 +398,7 @@ def test_random_weights_that_find_no_memory_do_not_cost_the_analysis(run_copy, a
     def full(loaded, seed=0):
         raise UserError("the model is too big for memory", "here", "take a smaller one")
 
-    monkeypatch.setattr(measured.Loaded, "with_random_weights", full)
+    monkeypatch.setattr(analyze_run.Loaded, "with_random_weights", full)
     result = analyzed(run_copy, "--limit", 6)
     assert "random weights were not measured: the model is too big for memory" in result["notes"]
     assert result["verdict"]
@@ -411,7 +410,7 @@ def interrupt(monkeypatch):
     """Return a function that lets so many Ctrl-C come after so many batches, of the `nth` time that images are read."""
 
     def prepare(after: int, times: int = 1, nth: int = 1) -> None:
-        original, calls = measured.shared_batches, itertools.count(1)
+        original, calls = analyze_run.shared_batches, itertools.count(1)
 
         def batches(*arguments):
             here = next(calls) == nth
@@ -421,7 +420,7 @@ def interrupt(monkeypatch):
                         os.kill(os.getpid(), signal.SIGINT)
                 yield batch
 
-        monkeypatch.setattr(measured, "shared_batches", batches)
+        monkeypatch.setattr(analyze_run, "shared_batches", batches)
 
     return prepare
 
@@ -490,22 +489,6 @@ def test_several_processes_measure_what_one_does(run_copy, tmp_path):
         np.testing.assert_allclose(parts["matrix"], whole["matrix"], atol=1e-9)
 
 
-def test_sampled_pairs_come_with_their_error(workplace, analyzed, refusal):
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_vit").state_dict(), "large.pth")  # 100 patches
-    options = ["large.pth", "--model", "test_vit", "--metrics", "similarity"]
-    whole, some = analyzed(*options), analyzed(*options, "--pairs", "sampled")
-    errors = list(some["sampling_errors"]["similarity"].values())
-    assert whole["sampling_errors"] == {}
-    assert len(errors) == len(some["layers_measured"])
-    for exact, rough, error in zip(
-        json_means(whole, "similarity"), json_means(some, "similarity"), errors, strict=True
-    ):
-        assert 0 < abs(exact - rough) < 4 * error
-    assert f"{max(errors):.2g}" in some["notes"][0]
-    assert "all or sampled" in refusal("analyze", *options, "--pairs", "most").tip
-
-
 def test_a_place_that_can_not_be_written_is_refused_before_any_work(refusal, tmp_path):
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in refusal("analyze", "absent", "--out", tmp_path / "file" / "folder").where
@@ -528,8 +511,11 @@ def test_an_image_that_several_processes_meet_is_counted_once(run_copy, image_fo
             return [value, copy.deepcopy(value)]
 
     (image_folder / "bad.png").write_text("not an image")
-    asked = measured.Asked([str(image_folder)], ["similarity"], 256, None, None, 8, 0, "cpu", "all", "skip")
-    found = measured.measure_checkpoint(str(run_copy), asked, None, make_console(True), Twice(), StopRequest())
+    images, metrics = [str(image_folder)], ["similarity"]
+    options = analyze_run.AnalyzeOptions(images, metrics, workers=0, device="cpu", on_bad_image="skip")
+    analyzer = analyze_run.Analyzer(options, make_console(True))
+    analyzer.ranks = Twice()
+    found = analyzer.measure(str(run_copy), None)
     assert "; 1 left out that do not decode" in found.facts["images"]
 
 

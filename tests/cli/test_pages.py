@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pdvit.cli.analyze_pages import write_explorer, write_report
 
 from pdvit.cli import run as pdvit
 from pdvit.cli.console import make_console
-from pdvit.cli.pages import explore, report
 from pdvit.data.pictures import named
 from pdvit.errors import UserError
 
@@ -57,7 +57,7 @@ def test_images_that_do_not_decode_are_left_out_and_counted(run_copy, image_fold
     broken.write_bytes(b"no image")
     files = [str(broken.with_name(name)) for name in ("0.png", broken.name, "1.png")]
     (run_copy / "analysis").mkdir()
-    explore({str(run_copy): run_copy}, named(files), ASKED, make_console(False))
+    write_explorer({str(run_copy): run_copy}, named(files), ASKED, make_console(False))
     assert "1 left out that do not decode" in capsys.readouterr().out.replace("\n", " ")
     assert data_of(run_copy / "explorer.html")["names"] == ["0.png", "1.png"]
 
@@ -71,11 +71,11 @@ def test_pages_that_can_not_be_written_are_errors(run_copy, image_folder, analys
     for page in ("explorer.html", "report.html"):
         (run_copy / page).mkdir()
     with pytest.raises(UserError, match="can't be written"):
-        explore({str(run_copy): run_copy}, named([str(image_folder)]), ASKED, make_console(False))
+        write_explorer({str(run_copy): run_copy}, named([str(image_folder)]), ASKED, make_console(False))
     names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
     facts = dict.fromkeys((*names, "spread", "precision", "device", "notes", "verdict", "advice", "published"), "")
     analysis = SimpleNamespace(table=analysis_table([0.5, 0.3, 0.2]), curves={})
     measured = SimpleNamespace(path="a file", name="a file", analysis=analysis, facts=facts)
     with pytest.raises(UserError, match="can't be written") as error:
-        report([measured], {"a file": run_copy}, make_console(False))
+        write_report([measured], {"a file": run_copy}, make_console(False))
     assert error.value.where == str(run_copy / "report.html")

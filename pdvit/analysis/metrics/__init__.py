@@ -1,28 +1,48 @@
-"""The metrics of the patches, in groups; each file has the functions of one."""
+"""Metrics of patch tokens, in groups: functions here, names and definitions in definitions.toml."""
 
-from pdvit.analysis.metrics.attention import ATTENTION, Attention
-from pdvit.analysis.metrics.cka import CKA, LinearCKA, centred_gram
-from pdvit.analysis.metrics.drift import DRIFT
-from pdvit.analysis.metrics.group import Definition, Group, Patches
-from pdvit.analysis.metrics.norms import NORMS
-from pdvit.analysis.metrics.pairs import PAIRS
-from pdvit.analysis.metrics.rank import RANK
-from pdvit.analysis.metrics.similarity import ABSOLUTE, SIGNED
-from pdvit.analysis.metrics.spectrum import SPECTRUM
+import tomllib
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
 
-METRICS = {
-    "similarity": ABSOLUTE,
-    "similarity_signed": SIGNED,
-    "norms": NORMS,
-    "pairs": PAIRS,
-    "drift": DRIFT,
-    "rank": RANK,
-    "spectrum": SPECTRUM,
-    "attention": ATTENTION,
-    "cka": CKA,
+from torch import Tensor
+
+from pdvit.analysis.metrics.attention import Attention, attention_metrics
+from pdvit.analysis.metrics.cka import LinearCKA, centred_gram
+from pdvit.analysis.metrics.drift import drift_metrics
+from pdvit.analysis.metrics.group import Definition, MetricGroup, Patches
+from pdvit.analysis.metrics.rank import rank_metrics
+from pdvit.analysis.metrics.similarity import norm_metrics, pair_metrics
+from pdvit.analysis.metrics.spectrum import spectrum_metrics
+from pdvit.similarity import patch_similarity
+
+_COMPUTE: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+    "similarity": lambda patches: {"similarity": patches.similarity},
+    "similarity_signed": lambda patches: {"similarity_signed": patch_similarity(patches.tokens, signed=True)},
+    "norms": norm_metrics,
+    "pairs": pair_metrics,
+    "drift": drift_metrics,
+    "rank": rank_metrics,
+    "spectrum": spectrum_metrics,
+    "attention": attention_metrics,
+    "cka": lambda patches: {},  # of all images of a batch at once: LinearCKA
 }
+
+
+def _groups() -> dict[str, MetricGroup]:
+    definitions = tomllib.loads(files(__name__).joinpath("definitions.toml").read_text(encoding="utf-8"))
+    return {
+        name: MetricGroup(
+            compute,
+            {column: Definition(**fields) for column, fields in definitions[name]["columns"].items()},
+            definitions[name].get("curves", {}),
+        )
+        for name, compute in _COMPUTE.items()
+    }
+
+
+METRICS = _groups()
 DEFAULT = ("similarity", "similarity_signed", "norms")
-# What each number of the table means.
 DEFINITIONS: dict[str, Definition] = {name: text for group in METRICS.values() for name, text in group.columns.items()}
 
 __all__ = [
@@ -31,8 +51,8 @@ __all__ = [
     "METRICS",
     "Attention",
     "Definition",
-    "Group",
     "LinearCKA",
+    "MetricGroup",
     "Patches",
     "centred_gram",
 ]

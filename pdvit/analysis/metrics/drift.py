@@ -1,21 +1,21 @@
-"""How far patches are from what they were at the first layer."""
+"""The distance of patches from their own values at the first layer."""
 
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import ROUNDING, Definition, Group, Patches
+from pdvit.analysis.metrics.group import ROUNDING, Patches
 from pdvit.similarity import BLOCK_ENTRIES
 
 
 def own_cosine(unit: Tensor, first: Tensor) -> Tensor:
-    """Return the mean over patches of cos(h_i, h_i of the first layer), `(B,)`, from tokens `(B, N, D)` of length 1."""
+    """Return the mean over patches of cos(h_i, h_i of the first layer), `(B,)`, from unit tokens `(B, N, D)`."""
     return (unit * first).sum(-1).mean(-1)
 
 
 def retrieval(unit: Tensor, first: Tensor) -> Tensor:
-    """Return the share of patches whose nearest patch of the first layer, by cosine, is their own, `(B,)`.
+    """Return the fraction of patches whose nearest patch of the first layer, by cosine, is their own, `(B,)`.
 
-    Patches within 1e-6 of the nearest are as near as it, and share the hit: of identical tokens each finds itself with
-    1 / N, as by chance. Made in blocks, so that memory grows with N * D only.
+    Patches within 1e-6 of the nearest count as equally near and divide the hit: identical tokens give 1 / N, the
+    chance level. Computed in blocks, so memory grows with N * D only.
     """
     images, count, _ = unit.shape
     rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
@@ -28,33 +28,9 @@ def retrieval(unit: Tensor, first: Tensor) -> Tensor:
     return hits / count
 
 
-def _drift(patches: Patches) -> dict[str, Tensor]:
-    if patches.first is None:
+def drift_metrics(patches: Patches) -> dict[str, Tensor]:
+    """Return the metrics of drift; none if this layer can't be compared with the first."""
+    unit, first = patches.unit, patches.first
+    if first is None:
         return {}
-    found = retrieval(patches.unit, patches.first)
-    return {"drift_cosine": own_cosine(patches.unit, patches.first), "drift_retrieval": found}
-
-
-DRIFT = Group(
-    _drift,
-    {
-        "drift_cosine": Definition(
-            "the mean over patches of cos(h_i, its own patch at the first layer)",
-            "-1 to 1",
-            "0",
-            "±1 (the cosine of the two tokens)",
-            "none",
-            "the positive pair of the contrastive term of Gong et al. 2021",
-        ),
-        "drift_retrieval": Definition(
-            "the share of patches whose nearest patch at the first layer, by cosine, is their own; those within "
-            "1e-6 of the nearest share the hit",
-            "0 to 1",
-            "1/n",
-            "1/n",
-            "chance is 1/n, so it reads higher on fewer patches",
-            "ours",
-        ),
-    },
-    shown={"drift_cosine": "own", "drift_retrieval": "found"},
-)
+    return {"drift_cosine": own_cosine(unit, first), "drift_retrieval": retrieval(unit, first)}

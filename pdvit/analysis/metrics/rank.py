@@ -1,16 +1,16 @@
-"""How many directions the patches of an image use."""
+"""The number of directions that the patches of an image use."""
 
 import torch
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import ROUNDING, Definition, Group, Patches
+from pdvit.analysis.metrics.group import ROUNDING, Patches
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
-    """Return exp of the entropy of the singular values' shares, `(B,)`, float64: Roy & Vetterli 2007.
+    """Return exp of the entropy of sigma / sum of sigma, `(B,)`, float64 (Roy & Vetterli 2007).
 
-    The tokens `(B, N, D)` are taken as they are: not centred, not scaled; the shares are sigma / sum of sigma (not of
-    sigma^2). Singular values below 1e-6 of the largest are rounding and count as 0. Zero tokens give 0.
+    The tokens `(B, N, D)` are neither centred nor scaled, and sigma is not squared. Singular values below 1e-6 of the
+    largest count as 0. Zero tokens give 0.
     """
     return torch.stack([_effective_rank(image.double()) for image in tokens])
 
@@ -18,8 +18,8 @@ def effective_rank(tokens: Tensor) -> Tensor:
 def participation_ratio(tokens: Tensor) -> Tensor:
     """Return (sum of lambda)^2 / sum of lambda^2 of the covariance of an image's patches, `(B,)`, float64.
 
-    The tokens `(B, N, D)` are centred on their image's mean. 0 where no more than 1e-6 of them is left by that, as of
-    identical tokens.
+    The tokens `(B, N, D)` are centred on their image's mean. If no more than 1e-6 of them is left, as of identical
+    tokens, the ratio is 0.
     """
     return torch.stack([_participation_ratio(image.double()) for image in tokens])
 
@@ -38,40 +38,13 @@ def _participation_ratio(tokens: Tensor) -> Tensor:
 
 
 def _squared_singular_values(matrix: Tensor) -> Tensor:
-    """Return them ascending, from the smaller of the two Gram matrices: in float64 that is exact enough."""
+    """Return them in ascending order, from the smaller of the two Gram matrices: exact enough in float64."""
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     values: Tensor = torch.linalg.eigvalsh(small @ small.T)
     return values.clamp_min(0)
 
 
-def _rank(patches: Patches) -> dict[str, Tensor]:
-    return {
-        "effective_rank": effective_rank(patches.tokens),
-        "participation_ratio": participation_ratio(patches.tokens),
-    }
-
-
-RANK = Group(
-    _rank,
-    {
-        "effective_rank": Definition(
-            "exp of the entropy of s/Σs, s the singular values of the n by d tokens as they are (not centred; s, not "
-            "s²; s below 1e-6 of the largest counts as 0)",
-            "1 to min(n, d); 0 for zero tokens",
-            "somewhat below min(n, d): 189 of 196 at n = 196, d = 768",
-            "1",
-            "capped by n: compare only at equal n and d",
-            "Roy & Vetterli 2007",
-        ),
-        "participation_ratio": Definition(
-            "(Σλ)²/Σλ² of the eigenvalues λ of the covariance of an image's tokens (centred; 0 where no more than "
-            "1e-6 of the tokens is left)",
-            "1 to min(n - 1, d); 0 without spread",
-            "(n-1)d/(n+d)",
-            "0",
-            "low for few patches: of independent tokens (n-1)d/(n+d), never d",
-            "Gao et al. 2017 (of neurons)",
-        ),
-    },
-    shown={"effective_rank": "eff. rank", "participation_ratio": "part. ratio"},
-)
+def rank_metrics(patches: Patches) -> dict[str, Tensor]:
+    """Return the metrics of rank."""
+    tokens = patches.tokens
+    return {"effective_rank": effective_rank(tokens), "participation_ratio": participation_ratio(tokens)}

@@ -1,53 +1,116 @@
-"""How alike the patches of an image are: P, and its signed form."""
+"""Lengths of the tokens, P without outliers, and the distribution of the cosines of all pairs of patches."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import Definition, Group, Patches
-from pdvit.analysis.metrics.sample import error_of_mean
-from pdvit.similarity import patch_similarity
+from pdvit.analysis.metrics.group import Patches
+from pdvit.similarity import BLOCK_ENTRIES, SHORTEST, patch_similarity
+
+PERCENTILES = (5, 25, 50, 75, 95)
+# Bars of the histogram over [-1, 1].
+BINS = 100
+# Percentiles are exact up to this number of patches; above it, they come from a random sample of so many pairs.
+MAX_EXACT_PATCHES, SAMPLED_PAIRS = 2048, 2**20
+
+# Our choice: a token is an outlier above twice the median and five robust standard deviations beyond it.
+DEVIATIONS = 5
+# Standard deviation of a normal distribution over its median absolute deviation.
+NORMAL = 1.4826
 
 
-def _absolute(patches: Patches) -> dict[str, Tensor]:
-    found = {"similarity": patches.similarity}
-    return found if patches.pairs is None else found | {"error/similarity": error_of_mean(patches.cosines.abs())}
+def outliers(lengths: Tensor) -> Tensor:
+    """Return a mask of the tokens that are far longer than the rest of their image, from lengths `(B, N)`.
+
+    Longer than median + max(median, 5 * 1.4826 * median absolute deviation). The first term keeps out differences that
+    are only rounding, the second the tail of a wide distribution. At least half of the tokens are no outliers.
+    """
+    middle = _median(lengths)
+    deviation = NORMAL * _median((lengths - middle).abs())
+    return lengths > middle + torch.maximum(middle, DEVIATIONS * deviation)
 
 
-ABSOLUTE = Group(
-    _absolute,
-    {
-        "similarity": Definition(
-            "P, the mean of |cos| over all pairs of different patches of an image",
-            "0 to 1",
-            "√(2/πd)",
-            "1",
-            "none in n; but its floor is above 0 where n > d (Welch's bound, below)",
-            "Gong et al. 2021 (arXiv 2104.12753 v3)",
-        ),
-        "similarity_random": Definition(
-            "P of the same model with random weights (timm's own initialisation, seed 0), on at most 32 of the same "
-            "images; of the command only",
-            "0 to 1",
-            "√(2/πd)",
-            "1",
-            "as P; one draw of the weights",
-            "ours",
-        ),
-    },
-    shown={"similarity": "P"},
-)
+def similarity_without(tokens: Tensor, excluded: Tensor) -> Tensor:
+    """Return P `(B,)` of the tokens `(B, N, D)` that are not `excluded` `(B, N)`, of which there are at least two."""
+    count = tokens.shape[1]
+    kept = count - excluded.sum(1)
+    # a token of length 0 adds nothing to the sum of |cos|, so only the number of pairs is corrected
+    similarity = patch_similarity(tokens.masked_fill(excluded[..., None], 0))
+    return similarity * (count * (count - 1) / (kept * (kept - 1)))
 
 
-SIGNED = Group(
-    lambda patches: {"similarity_signed": patch_similarity(patches.tokens, signed=True)},
-    {
-        "similarity_signed": Definition(
-            "the mean of cos over all pairs of different patches of an image",
-            "-1/(n-1) to 1",
-            "0",
-            "1",
-            "none",
-            "v1 of the same paper",
-        )
-    },
-    shown={"similarity_signed": "signed"},
-)
+def _median(values: Tensor) -> Tensor:
+    """Return the median of each row, `(B, 1)`; torch's takes the lower of the middle two, this one their mean."""
+    ordered = values.sort(-1).values
+    count = values.shape[-1]
+    return (ordered[:, (count - 1) // 2] + ordered[:, count // 2])[:, None] / 2
+
+
+def norm_metrics(patches: Patches) -> dict[str, Tensor]:
+    """Return the metrics of lengths, and P without outliers."""
+    lengths = patches.lengths
+    excluded = outliers(lengths)
+    shortest = lengths.new_tensor(SHORTEST)
+    rest, affected = patches.similarity.clone(), excluded.any(1)
+    if bool(affected.any()):
+        rest[affected] = similarity_without(patches.tokens[affected], excluded[affected])
+    return {
+        "norm_mean": lengths.mean(1),
+        "norm_std": lengths.std(1),
+        "norm_peak": lengths.amax(1).maximum(shortest) / _median(lengths)[:, 0].maximum(shortest),
+        "norm_outliers": excluded.float().mean(1),
+        "similarity_without_outliers": rest,
+    }
+
+
+def pair_cosines(unit: Tensor) -> Iterator[Tensor]:
+    """Yield the cosines of all pairs i < j of unit tokens `(B, N, D)`, in blocks `(B, K)`."""
+    images, count, _ = unit.shape
+    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
+    for start in range(0, count - 1, rows):
+        cosines = unit[:, start : start + rows] @ unit[:, start:].transpose(1, 2)
+        above = torch.ones(cosines.shape[1:], dtype=torch.bool, device=unit.device).triu(1)
+        yield cosines[:, above].clamp(-1, 1)
+
+
+def percentiles(unit: Tensor) -> Tensor:
+    """Return the `PERCENTILES` of the cosines of all pairs of unit tokens `(B, N, D)`: `(B, 5)`, float64.
+
+    Linear between neighbouring values, like numpy's default.
+    """
+    count = unit.shape[1]
+    fractions = torch.tensor(PERCENTILES, dtype=torch.float64, device=unit.device) / 100
+    if count > MAX_EXACT_PATCHES:
+        return torch.stack([sampled_cosines(image).double().quantile(fractions) for image in unit])
+    parts = unit.split(BLOCK_ENTRIES // count**2)
+    return torch.cat([torch.cat([*pair_cosines(part)], 1).double().quantile(fractions, 1).T for part in parts])
+
+
+def sampled_cosines(unit: Tensor) -> Tensor:
+    """Return the cosines of about `SAMPLED_PAIRS` random pairs (seed 0) of unit tokens `(N, D)`."""
+    generator = torch.Generator().manual_seed(0)
+    fraction = SAMPLED_PAIRS / (len(unit) * (len(unit) - 1) / 2)
+    # each block gives its part of the sample, so that no more than a block exists at a time
+    blocks = (cosines[0] for cosines in pair_cosines(unit[None]))
+    return torch.cat(
+        [block[torch.randint(len(block), (round(fraction * len(block)),), generator=generator)] for block in blocks]
+    )
+
+
+def histogram(unit: Tensor, bins: int = BINS) -> Tensor:
+    """Return the fraction of the pairs of each image in each of `bins` equal parts of [-1, 1], `(B, bins)`."""
+    images = len(unit)
+    offsets = torch.arange(images, device=unit.device)[:, None] * bins
+    total = unit.new_zeros(images, bins, dtype=torch.long)
+    for cosines in pair_cosines(unit):
+        numbers = ((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1)
+        total += (numbers + offsets).flatten().bincount(minlength=images * bins).view(images, bins)
+    return total.double() / total.sum(1, keepdim=True)
+
+
+def pair_metrics(patches: Patches) -> dict[str, Tensor]:
+    """Return percentiles and histogram of the cosines of all pairs."""
+    edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64).expand(len(patches.tokens), -1)
+    values = zip(PERCENTILES, percentiles(patches.unit).unbind(1), strict=True)
+    return {f"pairs_p{at:02}": value for at, value in values} | {"histogram": histogram(patches.unit), "edges": edges}

@@ -47,7 +47,7 @@ def measure(
     probabilities: Tensor, before: Tensor | None = None, image: tuple[int, int] = (20, 30)
 ) -> dict[str, Tensor]:
     old = None if before is None else Attention(before, PREFIX).rows
-    return METRICS["attention"].of(Attention(probabilities, PREFIX, image, old))
+    return METRICS["attention"].compute(Attention(probabilities, PREFIX, image, old))
 
 
 @pytest.mark.parametrize("sharp", [0.1, 2.0, 20.0])

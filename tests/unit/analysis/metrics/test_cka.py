@@ -30,8 +30,8 @@ def add_up(batches: list[list[Tensor]]) -> Tensor:
     found = LinearCKA()
     for layers in batches:
         grams = [centred_gram(tokens) for tokens in layers]
-        found.add(grams, grams)
-    return found.matrix()
+        found.update(grams, grams)
+    return found.compute()
 
 
 @few
@@ -102,5 +102,5 @@ def test_a_large_mean_is_not_lost_to_rounding(gaussian):
 
 
 def test_three_images_are_too_few(gaussian):
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="too small"):
         centred_gram(gaussian(3, 4, 5))

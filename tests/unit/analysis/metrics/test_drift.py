@@ -58,4 +58,4 @@ def test_random_tokens_find_themselves_by_chance(gaussian):
 
 
 def test_without_a_first_layer_there_is_no_value(gaussian):
-    assert METRICS["drift"].of(Patches(gaussian(1, 4, 3))) == {}
+    assert METRICS["drift"].compute(Patches(gaussian(1, 4, 3))) == {}

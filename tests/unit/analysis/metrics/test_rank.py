@@ -69,6 +69,6 @@ def test_size_does_not_matter(gaussian):
 
 
 def test_random_tokens_read_as_the_docs_say(gaussian):
-    found = METRICS["rank"].of(Patches(gaussian(1, 196, 768)))
+    found = METRICS["rank"].compute(Patches(gaussian(1, 196, 768)))
     assert found["effective_rank"].item() == pytest.approx(189, abs=1)
     assert found["participation_ratio"].item() == pytest.approx(195 * 768 / (196 + 768), rel=0.02)

@@ -88,8 +88,8 @@ def test_frequencies_are_shares_of_the_highest():
 
 def test_parts_change_nothing(gaussian, monkeypatch):
     patches = Patches(gaussian(5, 8, 3), (20, 40))
-    whole = METRICS["spectrum"].of(patches)
+    whole = METRICS["spectrum"].compute(patches)
     assert set(whole) == {*METRICS["spectrum"].columns, *METRICS["spectrum"].curves}
     monkeypatch.setattr(spectrum, "BLOCK_ENTRIES", 50)
-    for name, values in METRICS["spectrum"].of(patches).items():
+    for name, values in METRICS["spectrum"].compute(patches).items():
         torch.testing.assert_close(values, whole[name])

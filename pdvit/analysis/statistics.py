@@ -1,4 +1,4 @@
-"""Mean, spread and confidence over images, streamed: nothing is kept per image."""
+"""Means, spreads and confidence intervals over images, without keeping a value per image."""
 
 import math
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of the values seen so far."""
+    """Count, mean and sum of squared deviations over images."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Take in the values `(B,)` of more images, in float64."""
+    def update(self, values: Tensor) -> None:
+        """Add the values `(B,)` of more images, in float64."""
         values = values.double()
         mean = float(values.mean())
         self.merge(Moments(len(values), mean, float((values - mean).square().sum())))
 
     def merge(self, other: "Moments") -> None:
-        """Take in what was added up elsewhere (Chan, Golub and LeVeque 1979)."""
+        """Add other images (Chan, Golub and LeVeque 1979)."""
         total = self.count + other.count
-        apart = other.mean - self.mean
-        self.squares += other.squares + apart**2 * self.count * other.count / total
-        self.mean += apart * other.count / total
+        difference = other.mean - self.mean
+        self.squares += other.squares + difference**2 * self.count * other.count / total
+        self.mean += difference * other.count / total
         self.count = total
 
     @property
@@ -43,18 +43,18 @@ class Moments:
 
 
 @dataclass
-class Curve:
-    """Count and mean of the curves seen so far."""
+class MeanCurve:
+    """Mean of curves over images."""
 
     count: int = 0
     total: Tensor | float = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Take in the curves `(B, K)` of more images, in float64."""
-        self.merge(Curve(len(values), values.double().sum(0).cpu()))
+    def update(self, values: Tensor) -> None:
+        """Add the curves `(B, K)` of more images, in float64."""
+        self.merge(MeanCurve(len(values), values.double().sum(0).cpu()))
 
-    def merge(self, other: "Curve") -> None:
-        """Take in what was added up elsewhere."""
+    def merge(self, other: "MeanCurve") -> None:
+        """Add other images."""
         self.total = self.total + other.total
         self.count += other.count
 

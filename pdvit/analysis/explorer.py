@@ -1,0 +1,199 @@
+"""The patch explorer: cosines between all patches of a few images, layer by layer, as one HTML file."""
+
+import base64
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pdvit import __version__
+from pdvit.analysis.html import data_uri, render_page
+from pdvit.analysis.measure import check_tokens, inference
+from pdvit.analysis.metrics import Patches
+from pdvit.analysis.tables import write_arrays
+from pdvit.errors import UserError
+from pdvit.models.layers import Layer, evaluating, image_size_of, places_of, shapes_of, watch
+
+# A map of 2,048 patches takes 2.8 MB of a page.
+MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4
+# Bytes of a page, and the part of its own code and names.
+PAGE_BYTES, CODE_BYTES = 10**7, 200_000
+# A cosine is stored as an integer from -127 to 127.
+LEVELS = 127
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Cosines of all pairs of patches of a few images, for one model.
+
+    Attributes:
+        model: its name.
+        names: names of the images.
+        images: uint8 `(H, W, 3)`, as the model sees them.
+        grids: rows and columns of patches by layer, in order.
+        cosines: by image, then by layer: signed cosines times 127, rounded, int8 `(N, N)`.
+        similarity: by image, P of each layer, from the tokens themselves.
+        notes: missing layers, and why.
+        depths: depths of the layers, from 0 (the input of the first block).
+        deepest: depth of the model's last layer.
+    """
+
+    model: str
+    names: list[str]
+    images: list[np.ndarray]
+    grids: dict[str, tuple[int, int]]
+    cosines: list[dict[str, np.ndarray]]
+    similarity: list[list[float]]
+    notes: list[str]
+    depths: list[int]
+    deepest: int
+
+
+def bytes_per_model(models: int) -> int:
+    """Return the bytes of a page for each of so many models; UserError for more than four."""
+    if models > MAX_MODELS:
+        raise UserError(f"{models} checkpoints do not fit side by side", "--explore", f"name at most {MAX_MODELS}")
+    return (PAGE_BYTES - CODE_BYTES) // models
+
+
+def read_maps(
+    model: nn.Module,
+    images: Iterable[tuple[str, Tensor]],
+    normalise: Callable[[Tensor], Tensor],
+    name: str = "model",
+    max_bytes: int = PAGE_BYTES,
+) -> Maps:
+    """Compute the cosines between all patches of each image at each layer, one image at a time.
+
+    Args:
+        model: a bare timm model on its device.
+        images: names, and pixels, uint8 `(3, H, W)`; at most 8 are read, and no more than fit.
+        normalise: turns pixels into the model's input `(B, 3, H, W)`.
+        name: name of the model.
+        max_bytes: size of maps and images in a page (base64). Layers of more than 2,048 patches are left out; if the
+            rest does not fit for one image, layers are left out evenly.
+
+    Raises:
+        UserError: no image, or maps that are too large for a page.
+    """
+    places, found = places_of(model), dict[Layer, Patches]()
+    counts = {layer: count for layer, (count, _) in shapes_of(model, places).items()}
+    layers, max_images = _fitting(counts, picture_size(*image_size_of(model)), max_bytes)
+    missing = [layer.name for layer in counts if layer not in layers]
+    notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
+    depths, deepest = [layer.depth for layer in layers], max(layer.depth for layer in counts)
+    maps = Maps(name, [], [], {}, [], [], notes, depths, deepest)
+    device = next(model.parameters()).device
+
+    def visit(layer: Layer, tokens: Tensor) -> None:
+        found[layer] = Patches(tokens, image_size)
+        check_tokens(found[layer], layer)
+
+    with evaluating(model), watch({layer: places[layer] for layer in layers}, visit):
+        for label, pixels in islice(images, max_images):
+            batch = normalise(pixels[None].to(device))
+            image_size = (batch.shape[-2], batch.shape[-1])
+            with inference(batch):
+                model(batch)
+            maps.names.append(label)
+            maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())
+            maps.cosines.append({layer.name: as_levels(patches.unit[0]) for layer, patches in found.items()})
+            maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
+            maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
+    if not maps.names:
+        raise UserError("there is no image to explore", "--images", "name at least one image that decodes")
+    return maps
+
+
+def as_levels(unit: Tensor) -> np.ndarray:
+    """Return the cosines between unit tokens `(N, D)` as integers from -127 to 127, int8 `(N, N)`."""
+    levels: np.ndarray = ((unit @ unit.T).clamp(-1, 1) * LEVELS).round().to(torch.int8).cpu().numpy()
+    return levels
+
+
+def write_maps(file: Path, maps: Maps) -> None:
+    """Write maps as .npz: `names`, `layers`, `image/0` uint8 (H, W, 3), `cos/0/block 1` int8 (N, N), `grid/block 1`.
+
+    Raises OSError.
+    """
+    arrays = {"names": np.array(maps.names), "layers": np.array(list(maps.grids))}
+    arrays |= {f"grid/{layer}": np.array(grid) for layer, grid in maps.grids.items()}
+    for number, (image, cosines) in enumerate(zip(maps.images, maps.cosines, strict=True)):
+        arrays[f"image/{number}"] = image
+        arrays |= {f"cos/{number}/{layer}": levels for layer, levels in cosines.items()}
+    write_arrays(file, arrays)
+
+
+def explorer_page(models: list[Maps], notes: list[str]) -> str:
+    """Return the explorer as HTML, below 10 MB.
+
+    Args:
+        models: maps of the same images, each of at most `bytes_per_model`.
+        notes: shown below the maps.
+    """
+    count = min(len(maps.names) for maps in models)
+    pictures: dict[str, int] = {}  # models that see the same pixels share them
+    block = {
+        "names": models[0].names[:count],
+        "models": [_model(maps, count, pictures) for maps in models],
+        "pictures": list(pictures),
+        "notes": [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes), f"pdvit {__version__}"],
+    }
+    title = f"Patch explorer: {', '.join(maps.model for maps in models)}"
+    return render_page("explorer.html", title, ["page.css", "explorer.css"], "explorer.js", data=block)
+
+
+def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
+    # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
+    cosines = [
+        [base64.b64encode(levels[np.triu_indices(len(levels), 1)].tobytes()).decode() for levels in by_layer.values()]
+        for by_layer in maps.cosines[:count]
+    ]
+    return {
+        "name": maps.model,
+        "layers": list(maps.grids),
+        "depths": maps.depths,
+        "deepest": maps.deepest,
+        "grids": list(maps.grids.values()),
+        "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
+        "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
+        "cosines": cosines,
+    }
+
+
+def _png(image: np.ndarray) -> str:
+    packed = BytesIO()
+    Image.fromarray(image).save(packed, "PNG", optimize=True)
+    return data_uri(packed.getvalue(), "image/png")
+
+
+def map_size(count: int) -> int:
+    """Return the bytes of the cosines of all pairs of `count` patches in a page: a byte each, as base64."""
+    return 4 * -(-(count * (count - 1) // 2) // 3)
+
+
+def picture_size(height: int, width: int) -> int:
+    """Return the largest size of an image in a page, in bytes: as an incompressible PNG, as base64."""
+    return 4 * -(-(3 * height * width * 102 // 100 + 2000) // 3)
+
+
+def _fitting(counts: dict[Layer, int], picture: int, max_bytes: int) -> tuple[list[Layer], int]:
+    """Return the layers whose maps fit, and the number of images; UserError if none fits."""
+    small = [layer for layer, count in counts.items() if count <= MAX_PATCHES]
+    for number in range(len(small), 0, -1):
+        kept = [small[index] for index in dict.fromkeys(np.linspace(0, len(small) - 1, number).round().astype(int))]
+        size = picture + sum(map_size(counts[layer]) for layer in kept)
+        if size <= max_bytes and number >= min(2, len(small)):
+            return kept, min(MAX_IMAGES, max_bytes // size)
+    raise UserError(
+        f"maps of {max(counts.values()):,} patches are too large for a page",
+        "--explore",
+        f"use smaller images or larger patches (at most {MAX_PATCHES:,}), and explore one checkpoint at a time",
+    )

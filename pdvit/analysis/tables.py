@@ -1,0 +1,121 @@
+"""The tables of an analysis: in a terminal, and in files."""
+
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdvit.analysis.measure import Analysis
+from pdvit.analysis.metrics import METRICS
+from pdvit.tracking import to_json, write_file, writing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+BETWEEN, MAPS = "cka_between.npz", "maps.npz"
+# Characters between columns, and the width of the bar of P.
+GAP = 2
+MAX_BAR, MIN_BAR = 24, 8
+# Heading and cells, one per layer.
+Columns = list[tuple[str, list[str]]]
+
+
+def terminal_tables(table: "pd.DataFrame", width: int) -> "list[Table]":
+    """Return an analysis as tables of at most `width` characters: layers down, metrics across, P with a bar.
+
+    The columns of a group of metrics stay in one table.
+    """
+    layers = layer_column(table)
+    heights = table[table["metric"] == "similarity"].sort_values("depth")["mean"].tolist()
+    parts: list[Columns] = [[]]
+    for group in METRICS:
+        columns = metric_columns(table, group)
+        bar = GAP + MIN_BAR if heights and len(parts) == 1 else 0
+        if parts[-1] and _width([layers, *parts[-1], *columns]) + bar > width:
+            parts.append([])
+        parts[-1] += columns
+    if heights:
+        room = min(MAX_BAR, max(MIN_BAR, width - GAP - _width([layers, *parts[0]])))
+        parts[0].append((f"0{'·' * (room - 2)}1", ["█" * round(height * room) for height in heights]))
+    return [_rich_table([layers, *part]) for part in parts]
+
+
+def layer_column(table: "pd.DataFrame") -> tuple[str, list[str]]:
+    """Return the column of the layers, by depth."""
+    return "layer", table.drop_duplicates("depth").sort_values("depth")["layer"].tolist()
+
+
+def metric_columns(table: "pd.DataFrame", group: str) -> Columns:
+    """Return headings and cells of a group, by depth; a layer without a value has a hyphen."""
+    depths = sorted(table["depth"].unique())
+    columns: Columns = []
+    for metric, definition in METRICS[group].columns.items():
+        rows = table[table["metric"] == metric].set_index("depth")
+        if len(rows) and definition.heading:
+            rows = rows.reindex(depths)
+            columns.append((definition.heading, _cells(rows["mean"], signed=metric == "similarity_signed")))
+            if metric == "similarity":
+                columns.append(("± 95 %", _cells(rows["ci95"])))
+    return columns
+
+
+def _cells(values: "pd.Series", signed: bool = False) -> list[str]:
+    largest = values.abs().max()
+    digits = 1 if largest >= 10 else 4 if 0 < largest < 0.02 else 3
+    return ["-" if value != value else f"{value:{'+' if signed else ''}.{digits}f}" for value in values]
+
+
+def _width(columns: Columns) -> int:
+    return sum(max(map(len, [heading, *cells])) for heading, cells in columns) + GAP * (len(columns) - 1)
+
+
+def _rich_table(columns: Columns) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, _ in columns:
+        is_text = heading == "layer" or "·" in heading
+        view.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        view.add_row(*map(escape, row))
+    return view
+
+
+def write_analysis(folder: Path, analysis: Analysis, facts: dict[str, Any]) -> Path:
+    """Write analysis.csv, analysis/analysis.json and one .npz for each group with curves; return the first.
+
+    Arrays of an earlier analysis are deleted, since they may be of other images. UserError if the write fails.
+    """
+    table, arrays = folder / "analysis.csv", folder / "analysis"
+    with writing("the analysis", folder):
+        arrays.mkdir(parents=True, exist_ok=True)
+        for name in (*METRICS, BETWEEN, MAPS):
+            (arrays / name).with_suffix(".npz").unlink(missing_ok=True)
+        write_file(arrays / "analysis.json", to_json(facts) + "\n")
+        for group, curves in analysis.curves.items():
+            write_arrays(arrays / f"{group}.npz", curves)
+        write_file(table, analysis.table.to_csv(index=False, float_format="%.6g"))
+    return table
+
+
+def write_between(folder: Path, tables: "Mapping[str, pd.DataFrame]") -> None:
+    """Write analysis/cka_between.npz: `matrix/NAME` and `layers/NAME` of each other model, and this model's `layers`.
+
+    UserError if the write fails.
+    """
+    arrays: dict[str, np.ndarray] = {f"matrix/{name}": table.to_numpy() for name, table in tables.items()}
+    arrays |= {f"layers/{name}": table.columns.to_numpy(dtype=str) for name, table in tables.items()}
+    arrays["layers"] = next(iter(tables.values())).index.to_numpy(dtype=str)
+    with writing("the analysis", folder):
+        write_arrays(folder / "analysis" / BETWEEN, arrays)
+
+
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by name as a compressed .npz, atomically. Raises OSError."""
+    packed = BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_file(file, packed.getvalue())

@@ -1,0 +1,116 @@
+"""The pages of `pdvit analyze`: the patch explorer (--explore) and the report (--report)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
+from pdvit.analysis.report import ReportFigure, report_page
+from pdvit.analysis.tables import MAPS
+from pdvit.cli.analyze_run import AnalyzeOptions, CheckpointAnalysis, to_device
+from pdvit.cli.console import log
+from pdvit.data.bad_images import BadImages
+from pdvit.data.pictures import Pictures
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.engine.device import choose_device
+from pdvit.models.weights import load
+from pdvit.plots.attention import plot_attention
+from pdvit.plots.cka import plot_cka
+from pdvit.plots.compare import plot_compare
+from pdvit.plots.metrics import plot_metrics
+from pdvit.plots.norms import NEEDED, plot_norms
+from pdvit.plots.pairs import plot_pairs
+from pdvit.plots.similarity import plot_similarity
+from pdvit.plots.spectrum import plot_spectrum
+from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render
+from pdvit.plots.training import plot_training, read_records
+from pdvit.tracking import describe_environment, write_file, writing
+
+if TYPE_CHECKING:
+    from pdvit.engine.display import RunConsole
+
+
+def write_explorer(
+    folders: Mapping[str, Path], pictures: Pictures, options: AnalyzeOptions, console: "RunConsole"
+) -> None:
+    """Write explorer.html to the first checkpoint's folder, and analysis/maps.npz to each; print what they show.
+
+    Checkpoints are loaded once more, one at a time, so that all get the same images. Raises UserError.
+    """
+    max_bytes, shown, bad = bytes_per_model(len(folders)), pictures.subsample(MAX_IMAGES), BadImages(skip=True)
+    models = []
+    for path in folders:
+        loaded = load(path, options.model, options.weights)
+        preprocessing = Preprocessing.for_model(loaded.model)
+        model = to_device(loaded.model, choose_device(options.device), path)
+        images = shown.pixels(preprocessing, bad)
+        models.append(read_maps(model, images, preprocessing.normalise, loaded.name, max_bytes))
+    total, images_shown = len(pictures.split), min(len(maps.names) for maps in models)
+    which = f"{images_shown} of {total:,}, spread evenly" if images_shown < total else f"all {total}"
+    fewer = "; more would make the page larger than 10 MB" if images_shown < len(shown.split) - len(bad.found) else ""
+    broken = f"; {len(bad.found)} left out that do not decode" if bad.found else ""
+    notes = [f"images: {which} ({pictures.description}){fewer}{broken}"]
+    page = next(iter(folders.values())) / "explorer.html"
+    with writing("the page", page):
+        for folder, maps in zip(folders.values(), models, strict=True):
+            write_maps(folder / "analysis" / MAPS, maps)
+        write_file(page, explorer_page(models, notes))
+    for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
+        log(console, f"explorer {note}")
+    log(console, f"written  {page}")
+
+
+def write_report(results: Sequence[CheckpointAnalysis], folders: Mapping[str, Path], console: "RunConsole") -> None:
+    """Write report.html to the first checkpoint's folder: verdicts, figures, numbers, definitions, environment.
+
+    Raises UserError.
+    """
+    light, dark = (report_figures(results, theme) for theme in (LIGHT, DARK))
+    figures = [ReportFigure(name, render(light[name], ".svg"), render(dark[name], ".svg")) for name in light]
+    file = folders[results[0].path] / "report.html"
+    analyses = [(result.analysis.table, result.facts) for result in results]
+    with writing("the page", file):
+        write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
+    log(console, f"written  {file}")
+
+
+def report_figures(results: Sequence[CheckpointAnalysis], theme: Theme) -> dict[str, Drawing]:
+    """Return the figures of everything that was measured, by caption."""
+
+    def tables(part: Sequence[CheckpointAnalysis]) -> tuple[list[Any], list[str]]:
+        return [result.analysis.table for result in part], [result.name for result in part]
+
+    def measured(*metrics: str) -> list[CheckpointAnalysis]:
+        return [result for result in results if set(metrics) <= set(result.analysis.table["metric"])]
+
+    def curves(group: str) -> tuple[list[Any], list[Any], list[str]]:
+        part = [result for result in results if group in result.analysis.curves]
+        return [result.analysis.curves[group] for result in part], *tables(part)
+
+    figures: dict[str, Drawing] = {}
+    if with_p := measured("similarity"):
+        caption = "P by layer: mean over images, and one standard deviation"
+        figures[caption] = plot_similarity(*tables(with_p), theme)
+    if len(with_p) == 2:
+        caption = "The two checkpoints: P, its difference with a 95 % interval, and all other metrics"
+        figures[caption] = plot_compare(*tables(with_p), theme)
+    else:
+        figures["All metrics by layer"] = plot_metrics(*tables(results), theme)
+    if with_norms := measured(*NEEDED):
+        figures["Lengths of the tokens: mean, spread and outliers"] = plot_norms(*tables(with_norms), theme)
+    arrays, _, names = curves("pairs")
+    if names:
+        figures["Cosines of all pairs of patches, by layer"] = plot_pairs(arrays, names, theme)
+    if curves("spectrum")[-1]:
+        figures["Amplitude by spatial frequency, by layer"] = plot_spectrum(*curves("spectrum"), theme)
+    if curves("attention")[-1]:
+        figures["Attention: entropy and distance by head"] = plot_attention(*curves("attention"), theme)
+    arrays, _, names = curves("cka")
+    if names:
+        figures["Linear CKA between layers"] = plot_cka(arrays, names, theme=theme)
+    if runs := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
+        caption = "Training: loss by term, validation accuracy, and P by layer over the epochs"
+        figures[caption] = plot_training(
+            [read_records(run) for run in runs], [run.resolve().name for run in runs], theme
+        )
+    return figures

@@ -1,0 +1,241 @@
+"""The measurements of `pdvit analyze`: each checkpoint, its model with random weights, and CKA with the first one."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import tee
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pdvit.analysis import Analysis, cka_between, describe, measure
+from pdvit.analysis.measure import select_metrics
+from pdvit.cli.checkpoint import config_of, with_progress
+from pdvit.config import build
+from pdvit.data.bad_images import BadImages
+from pdvit.data.loader import LoaderConfig, shared_batches
+from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.sources import ArraySplit
+from pdvit.engine.device import choose_device, device_name, is_out_of_memory
+from pdvit.engine.distributed import init_process_group
+from pdvit.engine.interrupts import StopRequest
+from pdvit.errors import UserError
+from pdvit.models.layers import places_of
+from pdvit.models.weights import Loaded, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch import Tensor, nn
+
+    from pdvit.engine.display import RunConsole
+
+T = TypeVar("T")
+# Images for a model with random weights.
+RANDOM_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """The options of the command, the same for every checkpoint."""
+
+    images: list[str]
+    metrics: list[str]
+    limit: int = 256
+    model: str | None = None
+    weights: str | None = None
+    batch_size: int = 32
+    workers: int = 2
+    device: str = "auto"
+    on_bad_image: str | None = None
+    explore: bool = False
+    report: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class AnalyzeTarget:
+    """A checkpoint on its device, and its images."""
+
+    loaded: Loaded
+    pictures: Pictures
+    loader_config: LoaderConfig
+
+
+@dataclass(frozen=True)
+class CheckpointAnalysis:
+    """The result for one checkpoint.
+
+    Attributes:
+        path: as on the command line.
+        name: name of the checkpoint.
+        pictures: its images.
+        analysis: the numbers.
+        facts: the content of analysis.json.
+        between: CKA between the layers of the first checkpoint and its own, if that was measured.
+    """
+
+    path: str
+    name: str
+    pictures: Pictures
+    analysis: Analysis
+    facts: dict[str, Any]
+    between: "pd.DataFrame | None" = None
+
+
+class Stoppable:
+    """Passes items on until a stop is requested, and records whether that happened."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop, self.stopped, self.passed = stop, False, 0
+
+    def __call__(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield items until a stop is requested."""
+        for item in items:
+            if self.stop:
+                self.stopped = True
+                return
+            self.passed += 1
+            yield item
+
+
+class Analyzer:
+    """Measures checkpoints one after the other, each on all ranks."""
+
+    def __init__(self, options: AnalyzeOptions, console: "RunConsole") -> None:
+        self.options = options
+        self.console = console
+        self.ranks = init_process_group()
+        self.stop = StopRequest()
+
+    def measure(self, path: str, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
+        """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
+        options, ranks = self.options, self.ranks
+        groups = select_metrics(options.metrics)  # an error for an unknown name, before anything is loaded
+        target = self._open(path)
+        loaded, stoppable = target.loaded, Stoppable(self.stop)
+        try:
+            images = stoppable(self._images(target, loaded.name))
+            analysis = measure(loaded.model, images, options.metrics, loaded.name, ranks)
+        except UserError:
+            if self.any_rank(stoppable.stopped) and not sum(ranks.all_gather(stoppable.passed)):
+                return None
+            raise
+        stopped = self.any_rank(stoppable.stopped)
+        if not stopped and "similarity" in groups:
+            analysis = self._with_random(analysis, target)
+        between = None
+        if first is not None and "cka" in groups:
+            between, note = self._cka_between(first, target)
+            analysis = replace(analysis, notes=[*analysis.notes, note])
+        bad = {name for names in ranks.all_gather(set(target.loader_config.bad.found)) for name in names}
+        total = len(target.pictures.split)
+        facts = describe(
+            analysis,
+            checkpoint=path,
+            architecture=loaded.architecture,
+            weights=loaded.weights,
+            images=_describe_images(target, len(bad)),
+            prefix=max(place.prefix for place in places_of(loaded.model).values()),
+            device=device_name(target.loader_config.device),
+            stopped=f"on request, after {analysis.images} of {total} images" if stopped else None,
+        )
+        return CheckpointAnalysis(path, loaded.name, target.pictures, analysis, facts, between)
+
+    def any_rank(self, flag: object) -> bool:
+        """Return whether the flag is set on any rank."""
+        return any(self.ranks.all_gather(bool(flag)))
+
+    def _open(self, path: str) -> AnalyzeTarget:
+        """Load a checkpoint to the device and select its images; an error of one rank is raised on all."""
+        options, ranks = self.options, self.ranks
+        with ranks.failing_together():
+            loaded = load(path, options.model, options.weights)
+            device = choose_device(options.device, ranks.local_rank if ranks.world_size > 1 else None)
+            to_device(loaded.model, device, path)
+            settings = {"on_bad_image": options.on_bad_image} if options.on_bad_image is not None else {}
+            flags = ("the command line", {"data": settings})
+            run = None if options.images else config_of(Path(path), flags)  # the run's own images, read as the run did
+            skip = (run or build(flags)).data.on_bad_image == "skip"
+            if options.images:
+                pictures = named(options.images)
+            else:
+                pictures = sample_photographs() if run is None else held_out(run)
+        loader_config = LoaderConfig(
+            options.batch_size,
+            0,
+            options.workers,
+            device,
+            Preprocessing.for_model(loaded.model),
+            rank=ranks.rank,
+            processes=ranks.world_size,
+            bad=BadImages(skip=skip),
+        )
+        return AnalyzeTarget(loaded, pictures.subsample(options.limit), loader_config)
+
+    def _images(self, target: AnalyzeTarget, label: str) -> "Iterator[Tensor]":
+        """Yield this rank's batches, with a progress bar."""
+        batches = shared_batches(target.pictures.split, target.loader_config)
+        total = -(-len(target.pictures.split) // target.loader_config.processes)
+        return (batch.images for batch in with_progress(batches, total, self.console, label))
+
+    def _with_random(self, analysis: Analysis, target: AnalyzeTarget) -> Analysis:
+        """Add P of the same model with random weights on some of the same images, or a note why it is missing."""
+        loaded, stoppable, why = target.loaded, Stoppable(self.stop), ""
+        few = replace(target, pictures=target.pictures.subsample(RANDOM_IMAGES))
+        try:
+            with self.ranks.failing_together():
+                model = to_device(loaded.with_random_weights(), target.loader_config.device, loaded.architecture)
+            images = stoppable(self._images(few, "random weights"))
+            random = measure(model, images, "similarity", loaded.name, self.ranks)
+        except UserError as error:
+            why = f"random weights were not measured: {error.what}"
+        if self.any_rank(stoppable.stopped):
+            why = "stopped before random weights were measured"
+        return replace(analysis, notes=[*analysis.notes, why]) if why else analysis.with_random(random)
+
+    def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> "tuple[pd.DataFrame | None, str]":
+        """Return the CKA between the layers of the first checkpoint and those of this one, or None; and a note."""
+        label, stoppable = f"cka between {first.name} and {target.loaded.name}", Stoppable(self.stop)
+        if not _same_images(first.pictures, target.pictures):
+            return None, f"{label} was left out: they were measured on different images"
+        table, why = None, ""
+        try:
+            other = self._open(first.path)  # once more, beside this one
+            pairs = zip(self._images(other, label), self._images(target, label), strict=True)
+            rows, columns = tee(stoppable(pairs))
+            row_images, column_images = (row for row, _ in rows), (column for _, column in columns)
+            table = cka_between(other.loaded.model, target.loaded.model, row_images, column_images, self.ranks)
+        except UserError as error:
+            why = error.what
+        if self.any_rank(stoppable.stopped):
+            why = "stopped before"
+        if why:
+            return None, f"{label} was left out: {why}"
+        return table, f"{label} is in analysis/cka_between.npz of {first.name}"
+
+
+def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":
+    """Move a model to the device; UserError if it does not fit."""
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        tip = "choose another --device, or end what else runs on it"
+        raise UserError(f"the model does not fit in the memory of {device}", where, tip) from error
+
+
+def _same_images(first: Pictures, second: Pictures) -> bool:
+    one, two = first.split, second.split
+    if isinstance(one, ArraySplit) or isinstance(two, ArraySplit):
+        return isinstance(one, ArraySplit) and isinstance(two, ArraySplit) and one.images.equal(two.images)
+    same = len(one) == len(two) and first.description == second.description
+    return same and all(one.name(index) == two.name(index) for index in range(len(one)))
+
+
+def _describe_images(target: AnalyzeTarget, bad: int) -> str:
+    preprocessing, split = target.loader_config.preprocessing, target.pictures.split
+    squashed = isinstance(split, ArraySplit) or preprocessing.crop_mode == "squash"
+    resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
+    left_out = f"; {bad} left out that do not decode" if bad else ""
+    return f"{target.pictures.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}"

@@ -1,0 +1,146 @@
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics.pairwise import cosine_similarity
+
+from pdvit import patch_similarity
+from pdvit.analysis.metrics import METRICS, Patches, similarity
+from pdvit.analysis.metrics.similarity import PERCENTILES, histogram, outliers, percentiles, similarity_without
+from pdvit.similarity import unit_tokens
+
+few = settings(max_examples=40, deadline=None)
+
+
+def slow_norms(tokens: np.ndarray) -> dict[str, float]:
+    """One image, token by token, with Python's own statistics."""
+    lengths = [float(np.sqrt(sum(float(x) ** 2 for x in token))) for token in tokens]
+    median = statistics.median(lengths)
+    deviation = statistics.median(abs(length - median) for length in lengths)
+    kept = [t for t, n in zip(tokens, lengths, strict=True) if n <= median + max(median, 5 * 1.4826 * deviation)]
+    cosines = [
+        abs(float(np.dot(a, b)) / (np.linalg.norm(a) * np.linalg.norm(b))) if a.any() and b.any() else 0.0
+        for i, a in enumerate(kept)
+        for j, b in enumerate(kept)
+        if i != j
+    ]
+    return {
+        "norm_mean": statistics.mean(lengths),
+        "norm_std": statistics.stdev(lengths),
+        "norm_peak": max(max(lengths), 1e-12) / max(median, 1e-12),
+        "norm_outliers": 1 - len(kept) / len(tokens),
+        "similarity_without_outliers": statistics.mean(cosines),
+    }
+
+
+def check_norms(tokens: torch.Tensor) -> None:
+    found = METRICS["norms"].compute(Patches(tokens))
+    assert set(found) == set(METRICS["norms"].columns)
+    expected = [slow_norms(image.double().numpy()) for image in tokens]
+    for name, values in found.items():
+        np.testing.assert_allclose(values, [image[name] for image in expected], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@few
+@given(
+    count=st.integers(2, 14),
+    width=st.integers(1, 6),
+    large=st.integers(0, 6),
+    factor=st.sampled_from([1.5, 4.0, 100.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_norms_equal_a_slow_count(count, width, large, factor, seed):
+    tokens = torch.randn(3, count, width, generator=torch.Generator().manual_seed(seed)) + 2
+    tokens[:2, : min(large, count)] *= factor
+    check_norms(tokens)
+
+
+def test_norms_of_identical_zero_and_two_tokens(gaussian):
+    check_norms(torch.full((1, 6, 4), 1.3))
+    check_norms(torch.zeros(1, 5, 3))
+    check_norms(gaussian(2, 2, 5))
+    pair = torch.tensor([[[1.0, 0], [1000, 0]]])  # of two, neither is an outlier
+    assert METRICS["norms"].compute(Patches(pair))["norm_outliers"].tolist() == [0]
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
+def test_outliers_do_not_depend_on_scale_or_rounding(gaussian, size):
+    tokens = gaussian(1, 20, 8)
+    tokens[0, 3] *= 20
+    found = outliers(torch.linalg.vector_norm(tokens * size, dim=-1))
+    assert found[0].nonzero().flatten().tolist() == [3]
+    equal = torch.full((1, 50), 27.7)
+    equal[0, 0] += 1e-4
+    assert not outliers(size * equal).any()
+
+
+def test_at_most_half_of_the_tokens_are_outliers():
+    lengths = torch.cat([torch.zeros(1, 7), torch.rand(1, 6) + 1], 1)
+    assert int(outliers(lengths).sum()) == 6
+
+
+def test_p_without_some_tokens_is_that_of_the_others(gaussian):
+    tokens = gaussian(2, 9, 4)
+    excluded = torch.zeros(2, 9, dtype=torch.bool)
+    excluded[:, [2, 5]] = True
+    torch.testing.assert_close(similarity_without(tokens, excluded), patch_similarity(tokens[:, [0, 1, 3, 4, 6, 7, 8]]))
+
+
+def all_pairs(tokens: np.ndarray) -> np.ndarray:
+    """The cosines of all pairs of the tokens of one image, in float64."""
+    cosines = cosine_similarity(tokens.astype(np.float64))
+    return np.array([cosines[i, j] for i in range(len(tokens)) for j in range(i + 1, len(tokens))]).clip(-1, 1)
+
+
+@few
+@given(
+    count=st.integers(2, 12),
+    width=st.integers(1, 9),
+    images=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+    levels=st.sampled_from([1, 3, 1000]),  # few levels: many ties
+)
+def test_percentiles_are_those_of_numpy(count, width, images, seed, levels):
+    rng = np.random.default_rng(seed)
+    tokens = (rng.integers(-levels, levels + 1, (images, count, width)) / levels).astype(np.float32)
+    expected = [np.percentile(all_pairs(image), PERCENTILES) for image in tokens]
+    np.testing.assert_allclose(percentiles(unit_tokens(torch.from_numpy(tokens))), expected, atol=1e-6)
+
+
+def test_percentiles_of_many_tokens_come_from_a_sample(gaussian):
+    unit = unit_tokens(gaussian(1, 2100, 3, shift=0.5))
+    cosines = (unit[0].double() @ unit[0].T.double()).numpy()[np.triu_indices(2100, 1)]
+    found = percentiles(unit)
+    # standard error of the fraction: sqrt(0.25 / 2^20) = 0.0005
+    assert (cosines[:, None] <= found[0].numpy()).mean(0) == pytest.approx(np.array(PERCENTILES) / 100, abs=0.0025)
+    assert torch.equal(found, percentiles(unit))
+
+
+def test_the_histogram_is_that_of_numpy_in_blocks_of_any_size(gaussian, monkeypatch):
+    tokens = gaussian(2, 30, 8, shift=0.3)
+    expected = [np.histogram(all_pairs(image.numpy()), bins=100, range=(-1, 1))[0] / (30 * 29 / 2) for image in tokens]
+    for entries in (10**6, 300, 1):
+        monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
+        np.testing.assert_allclose(histogram(unit_tokens(tokens)), expected, atol=1e-12)
+
+
+def test_pairs_of_identical_opposite_and_zero_tokens():
+    same = torch.full((1, 5, 3), 0.7)
+    assert percentiles(unit_tokens(same)) == pytest.approx(np.ones((1, 5)), abs=1e-6)
+    assert histogram(unit_tokens(same))[0, -1] == 1
+    opposite = torch.tensor([[[1.0, 0], [-1, 0]]])
+    assert percentiles(unit_tokens(opposite)).tolist() == [[-1] * 5]
+    assert percentiles(torch.zeros(1, 4, 3)).tolist() == [[0] * 5]
+
+
+def test_random_tokens_read_as_the_docs_say(gaussian):
+    found = percentiles(unit_tokens(gaussian(4, 100, 400))).mean(0)
+    np.testing.assert_allclose(found, np.array([-1.645, -0.674, 0, 0.674, 1.645]) / 20, atol=0.003)
+    norms = METRICS["norms"].compute(Patches(gaussian(8, 196, 768)))
+    assert float(norms["norm_mean"].mean()) == pytest.approx(768**0.5, rel=0.01)
+    assert float(norms["norm_std"].mean()) == pytest.approx(0.5**0.5, rel=0.05)
+    assert float(norms["norm_peak"].max()) < 1.1
+    assert float(norms["norm_outliers"].max()) == 0

@@ -1,0 +1,224 @@
+import base64
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from pdvit.analysis.explorer import (
+    MAX_IMAGES,
+    Maps,
+    bytes_per_model,
+    explorer_page,
+    map_size,
+    picture_size,
+    read_maps,
+    write_maps,
+)
+from pdvit.errors import UserError
+from pdvit.models.layers import watch_layers
+
+SIDE = 32
+HOSTILE = "</script><img src=x onerror=alert(1)>&{{data}}'\""
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=SIDE, patch_size=8, depth=4, embed_dim=24, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def staged():
+    """Swin's layers: two blocks of 8x8 patches, then two of 4x4."""
+    torch.manual_seed(0)
+    sizes = {"img_size": SIDE, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+
+
+def pictures(count: int):
+    generator = torch.Generator().manual_seed(0)
+    return [(f"{n}.png", torch.randint(0, 256, (3, SIDE, SIDE), generator=generator).byte()) for n in range(count)]
+
+
+def normalise(images):
+    return images.float() / 127.5 - 1
+
+
+def tokens_of(model, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = {}
+    model.eval()
+    with torch.no_grad(), watch_layers(model, lambda layer, tokens: found.update({layer.name: tokens[0]})):
+        model(normalise(image[None]))
+    return found
+
+
+@pytest.mark.parametrize(("name", "grids"), [("plain", [(4, 4)] * 6), ("staged", [(8, 8)] * 3 + [(4, 4)] * 3)])
+def test_maps_are_the_cosines_of_the_tokens_at_each_layer(request, name, grids):
+    model = request.getfixturevalue(name)
+    maps = read_maps(model, pictures(2), normalise, "made")
+    assert list(maps.grids.values()) == grids
+    for number, (label, pixels) in enumerate(pictures(2)):
+        expected = tokens_of(model, pixels)
+        assert maps.names[number] == label
+        assert list(maps.cosines[number]) == list(expected) == list(maps.grids)
+        assert (maps.images[number] == pixels.permute(1, 2, 0).numpy()).all()
+        for place, (layer, tokens) in enumerate(expected.items()):
+            rows = tokens.double().numpy()
+            exact = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in rows] for a in rows])
+            levels = maps.cosines[number][layer]
+            assert levels.dtype == np.int8
+            assert np.abs(levels / 127 - exact).max() <= 0.5 / 127 + 1e-5
+            off = np.abs(exact[~np.eye(len(exact), dtype=bool)]).mean()
+            assert maps.similarity[number][place] == pytest.approx(off, abs=1e-5)
+
+
+def test_no_more_images_are_read_than_fit(plain):
+    image = picture_size(SIDE, SIDE) + 6 * map_size(16)
+    assert len(read_maps(plain, pictures(9), normalise).names) == MAX_IMAGES == 8
+    assert len(read_maps(plain, pictures(9), normalise, max_bytes=3 * image + 1).names) == 3
+
+
+def test_layers_are_left_out_evenly_if_one_image_does_not_fit(plain):
+    maps = read_maps(plain, pictures(2), normalise, max_bytes=picture_size(SIDE, SIDE) + 3 * map_size(16))
+    assert list(maps.grids) == ["embed", "block 2", "norm"]
+    assert (maps.depths, maps.deepest) == ([0, 2, 5], 5)
+    assert len(maps.names) == 1
+    assert "block 1, block 3, block 4" in maps.notes[0]
+
+
+def test_layers_of_thousands_of_patches_are_left_out():
+    sizes = {"img_size": 192, "patch_size": 4, "window_size": 6, "embed_dim": 4, "depths": (1, 1), "num_heads": (1, 1)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+    maps = read_maps(model, [("a", torch.zeros(3, 192, 192, dtype=torch.uint8))], normalise)
+    assert list(maps.grids.values()) == [(24, 24)] * 2  # 48 x 48 = 2,304 are too many
+    assert "embed, block 1" in maps.notes[0]
+
+
+def test_maps_without_images_or_that_fit_no_page_are_errors(plain):
+    with pytest.raises(UserError, match="too large") as error:
+        read_maps(plain, pictures(1), normalise, max_bytes=100)
+    assert "larger patches" in error.value.tip
+    with pytest.raises(UserError, match="no image"):
+        read_maps(plain, [], normalise)
+    assert bytes_per_model(2) == pytest.approx(bytes_per_model(1) / 2, abs=1)
+    with pytest.raises(UserError, match="side by side"):
+        bytes_per_model(5)
+
+
+def test_the_file_is_what_the_figure_of_maps_reads(tmp_path):
+    levels = np.array([[127, -4], [-4, 127]], dtype=np.int8)
+    image = np.zeros((4, 8, 3), dtype=np.uint8)
+    grids, cosines = {"block 1": (1, 2)}, [{"block 1": levels}]
+    write_maps(tmp_path / "maps.npz", Maps("m", ["é<.png"], [image], grids, cosines, [[0.03]], [], [1], 2))
+    with np.load(tmp_path / "maps.npz", allow_pickle=False) as found:
+        assert {name: found[name].tolist() for name in found} == {
+            "names": ["é<.png"],
+            "layers": ["block 1"],
+            "grid/block 1": [1, 2],
+            "cos/0/block 1": levels.tolist(),
+            "image/0": image.tolist(),
+        }
+        assert found["cos/0/block 1"].dtype == np.int8
+        assert found["image/0"].dtype == np.uint8
+
+
+def data_of(page: str) -> dict:
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+def made(model: str = "made", images: int = 1, side: int = 2, layers: int = 2, pixels: int = 4, seed: int = 0) -> Maps:
+    rng = np.random.default_rng(seed)
+    grids = {f"block {number + 1}": (side, side) for number in range(layers)}
+    cosines = []
+    for _ in range(images):
+        levels = rng.integers(-127, 128, (side**2, side**2)).astype(np.int8)
+        upper = np.triu(levels, 1)
+        cosines.append({layer: upper + upper.T + 127 * np.eye(side**2, dtype=np.int8) for layer in grids})
+    shown = [rng.integers(0, 256, (pixels, pixels, 3)).astype(np.uint8) for _ in range(images)]
+    return Maps(
+        model,
+        [f"{n}.png" for n in range(images)],
+        shown,
+        grids,
+        cosines,
+        [[0.25] * layers] * images,
+        [],
+        list(range(layers)),
+        layers - 1,
+    )
+
+
+class Elements(HTMLParser):
+    """Lists the elements of a page as a browser would find them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_holds_every_cosine_once():
+    maps = made(images=2, side=3)
+    data = data_of(explorer_page([maps], ["a note"]))
+    assert data["names"] == ["0.png", "1.png"]
+    assert data["notes"][0] == "a note"
+    (model,) = data["models"]
+    assert model["layers"] == ["block 1", "block 2"]
+    assert model["grids"] == [[3, 3], [3, 3]]
+    for image, by_layer in enumerate(maps.cosines):
+        for layer, levels in enumerate(by_layer.values()):
+            triangle = np.frombuffer(base64.b64decode(model["cosines"][image][layer]), np.int8)
+            square = np.full((9, 9), 127, dtype=np.int8)
+            square[np.triu_indices(9, 1)] = triangle
+            square.T[np.triu_indices(9, 1)] = triangle
+            assert (square == levels).all()
+
+
+def test_models_that_saw_the_same_pixels_share_them():
+    one, same, other = made("one"), made("two"), made("three", pixels=8)
+    data = data_of(explorer_page([one, same, other], []))
+    assert [model["pictures"] for model in data["models"]] == [[0], [0], [1]]
+    assert len(data["pictures"]) == 2
+
+
+def test_only_images_that_all_models_have_are_shown():
+    data = data_of(explorer_page([made(images=3), made("less", images=2)], []))
+    assert data["names"] == ["0.png", "1.png"]
+    assert [len(model["cosines"]) for model in data["models"]] == [2, 2]
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_a_few_images_of_a_base_model_stay_below_10_mb(models):
+    page = explorer_page([made(f"m{n}", 8, 14, 14, 224, seed=n) for n in range(models)], [])
+    assert len(page.encode()) < 10_000_000
+
+
+def test_names_from_outside_stay_text():
+    maps = made(HOSTILE)
+    page = explorer_page([replace(maps, names=[HOSTILE])], [HOSTILE])
+    elements = Elements(page).found
+    assert [attrs for tag, attrs in elements if tag == "img"] == []
+    assert sum(tag == "script" for tag, _ in elements) == 2
+    data = data_of(page)
+    assert data["models"][0]["name"] == data["names"][0] == data["notes"][0] == HOSTILE
+    assert page.count("</script>") == 2
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own_script():
+    page = explorer_page([made()], [])
+    for _, attributes in Elements(page).found:
+        for name in ("src", "href", "action", "srcset"):
+            assert attributes.get(name, "data:").startswith("data:")
+    (policy,) = [attributes["content"] for tag, attributes in Elements(page).found if "http-equiv" in attributes]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)

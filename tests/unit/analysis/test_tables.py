@@ -1,0 +1,112 @@
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from pdvit.analysis import DEFAULT, METRICS, Analysis, write_analysis, write_between
+from pdvit.analysis.tables import terminal_tables
+from pdvit.errors import UserError
+
+LAYERS = ["embed", *(f"block {i}" for i in range(1, 13)), "norm"]
+COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
+
+
+def table(*metrics: str, value: float = 0.25, layers: list[str] = LAYERS) -> pd.DataFrame:
+    """A table of equal values, as `analyze` returns it."""
+    rows = [("m", layer, i, metric, value, 0.1, 0.01, 9, 196) for metric in metrics for i, layer in enumerate(layers)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def columns(*groups: str) -> list[str]:
+    return [column for group in groups for column in METRICS[group].columns]
+
+
+def analysis(*metrics: str, layers: list[str] = LAYERS, **more) -> Analysis:
+    return Analysis(table(*metrics, layers=layers), 9, layers, **more)
+
+
+def printed(found: pd.DataFrame, width: int) -> list[list[str]]:
+    """The lines of each table in a terminal of that width."""
+    pages = []
+    for view in terminal_tables(found, width):
+        page = io.StringIO()
+        Console(file=page, width=width).print(view)
+        pages.append(page.getvalue().splitlines())
+    return pages
+
+
+@pytest.mark.parametrize("width", [80, 100, 240])
+@pytest.mark.parametrize("groups", [DEFAULT, tuple(METRICS)], ids=["default", "all"])
+def test_every_table_fits_and_every_layer_has_its_line(groups, width):
+    shown = printed(table(*columns(*groups)), width)
+    headings = [it.heading for group in groups for it in METRICS[group].columns.values() if it.heading]
+    for lines in shown:
+        assert len(lines) == 1 + len(LAYERS)
+        assert [line.split("  ")[0].strip() for line in lines[1:]] == LAYERS
+        assert max(map(len, lines)) <= width
+        assert not any("…" in line for line in lines)
+    first = " ".join(lines[0] for lines in shown)
+    assert all(heading in first for heading in headings)
+    assert (len(shown) == 1) == (groups == DEFAULT or width == 240)
+
+
+@pytest.mark.parametrize(("width", "bar"), [(80, 14), (120, 24)])
+def test_the_bar_fills_the_width_that_is_left(width, bar):
+    ((heading, *lines),) = printed(table(*columns(*DEFAULT), value=1.0), width)
+    assert heading.count("·") == bar - 2
+    assert {line.count("█") for line in lines} == {bar}
+
+
+def test_a_layer_without_a_value_has_a_hyphen_and_large_values_fewer_digits():
+    values = table(*columns("drift", "rank"), value=123.456)
+    values = values[(values["metric"] != "drift_cosine") | (values["depth"] > 0)]
+    ((_, embed, block, *_),) = printed(values, 80)
+    assert embed.split() == ["embed", "-", "123.5", "123.5", "123.5"]
+    assert block.split() == ["block", "1", "123.5", "123.5", "123.5", "123.5"]
+    ((_, embed, *_),) = printed(table(*columns("drift"), value=0.0012), 80)
+    assert embed.split() == ["embed", "0.0012", "0.0012"]
+
+
+def test_one_image_has_no_interval():
+    ((heading, line, *_),) = printed(table("similarity", "similarity_signed").assign(ci95=float("nan")), 80)
+    assert heading.split()[:5] == ["layer", "P", "±", "95", "%"]
+    assert line.split()[:4] == ["embed", "0.250", "-", "+0.250"]
+
+
+def test_random_weights_are_a_metric_of_the_layers_that_were_measured():
+    """A segmentation's backbone may lack the final norm that its model with random weights has."""
+    ours = analysis("similarity", "norm_mean", layers=["embed", "block 1"])
+    found = ours.with_random(analysis("similarity", "norm_mean")).table
+    assert found["metric"].value_counts().to_dict() == {"similarity": 2, "norm_mean": 2, "similarity_random": 2}
+    assert found["layer"].tolist() == ["embed", "block 1"] * 3
+
+
+def test_files_of_an_analysis_replace_those_of_an_earlier_one(tmp_path):
+    curves = {"spectrum": {"by_frequency/block 1": np.arange(3.0)}, "cka": {"matrix": np.eye(2)}}
+    assert write_analysis(tmp_path, analysis("similarity", curves=curves), {}) == tmp_path / "analysis.csv"
+    with np.load(tmp_path / "analysis" / "spectrum.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {"by_frequency/block 1": [0, 1, 2]}
+    write_between(tmp_path, {"one": pd.DataFrame([[1.0, 0.5]], ["embed"], ["embed", "norm"])})
+    with np.load(tmp_path / "analysis" / "cka_between.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {
+            "matrix/one": [[1.0, 0.5]],
+            "layers/one": ["embed", "norm"],
+            "layers": ["embed"],
+        }
+    (tmp_path / "analysis" / "maps.npz").touch()
+    again = analysis("similarity", curves={"cka": {"matrix": np.eye(3)}})
+    write_analysis(tmp_path, again, {"images_measured": 7})
+    assert sorted(file.name for file in (tmp_path / "analysis").iterdir()) == ["analysis.json", "cka.npz"]
+    assert json.loads((tmp_path / "analysis" / "analysis.json").read_text()) == {"images_measured": 7}
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "analysis.csv"), again.table)
+
+
+def test_a_folder_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        write_analysis(tmp_path / "file", analysis("similarity"), {})
+    with pytest.raises(UserError, match="can't be written"):
+        write_between(tmp_path / "file", {"one": pd.DataFrame([[1.0]], ["embed"], ["embed"])})
