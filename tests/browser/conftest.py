@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+
 from pdvit.analysis.explorer import Maps, explorer_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from pdvit.analysis.explorer import explorer_page
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,5 @@
 import pytest
+
 from pdvit.analysis.report import ReportFigure, report_page
 
 pytestmark = pytest.mark.slow

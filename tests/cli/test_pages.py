@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pdvit.cli.analyze_pages import write_explorer, write_report
 
 from pdvit.cli import run as pdvit
+from pdvit.cli.analyze_pages import write_explorer, write_report
 from pdvit.cli.console import make_console
 from pdvit.data.pictures import named
 from pdvit.errors import UserError

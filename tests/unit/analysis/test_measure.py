@@ -297,7 +297,7 @@ def test_no_metric_hides_weights_that_are_not_numbers(metric):
 
 
 class SequentialRanks(Ranks):
-    """One of several processes that run one after the other: each gathers the values of those before it, and its own."""
+    """One of several processes that run one after the other: it gathers the values of those before it, and its own."""
 
     gathered: ClassVar[dict[int, list]] = {}
 
