@@ -78,7 +78,7 @@ def measure(run: Path) -> str | None:
         sound = json.loads((run / "summary.json").read_text())["loss"] is not None
         with redirect_stderr(io.StringIO()):  # it would say what it prepares
             began = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
-        images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loading).images
+        images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loader).images
         models = {"after": load(run).model.to(began.device)} if sound else {}
         parts = []
         for when, model in (models | {"before": bare(began.module)}).items():

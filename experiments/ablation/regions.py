@@ -43,7 +43,7 @@ def opened(run: Path) -> tuple[DiverseModel, Tensor, Tensor, ImageTask]:
     with redirect_stderr(io.StringIO()):  # it would say what it prepares
         task = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
     chosen = Pictures("images", task.source.splits[task.source.final_split]).subsample(IMAGES).split
-    batches = list(eval_batches(chosen, task.loading))
+    batches = list(eval_batches(chosen, task.loader))
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])
     return DiverseModel(load(run).model.to(images.device), patch_head=False).eval(), images, labels, task
 

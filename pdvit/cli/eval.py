@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pdvit.engine.display import RunConsole
     from pdvit.engine.distributed import Ranks
 
-# The pictures that a segmentation leaves, see `tasks.segmentation.pictures`.
+# The pictures that a segmentation leaves, see `tasks.pictures.prediction_pngs`.
 PICTURE = re.compile(r"\d{2,}-(image|truth|prediction)\.png")
 
 
@@ -121,7 +121,7 @@ def _measure(
     from pdvit.data.loader import eval_batches
     from pdvit.data.sources import open_source
     from pdvit.models.weights import Loaded
-    from pdvit.tasks.labels import match
+    from pdvit.tasks.labels import match_classes
     from pdvit.tasks.metrics import (
         ClassificationMetric,
         class_table,
@@ -134,7 +134,7 @@ def _measure(
     assert isinstance(opened.loaded, Loaded)
     loaded = opened.loaded
     source = open_source(opened.config.data)
-    order, matched = match(loaded, source.classes, source.name)
+    order, matched = match_classes(loaded, source.classes, source.name)
     name = split_named(source, split)
     images = first_of(source.splits[name], limit)
     batches = eval_batches(images, opened.loading)

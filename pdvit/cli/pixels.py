@@ -41,14 +41,15 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     from pdvit.data.masks.folders import open_masks
     from pdvit.data.masks.split import MaskSplit
     from pdvit.data.pictures import Pictures
-    from pdvit.tasks.labels import match_names
+    from pdvit.tasks.labels import match_classes
     from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
-    from pdvit.tasks.segmentation import PICTURES, pictures, pixel_network
+    from pdvit.tasks.pictures import PICTURES, prediction_pngs
+    from pdvit.tasks.segmentation import pixel_network
 
     loaded, config = _segmenter(opened), opened.config
     segment = _segment(opened, asked)
     source = open_masks(config.data, segment)
-    order, matched = match_names(loaded.classes, len(loaded.classes), loaded.name, source.classes, source.name)
+    order, matched = match_classes(loaded, source.classes, source.name)
     name, how = split_named(source, asked.split), _looking(opened, segment, asked.scales, asked.flip)
     if asked.stride is not None and how.mode == "whole":
         log(console, "note: --stride has no effect: images are evaluated whole")
@@ -79,7 +80,7 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     chosen = Pictures("pictures", images).subsample(PICTURES).split
     assert isinstance(chosen, MaskSplit)
     config = replace(config, segment=segment)
-    files = pictures(ordered, chosen, source, opened.loading, config, how) if ranks.main else {}
+    files = prediction_pngs(ordered, chosen, source, opened.loading, config, how) if ranks.main else {}
     return Evaluation(facts, table, {"iou.csv": csv_bytes(table)} | files)
 
 
@@ -136,10 +137,10 @@ def _segment(opened: Opened, asked: Asked) -> "SegmentConfig":
 
 
 def _looking(opened: Opened, segment: "SegmentConfig", scales: bool, flip: bool) -> "SlidingWindowConfig":
-    from pdvit.tasks.segmentation import looking
+    from pdvit.tasks.segmentation import sliding_windows
     from pdvit.tasks.windows import SCALES
 
-    how = looking(_segmenter(opened).model, segment, opened.loading.per_pass)
+    how = sliding_windows(_segmenter(opened).model, segment, opened.loading.per_pass)
     return replace(how, scales=SCALES if scales else (1.0,), flip=flip)
 
 
@@ -156,7 +157,7 @@ def predict_pixels(
     from pdvit.data.masks.transforms import EvaluationTransform
     from pdvit.data.preprocessing import try_read
     from pdvit.engine.device import autocast
-    from pdvit.tasks.mask_pictures import as_palette, overlay, png, predicted_mask
+    from pdvit.tasks.pictures import overlay, palette_image, png, predict_mask
     from pdvit.tasks.segmentation import pixel_network
     from pdvit.tracking import write_file
 
@@ -173,8 +174,8 @@ def predict_pixels(
             continue
         seen = loading.preprocessing.normalise(transform(image)[None].to(opened.device))
         with autocast(opened.device, opened.config.run.precision):
-            mask = predicted_mask(network, seen, (image.height, image.width), len(loaded.classes), how)
-        for kind, picture in (("masks", as_palette(mask, palette)), ("overlays", overlay(image, mask, palette))):
+            mask = predict_mask(network, seen, (image.height, image.width), len(loaded.classes), how)
+        for kind, picture in (("masks", palette_image(mask, palette)), ("overlays", overlay(image, mask, palette))):
             target = folder / kind / name
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, png(picture))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pdvit.data.bad_images import BadImages
     from pdvit.data.sources import FileSplit
     from pdvit.engine.display import RunConsole
-    from pdvit.tasks.prediction import Prediction
+    from pdvit.tasks.classification import Prediction
 
 # Images up to which the terminal shows what was found.
 FEW = 20
@@ -175,7 +175,7 @@ def _predictions(
     """
     from pdvit.data.bad_images import NAMED, refuse_bad
     from pdvit.data.loader import eval_batches
-    from pdvit.tasks.prediction import predict as run
+    from pdvit.tasks.classification import predict as run
 
     batches = eval_batches(files, replace(opened.loading, bad=bad))
     batches = with_progress(batches, len(files), console, "images")

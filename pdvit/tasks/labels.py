@@ -1,22 +1,23 @@
-"""Which output of a checkpoint is which class of a source."""
+"""Match the outputs of a checkpoint with the classes of a source."""
 
 from typing import Any
 
 from pdvit.errors import UserError
 from pdvit.models.description import class_names
+from pdvit.models.segmentation.files import LoadedSegmenter
 from pdvit.models.weights import Loaded
 
-TIP = "evaluate it on its own classes, or train it on these: pdvit finetune, of pixels pdvit segment"
+TIP = "evaluate it on its own classes, or train it on these: pdvit finetune, for pixels pdvit segment"
 
 
 def label_names(loaded: Loaded) -> list[str] | None:
-    """Return the names of a checkpoint's classes; None where it does not say them.
+    """Return the names of a checkpoint's classes, or None if it has no names.
 
-    Raises UserError where the model has no classes, or other ones than its configuration names.
+    Raises UserError for a model without classifier, or if the number of names is not that of the classes.
     """
     model: Any = loaded.model
     if model.num_classes < 1:
-        raise UserError("the model has no classifier", loaded.name, "name a checkpoint that was trained on classes")
+        raise UserError("the model has no classifier", loaded.name, "choose a checkpoint with a classifier")
     names = class_names(loaded.config, loaded.name)
     if names is not None and len(names) != model.num_classes:
         what = f"it has {len(names)} label_names for {model.num_classes} classes"
@@ -24,28 +25,18 @@ def label_names(loaded: Loaded) -> list[str] | None:
     return names
 
 
-def match(loaded: Loaded, classes: list[str], source: str) -> tuple[list[int] | None, str]:
-    """Find each class of a source among a checkpoint's outputs.
+def match_classes(loaded: Loaded | LoadedSegmenter, classes: list[str], source: str) -> tuple[list[int] | None, str]:
+    """Match the classes of a source with the outputs of a checkpoint, by name if it has names.
 
-    Returns:
-        The output that is each class, None where they have the same order; and in words how they were matched.
-
-    Raises:
-        UserError: other classes than the checkpoint's, by number or by name.
+    Returns the output of each class, None for the same order; and how they were matched, as text. Raises UserError if
+    the classes differ in number or by name.
     """
+    names = loaded.classes if isinstance(loaded, LoadedSegmenter) else label_names(loaded)
     model: Any = loaded.model
-    return match_names(label_names(loaded), model.num_classes, loaded.name, classes, source)
-
-
-def match_names(
-    names: list[str] | None, count: int, checkpoint: str, classes: list[str], source: str
-) -> tuple[list[int] | None, str]:
-    """`match` for a checkpoint with `count` outputs of these names, where it says them."""
-    where = f"{checkpoint} on {source}"
+    count, where = model.num_classes if names is None else len(names), f"{loaded.name} on {source}"
     if names is not None and set(classes) < set(names):
         what = f"{source} has {len(classes)} of the checkpoint's {count} classes"
-        tip = "a share of right answers would depend on whether the other classes may be answered; " + TIP
-        raise UserError(what, where, tip)
+        raise UserError(what, where, f"the accuracy would depend on the other classes; {TIP}")
     if count != len(classes):
         raise UserError(f"the checkpoint has {count} classes, {source} has {len(classes)}", where, TIP)
     if names is None:
@@ -57,8 +48,7 @@ def match_names(
         there = next((name for name in names if name not in classes), names[0])
         what = f"{source} has a class '{here}' that the checkpoint does not name (it has '{there}')"
         raise UserError(what, where, "give the source's classes the checkpoint's names; or " + TIP)
-    if len(set(names)) < count:
-        twice = next(name for name in names if names.count(name) > 1)
-        what = f"the classes stand in another order, and '{twice}' is the name of two of them"
+    if twice := [name for name in names if names.count(name) > 1]:
+        what = f"the classes stand in another order, and '{twice[0]}' is the name of two of them"
         raise UserError(what, where, "put the source's classes into the checkpoint's order")
     return [names.index(name) for name in classes], "by name, in another order"

@@ -5,38 +5,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.batch import Batch
-from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
-from pdvit.data.masks.table import default_palette
 from pdvit.data.pictures import Pictures
-from pdvit.data.preprocessing import Preprocessing, try_read
 from pdvit.data.sources import Source
-from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import IGNORED, pixel_loss
-from pdvit.models.build import patch_size_of
 from pdvit.models.families import family_of
-from pdvit.models.freezing import freeze
 from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
 from pdvit.models.segmentation.norms import settle_norm, share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
-from pdvit.tasks.base import ImageTask, bare, describe_terms, objective_of, refuse_idle_terms
-from pdvit.tasks.mask_pictures import as_palette, png, predicted_mask, shown
+from pdvit.tasks.base import ImageTask, bare, describe_terms
 from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
+from pdvit.tasks.pictures import PICTURES, prediction_pngs
 from pdvit.tasks.windows import Network, SlidingWindowConfig
-
-# Images of the final split whose predictions are kept.
-PICTURES = 8
 
 
 class SegmentationTask(ImageTask):
@@ -44,24 +34,15 @@ class SegmentationTask(ImageTask):
 
     name = "segmentation"
     best_metric = "miou"
+    module: Segmenter
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """Build model, batches and objective from a resolved configuration; raises UserError."""
+        """Build model, objective and loader from a resolved configuration; raises UserError."""
         super().__init__(config, source, device, ranks)
-        self.classes = len(source.classes)
-        self.module: Segmenter = build_segmenter(config, self.classes).to(device)
-        share_statistics(self.module, device, ranks.world_size)
-        self.objective = objective_of(config, pixel_loss)
-        if config.model.freeze is not None:
-            freeze(self.module, config.model.freeze)
-            refuse_idle_terms(config, self.objective)
-        backbone = self.module.inside
-        self.use(Preprocessing.for_model(backbone).changed(config.data))
-        self.patch_size = patch_size_of(backbone)
-        diversity = config.diversity  # what the losses compare, or would compare by default
-        layers = layers_to_read(bare(self.module), diversity.first or "block", diversity.last or "norm", ())
+        diversity = config.diversity  # the layers that the losses compare, or would compare by default
+        layers = layers_to_read(self.module.inside, diversity.first or "block", diversity.last or "norm", ())
         self.compared = layers.first, layers.last
-        self.how = looking(self.module, self.module.segment, self.loading.per_pass)
+        self.windows = sliding_windows(self.module, self.module.segment, self.loader.per_pass)
         self.files: dict[str, bytes] = {}
 
     @staticmethod
@@ -78,9 +59,19 @@ class SegmentationTask(ImageTask):
         normalised = smallest * world_size if device.type == "cuda" else smallest  # SyncBatchNorm needs GPUs
         return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, normalised)))
 
+    def class_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the cross-entropy of pixels."""
+        return pixel_loss
+
+    def build_module(self) -> Segmenter:
+        """Return the backbone with its head; on several GPUs they share the statistics of batch norms."""
+        module = build_segmenter(self.config, len(self.source.classes)).to(self.device)
+        share_statistics(module, self.device, self.ranks.world_size)
+        return module
+
     def describe(self) -> str:
         """Return the model, crops and windows; terms and augmentation; a note if `segment.stride` has no effect."""
-        segment, windows = self.config.segment, self.how
+        segment, windows = self.config.segment, self.windows
         total, backbone = (
             sum(weight.numel() for weight in part.parameters()) for part in (self.module, self.module.inside)
         )
@@ -99,55 +90,52 @@ class SegmentationTask(ImageTask):
         )
 
     def load(self, log: Callable[[str], None]) -> None:
-        """Leave the data where they are: images with masks are read when they are needed."""
+        """Leave the data where they are: images with masks are read on demand."""
 
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
-        hflip = self.config.augment.hflip
-        return train_batches(self._split("train"), self.loading, self.config.segment, self.how.window, start, hflip)
+        crop, hflip = self.windows.window, self.config.augment.hflip
+        return train_batches(self._split("train"), self.loader, self.config.segment, crop, start, hflip)
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Run one forward pass and add up the objective."""
-        output = network(batch.images)
-        output = SegmentOutput(self._resized(output.logits, batch.targets), *output[1:])
+        """Run forward pass and objective on one batch."""
+        output, targets = network(batch.images), batch.targets
+        output = SegmentOutput(self._at_size_of(targets, output.logits), *output[1:])
         weights = None if batch.weights is None else batch.weights[0]
-        tokens: Any = output  # without mixing the objective reads logits and, where a term is on, first and last
-        losses = self.objective(tokens, batch.targets, None, weights)
+        tokens: Any = output  # without mixing the objective reads logits and, for terms, first and last
+        losses = self.objective(tokens, targets, None, weights)
         total, parts = losses.total, dict(losses.parts)
         if output.aux is not None:
-            parts["aux"] = pixel_loss(self._resized(output.aux, batch.targets), batch.targets)
+            parts["aux"] = pixel_loss(self._at_size_of(targets, output.aux), targets)
             total = total + self.config.segment.aux * parts["aux"]
-        valid = batch.targets != IGNORED
-        right = (output.logits.argmax(1) == batch.targets) & valid
-        parts["accuracy"] = (right.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
-        if batch.replaced is not None:  # a mean over the images, as all metrics, times the images: the number of a step
-            parts["bad_images"] = batch.replaced.float().mean() * self.batch_size
-        return StepOutput(total, {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}})
+        valid = targets != IGNORED
+        correct = (output.logits.argmax(1) == targets) & valid
+        parts["accuracy"] = (correct.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
+        return self.step_output(total, parts, batch)
 
-    def measure(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
-        """Measure mIoU, accuracies and loss on a split."""
+    def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
+        """Return mIoU, accuracies and loss of a split, the number of images, and the metrics as text."""
         network.eval()
         self.scores = evaluate_segmentation(
             pixel_network(network),
-            eval_batches(self._split(split), self.loading, self.config.segment),
-            SegmentationMetric(self.classes, self.device),
-            self.how,
+            eval_batches(self._split(split), self.loader, self.config.segment),
+            SegmentationMetric(len(self.source.classes), self.device),
+            self.windows,
             self.config.run.precision,
             self.ranks,
             in_lockstep=self.config.run.distribute == "fsdp",
         )
-        numbers = self.scores.record()
-        words = f"mIoU {self.scores.miou:6.1%}  accuracy {self.scores.accuracy:6.1%}  loss {self.scores.loss:.3f}"
-        return numbers, self.scores.images, words
+        text = f"mIoU {self.scores.miou:6.1%}  accuracy {self.scores.accuracy:6.1%}  loss {self.scores.loss:.3f}"
+        return self.scores.record(), self.scores.images, text
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
         numbers = super().finish(network, weights)
         table = class_table(self.scores.confusion, unique_names(self.source.classes), self.scores.iou)
-        self.files = {"iou.csv": csv_bytes(table)}
         split = Pictures("pictures", self._split(self.source.final_split)).subsample(PICTURES).split
         assert isinstance(split, MaskSplit)
-        self.files |= pictures(pixel_network(network), split, self.source, self.loading, self.config, self.how)
+        pictures = prediction_pngs(pixel_network(network), split, self.source, self.loader, self.config, self.windows)
+        self.files = {"iou.csv": csv_bytes(table)} | pictures
         return numbers
 
     def first_last(self, network: nn.Module) -> tuple[float, float]:
@@ -157,7 +145,7 @@ class SegmentationTask(ImageTask):
         return found[first], found[last]
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
-        """Return the weights of backbone and head with all that is needed to use them, the table and the pictures."""
+        """Return the weights of backbone and head with their configuration, the table and the pictures."""
         palette, preprocessing = self.source.palette or [], self.preprocessing.as_timm()
         return self.files | export_segmenter(self.module, self.source.classes, palette, preprocessing, weights, state)
 
@@ -166,30 +154,27 @@ class SegmentationTask(ImageTask):
         assert isinstance(split, MaskSplit)
         return split
 
-    def _resized(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Bring logits to the size of training crops."""
+    def _at_size_of(self, masks: Tensor, logits: Tensor) -> Tensor:
         height, width = masks.shape[-2:]
         return self.module.resize(logits.float(), (height, width))
 
 
-def looking(module: Segmenter, segment: SegmentConfig, batch: int) -> SlidingWindowConfig:
-    """Return how a model looks at images in evaluation; UserError where windows would leave gaps.
+def sliding_windows(module: Segmenter, segment: SegmentConfig, batch: int) -> SlidingWindowConfig:
+    """Return how a model evaluates images; raises UserError for windows with gaps, or a mode it does not have.
 
-    `segment` says mode, stride and the side of windows, its crop; `batch` is the most windows of a forward pass.
+    `segment` holds mode, stride and crop, the side of windows; `batch` is the most windows per forward pass.
     """
-    window = segment.crop
+    window, any_size = segment.crop, module.adapter.any_size
     assert window is not None
     stride = segment.stride or max(1, window * 2 // 3)
     if stride > window:
         what = f"windows of {window} pixels that are {stride} apart leave gaps"
         raise UserError(what, "segment.stride (--stride)", f"choose at most {window}")
-    windows = family_of(module.inside).plain or not module.adapter.any_size
-    mode = segment.mode or ("slide" if windows else "whole")
-    if mode == "whole" and not module.adapter.any_size:
+    mode = segment.mode or ("slide" if family_of(module.inside).plain or not any_size else "whole")
+    if mode == "whole" and not any_size:
         what = f"the backbone takes images of {window}x{window} pixels alone, so none can be evaluated whole"
-        raise UserError(
-            what, "segment.mode (--eval-mode)", "leave it unset or choose slide: windows of the crop's size"
-        )
+        tip = "leave it unset or choose slide: windows of the crop's size"
+        raise UserError(what, "segment.mode (--eval-mode)", tip)
     return SlidingWindowConfig(mode, window, stride, batch)
 
 
@@ -203,24 +188,3 @@ def pixel_network(network: nn.Module) -> Network:
         return logits
 
     return logits_of
-
-
-def pictures(
-    network: Network, split: MaskSplit, source: Source, loading: LoaderConfig, config: Config, how: SlidingWindowConfig
-) -> dict[str, bytes]:
-    """Return image, truth and prediction of each image of a split as PNG files, small enough to be looked at."""
-    files, palette = dict[str, bytes](), source.palette or default_palette(len(source.classes))
-    alone = replace(loading, rank=0, processes=1)
-    for number, batch in enumerate(eval_batches(split, alone, config.segment), 1):
-        truth, image = batch.targets[0], try_read(split, int(batch.index))
-        assert isinstance(image, Image.Image), "it was decoded a moment ago"
-        height, width = truth.shape
-        with autocast(loading.device, config.run.precision):
-            mask = predicted_mask(network, batch.images, (height, width), len(source.classes), how)
-        parts = {
-            "image": image,
-            "truth": as_palette(truth.byte().cpu(), palette),
-            "prediction": as_palette(mask, palette),
-        }
-        files |= {f"predictions/{number:02}-{name}.png": png(shown(part)) for name, part in parts.items()}
-    return files

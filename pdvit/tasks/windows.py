@@ -1,4 +1,4 @@
-"""Scores of every pixel: the image at once or in sliding windows, averaged over scales and mirror images."""
+"""Scores of every pixel: of whole images or sliding windows, averaged over scales and mirror images."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,12 +16,10 @@ Network = Callable[[Tensor], Tensor]
 
 # MMSegmentation's scales of multi-scale evaluation (`--ms`).
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-# Largest number of pixels of one forward pass over a whole image: Cityscapes at a scale of 1.75 fits.
-WHOLE = 2**23
-# Largest number of scores in one map (4 GiB in float32).
-MAX_SCORES = 2**30
-# Largest number of scores that are resized to the mask, and compared, at once.
-BLOCK = 2**26
+# Most pixels of one forward pass over a whole image: Cityscapes at a scale of 1.75 fits.
+MAX_WHOLE = 2**23
+# Most scores of one map (4 GiB in float32), and of a block of rows that is resized and compared at once.
+MAX_SCORES, MAX_BLOCK = 2**30, 2**26
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class SlidingWindowConfig:
         mode: `whole` or `slide`.
         window: side of a window in pixels.
         stride: pixels from window to window, at most `window`.
-        batch: windows of one forward pass.
+        batch: windows per forward pass.
         scales: factors of the image's size; scores are averaged over them.
         flip: average over the mirror image of each scale too.
     """
@@ -46,7 +44,7 @@ class SlidingWindowConfig:
 
     def too_large(self, height: int, width: int) -> bool:
         """Whether an image of this size is evaluated in windows although the mode is `whole`."""
-        return self.mode == "whole" and height * width * max(self.scales) ** 2 > WHOLE
+        return self.mode == "whole" and height * width * max(self.scales) ** 2 > MAX_WHOLE
 
 
 def score_rows(
@@ -54,8 +52,8 @@ def score_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row and the scores `(C, R, W)` of each block of rows of a mask, from top to bottom.
 
-    The largest score is the pixel's class; `cross_entropy` takes the scores as logits. Scores of one view are logits;
-    of several views, the logarithm of their mean probability (softmax). Maps are resized bilinearly, masks never.
+    The class of a pixel is that of its largest score; `cross_entropy` takes the scores as logits. Scores of one view
+    are logits; of several views, the logarithm of the mean probability (softmax). Maps are resized bilinearly.
 
     Args:
         network: images to logits.
@@ -65,30 +63,12 @@ def score_rows(
         config: windows, scales, flips.
 
     Raises:
-        UserError: if a map of scores has more than `MAX_SCORES` numbers.
+        UserError: a map of scores would have more than `MAX_SCORES` numbers.
     """
     views = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
-    _check_size(image, size, classes, config, several=len(views) > 1)
-    total: Tensor | None = None
-    for scale, mirrored in views:
-        logits = _view(network, image, scale, mirrored, config)
-        if len(views) == 1:
-            yield from ((rows.start, resized_rows(logits, size, rows)[0]) for rows in _blocks(logits.shape[1], size))
-            return
-        if total is None:
-            total = logits.new_zeros(logits.shape[1], *size)
-        for rows in _blocks(logits.shape[1], size):
-            total[:, rows.start : rows.stop] += resized_rows(logits, size, rows)[0].softmax(0)
-        del logits
-    assert total is not None
-    total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
-    yield from ((rows.start, total[:, rows.start : rows.stop]) for rows in _blocks(len(total), size))
-
-
-def _check_size(image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig, several: bool) -> None:
     height, width = image.shape[-2:]
     pixels = math.ceil(max(config.scales) ** 2 * height * width)
-    if several:  # their mean is a map of the mask's size; a single view is resized block by block
+    if len(views) > 1:  # their mean is a map of the mask's size; a single view is resized block by block
         pixels = max(pixels, math.prod(size))
     if classes * pixels > MAX_SCORES:
         raise UserError(
@@ -96,27 +76,36 @@ def _check_size(image: Tensor, size: tuple[int, int], classes: int, config: Slid
             f"an image of {height}x{width} with a mask of {size[0]}x{size[1]}",
             "evaluate without --ms and --flip, set segment.short_side, or cut the image into smaller ones",
         )
-
-
-def _view(network: Network, image: Tensor, scale: float, mirrored: bool, config: SlidingWindowConfig) -> Tensor:
-    """Return the logits `(1, C, h, w)` of a resized and perhaps mirrored image, mirrored back."""
-    height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[-2:])
-    resized = resize(image, (height, width))
-    logits = pixel_logits(network, resized.flip(-1) if mirrored else resized, config)
-    return logits.flip(-1) if mirrored else logits
+    block = max(1, MAX_BLOCK // (classes * size[1]))
+    blocks = [range(start, min(start + block, size[0])) for start in range(0, size[0], block)]
+    total: Tensor | None = None
+    for scale, mirrored in views:
+        view = resize(image, (max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))))
+        logits = pixel_logits(network, view.flip(-1) if mirrored else view, config)
+        logits = logits.flip(-1) if mirrored else logits
+        if len(views) == 1:
+            yield from ((rows.start, resize_rows(logits, size, rows)[0]) for rows in blocks)
+            return
+        total = logits.new_zeros(logits.shape[1], *size) if total is None else total
+        for rows in blocks:
+            total[:, rows.start : rows.stop] += resize_rows(logits, size, rows)[0].softmax(0)
+        del logits
+    assert total is not None
+    total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+    yield from ((rows.start, total[:, rows.start : rows.stop]) for rows in blocks)
 
 
 def pixel_logits(network: Network, image: Tensor, config: SlidingWindowConfig) -> Tensor:
     """Return float32 logits `(1, C, H, W)` of an image `(1, 3, H, W)`, one for each of its pixels."""
     height, width = image.shape[-2:]
-    if config.mode == "slide" or height * width > WHOLE:
+    if config.mode == "slide" or height * width > MAX_WHOLE:
         return slide(network, image, config.window, config.stride, config.batch)
     try:
         return resize(network(image).float(), (height, width))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # behind the handler, because the error holds the tensors of the pass
+    # after the handler, because the error holds the tensors of the pass
     torch.cuda.empty_cache()
     return slide(network, image, config.window, config.stride, 1)
 
@@ -139,8 +128,7 @@ def slide(network: Network, image: Tensor, window: int, stride: int, batch: int)
         group = corners[start : start + batch]
         windows = torch.cat([padded[..., rows, columns] for rows, columns in group])
         logits = resize(network(windows).float(), (window, window))
-        if total is None:
-            total = logits.new_zeros(1, logits.shape[1], *padded.shape[-2:])
+        total = logits.new_zeros(1, logits.shape[1], *padded.shape[-2:]) if total is None else total
         for (rows, columns), part in zip(group, logits, strict=True):
             total[0, :, rows, columns] += part
             counts[rows, columns] += 1
@@ -155,20 +143,14 @@ def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def resized_rows(maps: Tensor, size: tuple[int, int], rows: range) -> Tensor:
+def resize_rows(maps: Tensor, size: tuple[int, int], rows: range) -> Tensor:
     """Return some rows of `resize(maps, size)`: maps `(1, C, h, w)` to `(1, C, R, W)`."""
     if len(rows) == size[0]:
         return resize(maps, size)
     height = maps.shape[-2]
-    at = ((torch.arange(rows.start, rows.stop, device=maps.device) + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
-    above = at.long().clamp(max=height - 1)
+    centres = torch.arange(rows.start, rows.stop, device=maps.device) + 0.5
+    source = (centres * (height / size[0]) - 0.5).clamp(min=0)
+    above = source.long().clamp(max=height - 1)
     below = (above + 1).clamp(max=height - 1)
-    weight = (at - above).to(maps.dtype)[:, None]
-    mixed = torch.lerp(maps[:, :, above], maps[:, :, below], weight)
+    mixed = torch.lerp(maps[:, :, above], maps[:, :, below], (source - above).to(maps.dtype)[:, None])
     return F.interpolate(mixed, size=(len(rows), size[1]), mode="bilinear", align_corners=False)
-
-
-def _blocks(classes: int, size: tuple[int, int]) -> list[range]:
-    height, width = size
-    rows = max(1, BLOCK // (classes * width))
-    return [range(start, min(start + rows, height)) for start in range(0, height, rows)]

@@ -515,7 +515,7 @@ class TestSwitches:
 
         monkeypatch.setattr(probe, "patch_similarity", similarity)
         train()
-        assert "infinite or no numbers in embed, block 1, block 2, norm" in capsys.readouterr().out
+        assert "tokens of embed, block 1, block 2, norm are not finite" in capsys.readouterr().out
 
     @pytest.mark.parametrize("span", ["5", "5:5", "a:b", "0:3", "5:"])
     def test_a_span_that_is_none_is_refused(self, refusal, tiny, span):

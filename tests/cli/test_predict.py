@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pdvit as library
-import pdvit.tasks.prediction
+import pdvit.tasks.classification
 from pdvit.cli import run as pdvit
 
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -103,8 +103,8 @@ def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_fol
         os.kill(os.getpid(), number)
         yield from found
 
-    whole = library.tasks.prediction.predict
-    monkeypatch.setattr(library.tasks.prediction, "predict", signalled)
+    whole = library.tasks.classification.predict
+    monkeypatch.setattr(library.tasks.classification, "predict", signalled)
     (run_copy / "predictions.csv").write_text("of before")
     before = sorted(run_copy.rglob("*"))
     assert pdvit(["predict", str(run_copy), str(image_folder), *CPU]) == 130

@@ -153,7 +153,7 @@ def test_the_command_runs_in_several_processes(tmp_path, records):
     assert launch(1, *CLI, "--epochs", "40st", "--out", str(one)).returncode == 0
     done = launch(2, *CLI, "--epochs", "40st", "--out", str(two))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("test accuracy") == 1  # one process speaks
+    assert done.stdout.count("test accuracy") == 1
     assert "x 2 processes" in done.stdout
     for ours, theirs in zip(records(two), records(one), strict=True):
         assert ours.keys() == theirs.keys()
@@ -200,7 +200,7 @@ def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder)
 def test_processes_that_can_not_share_a_batch_are_refused(tmp_path):
     done = launch(2, *CLI, "--batch-size", "15", "--out", str(tmp_path / "run"))
     assert done.returncode != 0
-    assert done.stderr.count("error: 2 processes can't share batches of 15 evenly") == 1  # one process speaks
+    assert done.stderr.count("error: a batch of 15 can't be divided evenly among 2 processes") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,7 @@ from pdvit.models.description import Described
 from pdvit.models.initial import settle
 from pdvit.models.matching import Chosen
 from pdvit.models.tokens import DiverseModel
-from pdvit.tasks.weights import weight_schedules
+from pdvit.tasks.base import weight_schedules
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}

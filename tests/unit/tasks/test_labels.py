@@ -4,7 +4,7 @@ import pytest
 
 from pdvit.errors import UserError
 from pdvit.models.weights import Loaded
-from pdvit.tasks.labels import label_names, match
+from pdvit.tasks.labels import label_names, match_classes
 
 
 def checkpoint(classes: int, **config: object) -> Loaded:
@@ -26,7 +26,7 @@ def test_the_names_stand_in_the_configuration_or_in_timms_part_of_it():
     ],
 )
 def test_classes_are_matched_by_name_where_there_are_names(names, order, said):
-    found, words = match(checkpoint(3, label_names=names), ["a", "b", "c"], "data")
+    found, words = match_classes(checkpoint(3, label_names=names), ["a", "b", "c"], "data")
     assert found == order
     assert said in words
     if order:
@@ -34,7 +34,7 @@ def test_classes_are_matched_by_name_where_there_are_names(names, order, said):
 
 
 def test_names_that_stand_twice_in_the_same_order_are_fine():
-    assert match(checkpoint(2, label_names=["crane", "crane"]), ["crane", "crane"], "data")[0] is None
+    assert match_classes(checkpoint(2, label_names=["crane", "crane"]), ["crane", "crane"], "data")[0] is None
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_names_that_stand_twice_in_the_same_order_are_fine():
 )
 def test_other_classes_are_refused(count, names, classes, what):
     with pytest.raises(UserError) as caught:
-        match(checkpoint(count, label_names=names), classes, "data")
+        match_classes(checkpoint(count, label_names=names), classes, "data")
     assert what in caught.value.what

@@ -256,7 +256,7 @@ def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted
     whole, in_windows = evaluated("whole", large), evaluated("slide", large)
     assert (whole.large, "in_windows" in whole.record()) == (0, False)
     assert whole.loss != in_windows.loss
-    monkeypatch.setattr(windows, "WHOLE", 200)  # of 240, 275 and 60 pixels
+    monkeypatch.setattr(windows, "MAX_WHOLE", 200)  # of 240, 275 and 60 pixels
     found = evaluated("whole", large)
     assert (found.large, found.loss) == (2, in_windows.loss)
     assert torch.equal(found.confusion, in_windows.confusion)

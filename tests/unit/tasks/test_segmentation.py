@@ -10,7 +10,7 @@ from pdvit.data.masks.folders import open_masks
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import segmentation
-from pdvit.tasks.segmentation import SegmentationTask, looking
+from pdvit.tasks.segmentation import SegmentationTask, sliding_windows
 
 CPU = torch.device("cpu")
 SCENES = open_masks(DataConfig(source="scenes"), SegmentConfig())
@@ -36,7 +36,7 @@ def task_of(model: dict, crop: int = 32, diversity: str = "paper", ranks=SINGLE_
     ],
 )
 def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segment, mode):
-    how = task_of(model, 64, **segment).how
+    how = task_of(model, 64, **segment).windows
     assert (how.mode, how.window, how.stride) == (mode, 64, 42)
 
 
@@ -62,7 +62,7 @@ def test_a_stride_is_said_to_do_nothing_where_images_are_evaluated_whole(mode):
 
 def test_windows_that_leave_gaps_are_refused():
     task = task_of(PLAIN, stride=32)
-    assert looking(task.module, task.module.segment, 1).stride == 32
+    assert sliding_windows(task.module, task.module.segment, 1).stride == 32
     with pytest.raises(UserError, match="leave gaps"):
         task_of(PLAIN, stride=33)
 

@@ -12,7 +12,7 @@ from pdvit.tasks.windows import (
     SlidingWindowConfig,
     pixel_logits,
     resize,
-    resized_rows,
+    resize_rows,
     score_rows,
     slide,
 )
@@ -106,7 +106,7 @@ def test_whole_images_go_through_at_once_and_too_large_ones_in_windows(monkeypat
     whole = F.interpolate(net(picture), size=(20, 33), mode="bilinear", align_corners=False)
     assert torch.equal(pixel_logits(net, picture, how), whole)
     assert not how.too_large(20, 33)
-    monkeypatch.setattr(windows, "WHOLE", 600)
+    monkeypatch.setattr(windows, "MAX_WHOLE", 600)
     assert how.too_large(20, 33)
     assert not how.too_large(20, 30)
     assert torch.equal(pixel_logits(net, picture, how), slide(net, picture, 16, 8, 1))
@@ -181,7 +181,7 @@ def test_scales_and_flips_are_averaged_as_probabilities(mode):
 def test_blocks_of_rows_are_those_of_the_resized_whole(height, width, rows, columns, block):
     maps = image(height, width)
     parts = [
-        resized_rows(maps, (rows, columns), range(start, min(start + block, rows))) for start in range(0, rows, block)
+        resize_rows(maps, (rows, columns), range(start, min(start + block, rows))) for start in range(0, rows, block)
     ]
     torch.testing.assert_close(torch.cat(parts, 2), resize(maps, (rows, columns)), rtol=1e-5, atol=1e-5)
 
@@ -192,8 +192,8 @@ def test_blocks_of_rows_are_those_of_the_resized_whole(height, width, rows, colu
 def test_what_fits_not_at_once_comes_in_blocks_with_the_same_scores(monkeypatch, how):
     net, picture = network(shrink=2), image(20, 30)
     expected = gathered(net, picture, (27, 41), how)
-    monkeypatch.setattr(windows, "BLOCK", 3 * 41 * 4)
-    assert all(part.numel() <= windows.BLOCK for _, part in score_rows(net, picture, (27, 41), 3, how))
+    monkeypatch.setattr(windows, "MAX_BLOCK", 3 * 41 * 4)
+    assert all(part.numel() <= windows.MAX_BLOCK for _, part in score_rows(net, picture, (27, 41), 3, how))
     torch.testing.assert_close(gathered(net, picture, (27, 41), how), expected, rtol=1e-5, atol=1e-5)
 
 

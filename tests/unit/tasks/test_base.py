@@ -9,8 +9,8 @@ from pdvit.data.batch import Batch
 from pdvit.data.sources import open_source
 from pdvit.engine.replay import share_of
 from pdvit.losses import TERMS, WeightSchedule
+from pdvit.tasks.base import weight_schedules, with_weights
 from pdvit.tasks.classification import ClassificationTask
-from pdvit.tasks.weights import weight_schedules, with_weights
 
 CPU = torch.device("cpu")
 MODEL = {"depth": 1, "width": 16, "heads": 1, "patch_size": 8, "drop_path": 0.0}

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pdvit.tasks.mask_pictures import SHOWN, as_palette, overlay, png, predicted_mask, shown
+from pdvit.tasks.pictures import LONGEST_SIDE, overlay, palette_image, png, predict_mask, thumbnail
 from pdvit.tasks.windows import SlidingWindowConfig
 
 PALETTE = [(10, 20, 30), (200, 0, 0)]
@@ -12,7 +12,7 @@ MASK = torch.tensor([[0, 1, 255], [1, 1, 0]], dtype=torch.uint8)
 
 
 def test_a_palette_png_keeps_values_and_shows_colours():
-    image = Image.open(io.BytesIO(png(as_palette(MASK, PALETTE))))
+    image = Image.open(io.BytesIO(png(palette_image(MASK, PALETTE))))
     assert image.mode == "P"
     assert np.array_equal(np.array(image), MASK.numpy())
     colours = np.array(image.convert("RGB"))
@@ -27,17 +27,17 @@ def test_an_overlay_leaves_pixels_without_a_class_alone():
 
 
 def test_pictures_are_made_small_and_masks_keep_their_values():
-    large = torch.zeros(SHOWN, 2 * SHOWN, dtype=torch.uint8)
-    large[:, SHOWN:] = 1
-    small = shown(as_palette(large, PALETTE))
-    assert small.size == (SHOWN, SHOWN // 2)
+    large = torch.zeros(LONGEST_SIDE, 2 * LONGEST_SIDE, dtype=torch.uint8)
+    large[:, LONGEST_SIDE:] = 1
+    small = thumbnail(palette_image(large, PALETTE))
+    assert small.size == (LONGEST_SIDE, LONGEST_SIDE // 2)
     assert set(np.unique(np.array(small))) == {0, 1}
     image = Image.new("RGB", (30, 20))
-    assert shown(image) is image
+    assert thumbnail(image) is image
 
 
 def test_the_predicted_class_is_that_of_the_largest_score():
     image = torch.randn(1, 3, 10, 12, generator=torch.Generator().manual_seed(0))
-    mask = predicted_mask(lambda seen: seen, image, (10, 12), 3, SlidingWindowConfig("slide", 8, 4))
+    mask = predict_mask(lambda seen: seen, image, (10, 12), 3, SlidingWindowConfig("slide", 8, 4))
     assert mask.dtype == torch.uint8
     assert torch.equal(mask.long(), image[0].argmax(0))

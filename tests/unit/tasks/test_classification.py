@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from pdvit.data.batch import Batch
-from pdvit.tasks.prediction import predict
+from pdvit.tasks.classification import predict
 
 
 def test_the_best_classes_come_with_their_probabilities_in_order():
