@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pdvit import __version__
 from pdvit.analysis.html import data_uri, render_page
 from pdvit.analysis.measure import check_tokens, inference
-from pdvit.analysis.metrics import Patches
+from pdvit.analysis.metrics.group import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, image_size_of, places_of, shapes_of, watch
@@ -31,29 +31,17 @@ LEVELS = 127
 
 @dataclass(frozen=True)
 class Maps:
-    """Cosines of all pairs of patches of a few images, for one model.
-
-    Attributes:
-        model: its name.
-        names: names of the images.
-        images: uint8 `(H, W, 3)`, as the model sees them.
-        grids: rows and columns of patches by layer, in order.
-        cosines: by image, then by layer: signed cosines times 127, rounded, int8 `(N, N)`.
-        similarity: by image, P of each layer, from the tokens themselves.
-        notes: missing layers, and why.
-        depths: depths of the layers, from 0 (the input of the first block).
-        deepest: depth of the model's last layer.
-    """
+    """Cosines of all pairs of patches of a few images, for one model."""
 
     model: str
     names: list[str]
-    images: list[np.ndarray]
-    grids: dict[str, tuple[int, int]]
-    cosines: list[dict[str, np.ndarray]]
-    similarity: list[list[float]]
-    notes: list[str]
-    depths: list[int]
-    deepest: int
+    images: list[np.ndarray]  # uint8 (H, W, 3), as the model sees them
+    grids: dict[str, tuple[int, int]]  # rows and columns of patches by layer, in order
+    cosines: list[dict[str, np.ndarray]]  # by image, then by layer: cosines times 127, rounded, int8 (N, N)
+    similarity: list[list[float]]  # by image, P of each layer, from the tokens themselves
+    notes: list[str]  # missing layers, and why
+    depths: list[int]  # of the layers, from 0 (the input of the first block)
+    deepest: int  # depth of the model's last layer
 
 
 def bytes_per_model(models: int) -> int:
@@ -74,14 +62,11 @@ def read_maps(
 
     Args:
         model: a bare timm model on its device.
-        images: names, and pixels, uint8 `(3, H, W)`; at most 8 are read, and no more than fit.
+        images: names, and pixels, uint8 `(3, H, W)`; at most 8 are read, and no more than fit into `max_bytes`.
         normalise: turns pixels into the model's input `(B, 3, H, W)`.
         name: name of the model.
-        max_bytes: size of maps and images in a page (base64). Layers of more than 2,048 patches are left out; if the
-            rest does not fit for one image, layers are left out evenly.
-
-    Raises:
-        UserError: no image, or maps that are too large for a page.
+        max_bytes: size of maps and images in a page. Layers of more than 2,048 patches are left out; if the rest does
+            not fit for one image, layers are left out evenly. UserError if not even two fit.
     """
     places, found = places_of(model), dict[Layer, Patches]()
     counts = {layer: count for layer, (count, _) in shapes_of(model, places).items()}
@@ -104,7 +89,7 @@ def read_maps(
                 model(batch)
             maps.names.append(label)
             maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())
-            maps.cosines.append({layer.name: as_levels(patches.unit[0]) for layer, patches in found.items()})
+            maps.cosines.append({layer.name: _as_levels(patches.unit[0]) for layer, patches in found.items()})
             maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
             maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
     if not maps.names:
@@ -112,8 +97,7 @@ def read_maps(
     return maps
 
 
-def as_levels(unit: Tensor) -> np.ndarray:
-    """Return the cosines between unit tokens `(N, D)` as integers from -127 to 127, int8 `(N, N)`."""
+def _as_levels(unit: Tensor) -> np.ndarray:
     levels: np.ndarray = ((unit @ unit.T).clamp(-1, 1) * LEVELS).round().to(torch.int8).cpu().numpy()
     return levels
 
@@ -132,12 +116,7 @@ def write_maps(file: Path, maps: Maps) -> None:
 
 
 def explorer_page(models: list[Maps], notes: list[str]) -> str:
-    """Return the explorer as HTML, below 10 MB.
-
-    Args:
-        models: maps of the same images, each of at most `bytes_per_model`.
-        notes: shown below the maps.
-    """
+    """Return the explorer as HTML, from maps of the same images, and notes to show below them."""
     count = min(len(maps.names) for maps in models)
     pictures: dict[str, int] = {}  # models that see the same pixels share them
     block = {

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.metrics import DEFAULT, METRICS, Attention, LinearCKA, MetricGroup, Patches, centred_gram
-from pdvit.analysis.metrics.cka import MIN_IMAGES, batch_too_small
-from pdvit.analysis.statistics import MeanCurve, Moments
+from pdvit.analysis.metrics import DEFAULT, METRICS
+from pdvit.analysis.metrics.attention import Attention, patch_rows
+from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, batch_too_small, centred_gram
+from pdvit.analysis.metrics.group import MetricGroup, Patches
+from pdvit.analysis.statistics import Moments
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.models.attention import watch_attention
-from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch, watch_layers
+from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,29 +31,21 @@ Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Analysis:
-    """The metrics of one model.
-
-    Attributes:
-        table: as `analyze` returns it.
-        images: number of images.
-        layers: names of all layers of the model, in order.
-        curves: by group, arrays by `name/layer` for values that are more than a number per layer.
-        notes: values that are missing in the table, and why.
-    """
+    """The metrics of one model: the table of `analyze`, the number of images, and the names of all layers in order."""
 
     table: "pd.DataFrame"
     images: int
     layers: list[str]
+    # by group, arrays by `name/layer`
     curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    # values that are missing in the table, and why
     notes: list[str] = field(default_factory=list)
 
     def with_random(self, random: "Analysis") -> "Analysis":
-        """Add P of the same model with random weights, as the metric `similarity_random`.
-
-        Only layers of this analysis are added: the backbone of a segmentation may lack the final norm.
-        """
+        """Add P of the same model with random weights, as the metric `similarity_random`."""
         import pandas as pd
 
+        # the backbone of a segmentation may lack the final norm
         rows = random.table[(random.table["metric"] == "similarity") & random.table["layer"].isin(self.layers)]
         rows = rows.assign(metric="similarity_random", model=self.table["model"].iloc[0])
         return replace(self, table=pd.concat([self.table, rows], ignore_index=True))
@@ -89,10 +83,9 @@ def measure(
     name: str = "model",
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Analysis:
-    """Do what `analyze` does, and return the curves too.
+    """Do what `analyze` does, and return curves and notes too.
 
-    Each of several processes passes its part of the images, which may be empty; all return the same result. A
-    UserError of one process is raised in all.
+    Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """
     layer_metrics = LayerMetrics(model, select_metrics(metrics))
     device = next(model.parameters()).device
@@ -122,39 +115,30 @@ def cka_between(
         model: a bare timm model, whose layers are the rows.
         other: another model on the same device, whose layers are the columns; grids, widths and depths may differ.
         images: as for `analyze`. Batches of fewer than 4 images are left out.
-        other_images: the same images in the same batches, preprocessed for the other model; None if that is the same.
+        other_images: the same batches, preprocessed for the other model; None if its preprocessing is the same.
         ranks: each of several processes passes its part of the images; all return the same.
-
-    Returns:
-        CKA in [-1, 1], as the metric `cka` defines it; 0 for layers that are equal for all images.
 
     Raises:
         UserError: no batch of 4 images, a single patch, or tokens that are not finite.
     """
     import pandas as pd
 
-    def grams(network: nn.Module, batch: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
-
-        def visit(layer: Layer, tokens: Tensor) -> None:
-            patches = Patches(tokens)
-            check_tokens(patches, layer)
-            found.append(centred_gram(patches.tokens))
-
-        with inference(batch), watch_layers(network, visit):
-            network(batch)
-        return found
-
     cka, device = LinearCKA(), next(model.parameters()).device
-    pairs = (
-        ((batch, batch) for batch in batches(images, device))
-        if other_images is None
-        else zip(batches(images, device), batches(other_images, device), strict=True)
-    )
-    with ranks.failing_together(), evaluating(model), evaluating(other):
+    groups = select_metrics("cka")
+    rows, columns = LayerMetrics(model, groups), LayerMetrics(other, groups)
+    pairs: Iterable[tuple[Tensor, Tensor]]
+    if other_images is None:
+        pairs = ((batch, batch) for batch in batches(images, device))
+    else:
+        pairs = zip(batches(images, device), batches(other_images, device), strict=False)
+    with ranks.failing_together(), evaluating(model), evaluating(other), rows.watching(), columns.watching():
         for batch, other_batch in pairs:
             if len(batch) >= MIN_IMAGES:
-                cka.update(grams(model, batch), grams(other, other_batch))
+                for side, network, part in ((rows, model, batch), (columns, other, other_batch)):
+                    side.start(part)
+                    with inference(part):
+                        network(part)
+                cka.update(rows.grams, columns.grams)
     total = LinearCKA()
     for part in ranks.all_gather(cka):
         total.merge(part)
@@ -164,8 +148,8 @@ def cka_between(
             "cka_between(model, other, images)",
             f"pass batches of at least {MIN_IMAGES} images",
         )
-    rows, columns = ([layer.name for layer in places_of(each)] for each in (model, other))
-    return pd.DataFrame(total.compute().numpy(), index=rows, columns=columns)
+    names, other_names = ([layer.name for layer in side.places] for side in (rows, columns))
+    return pd.DataFrame(total.compute().numpy(), index=names, columns=other_names)
 
 
 def select_metrics(metrics: str | Iterable[str]) -> dict[str, MetricGroup]:
@@ -235,7 +219,7 @@ class MetricSums:
 
     images: int = 0
     moments: dict[tuple[str, Layer], Moments] = field(default_factory=dict)
-    curves: dict[tuple[str, str], MeanCurve] = field(default_factory=dict)
+    curves: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     tokens: dict[Layer, int] = field(default_factory=dict)
     cka: LinearCKA = field(default_factory=LinearCKA)
     largest_batch: int = 0
@@ -245,7 +229,7 @@ class MetricSums:
         for key, moments in other.moments.items():
             self.moments.setdefault(key, Moments()).merge(moments)
         for name, curve in other.curves.items():
-            self.curves.setdefault(name, MeanCurve()).merge(curve)
+            self.curves[name] = self.curves.get(name, 0) + curve
         self.cka.merge(other.cka)
         self.tokens |= other.tokens
         self.images += other.images
@@ -253,12 +237,7 @@ class MetricSums:
 
 
 class LayerMetrics:
-    """Metrics of every layer, updated by hooks during forward passes.
-
-    Args:
-        model: a bare timm model.
-        groups: the groups to compute.
-    """
+    """Metrics of every layer of a bare timm model, updated by hooks during forward passes."""
 
     def __init__(self, model: nn.Module, groups: dict[str, MetricGroup]) -> None:
         self.model = model
@@ -314,9 +293,10 @@ class LayerMetrics:
             self.grams.append(centred_gram(patches.tokens))
 
     def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
-        block = Attention(probabilities, self.places[layer].prefix, self.image_size, self.previous)
+        rows = patch_rows(probabilities, self.places[layer].prefix)
+        block = Attention(rows, self.image_size, self.previous)
         self._add("attention", layer, self.groups["attention"].compute(block))
-        self.previous = block.rows
+        self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
         for name, values in results.items():
@@ -324,7 +304,8 @@ class LayerMetrics:
             if name in self.groups[group].columns:
                 self.sums.moments.setdefault((name, layer), Moments()).update(values)
             else:
-                self.sums.curves.setdefault((group, f"{name}/{layer.name}"), MeanCurve()).update(values)
+                key = (group, f"{name}/{layer.name}")
+                self.sums.curves[key] = self.sums.curves.get(key, 0) + values.double().sum(0).cpu()
 
     def compute(self, name: str) -> Analysis:
         """Return the metrics of a model of that name over all images; UserError if there were none."""
@@ -334,8 +315,8 @@ class LayerMetrics:
         if not sums.images:
             raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
         curves: dict[str, dict[str, np.ndarray]] = {}
-        for (group, curve), values in sums.curves.items():
-            curves.setdefault(group, {})[curve] = values.mean.numpy()
+        for (group, curve), total in sums.curves.items():
+            curves.setdefault(group, {})[curve] = (total / sums.images).numpy()
         if "cka" in self.groups:
             if not sums.cka.images:
                 raise batch_too_small(sums.largest_batch)

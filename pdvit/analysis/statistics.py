@@ -1,4 +1,4 @@
-"""Means, spreads and confidence intervals over images, without keeping a value per image."""
+"""Mean, spread and confidence interval over images, without keeping a value per image."""
 
 import math
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations over images."""
+    """Count, mean and sum of squared deviations over images, in float64."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def update(self, values: Tensor) -> None:
-        """Add the values `(B,)` of more images, in float64."""
+        """Add the values `(B,)` of more images."""
         values = values.double()
         mean = float(values.mean())
         self.merge(Moments(len(values), mean, float((values - mean).square().sum())))
@@ -40,26 +40,3 @@ class Moments:
         if self.std is None:
             return None
         return float(stdtrit(self.count - 1, 0.975)) * self.std / math.sqrt(self.count)
-
-
-@dataclass
-class MeanCurve:
-    """Mean of curves over images."""
-
-    count: int = 0
-    total: Tensor | float = 0.0
-
-    def update(self, values: Tensor) -> None:
-        """Add the curves `(B, K)` of more images, in float64."""
-        self.merge(MeanCurve(len(values), values.double().sum(0).cpu()))
-
-    def merge(self, other: "MeanCurve") -> None:
-        """Add other images."""
-        self.total = self.total + other.total
-        self.count += other.count
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean over images, `(K,)`."""
-        assert isinstance(self.total, Tensor)
-        return self.total / self.count

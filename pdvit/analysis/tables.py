@@ -1,6 +1,6 @@
 """The tables of an analysis: in a terminal, and in files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,31 +16,33 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BETWEEN, MAPS = "cka_between.npz", "maps.npz"
-# Characters between columns, and the width of the bar of P.
-GAP = 2
-MAX_BAR, MIN_BAR = 24, 8
+# Groups of metrics that share a table in a terminal of 80 characters, and the width of the bar of P.
+TABLES = (("similarity", "similarity_signed", "norms"), ("pairs", "drift", "rank"), ("spectrum", "attention", "cka"))
+BAR = 12
 # Heading and cells, one per layer.
 Columns = list[tuple[str, list[str]]]
 
 
-def terminal_tables(table: "pd.DataFrame", width: int) -> "list[Table]":
-    """Return an analysis as tables of at most `width` characters: layers down, metrics across, P with a bar.
+def terminal_tables(table: "pd.DataFrame") -> "Iterator[Table]":
+    """Yield an analysis as tables of at most 80 characters: layers down, metrics across, P with a bar."""
+    from rich.markup import escape
+    from rich.table import Table
 
-    The columns of a group of metrics stay in one table.
-    """
-    layers = layer_column(table)
-    heights = table[table["metric"] == "similarity"].sort_values("depth")["mean"].tolist()
-    parts: list[Columns] = [[]]
-    for group in METRICS:
-        columns = metric_columns(table, group)
-        bar = GAP + MIN_BAR if heights and len(parts) == 1 else 0
-        if parts[-1] and _width([layers, *parts[-1], *columns]) + bar > width:
-            parts.append([])
-        parts[-1] += columns
-    if heights:
-        room = min(MAX_BAR, max(MIN_BAR, width - GAP - _width([layers, *parts[0]])))
-        parts[0].append((f"0{'·' * (room - 2)}1", ["█" * round(height * room) for height in heights]))
-    return [_rich_table([layers, *part]) for part in parts]
+    for groups in TABLES:
+        columns = [column for group in groups for column in metric_columns(table, group)]
+        heights = table[table["metric"] == "similarity"].sort_values("depth")["mean"].tolist()
+        if "similarity" in groups and heights:
+            columns.append((f"0{'·' * (BAR - 2)}1", ["█" * round(height * BAR) for height in heights]))
+        if not columns:
+            continue
+        view = Table(box=None, pad_edge=False, header_style="bold")
+        columns.insert(0, layer_column(table))
+        for heading, _ in columns:
+            is_text = heading == "layer" or "·" in heading
+            view.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+        for row in zip(*(cells for _, cells in columns), strict=True):
+            view.add_row(*map(escape, row))
+        yield view
 
 
 def layer_column(table: "pd.DataFrame") -> tuple[str, list[str]]:
@@ -66,23 +68,6 @@ def _cells(values: "pd.Series", signed: bool = False) -> list[str]:
     largest = values.abs().max()
     digits = 1 if largest >= 10 else 4 if 0 < largest < 0.02 else 3
     return ["-" if value != value else f"{value:{'+' if signed else ''}.{digits}f}" for value in values]
-
-
-def _width(columns: Columns) -> int:
-    return sum(max(map(len, [heading, *cells])) for heading, cells in columns) + GAP * (len(columns) - 1)
-
-
-def _rich_table(columns: Columns) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
-
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, _ in columns:
-        is_text = heading == "layer" or "·" in heading
-        view.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
-    for row in zip(*(cells for _, cells in columns), strict=True):
-        view.add_row(*map(escape, row))
-    return view
 
 
 def write_analysis(folder: Path, analysis: Analysis, facts: dict[str, Any]) -> Path:

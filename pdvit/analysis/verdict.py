@@ -145,15 +145,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return the content of analysis.json: the exact conditions of the measurement, and the verdict.
 
-    Args:
-        analysis: the measurement.
-        checkpoint: its path, as on the command line.
-        architecture: timm's name of the model.
-        weights: raw, ema or unknown.
-        images: description of the images.
-        prefix: number of prefix tokens that were dropped.
-        device: name of the hardware.
-        stopped: why the measurement ended before the last image; None if it did not.
+    `checkpoint` is the path on the command line, `prefix` the number of dropped prefix tokens, and `stopped` the reason
+    why the measurement ended before the last image, if it did.
     """
     table = analysis.table
     last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"

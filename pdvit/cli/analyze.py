@@ -60,47 +60,32 @@ def analyze(
 
     with process_group():
         console = make_console(as_json)
-        names = [os.path.expanduser(name) for name in checkpoints or []] or newest("model.safetensors")[:1]
-        paths = [str(name) for name in names]
+        paths = [os.path.expanduser(path) for path in checkpoints or map(str, newest("model.safetensors")[:1])]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
         from pdvit.analysis import DEFAULT
         from pdvit.cli.analyze_run import AnalyzeOptions, Analyzer
 
-        options = AnalyzeOptions(
-            images=images or [],
-            metrics=list(metrics or DEFAULT),
-            limit=limit,
-            model=model,
-            weights=weights,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            on_bad_image=on_bad_image,
-            explore=explore,
-            report=report,
-            as_json=as_json,
-        )
-        return _analyze_all(Analyzer(options, console), _result_folders(paths, out))
+        groups = list(metrics or DEFAULT)
+        options = AnalyzeOptions(images or [], groups, limit, model, weights, batch_size, workers, device, on_bad_image)
+        return _analyze(Analyzer(options, console), _result_folders(paths, out), explore, report, as_json)
 
 
-def _analyze_all(analyzer: "Analyzer", folders: dict[str, Path]) -> int:
+def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, as_json: bool) -> int:
     """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
     from pdvit.analysis import write_analysis, write_between
     from pdvit.analysis.explorer import bytes_per_model
-    from pdvit.cli.analyze_pages import write_explorer, write_report
     from pdvit.engine.interrupts import EXIT_STOPPED, stop_on_signals
 
-    options, console, main = analyzer.options, analyzer.console, analyzer.ranks.main
-    if options.explore:
-        bytes_per_model(len(folders))  # an error if they are too many for a page
+    console, main = analyzer.console, analyzer.ranks.main
+    bytes_per_model(len(folders) if explore else 1)  # an error if they are too many for a page
     results: list[CheckpointAnalysis] = []
     between: dict[str, pd.DataFrame] = {}
     with stop_on_signals() as analyzer.stop:
         for path, folder in folders.items():
             first = results[0] if results else None
-            result = None if analyzer.any_rank(analyzer.stop) else analyzer.measure(path, first)
+            result = None if analyzer.stopped() else analyzer.measure(path, first)
             if result is None:
                 break
             results.append(result)
@@ -113,21 +98,23 @@ def _analyze_all(analyzer: "Analyzer", folders: dict[str, Path]) -> int:
                     write_between(folders[results[0].path], between)
                 print_analysis(result.analysis.table, result.facts, console)
                 log(console, f"written  {file}")
-        stopped = analyzer.any_rank(analyzer.stop)
-    if main and not stopped:
-        if options.explore:
-            write_explorer(folders, results[0].pictures, options, console)
-        if options.report:
+        stopped = analyzer.stopped()
+    if main and (explore or report) and not stopped:
+        from pdvit.cli.analyze_pages import write_explorer, write_report
+
+        if explore:
+            write_explorer(folders, results[0].pictures, analyzer.options, console)
+        if report:
             write_report(results, folders, console)
-    if main and options.as_json:
+    if main and as_json:
         printed = [_as_json(result, folders[result.path]) for result in results]
         print(json.dumps(printed[0] if len(folders) == len(printed) == 1 else printed, indent=2))
     if stopped:
         measured = {result.path for result in results}
         left = ", ".join(path for path in folders if path not in measured) or "none is left"
-        log(console, f"stopped; not measured: {left}{'; no page was written' * (options.explore or options.report)}")
+        log(console, f"stopped; not measured: {left}{'; no page was written' if explore or report else ''}")
         return EXIT_STOPPED
-    if not options.as_json:
+    if not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
         log(console, f"next     pdvit plot {figure} {shlex.join(map(str, folders.values()))}")
     return 0
@@ -166,7 +153,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
     from pdvit.analysis.tables import terminal_tables
 
     console.print(f"\n[italic]{escape(facts['model'])}[/italic]", highlight=False)
-    for view in terminal_tables(table, console.width):
+    for view in terminal_tables(table):
         console.print(view)
         console.print()
     for name in ("stopped", "verdict", "advice", "published"):

@@ -1,10 +1,10 @@
 """The measurements of `pdvit analyze`: each checkpoint, its model with random weights, and CKA with the first one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import tee
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pdvit.analysis import Analysis, cka_between, describe, measure
 from pdvit.analysis.measure import select_metrics
@@ -29,14 +29,13 @@ if TYPE_CHECKING:
 
     from pdvit.engine.display import RunConsole
 
-T = TypeVar("T")
 # Images for a model with random weights.
 RANDOM_IMAGES = 32
 
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """The options of the command, the same for every checkpoint."""
+    """The options that are the same for every checkpoint."""
 
     images: list[str]
     metrics: list[str]
@@ -47,9 +46,6 @@ class AnalyzeOptions:
     workers: int = 2
     device: str = "auto"
     on_bad_image: str | None = None
-    explore: bool = False
-    report: bool = False
-    as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,43 +59,18 @@ class AnalyzeTarget:
 
 @dataclass(frozen=True)
 class CheckpointAnalysis:
-    """The result for one checkpoint.
-
-    Attributes:
-        path: as on the command line.
-        name: name of the checkpoint.
-        pictures: its images.
-        analysis: the numbers.
-        facts: the content of analysis.json.
-        between: CKA between the layers of the first checkpoint and its own, if that was measured.
-    """
+    """The result for one checkpoint."""
 
     path: str
     name: str
     pictures: Pictures
     analysis: Analysis
-    facts: dict[str, Any]
-    between: "pd.DataFrame | None" = None
-
-
-class Stoppable:
-    """Passes items on until a stop is requested, and records whether that happened."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop, self.stopped, self.passed = stop, False, 0
-
-    def __call__(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield items until a stop is requested."""
-        for item in items:
-            if self.stop:
-                self.stopped = True
-                return
-            self.passed += 1
-            yield item
+    facts: dict[str, Any]  # the content of analysis.json
+    between: "pd.DataFrame | None" = None  # CKA between the layers of the first checkpoint and its own
 
 
 class Analyzer:
-    """Measures checkpoints one after the other, each on all ranks."""
+    """Measures checkpoints one after the other, each on all ranks, until a stop is requested."""
 
     def __init__(self, options: AnalyzeOptions, console: "RunConsole") -> None:
         self.options = options
@@ -109,26 +80,23 @@ class Analyzer:
 
     def measure(self, path: str, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
-        options, ranks = self.options, self.ranks
-        groups = select_metrics(options.metrics)  # an error for an unknown name, before anything is loaded
+        groups = select_metrics(self.options.metrics)  # an error for an unknown name, before anything is loaded
         target = self._open(path)
-        loaded, stoppable = target.loaded, Stoppable(self.stop)
+        loaded, between = target.loaded, None
         try:
-            images = stoppable(self._images(target, loaded.name))
-            analysis = measure(loaded.model, images, options.metrics, loaded.name, ranks)
+            analysis = measure(loaded.model, self._images(target, loaded.name), groups, loaded.name, self.ranks)
         except UserError:
-            if self.any_rank(stoppable.stopped) and not sum(ranks.all_gather(stoppable.passed)):
+            if self.stopped():
                 return None
             raise
-        stopped = self.any_rank(stoppable.stopped)
+        total = len(target.pictures.split)
+        stopped = f"on request, after {analysis.images} of {total} images" if self.stopped() else None
         if not stopped and "similarity" in groups:
             analysis = self._with_random(analysis, target)
-        between = None
         if first is not None and "cka" in groups:
             between, note = self._cka_between(first, target)
             analysis = replace(analysis, notes=[*analysis.notes, note])
-        bad = {name for names in ranks.all_gather(set(target.loader_config.bad.found)) for name in names}
-        total = len(target.pictures.split)
+        bad = {name for names in self.ranks.all_gather(set(target.loader_config.bad.found)) for name in names}
         facts = describe(
             analysis,
             checkpoint=path,
@@ -137,13 +105,13 @@ class Analyzer:
             images=_describe_images(target, len(bad)),
             prefix=max(place.prefix for place in places_of(loaded.model).values()),
             device=device_name(target.loader_config.device),
-            stopped=f"on request, after {analysis.images} of {total} images" if stopped else None,
+            stopped=stopped,
         )
         return CheckpointAnalysis(path, loaded.name, target.pictures, analysis, facts, between)
 
-    def any_rank(self, flag: object) -> bool:
-        """Return whether the flag is set on any rank."""
-        return any(self.ranks.all_gather(bool(flag)))
+    def stopped(self) -> bool:
+        """Return whether a stop was requested on any rank."""
+        return any(self.ranks.all_gather(bool(self.stop)))
 
     def _open(self, path: str) -> AnalyzeTarget:
         """Load a checkpoint to the device and select its images; an error of one rank is raised on all."""
@@ -155,59 +123,51 @@ class Analyzer:
             settings = {"on_bad_image": options.on_bad_image} if options.on_bad_image is not None else {}
             flags = ("the command line", {"data": settings})
             run = None if options.images else config_of(Path(path), flags)  # the run's own images, read as the run did
-            skip = (run or build(flags)).data.on_bad_image == "skip"
             if options.images:
                 pictures = named(options.images)
             else:
                 pictures = sample_photographs() if run is None else held_out(run)
-        loader_config = LoaderConfig(
-            options.batch_size,
-            0,
-            options.workers,
-            device,
+            bad = BadImages(skip=(run or build(flags)).data.on_bad_image == "skip")
+        preprocessing, place = (
             Preprocessing.for_model(loaded.model),
-            rank=ranks.rank,
-            processes=ranks.world_size,
-            bad=BadImages(skip=skip),
+            {"rank": ranks.rank, "processes": ranks.world_size},
         )
-        return AnalyzeTarget(loaded, pictures.subsample(options.limit), loader_config)
+        config = LoaderConfig(options.batch_size, 0, options.workers, device, preprocessing, bad=bad, **place)
+        return AnalyzeTarget(loaded, pictures.subsample(options.limit), config)
 
     def _images(self, target: AnalyzeTarget, label: str) -> "Iterator[Tensor]":
-        """Yield this rank's batches, with a progress bar."""
+        """Yield this rank's batches until a stop is requested, with a progress bar."""
         batches = shared_batches(target.pictures.split, target.loader_config)
         total = -(-len(target.pictures.split) // target.loader_config.processes)
-        return (batch.images for batch in with_progress(batches, total, self.console, label))
+        shown = with_progress(batches, total, self.console, label)
+        return (batch.images for batch in takewhile(lambda _: not self.stop, shown))
 
     def _with_random(self, analysis: Analysis, target: AnalyzeTarget) -> Analysis:
         """Add P of the same model with random weights on some of the same images, or a note why it is missing."""
-        loaded, stoppable, why = target.loaded, Stoppable(self.stop), ""
+        loaded, why = target.loaded, ""
         few = replace(target, pictures=target.pictures.subsample(RANDOM_IMAGES))
         try:
             with self.ranks.failing_together():
                 model = to_device(loaded.with_random_weights(), target.loader_config.device, loaded.architecture)
-            images = stoppable(self._images(few, "random weights"))
-            random = measure(model, images, "similarity", loaded.name, self.ranks)
+            random = measure(model, self._images(few, "random weights"), "similarity", ranks=self.ranks)
         except UserError as error:
             why = f"random weights were not measured: {error.what}"
-        if self.any_rank(stoppable.stopped):
+        if self.stopped():
             why = "stopped before random weights were measured"
         return replace(analysis, notes=[*analysis.notes, why]) if why else analysis.with_random(random)
 
     def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> "tuple[pd.DataFrame | None, str]":
         """Return the CKA between the layers of the first checkpoint and those of this one, or None; and a note."""
-        label, stoppable = f"cka between {first.name} and {target.loaded.name}", Stoppable(self.stop)
+        label, table, why = f"cka between {first.name} and {target.loaded.name}", None, ""
         if not _same_images(first.pictures, target.pictures):
             return None, f"{label} was left out: they were measured on different images"
-        table, why = None, ""
         try:
             other = self._open(first.path)  # once more, beside this one
-            pairs = zip(self._images(other, label), self._images(target, label), strict=True)
-            rows, columns = tee(stoppable(pairs))
-            row_images, column_images = (row for row, _ in rows), (column for _, column in columns)
-            table = cka_between(other.loaded.model, target.loaded.model, row_images, column_images, self.ranks)
+            images, other_images = self._images(other, label), self._images(target, label)
+            table = cka_between(other.loaded.model, target.loaded.model, images, other_images, self.ranks)
         except UserError as error:
             why = error.what
-        if self.any_rank(stoppable.stopped):
+        if self.stopped():
             why = "stopped before"
         if why:
             return None, f"{label} was left out: {why}"

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pdvit.analysis.metrics.attention import Attention, attention_metrics
-from pdvit.analysis.metrics.cka import LinearCKA, centred_gram
+from pdvit.analysis.metrics.attention import attention_metrics
 from pdvit.analysis.metrics.drift import drift_metrics
-from pdvit.analysis.metrics.group import Definition, MetricGroup, Patches
+from pdvit.analysis.metrics.group import Definition, MetricGroup
 from pdvit.analysis.metrics.rank import rank_metrics
 from pdvit.analysis.metrics.similarity import norm_metrics, pair_metrics
 from pdvit.analysis.metrics.spectrum import spectrum_metrics
@@ -29,30 +28,14 @@ _COMPUTE: dict[str, Callable[[Any], dict[str, Tensor]]] = {
 }
 
 
-def _groups() -> dict[str, MetricGroup]:
-    definitions = tomllib.loads(files(__name__).joinpath("definitions.toml").read_text(encoding="utf-8"))
-    return {
-        name: MetricGroup(
-            compute,
-            {column: Definition(**fields) for column, fields in definitions[name]["columns"].items()},
-            definitions[name].get("curves", {}),
-        )
-        for name, compute in _COMPUTE.items()
-    }
-
-
-METRICS = _groups()
+_TABLE = tomllib.loads(files(__name__).joinpath("definitions.toml").read_text(encoding="utf-8"))
+METRICS = {
+    name: MetricGroup(
+        compute,
+        {column: Definition(**fields) for column, fields in _TABLE[name]["columns"].items()},
+        _TABLE[name].get("curves", {}),
+    )
+    for name, compute in _COMPUTE.items()
+}
 DEFAULT = ("similarity", "similarity_signed", "norms")
 DEFINITIONS: dict[str, Definition] = {name: text for group in METRICS.values() for name, text in group.columns.items()}
-
-__all__ = [
-    "DEFAULT",
-    "DEFINITIONS",
-    "METRICS",
-    "Attention",
-    "Definition",
-    "LinearCKA",
-    "MetricGroup",
-    "Patches",
-    "centred_gram",
-]

@@ -4,7 +4,6 @@ Prefix tokens are left out as queries and as keys, and each row is scaled to a s
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,26 +14,18 @@ from pdvit.similarity import unit_tokens
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one block for one batch.
+    """The attention between patches in one block, `(B, heads, N, N)`; rows are queries with sum 1."""
 
-    Args:
-        probabilities: `(B, heads, T, T)`, rows are queries, prefix tokens in front.
-        prefix: number of prefix tokens.
-        image_size: height and width of the images, in pixels.
-        previous: the `rows` of the previous block; None for the first.
-    """
-
-    probabilities: Tensor
-    prefix: int = 0
+    rows: Tensor
     image_size: tuple[int, int] = (1, 1)
-    previous: Tensor | None = None
+    previous: Tensor | None = None  # rows of the previous block
 
-    @cached_property
-    def rows(self) -> Tensor:
-        """Attention between patches, `(B, heads, N, N)`, each row with sum 1."""
-        patches = self.probabilities[..., self.prefix :, self.prefix :].float()
-        total: Tensor = patches.sum(-1, keepdim=True).clamp_min(torch.finfo(patches.dtype).tiny)
-        return patches / total
+
+def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
+    """Return attention between patches, each row scaled to sum 1, from all tokens' `(B, heads, T, T)`."""
+    patches = probabilities[..., prefix:, prefix:].float()
+    total: Tensor = patches.sum(-1, keepdim=True).clamp_min(torch.finfo(patches.dtype).tiny)
+    return patches / total
 
 
 def entropy(rows: Tensor) -> Tensor:

@@ -57,30 +57,27 @@ class LinearCKA:
     """CKA between every layer of one model and every layer of another (or the same), summed over batches."""
 
     def __init__(self) -> None:
-        self.cross: Tensor | float = 0.0
-        self.own: Tensor | float = 0.0
-        self.other: Tensor | float = 0.0
+        # n times HSIC of layer pairs, of the layers of the first model and of those of the second
+        self.sums: tuple[Tensor | float, ...] = (0.0, 0.0, 0.0)
         self.images = 0
 
     def update(self, first: list[Tensor], second: list[Tensor]) -> None:
         """Add a batch: the `centred_gram` of each layer of the first and of the second model, for the same images."""
         one, two = (torch.stack(grams).flatten(1) for grams in (first, second))
         images = len(first[0])
-        scale = 1 / (images - 3)  # n times HSIC, so that a batch counts by its images
-        self._add((scale * (one @ two.T)).cpu(), (scale * one.square().sum(1)).cpu(), scale * two.square().sum(1).cpu())
-        self.images += images
+        sums = (one @ two.T, one.square().sum(1), two.square().sum(1))
+        self._add(tuple((value * (1 / (images - 3))).cpu() for value in sums), images)
 
     def merge(self, other: "LinearCKA") -> None:
         """Add the sums of another process."""
-        self._add(other.cross, other.own, other.other)
-        self.images += other.images
+        self._add(other.sums, other.images)
 
-    def _add(self, cross: Tensor | float, own: Tensor | float, other: Tensor | float) -> None:
-        self.cross, self.own, self.other = self.cross + cross, self.own + own, self.other + other
+    def _add(self, sums: tuple[Tensor | float, ...], images: int) -> None:
+        self.sums = tuple(mine + more for mine, more in zip(self.sums, sums, strict=True))
+        self.images += images
 
     def compute(self) -> Tensor:
         """Return CKA, `(layers, other layers)`, in [-1, 1]; 0 for layers that are equal for all images."""
-        assert isinstance(self.own, Tensor)
-        assert isinstance(self.other, Tensor)
-        scale = self.own.sqrt()[:, None] * self.other.sqrt()
-        return (self.cross / scale.where(scale > 0, 1)).clamp(-1, 1).where(scale > 0, 0)
+        cross, own, other = (torch.as_tensor(value) for value in self.sums)
+        scale = own.sqrt()[:, None] * other.sqrt()
+        return (cross / scale.where(scale > 0, 1)).clamp(-1, 1).where(scale > 0, 0)

@@ -25,19 +25,15 @@ class Definition:
     identical: str
     bias: str
     source: str
-    heading: str | None = None
-    """Short heading in a terminal; None for columns that are in the files only."""
+    heading: str | None = None  # in a terminal; None for columns that are in the files only
 
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """Metrics that are computed together.
+    """Metrics that are computed together, with the definitions of columns and the descriptions of curves.
 
-    Attributes:
-        compute: maps `Patches` (or the `Attention` of a block) to named values: one per image, `(B,)`, for the table,
-            or a curve per image, `(B, K)`, whose mean over images goes to a file.
-        columns: names in the table, with their definitions.
-        curves: names of the curves, with their descriptions.
+    `compute` maps `Patches` (or the `Attention` of a block) to named values: one per image, `(B,)`, for a column of the
+    table, or a curve per image, `(B, K)`, whose mean over images goes to a file.
     """
 
     compute: Callable[[Any], dict[str, Tensor]]
@@ -46,12 +42,9 @@ class MetricGroup:
 
 
 class Patches:
-    """The patch tokens of one layer for one batch; values that several metrics need are computed once.
+    """The patch tokens `(B, N, D)` of one layer; values that several metrics need are computed once.
 
-    Args:
-        tokens: `(B, N, D)`.
-        image_size: height and width of the images, in pixels.
-        first: unit tokens of the layer that drift is measured from, if this layer has the same shape.
+    `image_size` is the height and width of the images, `first` the unit tokens that drift is measured from, if any.
     """
 
     def __init__(self, tokens: Tensor, image_size: tuple[int, int] = (1, 1), first: Tensor | None = None) -> None:

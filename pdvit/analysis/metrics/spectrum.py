@@ -7,55 +7,45 @@ from pdvit.analysis.metrics.group import ROUNDING, Patches
 from pdvit.similarity import BLOCK_ENTRIES
 
 
-def energies(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the fractions of the squared length of `(B, N, D)` at frequency 0 and at high frequencies: `(B,)` each.
+def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return two fractions of energy `(B,)` and the relative log-amplitude `(B, K)` of the map of tokens `(B, N, D)`.
 
-    High is half of the highest frequency or more, in either direction of the grid. Zero tokens are a constant map.
+    The fractions of the squared length are those at frequency 0 and at half of the highest frequency or more, in either
+    direction of the grid. Zero tokens are a constant map.
+
+    The relative log-amplitude (Park & Kim 2022) is the logarithm of the amplitude, averaged over channels, along the
+    diagonal from frequency 0 to the highest, minus its value at 0; K = min(grid) // 2 + 1. Amplitudes below 1e-6 of
+    their channel's largest are rounding and count as that.
     """
-    power = _transform(tokens, grid).abs().square().double().sum(1)
+    amplitude: Tensor = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho").abs()
+    power = amplitude.square().double().sum(1)
     total = power.sum((1, 2))
     rows, columns = (torch.fft.fftfreq(size, device=tokens.device).abs() for size in grid)
     high = power * torch.maximum(rows[:, None], columns).ge(0.25)
     zero = total == 0
     scale = total.masked_fill(zero, 1)
-    return (power[:, 0, 0] / scale).masked_fill(zero, 1), high.sum((1, 2)) / scale
-
-
-def log_amplitudes(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the Fourier relative log-amplitude of the map of tokens, `(B, min(grid) // 2 + 1)` (Park & Kim 2022).
-
-    The logarithm of the amplitude, averaged over channels, along the diagonal from frequency 0 to the highest, minus
-    its value at 0. Amplitudes below 1e-6 of their channel's largest are rounding and count as that.
-    """
-    amplitude = _transform(tokens, grid).abs().double()
+    amplitude = amplitude.double()
     floor = ROUNDING * amplitude.amax((2, 3), keepdim=True)
     logarithm = amplitude.maximum(floor).clamp_min(torch.finfo(torch.float32).tiny).log().mean(1)
     side = min(grid)
-    rows, columns = (
+    down, across = (
         torch.tensor([round(k * size / side) for k in range(side // 2 + 1)], device=tokens.device) for size in grid
     )
-    diagonal = logarithm[:, rows, columns]
-    return diagonal - diagonal[:, :1]
+    diagonal = logarithm[:, down, across]
+    return (power[:, 0, 0] / scale).masked_fill(zero, 1), high.sum((1, 2)) / scale, diagonal - diagonal[:, :1]
 
 
 def frequencies(grid: tuple[int, int]) -> list[float]:
-    """Return the frequencies of `log_amplitudes` as fractions of the highest, pi."""
+    """Return the frequencies along the diagonal as fractions of the highest, pi."""
     return [2 * step / min(grid) for step in range(min(grid) // 2 + 1)]
-
-
-def _transform(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the orthonormal transform over the grid, `(B, D, H, W)`, complex."""
-    transform: Tensor = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho")
-    return transform
 
 
 def spectrum_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of spatial frequency."""
     count, width = patches.tokens.shape[1:]
-    grid = patches.grid
     parts = patches.tokens.split(max(1, BLOCK_ENTRIES // (count * width)))  # transforms take several times the tokens
-    values = [(*energies(part, grid), log_amplitudes(part, grid)) for part in parts]
-    constant, high, curve = (torch.cat(value) for value in zip(*values, strict=True))
-    axis = curve.new_tensor(frequencies(grid)).expand_as(curve)
+    values = zip(*(spectrum(part, patches.grid) for part in parts), strict=True)
+    constant, high, curve = (torch.cat(value) for value in values)
+    axis = curve.new_tensor(frequencies(patches.grid)).expand_as(curve)
     scalars = {"dc_share": constant, "high_frequency_share": high, "log_amplitude": curve[:, -1]}
     return scalars | {"by_frequency": curve, "frequency": axis}

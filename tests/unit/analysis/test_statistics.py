@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pdvit.analysis.statistics import MeanCurve, Moments
+from pdvit.analysis.statistics import Moments
 
 few = settings(max_examples=60, deadline=None)
 
@@ -56,13 +56,3 @@ def test_float32_values_are_added_in_float64():
     for value in values.split(1):
         moments.update(value)
     assert moments.mean == pytest.approx(float(values[0]), abs=1e-15)
-
-
-def test_curves_are_means_in_float64_however_they_are_cut():
-    values = torch.rand(9, 4)
-    curve = MeanCurve()
-    for part in values.split([2, 6, 1]):
-        curve.update(part)
-    np.testing.assert_allclose(curve.mean, values.double().mean(0), rtol=1e-14)
-    assert curve.mean.dtype == torch.float64
-    assert curve.count == 9

@@ -28,50 +28,45 @@ def analysis(*metrics: str, layers: list[str] = LAYERS, **more) -> Analysis:
     return Analysis(table(*metrics, layers=layers), 9, layers, **more)
 
 
-def printed(found: pd.DataFrame, width: int) -> list[list[str]]:
-    """The lines of each table in a terminal of that width."""
+def printed(found: pd.DataFrame) -> list[list[str]]:
+    """The lines of each table in a terminal of 80 characters."""
     pages = []
-    for view in terminal_tables(found, width):
+    for view in terminal_tables(found):
         page = io.StringIO()
-        Console(file=page, width=width).print(view)
+        Console(file=page, width=80).print(view)
         pages.append(page.getvalue().splitlines())
     return pages
 
 
-@pytest.mark.parametrize("width", [80, 100, 240])
-@pytest.mark.parametrize("groups", [DEFAULT, tuple(METRICS)], ids=["default", "all"])
-def test_every_table_fits_and_every_layer_has_its_line(groups, width):
-    shown = printed(table(*columns(*groups)), width)
+@pytest.mark.parametrize(("groups", "count"), [(DEFAULT, 1), (tuple(METRICS), 3)], ids=["default", "all"])
+@pytest.mark.parametrize("value", [0.25, 123.4])
+def test_every_table_fits_and_every_layer_has_its_line(groups, count, value):
+    values = table(*columns(*groups), value=value)
+    values.loc[values["metric"] == "similarity", ["mean", "ci95"]] = [1.0, 0.01]
+    shown = printed(values)
     headings = [it.heading for group in groups for it in METRICS[group].columns.values() if it.heading]
+    assert len(shown) == count
     for lines in shown:
         assert len(lines) == 1 + len(LAYERS)
         assert [line.split("  ")[0].strip() for line in lines[1:]] == LAYERS
-        assert max(map(len, lines)) <= width
+        assert max(map(len, lines)) <= 80
         assert not any("…" in line for line in lines)
-    first = " ".join(lines[0] for lines in shown)
-    assert all(heading in first for heading in headings)
-    assert (len(shown) == 1) == (groups == DEFAULT or width == 240)
-
-
-@pytest.mark.parametrize(("width", "bar"), [(80, 14), (120, 24)])
-def test_the_bar_fills_the_width_that_is_left(width, bar):
-    ((heading, *lines),) = printed(table(*columns(*DEFAULT), value=1.0), width)
-    assert heading.count("·") == bar - 2
-    assert {line.count("█") for line in lines} == {bar}
+    assert all(heading in " ".join(lines[0] for lines in shown) for heading in headings)
+    assert {line.count("█") for line in shown[0][1:]} == {shown[0][0].count("·") + 2}
 
 
 def test_a_layer_without_a_value_has_a_hyphen_and_large_values_fewer_digits():
     values = table(*columns("drift", "rank"), value=123.456)
     values = values[(values["metric"] != "drift_cosine") | (values["depth"] > 0)]
-    ((_, embed, block, *_),) = printed(values, 80)
+    ((_, embed, block, *_),) = printed(values)
     assert embed.split() == ["embed", "-", "123.5", "123.5", "123.5"]
     assert block.split() == ["block", "1", "123.5", "123.5", "123.5", "123.5"]
-    ((_, embed, *_),) = printed(table(*columns("drift"), value=0.0012), 80)
+    ((_, embed, *_),) = printed(table(*columns("drift"), value=0.0012))
     assert embed.split() == ["embed", "0.0012", "0.0012"]
 
 
 def test_one_image_has_no_interval():
-    ((heading, line, *_),) = printed(table("similarity", "similarity_signed").assign(ci95=float("nan")), 80)
+    ((heading, line, *_),) = printed(table("similarity", "similarity_signed").assign(ci95=float("nan")))
     assert heading.split()[:5] == ["layer", "P", "±", "95", "%"]
     assert line.split()[:4] == ["embed", "0.250", "-", "+0.250"]
 

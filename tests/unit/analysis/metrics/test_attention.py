@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pdvit.analysis.metrics import METRICS, Attention
+from pdvit.analysis.metrics import METRICS
+from pdvit.analysis.metrics.attention import Attention, patch_rows
 
 PREFIX = 2
 
@@ -46,8 +47,8 @@ def slow(image: np.ndarray, before: np.ndarray, columns: int) -> dict[str, float
 def measure(
     probabilities: Tensor, before: Tensor | None = None, image: tuple[int, int] = (20, 30)
 ) -> dict[str, Tensor]:
-    old = None if before is None else Attention(before, PREFIX).rows
-    return METRICS["attention"].compute(Attention(probabilities, PREFIX, image, old))
+    previous = None if before is None else patch_rows(before, PREFIX)
+    return METRICS["attention"].compute(Attention(patch_rows(probabilities, PREFIX), image, previous))
 
 
 @pytest.mark.parametrize("sharp", [0.1, 2.0, 20.0])

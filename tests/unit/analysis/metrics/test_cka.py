@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pdvit.analysis.metrics import LinearCKA, centred_gram, cka
+from pdvit.analysis.metrics import cka
+from pdvit.analysis.metrics.cka import LinearCKA, centred_gram
 from pdvit.errors import UserError
 
 few = settings(max_examples=30, deadline=None)

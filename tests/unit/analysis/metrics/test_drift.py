@@ -3,8 +3,9 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from pdvit.analysis.metrics import METRICS, Patches, drift
+from pdvit.analysis.metrics import METRICS, drift
 from pdvit.analysis.metrics.drift import own_cosine, retrieval
+from pdvit.analysis.metrics.group import Patches
 from pdvit.similarity import unit_tokens
 
 

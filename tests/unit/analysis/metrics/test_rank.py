@@ -6,8 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdvit.analysis.metrics import METRICS, Patches
-from pdvit.analysis.metrics.rank import effective_rank, participation_ratio
+from pdvit.analysis.metrics import METRICS
+from pdvit.analysis.metrics.group import Patches
+
+rank = METRICS["rank"].compute
+
+
+def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
+    return rank(Patches(tokens))["effective_rank"]
+
+
+def participation_ratio(tokens: torch.Tensor) -> torch.Tensor:
+    return rank(Patches(tokens))["participation_ratio"]
+
 
 few = settings(max_examples=50, deadline=None)
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
 from pdvit import patch_similarity
-from pdvit.analysis.metrics import METRICS, Patches, similarity
+from pdvit.analysis.metrics import METRICS, similarity
+from pdvit.analysis.metrics.group import Patches
 from pdvit.analysis.metrics.similarity import PERCENTILES, histogram, outliers, percentiles, similarity_without
 from pdvit.similarity import unit_tokens
 

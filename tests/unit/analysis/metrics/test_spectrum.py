@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from pdvit.analysis.metrics import METRICS, Patches, spectrum
-from pdvit.analysis.metrics.spectrum import energies, frequencies, log_amplitudes
+from pdvit.analysis.metrics import METRICS
+from pdvit.analysis.metrics import spectrum as module
+from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.spectrum import frequencies, spectrum
 
 
 def transform(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -40,8 +42,7 @@ def slow(image: np.ndarray, rows: int, columns: int) -> tuple[float, float, list
 @pytest.mark.parametrize("grid", [(4, 4), (5, 5), (3, 6), (4, 2), (1, 2), (7, 7)])
 def test_equals_the_sum_of_the_transform(gaussian, grid):
     tokens = gaussian(2, grid[0] * grid[1], 5, shift=0.5)
-    constant, high = energies(tokens, grid)
-    curve = log_amplitudes(tokens, grid)
+    constant, high, curve = spectrum(tokens, grid)
     for index, image in enumerate(tokens.numpy()):
         expected = slow(image, *grid)
         assert constant[index].item() == pytest.approx(expected[0], abs=1e-6)
@@ -52,31 +53,31 @@ def test_equals_the_sum_of_the_transform(gaussian, grid):
 def test_the_constant_share_is_that_of_the_mean(gaussian):
     tokens = gaussian(3, 12, 7, shift=1)
     expected = 12 * tokens.mean(1).square().sum(-1) / tokens.square().sum((1, 2))
-    np.testing.assert_allclose(energies(tokens, (3, 4))[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(spectrum(tokens, (3, 4))[0], expected, rtol=1e-5)
 
 
 def test_a_chessboard_is_the_highest_frequency():
     board = torch.tensor([(-1.0) ** (i + j) for i in range(6) for j in range(6)])
-    constant, high = energies((board[:, None] * torch.ones(4))[None], (6, 6))
+    constant, high, _ = spectrum((board[:, None] * torch.ones(4))[None], (6, 6))
     assert (constant.item(), high.item()) == pytest.approx((0, 1), abs=1e-6)
 
 
 def test_identical_and_zero_tokens(gaussian):
     same = gaussian(1, 1, 9).expand(1, 16, 9)
-    constant, high = energies(same, (4, 4))
+    constant, high, curve = spectrum(same, (4, 4))
     assert (constant.item(), high.item()) == pytest.approx((1, 0), abs=1e-6)
-    np.testing.assert_allclose(log_amplitudes(same, (4, 4)), [[0, *[math.log(1e-6)] * 2]], rtol=1e-4)
-    constant, high = energies(torch.zeros(1, 16, 9), (4, 4))
+    np.testing.assert_allclose(curve, [[0, *[math.log(1e-6)] * 2]], rtol=1e-4)
+    constant, high, curve = spectrum(torch.zeros(1, 16, 9), (4, 4))
     assert (constant.item(), high.item()) == (1, 0)
-    assert log_amplitudes(torch.zeros(1, 16, 9), (4, 4)).tolist() == [[0, 0, 0]]
+    assert curve.tolist() == [[0, 0, 0]]
 
 
 def test_random_tokens_read_as_the_docs_say(gaussian):
     tokens = gaussian(16, 196, 192)
-    constant, high = energies(tokens, (14, 14))
+    constant, high, curve = spectrum(tokens, (14, 14))
     assert float(constant.mean()) == pytest.approx(1 / 196, rel=0.1)
     assert float(high.mean()) == pytest.approx(0.75, abs=0.01)
-    curve = log_amplitudes(tokens, (14, 14)).mean(0)
+    curve = curve.mean(0)
     assert float(curve[3]) == pytest.approx(0.35, abs=0.06)
     assert float(curve[-1]) == pytest.approx(0, abs=0.06)
 
@@ -90,6 +91,6 @@ def test_parts_change_nothing(gaussian, monkeypatch):
     patches = Patches(gaussian(5, 8, 3), (20, 40))
     whole = METRICS["spectrum"].compute(patches)
     assert set(whole) == {*METRICS["spectrum"].columns, *METRICS["spectrum"].curves}
-    monkeypatch.setattr(spectrum, "BLOCK_ENTRIES", 50)
+    monkeypatch.setattr(module, "BLOCK_ENTRIES", 50)
     for name, values in METRICS["spectrum"].compute(patches).items():
         torch.testing.assert_close(values, whole[name])
