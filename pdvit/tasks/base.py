@@ -38,7 +38,6 @@ class ImageTask(ABC):
     module: Wrapper
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """Build model, objective and loader from a resolved configuration; raises UserError."""
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
         torch.manual_seed(config.run.seed)
         weights: dict[str, Any] = {term: getattr(config.diversity, term) or 0.0 for term in TERMS}
@@ -54,29 +53,21 @@ class ImageTask(ABC):
                 raise UserError(what, "model.freeze (--freeze)", tip)
         self.patch_size = patch_size_of(self.module.inside)
         self.preprocessing = Preprocessing.for_model(self.module.inside).changed(config.data)
-        self.batch_size = config.data.batch_size
-        if self.batch_size % ranks.world_size:
-            what = f"a batch of {self.batch_size} can't be divided evenly among {ranks.world_size} processes"
-            tip = f"choose a multiple of {ranks.world_size}"
-            raise UserError(what, "data.batch_size (--batch-size)", tip)
-        self.steps_per_epoch = steps_per_epoch(source.splits["train"], self.batch_size)
-        self.schedules = weight_schedules(config, self.steps_per_epoch, self.batch_size)
+        self.batch_size = batch_size = config.data.batch_size
+        if batch_size % ranks.world_size:
+            what = f"a batch of {batch_size} can't be divided evenly among {ranks.world_size} processes"
+            raise UserError(what, "data.batch_size (--batch-size)", f"choose a multiple of {ranks.world_size}")
+        self.steps_per_epoch = steps_per_epoch(source.splits["train"], batch_size)
+        self.schedules = weight_schedules(config, self.steps_per_epoch, batch_size)
         self.bad = BadImages(skip=config.data.on_bad_image == "skip")
         self.logged_bad: set[str] = set()
+        data, seed, size = config.data, config.run.seed, ranks.world_size
         self.loader = LoaderConfig(
-            self.batch_size,
-            config.run.seed,
-            config.data.workers,
-            device,
-            self.preprocessing,
-            config.data.micro_batch,
-            ranks.rank,
-            ranks.world_size,
-            self.bad,
+            batch_size, seed, data.workers, device, self.preprocessing, data.micro_batch, ranks.rank, size, self.bad
         )
         self.fingerprint = source.fingerprint()
         if ranks.rank:  # the weights are the same on all ranks, the draws of drop path are not
-            torch.manual_seed(fold(config.run.seed, ranks.rank))
+            torch.manual_seed(fold(seed, ranks.rank))
 
     @staticmethod
     @abstractmethod
@@ -114,10 +105,7 @@ class ImageTask(ABC):
 
     @abstractmethod
     def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
-        """Return the metrics of a split by name, the number of images, and the metrics as text.
-
-        Every image counts exactly once, over all ranks.
-        """
+        """Return the metrics of a split, the number of images (each counts once over all ranks) and a text."""
 
     @abstractmethod
     def first_last(self, network: nn.Module) -> tuple[float, float]:
@@ -197,12 +185,9 @@ class ImageTask(ABC):
 def weight_schedules(config: Config, steps_per_epoch: int, batch_size: int) -> list[WeightSchedule]:
     """Return the schedule of each of `TERMS`, in steps; raises UserError for a schedule that can't be parsed."""
     total = parse_duration(config.optim.epochs, "ep", "optim.epochs").steps(steps_per_epoch, batch_size)
-    schedules = []
-    for term in TERMS:
-        lengths = weight_schedule(config.diversity, term)
-        steps = {name: length.steps(steps_per_epoch, batch_size, total) for name, length in lengths.items()}
-        schedules.append(WeightSchedule(total, **steps))
-    return schedules
+    lengths = [weight_schedule(config.diversity, term).items() for term in TERMS]
+    steps = [{name: length.steps(steps_per_epoch, batch_size, total) for name, length in parts} for parts in lengths]
+    return [WeightSchedule(total, **parts) for parts in steps]
 
 
 def with_weights(

@@ -34,21 +34,15 @@ class ClassificationTask(ImageTask):
     module: DiverseModel
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """Build model, objective and loader from a resolved configuration; raises UserError."""
         super().__init__(config, source, device, ranks)
         augment, size = config.augment, self.preprocessing.size
         if augment.shift >= size:
             what = f"a shift of up to {augment.shift} pixels leaves nothing of images of {size}x{size}"
             raise UserError(what, "augment.shift (--shift)", f"shift by less than {size}, for example {size // 8}")
+        cutmix, prob, classes = augment.cutmix or 0.0, augment.mixup_prob, len(source.classes)
+        labels = self.objective.mixing > 0
         self.mixing = Mixing(
-            augment.cutmix or 0.0,
-            augment.mixup_prob,
-            self.patch_size,
-            len(source.classes),
-            self.objective.mixing > 0,
-            augment.mixup_mode,
-            augment.mixup,
-            augment.mixup_switch_prob,
+            cutmix, prob, self.patch_size, classes, labels, augment.mixup_mode, augment.mixup, augment.mixup_switch_prob
         )
         self.augmentation = augmentation_for(source.splits["train"], self.loader, augment)
 

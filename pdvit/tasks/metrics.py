@@ -32,53 +32,30 @@ EDGES = torch.arange(1, BINS, dtype=torch.float64) / BINS
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """Classification metrics of a split.
-
-    Attributes:
-        images: number of images.
-        accuracy: fraction of images whose most probable class is the label.
-        accuracy_top5: fraction of images whose label is among the five most probable classes; None below five classes.
-        loss: mean cross-entropy in nats, without label smoothing.
-        calibration_error: expected calibration error, see `calibration_error`.
-        broken: number of images with logits that are not finite.
-        confusion: images by class (rows) and most probable class (columns), `(C, C)` on the CPU; None if not requested.
-    """
+    """Classification metrics of a split; fractions of its images."""
 
     images: int
     accuracy: float
-    accuracy_top5: float | None
-    loss: float
+    accuracy_top5: float | None  # None below five classes
+    loss: float  # mean cross-entropy in nats, without label smoothing
     calibration_error: float
-    broken: int
-    confusion: Tensor | None
+    broken: int  # images with logits that are not finite
+    confusion: Tensor | None  # images by class (rows) and prediction, `(C, C)` on the CPU; None if not requested
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Segmentation metrics of a split, over the pixels that have a class.
-
-    Attributes:
-        images: number of images.
-        miou: mean of `iou` over the classes that have one.
-        accuracy: fraction of correctly classified pixels.
-        accuracy_mean: mean over classes of the fraction of the class's pixels that are correctly classified.
-        loss: mean cross-entropy of pixels in nats; of several views, of the mean of their probabilities.
-        broken: number of images with scores that are not finite.
-        large: number of images that were too large for a single pass and were evaluated in windows.
-        iou: intersection over union of each class `(C,)`; NaN for a class that is neither present nor predicted, 0 for
-            one that is predicted and never present.
-        confusion: pixels by class (rows) and predicted class (columns), `(C, C)` on the CPU.
-    """
+    """Segmentation metrics of a split; fractions of the pixels that have a class."""
 
     images: int
-    miou: float
+    miou: float  # mean of `iou` over the classes that have one
     accuracy: float
-    accuracy_mean: float
-    loss: float
-    broken: int
-    large: int
-    iou: Tensor
-    confusion: Tensor
+    accuracy_mean: float  # mean over the classes of the accuracy of their pixels
+    loss: float  # mean cross-entropy in nats; of several views, that of their mean probability
+    broken: int  # images with scores that are not finite
+    large: int  # images that were too large for a single pass and were evaluated in windows
+    iou: Tensor  # intersection over union of each class `(C,)`; NaN if it is neither present nor predicted
+    confusion: Tensor  # pixels by class (rows) and prediction, `(C, C)` on the CPU
 
     def record(self) -> dict[str, Any]:
         """Return the numbers for records and summaries, by name."""
@@ -136,11 +113,9 @@ class ClassificationMetric:
 def calibration_error(bins: Tensor) -> float:
     """Return the expected calibration error, 0 to 1 (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
-    The confidence is the probability of the most probable class. Images are sorted by it into 15 bins of equal width,
-    open below and closed above. The error is the mean over images of |accuracy - mean confidence| of their bin.
-
-    Args:
-        bins: `(3, 15)`; for each bin the number of images, of correct ones, and the sum of confidences.
+    It is the mean over images of |accuracy - mean confidence| of their bin. `bins` `(3, 15)` holds for each bin the
+    number of images, of correct ones, and the sum of confidences, the probabilities of the most probable classes. Bins
+    are of equal width, open below and closed above.
     """
     images, correct, confidence = bins
     return float((correct - confidence).abs().sum() / images.sum())
@@ -215,14 +190,10 @@ def evaluate_classification(
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> ClassificationScores:
-    """Run a model over batches and return its scores; used in training, at its end and by `pdvit eval`.
+    """Return the scores of a model, in training, at its end and for `pdvit eval`.
 
-    Args:
-        network: images `(B, 3, H, W)` to logits `(B, C)`, in evaluation mode.
-        batches: every image exactly once, over all ranks.
-        metric: one without images.
-        precision: of the forward passes, `fp32`, `bf16` or `fp16`.
-        ranks: the processes that share the batches.
+    `network` takes images `(B, 3, H, W)` to logits `(B, C)`, in evaluation mode; `batches` hold every image exactly
+    once over all ranks.
     """
     for batch in batches:
         with autocast(batch.images.device, precision):
@@ -241,14 +212,10 @@ def evaluate_segmentation(
     ranks: Ranks = SINGLE_PROCESS,
     in_lockstep: bool = False,
 ) -> SegmentationScores:
-    """Run a model over images and return its scores; used in training, at its end and by `pdvit eval`.
+    """Return the scores of a model, in training, at its end and for `pdvit eval`.
 
-    Args:
-        network: images `(B, 3, H, W)` to logits, in evaluation mode.
-        batches: every image exactly once, over all ranks, with its mask at the mask's own size.
-        metric, precision, ranks: as for `evaluate_classification`.
-        windows: windows, scales and flips.
-        in_lockstep: the model is sharded over the ranks (FSDP), so all have to make the same number of forward passes.
+    Masks keep their own size. `in_lockstep`: the model is sharded over the ranks (FSDP), so all of them have to make
+    the same number of forward passes.
     """
 
     def forward(images: Tensor) -> Tensor:
@@ -267,10 +234,9 @@ def evaluate_segmentation(
         if in_lockstep:  # the other ranks would wait for this one's next pass
             _exchange(ranks, error)
         raise
-    side = windows.window
     while in_lockstep and _exchange(ranks, False):  # another rank still has images
         with autocast(metric.device, precision):
-            network(torch.zeros(1, 3, side, side, device=metric.device))
+            network(torch.zeros(1, 3, windows.window, windows.window, device=metric.device))
     return metric.compute(ranks)
 
 
@@ -284,16 +250,10 @@ def _exchange(ranks: Ranks, status: bool | UserError) -> bool:
 
 
 def class_table(confusion: Tensor, classes: list[str], iou: Tensor | None = None) -> "pd.DataFrame":
-    """Return one row per class, in the order of the classes.
+    """Return one row per class of a confusion matrix of images, or with `iou` of pixels.
 
-    Args:
-        confusion: images, or pixels, by class (rows) and predicted class (columns), `(C, C)`.
-        classes: names of the classes, all different.
-        iou: of each class `(C,)`, if `confusion` counts pixels.
-
-    Returns:
-        The columns class, images (or pixels, and iou), accuracy (recall), precision, confused_with (the most frequent
-        wrong prediction; of several the first) and confused (how often). A fraction of nothing is missing.
+    The columns: class, images (or pixels and iou), accuracy (recall), precision, confused_with (the most frequent wrong
+    prediction; of several the first) and confused (how often). A fraction of nothing is missing.
     """
     import pandas as pd
 
@@ -313,10 +273,7 @@ def class_table(confusion: Tensor, classes: list[str], iou: Tensor | None = None
 
 
 def confusion_table(confusion: Tensor, classes: list[str]) -> "pd.DataFrame":
-    """Return the matrix as rows of class, predicted and images: the diagonal, and the other cells above zero.
-
-    So a matrix of many classes stays small, and the classes keep their order.
-    """
+    """Return the diagonal and the cells above zero as rows of class, predicted and images: small for many classes."""
     import pandas as pd
 
     kept = confusion > 0

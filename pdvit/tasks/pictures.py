@@ -30,7 +30,7 @@ PICTURES, LONGEST_SIDE = 8, 512
 def predict_mask(
     network: Network, image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig
 ) -> Tensor:
-    """Return the class of every pixel, uint8 `size` on the CPU; arguments as for `score_rows`."""
+    """Return the class of every pixel, uint8 of this size, on the CPU; arguments as for `score_rows`."""
     mask = torch.empty(size, dtype=torch.uint8)
     for top, scores in score_rows(network, image, size, classes, config):
         mask[top : top + scores.shape[1]] = scores.argmax(0).byte().cpu()
@@ -60,7 +60,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """Return an image, or a mask with its palette, of at most 512 pixels on its longest side."""
+    """Return an image, or a palette image, scaled down to 512 pixels on its longest side."""
     scale = LONGEST_SIDE / max(image.size)
     if scale >= 1:
         return image

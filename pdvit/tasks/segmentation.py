@@ -37,10 +37,9 @@ class SegmentationTask(ImageTask):
     module: Segmenter
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """Build model, objective and loader from a resolved configuration; raises UserError."""
         super().__init__(config, source, device, ranks)
-        diversity = config.diversity  # the layers that the losses compare, or would compare by default
-        layers = layers_to_read(self.module.inside, diversity.first or "block", diversity.last or "norm", ())
+        first, last = config.diversity.first or "block", config.diversity.last or "norm"
+        layers = layers_to_read(self.module.inside, first, last, ())  # the losses compare them, or would by default
         self.compared = layers.first, layers.last
         self.windows = sliding_windows(self.module, self.module.segment, self.loader.per_pass)
         self.files: dict[str, bytes] = {}
@@ -160,10 +159,7 @@ class SegmentationTask(ImageTask):
 
 
 def sliding_windows(module: Segmenter, segment: SegmentConfig, batch: int) -> SlidingWindowConfig:
-    """Return how a model evaluates images; raises UserError for windows with gaps, or a mode it does not have.
-
-    `segment` holds mode, stride and crop, the side of windows; `batch` is the most windows per forward pass.
-    """
+    """Return how a model evaluates images, by mode, stride and crop, the side of windows; raises UserError."""
     window, any_size = segment.crop, module.adapter.any_size
     assert window is not None
     stride = segment.stride or max(1, window * 2 // 3)

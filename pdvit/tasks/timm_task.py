@@ -1,4 +1,4 @@
-"""The diversity terms as a task of timm's training script (`timm.task`): that script's loop, its flags, its files."""
+"""The diversity terms as a task of timm's training script (`timm.task`): its loop, flags and files."""
 
 import random
 from collections.abc import Callable
@@ -18,25 +18,21 @@ from pdvit.models.tokens import DiverseModel
 try:
     from timm.task import ClassificationTask as TimmTask
 
-    TimmTask.get_checkpoint_state  # noqa: B018  (what older forms of timm's tasks lack)
+    TimmTask.get_checkpoint_state  # noqa: B018  (earlier versions of timm's tasks lack it)
 except (ImportError, AttributeError) as error:
-    raise UserError(
-        "this timm has no timm.task that pdvit knows", "pdvit.tasks.timm_task", "use timm 1.0.31"
-    ) from error
+    raise UserError("this timm has no supported timm.task", "pdvit.tasks.timm_task", "use timm 1.0.31") from error
 
 
 class DiversityTask(TimmTask):
-    """A `timm.task.ClassificationTask` whose loss has the diversity terms.
-
-    What it evaluates and saves is the bare timm model; the patch head is the task's own state.
+    """A `timm.task.ClassificationTask` whose loss has the diversity terms. It evaluates and saves the bare timm model.
 
     Args:
         model: a bare timm model.
-        criterion: the class loss, of logits and class indices, as timm's script passes it; unset: cross-entropy. Of
-            an image of two classes it is the mean, weighted by their areas.
+        criterion: the class loss of logits and class indices; unset: cross-entropy. For an image of two classes it is
+            the mean, weighted by their areas.
         objective: the terms and their weights.
-        cutmix: alpha of the patch-aligned CutMix; timm's own (`--cutmix`) must then be off.
-        prob: the share of batches that it mixes.
+        cutmix: alpha of the patch-aligned CutMix; timm's own (`--cutmix`) must be off.
+        prob: the fraction of batches that it mixes.
         kwargs: `device`, `dtype`, `verbose`, as for timm's task.
     """
 
@@ -54,10 +50,9 @@ class DiversityTask(TimmTask):
         if objective.multi_label:
             tip = "write the loop yourself: docs/extend.md"
             raise UserError("timm's classification task has one class per image", "DiversityTask(objective=...)", tip)
-        wrapped = DiverseModel(model, patch_head=objective.mixing > 0)
-        super().__init__(wrapped, criterion, **kwargs)
+        super().__init__(DiverseModel(model, patch_head=objective.mixing > 0), criterion, **kwargs)
         self.objective, self.cutmix, self.prob = objective, cutmix, prob
-        self.patch_size, self.classes = patch_size_of(model), int(self._bare(wrapped).num_classes)
+        self.patch_size, self.classes = patch_size_of(model), int(unwrap_model(self.trainable_module).model.num_classes)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `loss`, `output` (logits) and each part of the loss, for images `(B, C, H, W)` and classes `(B,)`."""
@@ -65,8 +60,8 @@ class DiversityTask(TimmTask):
         if objective.mixing:
             input, patch_targets, class_loss = self._mix(input, target)
             objective = replace(objective, class_loss=class_loss)
-        in_parts = patch_targets if objective.mixing_is_patchwise else None
-        output = self.trainable_module(input, in_parts, objective.label_smoothing)
+        patchwise = patch_targets if objective.mixing_is_patchwise else None
+        output = self.trainable_module(input, patchwise, objective.label_smoothing)
         losses = objective(output, target, patch_targets)
         parts = {f"{name}_loss": value for name, value in losses.parts.items()}
         return {"loss": losses.total, "output": output.logits, **parts}
@@ -74,30 +69,25 @@ class DiversityTask(TimmTask):
     def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> Any:
         """Compile the wrapper for training, and the bare model for evaluation."""
         wrapper: Any = self.trainable_module
-        evaluated: Any = torch.compile(self._bare(wrapper), backend=backend, mode=mode, **kwargs)
+        self.eval_model: Any = torch.compile(unwrap_model(wrapper).model, backend=backend, mode=mode, **kwargs)
         self.trainable_module: Any = torch.compile(wrapper, backend=backend, mode=mode, **kwargs)
-        self.eval_model = evaluated
-        return evaluated
+        return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """Return the bare timm model: what is validated, and what timm's loaders find in a checkpoint."""
+        """Return the bare timm model, for validation and checkpoints."""
         resolved: nn.Module | None = super().get_eval_model(module=module, ema=ema)
         inner = None if resolved is None else unwrap_model(resolved)
         return inner.model if isinstance(inner, DiverseModel) else resolved
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the patch head, which is no part of the model."""
+        """Return the patch head, which is not part of the model."""
         head = self._patch_head(module, ema)
         return {} if head is None else {"patch_head": head.state_dict()}
 
     def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
-        """Undo `get_task_state`."""
+        """Load the patch head."""
         head = self._patch_head(module, ema)
         if head is not None and state:
             head.load_state_dict(state["patch_head"], strict=strict)
@@ -107,27 +97,21 @@ class DiversityTask(TimmTask):
         head: nn.Module | None = wrapper.patch_head
         return head
 
-    @staticmethod
-    def _bare(wrapper: nn.Module) -> Any:
-        return unwrap_model(wrapper).model
-
     def _mix(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """Return mixed images, their patch targets, and the class loss of such images."""
         if target.ndim == 2:  # mixed already, by timm, whose rectangles cut through patches
-            raise UserError(
-                "the images are mixed already, so that patches have no class of their own",
-                "DiversityTask",
-                "leave --mixup and --cutmix of timm's script at 0: the task pastes whole patches itself",
-            )
+            what = "the images are mixed already, so patches have no class of their own"
+            tip = "leave --mixup and --cutmix of timm's script at 0: the task pastes whole patches itself"
+            raise UserError(what, "DiversityTask", tip)
         grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
         rng = random.Random(random.getrandbits(64))
         alpha = self.cutmix if rng.random() < self.prob else 0.0
         pasted = draw_pasted(len(images), *grid, alpha, "batch", rng).to(images.device, non_blocking=True)
-        other, share = target.roll(1), pasted[0].float().mean()
+        other, fraction = target.roll(1), pasted[0].float().mean()
         mixed = paste(images, target, images.roll(1, 0), other, pasted, self.classes)
 
         def class_loss(logits: Tensor, own: Tensor) -> Tensor:
-            loss: Tensor = (1 - share) * self.criterion(logits, own) + share * self.criterion(logits, other)
+            loss: Tensor = (1 - fraction) * self.criterion(logits, own) + fraction * self.criterion(logits, other)
             return loss
 
         return mixed.images, mixed.patch_targets, class_loss

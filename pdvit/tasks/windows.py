@@ -24,22 +24,13 @@ MAX_SCORES, MAX_BLOCK = 2**30, 2**26
 
 @dataclass(frozen=True)
 class SlidingWindowConfig:
-    """How an image is evaluated.
+    """How an image is evaluated; scores are averaged over windows, scales and mirror images."""
 
-    Attributes:
-        mode: `whole` or `slide`.
-        window: side of a window in pixels.
-        stride: pixels from window to window, at most `window`.
-        batch: windows per forward pass.
-        scales: factors of the image's size; scores are averaged over them.
-        flip: average over the mirror image of each scale too.
-    """
-
-    mode: str
-    window: int
-    stride: int
-    batch: int = 1
-    scales: tuple[float, ...] = (1.0,)
+    mode: str  # whole or slide
+    window: int  # side in pixels
+    stride: int  # pixels from window to window, at most `window`
+    batch: int = 1  # windows per forward pass
+    scales: tuple[float, ...] = (1.0,)  # factors of the image's size
     flip: bool = False
 
     def too_large(self, height: int, width: int) -> bool:
@@ -55,15 +46,8 @@ def score_rows(
     The class of a pixel is that of its largest score; `cross_entropy` takes the scores as logits. Scores of one view
     are logits; of several views, the logarithm of the mean probability (softmax). Maps are resized bilinearly.
 
-    Args:
-        network: images to logits.
-        image: `(1, 3, h, w)`, normalised.
-        size: height and width of the mask.
-        classes: number of classes.
-        config: windows, scales, flips.
-
-    Raises:
-        UserError: a map of scores would have more than `MAX_SCORES` numbers.
+    `image` `(1, 3, h, w)` is normalised, `size` is height and width of the mask. Raises UserError if a map would have
+    more than `MAX_SCORES` scores.
     """
     views = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
     height, width = image.shape[-2:]

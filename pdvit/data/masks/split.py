@@ -23,6 +23,7 @@ from pdvit.errors import UserError
 
 Pair = tuple[Image.Image, Tensor]
 Log = Callable[[str], None]
+Scan = Callable[["MaskFiles", int], Any]
 # Masks that a worker reads at a time, and seconds between two progress messages.
 CHUNK, SECONDS = 64, 10.0
 TIP = "mend or remove them; ids or colours outside of the table need a line in it (--classes)"
@@ -31,15 +32,11 @@ TIP = "mend or remove them; ids or colours outside of the table need a line in i
 class MaskSplit(LazySplit):
     """A split whose images have a class for every pixel; its `labels` are all 0."""
 
-    flip: float = 0.5
-    """Default probability of mirroring a training image."""
+    flip: float = 0.5  # default probability of mirroring a training image
 
     @abstractmethod
     def mask(self, index: int) -> Tensor:
-        """Return the training id of every pixel, uint8 `(H, W)`: 0 to classes - 1, or 255 (`IGNORED`).
-
-        Raises ValueError for values outside of the table, and any error of the decoder.
-        """
+        """Return the training id of every pixel, uint8 `(H, W)`, 255 if ignored; raises any error of the decoder."""
 
     @abstractmethod
     def mask_name(self, index: int) -> str:
@@ -109,22 +106,14 @@ def check_masks(
     share: tuple[int, int] = (0, 1),
     gather: Callable[[dict[int, Any]], list[dict[int, Any]]] = lambda found: [found],
 ) -> Source:
-    """Read masks before the run; return the source with notes on them.
+    """Read mask files before the run; return the source with notes on them.
 
-    Without `every`, the held-out masks are read, since their faults would end the run after the training, and the first
-    training mask, since it shows a fault that all have.
+    `every` reads all masks, refuses those that ignore every pixel, and notes classes without a pixel. Else held-out
+    masks are read, since their faults would end the run after the training, and the first training mask, since it shows
+    a fault that all have. `share` is rank and number of the processes that divide the work, `gather` their all_gather.
 
-    Args:
-        source: a source of masks; generated ones are not checked.
-        every: read all masks, refuse those that ignore every pixel, and note classes without a pixel.
-        workers: processes that read; 0 reads in this one.
-        log: receives the progress.
-        share: rank and number of the processes that divide the work.
-        gather: `all_gather` over these processes.
-
-    Raises:
-        UserError: masks that do not decode, have values outside of the table or another size than their image; or a
-            held-out split of which no pixel has a class.
+    Raises UserError for masks that do not decode, have values outside of the table or another size than their image,
+    and for a held-out split of which no pixel has a class.
     """
     bad, notes = dict[str, str](), list[str]()
     for name, split in source.splits.items():
@@ -163,19 +152,14 @@ def _classes_in(split: MaskFiles, index: int) -> BadMask | frozenset[int]:
 @dataclass(frozen=True)
 class _Scan(Dataset[tuple[int, Any]]):
     split: MaskFiles
-    scan: Callable[[MaskFiles, int], Any]
+    scan: Scan
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, self.scan(self.split, index)
 
 
 def scan_masks(
-    split: MaskFiles,
-    name: str,
-    scan: Callable[[MaskFiles, int], Any],
-    indices: Sequence[int],
-    workers: int,
-    log: Log,
+    split: MaskFiles, name: str, scan: Scan, indices: Sequence[int], workers: int, log: Log
 ) -> dict[int, Any]:
     """Return `scan(split, index)` for these masks of a split, by index, computed in worker processes."""
     loader: Any = DataLoader(

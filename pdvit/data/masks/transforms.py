@@ -25,14 +25,6 @@ LONGEST = 4
 RETRIES = 10
 
 
-class ShortSideJitter(v2.RandomShortestSize):  # type: ignore[misc]
-    """Scales to a random short side; a thin strip, whose long side is limited, keeps at least one pixel."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the size."""
-        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
-
-
 class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
     """Random brightness, contrast, saturation and hue, with MMSegmentation's range of hue; channels stay in order."""
 
@@ -79,7 +71,8 @@ class TrainingTransform:
         parts = tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
             torch.default_generator.manual_seed(fold(self.seed, epoch, index))  # that of the CPU alone
-            parts = self.jitter(min(pair[1].shape))(*parts)
+            size, mode = self.draw_size(*pair[1].shape), v2.InterpolationMode(self.preprocessing.interpolation)
+            parts = tuple(functional.resize(part, size, mode, antialias=True) for part in parts)
             box = draw_crop(parts[1].as_subclass(Tensor), self.crop, self.segment.max_share)
             parts = v2.RandomHorizontalFlip(self.flip)(*(functional.crop(part, *box) for part in parts))
             image, mask = PhotometricDistort()(*parts) if self.segment.photometric else parts
@@ -87,12 +80,13 @@ class TrainingTransform:
         image, mask = functional.pad(image, padding), functional.pad(mask, padding, fill=OUTSIDE)
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
-    def jitter(self, side: int) -> ShortSideJitter:
-        """Return the scaling of an image with this short side."""
-        target = self.segment.short_side or side
+    def draw_size(self, height: int, width: int) -> list[int]:
+        """Draw the short side, and limit the long one; a thin strip keeps at least one pixel."""
+        target = self.segment.short_side or min(height, width)
         least, most = (max(1, round(factor * target)) for factor in self.segment.jitter)
-        mode = v2.InterpolationMode(self.preprocessing.interpolation)
-        return ShortSideJitter(range(least, most + 1), LONGEST * most, mode)
+        side = least + int(torch.randint(most - least + 1, ()))
+        scale = min(side / min(height, width), LONGEST * most / max(height, width))
+        return [max(1, int(height * scale)), max(1, int(width * scale))]
 
 
 @dataclass(frozen=True)
