@@ -7,7 +7,6 @@ import torch
 from pdvit.config import build, resolve
 from pdvit.data.batch import Batch
 from pdvit.data.sources import open_source
-from pdvit.engine.replay import share_of
 from pdvit.losses import TERMS, WeightSchedule
 from pdvit.tasks.base import weight_schedules, with_weights
 from pdvit.tasks.classification import ClassificationTask
@@ -46,28 +45,15 @@ def test_lengths_become_steps(text, parts):
 
 def test_a_batch_carries_the_factors_of_its_step_for_each_image():
     task = task_of(cosine_schedule="warmup:4st", koleo_schedule="until:6st")
-    for step, batch in enumerate(take(task, 0, 8)):
+    whole = take(task, 0, 8)
+    for step, batch in enumerate(whole):
         expected = torch.tensor([min(1, step / 4), 1, 1, float(step < 6), 1])
         assert torch.equal(batch.weights, expected.expand(len(batch), -1))
-
-
-def test_without_a_schedule_batches_carry_nothing():
+        for part in [*batch.split(5), batch.repeat(3), task.batch_of(batch.tensors())]:
+            assert torch.equal(part.weights, expected.expand(len(part), -1))
+    (later,) = take(task, 5, 1)  # starting at a step equals getting there
+    assert all(torch.equal(later.tensors()[name], value) for name, value in whole[5].tensors().items())
     assert all(batch.weights is None for batch in take(task_of(), 0, 2))
-
-
-@pytest.mark.parametrize("start", [1, 5])
-def test_starting_at_a_step_equals_getting_there(start):
-    task = task_of(mixing_schedule="decay:100%")
-    ours, whole = take(task, start, 2), take(task, 0, start + 2)[start:]
-    for one, other in zip(ours, whole, strict=True):
-        assert all(torch.equal(one.tensors()[name], value) for name, value in other.tensors().items())
-
-
-def test_parts_of_a_batch_keep_its_factors():
-    (batch,) = take(task_of(cosine_schedule="warmup:4st"), 2, 1)
-    for part in [*batch.split(5), batch.repeat(3)]:
-        assert part.weights.shape == (len(part), len(TERMS))
-        assert (part.weights[:, 0] == 0.5).all()
 
 
 def test_the_loss_follows_the_factors_and_the_records_do_not():
@@ -79,15 +65,6 @@ def test_the_loss_follows_the_factors_and_the_records_do_not():
         assert all(torch.equal(found.metrics[name], whole.metrics[name]) for name in named)
         missing = (1 - step / 4) * whole.metrics["contrastive"] + (step >= 1) * whole.metrics["mixing"]
         torch.testing.assert_close(found.loss, whole.loss - missing)
-
-
-def test_a_step_that_is_replayed_has_its_factors():
-    task = task_of(cosine_schedule="warmup:4st")
-    (batch,) = take(task, 1, 1)
-    kept = {name.removeprefix("batch."): value for name, value in share_of(batch, {}).items()}
-    again = task.batch_of(kept)
-    assert torch.equal(again.weights, batch.weights)
-    assert torch.equal(task.step(task.module, again).loss, task.step(task.module, batch).loss)
 
 
 def test_the_step_with_factors_compiles_once_and_in_one_piece():
@@ -102,20 +79,20 @@ def test_the_step_with_factors_compiles_once_and_in_one_piece():
     step = torch.compile(task.step, fullgraph=True, dynamic=False, backend=count)
     for batch in take(task, 0, 3):
         torch.testing.assert_close(step(task.module, batch).loss, task.step(task.module, batch).loss)
-    assert len(graphs) <= 2  # class targets are shares where images are mixed, else indices
+    assert len(graphs) <= 2  # class targets are probabilities if images are mixed, else indices
 
 
-def test_ending_the_batches_ends_those_they_are_made_from():
-    ended = []
+def test_closing_the_batches_closes_their_source():
+    closed = []
 
     def source():
         try:
             while True:
                 yield Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), torch.arange(2))
         finally:
-            ended.append(True)
+            closed.append(True)
 
     with closing(with_weights(source(), [WeightSchedule(3, warmup=2)], 0)) as batches:
         next(batches)
-        assert not ended
-    assert ended
+        assert not closed
+    assert closed

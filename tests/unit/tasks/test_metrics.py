@@ -81,16 +81,6 @@ def test_classification_scores_equal_scikit_learn_and_a_plain_loop(seed, images,
     assert found.calibration_error == pytest.approx(error, abs=1e-9)
 
 
-def test_the_calibration_error_by_hand():
-    # two images at 0.8 of which one is correct, two at 0.6 of which both are
-    probabilities = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.6, 0.4], [0.6, 0.4]])
-    found = classification(probabilities.log(), torch.tensor([0, 1, 0, 0])).compute()
-    assert found.calibration_error == pytest.approx((2 * 0.3 + 2 * 0.4) / 4, abs=1e-6)
-    sure = torch.eye(3) * 1e4
-    assert classification(sure, torch.arange(3)).compute().calibration_error == 0
-    assert classification(sure, torch.tensor([1, 2, 0])).compute().calibration_error == 1
-
-
 def test_an_edge_belongs_to_the_bin_below_it():
     metric = ClassificationMetric(5, CPU)
     metric.update(torch.zeros(1, 5), torch.tensor([0]))  # a confidence of 0.2, which in float32 is above 3 / 15
@@ -189,14 +179,6 @@ def test_segmentation_scores_equal_a_count_pixel_by_pixel(seed, classes, images,
     logs = scores.double().log_softmax(1)
     losses = [-logs[n, masks[n, y, x], y, x].item() for n, y, x in np.argwhere(masks != 255)]
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
-
-
-def test_a_class_that_is_predicted_and_never_present_has_an_iou_of_0():
-    scores = torch.zeros(1, 3, 1, 2)
-    scores[0, 0, 0, 0] = scores[0, 2, 0, 1] = 1.0
-    found = segmentation(scores, torch.zeros(1, 1, 2, dtype=torch.long)).compute()
-    assert found.iou.tolist() == pytest.approx([0.5, math.nan, 0.0], nan_ok=True)
-    assert (found.miou, found.accuracy_mean) == (0.25, 0.5)
 
 
 def test_pixels_beyond_the_integers_of_float32_are_counted_exactly():

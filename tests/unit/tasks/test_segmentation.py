@@ -7,10 +7,8 @@ import torch
 from pdvit.config import build, resolve
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.masks.folders import open_masks
-from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
-from pdvit.tasks import segmentation
-from pdvit.tasks.segmentation import SegmentationTask, sliding_windows
+from pdvit.tasks.segmentation import SegmentationTask
 
 CPU = torch.device("cpu")
 SCENES = open_masks(DataConfig(source="scenes"), SegmentConfig())
@@ -19,11 +17,11 @@ SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4], "wind
 HIERA = {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 2]}
 
 
-def task_of(model: dict, crop: int = 32, diversity: str = "paper", ranks=SINGLE_PROCESS, **segment) -> SegmentationTask:
+def task_of(model: dict, crop: int = 32, diversity: str = "paper", **segment) -> SegmentationTask:
     sections = {"model": model | {"drop_path": 0.0}, "data": {"source": "scenes", "batch_size": 2, "workers": 0}}
     sections |= {"segment": {"head": "upernet", "width": 8, "crop": crop} | segment, "optim": {"epochs": "2st"}}
     config = resolve(build(("flags", sections | {"diversity": {"preset": diversity}})))
-    return SegmentationTask(config, SCENES, CPU, ranks)
+    return SegmentationTask(config, SCENES, CPU)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +34,11 @@ def task_of(model: dict, crop: int = 32, diversity: str = "paper", ranks=SINGLE_
     ],
 )
 def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segment, mode):
-    how = task_of(model, 64, **segment).windows
-    assert (how.mode, how.window, how.stride) == (mode, 64, 42)
+    windows = task_of(model, 64, **segment).windows
+    assert (windows.mode, windows.window, windows.stride) == (mode, 64, 42)
 
 
-def test_a_model_of_one_size_can_not_see_whole_images_and_says_so_at_the_start():
+def test_whole_images_are_refused_for_a_backbone_of_one_size():
     with pytest.raises(UserError, match="images of 64x64 pixels alone") as error:
         task_of({"name": "hiera_tiny_224", "args": HIERA}, 64, mode="whole")
     assert error.value.where == "segment.mode (--eval-mode)"
@@ -53,25 +51,17 @@ def test_a_model_without_layers_to_compare_is_refused_before_training_though_it_
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "whole"}])
-def test_a_stride_is_said_to_do_nothing_where_images_are_evaluated_whole(mode):
-    said = "note: segment.stride = 8 has no effect: images are evaluated whole"
+def test_a_stride_without_effect_is_noted(mode):
+    note = "note: segment.stride = 8 has no effect: images are evaluated whole"
     swin = {"name": "swin_tiny_patch4_window7_224", "args": SWIN}
     for task, expected in ((task_of(swin, 64, stride=8, **mode), True), (task_of(PLAIN, stride=8), False)):
-        assert (said in task.describe().splitlines()) == expected
+        assert (note in task.describe().splitlines()) == expected
 
 
 def test_windows_that_leave_gaps_are_refused():
-    task = task_of(PLAIN, stride=32)
-    assert sliding_windows(task.module, task.module.segment, 1).stride == 32
+    assert task_of(PLAIN, stride=32).windows.stride == 32
     with pytest.raises(UserError, match="leave gaps"):
         task_of(PLAIN, stride=33)
-
-
-def test_the_statistics_of_norms_are_shared_as_device_and_processes_allow(monkeypatch):
-    asked = []
-    monkeypatch.setattr(segmentation, "share_statistics", lambda *given: asked.append(given))
-    task = task_of(PLAIN, ranks=Ranks(world_size=2))
-    assert asked == [(task.module, CPU, 2)]
 
 
 @pytest.mark.slow

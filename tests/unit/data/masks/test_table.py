@@ -54,21 +54,14 @@ def test_palette_16_bit_and_1_bit_masks_hold_ids(write, tmp_path):
     assert ClassTable.of_ids({0: "no", 255: "yes"}).read(grey).tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize(("bits", "row"), [(4, b"\x03\x9f"), (2, b"\x1b")])
-def test_grey_masks_of_2_and_4_bits_hold_the_values_of_the_file(tmp_path, bits, row):
+def grey_png(bits: int, row: bytes) -> bytes:
+    """A PNG of four pixels."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0" + row)),
-        (b"IEND", b""),
-    ]
-    path = tmp_path / "grey.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
-    assert mode_of(path) == "L"
-    table = ClassTable.of_ids({value: str(value) for value in range(16)})
-    assert table.read(path).tolist() == [[0, 3, 9, 15] if bits == 4 else [0, 1, 2, 3]]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
 
 
 def grey_tiff(bits: int, rows: list[bytes]) -> bytes:
@@ -86,17 +79,20 @@ def grey_tiff(bits: int, rows: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("bits", "rows", "expected"),
+    ("content", "expected"),
     [
-        (4, [b"\x03\x9f", b"\xf0\x12"], [[0, 3, 9, 15], [15, 0, 1, 2]]),
-        (2, [b"\x1b", b"\xe4"], [[0, 1, 2, 3], [3, 2, 1, 0]]),
-        (8, [b"\0\x09\x0f\x01", b"\x0f\x0e\x0d\x0c"], [[0, 9, 15, 1], [15, 14, 13, 12]]),
+        (grey_png(4, b"\x03\x9f"), [[0, 3, 9, 15]]),
+        (grey_png(2, b"\x1b"), [[0, 1, 2, 3]]),
+        (grey_tiff(4, [b"\x03\x9f", b"\xf0\x12"]), [[0, 3, 9, 15], [15, 0, 1, 2]]),
+        (grey_tiff(2, [b"\x1b", b"\xe4"]), [[0, 1, 2, 3], [3, 2, 1, 0]]),
+        (grey_tiff(8, [b"\0\x09\x0f\x01", b"\x0f\x0e\x0d\x0c"]), [[0, 9, 15, 1], [15, 14, 13, 12]]),
     ],
 )
-def test_a_tiff_of_several_strips_holds_the_values_of_the_file(tmp_path, bits, rows, expected):
-    (tmp_path / "grey.tiff").write_bytes(grey_tiff(bits, rows))
+def test_grey_masks_of_2_4_and_8_bits_hold_the_values_of_the_file(tmp_path, content, expected):
+    (tmp_path / "grey").write_bytes(content)
+    assert mode_of(tmp_path / "grey") == "L"
     table = ClassTable.of_ids({value: str(value) for value in range(16)})
-    assert table.read(tmp_path / "grey.tiff").tolist() == expected
+    assert table.read(tmp_path / "grey").tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
