@@ -40,10 +40,9 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
     from pdvit.data.masks.batches import eval_batches
     from pdvit.data.masks.folders import open_masks
     from pdvit.data.masks.split import MaskSplit
-    from pdvit.data.pictures import Pictures
     from pdvit.tasks.labels import match_classes
     from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
-    from pdvit.tasks.pictures import PICTURES, prediction_pngs
+    from pdvit.tasks.pictures import prediction_pngs
     from pdvit.tasks.segmentation import pixel_network
 
     loaded, config = _segmenter(opened), opened.config
@@ -77,10 +76,8 @@ def measure_pixels(opened: Opened, path: Path, asked: Asked, console: "RunConsol
         "scales": list(how.scales),
         "flip": how.flip,
     }
-    chosen = Pictures("pictures", images).subsample(PICTURES).split
-    assert isinstance(chosen, MaskSplit)
     config = replace(config, segment=segment)
-    files = prediction_pngs(ordered, chosen, source, opened.loading, config, how) if ranks.main else {}
+    files = prediction_pngs(ordered, images, source, opened.loading, config, how) if ranks.main else {}
     return Evaluation(facts, table, {"iou.csv": csv_bytes(table)} | files)
 
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from pdvit.config.schema import Config
 
 if TYPE_CHECKING:
-    from pdvit.tasks.base import ImageTask
+    from pdvit.tasks.classification import ClassificationTask
+    from pdvit.tasks.segmentation import SegmentationTask
 
 
-def task_class(config: Config) -> type["ImageTask"]:
+def task_class(config: Config) -> "type[ClassificationTask | SegmentationTask]":
     """Return the task of a configuration: segmentation if `segment.head` is set, else classification."""
     if config.segment.head is not None:
         from pdvit.tasks.segmentation import SegmentationTask

@@ -1,7 +1,7 @@
 """The base of tasks on images: construction, batches, the probe, records and the closing numbers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -31,18 +31,19 @@ from pdvit.tasks.probe import Probe, describe_similarity
 
 
 class ImageTask(ABC):
-    """A task on batches of images; see `pdvit.engine.protocol.Task`. A subclass adds model, data and metrics."""
+    """A task on batches of images; a subclass completes `pdvit.engine.protocol.Task`."""
 
     name: str
     best_metric: str
     module: Wrapper
+    class_loss: Any = None  # of logits and targets; None: cross-entropy with label smoothing
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
         torch.manual_seed(config.run.seed)
         weights: dict[str, Any] = {term: getattr(config.diversity, term) or 0.0 for term in TERMS}
         variant, smoothing = config.diversity.variant or "paper", config.augment.smoothing
-        self.objective = Objective(**weights, variant=variant, label_smoothing=smoothing, class_loss=self.class_loss())
+        self.objective = Objective(**weights, variant=variant, label_smoothing=smoothing, class_loss=self.class_loss)
         self.module = self.build_module().to(device)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
@@ -69,39 +70,13 @@ class ImageTask(ABC):
         if ranks.rank:  # the weights are the same on all ranks, the draws of drop path are not
             torch.manual_seed(fold(seed, ranks.rank))
 
-    @staticmethod
-    @abstractmethod
-    def open_source(config: Config, log: Callable[[str], None]) -> Source:
-        """Open the data of a configuration; raises UserError."""
-
-    @classmethod
-    def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
-        """Fill in settings that depend on the number of processes and their device; raises UserError."""
-        return config
-
-    def class_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return the class loss, of logits and targets; None: cross-entropy with label smoothing."""
-        return None
-
     @abstractmethod
     def build_module(self) -> Any:
         """Return the module to train."""
 
     @abstractmethod
-    def describe(self) -> str:
-        """Return one or two lines on the model, its images, the terms and the augmentation."""
-
-    @abstractmethod
-    def load(self, log: Callable[[str], None]) -> None:
-        """Move small data sets onto the device, and log it; raises UserError."""
-
-    @abstractmethod
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
-
-    @abstractmethod
-    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Run forward pass and objective on one batch, in training mode."""
 
     @abstractmethod
     def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
@@ -111,9 +86,10 @@ class ImageTask(ABC):
     def first_last(self, network: nn.Module) -> tuple[float, float]:
         """Return P of first and last on the probe."""
 
-    @abstractmethod
-    def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
-        """Return the files that hold these weights of the module (name -> content)."""
+    @classmethod
+    def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
+        """Fill in settings that depend on the number of processes and their device; raises UserError."""
+        return config
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
         """Return the batch with these tensors."""

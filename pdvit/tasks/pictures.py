@@ -14,6 +14,7 @@ from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
+from pdvit.data.pictures import Pictures
 from pdvit.data.preprocessing import try_read
 from pdvit.data.sources import Source
 from pdvit.engine.device import autocast
@@ -76,10 +77,12 @@ def prediction_pngs(
     config: Config,
     windows: SlidingWindowConfig,
 ) -> dict[str, bytes]:
-    """Return small PNG files of image, truth and prediction for each image of a split."""
+    """Return small PNG files of image, truth and prediction, for 8 images spread evenly over a split."""
+    chosen = Pictures("pictures", split).subsample(PICTURES).split
+    assert isinstance(chosen, MaskSplit)
     files, palette = dict[str, bytes](), source.palette or default_palette(len(source.classes))
-    for number, batch in enumerate(eval_batches(split, replace(loader, rank=0, processes=1), config.segment), 1):
-        truth, image = batch.targets[0], try_read(split, int(batch.index))
+    for number, batch in enumerate(eval_batches(chosen, replace(loader, rank=0, processes=1), config.segment), 1):
+        truth, image = batch.targets[0], try_read(chosen, int(batch.index))
         assert isinstance(image, Image.Image), "the loader decoded it"
         with autocast(loader.device, config.run.precision):
             mask = predict_mask(network, batch.images, (truth.shape[0], truth.shape[1]), len(source.classes), windows)

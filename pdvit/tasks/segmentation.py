@@ -12,7 +12,6 @@ from pdvit.data.batch import Batch
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
-from pdvit.data.pictures import Pictures
 from pdvit.data.sources import Source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
@@ -25,7 +24,7 @@ from pdvit.models.segmentation.norms import settle_norm, share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
 from pdvit.tasks.base import ImageTask, bare, describe_terms
 from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
-from pdvit.tasks.pictures import PICTURES, prediction_pngs
+from pdvit.tasks.pictures import prediction_pngs
 from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 
@@ -35,6 +34,7 @@ class SegmentationTask(ImageTask):
     name = "segmentation"
     best_metric = "miou"
     module: Segmenter
+    class_loss = staticmethod(pixel_loss)
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         super().__init__(config, source, device, ranks)
@@ -57,10 +57,6 @@ class SegmentationTask(ImageTask):
         smallest = min(micro_batch, per_rank % micro_batch or micro_batch)  # the last part of a batch may be shorter
         normalised = smallest * world_size if device.type == "cuda" else smallest  # SyncBatchNorm needs GPUs
         return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, normalised)))
-
-    def class_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the cross-entropy of pixels."""
-        return pixel_loss
 
     def build_module(self) -> Segmenter:
         """Return the backbone with its head; on several GPUs they share the statistics of batch norms."""
@@ -131,9 +127,8 @@ class SegmentationTask(ImageTask):
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
         numbers = super().finish(network, weights)
         table = class_table(self.scores.confusion, unique_names(self.source.classes), self.scores.iou)
-        split = Pictures("pictures", self._split(self.source.final_split)).subsample(PICTURES).split
-        assert isinstance(split, MaskSplit)
-        pictures = prediction_pngs(pixel_network(network), split, self.source, self.loader, self.config, self.windows)
+        split, pixels = self._split(self.source.final_split), pixel_network(network)
+        pictures = prediction_pngs(pixels, split, self.source, self.loader, self.config, self.windows)
         self.files = {"iou.csv": csv_bytes(table)} | pictures
         return numbers
 
@@ -174,13 +169,11 @@ def sliding_windows(module: Segmenter, segment: SegmentConfig, batch: int) -> Sl
     return SlidingWindowConfig(mode, window, stride, batch)
 
 
-def pixel_network(network: nn.Module) -> Network:
+def pixel_network(network: Any) -> Network:
     """Return a segmenter as a function from images `(B, 3, H, W)` to logits of their pixels `(B, C, H, W)`."""
 
     def logits_of(images: Tensor) -> Tensor:
-        segmenter: Any = network
-        height, width = images.shape[-2:]
-        logits: Tensor = segmenter.resize(segmenter(images).logits.float(), (height, width))
+        logits: Tensor = network.resize(network(images).logits.float(), tuple(images.shape[-2:]))
         return logits
 
     return logits_of
