@@ -3,9 +3,8 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from pdvit.analysis.metrics import METRICS, drift
+from pdvit.analysis.metrics import drift
 from pdvit.analysis.metrics.drift import own_cosine, retrieval
-from pdvit.analysis.metrics.group import Patches
 from pdvit.similarity import unit_tokens
 
 
@@ -56,7 +55,3 @@ def test_identical_and_zero_tokens_find_themselves_by_chance():
 def test_random_tokens_find_themselves_by_chance(gaussian):
     unit, start = unit_tokens(gaussian(400, 10, 20)), unit_tokens(gaussian(400, 10, 20, seed=1))
     assert float(retrieval(unit, start).mean()) == pytest.approx(0.1, abs=0.02)
-
-
-def test_without_a_first_layer_there_is_no_value(gaussian):
-    assert METRICS["drift"].compute(Patches(gaussian(1, 4, 3))) == {}
