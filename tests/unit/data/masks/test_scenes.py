@@ -11,14 +11,15 @@ from pdvit.data.sources.digits import read_digits
 SOURCE = read_scenes(DataConfig())
 
 
-def test_scenes_have_the_digits_and_the_ground_as_classes():
+def test_scenes_have_the_digits_of_their_split_and_the_ground_as_classes():
+    digits = read_digits(DataConfig()).splits
     assert SOURCE.classes == [*"0123456789", "ground"]
-    assert {name: len(split) for name, split in SOURCE.splits.items()} == scenes.COUNTS
     assert len(set(SOURCE.palette)) == len(SOURCE.classes)
     assert "scenes: 11 classes, images: 4,096 train" in SOURCE.describe()
-
-
-def test_image_and_mask_fit_and_every_digit_occurs():
+    for name, split in SOURCE.splits.items():
+        assert len(split) == scenes.COUNTS[name]
+        assert torch.equal(split.digits, digits[name].images[:, 0])
+        assert torch.equal(split.values, digits[name].labels)
     found = torch.zeros(11, dtype=torch.long)
     for index in range(60):
         image, mask = SOURCE.splits["train"].open(index), SOURCE.splits["train"].mask(index)
@@ -44,13 +45,6 @@ def test_a_scene_is_a_function_of_its_split_and_number():
     assert not np.array_equal(train.scene(0)[0], train.scene(1)[0])
     assert not np.array_equal(train.scene(0)[0], SOURCE.splits["val"].scene(0)[0])
     assert (some.name(0), some.mask_name(0)) == ("scene 7 of train", "scene 7 of train")
-
-
-def test_no_digit_is_in_two_splits():
-    digits = read_digits(DataConfig()).splits
-    for name, split in SOURCE.splits.items():
-        assert torch.equal(split.digits, digits[name].images[:, 0])
-        assert torch.equal(split.values, digits[name].labels)
 
 
 def test_scenes_are_the_same_on_every_machine_and_others_have_another_fingerprint(monkeypatch):
