@@ -43,7 +43,6 @@ from pdvit.engine.interrupts import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import UserError
 from pdvit.models.weights import load
 from pdvit.sweep import Folder, numbers
-from pdvit.tasks.base import bare
 from pdvit.tasks.probe import Probe
 from pdvit.tracking import write_file
 
@@ -81,7 +80,7 @@ def measure(run: Path) -> str | None:
         images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loader).images
         models = {"after": load(run).model.to(began.device)} if sound else {}
         parts = []
-        for when, model in (models | {"before": bare(began.module)}).items():
+        for when, model in (models | {"before": began.module.inside}).items():
             table = analyze(model, images, ["similarity", "rank"])
             wide = table.pivot(index=["depth", "layer"], columns="metric", values="mean").reset_index()
             parts.append(wide[["layer", "depth", *NUMBERS]].assign(when=when))

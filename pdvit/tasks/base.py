@@ -112,13 +112,13 @@ class ImageTask(ABC):
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure the validation split, and P of every layer on the probe."""
         numbers, images, text = self.evaluate_split(network, "val")
-        names, values = self.probe.similarity(bare(network), network)
+        names, values = self.probe.similarity(network)
+        bad = self._skipped(images, "val")
+        skipped = f"\nskipped, as they do not decode: {bad.pop('skipped')}" if "skipped" in bad else ""
         records = {
-            "eval": {"split": "val", **numbers, **self._bad_images(images, "val")},
+            "eval": {"split": "val", **numbers, **bad},
             "similarity": {"images": len(self.probe.images), "layers": names, "similarity": values},
         }
-        skipped = self._newly_skipped()
-        skipped = f"\nskipped, as they do not decode: {skipped}" if skipped else ""
         similarity = describe_similarity(names, values, self.config.run.warn_similarity)
         return records, f"val {text}  {similarity}{skipped}"
 
@@ -127,13 +127,11 @@ class ImageTask(ABC):
         split = self.source.final_split
         numbers, images, _ = self.evaluate_split(network, split)
         first, last = self.first_last(network)
-        skipped = self._newly_skipped()
         return {
             "task": self.name,
             "split": split,
             **numbers,
-            **self._bad_images(images, split),
-            **({"skipped": skipped} if skipped else {}),
+            **self._skipped(images, split),
             "similarity_first": first,
             "similarity_last": last,
             "weights": weights,
@@ -145,17 +143,17 @@ class ImageTask(ABC):
         loader = replace(self.loader, rank=0, processes=1)
         return Probe(self.source.splits["val"], self.config.run.probe_images, loader)
 
-    def _bad_images(self, images: int, split: str) -> dict[str, int]:
-        return {"bad_images": len(self.source.splits[split]) - images} if self.bad.skip else {}
-
-    def _newly_skipped(self) -> str:
-        """Name the images that any rank skipped since the last call."""
+    def _skipped(self, images: int, split: str) -> dict[str, Any]:
+        """Return how many images of a split were skipped, and the names of those that are new, over all ranks."""
+        if not self.bad.skip:
+            return {}
         found: dict[str, str] = {}
-        for part in self.ranks.all_gather(self.bad.found) if self.bad.skip else []:
+        for part in self.ranks.all_gather(self.bad.found):
             found |= part
         new = {name: reason for name, reason in found.items() if name not in self.logged_bad}
         self.logged_bad |= set(new)
-        return describe_bad(new)
+        number = {"bad_images": len(self.source.splits[split]) - images}
+        return number | ({"skipped": describe_bad(new)} if new else {})
 
 
 def weight_schedules(config: Config, steps_per_epoch: int, batch_size: int) -> list[WeightSchedule]:
@@ -188,10 +186,3 @@ def describe_terms(diversity: DiversityConfig) -> str:
     schedules = {term: getattr(diversity, f"{term}_schedule") for term in weights}
     scheduled = (f", {term} {schedule}" for term, schedule in schedules.items() if schedule != "constant")
     return terms + variant + "".join(scheduled)
-
-
-def bare(network: nn.Module) -> nn.Module:
-    """Return the timm model inside a DiverseModel or a Segmenter."""
-    model = network.inside
-    assert isinstance(model, nn.Module)
-    return model

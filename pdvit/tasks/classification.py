@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pdvit.config.schema import AugmentConfig, Config
+from pdvit.config.schema import Config
 from pdvit.data.batch import Batch
 from pdvit.data.loader import augmentation_for, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
@@ -70,11 +70,16 @@ class ClassificationTask(ImageTask):
 
     def describe(self) -> str:
         """Return two lines: model, image and patch size; terms, mixing and augmentation."""
-        name, size = self.config.model.name, self.preprocessing.size
+        name, size, augment = self.config.model.name, self.preprocessing.size, self.config.augment
         parameters = sum(weight.numel() for weight in self.module.model.parameters())
+        cutmix, mixup = float(bool(augment.cutmix)), float(bool(augment.mixup))
+        if cutmix and mixup:
+            cutmix, mixup = augment.mixup_switch_prob, 1 - augment.mixup_switch_prob
+        fractions = {"patch CutMix": cutmix * augment.mixup_prob, "Mixup": mixup * augment.mixup_prob}
+        mixing = [f"{method} on {fraction:.0%} of batches" for method, fraction in fractions.items() if fraction]
         return (
             f"{name}: {parameters:,} parameters, {size}x{size} pixels, patches of {self.patch_size}\n"
-            f"terms: {describe_terms(self.config.diversity)}; {_describe_mixing(self.config.augment)}; "
+            f"terms: {describe_terms(self.config.diversity)}; {' and '.join(mixing) or 'no CutMix'}; "
             f"augmentation: {self.augmentation.describe()}"
         )
 
@@ -122,16 +127,6 @@ class ClassificationTask(ImageTask):
         """Return a timm folder of the bare model, without the patch head."""
         bare = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
-
-
-def _describe_mixing(augment: AugmentConfig) -> str:
-    """Return the fractions of batches that CutMix and Mixup mix."""
-    both = bool(augment.cutmix and augment.mixup)
-    cutmix = augment.mixup_switch_prob if both else float(bool(augment.cutmix))
-    mixup = 1 - cutmix if both else float(bool(augment.mixup))
-    fractions = {"patch CutMix": cutmix * augment.mixup_prob, "Mixup": mixup * augment.mixup_prob}
-    parts = [f"{name} on {fraction:.0%} of batches" for name, fraction in fractions.items() if fraction]
-    return " and ".join(parts) or "no CutMix"
 
 
 class Prediction(NamedTuple):

@@ -1,6 +1,7 @@
 """The probe: a fixed set of held-out images on which P is measured while training."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ class Probe:
             raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")
         self.images: Tensor = torch.cat(batches)
 
-    def similarity(self, model: nn.Module, network: nn.Module) -> tuple[list[str], list[float]]:
-        """Return the layers of a timm model and P of each, mean over the images; `network` contains the model."""
+    def similarity(self, network: nn.Module) -> tuple[list[str], list[float]]:
+        """Return the layers of the timm model inside a module, and P of each, mean over the images."""
         network.eval()
+        model: Any = network.inside
         found = measure_layers(model, self.images, lambda tokens: patch_similarity(tokens).mean(), network)
         return [layer.name for layer in found], torch.stack(list(found.values())).tolist()
 

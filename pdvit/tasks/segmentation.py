@@ -22,7 +22,7 @@ from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
 from pdvit.models.segmentation.norms import settle_norm, share_statistics
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
-from pdvit.tasks.base import ImageTask, bare, describe_terms
+from pdvit.tasks.base import ImageTask, describe_terms
 from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
 from pdvit.tasks.pictures import prediction_pngs
 from pdvit.tasks.windows import Network, SlidingWindowConfig
@@ -134,7 +134,7 @@ class SegmentationTask(ImageTask):
 
     def first_last(self, network: nn.Module) -> tuple[float, float]:
         """Return P of the layers that the losses compare, or would compare by default, on the probe."""
-        found = dict(zip(*self.probe.similarity(bare(network), network), strict=True))
+        found = dict(zip(*self.probe.similarity(network), strict=True))
         first, last = self.compared
         return found[first], found[last]
 
