@@ -1,142 +1,119 @@
-"""`pdvit doctor`."""
+"""`pdvit doctor`: one screen about this machine."""
 
 import json
-import math
-import random
-import warnings
-from dataclasses import asdict
-from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from functools import partial
+from tempfile import TemporaryDirectory
+from textwrap import fill
+from typing import Annotated, Any
 
 import typer
 
+from pdvit import __version__
 from pdvit.errors import RunFailed
+from pdvit.tracking import RUNS
+from pdvit.tracking.environment import describe_cpu, installed_version
 
-if TYPE_CHECKING:
-    import torch
-    from rich.table import Table
-
-    from pdvit.engine.doctor import Finding, Findings
-
-STYLES = {"ok": "green", "missing": "yellow", "failed": "red"}
-SIDE, PATCH, CLASSES = 32, 8, 4
+REQUIRED: tuple[str, ...] = ("torch", "torchvision", "timm", "safetensors", "typer", "rich", "pandas", "matplotlib")
+REQUIRED += ("scipy", "scikit-learn", "pillow", "jinja2", "tomli-w", "segmentation-models-pytorch")
+EXTRAS, GIB = ("tensorboard", "wandb", "trackio"), 2**30
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
 ) -> int:
-    """Say what this machine can do: versions, devices, number formats, compilers, disk, and a small training step."""
-    from rich.console import Console
-
-    _check_imports()
-    with Console(stderr=True).status("trying what works here (torch.compile takes its time) ..."):
-        findings = _examine()
-    broken = [
-        f"{topic} {name}"
-        for topic, found in findings.items()
-        for name, finding in found.items()
-        if finding.needed and finding.mark != "ok"
-    ]
+    """Check this machine: versions, devices and their precisions, a small training step, optional packages, disk."""
+    found = _examine()
+    items = [(topic, name, *item.values()) for topic, group in found.items() for name, item in group.items()]
+    broken = [f"{topic} {name}" for topic, name, mark, _, _, needed in items if needed and mark != "ok"]
     if as_json:
-        plain = {topic: {name: asdict(item) for name, item in found.items()} for topic, found in findings.items()}
-        print(json.dumps({"ready": not broken, "findings": plain}, indent=2))
-    else:
-        console = Console()
-        console.print(_screen(findings))
-        verdict = f"not ready: {', '.join(broken)}" if broken else "ready: pdvit train"
-        console.print(f"\n{verdict}", highlight=False, markup=False)
+        print(json.dumps({"ready": not broken, "findings": found}, indent=2))
+        return 1 if broken else 0
+    rows: dict[tuple[str, str, str], list[str]] = {}  # checks with the same outcome share a row
+    for topic, name, mark, detail, tip, _ in items:
+        reason = "" if mark == "ok" else f": {detail} ({tip})"
+        rows.setdefault((topic, mark, reason), []).append(name if reason else f"{name} {detail}".strip())
+    for (topic, mark, reason), names in rows.items():
+        text, width = ", ".join(names) + reason, shutil.get_terminal_size().columns
+        print(fill(text, width, initial_indent=f"{topic:<10}{mark:<9}", subsequent_indent=" " * 19))
+    print(f"\nnot ready: {', '.join(broken)}" if broken else "\nready: pdvit train")
     return 1 if broken else 0
 
 
-def _check_imports() -> None:
-    """Raise RunFailed where the packages that everything stands on can't even be imported."""
-    for name in ("torch", "torchvision", "timm"):
-        try:
-            import_module(name)
-        except Exception as error:  # a half-installed torch fails in many ways
-            what = f"{name} can't be imported: {type(error).__name__}: {error}"
-            raise RunFailed(what, "install pdvit again, in an environment of its own: pip install .") from error
-
-
-def _examine() -> dict[str, "Findings"]:
-    """Look everything up and try everything, topic by topic."""
-    import torch
-
-    from pdvit.engine import doctor as probes
-    from pdvit.engine.device import choose_device
-    from pdvit.tracking import RUNS
-
-    with warnings.catch_warnings(action="ignore"):  # whatever matters is among the findings
-        devices = {"cpu": probes.cpu(), **probes.gpus()}
-        for name, found in devices.items():
-            if all(finding.mark == "ok" for finding in found.values()):
-                device = torch.device(name)
-                found |= probes.precisions(device) | {"training step": _step(device)}
-        return {
-            "versions": probes.versions(),
-            **devices,
-            "compile": probes.compilation(choose_device("auto")),
-            "distributed": probes.backends(),
-            "extras": probes.extras(),
-            "runs": probes.place(RUNS),
-        }
-
-
-def _step(device: "torch.device") -> "Finding":
-    """Train a tiny model for one step with all three terms, by the parts that `pdvit train` uses."""
-    import torch
-
-    from pdvit.config.schema import OptimConfig
-    from pdvit.data.cutmix import patch_cutmix
-    from pdvit.engine.doctor import Finding, reason
-    from pdvit.engine.update import make_optimizer
-    from pdvit.losses import Objective
-    from pdvit.models.build import build_model
-    from pdvit.models.tokens import DiverseModel
-
-    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 16, "depth": 2, "num_heads": 1}
-    tip = "train on another --device" if device.type == "cuda" else "install torch and timm again"
+def _check(probe: Callable[[], str | None], tip: str = "", needed: bool = False) -> dict[str, Any]:
+    """Run a probe, which returns the detail, or None, or raises the reason. Training needs what is `needed`."""
     try:
-        torch.manual_seed(0)
-        module = DiverseModel(build_model("vit_tiny_patch16_224", sizes | {"num_classes": CLASSES})).to(device)
-        images, targets = torch.rand(CLASSES, 3, SIDE, SIDE, device=device), torch.arange(CLASSES, device=device)
-        batch = patch_cutmix(images, targets, PATCH, CLASSES, rng=random.Random(0))
-        loss = Objective()(module(batch.images), batch.targets, batch.patch_targets).total
-        loss.backward()
-        make_optimizer(module, OptimConfig(lr=1e-3)).step()
-        sound = math.isfinite(loss) and all(bool(weight.isfinite().all()) for weight in module.parameters())
+        found = probe()
+        mark, detail, tip = ("ok", found, "") if found is not None else ("missing", "not installed", tip)
     except Exception as error:  # a broken installation fails anywhere, with any kind of error
-        return Finding("failed", reason(error), tip, needed=True)
-    if not sound:
-        return Finding("failed", f"loss {float(loss):.3g}, or weights that are no numbers", tip, needed=True)
-    return Finding("ok", f"(loss {float(loss):.2f})", needed=True)
+        mark = "missing" if isinstance(error, NotImplementedError) else "failed"
+        detail = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")[:100] or type(error).__name__
+    return {"mark": mark, "detail": detail, "tip": tip, "needed": needed}
 
 
-def _screen(findings: dict[str, "Findings"]) -> "Table":
-    """Lay out the findings: one row per topic with what is fine, then one for each thing that isn't."""
-    from rich.table import Table
-    from rich.text import Text
+def _examine() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the checks by topic and name; RunFailed if torch, torchvision or timm can't be imported."""
+    try:
+        import timm, torch, torchvision  # noqa: E401, F401, I001
+    except Exception as error:  # a half-installed torch fails in many ways
+        raise RunFailed(f"an import failed: {type(error).__name__}: {error}", "pip install . in a new venv") from error
+    gpus, runs = [f"cuda:{index}" for index in range(torch.cuda.device_count())], RUNS.absolute()
+    place = next(path for path in (runs, *runs.parents) if os.path.lexists(path))
+    versions = {"pdvit": __version__, "python": platform.python_version(), "CUDA of torch": torch.version.cuda}
+    required = {name: _check(partial(installed_version, name), "pip install .", needed=True) for name in REQUIRED}
+    no_gpu = _check(torch.cuda.init, "without a GPU pdvit uses the CPU") | {"mark": "missing"}
+    return {
+        "versions": {name: _check(partial(str, text)) for name, text in versions.items()} | required,
+        "cpu": _device("cpu"),
+        **({gpu: _device(gpu) for gpu in gpus} or {"cuda": {"GPU": no_gpu}}),
+        "extras": {name: _check(partial(installed_version, name), "optional: pip install it") for name in EXTRAS},
+        "runs": {
+            "folder": _check(partial(str, runs)),
+            "free": _check(lambda: f"{shutil.disk_usage(place).free / GIB:.1f} GiB"),
+            # Permissions show neither a full disk nor an odd mount.
+            "writable": _check(lambda: TemporaryDirectory(dir=place).cleanup() or "", "use --out", True),  # type: ignore[func-returns-value]
+        },
+    }
 
-    view = Table(box=None, show_header=False, pad_edge=False)
-    view.add_column(no_wrap=True)
-    view.add_column(no_wrap=True)
-    view.add_column(overflow="fold")  # a long path shows whole
-    for topic, found in findings.items():
-        for mark, text in _rows(found):
-            view.add_row(Text(topic, "bold"), Text(mark, STYLES[mark]), Text(text))
-            topic = ""
-    return view
+
+def _device(name: str) -> dict[str, dict[str, Any]]:
+    """Check a device. A broken GPU blocks training although there is a CPU: `--device auto` takes the GPU."""
+    from torch import cuda
+
+    probes: dict[str, Callable[[], str | None]] = {
+        "model": lambda: cuda.get_device_name(name),
+        "memory": lambda: "{1:.1f} GiB ({0:.1f} free)".format(*(size / GIB for size in cuda.mem_get_info(name))),
+        "compute capability": lambda: "{}.{}".format(*cuda.get_device_capability(name)),
+    }
+    if name == "cpu":
+        probes = {key: partial(str, text) for key, text in describe_cpu().items()}
+    precisions = {precision: partial(_step, name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")}
+    probes |= precisions | {"training step": precisions["fp32"]}
+    return {key: _check(probe, "try another --device", key == "training step") for key, probe in probes.items()}
 
 
-def _rows(found: "Findings") -> list[tuple[str, str]]:
-    """Return marks and texts; what is fine shares one row, and so do things of the same fate."""
-    fine = ", ".join(f"{name} {finding.detail}".strip() for name, finding in found.items() if finding.mark == "ok")
-    rest: dict[Finding, list[str]] = {}
-    for name, finding in found.items():
-        if finding.mark != "ok":
-            rest.setdefault(finding, []).append(name)
-    bad = [
-        (finding.mark, f"{', '.join(names)}: {finding.detail}{f' ({finding.tip})' if finding.tip else ''}")
-        for finding, names in rest.items()
-    ]
-    return ([("ok", fine)] if fine else []) + bad
+def _step(device: str, precision: str) -> str:
+    """Train a tiny model for one step with all three terms."""
+    import torch
+
+    from pdvit import DiverseModel, Objective, patch_cutmix
+    from pdvit.engine.device import autocast
+    from pdvit.models.build import build_model
+
+    recent = device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not recent and (precision == "tf32" or (precision == "bf16" and device != "cpu")):
+        raise NotImplementedError("needs a GPU of compute capability 8.0")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 1, "num_classes": 4}
+    module = DiverseModel(build_model("vit_tiny_patch16_224", sizes)).to(device)
+    images, targets = torch.rand(4, 3, 32, 32, device=device), torch.arange(4, device=device)
+    mixed = patch_cutmix(images, targets, 8, 4)
+    with autocast(torch.device(device), precision):
+        loss = Objective()(module(mixed.images), mixed.targets, mixed.patch_targets).total
+    loss.backward()
+    torch.optim.SGD(module.parameters(), lr=0.01).step()
+    if not all(bool(value.isfinite().all()) for value in (loss, *module.parameters())):
+        raise RuntimeError(f"loss {loss.item():.3g}, or weights that are not finite")
+    return f"(loss {loss.item():.2f})"

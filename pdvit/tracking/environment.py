@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pdvit import __version__
 from pdvit.tracking.run_directory import timestamp
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn", "pillow")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def command_line() -> str:
@@ -53,6 +55,18 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def describe_cpu() -> dict[str, str]:
+    """Return the processor's model, cores and memory. A container's limits are below what the system reports."""
+    cores, memory = float(len(os.sched_getaffinity(0))), float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # "max" is no number
+        quota, period = map(float, (CGROUP / "cpu.max").read_text().split())
+        cores = min(cores, quota / period)
+    with suppress(OSError, ValueError):
+        memory = min(memory, float((CGROUP / "memory.max").read_text()))
+    model = processor() or platform.machine()
+    return {"model": model, "cores": f"{cores:g}", "memory": f"{memory / 2**30:.1f} GiB"}
 
 
 def _commit() -> str | None:

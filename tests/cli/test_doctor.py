@@ -1,156 +1,183 @@
 import json
+import os
+import re
 import sys
+import tomllib
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-import pdvit.engine.doctor as probes
-import pdvit.engine.update as pdvit_update
 import pdvit.losses.objective as pdvit_objective
+import pdvit.models.build as pdvit_build
 from pdvit.cli import doctor
 from pdvit.cli import run as pdvit
-from pdvit.engine.doctor import Finding
-
-TOPICS = ["versions", "cpu", "cuda", "compile", "distributed", "extras", "runs"]
+from pdvit.tracking import environment
 
 
 @pytest.fixture(autouse=True)
 def place(workplace, monkeypatch) -> Path:
-    """An empty working directory, no GPU, and nothing compiled: that alone takes longer than all the rest."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(probes.trials, "COMPILED", "")
-    monkeypatch.setenv("CXX", "true")
+    """An empty working directory and no GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("COLUMNS", "80")
     return workplace
 
 
 @pytest.fixture
 def examined(capsys):
-    """Return a function that runs the command with --json, and returns its status and what was printed."""
+    """Return a function that runs the command with --json, and returns its status, verdict and findings."""
 
     def examine():
         capsys.readouterr()
         status = pdvit(["doctor", "--json"])
         shown = capsys.readouterr()
         assert shown.err == ""
-        return status, json.loads(shown.out)
+        report = json.loads(shown.out)
+        return status, report["ready"], report["findings"]
 
     return examine
 
 
 def test_a_sound_machine_is_ready(examined, place):
-    status, report = examined()
-    assert status == 0
-    assert report["ready"] is True
-    found = report["findings"]
-    assert list(found) == TOPICS
-    assert found["versions"]["torch"]["detail"] == version("torch")
-    assert found["cpu"]["training step"]["mark"] == "ok"
-    assert found["cpu"]["fp32"]["mark"] == "ok"
-    assert found["compile"]["torch.compile"]["mark"] == "ok"
+    status, ready, found = examined()
+    assert (status, ready) == (0, True)
+    assert list(found) == ["versions", "cpu", "cuda", "extras", "runs"]
+    assert found["versions"]["torch"] == {"mark": "ok", "detail": version("torch"), "tip": "", "needed": True}
+    marks = {name: item["mark"] for name, item in found["cpu"].items()}
+    assert marks.pop("tf32") == "missing"
+    assert set(marks) == {"model", "cores", "memory", "fp32", "bf16", "fp16", "training step"}
+    assert set(marks.values()) == {"ok"}
+    assert (found["cuda"]["GPU"]["mark"], found["cuda"]["GPU"]["needed"]) == ("missing", False)
     assert found["runs"]["folder"]["detail"] == str(place / "runs")
     assert list(place.iterdir()) == []
 
 
-def test_the_screen_fits_and_says_what_json_says(examined, capsys):
-    _, report = examined()
+def test_the_screen_shows_all_findings_in_thirty_lines(examined, capsys):
+    _, _, found = examined()
     assert pdvit(["doctor"]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    lines = shown.out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
     assert lines[-1] == "ready: pdvit train"
-    letters = "".join(shown.out.split())  # long words are cut at the end of a line
-    for topic, found in report["findings"].items():
-        assert topic in shown.out
-        for name, finding in found.items():
-            if topic not in ("compile", "runs"):  # seconds and free space change
-                assert "".join(name.split()) in letters
-                assert "".join(finding["detail"].split()) in letters
-            if finding["mark"] != "ok":
-                assert "".join(finding["tip"].split()) in letters
+    letters = "".join("".join(lines).split())  # long words are cut at the end of a line
+    for topic, group in found.items():
+        assert topic in letters
+        for name, item in group.items():
+            shown = [name, item["tip"]] if topic in ("cpu", "runs") else [name, item["detail"], item["tip"]]
+            assert all("".join(text.split()) in letters for text in shown)  # losses and free space change
 
 
-def test_the_screen_fits_eight_gpus():
-    fine = Finding("ok")
-    gpu = {
-        "model": Finding("ok", "NVIDIA H100 80GB HBM3"),
-        "memory": Finding("ok", "79.2 GiB (78.7 free)"),
-        "compute capability": Finding("ok", "9.0"),
-        **dict.fromkeys(("fp32", "tf32", "bf16", "fp16"), fine),
-        "training step": Finding("ok", "(loss 3.72)", needed=True),
-    }
-    out = StringIO()
-    Console(file=out, width=100).print(doctor._screen({f"cuda:{index}": gpu for index in range(8)}))
-    assert len(out.getvalue().splitlines()) <= 16
+def test_the_required_packages_are_those_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert names == set(doctor.REQUIRED)
+    assert set(doctor.EXTRAS) <= set(project["optional-dependencies"])
 
 
-def test_an_unwritable_place_is_a_failure(examined, capsys):
-    Path("runs").write_text("in the way")
-    status, report = examined()
-    assert status == 1
-    assert report["ready"] is False
-    assert report["findings"]["runs"]["writable"]["mark"] == "failed"
-    assert pdvit(["doctor"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "not ready: runs writable"
+def test_only_a_required_package_that_is_missing_is_a_failure(examined, monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", ("no-such-package",))
+    status, _, found = examined()
+    assert (status, found["extras"]["no-such-package"]["mark"]) == (0, "missing")
+    monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-package"))
+    status, ready, found = examined()
+    assert (status, ready, found["versions"]["no-such-package"]["mark"]) == (1, False, "missing")
+    assert "pip install" in found["versions"]["no-such-package"]["tip"]
 
 
-def test_no_compiler_is_said_and_is_no_failure(examined, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    status, report = examined()
-    assert status == 0
-    assert report["ready"] is True
-    assert report["findings"]["compile"]["C++ compiler"]["mark"] == "missing"
-    assert pdvit(["doctor"]) == 0
-    assert "'/nowhere/g++' not found" in capsys.readouterr().out
-
-
-def test_a_step_that_breaks_is_a_failure(examined, monkeypatch):
-    def refuse(*_, **__):
-        raise RuntimeError("no kernel image is available\nfor this device")
-
-    monkeypatch.setattr(pdvit_update, "make_optimizer", refuse)
-    status, report = examined()
-    assert status == 1
-    step = report["findings"]["cpu"]["training step"]
-    assert (step["mark"], step["detail"]) == ("failed", "no kernel image is available")
-    assert step["tip"]
-
-
-def test_a_step_without_a_number_is_a_failure(examined, monkeypatch):
-    monkeypatch.setattr(pdvit_objective, "cosine_loss", lambda last, variant: last.sum() * float("nan"))
-    status, report = examined()
-    assert status == 1
-    step = report["findings"]["cpu"]["training step"]
-    assert step["mark"] == "failed"
-    assert "nan" in step["detail"]
-
-
-def test_a_gpu_that_breaks_is_a_failure_and_the_rest_is_still_said(examined, monkeypatch):
-    monkeypatch.setattr(probes, "gpus", lambda: {"cuda:99": {"model": Finding("ok", "one that is not there")}})
-    status, report = examined()
-    assert status == 1
-    assert report["findings"]["cuda:99"]["training step"]["mark"] == "failed"
-    assert report["findings"]["cpu"]["training step"]["mark"] == "ok"
-    assert report["findings"]["runs"]["writable"]["mark"] == "ok"
-
-
-def test_an_installation_that_can_not_be_imported_is_said(monkeypatch, capsys):
+def test_an_import_that_fails_is_a_failure(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert pdvit(["doctor", "--json"]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    what, tip = shown.err.splitlines()
-    assert what.startswith("error: torchvision can't be imported")
-    assert "pip install" in tip
+    assert "torchvision" in shown.err
+    assert "pip install" in shown.err
 
 
-def test_what_a_device_computes_does_not_change_how_torch_does(examined):
-    before = torch.get_float32_matmul_precision()
-    examined()
-    assert torch.get_float32_matmul_precision() == before
+@pytest.mark.parametrize(
+    ("limits", "cores", "memory"),
+    [
+        ({"cpu.max": "50000 100000", "memory.max": str(2**30)}, "0.5", "1.0 GiB"),
+        ({"cpu.max": "max 100000", "memory.max": "max"}, None, None),
+        ({"cpu.max": "99900000 100000", "memory.max": str(2**60)}, None, None),
+        ({}, None, None),
+    ],
+    ids=["less", "no limit", "more", "no files"],
+)
+def test_a_container_has_the_cores_and_memory_of_its_limits(monkeypatch, tmp_path, limits, cores, memory):
+    monkeypatch.setattr(environment, "CGROUP", tmp_path)
+    for name, text in limits.items():
+        (tmp_path / name).write_text(text + "\n")
+    found = environment.describe_cpu()
+    kilobytes = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    assert found["cores"] == (cores or str(len(os.sched_getaffinity(0))))
+    assert found["memory"] == (memory or f"{kilobytes / 2**20:.1f} GiB")
+
+
+def test_a_step_that_breaks_is_a_failure(examined, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(pdvit_build, "build_model", fail)
+    status, ready, found = examined()
+    assert (status, ready) == (1, False)
+    step = found["cpu"]["training step"]
+    assert (step["mark"], step["detail"]) == ("failed", "no kernel image is available")
+    assert step["tip"]
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(examined, monkeypatch):
+    monkeypatch.setattr(pdvit_objective, "cosine_loss", lambda last, variant: last.sum() * float("nan"))
+    status, _, found = examined()
+    assert (status, found["cpu"]["training step"]["mark"]) == (1, "failed")
+    assert "nan" in found["cpu"]["training step"]["detail"]
+
+
+def test_a_broken_gpu_is_a_failure_and_the_other_checks_still_run(examined, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    status, _, found = examined()
+    assert status == 1
+    assert found["cuda:0"]["training step"]["mark"] == "failed"
+    assert found["cpu"]["training step"]["mark"] == found["runs"]["writable"]["mark"] == "ok"
+
+
+def test_an_old_gpu_has_neither_tf32_nor_bf16(examined, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = examined()[2]["cuda:0"]
+    facts = {name: found[name]["detail"] for name in ("model", "memory", "compute capability")}
+    assert facts == {"model": "T4", "memory": "80.0 GiB (8.0 free)", "compute capability": "7.5"}
+    assert all(found[name]["mark"] == "missing" and "8.0" in found[name]["detail"] for name in ("tf32", "bf16"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_the_precisions_of_its_generation(examined, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = examined()[2]["cuda:0"]
+    assert found["model"]["detail"] == torch.cuda.get_device_name(0)
+    recent = "ok" if torch.cuda.get_device_capability(0) >= (8, 0) else "missing"
+    marks = {name: found[name]["mark"] for name in ("fp32", "tf32", "bf16", "fp16", "training step")}
+    assert marks == {"fp32": "ok", "tf32": recent, "bf16": recent, "fp16": "ok", "training step": "ok"}
+
+
+@pytest.mark.parametrize("fault", ["file", "link", "full", "permission"])
+def test_a_place_that_can_not_be_written_is_a_failure(examined, place, monkeypatch, capsys, fault):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fault == "file":
+        Path("runs").write_text("in the way")
+    elif fault == "link":
+        Path("runs").symlink_to("nowhere")
+    elif fault == "full":
+        monkeypatch.setattr(doctor, "TemporaryDirectory", full)
+    elif os.geteuid() == 0:
+        pytest.skip("root can write anywhere")
+    else:
+        place.chmod(0o555)
+    status, ready, found = examined()
+    assert (status, ready, found["runs"]["writable"]["mark"]) == (1, False, "failed")
+    assert pdvit(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "not ready: runs writable"
