@@ -1,7 +1,7 @@
 """Metrics of every layer of a model, streamed over images: memory does not grow with their number."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -36,10 +36,8 @@ class Analysis:
     table: "pd.DataFrame"
     images: int
     layers: list[str]
-    # by group, arrays by `name/layer`
-    curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    # values that are missing in the table, and why
-    notes: list[str] = field(default_factory=list)
+    curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by group, arrays by `name/layer`
+    notes: list[str] = field(default_factory=list)  # values that are missing in the table, and why
 
     def with_random(self, random: "Analysis") -> "Analysis":
         """Add P of the same model with random weights, as the metric `similarity_random`."""
@@ -89,12 +87,10 @@ def measure(
     """
     layer_metrics = LayerMetrics(model, select_metrics(metrics))
     device = next(model.parameters()).device
-    with ranks.failing_together(), evaluating(model), layer_metrics.watching():
+    with ranks.failing_together(), evaluating(model):
         for batch in batches(images, device):
-            layer_metrics.start(batch)
-            with inference(batch):
+            with layer_metrics.batch(batch):
                 model(batch)
-            layer_metrics.finish(batch)
     parts: list[MetricSums] = ranks.all_gather(layer_metrics.sums)
     layer_metrics.sums = MetricSums()
     for part in parts:
@@ -109,17 +105,10 @@ def cka_between(
     other_images: Images | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> "pd.DataFrame":
-    """Return the linear CKA between the layers of two models on the same images.
+    """Return the linear CKA between the layers of a timm model (rows) and of another on the same device (columns).
 
-    Args:
-        model: a bare timm model, whose layers are the rows.
-        other: another model on the same device, whose layers are the columns; grids, widths and depths may differ.
-        images: as for `analyze`. Batches of fewer than 4 images are left out.
-        other_images: the same batches, preprocessed for the other model; None if its preprocessing is the same.
-        ranks: each of several processes passes its part of the images; all return the same.
-
-    Raises:
-        UserError: no batch of 4 images, a single patch, or tokens that are not finite.
+    `images` are those of `analyze`, in batches of at least 4; smaller ones are left out. `other_images` are the same
+    batches as the other model takes them, if that differs. Ranks as in `measure`. UserError if no batch is left.
     """
     import pandas as pd
 
@@ -131,23 +120,20 @@ def cka_between(
         pairs = ((batch, batch) for batch in batches(images, device))
     else:
         pairs = zip(batches(images, device), batches(other_images, device), strict=False)
-    with ranks.failing_together(), evaluating(model), evaluating(other), rows.watching(), columns.watching():
+    with ranks.failing_together(), evaluating(model), evaluating(other):
         for batch, other_batch in pairs:
             if len(batch) >= MIN_IMAGES:
-                for side, network, part in ((rows, model, batch), (columns, other, other_batch)):
-                    side.start(part)
-                    with inference(part):
-                        network(part)
-                cka.update(rows.grams, columns.grams)
+                with rows.batch(batch) as grams:
+                    model(batch)
+                with columns.batch(other_batch) as other_grams:
+                    other(other_batch)
+                cka.update(grams, other_grams)
     total = LinearCKA()
     for part in ranks.all_gather(cka):
         total.merge(part)
     if not total.images:
-        raise UserError(
-            f"there are no images to measure, or no batch of {MIN_IMAGES}",
-            "cka_between(model, other, images)",
-            f"pass batches of at least {MIN_IMAGES} images",
-        )
+        what, tip = f"there are no images to measure, or no batch of {MIN_IMAGES}", "pass larger batches"
+        raise UserError(what, "cka_between(model, other, images)", tip)
     names, other_names = ([layer.name for layer in side.places] for side in (rows, columns))
     return pd.DataFrame(total.compute().numpy(), index=names, columns=other_names)
 
@@ -249,34 +235,25 @@ class LayerMetrics:
             shapes = shapes_of(model, self.places)
             last = shapes[list(self.places)[-1]]
             self.first_layer = next(layer for layer in self.places if layer.depth > 0 and shapes[layer] == last)
-        self._reset((0, 0))
-
-    def _reset(self, image_size: tuple[int, int]) -> None:
-        self.image_size = image_size
+        self.image_size = (0, 0)
         self.first: Tensor | None = None  # unit tokens of `first_layer`
         self.previous: Tensor | None = None  # attention of the previous block
         self.grams: list[Tensor] = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Read every layer during forward passes of the model, between `start` and `finish`."""
-        with ExitStack() as stack:
-            stack.enter_context(watch(self.places, self._visit))
-            if "attention" in self.groups:
-                stack.enter_context(watch_attention(self.model, self._visit_attention))
-            yield
-
-    def start(self, images: Tensor) -> None:
-        """Begin a batch `(B, C, H, W)`."""
-        self._reset((images.shape[-2], images.shape[-1]))
-
-    def finish(self, images: Tensor) -> None:
-        """End a batch."""
+    def batch(self, images: Tensor) -> Iterator[list[Tensor]]:
+        """Read every layer during the forward pass of a batch `(B, C, H, W)`; yield the Gram matrices for CKA."""
+        self.image_size, self.grams = (images.shape[-2], images.shape[-1]), []
+        attention = "attention" in self.groups
+        watching = watch_attention(self.model, self._visit_attention) if attention else nullcontext()
+        with inference(images), watch(self.places, self._visit), watching:
+            yield self.grams
         self.sums.images += len(images)
         self.sums.largest_batch = max(self.sums.largest_batch, len(images))
         if self.grams:
             self.sums.cka.update(self.grams, self.grams)
-        self._reset((0, 0))
+        self.first = self.previous = None
+        self.grams = []
 
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
         patches = Patches(tokens, self.image_size)

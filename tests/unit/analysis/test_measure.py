@@ -209,7 +209,7 @@ def test_cka_leaves_out_a_batch_that_is_too_small_with_a_note():
 
 def test_cka_between_a_model_and_itself_is_that_within():
     model, images = build(), pictures(8)
-    both = cka_between(model, build(), images.split(6))
+    both = cka_between(model, model, images.split(6))
     np.testing.assert_allclose(both, measure(model, images[:6], "cka").curves["cka"]["matrix"], atol=1e-9)
     assert list(both.index) == list(both.columns) == LAYERS
     other = build("deit_tiny_distilled_patch16_224", depth=1, embed_dim=16)
