@@ -5,9 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from pdvit.cli.options import make_config
-from pdvit.config.keys import info_of
 from pdvit.config.load import read_toml, sections
-from pdvit.config.schema import Config
+from pdvit.config.schema import Config, info_of
 from pdvit.errors import UserError
 
 # The key in "optim.lr (--lr)": how errors name a setting.

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from pdvit.config.keys import info_of
 from pdvit.config.load import build, parse_set, read_toml, sections
-from pdvit.config.schema import Config
+from pdvit.config.schema import Config, info_of
 from pdvit.errors import UserError
 
 # Values by section and key.

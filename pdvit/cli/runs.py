@@ -17,7 +17,7 @@ from pdvit.cli.change import saved_config, with_change_tips
 from pdvit.cli.console import log, make_console
 from pdvit.config.load import read_toml
 from pdvit.config.schema import Config
-from pdvit.data.kinds import list_kinds, refuse_idle, whole_path
+from pdvit.data.kinds import list_kinds, unused_source_settings, whole_path
 from pdvit.errors import RunFailed, UserError
 from pdvit.tasks.summary import describe_summary, usage
 
@@ -66,8 +66,8 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     """
     log(console, f"opening {config.data.source} ...")  # imports, many files and weights can take minutes
     from pdvit.config import resolve
-    from pdvit.config.idle import idle_settings
     from pdvit.config.resolve import with_crop
+    from pdvit.config.unused import unused_settings
     from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.distributed import init_process_group
     from pdvit.engine.trainer import Trainer
@@ -89,8 +89,6 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
         check_sinks(tracker_names(config.run.track))
     task_type = task_class(config)
     source = task_type.open_source(config, partial(log, console))
-    if not resumed:
-        refuse_idle(config.data)
     if config.segment.head is not None and config.data.source != "scenes":
         source = _check_masks(source, config, ranks, console)
     if not config.data.batch_size:
@@ -103,7 +101,8 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
     log(console, f"{source.describe()}\n{task.describe()}; {length}")
-    for note in (*notes, *trainer.notes(), *(f"note: {setting}" for setting in idle_settings(config))):
+    unused = (*unused_settings(config), *unused_source_settings(config.data))
+    for note in (*notes, *trainer.notes(), *(f"note: {text}" for text in unused)):
         log(console, note)
     return trainer
 

@@ -10,8 +10,8 @@ import typer
 from pdvit.cli.options import Layer, RunOptions, make_layers, merge_layers, settings_by_section, training_command
 from pdvit.cli.runs import check_initial_weights, process_group, replay, resume, start, train_to_end
 from pdvit.cli.sweep import run_sweep
-from pdvit.config.keys import info_of
 from pdvit.config.load import SWEEP_SECTION, build, sections
+from pdvit.config.schema import info_of
 from pdvit.errors import UserError
 
 # docs/finetune.md and docs/segment.md give the reasons.

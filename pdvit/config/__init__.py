@@ -5,14 +5,4 @@ from pdvit.config.load import build, parse_set, read_toml, to_dict, to_toml
 from pdvit.config.resolve import resolve
 from pdvit.config.schema import Config
 
-__all__ = [
-    "Config",
-    "Duration",
-    "build",
-    "parse_duration",
-    "parse_set",
-    "read_toml",
-    "resolve",
-    "to_dict",
-    "to_toml",
-]
+__all__ = ["Config", "Duration", "build", "parse_duration", "parse_set", "read_toml", "resolve", "to_dict", "to_toml"]

@@ -4,28 +4,28 @@ import math
 import re
 from dataclasses import dataclass
 
-from pdvit.errors import UserError
-
-_FORM = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(ep|st|im|%|min|h|s)?", re.IGNORECASE)
-
+from pdvit.config.schema import DiversityConfig
+from pdvit.errors import UserError, closest
 
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+WEIGHT_SCHEDULES = ("warmup", "decay", "until")
+_FORM = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(ep|st|im|%|min|h|s)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length and its unit: `ep`, `st`, `im`, `%` (of the whole run), or `s`, `min`, `h` (of the clock)."""
+    """A length and its unit: `ep`, `st`, `im`, `%` of the run, or the times `s`, `min`, `h`."""
 
     value: float
     unit: str
 
     @property
     def seconds(self) -> float | None:
-        """The length on the clock; None where it is a length of training."""
+        """The time in seconds; None for a length of training."""
         return self.value * SECONDS[self.unit] if self.unit in SECONDS else None
 
     def steps(self, steps_per_epoch: int, batch_size: int, total: int | None = None) -> int:
-        """Return the length in steps, rounded to the nearest; `total` is what percents are of."""
+        """Return the length in steps, rounded to the nearest. A percentage is of `total`."""
         if self.unit == "%":
             assert total is not None, "a percentage needs the length of the run"
             return round(self.value / 100 * total)
@@ -36,31 +36,42 @@ class Duration:
 def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock: bool = False) -> Duration:
     """Read a duration; a bare number is in `unit`.
 
-    Raises UserError for anything else, for % unless `percent`, for a time unless `clock`, and for anything but a time
-    where `unit` is one.
+    If `unit` is a time, only times are valid. Otherwise `percent` allows % and `clock` allows times. Raises UserError.
     """
-    forms = _forms(unit, percent, clock)
     match = _FORM.fullmatch(text.strip())
+    found = (match[2] or unit).lower() if match else ""
     try:
         value = float(match[1]) if match else math.nan
     except ValueError:
         value = math.nan
-    if match is None or not math.isfinite(value) or value > 1e15:
-        kind = "a time" if unit in SECONDS else "a length of training"
-        raise UserError(f"'{text}' is not {kind}", where, f"write {forms}")
-    found = (match[2] or unit).lower()
-    if unit in SECONDS and found not in SECONDS:
-        raise UserError(f"'{text}' is not a time", where, f"write {forms}")
-    if (found in SECONDS and not clock) or (found == "%" and not percent):
-        raise UserError(f"'{text}' can't be used here", where, f"write {forms}")
-    if found == "%" and value > 100:
-        raise UserError(f"'{text}' can't be used here", where, "at most 100 % of the run")
-    return Duration(value, found)
-
-
-def _forms(unit: str, percent: bool, clock: bool) -> str:
-    """Say what may be written where a bare number is in `unit`."""
+    units = {*SECONDS}
+    if unit not in SECONDS:
+        units = {"ep", "st", "im"} | ({"%"} if percent else set()) | (units if clock else set())
+    if found in units and value <= (100 if found == "%" else 1e15):
+        return Duration(value, found)
     if unit in SECONDS:
-        return f"90min, 12h or 300s; a bare number is in {unit}"
-    forms = ["30ep", "2000st", "1e6im", *(["5%"] if percent else []), *(["10min"] if clock else [])]
-    return f"{', '.join(forms[:-1])} or {forms[-1]}; a bare number is in {unit}"
+        what, forms = "time", "90min, 12h or 300s"
+    else:
+        what = "length of training"
+        *first, last = "30ep", "2000st", "1e6im", *(["5%"] if percent else []), *(["10min"] if clock else [])
+        forms = f"{', '.join(first)} or {last}"
+    raise UserError(f"'{text}' is not a valid {what}", where, f"write {forms}; a bare number is in {unit}")
+
+
+def weight_schedule(diversity: DiversityConfig, term: str) -> dict[str, Duration]:
+    """Return the parts of the schedule of a term's weight with their lengths; empty if constant.
+
+    The text is `constant`, or parts NAME:LENGTH joined by commas. A bare number is epochs. Raises UserError.
+    """
+    text, where = getattr(diversity, f"{term}_schedule").strip(), f"diversity.{term}_schedule (--{term}-schedule)"
+    lengths: dict[str, Duration] = {}
+    for part in [] if text == "constant" else text.split(","):
+        name, _, length = (piece.strip() for piece in part.partition(":"))
+        if name not in WEIGHT_SCHEDULES:
+            raise UserError(
+                f"'{part.strip()}' is not part of a weight schedule", where, closest(name, WEIGHT_SCHEDULES)
+            )
+        if name in lengths:
+            raise UserError(f"'{name}' is given twice", where, "give each part once")
+        lengths[name] = parse_duration(length, "ep", where)
+    return lengths

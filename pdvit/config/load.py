@@ -1,4 +1,4 @@
-"""TOML, flags and --set to one checked `Config`, and back to TOML."""
+"""TOML, flags and --set to one checked `Config`, and back. `python -m pdvit.config.load` prints the docs' table."""
 
 import math
 import tomllib
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pdvit.config.duration import parse_duration
-from pdvit.config.keys import KeyInfo, info_of
-from pdvit.config.schema import Config
+from pdvit.config.schema import Config, KeyInfo, info_of
 from pdvit.errors import UserError, closest
 
-# A section of files: pdvit.sweep takes it out before the rest is read here.
+# A table of configuration files that pdvit.sweep reads.
 SWEEP_SECTION = "sweep"
-# What run.toml leaves out, so that the same recipe can be run again somewhere else.
+# run.toml leaves them out, so that the same recipe can run elsewhere.
 _PLACES = {("run", "out"), ("run", "name")}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
 
 
 def sections() -> dict[str, type]:
@@ -25,19 +25,18 @@ def sections() -> dict[str, type]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a configuration file; UserError where it is missing or not TOML."""
+    """Read a configuration file; raises UserError if it is missing or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the configuration can't be read: {error.strerror}", str(path), "check --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the configuration is not TOML: {error}", str(path), "see docs/train.md for an example"
-        ) from error
+        tip = "see docs/train.md for an example"
+        raise UserError(f"the configuration is not TOML: {error}", str(path), tip) from error
 
 
 def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
-    """Read one `section.key=value` that `flag` was given; the value is TOML, and plain text where it is not."""
+    """Parse `section.key=value` of a flag; the value is TOML, else plain text."""
     name, separator, value = text.partition("=")
     section, dot, item = name.strip().partition(".")
     if not (separator and dot and section and item):
@@ -50,46 +49,43 @@ def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
 
 
 def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
-    """Merge named layers of {section: {key: value}}, later ones first, into a checked `Config`.
+    """Merge layers of {section: {key: value}}, later ones first, into a checked `Config`.
 
-    The name of a layer is where an error points to. Raises UserError for an unknown section or key, a wrong type and a
-    value out of range.
+    Each layer has a name for errors. Raises UserError for unknown sections and keys, wrong types and values out of
+    range.
     """
     config, known = Config(), sections()
     for where, layer in layers:
         for section, values in layer.items():
             if section not in known:
-                raise UserError(f"there is no section '{section}'", where, _tip(section, [*known], values, known))
+                raise UserError(f"there is no section '{section}'", where, _section_tip(section, values, known))
             if not isinstance(values, Mapping):
                 raise UserError(f"'{section}' is a section, not a key", where, f"write {section}.KEY = VALUE")
-            current = getattr(config, section)
-            changes = {name: _check(section, name, value, where) for name, value in values.items()}
-            config = replace(config, **{section: replace(current, **changes)})
-    augment, segment = config.augment, config.segment
-    ends = {"augment.scale": augment.scale, "augment.ratio": augment.ratio, "segment.jitter": segment.jitter}
-    for name, (low, high) in ((name, pair) for name, pair in ends.items() if pair is not None):
-        if low > high:
-            raise UserError(f"the least, {low:g}, is above the most, {high:g}", name, "swap the two")
+            changes = {name: _check(section, known[section], name, value, where) for name, value in values.items()}
+            config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    ranges = {"augment.scale": config.augment.scale, "augment.ratio": config.augment.ratio}
+    for name, bounds in (ranges | {"segment.jitter": config.segment.jitter}).items():
+        if bounds is not None and bounds[0] > bounds[1]:
+            raise UserError(f"the minimum, {bounds[0]:g}, is above the maximum, {bounds[1]:g}", name, "swap the two")
     return config
 
 
-def _tip(section: str, names: list[str], value: Any, known: Mapping[str, type]) -> str:
-    """Point from a key without its section (`lr = 1`) to the section that has it, and from [sweep] to its file."""
+def _section_tip(section: str, value: Any, known: Mapping[str, type]) -> str:
+    """Return a tip for an unknown section, which may be a key without its section (`lr = 1`)."""
     if section == SWEEP_SECTION:
         return "write it in the file that --config names (see docs/sweep.md)"
     for name, cls in known.items():
         if not isinstance(value, Mapping) and section in get_type_hints(cls):
             return f"'{section}' belongs to a section: write {name}.{section}"
-    return closest(section, [*names, SWEEP_SECTION])
+    return closest(section, [*known, SWEEP_SECTION])
 
 
-def _check(section: str, name: str, value: Any, where: str) -> Any:
-    cls = sections()[section]
-    by_name = {item.name: item for item in fields(cls)}
-    at = f"{section}.{name} ({where})"
-    if name not in by_name:
-        raise UserError(f"there is no key '{section}.{name}'", where, closest(name, by_name))
-    info = info_of(by_name[name])
+def _check(section: str, cls: Any, name: str, value: Any, where: str) -> Any:
+    """Return the value of a key with the key's type, checked."""
+    items, at = cls.__dataclass_fields__, f"{section}.{name} ({where})"
+    if name not in items:
+        raise UserError(f"there is no key '{section}.{name}'", where, closest(name, items))
+    info = info_of(items[name])
     if isinstance(value, str) and value in info.words:
         return info.words[value]
     value = _convert(value, get_type_hints(cls)[name], info, at)
@@ -98,61 +94,52 @@ def _check(section: str, name: str, value: Any, where: str) -> Any:
     return value
 
 
-def _convert(value: Any, kind: Any, info: KeyInfo, at: str) -> Any:
-    """Return `value` as `kind`, or raise UserError; whole numbers serve as floats, numbers as durations."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    kind = next(option for option in options if option is not type(None))
+def _convert(value: Any, hint: Any, info: KeyInfo, at: str) -> Any:
+    """Return the value as the type `hint`; whole numbers serve as floats and texts, numbers as durations."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    hint = next(option for option in options if option is not type(None))
+    origin = get_origin(hint) or hint
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if info.unit and (is_number or isinstance(value, str)):
         length = parse_duration(str(value), info.unit, at, info.percent, info.clock)
         _check_range(length.value, info, at)
         return str(value)
-    if kind is float and is_number:
+    if origin is float and is_number:
         return float(value)
-    if info.number and isinstance(value, int) and is_number:
+    if origin is str and is_number and isinstance(value, int):
         return str(value)
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        parts = get_args(kind)
-        if len(value) == len(parts):
-            return tuple(_convert(v, part, info, at) for v, part in zip(value, parts, strict=True))
-    if get_origin(kind) is dict and isinstance(value, Mapping):
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
+        return tuple(_convert(part, kind, info, at) for part, kind in zip(value, get_args(hint), strict=True))
+    if origin is dict and isinstance(value, Mapping):
         return dict(value)
-    if kind in (int, str, bool) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+    if origin in (int, str, bool) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
         return value
-    raise UserError(f"{value!r} is not {_describe(kind)}", at, info.help)
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if get_origin(kind) is tuple:
-        return f"a list of {len(get_args(kind))} numbers"
-    return names.get(kind, "a table")
+    name = f"a list of {len(get_args(hint))} numbers" if origin is tuple else _TYPE_NAMES[origin]
+    raise UserError(f"{value!r} is not {name}", at, info.help)
 
 
 def _check_range(value: Any, info: KeyInfo, at: str) -> None:
     if info.choices and value not in info.choices:
-        raise UserError(f"'{value}' is not known here", at, closest(str(value), info.choices))
+        raise UserError(f"'{value}' is not a choice", at, closest(str(value), info.choices))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     too_low = (info.minimum is not None and value < info.minimum) or (info.above is not None and value <= info.above)
     if not math.isfinite(value) or too_low or (info.maximum is not None and value > info.maximum):
-        raise UserError(f"{value} is out of range", at, f"it must be {describe_range(info)}")
+        raise UserError(f"{value} is out of range", at, f"it must be {_describe_range(info) or 'finite'}")
 
 
-def describe_range(info: KeyInfo) -> str:
-    """Say a key's range in words: `at least 0 and at most 1`."""
+def _describe_range(info: KeyInfo) -> str:
     low = f"above {info.above:g}" if info.above is not None else ""
     low = f"at least {info.minimum:g}" if info.minimum is not None else low
     high = f"at most {info.maximum:,}" if info.maximum is not None else ""
-    return " and ".join(part for part in (low, high) if part) or "finite"
+    return " and ".join(part for part in (low, high) if part)
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the set values by section, without run.out and run.name."""
     table: dict[str, dict[str, Any]] = {}
-    for section in sections():
-        part = getattr(config, section)
-        values = {item.name: getattr(part, item.name) for item in fields(part)}
+    for section, cls in sections().items():
+        values = {item.name: getattr(getattr(config, section), item.name) for item in fields(cls)}
         table[section] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
@@ -162,9 +149,25 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_toml(config: Config, command: str) -> str:
-    """Write the resolved configuration as TOML that repeats the run; `command` stands in a comment."""
+    """Return the configuration as TOML that repeats the run, with `command` in a comment."""
     import tomli_w
 
     one_line = "".join(letter if letter.isprintable() else " " for letter in command)
-    head = f"# {one_line}\n# repeat this run: pdvit train --config run.toml\n\n"
-    return head + tomli_w.dumps(to_dict(config))
+    return f"# {one_line}\n# repeat this run: pdvit train --config run.toml\n\n{tomli_w.dumps(to_dict(config))}"
+
+
+def markdown_table() -> str:
+    """Return every key with its flag, default, range and help, as Markdown."""
+    lines = ["| key | flag | default | allowed | |", "| --- | --- | --- | --- | --- |"]
+    for section, cls in sections().items():
+        for item in fields(cls):
+            info, value = info_of(item), item.default
+            flags = ", ".join(f"`{flag}`" for flag in info.flags)
+            default = "" if value is None else f"`{list(value) if isinstance(value, tuple) else value}`"
+            allowed = ", ".join(info.choices) or _describe_range(info)
+            lines.append(f"| `{section}.{item.name}` | {flags} | {default} | {allowed} | {info.help} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

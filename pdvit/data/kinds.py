@@ -3,9 +3,7 @@
 import os
 from dataclasses import dataclass, fields
 
-from pdvit.config.keys import info_of
 from pdvit.config.schema import DataConfig
-from pdvit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,15 @@ def kind_of(source: str) -> str | None:
     return None
 
 
-def refuse_idle(data: DataConfig) -> None:
-    """Raise UserError where a setting is given that means nothing for the source: it was meant for another."""
+def unused_source_settings(data: DataConfig) -> list[str]:
+    """Return a note for each setting of a source that differs from its default and that this source does not have."""
     taken = TAKES[kind_of(data.source) or "folder"]
-    for item in fields(data):
-        if item.name in OF_SOURCES and item.name not in taken and getattr(data, item.name) != item.default:
-            flag = info_of(item).flags[0]
-            what = f"{flag} means nothing for '{data.source}'"
-            raise UserError(what, f"data.{item.name} ({flag})", "leave it out, or check --data")
+    names = [item.name for item in fields(data) if getattr(data, item.name) != item.default]
+    return [
+        f"data.{name} = {getattr(data, name)} has no effect: '{data.source}' does not have it"
+        for name in names
+        if name in OF_SOURCES and name not in taken
+    ]
 
 
 def whole_path(source: str) -> str:

@@ -7,8 +7,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
 from pdvit.config.duration import Duration, parse_duration
-from pdvit.config.keys import info_of
-from pdvit.config.schema import Config
+from pdvit.config.schema import Config, info_of
 from pdvit.errors import UserError
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdvit.config.duration import parse_duration
+from pdvit.config.duration import parse_duration, weight_schedule
 from pdvit.config.schema import Config, DiversityConfig
-from pdvit.config.weights import weight_schedule
 from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
 from pdvit.data.loader import LoaderConfig, steps_per_epoch

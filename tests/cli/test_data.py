@@ -31,11 +31,6 @@ def test_a_cell_shows_a_name_as_it_is(name, capsys):
     assert cell("\x1b[2J\n").plain == r"\x1b[2J\n"
 
 
-def test_a_setting_that_means_nothing_for_the_source_is_refused(refusal, tiny, workplace):
-    assert "--val-split means nothing" in refusal("train", *tiny, "--val-split", "nonsense").what
-    assert not (workplace / "runs").exists()
-
-
 def test_help_lists_the_kinds_of_sources_at_once():
     code = "import sys; from pdvit.cli import run; s = run(sys.argv[1:]); sys.exit(s + ('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, "train", "--data", "help"], capture_output=True, text=True)

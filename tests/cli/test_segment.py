@@ -15,7 +15,7 @@ from pdvit.cli import app
 from pdvit.cli import run as pdvit
 from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
-from pdvit.config.idle import idle_settings
+from pdvit.config.unused import unused_settings
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.memory import fits
 from pdvit.engine.trainer import Trainer
@@ -251,7 +251,7 @@ def test_defaults_of_the_command_are_not_said_to_do_nothing(head, monkeypatch):
     begun = []
     monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
     assert pdvit(["segment", "--head", head]) == 0
-    assert idle_settings(resolve(begun[0])) == []
+    assert unused_settings(resolve(begun[0])) == []
     assert begun[0].segment.width == (32 if head == "upernet" else 512)
 
 

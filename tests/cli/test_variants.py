@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
-from pdvit.config.presets import PRESETS, TERMS
+from pdvit.config.schema import PRESETS, TERMS
 
 SHORT = ["--epochs", "3st", "--batch-size", "16", "--img-size", "24", "--log-interval", "1st", "--mixup-prob", "1"]
 

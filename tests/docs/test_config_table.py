@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from pdvit.config.table import markdown_table
+from pdvit.config.load import markdown_table
 
 
 def test_the_docs_table_is_the_one_that_the_schema_gives():

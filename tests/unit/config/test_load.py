@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pdvit.config import Config, build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.duration import SECONDS
-from pdvit.config.keys import info_of
+from pdvit.config.schema import info_of
 from pdvit.errors import UserError
 
 WORDS = st.text(max_size=8)
@@ -20,8 +20,8 @@ TABLES = st.dictionaries(WORDS, LEAVES.filter(lambda value: value is not None) |
 def values_of(item, hint):
     """Draw a legal value of a key from its type and range."""
     info = info_of(item)
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kind = next(kind for kind in kinds if kind is not type(None))
+    types_of_key = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kind = next(option for option in types_of_key if option is not type(None))
     low = info.minimum if info.minimum is not None else info.above
     if info.choices:
         return st.sampled_from(info.choices)
@@ -60,17 +60,14 @@ def without_places(config):
     return replace(config, run=replace(config.run, out=None, name=None))
 
 
-def refuse(layer):
+def error_of(layer):
     with pytest.raises(UserError) as caught:
         build(("the file", layer))
     return caught.value
 
 
-def test_nothing_given_is_the_default():
-    assert build() == Config()
-
-
 def test_later_layers_win_key_by_key():
+    assert build() == Config()
     config = build(
         ("file", {"optim": {"lr": 1.0, "opt": "sgd", "weight_decay": 0.5}}),
         ("flags", {"optim": {"lr": 2.0, "opt": "lion"}}),
@@ -80,117 +77,97 @@ def test_later_layers_win_key_by_key():
     assert config.optim.min_lr == Config().optim.min_lr
 
 
-def test_an_unknown_section_names_the_closest():
-    error = refuse({"optmi": {"lr": 1.0}})
-    assert "'optmi'" in error.what
-    assert error.where == "the file"
-    assert "'optim'" in error.tip
-
-
-def test_an_unknown_key_names_the_closest():
-    error = refuse({"optim": {"weight_decai": 1.0}})
-    assert "'optim.weight_decai'" in error.what
-    assert "'weight_decay'" in error.tip
-
-
-def test_an_unknown_choice_names_the_closest():
-    error = refuse({"optim": {"schedule": "cosin"}})
-    assert "'cosin'" in error.what
-    assert "optim.schedule" in error.where
-    assert "'cosine'" in error.tip
-
-
-@pytest.mark.parametrize(("key", "name"), [("lr", "optim.lr"), ("batch_size", "data.batch_size")])
-def test_a_key_without_its_section_points_to_the_section(key, name):
-    assert name in refuse({key: 1}).tip
-
-
-@pytest.mark.parametrize(("section", "tip"), [("swep", "'sweep'"), ("sweep", "--config")])
-def test_the_sweep_is_a_section_of_a_file(section, tip):
-    assert tip in refuse({section: {"run.seed": [1]}}).tip
-
-
-def test_a_section_with_a_plain_value_is_refused():
-    assert "section" in refuse({"optim": 3}).what
+@pytest.mark.parametrize(
+    ("layer", "what", "tip"),
+    [
+        ({"optmi": {"lr": 1.0}}, "'optmi'", "'optim'"),
+        ({"optim": {"weight_decai": 1.0}}, "'optim.weight_decai'", "'weight_decay'"),
+        ({"optim": {"schedule": "cosin"}}, "'cosin'", "'cosine'"),
+        ({"lr": 1}, "'lr'", "optim.lr"),
+        ({"batch_size": 1}, "'batch_size'", "data.batch_size"),
+        ({"swep": {"run.seed": [1]}}, "'swep'", "'sweep'"),
+        ({"sweep": {"run.seed": [1]}}, "'sweep'", "--config"),
+        ({"optim": 3}, "is a section", "optim.KEY"),
+        ({"augment": {"mixup_prob": 2}}, "out of range", "at least 0 and at most 1"),
+        ({"augment": {"scale": [0.9, 0.1]}}, "above the maximum", "swap"),
+        ({"segment": {"jitter": [2.0, 0.5]}}, "above the maximum", "swap"),
+    ],
+)
+def test_an_error_names_the_mistake_and_the_closest_name(layer, what, tip):
+    error = error_of(layer)
+    assert what in error.what
+    assert tip in error.tip
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "kind"),
+    ("key", "value", "name"),
     [
-        ("data", "batch_size", "64", "a whole number"),
-        ("data", "batch_size", 64.0, "a whole number"),
-        ("data", "batch_size", True, "a whole number"),
-        ("data", "source", 3, "a text"),
-        ("optim", "lr", "fast", "a number"),
-        ("optim", "lr", True, "a number"),
-        ("optim", "epochs", True, "a text"),
-        ("optim", "epochs", [1], "a text"),
-        ("augment", "scale", [0.1], "a list of 2 numbers"),
-        ("augment", "scale", 0.1, "a list of 2 numbers"),
-        ("augment", "scale", [0.1, "x"], "a number"),
-        ("model", "args", 3, "a table"),
-        ("model", "depth", None, "a whole number"),
+        ("data.batch_size", "64", "a whole number"),
+        ("data.batch_size", 64.0, "a whole number"),
+        ("data.batch_size", True, "a whole number"),
+        ("data.source", [3], "a text"),
+        ("optim.lr", "fast", "a number"),
+        ("optim.lr", True, "a number"),
+        ("optim.epochs", True, "a text"),
+        ("augment.scale", [0.1], "a list of 2 numbers"),
+        ("augment.scale", 0.1, "a list of 2 numbers"),
+        ("augment.scale", [0.1, "x"], "a number"),
+        ("model.args", 3, "a table"),
+        ("model.depth", None, "a whole number"),
     ],
 )
-def test_a_wrong_type_says_what_it_should_be(section, key, value, kind):
-    error = refuse({section: {key: value}})
-    assert f"is not {kind}" in error.what
-    assert f"{section}.{key}" in error.where
+def test_a_wrong_type_is_an_error(key, value, name):
+    section, _, item = key.partition(".")
+    error = error_of({section: {item: value}})
+    assert f"is not {name}" in error.what
+    assert error.where == f"{key} (the file)"
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"),
+    ("key", "value"),
     [
-        ("data", "batch_size", 0),
-        ("data", "workers", -1),
-        ("optim", "lr", 0.0),
-        ("optim", "lr", float("nan")),
-        ("optim", "lr", float("inf")),
-        ("optim", "weight_decay", float("nan")),
-        ("optim", "min_lr", -1e-9),
-        ("augment", "mixup_prob", 1.1),
-        ("augment", "scale", [0.0, 1.0]),
-        ("augment", "scale", [0.5, 1.5]),
-        ("optim", "epochs", 0),
-        ("optim", "epochs", "0ep"),
-        ("model", "drop_path", 1.0),
+        ("data.batch_size", 0),
+        ("data.workers", -1),
+        ("optim.lr", 0.0),
+        ("optim.lr", float("nan")),
+        ("optim.lr", float("inf")),
+        ("augment.mixup_prob", 1.1),
+        ("augment.scale", [0.0, 1.0]),
+        ("augment.scale", [0.5, 1.5]),
+        ("optim.epochs", 0),
+        ("optim.epochs", "0ep"),
+        # torch.manual_seed and scikit-learn's random_state fail on larger seeds
+        ("run.seed", 2**64),
+        ("data.split_seed", 2**32),
     ],
 )
-def test_a_number_out_of_range_is_refused(section, key, value):
-    error = refuse({section: {key: value}})
+def test_a_number_out_of_range_is_an_error(key, value):
+    section, _, item = key.partition(".")
+    error = error_of({section: {item: value}})
     assert "out of range" in error.what
-    assert f"{section}.{key}" in error.where
+    assert key in error.where
 
 
-# What torch.manual_seed and scikit-learn's random_state take: these must not end in their tracebacks.
-@pytest.mark.parametrize(("section", "key", "value"), [("run", "seed", 2**64), ("data", "split_seed", 2**32)])
-def test_a_seed_that_no_generator_takes_is_refused(section, key, value):
-    assert f"{section}.{key}" in refuse({section: {key: value}}).where
+@pytest.mark.parametrize("value", [float("nan"), -3, "soon", "5%"])
+def test_an_invalid_length_of_training_is_an_error(value):
+    assert "optim.epochs" in error_of({"optim": {"epochs": value}}).where
 
 
-@pytest.mark.parametrize("value", [float("nan"), -3, "nan", "soon", "5%"])
-def test_a_length_of_training_that_is_none_is_refused(value):
-    assert "optim.epochs" in refuse({"optim": {"epochs": value}}).where
-
-
-def test_the_error_names_the_range():
-    assert "at least 0 and at most 1" in refuse({"augment": {"mixup_prob": 2}}).tip
-
-
-def test_a_crop_whose_bounds_are_swapped_is_refused():
-    assert refuse({"augment": {"scale": [0.9, 0.1]}}).where == "augment.scale"
-    assert refuse({"segment": {"jitter": [2.0, 0.5]}}).where == "segment.jitter"
-
-
-def test_whole_numbers_serve_as_floats():
-    lr = build(("file", {"optim": {"lr": 1}})).optim.lr
-    assert lr == 1.0
-    assert isinstance(lr, float)
-
-
-@pytest.mark.parametrize(("value", "text"), [(36, "36"), (0.5, "0.5"), ("200st", "200st")])
-def test_numbers_serve_as_durations(value, text):
-    assert build(("file", {"optim": {"epochs": value}})).optim.epochs == text
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("optim.lr", 1, 1.0),
+        ("optim.epochs", 36, "36"),
+        ("optim.epochs", 0.5, "0.5"),
+        ("diversity.first", 3, "3"),
+        ("data.batch_size", "auto", 0),
+    ],
+)
+def test_values_are_converted_to_the_type_of_the_key(key, value, expected):
+    section, _, item = key.partition(".")
+    found = getattr(getattr(build(("file", {section: {item: value}})), section), item)
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -202,38 +179,27 @@ def test_numbers_serve_as_durations(value, text):
         ("augment.scale=[0.1, 1.0]", {"augment": {"scale": [0.1, 1.0]}}),
         ("model.args={qk_norm = true}", {"model": {"args": {"qk_norm": True}}}),
         ("data.source=a=b", {"data": {"source": "a=b"}}),
-        ("optim.epochs=5%", {"optim": {"epochs": "5%"}}),
     ],
 )
 def test_set_reads_toml_or_plain_text(text, value):
     assert parse_set(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "lr", "lr=1", "optim.lr", ".lr=1", "optim.=1", "=1"])
-def test_set_without_section_key_and_value_is_refused(text):
+@pytest.mark.parametrize("text", ["", "lr=1", "optim.lr", ".lr=1", "optim.=1"])
+def test_set_needs_section_key_and_value(text):
     with pytest.raises(UserError) as caught:
         parse_set(text)
     assert caught.value.where == "--set"
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError) as caught:
-        read_toml(tmp_path / "none.toml")
-    assert "none.toml" in caught.value.where
-
-
-@pytest.mark.parametrize("content", [b"[optim", b"lr = ", b"\xff\xfe", b"[optim]\nlr = 1\nlr = 2\n"])
-def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", [None, b"[optim", b"\xff\xfe", b"[optim]\nlr = 1\nlr = 2\n"])
+def test_a_file_that_is_missing_or_not_toml_is_an_error(tmp_path, content):
     file = tmp_path / "run.toml"
-    file.write_bytes(content)
-    with pytest.raises(UserError, match="not TOML") as caught:
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="can't be read" if content is None else "not TOML") as caught:
         read_toml(file)
     assert caught.value.where == str(file)
-
-
-def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="can't be read"):
-        read_toml(tmp_path)
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,12 +213,8 @@ def test_toml_goes_round(layer):
 def mixes(layer) -> bool:
     """Whether images would be mixed, which a segmentation refuses."""
     diversity, augment = layer.get("diversity", {}), layer.get("augment", {})
-    return bool(
-        diversity.get("mixing")
-        or augment.get("cutmix")
-        or augment.get("mixup")
-        or (diversity.get("preset") == "cutmix" and "cutmix" not in augment)
-    )
+    by_preset = diversity.get("preset") == "cutmix" and "cutmix" not in augment
+    return bool(diversity.get("mixing") or augment.get("cutmix") or augment.get("mixup") or by_preset)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pdvit.config import presets
+from pdvit.config import schema
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, VARIANTS, contrastive_loss, cosine_loss, koleo_loss, mixing_loss, spectral_loss
 
@@ -151,6 +151,6 @@ def test_the_released_code_has_no_cosine_term():
 
 
 def test_the_configuration_has_the_same_names():
-    assert presets.TERMS == TERMS
-    assert presets.VARIANTS == VARIANTS
-    assert all(preset.variant in VARIANTS for preset in presets.PRESETS.values())
+    assert schema.TERMS == TERMS
+    assert schema.VARIANTS == VARIANTS
+    assert all(preset.variant in VARIANTS for preset in schema.PRESETS.values())

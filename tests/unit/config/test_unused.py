@@ -1,0 +1,62 @@
+import pytest
+
+from pdvit.config import build, resolve
+from pdvit.config.schema import PRESETS
+from pdvit.config.unused import unused_settings
+
+NONE, UPERNET, LINEAR = {"preset": "none"}, {"head": "upernet"}, {"head": "linear"}
+
+
+def unused(**sections):
+    return unused_settings(resolve(build(("test", sections))))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_no_unused_setting(preset):
+    assert unused(diversity={"preset": preset}) == []
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {
+            "diversity": {
+                "mixing_schedule": "warmup:1ep",
+                "variant": "v1",
+                "cosine_layers": "2",
+                "patch_head": "class",
+            },
+            "augment": {"mixup": 0.8, "mixup_switch_prob": 0.2, "mixup_mode": "pair"},
+        },
+        {"data": {"resident": "off", "crop_pct": 0.5, "source": "photographs"}},
+        {"segment": UPERNET, "diversity": NONE, "augment": {"hflip": 0.0}},
+        {"segment": UPERNET, "diversity": {"preset": "paper"}},
+    ],
+)
+def test_settings_with_an_effect_are_not_named(sections):
+    assert unused(**sections) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("diversity.mixing_schedule", {"diversity": {**NONE, "cosine": 1.0, "mixing_schedule": "until:50%"}}),
+        ("diversity.variant", {"diversity": {"preset": "koleo", "variant": "v1"}}),
+        ("diversity.cosine_layers", {"diversity": {**NONE, "cosine_layers": "2"}}),
+        ("diversity.patch_head", {"diversity": {**NONE, "patch_head": "class"}}),
+        ("augment.mixup_mode", {"diversity": NONE, "augment": {"mixup_mode": "elem"}}),
+        ("augment.mixup_switch_prob", {"augment": {"mixup_switch_prob": 0.1}}),
+        ("augment.color_jitter", {"augment": {"color_jitter": 0.4, "auto_augment": "rand-m9"}}),
+        ("augment.ratio", {"augment": {"ratio": (1.0, 1.0)}}),
+        ("data.resident", {"data": {"resident": "off"}}),
+        ("data.crop_pct", {"data": {"crop_pct": 0.5}}),
+        ("segment.width", {"segment": {"width": 64}}),
+        ("segment.norm", {"segment": {**LINEAR, "norm": "group"}, "diversity": NONE}),
+        ("augment.smoothing", {"segment": UPERNET, "augment": {"smoothing": 0.1}, "diversity": NONE}),
+        ("data.crop_mode", {"segment": UPERNET, "data": {"source": "masks", "crop_mode": "squash"}, "diversity": NONE}),
+    ],
+)
+def test_a_setting_without_effect_is_named_with_the_reason(name, sections):
+    (note,) = unused(**sections)
+    assert note.startswith(f"{name} = ")
+    assert "has no effect: " in note
