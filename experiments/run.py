@@ -39,7 +39,7 @@ from pdvit.cli.console import make_console
 from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.engine.device import visible_gpus
-from pdvit.engine.interrupts import EXIT_STOPPED, StopRequest, stop_on_signals
+from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import UserError
 from pdvit.models.weights import load
 from pdvit.sweep import Folder, numbers

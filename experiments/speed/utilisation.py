@@ -90,7 +90,7 @@ def make_step(args: argparse.Namespace, preset: str) -> Callable[[], None]:
     source = Source("noise", [str(number) for number in range(args.classes)], {"train": split, "val": split})
     trainer = Trainer(ClassificationTask(config, source, device), config, device, SINGLE_PROCESS)
     batches, numbers = cycle(list(islice(trainer.task.batches(0), 4))), count(1)
-    return lambda: trainer.state.meter.add(*trainer.updater(next(batches), next(numbers)))
+    return lambda: trainer.state.metrics.add(*trainer.updater(next(batches), next(numbers)))
 
 
 def matrix_rate(size: int, args: argparse.Namespace) -> float:

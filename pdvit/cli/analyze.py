@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
-    from pdvit.engine.display import RunConsole
+    from pdvit.engine.terminal import RunConsole
 
 
 def analyze(
@@ -76,7 +76,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
     """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
     from pdvit.analysis import write_analysis, write_between
     from pdvit.analysis.explorer import bytes_per_model
-    from pdvit.engine.interrupts import EXIT_STOPPED, stop_on_signals
+    from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
 
     console, main = analyzer.console, analyzer.ranks.main
     bytes_per_model(len(folders) if explore else 1)  # an error if they are too many for a page

@@ -27,7 +27,7 @@ from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing
 
 if TYPE_CHECKING:
-    from pdvit.engine.display import RunConsole
+    from pdvit.engine.terminal import RunConsole
 
 
 def write_explorer(

@@ -17,7 +17,7 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit
 from pdvit.engine.device import choose_device, device_name, is_out_of_memory
 from pdvit.engine.distributed import init_process_group
-from pdvit.engine.interrupts import StopRequest
+from pdvit.engine.terminal import StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
 from pdvit.models.weights import Loaded, load
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pdvit.engine.display import RunConsole
+    from pdvit.engine.terminal import RunConsole
 
 # Images for a model with random weights.
 RANDOM_IMAGES = 32
@@ -116,7 +116,7 @@ class Analyzer:
     def _open(self, path: str) -> AnalyzeTarget:
         """Load a checkpoint to the device and select its images; an error of one rank is raised on all."""
         options, ranks = self.options, self.ranks
-        with ranks.failing_together():
+        with ranks.raise_on_all_ranks():
             loaded = load(path, options.model, options.weights)
             device = choose_device(options.device, ranks.local_rank if ranks.world_size > 1 else None)
             to_device(loaded.model, device, path)
@@ -147,7 +147,7 @@ class Analyzer:
         loaded, why = target.loaded, ""
         few = replace(target, pictures=target.pictures.subsample(RANDOM_IMAGES))
         try:
-            with self.ranks.failing_together():
+            with self.ranks.raise_on_all_ranks():
                 model = to_device(loaded.with_random_weights(), target.loader_config.device, loaded.architecture)
             random = measure(model, self._images(few, "random weights"), "similarity", ranks=self.ranks)
         except UserError as error:

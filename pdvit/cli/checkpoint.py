@@ -166,7 +166,7 @@ def broken_logits(images: str, path: Path, precision: str) -> UserError:
 
 def with_progress(batches: "Iterable[Part]", total: int, console: "Console", what: str) -> "Iterator[Part]":
     """Yield the batches, and show how many images are done, their rate and the time left."""
-    from pdvit.engine.display import Display
+    from pdvit.engine.terminal import Display
 
     done, begun = 0, monotonic()
     with Display(console, total, unit="image") as display:

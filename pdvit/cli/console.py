@@ -4,12 +4,12 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pdvit.engine.display import RunConsole
+    from pdvit.engine.terminal import RunConsole
 
 
 def make_console(as_json: bool) -> "RunConsole":
     """Return the console of a command. Of several processes only rank 0 prints."""
-    from pdvit.engine.display import RunConsole
+    from pdvit.engine.terminal import RunConsole
 
     return RunConsole(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
 

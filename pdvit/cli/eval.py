@@ -30,8 +30,8 @@ from pdvit.cli.runs import process_group
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
-    from pdvit.engine.display import RunConsole
     from pdvit.engine.distributed import Ranks
+    from pdvit.engine.terminal import RunConsole
 
 # The pictures that a segmentation leaves, see `tasks.pictures.prediction_pngs`.
 PICTURE = re.compile(r"\d{2,}-(image|truth|prediction)\.png")

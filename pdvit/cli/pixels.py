@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pdvit.config.schema import SegmentConfig
     from pdvit.data.bad_images import BadImages
     from pdvit.data.sources import FileSplit
-    from pdvit.engine.display import RunConsole
     from pdvit.engine.distributed import Ranks
+    from pdvit.engine.terminal import RunConsole
     from pdvit.models.segmentation.files import LoadedSegmenter
     from pdvit.tasks.windows import SlidingWindowConfig
 

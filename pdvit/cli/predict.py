@@ -34,7 +34,7 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     from pdvit.data.bad_images import BadImages
     from pdvit.data.sources import FileSplit
-    from pdvit.engine.display import RunConsole
+    from pdvit.engine.terminal import RunConsole
     from pdvit.tasks.classification import Prediction
 
 # Images up to which the terminal shows what was found.
@@ -72,7 +72,7 @@ def predict(
     from pdvit.data.bad_images import BadImages
     from pdvit.data.pictures import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
-    from pdvit.engine.interrupts import stop_on_signals
+    from pdvit.engine.terminal import stop_on_signals
     from pdvit.models.checkpoints import name_of
 
     files = image_files(images)
@@ -123,7 +123,7 @@ def _masks(
 ) -> int:
     """Write a mask for every image, and the same over the image; UserError as `_predictions` has it."""
     from pdvit.data.bad_images import refuse_bad
-    from pdvit.engine.interrupts import stop_on_signals
+    from pdvit.engine.terminal import stop_on_signals
 
     with stop_on_signals() as stop:
         for _ in with_progress(predict_pixels(opened, files, folder, views, bad), len(files), console, "images"):

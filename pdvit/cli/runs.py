@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from pdvit.data.sources import Source
-    from pdvit.engine.display import RunConsole
     from pdvit.engine.distributed import Ranks
-    from pdvit.engine.interrupts import StopRequest
+    from pdvit.engine.terminal import RunConsole, StopRequest
     from pdvit.engine.trainer import Trainer
     from pdvit.tracking import RunDirectory
 
@@ -74,7 +73,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     from pdvit.models.description import describe
     from pdvit.models.initial import begin, settle
     from pdvit.tasks import task_class
-    from pdvit.tracking import check_sinks, tracker_names
+    from pdvit.tracking import tracker_names
 
     checkpoint = None
     if config.model.init is not None and not resumed:
@@ -86,7 +85,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(device, config.run)
     if ranks.main:
-        check_sinks(tracker_names(config.run.track))
+        tracker_names(config.run.track)  # refuses those that can't run
     task_type = task_class(config)
     source = task_type.open_source(config, partial(log, console))
     if config.segment.head is not None and config.data.source != "scenes":
@@ -99,7 +98,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     notes = [] if checkpoint is None else begin(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
-    length = f"{trainer.plan.steps} steps of {task.batch_size} images on {device_name(device)}{processes}"
+    length = f"{trainer.steps.total} steps of {task.batch_size} images on {device_name(device)}{processes}"
     log(console, f"{source.describe()}\n{task.describe()}; {length}")
     unused = (*unused_settings(config), *unused_source_settings(config.data))
     for note in (*notes, *trainer.notes(), *(f"note: {text}" for text in unused)):
@@ -119,7 +118,7 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
     console = make_console(as_json)
     trainer = build_trainer(config, console)
     trainer.task.load(partial(log, console))
-    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.tracking import RunDirectory
 
     ranks = trainer.ranks
@@ -174,7 +173,7 @@ def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | i
 def train_to_end(run: Run, stop: "StopRequest") -> int:
     """Train, print the summary, and return the exit status; raises UserError and RunFailed."""
     from pdvit.config import to_toml
-    from pdvit.engine.interrupts import EXIT_STOPPED
+    from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.tracking import command_line
 
     console, trainer, directory = run.console, run.trainer, run.directory
@@ -209,7 +208,7 @@ def replay(path: Path, as_json: bool) -> int:
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
     console = make_console(as_json)
     trainer = build_trainer(config, console, resumed=True)
-    from pdvit.engine.replay import replay as replay_step
+    from pdvit.engine.recovery import replay as replay_step
 
     found = replay_step(path, trainer.state, trainer.updater)
     metrics = {name: value if abs(value) < float("inf") else None for name, value in found.metrics.items()}
@@ -279,7 +278,7 @@ def trial_config(config: Config) -> Config:
 def _find_batch_size(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
     """Return the largest total batch, a power of two or all images, that fits the GPUs; raises UserError if none."""
     from pdvit.engine.distributed import SINGLE_PROCESS
-    from pdvit.engine.memory import largest_batch
+    from pdvit.engine.recovery import largest_batch
     from pdvit.engine.trainer import Trainer
     from pdvit.tasks import task_class
 

@@ -20,7 +20,7 @@ from pdvit.errors import UserError
 from pdvit.tasks.summary import describe_summary
 
 if TYPE_CHECKING:
-    from pdvit.engine.interrupts import StopRequest
+    from pdvit.engine.terminal import StopRequest
     from pdvit.sweep import Cell, Folder, State
 
 # What a cell needs, imported once for all.
@@ -135,7 +135,7 @@ class Sweep:
 
     def close(self) -> int:
         """Write the table, say what became of the cells, and return the exit status."""
-        from pdvit.engine.interrupts import EXIT_STOPPED
+        from pdvit.engine.terminal import EXIT_STOPPED
         from pdvit.sweep.folder import CellStatus
 
         states = {cell.name: state for cell, state in self.folder.write_table()}
@@ -170,7 +170,7 @@ class Sweep:
 
 def train_cell(command: str, config: Config, run: Path) -> int:
     """Begin the run of a cell, or go on with it; return the exit status, and raise UserError and RunFailed."""
-    from pdvit.engine.interrupts import stop_on_signals
+    from pdvit.engine.terminal import stop_on_signals
 
     with stop_on_signals() as stop:
         if (run / "run.toml").is_file():

@@ -76,7 +76,7 @@ def segment(
 
 def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
     """Start, resume or replay a run, or run a sweep; return the exit status. Raises UserError and RunFailed."""
-    from pdvit.engine.interrupts import stop_on_signals
+    from pdvit.engine.terminal import stop_on_signals
 
     options = RunOptions(**{item.name: values.pop(item.name) for item in fields(RunOptions)})
     if checkpoint is not None:

@@ -1,154 +1,155 @@
-"""Checkpoints on disk: written beside their place by a thread, then renamed, and the pointer to them last."""
+"""Checkpoints on disk: a thread writes each beside its target and renames it; the pointer to it comes last."""
 
 import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pdvit.engine.state import VERSION, Snapshot, State
+from pdvit.engine.distributed import Ranks
+from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
 from pdvit.tracking import sync, to_json, write_file
 
 LAST, BEST = "last", "best"
-FACTS = "state.json"
+METADATA, SUFFIX = "state.json", ".safetensors"
 NAME = re.compile(r"step-\d{8,}")
 CHUNK = 2**20  # bytes of a file in memory at a time
-# What files that are not what they should be make Python, torch and safetensors raise.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# What damaged files make Python, torch and safetensors raise.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, SafetensorError)
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: the newest few, the best, and milestones."""
+    """The folder `checkpoints/` of a run: the newest `keep`, the best, and multiples of `milestone_every` steps."""
 
-    def __init__(self, folder: Path, keep: int, milestone: int | None = None) -> None:
-        """`milestone`: checkpoints at multiples of so many steps are never removed."""
-        self.folder, self.keep, self.milestone = folder, keep, milestone
+    def __init__(self, folder: Path, keep: int, milestone_every: int | None = None) -> None:
+        self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
     def save(self, snapshot: Snapshot, best: bool = False) -> None:
-        """Begin to write a snapshot; raises UserError where the one before could not be written."""
-        self.wait()  # so at most one waits in memory
+        """Start to write a snapshot; raises UserError if the last write failed."""
+        self.wait()  # so that at most one waits in memory
         self.writing = self.writer.submit(self._write, snapshot, best)
 
     def wait(self) -> None:
-        """Wait until what was begun is on the disk; raises UserError where it could not be written."""
+        """Wait until the last write is on the disk; raises UserError if it failed."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
     def failed(self) -> bool:
-        """Tell without waiting whether writing came to grief; `wait` then says why."""
+        """Return, without waiting, whether the last write failed; `wait` then raises its error."""
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
-    def restore(self, state: State, check: Callable[[dict[str, Any]], None]) -> bool:
-        """Load the checkpoint that `last` points to; False where there is none yet.
+    def load(self, state: TrainState, check: Callable[[dict[str, Any]], None]) -> None:
+        """Load the checkpoint that `last` points to, if there is one. All ranks take part.
 
-        `check` looks at its facts first. Raises UserError where it is damaged, and what `check` raises.
+        Raises UserError if it is damaged or of another format, and what `check` raises for its metadata.
         """
-        if not (self.folder / LAST).is_file():
-            return False
-        source = self.folder
+        with state.ranks.raise_on_all_ranks(), self._report_damage():
+            snapshot = self._read(state.ranks, check) if (self.folder / LAST).is_file() else None
+        if snapshot is not None:
+            with self._report_damage():
+                state.load_state_dict(snapshot)
+
+    def _read(self, ranks: Ranks, check: Callable[[dict[str, Any]], None]) -> Snapshot:
+        """Read a checkpoint; ranks other than 0 read only their own small tensors."""
+        source = self.folder / (self.folder / LAST).read_text().strip()
+        metadata = json.loads((source / METADATA).read_text())
+        if metadata["version"] != VERSION:
+            what = f"the checkpoint has format {metadata['version']}, this version of pdvit reads format {VERSION}"
+            raise UserError(what, str(source), "resume it with the version of pdvit that wrote it, or start a new run")
+        sums = metadata.pop("checksums")
+        for name, expected in sorted(sums.items()) if ranks.main else ():
+            found = zlib.crc32(to_json(metadata).encode()) if name == METADATA else _checksum(source / name)
+            if found != expected:
+                raise ValueError(f"{name} is not what was written (checksum {found:08x}, not {expected:08x})")
+        check(metadata)
+        if ranks.main:
+            files = [name.removesuffix(SUFFIX) for name in sums if name != METADATA]
+            return Snapshot(metadata, {file: load_file(source / f"{file}{SUFFIX}") for file in files})
+        with safe_open(source / f"state{SUFFIX}", framework="pt") as file:
+            own = [name for name in file.keys() if name.startswith(("0.", f"{ranks.rank}."))]  # noqa: SIM118
+            return Snapshot(metadata, {"state": {name: file.get_tensor(name) for name in own}})
+
+    @contextmanager
+    def _report_damage(self) -> Iterator[None]:
+        """Turn what damaged files raise into a UserError."""
         try:
-            source = self.folder / (self.folder / LAST).read_text().strip()
-            facts = json.loads((source / FACTS).read_text())
-            _verify(source, facts)
-            if facts["version"] != VERSION:
-                what = f"the checkpoint has format {facts['version']}, this version of pdvit reads format {VERSION}"
-                tip = "resume it with the version of pdvit that wrote it, or start a new run"
-                raise UserError(what, str(source), tip)
-            check(facts)
-            files = ["module", "state", *(["ema"] if (source / "ema.safetensors").is_file() else [])]
-            state.take(Snapshot(facts, {file: load_file(source / f"{file}.safetensors") for file in files}))
+            yield
         except torch.OutOfMemoryError:
             raise
         except DAMAGE as error:
+            source = self.folder / self._read_pointer(LAST)
             others = [name for name in self._names() if name != source.name]
             tip = f"start again with --config {self.folder.parent / 'run.toml'}"
             if others:
                 tip = f"an older one may be whole: write {others[-1]} into {self.folder / LAST}"
             what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
             raise UserError(what, str(source), tip) from error
-        return True
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
         try:
-            self._write_beside(snapshot, best)
+            target = self.folder / f"step-{snapshot.step:08d}"
+            if self._read_pointer(LAST) == target.name and not best:
+                return  # the same state is there; to replace it would leave nothing for a moment
+            self._write_folder(snapshot, target)
+            if best:
+                write_file(self.folder / BEST, target.name)
+            write_file(self.folder / LAST, target.name)
+            sync(self.folder)
+            self._remove_old(target.name)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise UserError(
-                f"the checkpoint of step {snapshot.step} can't be written: {reason}",
-                str(self.folder),
-                "make room there; what was saved before is whole",
-            ) from error
+            what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
+            raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error
 
-    def _write_beside(self, snapshot: Snapshot, best: bool) -> None:
+    def _write_folder(self, snapshot: Snapshot, target: Path) -> None:
+        """Write the files beside the target, wait until they are on the disk, and rename their folder."""
         self.folder.mkdir(exist_ok=True)
-        target = self.folder / f"step-{snapshot.step:08d}"
-        if self._points_to(target.name) and not best:
-            return  # the same state is there; to replace it would leave nothing for a moment
         beside = self.folder / f".{target.name}"
         for left in self.folder.glob(".step-*"):  # by a kill, or a disk that was full
             shutil.rmtree(left, ignore_errors=True)
         beside.mkdir()
         for file, tensors in snapshot.tensors.items():
-            save_file(tensors, beside / f"{file}.safetensors")
-        sums = {path.name: _checksum(path) for path in beside.glob("*.safetensors")}
-        sums[FACTS] = _checksum_of(snapshot.facts)
-        write_file(beside / FACTS, to_json(snapshot.facts | {"checksums": sums}))
-        for written in (*beside.glob("*.safetensors"), beside):
-            sync(written)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer got there
+            save_file(tensors, beside / f"{file}{SUFFIX}")
+        sums = {path.name: _checksum(path) for path in beside.glob(f"*{SUFFIX}")}
+        sums[METADATA] = zlib.crc32(to_json(snapshot.metadata).encode())
+        write_file(beside / METADATA, to_json(snapshot.metadata | {"checksums": sums}))
+        for path in (*beside.glob(f"*{SUFFIX}"), beside):
+            sync(path)
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer was written
         beside.rename(target)
         sync(self.folder)
-        if best:
-            write_file(self.folder / BEST, target.name)
-        write_file(self.folder / LAST, target.name)
-        sync(self.folder)
-        self._remove_old(target.name)
 
     def _names(self) -> list[str]:
         """Return the names of the checkpoints, the oldest first."""
         return sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
 
-    def _points_to(self, name: str) -> bool:
-        try:
-            return (self.folder / LAST).read_text().strip() == name
-        except OSError:
-            return False
+    def _read_pointer(self, name: str) -> str:
+        with suppress(OSError, ValueError):
+            return (self.folder / name).read_text().strip()
+        return ""
 
     def _remove_old(self, newest: str) -> None:
         """Remove all but the newest few, the best and the milestones."""
-        names = self._names()
-        upto = [name for name in names if name <= newest]
-        later = names[len(upto) :]  # left from before the run was taken up again at an earlier step
-        best = ""
-        with suppress(OSError):
-            best = (self.folder / BEST).read_text().strip()
-        for name in upto[: -self.keep] + later:
-            milestone = self.milestone is not None and int(name.removeprefix("step-")) % self.milestone == 0
+        names, best = self._names(), self._read_pointer(BEST)
+        earlier = [name for name in names if name <= newest]
+        later = names[len(earlier) :]  # left from before the run was resumed at an earlier step
+        for name in earlier[: -self.keep] + later:
+            every = self.milestone_every
+            milestone = every is not None and int(name.removeprefix("step-")) % every == 0
             if name in later or not (name == best or milestone):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-def _verify(source: Path, facts: dict[str, Any]) -> None:
-    """Raise ValueError where a file is not what was written; takes the checksums out of the facts.
-
-    Checkpoints of pdvit before there were checksums have none.
-    """
-    for name, expected in sorted(facts.pop("checksums", {}).items()):
-        found = _checksum_of(facts) if name == FACTS else _checksum(source / name)
-        if found != expected:
-            raise ValueError(f"{name} is not what was written (checksum {found:08x}, not {expected:08x})")
 
 
 def _checksum(path: Path) -> int:
@@ -158,7 +159,3 @@ def _checksum(path: Path) -> int:
         while chunk := file.read(CHUNK):
             total = zlib.crc32(chunk, total)
     return total
-
-
-def _checksum_of(facts: dict[str, Any]) -> int:
-    return zlib.crc32(to_json(facts).encode())

@@ -1,4 +1,4 @@
-"""Several processes as one run: who is who, and what they tell one another."""
+"""Several processes as one run: collectives, and the process group of torchrun."""
 
 import os
 import socket
@@ -46,30 +46,29 @@ class Ranks:
         return values
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Raise on all processes the first UserError, in the order of ranks, that one of them meets inside.
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """Raise the first UserError inside, in the order of ranks, on all of them; the others would wait for ever.
 
-        Else the others would wait for one that has given up. What is inside must not itself exchange anything.
+        The code inside must not communicate.
         """
         error: UserError | None = None
         try:
             yield
         except UserError as found:
             error = found
-        for met in self.all_gather(error):
-            if met is not None:
-                raise met
+        for other in self.all_gather(error):
+            if other is not None:
+                raise other
 
     def broadcast(self, value: Any) -> Any:
-        """Return the main process's value on each of them."""
-        if self.world_size == 1:
-            return value
+        """Return rank 0's value on each of them."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give the main process's buffers to the others: the running statistics of a BatchNorm are each one's own."""
+        """Copy rank 0's buffers to the others: each computes its own running statistics of a BatchNorm."""
         if self.world_size > 1:
             for buffer in filter(torch.is_floating_point, module.buffers()):
                 values = buffer.contiguous()
@@ -79,18 +78,18 @@ class Ranks:
 
 SINGLE_PROCESS = Ranks()
 TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
-FLAGS = 4  # the most that are asked at once
+FLAGS = 4
 PATIENCE = timedelta(seconds=5)  # for the main process to end with the same error
 
 
 def destroy_process_group() -> None:
-    """End the connection to the other processes, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def lost_another(error: BaseException) -> bool:
-    """Tell whether an error means that another process does not answer any more."""
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error means that another process no longer answers."""
     return dist.is_initialized() and (
         isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
     )
@@ -124,10 +123,10 @@ def said_by_main(error: str) -> bool:
         return False
 
 
-class Agreement:
-    """Asks all processes whether any of them raises a flag, without making the device wait.
+class AnyRank:
+    """Returns for each flag whether any rank raised it; with several ranks, the answer is of the call before.
 
-    With several processes the answer is of the step before: by then it has arrived, so nobody waits for it.
+    By then it has arrived, so neither host nor device waits for it.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -136,25 +135,22 @@ class Agreement:
             self.group: Any = dist.new_group(backend="gloo")  # of its own, so that a GPU's queue is not waited for
             self._send(torch.zeros(FLAGS, dtype=torch.int32))
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for each flag whether a process raised it: at once where there is one process, else one call later."""
+    def __call__(self, *flags: bool) -> tuple[bool, ...]:
+        """Exchange the flags, at most `FLAGS`."""
         if not self.several:
             return flags
         self.pending.wait()
-        answer = tuple(bool(value) for value in self.asked[: len(flags)])
+        answer = tuple(bool(value) for value in self.sent[: len(flags)])
         self._send(torch.tensor([*flags, *[False] * (FLAGS - len(flags))], dtype=torch.int32))
         return answer
 
     def _send(self, flags: Tensor) -> None:
-        self.asked = flags
+        self.sent = flags
         self.pending: Any = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
 
 def init_process_group() -> Ranks:
-    """Join the run that torchrun started this process for; alone where there is none.
-
-    Raises UserError where the launcher's variables make no sense.
-    """
+    """Join the processes that torchrun started; raises UserError if its variables are not valid."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     try:

@@ -1,4 +1,4 @@
-"""The step as it is called in training: compiled or not, alone or over processes; and the moving average."""
+"""The step as training calls it: compiled or not, in one process, under DDP or FSDP."""
 
 import warnings
 from typing import Any
@@ -14,7 +14,7 @@ from pdvit.errors import UserError
 
 
 class Step(nn.Module):
-    """A task's step as a module: DDP wraps it, so that what processes exchange stays outside of a compiled graph."""
+    """A task's step as a module that DDP can wrap, so that its collectives stay outside of a compiled graph."""
 
     def __init__(self, task: Task, compiled: bool) -> None:
         super().__init__()
@@ -27,26 +27,19 @@ class Step(nn.Module):
         return self.step(self.module, batch)
 
 
-def make_average(module: nn.Module, decay: float | None) -> ModelEmaV3 | None:
-    """Return timm's moving average of the weights, or None without a decay."""
-    return None if decay is None else ModelEmaV3(module, decay=decay)
+def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """Return the step to call: as it is, under DDP, or with module and average sharded (in place) by FSDP2.
 
-
-def parallelize(
-    task: Task, average: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device
-) -> nn.Module:
-    """Return the step to call: as it is, under DDP, or with module and average spread (in place) by FSDP2.
-
-    FSDP takes each block of the module by itself: every child of an nn.ModuleList or nn.Sequential of several. Raises
-    UserError where processes or torch can't do it.
+    FSDP shards each block by itself: every child of an nn.ModuleList or nn.Sequential of several. Raises UserError if
+    processes or torch can't do it.
     """
     if run.distribute == "fsdp":
         if ranks.world_size == 1:
             raise UserError("fsdp needs several processes", "run.distribute (--distribute)", "start with torchrun")
         if run.compile:
-            what = "a model that fsdp spreads can't be compiled: its weights are fetched within the step"
+            what = "a model that fsdp shards can't be compiled: its weights are fetched within the step"
             raise UserError(what, "run.compile (--compile)", "leave it out, or use --distribute ddp")
-        for part in (task.module, *([average.module] if average else [])):
+        for part in (task.module, *([ema.module] if ema else [])):
             _shard(part)
     step = Step(task, run.compile)
     if ranks.world_size == 1 or run.distribute == "fsdp":
@@ -57,7 +50,7 @@ def parallelize(
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, which is all of it where it is not spread."""
+    """Return this rank's shard of a tensor, or the tensor if it is not sharded."""
     part: Any = tensor
     return part.to_local() if hasattr(part, "to_local") else tensor
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a task and its batches, and all that it knows about them."""
+"""Interfaces of tasks and batches: all that the engine needs from them."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,70 +9,61 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class StepOutput:
-    """One forward pass: the loss to minimise, and detached scalars on the device, so that nothing waits for it.
-
-    Loss and metrics are means over the images of the batch, so that those of its parts can be averaged by size.
-    """
+    """The loss and detached metrics of one forward pass: scalars on the device, means over the images of the batch."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
-class Batch(Protocol):
-    """What one step learns from; the engine only divides it and keeps it."""
+class TrainBatch(Protocol):
+    """A training batch. The engine only splits, repeats and stores it."""
 
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def split(self, size: int) -> Sequence["Batch"]:
-        """Divide it into parts of `size` images; the last may be shorter."""
+    def split(self, size: int) -> Sequence["TrainBatch"]:
+        """Split into batches of `size` images; the last may be shorter."""
 
-    def repeat(self, size: int) -> "Batch":
-        """Return a batch of `size` images, its own over and over."""
+    def repeat(self, size: int) -> "TrainBatch":
+        """Return a batch of `size` images, these over and over."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything in it by name."""
+        """Return its tensors by name."""
 
 
 class Task(Protocol):
-    """Something to train.
-
-    `network` below is the module to call: the task's own or its moving average.
-    """
+    """A model to train on data. `network` below is the module to call: the task's own or its moving average."""
 
     steps_per_epoch: int
     batch_size: int
     best_metric: str
-    """Name of the number in the `eval` record of which more is better."""
+    """Name of the metric in the `eval` record that chooses the best checkpoint: the higher, the better."""
 
     @property
     def module(self) -> nn.Module:
-        """The module to train: its parameters are optimized and saved."""
+        """The module whose parameters are optimized and saved."""
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """What the training data are, by name: a run goes on only with the same."""
+        """Description of the training data: a run resumes only on the same data."""
 
     def load(self, log: Callable[[str], None]) -> None:
-        """Bring the data where the steps find them fastest, which can take long; say where, and why."""
+        """Move the data where the steps read them fastest."""
 
     def batches(self, start: int) -> Generator[Any, None, None]:
-        """Yield this process's share of steps start, start + 1, ... without end, in constant time for any start."""
+        """Yield this process's part of steps start, start + 1, ... without end, in constant time for any start."""
 
     def batch_of(self, tensors: Mapping[str, Tensor]) -> Any:
-        """Return the batch that gave these tensors."""
+        """Return the batch with these tensors."""
 
     def step(self, network: nn.Module, batch: Any) -> StepOutput:
         """Run forward pass and objective on one batch, in training mode."""
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
-        """Measure the held-out images: records by kind, among them `eval`, and what to show of them.
-
-        Every process calls it at the same time, and every one gets the same answer.
-        """
+        """Return records of the validation images by type, `eval` among them, and a headline; the same on all ranks."""
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
-        """Return the closing numbers of the weights (`raw` or `ema`) as they are."""
+        """Return the closing metrics of the weights (`raw` or `ema`)."""
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
-        """Return the files that hold these weights of the module for others (name -> content)."""
+        """Return the files (name -> content) that hold these weights of the module."""

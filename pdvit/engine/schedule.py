@@ -1,4 +1,4 @@
-"""Lengths of a run in steps, and the learning rate as a function of the step."""
+"""Durations of a run in steps, and the learning rate as a function of the step."""
 
 from dataclasses import dataclass
 
@@ -12,44 +12,36 @@ from pdvit.errors import UserError
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many steps a run has, and how many lie between its events."""
+class StepSchedule:
+    """The length of a run and the intervals between its events, in steps unless the name has another unit."""
 
-    steps: int
+    total: int
     warmup: int
     log_every: int
     eval_every: int
     save_every: int | None
-    steps_per_epoch: int
+    per_epoch: int
     save_seconds: float | None = None
-    """Seconds between saves, where they go by the clock and not by steps."""
-    milestone: int | None = None
-    time_limit: float | None = None
-    """Seconds after which to stop."""
+    milestone_every: int | None = None
+    time_limit_seconds: float | None = None
     stop_after: int | None = None
     """The step after which to stop, even if it is the last: the run can then be made longer."""
     profile: range = range(0)
-    """Steps to trace."""
 
     def due(self, every: int | None, step: int) -> bool:
-        """Tell whether something that comes every so many steps, and at the end, is due after `step`."""
-        return step == self.steps or (every is not None and step % every == 0)
-
-    def at_milestone(self, step: int) -> bool:
-        """Tell whether the checkpoint after `step` is kept for good."""
-        return self.milestone is not None and step % self.milestone == 0
+        """Return whether an event with this interval is due after `step`; every event is due at the end."""
+        return step == self.total or (every is not None and step % every == 0)
 
 
-def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
-    """Turn the configuration's durations into steps; an interval is at least one step.
+def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) -> StepSchedule:
+    """Convert the configuration's durations to steps; an interval is at least one step.
 
-    Raises UserError where the run would have no step or be all warm-up, and where it is to stop after its end.
+    Raises UserError if the run has no step or only warm-up, or if it is to stop after its end.
     """
 
     def read(section: str, name: str) -> Duration | None:
         part = getattr(config, section)
-        info = info_of(type(part).__dataclass_fields__[name])
-        text = getattr(part, name)
+        info, text = info_of(type(part).__dataclass_fields__[name]), getattr(part, name)
         return None if text is None else parse_duration(text, info.unit, f"{section}.{name}", clock=info.clock)
 
     def length(section: str, name: str, total: int | None = None) -> int:
@@ -62,61 +54,54 @@ def make_plan(config: Config, steps_per_epoch: int, batch_size: int) -> Plan:
         raise UserError("the run has no step", "optim.epochs (--epochs)", "make it longer")
     warmup = length("optim", "warmup", total)
     if warmup >= total:
-        raise UserError(
-            f"{warmup} steps of warm-up leave nothing of {total} steps",
-            "optim.warmup (--warmup-epochs)",
-            "shorten it, for example to 5%",
-        )
-    log, evaluate = (max(1, length("run", name, total)) for name in ("log_every", "eval_every"))
-    every, milestones, limit = read("checkpoint", "every"), read("checkpoint", "milestones"), read("run", "time_limit")
-    pause = max(1, length("run", "stop_after", total)) if config.run.stop_after else None
-    if pause is not None and pause > total:
-        what = f"the run ends after {total} steps, before step {pause}"
+        what = f"{warmup} steps of warm-up leave nothing of {total} steps"
+        raise UserError(what, "optim.warmup (--warmup-epochs)", "shorten it, for example to 5%")
+    save_every, time_limit = read("checkpoint", "every"), read("run", "time_limit")
+    save_seconds = save_every.seconds if save_every else None
+    stop_after = max(1, length("run", "stop_after", total)) if config.run.stop_after else None
+    if stop_after is not None and stop_after > total:
+        what = f"the run ends after {total} steps, before step {stop_after}"
         raise UserError(what, "run.stop_after (--stop-after)", "shorten it, or leave it out")
-    by_clock = every.seconds if every else None
-    return Plan(
+    return StepSchedule(
         total,
         warmup,
-        log,
-        evaluate,
-        None if by_clock else max(1, length("checkpoint", "every", total)),
-        steps_per_epoch,
-        by_clock,
-        max(1, length("checkpoint", "milestones", total)) if milestones else None,
-        limit.seconds if limit else None,
-        pause,
-        parse_span(config.run.profile, total),
+        log_every=max(1, length("run", "log_every", total)),
+        eval_every=max(1, length("run", "eval_every", total)),
+        save_every=None if save_seconds else max(1, length("checkpoint", "every", total)),
+        per_epoch=steps_per_epoch,
+        save_seconds=save_seconds,
+        milestone_every=max(1, length("checkpoint", "milestones", total)) if config.checkpoint.milestones else None,
+        time_limit_seconds=time_limit.seconds if time_limit else None,
+        stop_after=stop_after,
+        profile=parse_profile_range(config.run.profile, total),
     )
 
 
-def parse_span(text: str | None, total: int) -> range:
-    """Read FROM:TO as the steps from FROM up to, but not with, TO.
-
-    Raises UserError for anything else, and for steps that a run of `total` steps does not have.
-    """
+def parse_profile_range(text: str | None, total: int) -> range:
+    """Parse FROM:TO, the steps FROM to TO - 1; raises UserError for anything else and for steps after the last."""
     if text is None:
         return range(0)
     where = "run.profile (--profile)"
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last)):
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
         raise UserError(f"'{text}' is not FROM:TO", where, "count steps from 1: 20:25 traces five")
-    if int(last) > total + 1:
-        raise UserError(f"there is no step {int(last) - 1} to trace", where, f"the run has {total} steps")
-    return range(int(first), int(last))
+    if int(end) > total + 1:
+        raise UserError(f"there is no step {int(end) - 1} to trace", where, f"the run has {total} steps")
+    return range(int(first), int(end))
 
 
-def make_scheduler(optimizer: Optimizer, config: Config, plan: Plan) -> Scheduler:
+def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule) -> Scheduler:
     """Return timm's schedule over updates, warm-up first: stateless, so a resumed run needs only the step.
 
-    Raises UserError where the run is too short for the schedule.
+    Raises UserError if the run is too short for the schedule.
     """
     optim = config.optim
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=optim.schedule,
-            num_epochs=plan.steps - plan.warmup,
-            warmup_epochs=plan.warmup,
+            num_epochs=steps.total - steps.warmup,
+            warmup_epochs=steps.warmup,
             warmup_prefix=True,
             warmup_lr=optim.min_lr,
             min_lr=optim.min_lr,
@@ -125,7 +110,7 @@ def make_scheduler(optimizer: Optimizer, config: Config, plan: Plan) -> Schedule
             updates_per_epoch=1,  # so that timm's epochs are our steps
         )
     except ValueError as error:
-        what = f"{plan.steps} steps are too few for the schedule '{optim.schedule}'"
+        what = f"{steps.total} steps are too few for the schedule '{optim.schedule}'"
         raise UserError(what, "optim.schedule (--sched)", "train longer, or use cosine") from error
     assert isinstance(scheduler, Scheduler)
     return scheduler

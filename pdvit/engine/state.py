@@ -1,4 +1,4 @@
-"""Everything that has to be the same for a run to go on as if nothing had happened, in one place."""
+"""The training state: everything that a resumed run needs, as JSON and named tensors. Nothing is pickled."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,184 +9,234 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pdvit.engine.distributed import Ranks
-from pdvit.engine.packing import pack, unpack
-from pdvit.engine.update import Meter
 
-VERSION = 2
-# What a parameter group holds because the configuration says so; a resumed run follows its configuration.
+VERSION = 3
+# Keys of a parameter group that follow the configuration of the resumed run.
 CONFIGURED = ("params", "lr", "initial_lr", "lr_scale", "weight_decay", "fused")
+TENSOR, DTYPE = "__tensor__", "__dtype__"  # stand for values that JSON does not have
 
 
 @dataclass
 class Progress:
-    """How far a run has come: steps, images, seconds by phase, skipped steps, the best evaluation, lines of records."""
+    """Steps, images, seconds by phase, skipped steps, the best evaluation, and lines of metrics.jsonl."""
 
     step: int = 0
     samples: int = 0
     skipped: int = 0
-    spent: dict[str, float] = field(default_factory=dict)
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_step: int | None = None
     records: int = 0
 
+    def __post_init__(self) -> None:
+        counts = (self.step, self.samples, self.skipped, self.records)
+        if not all(isinstance(count, int) for count in counts):
+            raise TypeError("its counts are not whole numbers")
+
     @property
     def seconds(self) -> float:
-        """Seconds of training: waiting for data and computing, without evaluating and saving."""
-        return self.spent.get("data", 0.0) + self.spent.get("step", 0.0)
+        """Seconds of training: data and steps, without evaluation and saving."""
+        return self.seconds_by_phase.get("data", 0.0) + self.seconds_by_phase.get("step", 0.0)
 
     def summary(self) -> dict[str, Any]:
-        """Return the closing numbers of the run itself."""
+        """Return the engine's part of summary.json."""
         return {
             "steps": self.step,
             "steps_skipped": self.skipped,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
-            "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in self.spent.items()},
+            "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in self.seconds_by_phase.items()},
         }
+
+
+class MetricAccumulator:
+    """Means of metrics over steps and counts of skipped steps, kept on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.skipped = torch.zeros((), dtype=torch.float64, device=device)  # since the last reading
+        self.in_a_row = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, metrics: dict[str, Tensor], skipped: Tensor) -> None:
+        """Add one step's scalars; those of a skipped step are left out of the means."""
+        for name, value in metrics.items():
+            value = torch.where(skipped, 0.0, value.detach().double())
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+        self.skipped = self.skipped + skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
+
+    def read(self, ranks: Ranks) -> tuple[dict[str, float], int, int]:
+        """Return means, steps skipped since the last reading, and steps skipped in a row; then start again.
+
+        Training waits for the device only here.
+        """
+        stacked = torch.stack([*self.sums.values(), self.skipped, self.in_a_row])
+        *sums, skipped, in_a_row = ranks.all_reduce(stacked).div(ranks.world_size).tolist()
+        counted = self.steps - skipped
+        means = {
+            name: total / counted if counted else float("nan") for name, total in zip(self.sums, sums, strict=True)
+        }
+        self.sums, self.steps, self.skipped = {}, 0, torch.zeros_like(self.skipped)
+        return means, round(skipped), round(in_a_row)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return its tensors by name."""
+        counts = {"steps": torch.tensor(self.steps), "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {f"sum.{name}": total for name, total in self.sums.items()} | counts
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        device = self.skipped.device
+        self.steps = int(tensors["steps"])
+        self.skipped, self.in_a_row = tensors["skipped"].to(device), tensors["in_a_row"].to(device)
+        self.sums = {name[4:]: total.to(device) for name, total in tensors.items() if name.startswith("sum.")}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state at rest: plain values for JSON, and tensors in main memory by file and name."""
+    """A state in main memory: metadata for JSON, and tensors by file and name."""
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
 
     @property
     def step(self) -> int:
         """The step after which it was taken."""
-        return int(self.facts["progress"]["step"])
+        return int(self.metadata["progress"]["step"])
 
 
 @dataclass
-class State:
-    """What changes while a run goes on, and what it must be resumed with."""
+class TrainState:
+    """What a run changes, with its configuration and data."""
 
     module: nn.Module
     optimizer: Optimizer
     scaler: GradScaler
     ema: ModelEmaV3 | None
-    meter: Meter
     device: torch.device
     ranks: Ranks
     config: Mapping[str, Any]
     data: Mapping[str, Any]
+    metrics: MetricAccumulator
     progress: Progress = field(default_factory=Progress)
 
-    def snapshot(self) -> Snapshot:
-        """Copy everything to main memory; every process takes part, and only the main one gets the tensors."""
+    def state_dict(self) -> Snapshot:
+        """Copy the state to main memory. All ranks take part; only rank 0 gets the tensors."""
         rest: dict[str, Tensor] = {}
-        mine = {f"meter.{name}": value.cpu() for name, value in self.meter.tensors().items()}
-        mine |= {f"generator.{name}": value for name, value in self.generators().items()}
-        for rank, theirs in enumerate(self.ranks.all_gather(mine)):
-            rest |= {f"{rank}.{name}": value for name, value in theirs.items()}
-        facts = {
+        own = {f"metrics.{name}": value.cpu() for name, value in self.metrics.state_dict().items()}
+        own |= {f"generator.{name}": value for name, value in self.generators().items()}
+        for rank, tensors in enumerate(self.ranks.all_gather(own)):
+            rest |= {f"{rank}.{name}": value for name, value in tensors.items()}
+        optimizer = get_optimizer_state_dict(self.module, self.optimizer)  # by the names of parameters
+        metadata = {
             "version": VERSION,
             "packages": {name: version(name) for name in ("torch", "timm")},
             "config": self.config,
             "data": self.data,
             "progress": asdict(self.progress),
-            "meter_steps": self.meter.steps,
-            "meter_names": list(self.meter.sums),
+            "metric_names": list(self.metrics.state_dict()),
             "scaler": self.scaler.state_dict(),
-            "optimizer": pack(self._optimizer_by_name(), "optimizer", rest),
+            "optimizer": pack(optimizer, "optimizer", rest),
         }
-        tensors = {"module": self.module.state_dict(), "state": rest}
+        files: dict[str, dict[str, Tensor]] = {"module": self.module.state_dict(), "state": rest}
         if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
-        copies = {file: {name: self._copy(v) for name, v in content.items()} for file, content in tensors.items()}
-        return Snapshot(facts, copies if self.ranks.main else {})
+            files["ema"] = self.ema.module.state_dict()
+        copies: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+        for file, tensors in files.items():
+            for name, tensor in tensors.items():  # one at a time: no other rank holds the whole model
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if self.ranks.main:
+                    copies[file][name] = full.detach().to("cpu", copy=True).contiguous()
+        return Snapshot(metadata, copies if self.ranks.main else {})
 
-    def take(self, snapshot: Snapshot) -> None:
-        """Take on what a snapshot holds; raises what torch and Python raise where it does not fit."""
-        facts, tensors = snapshot.facts, snapshot.tensors
-        rest = tensors["state"]
-        _load(self.module, tensors["module"])
+    def load_state_dict(self, snapshot: Snapshot) -> None:
+        """Restore a snapshot. All ranks take part; only rank 0 needs the tensors of weights and optimizer.
+
+        Raises what torch and Python raise if it does not fit.
+        """
+        metadata, tensors = snapshot.metadata, snapshot.tensors
+        several, main = self.ranks.world_size > 1, self.ranks.main
+        options = StateDictOptions(full_state_dict=several, broadcast_from_rank0=several, strict=False)
+        # Groups as this run configures them: their number changes with the layer decay.
+        groups: Any = get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
+        saved = unpack(metadata["optimizer"], tensors["state"]) if main else {}
+        if main and len(saved["param_groups"]) == len(groups):
+            for group, old in zip(groups, saved["param_groups"], strict=True):
+                group |= {key: value for key, value in old.items() if key not in CONFIGURED}
+        optimizer = {"state": saved["state"], "param_groups": groups} if main else {}
+        set_optimizer_state_dict(self.module, self.optimizer, optimizer, options=options)
+        options.strict = True
+        # After the optimizer: torch makes its state by a step without gradient.
+        weights: Any = tensors["module"] if main else {}
+        set_model_state_dict(self.module, dict(weights), options=options)
         if self.ema is not None:
-            _load(self.ema.module, tensors.get("ema", tensors["module"]))
-        self._take_optimizer(unpack(facts["optimizer"], rest))
-        if self.scaler.is_enabled() and facts["scaler"]:
-            self.scaler.load_state_dict(facts["scaler"])
-        self.progress = Progress(**facts["progress"])
-        counts = (
-            self.progress.step,
-            self.progress.samples,
-            self.progress.skipped,
-            self.progress.records,
-            facts["meter_steps"],
-        )
-        if not all(isinstance(count, int) for count in counts):
-            raise TypeError("its counts are not whole numbers")
-        rank = self.ranks.rank
-        # Where there were fewer processes, this one takes the first one's means, and keeps the generators it has.
-        theirs = rank if f"{rank}.generator.cpu" in rest else 0
-        order = [*facts["meter_names"], "skipped", "in_a_row"]
-        sums = {name: rest[f"{theirs}.meter.{name}"].to(self.device) for name in order}
-        self.meter.take(sums, facts["meter_steps"])
-        if theirs == rank:
-            names = [name for name in rest if name.startswith(f"{rank}.generator.")]
-            self.set_generators({name.split(".", 2)[2]: rest[name] for name in names} or {"cpu": rest["no generator"]})
+            set_model_state_dict(self.ema.module, dict(tensors.get("ema", weights)), options=options)
+        if self.scaler.is_enabled() and metadata["scaler"]:
+            self.scaler.load_state_dict(metadata["scaler"])
+        self.progress = Progress(**metadata["progress"])
+        # On more processes than before, the new ones take the means of rank 0 and keep their own generators.
+        rest, rank = tensors["state"], self.ranks.rank
+        known = f"{rank}.generator.cpu" in rest or rank == 0
+        prefix = f"{rank if known else 0}.metrics."
+        self.metrics.load_state_dict({name: rest[prefix + name] for name in metadata["metric_names"]})
+        if known:
+            self.set_generators(named(rest, f"{rank}.generator."))
 
     def generators(self) -> dict[str, Tensor]:
-        """Return this process's generator states: what drop path and dropout draw from."""
+        """Return the states of this process's generators, which drop path and dropout use."""
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
     def set_generators(self, states: Mapping[str, Tensor]) -> None:
-        """Undo `generators`."""
-        if "cpu" in states:
-            torch.set_rng_state(states["cpu"])
+        """Restore what `generators` returned."""
+        torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def _copy(self, value: Tensor) -> Tensor:
-        """Return a copy in main memory that safetensors takes: whole, contiguous, sharing nothing."""
-        value = value.detach()
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if not self.ranks.main:
-            return value  # nobody keeps it
-        return value.clone().contiguous() if value.device.type == "cpu" else value.cpu().contiguous()
 
-    def _names(self) -> list[str]:
-        """Return the parameters' names in the optimizer's order."""
-        names = {id(weight): name for name, weight in self.module.named_parameters()}
-        return [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
-
-    def _optimizer_by_name(self) -> dict[str, Any]:
-        """Return the optimizer's state with the names of parameters for their numbers."""
-        state, names = self.optimizer.state_dict(), self._names()
-        groups = [{key: v for key, v in group.items() if key not in CONFIGURED} for group in state["param_groups"]]
-        return {"state": {names[index]: value for index, value in state["state"].items()}, "groups": groups}
-
-    def _take_optimizer(self, saved: dict[str, Any]) -> None:
-        current = self.optimizer.state_dict()
-        weights = dict(self.module.named_parameters())
-        if len(saved["groups"]) == len(current["param_groups"]):  # they differ after a change of layer decay
-            for group, old in zip(current["param_groups"], saved["groups"], strict=True):
-                group |= {key: value for key, value in old.items() if key not in CONFIGURED}
-        index = {name: number for number, name in enumerate(self._names())}
-        state = {
-            index[name]: {key: _spread(value, weights[name]) for key, value in values.items()}
-            for name, values in saved["state"].items()
-        }
-        self.optimizer.load_state_dict(current | {"state": state})
+def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    current = module.state_dict()
-    module.load_state_dict({name: _spread(value, current.get(name)) for name, value in weights.items()})
-
-
-def _spread(value: Any, weight: Tensor | None) -> Any:
-    """Spread a whole tensor over the processes as its weight is, where that is spread."""
-    if not (isinstance(value, Tensor) and isinstance(weight, Tensor) and hasattr(weight, "placements")):
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` for JSON, with every tensor in it moved to `tensors` under its path. Raises TypeError."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {str(key): pack(item, f"{name}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
+    if isinstance(value, torch.dtype):
+        return {DTYPE: str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, str | int | float | bool):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint can't hold")
 
-    spread: Any = weight
-    return distribute_tensor(value, spread.device_mesh, spread.placements) if value.shape == weight.shape else value
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo `pack`; tuples become lists."""
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    if DTYPE in value:
+        return getattr(torch, value[DTYPE])
+    return {key: unpack(item, tensors) for key, item in value.items()}

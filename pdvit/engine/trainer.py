@@ -1,43 +1,43 @@
 """The training loop.
 
-Order of events in one step:
+Events of one step, in order:
     next batch (augmented and mixed on the device)
     forward pass and objective, backward, part by part
-    clip; update, only where loss and gradient are finite; moving average
-    only when due: log, evaluate, save
-    last: was a stop asked for?
+    clip; update if loss and gradient are finite; moving average
+    if due: log, evaluate, save
+    stop if asked to
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from typing import Any
 
 import torch
 from rich.console import Console
+from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
 from pdvit.engine.checkpoint import Checkpoints
-from pdvit.engine.distributed import Agreement, Ranks
-from pdvit.engine.failures import check_weights, explain, give_up, mark
-from pdvit.engine.interrupts import StopRequest
-from pdvit.engine.journal import Journal
-from pdvit.engine.parallel import make_average, parallelize
-from pdvit.engine.profiler import Profiler
-from pdvit.engine.protocol import Batch, Task
+from pdvit.engine.distributed import AnyRank, Ranks
+from pdvit.engine.parallel import parallelize
+from pdvit.engine.protocol import Task, TrainBatch
 from pdvit.engine.recipe import check_data, check_recipe
-from pdvit.engine.saving import Saver
-from pdvit.engine.schedule import make_plan, make_scheduler
-from pdvit.engine.state import State
-from pdvit.engine.update import Meter, Updater, make_optimizer, skips_on_device
+from pdvit.engine.recovery import check_weights, record_failure, remove_replay, save_replay, with_advice
+from pdvit.engine.run_logger import RunLogger, profile_steps
+from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
+from pdvit.engine.state import MetricAccumulator, TrainState
+from pdvit.engine.terminal import StopRequest
+from pdvit.engine.update import Updater, make_optimizer, skips_on_device
 from pdvit.errors import UserError
 from pdvit.tracking import RunDirectory, tracker_names
 
-# Skipped steps in a row after which a run stops.
+# Skipped steps in a row after which a run fails.
 # A float16 run first has to find its loss scale: 65,536, halved each time.
-PATIENCE, PATIENCE_FP16 = 5, 25
+MAX_SKIPPED, MAX_SKIPPED_FP16 = 5, 25
 
 
 class Trainer:
@@ -46,151 +46,138 @@ class Trainer:
     def __init__(self, task: Task, config: Config, device: torch.device, ranks: Ranks) -> None:
         """Prepare everything that can fail before a run directory exists; raises UserError."""
         self.task, self.config, self.device, self.ranks = task, config, device, ranks
-        self.plan = make_plan(config, task.steps_per_epoch, task.batch_size)
-        average = make_average(task.module, config.optim.ema_decay)
-        network = parallelize(task, average, config.run, ranks, device)
+        self.steps = make_step_schedule(config, task.steps_per_epoch, task.batch_size)
+        decay = config.optim.ema_decay
+        ema = None if decay is None else ModelEmaV3(task.module, decay=decay)
+        network = parallelize(task, ema, config.run, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
-        self.scheduler = make_scheduler(optimizer, config, self.plan)
+        self.lr_scheduler = make_lr_scheduler(optimizer, config, self.steps)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
-        self.updater = Updater(task, network, optimizer, scaler, average, config, ranks, device)
-        recipe, meter = to_dict(config), Meter(device)
-        self.state = State(
-            task.module, optimizer, scaler, average, meter, device, ranks, recipe, dict(task.fingerprint)
-        )
-        self.batch: Batch | None = None
-        self.weights = "raw" if average is None else "ema"
-        self.evaluated = task.module if average is None else average.module
+        recipe, data = to_dict(config), dict(task.fingerprint)
+        metrics = MetricAccumulator(device)
+        self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, recipe, data, metrics)
+        self.updater = Updater(task, network, self.state, config)
+        self.batch: TrainBatch | None = None
+        self.weights = "raw" if ema is None else "ema"
+        self.evaluated = task.module if ema is None else ema.module
+        self.saved_at, self.save_owed = 0.0, False
 
     def notes(self) -> list[str]:
-        """Return what somebody should know before the start."""
+        """Return notes for the start of the run."""
         if skips_on_device(self.state.optimizer):
             return []
         return [f"note: {self.config.optim.opt} can't skip a bad step on the device, so every update waits for it once"]
 
     def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> list[str]:
-        """Take up a run where its last checkpoint left it, or at its start; return what somebody should know of that.
+        """Load the last checkpoint of a run, if there is one, and return notes.
 
-        `changed` holds the keys that were changed on purpose since the checkpoint, with their values. Raises UserError
-        where the checkpoint is damaged, or of other data or another recipe.
+        `changed` holds the settings that were changed on purpose since the checkpoint, with their values. Raises
+        UserError if the checkpoint is damaged, or of other data or another recipe.
         """
         where = str(directory.path)
 
-        def check(facts: dict[str, Any]) -> None:
-            check_recipe(facts["config"], self.state.config, changed, where)
-            check_data(facts["data"], self.state.data, where)
+        def check(metadata: dict[str, Any]) -> None:
+            check_recipe(metadata["config"], self.state.config, changed, where)
+            check_data(metadata["data"], self.state.data, where)
 
-        self._checkpoints(directory).restore(self.state, check)
-        if self.state.progress.step > self.plan.steps:
-            raise UserError(
-                f"{self.state.progress.step} steps are done already, of {self.plan.steps}",
-                "optim.epochs",
-                "make the run longer than what is done",
-            )
-        return self._cut_records(directory)
-
-    def _cut_records(self, directory: RunDirectory) -> list[str]:
-        """Drop the records after the checkpoint; a note says so where there are fewer before it than were written."""
+        self._make_checkpoints(directory).load(self.state, check)
         progress = self.state.progress
-        written, kept = progress.records, directory.cut_records(progress.step)
-        progress.records = kept
-        if kept >= written:
+        if progress.step > self.steps.total:
+            what = f"{progress.step} steps are done already, of {self.steps.total}"
+            raise UserError(what, "optim.epochs", "make the run longer than what is done")
+        written, progress.records = progress.records, directory.cut_records(progress.step)
+        if progress.records >= written:
             return []
-        lost = f"{written} records were written up to step {progress.step}, and {kept} are left"
+        lost = f"{written} records were written up to step {progress.step}, and {progress.records} are left"
         return [f"warning: metrics.jsonl was cut short: {lost}; the weights are not affected"]
 
     def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
-        """Train to the end and return the summary; None where a stop was asked for.
+        """Train to the end and return the summary, or None if the run was stopped.
 
-        Raises UserError or RunFailed; the run directory then says `failed`, and can be resumed.
+        Raises UserError or RunFailed; the run directory then has the status `failed`, and can be resumed.
         """
-        self.directory, self.checkpoints = directory, self._checkpoints(directory)
-        progress, best_metric = self.state.progress, self.task.best_metric
-        self.journal = Journal(directory, console, progress, self.plan, best_metric, self.device)
-        keep_best = self.config.checkpoint.best
-        self.saver = Saver(self.checkpoints, directory.path, self.state, self.plan, self.journal, keep_best)
-        self.journal.status("running")
+        steps, state, progress = self.steps, self.state, self.state.progress
+        self.directory, self.checkpoints = directory, self._make_checkpoints(directory)
+        logger = RunLogger(directory, console, progress, steps, self.task.best_metric, self.device)
+        self.logger, any_rank = logger, AnyRank(self.ranks)
+        logger.write_status("running")
         try:
-            with self.journal.display:
-                trackers = tracker_names(self.config.run.track) if self.ranks.main else []
-                self.journal.open_trackers(trackers, self.state.config)
-                done = self._train(stop)
+            with logger.display, closing(self._batches()) as batches:
+                if self.ranks.main:
+                    logger.trackers.open(tracker_names(self.config.run.track), state.config, progress.step)
+                for batch in batches:
+                    self.batch = batch
+                    logger.timer.start("step")
+                    self.lr_scheduler.step_update(progress.step)
+                    generators = state.generators()
+                    state.metrics.add(*self.updater(batch, progress.step + 1))
+                    progress.step += 1
+                    progress.samples += self.task.batch_size
+                    if steps.due(steps.log_every, progress.step):
+                        self._log(batch, generators)
+                    better = steps.due(steps.eval_every, progress.step) and self._evaluate()
+                    stopping, save = any_rank(self._should_stop(stop), self._should_save())
+                    pausing = progress.step == steps.stop_after
+                    if stopping or pausing or save or self._save_due(better):
+                        self._save(better)
+                    if pausing:
+                        stop.reason = stop.reason or "stop after"
+                    if pausing or (stopping and progress.step < steps.total):
+                        self.checkpoints.wait()
+                        logger.write_status("stopped", reason=stop.reason)
+                        self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
+                        return None
                 self.checkpoints.wait()
-                return self._finish() if done else None
+                return self._finish()
         except BaseException as error:
-            explained = error
+            described = error
             try:
-                explained = explain(error, directory.path, self.updater, self.batch)
+                described = with_advice(error, directory.path, self.updater, self.batch)
             finally:
-                mark(explained, self.journal, self.checkpoints)
-            if explained is error:
+                record_failure(described, logger, self.checkpoints)
+            if described is error:
                 raise
-            raise explained from error
+            raise described from error
         finally:
-            self.journal.close()
+            logger.trackers.close()
 
-    def _train(self, stop: StopRequest) -> bool:
-        """Run the steps; False where a stop was asked for before the last."""
-        plan, state, progress, clock = self.plan, self.state, self.state.progress, self.journal.clock
-        agreement = Agreement(self.ranks)
-        if progress.step >= plan.steps:
-            return True
-        profile = Profiler(plan.profile, self.directory.path / "profile", self.ranks)
-        with profile as profiler, closing(self.task.batches(progress.step)) as batches:
-            clock.enter("data")
-            for batch in self._or_save(batches):
-                clock.enter("step")
-                self.batch = batch
-                profiler.enter(progress.step + 1)
-                self.scheduler.step_update(progress.step)
-                generators = state.generators()
-                metrics, skipped = self.updater(batch, progress.step + 1)
-                state.meter.add(metrics, skipped)
-                progress.step += 1
-                progress.samples += self.task.batch_size
-                if plan.due(plan.log_every, progress.step):
-                    self._log(batch, generators)
-                better = plan.due(plan.eval_every, progress.step) and self._evaluate()
-                stopping, by_clock = agreement.any(self._should_stop(stop), self.saver.due_by_clock())
-                pausing = progress.step == plan.stop_after
-                if stopping or pausing or by_clock or self.saver.due(better):
-                    self.saver.save(better)
-                if pausing:
-                    stop.reason = stop.reason or "stop after"
-                elif progress.step >= plan.steps:
-                    return True
-                if stopping or pausing:
-                    self._stopped(stop)
-                    return False
-                clock.enter("data")
-        raise AssertionError("a task's batches never end")
+    def _batches(self) -> Generator[TrainBatch]:
+        """Yield the batches of the remaining steps. If an image can't be read, save the steps before it."""
+        progress, steps = self.state.progress, self.steps
+        batches = self.task.batches(progress.step)
+        if steps.profile:
+            suffix = f"-rank-{self.ranks.rank}" if self.ranks.world_size > 1 else ""
+            folder = self.directory.path / "profile"
+            batches = profile_steps(batches, progress.step + 1, steps.profile, folder, suffix)
+        with closing(batches):
+            while progress.step < steps.total:
+                self.logger.timer.start("data")
+                try:
+                    batch = next(batches)
+                except UserError:
+                    if self.ranks.world_size == 1 and progress.step:
+                        self._save()
+                    raise
+                yield batch
 
-    def _or_save(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Hand on the batches; where an image can't be read, save first: everything before it is sound."""
-        try:
-            yield from batches
-        except UserError:
-            if self.ranks.world_size == 1 and self.state.progress.step:
-                self.saver.save()
-            raise
-
-    def _log(self, batch: Batch, generators: dict[str, torch.Tensor]) -> None:
-        """Write the means since the last record; stop where one step after another had to be skipped."""
+    def _log(self, batch: TrainBatch, generators: dict[str, torch.Tensor]) -> None:
+        """Write the means since the last record; raise RunFailed if too many steps in a row were skipped."""
         lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in self.state.optimizer.param_groups)
-        means, skipped, in_a_row = self.state.meter.read(self.ranks)
-        self.journal.clock.enter("step")  # reading waited for the device, so the clock now has all of its work
+        means, skipped, in_a_row = self.state.metrics.read(self.ranks)
+        self.logger.timer.start("step")  # reading waited for the device, so the timer now has all of its work
         self.state.progress.skipped += skipped
-        self.journal.train(means, skipped, float(lr))
-        if in_a_row >= (PATIENCE_FP16 if self.updater.scaler.is_enabled() else PATIENCE):
-            raise give_up(self.directory.path, self.state, batch, generators, in_a_row)
+        self.logger.log_train(means, skipped, float(lr))
+        if in_a_row >= (MAX_SKIPPED_FP16 if self.state.scaler.is_enabled() else MAX_SKIPPED):
+            raise save_replay(self.directory.path, self.state, batch, generators, in_a_row)
 
     def _evaluate(self) -> bool:
-        """Measure the held-out images; True where the best number so far came out."""
+        """Evaluate the validation images; return whether the result is the best so far."""
         progress = self.state.progress
-        with self.journal.clock.during("evaluate"):
+        with self.logger.timer.during("evaluate"):
             check_weights(self.state)
             self.ranks.broadcast_buffers(self.evaluated)
             records, headline = self.task.evaluate(self.evaluated)
-        self.journal.evaluation(records, headline)
+        self.logger.log_evaluation(records, headline)
         value = records["eval"][self.task.best_metric]
         better = math.isfinite(value) and (progress.best is None or value > progress.best)
         if better:
@@ -198,27 +185,55 @@ class Trainer:
         return better
 
     def _should_stop(self, stop: StopRequest) -> bool:
-        if self.plan.time_limit is not None and self.journal.clock.running() >= self.plan.time_limit:
+        limit = self.steps.time_limit_seconds
+        if limit is not None and self.logger.timer.elapsed() >= limit:
             stop.reason = stop.reason or "time limit"
         return bool(stop)
 
-    def _stopped(self, stop: StopRequest) -> None:
-        self.checkpoints.wait()
-        self.journal.status("stopped", reason=stop.reason)
-        self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
+    def _should_save(self) -> bool:
+        """Return whether this rank has to save by the clock, or to raise the error of the last write."""
+        seconds = self.steps.save_seconds
+        by_clock = seconds is not None and self.logger.timer.elapsed() - self.saved_at >= seconds
+        return by_clock or self.checkpoints.failed()
 
-    def _checkpoints(self, directory: RunDirectory) -> Checkpoints:
-        return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.plan.milestone)
+    def _save_due(self, better: bool) -> bool:
+        """Return whether all ranks have to save after this step; `better`: its evaluation is the best."""
+        steps, step = self.steps, self.state.progress.step
+        milestone = steps.milestone_every is not None and step % steps.milestone_every == 0
+        keep_best = better and self.config.checkpoint.best
+        return self.save_owed or keep_best or milestone or steps.due(steps.save_every, step)
+
+    def _save(self, better: bool = False) -> None:
+        """Start to save, unless the last step was skipped. All ranks take part.
+
+        Raises RunFailed if weights are not finite, and UserError if the last write failed.
+        """
+        self.save_owed = bool(self.state.metrics.in_a_row > 0)
+        if self.save_owed:  # the run may be broken: keep the checkpoint from before, and save once it has recovered
+            return
+        with self.logger.timer.during("save"):
+            check_weights(self.state)
+            snapshot = self.state.state_dict()
+            if self.ranks.main:
+                self.checkpoints.save(snapshot, better and self.config.checkpoint.best)
+                remove_replay(self.directory.path, snapshot.step)
+        self.saved_at = self.logger.timer.elapsed()
+        self.logger.write_status("running")
+
+    def _make_checkpoints(self, directory: RunDirectory) -> Checkpoints:
+        return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.steps.milestone_every)
 
     def _finish(self) -> dict[str, Any]:
         """Export the weights, measure them, and close the run."""
-        progress, tensors = self.state.progress, self.state.snapshot().tensors
+        progress = self.state.progress
         self.ranks.broadcast_buffers(self.evaluated)
-        numbers = self.task.finish(self.evaluated, self.weights)
+        metrics = self.task.finish(self.evaluated, self.weights)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # only rank 0 gets the tensors
+        weights: Any = get_model_state_dict(self.evaluated, options=options)
         if self.ranks.main:
-            for name, content in self.task.export(tensors.get("ema", tensors["module"]), self.weights).items():
+            for name, content in self.task.export(weights, self.weights).items():
                 self.directory.write(name, content)
-        summary = {**numbers, "epochs": self.journal.epoch, **progress.summary()}
+        summary = {**metrics, "epochs": self.logger.epoch, **progress.summary()}
         self.directory.write_json("summary.json", summary)
-        self.journal.status("finished")
+        self.logger.write_status("finished")
         return summary

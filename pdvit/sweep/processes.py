@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pdvit.config import Config
-from pdvit.engine.interrupts import EXIT_STOPPED, STOPPING, StopRequest
+from pdvit.engine.terminal import EXIT_STOPPED, STOPPING, StopRequest
 from pdvit.errors import RunFailed, UserError
 from pdvit.sweep.cells import Cell
 from pdvit.sweep.folder import Folder, State

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, commit, command line."""
+"""The environment of a run: versions, hardware, commit, command line."""
 
 import os
 import platform
@@ -6,26 +6,26 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pdvit import __version__
-from pdvit.tracking.run_directory import timestamp
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn", "pillow")
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def command_line() -> str:
-    """Return the command that started this process, as one would type it."""
+    """Return the command that started this process, as typed in a shell."""
     name = Path(sys.argv[0]).name if sys.argv else "python"
     command = "pdvit" if name in ("pdvit", "__main__.py") else name
     return shlex.join([command, *sys.argv[1:]])
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return what environment.json holds; `device` is torch's name of the accelerator, or "cpu"."""
+    """Return the content of environment.json; `device` is torch's name of the accelerator, or "cpu"."""
     return {
         "pdvit": __version__,
         "python": platform.python_version(),
@@ -36,12 +36,12 @@ def describe_environment(device: str) -> dict[str, Any]:
         "device": device,
         "commit": _commit(),
         "command": command_line(),
-        "started": timestamp(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package; None where it is missing."""
+    """Return the version of an installed package; None if it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -49,7 +49,7 @@ def installed_version(package: str) -> str | None:
 
 
 def processor() -> str:
-    """Return what the processor calls itself; empty where it does not say."""
+    """Return the model name of the processor; empty if it is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -70,7 +70,7 @@ def describe_cpu() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Return pdvit's git commit, with + where it has changes; None where pdvit is not run from its repository."""
+    """Return pdvit's git commit, with + if there are changes; None outside of its repository."""
     mine, describe = ["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         for arguments in (mine, describe):

@@ -1,134 +1,170 @@
-"""The run directory: everything that one run leaves behind, and nothing half-written."""
+"""The run directory, and files that are either complete or absent: written beside their target, then renamed."""
 
+import fcntl
 import json
 import math
 import os
-import time
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pdvit.errors import UserError
-from pdvit.tracking.files import hold, to_json, write_file
 
 RUNS = Path("runs")
-RECORDS = "metrics.jsonl"
-CHANGES = "changes.json"
+RECORDS, CHANGES = "metrics.jsonl", "changes.json"
+MAX_RUNS = 10_000  # of one name
+FREE = "check free space and permissions"
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
-class RunDirectory:
-    """The files of one run; see `docs/design.md` for what each is.
+@contextmanager
+def writing(what: str, where: Path, tip: str = "choose another --out") -> Iterator[None]:
+    """Turn an OSError inside into a UserError: `what` can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} can't be written: {error.strerror}", str(where), tip) from error
 
-    Of several processes only one writes; for the others every method that writes does nothing.
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside its target and rename it at the end; after an error the target is unchanged."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("wb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file beside its target and rename it; raises OSError."""
+    with new_file(path) as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def hold(path: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a file against other processes; raises OSError, BlockingIOError if it is locked, unless `wait` is set.
+
+    The lock ends with this process; worker processes do not inherit it.
     """
+    with path.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """Return JSON that every reader accepts; raises ValueError for a number that is not finite."""
+    return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None: JSON has no NaN."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunDirectory:
+    """The files of one run. With `writes` unset, as on all ranks but 0, methods that write do nothing."""
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
 
     @classmethod
     def create(cls, out: str | None, name: str) -> "RunDirectory":
-        """Make an empty run directory: at `out`, or at runs/NAME with a suffix where that is taken.
-
-        Raises UserError where `out` exists or the place can't be written.
-        """
+        """Make an empty run directory: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
         if out is not None:
             path = Path(os.path.expanduser(out))
             if not out:
-                raise UserError(
-                    "the name of the run directory is empty", "run.out (--out)", "leave it out, or name one"
-                )
+                what = "the name of the run directory is empty"
+                raise UserError(what, "run.out (--out)", "leave it out, or name one")
             if os.path.isfile(path):
                 raise UserError("there is a file of this name", str(path), "choose another --out")
             if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-                tip = f"choose another --out, or go on with that run: pdvit train --resume {out}"
+                tip = f"choose another --out, or resume that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
-            return cls(_make(path))
+            return cls(_make_folder(path))
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"'{name}' is not a name", "run.name (--name)", "give a path with --out instead")
-        for number in range(1, 10_000):
-            path = RUNS / (name if number == 1 else f"{name}-{number}")
+        for path in (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, MAX_RUNS)):
             if not os.path.lexists(path):
-                with suppress(FileExistsError):  # somebody else took it just now
-                    return cls(_make(path))
+                with suppress(FileExistsError):  # another process was faster
+                    return cls(_make_folder(path))
         raise UserError(f"there are too many runs named '{name}'", str(RUNS), "choose another --name")
 
     @classmethod
     def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
-        """Open a run that exists; UserError where the folder is not a run."""
+        """Open an existing run; raises UserError if the folder is not a run."""
         if not (path / "run.toml").is_file():
             raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
         return cls(path, writes)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training this run meanwhile; UserError where one does."""
+        """Keep other processes from training this run; raises UserError if one does."""
         if not self.writes:
             yield
             return
+        lock = self.path / "checkpoints" / ".lock"
         with ExitStack() as stack:
-            try:
-                (self.path / "checkpoints").mkdir(exist_ok=True)
-                stack.enter_context(hold(self.path / "checkpoints" / ".lock"))
-            except BlockingIOError as error:
-                what = "another process is training this run"
-                raise UserError(what, str(self.path), "stop that one first") from error
-            except OSError as error:
-                raise _refused("checkpoints/.lock", self.path, error) from error
+            with writing("checkpoints/.lock", self.path, FREE):
+                lock.parent.mkdir(exist_ok=True)
+                try:
+                    stack.enter_context(hold(lock))
+                except BlockingIOError as error:
+                    what = "another process is training this run"
+                    raise UserError(what, str(self.path), "stop that one first") from error
             yield
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write one of its files; UserError where the disk refuses."""
-        if not self.writes:
-            return
-        try:
-            (self.path / name).parent.mkdir(exist_ok=True)
-            write_file(self.path / name, content)
-        except OSError as error:
-            raise UserError(
-                f"{name} can't be written: {error.strerror}",
-                str(self.path),
-                "check free space and permissions",
-            ) from error
+        """Write a file; raises UserError."""
+        if self.writes:
+            with writing(name, self.path, FREE):
+                (self.path / name).parent.mkdir(exist_ok=True)
+                write_file(self.path / name, content)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write one of its JSON files."""
+        """Write a JSON file; numbers that are not finite become null."""
         self.write(name, to_json({key: _finite(item) for key, item in value.items()}) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read one of its JSON files; UserError where it is missing or damaged."""
+        """Read a JSON file; raises UserError if it is missing or damaged."""
         try:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError("it is not a table")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{name} can't be read: {error}", str(self.path / name), "the run is damaged; start another"
-            ) from error
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{name} can't be read: it is not a table", str(self.path / name), "the run is damaged; start another"
-            )
+            tip = "the run is damaged; start another"
+            raise UserError(f"{name} can't be read: {error}", str(self.path / name), tip) from error
         return value
 
-    def status(self, status: Status, **facts: Any) -> None:
-        """Write status.json."""
-        self.write_json("status.json", {"status": status} | facts)
-
-    def append(self, kind: str, record: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> None:
+    def append(self, record_type: str, record: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
         """Add a record to metrics.jsonl; what depends on the clock goes under "time"."""
-        line: dict[str, Any] = {"kind": kind} | {name: _finite(value) for name, value in record.items()}
-        if clock:
-            line["time"] = dict(clock)
-        if not self.writes:
-            return
-        try:
-            with (self.path / RECORDS).open("a", encoding="utf-8") as file:
+        line: dict[str, Any] = {"kind": record_type} | {name: _finite(value) for name, value in record.items()}
+        if timing:
+            line["time"] = dict(timing)
+        if self.writes:
+            with writing(RECORDS, self.path, FREE), (self.path / RECORDS).open("a", encoding="utf-8") as file:
                 file.write(to_json(line, indent=None) + "\n")
-        except OSError as error:
-            raise _refused(RECORDS, self.path, error) from error
 
     def cut_records(self, step: int) -> int:
-        """Drop the records after `step`, and a line that a kill left half-written; return how many are left."""
+        """Drop the records after `step` and a line that a kill left incomplete; return how many are left."""
         file = self.path / RECORDS
         if not (self.writes and file.exists()):
             return 0
@@ -141,56 +177,37 @@ class RunDirectory:
         return len(kept)
 
     def changes(self) -> dict[str, Any]:
-        """Return the settings that were changed on purpose since the run began, `{section.key: value}`."""
-        if not (self.path / CHANGES).is_file():
-            return {}
-        return {entry["key"]: entry["to"] for entry in self.read_json(CHANGES).get("changes", [])}
+        """Return the settings that were changed since the run began, `{section.key: value}`."""
+        return {entry["key"]: entry["to"] for entry in self._read_changes()}
 
     def record_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]], config: str) -> None:
-        """Write down what was changed before the step after `step`, and the configuration with it as run.toml."""
-        known = self.read_json(CHANGES)["changes"] if (self.path / CHANGES).is_file() else []
-        known += [{"step": step, "key": key, "from": old, "to": new} for key, (old, new) in changes.items()]
-        self.write_json(CHANGES, {"changes": known})  # first: a configuration nobody recorded would be refused
+        """Record the changes (old, new) that take effect after `step`, and write the configuration as run.toml."""
+        entries = [{"step": step, "key": key, "from": old, "to": new} for key, (old, new) in changes.items()]
+        # First, because a configuration with changes that are not recorded is refused.
+        self.write_json(CHANGES, {"changes": self._read_changes() + entries})
         self.write("run.toml", config)
 
-
-def _refused(name: str, folder: Path, error: OSError) -> UserError:
-    return UserError(f"{name} can't be written: {error.strerror}", str(folder), "check free space and permissions")
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with every number that is not finite as None: JSON has no NaN."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def _read_changes(self) -> list[dict[str, Any]]:
+        return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
 
 
-def _make(path: Path) -> Path:
+def _make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
-        # A folder can be made where files can't be (a full disk, an odd mount): find out now.
+        # A folder can be made where files can't (a full disk, an odd mount): find out now.
         probe = path / ".probe"
         probe.touch()
         probe.unlink()
     except FileExistsError:
         raise
     except OSError as error:
-        raise UserError(
-            f"the run directory can't be made: {error.strerror}", str(path), "choose another --out"
-        ) from error
+        what = f"the run directory can't be made: {error.strerror}"
+        raise UserError(what, str(path), "choose another --out") from error
     return path
 
 
 def newest(marker: str, root: Path = RUNS) -> list[Path]:
     """Return the folders under runs/ that hold the file `marker`, the one written last first."""
     files = [path for path in root.glob(f"*/{marker}") if path.is_file()]
-    return [root / path.relative_to(root).parts[0] for path in sorted(files, key=_written, reverse=True)]
-
-
-def _written(path: Path) -> float:
-    return os.stat(path).st_mtime
-
-
-def timestamp() -> str:
-    """Return the time of day in UTC, for environment.json."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [root / path.relative_to(root).parts[0] for path in files]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.engine import memory
+from pdvit.engine import recovery
 from pdvit.tracking import RunDirectory
 
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
@@ -409,7 +409,7 @@ class TestGuards:
     @pytest.mark.gpu
     def test_auto_finds_the_batch_that_a_gpu_holds(self, train, gigabyte, monkeypatch):
         """Of a GPU of one GiB; four times as many images do not fit there."""
-        monkeypatch.setattr(memory, "SPARE", 1 - gigabyte.share)
+        monkeypatch.setattr(recovery, "SPARE_MEMORY", 1 - gigabyte.share)
         run = train(*LARGE, "--batch-size", "auto")
         size = recipe(run)["data"]["batch_size"]
         assert size in [2**power for power in range(10)]

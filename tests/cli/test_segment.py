@@ -17,7 +17,7 @@ from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
 from pdvit.config.unused import unused_settings
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.memory import fits
+from pdvit.engine.recovery import fits
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.segmentation import SegmentationTask
 

@@ -21,7 +21,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.pictures import held_out
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.engine.interrupts import StopRequest
+from pdvit.engine.terminal import StopRequest
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
 BASE = """

@@ -36,12 +36,12 @@ def main(out: Path, settings: dict, steps: int, wide: bool) -> None:
     trainer = Trainer(task, config, torch.device("cpu"), ranks)
     state = trainer.state
     for step, batch in zip(range(steps), task.batches(0), strict=False):
-        trainer.scheduler.step_update(step)
-        state.meter.add(*trainer.updater(batch, step + 1))
+        trainer.lr_scheduler.step_update(step)
+        state.metrics.add(*trainer.updater(batch, step + 1))
         state.progress.step += 1
-    means, _, _ = state.meter.read(ranks)
+    means, _, _ = state.metrics.read(ranks)
     records = {} if wide else task.evaluate(trainer.evaluated)[0]
-    snapshot = state.snapshot()
+    snapshot = state.state_dict()
     if ranks.main:
         out.mkdir(parents=True)
         for name, tensors in snapshot.tensors.items():

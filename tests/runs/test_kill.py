@@ -23,7 +23,7 @@ def state_of(run: Path) -> dict[str, object]:
     """Return every tensor of the last checkpoint, and all facts that don't depend on the clock."""
     folder = run / "checkpoints" / (run / "checkpoints" / "last").read_text()
     facts = json.loads((folder / "state.json").read_text())
-    facts["progress"].pop("spent")
+    facts["progress"].pop("seconds_by_phase")
     facts["checksums"].pop("state.json")  # which is of the seconds too
     tensors = {f"{file.stem}.{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     return {name: value.numpy().tobytes() for name, value in tensors.items()} | {"facts": facts}

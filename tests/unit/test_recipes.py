@@ -13,7 +13,7 @@ import torch
 
 from pdvit.config import Config, build, read_toml, resolve
 from pdvit.config.resolve import with_crop
-from pdvit.engine.schedule import make_plan, make_scheduler
+from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.models.build import model_arguments, patch_size_of, sketch_model
 from pdvit.models.description import Described
 from pdvit.models.initial import settle
@@ -130,7 +130,7 @@ def parameters_of(name):
 def rates(config, plan, steps):
     """Return the learning rate at some steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optim.lr)
-    scheduler, found = make_scheduler(optimizer, config, plan), []
+    scheduler, found = make_lr_scheduler(optimizer, config, plan), []
     for step in steps:
         scheduler.step_update(step)
         found.append(optimizer.param_groups[0]["lr"])
@@ -184,9 +184,9 @@ class TestLearningRate:
     def test_the_learning_rate_runs_as_expected(self, name):
         expected, config = EXPECTED[name], recipe(name)
         per_epoch = expected.images // config.data.batch_size
-        plan = make_plan(config, per_epoch, config.data.batch_size)
+        plan = make_step_schedule(config, per_epoch, config.data.batch_size)
         total, warmup = round(expected.epochs * per_epoch), round(expected.warmup * per_epoch)
-        assert (plan.steps, plan.warmup) == (total, warmup)
+        assert (plan.total, plan.warmup) == (total, warmup)
 
         def formula(step):
             span = expected.lr - expected.floor
@@ -255,9 +255,9 @@ def test_the_second_phase_can_follow_the_first(name):
     config = recipe(name)
     per_epoch = IMAGENET // config.data.batch_size
     assert config.model.drop_path == 0.5
-    assert make_plan(config, per_epoch, config.data.batch_size).stop_after == 300 * per_epoch
+    assert make_step_schedule(config, per_epoch, config.data.batch_size).stop_after == 300 * per_epoch
     longer = replace(config, optim=replace(config.optim, epochs=changes["optim.epochs"]))
-    at = rates(longer, make_plan(longer, per_epoch, config.data.batch_size), [300 * per_epoch])
+    at = rates(longer, make_step_schedule(longer, per_epoch, config.data.batch_size), [300 * per_epoch])
     assert at == pytest.approx([8.445e-5], rel=1e-4)  # 295 of the 395 epochs of its cosine: 5.625e-4 (1 + cos θ) / 2
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pdvit.cli import run as pdvit
 from pdvit.config import Config, resolve, to_toml
-from pdvit.engine.interrupts import EXIT_STOPPED
-from pdvit.engine.schedule import make_plan
+from pdvit.engine.schedule import make_step_schedule
+from pdvit.engine.terminal import EXIT_STOPPED
 from pdvit.errors import UserError
 from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
 from pdvit.tasks.segmentation import SegmentationTask
@@ -105,7 +105,7 @@ def segmenter(name: str) -> Segmenter:
 
 
 def plan_of(config: Config, images: int) -> Any:
-    return make_plan(config, images // config.data.batch_size, config.data.batch_size)
+    return make_step_schedule(config, images // config.data.batch_size, config.data.batch_size)
 
 
 def test_every_recipe_has_an_expectation():
@@ -135,7 +135,7 @@ class TestRecipe:
     def test_the_learning_rate_runs_as_expected(self, name):
         config, expected = recipe(name), EXPECTED[name]
         plan = plan_of(config, expected.images)
-        assert (plan.steps, plan.warmup, config.optim.schedule) == (expected.steps, expected.warmup, expected.schedule)
+        assert (plan.total, plan.warmup, config.optim.schedule) == (expected.steps, expected.warmup, expected.schedule)
 
         def formula(step):
             span = expected.lr - expected.floor
@@ -145,7 +145,7 @@ class TestRecipe:
             share = 1 - done if expected.schedule == "poly" else (1 + math.cos(math.pi * done)) / 2
             return expected.floor + span * share
 
-        steps = [0, plan.warmup // 2, plan.warmup, (plan.warmup + plan.steps) // 2, plan.steps - 1, plan.steps]
+        steps = [0, plan.warmup // 2, plan.warmup, (plan.warmup + plan.total) // 2, plan.total - 1, plan.total]
         assert rates(config, plan, steps) == pytest.approx([formula(step) for step in steps], rel=1e-6, abs=1e-15)
 
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdvit.engine.memory import largest
+from pdvit.engine.recovery import largest
 
 
 @given(limit=st.integers(0, 300), most=st.integers(1, 300))

@@ -6,21 +6,21 @@ import torch
 
 from pdvit.config import build
 from pdvit.config.schema import SCHEDULES
-from pdvit.engine.schedule import Plan, make_plan, make_scheduler
+from pdvit.engine.schedule import StepSchedule, make_lr_scheduler, make_step_schedule
 from pdvit.errors import UserError
 
 PER_EPOCH, BATCH, PEAK, FLOOR = 50, 4, 0.1, 0.001
 
 
 def plan_of(**sections):
-    return make_plan(build(("flags", sections)), PER_EPOCH, BATCH)
+    return make_step_schedule(build(("flags", sections)), PER_EPOCH, BATCH)
 
 
 def rates(schedule="cosine", steps=100, warmup=10, at=None):
     """Return the learning rate at each step, reached one after the other."""
     config = build(("flags", {"optim": {"schedule": schedule, "lr": PEAK, "min_lr": FLOOR}}))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-    scheduler = make_scheduler(optimizer, config, Plan(steps, warmup, 1, 1, 1, PER_EPOCH))
+    scheduler = make_lr_scheduler(optimizer, config, StepSchedule(steps, warmup, 1, 1, 1, PER_EPOCH))
     found = []
     for step in range(steps + 1) if at is None else [at]:
         scheduler.step_update(step)
@@ -34,12 +34,12 @@ def test_durations_become_steps():
         run={"log_every": "10st", "eval_every": "1ep"},
         checkpoint={"every": "400im"},
     )
-    assert plan == Plan(steps=300, warmup=15, log_every=10, eval_every=50, save_every=100, steps_per_epoch=50)
+    assert plan == StepSchedule(total=300, warmup=15, log_every=10, eval_every=50, save_every=100, per_epoch=50)
 
 
 def test_bare_numbers_have_the_unit_of_their_key():
     plan = plan_of(optim={"epochs": 2, "warmup": 1}, run={"log_every": 7, "eval_every": 0.5}, checkpoint={"every": 1})
-    assert plan == Plan(steps=100, warmup=50, log_every=7, eval_every=25, save_every=50, steps_per_epoch=50)
+    assert plan == StepSchedule(total=100, warmup=50, log_every=7, eval_every=25, save_every=50, per_epoch=50)
 
 
 def test_intervals_can_be_a_share_of_the_run():

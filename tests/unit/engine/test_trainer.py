@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdvit.config import build
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.interrupts import stop_on_signals
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.replay import replay
+from pdvit.engine.recovery import replay
+from pdvit.engine.terminal import stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import RunDirectory
@@ -243,7 +243,7 @@ def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt
     task = LineFit()
     trainer = trainer_of(task, optim={"opt": opt})
     for step, batch in zip(range(STEPS), task.batches(0), strict=False):
-        trainer.scheduler.step_update(step)
+        trainer.lr_scheduler.step_update(step)
         task.module.train()
         output = task.step(task.module, batch)
         if step != at:
@@ -403,7 +403,7 @@ def test_seconds_of_all_phases_go_on_after_a_stop(tmp_path):
     run(path, LineFit(8, interrupt))
     before = read(path, "status.json")
     assert before["best"]["step"] == 7
-    spent = json.loads((path / "checkpoints/step-00000009/state.json").read_text())["progress"]["spent"]
+    spent = json.loads((path / "checkpoints/step-00000009/state.json").read_text())["progress"]["seconds_by_phase"]
     summary = run(path, LineFit(), resume=True)
     for phase, seconds in spent.items():
         assert summary["seconds_by_phase"][phase] >= round(seconds, 3)
@@ -424,7 +424,7 @@ def test_an_average_is_what_is_measured_and_exported(tmp_path):
     twin = LineFit()
     trainer = trainer_of(twin)
     for step, batch in zip(range(STEPS), twin.batches(0), strict=False):
-        trainer.scheduler.step_update(step)
+        trainer.lr_scheduler.step_update(step)
         trainer.updater(batch, step + 1)
         decay = 0.9 if step else 0.0  # timm's first step copies
         for name, value in twin.module.state_dict().items():
@@ -509,14 +509,14 @@ def test_nothing_waits_for_the_device_between_log_steps(monkeypatch, opt, reads)
     trainer = trainer_of(task, optim={"opt": opt, "clip_grad": 1.0, "ema_decay": 0.9}, data={"micro_batch": 3})
     assert len(trainer.notes()) == reads
     batches = task.batches(0)
-    trainer.state.meter.add(*trainer.updater(next(batches), 1))  # the first update makes the optimizer's state
+    trainer.state.metrics.add(*trainer.updater(next(batches), 1))  # the first update makes the optimizer's state
     with CountReads(monkeypatch) as counted:
         for step in range(1, 4):
-            trainer.scheduler.step_update(step)
-            trainer.state.meter.add(*trainer.updater(next(batches), step + 1))
+            trainer.lr_scheduler.step_update(step)
+            trainer.state.metrics.add(*trainer.updater(next(batches), step + 1))
     assert counted.reads >= 3 if reads else counted.reads == 0
     with CountReads(monkeypatch) as counted:
-        trainer.state.meter.read(SINGLE_PROCESS)
+        trainer.state.metrics.read(SINGLE_PROCESS)
     assert counted.reads > 0
 
 
@@ -531,7 +531,7 @@ def test_a_trace_of_chosen_steps_is_written(tmp_path):
 @pytest.mark.parametrize(("span", "sound"), [("18:21", True), ("18:22", False), ("21:22", False), ("100:200", False)])
 def test_steps_that_the_run_does_not_have_are_not_traced(span, sound):
     if sound:
-        assert trainer_of(LineFit(), run={"profile": span}).plan.profile[-1] == STEPS
+        assert trainer_of(LineFit(), run={"profile": span}).steps.profile[-1] == STEPS
         return
     with pytest.raises(UserError, match="there is no step") as caught:
         trainer_of(LineFit(), run={"profile": span})

@@ -12,7 +12,8 @@ from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.parallel import Step
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.update import Meter, Updater, make_optimizer
+from pdvit.engine.state import MetricAccumulator, TrainState
+from pdvit.engine.update import Updater, make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
 
@@ -59,7 +60,9 @@ def updater_of(task, optimizer, clip=None, precision="fp32", compile=False):
     config = replace(Config(), optim=OptimConfig(clip_grad=clip), run=RunConfig(precision=precision, compile=compile))
     device = next(task.module.parameters()).device
     scaler = GradScaler(device.type, enabled=precision == "fp16")
-    return Updater(task, Step(task, compile), optimizer, scaler, None, config, SINGLE_PROCESS, device)
+    metrics = MetricAccumulator(device)
+    state = TrainState(task.module, optimizer, scaler, None, device, SINGLE_PROCESS, {}, {}, metrics)
+    return Updater(task, Step(task, compile), state, config)
 
 
 def sgd(task, lr=0.1):
@@ -135,7 +138,7 @@ def test_a_short_precision_comes_near_the_long_one(device, precision):
     short, full, batch = Task(device=device), Task(device=device), batch_on(device)
     updater = updater_of(short, sgd(short), precision=precision)
     if precision == "fp16":  # the scale of the start overflows on purpose; here it fits
-        updater.scaler = GradScaler(device, init_scale=1024.0)
+        updater.state.scaler = GradScaler(device, init_scale=1024.0)
     metrics, skipped = updater(batch, 1)
     expected, _ = updater_of(full, sgd(full))(batch, 1)
     assert not skipped
@@ -150,7 +153,7 @@ def test_a_loss_scale_that_overflows_is_halved_and_the_step_skipped(device):
     updater = updater_of(task, make_optimizer(task.module, OptimConfig(opt="adamw", lr=0.1)), precision="fp16")
     before, scales = copy.deepcopy(task.module.state_dict()), []
     for step in range(20):
-        scales.append(updater.scaler.get_scale())
+        scales.append(updater.state.scaler.get_scale())
         if not updater(batch_on(device), step + 1)[1]:
             break
         assert all(torch.equal(before[name], value) for name, value in task.module.state_dict().items())
@@ -199,7 +202,7 @@ def add(meter, skipped=False, **values):
 
 
 def test_a_meter_gives_means_and_starts_anew():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     for loss, accuracy in ((1.0, 0.0), (2.0, 1.0), (6.0, 0.5)):
         add(meter, loss=loss, accuracy=accuracy)
     assert meter.read(SINGLE_PROCESS) == ({"loss": 3.0, "accuracy": 0.5}, 0, 0)
@@ -209,7 +212,7 @@ def test_a_meter_gives_means_and_starts_anew():
 
 
 def test_a_meter_keeps_no_graph_and_enough_digits():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     meter.add({"loss": torch.tensor(1e8, requires_grad=True) * 1}, torch.tensor(False))
     add(meter, loss=1.0)
     assert not meter.sums["loss"].requires_grad
@@ -217,7 +220,7 @@ def test_a_meter_keeps_no_graph_and_enough_digits():
 
 
 def test_a_meter_leaves_skipped_steps_out_and_counts_them():
-    meter = Meter(torch.device("cpu"))
+    meter = MetricAccumulator(torch.device("cpu"))
     for loss in (1.0, float("nan"), 3.0, float("inf"), float("nan")):
         add(meter, skipped=not math.isfinite(loss), loss=loss)
     assert meter.read(SINGLE_PROCESS) == ({"loss": 2.0}, 3, 2)

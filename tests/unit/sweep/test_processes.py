@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from pdvit.engine.interrupts import StopRequest
+from pdvit.engine.terminal import StopRequest
 from pdvit.errors import RunFailed, UserError
 from pdvit.sweep import Folder, State, make_cells, preload, run_apart, run_cells
 

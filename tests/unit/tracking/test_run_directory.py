@@ -17,19 +17,6 @@ def lines(directory):
     return [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_made_where_asked(workplace):
-    directory = RunDirectory.create(str(workplace / "deep/down/run"), "unused")
-    assert directory.path == workplace / "deep/down/run"
-    assert list(directory.path.iterdir()) == []
-
-
-def test_a_file_of_the_name_is_refused(workplace):
-    (workplace / "taken").touch()
-    with pytest.raises(UserError, match="a file") as caught:
-        RunDirectory.create("taken", "unused")
-    assert "--resume" not in caught.value.tip
-
-
 @pytest.mark.parametrize(("out", "name"), [("", "unused"), (None, "")])
 def test_an_empty_name_is_refused(workplace, out, name):
     with pytest.raises(UserError, match=r"empty|not a name"):
@@ -65,12 +52,6 @@ def test_a_place_that_can_not_be_written_is_refused(workplace, out):
     assert "--out" in caught.value.tip
 
 
-def test_a_default_place_that_can_not_be_written_is_refused(workplace):
-    (workplace / "runs").touch()
-    with pytest.raises(UserError, match="can't be made"):
-        RunDirectory.create(None, "digits-paper")
-
-
 def test_only_a_run_can_be_opened(workplace):
     with pytest.raises(UserError, match="not a run directory"):
         RunDirectory.open(workplace)
@@ -81,16 +62,6 @@ def test_only_a_run_can_be_opened(workplace):
 @pytest.fixture
 def directory():
     return RunDirectory.create("run", "unused")
-
-
-def test_json_goes_round(directory):
-    directory.write_json("summary.json", {"name": "ž", "value": 0.1})
-    assert directory.read_json("summary.json") == {"name": "ž", "value": 0.1}
-
-
-def test_status_says_what_and_when(directory):
-    directory.status("failed", step=3, reason="broke")
-    assert directory.read_json("status.json") == {"status": "failed", "step": 3, "reason": "broke"}
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[1]", b"3"])
@@ -125,25 +96,13 @@ def test_numbers_that_are_not_finite_become_null(directory):
     ]
 
 
-def test_a_record_that_can_not_be_written_is_refused(directory):
-    (directory.path / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl can't be written"):
-        directory.append("train", {"step": 1})
-
-
-def test_cutting_drops_what_came_later(directory):
-    for step in (1, 2, 3, 4):
-        directory.append("train", {"step": step})
-    assert directory.cut_records(2) == 2
-    assert [record["step"] for record in lines(directory)] == [1, 2]
-
-
 @pytest.mark.parametrize("torn", ['{"kind": "train", "st', '{"kind"', "{", "\0\0\0\0", "3", '{"kind": "odd"}'])
 def test_cutting_drops_a_line_that_is_no_record(directory, torn):
-    directory.append("train", {"step": 1})
+    for step in (1, 2, 3):
+        directory.append("train", {"step": step})
     with (directory.path / "metrics.jsonl").open("a") as file:
         file.write(torn)
-    directory.cut_records(9)
+    assert directory.cut_records(1) == 1
     assert [record["step"] for record in lines(directory)] == [1]
     directory.append("train", {"step": 2})
     assert [record["step"] for record in lines(directory)] == [1, 2]
@@ -156,11 +115,6 @@ def test_cutting_keeps_any_text_of_a_record(directory):
     assert (directory.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_cutting_without_records_is_no_error(directory):
-    assert directory.cut_records(3) == 0
-    assert list(directory.path.iterdir()) == []
-
-
 def test_the_newest_come_first(workplace):
     for name, age in (("old", 100), ("new", 300), ("middle", 200)):
         file = workplace / "runs" / name / "analysis.csv"
@@ -170,10 +124,6 @@ def test_the_newest_come_first(workplace):
     (workplace / "runs/other").mkdir()
     (workplace / "runs/odd/analysis.csv").mkdir(parents=True)
     assert [path.name for path in newest("analysis.csv")] == ["new", "middle", "old"]
-
-
-def test_there_may_be_no_runs_at_all():
-    assert newest("analysis.csv") == []
 
 
 def test_a_file_is_written_whole_or_not_at_all(workplace):

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from pdvit.engine.interrupts import STOPPING, stop_on_signals
+from pdvit.engine.terminal import STOPPING, stop_on_signals
 
 
 def send(number):

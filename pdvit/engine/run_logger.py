@@ -1,0 +1,136 @@
+"""Records of a run while it trains: metrics.jsonl, trackers, status.json, the display, phase times and traces."""
+
+import math
+import os
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+from pdvit.engine.device import peak_memory
+from pdvit.engine.schedule import StepSchedule
+from pdvit.engine.state import Progress
+from pdvit.engine.terminal import Display
+from pdvit.tracking import RunDirectory, Status, Trackers
+
+
+class PhaseTimer:
+    """Adds up the seconds of each phase in `seconds`; one phase runs at a time.
+
+    On a GPU the time of a step appears where the host waits for it: in the step that logs.
+    """
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.phase = seconds, ""
+        self.created = self.since = time.perf_counter()
+
+    def start(self, phase: str) -> None:
+        """End the current phase and start another."""
+        now = time.perf_counter()
+        if self.phase:
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since = phase, now
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Run a phase in between, then return to the current one."""
+        before = self.phase
+        self.start(phase)
+        try:
+            yield
+        finally:
+            self.start(before)
+
+    def elapsed(self) -> float:
+        """Return the seconds since the timer was made."""
+        return time.perf_counter() - self.created
+
+
+class RunLogger:
+    """Writes records, status and display of a run."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        console: Console,
+        progress: Progress,
+        steps: StepSchedule,
+        best_metric: str,
+        device: torch.device,
+    ) -> None:
+        self.directory, self.progress, self.steps = directory, progress, steps
+        self.best_metric, self.device = best_metric, device
+        self.display = Display(console, steps.total, progress.step)
+        self.timer = PhaseTimer(progress.seconds_by_phase)
+        self.logged = (progress.samples, dict(progress.seconds_by_phase))
+        self.trackers = Trackers(directory.path, self.display.log)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return round(self.progress.step / self.steps.per_epoch, 4)
+
+    def log_train(self, means: Mapping[str, float], skipped: int, lr: float) -> None:
+        """Write the means since the last such record, with the rate and the seconds by phase."""
+        progress, (samples, seconds) = self.progress, self.logged
+        passed = {phase: value - seconds.get(phase, 0.0) for phase, value in progress.seconds_by_phase.items()}
+        rate = (progress.samples - samples) / max(passed.get("data", 0.0) + passed.get("step", 0.0), 1e-9)
+        self.logged = (progress.samples, dict(progress.seconds_by_phase))
+        timing = {"seconds": progress.seconds, "images_per_second": rate, "peak_memory_mb": peak_memory(self.device)}
+        self._record("train", {**means, "skipped": skipped, "lr": lr}, timing | passed)
+        metrics = {name: value for name, value in means.items() if name != "grad_norm"}
+        metrics |= {"skipped": progress.skipped} if progress.skipped else {}
+        epoch = f"epoch {math.ceil(self.epoch)}/{math.ceil(self.steps.total / self.steps.per_epoch)}"
+        self.display.show(progress.step, epoch, rate, metrics)
+
+    def log_evaluation(self, records: Mapping[str, Mapping[str, Any]], headline: str) -> None:
+        """Write the records of an evaluation, by type, and print its headline."""
+        for record_type, record in records.items():
+            self._record(record_type, record)
+        self.display.log(f"epoch {self.epoch:>4.4g}  {headline}")
+
+    def write_status(self, status: Status, **details: Any) -> None:
+        """Write status.json: the step and the best evaluation."""
+        best = {self.best_metric: self.progress.best, "step": self.progress.best_step}
+        content = {"status": status, "step": self.progress.step, "best": best, **details}
+        self.directory.write_json("status.json", content)
+
+    def _record(self, record_type: str, metrics: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
+        record = {"step": self.progress.step, "epoch": self.epoch, **metrics}
+        self.directory.append(record_type, record, timing)
+        self.progress.records += 1
+        self.trackers.log(record_type, record, timing)
+
+
+def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Path, suffix: str) -> Generator[Any]:
+    """Yield the batches of steps start, start + 1, ... and write a trace of `steps` for a trace viewer."""
+    recorder: profile | None = None
+    name = ""
+
+    def write() -> None:
+        if recorder is not None:
+            recorder.stop()
+            folder.mkdir(parents=True, exist_ok=True)
+            recorder.export_chrome_trace(str(folder / name))
+
+    try:
+        for step, batch in enumerate(batches, start):
+            if recorder is None and step in steps:
+                os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library reports harmless events to stderr
+                activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+                # There is one cycle only; unless its events are kept, torch 2.11 warns that others would be lost.
+                recorder = profile(activities=activities, record_shapes=True, acc_events=True)
+                recorder.start()
+                name = f"steps-{step}-{steps.stop}{suffix}.json"
+            elif recorder is not None and step == steps.stop:
+                write()
+                recorder = None
+            yield batch
+    finally:
+        write()
+        batches.close()

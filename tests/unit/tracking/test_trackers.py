@@ -1,0 +1,263 @@
+import json
+import math
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+
+from pdvit.errors import UserError
+from pdvit.tracking import Trackers, tracker_names
+from pdvit.tracking import trackers as module
+from pdvit.tracking.trackers import flatten
+
+
+class Fake:
+    """A tracker that keeps its records, and fails where told to."""
+
+    def __init__(self, fails=""):
+        self.fails, self.logged, self.finished = fails, [], 0
+
+    def log(self, step, metrics):
+        self.logged.append((step, dict(metrics)))
+        if self.fails == "log":
+            raise OSError("no space left")
+
+    def finish(self):
+        self.finished += 1
+        if self.fails == "finish":
+            raise TimeoutError("no answer")
+
+
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    """Return a function that opens fakes by name; one of None does not start."""
+
+    def open_fakes(fakes, step=0):
+        def start(fake):
+            if fake is None:
+                raise OSError("no\nnetwork")
+            return fake
+
+        monkeypatch.setattr(
+            module, "TRACKERS", {name: lambda *_, fake=fake: start(fake) for name, fake in fakes.items()}
+        )
+        warnings = []
+        trackers = Trackers(tmp_path, warnings.append)
+        trackers.open(fakes, {"run": {}}, step)
+        return trackers, warnings
+
+    return open_fakes
+
+
+def test_records_become_flat_finite_numbers():
+    record = {"step": 20, "epoch": 0.5, "loss": 2.25, "cosine": 0, "lr": math.nan, "top5": None, "split": "val"}
+    assert flatten("train", record, {"seconds": 3}) == {
+        "train/epoch": 0.5,
+        "train/loss": 2.25,
+        "train/cosine": 0.0,
+        "time/seconds": 3.0,
+    }
+    assert flatten("eval", record, None) == {"eval/loss": 2.25, "eval/cosine": 0.0}
+    layers = {"step": 20, "epoch": 1.0, "images": 64, "layers": ["embed", "block 1", "norm"]}
+    layers |= {"similarity": [0.25, None, 0.75]}
+    assert flatten("similarity", layers, None) == {"similarity/embed": 0.25, "similarity/norm": 0.75}
+
+
+def test_an_unknown_tracker_names_the_closest():
+    with pytest.raises(UserError, match="no tracker 'tensorbord'") as caught:
+        tracker_names("tensorbord")
+    assert (caught.value.where, caught.value.tip) == ("run.track (--track)", "did you mean 'tensorboard'?")
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # a folder that W&B leaves behind is no package
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="wandb is not installed") as caught:
+        tracker_names("wandb")
+    assert caught.value.tip == "pip install 'pdvit[wandb]'"
+    assert tracker_names(None) == []
+
+
+def test_records_reach_every_tracker_once(opened):
+    first, second = Fake(), Fake()
+    trackers, warnings = opened({"first": first, "second": second})
+    trackers.log("train", {"step": 10, "loss": 1.5}, {"seconds": 2.0})
+    trackers.close()
+    trackers.close()
+    for fake in (first, second):
+        assert fake.logged == [(10, {"train/loss": 1.5, "time/seconds": 2.0})]
+        assert fake.finished == 1
+    assert warnings == []
+
+
+def test_a_tracker_that_fails_is_reported_once_and_left_out(opened):
+    sound, broken, late = Fake(), Fake("log"), Fake("finish")
+    trackers, warnings = opened({"broken": broken, "sound": sound, "late": late})
+    for step in (1, 2, 3):
+        trackers.log("train", {"step": step, "loss": 1.0})
+    trackers.close()
+    assert [len(fake.logged) for fake in (broken, sound, late)] == [1, 3, 3]
+    assert [line.partition(";")[0] for line in warnings] == [
+        "broken failed (OSError: no space left)",
+        "late failed (TimeoutError: no answer)",
+    ]
+
+
+def test_only_a_new_run_insists_on_its_trackers(opened):
+    with pytest.raises(UserError, match="second does not start: OSError: no network"):
+        opened({"first": Fake(), "second": None})
+    sound = Fake()
+    trackers, warnings = opened({"broken": None, "sound": sound}, step=9)
+    trackers.log("train", {"step": 10, "loss": 1.0})
+    assert len(sound.logged) == len(warnings) == 1
+
+
+# The real packages, each in a process of its own: they keep threads, services and settings, and warn as they like.
+
+TRAIN = """
+import os, signal, sys, time
+from pathlib import Path
+from pdvit.tracking import Trackers
+
+name, run, start, end = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+trackers = Trackers(run, sys.exit)
+trackers.open([name], {"run": {"seed": 0}}, start)
+for step in range(start + 1, end + 1):
+    trackers.log("train", {"step": step, "loss": step + start / 100})
+    trackers.log("similarity", {"step": step, "layers": ["embed", "block 3"], "similarity": [0.5, None]})
+if sys.argv[5] == "kill":
+    time.sleep(1)  # trackio writes twice a second
+    os.kill(os.getpid(), signal.SIGKILL)
+trackers.close()
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment without keys, settings, home or network."""
+    own = {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_DATA_DIR": str(tmp_path / "data"),
+        "WANDB_ERROR_REPORTING": "false",
+        "TRACKIO_DIR": str(tmp_path / "store"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_", "HF_"))}
+    return kept | own
+
+
+def python(code, *arguments, env):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+
+def train(name, run, start, end, env, ending="close"):
+    run.mkdir(exist_ok=True, parents=True)
+    done = python(TRAIN, name, run, start, end, ending, env=env)
+    assert done.returncode == (0 if ending == "close" else -signal.SIGKILL), done.stderr
+    assert done.stdout == ""
+
+
+def events(folder):
+    """Return tag -> [(step, value)] as TensorBoard reads it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_a_resumed_run_once(tmp_path, environment):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "digits-paper"
+    train("tensorboard", run, 0, 5, environment, "kill")
+    assert events(run / "tensorboard")["train/loss"] == [(step, step) for step in range(1, 6)]
+    train("tensorboard", run, 3, 6, environment)
+    found = events(run / "tensorboard")
+    assert set(found) == {"train/loss", "similarity/embed"}
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in found["train/loss"]] == pytest.approx([1, 2, 3, 4.03, 5.03, 6.03])
+
+
+def history(file):
+    """Return the rows in a file of W&B, as an upload would send them; its format is LevelDB's log under a header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, rows = file.read_bytes(), 7, []
+    assert len(data) < 32768, "one block, in which every record is whole"
+    while place < len(data):
+        _, length, block_type = struct.unpack_from("<IHB", data, place)
+        assert block_type == 1
+        place += 7 + length
+        record = Record.FromString(data[place - length : place])
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append((row.pop("_step"), {name: value for name, value in row.items() if name[0] != "_"}))
+    return rows
+
+
+@pytest.mark.slow
+def test_wandb_offline_is_one_run_that_has_every_step_once(tmp_path, environment):
+    pytest.importorskip("wandb")
+    run = tmp_path / "digits-paper"
+    environment["WANDB_MODE"] = "offline"
+    train("wandb", run, 0, 5, environment)
+    train("wandb", run, 3, 6, environment)
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert {file.name for file in files} == {f"run-{json.loads((run / 'wandb.json').read_text())['id']}.wandb"}
+    first, second = map(history, files)
+    assert first == [(step, {"train/loss": step, "similarity/embed": 0.5}) for step in range(1, 6)]
+    assert second == [(6, {"train/loss": 6.03, "similarity/embed": 0.5})]
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_and_a_terminal_is_refused(environment):
+    pytest.importorskip("wandb")
+    done = python("from pdvit.tracking import tracker_names; tracker_names('wandb')", env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "UserError: W&B can't log in" in done.stderr
+    assert "WANDB_MODE=offline" in done.stderr
+
+
+@pytest.mark.slow
+def test_trackio_shows_a_resumed_run_once_and_separates_runs_of_one_name(tmp_path, environment):
+    pytest.importorskip("trackio")
+    run, other = tmp_path / "here" / "digits-paper", tmp_path / "there" / "digits-paper"
+    train("trackio", run, 0, 5, environment, "kill")
+    train("trackio", other, 0, 2, environment)
+    train("trackio", run, 3, 6, environment)
+    with closing(sqlite3.connect(tmp_path / "store" / "pdvit.db")) as store:
+        rows = store.execute("SELECT run_name, run_id, step, metrics FROM metrics ORDER BY id").fetchall()
+    ids = [json.loads((folder / "trackio.json").read_text())["id"] for folder in (run, other)]
+    assert {(name, id) for name, id, *_ in rows} == {("digits-paper", id) for id in ids}
+    for run_id, steps in zip(ids, (6, 2), strict=True):
+        sent = [(step, json.loads(text)) for _, id, step, text in rows if id == run_id]
+        loss = {step: metrics["train/loss"] for step, metrics in sent if "train/loss" in metrics}
+        assert list(loss) == list(range(1, steps + 1))
+        assert list(loss.values()) == pytest.approx([1, 2, 3, 4, 5, 6.03][:steps])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": "a", "step": null}'])
+def test_a_damaged_id_file_starts_a_new_run(tmp_path, monkeypatch, text):
+    class Package:
+        @staticmethod
+        def init(*_, **options):
+            return Fake()
+
+    monkeypatch.setitem(sys.modules, "trackio", Package)
+    (tmp_path / "trackio.json").write_text(text)
+    tracker = module.WandB("trackio", tmp_path, {})
+    tracker.run.log = lambda metrics, step: None
+    tracker.log(1, {"loss": 1.0})
+    assert json.loads((tmp_path / "trackio.json").read_text()) == {"id": tracker.id, "step": 1}
+    assert len(tracker.id) == 16
