@@ -87,7 +87,7 @@ def measure(
     """
     layer_metrics = LayerMetrics(model, select_metrics(metrics))
     device = next(model.parameters()).device
-    with ranks.failing_together(), evaluating(model):
+    with ranks.raise_on_all_ranks(), evaluating(model):
         for batch in batches(images, device):
             with layer_metrics.batch(batch):
                 model(batch)
@@ -120,7 +120,7 @@ def cka_between(
         pairs = ((batch, batch) for batch in batches(images, device))
     else:
         pairs = zip(batches(images, device), batches(other_images, device), strict=False)
-    with ranks.failing_together(), evaluating(model), evaluating(other):
+    with ranks.raise_on_all_ranks(), evaluating(model), evaluating(other):
         for batch, other_batch in pairs:
             if len(batch) >= MIN_IMAGES:
                 with rows.batch(batch) as grams:

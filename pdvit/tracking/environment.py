@@ -5,8 +5,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
