@@ -78,17 +78,18 @@ class ClassTable:
 
     @cached_property
     def _lookup_ids(self) -> Array:
-        lookup = np.full(IDS, OUTSIDE, np.uint8)
-        for value, place in (self.ids or {}).items():
-            lookup[value] = place
-        return lookup
+        return _lookup(IDS, self.ids or {})
 
     @cached_property
     def _lookup_colours(self) -> Array:
-        lookup = np.full(COLOURS, OUTSIDE, np.uint8)
-        for (red, green, blue), place in (self.colours or {}).items():
-            lookup[red << 16 | green << 8 | blue] = place
-        return lookup
+        packed = {red << 16 | green << 8 | blue: place for (red, green, blue), place in (self.colours or {}).items()}
+        return _lookup(COLOURS, packed)
+
+
+def _lookup(size: int, places: Mapping[int, int]) -> Array:
+    lookup = np.full(size, OUTSIDE, np.uint8)
+    lookup[list(places)] = list(places.values())
+    return lookup
 
 
 def open_mask(path: Path) -> ImageFile:
@@ -107,10 +108,9 @@ def mask_values(image: ImageFile) -> Array:
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(f"it is {image.mode}, where ids are expected")
     packing = image.tile[0][3] if image.tile else None  # decoding empties it
-    # its name: the only argument for PNG, the first of several for TIFF
-    name = str(packing[0] if isinstance(packing, tuple) else packing)
+    name = packing[0] if isinstance(packing, tuple) else packing  # of TIFF, of PNG
     # Pillow stretches grey values of 2 and 4 bits to 0 to 255
-    values = np.array(image) // {"L;2": 85, "L;4": 17}[name[:3]] if name[:3] in ("L;2", "L;4") else np.array(image)
+    values = np.array(image) // {"L;2": 85, "L;4": 17}.get(str(name)[:3], 1)
     if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= IDS):
         raise ValueError(f"ids from {values.min()} to {values.max()} are not whole numbers below {IDS}")
     return values.astype(np.uint16) if values.dtype != np.uint8 else values

@@ -225,24 +225,22 @@ def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted
     def network(images):  # depends on all of its input, so that windows differ from the whole
         return images * 3 + images.mean((2, 3), keepdim=True) * 5
 
-    def batch(*size):
-        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(size[0]))
-        return Batch(images, torch.randint(3, (1, 9, 14), generator=torch.Generator().manual_seed(1)), torch.zeros(1))
+    def evaluated(mode, *sizes):
+        rng.manual_seed(0)
+        batches = [Batch(torch.randn(1, 3, *size, generator=rng), masks, torch.zeros(1)) for size in sizes]
+        config = SlidingWindowConfig(mode, 8, 4)
+        return evaluate_segmentation(network, batches, SegmentationMetric(3, CPU), config, "fp32")
 
-    def evaluated(mode, batches):
-        return evaluate_segmentation(
-            network, batches, SegmentationMetric(3, CPU), SlidingWindowConfig(mode, 8, 4), "fp32"
-        )
-
-    large, small = [batch(12, 20), batch(11, 25)], batch(6, 10)
-    whole, in_windows = evaluated("whole", large), evaluated("slide", large)
+    rng, masks = torch.Generator(), torch.randint(3, (1, 9, 14), generator=torch.Generator().manual_seed(1))
+    large = [(12, 20), (11, 25)]
+    whole, in_windows = evaluated("whole", *large), evaluated("slide", *large)
     assert (whole.large, "in_windows" in whole.record()) == (0, False)
     assert whole.loss != in_windows.loss
-    monkeypatch.setattr(windows, "MAX_WHOLE", 200)  # of 240, 275 and 60 pixels
-    found = evaluated("whole", large)
+    monkeypatch.setattr(windows, "MAX_WHOLE", 200)
+    found = evaluated("whole", *large)
     assert (found.large, found.loss) == (2, in_windows.loss)
     assert torch.equal(found.confusion, in_windows.confusion)
-    assert evaluated("whole", [*large, small]).record()["in_windows"] == 2
+    assert evaluated("whole", *large, (6, 10)).record()["in_windows"] == 2
 
 
 class OtherRank(Ranks):
