@@ -219,34 +219,43 @@ def evaluate_segmentation(
     """
 
     def forward(images: Tensor) -> Tensor:
-        if in_lockstep:
-            _exchange(ranks, True)
+        if lockstep:
+            lockstep.exchange(True)
         with autocast(images.device, precision):
             return network(images)
 
-    in_lockstep = in_lockstep and ranks.world_size > 1
+    lockstep = _Lockstep(ranks) if in_lockstep and ranks.world_size > 1 else None
     try:
         for batch in batches:
             for image, mask in zip(batch.images, batch.targets, strict=True):
                 blocks = score_rows(forward, image[None], (mask.shape[0], mask.shape[1]), metric.classes, windows)
                 metric.update(blocks, mask, windows.too_large(*image.shape[-2:]))
     except UserError as error:
-        if in_lockstep:  # the other ranks would wait for this one's next pass
-            _exchange(ranks, error)
+        if lockstep:  # the other ranks would wait for this one's next pass
+            lockstep.exchange(error)
         raise
-    while in_lockstep and _exchange(ranks, False):  # another rank still has images
+    while lockstep and lockstep.exchange(False):  # another rank still has images
         with autocast(metric.device, precision):
             network(torch.zeros(1, 3, windows.window, windows.window, device=metric.device))
     return metric.compute(ranks)
 
 
-def _exchange(ranks: Ranks, status: bool | UserError) -> bool:
-    """Return whether any rank has a forward pass to make; raises the first rank's error on all of them."""
-    statuses = ranks.all_gather(status)
-    for error in statuses:
-        if isinstance(error, UserError):
-            raise error
-    return any(statuses)
+class _Lockstep:
+    """Exchanges the ranks' status before each forward pass: there is one to make, there is none, or an error."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.failed = ranks, False
+
+    def exchange(self, status: bool | UserError) -> bool:
+        """Return whether any rank has a pass to make; raises the error of the first rank with one on all of them."""
+        if self.failed:
+            return False
+        statuses = self.ranks.all_gather(status)
+        for error in statuses:
+            if isinstance(error, UserError):
+                self.failed = True
+                raise error
+        return any(statuses)
 
 
 def class_table(confusion: Tensor, classes: list[str], iou: Tensor | None = None) -> "pd.DataFrame":

@@ -275,15 +275,17 @@ def test_ranks_that_share_a_model_make_the_same_number_of_passes():
 
 
 def test_an_error_of_one_rank_ends_all_that_share_a_model(monkeypatch):
-    passes, evaluate = in_lockstep(OtherRank(True, UserError("too large", "an image", "cut it")), torch.randn(3, 8, 8))
-    with pytest.raises(UserError, match="too large"):
-        evaluate()
-    assert len(passes) == 1
+    error = UserError("too large", "an image", "cut it")
+    for statuses, count in (((error,), 0), ((True, error), 1)):  # while this rank has images, and after
+        passes, evaluate = in_lockstep(OtherRank(*statuses), torch.randn(3, 8, 8))
+        with pytest.raises(UserError, match="too large"):
+            evaluate()
+        assert len(passes) == count
     monkeypatch.setattr(windows, "MAX_SCORES", 3 * 8 * 8 - 1)
     ranks = OtherRank(True)
     with pytest.raises(UserError, match="more than 191 scores"):
         in_lockstep(ranks, torch.randn(3, 8, 8))[1]()
-    assert list(ranks.statuses) == []  # the other one was told
+    assert list(ranks.statuses) == []  # the other one got the error
 
 
 def test_class_tables_equal_scikit_learn():
