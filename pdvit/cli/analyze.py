@@ -65,11 +65,11 @@ def analyze(
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
         from pdvit.analysis import DEFAULT
-        from pdvit.cli.analyze_run import AnalyzeOptions, Analyzer
+        from pdvit.cli.analyze_run import Analyzer
 
-        groups = list(metrics or DEFAULT)
-        options = AnalyzeOptions(images or [], groups, limit, model, weights, batch_size, workers, device, on_bad_image)
-        return _analyze(Analyzer(options, console), _result_folders(paths, out), explore, report, as_json)
+        loading = (limit, model, weights, batch_size, workers, device, on_bad_image)
+        analyzer = Analyzer(console, images or [], list(metrics or DEFAULT), *loading)
+        return _analyze(analyzer, _result_folders(paths, out), explore, report, as_json)
 
 
 def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, as_json: bool) -> int:
@@ -103,7 +103,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
         from pdvit.cli.analyze_pages import write_explorer, write_report
 
         if explore:
-            write_explorer(folders, results[0].pictures, analyzer.options, console)
+            write_explorer(folders, results[0].pictures, analyzer)
         if report:
             write_report(results, folders, console)
     if main and as_json:

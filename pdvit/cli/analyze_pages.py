@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
 from pdvit.analysis.report import ReportFigure, report_page
 from pdvit.analysis.tables import MAPS
-from pdvit.cli.analyze_run import AnalyzeOptions, CheckpointAnalysis, to_device
+from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis, to_device
 from pdvit.cli.console import log
 from pdvit.data.bad_images import BadImages
 from pdvit.data.pictures import Pictures
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole
 
 
-def write_explorer(
-    folders: Mapping[str, Path], pictures: Pictures, options: AnalyzeOptions, console: "RunConsole"
-) -> None:
+def write_explorer(folders: Mapping[str, Path], pictures: Pictures, analyzer: Analyzer) -> None:
     """Write explorer.html to the first checkpoint's folder, and analysis/maps.npz to each; print what they show.
 
     Checkpoints are loaded once more, one at a time, so that all get the same images. Raises UserError.
@@ -40,9 +38,9 @@ def write_explorer(
     max_bytes, shown, bad = bytes_per_model(len(folders)), pictures.subsample(MAX_IMAGES), BadImages(skip=True)
     models = []
     for path in folders:
-        loaded = load(path, options.model, options.weights)
+        loaded = load(path, analyzer.model, analyzer.weights)
         preprocessing = Preprocessing.for_model(loaded.model)
-        model = to_device(loaded.model, choose_device(options.device), path)
+        model = to_device(loaded.model, choose_device(analyzer.device), path)
         images = shown.pixels(preprocessing, bad)
         models.append(read_maps(model, images, preprocessing.normalise, loaded.name, max_bytes))
     total, images_shown = len(pictures.split), min(len(maps.names) for maps in models)
@@ -56,8 +54,8 @@ def write_explorer(
             write_maps(folder / "analysis" / MAPS, maps)
         write_file(page, explorer_page(models, notes))
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
-        log(console, f"explorer {note}")
-    log(console, f"written  {page}")
+        log(analyzer.console, f"explorer {note}")
+    log(analyzer.console, f"written  {page}")
 
 
 def write_report(results: Sequence[CheckpointAnalysis], folders: Mapping[str, Path], console: "RunConsole") -> None:

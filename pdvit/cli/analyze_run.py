@@ -1,7 +1,7 @@
 """The measurements of `pdvit analyze`: each checkpoint, its model with random weights, and CKA with the first one."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit
 from pdvit.engine.device import choose_device, device_name, is_out_of_memory
-from pdvit.engine.distributed import init_process_group
+from pdvit.engine.distributed import Ranks, init_process_group
 from pdvit.engine.terminal import StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
@@ -31,21 +31,6 @@ if TYPE_CHECKING:
 
 # Images for a model with random weights.
 RANDOM_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class AnalyzeOptions:
-    """The options that are the same for every checkpoint."""
-
-    images: list[str]
-    metrics: list[str]
-    limit: int = 256
-    model: str | None = None
-    weights: str | None = None
-    batch_size: int = 32
-    workers: int = 2
-    device: str = "auto"
-    on_bad_image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,18 +54,26 @@ class CheckpointAnalysis:
     between: "pd.DataFrame | None" = None  # CKA between the layers of the first checkpoint and its own
 
 
+@dataclass
 class Analyzer:
-    """Measures checkpoints one after the other, each on all ranks, until a stop is requested."""
+    """Measures checkpoints one after the other with the same options, each on all ranks, until a stop is requested."""
 
-    def __init__(self, options: AnalyzeOptions, console: "RunConsole") -> None:
-        self.options = options
-        self.console = console
-        self.ranks = init_process_group()
-        self.stop = StopRequest()
+    console: "RunConsole"
+    images: list[str]
+    metrics: list[str]
+    limit: int = 256
+    model: str | None = None
+    weights: str | None = None
+    batch_size: int = 32
+    workers: int = 2
+    device: str = "auto"
+    on_bad_image: str | None = None
+    ranks: Ranks = field(default_factory=init_process_group)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def measure(self, path: str, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
-        groups = select_metrics(self.options.metrics)  # an error for an unknown name, before anything is loaded
+        groups = select_metrics(self.metrics)  # an error for an unknown name, before anything is loaded
         target = self._open(path)
         loaded, between = target.loaded, None
         try:
@@ -115,25 +108,22 @@ class Analyzer:
 
     def _open(self, path: str) -> AnalyzeTarget:
         """Load a checkpoint to the device and select its images; an error of one rank is raised on all."""
-        options, ranks = self.options, self.ranks
+        ranks = self.ranks
         with ranks.raise_on_all_ranks():
-            loaded = load(path, options.model, options.weights)
-            device = choose_device(options.device, ranks.local_rank if ranks.world_size > 1 else None)
+            loaded = load(path, self.model, self.weights)
+            device = choose_device(self.device, ranks.local_rank if ranks.world_size > 1 else None)
             to_device(loaded.model, device, path)
-            settings = {"on_bad_image": options.on_bad_image} if options.on_bad_image is not None else {}
+            settings = {"on_bad_image": self.on_bad_image} if self.on_bad_image is not None else {}
             flags = ("the command line", {"data": settings})
-            run = None if options.images else config_of(Path(path), flags)  # the run's own images, read as the run did
-            if options.images:
-                pictures = named(options.images)
-            else:
+            if self.images:
+                run, pictures = None, named(self.images)
+            else:  # the run's own images, read as the run did
+                run = config_of(Path(path), flags)
                 pictures = sample_photographs() if run is None else held_out(run)
             bad = BadImages(skip=(run or build(flags)).data.on_bad_image == "skip")
-        preprocessing, place = (
-            Preprocessing.for_model(loaded.model),
-            {"rank": ranks.rank, "processes": ranks.world_size},
-        )
-        config = LoaderConfig(options.batch_size, 0, options.workers, device, preprocessing, bad=bad, **place)
-        return AnalyzeTarget(loaded, pictures.subsample(options.limit), config)
+        config = LoaderConfig(self.batch_size, 0, self.workers, device, Preprocessing.for_model(loaded.model), bad=bad)
+        config = replace(config, rank=ranks.rank, processes=ranks.world_size)
+        return AnalyzeTarget(loaded, pictures.subsample(self.limit), config)
 
     def _images(self, target: AnalyzeTarget, label: str) -> "Iterator[Tensor]":
         """Yield this rank's batches until a stop is requested, with a progress bar."""

@@ -210,9 +210,8 @@ def test_an_image_that_several_processes_read_is_counted_once(run_copy, image_fo
 
     (image_folder / "bad.png").write_text("not an image")
     images, metrics = [str(image_folder / name) for name in ("bad.png", "val")], ["similarity_signed"]
-    options = analyze_run.AnalyzeOptions(images, metrics, workers=0, device="cpu", on_bad_image="skip")
-    analyzer = analyze_run.Analyzer(options, make_console(True))
-    analyzer.ranks = Twice()
+    options = {"workers": 0, "device": "cpu", "on_bad_image": "skip", "ranks": Twice()}
+    analyzer = analyze_run.Analyzer(make_console(True), images, metrics, **options)
     assert "; 1 left out that do not decode" in analyzer.measure(str(run_copy), None).facts["images"]
 
 

@@ -7,8 +7,9 @@ import torch
 
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics import spectrum as module
-from pdvit.analysis.metrics.group import Patches
-from pdvit.analysis.metrics.spectrum import frequencies, spectrum
+from pdvit.analysis.metrics.group import Patches, grid_of
+from pdvit.analysis.metrics.spectrum import spectrum
+from pdvit.errors import UserError
 
 
 def transform(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -50,18 +51,6 @@ def test_equals_the_sum_of_the_transform(gaussian, grid):
         np.testing.assert_allclose(curve[index], expected[2], atol=1e-5)
 
 
-def test_the_constant_share_is_that_of_the_mean(gaussian):
-    tokens = gaussian(3, 12, 7, shift=1)
-    expected = 12 * tokens.mean(1).square().sum(-1) / tokens.square().sum((1, 2))
-    np.testing.assert_allclose(spectrum(tokens, (3, 4))[0], expected, rtol=1e-5)
-
-
-def test_a_chessboard_is_the_highest_frequency():
-    board = torch.tensor([(-1.0) ** (i + j) for i in range(6) for j in range(6)])
-    constant, high, _ = spectrum((board[:, None] * torch.ones(4))[None], (6, 6))
-    assert (constant.item(), high.item()) == pytest.approx((0, 1), abs=1e-6)
-
-
 def test_identical_and_zero_tokens(gaussian):
     same = gaussian(1, 1, 9).expand(1, 16, 9)
     constant, high, curve = spectrum(same, (4, 4))
@@ -82,15 +71,21 @@ def test_random_tokens_read_as_the_docs_say(gaussian):
     assert float(curve[-1]) == pytest.approx(0, abs=0.06)
 
 
-def test_frequencies_are_shares_of_the_highest():
-    assert frequencies((4, 4)) == [0, 0.5, 1]
-    assert frequencies((7, 14)) == [0, 2 / 7, 4 / 7, 6 / 7]
-
-
 def test_parts_change_nothing(gaussian, monkeypatch):
     patches = Patches(gaussian(5, 8, 3), (20, 40))
     whole = METRICS["spectrum"].compute(patches)
+    assert whole["frequency"][0].tolist() == [0, 1]
     assert set(whole) == {*METRICS["spectrum"].columns, *METRICS["spectrum"].curves}
     monkeypatch.setattr(module, "BLOCK_ENTRIES", 50)
     for name, values in METRICS["spectrum"].compute(patches).items():
         torch.testing.assert_close(values, whole[name])
+
+
+@pytest.mark.parametrize(
+    ("count", "image", "grid"),
+    [(196, (224, 224), (14, 14)), (128, (128, 256), (8, 16)), (2, (16, 32), (1, 2)), (49, (225, 224), (7, 7))],
+)
+def test_a_grid_has_the_shape_of_the_image(count, image, grid):
+    assert grid_of(count, image) == grid
+    with pytest.raises(UserError, match="no grid"):
+        grid_of(197, (224, 224))
