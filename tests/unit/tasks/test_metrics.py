@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
-from torch.nn import functional as F
 
 from pdvit.data.batch import Batch
 from pdvit.engine.distributed import Ranks
@@ -207,18 +206,6 @@ def test_deterministic_mode_counts_the_same():
         torch.use_deterministic_algorithms(False)
     assert torch.equal(found.confusion, expected.confusion)
     assert found.miou == expected.miou
-
-
-def test_masks_are_compared_at_their_own_size():
-    images = torch.randn(1, 3, 12, 20, generator=torch.Generator().manual_seed(0))
-    masks = torch.randint(3, (1, 18, 31), generator=torch.Generator().manual_seed(1))
-    masks[0, :4] = 255
-    batch, config = Batch(images, masks, torch.tensor([0])), SlidingWindowConfig("slide", 8, 4)
-    found = evaluate_segmentation(lambda part: part * 3, [batch], SegmentationMetric(3, CPU), config, "fp32")
-    resized = F.interpolate(images * 3, size=(18, 31), mode="bilinear", align_corners=False)
-    ious, *means = counted_in_a_loop(resized.argmax(1).numpy(), masks.numpy(), 3)
-    assert found.iou.tolist() == pytest.approx(ious)
-    assert [found.miou, found.accuracy, found.accuracy_mean] == pytest.approx(means)
 
 
 def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted(monkeypatch):

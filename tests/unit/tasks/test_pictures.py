@@ -11,18 +11,15 @@ PALETTE = [(10, 20, 30), (200, 0, 0)]
 MASK = torch.tensor([[0, 1, 255], [1, 1, 0]], dtype=torch.uint8)
 
 
-def test_a_palette_png_keeps_values_and_shows_colours():
+def test_masks_keep_their_values_under_the_colours_of_the_classes():
     image = Image.open(io.BytesIO(png(palette_image(MASK, PALETTE))))
     assert image.mode == "P"
     assert np.array_equal(np.array(image), MASK.numpy())
     colours = np.array(image.convert("RGB"))
     assert [tuple(colours[0, column]) for column in range(3)] == [*PALETTE, (255, 255, 255)]
-
-
-def test_an_overlay_leaves_pixels_without_a_class_alone():
-    image = Image.fromarray(np.full((2, 3, 3), 100, np.uint8))
-    found = np.array(overlay(image, MASK, PALETTE)).astype(int)
-    assert tuple(found[0, 2]) == (100, 100, 100)
+    grey = Image.fromarray(np.full((2, 3, 3), 100, np.uint8))
+    found = np.array(overlay(grey, MASK, PALETTE)).astype(int)
+    assert tuple(found[0, 2]) == (100, 100, 100)  # no class
     assert abs(found[0, 1] - (0.4 * 100 + 0.6 * np.array(PALETTE[1]))).max() <= 1
 
 

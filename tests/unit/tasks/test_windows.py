@@ -52,8 +52,8 @@ def mmsegmentation_loop(net: nn.Module, picture: torch.Tensor, window: int, stri
     return (total / count)[..., :height, :width]
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 16), st.integers(3, 16), st.sampled_from([1, 2]))
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 16), st.integers(1, 16), st.sampled_from([1, 2]))
 def test_windows_equal_the_loop_of_mmsegmentation(height, width, window, stride, shrink):
     stride = min(stride, window)
     with torch.no_grad():
@@ -62,20 +62,6 @@ def test_windows_equal_the_loop_of_mmsegmentation(height, width, window, stride,
         assert found.dtype == torch.float32
         assert torch.equal(found, mmsegmentation_loop(net, picture, window, stride))
         torch.testing.assert_close(slide(net, picture, window, stride, batch=4), found, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("window", "stride"), [(768, 256), (512, 341), (64, 64), (33, 1)])
-def test_the_stride_is_exact(window, stride):
-    found = []
-
-    def corners(parts: torch.Tensor) -> torch.Tensor:
-        found.extend((int(row), int(column)) for row, column in parts[:, :2, 0, 0])
-        return parts[:, :1] * 1.0
-
-    sides = window + 2 * stride, window
-    grid = torch.stack(torch.meshgrid(*(torch.arange(side) for side in sides), indexing="ij")).float()
-    slide(corners, torch.cat([grid, grid[:1]])[None], window, stride, batch=2)
-    assert found == [(0, 0), (stride, 0), (2 * stride, 0)]
 
 
 def test_logits_are_added_up_in_float32_and_not_in_place():
@@ -127,12 +113,6 @@ def gathered(net: nn.Module, picture: torch.Tensor, size: tuple[int, int], confi
     rows, parts = zip(*score_rows(net, picture, size, 3, config), strict=True)
     assert list(rows) == [sum(part.shape[1] for part in parts[:number]) for number in range(len(parts))]
     return torch.cat(parts, 1)
-
-
-def test_scores_of_one_view_are_logits_at_the_size_of_the_mask():
-    net, picture = network(shrink=2), image(20, 30)
-    at_mask = bilinear(bilinear(net(picture), (20, 30)), (27, 41))
-    assert torch.equal(gathered(net, picture, (27, 41), WHOLE), at_mask[0])
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
