@@ -1,0 +1,365 @@
+"""Stopping, resuming, changing and replaying runs, and the switches of the engine, through `pdvit train`."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from contextlib import contextmanager
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pdvit.cli import run as pdvit
+from pdvit.engine import recovery
+from pdvit.tasks.classification import ClassificationTask
+from pdvit.tracking import RunDirectory
+
+SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
+SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
+STOP, UNLIMITED = ["--time-limit", "0.001s"], "run.time_limit=1h"
+# About 12 MB of activations per image.
+LARGE = ["--device", "cuda", "--epochs", "2st", "--warmup-epochs", "0st", "--img-size", "64", "--patch-size", "4"]
+LARGE += ["--width", "192", "--heads", "3", "--depth", "4"]
+
+
+def read(run, name):
+    return json.loads((run / name).read_text())
+
+
+def recipe(run):
+    return tomllib.loads((run / "run.toml").read_text())
+
+
+def weights(run):
+    return load_file(run / "model.safetensors")
+
+
+def same(ours, theirs, **tolerance):
+    close = torch.allclose if tolerance else torch.equal
+    return all(close(ours[name], theirs[name], **tolerance) for name in theirs)
+
+
+@pytest.fixture
+def train(tmp_path, tiny):
+    """Return a function that trains a tiny model into a new folder and returns that."""
+    number = 0
+
+    def start(*flags, status=0):
+        nonlocal number
+        number += 1
+        out = tmp_path / f"run-{number}"
+        assert pdvit(["train", *tiny, *SHORT, *flags, "--out", str(out)]) == status
+        return out
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory, tiny):
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    assert pdvit(["train", *tiny, *SHORT, *STOP, "--out", str(out)]) == 75
+    return out
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A run that its time limit stopped after the first step."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
+
+
+@pytest.fixture(scope="module")
+def broken_once(tmp_path_factory, tiny):
+    """A run whose images are not numbers from step 5 on."""
+    batches, out = ClassificationTask.batches, tmp_path_factory.mktemp("broken") / "run"
+
+    def with_nan(self, start):
+        for number, batch in enumerate(batches(self, start), start):
+            if number >= 4:
+                batch.images[0, 0, 0, 0] = float("nan")
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationTask, "batches", with_nan)
+        assert pdvit(["train", *tiny, *SHORT, "--out", str(out)]) == 1
+    return out
+
+
+@pytest.fixture
+def broken(broken_once, tmp_path):
+    return shutil.copytree(broken_once, tmp_path / "broken")
+
+
+def resume(run, *changes, status=0):
+    assert pdvit(["train", "--resume", str(run), *(flag for c in changes for flag in ("--change", c))]) == status
+
+
+class TestStopping:
+    def test_a_stopped_run_is_resumed_by_its_name_or_as_the_newest(self, workplace, tiny, capsys, records):
+        for name in ("older", "newer"):
+            assert pdvit(["train", *tiny, *SHORT, *STOP, "--name", name]) == 75
+        assert "pdvit train --resume runs/newer" in capsys.readouterr().out
+        status = read(workplace / "runs/newer", "status.json")
+        assert (status["status"], status["step"], status["reason"]) == ("stopped", 1, "time limit")
+        assert pdvit(["train", "--resume", "auto", "--change", UNLIMITED]) == 0
+        assert "resuming after step 1" in capsys.readouterr().out
+        assert not (workplace / "runs/older/summary.json").exists()
+        shutil.rmtree("runs/older/checkpoints")  # without a checkpoint, a run starts again
+        assert pdvit(["train", "--resume", "runs/older", "--change", UNLIMITED]) == 0
+        assert records(workplace / "runs/older") == records(workplace / "runs/newer")
+        assert pdvit(["train", "--resume", "runs/newer"]) == 0
+        assert "is finished" in capsys.readouterr().out
+
+    @pytest.mark.slow
+    def test_two_processes_do_not_train_one_run(self, stopped):
+        command = [sys.executable, "-m", "pdvit", "train", "--resume", str(stopped), "--change", UNLIMITED]
+        with RunDirectory.open(stopped).locked():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert "another process is training this run" in done.stderr
+
+    @pytest.mark.slow
+    def test_an_older_checkpoint_is_named_if_the_newest_is_damaged(self, refusal, train):
+        run = train("--save-every", "1ep", "--epochs", "2ep", "--keep", "2")
+        (run / "summary.json").unlink()
+        (run / "checkpoints/step-00000150/module.safetensors").write_bytes(b"x")
+        found = refusal("train", "--resume", run)
+        assert "damaged" in found.what
+        assert "step-00000075" in found.tip
+        (run / "checkpoints/last").write_text("step-00000075")
+        resume(run)
+
+    def test_a_truncated_checkpoint_is_an_error_and_nothing_is_lost(self, refusal, stopped):
+        folder = stopped / "checkpoints" / (stopped / "checkpoints/last").read_text()
+        file = folder / "module.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+        assert "damaged" in refusal("train", "--resume", stopped).what
+        assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+class TestChanging:
+    def test_a_change_takes_effect_and_is_recorded(self, stopped, stopped_once, tmp_path):
+        resume(stopped, UNLIMITED, "optim.epochs=15st", "model.drop_path=0.2", "diversity.cosine=3.0")
+        assert read(stopped, "summary.json")["steps"] == 15
+        assert recipe(stopped)["model"]["drop_path"] == 0.2
+        changes = {entry["key"]: entry for entry in read(stopped, "changes.json")["changes"]}
+        assert changes["optim.epochs"] == {"step": 1, "key": "optim.epochs", "from": "12st", "to": "15st"}
+        plain = shutil.copytree(stopped_once, tmp_path / "plain")
+        resume(plain, UNLIMITED, "optim.epochs=15st", "model.drop_path=0.2")
+        assert not same(weights(stopped), weights(plain))
+
+    @pytest.mark.parametrize(
+        ("change", "what", "where", "tip"),
+        [
+            ("data.batch_size=8", "data.batch_size", "--change", "new run"),
+            ("model.depth=3", "model.depth", "--change", "new run"),
+            ("diversity.mixing=0.0", "diversity.mixing", "--change", "new run"),
+            ("run.out=other", "keeps its folder", "--change", "move"),
+            ("optim.lrr=1", "optim.lrr", "--change", "'lr'"),
+            ("lr=1", "section.key=value", "--change", "--change"),
+            ("run.time_limit=3ep", "3ep", "--change", "90min"),
+            # an error names the key and --change, not a flag
+            ("run.device=cuda:7", "", "run.device of", "try --change run.device=cpu"),
+            ("optim.warmup=12st", "", "optim.warmup of", "shorten"),
+            ("augment.shift=16", "", "augment.shift of", "less than 16"),
+        ],
+    )
+    def test_a_change_that_a_run_can_not_have_is_an_error(self, refusal, stopped, change, what, where, tip):
+        before = (stopped / "run.toml").read_bytes()
+        found = refusal("train", "--resume", stopped, "--change", change)
+        assert what in found.what
+        assert where in found.where
+        assert tip in found.tip
+        assert (stopped / "run.toml").read_bytes() == before
+        assert not (stopped / "changes.json").exists()
+
+    def test_an_edited_or_emptied_recipe_is_an_error(self, refusal, stopped):
+        text = (stopped / "run.toml").read_text()
+        (stopped / "run.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.3"))
+        found = refusal("train", "--resume", stopped)
+        assert "optim.weight_decay was 0.05, is 0.3" in found.what
+        assert "--change" in found.tip
+        (stopped / "run.toml").write_text("")
+        shutil.rmtree(stopped / "checkpoints")
+        assert "run.toml is empty" in refusal("train", "--resume", stopped).what
+
+    def test_a_finished_run_does_not_change(self, refusal, digits_run):
+        assert "finished" in refusal("train", "--resume", digits_run, "--change", "optim.epochs=99st").what
+
+    @pytest.mark.slow
+    def test_a_run_can_not_become_shorter_than_it_is(self, refusal, train):
+        run = train(*STOP, "--save-every", "1st", status=75)
+        resume(run, "run.time_limit=0.0001s", status=75)
+        changes = ["--change", "optim.epochs=1st", "--change", "optim.warmup=0st"]
+        assert "2 steps are done already, of 1" in refusal("train", "--resume", run, *changes).what
+
+    @pytest.mark.slow
+    def test_other_images_are_an_error_and_moved_ones_are_not(self, refusal, train, image_folder):
+        run = train("--data", str(image_folder), *STOP, status=75)
+        file = next((image_folder / "train/red").iterdir())
+        other = file.rename(file.with_name("other.png"))
+        assert "train has changed" in refusal("train", "--resume", run).what
+        other.rename(image_folder / "spare.png")
+        assert "train has 23 images, and had 24" in refusal("train", "--resume", run).what
+        (image_folder / "spare.png").rename(file)
+        moved = image_folder.rename(image_folder.with_name("moved"))
+        found = refusal("train", "--resume", run)
+        assert f"pdvit train --resume {run} --change data.source=PATH" in found.tip
+        resume(run, UNLIMITED, f"data.source={moved}")
+        assert read(run, "summary.json")["steps"] == 12
+
+
+class TestGuards:
+    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, broken, capsys):
+        status = read(broken, "status.json")
+        assert status["status"] == "failed"
+        assert "not a number" in status["reason"]
+        assert not (broken / "model.safetensors").exists()
+        capsys.readouterr()
+        assert pdvit(["train", "--replay", str(broken)]) == 0
+        shown = capsys.readouterr().out
+        assert "step 9 again" in shown
+        assert "model.patch_embed.proj.weight" in shown
+        assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["step"], found["metrics"]["class"]) == (9, None)
+
+    def test_a_run_without_a_sound_bundle_is_not_replayed(self, refusal, broken, digits_run):
+        assert "no step to replay" in refusal("train", "--replay", digits_run).what
+        (broken / "replay/share-0.safetensors").write_bytes(b"x")
+        assert "damaged" in refusal("train", "--replay", broken).what
+
+    @pytest.mark.slow
+    def test_collapse_is_warned_of(self, train, capsys):
+        train("--warn-similarity", "0.01")
+        shown = capsys.readouterr().out
+        assert "collapsing" in shown
+        assert "--cosine" in shown
+        train()
+        assert "collapsing" not in capsys.readouterr().out
+
+    @pytest.mark.slow
+    def test_out_of_memory_names_the_batch_that_fits_and_resuming_with_it_changes_nothing(
+        self, train, monkeypatch, capsys, device
+    ):
+        plain = ClassificationTask.step
+
+        def step(self, network, batch):
+            if len(batch) > 6:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(self, network, batch)
+
+        exact = ["--device", device, "--no-tf32"]
+        whole = train("--micro-batch-size", "4", *exact)
+        monkeypatch.setattr(ClassificationTask, "step", step)
+        run = train(*exact, status=1)
+        shown = capsys.readouterr().err
+        assert "4 fit" in shown
+        assert f"--resume {run} --change data.micro_batch=4" in shown
+        resume(run, "data.micro_batch=4")
+        assert same(weights(run), weights(whole), atol=1e-6)
+
+
+@pytest.mark.gpu
+class TestMemory:
+    @pytest.fixture
+    def gigabyte(self):
+        """A context in which torch gives this process one GiB of the GPU; `fraction` is that part of all of it."""
+
+        @contextmanager
+        def limited():
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(limited.fraction)
+            try:
+                yield
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+
+        limited.fraction = 2**30 / torch.cuda.get_device_properties(0).total_memory
+        return limited
+
+    def test_the_named_batch_fits_a_full_gpu(self, train, gigabyte, capsys):
+        with gigabyte():
+            run = train(*LARGE, "--batch-size", "512", status=1)
+            found = re.search(
+                r"no memory for 512 images at a time\b.*\b(\d+) fit; ", capsys.readouterr().err, re.DOTALL
+            )
+            assert 1 <= int(found[1]) <= 256
+            resume(run, f"data.micro_batch={found[1]}")
+        assert read(run, "summary.json")["steps"] == 2
+
+    def test_auto_finds_the_batch_that_a_gpu_holds(self, train, gigabyte, monkeypatch):
+        """Of a GPU of one GiB; four times as many images do not fit there."""
+        monkeypatch.setattr(recovery, "SPARE", 1 - gigabyte.fraction)
+        run = train(*LARGE, "--batch-size", "auto")
+        size = recipe(run)["data"]["batch_size"]
+        assert size in [2**power for power in range(10)]
+        assert read(run, "summary.json")["steps"] == 2
+        with gigabyte():
+            train(*LARGE, "--batch-size", str(4 * size), status=1)
+
+
+class TestSwitches:
+    def test_images_on_the_device_train_as_those_of_workers(self, train, image_folder, device, records):
+        """Bit for bit, if the crop has nothing to round: batches, metrics and weights."""
+        for file in image_folder.rglob("*.png"):
+            with Image.open(file) as image:
+                image.crop((8, 8, 24, 24)).save(file)
+        flags = ["--data", str(image_folder), "--scale", "1", "1", "--ratio", "1", "1", "--reprob", "0.5"]
+        flags += ["--epochs", "6st", "--workers", "0", "--device", device]
+        flags += ["--deterministic"] if device == "cuda" else []
+        resident, decoded = (train(*flags, "--resident", where) for where in ("on", "off"))
+        assert records(resident) == records(decoded)
+        assert same(weights(resident), weights(decoded))
+
+    @pytest.mark.slow
+    def test_accumulation_and_checkpointing_change_only_rounding(self, train):
+        plain = weights(train())
+        for flags in (["--micro-batch-size", "5"], ["--grad-checkpointing"]):
+            assert same(weights(train(*flags)), plain, atol=1e-4), flags
+
+    def test_the_moving_average_is_exported(self, train):
+        run = train("--model-ema-decay", "0.9")
+        assert read(run, "summary.json")["weights"] == read(run, "config.json")["pdvit"]["weights"] == "ema"
+        newest = run / "checkpoints" / (run / "checkpoints/last").read_text()
+        average, raw = (load_file(newest / f"{name}.safetensors") for name in ("ema", "module"))
+        assert all(torch.equal(value, average[f"model.{name}"]) for name, value in weights(run).items())
+        assert not same(average, {name: raw[name] for name in average})
+
+    @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+    def test_low_precision_trains_nearly_alike(self, train, precision, records, device):
+        """Within the rounding of 8 bits, up to 0.4%; float16 first skips a step or two."""
+        runs = train(), train("--device", device, "--precision", precision)
+        expected, found = (read(run, "summary.json") for run in runs)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
+        for name in ("similarity_first", "similarity_last"):
+            assert found[name] == pytest.approx(expected[name], abs=0.02)
+        for ours, theirs in zip(*(records(run, "train") for run in reversed(runs)), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+
+    @pytest.mark.slow
+    def test_deterministic_kernels_are_asked_for_and_left_again(self, train):
+        train("--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        train()
+        assert not torch.are_deterministic_algorithms_enabled()
+
+    @pytest.mark.slow
+    def test_layer_decay_slows_the_lower_blocks(self, train):
+        """With a factor near 0, only the uppermost layers move."""
+        short, long = (weights(train("--layer-decay", "1e-6", "--epochs", steps)) for steps in ("12st", "24st"))
+        assert torch.allclose(short["blocks.0.attn.qkv.weight"], long["blocks.0.attn.qkv.weight"], atol=1e-6)
+        assert not torch.allclose(short["head.weight"], long["head.weight"], atol=1e-4)
+
+    @pytest.mark.slow
+    def test_a_trace_writes_nothing_on_stderr(self, tiny, tmp_path):
+        """The profiler's library writes there by itself, not through Python."""
+        command = [sys.executable, "-m", "pdvit", "train", *tiny, *SHORT, "--epochs", "4st", "--profile", "2:4"]
+        done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        (file,) = (tmp_path / "run" / "profile").iterdir()
+        assert json.loads(file.read_text())["traceEvents"]
