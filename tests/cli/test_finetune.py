@@ -16,6 +16,7 @@ from pdvit.cli import run as pdvit
 
 VIT = "vit_tiny_patch16_224"
 KWARGS = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
+COMMANDS = ("train", "finetune", "segment")
 SHORT = ["--epochs", "4st", "--batch-size", "64", "--device", "cpu", "--log-interval", "1st"]
 
 
@@ -36,19 +37,14 @@ def recipe(run):
     return tomllib.loads((run / "run.toml").read_text())
 
 
-def refused(capsys, *arguments):
-    assert pdvit([*map(str, arguments)]) == 2
-    return capsys.readouterr().err
-
-
-def test_a_checkpoint_of_timm_is_finetuned_and_goes_on_without_its_file(workplace, capsys):
+def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplace, capsys, refusal):
     file = timm_saved(workplace, make())
     run = workplace / "run"
     flags = ["--freeze", "1", "--save-every", "2st", "--keep", "9", "--out", str(run)]
     assert pdvit(["finetune", str(file), *SHORT, *flags]) == 0
-    said = capsys.readouterr().out
-    assert "begins with last.pth, raw weights: 30 of 32 tensors, found under 'state_dict.'" in said
-    assert "fresh: 2 (head.bias, head.weight)" in said
+    shown = capsys.readouterr().out
+    assert "begins with last.pth, raw weights: 30 of 32 tensors, found under 'state_dict.'" in shown
+    assert "fresh: 2 (head.bias, head.weight)" in shown
     written = recipe(run)
     assert written["data"]["source"] == "digits:5-9"
     assert (written["model"]["init"], written["model"]["freeze"]) == (str(file), "1")
@@ -58,13 +54,13 @@ def test_a_checkpoint_of_timm_is_finetuned_and_goes_on_without_its_file(workplac
     assert frozen == {
         name for name in before if name.startswith(("cls_token", "pos_embed", "patch_embed", "blocks.0."))
     }
-    # timm reads what came out, with the same logits
+    # timm loads the result, with the same logits
     theirs = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     mirror = make(num_classes=5).eval()
     mirror.load_state_dict(ours)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(theirs(images), mirror(images))
-    # taken up at step 2, without the file that it began with, and by the other command: the same tensors
+    # resumed at step 2, without its initial file and by the other command: the same tensors
     again = shutil.copytree(run, workplace / "again")
     (again / "checkpoints" / "last").write_text("step-00000002")
     (again / "status.json").write_text(json.dumps({"status": "stopped"}))
@@ -72,7 +68,7 @@ def test_a_checkpoint_of_timm_is_finetuned_and_goes_on_without_its_file(workplac
     file.unlink()
     assert pdvit(["train", "--resume", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
-    assert refused(capsys, "train", "--config", run / "run.toml").startswith("error: there is no such checkpoint")
+    assert "there is no such checkpoint" in refusal("train", "--config", run / "run.toml").what
 
 
 @pytest.mark.slow
@@ -100,47 +96,33 @@ def test_at_another_resolution_with_the_terms_and_layer_decay(workplace, capsys)
     assert timm.create_model("local-dir:run", pretrained=True).pos_embed.shape == (1, 37, 16)
 
 
-def test_without_a_checkpoint_there_is_a_tip(workplace, capsys):
-    error = refused(capsys, "finetune")
-    assert "no checkpoint to start from" in error
-    assert "pdvit finetune RUN" in error
-
-
-def test_two_checkpoints_are_refused(workplace, capsys):
-    assert "two checkpoints" in refused(capsys, "finetune", "a.pth", "--init", "b.pth")
-
-
-def test_a_run_that_is_taken_up_has_its_checkpoint_already(workplace, capsys):
-    assert "keeps its saved configuration, so --init" in refused(capsys, "finetune", "a.pth", "--resume", "run")
-
-
-def test_a_checkpoint_that_does_not_fit_trains_nothing(workplace, capsys):
-    file = timm_saved(workplace, make())
-    error = refused(capsys, "finetune", file, *SHORT, "--depth", "8")
-    assert "30 of the backbone's 102 weights are in the file (missing: 72" in error
+@pytest.mark.parametrize(
+    ("arguments", "what", "tip"),
+    [
+        ("", "no checkpoint to start from", "pdvit finetune RUN"),
+        ("a.pth --init b.pth", "two checkpoints", "one of them"),
+        ("a.pth --resume run", "keeps its saved configuration, so --init", "--change"),
+        ("last.pth.tar --depth 8", "30 of the backbone's 102 weights are in the file (missing: 72", ""),
+        ("last.pth.tar --freeze backbone --diversity paper", "these terms do nothing: cosine, contrastive", ""),
+    ],
+)
+def test_bad_input_is_named_and_trains_nothing(workplace, refusal, arguments, what, tip):
+    timm_saved(workplace, make())
+    found = refusal("finetune", *arguments.split(), *(SHORT if arguments.startswith("last") else []))
+    assert what in found.what
+    assert tip in found.tip
     assert not (workplace / "runs").exists()
 
 
-def test_terms_without_effect_are_refused(workplace, capsys):
-    file = timm_saved(workplace, make())
-    error = refused(capsys, "finetune", file, *SHORT, "--freeze", "backbone", "--diversity", "paper")
-    assert "these terms do nothing: cosine, contrastive" in error
-
-
-def test_finetune_takes_what_train_takes_and_a_checkpoint():
+def test_all_commands_that_train_have_the_same_settings(capsys):
     commands = typer.main.get_command(app).commands
-    taken = {name: {item.name: tuple(item.opts) for item in commands[name].params} for name in ("train", "finetune")}
-    extra = taken["finetune"].items() - taken["train"].items()
-    assert taken["train"].items() <= taken["finetune"].items()
-    assert {name for name, _ in extra} == {"checkpoint"}
-
-
-def test_the_defaults_are_said(workplace, capsys):
+    flags = {name: {item.name: tuple(item.opts) for item in commands[name].params} for name in COMMANDS}
+    for name in ("finetune", "segment"):
+        assert flags["train"].items() <= flags[name].items()
+        assert flags[name].keys() - flags["train"].keys() == {"checkpoint"}
     pdvit(["finetune", "--help"])
     help_text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "digits:5-9" in help_text
-    assert "(default: 12)" in help_text
-    assert "(default: none)" in help_text
+    assert all(default in help_text for default in ("digits:5-9", "(default: 12)", "(default: none)"))
 
 
 def test_analyze_reads_a_training_file_of_timm(workplace, capsys):

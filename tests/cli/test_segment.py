@@ -1,4 +1,4 @@
-"""`pdvit segment`, and what the other commands do with what it makes."""
+"""`pdvit segment`, and the other commands on its runs."""
 
 import json
 import shutil
@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 
-from pdvit.cli import app
 from pdvit.cli import run as pdvit
 from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
@@ -62,7 +60,7 @@ def test_the_summary_has_the_numbers_and_the_run_its_files(trained):
     assert [r["kind"] for r in records].count("similarity") == 4
 
 
-def test_eval_gives_exactly_what_the_run_ended_with(trained, copy, capsys):
+def test_eval_equals_the_end_of_the_run(trained, copy, capsys):
     summary = json.loads((trained / "summary.json").read_text())
     found = evaluated(capsys, copy)
     for name in ("miou", "accuracy", "accuracy_mean", "loss", "split"):
@@ -122,7 +120,7 @@ def test_scales_flips_and_a_limit_of_the_first_images(copy, mask_folder, capsys)
 
 
 def test_a_run_is_repeated_by_its_configuration_and_resumed_to_the_same_tensors(shapes, trained, tmp_path):
-    """`train` repeats what `segment` did, since the head stands in run.toml; in two parts it gives the same."""
+    """`train` repeats a run of `segment`, since the head is in run.toml; stopping changes nothing."""
     from safetensors.torch import load_file
 
     out = tmp_path / "again"
@@ -173,23 +171,6 @@ def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
     assert "slide" in refusal("eval", copy, "--eval-mode", "windows", *CPU).tip
 
 
-@pytest.mark.slow
-def test_eval_gives_what_a_run_with_an_average_ended_with(shapes, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert train(shapes, out, "--model-ema-decay", "0.9", "--eval-mode", "slide", "--stride", "11") == 0
-    summary, found = json.loads((out / "summary.json").read_text()), evaluated(capsys, out)
-    assert (summary["weights"], found["weights"], found["stride"]) == ("ema", "ema", 11)
-    assert [found[name] for name in ("miou", "accuracy", "loss")] == [
-        summary[name] for name in ("miou", "accuracy", "loss")
-    ]
-
-
-def test_the_picture_of_a_segmentation(copy, workplace, capsys):
-    assert pdvit(["plot", "segmentation", str(copy), "--out", "figure.png"]) == 0
-    with Image.open("figure.png") as figure:
-        assert figure.width > 1000
-
-
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
@@ -201,27 +182,20 @@ def test_the_picture_of_a_segmentation(copy, workplace, capsys):
         (["--batch-size", "1", "--head-norm", "batch"], "nothing to average"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_the_start(refusal, shapes, tmp_path, flags, what):
+def test_bad_input_is_named_before_the_start(refusal, shapes, tmp_path, flags, what):
     given = ["--data", shapes, "--crop", 32, "--batch-size", 4, *MODEL, *CPU, "--out", tmp_path / "run"]
     assert what in refusal("segment", *given, *flags).what
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, mask_folder, tmp_path):
-    root = mask_folder
-    Image.fromarray(np.full((40, 25), 5, np.uint8)).save(root / "masks" / "train" / "0.png")
-    refused = refusal("segment", "--data", root, "--crop", 32, *MODEL, *CPU, "--check-masks", "--out", tmp_path / "r")
-    assert "0.png" in refused.where
-    assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("shape", [(40, 25, 3), (40, 25)])
-def test_a_first_mask_that_does_not_fit_is_named_unasked_before_the_start(refusal, mask_folder, tmp_path, shape):
+@pytest.mark.parametrize(("split", "flags"), [("val", []), ("train", ["--check-masks"])])
+def test_a_mask_that_does_not_fit_is_named_before_the_start(refusal, mask_folder, tmp_path, split, flags):
     (mask_folder / "classes.tsv").write_text("0\tground\n1\tdisc\n2\tsquare\n7\tUnlabelled\n")
-    Image.fromarray(np.full(shape, 5, np.uint8)).save(mask_folder / "masks" / "val" / "0.png")
-    refused = refusal("segment", "--data", mask_folder, "--crop", 32, *MODEL, *CPU, "--out", tmp_path / "r")
-    assert "val/0.png" in refused.where
-    assert "--classes" in refused.tip
+    Image.fromarray(np.full((40, 25), 5, np.uint8)).save(mask_folder / "masks" / split / "0.png")
+    flags = ["--data", mask_folder, "--crop", 32, *MODEL, *CPU, *flags]
+    found = refusal("segment", *flags, "--out", tmp_path / "r")
+    assert f"{split}/0.png" in found.where
+    assert "--classes" in found.tip
     assert not (tmp_path / "r").exists()
 
 
@@ -239,7 +213,7 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
     assert "not of pixels" in refusal("eval", copy, "--data", "digits", *CPU).what
 
 
-def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
+def test_unused_settings_are_noted(shapes, tmp_path, capsys):
     assert train(shapes, tmp_path / "run", "--shift", "2", "--head", "linear", "--epochs", "1st") == 0
     shown = capsys.readouterr().out
     assert "augment.shift = 2 has no effect" in shown
@@ -247,7 +221,7 @@ def test_settings_that_do_nothing_are_said(shapes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
-def test_defaults_of_the_command_are_not_said_to_do_nothing(head, monkeypatch):
+def test_the_defaults_of_the_command_have_no_unused_setting(head, monkeypatch):
     begun = []
     monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
     assert pdvit(["segment", "--head", head]) == 0
@@ -255,14 +229,9 @@ def test_defaults_of_the_command_are_not_said_to_do_nothing(head, monkeypatch):
     assert begun[0].segment.width == (32 if head == "upernet" else 512)
 
 
-def test_one_image_per_step_works(shapes, tmp_path):
-    assert train(shapes, tmp_path / "run", "--batch-size", "1", "--epochs", "2st") == 0
-    assert 'norm = "group"' in (tmp_path / "run" / "run.toml").read_text()
-
-
 @pytest.mark.parametrize("norm", [{}, {"norm": "batch"}])
-def test_a_batch_is_sought_with_one_image_first(shapes, norm):
-    """A batch norm of UPerNet's pooled map would have nothing to average over; a GPU's memory is not needed for it."""
+def test_the_search_for_a_batch_size_starts_with_one_image(shapes, norm):
+    """A batch norm of UPerNet's pooled map can't normalize one image."""
     sections = {"data": {"source": str(shapes), "batch_size": "auto", "workers": 0}, "diversity": {"preset": "none"}}
     sections |= {"segment": {"head": "upernet", "width": 8, "crop": 32} | norm}
     sections |= {"model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}}
@@ -274,14 +243,6 @@ def test_a_batch_is_sought_with_one_image_first(shapes, norm):
         batch = next(batches)
     updater(batch, 1)
     assert all(fits(updater, batch, size) for size in (1, 2))
-
-
-def test_train_finetune_and_segment_take_the_same_settings():
-    commands = typer.main.get_command(app).commands
-    flags = {name: {flag for item in commands[name].params for flag in item.opts} for name in ("train", "segment")}
-    assert flags["segment"] - flags["train"] == {"checkpoint"}
-    assert not flags["train"] - flags["segment"]
-    assert {flag for item in commands["finetune"].params for flag in item.opts} == flags["segment"]
 
 
 @pytest.mark.slow

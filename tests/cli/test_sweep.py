@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.sweep import Sweep
-from pdvit.sweep import Folder, State, make_cells, split
+from pdvit.cli.sweep import devices_of
+from pdvit.sweep import make_cells
 
 BASE = """
 [data]
@@ -94,19 +93,6 @@ def test_a_mistake_in_any_cell_is_found_before_the_first_begins(workplace, refus
     assert statuses(workplace / "runs" / "tiny") == ["waiting", "waiting"]
 
 
-def test_a_cell_that_ends_without_a_finite_loss_ends_no_sweep_and_who_finished_it_is_told(tmp_path):
-    """summary.json has no NaN, so its loss is null."""
-    file = write(tmp_path)
-    base, table = split(tomllib.loads(file.read_text()), str(file))
-    cells, folder = make_cells(base, table, str(file)), Folder(tmp_path / "sweep")
-    sweep = Sweep("train", folder, cells, None, True)
-    (folder.path / cells[0].name).mkdir(parents=True)
-    summary = {"split": "test", "accuracy": 0.1, "loss": None, "similarity_first": None, "similarity_last": None}
-    (folder.path / cells[0].name / "summary.json").write_text(json.dumps(summary))
-    assert "finished in 1 s; test accuracy 10.0%, loss nan" in sweep._outcome(cells[0], State("finished"), 1.0)
-    assert "finished by another process; test accuracy" in sweep._outcome(cells[0], State("finished"), 0.0)
-
-
 def test_cells_are_listed_and_nothing_is_written(workplace, capsys):
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--out", "x"]) == 0
@@ -130,34 +116,41 @@ def test_cells_are_listed_and_nothing_is_written(workplace, capsys):
         (["--set", "diversity.preset=none"], "the sweep sets diversity.preset", "--set"),
         (["--set", "sweep.run.seed=[1]"], "there is no section 'sweep'", "--set"),
         (["--epochs", "0"], "out of range", "the command line"),
+        (["torchrun"], "several processes", "the environment"),
     ],
 )
-def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, arguments, what, where):
+def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, monkeypatch, arguments, what, where):
     write(workplace)
+    if arguments == ["torchrun"]:
+        arguments = []
+        monkeypatch.setenv("WORLD_SIZE", "2")
     found = refusal("train", "--config", "tiny.toml", *arguments)
     assert what in found.what
     assert where in found.where
     assert not (workplace / "runs").exists()
 
 
-def test_where_no_cell_failed_none_is_tried_again(workplace, capsys):
-    write(workplace)
-    assert pdvit(["train", "--config", "tiny.toml", "--cells", "failed"]) == 0
-    assert "0 cells: none failed" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("[sweep]\nvariant = 3\n", "'variant' is no key"), ("[sweep]\n", "says nothing"), ("[swep]\n", "'swep'")],
+)
+def test_a_bad_table_is_an_error(workplace, refusal, text, what):
+    (workplace / "bad.toml").write_text(text)
+    assert what in refusal("train", "--config", "bad.toml").what
 
 
-def test_variants_that_are_no_list_are_refused(workplace, refusal):
-    write(workplace, "variant = 3\n")
-    assert "'variant' is no key" in refusal("train", "--config", "tiny.toml", "--lr", "1").what
-
-
-def test_only_a_sweep_has_cells(workplace, refusal):
-    assert "only a sweep has cells" in refusal("train", "--cells", "1").what
-    assert "keeps its saved configuration" in refusal("train", "--resume", "x", "--cells", "1").what
-    (workplace / "typo.toml").write_text('[swep]\n"run.seed" = [1]\n')
-    assert "'sweep'" in refusal("train", "--config", "typo.toml", "--cells", "1").tip
-    (workplace / "empty.toml").write_text("[sweep]\n")
-    assert "says nothing" in refusal("train", "--config", "empty.toml").what
+@pytest.mark.parametrize(
+    ("devices", "gpus", "processes"),
+    [
+        (["auto", "cuda"], ["0", "1"], ["0", "1"]),
+        (["auto", "cpu"], ["0", "1"], [None]),
+        (["cuda:1", "auto"], ["0", "1"], [None]),
+        (["auto"], ["3"], [None]),
+        (["auto"], [], [None]),
+    ],
+)
+def test_there_is_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus, processes):
+    assert devices_of(make_cells({}, {"run.device": devices}, "x.toml"), gpus) == processes
 
 
 def test_finetuning_asks_every_cell_for_a_checkpoint(workplace, refusal):
@@ -165,12 +158,6 @@ def test_finetuning_asks_every_cell_for_a_checkpoint(workplace, refusal):
     found = refusal("finetune", "--config", "tiny.toml")
     assert "no checkpoint to start from" in found.what
     assert "cell 2 (b)" in found.where
-
-
-def test_a_sweep_is_not_for_torchrun(workplace, refusal, monkeypatch):
-    write(workplace)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in refusal("train", "--config", "tiny.toml").tip
 
 
 def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:
@@ -247,8 +234,7 @@ def holder(inode: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, records, number, group):
     write(workplace, steps=STEPS)
     sweep = workplace / "runs" / "tiny"
