@@ -294,7 +294,7 @@ class TestMemory:
 
     def test_auto_finds_the_batch_that_a_gpu_holds(self, train, gigabyte, monkeypatch):
         """Of a GPU of one GiB; four times as many images do not fit there."""
-        monkeypatch.setattr(recovery, "SPARE", 1 - gigabyte.fraction)
+        monkeypatch.setattr(recovery, "SPARE_MEMORY", 1 - gigabyte.fraction)
         run = train(*LARGE, "--batch-size", "auto")
         size = recipe(run)["data"]["batch_size"]
         assert size in [2**power for power in range(10)]
