@@ -74,8 +74,7 @@ def read_maps(
     missing = [layer.name for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
     depths, deepest = [layer.depth for layer in layers], max(layer.depth for layer in counts)
-    maps = Maps(name, [], [], {}, [], [], notes, depths, deepest)
-    device = next(model.parameters()).device
+    maps, device = Maps(name, [], [], {}, [], [], notes, depths, deepest), next(model.parameters()).device
 
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = Patches(tokens, image_size)
@@ -89,7 +88,9 @@ def read_maps(
                 model(batch)
             maps.names.append(label)
             maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())
-            maps.cosines.append({layer.name: _as_levels(patches.unit[0]) for layer, patches in found.items()})
+            cosines = {layer: (patches.unit[0] @ patches.unit[0].T).clamp(-1, 1) for layer, patches in found.items()}
+            levels = {layer.name: (LEVELS * part).round().to(torch.int8) for layer, part in cosines.items()}
+            maps.cosines.append({name: part.cpu().numpy() for name, part in levels.items()})
             maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
             maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
     if not maps.names:
@@ -97,16 +98,8 @@ def read_maps(
     return maps
 
 
-def _as_levels(unit: Tensor) -> np.ndarray:
-    levels: np.ndarray = ((unit @ unit.T).clamp(-1, 1) * LEVELS).round().to(torch.int8).cpu().numpy()
-    return levels
-
-
 def write_maps(file: Path, maps: Maps) -> None:
-    """Write maps as .npz: `names`, `layers`, `image/0` uint8 (H, W, 3), `cos/0/block 1` int8 (N, N), `grid/block 1`.
-
-    Raises OSError.
-    """
+    """Write maps as .npz: `names`, `layers`, `image/0` uint8 (H, W, 3), `cos/0/block 1` int8 (N, N), `grid/block 1`."""
     arrays = {"names": np.array(maps.names), "layers": np.array(list(maps.grids))}
     arrays |= {f"grid/{layer}": np.array(grid) for layer, grid in maps.grids.items()}
     for number, (image, cosines) in enumerate(zip(maps.images, maps.cosines, strict=True)):

@@ -1,27 +1,25 @@
 """Metrics of every layer of a model, streamed over images: memory does not grow with their number."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from pdvit.analysis.metrics import DEFAULT, METRICS
 from pdvit.analysis.metrics.attention import Attention, patch_rows
-from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, batch_too_small, centred_gram
+from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, centred_gram
 from pdvit.analysis.metrics.group import MetricGroup, Patches
-from pdvit.analysis.statistics import Moments
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.models.attention import watch_attention
 from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
 # Images per forward pass if they come as one tensor.
@@ -33,7 +31,7 @@ Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 class Analysis:
     """The metrics of one model: the table of `analyze`, the number of images, and the names of all layers in order."""
 
-    table: "pd.DataFrame"
+    table: pd.DataFrame
     images: int
     layers: list[str]
     curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by group, arrays by `name/layer`
@@ -41,8 +39,6 @@ class Analysis:
 
     def with_random(self, random: "Analysis") -> "Analysis":
         """Add P of the same model with random weights, as the metric `similarity_random`."""
-        import pandas as pd
-
         # the backbone of a segmentation may lack the final norm
         rows = random.table[(random.table["metric"] == "similarity") & random.table["layer"].isin(self.layers)]
         rows = rows.assign(metric="similarity_random", model=self.table["model"].iloc[0])
@@ -51,7 +47,7 @@ class Analysis:
 
 def analyze(
     model: nn.Module, images: Images, metrics: str | Iterable[str] = DEFAULT, name: str = "model"
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Measure the patch tokens of every layer of a timm vision transformer.
 
     Args:
@@ -68,8 +64,7 @@ def analyze(
         in float64. A metric that is not defined at a layer has no row there.
 
     Raises:
-        UserError: an unknown metric, no images, fewer than two patches, tokens that are not finite, out of memory, or
-            a metric that can't be computed for this model or these images.
+        UserError: an unknown metric, or a model or images that can't be measured.
     """
     return measure(model, images, metrics, name).table
 
@@ -104,14 +99,12 @@ def cka_between(
     images: Images,
     other_images: Images | None = None,
     ranks: Ranks = SINGLE_PROCESS,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Return the linear CKA between the layers of a timm model (rows) and of another on the same device (columns).
 
     `images` are those of `analyze`, in batches of at least 4; smaller ones are left out. `other_images` are the same
     batches as the other model takes them, if that differs. Ranks as in `measure`. UserError if no batch is left.
     """
-    import pandas as pd
-
     cka, device = LinearCKA(), next(model.parameters()).device
     groups = select_metrics("cka")
     rows, columns = LayerMetrics(model, groups), LayerMetrics(other, groups)
@@ -200,6 +193,41 @@ def _check_finite(values: Tensor, layer: Layer) -> None:
 
 
 @dataclass
+class Moments:
+    """Count, mean and sum of squared deviations over images, in float64."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add the values `(B,)` of more images."""
+        values = values.double()
+        mean = float(values.mean())
+        self.merge(Moments(len(values), mean, float((values - mean).square().sum())))
+
+    def merge(self, other: "Moments") -> None:
+        """Add other images (Chan, Golub and LeVeque 1979)."""
+        total = self.count + other.count
+        difference = other.mean - self.mean
+        self.squares += other.squares + difference**2 * self.count * other.count / total
+        self.mean += difference * other.count / total
+        self.count = total
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation over images (n - 1); None for a single image."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
+
+    @property
+    def ci95(self) -> float | None:
+        """Half-width of the 95 % confidence interval of the mean (Student's t); None for a single image."""
+        if self.std is None:
+            return None
+        return float(stdtrit(self.count - 1, 0.975)) * self.std / math.sqrt(self.count)
+
+
+@dataclass
 class MetricSums:
     """Sums over images, which processes exchange; their size depends on the layers alone."""
 
@@ -208,7 +236,6 @@ class MetricSums:
     curves: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     tokens: dict[Layer, int] = field(default_factory=dict)
     cka: LinearCKA = field(default_factory=LinearCKA)
-    largest_batch: int = 0
 
     def merge(self, other: "MetricSums") -> None:
         """Add the sums of another process."""
@@ -219,7 +246,6 @@ class MetricSums:
         self.cka.merge(other.cka)
         self.tokens |= other.tokens
         self.images += other.images
-        self.largest_batch = max(self.largest_batch, other.largest_batch)
 
 
 class LayerMetrics:
@@ -249,7 +275,6 @@ class LayerMetrics:
         with inference(images), watch(self.places, self._visit), watching:
             yield self.grams
         self.sums.images += len(images)
-        self.sums.largest_batch = max(self.sums.largest_batch, len(images))
         if self.grams:
             self.sums.cka.update(self.grams, self.grams)
         self.first = self.previous = None
@@ -286,8 +311,6 @@ class LayerMetrics:
 
     def compute(self, name: str) -> Analysis:
         """Return the metrics of a model of that name over all images; UserError if there were none."""
-        import pandas as pd
-
         sums, layers = self.sums, [layer.name for layer in self.places]
         if not sums.images:
             raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
@@ -296,7 +319,8 @@ class LayerMetrics:
             curves.setdefault(group, {})[curve] = (total / sums.images).numpy()
         if "cka" in self.groups:
             if not sums.cka.images:
-                raise batch_too_small(sums.largest_batch)
+                tip = f"pass batches of at least {MIN_IMAGES} images; more make it less noisy (--images, --batch-size)"
+                raise UserError("CKA compares images with one another: batches are too small", "metrics='cka'", tip)
             curves["cka"] = {"matrix": sums.cka.compute().numpy(), "layers": np.array(layers)}
         rows: list[tuple[object, ...]] = []
         for metric in [column for group in self.groups.values() for column in group.columns]:

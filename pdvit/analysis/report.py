@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from pdvit.analysis.html import data_uri, render_page
 from pdvit.analysis.metrics import DEFINITIONS, METRICS
 from pdvit.analysis.tables import layer_column, metric_columns
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Entries of analysis.json that stand below the numbers, in order.
 CONDITIONS = (
@@ -28,17 +27,11 @@ class ReportFigure:
 
 
 def report_page(
-    analyses: "Sequence[tuple[pd.DataFrame, dict[str, Any]]]",
+    analyses: Sequence[tuple[pd.DataFrame, dict[str, Any]]],
     figures: Sequence[ReportFigure],
     environment: dict[str, Any],
 ) -> str:
-    """Return the report as HTML.
-
-    Args:
-        analyses: for each checkpoint the table of `analyze` and the facts of `describe`.
-        figures: the figures.
-        environment: as `describe_environment` returns it.
-    """
+    """Return the report as HTML, from the table of `analyze` and the facts of `describe` for each checkpoint."""
     names = ", ".join(facts["model"] for _, facts in analyses)
     return render_page(
         "report.html",
@@ -53,7 +46,7 @@ def report_page(
     )
 
 
-def _model(table: "pd.DataFrame", facts: dict[str, Any]) -> dict[str, Any]:
+def _model(table: pd.DataFrame, facts: dict[str, Any]) -> dict[str, Any]:
     columns = [layer_column(table), *(column for group in METRICS for column in metric_columns(table, group))]
     conditions = {name.replace("_", " "): _text(facts[name]) for name in CONDITIONS}
     return {

@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from rich.markup import escape
+from rich.table import Table
 
 from pdvit.analysis.measure import Analysis
 from pdvit.analysis.metrics import METRICS
 from pdvit.tracking import to_json, write_file, writing
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.table import Table
 
 BETWEEN, MAPS = "cka_between.npz", "maps.npz"
 # Groups of metrics that share a table in a terminal of 80 characters, and the width of the bar of P.
@@ -23,11 +22,8 @@ BAR = 12
 Columns = list[tuple[str, list[str]]]
 
 
-def terminal_tables(table: "pd.DataFrame") -> "Iterator[Table]":
+def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:
     """Yield an analysis as tables of at most 80 characters: layers down, metrics across, P with a bar."""
-    from rich.markup import escape
-    from rich.table import Table
-
     for groups in TABLES:
         columns = [column for group in groups for column in metric_columns(table, group)]
         heights = table[table["metric"] == "similarity"].sort_values("depth")["mean"].tolist()
@@ -45,12 +41,12 @@ def terminal_tables(table: "pd.DataFrame") -> "Iterator[Table]":
         yield view
 
 
-def layer_column(table: "pd.DataFrame") -> tuple[str, list[str]]:
+def layer_column(table: pd.DataFrame) -> tuple[str, list[str]]:
     """Return the column of the layers, by depth."""
     return "layer", table.drop_duplicates("depth").sort_values("depth")["layer"].tolist()
 
 
-def metric_columns(table: "pd.DataFrame", group: str) -> Columns:
+def metric_columns(table: pd.DataFrame, group: str) -> Columns:
     """Return headings and cells of a group, by depth; a layer without a value has a hyphen."""
     depths = sorted(table["depth"].unique())
     columns: Columns = []
@@ -64,7 +60,7 @@ def metric_columns(table: "pd.DataFrame", group: str) -> Columns:
     return columns
 
 
-def _cells(values: "pd.Series", signed: bool = False) -> list[str]:
+def _cells(values: pd.Series, signed: bool = False) -> list[str]:
     largest = values.abs().max()
     digits = 1 if largest >= 10 else 4 if 0 < largest < 0.02 else 3
     return ["-" if value != value else f"{value:{'+' if signed else ''}.{digits}f}" for value in values]
@@ -87,11 +83,8 @@ def write_analysis(folder: Path, analysis: Analysis, facts: dict[str, Any]) -> P
     return table
 
 
-def write_between(folder: Path, tables: "Mapping[str, pd.DataFrame]") -> None:
-    """Write analysis/cka_between.npz: `matrix/NAME` and `layers/NAME` of each other model, and this model's `layers`.
-
-    UserError if the write fails.
-    """
+def write_between(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write analysis/cka_between.npz: `matrix/NAME` and `layers/NAME` of each other model, and the own `layers`."""
     arrays: dict[str, np.ndarray] = {f"matrix/{name}": table.to_numpy() for name, table in tables.items()}
     arrays |= {f"layers/{name}": table.columns.to_numpy(dtype=str) for name, table in tables.items()}
     arrays["layers"] = next(iter(tables.values())).index.to_numpy(dtype=str)

@@ -1,13 +1,12 @@
 """The verdict on an analysis: whether the patches collapse, from which layer on, and what to try."""
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from pdvit.analysis.measure import Analysis
 from pdvit.analysis.metrics import DEFINITIONS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Our choices, not the paper's. From 0.5 on, the average pair of patches is nearer to parallel than to orthogonal.
 COLLAPSED = 0.5
@@ -23,7 +22,7 @@ PUBLISHED = {
 }
 
 
-def last_stage(table: "pd.DataFrame", metric: str = "similarity") -> "pd.DataFrame":
+def last_stage(table: pd.DataFrame, metric: str = "similarity") -> pd.DataFrame:
     """Return the rows of a metric by depth, of the last layers that have the same number of patches.
 
     Those are all layers of a plain model. P of other grids and widths is another scale.
@@ -33,27 +32,31 @@ def last_stage(table: "pd.DataFrame", metric: str = "similarity") -> "pd.DataFra
     return rows[rows["depth"] > other.max()] if len(other) else rows
 
 
-def onset(table: "pd.DataFrame") -> str | None:
-    """Return the first layer from which P stays at or above 0.5 up to the last; None if the last is below."""
-    return _first_above(last_stage(table), COLLAPSED)
+def onset(rows: pd.DataFrame, threshold: float = COLLAPSED) -> str | None:
+    """Return the first layer from which P stays at or above a threshold up to the last; None if the last is below."""
+    layer = None
+    for name, value in zip(rows["layer"][::-1], rows["mean"][::-1], strict=True):
+        if value < threshold:
+            break
+        layer = str(name)
+    return layer
 
 
-def climb(table: "pd.DataFrame") -> str | None:
+def climb(rows: pd.DataFrame) -> str | None:
     """Return the first layer from which P stays 0.05 or more above its minimum; None if P does not climb."""
-    rows = last_stage(table)
-    return _first_above(rows, float(rows["mean"].min()) + MIN_DIFFERENCE)
+    return onset(rows, float(rows["mean"].min()) + MIN_DIFFERENCE)
 
 
-def climbs_beyond_random(table: "pd.DataFrame") -> bool:
+def climbs_beyond_random(table: pd.DataFrame) -> bool:
     """Return whether P climbs by 0.05 more than that of random weights; without those, whether it climbs."""
     rises = [
         float(rows["mean"].iloc[-1] - rows["mean"].min()) if len(rows) else 0.0
         for rows in (last_stage(table), last_stage(table, "similarity_random"))
     ]
-    return climb(table) is not None and rises[0] - rises[1] >= MIN_DIFFERENCE
+    return climb(last_stage(table)) is not None and rises[0] - rises[1] >= MIN_DIFFERENCE
 
 
-def against_random(table: "pd.DataFrame") -> int | None:
+def against_random(table: pd.DataFrame) -> int | None:
     """Return 1, 0 or -1 if the last layer's P is above, about or below that of random weights; None without them.
 
     A difference counts from 0.05 on, and only if the two 95 % intervals do not overlap.
@@ -66,7 +69,7 @@ def against_random(table: "pd.DataFrame") -> int | None:
     return 0 if abs(difference) < max(MIN_DIFFERENCE, sum(widths)) else 1 if difference > 0 else -1
 
 
-def verdict(table: "pd.DataFrame") -> str:
+def verdict(table: pd.DataFrame) -> str:
     """Return one sentence: whether the patches collapse, compared with random weights, and where P starts to climb."""
     rows, compared = last_stage(table), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
@@ -74,7 +77,7 @@ def verdict(table: "pd.DataFrame") -> str:
         return f"no verdict: P is exactly 0 at {last}, as of patches that are zero"
     random = table.loc[table["metric"] == "similarity_random"].sort_values("depth")["mean"]
     beside = "" if random.empty else f" (random weights on the same images: {random.iloc[-1]:.3f})"
-    start, high = climb(table), onset(table)
+    start, high = climb(rows), onset(rows)
     course = f"climbs from {start} on" if start else "does not climb with depth"
     if high is not None:
         since = "from the start" if high == rows["layer"].iloc[0] else f"from {high} on"
@@ -92,7 +95,7 @@ def verdict(table: "pd.DataFrame") -> str:
     return f"{head}: P{stage} {course}, and is {value:.3f} at {last}{beside}"
 
 
-def advice(table: "pd.DataFrame", checkpoint: str) -> str:
+def advice(table: pd.DataFrame, checkpoint: str) -> str:
     """Return one sentence: what to try."""
     value, compared = float(last_stage(table)["mean"].iloc[-1]), against_random(table)
     path = shlex.quote(checkpoint)
@@ -112,17 +115,7 @@ def advice(table: "pd.DataFrame", checkpoint: str) -> str:
     return f"to try: other --images, which may be more varied, or {train}"
 
 
-def _first_above(rows: "pd.DataFrame", threshold: float) -> str | None:
-    """Return the first layer from which the values stay at or above a threshold up to the last."""
-    layer = None
-    for name, value in zip(rows["layer"][::-1], rows["mean"][::-1], strict=True):
-        if value < threshold:
-            break
-        layer = str(name)
-    return layer
-
-
-def _part_of_outliers(table: "pd.DataFrame") -> float:
+def _part_of_outliers(table: pd.DataFrame) -> float:
     """Return how much P falls at the last block without its outliers, 0 below 0.05; a final norm would hide them."""
     rows = [last_stage(table, name) for name in ("similarity", "similarity_without_outliers")]
     blocks = [found[found["layer"] != "norm"]["mean"] for found in rows]

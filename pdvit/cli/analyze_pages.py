@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
 from pdvit.analysis.report import ReportFigure, report_page
@@ -13,6 +13,7 @@ from pdvit.data.bad_images import BadImages
 from pdvit.data.pictures import Pictures
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device
+from pdvit.engine.terminal import RunConsole
 from pdvit.models.weights import load
 from pdvit.plots.attention import plot_attention
 from pdvit.plots.cka import plot_cka
@@ -25,9 +26,6 @@ from pdvit.plots.spectrum import plot_spectrum
 from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render
 from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing
-
-if TYPE_CHECKING:
-    from pdvit.engine.terminal import RunConsole
 
 
 def write_explorer(folders: Mapping[str, Path], pictures: Pictures, analyzer: Analyzer) -> None:
@@ -58,7 +56,7 @@ def write_explorer(folders: Mapping[str, Path], pictures: Pictures, analyzer: An
     log(analyzer.console, f"written  {page}")
 
 
-def write_report(results: Sequence[CheckpointAnalysis], folders: Mapping[str, Path], console: "RunConsole") -> None:
+def write_report(results: Sequence[CheckpointAnalysis], folders: Mapping[str, Path], console: RunConsole) -> None:
     """Write report.html to the first checkpoint's folder: verdicts, figures, numbers, definitions, environment.
 
     Raises UserError.

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
 
 from pdvit.analysis import Analysis, cka_between, describe, measure
 from pdvit.analysis.measure import select_metrics
@@ -17,17 +21,10 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit
 from pdvit.engine.device import choose_device, device_name, is_out_of_memory
 from pdvit.engine.distributed import Ranks, init_process_group
-from pdvit.engine.terminal import StopRequest
+from pdvit.engine.terminal import RunConsole, StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
 from pdvit.models.weights import Loaded, load
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-    from torch import Tensor, nn
-
-    from pdvit.engine.terminal import RunConsole
 
 # Images for a model with random weights.
 RANDOM_IMAGES = 32
@@ -51,14 +48,14 @@ class CheckpointAnalysis:
     pictures: Pictures
     analysis: Analysis
     facts: dict[str, Any]  # the content of analysis.json
-    between: "pd.DataFrame | None" = None  # CKA between the layers of the first checkpoint and its own
+    between: pd.DataFrame | None = None  # CKA between the layers of the first checkpoint and its own
 
 
 @dataclass
 class Analyzer:
     """Measures checkpoints one after the other with the same options, each on all ranks, until a stop is requested."""
 
-    console: "RunConsole"
+    console: RunConsole
     images: list[str]
     metrics: list[str]
     limit: int = 256
@@ -125,7 +122,7 @@ class Analyzer:
         config = replace(config, rank=ranks.rank, processes=ranks.world_size)
         return AnalyzeTarget(loaded, pictures.subsample(self.limit), config)
 
-    def _images(self, target: AnalyzeTarget, label: str) -> "Iterator[Tensor]":
+    def _images(self, target: AnalyzeTarget, label: str) -> Iterator[Tensor]:
         """Yield this rank's batches until a stop is requested, with a progress bar."""
         batches = shared_batches(target.pictures.split, target.loader_config)
         total = -(-len(target.pictures.split) // target.loader_config.processes)
@@ -146,7 +143,7 @@ class Analyzer:
             why = "stopped before random weights were measured"
         return replace(analysis, notes=[*analysis.notes, why]) if why else analysis.with_random(random)
 
-    def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> "tuple[pd.DataFrame | None, str]":
+    def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> tuple[pd.DataFrame | None, str]:
         """Return the CKA between the layers of the first checkpoint and those of this one, or None; and a note."""
         label, table, why = f"cka between {first.name} and {target.loaded.name}", None, ""
         if not _same_images(first.pictures, target.pictures):
@@ -164,7 +161,7 @@ class Analyzer:
         return table, f"{label} is in analysis/cka_between.npz of {first.name}"
 
 
-def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":
+def to_device(model: nn.Module, device: torch.device, where: str) -> nn.Module:
     """Move a model to the device; UserError if it does not fit."""
     try:
         return model.to(device)

@@ -103,18 +103,6 @@ def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
     assert tab.text(".pane .layer").startswith("block 2")
 
 
-def test_the_controls_are_reached_in_order_and_show_the_focus(open_page, page_of_one):
-    tab = open_page(page_of_one)
-    reached = []
-    for _ in range(9):
-        tab.page.keyboard.press("Tab")
-        script = "(e = document.activeElement) => [e.id || e.className || e.title, getComputedStyle(e).outlineStyle]"
-        name, outline = tab.page.evaluate(f"({script})()")
-        reached.append(name)
-        assert outline != "none", name
-    assert reached == ["open-help", "map", "0.png", "1.png", "signed", "absolute", "overlay", "pin", "layer"]
-
-
 def test_touch_moves_the_patch(open_page, page_of_one, one):
     tab = open_page(page_of_one, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     tab.page.touchscreen.tap(*tab.over(0.9, 0.1))

@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.analysis.report import ReportFigure, report_page
+from pdvit.analysis.report import CONDITIONS, ReportFigure, report_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -8,18 +8,14 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>a
 
 
 def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_table):
-    names = ("model", "checkpoint", "weights", "images", "images_measured", "layers", "prefix_tokens_dropped")
-    facts = dict.fromkeys((*names, "spread", "precision", "device", "verdict"), HOSTILE) | {
-        "notes": [],
-        "advice": None,
-        "published": None,
-    }
+    facts = dict.fromkeys(("model", "verdict", *CONDITIONS), HOSTILE) | {"advice": None, "published": None}
     environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
-    pictures = [ReportFigure(HOSTILE, SVG, SVG)]
-    tab = open_page(report_page([(analysis_table([0.5, 0.3, 0.2]), facts)], pictures, environment))
+    analyses = [(analysis_table([0.5, 0.3, 0.2]), facts)]
+    tab = open_page(report_page(analyses, [ReportFigure(HOSTILE, SVG, SVG)], environment))
     assert tab.text("h3") == HOSTILE
     assert tab.page.locator("figure img").evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [30, 20]
     assert tab.page.locator("img").count() == 1
     assert len(tab.page.locator("tbody tr").all()) == 3
-    tab.page.emulate_media(media="print")
-    assert tab.page.locator("figcaption").is_visible()
+    assert not tab.page.locator("details dl").first.is_visible()
+    tab.page.locator("summary").first.click()
+    assert tab.page.locator("details dl").first.is_visible()

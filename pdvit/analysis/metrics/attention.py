@@ -28,12 +28,6 @@ def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
     return patches / total
 
 
-def entropy(rows: Tensor) -> Tensor:
-    """Return the mean entropy of the rows of `(B, heads, N, N)`, in nats: `(B, heads)`."""
-    parts: Tensor = torch.special.entr(rows)
-    return parts.sum(-1).mean(-1)
-
-
 def distance(rows: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the mean distance between query and key, in patches, weighted by attention: `(B, heads)`."""
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
@@ -53,7 +47,7 @@ def column_similarity(rows: Tensor, previous: Tensor) -> Tensor:
 def attention_metrics(block: Attention) -> dict[str, Tensor]:
     """Return the metrics of attention: means over heads for the table, values by head as curves."""
     by_head = {
-        "entropy": entropy(block.rows),
+        "entropy": torch.special.entr(block.rows).sum(-1).mean(-1),  # in nats
         "distance": distance(block.rows, grid_of(block.rows.shape[-1], block.image_size)),
         "std": block.rows.std(-1, correction=0).mean(-1),
     }

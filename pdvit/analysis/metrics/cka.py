@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.group import ROUNDING
-from pdvit.errors import UserError
 from pdvit.similarity import BLOCK_ENTRIES
 
 # The unbiased estimator divides by n - 3.
@@ -22,13 +21,8 @@ def centred_gram(tokens: Tensor) -> Tensor:
     """Return the U-centred Gram matrix of a batch of images, `(B, B)`, float64, from their tokens `(B, N, D)`.
 
     Its rows and columns sum to 0, its diagonal is 0. If the images differ by no more than 1e-6 of the tokens, it is 0.
-
-    Raises:
-        UserError: fewer than 4 images.
     """
     images, _, width = tokens.shape
-    if images < MIN_IMAGES:
-        raise batch_too_small(images)
     gram = tokens.new_zeros(images, images, dtype=torch.float64)
     energy = gram.new_zeros(())
     for part in tokens.split(max(1, BLOCK_ENTRIES // (images * width)), dim=1):
@@ -42,15 +36,6 @@ def centred_gram(tokens: Tensor) -> Tensor:
     rows = gram.sum(0) / (images - 2)
     centred = gram - rows - rows[:, None] + rows.sum() / (images - 1)
     return centred.fill_diagonal_(0)
-
-
-def batch_too_small(images: int) -> UserError:
-    """Return the error for batches of fewer than 4 images."""
-    return UserError(
-        f"CKA compares images with one another, and batches of {images} are too small",
-        "analyze(metrics='cka')",
-        f"pass batches of at least {MIN_IMAGES} images; more make it less noisy (--images, --batch-size)",
-    )
 
 
 class LinearCKA:

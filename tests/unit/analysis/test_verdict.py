@@ -35,9 +35,9 @@ def outliers(value: float, without: float) -> pd.DataFrame:
     ],
 )
 def test_onset_is_the_first_layer_from_which_p_stays_high(values, layer):
-    assert onset(table(*values).sample(frac=1, random_state=1)) == layer
+    assert onset(last_stage(table(*values).sample(frac=1, random_state=1))) == layer
     other = table(*[0.9] * len(values), metric="similarity_signed")
-    assert onset(pd.concat([table(*values), other])) == layer
+    assert onset(last_stage(pd.concat([table(*values), other]))) == layer
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_onset_is_the_first_layer_from_which_p_stays_high(values, layer):
     ],
 )
 def test_the_climb_begins_after_the_last_layer_near_the_minimum(values, layer):
-    assert climb(table(*values).sample(frac=1, random_state=1)) == layer
+    assert climb(last_stage(table(*values).sample(frac=1, random_state=1))) == layer
 
 
 def test_in_stages_only_the_last_one_counts():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pdvit.analysis.statistics import Moments
+from pdvit.analysis.measure import Moments
 
 few = settings(max_examples=60, deadline=None)
 
