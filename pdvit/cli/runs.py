@@ -118,6 +118,7 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
     console = make_console(as_json)
     trainer = build_trainer(config, console)
     trainer.task.load(partial(log, console))
+    from pdvit.engine.distributed import launch_file
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.tracking import RunDirectory
 
@@ -125,7 +126,8 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
     if any(ranks.all_gather(bool(stop))):
         log(console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
-    begun = ranks.broadcast(_begun_before_restart(trainer.config) if ranks.main else None)
+    file = launch_file()
+    begun = ranks.broadcast(Path(file.read_text()) if ranks.main and file and file.is_file() else None)
     directory = RunDirectory(begun or _create_directory(trainer), ranks.main)
     if not begun:
         return Run(command, trainer, console, as_json, directory)
@@ -246,16 +248,16 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: "RunConsole", 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Leave the process group at the end. An error that rank 0 has too is printed by rank 0 only."""
+    """Leave the process group at the end. Rank 0 prints its errors; those of other ranks are in torchrun's summary."""
     try:
         yield
     except (UserError, RunFailed) as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            from pdvit.engine.distributed import said_by_main
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            raise
+        from pdvit.engine.distributed import record_error
 
-            if said_by_main(str(error)):
-                raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
-        raise
+        record_error(error)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
     finally:
         if "pdvit.engine.distributed" in sys.modules:
             sys.modules["pdvit.engine.distributed"].destroy_process_group()
@@ -315,16 +317,15 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _create_directory(trainer: "Trainer") -> Path:
     """Create the run directory on rank 0 and return it on every rank; its error is raised on every rank."""
-    ranks = trainer.ranks
-    created: Path | UserError | None = None
-    if ranks.main:
-        try:
-            created = _new_directory(trainer.config, trainer.device).path
-        except UserError as error:
-            created = error
-    created = ranks.broadcast(created)
-    if isinstance(created, UserError):
-        raise created
+    from pdvit.engine.distributed import launch_file
+
+    path: Path | None = None
+    with trainer.ranks.raise_on_all_ranks():
+        if trainer.ranks.main:
+            path = _new_directory(trainer.config, trainer.device).path
+            if file := launch_file():  # a restart by torchrun resumes it
+                file.write_text(str(path.resolve()))
+    created = trainer.ranks.broadcast(path)
     assert isinstance(created, Path)
     return created
 
@@ -336,7 +337,6 @@ def _new_directory(config: Config, device: "torch.device") -> "RunDirectory":
     from pdvit.config import to_toml
     from pdvit.data.sources import as_file_name, source_label
     from pdvit.engine.device import device_name
-    from pdvit.engine.distributed import launch
     from pdvit.models.checkpoints import name_of
     from pdvit.tracking import RunDirectory, command_line, describe_environment
 
@@ -349,25 +349,9 @@ def _new_directory(config: Config, device: "torch.device") -> "RunDirectory":
     text = to_toml(config, command_line())
     directory = RunDirectory.create(config.run.out, name)
     directory.write("run.toml", text)
-    environment = {"threads": torch.get_num_threads(), "launch": launch()[0]}
-    directory.write_json("environment.json", describe_environment(device_name(device)) | environment)
+    environment = describe_environment(device_name(device)) | {"threads": torch.get_num_threads()}
+    directory.write_json("environment.json", environment)
     return directory
-
-
-def _begun_before_restart(config: Config) -> Path | None:
-    """Return the run that this command began before torchrun restarted its processes."""
-    from pdvit.engine.distributed import launch
-    from pdvit.tracking import RunDirectory, newest
-
-    name, restarts = launch()
-    if not (name and restarts):
-        return None
-    places = [Path(os.path.expanduser(config.run.out))] if config.run.out else newest("environment.json")
-    for path in places:
-        complete = (path / "environment.json").is_file() and (path / "run.toml").is_file()
-        if complete and RunDirectory(path).read_json("environment.json").get("launch") == name:
-            return path
-    return None
 
 
 def _summary_of_finished(directory: "RunDirectory") -> dict[str, Any] | None:

@@ -1,17 +1,17 @@
 """Several processes as one run: collectives, and the process group of torchrun."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from pdvit.errors import UserError
@@ -79,7 +79,6 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
 FLAGS = 4
-PATIENCE = timedelta(seconds=5)  # for the main process to end with the same error
 
 
 def destroy_process_group() -> None:
@@ -95,32 +94,15 @@ def is_lost_rank(error: BaseException) -> bool:
     )
 
 
-def launch() -> tuple[str, int]:
-    """Return what names this launch of torchrun, the same for every restart of it, and how often it has restarted.
-
-    The name is empty where torchrun did not start this process.
-    """
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"{run}-{socket.gethostname()}-{os.getppid()}" if run else ""  # torchrun stays this process's parent
-    return name, int(restarts) if restarts.isdecimal() else 0
+def record_error(error: BaseException) -> None:
+    """Write an error where torchrun reads it, so that its summary shows the first rank that failed."""
+    get_error_handler().record_exception(error)
 
 
-def said_by_main(error: str) -> bool:
-    """Tell whether torchrun's first process ends with the very same error, and so says it for all.
-
-    Any process may ask, whatever the others do: nothing is exchanged but a note in torchrun's store.
-    """
-    try:
-        store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
-        notes = PrefixStore(f"errors-{launch()[1]}", store)
-        if rank == 0:
-            notes.set("main", error)
-            return False
-        notes.wait(["main"], PATIENCE)
-        return bool(notes.get("main").decode() == error)
-    except (RuntimeError, ValueError):  # no main process says anything, or nobody can be asked
-        return False
+def launch_file() -> Path | None:
+    """Return a path that a launch of torchrun keeps over its restarts; None without torchrun."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LAUNCH/attempt_0/RANK/error.json
+    return Path(error_file).parents[2] / "run-directory" if error_file else None
 
 
 class AnyRank:
@@ -163,7 +145,7 @@ def init_process_group() -> Ranks:
             store, rank, size = next(rendezvous("env://"))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the processes don't find one another: {error}", "the environment", TORCHRUN) from error
-        # torchrun keeps one store over its restarts, where the addresses of dead processes would still be found
-        store = PrefixStore(f"restart-{launch()[1]}", store)
+        # torchrun keeps one store over its restarts, which still has the addresses of dead processes
+        store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ranks
