@@ -101,7 +101,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     length = f"{trainer.steps.total} steps of {task.batch_size} images on {device_name(device)}{processes}"
     log(console, f"{source.describe()}\n{task.describe()}; {length}")
     unused = (*unused_settings(config), *unused_source_settings(config.data))
-    for note in (*notes, *trainer.notes(), *(f"note: {text}" for text in unused)):
+    for note in (*notes, *trainer.notes, *(f"note: {text}" for text in unused)):
         log(console, note)
     return trainer
 

@@ -74,12 +74,13 @@ class Checkpoints:
             if found != expected:
                 raise ValueError(f"{name} is not what was written (checksum {found:08x}, not {expected:08x})")
         check(metadata)
+        step = metadata["progress"]["step"]
         if ranks.main:
             files = [name.removesuffix(SUFFIX) for name in sums if name != METADATA]
-            return Snapshot(metadata, {file: load_file(source / f"{file}{SUFFIX}") for file in files})
+            return Snapshot(step, metadata, {file: load_file(source / f"{file}{SUFFIX}") for file in files})
         with safe_open(source / f"state{SUFFIX}", framework="pt") as file:
             own = [name for name in file.keys() if name.startswith(("0.", f"{ranks.rank}."))]  # noqa: SIM118
-            return Snapshot(metadata, {"state": {name: file.get_tensor(name) for name in own}})
+            return Snapshot(step, metadata, {"state": {name: file.get_tensor(name) for name in own}})
 
     @contextmanager
     def _report_damage(self) -> Iterator[None]:
@@ -98,14 +99,13 @@ class Checkpoints:
             raise UserError(what, str(source), tip) from error
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
+        target = self.folder / f"step-{snapshot.step:08d}"
+        if self._read_pointer(LAST) == target.name and not best:
+            return  # the same state is there; to replace it would leave nothing for a moment
         try:
-            target = self.folder / f"step-{snapshot.step:08d}"
-            if self._read_pointer(LAST) == target.name and not best:
-                return  # the same state is there; to replace it would leave nothing for a moment
             self._write_folder(snapshot, target)
-            if best:
-                write_file(self.folder / BEST, target.name)
-            write_file(self.folder / LAST, target.name)
+            for pointer in (BEST, LAST) if best else (LAST,):
+                write_file(self.folder / pointer, target.name)
             sync(self.folder)
             self._remove_old(target.name)
         except (OSError, SafetensorError) as error:
@@ -131,6 +131,15 @@ class Checkpoints:
         beside.rename(target)
         sync(self.folder)
 
+    def _remove_old(self, newest: str) -> None:
+        """Remove all but the newest few, the best and the milestones."""
+        names, best = self._names(), self._read_pointer(BEST)
+        kept = [name for name in names if name <= newest][-self.keep :]
+        for name in set(names) - {*kept, best}:
+            step, every = int(name.removeprefix("step-")), self.milestone_every
+            if name > newest or not every or step % every:  # those after it are left from before the run was resumed
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
     def _names(self) -> list[str]:
         """Return the names of the checkpoints, the oldest first."""
         return sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
@@ -139,17 +148,6 @@ class Checkpoints:
         with suppress(OSError, ValueError):
             return (self.folder / name).read_text().strip()
         return ""
-
-    def _remove_old(self, newest: str) -> None:
-        """Remove all but the newest few, the best and the milestones."""
-        names, best = self._names(), self._read_pointer(BEST)
-        earlier = [name for name in names if name <= newest]
-        later = names[len(earlier) :]  # left from before the run was resumed at an earlier step
-        for name in earlier[: -self.keep] + later:
-            every = self.milestone_every
-            milestone = every is not None and int(name.removeprefix("step-")) % every == 0
-            if name in later or not (name == best or milestone):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def _checksum(path: Path) -> int:

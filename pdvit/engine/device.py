@@ -11,40 +11,33 @@ from pdvit.config.schema import RunConfig
 from pdvit.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# What a full device says where torch has no error of its own for it.
-SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Texts of RuntimeErrors for memory that is full.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device that a configuration asks for; `auto` takes a GPU where there is one.
+    """Return the device of a name; `auto` is a GPU if there is one. Raises UserError if it is not there.
 
-    Several processes on one machine (`local_rank` counts them) take a GPU each. Raises UserError for a device that is
-    not there.
+    Several processes on one machine, counted by `local_rank`, use one GPU each.
     """
+    where = "run.device (--device)"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and local_rank is not None:
         if name != "cuda":
-            tip = "use --device cuda: each process takes one of its own"
-            raise UserError(f"several processes can't share '{name}'", "run.device (--device)", tip)
+            what, tip = f"several processes can't share '{name}'", "use --device cuda: each process uses its own GPU"
+            raise UserError(what, where, tip)
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:  # the last: a backend that is a package of its own
         reason = str(error).split(". ")[0].split(": ")[0]
-        if len(reason) > 80:  # torch lists every backend that was ever thought of
-            reason = "torch does not know it"
-        raise UserError(
-            f"no device '{name}' here: {reason}",
-            "run.device (--device)",
-            "try --device cpu",
-        ) from error
+        reason = reason if len(reason) <= 80 else "torch does not know it"  # torch lists all of its backends
+        raise UserError(f"no device '{name}' here: {reason}", where, "try --device cpu") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"pdvit does not run on '{name}'", "run.device (--device)", "use cpu or cuda")
-    if str(device) == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+        raise UserError(f"pdvit does not run on '{name}'", where, "use cpu or cuda")
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def visible_gpus() -> list[str]:
@@ -54,7 +47,7 @@ def visible_gpus() -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the hardware calls itself."""
+    """Return the name of the hardware."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -66,7 +59,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 
 def set_up(device: torch.device, run: RunConfig) -> None:
-    """Choose torch's kernels for a run; raises UserError where the device can't compute as asked."""
+    """Choose torch's kernels for a run; raises UserError if the device does not support it."""
     if device.type == "cuda":
         if run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             what = f"{torch.cuda.get_device_name(device)} has no bfloat16"
@@ -74,7 +67,12 @@ def set_up(device: torch.device, run: RunConfig) -> None:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     else:
-        _keep_freed_memory()
+        with suppress(OSError, AttributeError):  # only glibc has these settings
+            # A step needs as much memory as the one before. By default large activations are returned to the system
+            # and faulted in again at every step.
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if run.deterministic:
         # cuBLAS reads it when it is first used; without it torch refuses deterministic products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -82,21 +80,10 @@ def set_up(device: torch.device, run: RunConfig) -> None:
     torch.use_deterministic_algorithms(run.deterministic)
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one, which needs just as much; others have no such setting.
-
-    Otherwise large activations are given back to the system and faulted in again at every step.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that a device had no memory left."""
+    """Return whether an error means that a device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from pdvit.config.schema import RunConfig
 from pdvit.engine.distributed import Ranks
@@ -47,12 +47,6 @@ def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor, or the tensor if it is not sharded."""
-    part: Any = tensor
-    return part.to_local() if hasattr(part, "to_local") else tensor
 
 
 def _shard(module: nn.Module) -> None:

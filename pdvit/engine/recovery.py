@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import is_lost_rank
-from pdvit.engine.parallel import to_local
 from pdvit.engine.protocol import TrainBatch
 from pdvit.engine.run_logger import RunLogger
 from pdvit.engine.state import Snapshot, TrainState, named
@@ -55,7 +55,8 @@ def check_weights(state: TrainState) -> None:
     """Raise RunFailed on all ranks if weights are not finite, so that they are neither evaluated nor saved."""
     buffers = [(name, buffer) for name, buffer in state.module.named_buffers() if buffer.is_floating_point()]
     weights = [*state.module.named_parameters(), *buffers]  # running statistics can break alone
-    broken = state.ranks.all_reduce(torch.stack([(~to_local(weight).isfinite()).any() for _, weight in weights]).int())
+    shards = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in weights]
+    broken = state.ranks.all_reduce(torch.stack([(~shard.isfinite()).any() for shard in shards]).int())
     if bool(broken.any()):
         names = [name for (name, _), count in zip(weights, broken.tolist(), strict=True) if count]
         raise RunFailed(

@@ -73,14 +73,12 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
         milestone_every=max(1, length("checkpoint", "milestones", total)) if config.checkpoint.milestones else None,
         time_limit_seconds=time_limit.seconds if time_limit else None,
         stop_after=stop_after,
-        profile=parse_profile_range(config.run.profile, total),
+        profile=parse_profile_range(config.run.profile, total) if config.run.profile else range(0),
     )
 
 
-def parse_profile_range(text: str | None, total: int) -> range:
+def parse_profile_range(text: str, total: int) -> range:
     """Parse FROM:TO, the steps FROM to TO - 1; raises UserError for anything else and for steps after the last."""
-    if text is None:
-        return range(0)
     where = "run.profile (--profile)"
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):

@@ -1,5 +1,6 @@
 """The training state: everything that a resumed run needs, as JSON and named tensors. Nothing is pickled."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -38,25 +39,10 @@ class Progress:
     best_step: int | None = None
     records: int = 0
 
-    def __post_init__(self) -> None:
-        counts = (self.step, self.samples, self.skipped, self.records)
-        if not all(isinstance(count, int) for count in counts):
-            raise TypeError("its counts are not whole numbers")
-
     @property
     def seconds(self) -> float:
         """Seconds of training: data and steps, without evaluation and saving."""
         return self.seconds_by_phase.get("data", 0.0) + self.seconds_by_phase.get("step", 0.0)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the engine's part of summary.json."""
-        return {
-            "steps": self.step,
-            "steps_skipped": self.skipped,
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.samples / max(self.seconds, 1e-9), 1),
-            "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in self.seconds_by_phase.items()},
-        }
 
 
 class MetricAccumulator:
@@ -108,13 +94,9 @@ class MetricAccumulator:
 class Snapshot:
     """A state in main memory: metadata for JSON, and tensors by file and name."""
 
+    step: int
     metadata: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
-
-    @property
-    def step(self) -> int:
-        """The step after which it was taken."""
-        return int(self.metadata["progress"]["step"])
 
 
 @dataclass
@@ -159,7 +141,7 @@ class TrainState:
                 full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.ranks.main:
                     copies[file][name] = full.detach().to("cpu", copy=True).contiguous()
-        return Snapshot(metadata, copies if self.ranks.main else {})
+        return Snapshot(self.progress.step, metadata, copies if self.ranks.main else {})
 
     def load_state_dict(self, snapshot: Snapshot) -> None:
         """Restore a snapshot. All ranks take part; only rank 0 needs the tensors of weights and optimizer.
@@ -214,29 +196,25 @@ def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` for JSON, with every tensor in it moved to `tensors` under its path. Raises TypeError."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {TENSOR: name}
-    if isinstance(value, dict):
-        return {str(key): pack(item, f"{name}.{key}", tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
-    if isinstance(value, torch.dtype):
-        return {DTYPE: str(value).removeprefix("torch.")}
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint can't hold")
+    """Return `value` for JSON, with every tensor in it moved to `tensors`; raises TypeError for other objects."""
+
+    def encode(item: Any) -> dict[str, str]:
+        if isinstance(item, Tensor):
+            tensors[f"{name}.{len(tensors)}"] = item
+            return {TENSOR: f"{name}.{len(tensors) - 1}"}
+        if isinstance(item, torch.dtype):
+            return {DTYPE: str(item).removeprefix("torch.")}
+        raise TypeError(f"{name} has a {type(item).__name__}, which a checkpoint can't hold")
+
+    return json.loads(json.dumps(value, default=encode))
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Undo `pack`; tuples become lists."""
-    if isinstance(value, list):
-        return [unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if TENSOR in value:
-        return tensors[value[TENSOR]]
-    if DTYPE in value:
-        return getattr(torch, value[DTYPE])
-    return {key: unpack(item, tensors) for key, item in value.items()}
+
+    def decode(item: dict[str, Any]) -> Any:
+        if TENSOR in item:
+            return tensors[item[TENSOR]]
+        return getattr(torch, item[DTYPE]) if DTYPE in item else item
+
+    return json.loads(json.dumps(value), object_hook=decode)

@@ -61,12 +61,8 @@ class Trainer:
         self.weights = "raw" if ema is None else "ema"
         self.evaluated = task.module if ema is None else ema.module
         self.saved_at, self.save_owed = 0.0, False
-
-    def notes(self) -> list[str]:
-        """Return notes for the start of the run."""
-        if skips_on_device(self.state.optimizer):
-            return []
-        return [f"note: {self.config.optim.opt} can't skip a bad step on the device, so every update waits for it once"]
+        waits = f"note: {config.optim.opt} can't skip a bad step on the device, so every update waits for it once"
+        self.notes = [] if skips_on_device(optimizer) else [waits]
 
     def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> list[str]:
         """Load the last checkpoint of a run, if there is one, and return notes.
@@ -116,7 +112,7 @@ class Trainer:
                     if steps.due(steps.log_every, progress.step):
                         self._log(batch, generators)
                     better = steps.due(steps.eval_every, progress.step) and self._evaluate()
-                    stopping, save = any_rank(self._should_stop(stop), self._should_save())
+                    stopping, save = any_rank(*self._read_clock(stop))
                     pausing = progress.step == steps.stop_after
                     if stopping or pausing or save or self._save_due(better):
                         self._save(better)
@@ -184,17 +180,13 @@ class Trainer:
             progress.best, progress.best_step = value, progress.step
         return better
 
-    def _should_stop(self, stop: StopRequest) -> bool:
-        limit = self.steps.time_limit_seconds
-        if limit is not None and self.logger.timer.elapsed() >= limit:
+    def _read_clock(self, stop: StopRequest) -> tuple[bool, bool]:
+        """Return whether this rank has to stop, and to save by the clock or to raise the error of the last write."""
+        steps, elapsed = self.steps, self.logger.timer.elapsed()
+        if steps.time_limit_seconds is not None and elapsed >= steps.time_limit_seconds:
             stop.reason = stop.reason or "time limit"
-        return bool(stop)
-
-    def _should_save(self) -> bool:
-        """Return whether this rank has to save by the clock, or to raise the error of the last write."""
-        seconds = self.steps.save_seconds
-        by_clock = seconds is not None and self.logger.timer.elapsed() - self.saved_at >= seconds
-        return by_clock or self.checkpoints.failed()
+        save = steps.save_seconds is not None and elapsed - self.saved_at >= steps.save_seconds
+        return bool(stop), save or self.checkpoints.failed()
 
     def _save_due(self, better: bool) -> bool:
         """Return whether all ranks have to save after this step; `better`: its evaluation is the best."""
@@ -233,7 +225,16 @@ class Trainer:
         if self.ranks.main:
             for name, content in self.task.export(weights, self.weights).items():
                 self.directory.write(name, content)
-        summary = {**metrics, "epochs": self.logger.epoch, **progress.summary()}
+        phases = {phase: round(seconds, 3) for phase, seconds in progress.seconds_by_phase.items()}
+        summary = {
+            **metrics,
+            "epochs": self.logger.epoch,
+            "steps": progress.step,
+            "steps_skipped": progress.skipped,
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 1),
+            "seconds_by_phase": phases,
+        }
         self.directory.write_json("summary.json", summary)
         self.logger.write_status("finished")
         return summary

@@ -22,7 +22,7 @@ FINISH_SECONDS = 60.0  # the rest of W&B's records stays on the disk, for `wandb
 class TensorBoard:
     """Event files in RUN/tensorboard. Readers drop what an earlier attempt wrote after `step`."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any], step: int) -> None:
+    def __init__(self, _: str, run: Path, config: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
@@ -44,7 +44,7 @@ class WandB:
     Neither can go back. A resumed run repeats the steps after its checkpoint; those that were sent are not sent again.
     """
 
-    def __init__(self, package: str, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, package: str, run: Path, config: Mapping[str, Any], _: int) -> None:
         self.file, self.id, self.sent = run / f"{package}.json", secrets.token_hex(8), -1
         with suppress(OSError, ValueError, LookupError, TypeError):  # if it is damaged, a new run starts there
             known = json.loads(self.file.read_text(encoding="utf-8"))
@@ -81,11 +81,8 @@ class WandB:
         beside.replace(self.file)
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Any]] = {
-    "tensorboard": TensorBoard,
-    "wandb": lambda run, config, step: WandB("wandb", run, config),
-    "trackio": lambda run, config, step: WandB("trackio", run, config),
-}
+# By the name of their package, which is also the name of our extra.
+TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": WandB}
 
 
 def tracker_names(text: str | None) -> list[str]:
@@ -123,7 +120,7 @@ class Trackers:
         """Start trackers for a run at `step`. Raises UserError if one fails to start in a new run."""
         for name in names:
             try:
-                self.running[name] = TRACKERS[name](self.run, config, step)
+                self.running[name] = TRACKERS[name](name, self.run, config, step)
             except Exception as error:
                 what = f"{name} does not start: {_describe(error)}"
                 if not step:

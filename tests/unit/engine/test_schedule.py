@@ -37,11 +37,6 @@ def test_durations_become_steps():
     assert plan == StepSchedule(total=300, warmup=15, log_every=10, eval_every=50, save_every=100, per_epoch=50)
 
 
-def test_bare_numbers_have_the_unit_of_their_key():
-    plan = plan_of(optim={"epochs": 2, "warmup": 1}, run={"log_every": 7, "eval_every": 0.5}, checkpoint={"every": 1})
-    assert plan == StepSchedule(total=100, warmup=50, log_every=7, eval_every=25, save_every=50, per_epoch=50)
-
-
 def test_intervals_can_be_a_share_of_the_run():
     plan = plan_of(optim={"epochs": "200st"}, run={"log_every": "1%", "eval_every": "50%"}, checkpoint={"every": "10%"})
     assert (plan.log_every, plan.eval_every, plan.save_every) == (2, 100, 20)
@@ -52,10 +47,6 @@ def test_an_interval_is_at_least_one_step():
         optim={"epochs": "10st"}, run={"log_every": "0.1st", "eval_every": "0.001ep"}, checkpoint={"every": "1im"}
     )
     assert (plan.log_every, plan.eval_every, plan.save_every) == (1, 1, 1)
-
-
-def test_no_warmup_is_none():
-    assert plan_of(optim={"warmup": 0}).warmup == 0
 
 
 @pytest.mark.parametrize("epochs", ["0.4st", "1im", "0.001ep"])
@@ -97,7 +88,7 @@ def test_poly_falls_in_a_straight_line_to_the_floor():
 
 
 def test_constant_stays_at_the_peak():
-    assert rates("constant")[10:] == pytest.approx([PEAK] * 91)
+    assert rates("constant", warmup=0) == pytest.approx([PEAK] * 101)
 
 
 def test_wsd_stays_at_the_peak_then_falls_to_the_floor():
@@ -105,16 +96,6 @@ def test_wsd_stays_at_the_peak_then_falls_to_the_floor():
     assert after[:45] == pytest.approx([PEAK] * 45)
     assert after[-1] == pytest.approx(FLOOR)
     assert all(later <= earlier for earlier, later in pairwise(after))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_without_warmup_the_first_step_is_at_the_peak(schedule):
-    assert rates(schedule, warmup=0)[0] == pytest.approx(PEAK)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "poly", "constant"])
-def test_a_run_of_one_step_has_a_schedule(schedule):
-    assert rates(schedule, steps=1, warmup=0)[0] == pytest.approx(PEAK)
 
 
 def test_a_run_too_short_for_a_schedule_is_refused():
@@ -127,3 +108,10 @@ def test_a_run_too_short_for_a_schedule_is_refused():
 def test_the_rate_of_a_step_does_not_depend_on_the_way_there(schedule):
     one_by_one = rates(schedule)
     assert [rates(schedule, at=step)[0] for step in range(0, 101, 7)] == one_by_one[::7]
+
+
+def test_steps_that_the_run_does_not_have_are_not_traced():
+    assert plan_of(optim={"epochs": "20st"}, run={"profile": "18:21"}).profile == range(18, 21)
+    for span in ("18:22", "100:200", "3", "5:5"):
+        with pytest.raises(UserError, match=r"run\.profile"):
+            plan_of(optim={"epochs": "20st"}, run={"profile": span})

@@ -133,16 +133,6 @@ def test_records_come_when_they_are_due_and_at_the_end(whole):
     assert by_kind == {"train": [3, 6, 9, 12, 15, 18, 20], "eval": [7, 14, 20], "probe": [7, 14, 20]}
 
 
-def test_a_record_has_means_rate_and_epoch(whole):
-    record = records(whole)[0]
-    assert record.keys() == {"kind", "step", "epoch", "loss", "grad_norm", "skipped", "lr"}
-    assert record["skipped"] == 0
-    assert record["epoch"] == 3 / PER_EPOCH
-    assert record["lr"] == pytest.approx(0.05)
-    first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["time"].keys() == {"seconds", "images_per_second", "peak_memory_mb", "data", "step"}
-
-
 def test_records_hold_the_means_of_a_loop_by_hand(whole):
     task = LineFit()
     weight, bias = task.module.parameters()
@@ -156,7 +146,10 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
         output.loss.backward()
         optimizer.step()
         losses.append(output.loss.item())
-    assert records(whole)[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    record = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert (record["epoch"], record["skipped"], record["lr"]) == (3 / PER_EPOCH, 0, pytest.approx(0.05))
+    assert record["time"].keys() == {"seconds", "images_per_second", "peak_memory_mb", "data", "step"}
 
 
 def test_a_finished_run_says_so(whole):
@@ -173,11 +166,6 @@ def test_a_finished_run_says_so(whole):
     assert status["best"] == {"score": scores[best], "step": best}
 
 
-def test_the_line_is_learnt(whole):
-    scores = [record["score"] for record in records(whole) if record["kind"] == "eval"]
-    assert scores == sorted(set(scores))
-
-
 def test_the_same_run_again_is_the_same(whole, tmp_path):
     summary = run(tmp_path / "again", LineFit())
     assert summary == read(tmp_path / "again", "summary.json")
@@ -185,7 +173,7 @@ def test_the_same_run_again_is_the_same(whole, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("at", [0, 2, 3, 8, 18])
+@pytest.mark.parametrize("at", [0, 3, 8, 18])
 def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_path, at):
     path = tmp_path / "run"
     assert run(path, LineFit(at, interrupt)) is None
@@ -198,11 +186,6 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_pat
     assert records(path) == records(whole)
     assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert read(path, "status.json") == read(whole, "status.json")
-
-
-def test_a_stop_in_the_last_step_is_the_end(whole, tmp_path):
-    assert run(tmp_path / "run", LineFit(STEPS - 1, interrupt))["steps"] == STEPS
-    assert read(tmp_path / "run", "status.json")["status"] == "finished"
 
 
 def crash():
@@ -230,8 +213,7 @@ def test_a_second_sigint_leaves_a_stopped_run(tmp_path):
     assert read(path, "status.json")["status"] == "stopped"
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb"])
-@pytest.mark.parametrize("at", [0, 9, STEPS - 1])
+@pytest.mark.parametrize(("at", "opt"), [(0, "sgd"), (9, "adamw"), (9, "lamb"), (STEPS - 1, "sgd")])
 def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt):
     """The weights after it are those of a run that never had its batch; lamb has no skip on the device."""
     path = tmp_path / "run"
@@ -253,11 +235,10 @@ def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt
     assert all(torch.equal(weights[name], value) for name, value in task.module.state_dict().items())
 
 
-@pytest.mark.parametrize("at", [0, 4, 9])
-def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoint(tmp_path, at):
+def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoint(whole, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(RunFailed, match="in a row") as caught:
-        run(path, LineFit(at, infinite=True, steps=STEPS))
+        run(path, LineFit(9, infinite=True, steps=STEPS))
     assert "--lr" in caught.value.tip
     assert "--replay" in caught.value.tip
     status = read(path, "status.json")
@@ -265,11 +246,16 @@ def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoi
     assert "not a number" in status["reason"]
     assert not (path / "model.safetensors").exists()
     assert all("NaN" not in line for line in (path / "metrics.jsonl").read_text().splitlines())
-    for file in (path / "checkpoints").glob("step-*/module.safetensors"):
-        assert all(value.isfinite().all() for value in load_file(file).values())
+    assert kept(path) == [8]
+    # Resumed without its trouble: the saved step is removed by the first checkpoint after it.
+    assert run(path, LineFit(9, interrupt), resume=True) is None
+    assert (path / "replay/step.json").is_file()
+    run(path, LineFit(), resume=True)
+    assert not (path / "replay").exists()
+    assert records(path) == records(whole)
 
 
-def test_a_replay_gives_the_very_step_again(tmp_path):
+def test_a_replay_computes_the_saved_step_again(whole, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(RunFailed, match="in a row"):
         run(path, LineFit(9, infinite=True, steps=STEPS))
@@ -287,21 +273,21 @@ def test_a_replay_gives_the_very_step_again(tmp_path):
     torch.set_rng_state(load_file(path / "replay/share-0.safetensors")["generator.cpu"])
     expected = (batch.inputs + 0.1 * torch.randn_like(batch.inputs)) @ weight.T + bias - batch.targets
     assert found.metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
-
-
-def test_a_run_without_a_bundle_has_nothing_to_replay(whole):
-    trainer = trainer_of(LineFit())
     with pytest.raises(UserError, match="no step to replay"):
-        replay(whole, trainer.state, trainer.updater)
+        replay(whole, clean.state, clean.updater)
 
 
-def test_a_run_that_failed_can_be_resumed(whole, tmp_path):
+def test_lost_records_are_reported_once(tmp_path):
     path = tmp_path / "run"
-    with pytest.raises(RunFailed):
-        run(path, LineFit(9, infinite=True, steps=STEPS))
-    assert kept(path) == [8]  # nothing was saved while steps were skipped
-    run(path, LineFit(), resume=True)
-    assert records(path) == records(whole)
+    run(path, LineFit(8, interrupt))
+    assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 5  # train at 3, 6 and 9; two types at the evaluation at 7
+    (path / "metrics.jsonl").write_text("".join(lines[:3]))
+    (note,) = trainer_of(LineFit()).restore(RunDirectory(path), {})
+    assert "5 records were written up to step 9, and 3 are left" in note
+    run(path, LineFit(12, interrupt), resume=True)
+    assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
 
 
 def test_a_checkpoint_that_can_not_be_written_fails_the_run(tmp_path):
@@ -311,27 +297,6 @@ def test_a_checkpoint_that_can_not_be_written_fails_the_run(tmp_path):
     with pytest.raises(UserError, match="checkpoint of step 4 can't be written"):
         run(path, LineFit())
     assert read(path, "status.json")["status"] == "failed"
-
-
-def test_records_that_can_not_be_written_fail_the_run(tmp_path):
-    path = tmp_path / "run"
-    (path / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"metrics\.jsonl can't be written"):
-        run(path, LineFit())
-    assert read(path, "status.json")["status"] == "failed"
-
-
-def test_what_can_not_work_fails_before_there_is_a_run():
-    with pytest.raises(UserError, match="no optimizer"):
-        trainer_of(LineFit(), optim={"opt": "nonsense"})
-    with pytest.raises(UserError, match="no step"):
-        trainer_of(LineFit(), optim={"epochs": "0.1st"})
-
-
-def test_signal_handlers_come_back_after_a_run(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    run(tmp_path / "run", LineFit())
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_time_limit_stops_the_run(whole, tmp_path):
@@ -398,17 +363,6 @@ def test_the_best_checkpoint_is_kept_and_can_be_resumed(tmp_path):
     assert (path / "checkpoints/step-00000007/state.json").is_file()
 
 
-def test_seconds_of_all_phases_go_on_after_a_stop(tmp_path):
-    path = tmp_path / "run"
-    run(path, LineFit(8, interrupt))
-    before = read(path, "status.json")
-    assert before["best"]["step"] == 7
-    spent = json.loads((path / "checkpoints/step-00000009/state.json").read_text())["progress"]["seconds_by_phase"]
-    summary = run(path, LineFit(), resume=True)
-    for phase, seconds in spent.items():
-        assert summary["seconds_by_phase"][phase] >= round(seconds, 3)
-
-
 def test_an_average_is_what_is_measured_and_exported(tmp_path):
     path = tmp_path / "run"
     seen = []
@@ -435,8 +389,7 @@ def test_an_average_is_what_is_measured_and_exported(tmp_path):
     assert torch.equal(seen[-1], exported["weight"])
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lamb"])
-@pytest.mark.parametrize("at", [3, 8, 18])
+@pytest.mark.parametrize(("at", "opt"), [(3, "lamb"), (8, "adamw"), (18, "lamb")])
 def test_an_average_and_parts_of_batches_resume_exactly(tmp_path, at, opt):
     more = {"optim": {"ema_decay": 0.8, "opt": opt}, "data": {"micro_batch": 3}, "checkpoint": {"every": "5st"}}
     run(tmp_path / "whole", LineFit(), **more)
@@ -507,7 +460,7 @@ class CountReads(TorchDispatchMode):
 def test_nothing_waits_for_the_device_between_log_steps(monkeypatch, opt, reads):
     task = Plain()
     trainer = trainer_of(task, optim={"opt": opt, "clip_grad": 1.0, "ema_decay": 0.9}, data={"micro_batch": 3})
-    assert len(trainer.notes()) == reads
+    assert len(trainer.notes) == reads
     batches = task.batches(0)
     trainer.state.metrics.add(*trainer.updater(next(batches), 1))  # the first update makes the optimizer's state
     with CountReads(monkeypatch) as counted:
@@ -526,47 +479,6 @@ def test_a_trace_of_chosen_steps_is_written(tmp_path):
     assert file.name == "steps-3-5.json"
     names = {event["name"] for event in json.loads(file.read_text())["traceEvents"]}
     assert any("addmm" in name for name in names)
-
-
-@pytest.mark.parametrize(("span", "sound"), [("18:21", True), ("18:22", False), ("21:22", False), ("100:200", False)])
-def test_steps_that_the_run_does_not_have_are_not_traced(span, sound):
-    if sound:
-        assert trainer_of(LineFit(), run={"profile": span}).steps.profile[-1] == STEPS
-        return
-    with pytest.raises(UserError, match="there is no step") as caught:
-        trainer_of(LineFit(), run={"profile": span})
-    assert "20 steps" in caught.value.tip
-
-
-def test_a_bundle_goes_when_the_run_got_over_its_step(whole, tmp_path):
-    path = tmp_path / "run"
-    with pytest.raises(RunFailed):
-        run(path, LineFit(9, infinite=True, steps=STEPS))
-    assert run(path, LineFit(9, interrupt), resume=True) is None  # saved at step 10, before the 15th that is kept
-    assert (path / "replay/step.json").is_file()
-    run(path, LineFit(), resume=True)
-    assert not (path / "replay").exists()
-    assert records(path) == records(whole)
-
-
-def test_records_that_are_lost_are_said_once(tmp_path):
-    path = tmp_path / "run"
-    run(path, LineFit(8, interrupt))
-    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 5  # train at 3, 6 and 9; two kinds at the evaluation at 7
-    (path / "metrics.jsonl").write_text("".join(lines[:3]))
-    (note,) = trainer_of(LineFit()).restore(RunDirectory(path), {})
-    assert "5 records were written up to step 9, and 3 are left" in note
-    run(path, LineFit(12, interrupt), resume=True)
-    assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
-
-
-@pytest.mark.parametrize("resumes", [1, 2])
-def test_whole_records_are_no_trouble(tmp_path, resumes):
-    path = tmp_path / "run"
-    for number in range(resumes):
-        run(path, LineFit(8 + 3 * number, interrupt), resume=bool(number))
-    assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
 
 
 def test_another_recipe_or_other_data_are_refused(tmp_path):

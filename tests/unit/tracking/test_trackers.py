@@ -256,7 +256,7 @@ def test_a_damaged_id_file_starts_a_new_run(tmp_path, monkeypatch, text):
 
     monkeypatch.setitem(sys.modules, "trackio", Package)
     (tmp_path / "trackio.json").write_text(text)
-    tracker = module.WandB("trackio", tmp_path, {})
+    tracker = module.WandB("trackio", tmp_path, {}, 0)
     tracker.run.log = lambda metrics, step: None
     tracker.log(1, {"loss": 1.0})
     assert json.loads((tmp_path / "trackio.json").read_text()) == {"id": tracker.id, "step": 1}
