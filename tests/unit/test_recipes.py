@@ -1,4 +1,4 @@
-"""Every recipe of experiments/recipes is what its name and its row of the table say; nothing is trained here."""
+"""Every recipe of experiments/recipes agrees with its name and its row of the table; nothing is trained here."""
 
 import math
 import re
@@ -19,21 +19,17 @@ from pdvit.models.description import Described
 from pdvit.models.initial import settle
 from pdvit.models.matching import Chosen
 from pdvit.models.tokens import DiverseModel
-from pdvit.tasks.base import weight_schedules
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
-# Where a setting can come from, as the head of the table explains.
-SOURCES = ("README", "draft", "main.py", "models.py", "configs", "timm", "DeiT", "Swin", "mmseg", "ours")
-SOURCES += ("the row's name", "the run of")
 IMAGENET = 1_281_167
 DEIT, VIT_L, SWIN, SWIN_22K = 5e-4, 5e-5, 5e-4, 2e-5  # learning rates for 512 images
 TIMM = "timm, results/results-imagenet.csv, param_count"
 
 
 class Expected(NamedTuple):
-    """What a recipe has to come to: published numbers, or the arithmetic of the model's structure."""
+    """Published numbers, or the arithmetic of the model's structure."""
 
     images: int
     classes: int
@@ -97,7 +93,7 @@ EXPECTED = {
     "pets-224": Expected(270, 3, 224, 16, vit(12, 192, 16, 224, 3), STRUCTURE, 2e-4, 1e-6, 1, 10),
     "digits": Expected(1_200, 10, 32, 4, vit(8, 48, 4, 32, 10), STRUCTURE, 1e-3, 1e-6, 1.2, 24),
 }
-# The quick suite builds one of each kind; deeper and larger ones differ in numbers only.
+# The fast tests build one of each family; deeper and larger ones differ in numbers only.
 QUICK = ("deit-s12-224", "vit-l24-224", "swin-t-224", "cifar100-small", "pets-small", "digits")
 every_recipe = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EXPECTED]
@@ -122,9 +118,8 @@ def wrapped(name):
     return DiverseModel(sketch_model(config.model.name, arguments))
 
 
-@cache
-def parameters_of(name):
-    return sum(weight.numel() for weight in wrapped(name).model.parameters())
+def step_schedule(config, images):
+    return make_step_schedule(config, images // config.data.batch_size, config.data.batch_size)
 
 
 def rates(config, plan, steps):
@@ -154,114 +149,89 @@ def test_every_recipe_has_a_row_and_an_expectation():
 
 
 @pytest.mark.parametrize("name", FILES)
-class TestFile:
-    def test_it_resolves_to_itself(self, name):
-        assert resolve(recipe(name)) == recipe(name)
-        assert recipe(name).run.name == name
+def test_a_file_resolves_to_itself_and_names_its_command(name):
+    config = recipe(name)
+    assert resolve(config) == config
+    assert config.run.name == name
+    first = FILES[name].read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# pdvit {COMMANDS[name]} --config experiments/recipes/{name}.toml"
+    assert (config.segment.head is not None) == (COMMANDS[name] == "segment")
+    assert COMMANDS[name] == "segment" or (config.model.init is not None) == (COMMANDS[name] == "finetune")
 
-    def test_its_first_line_is_the_command(self, name):
-        first = FILES[name].read_text(encoding="utf-8").splitlines()[0]
-        assert first == f"# pdvit {COMMANDS[name]} --config experiments/recipes/{name}.toml"
-        config = recipe(name)
-        assert (config.segment.head is not None) == (COMMANDS[name] == "segment")
-        if COMMANDS[name] != "segment":
-            assert (config.model.init is not None) == (COMMANDS[name] == "finetune")
 
-    def test_every_setting_says_where_it_comes_from(self, name):
-        section = ""
-        for line in FILES[name].read_text(encoding="utf-8").splitlines():
-            section = line if line.startswith("[") else section
-            key, equals, rest = line.partition(" = ")
-            if line.startswith("#") or not equals or key in ("source", "name", "stop_after"):
-                continue
-            _, hash_, comment = rest.rpartition("  # ")
-            assert hash_, f"{section} {line}"
-            assert comment.startswith(SOURCES), f"{section} {line}"
+def check_rates(config, images, lr, floor, total, warmup):
+    """Compare the learning rate with its formula at the corners of the schedule."""
+    found = step_schedule(config, images)
+    assert (found.total, found.warmup) == (total, warmup)
+
+    def formula(step):
+        done = (step - warmup) / (total - warmup)
+        if step < warmup:
+            return floor + (lr - floor) * step / warmup
+        shape = {"constant": 1, "poly": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.optim.schedule]
+        return floor + (lr - floor) * shape
+
+    steps = [0, warmup // 2, warmup, (warmup + total) // 2, total - 1, total]
+    assert rates(config, found, steps) == pytest.approx([formula(step) for step in steps], rel=1e-6, abs=1e-15)
+
+
+def check_row(name, parameters, length):
+    """Compare the recipe with its row in the table of the page."""
+    config = recipe(name)
+    _, _, millions, lengths, batch, *_ = rows()[name]
+    assert float(millions) == round(parameters / 1e6, 2)
+    first, _, more = lengths.replace(",", "").partition(" + ")
+    assert float(first) == length
+    assert bool(more) == (config.run.stop_after is not None)
+    devices, _, images = batch.split()
+    assert int(devices) * int(images) == config.data.batch_size
+    assert int(images) % (config.data.micro_batch or int(images)) == 0
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-class TestLearningRate:
-    def test_the_learning_rate_runs_as_expected(self, name):
-        expected, config = EXPECTED[name], recipe(name)
-        per_epoch = expected.images // config.data.batch_size
-        plan = make_step_schedule(config, per_epoch, config.data.batch_size)
-        total, warmup = round(expected.epochs * per_epoch), round(expected.warmup * per_epoch)
-        assert (plan.total, plan.warmup) == (total, warmup)
-
-        def formula(step):
-            span = expected.lr - expected.floor
-            if step < warmup:
-                return expected.floor + span * step / warmup
-            if config.optim.schedule == "constant":
-                return expected.lr
-            return expected.floor + span * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-        steps = [0, warmup // 2, warmup, (warmup + total) // 2, total - 1, total]
-        found = rates(config, plan, steps)
-        assert found == pytest.approx([formula(step) for step in steps], rel=1e-6)
-        assert found[2] == pytest.approx(expected.lr)
-        assert found[-1] == pytest.approx(expected.lr if config.optim.schedule == "constant" else expected.floor)
-        assert len(weight_schedules(config, per_epoch, config.data.batch_size)) == 5
+def test_the_learning_rate_is_as_expected(name):
+    expected, config = EXPECTED[name], recipe(name)
+    per_epoch = expected.images // config.data.batch_size
+    total, warmup = round(expected.epochs * per_epoch), round(expected.warmup * per_epoch)
+    check_rates(config, expected.images, expected.lr, expected.floor, total, warmup)
 
 
 @every_recipe
-class TestModel:
-    def test_the_model_has_the_published_number_of_parameters(self, name):
-        expected, found = EXPECTED[name].parameters, parameters_of(name)
-        if isinstance(expected, int) and expected > 1000:
-            assert found == expected
-        else:
-            digits = len(f"{expected}".partition(".")[2])
-            assert round(found / 1e6, max(digits, 2) if digits else 0) == expected
-
-    def test_patches_are_those_that_the_grid_says(self, name):
-        expected, model = EXPECTED[name], wrapped(name)
-        assert patch_size_of(model.model) == expected.patch
-        assert model.patch_head.out_features == expected.classes
-
-    def test_its_row_says_the_same(self, name):
-        config = recipe(name)
-        _, _, parameters, epochs, batch, _, _ = rows()[name]
-        assert float(parameters) == round(parameters_of(name) / 1e6, 2)
-        more = re.fullmatch(r"(\d+)(?: \+ (\d+))?", epochs)
-        assert more
-        assert float(more[1]) == EXPECTED[name].epochs
-        assert bool(more[2]) == (config.run.stop_after is not None)
-        devices, _, share = batch.split()
-        assert int(devices) * int(share) == config.data.batch_size
-        assert int(share) % (config.data.micro_batch or int(share)) == 0
+def test_the_model_has_the_published_number_of_parameters(name):
+    expected, model = EXPECTED[name], wrapped(name)
+    found = sum(weight.numel() for weight in model.model.parameters())
+    if isinstance(expected.parameters, int) and expected.parameters > 1000:
+        assert found == expected.parameters
+    else:
+        digits = len(f"{expected.parameters}".partition(".")[2])
+        assert round(found / 1e6, max(digits, 2) if digits else 0) == expected.parameters
+    assert patch_size_of(model.model) == expected.patch
+    assert model.patch_head.out_features == expected.classes
+    check_row(name, found, expected.epochs)
 
 
-@pytest.mark.parametrize("name", ["deit-s12-384", "swin-t-224", "cifar100-small"])
-def test_first_and_last_come_out_of_the_model(name):
-    expected = EXPECTED[name]
-    output = wrapped(name)(torch.zeros(2, 3, expected.pixels, expected.pixels, device="meta"))
-    patches = (expected.pixels // expected.patch) ** 2
-    assert output.logits.shape == (2, expected.classes)
-    assert output.first.shape == output.last.shape
-    assert output.last.shape[:2] == (2, patches)
-    assert output.patch_logits.shape == (2, patches, expected.classes)
+def second_phase(name: str) -> tuple[dict[str, str], Config]:
+    """Return the changes of the command in a recipe's comment that makes its run longer, and the longer recipe."""
+    (command,) = re.findall(r"^#\s+(pdvit .+ --resume .+)$", FILES[name].read_text(encoding="utf-8"), re.MULTILINE)
+    words, config = shlex.split(command), recipe(name)
+    assert words[1:4] == [COMMANDS[name], "--resume", f"runs/{name}"]
+    changes = dict(word.split("=") for word in words[4:] if word != "--change")
+    return changes, replace(config, optim=replace(config.optim, epochs=changes["optim.epochs"]))
 
 
 @pytest.mark.parametrize("name", ["deit-b12-224", "deit-b24-224"])
-def test_the_second_phase_can_follow_the_first(name):
-    """The command in its comment makes the run longer, with the published drop path, and nothing else."""
-    text = FILES[name].read_text(encoding="utf-8")
-    (command,) = re.findall(r"^#\s+(pdvit train --resume .+)$", text, re.MULTILINE)
-    words = shlex.split(command)
-    assert words[3] == f"runs/{name}"
-    changes = dict(word.split("=") for word in words[4:] if word != "--change")
+def test_the_second_phase_follows_the_first(name):
+    """It makes the run longer, with the published drop path, and changes nothing else."""
+    (changes, longer), config = second_phase(name), recipe(name)
     assert changes == {"optim.epochs": "400", "model.drop_path": "0.75"}
-    config = recipe(name)
-    per_epoch = IMAGENET // config.data.batch_size
     assert config.model.drop_path == 0.5
-    assert make_step_schedule(config, per_epoch, config.data.batch_size).stop_after == 300 * per_epoch
-    longer = replace(config, optim=replace(config.optim, epochs=changes["optim.epochs"]))
-    at = rates(longer, make_step_schedule(longer, per_epoch, config.data.batch_size), [300 * per_epoch])
+    end = 300 * (IMAGENET // config.data.batch_size)
+    assert step_schedule(config, IMAGENET).stop_after == end
+    at = rates(longer, step_schedule(longer, IMAGENET), [end])
     assert at == pytest.approx([8.445e-5], rel=1e-4)  # 295 of the 395 epochs of its cosine: 5.625e-4 (1 + cos θ) / 2
 
 
-def test_a_finetuned_row_begins_where_its_base_ends():
+def test_a_finetuned_recipe_starts_from_the_model_of_its_base():
     for name in FILES:
         model = recipe(name).model
         if model.init is not None and model.init.startswith("runs/"):
@@ -286,7 +256,7 @@ def test_digits_is_what_train_does_without_arguments():
     ],
 )
 def test_it_can_begin_with_its_weights(name, monkeypatch):
-    """With weights of its own model at that model's own size, on the meta device: what is looked at before training."""
+    """With weights of its own model at that model's own size, on the meta device: the checks before training."""
     config = build((str(FILES[name]), read_toml(FILES[name])))
     sketch = sketch_model(config.model.name, model_arguments(config.model, None))
     chosen = Chosen(dict(sketch.state_dict()), "", "raw")
