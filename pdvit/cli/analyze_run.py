@@ -4,11 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from pdvit.analysis import Analysis, cka_between, describe, measure
 from pdvit.analysis.measure import select_metrics
@@ -25,6 +21,11 @@ from pdvit.engine.terminal import RunConsole, StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
 from pdvit.models.weights import Loaded, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch import Tensor, nn
 
 # Images for a model with random weights.
 RANDOM_IMAGES = 32
@@ -48,7 +49,7 @@ class CheckpointAnalysis:
     pictures: Pictures
     analysis: Analysis
     facts: dict[str, Any]  # the content of analysis.json
-    between: pd.DataFrame | None = None  # CKA between the layers of the first checkpoint and its own
+    between: "pd.DataFrame | None" = None  # CKA between the layers of the first checkpoint and its own
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Analyzer:
         config = replace(config, rank=ranks.rank, processes=ranks.world_size)
         return AnalyzeTarget(loaded, pictures.subsample(self.limit), config)
 
-    def _images(self, target: AnalyzeTarget, label: str) -> Iterator[Tensor]:
+    def _images(self, target: AnalyzeTarget, label: str) -> "Iterator[Tensor]":
         """Yield this rank's batches until a stop is requested, with a progress bar."""
         batches = shared_batches(target.pictures.split, target.loader_config)
         total = -(-len(target.pictures.split) // target.loader_config.processes)
@@ -143,7 +144,7 @@ class Analyzer:
             why = "stopped before random weights were measured"
         return replace(analysis, notes=[*analysis.notes, why]) if why else analysis.with_random(random)
 
-    def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> tuple[pd.DataFrame | None, str]:
+    def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> "tuple[pd.DataFrame | None, str]":
         """Return the CKA between the layers of the first checkpoint and those of this one, or None; and a note."""
         label, table, why = f"cka between {first.name} and {target.loaded.name}", None, ""
         if not _same_images(first.pictures, target.pictures):
@@ -161,7 +162,7 @@ class Analyzer:
         return table, f"{label} is in analysis/cka_between.npz of {first.name}"
 
 
-def to_device(model: nn.Module, device: torch.device, where: str) -> nn.Module:
+def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":
     """Move a model to the device; UserError if it does not fit."""
     try:
         return model.to(device)
