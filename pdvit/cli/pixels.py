@@ -150,9 +150,9 @@ def predict_pixels(
     that do not decode are collected in `bad`.
     """
     from pdvit.data.bad_images import BadImage
+    from pdvit.data.images import try_read
     from pdvit.data.masks.table import default_palette
     from pdvit.data.masks.transforms import EvaluationTransform
-    from pdvit.data.preprocessing import try_read
     from pdvit.engine.device import autocast
     from pdvit.tasks.pictures import overlay, palette_image, png, predict_mask
     from pdvit.tasks.segmentation import pixel_network
@@ -166,7 +166,7 @@ def predict_pixels(
     for index, name in enumerate(_names(files)):
         image = try_read(files, index)
         if isinstance(image, BadImage):
-            bad.meet([image])
+            bad.add([image])
             yield [folder]
             continue
         seen = loading.preprocessing.normalise(transform(image)[None].to(opened.device))

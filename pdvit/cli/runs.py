@@ -17,7 +17,7 @@ from pdvit.cli.change import saved_config, with_change_tips
 from pdvit.cli.console import log, make_console
 from pdvit.config.load import read_toml
 from pdvit.config.schema import Config
-from pdvit.data.kinds import list_kinds, unused_source_settings, whole_path
+from pdvit.data.source_types import absolute_path, list_source_types, unused_source_settings
 from pdvit.errors import RunFailed, UserError
 from pdvit.tasks.summary import describe_summary, usage
 
@@ -113,7 +113,7 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
     the source `help` prints the sources.
     """
     if config.data.source == "help":
-        print(list_kinds())
+        print(list_source_types())
         return 0
     console = make_console(as_json)
     trainer = build_trainer(config, console)
@@ -312,7 +312,7 @@ def _with_absolute_paths(config: Config) -> Config:
     """Return the configuration with absolute paths, so that the run can be resumed and analyzed from anywhere."""
     data = config.data
     root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
-    return replace(config, data=replace(data, source=whole_path(data.source), root=root))
+    return replace(config, data=replace(data, source=absolute_path(data.source), root=root))
 
 
 def _create_directory(trainer: "Trainer") -> Path:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdvit.config.duration import weight_schedule
-from pdvit.config.policy import parse_policy
+from pdvit.config.policy import check_auto_augment
 from pdvit.config.schema import PRESETS, TERMS, Config
 from pdvit.errors import UserError
 
@@ -28,7 +28,7 @@ def resolve(config: Config) -> Config:
     """
     for term in TERMS:
         weight_schedule(config.diversity, term)
-    parse_policy(config.augment.auto_augment)
+    check_auto_augment(config.augment.auto_augment)
     for name in ("freeze", "weights") if config.model.init is None else ():
         if getattr(config.model, name) is not None:
             why = ": new weights would never learn" if name == "freeze" else ""

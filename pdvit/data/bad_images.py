@@ -1,19 +1,24 @@
-"""Images that do not decode: they end the run and are named, or are skipped and counted."""
+"""Images that do not decode: errors that end the run, or skipped, counted and named."""
 
-from collections.abc import Iterable, Mapping
+import errno
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pdvit.data.sources.split import printable
+from pdvit.data.sources.split import Split, printable
 from pdvit.errors import UserError
 
-# Images named in an error before the rest is only counted.
+# Images named in a message; the others are counted.
 NAMED = 10
-RUN_TIP = "replace it, or skip it: --on-bad-image skip (to go on with a run: --change data.on_bad_image=skip)"
-MASK_TIP = "mend it, or give its values a line in the table of classes (--classes); --check-masks names all of them"
+RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --change data.on_bad_image=skip)"
+MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
+# Errors of the machine, not of the image.
+OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -25,75 +30,73 @@ class BadImage:
 
 
 class BadMask(BadImage):
-    """A mask that does not fit its image or the classes; it ends the run, for it says that others may be wrong too."""
+    """A mask that does not fit its image or the classes; always an error, because other masks may be wrong too."""
 
 
 @dataclass
 class BadImages:
-    """What is done with images that do not decode, and which those were that this process met.
-
-    `skip` leaves them out: in training another image takes the place, in evaluation none does.
-    """
+    """The policy (`skip` or error) for images that do not decode, and the reasons of those `found`, by name."""
 
     skip: bool = False
     found: dict[str, str] = field(default_factory=dict)
-    """Reason by name."""
 
-    def meet(self, bad: Iterable[BadImage]) -> None:
-        """Note images that do not decode; UserError where they are not to be skipped, and for every bad mask."""
+    def add(self, bad: Iterable[BadImage]) -> None:
+        """Record images that do not decode; raises UserError unless they are skipped, and for every bad mask."""
         bad = list(bad)
-        refuse_masks({item.name: item.reason for item in bad if isinstance(item, BadMask)})
+        refuse_bad({item.name: item.reason for item in bad if isinstance(item, BadMask)}, MASK_TIP, "mask")
         new = {item.name: item.reason for item in bad}
         if not self.skip:
             refuse_bad(new)
         self.found |= new
 
 
-def refuse_bad(bad: Mapping[str, str], tip: str = RUN_TIP) -> None:
-    """Raise a UserError that names the images that do not decode (name -> reason), if there are any."""
+def refuse_bad(bad: Mapping[str, str], tip: str = RUN_TIP, what: str = "image") -> None:
+    """Raise a UserError that names images, or masks, that can't be used (reason by name), if there are any."""
     if bad:
-        count = "1 image does" if len(bad) == 1 else f"{len(bad)} images do"
-        raise UserError(f"{count} not decode", describe_bad(bad), tip)
-
-
-def refuse_masks(bad: Mapping[str, str], tip: str = MASK_TIP) -> None:
-    """Raise a UserError that names the masks that can't be used (name -> reason), if there are any."""
-    if bad:
-        count = "1 mask" if len(bad) == 1 else f"{len(bad)} masks"
-        raise UserError(f"{count} can't be used", describe_bad(bad), tip)
+        fault = ("do not decode" if len(bad) > 1 else "does not decode") if what == "image" else "can't be used"
+        raise UserError(f"{len(bad)} {what}{'s' * (len(bad) > 1)} {fault}", describe_bad(bad), tip)
 
 
 def describe_bad(bad: Mapping[str, str]) -> str:
-    """Name images or masks that can't be used (name -> reason), up to ten, and count the rest."""
-    shown = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:NAMED])
-    return printable(shown + (f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""))
+    """Return up to ten names with their reasons, and the number of the others."""
+    listed = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:NAMED])
+    return printable(listed + (f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""))
+
+
+def attempt(split: Split, index: int, read: Callable[..., Result], *arguments: Any) -> Result | BadImage:
+    """Return `read(*arguments)`, which reads image `index` of the split, or its fault."""
+    try:
+        return read(*arguments)
+    except UnidentifiedImageError:
+        return BadImage(split.name(index), "not an image")
+    except Exception as error:  # decoders raise almost any error on a damaged file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in OUT_OF_RESOURCES:
+            raise
+        return BadImage(split.name(index), str(error) or type(error).__name__)
 
 
 Sample = tuple[Tensor | BadImage, int | Tensor, int]
-"""A uint8 image `(3, H, W)` or why there is none, its class (or the class of every pixel) and its index."""
+"""A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index."""
 
 
-class Substituted(Dataset[Sample]):
-    """Training images, where the next sound one takes the place of one that does not decode.
+class SkipBadImages(Dataset[Sample]):
+    """Training images in which the next sound image replaces one that does not decode.
 
-    Which one is a function of the index, and its augmentation one of seed, epoch and its own index; so batches keep
-    their size, and a step is the same whenever it is run.
+    The replacement is a function of the index, and its augmentation of seed, epoch and its own index; so batches keep
+    their size, and a repeated step gets the same images.
     """
 
     def __init__(self, images: Any) -> None:
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
-        """Return a sound image for each key (epoch, index), then those that gave up their place, to be counted."""
+        """Return a sound image for each key (epoch, index), followed by the bad ones, to be counted."""
         samples: list[Sample] = self.images.__getitems__(keys)
         bad: list[Sample] = []
         for place, (epoch, index) in enumerate(keys):
-            tried = 0
-            while isinstance(samples[place][0], BadImage) and tried < len(self):
-                tried += 1
+            for tried in range(1, len(self.images) + 1):
+                if not isinstance(samples[place][0], BadImage):
+                    break
                 bad.append(samples[place])
-                (samples[place],) = self.images.__getitems__([(epoch, (index + tried) % len(self))])
+                (samples[place],) = self.images.__getitems__([(epoch, (index + tried) % len(self.images))])
         return samples + bad

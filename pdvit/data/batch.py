@@ -1,4 +1,4 @@
-"""What a training step receives, from the worker loader and from a resident set alike."""
+"""A batch, from worker processes and from a resident set alike."""
 
 from dataclasses import dataclass, fields
 
@@ -13,12 +13,12 @@ class Batch:
     Attributes:
         images: normalised `(B, 3, H, W)`, float32.
         targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`; in segmentation the class of every pixel
-            `(B, H, W)`, 255 where none counts.
-        index: which samples of the split, `(B,)`, for replay; -1 for one that only fills a turn.
-        patch_targets: class of every patch `(B, N)`; None where the run has no patch labels.
-        weights: factors on the weights of the terms in this step, `(B, T)`, each row the same (so that a batch can be
-            divided like its images); None where no weight has a schedule.
-        replaced: which images stand in for ones that do not decode, `(B,)`; None where such images end the run.
+            `(B, H, W)`, 255 if it has none.
+        index: sample indices in the split, `(B,)`, for replay.
+        patch_targets: class of every patch `(B, N)`; None without patch labels.
+        weights: factors on the weights of the terms in this step, `(B, T)`, with equal rows, so that they split like
+            the images; None without schedules.
+        replaced: whether an image replaces one that does not decode, `(B,)`; None if such images are errors.
     """
 
     images: Tensor
@@ -32,17 +32,17 @@ class Batch:
         return len(self.images)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is set, by name."""
+        """Return the tensors that are set, by name."""
         named = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
     def repeat(self, size: int) -> "Batch":
-        """Return a batch of `size` images, its own over and over."""
+        """Return a batch of `size` images, a repetition of its own."""
         again = torch.arange(size, device=self.images.device) % len(self)
         return Batch(**{name: value[again.to(value.device)] for name, value in self.tensors().items()})
 
     def split(self, size: int) -> list["Batch"]:
-        """Divide it into parts of `size` images; the last may be shorter."""
+        """Split into batches of `size` images; the last may be smaller."""
         if size >= len(self):
             return [self]
         parts = {name: value.split(size) for name, value in self.tensors().items()}

@@ -1,4 +1,4 @@
-"""Mixing the images of a batch: CutMix of whole patches, so that every patch has exactly one label, and Mixup."""
+"""CutMix of whole patches, which gives every patch exactly one label, and Mixup."""
 
 import math
 import random
@@ -49,18 +49,18 @@ def patch_cutmix(
         targets: class indices `(B,)`; or, where an image can have several labels, numbers `(B, num_classes)`.
         patch_size: side of a patch in pixels.
         num_classes: length of the soft class targets.
-        alpha: the share of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
+        alpha: the fraction of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
             nothing, and every patch has the class of its image.
-        rng: where draws come from; unset: Python's own generator, so `random.seed` decides.
+        rng: the generator; unset: seeded by Python's own, so `random.seed` decides.
         mode: `batch`: one rectangle, from the image before; `elem`: a rectangle for each image, from the image before;
-            `pair`: two images that stand together swap a rectangle (the last of an odd number stays as it is).
+            `pair`: two neighbouring images swap a rectangle (the last of an odd number stays unchanged).
 
     Returns:
         The mixed images, class targets weighted by area, and the exact class of every patch.
 
     Raises:
         UserError: the patch size does not divide the images, there is not one target for each image, a target is not
-            a class (on a GPU torch itself says so), alpha is negative or not a number, or there is no such mode.
+            a class (on a GPU torch itself raises), alpha is negative or not a number, or there is no such mode.
     """
     _check_targets(images, targets, num_classes)
     if not 0 <= alpha < math.inf:
@@ -75,7 +75,7 @@ def patch_cutmix(
 
 
 def partners(count: int, mode: str) -> Tensor:
-    """Return which image of a batch each one is mixed with, `(count,)`."""
+    """Return the index of the image that each image of a batch is mixed with, `(count,)`."""
     each = torch.arange(count)
     if mode != "pair":
         return each.roll(1)
@@ -92,8 +92,8 @@ def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rn
     return _for_each(pasted, count, mode)
 
 
-def draw_shares(count: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
-    """Draw how much of each image Mixup takes from its partner, `(count,)`, from Beta(alpha, alpha)."""
+def draw_fractions(count: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
+    """Draw the fraction that Mixup takes from the partner of each image, `(count,)`, from Beta(alpha, alpha)."""
     return _for_each(torch.tensor([rng.betavariate(alpha, alpha) for _ in range(_draws(count, mode))]), count, mode)
 
 
@@ -111,10 +111,10 @@ def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pas
     tall, wide = images.shape[-2] // rows, images.shape[-1] // columns
     pixels = pasted.repeat_interleave(tall, 1).repeat_interleave(wide, 2)
     images = torch.where(pixels[:, None], sources, images)
-    share = pasted.flatten(1).float().mean(1, keepdim=True)
+    fraction = pasted.flatten(1).float().mean(1, keepdim=True)
     patches = pasted.flatten(1) if targets.ndim == 1 else pasted.flatten(1)[..., None]
     patch_targets = torch.where(patches, partner[:, None], targets[:, None])
-    return Mixed(images, _soft(targets, partner, share, num_classes), patch_targets)
+    return Mixed(images, _soft(targets, partner, fraction, num_classes), patch_targets)
 
 
 def blend(
@@ -122,26 +122,26 @@ def blend(
     targets: Tensor,
     sources: Tensor,
     partner: Tensor,
-    share: Tensor,
+    fraction: Tensor,
     grid: tuple[int, int],
-    classes: int,
+    num_classes: int,
 ) -> Mixed:
     """Mix each image with a source, pixel by pixel (Mixup, arXiv 1710.09412); every patch has the image's soft target.
 
-    `share` `(B,)` is that of the source. timm's own Mixup draws from numpy's generator and takes partners from the far
-    end of the batch: a batch that several processes share could not be mixed alike.
+    `fraction` `(B,)` is that of the source. timm's Mixup draws from numpy's generator and takes partners from the far
+    end of the batch, so several ranks could not mix a shared batch alike.
     """
-    share = share[:, None].to(images.dtype)
-    soft = _soft(targets, partner, share, classes)
-    weight = share[..., None, None]
+    fraction = fraction[:, None].to(images.dtype)
+    soft = _soft(targets, partner, fraction, num_classes)
+    weight = fraction[..., None, None]
     images = (1 - weight) * images + weight * sources
     return Mixed(images, soft, soft[:, None].expand(-1, grid[0] * grid[1], -1))
 
 
-def _soft(targets: Tensor, partner: Tensor, share: Tensor, num_classes: int) -> Tensor:
+def _soft(targets: Tensor, partner: Tensor, fraction: Tensor, num_classes: int) -> Tensor:
     if targets.ndim == 1:
         targets, partner = F.one_hot(targets, num_classes), F.one_hot(partner, num_classes)
-    return ((1 - share) * targets + share * partner).to(torch.float32)
+    return ((1 - fraction) * targets + fraction * partner).to(torch.float32)
 
 
 def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
@@ -151,8 +151,7 @@ def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
             "patch_cutmix(images, targets, ...)",
             f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})",
         )
-    # a GPU would have to be waited for
-    if targets.device.type != "cpu" or not len(targets):
+    if targets.device.type != "cpu" or not len(targets):  # on a GPU the check would synchronise
         return
     low, high = float(targets.min()), float(targets.max())
     if targets.ndim == 1 and not 0 <= low <= high < num_classes:
@@ -164,7 +163,7 @@ def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
 
 
 def draw_box(rows: int, columns: int, alpha: float, rng: random.Random) -> Box:
-    """Draw a rectangle whose share of the grid follows Beta(alpha, alpha), as near as whole patches allow."""
+    """Draw a rectangle whose fraction of the grid follows Beta(alpha, alpha), rounded to whole patches."""
     side = math.sqrt(rng.betavariate(alpha, alpha))
     tall, wide = round(rows * side), round(columns * side)
     top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
@@ -172,7 +171,7 @@ def draw_box(rows: int, columns: int, alpha: float, rng: random.Random) -> Box:
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Return rows and columns of the patch grid; UserError where patches do not fit."""
+    """Return rows and columns of the patch grid; raises UserError if patches do not fit."""
     if height % patch_size or width % patch_size:
         raise UserError(
             f"patches of {patch_size} pixels do not fit images of {height}x{width}",

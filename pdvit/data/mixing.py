@@ -1,4 +1,4 @@
-"""Which batches are mixed and how: drawn from the seed and the step, so that every process draws the same."""
+"""CutMix and Mixup of batches, drawn from seed and step, so that all ranks draw the same."""
 
 import random
 from dataclasses import dataclass
@@ -6,15 +6,18 @@ from dataclasses import dataclass
 import torch
 
 from pdvit.data.batch import Batch
-from pdvit.data.cutmix import Mixed, blend, draw_pasted, draw_shares, grid_of, partners, paste
+from pdvit.data.cutmix import blend, draw_fractions, draw_pasted, grid_of, partners, paste
 from pdvit.data.randomness import fold
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """A share `prob` of batches is mixed: with patch-aligned CutMix or, a part of them where both are on, with Mixup.
+    """Mixes a fraction `prob` of batches with patch-aligned CutMix or Mixup.
 
-    `cutmix` and `mixup` are the alphas of the Beta distributions, 0 is off; `labels` asks for patch targets.
+    Attributes:
+        cutmix, mixup: alphas of the Beta distributions, 0 is off.
+        labels: whether patch targets are needed.
+        switch_prob: fraction of the mixed batches that CutMix takes if both are on.
     """
 
     cutmix: float
@@ -25,54 +28,42 @@ class Mixing:
     mode: str = "batch"
     mixup: float = 0.0
     switch_prob: float = 0.5
-    """The share of mixed batches that CutMix takes where both are on."""
 
     def draws(self, seed: int, step: int) -> tuple[str | None, random.Random]:
-        """Return how the batch of a step is mixed (`cutmix`, `mixup` or not at all), and the generator of the rest."""
+        """Return the method of the batch of a step (`cutmix`, `mixup` or None), and the generator of further draws."""
         rng = random.Random(fold(seed, step))
-        kinds = [name for name in ("cutmix", "mixup") if getattr(self, name) > 0]
-        if not kinds or rng.random() >= self.prob:
+        methods = [name for name in ("cutmix", "mixup") if getattr(self, name) > 0]
+        if not methods or rng.random() >= self.prob:
             return None, rng
-        return kinds[len(kinds) == 2 and rng.random() >= self.switch_prob], rng
+        return methods[len(methods) == 2 and rng.random() >= self.switch_prob], rng
 
-    def held(self, seed: int, step: int, size: int, share: range) -> list[int]:
-        """Return which of a step's `size` images a process needs for its share: first those that only lend."""
+    def held(self, seed: int, step: int, size: int, part: range) -> list[int]:
+        """Return which of a step's `size` images a rank needs for its `part`: first those that are only mixed in."""
         if self.draws(seed, step)[0] is None:
-            return list(share)
-        lenders = set(partners(size, self.mode)[share.start : share.stop].tolist()) - set(share)
-        return [*sorted(lenders), *share]
+            return list(part)
+        sources = set(partners(size, self.mode)[part.start : part.stop].tolist()) - set(part)
+        return [*sorted(sources), *part]
 
-    def mix(self, batch: Batch, seed: int, step: int, size: int, share: range) -> Batch:
-        """Mix a process's share of a step, given what it holds; label every patch where the run needs it."""
-        kind, rng = self.draws(seed, step)
-        if not (kind or self.labels):
+    def mix(self, batch: Batch, seed: int, step: int, size: int, part: range) -> Batch:
+        """Mix a rank's part of a step, given the images of `held`, and label every patch if needed."""
+        method, rng = self.draws(seed, step)
+        if not (method or self.labels):
             return batch
-        held = torch.tensor(self.held(seed, step, size, share))
-        lent = len(held) - len(share)
-        own = Batch(batch.images[lent:], batch.targets[lent:], batch.index[lent:])
-        source = torch.arange(lent, len(held))
-        if kind:
-            source = (held == partners(size, self.mode)[share.start : share.stop, None]).int().argmax(1)
-        source = source.to(batch.images.device, non_blocking=True)
-        mixed = self._mixed(own, batch, source, kind, rng, size, slice(share.start, share.stop))
+        held = torch.tensor(self.held(seed, step, size, part))
+        extra, mine = len(held) - len(part), slice(part.start, part.stop)
+        own = Batch(batch.images[extra:], batch.targets[extra:], batch.index[extra:])
+        source = torch.arange(extra, len(held))
+        if method:
+            source = (held == partners(size, self.mode)[mine, None]).int().argmax(1)
+        device = batch.images.device
+        source = source.to(device, non_blocking=True)
+        pair = own.images, own.targets, batch.images[source], batch.targets[source]
+        grid = grid_of(own.images.shape[-2], own.images.shape[-1], self.patch_size)
+        # every rank draws for the whole batch, and mixes its own part
+        if method == "mixup":
+            fraction = draw_fractions(size, self.mixup, self.mode, rng)[mine].to(device, non_blocking=True)
+            mixed = blend(*pair, fraction, grid, self.num_classes)
+        else:
+            pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
+            mixed = paste(*pair, pasted.to(device, non_blocking=True), self.num_classes)
         return Batch(mixed.images, mixed.targets, own.index, mixed.patch_targets if self.labels else None)
-
-    def _mixed(
-        self,
-        own: Batch,
-        held: Batch,
-        source: torch.Tensor,
-        kind: str | None,
-        rng: random.Random,
-        size: int,
-        mine: slice,
-    ) -> Mixed:
-        """Draw for the whole batch, as every process does, and mix this one's share."""
-        grid, device = grid_of(own.images.shape[-2], own.images.shape[-1], self.patch_size), own.images.device
-        sources, targets = held.images[source], held.targets[source]
-        if kind == "mixup":
-            share = draw_shares(size, self.mixup, self.mode, rng)[mine].to(device, non_blocking=True)
-            return blend(own.images, own.targets, sources, targets, share, grid, self.num_classes)
-        pasted = draw_pasted(size, *grid, self.cutmix if kind else 0.0, self.mode, rng)[mine]
-        pasted = pasted.to(device, non_blocking=True)
-        return paste(own.images, own.targets, sources, targets, pasted, self.num_classes)

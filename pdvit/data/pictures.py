@@ -1,4 +1,4 @@
-"""Pictures to look at rather than to learn from: held-out images of a source, a folder, single files."""
+"""Images to measure: held-out images of a source, a folder, single files."""
 
 import os
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pdvit.config.schema import Config, DataConfig
 from pdvit.data.bad_images import BadImage, BadImages
-from pdvit.data.kinds import kind_of
+from pdvit.data.images import FileImages
 from pdvit.data.masks.folders import open_masks
-from pdvit.data.preprocessing import FileImages, Preprocessing
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.source_types import source_type
 from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
 from pdvit.data.sources.split import printable
 from pdvit.errors import UserError, closest
@@ -21,47 +22,47 @@ from pdvit.errors import UserError, closest
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images to measure, and what they are in words."""
+    """Images to measure, with a description."""
 
     description: str
     split: Split
 
     def subsample(self, limit: int) -> "Pictures":
-        """Return at most `limit` of them, spread evenly and always the same."""
+        """Return at most `limit` of them, spread evenly."""
         size = len(self.split)
         if size <= limit:
             return self
         chosen = torch.linspace(0, size - 1, limit).round().long()
         return Pictures(f"{self.description}, {limit} of {size:,}", self.split.take(chosen))
 
-    def pixels(self, how: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name of each image and what a model sees of it, uint8 `(3, size, size)`; `bad` ones as it says."""
+    def pixels(self, preprocessing: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the preprocessed pixels of each image, uint8 `(3, size, size)`; `bad` has the policy."""
         if isinstance(self.split, ArraySplit):
             for index in range(len(self.split)):
-                yield f"image {index + 1}", how.fit(self.split.images[index : index + 1])[0]
+                yield self.split.name(index), preprocessing.fit(self.split.images[index : index + 1])[0]
             return
-        images = FileImages(self.split, how.evaluation())
+        images = FileImages(self.split, preprocessing.evaluation())
         for index in range(len(self.split)):
             ((image, _, _),) = images.__getitems__([(-1, index)])
             if isinstance(image, BadImage):
-                bad.meet([image])
+                bad.add([image])
             else:
                 yield printable(self.split.key(index)), image
 
 
 def held_out(config: Config) -> Pictures:
-    """Return the images that a run never learned from: its test split, or else validation; of a segmentation too."""
+    """Return the held-out images of a run: its test split, or else validation."""
     masks = config.segment.head is not None or config.data.source == "scenes"
     source = open_masks(config.data, config.segment) if masks else open_source(config.data)
     return Pictures(f"{source.name}, {source.final_split} split", source.splits[source.final_split])
 
 
 def named(names: list[str]) -> Pictures:
-    """Return the pictures that the user names: one source other than a folder, or any folders and files.
+    """Return the images of names: one source other than a folder, or any folders and files.
 
-    Raises UserError where a name is nothing of these, or a folder holds no images.
+    Raises UserError if a name is none of these, or a folder has no images.
     """
-    sources = [name for name in names if kind_of(name) and not os.path.isdir(os.path.expanduser(name))]
+    sources = [name for name in names if source_type(name) and not os.path.isdir(os.path.expanduser(name))]
     if sources and len(names) == 1:
         return held_out(Config(data=DataConfig(source=names[0])))
     if mixed := sorted(sources):
@@ -71,23 +72,23 @@ def named(names: list[str]) -> Pictures:
 
 
 def image_files(names: list[str]) -> FileSplit:
-    """Return the image files that are named and those in the folders that are, each once; UserError for no image."""
+    """Return the named files and the images of the named folders, each once; raises UserError if there are none."""
     paths = list(dict.fromkeys(path for name in names for path in _paths(Path(os.path.expanduser(name)))))
     return FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
 
 
 def sample_photographs() -> Pictures:
-    """Return the two photographs that come with scikit-learn."""
+    """Return the two photographs of scikit-learn."""
     folder = Path(str(files("sklearn.datasets").joinpath("images")))
     paths = [folder / "china.jpg", folder / "flower.jpg"]
     return Pictures("2 sample photographs of scikit-learn", FileSplit(paths, torch.zeros(2, dtype=torch.long)))
 
 
 def _paths(path: Path) -> list[Path]:
-    if os.path.isfile(path):  # of os.path, because Path's own raises where a name is too long
+    if os.path.isfile(path):  # os.path, because Path raises for long names
         return [path]
     if os.path.isdir(path):
         if found := list_images(path):
             return found
-        raise UserError("the folder holds no images", str(path), "name a folder with image files")
+        raise UserError("the folder has no images", str(path), "name a folder with image files")
     raise UserError("there is no such image, folder or source", f"--images {path}", closest(str(path), ["digits"]))

@@ -1,7 +1,6 @@
-"""Randomness as a function of numbers: (seed, epoch or step, sample index) decide every draw, and nothing else does.
+"""Random numbers as a function of (seed, epoch or step, sample index) alone.
 
-So a draw never depends on the rank, the worker, the batch a sample falls in or what ran before, and resuming a run
-needs the number of a step, not a replay.
+They do not depend on the rank, the worker, the batch or earlier draws, and a run resumes at any step without a replay.
 """
 
 import torch

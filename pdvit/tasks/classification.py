@@ -85,7 +85,7 @@ class ClassificationTask(ImageTask):
 
     def load(self, log: Callable[[str], None]) -> None:
         """Move small sets of image files onto the device, and log why or why not; raises UserError."""
-        self.source = resident(self.source, self.loader, self.config.data.resident, log)
+        self.source = resident(self.source, self.loader, self.augmentation, self.config.data.resident, log)
 
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import Config
+from pdvit.data.images import try_read
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
 from pdvit.data.pictures import Pictures
-from pdvit.data.preprocessing import try_read
 from pdvit.data.sources import Source
 from pdvit.engine.device import autocast
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows

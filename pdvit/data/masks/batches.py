@@ -8,10 +8,10 @@ from torch.utils.data import Dataset
 from pdvit.config.schema import SegmentConfig
 from pdvit.data.bad_images import BadImage, Sample
 from pdvit.data.batch import Batch
+from pdvit.data.images import Keys
 from pdvit.data.loader import LoaderConfig, decode, from_workers, mark_replaced, step_indices
 from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, normalise_and_pad
-from pdvit.data.preprocessing import Keys
 
 
 class ImageMaskPairs(Dataset[Sample]):

@@ -10,13 +10,13 @@ import torch
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.bad_images import BadMask, describe_bad, refuse_masks
-from pdvit.data.kinds import kind_of
+from pdvit.data.bad_images import BadMask, describe_bad, refuse_bad
 from pdvit.data.masks.scenes import read_scenes
-from pdvit.data.masks.split import Log, MaskFiles, scan_masks, try_mask
+from pdvit.data.masks.split import Log, MaskFiles, log_to_stderr, scan_masks, try_mask
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, open_mask, read_table
+from pdvit.data.source_types import source_type
 from pdvit.data.sources import Source, list_images
-from pdvit.data.sources.cache import say_on_stderr
+from pdvit.data.sources.folder import folder_names
 from pdvit.data.sources.holdout import (
     HELD_OUT,
     ROLES,
@@ -27,7 +27,6 @@ from pdvit.data.sources.holdout import (
     hold_out,
 )
 from pdvit.data.sources.split import printable
-from pdvit.data.sources.tree import FolderTree
 from pdvit.errors import UserError
 
 WHERE = "data.source (--data)"
@@ -36,12 +35,12 @@ MASKS, TABLES = ("masks", "annotations", "labels"), ("classes.tsv", "classes.csv
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
 
-def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = say_on_stderr) -> Source:
+def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = log_to_stderr) -> Source:
     """Open a source of images with masks, whose splits are `MaskSplit`s; `log` receives the progress.
 
     Raises UserError for another source or layout, images without masks, and a damaged class table.
     """
-    kind, root = kind_of(data.source), Path(os.path.expanduser(data.source))
+    kind, root = source_type(data.source), Path(os.path.expanduser(data.source))
     if kind == "scenes":
         if segment.classes is not None:
             raise UserError("digit scenes have their own classes", "segment.classes (--classes)", "leave it out")
@@ -91,7 +90,7 @@ class MaskFolders:
 
         Raises UserError if a configured split is missing.
         """
-        found = {name: FolderTree(self.root / name).folders() for name in (self.images, self.masks)}
+        found = {name: folder_names(self.root / name) for name in (self.images, self.masks)}
         known = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES, data.train_split, data.val_split}
         folders = [name for name in found[self.images] if name in known]
         if not folders and not (data.train_split or data.val_split):
@@ -147,7 +146,7 @@ def find_folders(root: Path) -> MaskFolders:
         return MaskFolders(root, "leftImg8bit", "gtFine", cityscapes_table(), endings, ("test",))
     masks = next((name for name in MASKS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
-        found = ", ".join(FolderTree(root).folders()[:6]) or "no folders"
+        found = ", ".join(folder_names(root)[:6]) or "no folders"
         raise UserError(f"'{root}' has no images/ and masks/ (found: {printable(found)})", WHERE, LAYOUT)
     file = next((root / name for name in TABLES if (root / name).is_file()), None)
     return MaskFolders(root, "images", masks, read_table(file) if file else None)
@@ -185,7 +184,7 @@ def infer_table(splits: Mapping[str, MaskFiles], workers: int, log: Log) -> Clas
                 bad[found.name] = found.reason
             else:
                 ids |= found
-    refuse_masks(bad, f"without a class table masks need ids; else {TIP}")
+    refuse_bad(bad, f"without a class table masks need ids; else {TIP}", "mask")
     known = sorted(ids - {IGNORED})
     if not 2 <= len(known) <= OUTSIDE:
         what = f"the masks have {len(known)} ids besides {IGNORED}; 2 to {OUTSIDE} can be classes"

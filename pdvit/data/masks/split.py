@@ -1,5 +1,6 @@
 """Splits whose images have masks; both are read, or made, on demand. And the check of masks before a run."""
 
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,16 +14,23 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pdvit.data.bad_images import BadImage, BadMask, refuse_masks
+from pdvit.data.bad_images import BadImage, BadMask, attempt, refuse_bad
+from pdvit.data.images import read_image, strict_decoders
 from pdvit.data.loader import leave_signals
 from pdvit.data.masks.table import OUTSIDE, ClassTable
-from pdvit.data.preprocessing import attempt, read_image, strict_decoders
 from pdvit.data.sources import FileSplit, LazySplit, Source
 from pdvit.data.sources.split import image_size, some
 from pdvit.errors import UserError
 
 Pair = tuple[Image.Image, Tensor]
 Log = Callable[[str], None]
+
+
+def log_to_stderr(text: str) -> None:
+    """Print progress without mixing it with the output of a command."""
+    print(text, file=sys.stderr)
+
+
 Scan = Callable[["MaskFiles", int], Any]
 # Masks that a worker reads at a time, and seconds between two progress messages.
 CHUNK, SECONDS = 64, 10.0
@@ -135,7 +143,7 @@ def check_masks(
         elif name != "train" and found and not present and not bad:
             what = f"no pixel of the {len(split)} masks of {name} has a class"
             raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
-    refuse_masks(bad, TIP)
+    refuse_bad(bad, TIP, "mask")
     return source.noting("all masks are sound", *notes) if every else source
 
 

@@ -15,9 +15,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
+from pdvit.data.images import pixels_of
 from pdvit.data.masks.split import Pair
 from pdvit.data.masks.table import IGNORED, OUTSIDE
-from pdvit.data.preprocessing import Preprocessing, pixels_of
+from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 
 # Longest side as a multiple of the short side; MMSegmentation: 2048 to 512.

@@ -1,19 +1,15 @@
-"""Sources: where labelled images come from, by name or path; one reader for each kind."""
+"""Sources of labelled images, by name or path."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.kinds import KINDS, kind_of
+from pdvit.data.source_types import SOURCE_TYPES, source_type
 from pdvit.data.sources.digits import read_digits
-from pdvit.data.sources.layout import read_layout
+from pdvit.data.sources.folder import folder_tree, list_images, read_tree, tar_tree
 from pdvit.data.sources.split import ArraySplit, FileSplit, LazySplit, Source, Split, as_file_name
 from pdvit.data.sources.table import read_csv
-from pdvit.data.sources.tar import read_tar
 from pdvit.data.sources.timm_sets import read_hub, read_torchvision
-from pdvit.data.sources.tree import FolderTree, list_images
 from pdvit.errors import UserError, closest
 
 __all__ = [
@@ -28,53 +24,56 @@ __all__ = [
     "source_label",
 ]
 
-NOT_BY_INDEX = (".zip", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
-READERS: dict[str, Callable[[DataConfig], Source]] = {
-    "digits": lambda data: read_digits(data),
-    "scenes": lambda data: _no_classes(),
-    "folder": lambda data: read_layout(FolderTree(_path(data)), data),
-    "tar": lambda data: read_tar(_path(data), data),
-    "csv": lambda data: read_csv(_path(data), data),
-    "torch": lambda data: read_torchvision(data),
-    "hfds": lambda data: read_hub(data),
-}
+WHERE = "data.source (--data)"
 
 
 def open_source(data: DataConfig) -> Source:
     """Open a source by name or path.
 
-    Raises UserError if the name is unknown, a file or package is missing, or the layout is another.
+    Raises UserError if the name is unknown, a file or package is missing, or the layout is wrong.
     """
-    kind, path = kind_of(data.source), _path(data)
-    if os.path.isdir(path) and kind in (None, "tar", "csv"):  # of os.path, as Path's own raises for long names
-        kind = "folder"
-    if kind in ("tar", "csv") and not os.path.isfile(path):
-        raise UserError(f"there is no file '{data.source}'", "data.source (--data)", "check the path")
-    if kind is None and data.source.lower().endswith(NOT_BY_INDEX):
-        what = f"'{data.source}' can't be read by index"
-        raise UserError(what, "data.source (--data)", "unpack it, or make a plain .tar of it")
-    if kind is None and data.source.lower().startswith(("wds/", "hfids/", "tfds/")):
-        what = f"'{data.source}' is a stream, which can't be read by index"
-        raise UserError(
-            what, "data.source (--data)", "load it with the package datasets: docs/data.md, Shards and streams"
-        )
-    if kind is None:
-        looks_like_path = os.sep in data.source or os.path.exists(path)
-        what = "there is no folder, tar or table" if looks_like_path else "there is no source named"
-        tip = closest(data.source, [kind.written for kind in KINDS if kind.written.islower()])
-        raise UserError(f"{what} '{data.source}'", "data.source (--data)", f"{tip} (--data help lists all kinds)")
-    return READERS[kind](data)
+    name, path = source_type(data.source), _path(data)
+    if os.path.isdir(path) and name in (None, "tar", "csv"):  # os.path, because Path raises for long names
+        name = "folder"
+    if name in ("tar", "csv") and not os.path.isfile(path):
+        raise UserError(f"there is no file '{data.source}'", WHERE, "check the path")
+    match name:
+        case "digits":
+            return read_digits(data)
+        case "folder":
+            return read_tree(folder_tree(path, data), data)
+        case "tar":
+            tree, note = tar_tree(path)
+            return read_tree(tree, data, note)
+        case "csv":
+            return read_csv(path, data)
+        case "torch":
+            return read_torchvision(data)
+        case "hfds":
+            return read_hub(data)
+        case "scenes":
+            what = "digit scenes have classes of pixels, not of images"
+            raise UserError(what, WHERE, "use pdvit segment, or --data digits")
+    raise _unknown(data.source, path)
 
 
-def _no_classes() -> NoReturn:
-    what = "digit scenes have classes of pixels, not of images"
-    raise UserError(what, "data.source (--data)", "use pdvit segment, or --data digits")
+def _unknown(source: str, path: Path) -> UserError:
+    lower = source.lower()
+    if lower.endswith((".zip", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")):
+        return UserError(f"'{source}' can't be read by index", WHERE, "unpack it, or make a plain .tar of it")
+    if lower.startswith(("wds/", "hfids/", "tfds/")):
+        tip = "load it with the package datasets: docs/data.md, Shards and streams"
+        return UserError(f"'{source}' is a stream, which can't be read by index", WHERE, tip)
+    is_path = os.sep in source or os.path.exists(path)
+    what = "there is no folder, tar or table" if is_path else "there is no source named"
+    tip = closest(source, [item.pattern for item in SOURCE_TYPES if item.pattern.islower()])
+    return UserError(f"{what} '{source}'", WHERE, f"{tip} (--data help lists the source types)")
 
 
 def source_label(data: DataConfig) -> str:
-    """Return a short name of the source, fit for a run's name."""
+    """Return a short name of the source for the name of a run."""
     path = _path(data).resolve()
-    name = path.stem if kind_of(data.source) in ("tar", "csv") else path.name
+    name = path.stem if source_type(data.source) in ("tar", "csv") else path.name
     return as_file_name(name) or "data"
 
 

@@ -12,10 +12,9 @@ from pdvit.errors import UserError
 
 
 def read_digits(data: DataConfig) -> Source:
-    """Return 1,200 images to learn from, 237 for validation and 360 for the test, divided by `data.split_seed`.
+    """Return 1,200 training, 237 validation and 360 test images, divided by `data.split_seed`.
 
-    Of `digits:A-B` these are the images of the digits A to B, in the splits that they have among all ten. Raises
-    UserError for another range.
+    `digits:A-B` has the images of the digits A to B, in the same splits. Raises UserError for an invalid range.
     """
     from sklearn.model_selection import train_test_split
 

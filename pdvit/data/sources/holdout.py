@@ -1,14 +1,14 @@
-"""Which split is what, and holding out a part of train where there is no validation split."""
+"""The roles of splits, and validation images held out of train if a source has none."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.randomness import fold
-from pdvit.data.sources.labels import missing_classes
-from pdvit.data.sources.split import LazySplit, Source, Split
+from pdvit.data.sources.split import LazySplit, Source, Split, some
 from pdvit.errors import UserError
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
@@ -18,10 +18,9 @@ Lazy = TypeVar("Lazy", bound=LazySplit)
 
 
 def choose_splits(found: Sequence[str], data: DataConfig) -> dict[str, str]:
-    """Return which of the source's splits serve as train, val and test.
+    """Return the names of the source's splits by role; val and test may be missing.
 
-    What --train-split and --val-split name is taken as it is, even where it is not among those found (`train[:10%]`).
-    There may be no val and no test.
+    The names in --train-split and --val-split need not be among those found (`train[:10%]`).
     """
 
     def first(names: tuple[str, ...]) -> str | None:
@@ -40,30 +39,33 @@ def choose_splits(found: Sequence[str], data: DataConfig) -> dict[str, str]:
 def assemble(
     name: str, classes: list[str], splits: Mapping[str, LazySplit], data: DataConfig, notes: Sequence[str] = ()
 ) -> Source:
-    """Return a source of splits by role; where there is no val, a part of train is held out.
+    """Return a source of splits by role, with notes on classes that a split lacks.
 
-    Which classes a split lacks is said. Raises UserError where nothing can be held out.
+    Without val, a part of train is held out; raises UserError if that is impossible.
     """
     parts: dict[str, Split] = {role: splits[role] for role in ROLES if role in splits}
     if "val" not in parts:
         parts["train"], parts["val"] = hold_out(splits["train"], data.split_seed)
         parts = {role: parts[role] for role in ROLES if role in parts}
-        notes = (_how(data.split_seed, "test" in splits), *notes)
-    missing = (missing_classes(split.labels, classes, role) for role, split in parts.items())
+        note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
+        note += ": there is no validation split"
+        if "test" in splits:
+            note += "; test is for the closing numbers (--val-split test evaluates on it and trains on all of train)"
+        notes = (note, *notes)
+    missing = (_missing_classes(split.labels, classes, role) for role, split in parts.items())
     return Source(name, classes, parts).noting(*notes, *missing)
 
 
-def _how(seed: int, has_test: bool) -> str:
-    why = "there is no validation split"
-    if has_test:
-        why += "; test is for the closing numbers (--val-split test evaluates on it and learns from all of train)"
-    return f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {seed}: {why}"
+def _missing_classes(labels: Tensor, classes: list[str], split: str) -> str:
+    counts = labels.bincount(minlength=len(classes))
+    missing = [classes[index] for index in (counts == 0).nonzero().flatten().tolist()]
+    return f"{len(missing)} of {len(classes)} classes have no image in {split}: {some(missing)}" if missing else ""
 
 
 def hold_out(split: Lazy, seed: int) -> tuple[Lazy, Lazy]:
-    """Divide a split into what is learned from and what is held out: a tenth of each class, at least one of two.
+    """Divide a split into training and held-out images: a tenth of each class, at least one of two.
 
-    Raises UserError where every class has one image only.
+    Raises UserError if every class has a single image.
     """
     rest, held = [], []
     order = split.labels.argsort(stable=True)

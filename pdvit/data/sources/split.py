@@ -1,5 +1,6 @@
-"""What a source gives: splits over one list of classes, their images in memory or read when they are needed."""
+"""A source: splits over one list of classes, with their images in memory or read on demand."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Images whose size is looked at, and names of a list that are shown.
-SAMPLED, SHOWN = 32, 5
+# Images whose sizes are described, and names of a list that are printed.
+SAMPLED, LISTED = 32, 5
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,30 @@ class ArraySplit:
     images: Tensor
     labels: Tensor
     decoded: bool = False
-    """Whether these were image files, which are cropped and flipped unless the user says otherwise."""
+    """Whether these were image files, which are cropped and flipped by default."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image."""
+        return Image.fromarray(self.images[index].permute(1, 2, 0).cpu().numpy())
+
+    def name(self, index: int) -> str:
+        """Return a name for messages."""
+        return f"image {index + 1}"
 
     def take(self, chosen: Tensor) -> "ArraySplit":
         """Return the samples at these indices."""
         return ArraySplit(self.images[chosen], self.labels[chosen], self.decoded)
 
     def hash(self) -> str:
-        """Return what tells these labels and pixels from others."""
+        """Return a hash of labels and pixels."""
         return _digest(self.labels, [self.images.numpy().tobytes()])
 
 
 class LazySplit(ABC):
-    """A split whose images are read when they are needed, by index and in any process.
-
-    It is pickled for worker processes, so it holds places and names; what has to be opened is opened where it is read.
-    """
+    """A split whose images are read on demand, by index and in any process; it holds paths, not open files."""
 
     labels: Tensor
     """Class indices, `(N,)`."""
@@ -50,22 +56,22 @@ class LazySplit(ABC):
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Return an image whose header is read; its pixels may be decoded later. Raises whatever its decoder does."""
+        """Return an image whose header is read and whose pixels may not be; raises the errors of its decoder."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return where the image is, for messages."""
+        """Return the location of the image, for messages."""
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """Return the image's own name, without where the set lies: a set may move, or be packed."""
+        """Return the name of the image without the location of the set, which may move or be packed."""
 
     @abstractmethod
     def take(self, chosen: Tensor) -> Self:
         """Return the samples at these indices."""
 
     def hash(self) -> str:
-        """Return what tells these labels and names from others."""
+        """Return a hash of labels and names."""
         keys = (self.key(index) for index in range(len(self)))
         return _digest(self.labels, (f"{key}/".encode(errors="surrogateescape") for key in keys))
 
@@ -80,7 +86,7 @@ class FileSplit(LazySplit):
     def open(self, index: int) -> Image.Image:
         """Open a file as an image."""
         if self.paths[index].is_fifo():
-            raise ValueError("it is a pipe, not a file")  # which would wait for somebody to write
+            raise ValueError("it is a pipe, not a file")  # opening it would block
         return Image.open(self.paths[index])
 
     def name(self, index: int) -> str:
@@ -101,35 +107,35 @@ Split = ArraySplit | LazySplit
 
 @dataclass(frozen=True)
 class Source:
-    """Named splits (train, val, perhaps test) over one list of classes, and what somebody should know of them."""
+    """Splits by role (train, val and possibly test) over one list of classes, with notes for the user."""
 
     name: str
     classes: list[str]
     splits: Mapping[str, Split] = field(repr=False)
     notes: tuple[str, ...] = ()
     palette: list[tuple[int, int, int]] | None = None
-    """A colour for each class, where every pixel has one."""
+    """A colour for each class, if pixels are labelled."""
 
     @property
     def final_split(self) -> str:
-        """The split of the closing numbers: test where there is one, so that settings are not chosen on it."""
+        """The split of the closing numbers: test if there is one, so that settings are not chosen on it."""
         return "test" if "test" in self.splits else "val"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what must be the same for a run to go on: classes, counts, and a hash of names or pixels by split."""
+        """Return what a resumed run compares: classes, counts, and a hash of names or pixels by split."""
         return {"classes": len(self.classes)} | {
             name: {"images": len(split), "hash": split.hash()} for name, split in self.splits.items()
         }
 
     def describe(self) -> str:
-        """Say what was found: classes, images and their sizes in a line, then a line for each note."""
+        """Return a line with classes, images and their sizes, then a line for each note."""
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         sizes = describe_sizes(self.splits["train"])
         lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{sizes}", *self.notes]
         return "\n".join(map(printable, lines))
 
     def noting(self, *notes: str) -> "Source":
-        """Return the source with further notes; empty ones are left out."""
+        """Return the source with more notes; empty ones are dropped."""
         return replace(self, notes=(*self.notes, *(note for note in notes if note)))
 
 
@@ -141,7 +147,7 @@ def _digest(labels: Tensor, parts: Iterable[bytes]) -> str:
 
 
 def describe_sizes(split: Split) -> str:
-    """Say how large images are, from the headers of a few that are spread evenly over the split."""
+    """Describe the image sizes, from the headers of a few images spread evenly over the split."""
     if isinstance(split, ArraySplit):
         sizes = [(split.images.shape[-1], split.images.shape[-2])]
     else:
@@ -155,9 +161,7 @@ def describe_sizes(split: Split) -> str:
 
 
 def image_size(split: LazySplit, index: int) -> tuple[int, int] | None:
-    """Return width and height, or None for what is no image: reading it in earnest says so."""
-    import warnings
-
+    """Return width and height, or None for a bad image, which is reported when it is decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -168,16 +172,15 @@ def image_size(split: LazySplit, index: int) -> tuple[int, int] | None:
 
 
 def some(names: list[str]) -> str:
-    """List a few names, with characters that no terminal takes escaped."""
-    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return printable(shown)
+    """Return the first names of a list, printable."""
+    return printable(", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else ""))
 
 
 def printable(text: str) -> str:
-    """Return a text on one line that a terminal shows as it is: file names may hold any bytes, commands to it too."""
+    """Escape what is not printable: file names may hold any bytes, terminal commands among them."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def as_file_name(text: str) -> str:
-    """Return a text as part of a file's name: letters of any script stay, and digits, dots, dashes and underscores."""
+    """Return a text as part of a file name, with letters of any script, digits, dots, dashes and underscores."""
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text)

@@ -15,7 +15,7 @@ from pdvit.errors import UserError
 
 
 class Row(NamedTuple):
-    """One image: its path and class as written, its split or an empty text, and the line for messages."""
+    """One image: its path and class as written, its split (or empty), and its line number for messages."""
 
     path: str
     label: str
@@ -24,33 +24,33 @@ class Row(NamedTuple):
 
 
 def read_csv(path: Path, data: DataConfig) -> Source:
-    """Read a table with a header; paths are relative to it, labels any text or whole numbers.
+    """Read a table with a header; paths are relative to it, labels are texts or whole numbers.
 
-    Classes are the labels of train: in the order of numbers where all are whole numbers, else in that of texts. Raises
-    UserError for a missing column, an empty or negative label, and a label that train has not.
+    Classes are the labels of train, sorted as numbers if all are whole numbers, else as texts. Raises UserError for a
+    missing column, an empty or negative label, and a label that train lacks.
     """
     rows = _rows(path)
     counts = Counter(row.split for row in rows)
     chosen = _choose(list(counts), data, path)
     by_role = {role: [row for row in rows if row.split == name] for role, name in chosen.items()}
     classes = _classes({row.label for row in by_role["train"]})
-    splits = {role: _split(mine, classes, path, role) for role, mine in by_role.items()}
+    splits = {role: _split(part, classes, path, role) for role, part in by_role.items()}
     unused = [name for name in counts if name not in chosen.values()]
     notes = [f"{counts[name]:,} rows of split '{printable(name)}' are not used" for name in unused]
     return assemble(path.stem, classes, splits, data, notes)
 
 
 def _choose(found: list[str], data: DataConfig, path: Path) -> dict[str, str]:
-    """Return which split is what; a table without that column is all to learn from, and a part of it held out."""
+    """Return the names of the splits by role; a table without a split column is all train."""
     if found == [""]:
         if name := data.train_split or data.val_split:
             what = f"there is no split '{printable(name)}': the table has no split column"
             raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
         return {"train": ""}
     chosen = choose_splits(found, data)
-    wanted = [name for name in chosen.values() if name not in found]
-    if "train" not in chosen or ("val" not in chosen and "test" not in chosen) or wanted:
-        missing = wanted[0] if wanted else "val" if "train" in chosen else "train"
+    absent = [name for name in chosen.values() if name not in found]
+    if "train" not in chosen or ("val" not in chosen and "test" not in chosen) or absent:
+        missing = absent[0] if absent else "val" if "train" in chosen else "train"
         what = f"no row has the split '{missing}' (there are: {', '.join(map(printable, found[:6]))})"
         raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
     return chosen
@@ -67,7 +67,7 @@ def _split(rows: list[Row], classes: list[str], path: Path, role: str) -> LazySp
 
 
 def _rows(path: Path) -> list[Row]:
-    """Return the rows; UserError where the table is not sound."""
+    """Return the rows; raises UserError if the table is malformed."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)

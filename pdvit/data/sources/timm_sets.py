@@ -1,8 +1,10 @@
-"""Data sets that timm's `create_dataset` opens by name and that can be read by index: of torchvision, of a hub."""
+"""Data sets of torchvision and the Hugging Face hub that timm's `create_dataset` opens and reads by index."""
 
+import fcntl
 import io
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,22 +15,20 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.cache import digest, locked
 from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, assemble, choose_splits
-from pdvit.data.sources.labels import as_classes
 from pdvit.data.sources.split import FileSplit, LazySplit, Source
 from pdvit.errors import UserError
 
-# Of these torchvision has no validation split: what it calls `train=False` is the published test set.
+# torchvision has no validation split of these: `train=False` is the published test set.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 
-# What timm takes for a validation split, of torchvision's sets.
+# Validation splits of torchvision's sets, by timm's names.
 EVALUATION_NAMES = (*VALIDATION_NAMES, "eval", "evaluation")
 
 
 @dataclass(frozen=True)
 class ItemSplit(LazySplit):
-    """A split of items of a map-style data set, each an image or a stream of its bytes with more behind it."""
+    """A split of items of a map-style data set, whose first element is an image or a stream of its bytes."""
 
     items: Any
     indices: Tensor
@@ -59,8 +59,8 @@ class ItemSplit(LazySplit):
 def read_torchvision(data: DataConfig) -> Source:
     """Read `torch/NAME`, as timm names torchvision's data sets, in `data.root`.
 
-    Where torchvision has train and test only, validation is held out of train unless --val-split is given, which then
-    is the test set, as for timm. Raises UserError where the set is unknown or not there.
+    If torchvision has train and test only, validation is held out of train unless --val-split is given, which then
+    is the test set, as in timm. Raises UserError if the set is unknown or missing.
     """
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
@@ -83,7 +83,9 @@ def read_hub(data: DataConfig) -> Source:
     `data.input_key` and `data.target_key` name its columns (`image` and `label`). Raises UserError where the package
     is missing, or the set does not open.
     """
-    need("datasets", "hf-data", data.source)
+    if find_spec("datasets") is None:
+        what = f"'{data.source}' needs the package datasets, which is not installed"
+        raise UserError(what, "data.source (--data)", "pip install 'pdvit[hf-data]'")
     name = data.source.partition("/")[2]
     chosen = choose_splits(_split_names(name, data.source), data)
     if "train" not in chosen:
@@ -97,18 +99,15 @@ def read_hub(data: DataConfig) -> Source:
 
 
 def open_timm(data: DataConfig, split: str) -> Any:
-    """Return timm's data set of a split, not shuffled; UserError where it does not open.
-
-    What is downloaded, one process fetches while the others wait, and then find it there.
-    """
+    """Return timm's data set of a split, not shuffled; raises UserError if it does not open."""
     from timm.data import create_dataset
 
     keys = {"input_key": data.input_key, "target_key": data.target_key}
     options: dict[str, Any] = {key: value for key, value in keys.items() if value is not None}
     root = None if data.root is None else os.path.expanduser(data.root)
-    place = "" if root is None else os.path.abspath(root)
     try:
-        with locked(f"download-{digest(f'{data.source} {place}')}") if data.download else nullcontext():
+        # `datasets`, which needs no root, has locks of its own
+        with _download_lock(root) if data.download and root else nullcontext():
             return create_dataset(data.source, root=root, split=split, download=data.download, **options)
     except Exception as error:  # timm, torchvision and the hubs raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -116,15 +115,46 @@ def open_timm(data: DataConfig, split: str) -> Any:
         raise UserError(f"split '{split}' does not open: {reason}", data.source, tip) from error
 
 
-def need(package: str, extra: str, source: str) -> None:
-    """Raise UserError where an optional package is not installed."""
-    if find_spec(package) is None:
-        what = f"'{source}' needs the package {package}, which is not installed"
-        raise UserError(what, "data.source (--data)", f"pip install 'pdvit[{extra}]'")
+@contextmanager
+def _download_lock(root: str) -> Iterator[None]:
+    """Let one process download while the others wait."""
+    os.makedirs(root, exist_ok=True)
+    with open(os.path.join(root, ".pdvit-download.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def as_classes(
+    labels: Mapping[str, Sequence[Any]], names: Sequence[str] | None, where: str
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Return the classes, and the class index of each sample `(N,)` by split.
+
+    Whole numbers are indices of `names`, or of as many classes as train counts up to. Texts are class names, sorted.
+    Raises UserError for a label that is not one of the classes.
+    """
+    if names is None and all(isinstance(label, str) for label in labels["train"]):
+        names = sorted(set(labels["train"]))
+        known = {name: index for index, name in enumerate(names)}
+        labels = {split: [known.get(label, label) for label in values] for split, values in labels.items()}
+    if names is None:
+        whole = [label for label in labels["train"] if _is_whole(label)]
+        names = [str(index) for index in range(max(whole, default=-1) + 1)]
+    for split, values in labels.items():
+        outside = [place for place, label in enumerate(values) if not (_is_whole(label) and 0 <= label < len(names))]
+        if outside:
+            more = f" ({len(outside)} such)" if len(outside) > 1 else ""
+            label = f"label {values[outside[0]]!r} of sample {outside[0]} in {split}"
+            what = f"{label} is none of the {len(names)} classes{more}"
+            raise UserError(what, where, "-1 often means that a split has no labels: name another with --val-split")
+    return list(names), {split: torch.tensor(values, dtype=torch.long) for split, values in labels.items()}
+
+
+def _is_whole(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool)
 
 
 def _check_split(name: str, split: str, data: DataConfig) -> None:
-    """Raise UserError for a split of torchvision that is not there, where timm would take another in its place."""
+    """Raise UserError for a missing split of torchvision, for which timm would open another."""
     synonyms = next((names for names in (TRAIN_NAMES, EVALUATION_NAMES) if split in names), (split,))
     if name in TRAIN_AND_TEST:
         there = split in (*TRAIN_NAMES, *EVALUATION_NAMES, *TEST_NAMES)
@@ -152,7 +182,7 @@ def _split_names(name: str, source: str) -> list[str]:
 
 
 def _split(items: Any, labels: Tensor, title: str) -> LazySplit:
-    """Return a set of torchvision as a split: of its image files, where it lists them, or of its items."""
+    """Return a set of torchvision as a split of its image files, if it lists them, or of its items."""
     listed = getattr(items, "samples", None) or getattr(items, "imgs", None)
     return _items(items, labels, title) if listed is None else FileSplit([Path(file) for file, _ in listed], labels)
 

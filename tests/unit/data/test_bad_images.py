@@ -126,7 +126,7 @@ def test_without_skipping_the_first_one_ends_it(split):
 def test_bad_images_are_named_and_the_rest_counted():
     refuse_bad({})
     with pytest.raises(UserError) as caught:
-        BadImages().meet([BadImage(f"place/{number}.png", "torn") for number in range(13)])
+        BadImages().add([BadImage(f"place/{number}.png", "torn") for number in range(13)])
     assert "13 images do not decode" in caught.value.what
     assert "place/0.png (torn)" in caught.value.where
     assert "place/9.png" in caught.value.where

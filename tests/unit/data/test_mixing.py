@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.data.batch import Batch
-from pdvit.data.cutmix import MODES, draw_shares, partners
+from pdvit.data.cutmix import MODES, draw_fractions, partners
 from pdvit.data.mixing import Mixing
 from pdvit.losses import Objective
 from pdvit.models.tokens import TokenOutput
@@ -53,7 +53,7 @@ def test_the_mode_says_how_many_draws_there_are(mode, different):
 
 
 def test_shares_follow_the_beta_distribution():
-    shares = draw_shares(3000, 0.4, "elem", random.Random(0))
+    shares = draw_fractions(3000, 0.4, "elem", random.Random(0))
     assert stats.kstest(shares.numpy(), stats.beta(0.4, 0.4).cdf).pvalue > 0.01
 
 

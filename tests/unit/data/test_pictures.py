@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
+from pdvit.data.images import read_image
 from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
-from pdvit.data.preprocessing import read_image
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
 
@@ -83,7 +83,7 @@ def test_folders_and_files_can_be_named_together(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images"):
         named([str(tmp_path)])
 
 

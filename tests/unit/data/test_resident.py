@@ -9,7 +9,7 @@ from PIL import Image
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import resident as module
 from pdvit.data.bad_images import BadImages
-from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
+from pdvit.data.loader import LoaderConfig, augmentation_for, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.resident import resident
@@ -47,9 +47,10 @@ def how(device):
     return replace(HOW, device=torch.device(device))
 
 
-def held(source, wanted="auto", how=HOW):
+def held(source, wanted="auto", how=HOW, **settings):
     said = []
-    return resident(source, how, wanted, said.append), "\n".join(said)
+    augmentation = augmentation_for(source.splits["train"], how, AugmentConfig(**settings))
+    return resident(source, how, augmentation, wanted, said.append), "\n".join(said)
 
 
 def take(split, how=HOW, count=6, **settings):
@@ -76,7 +77,7 @@ def test_a_resident_set_gives_what_workers_give(source, how, size):
 def test_without_rounding_in_the_crop_everything_after_it_is_the_same(source, how):
     files = source((16, 16))
     kept, _ = held(files, how=how)
-    more = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
+    more = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "reprob": 0.5}
     ours, theirs = (take(source.splits["train"], how, **more) for source in (kept, files))
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one.images, other.images)
@@ -143,7 +144,7 @@ def test_embedded_images_are_there_already():
     source = Source("made", ["a"], {"train": split, "val": split})
     kept, said = held(source)
     assert kept is source
-    assert said == "images: on cpu from the start"
+    assert said == "images: on cpu"
 
 
 def test_files_that_do_not_decode_are_named(source):
@@ -155,8 +156,8 @@ def test_files_that_do_not_decode_are_named(source):
 
 
 def test_long_decoding_says_how_far_it_is(source, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS", -1.0)
-    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr(module, "DECODE_BATCH", 4)
     _, said = held(source((16, 16)))
     assert "decoding train: 8 of 12 images" in said
 

@@ -11,7 +11,7 @@ from timm.data import create_dataset
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.bad_images import BadImage
-from pdvit.data.preprocessing import try_read
+from pdvit.data.images import try_read
 from pdvit.data.sources import open_source
 from pdvit.data.sources.timm_sets import open_timm
 from pdvit.errors import UserError
@@ -126,7 +126,6 @@ def test_a_validation_folder_that_is_not_there_is_not_the_whole(image_folder):
 
 def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
     """Two threads stand for two processes: a lock on a file holds between open files, whoever has opened them."""
-    monkeypatch.setenv("PDVIT_CACHE", str(tmp_path / "cache"))
     inside, most = [], []
 
     def create(*_, **__):

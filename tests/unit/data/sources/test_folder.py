@@ -100,7 +100,7 @@ def names(split):
     return [split.key(index) for index in range(len(split))]
 
 
-def test_the_fingerprint_of_a_folder_is_that_of_earlier_versions(tmp_path):
+def test_the_fingerprint_is_a_hash_of_labels_and_names(tmp_path):
     source = folder(layout(tmp_path, ["train/ant/b.png", "train/ant/a/z.png", "train/bee/c.png", *VAL]))
     digest = sha256(np.array([0, 0, 1], dtype="<i8").tobytes() + b"z.png/b.png/c.png/").hexdigest()[:16]
     assert source.fingerprint()["train"] == {"images": 3, "hash": digest}
@@ -197,3 +197,22 @@ def test_the_real_packs_are_sources(real_data, pack, options, counts, classes):
     assert {name: len(split) for name, split in source.splits.items()} == counts
     assert len(source.classes) == classes
     assert all(split.labels.bincount().unique().numel() == 1 for split in source.splits.values())
+
+
+def test_links_to_class_folders_are_followed_and_deeper_ones_are_not(tmp_path):
+    layout(tmp_path, ["elsewhere/1.png", "elsewhere/2.png", "set/train/bee/3.png", "set/val/bee/4.png"])
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / "ant").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/train/bee/loop").symlink_to(tmp_path / "set")
+    source = folder(tmp_path / "set")
+    assert names(source.splits["train"]) == ["1.png", "2.png", "3.png"]
+    assert "1 file is not read" in source.describe()
+
+
+def test_only_split_folders_are_walked(tmp_path, monkeypatch):
+    """A disk may have folders beside them that nobody may read, such as lost+found."""
+    root = layout(tmp_path, ["train/ant/1.png", "val/ant/2.png", "lost+found/3.png"])
+    walked, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: walked.append(os.path.basename(path)) or real(path))
+    assert set(folder(root).splits) == {"train", "val"}
+    assert "lost+found" not in walked

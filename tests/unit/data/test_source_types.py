@@ -4,21 +4,26 @@ from pathlib import Path
 import pytest
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.kinds import KINDS, OF_SOURCES, TAKES, kind_of, list_kinds, unused_source_settings, whole_path
-from pdvit.data.sources import READERS
+from pdvit.data.source_types import (
+    SOURCE_SETTINGS,
+    SOURCE_TYPES,
+    absolute_path,
+    list_source_types,
+    source_type,
+    unused_source_settings,
+)
 
 
-def test_every_kind_has_a_reader_a_line_and_a_place_in_the_docs():
-    assert [kind.name for kind in KINDS] == list(READERS)
-    lines = list_kinds().splitlines()
+def test_every_type_has_a_line_and_is_in_the_docs():
+    lines = list_source_types().splitlines()
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    for kind in KINDS:
-        assert sum(kind.written in line for line in lines) == 1
-        assert all(part.strip() in page for part in kind.written.split(","))
+    for item in SOURCE_TYPES:
+        assert sum(item.pattern in line for line in lines) == 1
+        assert item.pattern in page
 
 
 @pytest.mark.parametrize(
-    ("source", "kind"),
+    ("source", "name"),
     [
         ("digits", "digits"),
         ("some/folder", None),
@@ -31,8 +36,8 @@ def test_every_kind_has_a_reader_a_line_and_a_place_in_the_docs():
         ("", None),
     ],
 )
-def test_a_kind_is_told_by_the_text(source, kind):
-    assert kind_of(source) == kind
+def test_the_text_identifies_the_type(source, name):
+    assert source_type(source) == name
 
 
 @pytest.mark.parametrize(
@@ -64,18 +69,18 @@ def test_a_setting_with_effect_is_not(data):
     assert unused_source_settings(data) == []
 
 
-def test_every_kind_says_which_settings_it_takes():
-    assert list(TAKES) == [kind.name for kind in KINDS]
-    assert set(OF_SOURCES) <= {item.name for item in fields(DataConfig)}
+def test_the_settings_of_types_are_configuration_keys():
+    names = {item.name for item in fields(DataConfig)}
+    assert all(set(item.settings) <= set(SOURCE_SETTINGS) <= names for item in SOURCE_TYPES)
 
 
 @pytest.mark.parametrize("prefix", ["", "hfds/", "HFDS/"])
 def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/set").mkdir(parents=True)
-    assert whole_path(f"{prefix}some/set") == f"{prefix}{tmp_path}/some/set"
-    assert whole_path(f"{prefix}{tmp_path}/some/set") == f"{prefix}{tmp_path}/some/set"
-    assert whole_path(f"{prefix}owner/name") == f"{prefix}owner/name"
+    assert absolute_path(f"{prefix}some/set") == f"{prefix}{tmp_path}/some/set"
+    assert absolute_path(f"{prefix}{tmp_path}/some/set") == f"{prefix}{tmp_path}/some/set"
+    assert absolute_path(f"{prefix}owner/name") == f"{prefix}owner/name"
 
 
 @pytest.mark.parametrize("source", ["digits", "torch/mnist"])
@@ -83,4 +88,4 @@ def test_a_name_is_no_path(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     for name in ("digits", "mnist"):
         (tmp_path / name).mkdir()
-    assert whole_path(source) == source
+    assert absolute_path(source) == source

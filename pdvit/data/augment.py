@@ -1,0 +1,329 @@
+"""Augmentation of training images.
+
+In the workers, image by image: the random crop, which needs the original pixels, and timm's RandAugment or colour
+jitter. On the device, in batch: shift, flip and erasing; of a resident set also the crop. All draws are functions of
+(seed, epoch, sample index), so they depend neither on the batch nor on the process. Batched draws are made on the host,
+where the indices are; only small tables of parameters go to the device, and the host never waits for it.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.transforms import str_to_pil_interp
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.randomness import fold, uniform
+
+# Defaults for images that were decoded from files.
+DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
+# Attempts to draw a box that fits.
+TRIES = 10
+CROP_DRAWS, ERASE_DRAWS = 2 * TRIES + 2, 2 * TRIES + 3
+# Of erased boxes: fraction of the area, and ratio of height to width, (min, max) as in timm.
+ERASE_SCALE, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+
+
+class Stream(IntEnum):
+    """The independent draws of a sample."""
+
+    CROP = 1
+    FLIP = 2
+    POLICY = 3
+    ERASE = 5
+    NOISE = 6
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The augmentation of a run; `scale` None: no crop."""
+
+    preprocessing: Preprocessing
+    seed: int
+    scale: tuple[float, float] | None
+    ratio: tuple[float, float]
+    shift: int
+    hflip: float
+    auto_augment: str
+    color_jitter: float
+    reprob: float
+
+    @classmethod
+    def from_config(
+        cls, config: AugmentConfig, decoded: bool, preprocessing: Preprocessing, seed: int
+    ) -> "Augmentation":
+        """Fill in unset values: crop and flip for decoded image files, neither for sets held in memory."""
+        return cls(
+            preprocessing,
+            seed,
+            config.scale or (DEFAULT_SCALE if decoded else None),
+            config.ratio,
+            config.shift,
+            (DEFAULT_HFLIP if decoded else 0.0) if config.hflip is None else config.hflip,
+            config.auto_augment,
+            0.0 if config.auto_augment else config.color_jitter,  # as in timm
+            config.reprob,
+        )
+
+    def describe(self) -> str:
+        """Return a short description."""
+        parts = [f"crop of {self.scale[0]:.0%} to {self.scale[1]:.0%}"] if self.scale else []
+        parts += [f"shift by up to {self.shift}"] if self.shift else []
+        parts += [f"flip {self.hflip:.0%}"] if self.hflip else []
+        parts += [f"RandAugment {self.auto_augment}"] if self.auto_augment else []
+        parts += [f"colour jitter {self.color_jitter:g}"] if self.color_jitter else []
+        parts += [f"erase {self.reprob:.0%}"] if self.reprob else []
+        return ", ".join(parts) or "none"
+
+    @property
+    def per_image(self) -> bool:
+        """Whether timm transforms each image by itself, in the workers."""
+        return bool(self.auto_augment or self.color_jitter)
+
+    @cached_property
+    def _policy(self) -> Any:
+        """The transform of PIL images: timm's RandAugment, or colour jitter with timm's arguments."""
+        if not self.auto_augment:
+            return v2.ColorJitter(*(self.color_jitter,) * 3)
+        size, mean = self.preprocessing.size, self.preprocessing.mean
+        parameters = {
+            "translate_const": int(0.45 * size),
+            "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+            "interpolation": str_to_pil_interp(self.preprocessing.interpolation),
+        }
+        policy = auto_augment.rand_augment_transform(self.auto_augment, parameters)
+        for operation in policy.ops:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+        return policy
+
+    def transform(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        """Apply timm's transform to a cropped image, uint8 `(3, size, size)`, seeded by (seed, epoch, index)."""
+        if not self.per_image:
+            return image
+        with _seeded(fold(self.seed, epoch, Stream.POLICY, index)):
+            changed: Tensor = v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
+            return changed
+
+    def boxes(self, epoch: int, index: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
+        """Return the crop of each image, `(B, 4)`: top, left, height, width. All tensors are on the host."""
+        if self.scale is None:
+            return torch.stack([torch.zeros_like(heights), torch.zeros_like(widths), heights, widths], 1)
+        return crop_boxes(self._draws(Stream.CROP, epoch, index, CROP_DRAWS), heights, widths, self.scale, self.ratio)
+
+    def crop(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
+        """Crop a batch on the device, uint8 `(B, 3, h, w)`, to the input size."""
+        if self.scale is None:
+            return images
+        sides = [torch.tensor(side).expand(len(images)) for side in images.shape[2:]]
+        boxes = self.boxes(epoch, index, *sides).to(images.device, non_blocking=True)
+        return crop_batch(images, boxes, self.preprocessing.size, self.preprocessing.interpolation)
+
+    def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
+        """Return the input of the model, float32, of uint8 images `(B, 3, size, size)`; `index` is on the host."""
+        device = images.device
+        if self.shift:
+            drawn = uniform(fold(self.seed, epoch), index, 2).to(device, non_blocking=True)
+            images = shift_images(images, self.shift, drawn)
+        if self.hflip:
+            flip = self._draws(Stream.FLIP, epoch, index, 1)[:, :, None, None] < self.hflip
+            images = torch.where(flip.to(device, non_blocking=True), images.flip(3), images)
+        normalised = self.preprocessing.normalise(images)
+        if self.reprob:
+            drawn = self._draws(Stream.ERASE, epoch, index, ERASE_DRAWS)
+            boxes = erase_boxes(drawn, self.reprob, *images.shape[2:])
+            normalised = erase(normalised, boxes, fold(self.seed, epoch, Stream.NOISE), index)
+        return normalised
+
+    def _draws(self, stream: Stream, epoch: int, index: Tensor, count: int) -> Tensor:
+        return uniform(fold(self.seed, epoch, stream), index, count)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Posterize as timm does, also to 0 bits (black), which newer versions of Pillow refuse."""
+    return auto_augment.posterize(image, bits) if bits else image.point(lambda _: 0)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the generators that timm and torchvision draw from on the CPU, and restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def crop_boxes(
+    draws: Tensor, heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Tensor:
+    """Return the box of a random resized crop for each image, `(B, 4)`: top, left, height, width.
+
+    The fraction of the area is drawn from `scale`, the ratio of width to height from `ratio` on a log scale; the first
+    of ten tries that fits counts, else the largest central box of an allowed ratio (as in torchvision and timm).
+
+    Args:
+        draws: `(B, 22)`, numbers in [0, 1), on the host.
+        heights, widths: of the images, `(B,)`.
+        scale, ratio: (min, max).
+    """
+    draws, heights, widths = draws.double(), heights.double()[:, None], widths.double()[:, None]
+    tries = draws[:, : 2 * TRIES].view(-1, TRIES, 2)
+    area = heights * widths * _between(tries[..., 0], *scale)
+    shape = _between(tries[..., 1], math.log(ratio[0]), math.log(ratio[1])).exp()
+    wide, tall = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (wide >= 1) & (wide <= widths) & (tall >= 1) & (tall <= heights)
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
+    wide = torch.where(found, wide.gather(1, first), (heights * ratio[1]).round().clamp(min=1).minimum(widths))
+    tall = torch.where(found, tall.gather(1, first), (widths / ratio[0]).round().clamp(min=1).minimum(heights))
+    free = torch.cat([heights - tall, widths - wide], 1)
+    corner = torch.where(found, (draws[:, -2:] * (free + 1)).floor(), (free / 2).floor())
+    return torch.cat([corner, tall, wide], 1).long()
+
+
+def _between(draws: Tensor, low: float, high: float) -> Tensor:
+    """Map numbers from [0, 1) to [low, high)."""
+    return low + (high - low) * draws
+
+
+def crop_pixels(pixels: Any, box: tuple[float, float, float, float], size: int, mode: str) -> Tensor:
+    """Cut a box out of an image and resample it to `(3, size, size)`, uint8.
+
+    Args:
+        pixels: `(H, W, 3)`, a uint8 array.
+        box: top, left, height and width in its pixels; the edges are rounded to whole ones.
+        size, mode: side of the result, `bilinear` or `bicubic`.
+    """
+    top, left = round(box[0]), round(box[1])
+    bottom, right = max(top + 1, round(box[0] + box[2])), max(left + 1, round(box[1] + box[3]))
+    cut = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
+    return F.interpolate(cut, (size, size), mode=mode, antialias=True)[0]
+
+
+def crop_batch(images: Tensor, boxes: Tensor, size: int, mode: str) -> Tensor:
+    """Cut a box out of each image of a batch and resample it to `(B, C, size, size)`, uint8.
+
+    Args:
+        images: uint8 `(B, C, H, W)`, neither side larger than `size`: nothing is ever scaled down.
+        boxes: `(B, 4)` on the same device: top, left, height, width.
+        size, mode: side of the result, `bilinear` or `bicubic`.
+    """
+    count, channels, height, width = images.shape
+    top, left, tall, wide = boxes.unbind(1)
+    across = _weights(left, wide, width, size, mode)
+    rows = _levels(images.float().view(count, channels * height, width) @ across.mT)
+    down = _weights(top, tall, height, size, mode)
+    return _levels(down[:, None] @ rows.view(count, channels, height, size)).to(torch.uint8)
+
+
+def _levels(values: Tensor) -> Tensor:
+    return values.round_().clamp_(0, 255)
+
+
+def _weights(start: Tensor, length: Tensor, side: int, size: int, mode: str) -> Tensor:
+    """Return the weights that resample [start, start + length) of `side` pixels to `size` pixels: `(B, size, side)`.
+
+    They are multiples of 1/1024, so that sums of products with levels are exact in float32 and TF32 alike: the result
+    depends neither on the batch nor on the device nor on the order of summation.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    pixel = torch.arange(side, device=start.device)
+    middle = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * (length / size)
+    weights = _kernel(pixel + 0.5 - middle, mode) * ((pixel >= start) & (pixel < start + length))
+    weights = (weights * (1024 / weights.sum(2, keepdim=True))).round_()
+    largest = weights.argmax(2, keepdim=True)
+    return weights.scatter_add_(2, largest, 1024 - weights.sum(2, keepdim=True)) / 1024
+
+
+def _kernel(distance: Tensor, mode: str) -> Tensor:
+    """Return Pillow's weight of a pixel at a distance: a triangle, or Keys' cubic with a = -0.5."""
+    distance = distance.abs()
+    if mode == "bilinear":
+        return (1 - distance).clamp(min=0)
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
+    """Move each image by up to `max_shift` pixels down and right or up and left, repeating the border.
+
+    Args:
+        images: `(B, C, H, W)`, any dtype.
+        max_shift: in pixels.
+        draws: `(B, 2)`, numbers in [0, 1) that decide the shift of each image.
+    """
+    height, width = images.shape[-2:]
+    offset = (draws * (2 * max_shift + 1)).long() - max_shift
+    rows = (torch.arange(height, device=images.device) - offset[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) - offset[:, 1:]).clamp(0, width - 1)
+    each = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def erase_boxes(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
+    """Return the box of random erasing (arXiv 1708.04896), `(B, 4)`: top, left, height, width; height 0: none.
+
+    Args:
+        draws: `(B, 23)`, numbers in [0, 1), on the host.
+        probability: fraction of images that are erased.
+        height, width: of the images.
+    """
+    draws = draws.double()
+    tries = draws[:, 3:].view(-1, TRIES, 2)
+    area = height * width * _between(tries[..., 0], *ERASE_SCALE)
+    shape = _between(tries[..., 1], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])).exp()
+    tall, wide = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (tall < height) & (wide < width)
+    first = fits.int().argmax(1, keepdim=True)
+    done = fits.any(1, keepdim=True) & (draws[:, :1] < probability)
+    tall, wide = tall.gather(1, first) * done, wide.gather(1, first)
+    corner = draws[:, 1:3] * (torch.cat([height - tall, width - wide], 1) + 1)
+    return torch.cat([corner.floor(), tall, wide], 1).long()
+
+
+def erase(images: Tensor, boxes: Tensor, seed: int, index: Tensor) -> Tensor:
+    """Fill rectangles of normalised images `(B, C, H, W)` with normal noise, each pixel its own, in place.
+
+    Args:
+        images: float32.
+        boxes: `(B, 4)` on the host, of `erase_boxes`.
+        seed, index: decide the noise, with one sample index for each image, `(B,)`, on the host.
+    """
+    rows = boxes[:, 2].nonzero()[:, 0]
+    if not len(rows):
+        return images
+    device = images.device
+    top, left, tall, wide = boxes[rows].to(device, non_blocking=True)[:, :, None].unbind(1)
+    down = torch.arange(images.shape[2], device=device)
+    right = torch.arange(images.shape[3], device=device)
+    inside = ((down >= top) & (down < top + tall))[:, :, None] & ((right >= left) & (right < left + wide))[:, None]
+    index, rows = index[rows].to(device, non_blocking=True), rows.to(device, non_blocking=True)
+    noise = normal(seed, index, images[0].numel()).view(-1, *images.shape[1:])
+    images[rows] = torch.where(inside[:, None], noise, images[rows])
+    return images
+
+
+def normal(seed: int, index: Tensor, draws: int) -> Tensor:
+    """Return `draws` normal numbers for each sample, `(len(index), draws)`, float32: by Box and Muller."""
+    first, second = uniform(seed, index, draws + draws % 2).chunk(2, dim=1)
+    radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :draws]

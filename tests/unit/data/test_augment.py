@@ -1,0 +1,336 @@
+import math
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import _geometry
+from torchvision.transforms.v2 import functional as V
+
+from pdvit.config.schema import INTERPOLATIONS, AugmentConfig
+from pdvit.data.augment import (
+    CROP_DRAWS,
+    ERASE_DRAWS,
+    Augmentation,
+    crop_batch,
+    crop_boxes,
+    crop_pixels,
+    erase,
+    erase_boxes,
+    normal,
+    shift_images,
+)
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.randomness import uniform
+
+SIZE, COUNT = 16, 24
+PLAIN = Preprocessing(SIZE, 1.0, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+EVERYTHING = {
+    "scale": (0.4, 1.0),
+    "shift": 2,
+    "hflip": 0.5,
+    "reprob": 0.5,
+}
+IMAGES = torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def augmentation(decoded=False, **settings):
+    return Augmentation.from_config(AugmentConfig(**settings), decoded, PLAIN, seed=4)
+
+
+def result(augment, index, epoch=2):
+    return augment(augment.crop(IMAGES[index], epoch, index), epoch, index)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=9, unique=True))
+def test_an_image_becomes_the_same_in_any_batch(index):
+    augment = augmentation(**EVERYTHING)
+    whole = result(augment, torch.arange(COUNT))
+    assert torch.equal(result(augment, torch.tensor(index)), whole[index])
+
+
+@pytest.mark.parametrize("changed", [{"scale": (0.4, 1.0)}, {"shift": 2}, {"hflip": 0.5}])
+def test_draws_change_with_epoch_sample_and_seed(changed):
+    augment = augmentation(**changed)
+    index, other = torch.arange(8), torch.arange(8) + 8
+    first = result(augment, index)
+    assert torch.equal(result(augment, index), first)
+    assert not torch.equal(result(augment, index, epoch=3), first)
+    assert not torch.equal(result(replace(augment, seed=5), index), first)
+    assert not torch.equal(augment(augment.crop(IMAGES[:8], 2, other), 2, other), first)
+
+
+def test_defaults_depend_on_whether_images_were_files():
+    index = torch.arange(COUNT)
+    assert torch.equal(result(augmentation(), index), PLAIN.normalise(IMAGES))
+    assert augmentation().describe() == "none"
+    assert augmentation(decoded=True).describe() == "crop of 35% to 100%, flip 50%"
+    assert augmentation(decoded=True, hflip=0.0, scale=(0.1, 0.5)).describe() == "crop of 10% to 50%"
+
+
+def test_half_of_the_images_are_flipped():
+    index = torch.arange(COUNT)
+    expected, found = PLAIN.normalise(IMAGES), result(augmentation(hflip=0.5), index)
+    flipped = (found == expected.flip(3)).flatten(1).all(1)
+    assert ((found == expected).flatten(1).all(1) ^ flipped).all()
+    assert 6 <= flipped.sum() <= 18
+    assert torch.equal(result(augmentation(hflip=1.0), index), expected.flip(3))
+
+
+def states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("settings", [{"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}], ids=str)
+def test_timm_transforms_are_functions_of_seed_epoch_and_index_and_leave_generators_alone(settings):
+    augment, image, before = augmentation(**settings), IMAGES[0], states()
+    changed = [augment.transform(image, 2, index) for index in range(12)]
+    assert states() == before
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    assert all(torch.equal(augment.transform(image, 2, index), changed[index]) for index in range(12))
+    for other in (
+        [augment.transform(image, 3, index) for index in range(12)],
+        [replace(augment, seed=5).transform(image, 2, index) for index in range(12)],
+        [image] * 12,
+        changed[1:] + changed[:1],
+    ):
+        assert not all(map(torch.equal, other, changed))
+    assert torch.equal(augmentation().transform(image, 2, 0), image)
+
+
+def test_randaugment_is_that_of_timms_own_transform():
+    """By the same seed, with timm's parameters for this size, mean and interpolation."""
+    augment = augmentation(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)  # timm drops jitter then, too
+    made = timm.data.create_transform(
+        SIZE, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, mean=PLAIN.mean,
+        interpolation="bicubic", hflip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0),
+    )  # fmt: skip
+    policy = next(step for step in made.transforms if type(step).__name__ == "RandAugment")
+    image, found, expected = v2.functional.to_pil_image(IMAGES[0]), [], []
+    for seed in range(20):
+        for transform, into in ((policy, expected), (augment._policy, found)):
+            random.seed(seed)
+            np.random.seed(seed)
+            into.append(np.asarray(transform(image)).tolist())
+    assert found == expected
+    assert augment.describe() == "RandAugment rand-m9-mstd0.5-inc1"
+
+
+def test_posterizing_to_no_bits_gives_black_whatever_the_version_of_pillow():
+    image = v2.functional.to_pil_image(IMAGES[0])
+    (operation,) = (op for op in augmentation(auto_augment="rand-m10-inc1-p1")._policy.ops if "Posterize" in op.name)
+    assert not np.asarray(operation(image)).any()
+
+
+def test_colour_jitter_has_timms_arguments():
+    made = timm.data.create_transform(SIZE, is_training=True, color_jitter=0.4)
+    theirs = next(step for step in made.transforms if type(step).__name__ == "ColorJitter")
+    ours = augmentation(color_jitter=0.4)._policy
+    names = ("brightness", "contrast", "saturation", "hue")
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+
+
+def test_erasing_comes_after_normalising():
+    plain, erased = result(augmentation(), torch.arange(COUNT)), result(augmentation(reprob=1.0), torch.arange(COUNT))
+    noise = erased[erased != plain]
+    assert float(noise.mean()) == pytest.approx(0, abs=0.1)
+    assert float(noise.std()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.gpu
+def test_a_gpu_does_the_same_and_is_never_waited_for():
+    augment, index = augmentation(**EVERYTHING), torch.arange(COUNT)
+    images = IMAGES.cuda()
+
+    def on_gpu():
+        return augment(augment.crop(images, 2, index), 2, index)
+
+    on_gpu()  # constants are copied once
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        found = on_gpu()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = result(augment, index)
+    assert torch.equal(augment.crop(images, 2, index).cpu(), augment.crop(IMAGES, 2, index))
+    # the last bit of a sine or a logarithm may differ, and then a level
+    assert ((found.cpu() - expected).abs() > 1e-4).float().mean() < 0.01
+
+
+SCALE, RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
+
+
+def boxes_of(count, height, width, scale=SCALE, ratio=RATIO, seed=1):
+    draws = uniform(seed, torch.arange(count), CROP_DRAWS)
+    sides = (torch.full((count,), side) for side in (height, width))
+    return draws, crop_boxes(draws, *sides, scale, ratio)
+
+
+def torchvision_box(draws, height, width, scale, ratio):
+    """Let torchvision's own transform choose, with our draws instead of its generator's."""
+    tries, corner = iter(draws[:-2]), iter(draws[-2:])
+
+    def between(low, high):
+        return torch.tensor([low + (high - low) * next(tries)], dtype=torch.float64)
+
+    fake = SimpleNamespace(
+        empty=lambda _: SimpleNamespace(uniform_=lambda low, high: between(float(low), float(high))),
+        randint=lambda low, high, size: torch.tensor([low + math.floor(next(corner) * (high - low))]),
+        exp=torch.exp,
+        log=torch.log,
+        tensor=torch.tensor,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_geometry, "torch", fake)
+        found = v2.RandomResizedCrop(8, scale=scale, ratio=ratio).make_params([torch.empty(3, height, width)])
+    return [found[name] for name in ("top", "left", "height", "width")]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.sampled_from([SCALE, (0.08, 1.0), (1.0, 1.0), (0.5, 0.5)]),
+    st.sampled_from([RATIO, (1.0, 1.0), (2.0, 3.0)]),
+)
+def test_the_box_is_the_one_that_torchvision_cuts_for_the_same_draws(height, width, scale, ratio):
+    draws, boxes = boxes_of(8, height, width, scale, ratio)
+    for row, box in zip(draws.double().tolist(), boxes.tolist(), strict=True):
+        expected = torchvision_box(row, height, width, scale, ratio)
+        # the logarithm of its ratio is float32: a side that is nearly k + 0.5 may round to the other number
+        assert box == pytest.approx(expected, abs=1)
+        assert box[0] >= 0
+        assert box[1] >= 0
+        assert box[2] >= 1
+        assert box[3] >= 1
+        assert box[0] + box[2] <= height
+        assert box[1] + box[3] <= width
+
+
+def test_a_box_of_the_whole_image_leaves_it():
+    images = torch.randint(256, (4, 3, 9, 9), dtype=torch.uint8)
+    whole = torch.tensor([[0, 0, 9, 9]]).expand(4, 4)
+    for mode in INTERPOLATIONS:
+        assert torch.equal(crop_batch(images, whole, 9, mode), images)
+
+
+@pytest.mark.parametrize("mode", INTERPOLATIONS)
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (20, 28, 32), (16, 16, 48)])
+def test_a_batch_and_single_images_are_resampled_as_torchvision_does(mode, height, width, size):
+    noise = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
+    images = torch.nn.functional.interpolate(noise, (height, width), mode="bilinear").to(torch.uint8)
+    _, boxes = boxes_of(12, height, width, (0.1, 1.0))
+    found = crop_batch(images, boxes, size, mode)
+    for image, box, ours in zip(images, boxes.tolist(), found, strict=True):
+        array = image.permute(1, 2, 0).numpy().copy()
+        reference = V.resized_crop(Image.fromarray(array), *box, [size, size], v2.InterpolationMode(mode))
+        expected = V.pil_to_tensor(reference).int()
+        for result in (ours, crop_pixels(array, box, size, mode)):
+            difference = (result - expected).abs()
+            assert difference.max() <= 2
+            assert difference.float().mean() < 0.15
+
+
+@pytest.mark.parametrize("mode", INTERPOLATIONS)
+def test_one_level_stays_one_level(mode):
+    for level in (0, 1, 254, 255):
+        images = torch.full((16, 3, 16, 16), level, dtype=torch.uint8)
+        assert (crop_batch(images, boxes_of(16, 16, 16, (0.05, 1.0))[1], 24, mode) == level).all()
+
+
+def test_the_edges_of_a_box_of_part_pixels_are_rounded():
+    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10, 1).repeat(3, 2).copy()
+    assert crop_pixels(pixels, (2.4, 2.6, 1.2, 1.0), 2, "bilinear").unique().tolist() == [23, 33]
+    assert crop_pixels(pixels, (2.4, 2.6, 0.1, 0.1), 2, "bilinear").unique().tolist() == [23]
+
+
+def slow_shift(image, down, right):
+    channels, height, width = image.shape
+    moved = torch.empty_like(image)
+    for channel in range(channels):
+        for row in range(height):
+            for column in range(width):
+                source_row = min(max(row - down, 0), height - 1)
+                source_column = min(max(column - right, 0), width - 1)
+                moved[channel, row, column] = image[channel, source_row, source_column]
+    return moved
+
+
+def test_shifting_moves_down_and_right_and_repeats_the_border():
+    images = torch.randint(256, (5, 2, 4, 6), dtype=torch.uint8)
+    # With a reach of 2 there are five offsets, and the middle of each fifth of [0, 1) hits one.
+    offsets = [(-2, 2), (-1, 1), (0, 0), (1, -1), (2, -2)]
+    draws = torch.tensor([[(down + 2.5) / 5, (right + 2.5) / 5] for down, right in offsets])
+    expected = torch.stack([slow_shift(image, *offset) for image, offset in zip(images, offsets, strict=True)])
+    assert torch.equal(shift_images(images, 2, draws), expected)
+
+
+def test_every_shift_is_reached_and_none_beyond():
+    images = torch.arange(25.0).view(1, 1, 5, 5).repeat(400, 1, 1, 1)
+    draws = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+    centres = shift_images(images, 1, draws)[:, 0, 2, 2]
+    assert sorted(set(centres.tolist())) == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+
+
+def erased_boxes(count, probability, height=32, width=32):
+    return erase_boxes(uniform(5, torch.arange(count), ERASE_DRAWS), probability, height, width)
+
+
+def test_rectangles_are_those_of_timm_in_number_size_and_shape():
+    """Compared as distributions: timm draws from Python's generator."""
+    count, side = 6000, 32
+    found = erased_boxes(count, 0.4, side, side)
+    random.seed(0)
+    erasing, theirs = RandomErasing(0.4, mode="const", device="cpu"), []
+    for _ in range(count):
+        rows, columns = (erasing(torch.ones(1, side, side))[0] == 0).nonzero(as_tuple=True)
+        spans = [(int(at.min()), int(at.max() - at.min()) + 1) if len(at) else (0, 0) for at in (rows, columns)]
+        theirs.append([spans[0][0], spans[1][0], spans[0][1], spans[1][1]])
+    expected = torch.tensor(theirs)
+    assert ((found[:, 2] > 0).double().mean() - (expected[:, 2] > 0).double().mean()).abs() < 0.03
+    ours, theirs = (rows[rows[:, 2] > 0].double() for rows in (found, expected))
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.6, rtol=0)
+    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.6, rtol=0)
+    assert (ours[:, :2] >= 0).all()
+    assert ((ours[:, :2] + ours[:, 2:]) <= side).all()
+
+
+def test_only_the_rectangle_becomes_noise():
+    images = torch.full((50, 3, 20, 24), 9.0)
+    chosen = erased_boxes(50, 0.5, 20, 24)
+    erased = erase(images.clone(), chosen, 1, torch.arange(50))
+    inside = torch.zeros(50, 20, 24, dtype=torch.bool)
+    for row, (top, left, tall, wide) in enumerate(chosen.tolist()):
+        inside[row, top : top + tall, left : left + (wide if tall else 0)] = True
+    assert torch.equal((erased != images).all(1), inside)
+    assert torch.equal((erased != images).any(1), inside)
+    values = erased.movedim(1, -1)[inside]
+    assert float(values.mean()) == pytest.approx(0, abs=0.05)
+    assert float(values.std()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_the_probability_has_its_ends(probability):
+    assert (erased_boxes(500, probability)[:, 2] > 0).double().mean() == probability
+
+
+def test_noise_is_normal_and_a_function_of_seed_and_sample():
+    noise = normal(1, torch.arange(200), 501)
+    assert noise.shape == (200, 501)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.01)
+    assert float((noise**2).mean()) == pytest.approx(1, abs=0.02)
+    assert float((noise**4).mean()) == pytest.approx(3, abs=0.15)
+    assert torch.isfinite(noise).all()
+    assert torch.equal(normal(1, torch.tensor([7]), 501)[0], noise[7])
+    assert not torch.equal(normal(2, torch.tensor([7]), 501)[0], noise[7])

@@ -1,0 +1,223 @@
+import errno
+import io
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data import images
+from pdvit.data.augment import Augmentation
+from pdvit.data.bad_images import BadImage
+from pdvit.data.images import TrainingImages, try_read
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.sources import FileSplit
+
+PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def attempt(path):
+    return try_read(FileSplit([path], torch.tensor([0])), 0)
+
+
+def read(path):
+    image = attempt(path)
+    assert isinstance(image, Image.Image), image
+    assert image.mode == "RGB"
+    return image
+
+
+def colour(image):
+    return np.asarray(image, dtype=int)[1, 1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "value", "expected"),
+    [
+        ("grey.png", "L", 100, [100, 100, 100]),
+        ("bits.png", "1", 1, [255, 255, 255]),
+        ("both.png", "LA", (90, 10), [90, 90, 90]),
+        ("clear.png", "RGBA", (10, 20, 30, 40), [10, 20, 30]),
+        ("plain.bmp", "RGB", (10, 20, 30), [10, 20, 30]),
+        ("plain.webp", "RGB", (255, 255, 255), [255, 255, 255]),
+        ("print.tif", "CMYK", (0, 255, 255, 0), [255, 0, 0]),
+        ("print.jpg", "CMYK", (0, 0, 0, 0), [255, 255, 255]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, name, mode, value, expected):
+    Image.new(mode, (4, 4), value).save(tmp_path / name)
+    assert colour(read(tmp_path / name)) == pytest.approx(expected, abs=2)
+
+
+@pytest.mark.parametrize("more", [{}, {"transparency": b"\x00\x80"}])
+def test_a_palette_becomes_rgb(tmp_path, more):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "palette.png", **more)
+    assert colour(read(tmp_path / "palette.png")) == [200, 100, 50]
+
+
+# 16 bits are scaled, not clipped: a half-bright image must not turn white.
+@pytest.mark.parametrize(("value", "grey"), [(0, 0), (128 * 257, 128), (65535, 255)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_brightness(tmp_path, suffix, value, grey):
+    file = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(file)
+    assert colour(read(file)) == pytest.approx([grey] * 3, abs=1)
+
+
+def encoded(form, size=(24, 24)):
+    content = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(content, form)
+    return content.getvalue()
+
+
+def bomb():
+    """Return a PNG that claims to have 10^10 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 100, b"this is text", encoded("JPEG")[:-200], encoded("PNG")[:-200], encoded("PNG")[:20], bomb()],
+    ids=["empty", "zeros", "text", "half a jpeg", "half a png", "the start of a png", "a bomb"],
+)
+def test_a_file_that_does_not_decode_says_why(tmp_path, content):
+    file = tmp_path / "bad.png"
+    file.write_bytes(content)
+    bad = attempt(file)
+    assert isinstance(bad, BadImage)
+    assert bad.name == str(file)
+    assert bad.reason
+
+
+def test_a_missing_file_says_why(tmp_path):
+    assert isinstance(attempt(tmp_path / "none.png"), BadImage)
+
+
+def test_a_tiff_that_gives_text_for_a_number_says_why(tmp_path):
+    content = bytearray(encoded("TIFF"))
+    offset, whole, text = 273, 4, 2  # a tag and two of its types; here Pillow raises TypeError
+    at = content.index(struct.pack("<HHI", offset, whole, 1))
+    content[at + 2 : at + 4] = struct.pack("<H", text)
+    (tmp_path / "odd.tif").write_bytes(content)
+    assert isinstance(attempt(tmp_path / "odd.tif"), BadImage)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
+def test_no_damage_ends_in_a_traceback(tmp_path, form):
+    rng, sound, file = random.Random(0), encoded(form), tmp_path / "damaged.png"
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(rng.randint(1, 4)):
+            content[rng.randrange(min(len(content), rng.choice([64, 4096])))] = rng.randrange(256)
+        file.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+        assert isinstance(attempt(file), Image.Image | BadImage)
+
+
+def training_images(paths, seed=3, preprocessing=PLAIN, **settings):
+    augmentation = Augmentation.from_config(AugmentConfig(**settings), True, preprocessing, seed)
+    return TrainingImages(FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)), augmentation)
+
+
+def photograph(form, size):
+    """Return one of scikit-learn's photographs, encoded."""
+    from sklearn.datasets import load_sample_image
+
+    content = io.BytesIO()
+    Image.fromarray(load_sample_image("flower.jpg")).resize(size).save(content, form)
+    return content.getvalue()
+
+
+# A JPEG is decoded at half its size where the crop is twice the input: not the same pixels, but near them.
+@pytest.mark.parametrize(("form", "size", "step", "mean"), [("PNG", (96, 64), 1, 0.05), ("JPEG", (200, 160), 2, 2.5)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, step, mean, interpolation):
+    path = tmp_path / "photograph"
+    path.write_bytes(photograph(form, size))
+    how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
+    data = training_images([path] * 8, preprocessing=how, scale=(0.5, 0.9))
+    found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
+    boxes = data.augmentation.boxes(0, torch.arange(8), *(torch.full((8,), side) for side in size[::-1]))
+    whole, mode = Image.open(path), v2.InterpolationMode(interpolation)
+    expected = []
+    for top, left, tall, wide in boxes.tolist():
+        edges = [round(edge / step) * step for edge in (top, left, top + tall, left + wide)]
+        box = (*edges[:2], edges[2] - edges[0], edges[3] - edges[1])
+        expected.append(v2.functional.pil_to_tensor(v2.functional.resized_crop(whole, *box, [48, 48], mode)))
+    difference = (torch.stack(expected).int() - found).abs().float()
+    assert difference.mean() < mean
+    assert difference.max() <= (4 if step == 1 else 60)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(photograph("JPEG", (96, 80)))
+    shapes, real = [], images.crop_pixels
+    monkeypatch.setattr(images, "crop_pixels", lambda pixels, *rest: shapes.append(pixels.shape) or real(pixels, *rest))
+    training_images([path], scale=(1.0, 1.0)).__getitems__([(0, 0)])
+    assert shapes == [(10, 12, 3)]
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
+    opened = []
+    most = 0
+    real = Image.open
+
+    def counting(path):
+        nonlocal most
+        image = real(path)
+        opened.append(image)
+        most = max(most, sum(image.fp is not None for image in opened))
+        return image
+
+    monkeypatch.setattr(Image, "open", counting)
+    training_images([tmp_path / "plain.png"] * 100).__getitems__([(0, index) for index in range(100)])
+    assert len(opened) == 100
+    assert most <= 32
+
+
+def test_the_crop_is_a_function_of_seed_epoch_and_index(tmp_path):
+    Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / "noise.png")
+    data = training_images([tmp_path / "noise.png"] * 2)
+
+    def crop(epoch, index, data=data):
+        return data.__getitems__([(epoch, index)])[0][0]
+
+    torch.manual_seed(1)
+    first = crop(0, 1)
+    before = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(crop(0, 1), first)
+    torch.set_rng_state(before)
+    assert not torch.equal(crop(1, 1), first)
+    assert not torch.equal(crop(0, 0), first)
+    assert not torch.equal(crop(0, 1, training_images([tmp_path / "noise.png"] * 2, seed=4)), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_machine_that_runs_short_is_not_taken_for_a_bad_image(error, monkeypatch):
+    def run_short(split, index):
+        raise error
+
+    monkeypatch.setattr(FileSplit, "open", run_short)
+    with pytest.raises(type(error)):
+        try_read(FileSplit([Path("0.png")], torch.tensor([0])), 0)
+
+
+def test_a_pipe_is_a_bad_image_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "0.png")
+    bad = try_read(FileSplit([tmp_path / "0.png"], torch.tensor([0])), 0)
+    assert isinstance(bad, BadImage)
+    assert bad.reason == "it is a pipe, not a file"
