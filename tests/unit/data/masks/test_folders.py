@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.bad_images import BadImage, BadMask
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks, try_pair
 from pdvit.data.sources import open_source
@@ -155,21 +154,16 @@ def test_folders_that_are_not_complete_are_refused(camvid, write, fill, spoil, m
     assert caught.value.where.count(".png") <= 10
 
 
-def test_unused_masks_and_splits_are_noted(camvid):
-    (camvid / "images/val/8.png").unlink()
-    shutil.rmtree(camvid / "masks/test")
-    source = opened(camvid)
-    assert lengths(source) == {"train": 7, "val": 2}
-    assert "test is not used" in source.describe()
-    assert "masks without an image in images/val: 1" in source.describe()
-
-
-def test_splits_and_tables_of_other_names(camvid, tmp_path):
+def test_other_names_and_files_without_counterpart(camvid, tmp_path):
     for name in ("images", "masks"):
         (camvid / name / "val").rename(camvid / name / "check")
+    (camvid / "images/check/8.png").unlink()
+    shutil.rmtree(camvid / "masks/test")
     (tmp_path / "mine.csv").write_text("id,name\n0,up\n1,down\n2,void\n3,ignore\n")
     source = opened(camvid, tmp_path / "mine.csv", val_split="check")
-    assert (source.classes, lengths(source)) == (["up", "down"], {"train": 7, "val": 3, "test": 2})
+    assert (source.classes, lengths(source)) == (["up", "down"], {"train": 7, "val": 2})
+    assert "test is not used" in source.describe()
+    assert "masks without an image in images/check: 1" in source.describe()
     with pytest.raises(UserError, match="no images/chekc with masks"):
         opened(camvid, val_split="chekc")
 
@@ -194,17 +188,6 @@ def test_a_fingerprint_depends_on_tables_and_files_but_not_on_places(camvid, tmp
     for name in ("images", "masks"):
         (moved / name / "val/8.png").rename(moved / name / "val/other.png")
     assert opened(moved).fingerprint() != ours
-
-
-def test_a_fault_is_that_of_the_image_or_of_the_mask(camvid):
-    split = opened(camvid).splits["train"]
-    (camvid / "images/train/1.png").write_bytes(b"torn")
-    (camvid / "masks/train/2.png").write_bytes(b"torn")
-    (camvid / "masks/train/3.png").unlink()
-    image, mask, gone = (try_pair(split, index) for index in range(3))
-    assert (type(image), image.name[-12:], image.reason) == (BadImage, "/train/1.png", "not an image")
-    assert (type(mask), mask.name[-18:]) == (BadMask, "/masks/train/2.png")
-    assert isinstance(gone, BadMask)
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 2)])

@@ -129,12 +129,6 @@ def test_masks_are_scaled_by_the_nearest_pixel():
         assert set(transform(segment, 64)((image, mask), 0, index)[1].unique().tolist()) <= {2, 3, 4, 200, 254, 255}
 
 
-def test_a_flip_mirrors_both():
-    plain, mirrored = transform()(coordinates(8, 8), 0, 0), transform(flip=1.0)(coordinates(8, 8), 0, 0)
-    assert torch.equal(mirrored[0], plain[0].flip(-1))
-    assert torch.equal(mirrored[1], plain[1].flip(-1))
-
-
 def test_photometric_factors_are_drawn_for_half_of_the_images_from_their_whole_range():
     image = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8))
     torch.manual_seed(0)
