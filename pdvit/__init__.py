@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pdvit.analysis import analyze
-    from pdvit.data.cutmix import patch_cutmix
+    from pdvit.data.mixing import patch_cutmix
     from pdvit.losses import Objective, contrastive_loss, cosine_loss, koleo_loss, mixing_loss, spectral_loss
     from pdvit.models.tokens import DiverseModel
     from pdvit.similarity import patch_similarity
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "DiverseModel": "pdvit.models.tokens",
     "analyze": "pdvit.analysis",
-    "patch_cutmix": "pdvit.data.cutmix",
+    "patch_cutmix": "pdvit.data.mixing",
     "patch_similarity": "pdvit.similarity",
 }
 __all__ = [

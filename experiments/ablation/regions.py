@@ -21,8 +21,8 @@ from pdvit import DiverseModel
 from pdvit.cli.console import make_console
 from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
-from pdvit.data.cutmix import paste
 from pdvit.data.loader import eval_batches
+from pdvit.data.mixing import paste
 from pdvit.data.pictures import Pictures
 from pdvit.models.weights import load
 from pdvit.similarity import unit_tokens

@@ -7,15 +7,11 @@ where the indices are; only small tables of parameters go to the device, and the
 """
 
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment
@@ -26,7 +22,7 @@ from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.randomness import fold, uniform
+from pdvit.data.randomness import fold, normal, seeded, uniform
 
 # Defaults for images that were decoded from files.
 DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
@@ -34,7 +30,7 @@ DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
 TRIES = 10
 CROP_DRAWS, ERASE_DRAWS = 2 * TRIES + 2, 2 * TRIES + 3
 # Of erased boxes: fraction of the area, and ratio of height to width, (min, max) as in timm.
-ERASE_SCALE, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 class Stream(IntEnum):
@@ -114,7 +110,7 @@ class Augmentation:
         """Apply timm's transform to a cropped image, uint8 `(3, size, size)`, seeded by (seed, epoch, index)."""
         if not self.per_image:
             return image
-        with _seeded(fold(self.seed, epoch, Stream.POLICY, index)):
+        with seeded(fold(self.seed, epoch, Stream.POLICY, index)):
             changed: Tensor = v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
             return changed
 
@@ -157,39 +153,20 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return auto_augment.posterize(image, bits) if bits else image.point(lambda _: 0)
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that timm and torchvision draw from on the CPU, and restore them afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPUs too
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
-
-
 def crop_boxes(
     draws: Tensor, heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
     """Return the box of a random resized crop for each image, `(B, 4)`: top, left, height, width.
 
-    The fraction of the area is drawn from `scale`, the ratio of width to height from `ratio` on a log scale; the first
-    of ten tries that fits counts, else the largest central box of an allowed ratio (as in torchvision and timm).
+    The first of ten tries that fits counts, else the largest central box of an allowed ratio, as in torchvision.
 
     Args:
         draws: `(B, 22)`, numbers in [0, 1), on the host.
         heights, widths: of the images, `(B,)`.
-        scale, ratio: (min, max).
+        scale, ratio: ranges of the area fraction and of width:height (drawn on a log scale).
     """
     draws, heights, widths = draws.double(), heights.double()[:, None], widths.double()[:, None]
-    tries = draws[:, : 2 * TRIES].view(-1, TRIES, 2)
-    area = heights * widths * _between(tries[..., 0], *scale)
-    shape = _between(tries[..., 1], math.log(ratio[0]), math.log(ratio[1])).exp()
-    wide, tall = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    wide, tall = _sides(draws[:, : 2 * TRIES], heights * widths, scale, ratio)
     fits = (wide >= 1) & (wide <= widths) & (tall >= 1) & (tall <= heights)
     first, found = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
     wide = torch.where(found, wide.gather(1, first), (heights * ratio[1]).round().clamp(min=1).minimum(widths))
@@ -199,18 +176,21 @@ def crop_boxes(
     return torch.cat([corner, tall, wide], 1).long()
 
 
-def _between(draws: Tensor, low: float, high: float) -> Tensor:
-    """Map numbers from [0, 1) to [low, high)."""
-    return low + (high - low) * draws
+def _sides(
+    draws: Tensor, area: Tensor | int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return sqrt(area * ratio) and sqrt(area / ratio) of every try, `(B, tries)`, in whole pixels."""
+    tries = draws.view(len(draws), -1, 2)
+    areas = area * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    ratios = (low + (high - low) * tries[..., 1]).exp()
+    return (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
 
 
 def crop_pixels(pixels: Any, box: tuple[float, float, float, float], size: int, mode: str) -> Tensor:
-    """Cut a box out of an image and resample it to `(3, size, size)`, uint8.
+    """Crop a uint8 array `(H, W, 3)` and resample it to `(3, size, size)`, uint8.
 
-    Args:
-        pixels: `(H, W, 3)`, a uint8 array.
-        box: top, left, height and width in its pixels; the edges are rounded to whole ones.
-        size, mode: side of the result, `bilinear` or `bicubic`.
+    `box` is top, left, height and width; edges between pixels are rounded. `mode` is bilinear or bicubic.
     """
     top, left = round(box[0]), round(box[1])
     bottom, right = max(top + 1, round(box[0] + box[2])), max(left + 1, round(box[1] + box[3]))
@@ -219,7 +199,9 @@ def crop_pixels(pixels: Any, box: tuple[float, float, float, float], size: int, 
 
 
 def crop_batch(images: Tensor, boxes: Tensor, size: int, mode: str) -> Tensor:
-    """Cut a box out of each image of a batch and resample it to `(B, C, size, size)`, uint8.
+    """Crop each image of a batch and resample it to `(B, C, size, size)`, uint8, as Pillow does.
+
+    Rows are resampled first and rounded to whole levels, then columns.
 
     Args:
         images: uint8 `(B, C, H, W)`, neither side larger than `size`: nothing is ever scaled down.
@@ -228,48 +210,39 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int, mode: str) -> Tensor:
     """
     count, channels, height, width = images.shape
     top, left, tall, wide = boxes.unbind(1)
-    across = _weights(left, wide, width, size, mode)
-    rows = _levels(images.float().view(count, channels * height, width) @ across.mT)
-    down = _weights(top, tall, height, size, mode)
-    return _levels(down[:, None] @ rows.view(count, channels, height, size)).to(torch.uint8)
+    across = _resampling_weights(left, wide, width, size, mode)
+    rows = (images.float().view(count, channels * height, width) @ across.mT).round_().clamp_(0, 255)
+    down = _resampling_weights(top, tall, height, size, mode)
+    columns = down[:, None] @ rows.view(count, channels, height, size)
+    return columns.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _levels(values: Tensor) -> Tensor:
-    return values.round_().clamp_(0, 255)
+def _resampling_weights(start: Tensor, length: Tensor, side: int, size: int, mode: str) -> Tensor:
+    """Return the weights `(B, size, side)` of `side` pixels for `size` output pixels that show [start, start + length).
 
-
-def _weights(start: Tensor, length: Tensor, side: int, size: int, mode: str) -> Tensor:
-    """Return the weights that resample [start, start + length) of `side` pixels to `size` pixels: `(B, size, side)`.
-
-    They are multiples of 1/1024, so that sums of products with levels are exact in float32 and TF32 alike: the result
-    depends neither on the batch nor on the device nor on the order of summation.
+    They are multiples of 1/1024, so that sums of products with levels are exact in float32 and in TF32: neither the
+    batch, nor the device, nor the order of summation makes a difference.
     """
     start, length = start[:, None, None], length[:, None, None]
     pixel = torch.arange(side, device=start.device)
     middle = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * (length / size)
-    weights = _kernel(pixel + 0.5 - middle, mode) * ((pixel >= start) & (pixel < start + length))
+    distance = (pixel + 0.5 - middle).abs()
+    if mode == "bilinear":
+        weights = (1 - distance).clamp(min=0)
+    else:  # Keys' cubic with a = -0.5
+        near = (1.5 * distance - 2.5) * distance * distance + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    weights = weights * ((pixel >= start) & (pixel < start + length))
     weights = (weights * (1024 / weights.sum(2, keepdim=True))).round_()
     largest = weights.argmax(2, keepdim=True)
     return weights.scatter_add_(2, largest, 1024 - weights.sum(2, keepdim=True)) / 1024
 
 
-def _kernel(distance: Tensor, mode: str) -> Tensor:
-    """Return Pillow's weight of a pixel at a distance: a triangle, or Keys' cubic with a = -0.5."""
-    distance = distance.abs()
-    if mode == "bilinear":
-        return (1 - distance).clamp(min=0)
-    near = (1.5 * distance - 2.5) * distance * distance + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-
-
 def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
-    """Move each image by up to `max_shift` pixels down and right or up and left, repeating the border.
+    """Move each image of `(B, C, H, W)` by -max_shift to max_shift pixels down and right, repeating the border.
 
-    Args:
-        images: `(B, C, H, W)`, any dtype.
-        max_shift: in pixels.
-        draws: `(B, 2)`, numbers in [0, 1) that decide the shift of each image.
+    `draws` `(B, 2)`, numbers in [0, 1), decide the shift of each image.
     """
     height, width = images.shape[-2:]
     offset = (draws * (2 * max_shift + 1)).long() - max_shift
@@ -280,33 +253,24 @@ def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
 
 
 def erase_boxes(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
-    """Return the box of random erasing (arXiv 1708.04896), `(B, 4)`: top, left, height, width; height 0: none.
+    """Return the rectangle to erase in each image (arXiv 1708.04896), `(B, 4)`: top, left, height, width.
 
-    Args:
-        draws: `(B, 23)`, numbers in [0, 1), on the host.
-        probability: fraction of images that are erased.
-        height, width: of the images.
+    Height 0 erases nothing. `draws` `(B, 23)` are numbers in [0, 1), on the host.
     """
     draws = draws.double()
-    tries = draws[:, 3:].view(-1, TRIES, 2)
-    area = height * width * _between(tries[..., 0], *ERASE_SCALE)
-    shape = _between(tries[..., 1], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])).exp()
-    tall, wide = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    tall, wide = _sides(draws[:, 3:], height * width, ERASED_AREA, ERASED_RATIO)
     fits = (tall < height) & (wide < width)
     first = fits.int().argmax(1, keepdim=True)
-    done = fits.any(1, keepdim=True) & (draws[:, :1] < probability)
-    tall, wide = tall.gather(1, first) * done, wide.gather(1, first)
+    erased = fits.any(1, keepdim=True) & (draws[:, :1] < probability)
+    tall, wide = tall.gather(1, first) * erased, wide.gather(1, first)
     corner = draws[:, 1:3] * (torch.cat([height - tall, width - wide], 1) + 1)
     return torch.cat([corner.floor(), tall, wide], 1).long()
 
 
 def erase(images: Tensor, boxes: Tensor, seed: int, index: Tensor) -> Tensor:
-    """Fill rectangles of normalised images `(B, C, H, W)` with normal noise, each pixel its own, in place.
+    """Fill rectangles of normalised images `(B, C, H, W)` with normal noise, in place.
 
-    Args:
-        images: float32.
-        boxes: `(B, 4)` on the host, of `erase_boxes`.
-        seed, index: decide the noise, with one sample index for each image, `(B,)`, on the host.
+    `boxes` `(B, 4)` and the sample indices `(B,)`, which decide the noise together with the seed, are on the host.
     """
     rows = boxes[:, 2].nonzero()[:, 0]
     if not len(rows):
@@ -320,10 +284,3 @@ def erase(images: Tensor, boxes: Tensor, seed: int, index: Tensor) -> Tensor:
     noise = normal(seed, index, images[0].numel()).view(-1, *images.shape[1:])
     images[rows] = torch.where(inside[:, None], noise, images[rows])
     return images
-
-
-def normal(seed: int, index: Tensor, draws: int) -> Tensor:
-    """Return `draws` normal numbers for each sample, `(len(index), draws)`, float32: by Box and Muller."""
-    first, second = uniform(seed, index, draws + draws % 2).chunk(2, dim=1)
-    radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :draws]

@@ -3,6 +3,12 @@
 They do not depend on the rank, the worker, the batch or earlier draws, and a run resumes at any step without a replay.
 """
 
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +44,28 @@ def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
     state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
     state = state ^ _shift(state, 31)
     return _shift(state, 40).float() * 2.0**-24  # float32 holds 24 bits exactly
+
+
+def normal(seed: int, index: Tensor, draws: int) -> Tensor:
+    """Return `draws` normal numbers for each sample, `(len(index), draws)`, float32: by Box and Muller."""
+    first, second = uniform(seed, index, draws + draws % 2).chunk(2, dim=1)
+    radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :draws]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generators that timm and torchvision draw from on the CPU, and restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
 
 def _signed(number: int) -> int:

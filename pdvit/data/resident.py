@@ -3,19 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from pdvit.data.augment import Augmentation
 from pdvit.data.bad_images import BadImage, attempt, describe_bad
-from pdvit.data.images import FileImages, pixels_of, strict_decoders
+from pdvit.data.images import FileImages, strict_decoders
 from pdvit.data.loader import LoaderConfig, decode
-from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit, LazySplit, Source, Split
 from pdvit.errors import UserError
 
@@ -23,55 +20,46 @@ from pdvit.errors import UserError
 MEMORY_FRACTION = 1 / 8
 PROGRESS_SECONDS = 5.0
 DECODE_BATCH = 256
+Size = tuple[int, int]
+WHERE = "data.resident (--resident)"
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where images are kept: height and width of training images on the device (None: not there), and the reason."""
+def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, setting: str) -> tuple[Size | None, str]:
+    """Return height and width of the training images on the device (None: not there), and the reason.
 
-    size: tuple[int, int] | None
-    reason: str
-
-
-def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, setting: str) -> Placement:
-    """Decide where the image files of a source are kept; `setting` is auto, on or off.
-
-    auto keeps them on the device if nothing is lost: all training images have one size, at most that of the model,
-    their pixels take at most an eighth of the memory, and no augmentation works on single images. Raises UserError if
-    `on` is impossible.
+    `setting` is auto, on or off. auto keeps images on the device if nothing is lost: all training images have one size,
+    at most that of the model, their pixels take at most an eighth of the memory, and no augmentation works on single
+    images. Raises UserError if `on` is impossible.
     """
     if setting == "off":
-        return Placement(None, "--resident off")
+        return None, "--resident off"
     if augmentation.per_image:
         if setting == "on":
             what = "RandAugment and colour jitter work on single images in the workers"
-            raise UserError(
-                what, "data.resident (--resident)", "use --resident off, or leave out --aa and --color-jitter"
-            )
-        return Placement(None, "RandAugment or colour jitter, image by image")
+            raise UserError(what, WHERE, "use --resident off, or leave out --aa and --color-jitter")
+        return None, "RandAugment or colour jitter, image by image"
     side = loader.preprocessing.size
-    train = source.splits["train"]
-    assert isinstance(train, LazySplit)
-    sizes = _sizes(train)
+    sizes = _sizes(source.splits["train"])
     size = next(sizes, (side, side))
     small = max(size) <= side
-    bytes_needed = _bytes(source, size if small else (side, side), side)
+    height, width = size if small else (side, side)
+    held_out = sum(len(split) for name, split in source.splits.items() if name != "train")
+    needed = 3 * (height * width * len(source.splits["train"]) + side * side * held_out)
     memory = memory_of(loader.device) // (loader.processes if loader.device.type == "cpu" else 1)
     if setting == "on":
-        if bytes_needed > memory:
-            what = f"{bytes_needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
-            raise UserError(what, "data.resident (--resident)", "use --resident off")
+        if needed > memory:
+            what = f"{needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
+            raise UserError(what, WHERE, "use --resident off")
         if small and all(other == size for other in sizes):
-            return Placement(size, "--resident on")
-        return Placement((side, side), "--resident on, scaled and cropped once")
+            return size, "--resident on"
+        return (side, side), "--resident on, scaled and cropped once"
     if not small:
-        return Placement(None, f"images of {size[1]}x{size[0]} are larger than the model's {side}x{side}")
-    if bytes_needed > (limit := memory * MEMORY_FRACTION):
-        needed = f"{bytes_needed / 1e9:.1f} GB of pixels"
-        return Placement(None, f"{needed} are more than {limit / 1e9:.1f} GB, {MEMORY_FRACTION:.1%} of memory")
+        return None, f"images of {size[1]}x{size[0]} are larger than the model's {side}x{side}"
+    if needed > (limit := memory * MEMORY_FRACTION):
+        return None, f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB, 1/8 of memory"
     if other := next((other for other in sizes if other != size), None):
-        return Placement(None, f"sizes differ: {size[1]}x{size[0]} and {other[1]}x{other[0]}")
-    return Placement(size, f"all are {size[1]}x{size[0]}")
+        return None, f"sizes differ: {size[1]}x{size[0]} and {other[1]}x{other[0]}"
+    return size, f"all are {size[1]}x{size[0]}"
 
 
 def resident(
@@ -87,26 +75,29 @@ def resident(
         here = f"in memory, augmented at every step {by_workers}" if augmentation.per_image else f"on {loader.device}"
         log(f"images: {here}")
         return source
-    placement = choose(source, loader, augmentation, setting)
-    if placement.size is None:
-        log(f"images: decoded at every step {by_workers} ({placement.reason})")
+    size, reason = choose(source, loader, augmentation, setting)
+    if size is None:
+        log(f"images: decoded at every step {by_workers} ({reason})")
         return source
+    mode = v2.InterpolationMode(loader.preprocessing.interpolation)
+    stored = v2.Compose(  # changes nothing in images of this size
+        [v2.Resize(min(size), interpolation=mode, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    )
     splits: dict[str, Split] = {}
     for name, split in source.splits.items():
         if isinstance(split, LazySplit):
-            training = name == "train"
-            transform = _stored(loader.preprocessing, placement.size) if training else loader.preprocessing.evaluation()
+            transform = stored if name == "train" else loader.preprocessing.evaluation()
             images = _decoded(FileImages(split, transform), loader, name, log)
             if loader.bad.found:  # skipped: their replacements are chosen step by step
                 if setting == "on":
                     what = f"images that do not decode can't be kept: {describe_bad(loader.bad.found)}"
-                    raise UserError(what, "data.resident (--resident)", "delete them, or use --resident off")
+                    raise UserError(what, WHERE, "delete them, or use --resident off")
                 log(f"images: decoded at every step {by_workers} (some do not decode)")
                 return source
             split = ArraySplit(images.to(loader.device), split.labels.to(loader.device), decoded=True)
         splits[name] = split
     total = sum(split.images.nbytes for split in splits.values() if isinstance(split, ArraySplit))
-    log(f"images: on {loader.device}, {total / 1e6:,.0f} MB ({placement.reason})")
+    log(f"images: on {loader.device}, {total / 1e6:,.0f} MB ({reason})")
     return replace(source, splits=splits)
 
 
@@ -117,34 +108,14 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _bytes(source: Source, size: tuple[int, int], side: int) -> int:
-    sizes = {name: size if name == "train" else (side, side) for name in source.splits}
-    return sum(3 * height * width * len(source.splits[name]) for name, (height, width) in sizes.items())
-
-
-def _sizes(split: LazySplit) -> Iterator[tuple[int, int]]:
+def _sizes(split: Split) -> Iterator[Size]:
     """Yield height and width of the images from their headers; bad images are left to the decoding."""
-
-    def size(index: int) -> tuple[int, int]:
-        with split.open(index) as image:
-            return image.height, image.width
-
-    with strict_decoders():
-        for index in range(len(split)):
-            found = attempt(split, index, size, index)
-            if not isinstance(found, BadImage):
-                yield found
-
-
-def _stored(preprocessing: Preprocessing, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
-    """Return the transform of a stored training image: none or, if its size differs, resize and centre crop."""
-    mode = v2.InterpolationMode(preprocessing.interpolation)
-    fit = v2.Compose([v2.Resize(min(size), interpolation=mode, antialias=True), v2.CenterCrop(min(size))])
-    return partial(_store, size, fit)  # picklable, for worker processes
-
-
-def _store(size: tuple[int, int], fit: v2.Compose, image: Image.Image) -> Tensor:
-    return pixels_of(image if (image.height, image.width) == size else fit(image))
+    for index in range(len(split)):
+        with strict_decoders():
+            image = attempt(split, index, split.open, index)
+        if not isinstance(image, BadImage):
+            with image:
+                yield image.height, image.width
 
 
 def _decoded(data: FileImages, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:

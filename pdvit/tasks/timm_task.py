@@ -9,7 +9,7 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from pdvit.data.cutmix import draw_pasted, grid_of, paste
+from pdvit.data.mixing import draw_pasted, grid_of, paste
 from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import patch_size_of

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data.bad_images import BadImage, BadImages, describe_bad, refuse_bad
+from pdvit.data.bad_images import BadImage, BadImages, refuse_bad
 from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
@@ -64,12 +64,6 @@ def test_the_next_sound_image_takes_the_place_with_its_own_class(split):
     assert [number for batch in batches for number in numbers(batch)] == found
     replaced = torch.cat([batch.replaced for batch in batches]).tolist()
     assert replaced == [index in BAD for index in wanted]
-
-
-def test_what_was_skipped_is_known_by_name(split):
-    how = loading()
-    take(split, 3, how)
-    assert how.bad.found == {str(split.paths[number]): "not an image" for number in BAD}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -133,9 +127,3 @@ def test_bad_images_are_named_and_the_rest_counted():
     assert "place/10.png" not in caught.value.where
     assert "and 3 more" in caught.value.where
     assert "--on-bad-image skip" in caught.value.tip
-
-
-def test_one_bad_image_is_one_and_a_name_that_is_no_text_can_be_said():
-    with pytest.raises(UserError, match="1 image does not decode"):
-        refuse_bad({"0.png": "torn"})
-    describe_bad({"\udcff.png": "torn"}).encode("utf-8")

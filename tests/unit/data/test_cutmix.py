@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdvit.data.cutmix import MODES, Mixed, draw_box, grid_of, patch_cutmix
+from pdvit.data.mixing import MODES, Mixed, patch_cutmix
 from pdvit.errors import UserError
 
 CLASSES = 7
@@ -110,21 +110,6 @@ def test_without_a_generator_the_seed_of_python_decides():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_other_draws_give_other_boxes():
-    images, targets = make(2, 16, 16, 1)
-    rng = random.Random(0)
-    boxes = {tuple(mixed_patches(patch_cutmix(images, targets, 1, CLASSES, rng=rng), images, 1)) for _ in range(20)}
-    assert len(boxes) > 15
-
-
-def test_every_patch_can_be_pasted_and_can_stay():
-    rng = random.Random(0)
-    images, targets = torch.zeros(2, 1, 4, 6), torch.tensor([0, 1])
-    pasted = torch.stack([patch_cutmix(images, targets, 1, 2, rng=rng).patch_targets[0] for _ in range(200)])
-    assert pasted.amin(0).tolist() == [0] * 24
-    assert pasted.amax(0).tolist() == [1] * 24
-
-
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
 def test_share_of_the_pasted_area_follows_the_beta_distribution(alpha):
     shares = pasted_share(64, alpha, 1500)
@@ -132,14 +117,6 @@ def test_share_of_the_pasted_area_follows_the_beta_distribution(alpha):
     for limit in (0.1, 0.25, 0.5, 0.75, 0.9):  # not nearer to the ends, where whole patches pile up
         below = sum(share <= limit for share in shares) / len(shares)
         assert below == pytest.approx(stats.beta(alpha, alpha).cdf(limit), abs=0.04)
-
-
-@few
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**32))
-def test_box_stays_on_the_grid(rows, columns, seed):
-    box = draw_box(rows, columns, 1.0, random.Random(seed))
-    assert 0 <= box.top <= box.bottom <= rows
-    assert 0 <= box.left <= box.right <= columns
 
 
 @pytest.mark.parametrize(("mode", "boxes"), [("batch", 1), ("pair", 3), ("elem", 6)])
@@ -172,21 +149,10 @@ def test_an_unknown_mode_is_refused():
         patch_cutmix(*make(2, 2, 2, 2), 2, CLASSES, mode="each")
 
 
-def test_grid_counts_rows_before_columns():
-    assert grid_of(32, 48, 16) == (2, 3)
-    images, targets = make(2, 2, 3, 4)
-    assert patch_cutmix(images, targets, 4, CLASSES).patch_targets.shape == (2, 6)
-
-
 @pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 30), (3, 3)])
 def test_a_patch_size_that_does_not_divide_is_refused(height, width):
     with pytest.raises(UserError, match=f"patches of 4 pixels do not fit images of {height}x{width}"):
         patch_cutmix(torch.zeros(2, 3, height, width), torch.tensor([0, 1]), 4, CLASSES)
-
-
-def test_images_of_bytes_stay_bytes():
-    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(251).to(torch.uint8)
-    assert patch_cutmix(images, torch.tensor([0, 1]), 2, CLASSES).images.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

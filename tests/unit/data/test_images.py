@@ -13,7 +13,6 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data import images
 from pdvit.data.augment import Augmentation
 from pdvit.data.bad_images import BadImage
 from pdvit.data.images import TrainingImages, try_read
@@ -56,14 +55,6 @@ def test_every_mode_becomes_rgb(tmp_path, name, mode, value, expected):
     assert colour(read(tmp_path / name)) == pytest.approx(expected, abs=2)
 
 
-@pytest.mark.parametrize("more", [{}, {"transparency": b"\x00\x80"}])
-def test_a_palette_becomes_rgb(tmp_path, more):
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 0, 200, 100, 50])
-    image.save(tmp_path / "palette.png", **more)
-    assert colour(read(tmp_path / "palette.png")) == [200, 100, 50]
-
-
 # 16 bits are scaled, not clipped: a half-bright image must not turn white.
 @pytest.mark.parametrize(("value", "grey"), [(0, 0), (128 * 257, 128), (65535, 255)])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -97,19 +88,6 @@ def test_a_file_that_does_not_decode_says_why(tmp_path, content):
     assert isinstance(bad, BadImage)
     assert bad.name == str(file)
     assert bad.reason
-
-
-def test_a_missing_file_says_why(tmp_path):
-    assert isinstance(attempt(tmp_path / "none.png"), BadImage)
-
-
-def test_a_tiff_that_gives_text_for_a_number_says_why(tmp_path):
-    content = bytearray(encoded("TIFF"))
-    offset, whole, text = 273, 4, 2  # a tag and two of its types; here Pillow raises TypeError
-    at = content.index(struct.pack("<HHI", offset, whole, 1))
-    content[at + 2 : at + 4] = struct.pack("<H", text)
-    (tmp_path / "odd.tif").write_bytes(content)
-    assert isinstance(attempt(tmp_path / "odd.tif"), BadImage)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -157,53 +135,6 @@ def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, ste
     difference = (torch.stack(expected).int() - found).abs().float()
     assert difference.mean() < mean
     assert difference.max() <= (4 if step == 1 else 60)
-
-
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
-    path = tmp_path / "large.jpg"
-    path.write_bytes(photograph("JPEG", (96, 80)))
-    shapes, real = [], images.crop_pixels
-    monkeypatch.setattr(images, "crop_pixels", lambda pixels, *rest: shapes.append(pixels.shape) or real(pixels, *rest))
-    training_images([path], scale=(1.0, 1.0)).__getitems__([(0, 0)])
-    assert shapes == [(10, 12, 3)]
-
-
-def test_few_files_are_open_at_once(tmp_path, monkeypatch):
-    Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
-    opened = []
-    most = 0
-    real = Image.open
-
-    def counting(path):
-        nonlocal most
-        image = real(path)
-        opened.append(image)
-        most = max(most, sum(image.fp is not None for image in opened))
-        return image
-
-    monkeypatch.setattr(Image, "open", counting)
-    training_images([tmp_path / "plain.png"] * 100).__getitems__([(0, index) for index in range(100)])
-    assert len(opened) == 100
-    assert most <= 32
-
-
-def test_the_crop_is_a_function_of_seed_epoch_and_index(tmp_path):
-    Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / "noise.png")
-    data = training_images([tmp_path / "noise.png"] * 2)
-
-    def crop(epoch, index, data=data):
-        return data.__getitems__([(epoch, index)])[0][0]
-
-    torch.manual_seed(1)
-    first = crop(0, 1)
-    before = torch.get_rng_state()
-    torch.manual_seed(2)
-    assert torch.equal(crop(0, 1), first)
-    torch.set_rng_state(before)
-    assert not torch.equal(crop(1, 1), first)
-    assert not torch.equal(crop(0, 0), first)
-    assert not torch.equal(crop(0, 1, training_images([tmp_path / "noise.png"] * 2, seed=4)), first)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])

@@ -10,9 +10,8 @@ from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.bad_images import BadImages
-from pdvit.data.cutmix import MODES
 from pdvit.data.loader import LoaderConfig, _end_workers, eval_batches, shared_batches, steps_per_epoch, train_batches
-from pdvit.data.mixing import Mixing
+from pdvit.data.mixing import MODES, Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit, FileSplit
 from pdvit.errors import UserError
@@ -72,12 +71,6 @@ def test_worker_processes_change_nothing(image_files):
     assert all_same(take(image_files, 7, 2, HOW, ON), with_workers)
 
 
-def test_the_seed_decides_the_order(split):
-    ours, other = take(split, 3), take(split, 3, how=replace(HOW, seed=6))
-    assert all_same(ours, take(split, 3))
-    assert not all(torch.equal(a.index, b.index) for a, b in zip(ours, other, strict=True))
-
-
 def test_loading_leaves_the_process_generator_alone(split):
     # Its state decides drop path: a loader that draws from it makes a resumed run another one.
     torch.manual_seed(0)
@@ -94,14 +87,6 @@ def test_an_epoch_has_every_sample_at_most_once(split):
     assert not torch.equal(*epochs)
 
 
-def test_labels_belong_to_their_images(split):
-    images = arrays().images
-    for batch in take(split, 4, augment=AugmentConfig(scale=(1.0, 1.0), hflip=0.0)):
-        assert batch.targets.tolist() == (batch.index % CLASSES).tolist()
-        if isinstance(split, ArraySplit):
-            torch.testing.assert_close(batch.images, images[batch.index].float() / 255)
-
-
 def by_sample(split, batch_size):
     batches = take(split, COUNT // batch_size, how=replace(HOW, batch_size=batch_size))
     return {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
@@ -111,12 +96,6 @@ def test_augmentation_does_not_depend_on_the_batch(split):
     small, large = by_sample(split, 2), by_sample(split, 5)
     assert len(small) == len(large) == COUNT
     assert all(torch.equal(small[index], large[index]) for index in small)
-
-
-def test_augmentation_changes_with_the_epoch(split):
-    first, second = (take(split, COUNT // 5, start, replace(HOW, batch_size=5)) for start in (0, 2))
-    images = [{int(i): im for b in epoch for i, im in zip(b.index, b.images, strict=True)} for epoch in (first, second)]
-    assert any(not torch.equal(images[0][index], images[1][index]) for index in images[0])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -131,21 +110,10 @@ def test_evaluation_with_workers_sees_the_same(image_files):
     assert all_same(eval_batches(image_files, HOW), eval_batches(image_files, replace(HOW, workers=2)))
 
 
-@pytest.mark.parametrize(("batch_size", "steps"), [(1, 10), (3, 3), (10, 1)])
-def test_only_full_batches_count(split, batch_size, steps):
-    assert steps_per_epoch(split, batch_size) == steps
-
-
 def test_a_batch_larger_than_the_split_is_refused(split):
     with pytest.raises(UserError, match="10 training images are fewer than one batch of 11") as caught:
         steps_per_epoch(split, 11)
     assert "at most 10" in caught.value.tip
-
-
-def test_patch_targets_are_there_only_where_asked(split):
-    assert all(batch.patch_targets is None for batch in take(split, 6, mixing=ON))
-    for batch in take(split, 6, mixing=replace(ON, labels=True)):
-        assert batch.patch_targets.shape == (3, 4)
 
 
 def test_without_mixing_every_patch_has_the_class_of_its_image(split):
@@ -196,15 +164,6 @@ def test_workers_that_an_error_left_end_without_another(image_files):
         assert not any(worker.is_alive() for worker in workers)
     finally:
         signal.signal(signal.SIGCHLD, before)
-
-
-def test_half_a_jpeg_is_named(tmp_path, image_files):
-    torn = tmp_path / "torn.jpg"
-    Image.effect_noise((32, 32), 80).save(torn)
-    torn.write_bytes(torn.read_bytes()[:-100])
-    split = FileSplit([*image_files.paths, torn], torch.zeros(COUNT + 1, dtype=torch.long))
-    with pytest.raises(UserError, match=r"torn\.jpg"):
-        list(eval_batches(split, HOW))
 
 
 @pytest.mark.parametrize("processes", [2, 4])

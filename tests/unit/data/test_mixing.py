@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.data.batch import Batch
-from pdvit.data.cutmix import MODES, draw_fractions, partners
-from pdvit.data.mixing import Mixing
+from pdvit.data.mixing import MODES, Mixing, draw_fractions, partners
 from pdvit.losses import Objective
 from pdvit.models.tokens import TokenOutput
 
@@ -61,12 +60,6 @@ def test_shares_follow_the_beta_distribution():
 def test_cutmix_and_mixup_take_turns(switch_prob, low, high):
     mixing = replace(MIXUP, cutmix=1.0, switch_prob=switch_prob)
     assert low <= sum(mixing.draws(0, step)[0] == "cutmix" for step in range(400)) <= high
-
-
-def test_the_last_of_an_odd_number_has_no_pair():
-    mixed = mix(replace(MIXUP, mode="pair"), size=3)
-    assert torch.equal(mixed.images[2], make(3).images[2])
-    assert mixed.targets[2].tolist() == [0, 0, 1, 0, 0]
 
 
 def test_an_objective_takes_what_timms_own_mixup_makes():

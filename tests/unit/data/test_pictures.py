@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +5,7 @@ from PIL import Image
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.data.images import read_image
 from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
-from pdvit.data.sources import ArraySplit, FileSplit
+from pdvit.data.sources import ArraySplit
 from pdvit.errors import UserError
 
 
@@ -23,34 +21,10 @@ def pictures_in(folder, names):
     return folder
 
 
-def test_a_selection_is_spread_evenly():
-    chosen = Pictures("some", numbered(9)).subsample(3)
-    assert chosen.split.labels.tolist() == [0, 4, 8]
-    assert chosen.description == "some, 3 of 9"
-
-
-@pytest.mark.parametrize("limit", [9, 20])
-def test_no_more_than_there_are_is_all_of_them(limit):
-    pictures = Pictures("some", numbered(9))
-    assert pictures.subsample(limit) is pictures
-
-
 @pytest.mark.parametrize("limit", [1, 2, 5, 99])
 def test_a_selection_has_the_asked_size_and_no_picture_twice(limit):
     labels = Pictures("some", numbered(100)).subsample(limit).split.labels
     assert len(labels.unique()) == len(labels) == limit
-
-
-def test_a_selection_of_files_keeps_paths_and_labels_together():
-    split = FileSplit([Path(f"{number}.png") for number in range(5)], torch.arange(5))
-    chosen = Pictures("some", split).subsample(2).split
-    assert [int(path.stem) for path in chosen.paths] == chosen.labels.tolist() == [0, 4]
-
-
-def test_held_out_pictures_are_the_test_split():
-    pictures = held_out(Config(data=DataConfig(source="digits")))
-    assert len(pictures.split) == 360
-    assert pictures.description == "digits, test split"
 
 
 def test_held_out_pictures_are_validation_where_there_is_no_test_split(tmp_path):
@@ -92,12 +66,6 @@ def test_what_is_not_there_is_refused(name):
     with pytest.raises(UserError) as caught:
         named([name])
     assert "--images" in caught.value.where
-
-
-def test_a_misspelt_source_names_the_closest():
-    with pytest.raises(UserError) as caught:
-        named(["digit"])
-    assert "'digits'" in caught.value.tip
 
 
 def test_the_sample_photographs_decode():

@@ -21,32 +21,12 @@ def test_fold_is_a_known_function_of_its_numbers():
     assert fold(2) == 0x06C45D188009454F >> 1
 
 
-def test_fold_tells_many_inputs_apart():
-    numbers = [(a,) for a in range(2000)] + [(a, b) for a in range(60) for b in range(60)]
-    numbers += [(a, b, c) for a in range(12) for b in range(12) for c in range(12)]
-    assert len({fold(*some) for some in numbers}) == len(numbers)
-
-
-@few
-@given(numbers=st.lists(st.integers(0, 2**64), min_size=1, max_size=4))
-def test_fold_fits_a_generator(numbers):
-    seed = fold(*numbers)
-    assert 0 <= seed < 2**63
-    assert seed == fold(*numbers)
-    torch.Generator().manual_seed(seed)
-
-
 @few
 @given(seed=SEEDS, epoch=st.integers(0, 1000), count=st.integers(0, 50))
 def test_epoch_order_is_a_permutation_that_repeats(seed, epoch, count):
     order = epoch_order(seed, epoch, count)
     assert sorted(order.tolist()) == list(range(count))
     assert torch.equal(order, epoch_order(seed, epoch, count))
-
-
-def test_epoch_order_changes_with_epoch_and_seed():
-    orders = {tuple(epoch_order(seed, epoch, 50).tolist()) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
 
 
 def test_epoch_order_leaves_the_global_generator_alone():
@@ -78,11 +58,6 @@ def test_a_sample_has_the_same_numbers_whichever_batch_it_is_in(seed, indices, d
         assert torch.equal(uniform(seed, torch.tensor([index]), 3)[0], row)
 
 
-def test_indices_may_be_short_integers():
-    indices = torch.arange(100)
-    assert torch.equal(uniform(3, indices.int(), 4), uniform(3, indices, 4))
-
-
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**40])
 def test_uniform_numbers_look_uniform_and_independent(seed):
     found = uniform(seed, torch.arange(20_000), 4)
@@ -92,13 +67,3 @@ def test_uniform_numbers_look_uniform_and_independent(seed):
     assert abs(correlation(found[1:], found[:-1])) < 0.02  # neighbouring samples
     assert abs(correlation(found[:, 1:], found[:, :-1])) < 0.02  # neighbouring draws
     assert abs(correlation(found, uniform(seed + 1, torch.arange(20_000), 4))) < 0.02  # neighbouring seeds
-
-
-def test_other_seeds_give_other_numbers():
-    rows = {tuple(uniform(seed, torch.tensor([0]), 4)[0].tolist()) for seed in range(200)}
-    assert len(rows) == 200
-
-
-def test_no_number_comes_twice_among_samples_and_draws():
-    found = uniform(0, torch.arange(500), 4)
-    assert len(found.unique()) >= 1999  # of 2^24 possible numbers; one accident is likely enough

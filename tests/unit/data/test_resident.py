@@ -91,17 +91,6 @@ def test_evaluation_of_a_resident_set_is_the_same_to_the_bit(source, how):
         assert torch.equal(ours.targets, theirs.targets)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_decode_once_and_steps_are_the_same(source, how, workers):
-    files = source((16, 16))
-    kept, said = held(files, how=replace(how, workers=workers))
-    assert f"on {how.device}" in said
-    assert "all are 16x16" in said
-    reference, _ = held(files, how=how)
-    for ours, theirs in zip(take(kept.splits["train"], how), take(reference.splits["train"], how), strict=True):
-        assert torch.equal(ours.images, theirs.images)
-
-
 @pytest.mark.parametrize(
     ("sizes", "wanted", "words"),
     [
@@ -137,29 +126,6 @@ def test_on_scales_and_crops_what_does_not_fit(source):
     assert kept.splits["train"].images.shape == (12, 3, 16, 16)
     assert "scaled and cropped once" in said
     assert len(take(kept.splits["train"])) == 6
-
-
-def test_embedded_images_are_there_already():
-    split = ArraySplit(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
-    source = Source("made", ["a"], {"train": split, "val": split})
-    kept, said = held(source)
-    assert kept is source
-    assert said == "images: on cpu"
-
-
-def test_files_that_do_not_decode_are_named(source):
-    files = source((16, 16))
-    files.splits["val"].paths[3].write_bytes(b"nothing")
-    with pytest.raises(UserError) as caught:
-        held(files)
-    assert str(files.splits["val"].paths[3]) in caught.value.where
-
-
-def test_long_decoding_says_how_far_it_is(source, monkeypatch):
-    monkeypatch.setattr(module, "PROGRESS_SECONDS", -1.0)
-    monkeypatch.setattr(module, "DECODE_BATCH", 4)
-    _, said = held(source((16, 16)))
-    assert "decoding train: 8 of 12 images" in said
 
 
 class TestImagesThatDoNotDecode:

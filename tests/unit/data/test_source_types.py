@@ -1,11 +1,9 @@
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.source_types import (
-    SOURCE_SETTINGS,
     SOURCE_TYPES,
     absolute_path,
     list_source_types,
@@ -56,24 +54,6 @@ def test_a_setting_without_effect_is_noted(source, setting):
     assert note.startswith(f"data.{next(iter(setting))} = ")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        DataConfig(),
-        DataConfig(source="some/folder", train_split="fit", val_split="check"),
-        DataConfig(source="torch/cifar100", root="data", download=True),
-        DataConfig(source="hfds/owner/name", input_key="img", target_key="fine_label"),
-    ],
-)
-def test_a_setting_with_effect_is_not(data):
-    assert unused_source_settings(data) == []
-
-
-def test_the_settings_of_types_are_configuration_keys():
-    names = {item.name for item in fields(DataConfig)}
-    assert all(set(item.settings) <= set(SOURCE_SETTINGS) <= names for item in SOURCE_TYPES)
-
-
 @pytest.mark.parametrize("prefix", ["", "hfds/", "HFDS/"])
 def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
     monkeypatch.chdir(tmp_path)
@@ -81,11 +61,3 @@ def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
     assert absolute_path(f"{prefix}some/set") == f"{prefix}{tmp_path}/some/set"
     assert absolute_path(f"{prefix}{tmp_path}/some/set") == f"{prefix}{tmp_path}/some/set"
     assert absolute_path(f"{prefix}owner/name") == f"{prefix}owner/name"
-
-
-@pytest.mark.parametrize("source", ["digits", "torch/mnist"])
-def test_a_name_is_no_path(tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    for name in ("digits", "mnist"):
-        (tmp_path / name).mkdir()
-    assert absolute_path(source) == source

@@ -20,23 +20,6 @@ def rows(splits):
     return images[np.lexsort(images.T)]
 
 
-def test_digits_come_in_three_splits_of_known_size():
-    source = digits()
-    assert {name: len(split) for name, split in source.splits.items()} == SIZES
-    assert source.classes == [str(digit) for digit in range(10)]
-    assert source.final_split == "test"
-    for split in source.splits.values():
-        assert split.images.shape[1:] == (3, 32, 32)
-        assert split.images.dtype == torch.uint8
-
-
-def test_digits_splits_share_no_image():
-    originals = load_digits().data
-    assert len(np.unique(originals, axis=0)) == len(originals)
-    every = rows(digits().splits.values())
-    assert len(np.unique(every, axis=0)) == len(originals)
-
-
 def test_digits_are_the_originals_enlarged():
     originals = load_digits()
     every = torch.cat([split.images for split in digits().splits.values()])

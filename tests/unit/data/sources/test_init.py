@@ -12,12 +12,6 @@ def test_a_source_that_is_not_there_is_refused(source):
     assert "--data" in caught.value.where
 
 
-def test_a_misspelt_source_names_the_closest():
-    with pytest.raises(UserError) as caught:
-        open_source(DataConfig(source="digit"))
-    assert "'digits'" in caught.value.tip
-
-
 def test_a_file_of_no_known_kind_is_no_source(tmp_path):
     file = tmp_path / "images.rar"
     file.touch()

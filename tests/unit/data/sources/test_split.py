@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.data.sources.split import Source, as_file_name, printable, some
+from pdvit.data.sources.split import Source, printable, some
 
 
 @pytest.mark.parametrize("name", ["žába 蛙", "naïve.png", "動物", "[red]", "a\\b", "☃", "שלום"])
@@ -32,7 +32,3 @@ def test_no_line_that_describes_a_source_holds_a_command_to_the_terminal(image_f
     source: Source = open_source(DataConfig(source=str(root)))
     assert "\x1b" not in source.describe()
     assert source.describe().count("\\x1b") == 2
-
-
-def test_a_file_name_keeps_letters_of_any_script():
-    assert as_file_name("my set/動物 v1.0_x-y!") == "my-set-動物-v1.0_x-y-"

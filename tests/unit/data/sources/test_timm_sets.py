@@ -119,11 +119,6 @@ def test_a_validation_split_that_is_not_there_is_not_the_test_set(mnist, split):
         opened("torch/mnist", root=str(mnist), val_split=split)
 
 
-def test_a_validation_folder_that_is_not_there_is_not_the_whole(image_folder):
-    with pytest.raises(UserError, match="no split 'check'"):
-        opened("torch/image_folder", root=str(image_folder), val_split="check")
-
-
 def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
     """Two threads stand for two processes: a lock on a file holds between open files, whoever has opened them."""
     inside, most = [], []
