@@ -41,106 +41,84 @@ def steps(out, processes, settings, precision="short", count=STEPS):
     return tensors, json.loads((out / "numbers.json").read_text())
 
 
-def furthest(ours, theirs, prefix):
-    names = [name for name in theirs if name.startswith(prefix)]
-    assert names
-    assert {name for name in ours if name.startswith(prefix)} == set(names)
-    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in names)
+def furthest(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in theirs)
 
 
-# The design's table: SGD in float32 within 1e-6, AdamW in float64 within 1e-10.
+def assert_close(ours, theirs, bound):
+    """Compare the weights and their average; the state of optimizers is not divided alike."""
+    weights = [{name: v for name, v in run[0].items() if not name.startswith("state.")} for run in (ours, theirs)]
+    assert furthest(*weights) <= bound
+
+
+SCENES = {
+    "data": {"source": "scenes", "batch_size": 8, "workers": 0},
+    "segment": {"head": "upernet", "width": 8, "norm": "group", "crop": 32},
+    "diversity": {"preset": "paper"},
+    "augment": {},
+}
+SWIN = {"depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4], "embed_dim": 8, "window_size": 2}
+HIERARCHICAL = {  # hooks read first and last there, inside the wrapped module
+    "model": {"name": "swin_tiny_patch4_window7_224", "args": SWIN, "drop_path": 0.0},
+    "data": {"batch_size": 16, "img_size": 64},
+}
+MICRO = {"data": {"batch_size": 16, "img_size": 16, "micro_batch": 3}}
+NO_EMA = {"lr": 0.001, "ema_decay": None}  # then the trained network is evaluated just before its state is saved
+
+
+# The bounds of docs/design.md: SGD in float32 within 1e-6, AdamW in float64 within 1e-10.
 @pytest.mark.parametrize(
-    ("how", "opt", "precision", "most", "micro"),
+    ("distribute", "optim", "precision", "bound", "sections", "count"),
     [
-        ("ddp", "sgd", "short", 1e-6, None),
-        pytest.param("ddp", "adamw", "wide", 1e-10, 3, marks=pytest.mark.slow),
-        pytest.param("fsdp", "sgd", "short", 1e-6, None, marks=pytest.mark.slow),
-        pytest.param("fsdp", "adam", "short", 1e-3, None, marks=pytest.mark.slow),
-        pytest.param("fsdp", "adamw", "wide", 1e-10, 3, marks=pytest.mark.slow),
+        ("ddp", {"opt": "sgd"}, "short", 1e-6, {}, STEPS),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("fsdp", {"opt": "sgd"}, "short", 1e-6, {}, STEPS),
+                ("fsdp", {"opt": "adam"} | NO_EMA, "short", 1e-3, {}, STEPS),
+                ("ddp", {"opt": "adamw"}, "wide", 1e-10, MICRO, STEPS),
+                ("fsdp", {"opt": "adamw"}, "wide", 1e-10, MICRO, STEPS),
+                ("ddp", {"opt": "sgd"}, "short", 1e-6, HIERARCHICAL, STEPS),
+                ("fsdp", {"opt": "sgd"}, "short", 1e-6, HIERARCHICAL, STEPS),
+                # Few steps: later, a ReLU of the head that rounding has put on the other side makes the difference.
+                ("ddp", {"opt": "sgd"}, "short", 1e-6, SCENES, 4),
+                ("fsdp", {"opt": "sgd"}, "short", 1e-6, SCENES, 4),
+            ]
+        ),
     ],
 )
-def test_two_processes_equal_one(tmp_path, how, opt, precision, most, micro):
-    data = {"batch_size": 16, "img_size": 16} | ({"micro_batch": micro} if micro else {})
-    optim = SETTINGS["optim"] | {"opt": opt}
-    if opt == "adam":  # without an average the very network is evaluated, just before its state is taken
-        optim = {name: value for name, value in optim.items() if name != "ema_decay"} | {"lr": 0.001}
-    settings = SETTINGS | {"optim": optim, "data": data}
-    alone = steps(tmp_path / "one", 1, settings, precision)
-    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}}, precision)
-    for file in {name.split(".")[0] for name in alone[0]} - {"state"}:
-        assert furthest(both[0], alone[0], f"{file}.") <= most
-    for kind, numbers in alone[1].items():
-        for name, value in numbers.items():
+def test_two_processes_equal_one(tmp_path, distribute, optim, precision, bound, sections, count):
+    optim = {name: value for name, value in (SETTINGS["optim"] | optim).items() if value is not None}
+    settings = SETTINGS | sections | {"optim": optim}
+    alone = steps(tmp_path / "one", 1, settings, precision, count)
+    settings |= {"run": {"device": "cpu", "distribute": distribute}}
+    both = steps(tmp_path / "two", 2, settings, precision, count)
+    assert_close(both, alone, bound)
+    for record_type, metrics in alone[1].items():
+        for name, value in metrics.items():
+            # A pixel whose two best classes are close may change its class.
+            most = 1e-3 if sections is SCENES and record_type == "eval" else 1e-5
             if isinstance(value, float):
-                assert both[1][kind][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (kind, name)
+                assert both[1][record_type][name] == pytest.approx(value, rel=1e-4, abs=most), (record_type, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_a_hierarchical_model_is_the_same_in_two_processes(tmp_path, how):
-    """There hooks read first and last, inside what is distributed."""
-    sizes = {"depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4], "embed_dim": 8, "window_size": 2}
-    settings = SETTINGS | {
-        "model": {"name": "swin_tiny_patch4_window7_224", "args": sizes, "drop_path": 0.0},
-        "data": {"batch_size": 16, "img_size": 64},
-        "optim": SETTINGS["optim"] | {"opt": "sgd"},
-    }
-    alone = steps(tmp_path / "one", 1, settings)
-    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}})
-    for file in {name.split(".")[0] for name in alone[0]} - {"state"}:
-        assert furthest(both[0], alone[0], f"{file}.") <= 1e-6
-    assert both[1]["train"] == pytest.approx(alone[1]["train"], rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("micro", [None, 3])
-def test_two_compiled_processes_equal_eager_ones(tmp_path, micro):
-    """Also where the gradients of several parts, the last one short, add up before the processes exchange them."""
-    data = SETTINGS["data"] | ({"micro_batch": micro} if micro else {})
-    settings = SETTINGS | {"optim": SETTINGS["optim"] | {"opt": "sgd"}, "data": data}
+def test_two_compiled_processes_equal_eager_ones(tmp_path):
+    """The gradients of several parts, the last one short, add up before the processes exchange them."""
+    settings = SETTINGS | MICRO | {"optim": SETTINGS["optim"] | {"opt": "sgd"}}
     eager, compiled = (
         steps(tmp_path / str(switch), 2, settings | {"run": {"device": "cpu", "compile": switch}})
         for switch in (False, True)
     )
-    for file in {name.split(".")[0] for name in eager[0]} - {"state"}:
-        assert furthest(compiled[0], eager[0], f"{file}.") <= 1e-5
+    assert_close(compiled, eager, 1e-5)
     assert compiled[1]["train"] == pytest.approx(eager[1]["train"], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_a_segmentation_is_the_same_in_two_processes(tmp_path, how):
-    """Windows of 32 pixels, the mean over processes of the loss, and every pixel once in the scores."""
-    settings = SETTINGS | {
-        "data": {"source": "scenes", "batch_size": 8, "workers": 0},
-        "segment": {"head": "upernet", "width": 8, "norm": "group", "crop": 32},
-        "diversity": {"preset": "paper"},
-        "augment": {},
-        "optim": SETTINGS["optim"] | {"opt": "sgd"},
-    }
-    # Four: with more, a ReLU of the head that rounding has put on the other side makes the difference.
-    alone = steps(tmp_path / "one", 1, settings, count=4)
-    both = steps(tmp_path / "two", 2, settings | {"run": {"device": "cpu", "distribute": how}}, count=4)
-    for file in {name.split(".")[0] for name in alone[0]} - {"state"}:
-        assert furthest(both[0], alone[0], f"{file}.") <= 1e-6
-    assert both[1]["train"] == pytest.approx(alone[1]["train"], rel=1e-4, abs=1e-5)
-    for name in ("miou", "accuracy", "accuracy_mean", "loss"):
-        assert both[1]["eval"][name] == pytest.approx(alone[1]["eval"][name], abs=1e-3)
-
-
 CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
-CLI += [
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-    "--log-interval",
-    "5st",
-    "--val-interval",
-    "30st",
-    "--save-every",
-    "5st",
-]
+CLI += ["--batch-size", "16", "--device", "cpu"]
+CLI += ["--log-interval", "5st", "--val-interval", "30st", "--save-every", "5st"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def read(path, name):
@@ -197,18 +175,18 @@ def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder)
 
 
 @pytest.mark.slow
-def test_processes_that_can_not_share_a_batch_are_refused(tmp_path):
-    done = launch(2, *CLI, "--batch-size", "15", "--out", str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "15"], "a batch of 15 can't be divided evenly among 2 processes"),
+        (["--set", "optim.lrr=1"], "there is no key 'optim.lrr'"),  # before the processes meet
+    ],
+)
+def test_an_error_of_all_processes_is_printed_once(tmp_path, flags, message):
+    done = launch(2, *CLI, *flags, "--out", str(tmp_path / "run"))
     assert done.returncode != 0
-    assert done.stderr.count("error: a batch of 15 can't be divided evenly among 2 processes") == 1
+    assert done.stderr.count(f"error: {message}") == 1
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_an_error_before_the_processes_meet_is_said_once(tmp_path):
-    done = launch(2, *CLI, "--set", "optim.lrr=1", "--out", str(tmp_path / "run"))
-    assert done.returncode != 0
-    assert done.stderr.count("error: there is no key 'optim.lrr'") == 1
 
 
 @pytest.mark.slow
@@ -228,8 +206,16 @@ def test_an_error_of_one_process_alone_is_in_the_summary(tmp_path):
 def test_the_signal_of_slurm_stops_all_processes_and_the_run_goes_on(tmp_path):
     """torchrun hands it on where it is told to, as docs/runs.md says."""
     run = tmp_path / "run"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*start, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *CLI, "--epochs", "4000st", "--out", str(run)]
+    command = [
+        *TORCHRUN,
+        "--signals-to-handle",
+        "SIGTERM,SIGINT,SIGUSR1",
+        *CLI,
+        "--epochs",
+        "4000st",
+        "--out",
+        str(run),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + PATIENCE
         while not (run / "checkpoints/last").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -259,50 +245,38 @@ sys.exit(run(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_with_it(tmp_path, records):
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, records, restarts):
     script, whole, run = tmp_path / "failing.py", tmp_path / "whole", tmp_path / "run"
     script.write_text(FAILING)
-    arguments = [*CLI[2:], "--epochs", "40st", "--out"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*start, str(script), *arguments, str(run)], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode != 0
-    assert read(run, "status.json")["status"] in ("failed", "running")
-    assert (run / "checkpoints/last").read_text() == "step-00000015"
-    again = launch(2, "-m", "pdvit", "train", "--resume", str(run))
-    assert again.returncode == 0, again.stderr[-3000:]
+    command = [*TORCHRUN, "--max-restarts", restarts, str(script), *CLI[2:], "--epochs", "40st", "--out", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    if restarts == "0":
+        assert done.returncode != 0
+        assert read(run, "status.json")["status"] in ("failed", "running")
+        assert (run / "checkpoints/last").read_text() == "step-00000015"
+        done = launch(2, "-m", "pdvit", "train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
     assert launch(2, *CLI, "--epochs", "40st", "--out", str(whole)).returncode == 0
     assert records(run) == records(whole)
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-    restarted = tmp_path / "restarted"
-    done = subprocess.run(
-        [*start, "--max-restarts", "1", str(script), *arguments, str(restarted)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert records(restarted) == records(whole)
-    assert (restarted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved", "resumed"), [(2, 1), (1, 2)])
 def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path, saved, resumed):
-    """Spread weights (FSDP) on two, whole ones on one: the same files."""
+    """Sharded weights (FSDP) on two, whole ones on one: the same files."""
     run = tmp_path / "run"
-    how = {1: "ddp", 2: "fsdp"}
+    distribute = {1: "ddp", 2: "fsdp"}
     flags = ["--epochs", "40st", "--model-ema-decay", "0.9", "--out", str(run)]
-    assert launch(saved, *CLI, *flags, "--distribute", how[saved], "--time-limit", "0.01s").returncode != 0
+    assert launch(saved, *CLI, *flags, "--distribute", distribute[saved], "--time-limit", "0.01s").returncode != 0
     step = read(run, "status.json")["step"]
     assert 0 < step < 40
-    changes = [f"run.distribute={how[resumed]}", "run.time_limit=10min"]
-    go_on = launch(
-        resumed, "-m", "pdvit", "train", "--resume", str(run), *(f for c in changes for f in ("--change", c))
-    )
-    assert go_on.returncode == 0, go_on.stderr[-3000:]
+    changes = ["--change", f"run.distribute={distribute[resumed]}", "--change", "run.time_limit=10min"]
+    done = launch(resumed, "-m", "pdvit", "train", "--resume", str(run), *changes)
+    assert done.returncode == 0, done.stderr[-3000:]
     whole = tmp_path / "whole"
     flags[-1] = str(whole)
     assert launch(1, *CLI, *flags).returncode == 0
     ours, theirs = (load_file(path / "model.safetensors") for path in (run, whole))
-    assert furthest(ours, theirs, "") <= 1e-4
+    assert furthest(ours, theirs) <= 1e-4
