@@ -68,7 +68,7 @@ class RunLogger:
         self.display = Display(console, steps.total, progress.step)
         self.timer = PhaseTimer(progress.seconds_by_phase)
         self.logged = (progress.samples, dict(progress.seconds_by_phase))
-        self.trackers = Trackers(directory.path, self.display.log)
+        self.trackers: Trackers | None = None
 
     @property
     def epoch(self) -> float:
@@ -104,7 +104,8 @@ class RunLogger:
         record = {"step": self.progress.step, "epoch": self.epoch, **metrics}
         self.directory.append(record_type, record, timing)
         self.progress.records += 1
-        self.trackers.log(record_type, record, timing)
+        if self.trackers:
+            self.trackers.log(record_type, record, timing)
 
 
 def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Path, suffix: str) -> Generator[Any]:

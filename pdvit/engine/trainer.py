@@ -31,9 +31,9 @@ from pdvit.engine.run_logger import RunLogger, profile_steps
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.engine.state import MetricAccumulator, TrainState
 from pdvit.engine.terminal import StopRequest
-from pdvit.engine.update import Updater, make_optimizer, skips_on_device
+from pdvit.engine.update import Updater, make_optimizer
 from pdvit.errors import UserError
-from pdvit.tracking import RunDirectory, tracker_names
+from pdvit.tracking import RunDirectory, Trackers, tracker_names
 
 # Skipped steps in a row after which a run fails.
 # A float16 run first has to find its loss scale: 65,536, halved each time.
@@ -62,7 +62,7 @@ class Trainer:
         self.evaluated = task.module if ema is None else ema.module
         self.saved_at, self.save_owed = 0.0, False
         waits = f"note: {config.optim.opt} can't skip a bad step on the device, so every update waits for it once"
-        self.notes = [] if skips_on_device(optimizer) else [waits]
+        self.notes = [] if optimizer.defaults.get("fused") else [waits]
 
     def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> list[str]:
         """Load the last checkpoint of a run, if there is one, and return notes.
@@ -99,8 +99,8 @@ class Trainer:
         logger.write_status("running")
         try:
             with logger.display, closing(self._batches()) as batches:
-                if self.ranks.main:
-                    logger.trackers.open(tracker_names(self.config.run.track), state.config, progress.step)
+                if self.ranks.main and (names := tracker_names(self.config.run.track)):
+                    logger.trackers = Trackers(names, directory.path, state.config, progress.step, logger.display.log)
                 for batch in batches:
                     self.batch = batch
                     logger.timer.start("step")
@@ -135,7 +135,8 @@ class Trainer:
                 raise
             raise described from error
         finally:
-            logger.trackers.close()
+            if logger.trackers:
+                logger.trackers.close()
 
     def _batches(self) -> Generator[TrainBatch]:
         """Yield the batches of the remaining steps. If an image can't be read, save the steps before it."""

@@ -49,11 +49,6 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     return optimizer
 
 
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """Return whether the optimizer can skip an update without a wait for the device."""
-    return bool(optimizer.defaults.get("fused"))
-
-
 class Updater:
     """One update: forward and backward in parts, clip, optimizer step if loss and gradient are finite, average."""
 
@@ -70,7 +65,7 @@ class Updater:
         metrics["grad_norm"] = norm = self.clip()
         skipped = ~(norm.isfinite() & metrics["loss"].isfinite())
         skipped = self.state.ranks.all_reduce(skipped.int()) > 0  # all ranks must do the same
-        if skips_on_device(optimizer):  # in the way of torch's gradient scaler
+        if optimizer.defaults.get("fused"):  # skips on the device, in the way of torch's gradient scaler
             optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdvit.errors import UserError, closest
+from pdvit.tracking.run_directory import write_file
 
 WHERE = "run.track (--track)"
 PROJECT = "pdvit"
@@ -75,10 +76,7 @@ class WandB:
             self.module.finish()
 
     def _save(self, step: int) -> None:
-        """Replace the file: complete, but not synced, as this happens at every record."""
-        beside = self.file.with_name(f".{self.file.name}")
-        beside.write_text(json.dumps({"id": self.id, "step": step}), encoding="utf-8")
-        beside.replace(self.file)
+        write_file(self.file, json.dumps({"id": self.id, "step": step}))
 
 
 # By the name of their package, which is also the name of our extra.
@@ -113,24 +111,24 @@ def _check_login() -> None:
 class Trackers:
     """The trackers of a run. One that fails is reported to `warn` once and left out; the run continues."""
 
-    def __init__(self, run: Path, warn: Callable[[str], None]) -> None:
-        self.run, self.warn, self.running = run, warn, dict[str, Any]()
-
-    def open(self, names: Iterable[str], config: Mapping[str, Any], step: int) -> None:
-        """Start trackers for a run at `step`. Raises UserError if one fails to start in a new run."""
+    def __init__(
+        self, names: Iterable[str], run: Path, config: Mapping[str, Any], step: int, warn: Callable[[str], None]
+    ) -> None:
+        """Start them at `step`; raises UserError if one does not start in a new run."""
+        self.warn, self.running = warn, dict[str, Any]()
         for name in names:
             try:
-                self.running[name] = TRACKERS[name](name, self.run, config, step)
+                self.running[name] = TRACKERS[name](name, run, config, step)
             except Exception as error:
                 what = f"{name} does not start: {_describe(error)}"
                 if not step:
+                    self.close()
                     raise UserError(what, WHERE, "leave it out: metrics.jsonl has every number") from error
                 self.warn(f"{what}; the run continues without it")
 
     def log(self, record_type: str, record: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
         """Send a record of metrics.jsonl."""
-        if self.running:
-            self._each(lambda tracker: tracker.log(record["step"], flatten(record_type, record, timing)))
+        self._each(lambda tracker: tracker.log(record["step"], flatten(record_type, record, timing)))
 
     def close(self) -> None:
         """Finish all; a second call does nothing."""

@@ -47,9 +47,7 @@ def opened(monkeypatch, tmp_path):
             module, "TRACKERS", {name: lambda *_, fake=fake: start(fake) for name, fake in fakes.items()}
         )
         warnings = []
-        trackers = Trackers(tmp_path, warnings.append)
-        trackers.open(fakes, {"run": {}}, step)
-        return trackers, warnings
+        return Trackers(fakes, tmp_path, {"run": {}}, step, warnings.append), warnings
 
     return open_fakes
 
@@ -110,9 +108,10 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(opened):
 
 
 def test_only_a_new_run_insists_on_its_trackers(opened):
-    with pytest.raises(UserError, match="second does not start: OSError: no network"):
-        opened({"first": Fake(), "second": None})
     sound = Fake()
+    with pytest.raises(UserError, match="second does not start: OSError: no network"):
+        opened({"first": sound, "second": None})
+    assert sound.finished == 1
     trackers, warnings = opened({"broken": None, "sound": sound}, step=9)
     trackers.log("train", {"step": 10, "loss": 1.0})
     assert len(sound.logged) == len(warnings) == 1
@@ -126,8 +125,7 @@ from pathlib import Path
 from pdvit.tracking import Trackers
 
 name, run, start, end = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-trackers = Trackers(run, sys.exit)
-trackers.open([name], {"run": {"seed": 0}}, start)
+trackers = Trackers([name], run, {"run": {"seed": 0}}, start, sys.exit)
 for step in range(start + 1, end + 1):
     trackers.log("train", {"step": step, "loss": step + start / 100})
     trackers.log("similarity", {"step": step, "layers": ["embed", "block 3"], "similarity": [0.5, None]})
