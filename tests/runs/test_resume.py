@@ -12,11 +12,11 @@ import pytest
 
 from pdvit.cli import run as pdvit
 
-STEPS = 200
+STEPS = 120
 # Drop path, mixing and shifts draw at random; checkpoints lie neither on log steps nor on evaluations.
 FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "16", "--img-size", "16", "--drop-path", "0.3", "--shift", "2"]
 FLAGS += ["--micro-batch-size", "7", "--model-ema-decay", "0.9"]
-FLAGS += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "150st", "--warmup-epochs", "20st"]
+FLAGS += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "90st", "--warmup-epochs", "20st"]
 PATIENCE = 120.0
 
 
