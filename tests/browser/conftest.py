@@ -100,7 +100,7 @@ def open_page(browser, tmp_path) -> Iterator:
 
 @dataclass
 class Made:
-    """Maps of random tokens, and the cosines of those tokens by numpy."""
+    """Maps of random tokens, and their cosines by numpy."""
 
     maps: Maps
     cosines: list[dict[str, np.ndarray]]

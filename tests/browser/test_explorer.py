@@ -137,24 +137,6 @@ def test_two_models_are_linked_also_with_other_grids_and_depths(open_page, made)
     assert tab.value(1) == pytest.approx(staged.others(0, "norm", 2).mean(), abs=NEAR)
 
 
-def test_layers_that_were_left_out_keep_their_place_on_the_axis(open_page, made):
-    plain = made("plain", dict.fromkeys(("embed", "block 1", "block 2", "block 3", "norm"), (2, 2)))
-    thinned = made("thinned", dict.fromkeys(("embed", "block 5", "norm"), (2, 2)), seed=1, depths=[0, 5, 8])
-    tab = open_page(explorer_page([plain.maps, thinned.maps], []))
-    shown = []
-    tab.press("Home")
-    for _ in range(5):
-        shown.append(tab.text(".pane .layer", 1).split("\u2002")[0])
-        tab.press("k")
-    assert shown == ["embed", "embed", "block 5", "block 5", "norm"]
-    tab = open_page(explorer_page([thinned.maps], []))
-    tab.page.locator("#layer").focus()
-    tab.press("ArrowLeft")  # depth 7 was left out
-    assert tab.text(".pane .layer").startswith("block 5")
-    tab.press("ArrowRight")
-    assert tab.text(".pane .layer").startswith("norm")
-
-
 def test_hostile_names_are_shown_and_do_nothing(open_page, one):
     maps = replace(one.maps, model=HOSTILE, names=[HOSTILE, HOSTILE])
     tab = open_page(explorer_page([maps, maps], [HOSTILE]))

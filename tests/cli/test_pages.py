@@ -36,7 +36,9 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
         with np.load(folder / "analysis" / "maps.npz", allow_pickle=False) as maps:
             assert maps["layers"].tolist() == LAYERS
             assert maps["cos/7/norm"].shape == (16, 16)
+            assert (maps["cos/7/norm"].dtype, maps["image/7"].dtype) == (np.int8, np.uint8)
             assert maps["image/7"].shape == (32, 32, 3)
+            assert maps["grid/norm"].tolist() == [4, 4]
 
 
 def test_pages_leave_bad_images_out_and_report_a_failed_write(run_copy, image_folder, capsys, refusal):

@@ -65,12 +65,6 @@ def test_a_layer_without_a_value_has_a_hyphen_and_large_values_fewer_digits():
     assert embed.split() == ["embed", "0.0012", "0.0012"]
 
 
-def test_one_image_has_no_interval():
-    ((heading, line, *_),) = printed(table("similarity", "similarity_signed").assign(ci95=float("nan")))
-    assert heading.split()[:5] == ["layer", "P", "±", "95", "%"]
-    assert line.split()[:4] == ["embed", "0.250", "-", "+0.250"]
-
-
 def test_random_weights_are_a_metric_of_the_layers_that_were_measured():
     """A segmentation's backbone may lack the final norm that its model with random weights has."""
     ours = analysis("similarity", "norm_mean", layers=["embed", "block 1"])

@@ -59,13 +59,6 @@ def test_identical_and_zero_tokens(gaussian):
     assert effective_rank(torch.zeros(3, 4)) == participation_ratio(torch.zeros(3, 4)) == 0
 
 
-def test_scale_does_not_matter(gaussian):
-    tokens = gaussian(6, 5)
-    for size in (1e-12, 1e12):
-        torch.testing.assert_close(effective_rank(tokens * size), effective_rank(tokens), rtol=1e-5, atol=0)
-        torch.testing.assert_close(participation_ratio(tokens * size), participation_ratio(tokens), rtol=1e-5, atol=0)
-
-
 def test_random_tokens_read_as_the_docs_say(gaussian):
     found = METRICS["rank"].compute(Patches(gaussian(1, 196, 768)))
     assert found["effective_rank"].item() == pytest.approx(189, abs=1)
