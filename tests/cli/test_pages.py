@@ -20,7 +20,6 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
     assert analyze(first, second, "--limit", 20, "--explore", "--report") == 0
     printed = capsys.readouterr().out
     page = (first / "explorer.html").read_text(encoding="utf-8")
-    assert str(first / "explorer.html") in printed
     assert re.search(r"images: 8 of 20, spread evenly \(digits, test split, 20 of 360\)", printed)
     assert HOSTILE not in page
     data = json.loads(re.findall(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[0])
@@ -30,15 +29,13 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
     report = (first / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in report
     assert report.count('src="data:image/svg+xml') == 4  # P by layer, both beside one another, norms, how the runs went
-    assert "<dt>command</dt>" in report
     assert not (second / "explorer.html").exists()
     for folder in (first, second):
         with np.load(folder / "analysis" / "maps.npz", allow_pickle=False) as maps:
             assert maps["layers"].tolist() == LAYERS
             assert maps["cos/7/norm"].shape == (16, 16)
             assert (maps["cos/7/norm"].dtype, maps["image/7"].dtype) == (np.int8, np.uint8)
-            assert maps["image/7"].shape == (32, 32, 3)
-            assert maps["grid/norm"].tolist() == [4, 4]
+            assert (maps["image/7"].shape, maps["grid/norm"].tolist()) == ((32, 32, 3), [4, 4])
 
 
 def test_pages_leave_bad_images_out_and_report_a_failed_write(run_copy, image_folder, capsys, refusal):
