@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pdvit.cli.change import saved_config, with_change_tips
 from pdvit.cli.console import log, make_console
-from pdvit.config.load import read_toml
+from pdvit.cli.options import make_layers, with_change_tips
+from pdvit.config.load import build, read_toml
 from pdvit.config.schema import Config
 from pdvit.data.source_types import absolute_path, list_source_types, unused_source_settings
 from pdvit.errors import RunFailed, UserError
@@ -35,7 +35,12 @@ MAX_BROKEN_NAMES = 5
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to train."""
+    """A run that is ready to train.
+
+    Attributes:
+        restart: of a run that began before, the settings that changed since, with their new values.
+        changes: of a resumed run, the settings that this command changes, old and new.
+    """
 
     command: str
     trainer: "Trainer"
@@ -43,9 +48,7 @@ class Run:
     as_json: bool
     directory: "RunDirectory"
     restart: Mapping[str, Any] | None = None
-    """Of a run that began before: the settings that changed since, with their new values."""
     changes: Mapping[str, tuple[Any, Any]] | None = None
-    """Of a resumed run: the settings that this command changes, old and new."""
 
 
 def check_initial_weights(command: str, config: Config) -> None:
@@ -93,7 +96,10 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     if not config.data.batch_size:
         batch_size = _find_batch_size(config, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=batch_size)))
-    config = _with_absolute_paths(task_type.resolve(config, ranks.world_size, device))
+    config = task_type.resolve(config, ranks.world_size, device)
+    root = None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root))
+    # Absolute paths, so that the run can be resumed and analyzed from any folder.
+    config = replace(config, data=replace(config.data, source=absolute_path(config.data.source), root=root))
     task = task_type(config, source, device, ranks)
     notes = [] if checkpoint is None else begin(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
@@ -127,13 +133,52 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
         log(console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
     file = launch_file()
-    begun = ranks.broadcast(Path(file.read_text()) if ranks.main and file and file.is_file() else None)
-    directory = RunDirectory(begun or _create_directory(trainer), ranks.main)
-    if not begun:
-        return Run(command, trainer, console, as_json, directory)
+    begun: Path | None = ranks.broadcast(Path(file.read_text()) if ranks.main and file and file.is_file() else None)
+    if begun is None:
+        path: Path | None = None
+        with ranks.raise_on_all_ranks():
+            if ranks.main:
+                path = create_directory(trainer.config, trainer.device).path
+                if file:
+                    file.write_text(str(path.resolve()))
+        return Run(command, trainer, console, as_json, RunDirectory(ranks.broadcast(path), ranks.main))
+    directory = RunDirectory(begun, ranks.main)
     if (begun / "status.json").is_file() and directory.read_json("status.json").get("status") == "stopped":
-        return EXIT_STOPPED  # on purpose: a restart by torchrun must not undo it
+        return EXIT_STOPPED  # a restart by torchrun does not resume what was stopped on purpose
     return Run(command, trainer, console, as_json, directory, restart=directory.changes())
+
+
+def create_directory(config: Config, device: "torch.device") -> "RunDirectory":
+    """Create the run directory with the files that are known before the first step."""
+    import torch
+
+    from pdvit.config import to_toml
+    from pdvit.data.sources import as_file_name, source_label
+    from pdvit.engine.device import device_name
+    from pdvit.models.checkpoints import name_of
+    from pdvit.tracking import RunDirectory, command_line, describe_environment
+
+    name, init = config.run.name, config.model.init
+    if name is None:
+        label = config.diversity.preset
+        if init is not None:
+            label = f"from-{as_file_name(name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2])}"
+        name = f"{source_label(config.data)}-{label}"
+    text = to_toml(config, command_line())
+    directory = RunDirectory.create(config.run.out, name)
+    directory.write("run.toml", text)
+    environment = describe_environment(device_name(device)) | {"threads": torch.get_num_threads()}
+    directory.write_json("environment.json", environment)
+    return directory
+
+
+def saved_config(run: Path, changes: list[str]) -> Config:
+    """Return the configuration in run.toml with changes; raises UserError."""
+    file = run / "run.toml"
+    if not read_toml(file):
+        tip = "restore it from state.json of a checkpoint, which has its values under config"
+        raise UserError("run.toml is empty", str(file), tip)
+    return build(*make_layers(file, changes, {}, "--change"))
 
 
 def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | int:
@@ -142,7 +187,7 @@ def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | i
     Returns an exit status if the run is finished.
     """
     from pdvit.config import resolve, to_dict
-    from pdvit.engine.recipe import changed_keys, check_changes
+    from pdvit.engine.recipe import FIXED, changed_keys, check_changes
     from pdvit.tracking import RunDirectory, newest
 
     runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
@@ -150,11 +195,12 @@ def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | i
         raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
     path, console = runs[0], make_console(as_json)
     directory = RunDirectory.open(path)
-    if summary := _summary_of_finished(directory):
+    written = all((path / file).is_file() for file in ("status.json", "summary.json"))
+    if written and directory.read_json("status.json").get("status") == "finished":
         if change:
             raise UserError("the run is finished, so nothing can change", f"--resume {path}", "start a new run")
         log(console, f"{path} is finished")
-        print_summary(path, summary, console, as_json)
+        print_summary(path, directory.read_json("summary.json"), console, as_json)
         return 0
     for text in change:
         if text.partition("=")[0].strip() in ("run.out", "run.name"):
@@ -165,7 +211,8 @@ def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | i
         trainer = build_trainer(config, console, resumed=(path / "checkpoints" / "last").is_file())
         trainer.task.load(partial(log, console))
     except UserError as error:
-        raise with_change_tips(error, path, _resume_command(command, path)) from error
+        again = f"pdvit {command} --resume {shlex.quote(str(path))}"
+        raise with_change_tips(error, path, again, FIXED) from error
     directory = RunDirectory.open(path, trainer.ranks.main)
     changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
     restart = directory.changes() | {key: new for key, (_, new) in changes.items()}
@@ -179,7 +226,7 @@ def train_to_end(run: Run, stop: "StopRequest") -> int:
     from pdvit.tracking import command_line
 
     console, trainer, directory = run.console, run.trainer, run.directory
-    command = _resume_command(run.command, directory.path)
+    again = f"pdvit {run.command} --resume {shlex.quote(str(directory.path))}"
     with directory.locked():
         if run.restart is not None:
             for note in trainer.restore(directory, run.restart):
@@ -193,9 +240,9 @@ def train_to_end(run: Run, stop: "StopRequest") -> int:
         try:
             summary = trainer.run(directory, console, stop)
         except UserError as error:
-            raise UserError(error.what, error.where, f"{error.tip}; resume with: {command}") from error
+            raise UserError(error.what, error.where, f"{error.tip}; resume with: {again}") from error
         if summary is None:
-            log(console, f"stopped; resume with: {command}")
+            log(console, f"stopped; resume with: {again}")
             return EXIT_STOPPED
         if trainer.ranks.main:
             print_summary(directory.path, summary, console, run.as_json)
@@ -203,7 +250,7 @@ def train_to_end(run: Run, stop: "StopRequest") -> int:
 
 
 def replay(path: Path, as_json: bool) -> int:
-    """Run the step again at which a run broke down, and print what is not finite; raises UserError without one."""
+    """Repeat the step at which a run broke down, and print what is not finite; raises UserError if there is none."""
     from pdvit.tracking import RunDirectory
 
     config = saved_config(RunDirectory.open(path).path, [])
@@ -226,15 +273,19 @@ def replay(path: Path, as_json: bool) -> int:
 
 
 def print_summary(run: Path, summary: Mapping[str, Any], console: "RunConsole", as_json: bool) -> None:
-    """Print the closing metrics, the files, and the next command."""
+    """Print the closing metrics, the files, and the next command, which compares runs on the same data."""
     if as_json:
         print(json.dumps(summary, indent=2))
         return
     from pdvit.tracking import newest
 
-    data = _data_source(run)
-    others = [path for path in newest("summary.json") if path.resolve() != run.resolve() and _data_source(path) == data]
-    compared = " ".join(str(path) for path in [*others[:1], run])
+    def source(path: Path) -> object:
+        with suppress(UserError):  # another run may be damaged
+            return read_toml(path / "run.toml").get("data", {}).get("source")
+        return None
+
+    data = source(run)
+    others = [path for path in newest("summary.json") if path.resolve() != run.resolve() and source(path) == data]
     log(
         console,
         f"\n{describe_summary(summary)}\n"
@@ -242,7 +293,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: "RunConsole", 
         f"{summary['images_per_second']:,.0f} images per second\n"
         f"weights   {run}/model.safetensors ({usage(summary, run)})\n"
         f"records   {run}/metrics.jsonl, summary.json; repeat with --config {run}/run.toml\n"
-        f"next      pdvit analyze {compared}",
+        f"next      pdvit analyze {' '.join(str(path) for path in [*others[:1], run])}",
     )
 
 
@@ -299,75 +350,10 @@ def _find_batch_size(config: Config, source: "Source", device: "torch.device", r
 
 
 def _check_masks(source: "Source", config: Config, ranks: "Ranks", console: "RunConsole") -> "Source":
-    """Read the masks that are held out, with `check_masks` all; each process reads its part. Raises UserError."""
+    """Read the held-out masks, or all with `check_masks`; each process reads its part. Raises UserError."""
     from pdvit.data.masks.split import check_masks
 
     every = config.segment.check_masks
     log(console, "checking all masks ..." if every else "checking the masks that are held out ...")
     part = (ranks.rank, ranks.world_size)
     return check_masks(source, every, config.data.workers, partial(log, console), part, ranks.all_gather)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with absolute paths, so that the run can be resumed and analyzed from anywhere."""
-    data = config.data
-    root = None if data.root is None else os.path.abspath(os.path.expanduser(data.root))
-    return replace(config, data=replace(data, source=absolute_path(data.source), root=root))
-
-
-def _create_directory(trainer: "Trainer") -> Path:
-    """Create the run directory on rank 0 and return it on every rank; its error is raised on every rank."""
-    from pdvit.engine.distributed import launch_file
-
-    path: Path | None = None
-    with trainer.ranks.raise_on_all_ranks():
-        if trainer.ranks.main:
-            path = _new_directory(trainer.config, trainer.device).path
-            if file := launch_file():  # a restart by torchrun resumes it
-                file.write_text(str(path.resolve()))
-    created = trainer.ranks.broadcast(path)
-    assert isinstance(created, Path)
-    return created
-
-
-def _new_directory(config: Config, device: "torch.device") -> "RunDirectory":
-    """Create the run directory with the files that are known before the first step."""
-    import torch
-
-    from pdvit.config import to_toml
-    from pdvit.data.sources import as_file_name, source_label
-    from pdvit.engine.device import device_name
-    from pdvit.models.checkpoints import name_of
-    from pdvit.tracking import RunDirectory, command_line, describe_environment
-
-    name, init = config.run.name, config.model.init
-    if name is None:
-        label = config.diversity.preset
-        if init is not None:
-            label = f"from-{as_file_name(name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2])}"
-        name = f"{source_label(config.data)}-{label}"
-    text = to_toml(config, command_line())
-    directory = RunDirectory.create(config.run.out, name)
-    directory.write("run.toml", text)
-    environment = describe_environment(device_name(device)) | {"threads": torch.get_num_threads()}
-    directory.write_json("environment.json", environment)
-    return directory
-
-
-def _summary_of_finished(directory: "RunDirectory") -> dict[str, Any] | None:
-    if not all((directory.path / name).is_file() for name in ("status.json", "summary.json")):
-        return None
-    finished = directory.read_json("status.json").get("status") == "finished"
-    return directory.read_json("summary.json") if finished else None
-
-
-def _data_source(run: Path) -> object:
-    """Return the data of a run: only runs on the same images are compared."""
-    try:
-        return read_toml(run / "run.toml").get("data", {}).get("source")
-    except UserError:
-        return None
-
-
-def _resume_command(command: str, run: Path) -> str:
-    return f"pdvit {command} --resume {shlex.quote(str(run))}"

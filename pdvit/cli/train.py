@@ -1,13 +1,12 @@
 """`pdvit train`, `pdvit finetune` and `pdvit segment`: one command with three sets of defaults."""
 
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.options import Layer, RunOptions, make_layers, merge_layers, settings_by_section, training_command
+from pdvit.cli.options import Layer, RunOptions, make_layers, merge_layers, training_command
 from pdvit.cli.runs import check_initial_weights, process_group, replay, resume, start, train_to_end
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build, sections
@@ -15,16 +14,9 @@ from pdvit.config.schema import info_of
 from pdvit.errors import UserError
 
 # docs/finetune.md and docs/segment.md give the reasons.
-FINETUNE: Layer = {
-    "data": {"source": "digits:5-9"},
-    "diversity": {"preset": "none"},
-    "optim": {"epochs": "12"},
-}
-SEGMENT: Layer = {
-    "data": {"source": "scenes"},
-    "diversity": {"preset": "none"},
-    "segment": {"head": "upernet"},
-}
+FINETUNE: Layer = {"data": {"source": "digits:5-9"}, "diversity": {"preset": "none"}, "optim": {"epochs": "12"}}
+SEGMENT: Layer = {"data": {"source": "scenes"}, "diversity": {"preset": "none"}, "segment": {"head": "upernet"}}
+DEFAULTS: dict[str, Layer] = {"train": {}, "finetune": FINETUNE, "segment": SEGMENT}
 # Scenes are small and never repeat.
 SCENES: Layer = {
     "data": {"batch_size": 8},
@@ -33,6 +25,9 @@ SCENES: Layer = {
 }
 SCENES_UPERNET: Layer = {"segment": {"width": 32, "aux": 0.0}}
 SCENES_MODEL: Layer = {"model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8}, "optim": {"lr": 2e-3}}
+Checkpoint = Annotated[
+    str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
+]
 
 
 @training_command
@@ -45,13 +40,7 @@ def train(**values: Any) -> int:
 
 
 @partial(training_command, defaults=FINETUNE)
-def finetune(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub."),
-    ] = None,
-    **values: Any,
-) -> int:
+def finetune(checkpoint: Checkpoint = None, **values: Any) -> int:
     """Finetune a checkpoint: on other classes, images or resolutions.
 
     Without --data: on the digits 5 to 9, for a model that learned 0 to 4 (pdvit train --data digits:0-4).
@@ -60,14 +49,8 @@ def finetune(
 
 
 @partial(training_command, defaults=SEGMENT)
-def segment(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(metavar="CKPT", help="Backbone: a run, timm folder, weight file, or model of timm's hub."),
-    ] = None,
-    **values: Any,
-) -> int:
-    """Train a vision transformer to label every pixel.
+def segment(checkpoint: Checkpoint = None, **values: Any) -> int:
+    """Train a vision transformer to label every pixel; CKPT is its backbone.
 
     Without arguments: a small one on scenes of handwritten digits, in a few minutes.
     """
@@ -83,16 +66,22 @@ def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
         if values["model_init"] is not None:
             raise UserError("two checkpoints to start from", "CKPT, --init", "give one of them")
         values["model_init"] = checkpoint
-    _check_options(options, values)
+    if options.resume is not None or options.replay is not None:
+        _check_no_settings(options, values)
+    if options.change and options.resume is None:
+        raise UserError("only a resumed run can be changed", "--change", "add --resume RUN")
     with stop_on_signals() as stop, process_group():  # before the slow imports
         if options.replay is not None:
             return replay(options.replay, options.as_json)
         if options.resume is not None:
             run = resume(command, options.resume, options.change or [], options.as_json)
         else:
-            layers = _layers(command, options, values)
-            if options.config is not None and SWEEP_SECTION in dict(layers)[str(options.config)]:
-                return run_sweep(command, options.config, layers, options.cells, options.as_json, stop)
+            file, assign = options.config, options.assign or []
+            layers = make_layers(file, assign, values, defaults=DEFAULTS[command])
+            if command == "segment":
+                layers = make_layers(file, assign, values, defaults=_segment_defaults(layers))
+            if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
+                return run_sweep(command, file, layers, options.cells, options.as_json, stop)
             config = build(*layers)
             if options.cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
@@ -102,37 +91,25 @@ def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
         return run if isinstance(run, int) else train_to_end(run, stop)
 
 
-def _layers(command: str, options: RunOptions, values: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the layers of the configuration; those of `segment` depend on its data, head and model."""
-    assign = options.assign or []
-    defaults = {"train": {}, "finetune": FINETUNE, "segment": SEGMENT}[command]
-    layers = make_layers(options.config, assign, values, defaults=defaults)
-    if command != "segment":
-        return layers
+def _segment_defaults(layers: list[tuple[str, Any]]) -> Layer:
+    """Return the defaults of `segment`, which depend on the data, the head and the model of the other layers."""
     config = build(*((name, {key: layer[key] for key in layer if key != SWEEP_SECTION}) for name, layer in layers))
     if config.data.source != "scenes":
-        return layers
-    of_scenes = [SEGMENT, SCENES]
-    if config.segment.head == "upernet":
-        of_scenes.append(SCENES_UPERNET)
-    if config.model.init is None and config.model.name is None:
-        of_scenes.append(SCENES_MODEL)
-    return make_layers(options.config, assign, values, defaults=merge_layers(of_scenes))
+        return SEGMENT
+    upernet = SCENES_UPERNET if config.segment.head == "upernet" else {}
+    small = SCENES_MODEL if config.model.init is None and config.model.name is None else {}
+    return merge_layers([SEGMENT, SCENES, upernet, small])
 
 
-def _check_options(options: RunOptions, values: Mapping[str, Any]) -> None:
-    """Reject options that contradict each other."""
+def _check_no_settings(options: RunOptions, values: dict[str, Any]) -> None:
+    """Raise UserError if settings are given for a run that has its own."""
     if options.resume is not None and options.replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
-    if options.change and options.resume is None:
-        raise UserError("only a resumed run can be changed", "--change", "add --resume RUN")
-    if options.resume is None and options.replay is None:
-        return
     flags = [
         info_of(item).flags[0]
-        for section, keys in settings_by_section(values).items()
-        for item in fields(sections()[section])
-        if item.name in keys
+        for section, cls in sections().items()
+        for item in fields(cls)
+        if values.get(f"{section}_{item.name}") not in (None, [])
     ]
     given = {"--set": options.assign, "--config": options.config, "--cells": options.cells}
     flags += [flag for flag, value in given.items() if value]

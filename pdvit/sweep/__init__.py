@@ -1,7 +1,7 @@
-"""A [sweep] table to cells, and running those that are not finished."""
+"""Sweeps: a [sweep] table to cells, their folder, and their processes."""
 
 from pdvit.sweep.cells import Cell, make_cells, numbers, split
-from pdvit.sweep.folder import Folder, State
+from pdvit.sweep.folder import CellState, Folder
 from pdvit.sweep.processes import preload, run_apart, run_cells
 
-__all__ = ["Cell", "Folder", "State", "make_cells", "numbers", "preload", "run_apart", "run_cells", "split"]
+__all__ = ["Cell", "CellState", "Folder", "make_cells", "numbers", "preload", "run_apart", "run_cells", "split"]

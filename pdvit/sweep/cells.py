@@ -1,4 +1,4 @@
-"""A [sweep] table to cells: which runs it asks for, in which order, under which names."""
+"""The cells of a [sweep] table: their configurations, order and names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,51 +11,43 @@ from pdvit.config.load import SWEEP_SECTION
 from pdvit.errors import UserError, closest
 
 SEED = "run.seed"
-# What a sweep decides for its cells.
+# Keys that the sweep sets for its cells.
 PLACES = ("run.out", "run.name")
-# What lies in its folder beside the cells.
+# Names in its folder that no cell can have.
 SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"
-LONGEST = 200  # of a folder's name; most disks take 255 bytes
+MAX_NAME = 200  # bytes; most file systems allow 255
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
 # Anything else in a value becomes _ in the name of its cell.
 NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")
-# What stands for a value of the cell in other values.
-FILLED = re.compile(r"\{([\w.]+)\}")
+# A reference to a value of the cell in other values.
+REFERENCE = re.compile(r"\{([\w.]+)\}")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        number: its place in the sweep, from 1.
-        name: that of its folder.
-        variant: the bundle it belongs to; empty without bundles.
-        values: the crossed keys, `{section.key: value}`, in the order of the table.
-        config: what it trains, as asked for: not resolved.
-    """
-
-    number: int
-    name: str
-    variant: str
-    values: Mapping[str, Any]
-    config: Config
+    number: int  # from 1
+    name: str  # of its folder
+    variant: str  # empty without variants
+    values: Mapping[str, Any]  # of the crossed keys, {section.key: value}, in the order of the table
+    config: Config  # not resolved
 
 
 def split(layer: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """Return what a configuration file says without its sweep, and the [sweep] table; None where it has none."""
+    """Return a configuration without its [sweep] table, and the table, if there is one."""
     rest = {name: value for name, value in layer.items() if name != SWEEP_SECTION}
     table = layer.get(SWEEP_SECTION)
     if table is not None and not (isinstance(table, Mapping) and table):
-        raise UserError("the sweep says nothing", where, f"write [sweep], and below it for example {EXAMPLE}")
+        raise UserError("the [sweep] table is empty", where, f"write [sweep], and below it for example {EXAMPLE}")
     return rest, table
 
 
 def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], where: str) -> list[Cell]:
-    """Return the cells of a sweep over `base`, every configuration checked; raises UserError, with the cell.
+    """Return the cells of a sweep over `base` with checked configurations; raises UserError that names the cell.
 
-    Seeds are the outermost loop, so that a sweep that ends early has whole rounds of all cells, and seeds that are
-    added later come last. Then come the variants, then the keys as the table lists them, the last one changing fastest.
+    Seeds are the outermost loop, so that an unfinished sweep has whole rounds of all cells, and later seeds come last.
+    Then come the variants, then the keys in the order of the table, the last one changing fastest.
     """
     where = f"[sweep] of {where}"
     variants = _variants(table.get("variant", []), where)
@@ -74,15 +66,15 @@ def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], 
         name = "-".join([*([variant] if variant else []), *named])
         number, chosen = len(cells) + 1, {key: chosen[key] for key in axes}
         words = {"variant": variant, **chosen}
-        bundle = _filled(variants.get(variant, {}), words)
-        config = _config(_filled(base, words), bundle | chosen, f"cell {number} ({name}) of {where}")
+        bundle = _substitute(variants.get(variant, {}), words)
+        config = _config(_substitute(base, words), bundle | chosen, f"cell {number} ({name}) of {where}")
         cells.append(Cell(number, name, variant, chosen, config))
     _check_names([cell.name for cell in cells], where)
     return cells
 
 
 def numbers(text: str, count: int) -> set[int]:
-    """Read which of `count` cells are meant: `3`, `3-7`, `5-`, several with commas; raises UserError."""
+    """Parse --cells: `3`, `3-7`, `5-`, several with commas, of `count` cells; raises UserError."""
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*)\s*)?", part)
@@ -99,7 +91,7 @@ def numbers(text: str, count: int) -> set[int]:
 
 
 def _variants(tables: Any, where: str) -> dict[str, dict[str, Any]]:
-    """Return the bundles by name, each as `{section.key: value}`."""
+    """Return the variants by name, each as `{section.key: value}`."""
     if not (isinstance(tables, list) and all(isinstance(table, Mapping) for table in tables)):
         raise UserError("'variant' is no key", where, "begin each bundle with [[sweep.variant]] and give it a name")
     found: dict[str, dict[str, Any]] = {}
@@ -118,7 +110,6 @@ def _variants(tables: Any, where: str) -> dict[str, dict[str, Any]]:
 
 
 def _values(key: str, values: Any, where: str) -> list[Any]:
-    """Return the values of a key that is crossed."""
     _check_key(key, values, where)
     if not (isinstance(values, list) and values):
         raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
@@ -128,15 +119,15 @@ def _values(key: str, values: Any, where: str) -> list[Any]:
     return values
 
 
-def _filled(value: Any, words: Mapping[str, Any]) -> Any:
-    """Return values with `{variant}` and `{section.key}` as the cell has them; other braces stay."""
+def _substitute(value: Any, words: Mapping[str, Any]) -> Any:
+    """Replace `{variant}` and `{section.key}` by the values of the cell; other braces stay."""
     if isinstance(value, Mapping):
-        return {key: _filled(part, words) for key, part in value.items()}
+        return {key: _substitute(part, words) for key, part in value.items()}
     if isinstance(value, list):
-        return [_filled(part, words) for part in value]
+        return [_substitute(part, words) for part in value]
     if not isinstance(value, str):
         return value
-    return FILLED.sub(lambda match: str(words.get(match[1], match[0])), value)
+    return REFERENCE.sub(lambda match: str(words.get(match[1], match[0])), value)
 
 
 def _check_key(key: str, value: Any, where: str) -> None:
@@ -151,14 +142,14 @@ def _check_key(key: str, value: Any, where: str) -> None:
 
 
 def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], where: str) -> Config:
-    """Return the configuration of a cell, checked as far as data and model need not be looked at."""
+    """Return the configuration of a cell, checked without its data and model."""
     layer: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
         layer.setdefault(section, {})[name] = value
     config = build((where, base), (where, layer))
     try:
-        if config.data.batch_size:  # else it is found on the device, and the learning rate follows it
+        if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it
             resolve(config)
     except UserError as error:
         raise UserError(error.what, f"{error.where}, {where}", error.tip) from error
@@ -166,13 +157,12 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
 
 
 def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys without their sections, where that is clear."""
+    """Return the keys, without their sections if that is unambiguous."""
     last = [key.partition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def _text(value: Any) -> str:
-    """Say a value in the name of a folder."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -188,5 +178,5 @@ def _check_names(names: Sequence[str], where: str) -> None:
             raise UserError(what, where, "name each [[sweep.variant]] otherwise, or cross a key such as run.seed")
         if name in names[:number]:
             raise UserError(f"two cells would be named '{name}'", where, tip)
-        if len(name.encode()) > LONGEST:
+        if len(name.encode()) > MAX_NAME:
             raise UserError(f"the name '{name[:60]}...' is too long for a folder", where, tip)

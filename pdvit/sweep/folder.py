@@ -1,4 +1,4 @@
-"""The folder of a sweep: what was asked for, a run directory for each cell, and the table of them all."""
+"""The folder of a sweep: sweep.toml, a run directory for each cell, and cells.csv."""
 
 import csv
 import io
@@ -22,81 +22,79 @@ CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a cell is, and why where that has a reason."""
+class CellState:
+    """The status of a cell, and its reason, if there is one."""
 
     status: CellStatus
     reason: str = ""
 
 
 class Folder:
-    """The files of a sweep. Several processes may work on one at a time: who trains a cell holds its lock."""
+    """The files of a sweep, which several processes may run. The process that trains a cell holds its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def log(self, name: str) -> Path:
-        """Return where a cell's output goes."""
+        """Return the file of a cell's output."""
         return self.path / LOGS / f"{name}.txt"
 
     def begin(self, base: Mapping[str, Any], table: Mapping[str, Any], cells: Sequence[Cell]) -> None:
-        """Make the folder, or take it up again; raises UserError where it is something else, or of another sweep.
+        """Create or reopen the folder; raises UserError if it is of something else or of another sweep.
 
-        A sweep that goes on may have more cells than before; those that began have to be the same.
+        A resumed sweep may have more cells than before; those that began must be the same.
         """
-        text = f"# What the cells here were asked for.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
+        text = f"# The settings of the cells here.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
         file = self.path / SWEEP
         try:
-            strange = self.path.exists() and (not self.path.is_dir() or any(self._strangers()))
+            strange = self.path.exists() and (not self.path.is_dir() or any(self._other_names()))
             if strange and not file.is_file():  # in this order: another process may write it between the two
                 what = "the folder exists already, and is not that of a sweep"
                 raise UserError(what, str(self.path), "choose another --out")
             (self.path / LOGS).mkdir(parents=True, exist_ok=True)
-            with self._alone():
+            with self._locked():
                 if file.is_file():
-                    begun = [cell for cell in self.asked() if (self.path / cell.name).exists()]
+                    begun = [cell for cell in self.read_cells() if (self.path / cell.name).exists()]
                     _check_same(begun, cells, str(self.path))
                 if not file.is_file() or file.read_text(encoding="utf-8") != text:
                     write_file(file, text)
         except OSError as error:
             what = f"the sweep can't be written: {error.strerror}"
-            raise UserError(
-                what, str(self.path), "check free space and permissions, or choose another --out"
-            ) from error
+            tip = "check free space and permissions, or choose another --out"
+            raise UserError(what, str(self.path), tip) from error
 
-    def asked(self) -> list[Cell]:
-        """Return the cells that sweep.toml asks for; raises UserError where it is damaged."""
+    def read_cells(self) -> list[Cell]:
+        """Return the cells of sweep.toml; raises UserError if it is damaged."""
         file = self.path / SWEEP
         try:
             base, table = split(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"the sweep can't be read: {error}", str(file), "restore it, or choose another --out"
-            ) from (error)
+            tip = "restore it, or choose another --out"
+            raise UserError(f"the sweep can't be read: {error}", str(file), tip) from error
         return make_cells(base, table or {}, str(file))
 
-    def state(self, name: str) -> State:
-        """Return where a cell is. A run that says it runs while nobody holds its lock was interrupted."""
+    def state(self, name: str) -> CellState:
+        """Return the state of a cell. If its status is running and nobody holds its lock, it was interrupted."""
         written = self.written(name)
         if written.status != "finished" and self._held(name):
-            return State("running")
-        return State("stopped", "interrupted") if written.status == "running" else written
+            return CellState("running")
+        return CellState("stopped", "interrupted") if written.status == "running" else written
 
-    def written(self, name: str) -> State:
-        """Return what a cell's own files say, whoever holds its lock."""
+    def written(self, name: str) -> CellState:
+        """Return the state in a cell's files, without its lock."""
         run = RunDirectory(self.path / name)
         if not (run.path / "status.json").is_file():
-            return State("running" if (run.path / "run.toml").is_file() else "waiting")
+            return CellState("running" if (run.path / "run.toml").is_file() else "waiting")
         try:
             facts = run.read_json("status.json")
             if facts.get("status") == "finished":
                 run.read_json("summary.json")
         except UserError as error:
-            return State("failed", error.what)
-        return State(facts.get("status", "failed"), facts.get("reason") or "")
+            return CellState("failed", error.what)
+        return CellState(facts.get("status", "failed"), facts.get("reason") or "")
 
     def mark(self, name: str, status: Status, reason: str) -> None:
-        """Write down how a cell ended, where its run could not; raises UserError where the disk refuses."""
+        """Write how a cell ended, if its run could not; raises UserError if the write fails."""
         run = RunDirectory(self.path / name)
         run.path.mkdir(exist_ok=True)
         known = run.read_json("status.json") if (run.path / "status.json").is_file() else {}
@@ -104,9 +102,9 @@ class Folder:
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:
-        """Hold the lock of a cell; False where somebody else trains it."""
+        """Hold the lock of a cell; False if another process trains it."""
         with ExitStack() as stack:
-            with self._alone():
+            with self._locked():
                 free = not self._held(name)
                 if free:
                     stack.enter_context(hold(self._lock(name)))
@@ -114,15 +112,15 @@ class Folder:
                 _clear(self.path / name)
             yield free
 
-    def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, State]]:
-        """Write cells.csv from what the run directories say, and return every cell's state.
+    def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, CellState]]:
+        """Write cells.csv from the run directories, and return every cell's state.
 
-        The cells are those of sweep.toml as it is now: another process may have added some. Those that this process has
-        `begun` run, even where they don't hold their locks yet.
+        The cells are those of sweep.toml, since another process may have added some. Those that this process has
+        `begun` count as running, even before they hold their locks.
         """
-        with self._alone():
-            running = State("running")
-            states = [(cell, running if cell.name in begun else self.state(cell.name)) for cell in self.asked()]
+        with self._locked():
+            running = CellState("running")
+            states = [(cell, running if cell.name in begun else self.state(cell.name)) for cell in self.read_cells()]
             rows = [self._row(cell, state) for cell, state in states]
             columns = list(dict.fromkeys(name for row in rows for name in row))
             text = io.StringIO()
@@ -132,7 +130,7 @@ class Folder:
             write_file(self.path / TABLE, text.getvalue())
         return states
 
-    def _row(self, cell: Cell, state: State) -> dict[str, Any]:
+    def _row(self, cell: Cell, state: CellState) -> dict[str, Any]:
         run = RunDirectory(self.path / cell.name)
         row = {"cell": cell.number, "name": cell.name, "variant": cell.variant, **cell.values}
         row |= dict.fromkeys(FACTS, "") | {"status": state.status, "reason": state.reason}
@@ -148,7 +146,7 @@ class Folder:
         return row
 
     def _held(self, name: str) -> bool:
-        """Tell whether a process trains the cell, for the sweep or with --resume."""
+        """Return whether a process trains the cell, for the sweep or with --resume."""
         for lock in (self._lock(name), self.path / name / "checkpoints" / ".lock"):
             if lock.exists():
                 try:
@@ -162,32 +160,29 @@ class Folder:
         return self.path / LOGS / f".{name}.lock"
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait until no other process claims a cell, asks for its lock or writes the table: it takes a moment.
-
-        It does not nest: closing a file gives up all locks that this process has on it.
-        """
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the sweep, for a moment. It does not nest: closing a file releases all its locks."""
         with hold(self.path / LOGS / ".lock", wait=True):
             yield
 
-    def _strangers(self) -> Iterator[str]:
-        """Yield what lies in the folder that another process, which begins this very sweep, did not make just now."""
+    def _other_names(self) -> Iterator[str]:
+        """Yield the names in the folder that are not of a process that starts the same sweep just now."""
         return (name for name in os.listdir(self.path) if name != LOGS and not name.startswith(f".{SWEEP}."))
 
 
 def _clear(run: Path) -> None:
-    """Empty the folder of a run that was broken off before it began: a new run wants an empty one."""
+    """Empty the folder of a run that ended before it began: a new run needs an empty one."""
     if run.is_dir() and not all((run / name).is_file() for name in ("run.toml", "environment.json")):
         for file in run.iterdir():
             file.unlink()
 
 
 def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None:
-    tip = "choose another --out; a sweep that goes on may only have more cells: more values, variants or seeds"
+    tip = "choose another --out; a resumed sweep may only have more cells: more values, variants or seeds"
     known = {cell.name: cell for cell in now}
     for cell in before:
         if cell.name not in known:
-            raise UserError(f"the sweep here has a cell '{cell.name}', which is not asked for any more", where, tip)
+            raise UserError(f"the sweep here has a cell '{cell.name}', which is no longer in the file", where, tip)
         if (old := to_dict(cell.config)) != (new := to_dict(known[cell.name].config)):
             section = next(name for name in new if old[name] != new[name])
             names = sorted({*old[section], *new[section]})

@@ -1,8 +1,7 @@
-"""Processes of their own for the cells of a sweep: one at a time, or one per device.
+"""A process for each cell of a sweep: one at a time, or one per device.
 
-Each is forked from a helper that has imported what they need and computed nothing (multiprocessing's forkserver). So a
-cell starts as fast as in one process, finds what a process started by hand finds, and takes nothing with it if it
-crashes.
+Each is forked from a helper that has imported its modules and computed nothing (multiprocessing's forkserver). So a
+cell starts fast, in a clean process, and a crash of it leaves the others alone.
 """
 
 import atexit
@@ -25,13 +24,12 @@ from pdvit.config import Config
 from pdvit.engine.terminal import EXIT_STOPPED, STOPPING, StopRequest
 from pdvit.errors import RunFailed, UserError
 from pdvit.sweep.cells import Cell
-from pdvit.sweep.folder import Folder, State
+from pdvit.sweep.folder import CellState, Folder
 
-# Trains a configuration into a folder, or goes on with the run that is there; returns the exit status.
+# Starts or resumes the run of a configuration in a folder; returns the exit status.
 Train = Callable[[Config, Path], int]
-Say = Callable[[str], None]
 EXIT_ELSEWHERE = 74  # another process trains the cell; no command ends with it
-TURN = 0.5  # seconds between two looks at the clock and at signals
+POLL_SECONDS = 0.5  # between two checks of the clock and of signals
 
 
 def run_cells(
@@ -40,30 +38,29 @@ def run_cells(
     train: Train,
     devices: Sequence[str | None],
     stop: StopRequest,
-    report: Callable[[Cell, State, float], None],
+    report: Callable[[Cell, CellState, float], None],
     limit: float | None = None,
 ) -> None:
-    """Train the cells in order, one per device at a time, until all are done or a stop is asked for.
+    """Train the cells in order, one per device at a time, until all are done or a stop is requested.
 
     Args:
-        folder: that of the sweep.
-        cells: those to train; what others train meanwhile is passed over.
-        train: the work; a function that can be pickled.
-        devices: for each process at a time, its CUDA_VISIBLE_DEVICES; None leaves it as it is.
+        folder: of the sweep.
+        cells: to train; those that other processes train are skipped.
+        train: the work; must be picklable.
+        devices: the CUDA_VISIBLE_DEVICES of each process; None leaves it unchanged.
         stop: stops the cells too, resumable.
-        report: is told of each cell that begins ("running") and that ends, with the seconds since then; 0 where
-            another process finished it.
+        report: called when a cell starts ("running") and ends, with its seconds; 0 if another process finished it.
         limit: seconds after which to stop.
     """
-    begun, asked = time.monotonic(), False
+    begun, terminated = time.monotonic(), False
     before = {cell.name: folder.written(cell.name).status for cell in cells}
-    waiting, again = deque(cells), set[str]()
+    waiting, retried = deque(cells), set[str]()
     free, running = list(devices), dict[Any, tuple[ForkServerProcess, Cell, str | None, float]]()
     try:
         while running or (waiting and not stop):
             while waiting and free and not stop:
                 cell = waiting.popleft()
-                report(cell, State("running"), 0.0)
+                report(cell, CellState("running"), 0.0)
                 state = folder.written(cell.name)
                 if state.status == "finished" or "failed" == state.status != before[cell.name]:  # meanwhile, by others
                     report(cell, state, 0.0)
@@ -71,18 +68,18 @@ def run_cells(
                 device = free.pop(0)
                 process = _start(_train_cell, train, folder, cell, device)
                 running[process.sentinel] = (process, cell, device, time.monotonic())
-            ended = connection.wait(list(running), TURN)
+            ended = connection.wait(list(running), POLL_SECONDS)
             if limit is not None and time.monotonic() - begun >= limit:
                 stop.reason = stop.reason or "time limit"
             for sentinel in ended:
                 process, cell, device, since = running.pop(sentinel)
                 free.append(device)
-                if _settle(process, folder, cell, bool(stop)) == EXIT_ELSEWHERE and cell.name not in again:
-                    waiting.append(cell)  # perhaps somebody is just ending it
-                    again.add(cell.name)
+                if _finish_cell(process, folder, cell, bool(stop)) == EXIT_ELSEWHERE and cell.name not in retried:
+                    waiting.append(cell)  # the other process may just be ending
+                    retried.add(cell.name)
                 report(cell, folder.state(cell.name), time.monotonic() - since)
-            if stop and not asked:
-                asked = True
+            if stop and not terminated:
+                terminated = True
                 for process, *_ in running.values():
                     process.terminate()  # the run finishes its step and saves
     finally:
@@ -90,15 +87,15 @@ def run_cells(
 
 
 def run_apart(function: Callable[..., Any], log: Path, stop: StopRequest, *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own; None where a stop was asked for meanwhile.
+    """Return the result of a function in its own process; None if a stop is requested meanwhile.
 
-    Raises the UserError or RunFailed that it raises, and RunFailed where the process dies.
+    Raises its UserError or RunFailed, and RunFailed if the process dies.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = _start(_answer, sender, log, function, *arguments)
     sender.close()
     try:
-        while not connection.wait([receiver], TURN):
+        while not connection.wait([receiver], POLL_SECONDS):
             if stop:
                 return None
         answer = receiver.recv()
@@ -113,13 +110,13 @@ def run_apart(function: Callable[..., Any], log: Path, stop: StopRequest, *argum
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Name what the helper imports once for all processes."""
+    """Set the modules that the helper imports once for all processes."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
 
 
 def _start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    """Start a process; signals wait until it is ready for them, and never end the helper."""
-    resource_tracker.ensure_running()  # now: it would let signals through again while it starts
+    """Start a process. Signals wait until it handles them, and never end the helper."""
+    resource_tracker.ensure_running()  # first: its start unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         forkserver.ensure_running()
@@ -131,7 +128,7 @@ def _start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
 
 
 def _end(processes: Sequence[ForkServerProcess]) -> None:
-    """End what still runs, at once: a run takes a SIGINT after a SIGTERM for that, and still says so in its files."""
+    """End the processes at once: a SIGINT after a SIGTERM ends a run, which still writes its status."""
     for process in processes:
         for number in (signal.SIGTERM, signal.SIGINT):
             if process.is_alive() and process.pid is not None:
@@ -141,10 +138,10 @@ def _end(processes: Sequence[ForkServerProcess]) -> None:
         process.join()
 
 
-def _settle(process: ForkServerProcess, folder: Folder, cell: Cell, stopping: bool) -> int:
-    """Return how a cell's process ended; where it had no time to say why, write that down.
+def _finish_cell(process: ForkServerProcess, folder: Folder, cell: Cell, stopping: bool) -> int:
+    """Return the exit status of a cell's process; if it wrote no reason, write one.
 
-    A failure after a stop was asked for is none of the cell: whoever ends a job may end its workers and its disk too.
+    A failure after a requested stop does not count: the end of a job may also end its workers and its disk.
     """
     process.join()
     status = process.exitcode or 0
@@ -152,7 +149,7 @@ def _settle(process: ForkServerProcess, folder: Folder, cell: Cell, stopping: bo
         failed = folder.written(cell.name).status == "failed"
         if stopping and failed:
             folder.mark(cell.name, "stopped", "interrupted")
-        elif not (stopping or failed or folder.state(cell.name).status == "running"):  # unless only the helper died
+        elif not (stopping or failed or folder.state(cell.name).status == "running"):  # else only the helper died
             folder.mark(cell.name, "failed", _ending(process))
     return status
 
@@ -165,8 +162,8 @@ def _ending(process: ForkServerProcess) -> str:
 def _answer(
     sender: "connection.Connection[Any, Any]", log: Path, function: Callable[..., Any], *arguments: Any
 ) -> None:
-    """Send what a function returns, or its error."""
-    _enter(log)
+    """Send the result of a function, or its error."""
+    _set_up(log)
     try:
         sender.send(function(*arguments))
     except (UserError, RunFailed) as error:
@@ -174,15 +171,15 @@ def _answer(
 
 
 def _train_cell(train: Train, folder: Folder, cell: Cell, device: str | None) -> None:
-    """Train a cell, or go on with it, unless it is finished or another process does it; the work of a process."""
+    """Start or resume a cell, unless it is finished or another process trains it; the main function of a process."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    _enter(folder.log(cell.name))
+    _set_up(folder.log(cell.name))
     with folder.claimed(cell.name) as mine:
         try:
             sys.exit(_attempt(train, folder, cell) if mine else EXIT_ELSEWHERE)
         finally:
-            atexit._run_exitfuncs()  # as at the end of any process; multiprocessing's end without it
+            atexit._run_exitfuncs()  # multiprocessing ends without them
 
 
 def _attempt(train: Train, folder: Folder, cell: Cell) -> int:
@@ -202,17 +199,17 @@ def _attempt(train: Train, folder: Folder, cell: Cell) -> int:
     return 1
 
 
-def _enter(log: Path) -> None:
-    """Make a new process ready: its output goes to a file, and it stops when the sweep says so or has died.
+def _set_up(log: Path) -> None:
+    """Set up a new process: its output goes to a file, and it stops when the sweep stops it or dies.
 
-    Signals to the group (a terminal's, a scheduler's) reach the sweep alone: they would end the cell's workers too.
+    It leaves the process group, whose signals (of a terminal or a scheduler) would also end the cell's workers.
     """
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
-    multiprocessing.set_start_method(None, force=True)  # workers of the cell are started as in any process
+    multiprocessing.set_start_method(None, force=True)  # the default for the cell's workers
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_stop_after, args=(parent.sentinel,), daemon=True).start()

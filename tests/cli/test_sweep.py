@@ -132,7 +132,7 @@ def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, monkeypatc
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("[sweep]\nvariant = 3\n", "'variant' is no key"), ("[sweep]\n", "says nothing"), ("[swep]\n", "'swep'")],
+    [("[sweep]\nvariant = 3\n", "'variant' is no key"), ("[sweep]\n", "is empty"), ("[swep]\n", "'swep'")],
 )
 def test_a_bad_table_is_an_error(workplace, refusal, text, what):
     (workplace / "bad.toml").write_text(text)
@@ -241,7 +241,7 @@ def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, records, number
     process = command()
     wait_for_step(sweep / "none-seed=0", 20)
     (os.killpg if group else os.kill)(process.pid, number)
-    assert "the same command goes on" in finish(process, 75)
+    assert "the same command resumes the sweep" in finish(process, 75)
     assert statuses(sweep) == ["stopped", "waiting"]
     finish(command(), 0)
     same(sweep, undisturbed, records)

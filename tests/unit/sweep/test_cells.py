@@ -140,7 +140,7 @@ def test_the_table_is_no_part_of_the_configuration():
     assert split({"optim": {"lr": 1}, "sweep": {"run.seed": [1]}}, "f") == ({"optim": {"lr": 1}}, {"run.seed": [1]})
     assert split({"optim": {}}, "f") == ({"optim": {}}, None)
     for table in ({}, 3):
-        with pytest.raises(UserError, match="says nothing"):
+        with pytest.raises(UserError, match="is empty"):
             split({"sweep": table}, "f")
 
 

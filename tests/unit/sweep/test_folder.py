@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.sweep import Folder, State, make_cells
+from pdvit.sweep import CellState, Folder, make_cells
 
 BASE = {"optim": {"epochs": "3st"}}
 TABLE = {"run.seed": [0, 1], "variant": [{"name": "a"}, {"name": "b", "model.depth": 3}]}
@@ -63,7 +63,7 @@ def release(process: subprocess.Popen) -> None:
 
 def test_the_folder_says_what_was_asked_for(folder):
     assert tomllib.loads((folder.path / "sweep.toml").read_text()) == BASE | {"sweep": TABLE}
-    assert folder.asked() == make_cells(BASE, TABLE, "x.toml")
+    assert folder.read_cells() == make_cells(BASE, TABLE, "x.toml")
 
 
 def test_the_table_says_what_the_run_directories_say(folder):
@@ -85,12 +85,12 @@ def test_the_table_says_what_the_run_directories_say(folder):
 def test_a_run_that_was_killed_is_told_from_one_that_runs(folder):
     run = put(folder, A0, "running")
     put(folder, B0)  # killed before its first status
-    assert folder.state(A0) == State("stopped", "interrupted")
-    assert folder.state(B0) == State("stopped", "interrupted")
+    assert folder.state(A0) == CellState("stopped", "interrupted")
+    assert folder.state(B0) == CellState("stopped", "interrupted")
     (run / "checkpoints").mkdir()
     for lock in (run / "checkpoints" / ".lock", folder.path / "logs" / f".{A0}.lock"):
         process = elsewhere(lock)
-        assert folder.state(A0) == State("running")
+        assert folder.state(A0) == CellState("running")
         with folder.claimed(A0) as mine:
             assert not mine
         release(process)
@@ -106,7 +106,7 @@ def test_what_this_process_has_begun_runs(folder):
 
 def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_try(folder):
     folder.mark(A0, "failed", "no memory")
-    assert folder.state(A0) == State("failed", "no memory")
+    assert folder.state(A0) == CellState("failed", "no memory")
     (folder.path / A0 / ".run.toml.1234").touch()  # a kill while the first file was written
     with folder.claimed(A0) as mine:
         assert mine
@@ -126,18 +126,18 @@ def test_damaged_files_are_a_failed_cell(folder):
 
 def test_a_sweep_that_goes_on_may_have_more_cells(folder):
     more = TABLE | {"run.seed": [0, 1, 2], "variant": [*TABLE["variant"], {"name": "c"}]}
-    assert len(begin(folder.path, table=more).asked()) == 9
-    assert begin(folder.path, table=more).asked() == folder.asked()
+    assert len(begin(folder.path, table=more).read_cells()) == 9
+    assert begin(folder.path, table=more).read_cells() == folder.read_cells()
     assert len(table(folder)) == 9  # also by a process that began with fewer
     put(folder, "c-seed=2")
-    with pytest.raises(UserError, match="not asked for any more"):
+    with pytest.raises(UserError, match="no longer in the file"):
         begin(folder.path)
 
 
 def test_of_cells_that_never_began_a_mistake_can_be_mended(folder):
     put(folder, A0)
     changed = TABLE | {"run.seed": [0, 2], "variant": [TABLE["variant"][0], {"name": "b", "model.depth": 4}]}
-    assert [cell.name for cell in begin(folder.path, table=changed).asked()] == [A0, B0, "a-seed=2", "b-seed=2"]
+    assert [cell.name for cell in begin(folder.path, table=changed).read_cells()] == [A0, B0, "a-seed=2", "b-seed=2"]
 
 
 def test_a_damaged_environment_of_one_cell_leaves_its_columns_empty(folder):
@@ -151,7 +151,7 @@ def test_a_damaged_environment_of_one_cell_leaves_its_columns_empty(folder):
     ("base", "changed", "what"),
     [
         ({"optim": {"epochs": "4st"}}, TABLE, "optim.epochs was '3st', is '4st'"),
-        (BASE, TABLE | {"run.seed": [0, 2]}, "'a-seed=1', which is not asked for any more"),
+        (BASE, TABLE | {"run.seed": [0, 2]}, "'a-seed=1', which is no longer in the file"),
         (
             BASE,
             TABLE | {"variant": [{"name": "a"}, {"name": "b", "model.depth": 4}]},

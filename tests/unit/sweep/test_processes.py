@@ -12,7 +12,7 @@ import pytest
 
 from pdvit.engine.terminal import StopRequest
 from pdvit.errors import RunFailed, UserError
-from pdvit.sweep import Folder, State, make_cells, preload, run_apart, run_cells
+from pdvit.sweep import CellState, Folder, make_cells, preload, run_apart, run_cells
 
 WORK = '''
 import atexit, json, multiprocessing, os, signal, sys, time
@@ -199,7 +199,7 @@ def test_what_failed_with_others_meanwhile_is_not_tried_again_and_what_had_faile
 
     run_cells(folder, cells, partial(work.train, ["well", "well"]), [None], StopRequest(), report)
     assert told == [(1, "running"), (1, "finished"), (2, "running"), (2, "failed")]
-    assert folder.state("seed=1") == State("failed", "theirs")
+    assert folder.state("seed=1") == CellState("failed", "theirs")
     run_cells(folder, cells[1:], partial(work.train, ["well", "well"]), [None], StopRequest(), lambda *_: None)
     assert folder.state("seed=1").status == "finished"
 
