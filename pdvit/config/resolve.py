@@ -1,10 +1,10 @@
 """Fill in the settings that depend neither on the data nor on the weights."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 from pdvit.config.duration import weight_schedule
-from pdvit.config.policy import check_auto_augment
 from pdvit.config.schema import PRESETS, TERMS, Config
 from pdvit.errors import UserError
 
@@ -19,6 +19,9 @@ NARROW = 192
 # The paper's (and MMSegmentation's) for 16 images: the head of a segmentation is new even on a pretrained backbone.
 LR_PER_16 = 6e-5
 
+# The sections of timm's RandAugment: magnitude, layers, upper bound, probability, standard deviation, increasing.
+RAND_AUGMENT = re.compile(r"(m|n|mmax)[0-9]+|(p|mstd)[0-9]+(\.[0-9]+)?|inc[01]")
+
 
 def resolve(config: Config) -> Config:
     """Return the configuration with preset, model and learning rate filled in; resolving twice changes nothing.
@@ -28,7 +31,7 @@ def resolve(config: Config) -> Config:
     """
     for term in TERMS:
         weight_schedule(config.diversity, term)
-    check_auto_augment(config.augment.auto_augment)
+    _check_auto_augment(config.augment.auto_augment)
     for name in ("freeze", "weights") if config.model.init is None else ():
         if getattr(config.model, name) is not None:
             why = ": new weights would never learn" if name == "freeze" else ""
@@ -93,3 +96,18 @@ def _model(config: Config) -> Config:
             lr = FINETUNE_FACTOR * lr
         optim = replace(optim, lr=lr)
     return replace(config, model=model, data=data, optim=optim)
+
+
+def _check_auto_augment(text: str) -> None:
+    """Raise UserError unless the text is empty or a RandAugment policy of timm."""
+    name, *sections = text.split("-")
+    where, tip = "augment.auto_augment (--aa)", "for example rand-m9-mstd0.5-inc1"
+    if name not in ("", "rand"):
+        raise UserError(f"the policy '{name}' is not supported", where, f"only RandAugment is: {tip}")
+    for section in sections:
+        if not RAND_AUGMENT.fullmatch(section):
+            what = f"'{section}' of '{text}' is not supported"
+            raise UserError(what, where, f"known are m, n, mmax, p, mstd and inc with a number, {tip}")
+    values = dict(re.findall(r"-([a-z]+)([0-9.]+)", text))
+    if float(values.get("m", 10)) > float(values.get("mmax", 10)) or float(values.get("p", 1)) > 1:
+        raise UserError(f"'{text}' is out of range", where, "m is at most mmax (10 by default), p at most 1")

@@ -1,4 +1,5 @@
 import pytest
+from timm.data.auto_augment import rand_augment_transform
 
 from pdvit.config import build, resolve
 from pdvit.errors import UserError
@@ -140,3 +141,22 @@ def test_segmentation_has_the_terms_of_a_preset_without_mixing():
     assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
     assert config.augment.cutmix == 0
     assert resolve(config) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.7-m5", "rand-m12-mmax20", "rand-mstd101"]
+)
+def test_policies_of_timm_are_accepted(text):
+    resolved(augment={"auto_augment": text})
+    if text:
+        rand_augment_transform(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["augmix-m3", "original", "9", "rand-", "rand-mx", "rand-m9.5", "rand-q1", "rand-m11", "rand-p2"],
+)
+def test_other_policies_are_errors(text):
+    with pytest.raises(UserError) as caught:
+        resolved(augment={"auto_augment": text})
+    assert "--aa" in caught.value.where
