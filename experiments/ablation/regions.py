@@ -23,7 +23,7 @@ from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.data.loader import eval_batches
 from pdvit.data.mixing import paste
-from pdvit.data.pictures import Pictures
+from pdvit.data.sources import subsample
 from pdvit.models.weights import load
 from pdvit.similarity import unit_tokens
 from pdvit.tasks.base import ImageTask
@@ -42,7 +42,7 @@ def opened(run: Path) -> tuple[DiverseModel, Tensor, Tensor, ImageTask]:
     """Return the model of a finished run, images of the split that it ended with, their classes, and its task."""
     with redirect_stderr(io.StringIO()):  # it would say what it prepares
         task = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
-    chosen = Pictures("images", task.source.splits[task.source.final_split]).subsample(IMAGES).split
+    chosen = subsample(task.source.splits[task.source.final_split], IMAGES)
     batches = list(eval_batches(chosen, task.loader))
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])
     return DiverseModel(load(run).model.to(images.device), patch_head=False).eval(), images, labels, task

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pdvit.config import build, read_toml
+from pdvit.data.image_sets import held_out_images
 from pdvit.data.loader import LoaderConfig, eval_batches
-from pdvit.data.pictures import held_out
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.models.layers import places_of, watch
 from pdvit.models.weights import load
@@ -102,7 +102,7 @@ def whole_tokens(checkpoint: Path) -> tuple[dict[str, list[Tensor]], int]:
     run = build(("run.toml", read_toml(checkpoint / "run.toml")))
     loading = LoaderConfig(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(loaded.model))
     with torch.no_grad(), watch(chosen, lambda name, tokens: found[name].extend(tokens.double())):
-        for batch in eval_batches(held_out(run.data).first(IMAGES).split, loading):
+        for batch in eval_batches(held_out_images(run).subsample(IMAGES).split, loading):
             loaded.model(batch.images)
     return found, prefix
 

@@ -10,7 +10,7 @@ from pdvit.analysis.tables import MAPS
 from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis, to_device
 from pdvit.cli.console import log
 from pdvit.data.bad_images import BadImages
-from pdvit.data.pictures import Pictures
+from pdvit.data.image_sets import ImageSet
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device
 from pdvit.engine.terminal import RunConsole
@@ -28,7 +28,7 @@ from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing
 
 
-def write_explorer(folders: Mapping[str, Path], pictures: Pictures, analyzer: Analyzer) -> None:
+def write_explorer(folders: Mapping[str, Path], pictures: ImageSet, analyzer: Analyzer) -> None:
     """Write explorer.html to the first checkpoint's folder, and analysis/maps.npz to each; print what they show.
 
     Checkpoints are loaded once more, one at a time, so that all get the same images. Raises UserError.

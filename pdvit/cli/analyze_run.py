@@ -11,8 +11,8 @@ from pdvit.analysis.measure import select_metrics
 from pdvit.cli.checkpoint import config_of, with_progress
 from pdvit.config import build
 from pdvit.data.bad_images import BadImages
+from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.loader import LoaderConfig, shared_batches
-from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import ArraySplit
 from pdvit.engine.device import choose_device, device_name, is_out_of_memory
@@ -36,7 +36,7 @@ class AnalyzeTarget:
     """A checkpoint on its device, and its images."""
 
     loaded: Loaded
-    pictures: Pictures
+    pictures: ImageSet
     loader_config: LoaderConfig
 
 
@@ -46,7 +46,7 @@ class CheckpointAnalysis:
 
     path: str
     name: str
-    pictures: Pictures
+    pictures: ImageSet
     analysis: Analysis
     facts: dict[str, Any]  # the content of analysis.json
     between: "pd.DataFrame | None" = None  # CKA between the layers of the first checkpoint and its own
@@ -114,10 +114,10 @@ class Analyzer:
             settings = {"on_bad_image": self.on_bad_image} if self.on_bad_image is not None else {}
             flags = ("the command line", {"data": settings})
             if self.images:
-                run, pictures = None, named(self.images)
+                run, pictures = None, open_images(self.images)
             else:  # the run's own images, read as the run did
                 run = config_of(Path(path), flags)
-                pictures = sample_photographs() if run is None else held_out(run)
+                pictures = sample_photographs() if run is None else held_out_images(run)
             bad = BadImages(skip=(run or build(flags)).data.on_bad_image == "skip")
         config = LoaderConfig(self.batch_size, 0, self.workers, device, Preprocessing.for_model(loaded.model), bad=bad)
         config = replace(config, rank=ranks.rank, processes=ranks.world_size)
@@ -173,7 +173,7 @@ def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Mod
         raise UserError(f"the model does not fit in the memory of {device}", where, tip) from error
 
 
-def _same_images(first: Pictures, second: Pictures) -> bool:
+def _same_images(first: ImageSet, second: ImageSet) -> bool:
     one, two = first.split, second.split
     if isinstance(one, ArraySplit) or isinstance(two, ArraySplit):
         return isinstance(one, ArraySplit) and isinstance(two, ArraySplit) and one.images.equal(two.images)

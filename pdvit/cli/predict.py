@@ -70,7 +70,7 @@ def predict(
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.bad_images import BadImages
-    from pdvit.data.pictures import image_files
+    from pdvit.data.image_sets import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import stop_on_signals
     from pdvit.models.checkpoints import name_of

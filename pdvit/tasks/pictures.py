@@ -15,8 +15,7 @@ from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
-from pdvit.data.pictures import Pictures
-from pdvit.data.sources import Source
+from pdvit.data.sources import Source, subsample
 from pdvit.engine.device import autocast
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 
@@ -78,7 +77,7 @@ def prediction_pngs(
     windows: SlidingWindowConfig,
 ) -> dict[str, bytes]:
     """Return small PNG files of image, truth and prediction, for 8 images spread evenly over a split."""
-    chosen = Pictures("pictures", split).subsample(PICTURES).split
+    chosen = subsample(split, PICTURES)
     assert isinstance(chosen, MaskSplit)
     files, palette = dict[str, bytes](), source.palette or default_palette(len(source.classes))
     for number, batch in enumerate(eval_batches(chosen, replace(loader, rank=0, processes=1), config.segment), 1):

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.data.loader import LoaderConfig, eval_batches
-from pdvit.data.pictures import Pictures
-from pdvit.data.sources import Split
+from pdvit.data.sources import Split, subsample
 from pdvit.errors import UserError
 from pdvit.models.layers import measure_layers
 from pdvit.similarity import patch_similarity
@@ -20,7 +19,7 @@ class Probe:
     """Images spread evenly over a split; every rank has all of them."""
 
     def __init__(self, split: Split, count: int, loader: LoaderConfig) -> None:
-        chosen = Pictures("probe", split).subsample(count).split
+        chosen = subsample(split, count)
         batches = [batch.images for batch in eval_batches(chosen, loader)]
         if not batches:
             raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")

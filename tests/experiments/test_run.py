@@ -18,8 +18,8 @@ from run import main, same, train, understand
 from pdvit.cli import run as pdvit
 from pdvit.config import Config
 from pdvit.config.schema import DataConfig
+from pdvit.data.image_sets import held_out_images
 from pdvit.data.loader import LoaderConfig, eval_batches
-from pdvit.data.pictures import held_out
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.terminal import StopRequest
 
@@ -86,7 +86,7 @@ def similarity_by_hand(seed: int) -> dict[str, float]:
     for name, module in (("block 2", model.blocks[1]), ("norm", model.norm)):
         module.register_forward_hook(lambda _, __, tokens, name=name: found[name].extend(map(alike, tokens[:, 1:])))
     with torch.no_grad():
-        for batch in eval_batches(held_out(Config(data=DataConfig(source="digits"))).first(256).split, how):
+        for batch in eval_batches(held_out_images(Config(data=DataConfig(source="digits"))).subsample(256).split, how):
             model(batch.images)
     return {name: sum(values) / len(values) for name, values in found.items()}
 

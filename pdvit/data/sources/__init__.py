@@ -7,7 +7,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.source_types import SOURCE_TYPES, source_type
 from pdvit.data.sources.digits import read_digits
 from pdvit.data.sources.folder import folder_tree, list_images, read_tree, tar_tree
-from pdvit.data.sources.split import ArraySplit, FileSplit, LazySplit, Source, Split, as_file_name
+from pdvit.data.sources.split import ArraySplit, FileSplit, LazySplit, Source, Split, as_file_name, subsample
 from pdvit.data.sources.table import read_csv
 from pdvit.data.sources.timm_sets import read_hub, read_torchvision
 from pdvit.errors import UserError, closest
@@ -22,6 +22,7 @@ __all__ = [
     "list_images",
     "open_source",
     "source_label",
+    "subsample",
 ]
 
 WHERE = "data.source (--data)"

@@ -105,6 +105,13 @@ class FileSplit(LazySplit):
 Split = ArraySplit | LazySplit
 
 
+def subsample(split: Split, count: int) -> Split:
+    """Return at most `count` samples of a split, spread evenly."""
+    if len(split) <= count:
+        return split
+    return split.take(torch.linspace(0, len(split) - 1, count).round().long())
+
+
 @dataclass(frozen=True)
 class Source:
     """Splits by role (train, val and possibly test) over one list of classes, with notes for the user."""
@@ -151,8 +158,8 @@ def describe_sizes(split: Split) -> str:
     if isinstance(split, ArraySplit):
         sizes = [(split.images.shape[-1], split.images.shape[-2])]
     else:
-        chosen = torch.linspace(0, len(split) - 1, min(len(split), SAMPLED)).round().long()
-        sizes = [size for index in chosen.tolist() if (size := image_size(split, index))]
+        few = subsample(split, SAMPLED)
+        sizes = [size for index in range(len(few)) if (size := image_size(few, index))]
     if not sizes:
         return ""
     widths, heights = sorted(width for width, _ in sizes), sorted(height for _, height in sizes)
@@ -160,7 +167,7 @@ def describe_sizes(split: Split) -> str:
     return f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
 
 
-def image_size(split: LazySplit, index: int) -> tuple[int, int] | None:
+def image_size(split: Split, index: int) -> tuple[int, int] | None:
     """Return width and height, or None for a bad image, which is reported when it is decoded."""
     try:
         with warnings.catch_warnings():

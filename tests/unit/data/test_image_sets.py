@@ -3,8 +3,8 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
+from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.images import read_image
-from pdvit.data.pictures import Pictures, held_out, named, sample_photographs
 from pdvit.data.sources import ArraySplit
 from pdvit.errors import UserError
 
@@ -23,13 +23,13 @@ def pictures_in(folder, names):
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 99])
 def test_a_selection_has_the_asked_size_and_no_picture_twice(limit):
-    labels = Pictures("some", numbered(100)).subsample(limit).split.labels
+    labels = ImageSet("some", numbered(100)).subsample(limit).split.labels
     assert len(labels.unique()) == len(labels) == limit
 
 
 def test_held_out_pictures_are_validation_where_there_is_no_test_split(tmp_path):
     pictures_in(tmp_path, ["train/a/1.png", "val/a/2.png"])
-    pictures = held_out(Config(data=DataConfig(source=str(tmp_path))))
+    pictures = held_out_images(Config(data=DataConfig(source=str(tmp_path))))
     assert [path.name for path in pictures.split.paths] == ["2.png"]
     assert "val split" in pictures.description
 
@@ -39,32 +39,32 @@ def test_held_out_pictures_of_a_segmentation_are_its_images_without_the_masks(tm
         tmp_path, [f"{kind}/{name}.png" for kind in ("images", "masks") for name in ("train/1", "val/2", "test/3")]
     )
     (tmp_path / "classes.tsv").write_text("0\tground\n1\tdisc\n")
-    pictures = held_out(Config(data=DataConfig(source=str(tmp_path)), segment=SegmentConfig(head="linear")))
+    pictures = held_out_images(Config(data=DataConfig(source=str(tmp_path)), segment=SegmentConfig(head="linear")))
     assert [pictures.split.name(index) for index in range(len(pictures.split))] == [str(tmp_path / "images/test/3.png")]
     assert pictures.description.endswith(", test split")
 
 
 @pytest.mark.parametrize(("source", "images"), [("digits", 360), ("scenes", 256)])
 def test_a_source_can_be_named(source, images):
-    assert len(named([source]).split) == images
+    assert len(open_images([source]).split) == images
 
 
 def test_folders_and_files_can_be_named_together(tmp_path):
     pictures_in(tmp_path, ["many/b.png", "many/deep/a.jpg", "one.png"])
-    found = named([str(tmp_path / "many"), str(tmp_path / "one.png")])
+    found = open_images([str(tmp_path / "many"), str(tmp_path / "one.png")])
     assert [path.name for path in found.split.paths] == ["b.png", "a.jpg", "one.png"]
     assert len(found.split.labels) == 3
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no images"):
-        named([str(tmp_path)])
+        open_images([str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", ["digit", "no/such/place", "x" * 400])
 def test_what_is_not_there_is_refused(name):
     with pytest.raises(UserError) as caught:
-        named([name])
+        open_images([name])
     assert "--images" in caught.value.where
 
 
@@ -76,4 +76,4 @@ def test_the_sample_photographs_decode():
 
 def test_a_source_is_not_mixed_with_files(tmp_path):
     with pytest.raises(UserError, match="can't be mixed"):
-        named([str(tmp_path), "digits"])
+        open_images([str(tmp_path), "digits"])

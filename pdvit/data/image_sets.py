@@ -16,24 +16,23 @@ from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.source_types import source_type
 from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
-from pdvit.data.sources.split import printable
+from pdvit.data.sources.split import printable, subsample
 from pdvit.errors import UserError, closest
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageSet:
     """Images to measure, with a description."""
 
     description: str
     split: Split
 
-    def subsample(self, limit: int) -> "Pictures":
+    def subsample(self, limit: int) -> "ImageSet":
         """Return at most `limit` of them, spread evenly."""
         size = len(self.split)
         if size <= limit:
             return self
-        chosen = torch.linspace(0, size - 1, limit).round().long()
-        return Pictures(f"{self.description}, {limit} of {size:,}", self.split.take(chosen))
+        return ImageSet(f"{self.description}, {limit} of {size:,}", subsample(self.split, limit))
 
     def pixels(self, preprocessing: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the preprocessed pixels of each image, uint8 `(3, size, size)`; `bad` has the policy."""
@@ -50,25 +49,25 @@ class Pictures:
                 yield printable(self.split.key(index)), image
 
 
-def held_out(config: Config) -> Pictures:
+def held_out_images(config: Config) -> ImageSet:
     """Return the held-out images of a run: its test split, or else validation."""
     masks = config.segment.head is not None or config.data.source == "scenes"
     source = open_masks(config.data, config.segment) if masks else open_source(config.data)
-    return Pictures(f"{source.name}, {source.final_split} split", source.splits[source.final_split])
+    return ImageSet(f"{source.name}, {source.final_split} split", source.splits[source.final_split])
 
 
-def named(names: list[str]) -> Pictures:
+def open_images(names: list[str]) -> ImageSet:
     """Return the images of names: one source other than a folder, or any folders and files.
 
     Raises UserError if a name is none of these, or a folder has no images.
     """
     sources = [name for name in names if source_type(name) and not os.path.isdir(os.path.expanduser(name))]
     if sources and len(names) == 1:
-        return held_out(Config(data=DataConfig(source=names[0])))
+        return held_out_images(Config(data=DataConfig(source=names[0])))
     if mixed := sorted(sources):
         what = f"the source '{mixed[0]}' can't be mixed with files"
         raise UserError(what, "--images", f"measure it by itself: --images {mixed[0]}")
-    return Pictures(", ".join(names), image_files(names))
+    return ImageSet(", ".join(names), image_files(names))
 
 
 def image_files(names: list[str]) -> FileSplit:
@@ -77,11 +76,11 @@ def image_files(names: list[str]) -> FileSplit:
     return FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
 
 
-def sample_photographs() -> Pictures:
+def sample_photographs() -> ImageSet:
     """Return the two photographs of scikit-learn."""
     folder = Path(str(files("sklearn.datasets").joinpath("images")))
     paths = [folder / "china.jpg", folder / "flower.jpg"]
-    return Pictures("2 sample photographs of scikit-learn", FileSplit(paths, torch.zeros(2, dtype=torch.long)))
+    return ImageSet("2 sample photographs of scikit-learn", FileSplit(paths, torch.zeros(2, dtype=torch.long)))
 
 
 def _paths(path: Path) -> list[Path]:
