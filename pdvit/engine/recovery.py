@@ -1,15 +1,15 @@
 """Runs that fail: errors with advice, checks of the weights, the replay of a bad step, and what fits in memory."""
 
 import json
-import shutil
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -18,12 +18,12 @@ from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import is_lost_rank
 from pdvit.engine.protocol import TrainBatch
 from pdvit.engine.run_logger import RunLogger
-from pdvit.engine.state import Snapshot, TrainState, named
+from pdvit.engine.state import TrainState, named
 from pdvit.engine.update import Updater
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import Status, to_json, write_file
 
-REPLAY_FOLDER = "replay"
+REPLAY = "replay.safetensors"
 SPARE_MEMORY = 0.1  # fraction of the memory: no two steps need exactly the same
 
 
@@ -66,7 +66,7 @@ def check_weights(state: TrainState) -> None:
 
 
 class ReplayedStep(NamedTuple):
-    """The metrics of a replayed step, and the names of weights whose gradient is not finite."""
+    """A replayed step; `broken` names the weights whose gradient is not finite."""
 
     step: int
     metrics: dict[str, float]
@@ -80,9 +80,23 @@ def save_replay(
 
     `batch` is this rank's part of it, `generators` are the states before it, `in_a_row` counts the skipped steps.
     """
-    snapshot, parts = state.state_dict(), state.ranks.all_gather(replay_tensors(batch, generators))
+    own = {f"batch.{name}": value.detach().cpu() for name, value in batch.tensors().items()}
+    own |= {f"generator.{name}": value for name, value in generators.items()}
+    snapshot, parts = state.state_dict(), state.ranks.all_gather(own)
     if state.ranks.main:
-        _write_replay(run / REPLAY_FOLDER, snapshot, parts)
+        scaler = dict(snapshot.metadata["scaler"])
+        if scaler:  # the step was computed with the scale before it was lowered
+            scaler["scale"] /= scaler["backoff_factor"]
+        # It was skipped, so the weights are those before it.
+        tensors = {f"module.{name}": value for name, value in snapshot.tensors["module"].items()}
+        for rank, part in enumerate(parts):
+            tensors |= {f"{rank}.{name}": value.clone().contiguous() for name, value in part.items()}
+        metadata = {"step": snapshot.step, "scaler": scaler, "ranks": len(parts)}
+        try:
+            write_file(run / REPLAY, save(tensors, {"replay": to_json(metadata)}))
+        except OSError as error:
+            what = f"the step can't be saved for a replay: {error.strerror}"
+            raise UserError(what, str(run), "make room") from error
     state.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
     return RunFailed(
         f"loss or gradient was infinite or not a number in {in_a_row} steps in a row, up to step {snapshot.step}",
@@ -90,55 +104,33 @@ def save_replay(
     )
 
 
-def replay_tensors(batch: TrainBatch, generators: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of one rank's part of a step: its batch, and its generators before."""
-    tensors = {f"batch.{name}": value for name, value in batch.tensors().items()}
-    tensors |= {f"generator.{name}": value for name, value in generators.items()}
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-
-
-def _write_replay(folder: Path, snapshot: Snapshot, parts: Sequence[dict[str, Tensor]]) -> None:
-    """Write the step. It was skipped, so the weights of the snapshot are those before it."""
-    scaler = dict(snapshot.metadata["scaler"])
-    if scaler:  # the step was computed with the scale before it was lowered
-        scaler["scale"] /= scaler["backoff_factor"]
-    try:
-        folder.mkdir(exist_ok=True)
-        for rank, part in enumerate(parts):
-            save_file(part, folder / f"share-{rank}.safetensors")
-        save_file(snapshot.tensors["module"], folder / "module.safetensors")
-        write_file(folder / "step.json", to_json({"step": snapshot.step, "scaler": scaler, "shares": len(parts)}))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the step can't be saved for a replay: {error}", str(folder), "make room") from error
-
-
 def remove_replay(run: Path, step: int) -> None:
     """Remove the saved step if it is before `step`: a run that saves a later checkpoint has recovered."""
-    try:
-        recovered = json.loads((run / REPLAY_FOLDER / "step.json").read_text())["step"] < step
-    except (OSError, ValueError, LookupError, TypeError):
-        return  # there is none, or it is incomplete
-    if recovered:
-        shutil.rmtree(run / REPLAY_FOLDER, ignore_errors=True)
+    with suppress(OSError, SafetensorError, ValueError, LookupError):
+        if _read_replay(run)[0]["step"] < step:
+            (run / REPLAY).unlink()
+
+
+def _read_replay(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(run / REPLAY, framework="pt") as file:
+        return json.loads(file.metadata()["replay"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def replay(run: Path, state: TrainState, updater: Updater) -> ReplayedStep:
     """Compute the saved step again, without an update; raises UserError if there is none or it is damaged."""
-    folder = run / REPLAY_FOLDER
     try:
-        metadata: dict[str, Any] = json.loads((folder / "step.json").read_text())
-        step = int(metadata["step"])
-        parts = [load_file(folder / f"share-{rank}.safetensors") for rank in range(metadata["shares"])]
-        state.module.load_state_dict(load_file(folder / "module.safetensors"))
+        metadata, tensors = _read_replay(run)
+        parts = [named(tensors, f"{rank}.") for rank in range(metadata["ranks"])]
+        state.module.load_state_dict(named(tensors, "module."))
         if state.scaler.is_enabled():
             state.scaler.load_state_dict(metadata["scaler"])
         on_device = [{name: value.to(state.device) for name, value in named(part, "batch.").items()} for part in parts]
         batches = [updater.task.batch_of(tensors) for tensors in on_device]
     except FileNotFoundError as error:
         tip = "only a run that stopped after several bad steps has one"
-        raise UserError("the run has no step to replay", str(folder), tip) from error
+        raise UserError("the run has no step to replay", str(run / REPLAY), tip) from error
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the saved step is damaged: {error}", str(folder), "resume the run instead") from error
+        raise UserError(f"the saved step is damaged: {error}", str(run / REPLAY), "resume the run instead") from error
     metrics: dict[str, float] = {}
     broken: dict[str, None] = {}  # in the order of weights
     for part, batch in zip(parts, batches, strict=True):
@@ -149,7 +141,7 @@ def replay(run: Path, state: TrainState, updater: Updater) -> ReplayedStep:
         for name, weight in state.module.named_parameters():
             if weight.grad is not None and not bool(weight.grad.isfinite().all()):
                 broken[name] = None
-    return ReplayedStep(step, metrics, list(broken))
+    return ReplayedStep(metadata["step"], metrics, list(broken))
 
 
 def _out_of_memory(run: Path, updater: Updater, batch: TrainBatch | None) -> RunFailed:

@@ -105,31 +105,6 @@ def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny
     assert (run / "iou.csv").read_bytes() == (whole / "iou.csv").read_bytes()
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(20, marks=pytest.mark.slow)])
-def test_any_checkpoint_leads_to_the_same_end(tmp_path, tiny, monkeypatch, records, step, device):
-    """Break the run off right after the update of one step, whether or not a checkpoint lies there."""
-    from pdvit.tasks.classification import ClassificationTask
-
-    flags = [*tiny, *FLAGS, *on(device), "--epochs", "24st", "--warmup-epochs", "2st", "--val-interval", "10st"]
-    assert pdvit(["train", *flags, "--out", str(tmp_path / "whole")]) == 0
-    steps = 0
-    plain = ClassificationTask.step
-
-    def break_off(self, network, batch):
-        nonlocal steps
-        steps += 1
-        if steps > step:
-            raise KeyboardInterrupt
-        return plain(self, network, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ClassificationTask, "step", break_off)
-        assert pdvit(["train", *flags, "--out", str(tmp_path / "run")]) == 130
-    assert status(tmp_path / "run")["status"] == "stopped"
-    assert pdvit(["train", "--resume", str(tmp_path / "run")]) == 0
-    same(tmp_path / "run", tmp_path / "whole", records)
-
-
 def test_a_run_without_a_checkpoint_starts_over(tmp_path, digits_run, records):
     run = tmp_path / "run"
     run.mkdir()

