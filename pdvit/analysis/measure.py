@@ -125,8 +125,7 @@ def cka_between(
     for part in ranks.all_gather(cka):
         total.merge(part)
     if not total.images:
-        what, tip = f"there are no images to measure, or no batch of {MIN_IMAGES}", "pass larger batches"
-        raise UserError(what, "cka_between(model, other, images)", tip)
+        raise UserError(f"there are no images, or no batch of {MIN_IMAGES}", "cka_between(...)", "pass larger batches")
     names, other_names = ([layer.name for layer in side.places] for side in (rows, columns))
     return pd.DataFrame(total.compute().numpy(), index=names, columns=other_names)
 

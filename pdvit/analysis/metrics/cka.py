@@ -49,17 +49,17 @@ class LinearCKA:
     def update(self, first: list[Tensor], second: list[Tensor]) -> None:
         """Add a batch: the `centred_gram` of each layer of the first and of the second model, for the same images."""
         one, two = (torch.stack(grams).flatten(1) for grams in (first, second))
-        images = len(first[0])
-        sums = (one @ two.T, one.square().sum(1), two.square().sum(1))
-        self._add(tuple((value * (1 / (images - 3))).cpu() for value in sums), images)
+        batch = LinearCKA()
+        batch.images = len(first[0])
+        batch.sums = tuple(
+            (1 / (batch.images - 3) * value).cpu() for value in (one @ two.T, one.square().sum(1), two.square().sum(1))
+        )
+        self.merge(batch)
 
     def merge(self, other: "LinearCKA") -> None:
-        """Add the sums of another process."""
-        self._add(other.sums, other.images)
-
-    def _add(self, sums: tuple[Tensor | float, ...], images: int) -> None:
-        self.sums = tuple(mine + more for mine, more in zip(self.sums, sums, strict=True))
-        self.images += images
+        """Add the sums of other images."""
+        self.sums = tuple(mine + more for mine, more in zip(self.sums, other.sums, strict=True))
+        self.images += other.images
 
     def compute(self) -> Tensor:
         """Return CKA, `(layers, other layers)`, in [-1, 1]; 0 for layers that are equal for all images."""

@@ -35,17 +35,13 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     return (power[:, 0, 0] / scale).masked_fill(zero, 1), high.sum((1, 2)) / scale, diagonal - diagonal[:, :1]
 
 
-def frequencies(grid: tuple[int, int]) -> list[float]:
-    """Return the frequencies along the diagonal as fractions of the highest, pi."""
-    return [2 * step / min(grid) for step in range(min(grid) // 2 + 1)]
-
-
 def spectrum_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of spatial frequency."""
     count, width = patches.tokens.shape[1:]
     parts = patches.tokens.split(max(1, BLOCK_ENTRIES // (count * width)))  # transforms take several times the tokens
     values = zip(*(spectrum(part, patches.grid) for part in parts), strict=True)
     constant, high, curve = (torch.cat(value) for value in values)
-    axis = curve.new_tensor(frequencies(patches.grid)).expand_as(curve)
+    side = min(patches.grid)  # frequencies as fractions of the highest, pi
+    axis = curve.new_tensor([2 * step / side for step in range(side // 2 + 1)]).expand_as(curve)
     scalars = {"dc_share": constant, "high_frequency_share": high, "log_amplitude": curve[:, -1]}
     return scalars | {"by_frequency": curve, "frequency": axis}
