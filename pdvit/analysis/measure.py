@@ -22,8 +22,7 @@ from pdvit.models.attention import watch_attention
 from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch
 
 COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
-# Images per forward pass if they come as one tensor.
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # if images come as one tensor
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 
 
@@ -63,8 +62,7 @@ def analyze(
         and tokens (patches per image). Prefix tokens are left out. Metrics are computed in float32, sums that need it
         in float64. A metric that is not defined at a layer has no row there.
 
-    Raises:
-        UserError: an unknown metric, or a model or images that can't be measured.
+    Raises UserError for an unknown metric, and for a model or images that can't be measured.
     """
     return measure(model, images, metrics, name).table
 
