@@ -1,7 +1,7 @@
 """Images that do not decode: errors that end the run, or skipped, counted and named."""
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,12 +12,10 @@ from torch.utils.data import Dataset
 from pdvit.data.sources.split import Split, printable
 from pdvit.errors import UserError
 
-# Images named in a message; the others are counted.
-NAMED = 10
+NAMED = 10  # images named in a message; the others are counted
 RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --change data.on_bad_image=skip)"
 MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
-# Errors of the machine, not of the image.
-OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image
 Result = TypeVar("Result")
 
 
@@ -40,11 +38,10 @@ class BadImages:
     skip: bool = False
     found: dict[str, str] = field(default_factory=dict)
 
-    def add(self, bad: Iterable[BadImage]) -> None:
+    def add(self, bad: Sequence[BadImage]) -> None:
         """Record images that do not decode; raises UserError unless they are skipped, and for every bad mask."""
-        bad = list(bad)
-        refuse_bad({item.name: item.reason for item in bad if isinstance(item, BadMask)}, MASK_TIP, "mask")
         new = {item.name: item.reason for item in bad}
+        refuse_bad({item.name: item.reason for item in bad if isinstance(item, BadMask)}, MASK_TIP, "mask")
         if not self.skip:
             refuse_bad(new)
         self.found |= new

@@ -62,11 +62,8 @@ class LoaderConfig:
 def steps_per_epoch(split: Split, batch_size: int) -> int:
     """Return the full batches of one epoch; raises UserError if there are none."""
     if len(split) < batch_size:
-        raise UserError(
-            f"{len(split)} training images are fewer than one batch of {batch_size}",
-            "data.batch_size (--batch-size)",
-            f"choose a batch size of at most {len(split)}",
-        )
+        what = f"{len(split)} training images are fewer than one batch of {batch_size}"
+        raise UserError(what, "data.batch_size (--batch-size)", f"choose a batch size of at most {len(split)}")
     return len(split) // batch_size
 
 

@@ -203,30 +203,24 @@ def _soft(targets: Tensor, partner: Tensor, fraction: Tensor, num_classes: int) 
 
 
 def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
+    where = "patch_cutmix(images, targets, ...)"
     if images.ndim != 4 or tuple(targets.shape) not in ((len(images),), (len(images), num_classes)):
-        raise UserError(
-            f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}",
-            "patch_cutmix(images, targets, ...)",
-            f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})",
-        )
+        what = f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}"
+        tip = f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})"
+        raise UserError(what, where, tip)
     if targets.device.type != "cpu" or not len(targets):  # on a GPU the check would synchronise
         return
     low, high = float(targets.min()), float(targets.max())
     if targets.ndim == 1 and not 0 <= low <= high < num_classes:
-        raise UserError(
-            f"targets from {low:g} to {high:g} for {num_classes} classes",
-            "patch_cutmix(images, targets, ...)",
-            "number the classes from 0 to num_classes - 1",
-        )
+        what = f"targets from {low:g} to {high:g} for {num_classes} classes"
+        raise UserError(what, where, "number the classes from 0 to num_classes - 1")
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the patch grid; raises UserError if patches do not fit."""
     if height % patch_size or width % patch_size:
-        raise UserError(
-            f"patches of {patch_size} pixels do not fit images of {height}x{width}",
-            "data.img_size and model.patch_size",
-            f"choose an image size that is a multiple of {patch_size}, for example "
-            f"{max(1, round(height / patch_size)) * patch_size}",
-        )
+        what = f"patches of {patch_size} pixels do not fit images of {height}x{width}"
+        near = max(1, round(height / patch_size)) * patch_size
+        tip = f"choose an image size that is a multiple of {patch_size}, for example {near}"
+        raise UserError(what, "data.img_size and model.patch_size", tip)
     return height // patch_size, width // patch_size

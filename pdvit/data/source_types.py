@@ -1,55 +1,36 @@
 """The types of sources, as `--data help` lists them; without torch, so that the list appears at once."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import NamedTuple
 
 from pdvit.config.schema import DataConfig
 
 
-@dataclass(frozen=True)
-class SourceType:
-    """A type of source: its pattern in `--data`, the prefix or suffixes that identify it, and its settings."""
+class SourceType(NamedTuple):
+    """A type of source: its pattern in `--data`, the prefix or suffix that identifies it, and its settings."""
 
     name: str
     pattern: str
+    prefix: str | None
+    suffix: str | None
+    settings: tuple[str, ...]
     help: str
-    prefix: str = ""
-    suffixes: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
 
 
 SPLITS = ("train_split", "val_split")
-SOURCE_SETTINGS = ("root", *SPLITS, "input_key", "target_key", "download")
+SETTINGS = ("root", *SPLITS, "input_key", "target_key", "download")
+TORCHVISION = ("root", *SPLITS, "download")
+FOLDERS = "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone"
+SCENES = "handwritten numbers on textured grounds, with labelled pixels, built in (pdvit segment)"
 SOURCE_TYPES = (
-    SourceType("digits", "digits", "1,797 handwritten digits of scikit-learn, built in; some: digits:0-4", "digits:"),
-    SourceType(
-        "scenes", "scenes", "handwritten numbers on textured grounds, with labelled pixels, built in (pdvit segment)"
-    ),
-    SourceType(
-        "folder", "FOLDER", "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone", settings=SPLITS
-    ),
-    SourceType("tar", "FILE.tar", "the same in a plain tar, read in place", suffixes=(".tar",), settings=SPLITS),
-    SourceType(
-        "csv",
-        "FILE.csv",
-        "a table with the columns path, label and optionally split",
-        suffixes=(".csv",),
-        settings=SPLITS,
-    ),
-    SourceType(
-        "torch",
-        "torch/cifar100",
-        "data sets of torchvision, in --data-dir",
-        "torch/",
-        settings=("root", *SPLITS, "download"),
-    ),
-    SourceType(
-        "hfds",
-        "hfds/OWNER/NAME",
-        "Hugging Face data sets, by name or folder (extra hf-data)",
-        "hfds/",
-        settings=SOURCE_SETTINGS,
-    ),
+    SourceType("digits", "digits", "digits:", None, (), "scikit-learn's 1,797 digits, built in; some: digits:0-4"),
+    SourceType("scenes", "scenes", None, None, (), SCENES),
+    SourceType("folder", "FOLDER", None, None, SPLITS, FOLDERS),
+    SourceType("tar", "FILE.tar", None, ".tar", SPLITS, "the same in a plain tar, read in place"),
+    SourceType("csv", "FILE.csv", None, ".csv", SPLITS, "a table with the columns path, label and optionally split"),
+    SourceType("torch", "torch/cifar100", "torch/", None, TORCHVISION, "data sets of torchvision, in --data-dir"),
+    SourceType("hfds", "hfds/OWNER/NAME", "hfds/", None, SETTINGS, "data sets of Hugging Face (extra hf-data)"),
 )
 
 
@@ -57,7 +38,8 @@ def source_type(source: str) -> str | None:
     """Return the name of the type that the text alone identifies; None for a path to be looked up, or unknown."""
     lower = source.lower()
     for item in SOURCE_TYPES:
-        if source == item.pattern or (item.prefix and lower.startswith(item.prefix)) or lower.endswith(item.suffixes):
+        prefixed = item.prefix is not None and lower.startswith(item.prefix)
+        if source == item.pattern or prefixed or (item.suffix is not None and lower.endswith(item.suffix)):
             return item.name
     return None
 
@@ -70,7 +52,7 @@ def unused_source_settings(data: DataConfig) -> list[str]:
     return [
         f"data.{setting} = {getattr(data, setting)} has no effect: '{data.source}' does not have it"
         for setting in changed
-        if setting in SOURCE_SETTINGS and setting not in used
+        if setting in SETTINGS and setting not in used
     ]
 
 

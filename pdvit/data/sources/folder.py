@@ -5,9 +5,9 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -117,30 +117,38 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(what, str(error.filename), "check its permissions") from error
 
 
+class Member(NamedTuple):
+    """A file in a tar: its path, and the offset and number of its bytes."""
+
+    path: str
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True)
 class TarSplit(LazySplit):
     """A split of members of a plain tar, read by their offsets."""
 
     archive: str
-    members: list[tarfile.TarInfo]
+    members: list[Member]
     labels: Tensor
 
     def open(self, index: int) -> Image.Image:
         """Open a member as an image; raises EOFError if the tar is cut off."""
         member = self.members[index]
         with open(self.archive, "rb") as file:
-            content = os.pread(file.fileno(), member.size, member.offset_data)
+            content = os.pread(file.fileno(), member.size, member.offset)
         if len(content) < member.size:
             raise EOFError("the archive ends in the middle of it")
         return Image.open(io.BytesIO(content))
 
     def name(self, index: int) -> str:
         """Return archive and member."""
-        return f"{self.archive}/{self.members[index].name}"
+        return f"{self.archive}/{self.members[index].path}"
 
     def key(self, index: int) -> str:
         """Return the file name: a folder and its tar are the same data."""
-        return posixpath.basename(self.members[index].name)
+        return posixpath.basename(self.members[index].path)
 
     def take(self, chosen: Tensor) -> "TarSplit":
         """Return the members at these indices."""
@@ -161,23 +169,22 @@ def tar_tree(path: Path) -> tuple[Tree, str]:
     except (tarfile.TarError, EOFError, ValueError, OSError) as error:
         what = f"the archive can't be read: {str(error) or type(error).__name__}"
         raise UserError(what, str(path), "copy or download it again") from error
-    names = ((posixpath.normpath(info.name).lstrip("/"), info) for info in infos)
-    # macOS adds the folder __MACOSX, whose files have the names of the images
-    named = {name: info for name, info in names if not name.startswith("__MACOSX/")}
-    members = {name: info for name, info in named.items() if info.isreg() and not info.issparse()}
-    targets = {name: posixpath.normpath(info.linkname).lstrip("/") for name, info in named.items() if info.islnk()}
-    for name, target in targets.items():
-        if target in members:
-            members[name] = copy(members[target])
-    for name, info in members.items():
-        info.name = name
+    named = {posixpath.normpath(info.name).lstrip("/"): info for info in infos}
+    members = {
+        name: Member(name, info.offset_data, info.size)
+        for name, info in named.items()
+        if info.isreg() and not info.issparse()
+    }
+    for name, info in named.items():
+        if info.islnk() and (target := posixpath.normpath(info.linkname).lstrip("/")) in members:
+            members[name] = members[target]._replace(path=name)
     links = [name for name, info in named.items() if not (name in members or info.isdir())]
     paths = [*members, *(f"{name}/" for name, info in named.items() if info.isdir() and name != ".")]
     while len(top := {name.partition("/")[0] for name in paths}) == 1 and not top & SPLIT_NAMES:
         prefix = f"{top.pop()}/"
         if prefix.rstrip("/") in members:
             break
-        members = {name.removeprefix(prefix): info for name, info in members.items()}
+        members = {name.removeprefix(prefix): member for name, member in members.items()}
         paths = [name.removeprefix(prefix) for name in paths if name != prefix]
     note = f"links and special files in the tar, not read: {len(links):,} ({some(links)})" if links else ""
     archive = str(path)

@@ -1,4 +1,4 @@
-"""A CSV table of images: path, label and perhaps split."""
+"""A CSV table of images: path, label and optionally split."""
 
 import csv
 import io
@@ -32,9 +32,17 @@ def read_csv(path: Path, data: DataConfig) -> Source:
     rows = _rows(path)
     counts = Counter(row.split for row in rows)
     chosen = _choose(list(counts), data, path)
-    by_role = {role: [row for row in rows if row.split == name] for role, name in chosen.items()}
-    classes = _classes({row.label for row in by_role["train"]})
-    splits = {role: _split(part, classes, path, role) for role, part in by_role.items()}
+    labels = {row.label for row in rows if row.split == chosen["train"]}
+    classes = sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)
+    numbers = {name: number for number, name in enumerate(classes)}
+    splits: dict[str, LazySplit] = {}
+    for role, name in chosen.items():
+        part = [row for row in rows if row.split == name]
+        if unknown := next((row for row in part if row.label not in numbers), None):
+            what = f"label '{printable(unknown.label)}' of {role} is none of the {len(classes)} labels of train"
+            raise UserError(what, f"{path}, line {unknown.line}", "add it to train, or remove its rows")
+        files = [path.parent / row.path for row in part]
+        splits[role] = FileSplit(files, torch.tensor([numbers[row.label] for row in part]))
     unused = [name for name in counts if name not in chosen.values()]
     notes = [f"{counts[name]:,} rows of split '{printable(name)}' are not used" for name in unused]
     return assemble(path.stem, classes, splits, data, notes)
@@ -56,18 +64,9 @@ def _choose(found: list[str], data: DataConfig, path: Path) -> dict[str, str]:
     return chosen
 
 
-def _split(rows: list[Row], classes: list[str], path: Path, role: str) -> LazySplit:
-    numbers = {name: label for label, name in enumerate(classes)}
-    for row in rows:
-        if row.label not in numbers:
-            what = f"label '{printable(row.label)}' of {role} is none of the {len(classes)} labels of train"
-            raise UserError(what, f"{path}, line {row.line}", "add it to train, or remove its rows")
-    labels = torch.tensor([numbers[row.label] for row in rows])
-    return FileSplit([path.parent / row.path for row in rows], labels)
-
-
 def _rows(path: Path) -> list[Row]:
     """Return the rows; raises UserError if the table is malformed."""
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -75,23 +74,18 @@ def _rows(path: Path) -> list[Row]:
         if missing := [name for name in ("path", "label") if name not in header]:
             what = f"the table has no column '{missing[0]}' (it has: {', '.join(header) or 'nothing'})"
             raise UserError(what, str(path), "begin it with the line path,label or path,label,split")
-        rows = [_row(dict(zip(header, cells, strict=False)), lines.line_num, path) for cells in lines if any(cells)]
+        for values in filter(any, lines):
+            cells = dict(zip(header, values, strict=False))
+            file, label, split = (cells.get(name, "").strip() for name in ("path", "label", "split"))
+            row = Row(file, label, split, lines.line_num)
+            where, negative = f"{path}, line {row.line}", row.label.startswith("-") and row.label[1:].isdecimal()
+            if not (row.path and row.label):
+                raise UserError("a row without path or label", where, "fill it in, or remove the row")
+            if negative:
+                raise UserError(f"label {row.label} is below 0", where, "number classes from 0, or remove the row")
+            rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"the table can't be read: {error}", str(path), "save it as CSV in UTF-8") from error
     if not rows:
         raise UserError("the table has no rows", str(path), "add a line for each image")
     return rows
-
-
-def _row(cells: dict[str, str], line: int, path: Path) -> Row:
-    row = Row(cells.get("path", "").strip(), cells.get("label", "").strip(), cells.get("split", "").strip(), line)
-    if not (row.path and row.label):
-        raise UserError("a row without path or label", f"{path}, line {line}", "fill it in, or remove the row")
-    if row.label.startswith("-") and row.label[1:].isdecimal():
-        what = f"label {row.label} is below 0"
-        raise UserError(what, f"{path}, line {line}", "give the class a number from 0, or remove the row")
-    return row
-
-
-def _classes(labels: set[str]) -> list[str]:
-    return sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)
