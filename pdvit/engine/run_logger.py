@@ -3,14 +3,15 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from pdvit.engine.device import peak_memory
 from pdvit.engine.schedule import StepSchedule
@@ -110,28 +111,19 @@ class RunLogger:
 
 def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Path, suffix: str) -> Generator[Any]:
     """Yield the batches of steps start, start + 1, ... and write a trace of `steps` for a trace viewer."""
-    recorder: profile | None = None
-    name = ""
+    first = max(start, steps.start)
 
-    def write() -> None:
-        if recorder is not None:
-            recorder.stop()
-            folder.mkdir(parents=True, exist_ok=True)
-            recorder.export_chrome_trace(str(folder / name))
+    def write(recorder: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        recorder.export_chrome_trace(str(folder / f"steps-{first}-{steps.stop}{suffix}.json"))
 
-    try:
-        for step, batch in enumerate(batches, start):
-            if recorder is None and step in steps:
-                os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library reports harmless events to stderr
-                activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-                # There is one cycle only; unless its events are kept, torch 2.11 warns that others would be lost.
-                recorder = profile(activities=activities, record_shapes=True, acc_events=True)
-                recorder.start()
-                name = f"steps-{step}-{steps.stop}{suffix}.json"
-            elif recorder is not None and step == steps.stop:
-                write()
-                recorder = None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library reports harmless events to stderr
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with warnings.catch_warnings(action="ignore"):  # the steps before are the warm-up
+        cycle = schedule(wait=first - start, warmup=0, active=steps.stop - first, repeat=1)
+    # There is one cycle only; unless its events are kept, torch 2.11 warns that others would be lost.
+    recorder = profile(activities=activities, schedule=cycle, on_trace_ready=write, record_shapes=True, acc_events=True)
+    with closing(batches), recorder:
+        for batch in batches:
             yield batch
-    finally:
-        write()
-        batches.close()
+            recorder.step()

@@ -142,7 +142,7 @@ class Trainer:
         """Yield the batches of the remaining steps. If an image can't be read, save the steps before it."""
         progress, steps = self.state.progress, self.steps
         batches = self.task.batches(progress.step)
-        if steps.profile:
+        if progress.step + 1 < steps.profile.stop:
             suffix = f"-rank-{self.ranks.rank}" if self.ranks.world_size > 1 else ""
             folder = self.directory.path / "profile"
             batches = profile_steps(batches, progress.step + 1, steps.profile, folder, suffix)
