@@ -305,13 +305,14 @@ def process_group() -> Iterator[None]:
     except (UserError, RunFailed) as error:
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
             raise
-        from pdvit.engine.distributed import record_error
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        record_error(error)
+        get_error_handler().record_exception(error)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
     finally:
-        if "pdvit.engine.distributed" in sys.modules:
-            sys.modules["pdvit.engine.distributed"].destroy_process_group()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def trial_config(config: Config) -> Config:

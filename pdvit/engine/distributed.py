@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from pdvit.errors import UserError
@@ -81,22 +80,11 @@ TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
 FLAGS = 4
 
 
-def destroy_process_group() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def is_lost_rank(error: BaseException) -> bool:
     """Return whether an error means that another process no longer answers."""
     return dist.is_initialized() and (
         isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
     )
-
-
-def record_error(error: BaseException) -> None:
-    """Write an error where torchrun reads it, so that its summary shows the first rank that failed."""
-    get_error_handler().record_exception(error)
 
 
 def launch_file() -> Path | None:
