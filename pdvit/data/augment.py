@@ -77,10 +77,10 @@ class Augmentation:
     def describe(self) -> str:
         """Return a short description."""
         parts = [f"crop of {self.scale[0]:.0%} to {self.scale[1]:.0%}"] if self.scale else []
-        parts += [f"shift by up to {self.shift}"] if self.shift else []
-        parts += [f"flip {self.hflip:.0%}"] if self.hflip else []
         parts += [f"RandAugment {self.auto_augment}"] if self.auto_augment else []
         parts += [f"colour jitter {self.color_jitter:g}"] if self.color_jitter else []
+        parts += [f"shift by up to {self.shift}"] if self.shift else []
+        parts += [f"flip {self.hflip:.0%}"] if self.hflip else []
         parts += [f"erase {self.reprob:.0%}"] if self.reprob else []
         return ", ".join(parts) or "none"
 

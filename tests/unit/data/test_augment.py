@@ -25,7 +25,6 @@ from pdvit.data.augment import (
     crop_pixels,
     erase,
     erase_boxes,
-    normal,
     shift_images,
 )
 from pdvit.data.preprocessing import Preprocessing
@@ -219,12 +218,6 @@ def test_a_batch_and_single_images_are_resampled_as_torchvision_does(mode, heigh
             assert difference.float().mean() < 0.15
 
 
-def test_the_edges_of_a_box_of_part_pixels_are_rounded():
-    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10, 1).repeat(3, 2).copy()
-    assert crop_pixels(pixels, (2.4, 2.6, 1.2, 1.0), 2, "bilinear").unique().tolist() == [23, 33]
-    assert crop_pixels(pixels, (2.4, 2.6, 0.1, 0.1), 2, "bilinear").unique().tolist() == [23]
-
-
 def slow_shift(image, down, right):
     channels, height, width = image.shape
     moved = torch.empty_like(image)
@@ -281,14 +274,3 @@ def test_only_the_rectangle_becomes_noise():
     values = erased.movedim(1, -1)[inside]
     assert float(values.mean()) == pytest.approx(0, abs=0.05)
     assert float(values.std()) == pytest.approx(1, abs=0.05)
-
-
-def test_noise_is_normal_and_a_function_of_seed_and_sample():
-    noise = normal(1, torch.arange(200), 501)
-    assert noise.shape == (200, 501)
-    assert float(noise.mean()) == pytest.approx(0, abs=0.01)
-    assert float((noise**2).mean()) == pytest.approx(1, abs=0.02)
-    assert float((noise**4).mean()) == pytest.approx(3, abs=0.15)
-    assert torch.isfinite(noise).all()
-    assert torch.equal(normal(1, torch.tensor([7]), 501)[0], noise[7])
-    assert not torch.equal(normal(2, torch.tensor([7]), 501)[0], noise[7])

@@ -93,14 +93,6 @@ def test_inputs_are_not_touched_and_the_same_generator_gives_the_same_result(bat
     assert torch.equal(targets, copies[1])
 
 
-def test_alpha_zero_leaves_images_and_labels_alone():
-    images, targets = make(3, 4, 5, 2)
-    mixed = patch_cutmix(images, targets, 2, CLASSES, alpha=0)
-    assert torch.equal(mixed.images, images)
-    assert torch.equal(mixed.targets, F.one_hot(targets, CLASSES).float())
-    assert torch.equal(mixed.patch_targets, targets[:, None].expand(3, 20))
-
-
 def test_without_a_generator_the_seed_of_python_decides():
     images, targets = make(2, 16, 16, 1)
     found = []

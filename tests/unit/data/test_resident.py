@@ -144,21 +144,9 @@ class TestImagesThatDoNotDecode:
         assert "some do not decode" in said
         assert list(how.bad.found) == [str(broken.splits["train"].paths[7])]
 
-    def test_all_of_several_processes_leave_it_to_them(self, source):
-        """Also where a whole part of it does not decode, which ends an evaluation that they share."""
-        files = source((16, 16))
-        for path in files.splits["val"].paths:
-            path.write_bytes(b"no image")
-        kept, _ = held(files, how=replace(HOW, bad=BadImages(skip=True), processes=2))
-        assert kept is files
-
     def test_the_set_can_not_be_kept(self, broken):
         with pytest.raises(UserError, match="can't be kept"):
             held(broken, "on", replace(HOW, bad=BadImages(skip=True)))
-
-    def test_they_end_the_run_unless_they_are_to_be_skipped(self, broken):
-        with pytest.raises(UserError, match="1 image does not decode"):
-            held(broken, how=replace(HOW, bad=BadImages()))
 
 
 def test_what_lies_in_memory_and_is_larger_than_the_input_is_scaled_down_first():

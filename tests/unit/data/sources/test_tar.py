@@ -5,7 +5,6 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.bad_images import BadImage
@@ -104,21 +103,6 @@ def test_a_tar_of_nothing_and_a_tar_of_text(tmp_path):
     (tmp_path / "text.tar").write_text("no archive")
     with pytest.raises(UserError, match="can't be read"):
         opened(tmp_path / "text.tar")
-
-
-@pytest.mark.slow
-def test_a_real_pack_reads_the_same_from_an_archive(real_data, tmp_path):
-    """With its greyscale files."""
-    plain = opened(real_data / "tiny-imagenet-50")
-    packed = opened(pack(real_data / "tiny-imagenet-50", tmp_path / "tiny.tar", "tiny-imagenet-50/"))
-    assert packed.fingerprint() == plain.fingerprint()
-    grey = 0
-    for index in torch.linspace(0, 24999, 1000).long().tolist():
-        with plain.splits["train"].open(index) as ours, packed.splits["train"].open(index) as theirs:
-            grey += ours.mode == "L"
-            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-    assert grey
-    assert isinstance(try_read(packed.splits["train"], 0), Image.Image)
 
 
 @pytest.mark.parametrize("source", ["set.zip", "set.tar.gz", "SET.TXZ", "wds/set", "hfids/owner/set", "tfds/set"])
