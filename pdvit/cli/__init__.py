@@ -1,4 +1,4 @@
-"""The command line: one file per command, and one place where errors become three lines and a status."""
+"""The command line: the commands, and errors as three lines and an exit status."""
 
 import os
 import sys
@@ -28,20 +28,15 @@ app.add_typer(plot.app, name="plot")
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"pdvit {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def pdvit(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """See whether a vision transformer's patches collapse into one another, and train ones whose patches don't."""
+    if version:
+        print(f"pdvit {__version__}")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -64,7 +59,7 @@ def run(arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone (`pdvit analyze | head`); say nothing more, not even at exit.
+        # The reader of the output has ended (`pdvit analyze | head`): no more output, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
@@ -82,7 +77,7 @@ def _explain(error: UserError | RunFailed, status: int) -> int:
 
 
 def _usage_error(error: typer.TyperException) -> UserError:
-    """Bring typer's own usage errors into our three lines."""
+    """Return a usage error of typer as a UserError."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "pdvit"
     message = str(getattr(error, "message", error)) or type(error).__name__
@@ -90,7 +85,7 @@ def _usage_error(error: typer.TyperException) -> UserError:
     if name is not None and not getattr(error, "option_name", None):
         message = f"{name.opts[-1] if name.opts else name.name}: {message}"
     guesses = getattr(error, "possibilities", None)
-    tip = f"did you mean {' or '.join(sorted(guesses))}?" if guesses else f"{command} --help lists what there is"
+    tip = f"did you mean {' or '.join(sorted(guesses))}?" if guesses else f"{command} --help lists all options"
     if "Did you mean" in message:
         message, _, guess = message.partition(" Did you mean")
         tip = f"did you mean{guess}"

@@ -51,9 +51,9 @@ class Run:
     changes: Mapping[str, tuple[Any, Any]] | None = None
 
 
-def check_initial_weights(command: str, config: Config) -> None:
-    """Raise UserError if `finetune` has no checkpoint to start from."""
-    if command == "finetune" and config.model.init is None:
+def check_initial_weights(config: Config) -> None:
+    """Raise UserError without a checkpoint to start from."""
+    if config.model.init is None:
         from pdvit.tracking import newest
 
         runs = newest("model.safetensors")
@@ -284,8 +284,8 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: "RunConsole", 
             return read_toml(path / "run.toml").get("data", {}).get("source")
         return None
 
-    data = source(run)
-    others = [path for path in newest("summary.json") if path.resolve() != run.resolve() and source(path) == data]
+    others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
+    others = [path for path in others if source(path) == source(run)]
     log(
         console,
         f"\n{describe_summary(summary)}\n"

@@ -68,9 +68,9 @@ def run_sweep(
     settings = merge_layers(layer for _, layer in merged)
     settings["run"] = {key: value for key, value in settings.get("run", {}).items() if key not in OF_THE_SWEEP}
     cells = make_cells(settings, table, where)
-    for cell in cells:
+    for cell in cells if command == "finetune" else ():
         try:
-            check_initial_weights(command, cell.config)
+            check_initial_weights(cell.config)
         except UserError as error:
             raise _of_cell(error, cell) from error
     out = config.run.out

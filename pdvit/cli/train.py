@@ -86,7 +86,8 @@ def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
             if options.cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
                 raise UserError("only a sweep has cells", "--cells", tip)
-            check_initial_weights(command, config)
+            if command == "finetune":
+                check_initial_weights(config)
             run = start(command, config, options.as_json, stop)
         return run if isinstance(run, int) else train_to_end(run, stop)
 

@@ -30,14 +30,17 @@ def resolve(config: Config) -> Config:
     schedule or policy that can't be parsed, contradictory settings, and a final learning rate above the peak.
     """
     for term in TERMS:
-        weight_schedule(config.diversity, term)
-    _check_auto_augment(config.augment.auto_augment)
+        if getattr(config.diversity, f"{term}_schedule") != "constant":
+            weight_schedule(config.diversity, term)  # raises the error before the run
+    if config.augment.auto_augment:
+        _check_auto_augment(config.augment.auto_augment)
     for name in ("freeze", "weights") if config.model.init is None else ():
         if getattr(config.model, name) is not None:
             why = ": new weights would never learn" if name == "freeze" else ""
             what = f"model.{name} needs initial weights{why}"
             raise UserError(what, f"model.{name} (--{name})", "name a checkpoint with --init, or leave it out")
-    config = with_crop(_model(_preset(config)))
+    config = _model(_preset(config))
+    config = config if config.segment.head is None else with_crop(config)
     lr, final = config.optim.lr, config.optim.min_lr
     if lr is not None and final > lr:
         raise UserError(f"the final learning rate {final:g} is above the peak, {lr:g}", "optim.min_lr", "lower it")
@@ -99,10 +102,10 @@ def _model(config: Config) -> Config:
 
 
 def _check_auto_augment(text: str) -> None:
-    """Raise UserError unless the text is empty or a RandAugment policy of timm."""
+    """Raise UserError unless the text is a RandAugment policy of timm."""
     name, *sections = text.split("-")
     where, tip = "augment.auto_augment (--aa)", "for example rand-m9-mstd0.5-inc1"
-    if name not in ("", "rand"):
+    if name != "rand":
         raise UserError(f"the policy '{name}' is not supported", where, f"only RandAugment is: {tip}")
     for section in sections:
         if not RAND_AUGMENT.fullmatch(section):

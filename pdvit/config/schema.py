@@ -80,7 +80,7 @@ class DataConfig:
     source: str = key("digits", "Images: a name, folder, tar or table; 'help' lists all.", "--data")
     root: str | None = key(None, "Folder of the data sets torch/ and hfds/.", "--data-dir")
     train_split: str | None = key(None, "Training split; unset: train.", "--train-split")
-    val_split: str | None = key(None, "Validation split; unset: val or validation, or a tenth of train.", "--val-split")
+    val_split: str | None = key(None, "Validation split; unset: val, validation or a tenth of train.", "--val-split")
     input_key: str | None = key(None, "Column of the images (hfds/); unset: image.", "--input-key")
     target_key: str | None = key(None, "Column of the labels (hfds/); unset: label.", "--target-key")
     download: bool = key(False, "Download the data set (torch/, hfds/).", "--dataset-download")
@@ -88,35 +88,24 @@ class DataConfig:
         "error", "If an image does not decode: stop, or skip and count it.", "--on-bad-image", choices=("error", "skip")
     )
     batch_size: int = key(
-        32,
-        "Images per update over all processes (timm's is per process); auto: as many as a GPU holds.",
-        "--batch-size",
-        "-b",
-        minimum=1,
-        words={"auto": 0},
+        32, "Images per update, in total; auto: all that fit.", "--batch-size", "-b", minimum=1, words={"auto": 0}
     )
     micro_batch: int | None = key(
-        None,
-        "Images per forward pass; fewer than a process has accumulate gradients; unset: all.",
-        "--micro-batch-size",
-        minimum=1,
+        None, "Images per forward pass of a process, accumulated; unset: all.", "--micro-batch-size", minimum=1
     )
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
     mean: tuple[float, float, float] | None = key(
-        None, "Channel means (0 to 1); unset, as the next four: the model's.", "--mean"
+        None, "Channel means; unset, as the next four: the model's.", "--mean"
     )
     std: tuple[float, float, float] | None = key(None, "Channel standard deviations.", "--std", above=0)
     crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0, maximum=2)
     interpolation: str | None = key(None, "Resize interpolation.", "--interpolation", choices=INTERPOLATIONS)
     crop_mode: str | None = key(
-        None, "Held-out images that are not square: crop or squash.", "--crop-mode", choices=CROP_MODES
+        None, "Crop or squash evaluation images that are not square.", "--crop-mode", choices=CROP_MODES
     )
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
     resident: str = key(
-        "auto",
-        "Decode image files once and keep the pixels on the device; auto: if they are small.",
-        "--resident",
-        choices=("auto", "on", "off"),
+        "auto", "Keep decoded images on the device; auto: if small.", "--resident", choices=("auto", "on", "off")
     )
     split_seed: int = key(0, "Seed of the held-out images of a source without splits.", minimum=0, maximum=2**32 - 1)
 
@@ -128,12 +117,10 @@ class ModelConfig:
     name: str | None = key(None, "Any timm vision transformer; unset: that of --init, or a small one.", "--model")
     init: str | None = key(None, "Initial weights: a run, timm folder, file, or model of timm's hub.", "--init")
     weights: str | None = key(
-        None, "Weights of --init, if it has both; unset: ema.", "--weights", choices=("raw", "ema")
+        None, "Weights of --init; unset: ema if it has them.", "--weights", choices=("raw", "ema")
     )
     init_hash: str | None = key(None, "Hash of the weights of --init; set by the run, which rejects others.")
-    freeze: str | None = key(
-        None, "Freeze the embedding and the first N blocks, or all but the heads: backbone.", "--freeze"
-    )
+    freeze: str | None = key(None, "Freeze the embedding and N blocks, or the backbone.", "--freeze")
     depth: int | None = key(None, "Number of blocks.", "--depth", minimum=1)
     width: int | None = key(None, "Embedding dimension.", "--width", minimum=1)
     heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
@@ -159,14 +146,9 @@ class DiversityConfig:
     """Diversity."""
 
     preset: str = key(
-        "paper",
-        "Weights and variant of the terms; cutmix: mixed images without a term; none: neither.",
-        "--diversity",
-        choices=tuple(PRESETS),
+        "paper", "Weights and variant of the terms; cutmix: mixed images only.", "--diversity", choices=tuple(PRESETS)
     )
-    variant: str | None = key(
-        None, "Variant of cosine, contrastive and mixing; unset: the preset's.", "--variant", choices=VARIANTS
-    )
+    variant: str | None = key(None, "Variant of three terms; unset: the preset's.", "--variant", choices=VARIANTS)
     cosine: float | None = _weight("cosine")
     contrastive: float | None = _weight("contrastive")
     mixing: float | None = _weight("mixing")
@@ -184,17 +166,11 @@ class DiversityConfig:
         "--first",
     )
     last: str | None = key(
-        None,
-        "Last layer: after the final norm, or block: before; unset: the preset's.",
-        "--last",
-        choices=("norm", "block"),
+        None, "Last layer: norm, or block before it; unset: the preset's.", "--last", choices=("norm", "block")
     )
     cosine_layers: str = key("", "More blocks for the cosine term: 6,12.", "--cosine-layers")
     patch_head: str | None = key(
-        None,
-        "Head of the mixing term: own, or class (the classifier); unset: the preset's.",
-        "--patch-head",
-        choices=("own", "class"),
+        None, "Mixing head: own, or the classifier; unset: the preset's.", "--patch-head", choices=("own", "class")
     )
 
 
@@ -203,28 +179,17 @@ class AugmentConfig:
     """Augmentation."""
 
     cutmix: float | None = key(
-        None,
-        "Alpha of patch-aligned CutMix; 0 disables it; unset: 1 with the mixing term or preset cutmix.",
-        "--cutmix",
-        minimum=0,
+        None, "CutMix alpha; 0 disables it; unset: 1 with the mixing term or preset cutmix.", "--cutmix", minimum=0
     )
     mixup: float = key(0.0, "Mixup alpha; 0 disables it.", "--mixup", minimum=0)
     mixup_prob: float = key(0.5, "Fraction of batches that are mixed.", "--mixup-prob", minimum=0, maximum=1)
-    mixup_switch_prob: float = key(
-        0.5, "Fraction of CutMix if both are on.", "--mixup-switch-prob", minimum=0, maximum=1
-    )
+    mixup_switch_prob: float = key(0.5, "CutMix fraction if both are on.", "--mixup-switch-prob", minimum=0, maximum=1)
     mixup_mode: str = key("batch", "One draw per batch, pair or image.", "--mixup-mode", choices=MIXUP_MODES)
     shift: int = key(0, "Largest random shift in pixels.", "--shift", minimum=0, maximum=1024)
     scale: tuple[float, float] | None = key(
-        None,
-        "Random-crop area range (min, max); unset: 0.35 1 for image files, no crop for digits.",
-        "--scale",
-        above=0,
-        maximum=1,
+        None, "Crop area range (min, max); unset: 0.35 1 for files, no crop for digits.", "--scale", above=0, maximum=1
     )
-    ratio: tuple[float, float] = key(
-        (0.75, 4 / 3), "Random-crop aspect ratio range (min, max).", "--ratio", above=0, maximum=100
-    )
+    ratio: tuple[float, float] = key((0.75, 4 / 3), "Crop aspect ratio range.", "--ratio", above=0, maximum=100)
     hflip: float | None = key(
         None, "Probability of a flip; unset: 0.5 for image files, 0 for digits.", "--hflip", minimum=0, maximum=1
     )
@@ -244,21 +209,14 @@ class SegmentConfig:
     width: int = key(512, "Channels of the head (upernet).", "--head-width", minimum=8)
     aux: float = key(0.4, "Loss weight of the auxiliary head (upernet); 0: no such head.", "--aux", minimum=0)
     norm: str | None = key(
-        None,
-        "Norm of the head (upernet); unset: batch, or group for single images per forward pass.",
-        "--head-norm",
-        choices=("batch", "group"),
+        None, "Norm of the head (upernet); unset: batch if it can.", "--head-norm", choices=("batch", "group")
     )
-    classes: str | None = key(
-        None, "Class table (name, id, colour) of a mask folder; unset: its classes.tsv.", "--classes"
-    )
+    classes: str | None = key(None, "Class table of a mask folder; unset: its classes.tsv.", "--classes")
     check_masks: bool = key(False, "Read every mask before the start.", "--check-masks")
     crop: int | None = key(
         None, "Side of training crops and evaluation windows in pixels; unset: the image size.", "--crop", minimum=8
     )
-    short_side: int | None = key(
-        None, "Resize images to this short side, before the jitter too; unset: no.", "--short-side", minimum=8
-    )
+    short_side: int | None = key(None, "Resize images to this short side first; unset: no.", "--short-side", minimum=8)
     jitter: tuple[float, float] = key(
         (0.5, 2.0), "Range of the resize factor in training (min, max).", "--jitter", above=0, maximum=16
     )
@@ -267,10 +225,7 @@ class SegmentConfig:
     )
     photometric: bool = key(True, "Brightness, contrast, saturation, hue jitter.", "--photometric/--no-photometric")
     mode: str | None = key(
-        None,
-        "Evaluate whole images or windows; unset: windows for plain models and those of one size.",
-        "--eval-mode",
-        choices=("whole", "slide"),
+        None, "Evaluate whole images or windows; unset: by the model.", "--eval-mode", choices=("whole", "slide")
     )
     stride: int | None = key(None, "Window stride in pixels; unset: two thirds of a window.", "--stride", minimum=1)
 
@@ -292,12 +247,10 @@ class OptimConfig:
     epochs: str = key("24", "Length: 24 or 24ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
     warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
     schedule: str = key("cosine", "Learning rate schedule after warm-up.", "--sched", choices=SCHEDULES)
-    layer_decay: float | None = key(
-        None, "Learning rate factor per block, from the last down.", "--layer-decay", above=0, maximum=1
-    )
+    layer_decay: float | None = key(None, "Learning rate factor per block.", "--layer-decay", above=0, maximum=1)
     ema_decay: float | None = key(
         None,
-        "Decay of the moving average of the weights, which is evaluated and exported; unset: none.",
+        "Decay of the averaged weights, which are exported; unset: off.",
         "--model-ema-decay",
         minimum=0,
         maximum=1,
@@ -323,9 +276,7 @@ class RunConfig:
     time_limit: str | None = key(
         None, "Stop, resumable, after 90min or 12h.", "--time-limit", above=0, unit="min", clock=True
     )
-    stop_after: str | None = key(
-        None, "Stop, resumable, after this part of the run: 300ep.", "--stop-after", above=0, unit="ep"
-    )
+    stop_after: str | None = key(None, "Stop, resumable, after 300ep.", "--stop-after", above=0, unit="ep")
     log_every: str = key("10st", "Length between training records.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations.", "--val-interval", above=0, unit="ep")
     warn_similarity: float = key(
@@ -345,7 +296,7 @@ class CheckpointConfig:
     )
     keep: int = key(1, "Number of recent checkpoints to keep.", "--keep", minimum=1)
     best: bool = key(False, "Also keep the checkpoint with the best evaluation.", "--keep-best")
-    milestones: str | None = key(None, "Always keep a checkpoint every 30ep.", "--milestone-every", above=0, unit="ep")
+    milestones: str | None = key(None, "Always keep one every 30ep.", "--milestone-every", above=0, unit="ep")
 
 
 @dataclass(frozen=True)
