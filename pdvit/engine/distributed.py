@@ -77,7 +77,6 @@ class Ranks:
 
 SINGLE_PROCESS = Ranks()
 TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
-FLAGS = 4
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -99,24 +98,24 @@ class AnyRank:
     By then it has arrived, so neither host nor device waits for it.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, flags: int) -> None:
         self.several = ranks.world_size > 1
         if self.several:
             self.group: Any = dist.new_group(backend="gloo")  # of its own, so that a GPU's queue is not waited for
-            self._send(torch.zeros(FLAGS, dtype=torch.int32))
+            self._send((False,) * flags)
 
     def __call__(self, *flags: bool) -> tuple[bool, ...]:
-        """Exchange the flags, at most `FLAGS`."""
+        """Send the flags and return the answer."""
         if not self.several:
             return flags
         self.pending.wait()
-        answer = tuple(bool(value) for value in self.sent[: len(flags)])
-        self._send(torch.tensor([*flags, *[False] * (FLAGS - len(flags))], dtype=torch.int32))
+        answer = tuple(map(bool, self.sent.tolist()))
+        self._send(flags)
         return answer
 
-    def _send(self, flags: Tensor) -> None:
-        self.sent = flags
-        self.pending: Any = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+    def _send(self, flags: tuple[bool, ...]) -> None:
+        self.sent = torch.tensor(flags, dtype=torch.int32)
+        self.pending: Any = dist.all_reduce(self.sent, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
 
 def init_process_group() -> Ranks:

@@ -95,7 +95,7 @@ class Trainer:
         steps, state, progress = self.steps, self.state, self.state.progress
         self.directory, self.checkpoints = directory, self._make_checkpoints(directory)
         logger = RunLogger(directory, console, progress, steps, self.task.best_metric, self.device)
-        self.logger, any_rank = logger, AnyRank(self.ranks)
+        self.logger, any_rank = logger, AnyRank(self.ranks, flags=2)
         logger.write_status("running")
         try:
             with logger.display, closing(self._batches()) as batches:
