@@ -14,7 +14,6 @@ from pdvit.errors import UserError
 
 RUNS = Path("runs")
 RECORDS, CHANGES = "metrics.jsonl", "changes.json"
-MAX_RUNS = 10_000  # of one name
 FREE = "check free space and permissions"
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -102,11 +101,13 @@ class RunDirectory:
             return cls(_make_folder(path))
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"'{name}' is not a name", "run.name (--name)", "give a path with --out instead")
-        for path in (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, MAX_RUNS)):
+        number, path = 1, RUNS / name
+        while True:
             if not os.path.lexists(path):
                 with suppress(FileExistsError):  # another process was faster
                     return cls(_make_folder(path))
-        raise UserError(f"there are too many runs named '{name}'", str(RUNS), "choose another --name")
+            number += 1
+            path = RUNS / f"{name}-{number}"
 
     @classmethod
     def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
