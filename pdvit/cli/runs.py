@@ -133,7 +133,9 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
         log(console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
     file = launch_file()
-    begun: Path | None = ranks.broadcast(Path(file.read_text()) if ranks.main and file and file.is_file() else None)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    found = Path(file.read_text()) if ranks.main and restarted and file and file.is_file() else None
+    begun: Path | None = ranks.broadcast(found)
     if begun is None:
         path: Path | None = None
         with ranks.raise_on_all_ranks():
