@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from tables import RATE, SEED, best_rates, write_table
 
 from pdvit.plots.statistics import Difference, mean_and_std, paired
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, render, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, render
 
 HERE = Path(__file__).parent
 CONTROLS = ("none", "cutmix")
@@ -254,9 +254,9 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         theme: colours.
     """
     settings = list(dict.fromkeys(zip(table["question"], table["setting"], strict=True)))
-    with styled(DOUBLE, ROW * len(settings) + AROUND, theme, columns=len(MEASURES), sharey=True) as figure:
+    with new_figure(DOUBLE, ROW * len(settings) + AROUND, theme, columns=len(MEASURES), sharey=True) as figure:
         figure.data = table
-        looks: dict[str, dict[str, str]] = {
+        styles: dict[str, dict[str, str]] = {
             "none": {"color": theme.colours[0], "fmt": "o"},
             "cutmix": {"color": theme.colours[1], "fmt": "s"},
         }
@@ -265,7 +265,7 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
             for line in table[table["measure"] == measure.name].itertuples():
                 place = settings.index((line.question, line.setting)) + (0.15 if line.minus == CONTROLS[1] else -0.15)
                 reach = [[line.effect - line.low], [line.high - line.effect]]
-                axes.errorbar([line.effect], [place], xerr=reach, markersize=3.5, elinewidth=1, **looks[line.minus])
+                axes.errorbar([line.effect], [place], xerr=reach, markersize=3.5, elinewidth=1, **styles[line.minus])
             for place in range(1, len(settings)):
                 if settings[place][0] != settings[place - 1][0]:
                     axes.axhline(place - 0.5, color=theme.muted, linewidth=0.4)
@@ -276,8 +276,8 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         figure.axes[0].set_yticks(range(len(settings)), [setting for _, setting in settings])
         figure.axes[0].set_ylim(len(settings) - 0.4, -0.6)
         keys = [
-            Line2D([], [], color=look["color"], marker=look["fmt"], linestyle="", label=f"minus {name}")
-            for name, look in looks.items()
+            Line2D([], [], color=style["color"], marker=style["fmt"], linestyle="", label=f"minus {name}")
+            for name, style in styles.items()
         ]
         figure.legend(handles=keys, loc="outside upper left", ncols=2, borderaxespad=0.2)
         return figure

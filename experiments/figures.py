@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from tables import NUMBERS, SEED
 
-from pdvit.plots.lines import legend
 from pdvit.plots.statistics import interval
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
 
 HERE = Path(__file__).parent
 DASHED = (0, (3, 2))
@@ -35,8 +34,9 @@ def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     data = summarise(layers)
     panels = list(data.groupby("panel", sort=False))
     names = [str(name) for name in data["variant"].unique()]
-    styles = [look | {"linestyle": "-"} for look in looks(len(names), theme)]
-    with styled(DOUBLE, HEIGHT * len(NUMBERS), theme, len(NUMBERS), len(panels), sharex=True, sharey="row") as figure:
+    styles = [look | {"linestyle": "-"} for look in line_styles(len(names), theme)]
+    size = (DOUBLE, HEIGHT * len(NUMBERS))
+    with new_figure(*size, theme, len(NUMBERS), len(panels), sharex=True, sharey="row") as figure:
         figure.data = data
         for number, axes in enumerate(figure.axes):
             row, column = divmod(number, len(panels))

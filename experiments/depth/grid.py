@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pdvit.plots.lines import legend
 from pdvit.plots.statistics import mean_and_std
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, render, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -85,10 +84,10 @@ def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     """Draw accuracy, and below it P behind the norm, by learning rate: a panel for each size, a dot for each seed."""
     axis = axis_of(runs)
     sizes = sorted(runs[axis].unique())
-    styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in looks(len(VARIANTS), theme)], strict=True))
+    styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in line_styles(len(VARIANTS), theme)], strict=True))
     rows = (("accuracy", ACCURACY, MEASURES[0].factor), ("similarity_norm", P, 1))
     size = (DOUBLE, HEIGHT * len(rows))
-    with styled(*size, theme, len(rows), len(sizes), sharex=True, sharey="row") as figure:
+    with new_figure(*size, theme, len(rows), len(sizes), sharex=True, sharey="row") as figure:
         figure.data = runs[[axis, RATE, "variant", SEED, *(column for column, *_ in rows)]]
         for number, axes in enumerate(figure.axes):
             row, place = divmod(number, len(sizes))

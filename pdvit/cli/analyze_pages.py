@@ -15,14 +15,9 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device
 from pdvit.engine.terminal import RunConsole
 from pdvit.models.weights import load
-from pdvit.plots.attention import plot_attention
 from pdvit.plots.cka import plot_cka
-from pdvit.plots.compare import plot_compare
-from pdvit.plots.metrics import plot_metrics
-from pdvit.plots.norms import NEEDED, plot_norms
-from pdvit.plots.pairs import plot_pairs
-from pdvit.plots.similarity import plot_similarity
-from pdvit.plots.spectrum import plot_spectrum
+from pdvit.plots.curves import plot_pairs, plot_spectrum
+from pdvit.plots.depth import NORM_STD, NORMS, plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
 from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render
 from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing
@@ -92,7 +87,7 @@ def report_figures(results: Sequence[CheckpointAnalysis], theme: Theme) -> dict[
         figures[caption] = plot_compare(*tables(with_p), theme)
     else:
         figures["All metrics by layer"] = plot_metrics(*tables(results), theme)
-    if with_norms := measured(*NEEDED):
+    if with_norms := measured(*NORMS, NORM_STD):
         figures["Lengths of the tokens: mean, spread and outliers"] = plot_norms(*tables(with_norms), theme)
     arrays, _, names = curves("pairs")
     if names:

@@ -54,13 +54,14 @@ def names_of(folders: list[Path]) -> list[str]:
     names = [name_of(folder) for folder in folders]
     for at, name in enumerate(names):
         if [name_of(folder) for folder in folders].count(name) > 1:
-            names[at] = "/".join(parts[at][-2:])
+            names[at] = "/".join(parts[at][-2:]).encode(errors="replace").decode()
     return names
 
 
 def name_of(folder: Path) -> str:
     """Return what a run is called."""
-    return folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
+    name = folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
+    return name.encode(errors="replace").decode()  # pandas on pyarrow has no text for other file names
 
 
 def theme_of(dark: bool) -> "Theme":

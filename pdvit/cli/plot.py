@@ -34,16 +34,16 @@ def plot(context: typer.Context) -> None:
 def similarity(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Depth against P, one line per analysis: mean and spread, stages, random weights."""
     check_suffix(out)
-    from pdvit.plots.similarity import METRIC, plot_similarity
+    from pdvit.plots.depth import P, plot_similarity
 
-    _lines("similarity", plot_similarity, runs, out, dark, (METRIC,))
+    _lines("similarity", plot_similarity, runs, out, dark, (P,))
 
 
 @app.command()
 def metrics(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Small multiples: every metric that was measured, by layer."""
     check_suffix(out)
-    from pdvit.plots.metrics import plot_metrics
+    from pdvit.plots.depth import plot_metrics
 
     _lines("metrics", plot_metrics, runs, out, dark)
 
@@ -63,9 +63,9 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 def pairs(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """How similarities of pairs of patches are distributed: a histogram per layer."""
     check_suffix(out)
-    from pdvit.plots.pairs import NEEDED, plot_pairs
+    from pdvit.plots.curves import plot_pairs
 
-    folders, arrays, _ = _curves("pairs", runs, NEEDED)
+    folders, arrays, _ = _curves("pairs", runs, ("histogram", "edges"))
     write(plot_pairs(arrays, names_of(folders), theme_of(dark)), "pairs", folders, out)
 
 
@@ -96,9 +96,9 @@ def maps(
 def attention(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Entropy and distance of attention, head by head."""
     check_suffix(out)
-    from pdvit.plots.attention import NEEDED, plot_attention
+    from pdvit.plots.depth import ATTENTION, plot_attention
 
-    folders, arrays, tables = _curves("attention", runs, NEEDED)
+    folders, arrays, tables = _curves("attention", runs, tuple(ATTENTION))
     write(plot_attention(arrays, tables, names_of(folders), theme_of(dark)), "attention", folders, out)
 
 
@@ -106,18 +106,18 @@ def attention(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 def norms(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """How long the tokens are: mean, spread and outliers by layer."""
     check_suffix(out)
-    from pdvit.plots.norms import NEEDED, plot_norms
+    from pdvit.plots.depth import NORM_STD, NORMS, plot_norms
 
-    _lines("norms", plot_norms, runs, out, dark, NEEDED, "norms")
+    _lines("norms", plot_norms, runs, out, dark, (*NORMS, NORM_STD), "norms")
 
 
 @app.command()
 def spectrum(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Amplitude by spatial frequency for every layer, and the share of the mean."""
     check_suffix(out)
-    from pdvit.plots.spectrum import NEEDED, SHARE, plot_spectrum
+    from pdvit.plots.curves import DC_SHARE, plot_spectrum
 
-    folders, arrays, tables = _curves("spectrum", runs, NEEDED, (SHARE,))
+    folders, arrays, tables = _curves("spectrum", runs, ("by_frequency", "frequency"), (DC_SHARE,))
     write(plot_spectrum(arrays, tables, names_of(folders), theme_of(dark)), "spectrum", folders, out)
 
 
@@ -142,10 +142,9 @@ def compare(
 ) -> None:
     """Two checkpoints: P of both, their difference with its interval, all other metrics."""
     check_suffix(out)
-    from pdvit.plots.compare import plot_compare
-    from pdvit.plots.similarity import METRIC
+    from pdvit.plots.depth import P, plot_compare
 
-    _lines("compare", plot_compare, [first, second], out, dark, (METRIC,))
+    _lines("compare", plot_compare, [first, second], out, dark, (P,))
 
 
 @app.command()

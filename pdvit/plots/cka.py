@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
 from pdvit.errors import UserError
-from pdvit.plots.lines import thinned, unique
 from pdvit.plots.reading import Arrays, checkpoint_of, read_arrays
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, short, styled
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, shorten, thin_ticks, unique
 
 NEEDED = ("matrix", "layers")
 # Panels beside one another, and height of a row of them in inches.
@@ -42,12 +41,12 @@ def plot_cka(
     height = -(-len(panels) // columns)
     width = SINGLE if len(panels) == 1 else DOUBLE
     size = 3.0 if len(panels) == 1 else HEIGHT if columns == COLUMNS else 3.1
-    with styled(width, size * height, theme, height, columns) as figure:
+    with new_figure(width, size * height, theme, height, columns) as figure:
         figure.data = _table(panels)
         low = min(0.0, np.floor(10 * figure.data["cka"].min()) / 10)
         for axes, (name, matrix) in zip(figure.axes, panels, strict=False):
             image = _heat(axes, matrix, low)
-            axes.set_title(short(name, 40), fontsize=7.5)
+            axes.set_title(shorten(name, 40), fontsize=7.5)
             axes.set(xlabel="block", ylabel="block")
         for axes in figure.axes[len(panels) :]:
             axes.set_axis_off()
@@ -88,7 +87,7 @@ def _heat(axes: Axes, matrix: pd.DataFrame, low: float) -> AxesImage:
     """Draw a matrix with the first layers at the bottom left."""
     image = axes.imshow(matrix, origin="lower", vmin=low, vmax=1, cmap="viridis", interpolation="nearest")
     for axis, layers in ((axes.xaxis, matrix.columns), (axes.yaxis, matrix.index)):
-        shown = thinned(len(layers), 8)
+        shown = thin_ticks(len(layers), 8)
         axis.set_ticks(shown, [str(layers[at]).removeprefix("block ") for at in shown], fontsize=6.5)
     axes.set_xticks(axes.get_xticks(), [text.get_text() for text in axes.get_xticklabels()], rotation=90)
     axes.grid(visible=False)

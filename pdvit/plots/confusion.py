@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
 from pdvit.errors import UserError
-from pdvit.plots.style import LIGHT, Drawing, Theme, short, styled
+from pdvit.plots.style import LIGHT, Drawing, Theme, new_figure, shorten
 
 # Classes up to which cells carry their number, and every class its name; and the most that are drawn at all.
 NUMBERED, NAMED, DRAWN = 15, 50, 200
@@ -50,15 +50,15 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
     images, classes = int(table["images"].sum()), list(table["class"].unique())
     shown = _worst(classes, wrong)
     count, listed = len(shown), len(shown) > NUMBERED
-    names = 0.07 * max(len(short(label)) for label in shown)  # what they take of the figure, in inches
+    names = 0.07 * max(len(shorten(label)) for label in shown)  # what they take of the figure, in inches
     side = 7.0 if listed else max(3.2, 0.36 * count) + names
     size = (side + 1.2 + 4.0, side) if listed else (side + 1.2, side)
-    with styled(*size, theme, columns=1 + listed, width_ratios=(side + 1.2, 4.0)[: 1 + listed]) as figure:
+    with new_figure(*size, theme, columns=1 + listed, width_ratios=(side + 1.2, 4.0)[: 1 + listed]) as figure:
         figure.data = _drawn(table, name, shown, listed)
         _draw_matrix(figure.axes[0], table, shown, theme)
         of = f"\nthe {count} classes with most errors, of {len(classes):,}" if count < len(classes) else ""
         right = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
-        figure.axes[0].set_title(f"{short(name)}\n{right} of {images:,} images told right{of}")
+        figure.axes[0].set_title(f"{shorten(name)}\n{right} of {images:,} images told right{of}")
         if listed:
             _draw_list(figure.axes[1], wrong, theme)
         return figure
@@ -104,7 +104,7 @@ def _draw_matrix(axes: Axes, table: pd.DataFrame, shown: list[str], theme: Theme
             axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
     step = 1 if count <= NAMED else -(-count // TICKS)
     ticks = range(0, count, step)
-    names = [short(shown[tick]) for tick in ticks]
+    names = [shorten(shown[tick]) for tick in ticks]
     small = 9 if count <= NUMBERED else 6.5 if step == 1 else 7.5
     axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=small)
     axes.set_yticks(ticks, names, fontsize=small)
@@ -118,7 +118,7 @@ def _draw_list(axes: Axes, wrong: pd.DataFrame, theme: Theme) -> None:
     """Draw the largest entries off the diagonal as bars, the largest on top."""
     largest = _largest(wrong)
     pairs, values = zip(largest["class"], largest["predicted"], strict=True), largest["images"].tolist()
-    names = [f"{short(name)} → {short(predicted)}" for name, predicted in pairs]
+    names = [f"{shorten(name)} → {shorten(predicted)}" for name, predicted in pairs]
     axes.barh(range(len(names)), values, color=theme.colours[0], height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=7.5)
     axes.invert_yaxis()

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from pdvit.errors import UserError, closest
 from pdvit.plots.reading import Arrays, checkpoint_of, read_arrays
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, short, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 # Depths beside one another.
 DEPTHS = 6
@@ -74,7 +74,7 @@ def plot_maps(
     data.insert(0, "run", name)
     side = DOUBLE / (len(shown) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(chosen) + 0.45
-    with styled(DOUBLE, height, theme, len(chosen), len(shown) + 1) as figure:
+    with new_figure(DOUBLE, height, theme, len(chosen), len(shown) + 1) as figure:
         figure.data = data
         low = min(0.0, np.floor(5 * data["cos"].min()) / 5)
         for number, patch in enumerate(chosen):
@@ -87,8 +87,8 @@ def plot_maps(
                 _frame(axes, _same_place(patch, (rows, columns), grid.shape), grid.shape, pixels.shape)
                 if number == 0:
                     axes.set_title(layer, fontsize=7.5, loc="center")
-        figure.axes[0].set_title(short(names[image], 14), fontsize=7.5, loc="center")
-        figure.suptitle(short(name), x=0.005, ha="left", fontsize=8.5)
+        figure.axes[0].set_title(shorten(names[image], 14), fontsize=7.5, loc="center")
+        figure.suptitle(shorten(name), x=0.005, ha="left", fontsize=8.5)
         figure.colorbar(mesh, ax=figure.axes, label="cos with the framed patch", aspect=25, shrink=0.9, pad=0.01)
         return figure
 

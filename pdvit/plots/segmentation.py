@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from pdvit.errors import UserError
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, short, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 # Images that are drawn, and classes whose bars are: of more the best and the worst.
 SHOWN, BARS = 4, 40
@@ -86,7 +86,7 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[Picture], name: str, t
     keys = _legend(shown, table["class"].tolist(), theme)
     rows, height = max(len(shown), 1), max(2.0, 1.15 * len(shown), 0.13 * len(classes) + 0.6)
     height += 0.14 * -(-len(keys) // ACROSS)
-    with styled(DOUBLE, height, theme, rows, 5, width_ratios=(1, 1, 1, 1, 1.6)) as figure:
+    with new_figure(DOUBLE, height, theme, rows, 5, width_ratios=(1, 1, 1, 1, 1.6)) as figure:
         figure.data = table.assign(run=name)[["run", *table.columns]]
         axes = np.array(figure.axes).reshape(rows, 5)
         for row, picture in zip(axes, shown, strict=False):
@@ -102,7 +102,7 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[Picture], name: str, t
         _draw_bars(place, classes, len(table), theme)
         mean = float(table["iou"].mean())
         place.axvline(mean, color=theme.colours[1], linewidth=1.2)
-        place.set_title(f"{short(name, 18)}: mIoU {mean:.3f}", loc="right")
+        place.set_title(f"{shorten(name, 18)}: mIoU {mean:.3f}", loc="right")
         if keys:
             figure.legend(handles=keys, loc="outside lower left", ncols=ACROSS, fontsize=6.5, handlelength=1.2)
         return figure
@@ -131,7 +131,10 @@ def _legend(pictures: list[Picture], names: list[str], theme: Theme) -> list[Pat
         for mask in (picture.truth, picture.prediction):
             counts += np.bincount(mask.ravel(), minlength=256)
     places = [at for at in np.argsort(-counts, kind="stable") if counts[at] and at < len(names)][:NAMED]
-    labels = [*((at, short(names[at], 24)) for at in sorted(places)), *[(IGNORED, "no class")] * bool(counts[IGNORED])]
+    labels = [
+        *((at, shorten(names[at], 24)) for at in sorted(places)),
+        *[(IGNORED, "no class")] * bool(counts[IGNORED]),
+    ]
     palette = pictures[0].palette / 255 if pictures else np.zeros((256, 3))
     return [Patch(facecolor=palette[at], edgecolor=theme.muted, linewidth=0.5, label=label) for at, label in labels]
 
@@ -148,7 +151,7 @@ def _draw_bars(place: Any, classes: pd.DataFrame, count: int, theme: Theme) -> N
     """Draw a bar for each class, the best on top."""
     at, values = range(len(classes)), classes["iou"].tolist()
     place.barh(at, values, color=theme.colours[0], height=0.7)
-    place.set_yticks(at, [short(label, 24) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
+    place.set_yticks(at, [shorten(label, 24) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
     paper = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.3}  # the line of the mean may pass there
     for height, value in zip(at, values, strict=True):
         number = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6, "bbox": paper}

@@ -1,4 +1,4 @@
-"""One look for all figures, light and dark: colours told apart by the colour-blind, lines that survive greyscale."""
+"""The style of all figures, light and dark: lines differ for colour-blind readers and in greyscale."""
 
 import re
 import warnings
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import product
 from typing import Any
 
 import matplotlib as mpl
@@ -16,23 +15,21 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-# Widths of one and of two columns of a paper, in inches; letters are 7 to 9 points at that size.
+# Widths of one and two columns of a paper, in inches; text has 7 to 9 points at that size.
 SINGLE, DOUBLE = 3.5, 7.2
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Letters of a name before its middle is left out.
-NAME = 28
-# Date and random ids would make each copy of a figure another file.
+NAME_LENGTH = 28
+LEGEND_COLUMNS = 4
+# Without dates, the same figure gives the same file.
 METADATA: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours: of lines in an order whose greys differ from one to the next, of letters, of what is beside the point.
-
-    `ramp` is the part of the colour map viridis whose lines stand out from the paper.
-    """
+    """Colours of lines (neighbours differ in greyscale), paper, text and guides; `ramp` is a range of viridis."""
 
     colours: tuple[str, ...]
     paper: str
@@ -41,7 +38,7 @@ class Theme:
     ramp: tuple[float, float]
 
 
-# The petroff10 colours, grey after four others; in the dark theme the same hues, lifted off the background.
+# petroff10, reordered; the dark theme has the same hues, lighter.
 LIGHT = Theme(
     ("#3f90da", "#bd1f01", "#ffa90e", "#832db6", "#94a4a2", "#a96b59", "#e76300", "#717581"),
     *("#ffffff", "#1a1a1a", "#767676"),
@@ -81,32 +78,25 @@ RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pdvit",
     "pdf.fonttype": 42,
-    "text.parse_math": False,  # names of runs are drawn as they are
+    "text.parse_math": False,  # a run may be called $x_1$
 }
 
 
 class Drawing(Figure):
-    """A figure that carries the numbers it shows, as a tidy table."""
+    """A figure with its numbers as a tidy table."""
 
     data: pd.DataFrame
 
 
-def colouring(theme: Theme) -> dict[Any, Any]:
-    """Return matplotlib's settings for the colours of a theme."""
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    return dict.fromkeys(inked, theme.ink) | dict.fromkeys(paper, theme.paper) | {"grid.color": theme.muted}
-
-
 @contextmanager
-def styled(
+def new_figure(
     width: float, height: float, theme: Theme = LIGHT, rows: int = 1, columns: int = 1, **grid: Any
 ) -> Iterator[Drawing]:
-    """Make a figure of the given size in inches with its axes (none where `rows` is 0), to draw on inside.
-
-    `grid` goes to matplotlib's `subplots`.
-    """
-    with mpl.rc_context(RC | colouring(theme)):
+    """Open a figure of a size in inches, to draw on inside the context; `grid` goes to matplotlib's `subplots`."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    colours = dict.fromkeys(inked, theme.ink) | dict.fromkeys(paper, theme.paper) | {"grid.color": theme.muted}
+    with mpl.rc_context(RC | colours):
         figure = Drawing(figsize=(width, height), layout="constrained")
         if rows:
             figure.subplots(rows, columns, squeeze=False, **grid)
@@ -117,50 +107,53 @@ def render(figure: Figure, suffix: str) -> bytes:
     """Return a figure as a file of the format of a suffix (`.svg`), each time the same bytes."""
     suffix, packed = suffix.lower(), BytesIO()
     with mpl.rc_context(RC), warnings.catch_warnings():
-        # names may be in any script: letters that the font lacks become boxes (in SVG they stay text)
+        # letters that the font lacks become boxes (in SVG they stay text)
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(packed, format=suffix[1:], facecolor=figure.get_facecolor(), metadata=METADATA.get(suffix))
     return packed.getvalue()
 
 
-def looks(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:
-    """Return `count` line looks that differ in colour, dashes and marker; no two of the first 32 are the same."""
-    found = []
+def line_styles(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:
+    """Return styles that differ in colour, dashes and marker; the first 32 are all different."""
+    styles = []
     for number in range(count):
         turn, colour = divmod(number, len(theme.colours))
         dashes, marker = DASHES[(number + turn) % len(DASHES)], MARKERS[(number + 3 * turn) % len(MARKERS)]
-        found.append({"color": theme.colours[colour], "linestyle": dashes, "marker": marker})
-    return found
+        styles.append({"color": theme.colours[colour], "linestyle": dashes, "marker": marker})
+    return styles
 
 
-def readable(colour: str, theme: Theme) -> str:
-    """Return a colour for letters: that of a line, a third of the way to the ink."""
+def text_colour(colour: str, theme: Theme) -> str:
+    """Return the colour for text about a line: a third of the way from the line's to the ink."""
     mixed = [(2 * own + ink) / 3 for own, ink in zip(to_rgb(colour), to_rgb(theme.ink), strict=True)]
     return to_hex((mixed[0], mixed[1], mixed[2]))
 
 
-def depths(theme: Theme, deepest: int) -> ScalarMappable:
-    """Return the colours of depths from 0 to the deepest: darker or lighter step by step, also in grey."""
-    whole = colormaps["viridis"](np.linspace(*theme.ramp, 64))
-    return ScalarMappable(Normalize(0, max(1, deepest)), ListedColormap(whole))
+def depth_colours(theme: Theme, deepest: int) -> ScalarMappable:
+    """Return a colour map of depths from 0 to the deepest, monotone in greyscale."""
+    colours = colormaps["viridis"](np.linspace(*theme.ramp, 64))
+    return ScalarMappable(Normalize(0, max(1, deepest)), ListedColormap(colours))
 
 
-def short(name: str, length: int = NAME) -> str:
-    """Return a name that fits beside a line: a long one without its middle, what can't be printed as a dot."""
+def shorten(name: str, length: int = NAME_LENGTH) -> str:
+    """Return a name of at most `length` printable letters; a long one loses its middle."""
     name = "".join(letter if letter.isprintable() else "·" for letter in re.sub(r"\s", " ", name))
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
 
 
-def spread_out(heights: Sequence[float], gap: float) -> list[float]:
-    """Move label heights apart to at least `gap`, keeping their order and their middle."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    placed = [heights[i] for i in order]
-    for _, at in product(range(50), range(len(placed) - 1)):
-        apart = gap - (placed[at + 1] - placed[at])
-        if apart > 1e-9:
-            placed[at] -= apart / 2
-            placed[at + 1] += apart / 2
-    result = [0.0] * len(heights)
-    for position, index in enumerate(order):
-        result[index] = placed[position]
-    return result
+def unique(names: Sequence[str]) -> list[str]:
+    """Return names that differ: repeated ones get a number."""
+    return [f"{name} ({names[:at].count(name) + 1})" if name in names[:at] else name for at, name in enumerate(names)]
+
+
+def thin_ticks(count: int, ticks: int) -> list[int]:
+    """Return evenly spaced positions out of `count`, about `ticks`, always with the last."""
+    step = max(1, -(-count // ticks))
+    return [at for at in range(count - 1) if at % step == 0 and count - 1 - at >= step] + [count - 1]
+
+
+def legend(figure: Figure, styles: dict[str, dict[str, Any]], more: Sequence[Line2D] = ()) -> None:
+    """Name the runs once, above all panels."""
+    lines = [Line2D([], [], label=shorten(name), **style) for name, style in styles.items()] + list(more)
+    columns = min(LEGEND_COLUMNS, len(lines))
+    figure.legend(handles=lines, loc="outside upper left", ncols=columns, borderaxespad=0.2, columnspacing=1.4)

@@ -7,8 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from pdvit.plots.ablation import NAMED, Sweep
-from pdvit.plots.lines import unique
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, short, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten, unique
 
 # Height of a setting, and of what is around, in inches.
 ROW, AROUND = 0.26, 0.75
@@ -26,7 +25,7 @@ def plot_sweep(sweep: Sweep, name: str, theme: Theme = LIGHT) -> Drawing:
     table, factor = sweep.table, 100 if sweep.percent else 1
     places = range(len(table))
     columns = 2 if sweep.baseline else 1
-    with styled(DOUBLE, ROW * len(table) + AROUND, theme, columns=columns, sharey=True) as figure:
+    with new_figure(DOUBLE, ROW * len(table) + AROUND, theme, columns=columns, sharey=True) as figure:
         figure.data = table
         left = figure.axes[0]
         colours = _colours(sweep, theme)
@@ -35,11 +34,11 @@ def plot_sweep(sweep: Sweep, name: str, theme: Theme = LIGHT) -> Drawing:
             left.plot(seeds, [place + 0.16] * len(seeds), "o", color=colour, alpha=0.5, markersize=3, markeredgewidth=0)
             if row["n"]:
                 _mark(left, row["mean"] * factor, place, colour, (row["std"] * factor,) * 2)
-        left.set(title=short(name), xlabel=f"{heading(sweep)}: mean ± std, dots are seeds")
+        left.set(title=shorten(name), xlabel=f"{heading(sweep)}: mean ± std, dots are seeds")
         if columns == 2:
             _draw_differences(figure.axes[1], sweep, colours, theme)
         counts = table["n"].nunique() > 1
-        labels = [short(text, 40) for text in unique(table["setting"].tolist())]
+        labels = [shorten(text, 40) for text in unique(table["setting"].tolist())]
         labels = [f"{text} (n = {n})" if counts else text for text, n in zip(labels, table["n"], strict=True)]
         left.set_yticks(places, labels)
         left.set_ylim(len(table) - 0.4, -0.6)
@@ -140,4 +139,4 @@ def _draw_differences(axes: Axes, sweep: Sweep, colours: list[str], theme: Theme
         if mean == mean:
             _mark(axes, mean, place, colour, (mean - low, high - mean))
     unit = ", points" if sweep.percent else ""
-    axes.set(title="paired difference, 95 % confidence", xlabel=f"minus {short(sweep.baseline, 34)}{unit}")
+    axes.set(title="paired difference, 95 % confidence", xlabel=f"minus {shorten(sweep.baseline, 34)}{unit}")

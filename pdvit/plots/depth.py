@@ -1,0 +1,345 @@
+"""Metrics over depth, one line per run: similarity, metrics, norms, compare and attention."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from pdvit.plots.reading import Arrays, layers_of
+from pdvit.plots.statistics import welch
+from pdvit.plots.style import (
+    DOUBLE,
+    LIGHT,
+    MARKERS,
+    Drawing,
+    Theme,
+    legend,
+    line_styles,
+    new_figure,
+    shorten,
+    text_colour,
+    thin_ticks,
+    unique,
+)
+
+P, RANDOM = "similarity", "similarity_random"
+NORM, NORM_STD = "norm_mean", "norm_std"
+NORMS = (NORM, "norm_peak", "norm_outliers")
+ATTENTION = {"entropy": "entropy, nats", "distance": "mean distance, patches"}
+COLUMNS = 4  # small panels in a row
+LARGE, SMALL, KEY = 2.2, 1.35, 0.45  # heights of rows of panels and of the legend, in inches
+RANDOM_STYLE: dict[str, Any] = {"linestyle": (0, (2.5, 2)), "linewidth": 0.8}
+LOG_RATIO = 30  # lengths that differ more than this have a logarithmic axis
+NAME_GAP, LOWEST_NAME = 0.058, 0.03  # between names at line ends, and above the axis, on the scale of P
+HEAD_SHIFT = 0.22  # in depth, between the heads of two runs
+MINUS = "\u2212"
+
+# Title and range of the metrics in a figure's order.
+Range = tuple[float | None, float | None]
+COS, SHARE, POSITIVE = (-1, 1), (0, 1), (0, None)
+METRICS: dict[str, tuple[str, Range]] = {
+    "similarity": ("P, mean |cos|", SHARE),
+    "similarity_signed": ("mean cos, signed", COS),
+    "norm_mean": ("token length ± std", POSITIVE),
+    "norm_std": ("token length, std", POSITIVE),
+    "norm_peak": ("largest length / median", (1, None)),
+    "norm_outliers": ("share of outliers", POSITIVE),
+    "similarity_without_outliers": ("P without outliers", SHARE),
+    "pairs_p05": ("cos of pairs, 5 %", COS),
+    "pairs_p25": ("cos of pairs, 25 %", COS),
+    "pairs_p50": ("cos of pairs, median", COS),
+    "pairs_p75": ("cos of pairs, 75 %", COS),
+    "pairs_p95": ("cos of pairs, 95 %", COS),
+    "drift_cosine": ("cos with first layer", COS),
+    "drift_retrieval": ("found again, share", SHARE),
+    "effective_rank": ("effective rank", POSITIVE),
+    "participation_ratio": ("participation ratio", POSITIVE),
+    "dc_share": ("DC share of energy", SHARE),
+    "high_frequency_share": ("high-frequency share", POSITIVE),
+    "log_amplitude": ("Δ log amplitude at π", (None, None)),
+    "attention_entropy": ("attention entropy, nats", POSITIVE),
+    "attention_distance": ("att. distance, patches", POSITIVE),
+    "attention_std": ("attention, row std", POSITIVE),
+    "attention_similarity": ("att. like block before", SHARE),
+    "cka_last": ("CKA with last layer", SHARE),
+}
+
+
+def plot_similarity(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+    """Draw P by layer in one panel, each line named at its end; rings mark stages, thin lines random weights."""
+    rows = stack(tables, names)
+    rows = rows[rows["metric"].isin([P, RANDOM])]
+    images = sorted({int(table["images"].iloc[0]) for table in tables})
+    with new_figure(DOUBLE, 3.3, theme) as figure:
+        figure.data = rows
+        (axes,) = figure.axes
+        draw_metric(axes, rows, P, theme)
+        name_depths(axes, rows, ticks=12)
+        axes.set_xlim(right=rows["depth"].max() + 0.1)
+        _name_ends(axes, rows, theme)
+        counts = (
+            f"{images[0]} to {images[-1]} images" if len(images) > 1 else f"{images[0]} image{'s'[: images[0] > 1]}"
+        )
+        axes.set(
+            ylabel="P, patch similarity", title=f"P by layer: mean over {counts}, band of ± one standard deviation"
+        )
+        if keys := _keys(rows, theme):
+            axes.legend(handles=keys, loc="best", fontsize=7)
+        return figure
+
+
+def plot_metrics(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+    """Draw every metric in a small panel; a run without the metric has no line there."""
+    rows = stack(tables, names)
+    with _panels(rows, (), metrics_of(rows), theme) as figure:
+        return figure
+
+
+def plot_norms(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+    """Draw token lengths: mean with the spread over patches, longest over median, share of outliers."""
+    rows = stack(tables, names)
+    with _panels(rows[rows["metric"].isin([*NORMS, NORM_STD])], NORMS, (), theme) as figure:
+        return figure
+
+
+def plot_compare(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+    """Draw P of two analyses, second minus first with a 95 % interval, and all other metrics that both have."""
+    both = set.intersection(*(set(table["metric"]) for table in tables))
+    rows = stack([table[table["metric"].isin(both)] for table in tables], names)
+    change = differences(tables, P)
+    with _panels(rows, (P, ""), [metric for metric in metrics_of(rows) if metric != P], theme) as figure:
+        axes = figure.axes[1]
+        reach = [(change["mean"] - change["low"]).fillna(0), (change["high"] - change["mean"]).fillna(0)]
+        axes.axhline(0, color=theme.muted, linewidth=0.8)
+        style: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
+        axes.errorbar(change["depth"], change["mean"], reach, color=theme.ink, **style)
+        name_depths(axes, change.assign(run=""))
+        first, second = (shorten(name, 22) for name in unique(names))
+        axes.set_title(f"P of {second} {MINUS} P of {first}\n(bars: 95 % confidence)")
+        figure.data = pd.concat([rows, change.assign(run="difference")], ignore_index=True)
+        return figure
+
+
+def plot_attention(
+    runs: Sequence[Arrays], tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT
+) -> Drawing:
+    """Draw entropy and distance of attention by block: a dot per head, a line for their mean.
+
+    `runs` are the arrays of analysis/attention.npz, `entropy/LAYER` and `distance/LAYER` with one value per head.
+    Dashed lines mark the largest entropy, ln of the number of patches.
+    """
+    data = _head_rows(runs, tables, names)
+    styles = run_styles(data, theme)
+    with new_figure(DOUBLE, 2.7, theme, columns=2) as figure:
+        figure.data = data
+        for axes, (curve, title) in zip(figure.axes, ATTENTION.items(), strict=True):
+            for number, (name, style) in enumerate(styles.items()):
+                rows = data[(data["run"] == name) & (data["curve"] == curve)]
+                heads: dict[str, Any] = {**style, "linestyle": "", "alpha": 0.5, "markersize": 2.6}
+                shift = HEAD_SHIFT * (number - (len(styles) - 1) / 2)
+                axes.plot(rows["depth"] + shift, rows["value"], markeredgewidth=0, **heads)
+                mean = rows.groupby("depth")["value"].mean()
+                axes.plot(mean.index, mean, **{**style, "marker": ""})
+            name_depths(axes, data, ticks=12)
+            axes.set(title=title, ylim=(0, 1.06 * data[data["curve"] == curve]["value"].max()))
+        counts = data["tokens"].unique()
+        for count in counts[:3]:
+            figure.axes[0].axhline(np.log(count), color=theme.muted, linestyle=(0, (4, 2)), linewidth=0.8)
+            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            figure.axes[0].annotate(
+                f"uniform: ln {count}", (1, np.log(count)), (0, 2), **place, ha="right", color=theme.muted, fontsize=7
+            )
+        figure.axes[0].set_ylim(0, max(1.1 * np.log(counts.max()), figure.axes[0].get_ylim()[1]))
+        legend(figure, styles)
+        return figure
+
+
+def _head_rows(runs: Sequence[Arrays], tables: Sequence[pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
+    """Return one row per run, curve, layer and head."""
+    parts = []
+    for arrays, table, name in zip(runs, tables, unique(names), strict=True):
+        layers = table.drop_duplicates("layer").set_index("layer")
+        for curve in ATTENTION:
+            for layer in layers_of(arrays, curve):
+                values = arrays[f"{curve}/{layer}"]
+                where = {"layer": layer, "depth": layers["depth"][layer], "tokens": layers["tokens"][layer]}
+                heads = {"head": np.arange(1, len(values) + 1), "value": values}
+                parts.append(pd.DataFrame({"run": name, "curve": curve, **where, **heads}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def stack(tables: Sequence[pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
+    """Return analyses as one table with the name of the run in its first column, ordered by depth."""
+    parts = []
+    for table, name in zip(tables, unique(names), strict=True):
+        part = table.drop(columns=["model", "run"], errors="ignore").sort_values("depth", kind="stable")
+        part.insert(0, "run", name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def metrics_of(rows: pd.DataFrame) -> list[str]:
+    """Return the metrics that get a panel, those of METRICS first; P of random weights is drawn with P."""
+    names = [str(metric) for metric in rows["metric"].unique() if metric != RANDOM]
+    return sorted(names, key=lambda name: list(METRICS).index(name) if name in METRICS else len(METRICS))
+
+
+def run_styles(rows: pd.DataFrame, theme: Theme) -> dict[str, dict[str, Any]]:
+    """Return the line style of each run, the same in all panels."""
+    names = [str(name) for name in rows["run"].unique()]
+    return dict(zip(names, line_styles(len(names), theme), strict=True))
+
+
+def differences(tables: Sequence[pd.DataFrame], metric: str) -> pd.DataFrame:
+    """Return second minus first of a metric with Welch's 95 % interval, for each layer that both have by name.
+
+    The tables hold means and spreads over images, so images can't be paired.
+    """
+    first, second = (table[table["metric"] == metric].set_index("layer") for table in tables)
+    rows = []
+    for layer in first.index.intersection(second.index, sort=False):
+        pair = (first.loc[layer], second.loc[layer])
+        means, stds, counts = (tuple(row[key] for row in pair) for key in ("mean", "std", "images"))
+        change = welch(means, stds, counts)
+        values = {"mean": change.mean, "low": change.low, "high": change.high}
+        rows.append({"layer": layer, "depth": int(pair[0]["depth"]), "metric": metric, **values})
+    return pd.DataFrame(rows, columns=["layer", "depth", "metric", "mean", "low", "high"])
+
+
+@contextmanager
+def _panels(rows: pd.DataFrame, large: Sequence[str], small: Sequence[str], theme: Theme) -> Iterator[Drawing]:
+    """Draw metrics in a row of large panels and rows of small ones below; a large one called "" stays empty."""
+    columns = min(COLUMNS, len(small))
+    heights = [LARGE] * bool(large) + [SMALL] * (-(-len(small) // columns) if small else 0)
+    with new_figure(DOUBLE, sum(heights) + KEY, theme, rows=0) as figure:
+        figure.data = rows
+        grid = figure.add_gridspec(len(heights), 12, height_ratios=heights)
+        for number, metric in enumerate(large):
+            width = 12 // len(large)
+            axes = figure.add_subplot(grid[0, number * width : (number + 1) * width])
+            if metric:
+                draw_metric(axes, rows, metric, theme)
+        for number, metric in enumerate(small):
+            row, column, width = number // columns + bool(large), number % columns, 12 // columns
+            axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
+            draw_metric(axes, rows, metric, theme, small=True)
+            if number < len(small) - columns:
+                axes.set_xlabel("")
+        legend(figure, run_styles(rows, theme), _keys(rows, theme))
+        yield figure
+
+
+def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small: bool = False) -> None:
+    """Draw a metric of stacked analyses over depth: a line per run, and a band of one standard deviation.
+
+    The deviation is that over images, for token lengths that over patches.
+    """
+    styles, chosen = run_styles(rows, theme), rows[rows["metric"] == metric]
+    title, (low, high) = METRICS.get(metric, (metric.replace("_", " "), (None, None)))
+    sizes: dict[str, Any] = {"linewidth": 1.0, "markersize": 2.2} if small else {}
+    for name, line in chosen.groupby("run", sort=False):
+        style = styles[str(name)]
+        axes.plot(line["depth"], line["mean"], **style, **sizes, clip_on=False)
+        std = line["std"]
+        if metric == NORM:
+            over_patches = rows[(rows["run"] == name) & (rows["metric"] == NORM_STD)].set_index("depth")["mean"]
+            std = over_patches.reindex(line["depth"]).set_axis(line.index)
+        below, above = ((line["mean"] + sign * std.fillna(0)).clip(low, high) for sign in (-1, 1))
+        alpha = min(0.15, 0.3 / len(styles))
+        axes.fill_between(line["depth"], below, above, color=style["color"], alpha=alpha, linewidth=0)
+    if metric == P:
+        for name, line in rows[rows["metric"] == RANDOM].groupby("run", sort=False):
+            axes.plot(line["depth"], line["mean"], color=styles[str(name)]["color"], **RANDOM_STYLE)
+        for name, line in chosen.groupby("run", sort=False):
+            if len(stages := _stages(line)):
+                axes.plot(stages["depth"], stages["mean"], **_ring(theme, styles[str(name)]["color"], small))
+    name_depths(axes, rows, ticks=6 if small else 8)
+    axes.set_xlim(rows["depth"].min() - 0.4, rows["depth"].max() + 0.4)
+    axes.set_title(title, fontsize=7.5 if small else 8.5)
+    axes.tick_params(labelsize=6.5 if small else 7)
+    least, most = chosen["mean"].min(), chosen["mean"].max()
+    if metric == NORM and most > LOG_RATIO * least > 0:
+        axes.set(yscale="log", ylim=(least / 2, most * 2))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the default writes formulas
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        _limit(axes, None if low == -1 else low, high)
+
+
+def _limit(axes: Axes, low: float | None, high: float | None) -> None:
+    """End an axis where the range of its metric ends, and leave room where it has no end."""
+    bottom, top = axes.dataLim.y0, axes.dataLim.y1
+    bottom = bottom if low is None else min(low, bottom)
+    top = top if high is None else max(high, top)
+    room = 0.06 * ((top - bottom) or 1)
+    axes.set_ylim(bottom - (room if low is None else 0), top + (room if high is None else 0))
+
+
+def _stages(line: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows whose grid of patches differs from that of the row before."""
+    return line[line["tokens"].ne(line["tokens"].shift(fill_value=line["tokens"].iloc[0]))]
+
+
+def _ring(theme: Theme, colour: str, small: bool = False) -> dict[str, Any]:
+    size = {"markersize": 3.5 if small else 5.5, "markeredgewidth": 1.1, "markerfacecolor": theme.paper}
+    return {"linestyle": "", "marker": MARKERS[0], "color": colour, **size}
+
+
+def _keys(rows: pd.DataFrame, theme: Theme) -> list[Line2D]:
+    """Return the legend's entries for random weights and stages, where there are any."""
+    keys = []
+    if (rows["metric"] == RANDOM).any():
+        keys.append(Line2D([], [], color=theme.ink, label="P of random weights", **RANDOM_STYLE))
+    if any(len(_stages(line)) for _, line in rows[rows["metric"] == P].groupby("run")):
+        keys.append(Line2D([], [], label="a new stage", **_ring(theme, theme.ink)))
+    return keys
+
+
+def name_depths(axes: Axes, rows: pd.DataFrame, ticks: int = 8) -> None:
+    """Name the depths: embed, blocks by number, and norm where all runs end at the same depth."""
+    same = rows.groupby("run")["depth"].max().nunique() == 1
+    layers = dict(zip(rows["depth"], rows["layer"].astype(str), strict=True))
+    depths = sorted(layers)
+    shown = [depths[at] for at in thin_ticks(len(depths), ticks)]
+    names = [layers[depth] if same or depth == 0 else str(depth) for depth in shown]
+    axes.set_xticks(shown, [name.removeprefix("block ") for name in names])
+    axes.set_xlabel("block" if same else "depth")
+
+
+def _name_ends(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
+    """Write the runs' names right of their lines, at least a gap apart, with a leader where a name had to move."""
+    lines = [(str(name), line.iloc[-1]) for name, line in rows[rows["metric"] == P].groupby("run", sort=False)]
+    heights = separate([max(end["mean"], LOWEST_NAME) for _, end in lines], NAME_GAP)
+    lift = max(0.0, LOWEST_NAME - min(heights))
+    left, right = axes.get_xlim()
+    for (name, end), height in zip(lines, heights, strict=True):
+        colour = run_styles(rows, theme)[name]["color"]
+        moved = abs(height + lift - end["mean"]) > NAME_GAP / 4 or end["depth"] < rows["depth"].max()
+        leader = {"arrowstyle": "-", "linewidth": 0.6, "linestyle": ":", "color": colour, "relpos": (0, 0.5)}
+        axes.annotate(
+            shorten(name),
+            (end["depth"], end["mean"]),
+            (right + 0.03 * (right - left), height + lift),
+            color=text_colour(colour, theme),
+            va="center",
+            annotation_clip=False,
+            fontsize=7.5,
+            arrowprops=leader if moved else None,
+        )
+
+
+def separate(heights: Sequence[float], gap: float) -> list[float]:
+    """Move heights apart to at least `gap`, keeping their order and their middle."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.asarray(heights, dtype=float)[order]
+    for _ in range(50):
+        for at in range(len(placed) - 1):
+            push = max(0.0, gap - (placed[at + 1] - placed[at])) / 2
+            placed[at] -= push
+            placed[at + 1] += push
+    return [float(height) for height in placed[np.argsort(order)]]
