@@ -74,7 +74,9 @@ def read_torchvision(data: DataConfig) -> Source:
     labels = {role: list(map(int, _targets(items, data.source))) for role, items in sets.items()}
     classes, numbers = as_classes(labels, getattr(sets["train"], "classes", None), data.source)
     parts = {role: _split(items, numbers[role], f"{data.source} {chosen[role]}") for role, items in sets.items()}
-    return assemble(name, [_text(item) for item in classes], parts, data)
+    names: list[Any] = classes  # ImageNet's are tuples of synonyms
+    names = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in names]
+    return assemble(name, names, parts, data)
 
 
 def read_hub(data: DataConfig) -> Source:
@@ -86,15 +88,22 @@ def read_hub(data: DataConfig) -> Source:
     if find_spec("datasets") is None:
         what = f"'{data.source}' needs the package datasets, which is not installed"
         raise UserError(what, "data.source (--data)", "pip install 'pdvit[hf-data]'")
+    import datasets
+
     name = data.source.partition("/")[2]
-    chosen = choose_splits(_split_names(name, data.source), data)
+    try:
+        found = list(datasets.get_dataset_split_names(os.path.expanduser(name)))
+    except Exception as error:  # of the network, the hub, the files
+        tip = "check the name; without a network, only sets in the cache or a folder can be opened"
+        raise UserError(f"the data set does not open: {_first_line(error)}", data.source, tip) from error
+    chosen = choose_splits(found, data)
     if "train" not in chosen:
         raise UserError("there is no train split", data.source, "name one: --train-split")
     readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
     names = list(readers["train"].class_to_idx) or None
     labels = {role: list(reader.iter_targets()) for role, reader in readers.items()}
     classes, numbers = as_classes(labels, names, data.source)
-    parts = {role: _items(reader, numbers[role], f"{data.source} {chosen[role]}") for role, reader in readers.items()}
+    parts = {role: _split(reader, numbers[role], f"{data.source} {chosen[role]}") for role, reader in readers.items()}
     return assemble(name.rpartition("/")[2], classes, parts, data)
 
 
@@ -110,9 +119,8 @@ def open_timm(data: DataConfig, split: str) -> Any:
         with _download_lock(root) if data.download and root else nullcontext():
             return create_dataset(data.source, root=root, split=split, download=data.download, **options)
     except Exception as error:  # timm, torchvision and the hubs raise nearly anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        tip = "--data-dir says where it lies, --dataset-download fetches it, --train-split and --val-split name splits"
-        raise UserError(f"split '{split}' does not open: {reason}", data.source, tip) from error
+        tip = "--data-dir names its folder, --dataset-download downloads it, --train-split and --val-split name splits"
+        raise UserError(f"split '{split}' does not open: {_first_line(error)}", data.source, tip) from error
 
 
 @contextmanager
@@ -142,9 +150,7 @@ def as_classes(
     for split, values in labels.items():
         outside = [place for place, label in enumerate(values) if not (_is_whole(label) and 0 <= label < len(names))]
         if outside:
-            more = f" ({len(outside)} such)" if len(outside) > 1 else ""
-            label = f"label {values[outside[0]]!r} of sample {outside[0]} in {split}"
-            what = f"{label} is none of the {len(names)} classes{more}"
+            what = f"label {values[outside[0]]!r} of sample {outside[0]} in {split} is none of the {len(names)} classes"
             raise UserError(what, where, "-1 often means that a split has no labels: name another with --val-split")
     return list(names), {split: torch.tensor(values, dtype=torch.long) for split, values in labels.items()}
 
@@ -166,25 +172,16 @@ def _check_split(name: str, split: str, data: DataConfig) -> None:
         raise UserError(f"there is no split '{split}'", data.source, "name another with --train-split or --val-split")
 
 
-def _items(items: Any, labels: Tensor, title: str) -> ItemSplit:
-    return ItemSplit(items, torch.arange(len(labels)), labels, title)
-
-
-def _split_names(name: str, source: str) -> list[str]:
-    import datasets
-
-    try:
-        return list(datasets.get_dataset_split_names(os.path.expanduser(name)))
-    except Exception as error:  # of the network, the hub, the files
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        tip = "check the name; without a network, only sets in the cache or a folder can be opened"
-        raise UserError(f"the data set does not open: {reason}", source, tip) from error
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _split(items: Any, labels: Tensor, title: str) -> LazySplit:
-    """Return a set of torchvision as a split of its image files, if it lists them, or of its items."""
+    """Return a split of the image files of a set, if it lists them, or of its items."""
     listed = getattr(items, "samples", None) or getattr(items, "imgs", None)
-    return _items(items, labels, title) if listed is None else FileSplit([Path(file) for file, _ in listed], labels)
+    if listed is None:
+        return ItemSplit(items, torch.arange(len(labels)), labels, title)
+    return FileSplit([Path(file) for file, _ in listed], labels)
 
 
 def _targets(items: Any, source: str) -> Any:
@@ -196,8 +193,3 @@ def _targets(items: Any, source: str) -> Any:
         raise UserError("the data set has no list of labels", source, "use it as a folder of images")
     table = torch.as_tensor(targets)
     return table if table.ndim == 1 else table[:, 0]  # QMNIST has more than the class in a row
-
-
-def _text(name: Any) -> str:
-    """Return the name of a class; ImageNet's are several words each."""
-    return ", ".join(name) if isinstance(name, list | tuple) else str(name)
