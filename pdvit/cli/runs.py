@@ -87,7 +87,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     ranks = init_process_group()
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(device, config.run)
-    if ranks.main:
+    if ranks.main and config.run.track:
         tracker_names(config.run.track)  # refuses those that can't run
     task_type = task_class(config)
     source = task_type.open_source(config, partial(log, console))

@@ -100,10 +100,9 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
         target = self.folder / f"step-{snapshot.step:08d}"
-        if self._read_pointer(LAST) == target.name and not best:
-            return  # the same state is there; to replace it would leave nothing for a moment
         try:
-            self._write_folder(snapshot, target)
+            if self._read_pointer(LAST) != target.name:  # else it is there, and to replace it would be a risk
+                self._write_folder(snapshot, target)
             for pointer in (BEST, LAST) if best else (LAST,):
                 write_file(self.folder / pointer, target.name)
             sync(self.folder)

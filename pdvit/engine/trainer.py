@@ -99,7 +99,8 @@ class Trainer:
         logger.write_status("running")
         try:
             with logger.display, closing(self._batches()) as batches:
-                if self.ranks.main and (names := tracker_names(self.config.run.track)):
+                if self.ranks.main and self.config.run.track:
+                    names = tracker_names(self.config.run.track)
                     logger.trackers = Trackers(names, directory.path, state.config, progress.step, logger.display.log)
                 for batch in batches:
                     self.batch = batch

@@ -83,9 +83,9 @@ class WandB:
 TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": WandB}
 
 
-def tracker_names(text: str | None) -> list[str]:
+def tracker_names(text: str) -> list[str]:
     """Split the names in `run.track`; raises UserError for one that is unknown, not installed or not logged in."""
-    names = list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"there is no tracker '{name}'", WHERE, closest(name, TRACKERS))
