@@ -91,13 +91,13 @@ def summary(folder: Folder, seed: int) -> dict:
 def test_failures_are_recorded_and_passed_over(tmp_path, work):
     ways = ["refused", "broken", "bug", "killed", "exits", "well"]
     folder, cells = sweep(tmp_path, len(ways))
-    told = []
-    run_cells(folder, cells, partial(work.train, ways), [None], StopRequest(), lambda *facts: told.append(facts))
+    reports = []
+    run_cells(folder, cells, partial(work.train, ways), [None], StopRequest(), lambda *args: reports.append(args))
     states = [folder.state(cell.name) for cell in cells]
     assert [state.status for state in states] == ["failed"] * 5 + ["finished"]
     reasons = ["the disk is full", "not finite", "ValueError: a bug", "ended by SIGKILL", "ended with status 3", ""]
     assert [state.reason for state in states] == reasons
-    assert [(cell.number, state.status) for cell, state, _ in told[:4]] == [
+    assert [(cell.number, state.status) for cell, state, _ in reports[:4]] == [
         *((1, "running"), (1, "failed"), (2, "running"), (2, "failed"))
     ]
     assert "this is cell 0\nerror: the disk is full" in folder.log("seed=0").read_text()
@@ -116,7 +116,7 @@ def test_each_cell_has_a_process_and_each_device_one_cell_at_a_time(tmp_path, wo
 
 def test_a_stop_stops_the_cells_and_begins_no_other(tmp_path, work):
     folder, cells = sweep(tmp_path, 3)
-    stop, told = StopRequest(), []
+    stop, reports = StopRequest(), []
 
     def ask() -> None:
         while len(list(folder.path.glob("begun-*"))) < 2:
@@ -125,9 +125,9 @@ def test_a_stop_stops_the_cells_and_begins_no_other(tmp_path, work):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    run_cells(folder, cells, partial(work.train, ["slow"] * 3), ["0", "1"], stop, lambda *facts: told.append(facts))
+    run_cells(folder, cells, partial(work.train, ["slow"] * 3), ["0", "1"], stop, lambda *args: reports.append(args))
     thread.join()
-    assert [state.status for _, state, _ in told] == ["running", "running", "waiting", "waiting"]
+    assert [state.status for _, state, _ in reports] == ["running", "running", "waiting", "waiting"]
 
 
 def test_a_cell_that_breaks_because_of_the_stop_has_not_failed(tmp_path, work):
@@ -150,7 +150,7 @@ def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
     from multiprocessing.forkserver import _forkserver
 
     folder, cells = sweep(tmp_path, 1)
-    told = []
+    reports = []
 
     def kill() -> None:
         while not (folder.path / "begun-0").exists():
@@ -160,9 +160,9 @@ def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
     thread = threading.Thread(target=kill)
     thread.start()
     train = partial(work.train, ["slow"])
-    run_cells(folder, cells, train, [None], StopRequest(), lambda *facts: told.append(facts[1].status))
+    run_cells(folder, cells, train, [None], StopRequest(), lambda *args: reports.append(args[1].status))
     thread.join()
-    assert told == ["running", "running"]
+    assert reports == ["running", "running"]
     os.kill(int((folder.path / "begun-0").read_text()), signal.SIGTERM)
 
 
@@ -190,15 +190,15 @@ def test_a_finished_cell_is_not_trained_again(tmp_path, work):
 
 def test_what_failed_with_others_meanwhile_is_not_tried_again_and_what_had_failed_before_is(tmp_path, work):
     folder, cells = sweep(tmp_path, 2)
-    told = []
+    reports = []
 
     def report(cell, state, seconds):
-        told.append((cell.number, state.status))
-        if told == [(1, "running")]:  # another process ends cell 2 meanwhile
+        reports.append((cell.number, state.status))
+        if reports == [(1, "running")]:  # another process ends cell 2 meanwhile
             folder.mark(cells[1].name, "failed", "theirs")
 
     run_cells(folder, cells, partial(work.train, ["well", "well"]), [None], StopRequest(), report)
-    assert told == [(1, "running"), (1, "finished"), (2, "running"), (2, "failed")]
+    assert reports == [(1, "running"), (1, "finished"), (2, "running"), (2, "failed")]
     assert folder.state("seed=1") == CellState("failed", "theirs")
     run_cells(folder, cells[1:], partial(work.train, ["well", "well"]), [None], StopRequest(), lambda *_: None)
     assert folder.state("seed=1").status == "finished"
