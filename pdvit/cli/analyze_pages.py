@@ -15,9 +15,9 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device
 from pdvit.engine.terminal import RunConsole
 from pdvit.models.weights import load
-from pdvit.plots.cka import plot_cka
 from pdvit.plots.curves import plot_pairs, plot_spectrum
 from pdvit.plots.depth import NORM_STD, NORMS, plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
+from pdvit.plots.heatmap import plot_cka
 from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render
 from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing

@@ -12,7 +12,7 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pdvit.plots.ablation import Sweep
+    from pdvit.plots.ablation import SweepSummary
     from pdvit.plots.reading import Arrays
     from pdvit.plots.style import Drawing, Theme
 
@@ -85,7 +85,7 @@ def maps(
     """What single patches of an image resemble, at several depths."""
     check_suffix(out)
     chosen = [_place(text) for text in patch or []]
-    from pdvit.plots.maps import plot_maps, read_maps
+    from pdvit.plots.heatmap import plot_maps, read_maps
 
     folders = folders_of([run] if run else None, "analysis/maps.npz", f"{MEASURE} --explore", 1)
     figure = plot_maps(read_maps(folders[0]), name_of(folders[0]), image, chosen, theme_of(dark))
@@ -125,9 +125,9 @@ def spectrum(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 def cka(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Which layers tell images apart alike: linear CKA of one model, and between models."""
     check_suffix(out)
-    from pdvit.plots.cka import NEEDED, plot_cka, read_between
+    from pdvit.plots.heatmap import plot_cka, read_between
 
-    folders, arrays, _ = _curves("cka", runs, NEEDED)
+    folders, arrays, _ = _curves("cka", runs, ("matrix", "layers"))
     names = names_of(folders)
     between = [(name, found) for folder, name in zip(folders, names, strict=True) if (found := read_between(folder))]
     write(plot_cka(arrays, names, between, theme_of(dark)), "cka", folders, out)
@@ -185,7 +185,7 @@ def confusion(
 ) -> None:
     """What is taken for what: the confusion matrix of an evaluation."""
     check_suffix(out)
-    from pdvit.plots.confusion import plot_confusion, read_confusion
+    from pdvit.plots.heatmap import plot_confusion, read_confusion
 
     if run and (run / "iou.csv").is_file():
         tip = f"its scores by class, and pictures: pdvit plot segmentation {run}"
@@ -247,7 +247,7 @@ def _place(text: str) -> tuple[int, int]:
     return row, column
 
 
-def _show(summary: "Sweep") -> None:
+def _show(summary: "SweepSummary") -> None:
     """Print the table of a sweep, and what its numbers are."""
     from rich.console import Console
     from rich.markup import escape

@@ -21,7 +21,7 @@ Setting = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepSummary:
     """A sweep by setting.
 
     Attributes:
@@ -66,7 +66,7 @@ def read_cells(place: Path) -> pd.DataFrame:
     return table
 
 
-def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | None = None) -> Sweep:
+def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | None = None) -> SweepSummary:
     """Return mean and spread over seeds for each setting, and paired differences from the baseline.
 
     Args:
@@ -99,7 +99,9 @@ def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | No
             values[seed] = value
     seeds = sorted({seed for values in found.values() for seed in values}, key=lambda seed: (len(seed), seed))
     rows = [_row(axes, setting, found, chosen, seeds, left_out.get(setting, 0)) for setting in found]
-    return Sweep(pd.DataFrame(rows), axes, metric, _spelled(list(chosen), tuple(chosen.values())), reasons, len(cells))
+    return SweepSummary(
+        pd.DataFrame(rows), axes, metric, _spelled(list(chosen), tuple(chosen.values())), reasons, len(cells)
+    )
 
 
 def axes_of(cells: pd.DataFrame) -> list[str]:

@@ -22,7 +22,7 @@ IGNORED = 255
 Array = np.ndarray[Any, Any]
 
 
-class Picture(NamedTuple):
+class SegmentedImage(NamedTuple):
     """One image `(H, W, 3)`, the classes `(H, W)` of truth and prediction, and the colours `(256, 3)` of classes."""
 
     image: Array
@@ -37,7 +37,7 @@ class Picture(NamedTuple):
         return found
 
 
-def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[Picture]]:
+def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
     """Read iou.csv and the pictures of predictions; UserError where they are damaged or missing."""
     file = run / "iou.csv"
     try:
@@ -55,11 +55,11 @@ def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[Picture]]:
     return table, pictures
 
 
-def _picture(image: Path) -> Picture:
+def _picture(image: Path) -> SegmentedImage:
     masks = [image.with_name(image.name.replace("-image.", f"-{name}.")) for name in COLUMNS[1:3]]
     (truth, _), (prediction, palette) = map(_mask, masks)
     with Image.open(image) as opened:
-        return Picture(np.array(opened.convert("RGB")), truth, prediction, palette)
+        return SegmentedImage(np.array(opened.convert("RGB")), truth, prediction, palette)
 
 
 def _mask(path: Path) -> tuple[Array, Array]:
@@ -73,7 +73,7 @@ def _mask(path: Path) -> tuple[Array, Array]:
         return np.array(opened), palette
 
 
-def plot_segmentation(table: pd.DataFrame, pictures: list[Picture], name: str, theme: Theme = LIGHT) -> Drawing:
+def plot_segmentation(table: pd.DataFrame, pictures: list[SegmentedImage], name: str, theme: Theme = LIGHT) -> Drawing:
     """Draw the first pictures, a row each, beside them the IoU of the classes, and below what the colours mean.
 
     Args:
@@ -108,7 +108,7 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[Picture], name: str, t
         return figure
 
 
-def _draw_row(places: Any, picture: Picture, theme: Theme) -> None:
+def _draw_row(places: Any, picture: SegmentedImage, theme: Theme) -> None:
     masks = (picture.palette[picture.truth], picture.palette[picture.prediction])
     for place, drawn in zip(places, (picture.image, *masks), strict=False):
         place.imshow(drawn, interpolation="nearest")
@@ -124,7 +124,7 @@ def _draw_row(places: Any, picture: Picture, theme: Theme) -> None:
             side.set_visible(False)
 
 
-def _legend(pictures: list[Picture], names: list[str], theme: Theme) -> list[Patch]:
+def _legend(pictures: list[SegmentedImage], names: list[str], theme: Theme) -> list[Patch]:
     """Return a patch of colour with its name for the most frequent classes of some pictures, and for no class."""
     counts = np.zeros(256, int)
     for picture in pictures:

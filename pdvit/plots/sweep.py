@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from pdvit.plots.ablation import NAMED, Sweep
+from pdvit.plots.ablation import NAMED, SweepSummary
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten, unique
 
 # Height of a setting, and of what is around, in inches.
@@ -14,7 +14,7 @@ ROW, AROUND = 0.26, 0.75
 MINUS, NOTHING = "\u2212", "\u2013"
 
 
-def plot_sweep(sweep: Sweep, name: str, theme: Theme = LIGHT) -> Drawing:
+def plot_sweep(sweep: SweepSummary, name: str, theme: Theme = LIGHT) -> Drawing:
     """Draw each setting's seeds as dots and their mean with one standard deviation; beside it, paired differences.
 
     Args:
@@ -54,12 +54,12 @@ def seeds_of(table: pd.DataFrame) -> list[str]:
     return [str(column) for column in table.columns if column == "seed" or str(column).startswith("seed ")]
 
 
-def heading(sweep: Sweep) -> str:
+def heading(sweep: SweepSummary) -> str:
     """Return the metric with its unit."""
     return sweep.metric.replace("_", " ") + (", %" if sweep.percent else "")
 
 
-def rows_of(sweep: Sweep) -> list[list[str]]:
+def rows_of(sweep: SweepSummary) -> list[list[str]]:
     """Return the table in words, headings first: what was varied, n, mean ± std, difference with its interval."""
     factor = 100 if sweep.percent else 1
     digits = _digits(sweep.table["mean"].abs().max() * factor)
@@ -74,7 +74,7 @@ def rows_of(sweep: Sweep) -> list[list[str]]:
     return found
 
 
-def notes_of(sweep: Sweep) -> list[str]:
+def notes_of(sweep: SweepSummary) -> list[str]:
     """Say how the numbers were made, and which cells are not in them."""
     found = ["mean ± standard deviation (n - 1) over seeds"]
     if sweep.baseline:
@@ -87,7 +87,7 @@ def notes_of(sweep: Sweep) -> list[str]:
     return found
 
 
-def markdown(sweep: Sweep) -> str:
+def markdown(sweep: SweepSummary) -> str:
     """Return the table and its notes for a Markdown page."""
     head, *body = [[_escaped(cell) for cell in row] for row in rows_of(sweep)]
     lines = [head, ["---"] * len(head), *body]
@@ -95,7 +95,7 @@ def markdown(sweep: Sweep) -> str:
     return f"{table}\n\n" + "\n".join(f"- {_escaped(note)}" for note in notes_of(sweep)) + "\n"
 
 
-def _difference(row: Mapping[Any, Any], sweep: Sweep, factor: int, digits: int) -> str:
+def _difference(row: Mapping[Any, Any], sweep: SweepSummary, factor: int, digits: int) -> str:
     low, mean, high = (row[key] * factor for key in ("low", "difference", "high"))
     if mean != mean:
         return NOTHING
@@ -118,7 +118,7 @@ def _escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _colours(sweep: Sweep, theme: Theme) -> list[str]:
+def _colours(sweep: SweepSummary, theme: Theme) -> list[str]:
     """Return a colour for each setting: one for each value of what was varied first."""
     values = sweep.table[sweep.axes[0]] if sweep.axes else sweep.table["setting"]
     order = list(values.unique())
@@ -131,7 +131,7 @@ def _mark(axes: Axes, value: float, place: int, colour: str, reach: tuple[float,
     axes.errorbar([value], [place - 0.1], xerr=known, fmt="D", color=colour, markersize=4, capsize=2.2, elinewidth=1.2)
 
 
-def _draw_differences(axes: Axes, sweep: Sweep, colours: list[str], theme: Theme) -> None:
+def _draw_differences(axes: Axes, sweep: SweepSummary, colours: list[str], theme: Theme) -> None:
     factor = 100 if sweep.percent else 1
     axes.axvline(0, color=theme.muted, linewidth=0.8)
     for place, (colour, row) in enumerate(zip(colours, sweep.table.to_dict("records"), strict=True)):

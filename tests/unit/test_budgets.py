@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PACKAGE_LINES, PACKAGE_FILES, TEST_LINES = 21_475, 205, 25_530
 TRAIN_FUNCTIONS, TRAIN_FILES, TRAIN_FRAMES = 345, 70, 8
 ANALYZE_FRAMES = 8
-NAMES_USED_TWICE = {"Batch", "Picture", "State", "Sweep"}
+NAMES_USED_TWICE = {"Batch", "State"}
 
 # Runs one command and prints as JSON: our functions that it called ("file:name", without lambdas and comprehensions),
 # and the number of our frames from `pdvit.cli.run` to the first call of a target.

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.plots.cka import NEEDED, plot_cka, read_between
+from pdvit.plots.heatmap import plot_cka, read_between
 from pdvit.plots.reading import read_curves
 
+NEEDED = ("matrix", "layers")
 ROWS, COLUMNS = np.array(["embed", "block 1"]), np.array(["embed", "block 1", "norm"])
 
 

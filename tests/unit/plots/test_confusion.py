@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.plots.confusion import DRAWN, NUMBERED, plot_confusion, read_confusion
+from pdvit.plots.heatmap import DRAWN, NUMBERED, plot_confusion, read_confusion
 from pdvit.plots.style import render
 
 

@@ -9,11 +9,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from pdvit.plots.ablation import summarise
-from pdvit.plots.cka import plot_cka
-from pdvit.plots.confusion import plot_confusion
 from pdvit.plots.curves import plot_pairs, plot_spectrum
 from pdvit.plots.depth import plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
-from pdvit.plots.maps import plot_maps, read_maps
+from pdvit.plots.heatmap import plot_cka, plot_confusion, plot_maps, read_maps
 from pdvit.plots.reading import read_analysis, read_curves
 from pdvit.plots.style import DARK, LIGHT, SINGLE, render
 from pdvit.plots.sweep import plot_sweep

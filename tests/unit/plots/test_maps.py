@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.plots.maps import plot_maps, read_maps
+from pdvit.plots.heatmap import plot_maps, read_maps
 
 
 @pytest.fixture

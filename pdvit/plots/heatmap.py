@@ -1,0 +1,247 @@
+"""Heat maps: CKA between layers, maps of single patches, and the confusion matrix."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+
+from pdvit.errors import UserError, closest
+from pdvit.plots.reading import Arrays, checkpoint_of, read_arrays
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, shorten, thin_ticks, unique
+
+CKA_COLUMNS = 3
+MAP_DEPTHS = 6
+# Default patches, as fractions of height and width.
+MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))
+COSINE_SCALE = 127  # maps.npz holds cosines as int8
+FRAME = "#ff3b30"  # visible on light and on dark
+# Classes up to which cells have numbers and all classes names, and the most that are drawn.
+NUMBERED, NAMED, DRAWN = 15, 50, 200
+LISTED = 15  # confusions beside a matrix without numbers
+TICKS = 20
+
+
+def heat_map(axes: Axes, values: np.ndarray, norm: Normalize, cmap: Any = "viridis", **image: Any) -> AxesImage:
+    """Draw a matrix without grid lines; `image` goes to matplotlib's `imshow`."""
+    axes.grid(visible=False)
+    return axes.imshow(values, norm=norm, cmap=cmap, interpolation="nearest", **image)
+
+
+def name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], ticks: int, fontsize: float) -> None:
+    """Name up to about `ticks` rows and columns."""
+    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
+        shown = range(len(names)) if len(names) <= ticks else thin_ticks(len(names), ticks)
+        axis.set_ticks(list(shown), [shorten(names[at]) for at in shown], fontsize=fontsize)
+    axes.tick_params(axis="x", rotation=90 if max(len(shorten(name)) for name in columns) > 2 else 0)
+
+
+def plot_cka(
+    runs: Sequence[Arrays], names: Sequence[str], between: Sequence[tuple[str, Arrays]] = (), theme: Theme = LIGHT
+) -> Drawing:
+    """Draw linear CKA between layers, one panel per matrix, all on one scale, the first layers at the bottom left.
+
+    `runs` are the arrays of analysis/cka.npz, `matrix` and `layers`. `between` pairs the name of a run (rows) with the
+    arrays of analysis/cka_between.npz: `layers`, and for each other model (columns) `matrix/OTHER` and `layers/OTHER`.
+    """
+    panels = [
+        (name, pd.DataFrame(own["matrix"], own["layers"].astype(str), own["layers"].astype(str)))
+        for own, name in zip(runs, unique(names), strict=True)
+    ]
+    for name, arrays in between:
+        for other in (key.partition("/")[2] for key in arrays if key.startswith("matrix/")):
+            sides = (arrays["layers"].astype(str), arrays[f"layers/{other}"].astype(str))
+            panels.append((f"{name} (up), {other}", pd.DataFrame(arrays[f"matrix/{other}"], *sides)))
+    columns = min(CKA_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = SINGLE if len(panels) == 1 else DOUBLE, {1: 3.0, 2: 3.1, 3: 2.5}[columns]
+    with new_figure(width, height * rows, theme, rows, columns) as figure:
+        figure.data = pd.concat([_cka_rows(*panel) for panel in panels], ignore_index=True)
+        norm = Normalize(min(0.0, np.floor(10 * figure.data["cka"].min()) / 10), 1)
+        for axes, (name, matrix) in zip(figure.axes, panels, strict=False):
+            image = heat_map(axes, matrix.to_numpy(), norm, origin="lower")
+            layers = [[str(layer).removeprefix("block ") for layer in side] for side in (matrix.index, matrix.columns)]
+            name_ticks(axes, layers[0], layers[1], ticks=8, fontsize=6.5)
+            axes.set_title(shorten(name, 40), fontsize=7.5)
+            axes.set(xlabel="block", ylabel="block")
+        for axes in figure.axes[len(panels) :]:
+            axes.set_axis_off()
+        figure.colorbar(image, ax=figure.axes, label="linear CKA", shrink=0.85, aspect=25, pad=0.02)
+        return figure
+
+
+def _cka_rows(name: str, matrix: pd.DataFrame) -> pd.DataFrame:
+    layers, others = np.repeat(matrix.index, matrix.shape[1]), np.tile(matrix.columns, len(matrix))
+    return pd.DataFrame({"run": name, "layer": layers, "other": others, "cka": matrix.to_numpy().ravel()})
+
+
+def read_between(run: Path) -> Arrays | None:
+    """Read analysis/cka_between.npz if it exists: `matrix/OTHER`, `layers/OTHER` and `layers`."""
+    file = run / "analysis" / "cka_between.npz"
+    if not file.is_file():
+        return None
+    damaged = UserError("the file is damaged", str(file), f"measure it again: pdvit analyze {checkpoint_of(run)}")
+    arrays = read_arrays(run, "cka_between", damaged)
+    for matrix in (key for key in arrays if key.startswith("matrix/")):
+        sides = [arrays.get("layers", ()), arrays.get(matrix.replace("matrix/", "layers/", 1), ())]
+        if arrays[matrix].shape != tuple(map(len, sides)):
+            raise damaged
+    return arrays
+
+
+def read_maps(run: Path) -> Arrays:
+    """Read analysis/maps.npz of `pdvit analyze --explore`. Raises UserError."""
+    file = run / "analysis" / "maps.npz"
+    tip = f"make them: pdvit analyze {checkpoint_of(run)} --explore"
+    arrays = read_arrays(run, "maps", UserError("there are no maps of single patches", str(file), tip))
+    layers, images = ([str(text) for text in arrays.get(key, ())] for key in ("layers", "names"))
+    needed = {f"grid/{layer}" for layer in layers} | {f"image/{k}" for k in range(len(images))}
+    needed |= {f"cos/{k}/{layer}" for k in range(len(images)) for layer in layers}
+    if not layers or not images or not needed <= set(arrays):
+        raise UserError("the file is damaged, or not one of pdvit analyze", str(file), tip)
+    return arrays
+
+
+def plot_maps(
+    arrays: Arrays, name: str, image: int = 0, patches: Sequence[tuple[int, int]] | None = None, theme: Theme = LIGHT
+) -> Drawing:
+    """Draw an image with a patch framed, and cos of that patch with all others at several depths.
+
+    `patches` are (row, column) on the grid of the first layer, from the top left; unset, three. In a layer with a
+    coarser grid, the patch that covers the same place is taken. Raises UserError for an unknown image or patch.
+    """
+    names, layers = ([str(text) for text in arrays[key]] for key in ("names", "layers"))
+    if not 0 <= image < len(names):
+        raise UserError(f"there is no image {image}", "--image", closest(str(image), map(str, range(len(names)))))
+    rows, columns = (int(size) for size in arrays[f"grid/{layers[0]}"])
+    patches = patches or list(dict.fromkeys((int(y * rows), int(x * columns)) for y, x in MAP_PATCHES))
+    for row, column in patches:
+        if not (0 <= row < rows and 0 <= column < columns):
+            tip = f"rows go from 0 to {rows - 1}, columns from 0 to {columns - 1}"
+            raise UserError(f"there is no patch {row},{column}", "--patch", tip)
+    pixels = arrays[f"image/{image}"]
+    depths = sorted({round(at) for at in np.linspace(0, len(layers) - 1, min(len(layers), MAP_DEPTHS))})
+    maps = {(patch, at): _map(arrays, image, patch, layers[at]) for patch in patches for at in depths}
+    parts = []
+    for (patch, at), (grid, _) in maps.items():
+        down, across = np.indices(grid.shape)
+        places = {"row": down.ravel(), "column": across.ravel()}
+        where = {"run": name, "image": image, "patch": f"{patch[0]},{patch[1]}", "layer": layers[at]}
+        parts.append(pd.DataFrame({**where, **places, "cos": grid.ravel()}))
+    side = DOUBLE / (len(depths) + 1.5)
+    height = side * pixels.shape[0] / pixels.shape[1] * len(patches) + 0.45
+    with new_figure(DOUBLE, height, theme, len(patches), len(depths) + 1) as figure:
+        figure.data = pd.concat(parts, ignore_index=True)
+        norm = Normalize(min(0.0, np.floor(5 * figure.data["cos"].min()) / 5), 1)
+        extent = (0, pixels.shape[1], pixels.shape[0], 0)
+        for panels, patch in zip(np.array(figure.axes).reshape(len(patches), -1), patches, strict=True):
+            panels[0].imshow(pixels, extent=extent, interpolation="nearest")
+            _frame_patch(panels[0], patch, (rows, columns), pixels.shape)
+            for axes, at in zip(panels[1:], depths, strict=True):
+                grid, place = maps[patch, at]
+                mesh = heat_map(axes, grid, norm, extent=extent)
+                _frame_patch(axes, place, grid.shape, pixels.shape)
+        for axes, title in zip(figure.axes, [shorten(names[image], 14), *(layers[at] for at in depths)], strict=False):
+            axes.set_title(title, fontsize=7.5, loc="center")
+        figure.suptitle(shorten(name), x=0.005, ha="left", fontsize=8.5)
+        figure.colorbar(mesh, ax=figure.axes, label="cos with the framed patch", aspect=25, shrink=0.9, pad=0.01)
+        return figure
+
+
+def _map(arrays: Arrays, image: int, patch: tuple[int, int], layer: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return cos of a patch with all patches of a layer, and the place of the patch in that layer's grid."""
+    first, own = arrays[f"grid/{arrays['layers'][0]}"], arrays[f"grid/{layer}"]
+    row, column = (int((at + 0.5) * int(size) / int(whole)) for at, whole, size in zip(patch, first, own, strict=True))
+    cosines = arrays[f"cos/{image}/{layer}"][row * int(own[1]) + column].astype(float) / COSINE_SCALE
+    return cosines.reshape(int(own[0]), int(own[1])), (row, column)
+
+
+def _frame_patch(axes: Axes, patch: tuple[int, int], grid: Sequence[int], shape: Sequence[int]) -> None:
+    height, width = shape[0] / grid[0], shape[1] / grid[1]
+    corner = (patch[1] * width, patch[0] * height)
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME, linewidth=1.1, clip_on=False))
+    axes.set_axis_off()
+
+
+def read_confusion(run: Path) -> pd.DataFrame:
+    """Read confusion.csv: class, predicted and images. Raises UserError."""
+    file = run / "confusion.csv"
+    try:
+        # pandas would read classes called "NA" or "1" as no value and as a number
+        with file.open(encoding="utf-8", errors="replace", newline="") as opened:
+            rows = list(csv.DictReader(opened, strict=True))
+        names = ("class", "predicted")
+        table = pd.DataFrame({name: [row[name] for row in rows] for name in names}, dtype=object)
+        table["images"] = [int(row["images"]) for row in rows]
+        unknown = set(table["predicted"]) - set(table["class"])
+        if table.empty or table["images"].min() < 0 or table.duplicated(names).any() or unknown:
+            raise ValueError("it is not a matrix of images by class")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        what = "the confusion matrix is damaged, or not one of pdvit eval"
+        raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
+    return table
+
+
+def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Drawing:
+    """Draw the predictions as shares of each class's images; of many classes, those with most errors."""
+    wrong = table[table["class"] != table["predicted"]]
+    images, classes = int(table["images"].sum()), list(table["class"].unique())
+    errors = wrong.groupby("class")["images"].sum().reindex(classes, fill_value=0)
+    drawn = set(errors.sort_values(ascending=False, kind="stable").index[:DRAWN])
+    shown = [label for label in classes if label in drawn]
+    largest = wrong[wrong["images"] > 0].sort_values("images", ascending=False, kind="stable").head(LISTED)
+    listed = len(shown) > NUMBERED
+    side = 7.0 if listed else max(3.2, 0.36 * len(shown)) + 0.07 * max(len(shorten(label)) for label in shown)
+    widths = (side + 1.2, 4.0)[: 1 + listed]
+    with new_figure(sum(widths), side, theme, columns=1 + listed, width_ratios=widths) as figure:
+        share = table["images"] / table.groupby("class")["images"].transform("sum").clip(lower=1)
+        rows = table.assign(run=name, share=share)[["run", *table.columns, "share"]]
+        inside = rows["class"].isin(drawn) & rows["predicted"].isin(drawn)
+        figure.data = rows[inside | (rows.index.isin(largest.index) & listed)]
+        _draw_matrix(figure.axes[0], rows[inside], shown, theme)
+        of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
+        correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
+        figure.axes[0].set_title(f"{shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
+        if listed:
+            _draw_list(figure.axes[1], largest, theme)
+        return figure
+
+
+def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme) -> None:
+    place = {name: index for index, name in enumerate(shown)}
+    at = (rows["class"].map(place).astype(int), rows["predicted"].map(place).astype(int))
+    counts, shares = np.zeros((len(shown),) * 2, dtype=np.int64), np.zeros((len(shown),) * 2)
+    counts[at], shares[at] = rows["images"], rows["share"]
+    norm = PowerNorm(0.5, 0, 1)  # the square root keeps rare confusions visible
+    image = heat_map(
+        axes, shares, norm, LinearSegmentedColormap.from_list("shares", (theme.paper, theme.colours[0], theme.ink))
+    )
+    if len(shown) <= NUMBERED:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = theme.paper if norm(shares[row, column]) > 0.5 else theme.ink
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
+    size = 9 if len(shown) <= NUMBERED else 6.5 if len(shown) <= NAMED else 7.5
+    name_ticks(axes, shown, shown, NAMED if len(shown) <= NAMED else TICKS, size)
+    axes.set(xlabel="predicted", ylabel="class")
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
+    bar.set_ticks([0, 0.01, 0.05, 0.25, 1], labels=["0", "1 %", "5 %", "25 %", "100 %"])
+
+
+def _draw_list(axes: Axes, largest: pd.DataFrame, theme: Theme) -> None:
+    """Draw the most frequent confusions as bars, the largest on top."""
+    pairs = zip(largest["class"], largest["predicted"], strict=True)
+    names = [f"{shorten(label)} → {shorten(predicted)}" for label, predicted in pairs]
+    bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
+    axes.bar_label(bars, padding=3, fontsize=7.5)
+    axes.set_yticks(range(len(names)), names, fontsize=7.5)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title("most frequent confusions, images" if names else "no confusions")
