@@ -41,7 +41,8 @@ from pdvit.config import build, read_toml
 from pdvit.engine.device import visible_gpus
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import UserError
-from pdvit.models.weights import load
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.sweep import Folder, numbers
 from pdvit.tasks.probe import Probe
 from pdvit.tracking import write_file
@@ -78,7 +79,7 @@ def measure(run: Path) -> str | None:
         with redirect_stderr(io.StringIO()):  # it would say what it prepares
             began = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
         images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loader).images
-        models = {"after": load(run).model.to(began.device)} if sound else {}
+        models = {"after": load_model(resolve_checkpoint(run)).model.to(began.device)} if sound else {}
         parts = []
         for when, model in (models | {"before": began.module.inside}).items():
             table = analyze(model, images, ["similarity", "rank"])

@@ -24,7 +24,8 @@ from pdvit.config import build, read_toml
 from pdvit.data.loader import eval_batches
 from pdvit.data.mixing import paste
 from pdvit.data.sources import subsample
-from pdvit.models.weights import load
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.similarity import unit_tokens
 from pdvit.tasks.base import ImageTask
 
@@ -45,7 +46,8 @@ def opened(run: Path) -> tuple[DiverseModel, Tensor, Tensor, ImageTask]:
     chosen = subsample(task.source.splits[task.source.final_split], IMAGES)
     batches = list(eval_batches(chosen, task.loader))
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])
-    return DiverseModel(load(run).model.to(images.device), patch_head=False).eval(), images, labels, task
+    model = load_model(resolve_checkpoint(run)).model.to(images.device)
+    return DiverseModel(model, patch_head=False).eval(), images, labels, task
 
 
 def pasted(images: Tensor, labels: Tensor, task: ImageTask) -> tuple[Tensor, Tensor, Tensor]:

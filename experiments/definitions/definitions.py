@@ -19,7 +19,8 @@ from pdvit.data.image_sets import held_out_images
 from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.models.layers import places_of, watch
-from pdvit.models.weights import load
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.tracking import describe_environment
 
 IMAGES = 256
@@ -92,7 +93,7 @@ DEFINITIONS: list[tuple[str, str, Measure]] = [
 
 def whole_tokens(checkpoint: Path) -> tuple[dict[str, list[Tensor]], int]:
     """Return the tokens of every image `(T, D)`, prefix tokens with them, of the layers that are compared."""
-    loaded = load(checkpoint)
+    loaded = load_model(resolve_checkpoint(checkpoint))
     places = {layer.name: place for layer, place in places_of(loaded.model).items()}
     prefix = places["norm"].prefix
     blocks = [name for name in places if name.startswith("block")]

@@ -14,7 +14,8 @@ from pdvit.data.image_sets import ImageSet
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device
 from pdvit.engine.terminal import RunConsole
-from pdvit.models.weights import load
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.plots.curves import plot_pairs, plot_spectrum
 from pdvit.plots.depth import NORM_STD, NORMS, plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
 from pdvit.plots.heatmap import plot_cka
@@ -31,7 +32,7 @@ def write_explorer(folders: Mapping[str, Path], pictures: ImageSet, analyzer: An
     max_bytes, shown, bad = bytes_per_model(len(folders)), pictures.subsample(MAX_IMAGES), BadImages(skip=True)
     models = []
     for path in folders:
-        loaded = load(path, analyzer.model, analyzer.weights)
+        loaded = load_model(resolve_checkpoint(path, analyzer.model, analyzer.weights))
         preprocessing = Preprocessing.for_model(loaded.model)
         model = to_device(loaded.model, choose_device(analyzer.device), path)
         images = shown.pixels(preprocessing, bad)

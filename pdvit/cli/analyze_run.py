@@ -20,7 +20,8 @@ from pdvit.engine.distributed import Ranks, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
-from pdvit.models.weights import Loaded, load
+from pdvit.models.loading import LoadedModel, load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ RANDOM_IMAGES = 32
 class AnalyzeTarget:
     """A checkpoint on its device, and its images."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     pictures: ImageSet
     loader_config: LoaderConfig
 
@@ -108,7 +109,7 @@ class Analyzer:
         """Load a checkpoint to the device and select its images; an error of one rank is raised on all."""
         ranks = self.ranks
         with ranks.raise_on_all_ranks():
-            loaded = load(path, self.model, self.weights)
+            loaded = load_model(resolve_checkpoint(path, self.model, self.weights))
             device = choose_device(self.device, ranks.local_rank if ranks.world_size > 1 else None)
             to_device(loaded.model, device, path)
             settings = {"on_bad_image": self.on_bad_image} if self.on_bad_image is not None else {}

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from pdvit.data.loader import LoaderConfig
     from pdvit.engine.distributed import Ranks
+    from pdvit.models.loading import LoadedModel
     from pdvit.models.segmentation.files import LoadedSegmenter
-    from pdvit.models.weights import Loaded
 
 Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, where a file does not say it.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="raw or ema, where a file holds both; unset: ema.")]
@@ -45,7 +45,7 @@ Part = TypeVar("Part", bound=Sized)
 class Opened:
     """A checkpoint that is ready to run: its model on the device, the run's configuration, how images are loaded."""
 
-    loaded: "Loaded | LoadedSegmenter"
+    loaded: "LoadedModel | LoadedSegmenter"
     config: Config
     device: "torch.device"
     loading: "LoaderConfig"
@@ -134,18 +134,17 @@ def open_checkpoint(
     return Opened(loaded, config, place, loading)
 
 
-def _load(path: Path, model: str | None, weights: str | None) -> "Loaded | LoadedSegmenter":
+def _load(path: Path, model: str | None, weights: str | None) -> "LoadedModel | LoadedSegmenter":
     """Load a checkpoint of either task."""
-    from pdvit.models.description import describe
+    from pdvit.models.loading import load_model
+    from pdvit.models.resolved_checkpoint import resolve_checkpoint
     from pdvit.models.segmentation.files import load_segmenter
-    from pdvit.models.weights import load
 
-    if describe(path, model, weights).segment is not None:
-        return load_segmenter(path, model, weights)
-    return load(path, model, weights)
+    checkpoint = resolve_checkpoint(path, model, weights)
+    return load_model(checkpoint) if checkpoint.segment is None else load_segmenter(checkpoint)
 
 
-def check_finite(loaded: "Loaded | LoadedSegmenter", path: Path) -> None:
+def check_finite(loaded: "LoadedModel | LoadedSegmenter", path: Path) -> None:
     """Raise UserError where weights or running statistics are infinite or not numbers."""
     state = loaded.model.state_dict()
     broken = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]

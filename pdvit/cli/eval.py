@@ -120,7 +120,7 @@ def _measure(
     """Measure a split and return what came out, in numbers and by class."""
     from pdvit.data.loader import eval_batches
     from pdvit.data.sources import open_source
-    from pdvit.models.weights import Loaded
+    from pdvit.models.loading import LoadedModel
     from pdvit.tasks.labels import match_classes
     from pdvit.tasks.metrics import (
         ClassificationMetric,
@@ -131,7 +131,7 @@ def _measure(
         unique_names,
     )
 
-    assert isinstance(opened.loaded, Loaded)
+    assert isinstance(opened.loaded, LoadedModel)
     loaded = opened.loaded
     source = open_source(opened.config.data)
     order, matched = match_classes(loaded, source.classes, source.name)

@@ -155,10 +155,10 @@ def _target(path: Path, out: str | None, name: str) -> Path:
 
 def _labels(opened: Opened, top: int) -> list[str]:
     """Return the names of the checkpoint's classes, or their numbers; UserError where there are fewer than `top`."""
-    from pdvit.models.weights import Loaded
+    from pdvit.models.loading import LoadedModel
     from pdvit.tasks.labels import label_names
 
-    assert isinstance(opened.loaded, Loaded)
+    assert isinstance(opened.loaded, LoadedModel)
     model: Any = opened.loaded.model
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):

@@ -73,16 +73,16 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     from pdvit.engine.device import choose_device, device_name, set_up
     from pdvit.engine.distributed import init_process_group
     from pdvit.engine.trainer import Trainer
-    from pdvit.models.description import describe
-    from pdvit.models.initial import begin, settle
+    from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
+    from pdvit.models.resolved_checkpoint import resolve_checkpoint
     from pdvit.tasks import task_class
     from pdvit.tracking import tracker_names
 
     checkpoint = None
     if config.model.init is not None and not resumed:
         log(console, f"reading {config.model.init} ...")
-        checkpoint = describe(config.model.init, config.model.name, config.model.weights)
-        config = settle(with_crop(config), checkpoint)
+        checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
+        config = apply_checkpoint_defaults(with_crop(config), checkpoint)
     config = resolve(config) if config.data.batch_size else config
     ranks = init_process_group()
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
@@ -101,7 +101,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     # Absolute paths, so that the run can be resumed and analyzed from any folder.
     config = replace(config, data=replace(config.data, source=absolute_path(config.data.source), root=root))
     task = task_type(config, source, device, ranks)
-    notes = [] if checkpoint is None else begin(task.module, checkpoint, source.classes)
+    notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.steps.total} steps of {task.batch_size} images on {device_name(device)}{processes}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # The imports of a cell, made once for all.
 PRELOADED = (
-    *("pdvit.engine.trainer", "pdvit.tasks.classification", "pdvit.tasks.segmentation", "pdvit.models.initial"),
+    *("pdvit.engine.trainer", "pdvit.tasks.classification", "pdvit.tasks.segmentation", "pdvit.models.loading"),
     *("pdvit.data.sources", "pdvit.tracking", "sklearn.datasets", "sklearn.model_selection"),
 )
 # Settings of the whole sweep, not of its cells.

@@ -1,4 +1,4 @@
-"""Watching the attention of a model: the probabilities between its tokens, block by block."""
+"""Attention probabilities of a model, block by block."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,28 +13,30 @@ from pdvit.models.layers import MODEL, Layer, places_of
 
 
 def attentions_of(model: nn.Module, where: str = MODEL) -> dict[Layer, nn.Module]:
-    """Return the attention module of every block; UserError where its probabilities between patches can't be read."""
-    family = family_of(model, where)
-    blocks = {layer: place.module for layer, place in places_of(model, where).items() if layer.name[:5] == "block"}
-    found = {layer: getattr(block, family.attention or "-", None) for layer, block in blocks.items()}
-    missing = next((layer for layer, part in found.items() if not isinstance(part, nn.Module)), None)
-    if missing is not None:
-        raise UserError(
-            f"the attention of a {type(model).__name__} can't be read as probabilities between all patches: "
-            f"{type(blocks[missing]).__name__} ({missing.name}) works in windows, on merged keys or on channels, mixes "
-            f"its heads, or has no attention",
-            where,
-            "leave out the metric 'attention', or take a plain vision transformer",
-        )
-    return {layer: part for layer, part in found.items() if part is not None}
+    """Return the attention module of every block; raises UserError if its probabilities can't be read."""
+    name = family_of(model, where).attention
+    attentions: dict[Layer, nn.Module] = {}
+    for layer, place in places_of(model, where).items():
+        if not layer.name.startswith("block"):
+            continue
+        attention = getattr(place.module, name, None) if name else None
+        if not isinstance(attention, nn.Module):
+            what = (
+                f"a {type(model).__name__} has no attention probabilities between all patches: "
+                f"{type(place.module).__name__} ({layer.name}) works in windows, on merged keys or on channels, mixes "
+                "its heads, or has no attention"
+            )
+            raise UserError(what, where, "leave out the metric 'attention', or use a plain vision transformer")
+        attentions[layer] = attention
+    return attentions
 
 
 @contextmanager
 def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block during each forward pass.
+    """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block in each forward pass.
 
-    Queries are the rows, and prefix tokens are among the T tokens, in front. The fused kernels of attention keep no
-    probabilities, so they are switched off inside, and back on afterwards; whole matrices are held one block at a time.
+    Rows are queries; the T tokens begin with the prefix tokens. Fused attention, which keeps no probabilities, is
+    switched off inside. One block's matrices exist at a time.
     """
 
     def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -42,9 +44,9 @@ def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) ->
 
     with ExitStack() as stack:
         for layer, module in attentions_of(model).items():
-            part: Any = module
-            stack.callback(setattr, part, "fused_attn", part.fused_attn)
-            part.fused_attn = False
-            # the dropout behind the softmax is the one place where timm's modules hand the probabilities on
-            stack.callback(part.attn_drop.register_forward_pre_hook(partial(hook, layer)).remove)
+            attention: Any = module
+            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
+            attention.fused_attn = False
+            # of timm's modules only the dropout behind the softmax receives the probabilities
+            stack.callback(attention.attn_drop.register_forward_pre_hook(partial(hook, layer)).remove)
         yield

@@ -1,8 +1,10 @@
-"""Building any timm model, with the checks that make an error readable."""
+"""Build any timm model, with readable errors."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import timm
 import torch
 from torch import nn
@@ -11,13 +13,12 @@ from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
 from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of, with_image_size
-from pdvit.models.memory import check_fits
 
-# Arguments of timm's factory that fetch or read files: never taken from a configuration or a checkpoint.
+# Arguments of timm's factory that fetch or read files: refused in configurations and checkpoints.
 RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
 )
-# Arguments that have a key of their own, and its flag.
+# timm's arguments with a key of their own, and its flag.
 FLAGS = {
     "img_size": "--img-size",
     "depth": "--depth",
@@ -26,61 +27,64 @@ FLAGS = {
     "patch_size": "--patch-size",
     "drop_path_rate": "--drop-path",
 }
-# Those of them that only plain models have: others take one number for each stage.
+# Hierarchical models have one of these for each stage.
 PLAIN_SIZES = frozenset({"depth", "embed_dim", "num_heads", "patch_size"})
+GIB = 2**30
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
-    """Return timm's arguments for what a resolved configuration sets.
+    """Return timm's arguments of a resolved configuration.
 
-    Where only the width is given, the number of heads keeps the named model's width per head. Raises UserError where
-    heads do not divide the width, or timm has no such model.
+    If only the width is set, the number of heads keeps the named model's width per head. Raises UserError.
     """
-    named = {
-        "img_size": img_size,
-        "depth": model.depth,
-        "embed_dim": model.width,
-        "num_heads": model.heads,
-        "patch_size": model.patch_size,
-        "drop_path_rate": model.drop_path,
-    }
     assert model.name is not None, "resolve the configuration first"
-    sizes = {name for name in PLAIN_SIZES if named[name] is not None} | (PLAIN_SIZES & set(model.args or {}))
-    plain = not sizes or family_of(plain_sketch(model.name, MODEL)).plain
-    if not plain and (refused := sorted(name for name in sizes if named[name] is not None)):
+    extra = model.args or {}
+    sizes = (img_size, model.depth, model.width, model.heads, model.patch_size, model.drop_path)
+    named: dict[str, Any] = dict(zip(FLAGS, sizes, strict=True))
+    set_sizes = sorted(name for name in PLAIN_SIZES if named[name] is not None)
+    plain = not (set_sizes or PLAIN_SIZES & extra.keys()) or family_of(plain_sketch(model.name, MODEL)).plain
+    if set_sizes and not plain:
         raise UserError(
-            f"{model.name} has stages of different sizes, so one {FLAGS[refused[0]]} can't be given",
-            "model (--model)",
+            f"{model.name} has stages of different sizes, so {FLAGS[set_sizes[0]]} can't be used",
+            MODEL,
             "name timm's own arguments, for example --model-kwargs 'depths=[2,2,2,2]'",
         )
-    if taken := sorted(({*FLAGS, "num_classes"} - (set() if plain else PLAIN_SIZES)) & set(model.args or {})):
+    if taken := sorted(({*FLAGS, "num_classes"} - (set() if plain else PLAIN_SIZES)) & extra.keys()):
         tip = f"use {FLAGS[taken[0]]}" if taken[0] in FLAGS else "leave it out: the data decide"
         raise UserError(f"'{taken[0]}' can't be given here", "model.args (--model-kwargs)", tip)
     if model.width is not None or model.heads is not None:
         named |= _width_and_heads(model.name, model.width, model.heads)
-    return {name: value for name, value in named.items() if value is not None} | (model.args or {})
+    return {name: value for name, value in named.items() if value is not None} | extra
 
 
-def build_model(name: str, arguments: dict[str, Any], where: str = "model.name (--model)") -> nn.Module:
-    """Build a timm model with fresh weights.
+def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
+    if width is None or heads is None:
+        sketch: Any = plain_sketch(name, MODEL)
+        width = width or int(sketch.embed_dim)
+        heads = heads or max(1, width // (sketch.embed_dim // sketch.blocks[0].attn.num_heads))
+    if width % heads:
+        tip = f"choose a width that is a multiple of {heads}, or another number of heads"
+        raise UserError(f"{heads} heads do not divide a width of {width}", "model.width, model.heads", tip)
+    return {"embed_dim": width, "num_heads": heads}
 
-    Raises:
-        UserError: what `sketch_model` refuses, or it is too big for memory.
-    """
-    check_fits(sketch_model(name, arguments, where).state_dict().values(), where)
+
+def build_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.Module:
+    """Build a timm model with fresh weights; raises UserError as `sketch_model`, or if memory does not suffice."""
+    check_memory(sketch_model(name, arguments, where), where)
     return create_model(name, arguments, where)
 
 
-def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name (--model)") -> nn.Module:
-    """Build a model on the meta device, where it takes no memory, to look at its shapes.
+def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.Module:
+    """Build a model on the meta device, where it takes no memory.
 
     Raises:
-        UserError: the name is unknown, timm refuses an argument, pdvit can't read the patches, or they do not fit the
-            image.
+        UserError: the name is unknown, timm refuses an argument, the family is not supported, or the patches do not
+            fit the image.
     """
     if not timm.is_model(name):
         raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
-    if taken := sorted(RESERVED & set(arguments)):
+    if taken := sorted(RESERVED & arguments.keys()):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     with torch.device("meta"):
         model = create_model(name, arguments, where)
@@ -90,53 +94,33 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = "model.name 
 
 @cache
 def plain_sketch(name: str, where: str) -> nn.Module:
-    """`sketch_model` without arguments, which several look at: leave it as it is."""
+    """Return `sketch_model` without arguments, shared by all callers: do not change it."""
     return sketch_model(name, {}, where)
 
 
-def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
-    if width is None or heads is None:
-        parts: Any = plain_sketch(name, MODEL)
-        width = width or int(parts.embed_dim)
-        heads = heads or max(1, width // (parts.embed_dim // parts.blocks[0].attn.num_heads))
-    if width % heads:
-        raise UserError(
-            f"{heads} heads do not divide a width of {width}",
-            "model.width and model.heads (--width, --heads)",
-            f"choose a width that is a multiple of {heads}, or another number of heads",
-        )
-    return {"embed_dim": width, "num_heads": heads}
-
-
-def patch_size_of(model: nn.Module) -> int:
-    """Return the side in pixels of the patch that a token of the last layer stands for."""
-    parts: Any = model
-    reduction = parts.feature_info[-1]["reduction"]
-    return int(reduction if isinstance(reduction, int) else reduction[0])
-
-
 def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
-    """Build a model whose sketch was looked at before; UserError where timm refuses an argument."""
+    """Build a model without the checks of `sketch_model`; raises UserError if timm refuses an argument."""
     try:
-        model = timm.create_model(name, **arguments)
+        model: nn.Module = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
         if "img_size" in arguments and "unexpected keyword arg" in str(error) and "'img_size'" in str(error):
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
             size = arguments["img_size"]
-            return with_image_size(
-                create_model(name, rest, where), *(size if isinstance(size, tuple) else (size, size))
-            )
-        raise UserError(
-            f"timm can't build {name}: {type(error).__name__}: {error}",
-            where,
-            "check the model's arguments (--model-kwargs)",
-        ) from error
-    assert isinstance(model, nn.Module)
+            height, width = size if isinstance(size, tuple) else (size, size)
+            return with_image_size(create_model(name, rest, where), height, width)
+        what = f"timm can't build {name}: {type(error).__name__}: {error}"
+        raise UserError(what, where, "check the model's arguments (--model-kwargs)") from error
     return model
 
 
+def patch_size_of(model: Any) -> int:
+    """Return the pixels on a side of the patch of one token in the last layer."""
+    reduction = model.feature_info[-1]["reduction"]
+    return int(reduction if isinstance(reduction, int) else reduction[0])
+
+
 def checkpoint_activations(model: Any) -> None:
-    """Let a model compute activations twice instead of keeping them; UserError where timm has no such way."""
+    """Switch gradient checkpointing on; raises UserError if timm has none for the model."""
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
@@ -144,30 +128,58 @@ def checkpoint_activations(model: Any) -> None:
         raise UserError(what, "model.grad_checkpointing (--grad-checkpointing)", "leave it out") from error
 
 
+def available_memory() -> int:
+    """Return the bytes of main memory that new tensors can take, in the machine and in each control group (v2)."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        group = CGROUPS / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    except OSError:  # not Linux
+        return available
+    for folder in (group, *group.parents):  # psutil does not read these limits
+        try:
+            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or no limit
+            continue
+        available = min(available, limit - used + int(stat.get("inactive_file", 0)))  # the cache of files is given back
+    return available
+
+
+def check_memory(model: nn.Module, where: str) -> None:
+    """Raise UserError if the weights of a model (on the meta device) exceed the available memory."""
+    if torch.get_default_device().type != "meta":  # else the model itself is built there
+        _check_bytes(sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()), where)
+
+
+def check_file_memory(file: Path) -> None:
+    """Raise UserError if a file of weights exceeds the available memory."""
+    _check_bytes(file.stat().st_size, str(file))
+
+
+def _check_bytes(size: int, where: str) -> None:
+    available = available_memory()
+    if size > available:
+        what = f"the model is too big for memory: {size / GIB:.1f} GiB of weights, {available / GIB:.1f} GiB available"
+        raise UserError(what, where, "use a machine with more memory, or a smaller model or smaller images")
+
+
 def _check_grid(model: Any, where: str) -> None:
     places = places_of(model, where)
     if getattr(model, "in_chans", 3) != 3:
-        raise UserError("the model does not take images of three channels", where, "use one with in_chans=3")
-    height, width = image_size_of(model)
-    patch = patch_size_of(model)
+        raise UserError("the model does not take images of three channels", where, "use in_chans=3")
+    (height, width), patch = image_size_of(model), patch_size_of(model)
+    place = f"{where}, with its image size and patch size"
     if (height, width) == (patch, patch):
-        raise UserError(
-            "the image is a single patch, which has nothing to be alike to or different from",
-            f"{where}, with its image size and patch size",
-            f"choose a larger image, such as {2 * patch} pixels, or smaller patches",
-        )
+        tip = f"choose a larger image, such as {2 * patch} pixels, or smaller patches"
+        raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
     if height % patch or width % patch:
         near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
-        raise UserError(
-            f"patches of {patch} pixels do not fit images of {height}x{width}",
-            f"{where}, with its image size and patch size",
-            f"choose an image size that is a multiple of {patch}, such as {near}",
-        )
+        tip = f"choose an image size that is a multiple of {patch}, such as {near}"
+        raise UserError(f"patches of {patch} pixels do not fit images of {height}x{width}", place, tip)
     last = list(places)[-1]
-    found, _ = shapes_of(model, {last: places[last]}, where)[last]
-    if found != (height // patch) * (width // patch):
-        raise UserError(
-            f"{height}x{width} pixels give {found} patches in the last layer, which are not squares of {patch} pixels",
-            f"{where}, with its image size and patch size",
-            "choose the model's own sizes",
+    count, _ = shapes_of(model, {last: places[last]}, where)[last]
+    if count != (height // patch) * (width // patch):
+        what = (
+            f"{height}x{width} pixels give {count} patches in the last layer, which are not squares of {patch} pixels"
         )
+        raise UserError(what, place, "choose the model's own sizes")

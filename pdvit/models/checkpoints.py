@@ -1,49 +1,53 @@
-"""Reading a checkpoint: any file of weights becomes named tensors and what it says of itself; nothing is executed."""
+"""Checkpoints as files: read from a path, the Hugging Face hub or timm, and written as a timm folder.
+
+Nothing from a file is executed.
+"""
 
 import argparse
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
 
 from pdvit.errors import UserError, closest
-from pdvit.models.hub import downloaded, published
-from pdvit.models.memory import check_bytes
+from pdvit.models.build import check_file_memory, check_memory, sketch_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# The key of the header under which the text of config.json stands.
+# The header of the weights holds the text of config.json under this key.
 HEADER_KEY = "config.json"
-# Where timm looks for weights in a folder, in its order: these names first, then the first file of these kinds.
+# timm's order of search in a folder: these names, then a single file with one of these suffixes.
 PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-KINDS = (".safetensors", ".pth", ".pth.tar", ".bin")
-# Files that torch wrote.
-PICKLED = (".pth", ".pt", ".tar", ".bin", ".ckpt")
-HUB = ("hf-hub", "hf_hub")
-# How deep and how many values a file may nest: it can hold itself.
-DEPTH, VALUES = 5, 200_000
-JAX = "timm's reader of JAX arrays needs the model: load it with timm.create_model, then timm.models.save_for_hf"
-# What torch.load raises on files that are not whole, or not its own.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
+FOLDER_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+# Limits for nested tables, because a pickled table can contain itself.
+MAX_DEPTH, MAX_VALUES = 5, 200_000
+# torch.load raises these on damaged and foreign files.
+LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
+PRETRAINED_KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "label_names")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, and what it says of itself.
+    """The contents of a checkpoint.
 
     Attributes:
-        name: what it is called: its folder, its file, or the model's published name.
-        where: how an error names it.
-        tensors: every tensor; those of tables inside one another by names with dots between.
-        config: in the form of timm's config.json, as far as it says anything.
+        name: its folder, its file, or the model's published name.
+        where: its place in error messages.
+        tensors: all tensors; those in nested tables have dotted names.
+        config: the model and its images in the form of timm's config.json; can be empty.
     """
 
     name: str
@@ -52,47 +56,115 @@ class Checkpoint:
     config: dict[str, Any]
 
 
-def read_checkpoint(given: str | Path) -> Checkpoint:
-    """Read a run directory, a timm folder, a file, or published weights.
-
-    Args:
-        given: a path; `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or timm's name of a model with published weights.
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Read a run directory, a timm folder, a file, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or a model of timm.
 
     Raises:
-        UserError: nothing is there, the file is truncated, foreign or of another format, or could run code.
+        UserError: there is no such checkpoint, or the file is damaged, of another format, or could run code.
     """
-    scheme, _, rest = str(given).partition(":")
-    path = Path(os.path.expanduser(given))
-    if os.path.exists(path):  # of os.path, because Path's own raises where a name is too long
-        return _read_path(path)
+    text = str(source)
+    scheme, _, rest = text.partition(":")
+    if os.path.exists(os.path.expanduser(source)):  # Path.exists raises if a name is too long
+        return _read_path(Path(source).expanduser())
     if scheme.lower() == "local-dir":
-        return _read_path(Path(os.path.expanduser(rest)))
-    if scheme.lower() in HUB:
-        return _read_path(downloaded(rest, (CONFIG, *PREFERRED)), rest.partition("@")[0].rpartition("/")[2])
-    if timm.is_model(str(given)):
-        tensors, config = published(str(given))
-        return Checkpoint(str(given), str(given), tensors, config)
+        return _read_path(Path(rest).expanduser())
+    if scheme.lower() in ("hf-hub", "hf_hub"):
+        return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
+    if timm.is_model(text):
+        return _read_published(text)
     tip = "name a run directory, a file, or a model of timm"
-    if os.sep not in str(given) and "." not in str(given):
-        tip = closest(str(given), timm.list_models(), shown=3)
-    raise UserError("there is no such checkpoint", str(given), tip)
+    if os.sep not in text and "." not in text:
+        tip = closest(text, timm.list_models(), shown=3)
+    raise UserError("there is no such checkpoint", text, tip)
 
 
 def name_of(path: Path) -> str:
-    """Return what a checkpoint is called: its folder's name, or the file's where that says more than `model`.
-
-    What is not there is called by the last part of the name that is given: of published weights, say.
-    """
+    """Return a checkpoint's name: its folder, its file unless that is called `model`, or the published name."""
     if not os.path.exists(path):
         path = Path(str(path).partition("@")[0].rpartition(":")[2])
         if not os.path.exists(path):
-            return path.name if path.suffix not in (".safetensors", *PICKLED) else path.stem
-    folder = path if path.is_dir() else path.parent
-    return folder.resolve().name if path.is_dir() or path.stem == "model" else path.stem
+            return path.stem if path.suffix in (".safetensors", *TORCH_SUFFIXES) else path.name
+    if path.is_dir():
+        return path.resolve().name
+    return path.resolve().parent.name if path.stem == "model" else path.stem
 
 
-def parse_config(text: str, where: Path) -> dict[str, Any]:
-    """Read the text of a config.json; UserError where it is not a table."""
+def export(
+    model: nn.Module,
+    classes: list[str],
+    data_config: dict[str, Any],
+    weights: str,
+    state: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Return the files (name -> content) of a timm folder for a timm model.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. The weights alone are enough for pdvit, because
+    their header contains config.json. The files contain no names of the machine, no paths and no times.
+
+    Args:
+        model: a model built by `timm.create_model`.
+        classes: names of its classes.
+        data_config: timm's data configuration: input_size, mean, std, ...
+        weights: `raw` or `ema`.
+        state: the weights; unset: the model's own.
+        metadata: more entries for the section `pdvit` of config.json.
+    """
+    extra = {"label_names": classes, "pdvit": {"weights": weights, **(metadata or {})}}
+    with TemporaryDirectory() as folder:
+        # timm's public save_for_hf also writes the model's weights, which are incomplete on each process under FSDP.
+        save_config_for_hf(model, str(Path(folder) / CONFIG), model_config=extra, data_config=data_config)
+        config = json.loads((Path(folder) / CONFIG).read_text())
+    for key in ("tag", "license"):  # those of the published weights of this architecture
+        config["pretrained_cfg"].pop(key, None)
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
+    file = save(tensors, metadata={"format": "pt", HEADER_KEY: text})
+    return {CONFIG: text.encode(), WEIGHTS: _with_sorted_metadata(file)}
+
+
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """Return a safetensors file with sorted metadata: the library's own order varies from call to call."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+
+
+def _read_path(path: Path, name: str | None = None) -> Checkpoint:
+    file = _find_weights(path) if path.is_dir() else path
+    if not file.is_file():
+        raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
+    if file.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
+        raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
+    check_file_memory(file)
+    tensors, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    if not tensors:
+        raise UserError("it holds no weights", str(file), "name a file with a state_dict")
+    beside = file.parent / CONFIG
+    if not config.get("architecture") and beside.is_file():
+        config = _parse_config(beside.read_bytes().decode("utf-8", errors="replace"), beside)
+    return Checkpoint(name or name_of(path), str(file), tensors, config)
+
+
+def _find_weights(folder: Path) -> Path:
+    files = [folder / name for name in PREFERRED if (folder / name).is_file()][:1]
+    if not files and (folder / "run.toml").exists():
+        raise UserError(f"no {WEIGHTS} in the folder", str(folder), "wait for the run to finish, or resume it")
+    for suffix in FOLDER_SUFFIXES:
+        files = files or sorted(folder.glob(f"*{suffix}"))
+    if len(files) > 1:
+        listed = ", ".join(file.name for file in files[:4])
+        raise UserError(f"the folder holds several checkpoints: {listed}", str(folder), "name one of the files")
+    if not files:
+        raise UserError(f"no {WEIGHTS} in the folder", str(folder), "name a run directory or a timm folder")
+    return files[0]
+
+
+def _parse_config(text: str, where: Path) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -102,131 +174,122 @@ def parse_config(text: str, where: Path) -> dict[str, Any]:
     return config
 
 
-def _read_path(path: Path, name: str | None = None) -> Checkpoint:
-    file = _weights_in(path) if path.is_dir() else path
-    if not file.is_file():
-        raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
-    if file.suffix in (".safetensors", *PICKLED):
-        check_bytes(file.stat().st_size, str(file))  # a file holds hardly anything but weights
-    if file.suffix == ".safetensors":
-        tensors, config = _read_safetensors(file)
-    elif file.suffix in PICKLED:
-        tensors, config = _read_pickled(file)
-    else:
-        what = f"'{file.suffix or file.name}' is not a format that pdvit reads"
-        tip = JAX if file.suffix in (".npz", ".npy") else f"convert it to .safetensors, or one of {', '.join(PICKLED)}"
-        raise UserError(what, str(file), tip)
-    beside = file.parent / CONFIG
-    if not config.get("architecture") and beside.is_file():
-        config = parse_config(beside.read_bytes().decode("utf-8", errors="replace"), beside)
-    return Checkpoint(name or name_of(path), str(file), tensors, config)
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in PREFERRED:
-        if (folder / name).is_file():
-            return folder / name
-    if (folder / "run.toml").exists():
-        raise UserError(f"no {WEIGHTS} in the folder", str(folder), "wait for the run to finish, or resume it")
-    for kind in KINDS:
-        files = sorted(folder.glob(f"*{kind}"))
-        if len(files) > 1:
-            listed = ", ".join(file.name for file in files[:4])
-            raise UserError(f"the folder holds several checkpoints: {listed}", str(folder), "name one of the files")
-        if files:
-            return files[0]
-    raise UserError(f"no {WEIGHTS} in the folder", str(folder), "name a run, or a folder of timm's")
-
-
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"the file is not a whole safetensors file: {error}", str(file), "copy or download it again"
-        ) from error
-    return tensors, parse_config(header.get(HEADER_KEY, "{}"), file)
+        what = f"the safetensors file is damaged: {error}"
+        raise UserError(what, str(file), "copy or download it again") from error
+    return tensors, _parse_config(header.get(HEADER_KEY, "{}"), file)
 
 
-def _read_pickled(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of torch.save that holds tensors, plain values and argparse's namespaces, and nothing else."""
+def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of torch.save with tensors, plain values and argparse's namespaces only."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols, storages: what matters is whether it comes out
+            warnings.simplefilter("ignore")  # about pickle protocols and storages
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error) or "invalid load key" in str(error):
-            raise UserError("the file is not one of torch's", str(file), "copy or download it again") from error
-        raise UserError(
-            f"it holds more than tensors and plain values{_foreign(file)}, which could run code: it was not opened",
-            str(file),
-            "where you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')",
-        ) from error
-    except DAMAGE as error:
+            raise UserError("it is not a file of torch.save", str(file), "copy or download it again") from error
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        held = f" ({name[1]})" if name else ""
+        what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
+        tip = "if you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')"
+        raise UserError(what, str(file), tip) from error
+    except LOAD_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"the file is not a whole torch file: {reason}", str(file), "copy it again") from error
+        raise UserError(f"the torch file is damaged: {reason}", str(file), "copy or download it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"it holds a {type(content).__name__}, not a table of weights", str(file), "save a state_dict")
-    return _flatten(content, file), _said(content)
+    return dict(_named_tensors(content, file)), _parse_training_args(content)
 
 
-def _foreign(file: Path) -> str:
-    """Name what a pickle would call, where torch can tell without opening it."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # it is no file of torch's at all
-        return ""
-    return f" ({', '.join(sorted(set(names) - {'argparse.Namespace'})[:3])})"
-
-
-def _flatten(content: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
-    left = VALUES
-
-    def walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise UserError("it holds more values than weights have", str(file), "save the state_dict alone")
+def _named_tensors(content: Mapping[Any, Any], file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in a table and the tables in it, with dotted names."""
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    values = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        values += 1
+        if values > MAX_VALUES:
+            raise UserError("it holds more values than a state_dict does", str(file), "save the state_dict alone")
         if isinstance(value, Tensor) and _is_plain(value):
             yield name, value.detach()
-        elif isinstance(value, Mapping) and depth < DEPTH:
-            for key, item in value.items():
-                if isinstance(key, str):
-                    yield from walk(item, f"{name}.{key}" if name else key, depth + 1)
-
-    return dict(walk(content, "", 0))
+        elif isinstance(value, Mapping) and depth < MAX_DEPTH:
+            items = [(f"{name}.{key}" if name else key, item) for key, item in value.items() if isinstance(key, str)]
+            waiting += [(key, item, depth + 1) for key, item in reversed(items)]
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor is dense and has all its numbers: a shape alone can claim any size."""
+    """Return whether a tensor is dense and stores all its numbers: an expanded shape can claim any size."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
-def _said(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return what the arguments in a training checkpoint say of its model (timm's, DeiT's, DINO's, MAE's names)."""
-    given: Any = content.get("args")
-    given = vars(given) if isinstance(given, argparse.Namespace) else given
-    told = given.items() if _table(given) else ()
-    # timm's script has an empty text for some of what nobody chose
-    args: dict[str, Any] = {key: value for key, value in told if value is not None and value != ""}
+def _parse_training_args(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the model and images in the arguments of a training checkpoint (names of timm, DeiT, DINO, MAE)."""
+    table: Any = content.get("args")
+    table = vars(table) if isinstance(table, argparse.Namespace) else table
+    items = table.items() if isinstance(table, Mapping) else ()
+    # timm's script keeps an empty text for some unset arguments
+    args: dict[str, Any] = {key: value for key, value in items if isinstance(key, str) and value not in (None, "")}
     config: dict[str, Any] = {}
     for name in (args.get("model"), args.get("arch"), content.get("arch")):
         if isinstance(name, str) and "architecture" not in config:
-            config["architecture" if timm.is_model(name) else "called"] = name
+            config["architecture" if timm.is_model(name) else "foreign_name"] = name
     size = args.get("img_size", args.get("input_size"))
     size = size[-1] if isinstance(size, list | tuple) and size else size
-    extra = args.get("model_kwargs")
     arguments = {"img_size": size, "global_pool": args.get("gp"), "drop_path_rate": args.get("drop_path")}
     arguments = {key: value for key, value in arguments.items() if isinstance(value, int | float | str)}
-    config["model_args"] = arguments | (dict(extra) if isinstance(extra, Mapping) and _table(extra) else {})
+    extra = args.get("model_kwargs")
+    if isinstance(extra, Mapping) and all(isinstance(key, str) for key in extra):
+        arguments |= extra
     data = {key: args[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in args}
-    config["pretrained_cfg"] = {key: list(v) if isinstance(v, tuple) else v for key, v in data.items()}
-    return config
+    return config | {"model_args": arguments, "pretrained_cfg": data}
 
 
-def _table(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+def _read_published(name: str) -> Checkpoint:
+    sketch = sketch_model(name, {}, name)  # refuses unsupported models before any download
+    check_memory(sketch, name)
+    family, _, tag = name.partition(".")
+    known = timm.list_pretrained(f"{family}.*")
+    if not known or (tag and name not in known):
+        tip = closest(name, known, shown=3) if known else "name a file, or train from scratch: --model"
+        raise UserError(f"timm publishes no weights of {name}", name, tip)
+    try:
+        model: Any = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of the network, the hub, the cache or the file
+        raise _download_error(name, error) from error
+    cfg = {key: model.pretrained_cfg[key] for key in PRETRAINED_KEYS if model.pretrained_cfg.get(key) is not None}
+    # as in a config.json: lists for tuples
+    config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": json.loads(json.dumps(cfg))}
+    return Checkpoint(name, name, model.state_dict(), config)
+
+
+def _download(repository: str) -> Path:
+    """Download config.json and the weights of `OWNER/NAME` or `OWNER/NAME@REVISION`; return their folder."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    owner_and_name, _, revision = repository.partition("@")
+    where = f"hf-hub:{repository}"
+    try:
+        hf_hub_download(owner_and_name, CONFIG, revision=revision or None)
+        for name in PREFERRED:
+            try:
+                return Path(hf_hub_download(owner_and_name, name, revision=revision or None)).parent
+            except EntryNotFoundError:
+                continue
+    except Exception as error:
+        raise _download_error(where, error) from error
+    raise UserError(f"it holds none of {', '.join(PREFERRED)}", where, "name a repository in timm's format")
+
+
+def _download_error(where: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    tip = "check the network, or name a downloaded folder"
+    return UserError(f"the weights can't be downloaded: {reason}", where, tip)

@@ -1,4 +1,4 @@
-"""The one table of model families: where the blocks and the final norm of each are, and how their tokens lie."""
+"""The table of model families: where blocks and final norm of a timm model are, and how its tokens lie."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 
-# The name under which most plain models say how many tokens (class, registers) stand before the patches.
+# Attribute of most plain models: the number of tokens (class, registers) in front of the patches.
 COUNT = "num_prefix_tokens"
-# Where a wrapper keeps the model: DiverseModel, those that distribute or average, torch.compile.
+# Attribute of the model in a wrapper: DiverseModel, those for distribution and averages, torch.compile.
 INSIDE = ("model", "module", "_orig_mod")
 
 
@@ -18,14 +18,14 @@ class Family:
 
     Attributes:
         blocks: path of the blocks, in the order of the forward pass; `*` is every child of a list of modules.
-        norm: path of the norm over all tokens after the last block; a model without one has none, or an identity there.
+        norm: path of the norm over all tokens after the last block; can be missing, or an identity.
         channels_first: tokens lie as `(B, D, H, W)`. Otherwise `(B, N, D)`, prefix tokens in front, or `(B, H, W, D)`.
-        prefix: attribute with the prefix tokens of the blocks or their number; none where it is missing.
-        norm_prefix: the same for the norm, where class tokens join the patches behind the last block.
+        prefix: attribute with the prefix tokens of the blocks or their number; if it is missing, there are none.
+        norm_prefix: the same for the norm, if class tokens join the patches behind the last block.
         order: module that brings a block's tokens back into the order of the image.
         embed: path of the patch embedding.
-        attention: name in a block of the attention between all tokens, whose `attn_drop` sees the probabilities; none
-            where attention works in windows, on merged keys or on channels, or mixes its heads.
+        attention: attribute of a block with attention between all tokens, whose `attn_drop` receives the
+            probabilities; empty if attention works in windows, on merged keys or on channels, or mixes its heads.
         plain: one grid and width throughout, and timm's `forward_intermediates` returns every block.
     """
 
@@ -81,7 +81,7 @@ REFUSED = {
     "TNT": "it keeps tokens of pixels beside those of patches",
     "ConVit": "its class token joins the patches half-way through the blocks",
     "Nest": "its blocks keep the patches apart by windows, out of the image's order",
-    "Levit": "attention makes the tokens of a stage anew from those before, so that no patch keeps its place",
+    "Levit": "attention computes the tokens of a stage anew, so that no patch keeps its place",
     "VisionTransformerSAM": "its head reads a convolutional neck behind the blocks, of another width",
     "TinyVit": "it turns from maps to tokens half-way through the blocks",
     "Visformer": "it turns from maps to tokens half-way through the blocks",
@@ -92,28 +92,20 @@ REFUSED = {
 
 
 def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
-    """Look up a timm model's family; UserError with the reason where pdvit can't read its tokens."""
+    """Return a timm model's family; raises UserError with the reason if pdvit can't read its tokens."""
     names = [cls.__name__ for cls in type(model).__mro__]
     known = next((name for name in names if name in FAMILIES), None)
     if known is None:
-        _refuse_wrapper(model, where)
-        raise UserError(
-            f"pdvit can't read the patches of a {names[0]}: {_reason(model, names)}",
-            where,
-            f"use a transformer of timm of these classes: {', '.join(FAMILIES)}",
-        )
+        raise _unsupported(model, names, where)
     drop = getattr(getattr(model, "patch_drop", None), "prob", 0) or getattr(model, "patch_drop_rate", 0)
     if drop > 0:
-        raise UserError(
-            "patch_drop_rate throws patches away at random, so that no patch keeps its place",
-            where,
-            "build the model with patch_drop_rate=0",
-        )
+        what = "patch_drop_rate drops patches at random, so that no patch keeps its place"
+        raise UserError(what, where, "build the model with patch_drop_rate=0")
     return FAMILIES[known]
 
 
 def modules_at(model: nn.Module, path: str) -> list[nn.Module]:
-    """Return the modules at a path of the table, in order; identities, and what is not there, are left out."""
+    """Return the modules at a path of the table, in order, without identities; none if the path does not exist."""
     found: list[nn.Module] = [model]
     for name in filter(None, path.split(".")):
         if name == "*":
@@ -126,30 +118,26 @@ def modules_at(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def count_at(model: nn.Module, name: str) -> int:
-    """Return how many prefix tokens an attribute says or holds `(1, K, D)`; none where there is no such attribute."""
+    """Return the number of prefix tokens in an attribute: a number, tokens `(1, K, D)`, or 0 if it is missing."""
     value = getattr(model, name, None) if name else None
     return int(value.shape[1] if isinstance(value, Tensor) else value or 0)
 
 
-def _refuse_wrapper(model: nn.Module, where: str) -> None:
-    """Raise a UserError that names the model inside, where this is one of the usual wrappers around it."""
+def _unsupported(model: nn.Module, names: list[str], where: str) -> UserError:
+    """Return the error of a model without a row.
+
+    The line is drawn at attention. In networks without it, maps behind a ReLU have no negative entries and are alike
+    (|cos| near 1) without having collapsed. ConvNeXt, MetaFormer and MLP-Mixer are exceptions: their blocks are a
+    transformer's with something else in the place of attention.
+    """
     for attribute in INSIDE:
         inner = getattr(model, attribute, None)
         if isinstance(inner, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
-            what = f"a {type(model).__name__} is a wrapper around the model"
-            raise UserError(what, where, f"pass the bare model, which is its .{attribute}")
-
-
-def _reason(model: nn.Module, names: list[str]) -> str:
-    """Say why a model is not in the table.
-
-    The line is drawn at attention. Networks without it are not read, since maps behind a ReLU have no negative entries
-    and look alike (|cos| near 1) without having collapsed. ConvNeXt, MetaFormer and MLP-Mixer are the exceptions: their
-    blocks are a transformer's with something else in the place of attention.
-    """
-    for name in names:
-        if name in REFUSED:
-            return REFUSED[name]
-    if any("attn" in name or "Attention" in type(part).__name__ for name, part in model.named_modules()):
-        return MIXED
-    return "a convolutional network has no tokens"
+            tip = f"pass the bare model, which is its .{attribute}"
+            return UserError(f"a {names[0]} is a wrapper around the model", where, tip)
+    reason = next((REFUSED[name] for name in names if name in REFUSED), "")
+    if not reason:
+        mixed = any("attn" in name or "Attention" in type(part).__name__ for name, part in model.named_modules())
+        reason = MIXED if mixed else "a convolutional network has no tokens"
+    tip = f"use a transformer of timm of these classes: {', '.join(FAMILIES)}"
+    return UserError(f"pdvit can't read the patches of a {names[0]}: {reason}", where, tip)

@@ -1,195 +1,172 @@
-"""Tensors of a file to the weights of a model: found under any prefix, brought to timm's names, counted."""
+"""From the tensors of a file to the weights of a model: selected by prefix, converted to timm's names, compared."""
 
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
 
-# Parts of a prefix that say that weights are those of the last step, where they stand first.
+# A prefix that begins with one of these leads to the weights of the last step.
 RAW = frozenset({"state_dict", "model", "student"})
-# A prefix counts as another set of weights where it leads to this share of the names that the best one leads to.
-RIVAL = 0.5
-# By what filters of timm know its own names, which a backbone without a head lacks.
+# Another prefix is another set of weights if it leads to this fraction of the names behind the best one.
+RIVAL_FRACTION = 0.5
+# timm's filters recognise their own layout by these names, which a backbone without a head lacks.
 MARKS = ("head.fc.weight", "head.norm.weight")
-# Parts of a masked autoencoder that its encoder leaves behind.
+# The decoder of a masked autoencoder, which is not a part of the model.
 DECODER = ("decoder_", "decoder.", "mask_token")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedWeights:
     """One set of weights in a file.
 
     Attributes:
         tensors: by their names behind the prefix.
-        prefix: what stood before the names, with its dot.
-        weights: `raw`, `ema`, or `unknown` where nothing says so.
-        others: prefixes of further sets of weights in the file.
-        outside: tensors that stand under no such prefix, by their whole names.
+        prefix: with its dot; can be empty.
+        weights: `raw`, `ema` or `unknown`.
+        rivals: prefixes of other sets of weights in the file.
+        outside: tensors under none of these prefixes, by their whole names.
     """
 
     tensors: dict[str, Tensor]
     prefix: str
     weights: str
-    others: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     outside: dict[str, Tensor] = field(default_factory=dict)
 
 
-def choose(
-    tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str, told: str = "unknown"
-) -> Chosen:
-    """Find the weights with these names in a file, under whatever prefixes wrappers left.
+def select_weights(
+    tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str, declared: str = "unknown"
+) -> SelectedWeights:
+    """Find the weights with these names in a file, under any prefix.
 
-    A prefix is what stands before the names of the model, whatever its words: `module.`, `_orig_mod.module.`,
-    `teacher.backbone.`, `state_dict.model.`. Those with `ema` or `teacher` in them lead to a moving average.
+    A prefix can be anything in front of the model's names: `module.`, `_orig_mod.module.`, `teacher.backbone.`,
+    `state_dict.model.`. One with `ema` or `teacher` in it leads to a moving average.
 
     Args:
-        tensors: all of the file.
-        names: of the model's own tensors.
-        weights: `raw` or `ema`; None takes the moving average where there is one.
-        where: how an error names the file.
-        told: which weights the file says it holds; it counts where they stand alone, under a prefix that says nothing.
+        tensors: all tensors of the file.
+        names: the names of the model's tensors.
+        weights: `raw` or `ema`; None prefers the moving average.
+        where: the file's place in error messages.
+        declared: `raw` or `ema` as the file declares; used if there is one set only and its prefix tells nothing.
 
     Raises:
-        UserError: the file has no such weights, or several of the same kind.
+        UserError: the file has no such weights, or several sets of them.
     """
-    found: dict[str, int] = _prefixes(tensors, names)
-    most = max(found.values(), default=0)
-    if 2 * most < min(len(names), len(tensors)):  # perhaps another layout, which the model's own filter knows
-        found = {_common_prefix(tensors): most}
-        most = 0
-    rivals = [prefix for prefix, count in found.items() if count >= max(1, RIVAL * most)] or list(found)
-    kinds = {prefix: _kind(prefix, told if len(rivals) == 1 else "raw") for prefix in rivals}
-    wanted = weights or ("ema" if "ema" in kinds.values() else None)
-    fitting = [prefix for prefix, kind in kinds.items() if wanted in (None, kind)]
-    if not fitting:
-        has = " and ".join(sorted(set(kinds.values()) - {"unknown"})) or "weights that it does not call raw or ema"
-        raise UserError(f"it holds {has}, not {wanted}", where, "leave out --weights")
-    if len(fitting) > 1:
-        listed = ", ".join(f"'{prefix}'" for prefix in fitting)
-        raise UserError(f"it holds several weights: under {listed}", where, "save the ones you mean alone")
-    prefix = fitting[0]
-    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    others = tuple(sorted(set(rivals) - {prefix}))
-    known = (prefix, *others) if prefix else ("",)
-    outside = {name: value for name, value in tensors.items() if not name.startswith(known)}
-    return Chosen(inside, prefix, kinds[prefix], others, outside)
-
-
-def _prefixes(tensors: Mapping[str, Tensor], names: Collection[str]) -> Counter[str]:
-    """Count the names of the model behind each prefix."""
-    known, found = set(names), Counter[str]()
+    known, counts = set(names), Counter[str]()
     for name in tensors:
         parts = name.split(".")
         for start in range(len(parts)):
             if ".".join(parts[start:]) in known:
-                found["".join(f"{part}." for part in parts[:start])] += 1
-    return found
+                counts["".join(f"{part}." for part in parts[:start])] += 1
+    best = max(counts.values(), default=0)
+    if 2 * best < min(len(names), len(tensors)):  # perhaps another layout, which the model's own filter converts
+        columns = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+        common = takewhile(lambda parts: len(set(parts)) == 1, columns)
+        counts, best = Counter({"".join(f"{parts[0]}." for parts in common): 1}), 1
+    prefixes = [prefix for prefix, count in counts.items() if count >= max(1, RIVAL_FRACTION * best)]
+    default = declared if len(prefixes) == 1 else "raw"
+    labels = {prefix: _label(prefix, default) for prefix in prefixes}
+    label = weights or ("ema" if "ema" in labels.values() else None)
+    fitting = [prefix for prefix in prefixes if label in (None, labels[prefix])]
+    if not fitting:
+        has = " and ".join(sorted(set(labels.values()) - {"unknown"})) or "weights that it does not call raw or ema"
+        raise UserError(f"it holds {has}, not {label}", where, "leave out --weights")
+    if len(fitting) > 1:
+        listed = ", ".join(f"'{prefix}'" for prefix in fitting)
+        raise UserError(f"it holds several weights: under {listed}", where, "save one of them alone")
+    (prefix,) = fitting
+    rivals = tuple(sorted({*prefixes} - {prefix}))
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    under = (prefix, *rivals) if prefix else ("",)
+    outside = {name: value for name, value in tensors.items() if not name.startswith(under)}
+    return SelectedWeights(inside, prefix, labels[prefix], rivals, outside)
 
 
-def _common_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """Return the parts that all names begin with."""
-    common: list[str] | None = None
-    for name in tensors:
-        parts = name.split(".")[:-1]
-        if common is None:
-            common = parts
-        same = [a == b for a, b in zip(common, parts, strict=False)]
-        common = common[: [*same, False].index(False)]
-    return "".join(f"{part}." for part in common or [])
-
-
-def _kind(prefix: str, otherwise: str) -> str:
-    parts = [word for part in prefix.split(".") for word in part.split("_")]
-    if "ema" in parts or "teacher" in parts:
+def _label(prefix: str, default: str) -> str:
+    words = prefix.replace("_", ".").split(".")
+    if "ema" in words or "teacher" in words:
         return "ema"
-    return "raw" if prefix.partition(".")[0] in RAW else otherwise
+    return "raw" if prefix.partition(".")[0] in RAW else default
 
 
 @dataclass(frozen=True)
-class Match:
-    """What of a file fits a model.
+class StateDictMatch:
+    """The tensors of a file that fit a model.
 
     Attributes:
         tensors: by the model's names, in its shapes.
-        missing: tensors of the model that the file has not.
-        misshapen: those that it has in another shape.
-        left: tensors of the file that the model has no place for.
-        resampled: those brought to another resolution.
+        missing: names of the model that the file lacks.
+        mismatched: names with another shape in the file.
+        unexpected: names of the file that the model lacks.
+        resampled: names of tensors that were resampled to another resolution.
     """
 
     tensors: dict[str, Tensor]
     missing: list[str]
-    misshapen: list[str]
-    left: list[str]
-    resampled: list[str]
-
-    def without(self, names: Collection[str]) -> "Match":
-        """Return it as if the file had not these tensors."""
-        kept = {name: value for name, value in self.tensors.items() if name not in names}
-        missing = sorted({*self.missing, *(name for name in names if name in self.tensors)})
-        return Match(kept, missing, self.misshapen, self.left, [name for name in self.resampled if name in kept])
+    mismatched: list[str]
+    unexpected: list[str]
+    resampled: list[str] = field(default_factory=list)
 
 
-def match(tensors: Mapping[str, Tensor], model: nn.Module, where: str) -> Match:
-    """Compare a file's tensors with a model, after timm's own filter for its family.
+def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> StateDictMatch:
+    """Compare names and shapes of tensors with those of a model's state."""
+    both = tensors.keys() & expected.keys()
+    mismatched = {name for name in both if tensors[name].shape != expected[name].shape}
+    fitting = {name: tensors[name] for name in expected if name in both - mismatched}
+    missing, unexpected = expected.keys() - both, tensors.keys() - both
+    return StateDictMatch(fitting, sorted(missing), sorted(mismatched), sorted(unexpected))
+
+
+def match_state_dict(tensors: Mapping[str, Tensor], model: nn.Module, where: str) -> StateDictMatch:
+    """Compare a file's tensors with a model (on the meta device, perhaps), after timm's own filter for its family.
 
     The filter renames the layouts in which the model was published, and resamples position embeddings, tables of
-    relative positions and patch embeddings. `model` may be on the meta device; it is not changed.
+    relative positions and patch embeddings.
 
     Raises:
-        UserError: the filter can't make sense of them.
+        UserError: the filter fails.
     """
     encoder = dict(tensors)
     if any(name.startswith(DECODER[:2]) for name in tensors):
         encoder = {name: value for name, value in tensors.items() if not name.startswith(DECODER)}
-    adapted = _filtered(encoder, model, where)
-    expected = model.state_dict()
-    both = set(adapted) & set(expected)
-    misshapen = {name for name in both if adapted[name].shape != expected[name].shape}
-    return Match(
-        {name: adapted[name] for name in expected if name in both - misshapen},
-        sorted(set(expected) - both),
-        sorted(misshapen),
-        sorted(set(adapted) - both),
-        sorted(name for name in both - misshapen if _resampled(name, encoder, adapted[name])),
-    )
+    match = compare(_filtered(encoder, model, where), model.state_dict())
+    resampled = sorted(name for name, value in match.tensors.items() if _resampled(name, encoder, value))
+    return replace(match, resampled=resampled)
 
 
 def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, Tensor]:
     """Apply the filter that stands beside the model's class in timm; three of its families have none.
 
-    timm calls it inside its factory, which neither counts what fits nor goes on where something does not.
+    timm's factory calls it too, but counts nothing and stops at the first misfit.
     """
-    rules: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if rules is None:
+    checkpoint_filter: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if checkpoint_filter is None:
         return tensors
     own = tensors.keys() <= model.state_dict().keys()
     marks = {name: Tensor() for name in MARKS if own and name not in tensors}
     scaled = any(name.endswith(".ls1.gamma") for name, _ in model.named_parameters())
-    published = {"adapt_layer_scale": True} if scaled and any(".gamma_" in name for name in tensors) else {}  # DeiT-III
+    options = {"adapt_layer_scale": True} if scaled and any(".gamma_" in name for name in tensors) else {}  # DeiT-III
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of how timm interpolates
-            adapted: dict[str, Tensor] = rules(tensors | marks, model, **published)
+            warnings.simplefilter("ignore")  # about timm's interpolation
+            adapted: dict[str, Tensor] = checkpoint_filter(tensors | marks, model, **options)
     except Exception as error:  # odd names and shapes fail anywhere in there
-        raise UserError(
-            f"its weights can't be brought to a {type(model).__name__}: {type(error).__name__}: {error}",
-            where,
-            "the file belongs to another architecture; name the right one with --model",
-        ) from error
+        what = f"its weights can't be converted to a {type(model).__name__}: {type(error).__name__}: {error}"
+        raise UserError(what, where, "the file has another architecture; name the right one with --model") from error
     return {name: value for name, value in adapted.items() if name not in marks}
 
 
 def _resampled(name: str, before: Mapping[str, Tensor], after: Tensor) -> bool:
-    """Tell a change of resolution from one of form: flattened, or (DINOv2) the class token's position split off."""
-    depends = "pos" in name or "patch_embed" in name  # others that differ by name stood elsewhere: stages of Swin
-    if not depends or name not in before or before[name].numel() == after.numel():
+    """Return whether the resolution changed, not only the layout: flattened, or DINOv2's class position cut off."""
+    if not ("pos" in name or "patch_embed" in name):  # other names moved: stages of Swin
         return False
-    split_off = name == "pos_embed" and "register_tokens" in before and before[name].shape[1] - after.shape[1] == 1
-    return not split_off
+    if name not in before or before[name].numel() == after.numel():
+        return False
+    return not (name == "pos_embed" and "register_tokens" in before and before[name].shape[1] - after.shape[1] == 1)

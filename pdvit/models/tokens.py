@@ -1,7 +1,8 @@
-"""A model whose forward pass also returns its first and last patch tokens: what training needs."""
+"""The module that training uses: a timm model that also returns the patch tokens which the terms compare."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +10,26 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.losses.mixing import chunked_mixing_loss
 from pdvit.models.families import family_of, modules_at
-from pdvit.models.layers import Place, evaluating
-from pdvit.models.reading import Tap, layers_to_read, tapped, taps_at
+from pdvit.models.layers import Place, evaluating, places_of, shapes_of
 from pdvit.models.wrapper import Wrapper
 
+R = TypeVar("R")
 HEAD = "DiverseModel(model, patch_head=...)"
-LINEAR = "use nn.Linear, or call the model without patch_targets and the objective with them"
+FIRST, LAST = "diversity.first (--first)", "diversity.last (--last)"
+COSINE = "diversity.cosine_layers (--cosine-layers)"
+EARLY = ("embed", "patches")
 
 
 class TokenOutput(NamedTuple):
-    """A forward pass: what the class loss and the terms need.
+    """The result of a forward pass.
 
     Attributes:
         logits: `(B, C)`.
-        first: patch tokens `(B, N, D)` of the first layer.
-        last: patch tokens `(B, N, D)` of the last layer.
+        first, last: patch tokens `(B, N, D)` of the two layers that the terms compare.
         patch_logits: `(B, N, C)`, or None without a patch head.
         others: patch tokens `(B, N', D')` of more layers, for the cosine term.
-        mixing: the mixing term, where patch targets were given; then there are no patch logits.
-        smoothing: the label smoothing that it was computed with.
+        mixing: the mixing term if patch targets were passed; patch_logits is then None.
+        smoothing: its label smoothing.
     """
 
     logits: Tensor
@@ -40,23 +42,23 @@ class TokenOutput(NamedTuple):
 
 
 class DiverseModel(Wrapper):
-    """A timm vision transformer whose forward pass also returns its first and last patch tokens.
+    """A timm vision transformer that also returns its first and last patch tokens.
 
-    The network is unchanged: logits equal the bare model's. Compile or distribute this module, and optimize its
-    parameters: it owns the linear patch head of the mixing term. `model` is the bare timm model, to export.
+    Logits equal the bare model's. Compile, distribute and optimize this module, because it owns the linear patch head
+    of the mixing term. Export `model`, the bare timm model.
 
     Args:
-        model: a bare timm model, built for the image size that it will see.
-        patch_head: True for a linear head of its own over the tokens that the model's head reads, a module to be used
-            as that head, `"class"` for the model's own classifier, False for none.
-        first: `"block"`, the output of the first block whose grid and width are those of last (in a hierarchical
-            model, of the last stage); `"embed"`, what enters the first block; `"patches"`, the patch embedding before
-            positions are added; or the number of a block, from 1.
-        last: `"norm"`, after the final norm where the model has one over tokens; `"block"`, the last block's output.
-        cosine_layers: numbers of blocks whose tokens the cosine term sees too.
+        model: a bare timm model, built for the size of its images.
+        patch_head: True for a new linear head on the tokens that the model's head reads, a module to use as that head,
+            `"class"` for the model's own classifier, False for none.
+        first: `"block"`, the output of the first block with the grid and width of last (in a hierarchical model, of the
+            last stage); `"embed"`, the input of the first block; `"patches"`, the patch embedding before positions are
+            added; or the number of a block, from 1.
+        last: `"norm"`, the output of the final norm over tokens if the model has one; `"block"`, of the last block.
+        cosine_layers: numbers of more blocks for the cosine term.
 
     Raises:
-        UserError: the patches can't be read, first and last can't be compared, there is no such layer, or the patch
+        UserError: the model is not supported, first and last can't be compared, there is no such layer, or the patch
             head does not fit.
     """
 
@@ -71,25 +73,23 @@ class DiverseModel(Wrapper):
         cosine_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        family = family_of(model)
         self.model = model
         layers = layers_to_read(model, first, last, cosine_layers)
-        # First, last, what the patch head reads, and those of the cosine term.
         self.names = (layers.first, layers.last, layers.final, *layers.others)
         self.norm = layers.places[layers.final]
-        width = layers.shapes[layers.final][1]
         self.taps: dict[str, Tap] | None = None
-        if family.plain and set(self.names) <= {*layers.blocks, layers.final}:
+        if family_of(model).plain and set(self.names) <= {*layers.blocks, layers.final}:
             self.indices = sorted({layers.blocks.index(name) for name in self.names if name in layers.blocks})
         else:
             self.taps = taps_at(layers.places, self.names)
-        # The model's own classifier stays where it is: as a second name for it, it would be saved twice.
+        # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = None
+        shape = layers.shapes[layers.final]
         if isinstance(patch_head, str):
-            _check_classifier(model, patch_head, self.norm, width)
+            _check_classifier(model, patch_head, shape[1])
         elif patch_head is not False:
-            self.patch_head = _patch_head(model, patch_head, layers.shapes[layers.final])
+            self.patch_head = _patch_head(model, patch_head, shape)
 
     def forward(
         self,
@@ -98,13 +98,15 @@ class DiverseModel(Wrapper):
         label_smoothing: float = 0.0,
         patch_logits: bool = True,
     ) -> TokenOutput:
-        """Run the model once on `(B, C, H, W)` images.
+        """Run the model on images `(B, C, H, W)`.
 
-        With patch targets, indices `(B, N)` or probabilities `(B, N, C)`, it returns the mixing term itself, `mixing`:
-        the mean cross-entropy of the patches, computed in parts, so that their logits never exist at once. That
-        needs a linear patch head. `patch_logits=False` leaves the patch head out, to measure or predict.
+        With patch targets, indices `(B, N)` or probabilities `(B, N, C)`, the output has `mixing`, the mean
+        cross-entropy of the patches, instead of patch logits. It is computed in parts, so that all patch logits never
+        exist at once, and needs a linear patch head. `patch_logits=False` skips the patch head.
         """
-        logits, tokens = self._by_value(images) if self.taps is None else tapped(self.taps, self.model, images)
+        logits, tokens = (
+            self._forward_intermediates(images) if self.taps is None else tapped(self.taps, self.model, images)
+        )
         first, last, final, *more = (tokens[name] for name in self.names)
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
         others = tuple(more)
@@ -113,62 +115,170 @@ class DiverseModel(Wrapper):
         if patch_targets is None:  # no _replace below: torch 2.11 can't compile it
             return TokenOutput(logits, first, last, head(final), others)
         if not isinstance(head, nn.Linear):
-            raise UserError(f"a patch head that is a {type(head).__name__} can't be computed in parts", HEAD, LINEAR)
+            tip = "use nn.Linear, or pass patch_targets to the objective only"
+            raise UserError(f"the mixing term can't be computed in parts with a {type(head).__name__}", HEAD, tip)
         mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
         return TokenOutput(logits, first, last, None, others, mixing, label_smoothing)
 
-    def _by_value(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits, and tokens by layer as timm's `forward_intermediates` hands them out."""
+    def _forward_intermediates(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits, and tokens by layer."""
         model: Any = self.model
         features, blocks = model.forward_intermediates(images, indices=self.indices, output_fmt="NLC")
         tokens = {f"block {index + 1}": block for index, block in zip(self.indices, blocks, strict=True)}
         return model.forward_head(features), tokens | {"norm": self.norm.tokens(features)}
 
 
-def _patch_head(model: Any, given: "bool | nn.Module", shape: tuple[int, int]) -> nn.Module:
-    """Return a new linear head, or the given one where it fits."""
+def _patch_head(model: Any, head: "bool | nn.Module", shape: tuple[int, int]) -> nn.Module:
+    """Return a new linear head, or the given one if it fits."""
     count, width = shape
     if model.num_classes < 1:
-        raise UserError(
-            "the model has no classes, so a patch head has nothing to tell",
-            HEAD,
-            "build it with num_classes=C, or pass patch_head=False and leave the mixing term off",
-        )
-    if isinstance(given, bool):
-        like = next(model.parameters())
-        head = nn.Linear(width, model.num_classes, device=like.device, dtype=like.dtype)
+        tip = "build it with num_classes=C, or pass patch_head=False and leave the mixing term off"
+        raise UserError("the model has no classes, and the patch head needs them", HEAD, tip)
+    weight = next(model.parameters())
+    if isinstance(head, bool):
+        head = nn.Linear(width, model.num_classes, device=weight.device, dtype=weight.dtype)
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head
-    weight = next(given.parameters(), torch.empty(0))
     try:
-        with torch.no_grad(), evaluating(given):
-            found = tuple(given(weight.new_zeros(1, count, width)).shape)
+        with torch.no_grad(), evaluating(head):
+            found = tuple(head(next(head.parameters(), torch.empty(0)).new_zeros(1, count, width)).shape)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"the patch head does not take tokens of width {width}", HEAD, f"{error}") from error
     if found != (1, count, model.num_classes):
-        raise UserError(
-            f"the patch head returns {found} for (1, {count}, {width}) tokens, not {model.num_classes} classes each",
-            HEAD,
-            f"pass a linear head, nn.Linear({width}, {model.num_classes}), or True for a new one",
-        )
-    return given
+        what = f"the patch head returns {found} for (1, {count}, {width}) tokens, not {model.num_classes} classes each"
+        raise UserError(what, HEAD, f"pass nn.Linear({width}, {model.num_classes}), or True for a new one")
+    return head
 
 
-def _check_classifier(model: Any, name: str, final: Place, width: int) -> None:
-    """Raise UserError unless the model's classifier, put to each token, is what the model's own head does to them."""
+def _check_classifier(model: Any, name: str, width: int) -> None:
+    """Raise UserError unless the model's own head applies its classifier, and nothing else, to pooled tokens."""
     if name != "class":
         raise UserError(f"there is no patch head called '{name}'", HEAD, "pass True, False, 'class' or a module")
     classifier = model.get_classifier()
+    between = [path for path in ("attn_pool", "fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)]
     why = ""
     if not isinstance(classifier, nn.Linear):
         why = f"it is a {type(classifier).__name__}, not one linear layer"
     elif classifier.in_features != width:
         why = f"it reads {classifier.in_features} features, and the tokens have {width}"
-    elif between := [
-        path for path in ("attn_pool", "fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)
-    ]:
+    elif between:
         why = f"the model's head puts {between[0]} between tokens and classifier"
     if why:
-        tip = "pass True, for a linear head of its own"
-        raise UserError(f"the model's classifier can't be the patch head: {why}", HEAD, tip)
+        raise UserError(
+            f"the model's classifier can't be the patch head: {why}", HEAD, "pass True for a new linear head"
+        )
+
+
+@dataclass(frozen=True)
+class LayersToRead:
+    """The layers that the terms compare.
+
+    Attributes:
+        first, last, others: names of layers.
+        final: the layer that the model's head reads.
+        blocks: names of all blocks.
+        places: of all layers.
+        shapes: (number, width) of the patch tokens of all layers, for an image of the model's own size.
+    """
+
+    first: str
+    last: str
+    final: str
+    others: tuple[str, ...]
+    blocks: list[str]
+    places: Mapping[str, Place]
+    shapes: Mapping[str, tuple[int, int]]
+
+
+def layers_to_read(model: nn.Module, first: str | int, last: str, cosine_layers: Sequence[int]) -> LayersToRead:
+    """Find the layers that `DiverseModel` describes; raises UserError if they don't exist or can't be compared."""
+    family = family_of(model)
+    places = {layer.name: place for layer, place in places_of(model).items()}
+    if family.plain and (embed := modules_at(model, family.embed)):
+        places["patches"] = Place(embed[0])
+    shapes = shapes_of(model, places)
+    blocks = [name for name in places if name.startswith("block")]
+    final = "norm" if "norm" in places else blocks[-1]
+    if last not in ("norm", "block"):
+        raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
+    last = final if last == "norm" else blocks[-1]
+    others = tuple(_block(number, blocks, COSINE) for number in cosine_layers)
+    return LayersToRead(_first(first, last, blocks, shapes), last, final, others, blocks, places, shapes)
+
+
+def _block(number: Any, blocks: list[str], where: str) -> str:
+    name = f"block {number}"
+    if name not in blocks:
+        raise UserError(f"there is no {name}: the model has {len(blocks)}", where, f"choose from 1 to {len(blocks)}")
+    return name
+
+
+def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Return the name of the first layer; raises UserError unless it has the grid and width of last."""
+    alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
+    if first == "block":
+        if alike:
+            return alike[0]
+        tip = "use --last block" if last != blocks[-1] else "choose a model with two blocks of one grid at its end"
+        if shapes.get("embed") == shapes[last]:
+            tip = "use --first embed or a deeper model"
+        raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
+    if first not in EARLY and not str(first).isdecimal():
+        tip = f"choose block, embed, patches, or a number from 1 to {len(blocks)}"
+        raise UserError(f"there is no first called '{first}'", FIRST, tip)
+    name = str(first) if first in EARLY else _block(first, blocks, FIRST)
+    if name == last:
+        raise UserError(f"first and last are both {name}", FIRST, "choose an earlier one")
+    if shapes.get(name) != shapes[last]:
+        what = f"the shape of {name} is not that of {last}: {shapes.get(name)} against {shapes[last]} (patches, width)"
+        raise UserError(what, FIRST, "use --first block, whatever the preset says")
+    return name
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Parse numbers of blocks, separated by commas; raises UserError."""
+    numbers = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"'{text}' is not a list of blocks", COSINE, "separate their numbers by commas: 6,12")
+    return [int(number) for number in numbers]
+
+
+class Tap:
+    """A hook that stores tokens, open during a forward pass only, so that recomputed activations do not replace them.
+
+    A hook must be an object, not a closure: a deep copy of the model then has a tap of its own.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.open = place, False
+        self.value: Any = None
+        place.register(self)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+        """Store the value that holds the tokens."""
+        if self.open:
+            self.value = self.place.value(inputs, output)
+
+
+def taps_at(places: Mapping[str, Place], names: Iterable[str]) -> dict[str, Tap]:
+    """Register a tap on each of the layers."""
+    import torch._dynamo  # slow to import
+
+    # Lets compiled code fill a tap inside a checkpointed block. The recomputation, which torch.compile fears to differ,
+    # finds the taps closed.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    return {name: Tap(places[name]) for name in dict.fromkeys(names)}
+
+
+def tapped(taps: Mapping[str, Tap], run: Callable[[Tensor], R], images: Tensor) -> tuple[R, dict[str, Tensor]]:
+    """Return `run(images)`, and the patch tokens of each tap in that forward pass."""
+    for tap in taps.values():
+        tap.open = True
+    try:
+        result = run(images)
+        tokens = {name: tap.place.tokens(tap.value) for name, tap in taps.items()}
+    finally:  # an error must not keep activations
+        for tap in taps.values():
+            tap.open, tap.value = False, None
+    return result, tokens

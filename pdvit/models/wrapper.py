@@ -1,18 +1,24 @@
-"""What every module around a bare timm model has: its frozen parts, and timm's rules for the optimizer."""
+"""The base of modules around a timm model: frozen parts, and timm's parameter groups for the optimizer."""
 
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import nn
 
 from pdvit.errors import UserError
+from pdvit.models.families import family_of, modules_at
+from pdvit.models.layers import evaluating, image_size_of
+
+FREEZE = "model.freeze (--freeze)"
+BACKBONE = "backbone"
 
 
 class Wrapper(nn.Module):
-    """A module with a bare timm model inside, and heads of its own beside it.
+    """A module with a bare timm model, and heads of its own.
 
     Attributes:
-        inner: under which name the timm model is kept, so that its weights begin with `inner.`.
-        frozen: parts of it that stay in evaluation mode: see `freezing.freeze`.
+        inner: name of the attribute that holds the timm model.
+        frozen: its modules that stay in evaluation mode: see `freeze`.
     """
 
     inner: ClassVar[str]
@@ -29,25 +35,24 @@ class Wrapper(nn.Module):
         return model
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of training; frozen parts stay in that of evaluation."""
+        """Set the training mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that timm's optimizers must not decay (position, class token): the model's own list."""
-        own = getattr(self.inside, "no_weight_decay", set)
-        return {f"{self.inner}.{name}" for name in own()}
+        """Return timm's list of parameters without weight decay (positions, class token)."""
+        return {f"{self.inner}.{name}" for name in getattr(self.inside, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Say which block a parameter belongs to, for timm's layer decay: the model's own rules under its name.
+        """Return timm's rules that map parameters to layers, for layer decay.
 
-        Heads fall under none of them: timm puts them behind the last block, where the learning rate is whole.
+        No rule matches the heads. timm puts them behind the last block, with the whole learning rate.
         """
         model: Any = self.inside
         if not hasattr(model, "group_matcher"):
-            what = f"timm does not say which layer the weights of a {type(model).__name__} belong to"
+            what = f"timm has no layer groups for a {type(model).__name__}"
             raise UserError(what, "optim.layer_decay (--layer-decay)", "leave it out")
         rules = model.group_matcher(coarse)
         if callable(rules):
@@ -59,6 +64,65 @@ def _under(rule: Any, inner: str) -> Any:
     """Return a rule of timm's matcher (a pattern, or a list of (pattern, order)) for names that begin with `inner.`."""
     if callable(rule):
         return lambda name: rule(name.removeprefix(f"{inner}."))
-    if isinstance(rule, str):  # all alternatives of it
+    if isinstance(rule, str):  # with all its alternatives
         return rf"{inner}\.(?:{rule.replace('^', '')})"
     return [(_under(pattern, inner), order) for pattern, order in rule]
+
+
+def freeze(network: Wrapper, part: str) -> None:
+    """Freeze the embedding and the first N blocks (`part` is N), or all but the classifier and heads (`backbone`).
+
+    Frozen weights get no gradient, so the optimizer omits them. Frozen modules stay in evaluation mode: no dropout, no
+    drop path, and a BatchNorm keeps its statistics. `backbone` makes a linear probe.
+
+    Raises:
+        UserError: `part` is neither, or there are fewer blocks.
+    """
+    model: Any = network.inside
+    if part == BACKBONE:
+        found = model.get_classifier()  # a distilled model has two
+        heads = found if isinstance(found, tuple) else (found,)
+        learning = {id(weight) for head in heads for weight in head.parameters()}
+        frozen = {name for name, weight in model.named_parameters() if id(weight) not in learning}
+    elif part.isdecimal():
+        frozen = weights_up_to_block(model, int(part))
+    else:
+        raise UserError(f"'{part}' is not a part of a model", FREEZE, f"give a number of blocks, or {BACKBONE}")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in frozen)
+    if part == BACKBONE:
+        network.frozen = [model]
+    else:
+        dropout = getattr(model, "pos_drop", None)  # behind the embedding
+        network.frozen = [dropout] if isinstance(dropout, nn.Module) else []
+        for module in model.modules():
+            weights = list(module.parameters())
+            if weights and not any(weight.requires_grad for weight in weights):
+                network.frozen.append(module)
+    network.train(network.training)
+
+
+def weights_up_to_block(model: nn.Module, count: int) -> set[str]:
+    """Return the names of the weights that a forward pass uses before the end of block `count`."""
+    blocks = modules_at(model, family_of(model).blocks)
+    if count > len(blocks):
+        raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", FREEZE, f"or use {BACKBONE}")
+    order = _call_order(model)
+    end = order.index(blocks[count - 1]) + 1 if count else order.index(blocks[0])
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    before = {names[id(weight)] for module in order[:end] for weight in module.parameters(recurse=False)}
+    inside = [{names[id(weight)] for weight in block.parameters()} for block in blocks]
+    return before.union(*inside[:count]).difference(*inside[count:])
+
+
+def _call_order(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in the order in which a forward pass first calls them."""
+    called: dict[nn.Module, None] = {}
+    hooks = [part.register_forward_pre_hook(lambda part, _: called.setdefault(part)) for part in model.modules()]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(next(model.parameters()).new_zeros(1, 3, *image_size_of(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(called)

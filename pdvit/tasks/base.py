@@ -24,8 +24,7 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective, WeightSchedule
 from pdvit.models.build import patch_size_of
-from pdvit.models.freezing import BACKBONE, freeze
-from pdvit.models.wrapper import Wrapper
+from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
 from pdvit.tasks.probe import Probe, describe_similarity
 
 

@@ -17,10 +17,9 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments
+from pdvit.models.checkpoints import export
 from pdvit.models.layers import exact_float32
-from pdvit.models.reading import layer_numbers
-from pdvit.models.tokens import DiverseModel
-from pdvit.models.weights import export
+from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.similarity import patch_similarity
 from pdvit.tasks.base import ImageTask, describe_terms
 from pdvit.tasks.metrics import ClassificationMetric, evaluate_classification

@@ -3,14 +3,14 @@
 from typing import Any
 
 from pdvit.errors import UserError
-from pdvit.models.description import class_names
+from pdvit.models.loading import LoadedModel
+from pdvit.models.resolved_checkpoint import class_names
 from pdvit.models.segmentation.files import LoadedSegmenter
-from pdvit.models.weights import Loaded
 
 TIP = "evaluate it on its own classes, or train it on these: pdvit finetune, for pixels pdvit segment"
 
 
-def label_names(loaded: Loaded) -> list[str] | None:
+def label_names(loaded: LoadedModel) -> list[str] | None:
     """Return the names of a checkpoint's classes, or None if it has no names.
 
     Raises UserError for a model without classifier, or if the number of names is not that of the classes.
@@ -25,7 +25,9 @@ def label_names(loaded: Loaded) -> list[str] | None:
     return names
 
 
-def match_classes(loaded: Loaded | LoadedSegmenter, classes: list[str], source: str) -> tuple[list[int] | None, str]:
+def match_classes(
+    loaded: LoadedModel | LoadedSegmenter, classes: list[str], source: str
+) -> tuple[list[int] | None, str]:
     """Match the classes of a source with the outputs of a checkpoint, by name if it has names.
 
     Returns the output of each class, None for the same order; and how they were matched, as text. Raises UserError if

@@ -18,10 +18,10 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
-from pdvit.models.reading import layers_to_read
 from pdvit.models.segmentation.files import export_segmenter
-from pdvit.models.segmentation.norms import settle_norm, share_statistics
+from pdvit.models.segmentation.heads import resolve_norm
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
+from pdvit.models.tokens import layers_to_read
 from pdvit.tasks.base import ImageTask, describe_terms
 from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
 from pdvit.tasks.pictures import prediction_pngs
@@ -56,12 +56,13 @@ class SegmentationTask(ImageTask):
         micro_batch = min(config.data.micro_batch or per_rank, per_rank)
         smallest = min(micro_batch, per_rank % micro_batch or micro_batch)  # the last part of a batch may be shorter
         normalised = smallest * world_size if device.type == "cuda" else smallest  # SyncBatchNorm needs GPUs
-        return replace(config, segment=replace(config.segment, norm=settle_norm(config.segment, normalised)))
+        return replace(config, segment=replace(config.segment, norm=resolve_norm(config.segment, normalised)))
 
     def build_module(self) -> Segmenter:
         """Return the backbone with its head; on several GPUs they share the statistics of batch norms."""
         module = build_segmenter(self.config, len(self.source.classes)).to(self.device)
-        share_statistics(module, self.device, self.ranks.world_size)
+        if self.device.type == "cuda" and self.ranks.world_size > 1:  # torch can on GPUs only
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return module
 
     def describe(self) -> str:

@@ -24,7 +24,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.sources import open_source
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
-from pdvit.models import memory
+from pdvit.models import build as model_build
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 LAYERS = ["embed", "block 1", "block 2", "norm"]
@@ -263,7 +263,7 @@ def test_models_that_can_not_be_measured(workplace, refusal, run_copy, monkeypat
     assert "single patch" in refusal("analyze", "one.pth", "--model", "test_vit").what
     torch.save(timm.create_model("test_vit", in_chans=1).state_dict(), "grey.pth")
     assert "patch_embed.proj.weight" in refusal("analyze", "grey.pth", "--model", "test_vit").what
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(model_build, "available_memory", lambda: 1000)
     assert "too big for memory" in refusal("analyze", run_copy).what
 
 
@@ -271,7 +271,7 @@ def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, an
     def full(loaded, seed=0):
         raise UserError("the model is too big for memory", "here", "take a smaller one")
 
-    monkeypatch.setattr(analyze_run.Loaded, "with_random_weights", full)
+    monkeypatch.setattr(analyze_run.LoadedModel, "with_random_weights", full)
     result = analyzed(run_copy, "--limit", 6)
     assert "random weights were not measured: the model is too big for memory" in result["notes"]
     assert "random weights on" not in result["verdict"]

@@ -43,7 +43,7 @@ def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplac
     flags = ["--freeze", "1", "--save-every", "2st", "--keep", "9", "--out", str(run)]
     assert pdvit(["finetune", str(file), *SHORT, *flags]) == 0
     shown = capsys.readouterr().out
-    assert "begins with last.pth, raw weights: 30 of 32 tensors, found under 'state_dict.'" in shown
+    assert "initial weights: last.pth, raw weights: 30 of 32 tensors, found under 'state_dict.'" in shown
     assert "fresh: 2 (head.bias, head.weight)" in shown
     written = recipe(run)
     assert written["data"]["source"] == "digits:5-9"

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
 from pdvit.config.schema import PRESETS, TERMS
-from pdvit.models.weights import load
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 
 SHORT = ["--epochs", "3st", "--batch-size", "16", "--img-size", "24", "--log-interval", "1st", "--mixup-prob", "1"]
 IMAGES = ["--epochs", "2", "--batch-size", "6", "--workers", "0", "--img-size", "16", "--log-interval", "1st"]
@@ -83,7 +84,7 @@ class TestFiles:
     def test_timm_loads_a_run_with_equal_logits(self, digits_run):
         images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         theirs = timm.create_model(f"local-dir:{digits_run}", pretrained=True).eval()
-        assert torch.equal(theirs(images), load(digits_run).model(images))
+        assert torch.equal(theirs(images), load_model(resolve_checkpoint(digits_run)).model(images))
         assert set(load_file(digits_run / "model.safetensors")) == set(theirs.state_dict())
         state = last_state(digits_run)
         assert all(torch.equal(value, state[f"model.{name}"]) for name, value in theirs.state_dict().items())

@@ -4,7 +4,7 @@ import tomllib
 import timm
 
 from pdvit.cli import run as pdvit
-from pdvit.models.weights import export
+from pdvit.models.checkpoints import export
 
 # Everything that could draw at random: drop path, mixing and shifts.
 FLAGS = ["--epochs", "6st", "--batch-size", "32", "--log-interval", "1st", "--drop-path", "0.3", "--shift", "2"]

@@ -15,9 +15,9 @@ from pdvit.config import Config, build, read_toml, resolve
 from pdvit.config.resolve import with_crop
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.models.build import model_arguments, patch_size_of, sketch_model
-from pdvit.models.description import Described
-from pdvit.models.initial import settle
-from pdvit.models.matching import Chosen
+from pdvit.models.loading import apply_checkpoint_defaults
+from pdvit.models.matching import SelectedWeights
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.models.tokens import DiverseModel
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "recipes"
@@ -259,8 +259,8 @@ def test_it_can_begin_with_its_weights(name, monkeypatch):
     """With weights of its own model at that model's own size, on the meta device: the checks before training."""
     config = build((str(FILES[name]), read_toml(FILES[name])))
     sketch = sketch_model(config.model.name, model_arguments(config.model, None))
-    chosen = Chosen(dict(sketch.state_dict()), "", "raw")
-    described = Described("init", "init", config.model.name, {}, sketch, chosen, {}, {})
-    monkeypatch.setattr("pdvit.models.initial.fingerprint", lambda _: "0123456789abcdef")
-    settled = resolve(settle(with_crop(config), described))
+    selected = SelectedWeights(dict(sketch.state_dict()), "", "raw")
+    checkpoint = ResolvedCheckpoint("init", "init", config.model.name, {}, sketch, selected)
+    monkeypatch.setattr("pdvit.models.loading.fingerprint", lambda _: "0123456789abcdef")
+    settled = resolve(apply_checkpoint_defaults(with_crop(config), checkpoint))
     assert settled.segment.crop == config.segment.crop

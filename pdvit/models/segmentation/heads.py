@@ -1,29 +1,25 @@
-"""Heads: feature maps to the logits of every place."""
+"""Segmentation heads: feature maps to logits."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.segmentation.neck import Neck
-from pdvit.models.segmentation.norms import with_group_norm
-from pdvit.models.segmentation.pooling import with_pools
-
-if TYPE_CHECKING:
-    from pdvit.models.segmentation.backbone import Adapter
 
 DROPOUT = 0.1
-# Classifiers begin as torch makes them. With mmsegmentation's deviation of 0.01 a small model trained from scratch told
-# objects from the ground, and for hundreds of steps not from each other: docs/segment.md has the numbers.
-# The auxiliary head reads the third map, with so many channels inside: mmsegmentation's settings.
+# The auxiliary head reads the third map, with this many channels inside: MMSegmentation's settings.
 AUX_MAP, AUX_WIDTH = 2, 256
+# Most groups of a GroupNorm (arXiv 1803.08494), and fewest channels in each, because one value can't be normalized.
+MAX_GROUPS, MIN_CHANNELS = 32, 4
 
 
 class LinearHead(nn.Module):
-    """One 1x1 convolution on the last map: a linear classifier of each token.
+    """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none.
 
-    Where the backbone has no norm of its own over these tokens, they pass through one first.
+    It keeps torch's initialisation. With MMSegmentation's standard deviation of 0.01, a small model trained from
+    scratch did not separate the classes for hundreds of steps (docs/segment.md).
     """
 
     def __init__(self, width: int, classes: int, norm: bool) -> None:
@@ -39,62 +35,153 @@ class LinearHead(nn.Module):
 
 
 class UPerNetHead(nn.Module):
-    """UPerNet (arXiv 1807.10221) with mmsegmentation's layers: dropout before the classifier, an FCN beside it.
+    """UPerNet (arXiv 1807.10221) with MMSegmentation's layers: dropout before the classifier, an FCN beside it.
 
     Args:
         widths, strides: of the four maps.
         classes: number of classes.
         width: channels inside the decoder.
-        aux: whether there is an auxiliary head, on the third map; in training alone.
-        norm: `batch` or `group`, of decoder, auxiliary head and neck.
+        aux: adds an auxiliary head on the third map, in training.
+        norm: `batch` or `group`.
     """
 
     def __init__(
         self, widths: Sequence[int], strides: Sequence[int], classes: int, width: int, aux: bool, norm: str
     ) -> None:
         super().__init__()
+        try:
+            from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+        except ImportError as error:
+            tip = "install segmentation-models-pytorch 0.5 or 0.6, or use --head linear"
+            what = f"UPerNet needs a package that can't be imported: {error}"
+            raise UserError(what, "segment.head (--head)", tip) from error
         self.neck = Neck(widths, strides)
-        self.decoder = _decoder(widths, width)
+        self.decoder = UPerNetDecoder([0, 0, *widths], encoder_depth=5, decoder_channels=width)
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(width, classes, 1)
-        self.aux = _fcn(widths[AUX_MAP], classes) if aux else None
+        self.aux: nn.Module | None = None
+        if aux:
+            self.aux = nn.Sequential(
+                nn.Conv2d(widths[AUX_MAP], AUX_WIDTH, 3, padding=1, bias=False),
+                nn.BatchNorm2d(AUX_WIDTH),
+                nn.ReLU(inplace=True),
+                nn.Dropout2d(DROPOUT),
+                nn.Conv2d(AUX_WIDTH, classes, 1),
+            )
+        replace_modules(self.decoder, deterministic_pool)
         if norm == "group":
-            with_group_norm(self)
+            replace_modules(self, group_norm)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return logits `(B, C, h, w)` on the finest grid, and in training those of the auxiliary head."""
         maps = self.neck(maps)
         aux = None
         if self.aux is not None and self.training:
-            aux = self.aux(self.decoder.feature_norms[AUX_MAP](maps[AUX_MAP]))  # type: ignore[index,operator]
-        # The decoder passes over the first two of six maps: smp counts those of strides 1 and 2.
+            aux = self.aux(self.decoder.feature_norms[AUX_MAP](maps[AUX_MAP]))
+        # The decoder skips the first two of six maps: smp counts those of strides 1 and 2.
         return self.classifier(self.dropout(self.decoder([None, None, *maps]))), aux
 
 
-def make_head(adapter: "Adapter", classes: int, head: str, width: int, aux: bool, norm: str) -> nn.Module:
-    """Return a fresh head for a backbone's maps; UserError where they do not fit it."""
-    if head == "linear":
-        return LinearHead(adapter.widths[-1], classes, not adapter.norm)
-    return UPerNetHead(adapter.widths, adapter.strides, classes, width, aux, norm)
+class Neck(nn.Module):
+    """Scales four maps to the strides s/4, s/2, s and 2s, where s is the stride of the third.
+
+    The maps of plain transformers all have one stride. Transposed convolutions enlarge and max-pooling reduces them, as
+    in MMSegmentation's Feature2Pyramid. Maps with these strides stay as they are.
+    """
+
+    def __init__(self, widths: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        pyramid = (strides[2] / 4, strides[2] / 2, strides[2], strides[2] * 2)
+        factors = [stride / target for stride, target in zip(strides, pyramid, strict=True)]
+        self.scales = nn.ModuleList([self._scale(width, factor) for width, factor in zip(widths, factors, strict=True)])
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the maps `(B, D, h, w)` at those strides, finest first."""
+        return [scale(feature_map) for scale, feature_map in zip(self.scales, maps, strict=True)]
+
+    @staticmethod
+    def _scale(width: int, factor: float) -> nn.Module:
+        def twice() -> nn.Module:
+            return nn.ConvTranspose2d(width, width, 2, stride=2)
+
+        if factor == 4:
+            return nn.Sequential(twice(), nn.BatchNorm2d(width), nn.GELU(), twice())
+        if factor == 2:
+            return twice()
+        if factor == 1:
+            return nn.Identity()
+        if factor == 0.5:
+            return nn.MaxPool2d(2, ceil_mode=True)  # keeps a single token
+        what = f"its maps can't form a pyramid: one would have to be scaled by {factor:g}"
+        raise UserError(what, "segment.head (--head)", "use --head linear, or another model")
 
 
-def _decoder(widths: Sequence[int], width: int) -> nn.Module:
-    try:
-        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-    except ImportError as error:
-        what = f"UPerNet needs a package that can't be imported: {error}"
-        tip = "install segmentation-models-pytorch 0.5 or 0.6, or use --head linear"
-        raise UserError(what, "segment.head (--head)", tip) from error
-    decoder: nn.Module = UPerNetDecoder([0, 0, *widths], encoder_depth=5, decoder_channels=width)
-    with_pools(decoder)
-    return decoder
+class Pool(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling, as matrix products if only deterministic kernels are allowed.
+
+    torch has no deterministic gradient of its own pooling on GPUs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `(B, C, parts, parts)` of maps `(B, C, H, W)`."""
+        if not torch.are_deterministic_algorithms_enabled():
+            pooled: Tensor = super().forward(input)
+            return pooled
+        down, across = (self._weights(side, input) for side in input.shape[2:])
+        return down @ input @ across.mT
+
+    def _weights(self, side: int, like: Tensor) -> Tensor:
+        """Return the weight of each place in the mean of each part, `(parts, side)`.
+
+        Part i reaches from floor(i side / parts) to ceil((i + 1) side / parts), so parts can overlap.
+        """
+        parts = self.output_size
+        assert isinstance(parts, int)
+        part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(side, device=like.device)
+        inside = (place >= part * side // parts) & (place < ((part + 1) * side + parts - 1) // parts)
+        return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
-def _fcn(width: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width, AUX_WIDTH, 3, padding=1, bias=False),
-        nn.BatchNorm2d(AUX_WIDTH),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(DROPOUT),
-        nn.Conv2d(AUX_WIDTH, classes, 1),
-    )
+def replace_modules(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Replace modules inside, at any depth, by what `replacement` returns unless it is None."""
+    for name, child in module.named_children():
+        if (new := replacement(child)) is not None:
+            setattr(module, name, new)
+        else:
+            replace_modules(child, replacement)
+
+
+def deterministic_pool(module: nn.Module) -> nn.Module | None:
+    """Return a `Pool` for a square adaptive average pooling; None for other modules."""
+    if isinstance(module, nn.AdaptiveAvgPool2d) and isinstance(module.output_size, int):
+        return Pool(module.output_size)
+    return None
+
+
+def group_norm(module: nn.Module) -> nn.GroupNorm | None:
+    """Return a GroupNorm for a BatchNorm, with the most groups that divide its channels; None for other modules."""
+    if not isinstance(module, nn.BatchNorm2d):
+        return None
+    width = module.num_features
+    fitting = [count for count in range(1, MAX_GROUPS + 1) if width % count == 0 and width >= count * MIN_CHANNELS]
+    return nn.GroupNorm(max(fitting, default=1), width)
+
+
+def resolve_norm(segment: SegmentConfig, images: int) -> str | None:
+    """Return the norm of a head: the setting, else `batch`, or `group` if statistics would be of one image.
+
+    UPerNet pools each image to a single token, and a BatchNorm in training needs more than one value per channel.
+
+    Args:
+        segment: the section of the configuration. A linear head has no such norm, so its setting stays.
+        images: smallest number of images behind the statistics of a forward pass.
+
+    Raises:
+        UserError: the setting is `batch`, and statistics would be of one image.
+    """
+    if segment.head == "linear":
+        return segment.norm
+    if segment.norm == "batch" and images < 2:
+        what = "with one image per forward pass, a BatchNorm of UPerNet's pooled map has nothing to average"
+        raise UserError(what, "segment.norm (--head-norm)", "use --head-norm group, or more images")
+    return segment.norm or ("batch" if images > 1 else "group")

@@ -1,32 +1,33 @@
-"""A backbone with a head: images to the logits of their pixels."""
+"""The segmentation model: images to the logits of their pixels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdvit.config.schema import Config, SegmentConfig
-from pdvit.models.build import checkpoint_activations, create_model, sketch_model
-from pdvit.models.layers import image_size_of
-from pdvit.models.memory import check_fits
-from pdvit.models.reading import Tap, layer_numbers, layers_to_read, tapped, taps_at
-from pdvit.models.segmentation.backbone import MODEL, Adapter, arguments_of, look_at, prune
-from pdvit.models.segmentation.heads import make_head
+from pdvit.models.build import check_memory, checkpoint_activations, create_model, sketch_model
+from pdvit.models.layers import MODEL, image_size_of
+from pdvit.models.segmentation.backbone import LINEAR, Adapter, arguments_of, make_adapter, prune
+from pdvit.models.segmentation.heads import LinearHead, UPerNetHead
+from pdvit.models.tokens import Tap, layer_numbers, layers_to_read, tapped, taps_at
 from pdvit.models.wrapper import Wrapper
 
+# Prefix of the head's weights.
+HEAD = "head."
 # The terms that see tokens; `config.resolve` refuses the mixing term, which needs the class of every patch.
 TOKEN_TERMS = ("cosine", "contrastive", "koleo", "spectral")
 
 
 class SegmentOutput(NamedTuple):
-    """A forward pass.
+    """The result of a forward pass.
 
     Attributes:
         logits: `(B, C, h, w)` on the head's grid, which covers the padded images: see `Segmenter.resize`.
-        aux: those of the auxiliary head `(B, C, h', w')`, in training; else None.
-        first, last: patch tokens `(B, N, D)` that the terms compare, or None where no term does.
+        aux: logits `(B, C, h', w')` of the auxiliary head in training, else None.
+        first, last: patch tokens `(B, N, D)` that the terms compare, or None without terms.
         others: patch tokens of more layers, for the cosine term.
     """
 
@@ -38,15 +39,15 @@ class SegmentOutput(NamedTuple):
 
 
 class Segmenter(Wrapper):
-    """A timm backbone with a head.
+    """A timm backbone with a segmentation head.
 
     Args:
-        backbone: a bare timm model, pruned: see `backbone.prune`.
+        backbone: a bare timm model, pruned by `backbone.prune`.
         adapter: how its maps are read.
         classes: number of classes.
-        segment: kind, width, norm and auxiliary head; the crop's side is set.
-        tokens: first, last and more layers, as `DiverseModel` takes them, where a term compares tokens. Last is behind
-            the final norm only where the head is, which is `linear`'s.
+        segment: the head's type, width, norm and auxiliary head.
+        tokens: first, last and more layers, as in `DiverseModel`, if a term compares tokens. Last is after the final
+            norm only if the linear head is.
 
     Raises:
         UserError: the maps do not fit the head, or the layers can't be compared.
@@ -63,10 +64,13 @@ class Segmenter(Wrapper):
         tokens: tuple[str | int, str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        assert segment.head is not None, "this is for segmentation alone"
         norm = segment.norm or "batch"
         self.backbone, self.adapter, self.segment = backbone, adapter, replace(segment, norm=norm)
-        self.head = make_head(adapter, classes, segment.head, segment.width, segment.aux > 0, norm)
+        self.head: LinearHead | UPerNetHead
+        if segment.head == LINEAR:
+            self.head = LinearHead(adapter.widths[-1], classes, not adapter.norm)
+        else:
+            self.head = UPerNetHead(adapter.widths, adapter.strides, classes, segment.width, segment.aux > 0, norm)
         self.names: tuple[str, ...] = ()
         self.taps: dict[str, Tap] = {}
         if tokens is not None:
@@ -75,10 +79,7 @@ class Segmenter(Wrapper):
             self.taps = taps_at(layers.places, self.names)
 
     def forward(self, images: Tensor) -> SegmentOutput:
-        """Run backbone and head on normalized images `(B, 3, H, W)` of any size that the adapter takes.
-
-        Images are padded with zeros, below and to the right.
-        """
+        """Run the model on normalized images `(B, 3, H, W)`, padded with zeros below and to the right."""
         (height, width), (down, right) = images.shape[-2:], self.adapter.padded(*images.shape[-2:])
         if (down, right) != (height, width):
             images = F.pad(images, (0, right - width, 0, down - height))
@@ -89,51 +90,32 @@ class Segmenter(Wrapper):
         first, last, *others = (tokens[name] for name in self.names)
         return SegmentOutput(logits, aux, first, last, tuple(others))
 
-    def resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return logits `(B, C, h, w)` of images of this size at the same, `(B, C, *size)`.
-
-        Bilinear, `align_corners=False`. Logits cover the padded image: what lies outside of the image is cut off.
-        """
-        full = F.interpolate(logits, self.adapter.padded(*size), mode="bilinear", align_corners=False)
-        return full[..., : size[0], : size[1]]
-
     def _maps(self, images: Tensor) -> list[Tensor]:
         return self.adapter.maps(self.backbone, images)
+
+    def resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return logits `(B, C, *size)` of images of this size: bilinear (align_corners=False), without the padding."""
+        full = F.interpolate(logits, self.adapter.padded(*size), mode="bilinear", align_corners=False)
+        return full[..., : size[0], : size[1]]
 
 
 def build_segmenter(config: Config, classes: int) -> Segmenter:
     """Build the model of a resolved configuration with fresh weights.
 
-    Where a term other than mixing has a weight, the forward pass returns the tokens that it compares.
-
     Raises:
         UserError: timm can't build the backbone, pdvit can't read it, or its maps do not fit the head.
     """
-    model, diversity, segment = config.model, config.diversity, config.segment
-    assert model.name is not None, "resolve the configuration first"
+    name, arguments, segment, diversity = str(config.model.name), arguments_of(config), config.segment, config.diversity
+    sketch = sketch_model(name, arguments)
+    check_memory(sketch, MODEL)
+    adapter = make_adapter(sketch, str(segment.head))
+    backbone = create_model(name, arguments, MODEL)
+    prune(backbone, adapter)
+    segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
     tokens = None
     if any(getattr(diversity, term) for term in TOKEN_TERMS):
         tokens = (diversity.first or "block", diversity.last or "norm", layer_numbers(diversity.cosine_layers))
-    segmenter = make_segmenter(model.name, arguments_of(config), classes, segment, tokens)
-    if model.grad_checkpointing:
-        checkpoint_activations(segmenter.backbone)
+    segmenter = Segmenter(backbone, adapter, classes, segment, tokens)
+    if config.model.grad_checkpointing:
+        checkpoint_activations(backbone)
     return segmenter
-
-
-def make_segmenter(
-    name: str,
-    arguments: dict[str, Any],
-    classes: int,
-    segment: SegmentConfig,
-    tokens: tuple[str | int, str, Sequence[int]] | None = None,
-    where: str = MODEL,
-) -> Segmenter:
-    """Build a model with fresh weights from timm's name and arguments of its backbone. Raises UserError."""
-    assert segment.head is not None, "this is for segmentation alone"
-    sketch = sketch_model(name, arguments, where)
-    check_fits(sketch.state_dict().values(), where)
-    adapter = look_at(sketch, segment.head)
-    backbone = create_model(name, arguments, where)
-    prune(backbone, adapter)
-    segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
-    return Segmenter(backbone, adapter, classes, segment, tokens)

@@ -171,7 +171,7 @@ def test_an_image_of_one_patch_is_refused():
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
-    monkeypatch.setattr("pdvit.models.memory.available", lambda: 1000)
+    monkeypatch.setattr("pdvit.models.build.available_memory", lambda: 1000)
     with pytest.raises(UserError, match="too big for memory") as refused:
         build_model(VIT, SMALL, "here")
     assert refused.value.where == "here"

@@ -8,8 +8,9 @@ from pdvit.engine.update import make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.build import build_model
 from pdvit.models.families import family_of, modules_at
-from pdvit.models.freezing import _up_to_block, freeze
 from pdvit.models.tokens import DiverseModel
+from pdvit.models.wrapper import freeze
+from pdvit.models.wrapper import weights_up_to_block as _up_to_block
 
 VIT = {"depth": 3, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "img_size": 32, "num_classes": 3}
 
@@ -115,7 +116,7 @@ def test_the_optimizer_has_no_frozen_weight(weight_decay, layer_decay):
     assert inside == {id(weight) for weight in module.parameters() if weight.requires_grad}
 
 
-@pytest.mark.parametrize(("part", "what"), [("4", "there are no 4 blocks"), ("all", "no part"), ("-1", "no part")])
+@pytest.mark.parametrize(("part", "what"), [("4", "no 4 blocks"), ("all", "not a part"), ("-1", "not a part")])
 def test_what_is_no_part_is_refused(part, what):
     with pytest.raises(UserError, match=what):
         freeze(network(), part)

@@ -14,10 +14,13 @@ from pdvit.config import Config, build, resolve, to_dict
 from pdvit.config.resolve import with_crop
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments
-from pdvit.models.description import describe
-from pdvit.models.initial import begin, begin_from, fingerprint, settle
+from pdvit.models.checkpoints import export
+from pdvit.models.loading import apply_checkpoint_defaults as settle
+from pdvit.models.loading import fingerprint
+from pdvit.models.loading import load_pretrained as begin
+from pdvit.models.resolved_checkpoint import resolve_checkpoint as describe
 from pdvit.models.segmentation.segmenter import build_segmenter
-from pdvit.models.weights import export
+from pdvit.models.tokens import DiverseModel
 
 VIT = "vit_tiny_patch16_224"
 TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
@@ -105,7 +108,7 @@ def test_a_run_finds_its_weights_again(tmp_path, weights):
 def test_other_weights_than_those_of_the_configuration_are_refused(tmp_path):
     config = configured(saved(tmp_path / "a", make()))
     other = describe(saved(tmp_path / "b", make(seed=1)))
-    with pytest.raises(UserError, match="not those of this configuration"):
+    with pytest.raises(UserError, match="not that of the configuration"):
         settle(config, other)
 
 
@@ -163,7 +166,7 @@ def begun(path, classes, **sections):
     config = resolve(configured(path, **sections))
     torch.manual_seed(1)
     model = fresh(config, len(classes))
-    return model, begin_from(model, describe(path), classes)
+    return model, begin(DiverseModel(model, patch_head=False), describe(path), classes)
 
 
 def differing(a, b):
@@ -204,14 +207,14 @@ def test_a_norm_behind_the_pooling_is_fresh_and_the_old_one_left_over(tmp_path):
     source = make(num_classes=0)
     _, notes = begun(saved(tmp_path, source), CLASSES, model={"args": {"global_pool": "avg"}})
     assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
-    assert "left over: 2 (norm.bias, norm.weight)" in notes
+    assert "unexpected: 2 (norm.bias, norm.weight)" in notes
 
 
 @pytest.mark.parametrize(
     ("model", "what"),
     [
         ({"depth": 3}, "missing"),
-        ({"depth": 1}, "left over"),
+        ({"depth": 1}, "unexpected"),
         ({"width": 32}, "of another shape"),
         ({"args": {"qk_norm": True, "init_values": 0.1}}, "missing"),
     ],
@@ -230,7 +233,7 @@ def test_weights_that_would_stay_fresh_for_good_are_refused(tmp_path):
     model = make(seed=1)
     model.pos_embed.requires_grad_(False)
     with pytest.raises(UserError, match="pos_embed is not in the file"):
-        begin_from(model, describe(tmp_path / "x.pth", VIT), CLASSES)
+        begin(DiverseModel(model, patch_head=False), describe(tmp_path / "x.pth", VIT), CLASSES)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.norm1.weight", "norm.bias"])
@@ -240,13 +243,13 @@ def test_a_fresh_norm_of_the_backbone_is_refused_where_it_is_frozen(tmp_path, na
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     model = make(seed=1).requires_grad_(False)
     with pytest.raises(UserError, match=f"{name} is not in the file"):
-        begin_from(model, describe(tmp_path / "x.pth", VIT), CLASSES)
+        begin(DiverseModel(model, patch_head=False), describe(tmp_path / "x.pth", VIT), CLASSES)
 
 
 def test_a_fresh_norm_behind_the_pooling_may_be_frozen(tmp_path):
     model = make(global_pool="avg")
     model.requires_grad_(False).head.requires_grad_(True)
-    notes = begin_from(model, describe(saved(tmp_path, make(num_classes=0))), CLASSES)
+    notes = begin(DiverseModel(model, patch_head=False), describe(saved(tmp_path, make(num_classes=0))), CLASSES)
     assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
 
 
@@ -293,7 +296,7 @@ def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(tmp_path,
 def test_odd_claims_are_refused_by_the_name_of_the_file(tmp_path, changes):
     path = claiming(tmp_path, **changes)
     with pytest.raises(UserError) as caught:
-        begin_from(fresh(configured(path)), describe(path), CLASSES)
+        begin(DiverseModel(fresh(configured(path)), patch_head=False), describe(path), CLASSES)
     assert str(path) in caught.value.where
 
 
@@ -324,4 +327,6 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
         {"state_dict": state, "args": argparse.Namespace(model=VIT, model_kwargs=TINY, img_size=32)}, tmp_path / "x.pth"
     )
     with pytest.raises(UserError, match=r"1 \(blocks\.0\.attn\.qkv\.weight\) of its weights"):
-        begin_from(fresh(configured(tmp_path / "x.pth")), describe(tmp_path / "x.pth"), CLASSES)
+        begin(
+            DiverseModel(fresh(configured(tmp_path / "x.pth")), patch_head=False), describe(tmp_path / "x.pth"), CLASSES
+        )

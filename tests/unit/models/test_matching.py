@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from pdvit.errors import UserError
 from pdvit.models.build import build_model
-from pdvit.models.matching import choose, match
+from pdvit.models.matching import match_state_dict as match
+from pdvit.models.matching import select_weights as choose
 
 VIT = "vit_tiny_patch16_224"
 TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
@@ -34,7 +35,7 @@ def tensors(*prefixes, names=NAMES):
 )
 def test_the_prefix_says_which_weights_these_are(prefix, weights):
     found = choose(tensors(prefix) | {"optimizer.lr": torch.zeros(1)}, NAMES, None, "file")
-    assert (found.prefix, found.weights, found.others) == (prefix, weights, ())
+    assert (found.prefix, found.weights, found.rivals) == (prefix, weights, ())
     assert sorted(name for name in found.tensors if not name.startswith("optimizer")) == sorted(NAMES)
     assert len(found.outside) == (1 if prefix else 0)
 
@@ -43,7 +44,7 @@ def test_the_prefix_says_which_weights_these_are(prefix, weights):
 def test_of_two_the_moving_average_is_taken_unless_asked_otherwise(asked, number):
     found = choose(tensors("net.", "ema_net."), NAMES, asked, "file")
     assert found.tensors["a.weight"] == number
-    assert len(found.others) == 1
+    assert len(found.rivals) == 1
 
 
 @pytest.mark.parametrize("told", ["raw", "ema"])
@@ -75,7 +76,7 @@ def test_what_differs_is_named():
     state["head.bias"], state["more"] = torch.zeros(4), torch.zeros(1)
     del state["norm.weight"]
     found = match(state, model, "file")
-    assert (found.missing, found.misshapen, found.left) == (["norm.weight"], ["head.bias"], ["more"])
+    assert (found.missing, found.mismatched, found.unexpected) == (["norm.weight"], ["head.bias"], ["more"])
     assert found.resampled == []
     assert set(found.tensors) == set(model.state_dict()) - {"norm.weight", "head.bias"}
 
@@ -108,7 +109,7 @@ def test_another_resolution_is_what_timm_makes_of_it(tmp_path, name, before, aft
         theirs = timm.create_model(name, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **after)
     ours = build_model(name, after | {"num_classes": 3})
     found = match(source.state_dict(), ours, "file")
-    assert (found.missing, found.misshapen, found.left) == ([], [], [])
+    assert (found.missing, found.mismatched, found.unexpected) == ([], [], [])
     assert found.resampled
     assert all(any(part in name for part in resampled) for name in found.resampled)
     ours.load_state_dict(found.tensors)
@@ -118,7 +119,7 @@ def test_another_resolution_is_what_timm_makes_of_it(tmp_path, name, before, aft
 
 def test_what_timms_filter_chokes_on_is_refused():
     model = timm.create_model(VIT, **TINY, img_size=32, num_classes=3)
-    with pytest.raises(UserError, match="can't be brought to a VisionTransformer"):
+    with pytest.raises(UserError, match="can't be converted to a VisionTransformer"):
         match(model.state_dict() | {"patch_embed.proj.weight": torch.zeros(5)}, model, "file")
 
 

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from pdvit.errors import UserError
-from pdvit.models import memory
+from pdvit.models import build as memory
 from pdvit.models.build import build_model
+from pdvit.models.checkpoints import export
 from pdvit.models.layers import image_size_of
-from pdvit.models.weights import export, load
+from tests.unit.models.support import load
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
@@ -217,7 +218,7 @@ def test_a_damaged_file_is_refused(tmp_path, files, damage):
     file = tmp_path / "model.safetensors"
     file.write_bytes(damaged(files["model.safetensors"])[damage])
     error = refuse(file)
-    assert "not a whole safetensors file" in error.what
+    assert "the safetensors file is damaged" in error.what
     assert error.where == str(file)
 
 
@@ -402,7 +403,7 @@ def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path
 def test_a_model_is_refused_before_it_takes_memory_that_is_not_there(tmp_path, monkeypatch, files):
     folder, size = write(tmp_path / "run", files), sum(value.numel() * 4 for value in make().state_dict().values())
     sizes = iter([2**40, size - 1])  # enough for the file, and nearly for the model
-    monkeypatch.setattr(memory, "available", lambda: next(sizes))
-    monkeypatch.setattr("pdvit.models.weights.create_model", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(memory, "available_memory", lambda: next(sizes))
+    monkeypatch.setattr("pdvit.models.loading.create_model", lambda *_: pytest.fail("it was built"))
     with pytest.raises(UserError, match="too big for memory"):
         load(folder)

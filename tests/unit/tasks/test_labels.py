@@ -3,12 +3,12 @@ from types import SimpleNamespace
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.models.weights import Loaded
+from pdvit.models.loading import LoadedModel
 from pdvit.tasks.labels import label_names, match_classes
 
 
-def checkpoint(classes: int, **config: object) -> Loaded:
-    return Loaded(SimpleNamespace(num_classes=classes), "net", config)
+def checkpoint(classes: int, **config: object) -> LoadedModel:
+    return LoadedModel(SimpleNamespace(num_classes=classes), "net", config)
 
 
 def test_the_names_are_in_the_configuration_or_in_timms_part_of_it():

@@ -11,13 +11,15 @@ from torch.nn import functional as F
 from pdvit.config import Config
 from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.checkpoints import HEADER_KEY
-from pdvit.models.description import describe
-from pdvit.models.initial import begin, fingerprint, settle
+from pdvit.models.checkpoints import HEADER_KEY, export
 from pdvit.models.layers import watch_layers
-from pdvit.models.segmentation.files import export_segmenter, load_segmenter
+from pdvit.models.loading import apply_checkpoint_defaults as settle
+from pdvit.models.loading import fingerprint
+from pdvit.models.loading import load_pretrained as begin
+from pdvit.models.resolved_checkpoint import resolve_checkpoint as describe
+from pdvit.models.segmentation.files import export_segmenter
 from pdvit.models.segmentation.segmenter import build_segmenter
-from pdvit.models.weights import export, load
+from tests.unit.models.support import load, load_segmenter
 
 CLASSES, PALETTE = ["ground", "cat", "dog"], [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
 NONE = DiversityConfig(preset="none", cosine=0.0, contrastive=0.0, mixing=0.0)
@@ -126,7 +128,7 @@ def test_the_names_in_the_file_are_of_backbone_and_head(run):
         (lambda told, _: told["pdvit"]["segment"].update(wings=2), "no key 'segment.wings'"),
         (lambda told, _: told["pdvit"]["segment"].pop("crop"), "no head or no crop"),
         (lambda told, _: told["pdvit"].update(segment="yes"), "is a section"),
-        (lambda told, _: told["pdvit"].pop("segment"), "no segmentation model"),
+        (lambda told, _: told["pdvit"].pop("segment"), "not a segmentation model"),
         (lambda told, _: told["pdvit"].update(palette=[[0, 0, 300]] * 3), "palette"),
         (lambda told, _: told["pdvit"].update(palette=[[0, 0, 0]]), "palette"),
         (
@@ -137,7 +139,7 @@ def test_the_names_in_the_file_are_of_backbone_and_head(run):
         (lambda told, _: told.update(architecture="os.system"), "no model named"),
         (lambda told, _: told["model_args"].update(pretrained=True), "can't be an argument"),
         (lambda _, tensors: tensors.pop("head.classifier.bias"), "lack 'head.classifier.bias'"),
-        (lambda _, tensors: tensors.pop("backbone.cls_token"), "lack 'backbone.cls_token'"),
+        (lambda _, tensors: tensors.pop("backbone.cls_token"), "lack 'cls_token'"),
         (lambda _, tensors: tensors.update({"head.more": torch.zeros(2)}), "unknown 'head.more'"),
     ],
 )
@@ -152,7 +154,7 @@ def test_a_classifier_is_no_segmentation_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(
         export(model, CLASSES, DATA | {"input_size": (3, 224, 224)}, "raw")["model.safetensors"]
     )
-    with pytest.raises(UserError, match=r"(?s)no segmentation model.*pdvit segment"):
+    with pytest.raises(UserError, match=r"(?s)not a segmentation model.*pdvit segment"):
         load_segmenter(tmp_path)
 
 
@@ -181,7 +183,7 @@ def test_the_head_is_taken_where_classes_and_kind_are_the_same(run):
     notes = begin(segmenter, describe(run), CLASSES)
     theirs = make(seed=1).head.state_dict()
     assert notes[-1].startswith("head: ")
-    assert "the file's" in notes[-1]
+    assert "from the file" in notes[-1]
     assert all(torch.equal(value, theirs[name]) for name, value in segmenter.head.state_dict().items())
     assert segmenter.backbone.pos_embed.shape[1] == 37  # 6x6 patches and the class token: resampled
 
@@ -189,17 +191,17 @@ def test_the_head_is_taken_where_classes_and_kind_are_the_same(run):
 @pytest.mark.parametrize(
     ("classes", "options", "why"),
     [
-        (["ground", "cat", "cow"], {}, "has other classes"),
-        (["one", "two"], {}, "has other classes"),
-        (CLASSES, {"head": "linear"}, "is of another kind, upernet"),
-        (CLASSES, {"width": 32}, "has other shapes"),
+        (["ground", "cat", "cow"], {}, "other classes"),
+        (["one", "two"], {}, "other classes"),
+        (CLASSES, {"head": "linear"}, "another upernet head"),
+        (CLASSES, {"width": 32}, "another upernet head"),
     ],
 )
 def test_another_head_stays_fresh_and_that_is_said(run, classes, options, why):
     segmenter = build_segmenter(config(**options), len(classes))
     before = weights_of(segmenter.head)
     notes = begin(segmenter, describe(run), classes)
-    assert notes[-1] == f"head: fresh, as the file's {why}"
+    assert notes[-1] == f"head: fresh, because the file has {why}"
     assert all(torch.equal(before[name], value) for name, value in segmenter.head.state_dict().items())
 
 

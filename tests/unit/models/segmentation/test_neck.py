@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pdvit.errors import UserError
-from pdvit.models.segmentation.neck import Neck
+from pdvit.models.segmentation.heads import Neck
 
 
 def maps(strides, side=64, width=4):

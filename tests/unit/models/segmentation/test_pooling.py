@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdvit.models.segmentation.pooling import Pool, with_pools
+from pdvit.models.segmentation.heads import Pool, deterministic_pool, replace_modules
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_it_is_torch_s_own_unless_deterministic_kernels_are_asked_for():
     maps, names = torch.randn(1, 2, 7, 8), list(module.state_dict())
     assert not torch.are_deterministic_algorithms_enabled()
     expected = module(maps)
-    with_pools(module)
+    replace_modules(module, deterministic_pool)
     assert isinstance(module[0][0], Pool)
     assert torch.equal(module(maps), expected)
     assert list(module.state_dict()) == names

@@ -16,9 +16,9 @@ from pdvit.config import Config
 from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.losses import Objective
-from pdvit.models.freezing import freeze
 from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
 from pdvit.models.tokens import TokenOutput
+from pdvit.models.wrapper import freeze
 
 NONE = DiversityConfig(preset="none", cosine=0.0, contrastive=0.0, mixing=0.0)
 TERMS = replace(NONE, cosine=1.0, contrastive=1.0)
@@ -145,7 +145,7 @@ def test_a_backbone_of_one_size_takes_smaller_images_and_refuses_larger_ones():
     segmenter = build_segmenter(family("hiera_tiny_224"), 5).eval()
     assert not segmenter.adapter.any_size
     assert segmenter.resize(segmenter(images(1, 20, 64)).logits, (20, 64)).shape == (1, 5, 20, 64)
-    with pytest.raises(UserError, match=r"(?s)images of 64x64 alone.*eval-mode slide"):
+    with pytest.raises(UserError, match=r"(?s)images of 64x64 only.*eval-mode slide"):
         segmenter(images(1, 65, 64))
 
 
@@ -337,7 +337,7 @@ def test_a_segmenter_says_where_its_timm_model_is():
 
 
 def test_a_backbone_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
-    monkeypatch.setattr("pdvit.models.memory.available", lambda: 1000)
+    monkeypatch.setattr("pdvit.models.build.available_memory", lambda: 1000)
     with pytest.raises(UserError, match="too big for memory"):
         build_segmenter(config(), 3)
     with torch.device("meta"):  # takes no memory

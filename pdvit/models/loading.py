@@ -1,0 +1,256 @@
+"""Models from checkpoints: loaded whole, or as the initial weights of a run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdvit.config import Config, build, to_dict
+from pdvit.config.schema import DataConfig, ModelConfig
+from pdvit.errors import UserError
+from pdvit.models.build import check_memory, create_model, sketch_model
+from pdvit.models.families import family_of
+from pdvit.models.matching import StateDictMatch, match_state_dict
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
+from pdvit.models.segmentation.backbone import arguments_of, prune
+from pdvit.models.segmentation.segmenter import HEAD, Segmenter
+from pdvit.models.wrapper import Wrapper
+
+# Keys of the configuration for the sizes of plain models, by timm's arguments.
+PLAIN_KEYS = {"depth": "depth", "embed_dim": "width", "num_heads": "heads", "patch_size": "patch_size"}
+# At most this fraction of the backbone's weights can be missing in the file, and as many can be unexpected.
+MAX_DIFFERENCE = 0.1
+# Modules between tokens and classes beside the classifier, and the norms among them.
+HEADS = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
+POOLED_NORMS = ("fc_norm.", "head.norm.")
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A timm model with the weights of a checkpoint, in evaluation mode.
+
+    Attributes:
+        model: of a segmentation model, the backbone.
+        name: the checkpoint's name.
+        config: contents of its config.json.
+        weights: `raw`, `ema` or `unknown`.
+        architecture, arguments: timm's name and arguments of the model.
+    """
+
+    model: nn.Module
+    name: str
+    config: dict[str, Any]
+    weights: str = "unknown"
+    architecture: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_random_weights(self, seed: int = 0) -> nn.Module:
+        """Return the model with timm's initialisation, on the CPU; torch's generators keep their state."""
+        where = f"{self.architecture} with random weights"
+        check_memory(self.model, where)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return create_model(self.architecture, dict(self.arguments), where).eval()
+
+
+def load_model(checkpoint: ResolvedCheckpoint) -> LoadedModel:
+    """Build a checkpoint's model with its weights; raises UserError if they differ, or memory does not suffice."""
+    where, selected = checkpoint.where, checkpoint.selected
+    match = match_state_dict(selected.tensors, checkpoint.sketch, where)
+    refuse_difference(match, where)  # before the model takes memory
+    check_memory(checkpoint.sketch, where)
+    model = create_model(checkpoint.architecture, checkpoint.arguments, where)
+    if checkpoint.adapter is not None:
+        prune(model, checkpoint.adapter)
+    model.load_state_dict(match.tensors)
+    checkpoint.set_preprocessing(model)
+    architecture, arguments = checkpoint.architecture, checkpoint.arguments
+    return LoadedModel(model.eval(), checkpoint.name, checkpoint.config, selected.weights, architecture, arguments)
+
+
+def refuse_difference(match: StateDictMatch, where: str) -> None:
+    """Raise UserError unless names and shapes are exactly those of the model."""
+    shapes = sorted([*match.mismatched, *match.resampled])
+    for names, verb in (
+        (match.missing, "lack"),
+        (match.unexpected, "hold an unknown"),
+        (shapes, "have another shape of"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            tip = "the file has another architecture; name the right one with --model"
+            raise UserError(f"the weights {verb} '{names[0]}'{more}", where, tip)
+
+
+def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:
+    """Fill unset model, image and weight settings from the checkpoint, so that the run no longer needs its file.
+
+    A configuration with a hash of its initial weights (from run.toml) is complete; the hash must be the checkpoint's.
+    Values from the checkpoint pass the configuration's checks, and its model's shapes are compared with its tensors.
+
+    Raises:
+        UserError: the hash differs, a value is invalid, images are not square, or weights and model differ too much.
+    """
+    digest, known = fingerprint(checkpoint), config.model.init_hash
+    if known not in (None, digest):
+        what = f"the hash of the weights is {digest}, not that of the configuration: {known}"
+        raise UserError(what, checkpoint.where, "restore the file, or name it again with --init and without --config")
+    path = os.path.expanduser(str(config.model.init).removeprefix("local-dir:"))
+    init = os.path.abspath(path) if os.path.exists(path) else config.model.init
+    config = replace(config, model=replace(config.model, init=init, init_hash=digest))
+    if known is not None:
+        return config
+    weights = checkpoint.selected.weights
+    model = replace(config.model, weights=None if weights == "unknown" else weights)
+    config = replace(config, model=_model_defaults(model, checkpoint), data=_data_defaults(config, checkpoint))
+    build((checkpoint.where, to_dict(config)))
+    sketch = sketch_model(str(config.model.name), arguments_of(config), checkpoint.where)
+    _match_backbone(checkpoint, sketch)
+    return config
+
+
+def fingerprint(checkpoint: ResolvedCheckpoint) -> str:
+    """Return a hash of the weights: names, types, shapes and values."""
+    digest = sha256()
+    head = {} if checkpoint.segment is None else checkpoint.selected.outside
+    for name, value in sorted([*checkpoint.selected.tensors.items(), *head.items()]):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_defaults(model: ModelConfig, checkpoint: ResolvedCheckpoint) -> ModelConfig:
+    """Return the model section with the checkpoint's architecture, unless the user names another."""
+    # The data set the number of classes, data.img_size the size; unset values and three channels are the defaults.
+    arguments = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in checkpoint.arguments.items()
+        if not (value is None or key in ("num_classes", "img_size") or (key, value) == ("in_chans", 3))
+    }
+    drop_path = arguments.pop("drop_path_rate", None)
+    if isinstance(drop_path, int | float) and model.drop_path is None:
+        model = replace(model, drop_path=float(drop_path))
+    if model.name not in (None, checkpoint.architecture):
+        return model
+    sizes: dict[str, Any] = {}
+    if family_of(checkpoint.sketch).plain:
+        for argument, key in PLAIN_KEYS.items():
+            if isinstance(arguments.get(argument), int):
+                size, own = arguments.pop(argument), getattr(model, key)
+                sizes[key] = size if own is None else own
+    return replace(model, name=checkpoint.architecture, args=arguments | (model.args or {}) or None, **sizes)
+
+
+def _data_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> DataConfig:
+    """Return the data section with the checkpoint's preprocessing; segmentation has no centre crop."""
+    defaults = dict(checkpoint.preprocessing)
+    if config.segment.head is not None:
+        defaults = {key: value for key, value in defaults.items() if key not in ("crop_pct", "crop_mode")}
+    size = checkpoint.arguments.get("img_size") or checkpoint.image_size
+    if isinstance(size, tuple):
+        if size[0] != size[1] and config.data.img_size is None:
+            what = f"the checkpoint takes images of {size[0]}x{size[1]}, and pdvit trains on square ones"
+            raise UserError(what, checkpoint.where, "set --img-size")
+        size = size[0]
+    defaults["img_size"] = size
+    return replace(config.data, **{key: value for key, value in defaults.items() if getattr(config.data, key) is None})
+
+
+def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: Sequence[str]) -> list[str]:
+    """Load a checkpoint's weights into the timm model of a network; return notes for the log.
+
+    The classifier stays fresh if number or names of classes differ. Positions and tables of relative positions are
+    resampled to the model's grid, patch embeddings to its patches. A segmentation model keeps the file's head if both
+    have the same head and classes.
+
+    Raises:
+        UserError: weights and model differ too much, weights are not finite, or fresh weights would be frozen.
+    """
+    model = network.inside
+    pruned = network.adapter.pruned if isinstance(network, Segmenter) else frozenset()
+    match = _match_backbone(checkpoint, model, pruned)
+    if checkpoint.classes is not None and checkpoint.classes != list(classes):
+        other = {name for name in match.tensors if name.startswith(_classifiers(model))}
+        kept = {name: value for name, value in match.tensors.items() if name not in other}
+        match = replace(match, tensors=kept, missing=[*match.missing, *other])
+    fresh = sorted([*match.missing, *match.mismatched])
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    # A fresh norm behind the pooling only normalizes; the classifier, which learns, scales its output.
+    if stuck := [name for name in fresh if name in frozen and not name.startswith(POOLED_NORMS)]:
+        what = f"{stuck[0]} is not in the file, and would stay fresh because it is frozen"
+        raise UserError(what, "model.freeze (--freeze)", "freeze less")
+    _refuse_not_finite(match.tensors, checkpoint.where)
+    model.load_state_dict(match.tensors, strict=False)
+    selected = checkpoint.selected
+    label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
+    under = f", found under '{selected.prefix}'" if selected.prefix else ""
+    counts = f"{len(match.tensors)} of {len(model.state_dict())} tensors"
+    notes = [f"initial weights: {checkpoint.name}{label}: {counts}{under}"]
+    if selected.rivals:
+        notes.append(f"the file holds others too ({', '.join(selected.rivals)}): choose by --weights raw or ema")
+    if selected.outside and checkpoint.segment is None:
+        notes.append(f"ignored: {len(selected.outside)} tensors elsewhere in the file")
+    groups = {"fresh": fresh, "resampled": match.resampled, "unexpected": match.unexpected}
+    notes += [f"{group}: {_listed(names)}" for group, names in groups.items() if names]
+    return [*notes, _load_head(network, checkpoint, classes)] if isinstance(network, Segmenter) else notes
+
+
+def _load_head(segmenter: Segmenter, checkpoint: ResolvedCheckpoint, classes: Sequence[str]) -> str:
+    """Load the head of another segmentation model if it fits; return a note."""
+    if checkpoint.segment is None:
+        return "head: fresh"
+    if checkpoint.classes != list(classes):
+        return "head: fresh, because the file has other classes"
+    own = segmenter.head.state_dict()
+    theirs = {name.removeprefix(HEAD): value for name, value in checkpoint.selected.outside.items()}
+    if checkpoint.segment.head != segmenter.segment.head or any(
+        name in theirs and theirs[name].shape != value.shape for name, value in own.items()
+    ):
+        return f"head: fresh, because the file has another {checkpoint.segment.head} head"
+    tensors = {name: value for name, value in theirs.items() if name in own}  # it can lack the auxiliary head
+    _refuse_not_finite(tensors, checkpoint.where)
+    segmenter.head.load_state_dict(tensors, strict=False)
+    return f"head: {len(tensors)} of {len(own)} tensors from the file"
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """Return the prefixes of the classifier's weights; a distilled model has two."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _match_backbone(
+    checkpoint: ResolvedCheckpoint, model: nn.Module, pruned: frozenset[str] = frozenset()
+) -> StateDictMatch:
+    """Match weights and model; raises UserError if too little of the backbone is in the file, or too much else."""
+    match, heads = (
+        match_state_dict(checkpoint.selected.tensors, model, checkpoint.where),
+        (*HEADS, *_classifiers(model)),
+    )
+    backbone = [name for name in model.state_dict() if not name.startswith(heads)]
+    lacking = [name for name in (*match.missing, *match.mismatched) if not name.startswith(heads)]
+    unexpected = [name for name in match.unexpected if not name.startswith(heads) and name not in pruned]
+    if max(len(lacking), len(unexpected)) <= MAX_DIFFERENCE * len(backbone):
+        return match
+    groups = {"missing": match.missing, "of another shape": match.mismatched, "unexpected": unexpected}
+    listed = "; ".join(f"{group}: {_listed(names)}" for group, names in groups.items() if names)
+    what = f"{len(backbone) - len(lacking)} of the backbone's {len(backbone)} weights are in the file ({listed})"
+    tip = "the file has another architecture; name the right one with --model, --depth, --width"
+    raise UserError(what, checkpoint.where, tip)
+
+
+def _refuse_not_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        what = f"{_listed(broken)} of its weights are infinite or not numbers"
+        raise UserError(what, where, "use an earlier checkpoint, or copy it again")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} ({', '.join(names[:LISTED])}{more})"
