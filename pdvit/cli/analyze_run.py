@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pdvit.analysis import Analysis, cka_between, describe, measure
 from pdvit.analysis.measure import select_metrics
-from pdvit.cli.checkpoint import config_of, with_progress
+from pdvit.cli.checkpoint import config_of
+from pdvit.cli.console import with_progress
 from pdvit.config import build
 from pdvit.data.bad_images import BadImages
 from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs

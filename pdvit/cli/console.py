@@ -1,10 +1,16 @@
 """Where a command prints: standard output, or standard error if JSON goes to standard output."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sized
+from time import monotonic
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from pdvit.engine.terminal import RunConsole
+
+Batches = TypeVar("Batches", bound=Sized)
 
 
 def make_console(as_json: bool) -> "RunConsole":
@@ -17,3 +23,24 @@ def make_console(as_json: bool) -> "RunConsole":
 def log(console: "RunConsole", text: str) -> None:
     """Print text without markup, highlighting or wrapping."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":
+    """Yield batches, and show the number of images done, their rate and the time left."""
+    from pdvit.engine.terminal import Display
+
+    done, begun = 0, monotonic()
+    with Display(console, total, unit="image") as display:
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            display.show(done, what, done / max(monotonic() - begun, 1e-9), {})
+
+
+def cell(text: str) -> "Text":
+    """Return a name as a table cell: on one line, without markup or control characters."""
+    from rich.text import Text
+
+    from pdvit.data.sources.split import printable
+
+    return Text(printable(text))

@@ -1,76 +1,62 @@
-"""`pdvit eval`."""
+"""`pdvit eval`: the metrics of a checkpoint, for images or for pixels."""
 
 import json
+import math
 import os
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import (
-    BatchSize,
-    Device,
-    Model,
-    OnBadImage,
-    Opened,
-    Precision,
-    Weights,
-    Workers,
-    cell,
-    config_of,
-    open_checkpoint,
-    results_folder,
-    with_progress,
-)
-from pdvit.cli.console import log, make_console
-from pdvit.cli.pixels import Asked, measure_pixels, report_pixels
-from pdvit.cli.results import WORST, Evaluation, facts_of, first_of, share, split_named
+from pdvit.cli import checkpoint as ckpt
+from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.cli.runs import process_group
-from pdvit.errors import UserError
+from pdvit.errors import UserError, closest
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from pdvit.config.schema import SegmentConfig
     from pdvit.engine.distributed import Ranks
     from pdvit.engine.terminal import RunConsole
+    from pdvit.tasks.windows import Network, SlidingWindowConfig
 
-# The pictures that a segmentation leaves, see `tasks.pictures.prediction_pngs`.
-PICTURE = re.compile(r"\d{2,}-(image|truth|prediction)\.png")
+# The pictures of a segmentation, see `tasks.pictures.prediction_pngs`, and the classes that the terminal shows.
+PICTURE, WORST = re.compile(r"\d{2,}-(image|truth|prediction)\.png"), 10
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")
-    ],
+    checkpoint: ckpt.Checkpoint,
     data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="train, val or test; unset: that of the run's closing numbers.")
     ] = None,
-    model: Model = None,
-    weights: Weights = None,
+    model: ckpt.Model = None,
+    weights: ckpt.Weights = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
-    device: Device = "auto",
-    precision: Precision = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    on_bad_image: OnBadImage = None,
-    scales: Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")] = False,
+    device: ckpt.Device = "auto",
+    precision: ckpt.Precision = None,
+    batch_size: ckpt.BatchSize = None,
+    workers: ckpt.Workers = None,
+    on_bad_image: ckpt.OnBadImage = None,
+    multi_scale: ckpt.MultiScale = False,
+    flip: ckpt.Flip = False,
     mode: Annotated[
-        str | None,
-        typer.Option(
-            "--eval-mode", metavar="whole|slide", help="Segmentation: whole images, or windows; unset: as its run."
-        ),
+        str | None, typer.Option("--eval-mode", metavar="whole|slide", help="Segmentation; unset: the run's.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", help="Segmentation: pixels from window to window; unset: as its run.")
+        int | None, typer.Option("--stride", help="Segmentation: pixels from window to window; unset: the run's.")
     ] = None,
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as pdvit segment.")
+        str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as in pdvit segment.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Measure the first so many images.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate the first N images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
-    """Measure a checkpoint: accuracy, calibration and what is taken for what, or mIoU where it labels pixels."""
+    """Evaluate a checkpoint: accuracy, calibration and the confusion matrix, or the mIoU of a segmentation model."""
     with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         log(console, f"opening {checkpoint} ...")
@@ -78,127 +64,175 @@ def evaluate(
         from pdvit.models.checkpoints import name_of
 
         ranks = init_process_group()
-        folder = results_folder(path, out, "eval", name_of(path))
-        opened = open_checkpoint(
-            path,
-            model,
-            ranks,
-            weights=weights,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            workers=workers,
-            source=data,
-            on_bad_image=on_bad_image,
-        )
-        if data is None and config_of(path) is None:
-            made = "scenes" if opened.labels_pixels else "digits"
-            tip = f"name a source: --data {made}, --data FOLDER"
-            raise UserError("nothing says on which images", checkpoint, tip)
-        if opened.labels_pixels:
-            asked = Asked(split, limit, scales, flip, mode, stride, classes, data)
-            found = measure_pixels(opened, path, asked, console, ranks)
-        elif scales or flip or any(option is not None for option in (mode, stride, classes)):
-            what = "the checkpoint labels images, not pixels"
-            tip = "leave them out: they are for segmentation"
-            raise UserError(what, "--ms, --flip, --eval-mode, --stride, --classes", tip)
-        else:
-            found = _measure(opened, path, split, limit, console, ranks)
+        folder = ckpt.results_folder(path, out, "eval", name_of(path))
+        loading = {"source": data, "batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image}
+        run = {"device": device, "precision": precision}
+        opened = ckpt.open_checkpoint(path, ranks, model, weights, data=loading, run=run)
+        if data is None and ckpt.config_of(path) is None:
+            tip = f"name a source: --data {'scenes' if opened.segmenter else 'digits'}, --data FOLDER"
+            raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
+        flags = {"--ms": multi_scale, "--flip": flip, "--eval-mode": mode, "--stride": stride, "--classes": classes}
+        opened.refuse_segmentation_flags(flags)
+        views = None
+        if opened.segmenter:
+            segment = _segment_config(opened, mode, stride, classes, data)
+            views = segment, opened.windows(segment, multi_scale, flip)
+            if stride is not None and views[1].mode == "whole":
+                log(console, "note: --stride has no effect: images are evaluated whole")
+        numbers, table, files = _evaluate(opened, views, split, limit, console, ranks)
         if ranks.main:
-            file = _write(folder, found)
-            (report_pixels if opened.labels_pixels else _report)(found, file, console)
+            file = _write(folder, numbers, files)
+            _print(numbers, table, console)
+            names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
+            log(console, f"written  {file}, {names}")
+            log(console, f"next     pdvit plot {'segmentation' if views else 'confusion'} {folder}")
             if as_json:
-                print(json.dumps(found.facts | {"file": str(file)}, indent=2))
-            else:
-                log(console, f"next     pdvit plot {'segmentation' if opened.labels_pixels else 'confusion'} {folder}")
+                print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
 
 
-def _measure(
-    opened: Opened, path: Path, split: str | None, limit: int | None, console: "RunConsole", ranks: "Ranks"
-) -> Evaluation:
-    """Measure a split and return what came out, in numbers and by class."""
+def _segment_config(
+    opened: ckpt.OpenedCheckpoint, mode: str | None, stride: int | None, classes: str | None, data: str | None
+) -> "SegmentConfig":
+    """Return the checkpoint's settings with those of the command line; raises UserError for an invalid one."""
+    from pdvit.config import build
+
+    given: dict[str, Any] = {name: value for name, value in (("mode", mode), ("stride", stride)) if value is not None}
+    build(("the command line", {"segment": given}))
+    table = opened.config.segment.classes if data is None else None  # the run's table is for the run's data
+    assert opened.segmenter is not None
+    return replace(opened.segmenter.segment, classes=classes or table, **given)
+
+
+def _evaluate(
+    opened: ckpt.OpenedCheckpoint,
+    views: "tuple[SegmentConfig, SlidingWindowConfig] | None",
+    split: str | None,
+    limit: int | None,
+    console: "RunConsole",
+    ranks: "Ranks",
+) -> "tuple[dict[str, Any], pd.DataFrame, dict[str, bytes]]":
+    """Return the numbers of a split, its table by class, and the files to write; `views` belong to segmentation."""
+    import torch
+
     from pdvit.data.loader import eval_batches
+    from pdvit.data.masks.batches import eval_batches as mask_batches
+    from pdvit.data.masks.folders import open_masks
+    from pdvit.data.masks.split import MaskSplit
     from pdvit.data.sources import open_source
-    from pdvit.models.loading import LoadedModel
+    from pdvit.engine.device import device_name
+    from pdvit.tasks import metrics
     from pdvit.tasks.labels import match_classes
-    from pdvit.tasks.metrics import (
-        ClassificationMetric,
-        class_table,
-        confusion_table,
-        csv_bytes,
-        evaluate_classification,
-        unique_names,
-    )
+    from pdvit.tasks.pictures import prediction_pngs
+    from pdvit.tasks.segmentation import pixel_network
 
-    assert isinstance(opened.loaded, LoadedModel)
-    loaded = opened.loaded
-    source = open_source(opened.config.data)
-    order, matched = match_classes(loaded, source.classes, source.name)
-    name = split_named(source, split)
-    images = first_of(source.splits[name], limit)
-    batches = eval_batches(images, opened.loading)
-    net = loaded.model
-    scores = evaluate_classification(
-        net if order is None else lambda images: net(images)[:, order],
-        with_progress(batches, len(images) // ranks.world_size, console, name),
-        ClassificationMetric(len(source.classes), opened.device, confusion=True),
-        opened.config.run.precision,
-        ranks,
-    )
-    facts = {
-        **facts_of(opened, path, source, name, images, matched, scores),
-        "accuracy": scores.accuracy,
-        "accuracy_top5": scores.accuracy_top5,
-        "loss": scores.loss,
-        "calibration_error": scores.calibration_error,
-        "batch_size": opened.loading.batch_size,
+    config, loader, precision, model = opened.config, opened.loader, opened.config.run.precision, opened.loaded.model
+    source = open_masks(config.data, views[0]) if views else open_source(config.data)
+    order, matched = match_classes(opened.loaded, source.classes, source.name)
+    split = split or source.final_split
+    if split not in source.splits:
+        raise UserError(f"{source.name} has no split '{split}'", "--split", closest(split, source.splits))
+    images, classes = source.splits[split], metrics.unique_names(source.classes)
+    if limit is not None and limit < len(images):
+        images = images.take(torch.arange(limit))
+    network: Network = pixel_network(model) if views else model
+    ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
+    progress = partial(with_progress, total=len(images) // ranks.world_size, console=console, what=split)
+    scores: metrics.ClassificationScores | metrics.SegmentationScores
+    if views is None:
+        metric = metrics.ClassificationMetric(len(classes), opened.device, confusion=True)
+        batches = progress(eval_batches(images, loader))
+        scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
+        names = ("accuracy", "accuracy_top5", "loss", "calibration_error")
+        numbers = {name: getattr(scores, name) for name in names} | {"batch_size": loader.batch_size}
+        assert scores.confusion is not None
+        table = metrics.class_table(scores.confusion, classes)
+        files = {"eval.csv": table, "confusion.csv": metrics.confusion_table(scores.confusion, classes)}
+    else:
+        segment, windows = views
+        assert isinstance(images, MaskSplit)
+        pixels = metrics.SegmentationMetric(len(classes), opened.device)
+        batches = progress(mask_batches(images, loader, segment))
+        scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
+        table = metrics.class_table(scores.confusion, classes, scores.iou)
+        iou = {
+            name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou.tolist(), strict=True)
+        }
+        settings = {name: getattr(windows, name) for name in ("mode", "window", "stride", "scales", "flip")}
+        numbers = scores.record() | {"iou": iou} | settings
+        files = {"iou.csv": table}
+    if scores.broken:
+        raise opened.not_finite(f"{scores.broken} of {scores.images} images")
+    contents = {name: metrics.csv_bytes(content) for name, content in files.items()}
+    if views and ranks.main and isinstance(images, MaskSplit):
+        evaluated = replace(config, segment=views[0])
+        contents |= prediction_pngs(ordered, images, source, loader, evaluated, views[1])
+    metadata = ({"task": "segmentation"} if views else {}) | {
+        "checkpoint": str(opened.path),
+        "model": opened.loaded.name,
+        "weights": opened.loaded.weights,
+        "data": source.name,
+        "split": split,
+        "images": scores.images,
+        "bad_images": len(images) - scores.images,
+        "classes": len(classes),
+        "matched": matched,
+        "precision": precision,
+        "device": device_name(opened.device),
+        "processes": ranks.world_size,
     }
-    assert scores.confusion is not None
-    classes = unique_names(source.classes)
-    table = class_table(scores.confusion, classes)
-    tables = {"eval.csv": table, "confusion.csv": confusion_table(scores.confusion, classes)}
-    return Evaluation(facts, table, {name: csv_bytes(table) for name, table in tables.items()})
+    return metadata | numbers, table, contents
 
 
-def _write(folder: Path, found: Evaluation) -> Path:
-    """Write the files, and eval.json last; UserError where the place can't be written."""
+def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Path:
+    """Write the files, eval.json last, and remove the pictures of an earlier evaluation."""
     from pdvit.tracking import to_json, write_file, writing
 
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in (folder / "predictions").glob("*.png"):  # those of another evaluation are not this one's
-            if PICTURE.fullmatch(picture.name) and f"predictions/{picture.name}" not in found.files:
+        for picture in (folder / "predictions").glob("*.png"):
+            if PICTURE.fullmatch(picture.name) and f"predictions/{picture.name}" not in files:
                 picture.unlink()
-        for name, content in (found.files | {"eval.json": f"{to_json(found.facts)}\n".encode()}).items():
+        for name, content in (files | {"eval.json": f"{to_json(numbers)}\n".encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content)
     return folder / "eval.json"
 
 
-def _report(found: Evaluation, file: Path, console: "RunConsole") -> None:
-    """Print the numbers, and the classes that are told worst."""
+def _print(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
+    """Print the classes of lowest accuracy or IoU, and the metrics."""
     from rich.table import Table
 
     from pdvit.data.sources.split import printable
 
-    facts, table = found.facts, found.table
-    top5 = "" if facts["accuracy_top5"] is None else f", among the five most probable {facts['accuracy_top5']:.1%}"
-    images = f"{facts['images']:,} images of {printable(facts['data'])}"
-    worst = table.sort_values("accuracy", kind="stable").head(WORST)
-    of = f"the {WORST} worst of {len(table)} classes" if len(table) > WORST else "by class"
-    view = Table(title=of, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in ("class", "images", "accuracy", "precision", "most taken for"):
-        view.add_column(name, justify="left" if name in ("class", "most taken for") else "right")
-    for _, row in worst.iterrows():
-        wrong = cell(f"{row['confused_with']} ({row['confused']})" if row["confused"] else "-")
-        view.add_row(cell(row["class"]), str(row["images"]), share(row["accuracy"]), share(row["precision"]), wrong)
+    by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
+    title = f"the {WORST} of {len(table)} classes with the lowest {by}" if len(table) > WORST else "by class"
+    view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("class", count, *fractions, "most confused with"):
+        view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
+    for _, row in table.sort_values(by, kind="stable").head(WORST).iterrows():
+        wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
+        shown = (percent(row[name]) for name in fractions)
+        view.add_row(cell(row["class"]), f"{row[count]:,}", *shown, cell(wrong))
     console.print()
     console.print(view)
+    names = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
+    metrics = [f"{text} {percent(numbers[name])}" for name, text in names.items() if numbers.get(name) is not None]
+    metrics += [
+        f"{name.replace('_', ' ')} {numbers[name]:.3f}" for name in ("loss", "calibration_error") if name in numbers
+    ]
     log(
         console,
-        f"\n{facts['split']} accuracy {facts['accuracy']:.1%}{top5}, loss {facts['loss']:.3f}, "
-        f"calibration error {facts['calibration_error']:.3f} ({images})\n"
-        f"weights  {facts['weights']}; {facts['precision']} on {facts['device']}; classes matched {facts['matched']}\n"
-        f"written  {file}, eval.csv, confusion.csv",
+        f"\n{numbers['split']} {', '.join(metrics)} ({numbers['images']:,} images of {printable(numbers['data'])})",
     )
+    if by == "iou":
+        windows = f"windows of {numbers['window']}, {numbers['stride']} apart"
+        large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
+        mode = windows if numbers["mode"] == "slide" else f"whole images{large}"
+        log(console, f"views    {mode}; scales {numbers['scales']}{', mirrored too' if numbers['flip'] else ''}")
+    log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as a percentage, a dash if it is missing."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{fraction:.1%}"

@@ -1,161 +1,117 @@
-"""`pdvit predict`."""
+"""`pdvit predict`: labels of images as CSV, or masks and overlays as PNG."""
 
 import csv
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import (
-    BatchSize,
-    Device,
-    Model,
-    OnBadImage,
-    Opened,
-    Precision,
-    Weights,
-    Workers,
-    broken_logits,
-    cell,
-    open_checkpoint,
-    results_folder,
-    with_progress,
-)
-from pdvit.cli.console import log, make_console
-from pdvit.cli.pixels import predict_pixels
+from pdvit.cli import checkpoint as ckpt
+from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
+    from _csv import Writer
+
     from pdvit.data.bad_images import BadImages
     from pdvit.data.sources import FileSplit
     from pdvit.engine.terminal import RunConsole
-    from pdvit.tasks.classification import Prediction
+    from pdvit.tasks.windows import SlidingWindowConfig
 
-# Images up to which the terminal shows what was found.
+# Images up to which the terminal shows the labels; bad images that it names.
 FEW = 20
-BAD = ("error", "skip")
 TIP = "replace it, or leave such images out: --on-bad-image skip"
 
-Row = tuple[str, int, str, float]
+Row = tuple[str, int, str, float]  # image, rank, label, probability
+Predictions = Iterator[list[Row]]  # of each image
 
 
 def predict(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")
-    ],
+    checkpoint: ckpt.Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
-    top: Annotated[int, typer.Option("--top", min=1, help="How many labels per image, the most probable first.")] = 1,
-    on_bad_image: OnBadImage = "error",
-    model: Model = None,
-    weights: Weights = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Labels per image, the most probable first.")] = 1,
+    on_bad_image: ckpt.OnBadImage = "error",
+    model: ckpt.Model = None,
+    weights: ckpt.Weights = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="The CSV file, - is standard output; of masks the folder.")
+        str | None, typer.Option("--out", help="The CSV file, - for standard output; the folder of masks.")
     ] = None,
-    device: Device = "auto",
-    precision: Precision = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    scales: Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")] = False,
+    device: ckpt.Device = "auto",
+    precision: ckpt.Precision = None,
+    batch_size: ckpt.BatchSize = None,
+    workers: ckpt.Workers = None,
+    multi_scale: ckpt.MultiScale = False,
+    flip: ckpt.Flip = False,
 ) -> int:
-    """Label images: the most probable classes with their probabilities, as CSV; or every pixel, as PNG masks."""
-    if on_bad_image not in BAD:
-        raise UserError(f"'{on_bad_image}' is not known here", "--on-bad-image", f"choose from: {', '.join(BAD)}")
+    """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
-    from pdvit.data.bad_images import BadImages
+    from pdvit.data.bad_images import NAMED, BadImages, refuse_bad
     from pdvit.data.image_sets import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import stop_on_signals
-    from pdvit.models.checkpoints import name_of
 
     files = image_files(images)
-    opened = open_checkpoint(
-        path,
-        model,
-        SINGLE_PROCESS,
-        weights=weights,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    bad = BadImages(skip=True)  # so that those of several batches are named together
-    if opened.labels_pixels:
-        folder = _folder(path, out, top, name_of(path))
-        return _masks(opened, files, folder, (scales, flip), bad, on_bad_image, console)
-    if scales or flip:
-        raise UserError("the checkpoint labels images, not pixels", "--ms, --flip", "leave them out")
-    file = None if out == "-" else _target(path, out, name_of(path))
-    labels = _labels(opened, top)
+    loading = {"batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image}
+    run = {"device": device, "precision": precision}
+    opened = ckpt.open_checkpoint(path, SINGLE_PROCESS, model, weights, data=loading, run=run)
+    opened.refuse_segmentation_flags({"--ms": multi_scale, "--flip": flip})
+    target = _target(opened, out, top)
+    skip, bad = on_bad_image == "skip", BadImages(skip=True)  # so that those of several batches are named together
+    opened = replace(opened, loader=replace(opened.loader, bad=bad))
     few: list[Row] = []
-    with stop_on_signals() as stop, _stream(file) as stream:  # SIGTERM too must not leave a part of a file
-        writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerow(("image", "rank", "label", "probability"))
-        for found in _predictions(opened, files, top, bad, on_bad_image == "skip", console):
+    if opened.segmenter:
+        windows = opened.windows(opened.segmenter.segment, multi_scale, flip)
+        predictions = _masks(opened, files, target or Path(), windows, bad)
+    else:
+        predictions = _labels(opened, files, top, console)
+    # SIGTERM too must not leave a partial file.
+    with stop_on_signals() as stop, nullcontext() if opened.segmenter else _csv_writer(target) as writer:
+        for rows in predictions:
             if stop:
                 raise KeyboardInterrupt
-            image = str(files.paths[found.image])
-            if not found.finite:
-                raise broken_logits(image, path, opened.config.run.precision)
-            best = zip(found.classes, found.probabilities, strict=True)
-            rows = [(image, rank, labels[label], share) for rank, (label, share) in enumerate(best, 1)]
-            writer.writerows(rows)
-            few += rows if len(files) <= FEW and file is not None else []
-    _report(few, len(files), bad.found, file, console)
+            if not skip and len(bad.found) >= NAMED:
+                break
+            if writer:
+                writer.writerows(rows)
+            few += rows if len(files) <= FEW and target else []
+        if not skip:
+            refuse_bad(bad.found, TIP)
+    written = target / "masks" if target and opened.segmenter else target
+    _print(few, len(files), bad.found, written, console)
     return 0
 
 
-def _masks(
-    opened: Opened,
-    files: "FileSplit",
-    folder: Path,
-    views: tuple[bool, bool],
-    bad: "BadImages",
-    on_bad_image: str,
-    console: "RunConsole",
-) -> int:
-    """Write a mask for every image, and the same over the image; UserError as `_predictions` has it."""
-    from pdvit.data.bad_images import refuse_bad
-    from pdvit.engine.terminal import stop_on_signals
+def _target(opened: ckpt.OpenedCheckpoint, out: str | None, top: int) -> Path | None:
+    """Return the CSV file to write, None for standard output; of a segmentation model the folder."""
+    from pdvit.models.checkpoints import name_of
 
-    with stop_on_signals() as stop:
-        for _ in with_progress(predict_pixels(opened, files, folder, views, bad), len(files), console, "images"):
-            if stop:
-                raise KeyboardInterrupt
-    if on_bad_image != "skip":
-        refuse_bad(bad.found, TIP)
-    _report([], len(files), bad.found, folder / "masks", console)
-    return 0
+    path = None if out in (None, "-") else Path(os.path.expanduser(str(out)))
+    if opened.segmenter:
+        if top > 1 or out == "-":
+            flag = "--out -" if out == "-" else f"--top {top}"
+            raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
+        folder = ckpt.results_folder(opened.path, path, "eval", name_of(opened.path))
+        return folder if path else folder / "predicted"
+    if out == "-":
+        return None
+    if path and os.path.isdir(path):
+        raise UserError("this is a folder", f"--out {out}", "name a file, for example predictions.csv")
+    folder = ckpt.results_folder(opened.path, path.parent if path else None, "eval", name_of(opened.path))
+    return path or folder / "predictions.csv"
 
 
-def _folder(path: Path, out: str | None, top: int, name: str) -> Path:
-    """Return the folder for masks; UserError where that can't be, or something is asked that masks do not have."""
-    if top > 1 or out == "-":
-        flag = "--out -" if out == "-" else f"--top {top}"
-        raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
-    folder = results_folder(path, None if out is None else Path(os.path.expanduser(out)), "eval", name)
-    return folder if out is not None else folder / "predicted"
-
-
-def _target(path: Path, out: str | None, name: str) -> Path:
-    """Return the file to write; UserError where that can't be."""
-    file = None if out is None else Path(os.path.expanduser(out))
-    if file is not None and os.path.isdir(file):
-        raise UserError("there is a folder of this name", f"--out {out}", "name a file, for example predictions.csv")
-    folder = results_folder(path, None if file is None else file.parent, "eval", name)
-    return file or folder / "predictions.csv"
-
-
-def _labels(opened: Opened, top: int) -> list[str]:
-    """Return the names of the checkpoint's classes, or their numbers; UserError where there are fewer than `top`."""
+def _labels(opened: ckpt.OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Predictions:
+    """Yield the most probable classes of each image with their probabilities."""
+    from pdvit.data.loader import eval_batches
     from pdvit.models.loading import LoadedModel
+    from pdvit.tasks import classification
     from pdvit.tasks.labels import label_names
 
     assert isinstance(opened.loaded, LoadedModel)
@@ -163,64 +119,100 @@ def _labels(opened: Opened, top: int) -> list[str]:
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):
         raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
-    return labels
+    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "images")
+    for found in classification.predict(model, batches, top, opened.config.run.precision):
+        image = str(files.paths[found.image])
+        if not found.finite:
+            raise opened.not_finite(image)
+        best = zip(found.classes, found.probabilities, strict=True)
+        yield [(image, rank, labels[label], probability) for rank, (label, probability) in enumerate(best, 1)]
 
 
-def _predictions(
-    opened: Opened, files: "FileSplit", top: int, bad: "BadImages", skip: bool, console: "RunConsole"
-) -> "Iterator[Prediction]":
-    """Yield what the model says of each image, and collect in `bad` what does not decode.
+def _masks(
+    opened: ckpt.OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig", bad: "BadImages"
+) -> Predictions:
+    """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
+    from pdvit.data.bad_images import BadImage
+    from pdvit.data.images import try_read
+    from pdvit.data.masks.table import default_palette
+    from pdvit.data.masks.transforms import EvaluationTransform
+    from pdvit.engine.device import autocast
+    from pdvit.tasks.pictures import overlay, palette_image, png, predict_mask
+    from pdvit.tasks.segmentation import pixel_network
+    from pdvit.tracking import write_file
 
-    Raises UserError for those, once there are as many as it names or at the end, unless they are skipped.
+    loaded, preprocessing = opened.segmenter, opened.loader.preprocessing
+    assert loaded is not None
+    palette, classes = loaded.palette or default_palette(len(loaded.classes)), len(loaded.classes)
+    transform = EvaluationTransform(loaded.segment.short_side, preprocessing.interpolation)
+    for index, name in enumerate(_mask_names(files)):
+        image = try_read(files, index)
+        if isinstance(image, BadImage):
+            bad.add([image])
+        else:
+            pixels = preprocessing.normalise(transform(image)[None].to(opened.device))
+            with autocast(opened.device, opened.config.run.precision):
+                size = (image.height, image.width)
+                mask = predict_mask(pixel_network(loaded.model), pixels, size, classes, windows)
+            pictures = {"masks": palette_image(mask, palette), "overlays": overlay(image, mask, palette)}
+            for part, picture in pictures.items():
+                file = folder / part / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_file(file, png(picture))
+        yield []
+
+
+def _mask_names(files: "FileSplit") -> list[Path]:
+    """Return the name of each image as a PNG, with the folders in which images of the same name differ.
+
+    Raises UserError if two differ in the ending only.
     """
-    from pdvit.data.bad_images import NAMED, refuse_bad
-    from pdvit.data.loader import eval_batches
-    from pdvit.tasks.classification import predict as run
-
-    batches = eval_batches(files, replace(opened.loading, bad=bad))
-    batches = with_progress(batches, len(files), console, "images")
-    for found in run(opened.loaded.model, batches, top, opened.config.run.precision):
-        if not skip and len(bad.found) >= NAMED:
-            break
-        yield found
-    if not skip:
-        refuse_bad(bad.found, TIP)
+    paths = [Path(os.path.abspath(path)) for path in files.paths]
+    names = [Path(path.stem + ".png") for path in paths]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(common).with_suffix(".png") for path in paths]
+    first = {name: index for index, name in reversed(list(enumerate(names)))}
+    if twice := next((path for index, path in enumerate(paths) if first[names[index]] < index), None):
+        what = f"two images would have the mask {twice.with_suffix('.png').name}"
+        raise UserError(what, str(twice), "label them one after another, each with its own --out")
+    return names
 
 
 @contextmanager
-def _stream(file: Path | None) -> Iterator[TextIO]:
-    """Open the file, which is there when it is whole, or standard output; names of any bytes stay as they are."""
+def _csv_writer(file: Path | None) -> "Iterator[Writer]":
+    """Open a CSV file, which appears when it is complete, or standard output; names of any bytes are kept."""
     from pdvit.tracking import new_file
 
-    with ExitStack() as stack:
-        if file is None:
-            stream: BinaryIO = sys.stdout.buffer
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(new_file(file))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext(sys.stdout.buffer) if file is None else new_file(file) as stream:
         text = TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
         try:
-            yield text
+            writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+            writer.writerow(("image", "rank", "label", "probability"))
+            yield writer
         finally:
             text.detach()
 
 
-def _report(rows: list[Row], images: int, bad: dict[str, str], file: Path | None, console: "RunConsole") -> None:
-    """Print what was found in a few images, what was left out, and where the rest stands."""
+def _print(rows: list[Row], images: int, bad: dict[str, str], target: Path | None, console: "RunConsole") -> None:
+    """Print the labels of a few images, the skipped images, and where the results are."""
     from rich.table import Table
 
     from pdvit.data.sources.split import printable
 
     if rows:
         view = Table(box=None, pad_edge=False, header_style="bold")
-        for name, justify in (("image", "left"), ("label", "left"), ("probability", "right")):
-            view.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for name in ("image", "label", "probability"):
+            view.add_column(name, justify="right" if name == "probability" else "left", overflow="fold")
         for image, rank, label, probability in rows:
             view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
         console.print(view)
     for name, reason in list(bad.items())[:FEW]:
         log(console, printable(f"skipped  {name} ({reason})"))
-    left, done = f", {len(bad):,} skipped that do not decode" if bad else "", images - len(bad)
-    log(console, f"{done:,} image{'s' if done != 1 else ''} labelled{left}")
-    if file is not None:
-        log(console, f"written  {file}")
+    count = images - len(bad)
+    skipped = f", {len(bad):,} skipped that do not decode" if bad else ""
+    log(console, f"{count:,} image{'s' if count != 1 else ''} labelled{skipped}")
+    if target:
+        log(console, f"written  {target}")

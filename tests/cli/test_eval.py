@@ -177,7 +177,7 @@ def test_class_names_of_any_kind_survive(tiny, workplace, image_folder, evaluate
 def test_the_terminal_shows_the_numbers_and_what_comes_next(run_copy, capsys):
     assert pdvit(["eval", str(run_copy), *CPU]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for text in ("test accuracy", "five most probable", "calibration error", "360 images of digits", "most taken for"):
+    for text in ("test accuracy", "top 5", "calibration error", "360 images of digits", "most confused with"):
         assert text in shown
     assert f"next pdvit plot confusion {run_copy}" in shown
 
