@@ -18,7 +18,7 @@ from pdvit.tracking import RUNS
 from pdvit.tracking.environment import describe_cpu, installed_version
 
 REQUIRED: tuple[str, ...] = ("torch", "torchvision", "timm", "safetensors", "typer", "rich", "pandas", "matplotlib")
-REQUIRED += ("scipy", "scikit-learn", "pillow", "jinja2", "tomli-w", "segmentation-models-pytorch")
+REQUIRED += ("scipy", "scikit-learn", "pillow", "psutil", "jinja2", "tomli-w", "segmentation-models-pytorch")
 EXTRAS, GIB = ("tensorboard", "wandb", "trackio"), 2**30
 
 
