@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli import checkpoint as ckpt
+from pdvit.cli.checkpoint import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Flip,
+    Model,
+    MultiScale,
+    OnBadImage,
+    OpenedCheckpoint,
+    Precision,
+    Weights,
+    Workers,
+    config_of,
+    open_checkpoint,
+    results_folder,
+)
 from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.cli.runs import process_group
 from pdvit.errors import UserError, closest
@@ -29,21 +44,21 @@ PICTURE, WORST = re.compile(r"\d{2,}-(image|truth|prediction)\.png"), 10
 
 
 def evaluate(
-    checkpoint: ckpt.Checkpoint,
+    checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="train, val or test; unset: that of the run's closing numbers.")
     ] = None,
-    model: ckpt.Model = None,
-    weights: ckpt.Weights = None,
+    model: Model = None,
+    weights: Weights = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
-    device: ckpt.Device = "auto",
-    precision: ckpt.Precision = None,
-    batch_size: ckpt.BatchSize = None,
-    workers: ckpt.Workers = None,
-    on_bad_image: ckpt.OnBadImage = None,
-    multi_scale: ckpt.MultiScale = False,
-    flip: ckpt.Flip = False,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    on_bad_image: OnBadImage = None,
+    multi_scale: MultiScale = False,
+    flip: Flip = False,
     mode: Annotated[
         str | None, typer.Option("--eval-mode", metavar="whole|slide", help="Segmentation; unset: the run's.")
     ] = None,
@@ -64,11 +79,11 @@ def evaluate(
         from pdvit.models.checkpoints import name_of
 
         ranks = init_process_group()
-        folder = ckpt.results_folder(path, out, "eval", name_of(path))
+        folder = results_folder(path, out, "eval", name_of(path))
         loading = {"source": data, "batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image}
         run = {"device": device, "precision": precision}
-        opened = ckpt.open_checkpoint(path, ranks, model, weights, data=loading, run=run)
-        if data is None and ckpt.config_of(path) is None:
+        opened = open_checkpoint(path, ranks, model, weights, data=loading, run=run)
+        if data is None and config_of(path) is None:
             tip = f"name a source: --data {'scenes' if opened.segmenter else 'digits'}, --data FOLDER"
             raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
         flags = {"--ms": multi_scale, "--flip": flip, "--eval-mode": mode, "--stride": stride, "--classes": classes}
@@ -92,7 +107,7 @@ def evaluate(
 
 
 def _segment_config(
-    opened: ckpt.OpenedCheckpoint, mode: str | None, stride: int | None, classes: str | None, data: str | None
+    opened: OpenedCheckpoint, mode: str | None, stride: int | None, classes: str | None, data: str | None
 ) -> "SegmentConfig":
     """Return the checkpoint's settings with those of the command line; raises UserError for an invalid one."""
     from pdvit.config import build
@@ -105,7 +120,7 @@ def _segment_config(
 
 
 def _evaluate(
-    opened: ckpt.OpenedCheckpoint,
+    opened: OpenedCheckpoint,
     views: "tuple[SegmentConfig, SlidingWindowConfig] | None",
     split: str | None,
     limit: int | None,

@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli import checkpoint as ckpt
+from pdvit.cli.checkpoint import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Flip,
+    Model,
+    MultiScale,
+    OnBadImage,
+    OpenedCheckpoint,
+    Precision,
+    Weights,
+    Workers,
+    open_checkpoint,
+    results_folder,
+)
 from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.errors import UserError
 
@@ -33,21 +47,21 @@ Predictions = Iterator[list[Row]]  # of each image
 
 
 def predict(
-    checkpoint: ckpt.Checkpoint,
+    checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Labels per image, the most probable first.")] = 1,
-    on_bad_image: ckpt.OnBadImage = "error",
-    model: ckpt.Model = None,
-    weights: ckpt.Weights = None,
+    on_bad_image: OnBadImage = "error",
+    model: Model = None,
+    weights: Weights = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The CSV file, - for standard output; the folder of masks.")
     ] = None,
-    device: ckpt.Device = "auto",
-    precision: ckpt.Precision = None,
-    batch_size: ckpt.BatchSize = None,
-    workers: ckpt.Workers = None,
-    multi_scale: ckpt.MultiScale = False,
-    flip: ckpt.Flip = False,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    multi_scale: MultiScale = False,
+    flip: Flip = False,
 ) -> int:
     """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
@@ -60,7 +74,7 @@ def predict(
     files = image_files(images)
     loading = {"batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image}
     run = {"device": device, "precision": precision}
-    opened = ckpt.open_checkpoint(path, SINGLE_PROCESS, model, weights, data=loading, run=run)
+    opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, data=loading, run=run)
     opened.refuse_segmentation_flags({"--ms": multi_scale, "--flip": flip})
     target = _target(opened, out, top)
     skip, bad = on_bad_image == "skip", BadImages(skip=True)  # so that those of several batches are named together
@@ -88,7 +102,7 @@ def predict(
     return 0
 
 
-def _target(opened: ckpt.OpenedCheckpoint, out: str | None, top: int) -> Path | None:
+def _target(opened: OpenedCheckpoint, out: str | None, top: int) -> Path | None:
     """Return the CSV file to write, None for standard output; of a segmentation model the folder."""
     from pdvit.models.checkpoints import name_of
 
@@ -97,17 +111,17 @@ def _target(opened: ckpt.OpenedCheckpoint, out: str | None, top: int) -> Path | 
         if top > 1 or out == "-":
             flag = "--out -" if out == "-" else f"--top {top}"
             raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
-        folder = ckpt.results_folder(opened.path, path, "eval", name_of(opened.path))
+        folder = results_folder(opened.path, path, "eval", name_of(opened.path))
         return folder if path else folder / "predicted"
     if out == "-":
         return None
     if path and os.path.isdir(path):
         raise UserError("this is a folder", f"--out {out}", "name a file, for example predictions.csv")
-    folder = ckpt.results_folder(opened.path, path.parent if path else None, "eval", name_of(opened.path))
+    folder = results_folder(opened.path, path.parent if path else None, "eval", name_of(opened.path))
     return path or folder / "predictions.csv"
 
 
-def _labels(opened: ckpt.OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Predictions:
+def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Predictions:
     """Yield the most probable classes of each image with their probabilities."""
     from pdvit.data.loader import eval_batches
     from pdvit.models.loading import LoadedModel
@@ -129,7 +143,7 @@ def _labels(opened: ckpt.OpenedCheckpoint, files: "FileSplit", top: int, console
 
 
 def _masks(
-    opened: ckpt.OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig", bad: "BadImages"
+    opened: OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig", bad: "BadImages"
 ) -> Predictions:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.bad_images import BadImage

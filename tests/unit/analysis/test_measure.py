@@ -303,7 +303,7 @@ def test_attention_is_refused_for_windows_and_fused_attention_stays_on_otherwise
     assert seen
     assert all(block.attn.fused_attn for block in model.blocks)
     swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(1, 2), embed_dim=8)
-    with pytest.raises(UserError, match="attention of a SwinTransformer"):
+    with pytest.raises(UserError, match="SwinTransformer has no attention probabilities"):
         analyze(swin, pictures(), "attention")
 
 
