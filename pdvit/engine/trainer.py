@@ -33,7 +33,7 @@ from pdvit.engine.state import MetricAccumulator, TrainState
 from pdvit.engine.terminal import StopRequest
 from pdvit.engine.update import Updater, make_optimizer
 from pdvit.errors import UserError
-from pdvit.tracking import RunDirectory, Trackers, tracker_names
+from pdvit.tracking import RunDirectory, Trackers
 
 # Skipped steps in a row after which a run fails.
 # A float16 run first has to find its loss scale: 65,536, halved each time.
@@ -100,8 +100,7 @@ class Trainer:
         try:
             with logger.display, closing(self._batches()) as batches:
                 if self.ranks.main and self.config.run.track:
-                    names = tracker_names(self.config.run.track)
-                    logger.trackers = Trackers(names, directory.path, state.config, progress.step, logger.display.log)
+                    logger.trackers = Trackers(directory.path, state.config, progress.step, logger.display.log)
                 for batch in batches:
                     self.batch = batch
                     logger.timer.start("step")

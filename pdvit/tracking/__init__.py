@@ -1,4 +1,4 @@
-"""Run directories, their files and environment, and trackers."""
+"""The files of runs: directory, environment, trackers."""
 
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import (

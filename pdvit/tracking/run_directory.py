@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -14,12 +15,12 @@ from pdvit.errors import UserError
 
 RUNS = Path("runs")
 RECORDS, CHANGES = "metrics.jsonl", "changes.json"
-FREE = "check free space and permissions"
+FREE, OTHER = "check free space and permissions", "choose another --out"
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @contextmanager
-def writing(what: str, where: Path, tip: str = "choose another --out") -> Iterator[None]:
+def writing(what: str, where: Path, tip: str = OTHER) -> Iterator[None]:
     """Turn an OSError inside into a UserError: `what` can't be written."""
     try:
         yield
@@ -88,26 +89,23 @@ class RunDirectory:
     @classmethod
     def create(cls, out: str | None, name: str) -> "RunDirectory":
         """Make an empty run directory: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
-        if out is not None:
-            path = Path(os.path.expanduser(out))
-            if not out:
-                what = "the name of the run directory is empty"
-                raise UserError(what, "run.out (--out)", "leave it out, or name one")
-            if os.path.isfile(path):
-                raise UserError("there is a file of this name", str(path), "choose another --out")
-            if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-                tip = f"choose another --out, or resume that run: pdvit train --resume {out}"
+        if out == "" or (out is None and (name in ("", "..") or Path(name).name != name)):
+            raise UserError(
+                f"'{name if out is None else out}' is not a name", "run.name (--name), run.out (--out)", OTHER
+            )
+        path = RUNS / name if out is None else Path(os.path.expanduser(out))
+        for number in count(2):
+            with writing("the run directory", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                empty = out is not None and path.is_dir() and not any(path.iterdir())
+                with suppress(FileExistsError):
+                    path.mkdir(exist_ok=empty)
+                    break
+            if out is not None:
+                tip = f"{OTHER}, or resume that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
-            return cls(_make_folder(path))
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"'{name}' is not a name", "run.name (--name)", "give a path with --out instead")
-        number, path = 1, RUNS / name
-        while True:
-            if not os.path.lexists(path):
-                with suppress(FileExistsError):  # another process was faster
-                    return cls(_make_folder(path))
-            number += 1
             path = RUNS / f"{name}-{number}"
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
@@ -190,21 +188,6 @@ class RunDirectory:
 
     def _read_changes(self) -> list[dict[str, Any]]:
         return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
-
-
-def _make_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
-        # A folder can be made where files can't (a full disk, an odd mount): find out now.
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
-    except FileExistsError:
-        raise
-    except OSError as error:
-        what = f"the run directory can't be made: {error.strerror}"
-        raise UserError(what, str(path), "choose another --out") from error
-    return path
 
 
 def newest(marker: str, root: Path = RUNS) -> list[Path]:

@@ -13,7 +13,6 @@ import pytest
 from pdvit.errors import UserError
 from pdvit.tracking import Trackers, tracker_names
 from pdvit.tracking import trackers as module
-from pdvit.tracking.trackers import flatten
 
 
 class Fake:
@@ -37,33 +36,50 @@ class Fake:
 def opened(monkeypatch, tmp_path):
     """Return a function that opens fakes by name; one of None does not start."""
 
-    def open_fakes(fakes, step=0):
-        def start(fake):
-            if fake is None:
+    def open_fakes(**fakes):
+        def start(name, *_):
+            if fakes[name] is None:
                 raise OSError("no\nnetwork")
-            return fake
+            return fakes[name]
 
-        monkeypatch.setattr(
-            module, "TRACKERS", {name: lambda *_, fake=fake: start(fake) for name, fake in fakes.items()}
-        )
+        monkeypatch.setattr(module, "tracker_names", str.split)
+        monkeypatch.setattr(module, "TRACKERS", dict.fromkeys(fakes, start))
         warnings = []
-        return Trackers(fakes, tmp_path, {"run": {}}, step, warnings.append), warnings
+        return Trackers(tmp_path, {"run": {"track": " ".join(fakes)}}, 0, warnings.append), warnings
 
     return open_fakes
 
 
-def test_records_become_flat_finite_numbers():
+def test_every_tracker_gets_the_finite_numbers_of_a_record(opened):
+    first, second = Fake(), Fake()
+    trackers, warnings = opened(first=first, second=second)
     record = {"step": 20, "epoch": 0.5, "loss": 2.25, "cosine": 0, "lr": math.nan, "top5": None, "split": "val"}
-    assert flatten("train", record, {"seconds": 3}) == {
-        "train/epoch": 0.5,
-        "train/loss": 2.25,
-        "train/cosine": 0.0,
-        "time/seconds": 3.0,
-    }
-    assert flatten("eval", record, None) == {"eval/loss": 2.25, "eval/cosine": 0.0}
+    trackers.log("train", record, {"seconds": 3})
     layers = {"step": 20, "epoch": 1.0, "images": 64, "layers": ["embed", "block 1", "norm"]}
-    layers |= {"similarity": [0.25, None, 0.75]}
-    assert flatten("similarity", layers, None) == {"similarity/embed": 0.25, "similarity/norm": 0.75}
+    trackers.log("similarity", layers | {"similarity": [0.25, None, 0.75]})
+    trackers.close()
+    trackers.close()
+    for fake in (first, second):
+        assert fake.finished == 1
+        assert fake.logged == [
+            (20, {"train/epoch": 0.5, "train/loss": 2.25, "train/cosine": 0.0, "time/seconds": 3.0}),
+            (20, {"similarity/embed": 0.25, "similarity/norm": 0.75}),
+        ]
+    assert warnings == []
+
+
+def test_a_tracker_that_fails_is_reported_once_and_left_out(opened):
+    sound, broken, late = Fake(), Fake("log"), Fake("finish")
+    trackers, warnings = opened(missing=None, broken=broken, sound=sound, late=late)
+    for step in (1, 2, 3):
+        trackers.log("train", {"step": step, "loss": 1.0})
+    trackers.close()
+    assert [len(fake.logged) for fake in (broken, sound, late)] == [1, 3, 3]
+    assert [line.partition(";")[0] for line in warnings] == [
+        "missing failed (OSError: no network)",
+        "broken failed (OSError: no space left)",
+        "late failed (TimeoutError: no answer)",
+    ]
 
 
 def test_an_unknown_tracker_names_the_closest():
@@ -81,41 +97,6 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
     assert caught.value.tip == "pip install 'pdvit[wandb]'"
 
 
-def test_records_reach_every_tracker_once(opened):
-    first, second = Fake(), Fake()
-    trackers, warnings = opened({"first": first, "second": second})
-    trackers.log("train", {"step": 10, "loss": 1.5}, {"seconds": 2.0})
-    trackers.close()
-    trackers.close()
-    for fake in (first, second):
-        assert fake.logged == [(10, {"train/loss": 1.5, "time/seconds": 2.0})]
-        assert fake.finished == 1
-    assert warnings == []
-
-
-def test_a_tracker_that_fails_is_reported_once_and_left_out(opened):
-    sound, broken, late = Fake(), Fake("log"), Fake("finish")
-    trackers, warnings = opened({"broken": broken, "sound": sound, "late": late})
-    for step in (1, 2, 3):
-        trackers.log("train", {"step": step, "loss": 1.0})
-    trackers.close()
-    assert [len(fake.logged) for fake in (broken, sound, late)] == [1, 3, 3]
-    assert [line.partition(";")[0] for line in warnings] == [
-        "broken failed (OSError: no space left)",
-        "late failed (TimeoutError: no answer)",
-    ]
-
-
-def test_only_a_new_run_insists_on_its_trackers(opened):
-    sound = Fake()
-    with pytest.raises(UserError, match="second does not start: OSError: no network"):
-        opened({"first": sound, "second": None})
-    assert sound.finished == 1
-    trackers, warnings = opened({"broken": None, "sound": sound}, step=9)
-    trackers.log("train", {"step": 10, "loss": 1.0})
-    assert len(sound.logged) == len(warnings) == 1
-
-
 # The real packages, each in a process of its own: they keep threads, services and settings, and warn as they like.
 
 TRAIN = """
@@ -124,7 +105,7 @@ from pathlib import Path
 from pdvit.tracking import Trackers
 
 name, run, start, end = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-trackers = Trackers([name], run, {"run": {"seed": 0}}, start, sys.exit)
+trackers = Trackers(run, {"run": {"track": name}}, start, sys.exit)
 for step in range(start + 1, end + 1):
     trackers.log("train", {"step": step, "loss": step + start / 100})
     trackers.log("similarity", {"step": step, "layers": ["embed", "block 3"], "similarity": [0.5, None]})
