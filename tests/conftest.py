@@ -13,6 +13,7 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import pytest
 
 from pdvit.cli import run as pdvit
+from tests.files import read_records
 
 TINY = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--device", "cpu"]
 COLOURS = {"blue": (40, 60, 200), "green": (30, 160, 60), "red": (200, 40, 30)}
@@ -163,15 +164,9 @@ def refusal(capsys):
 
 @pytest.fixture
 def records():
-    """Return a function that reads metrics.jsonl without what depends on the clock."""
+    """The function that reads metrics.jsonl without the numbers of the clock."""
 
-    def read(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            line.pop("time", None)
-        return [line for line in lines if kind in (None, line["kind"])]
-
-    return read
+    return read_records
 
 
 @pytest.fixture(scope="session")

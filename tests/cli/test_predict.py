@@ -14,13 +14,9 @@ from safetensors.torch import load_file, save_file
 import pdvit as library
 import pdvit.tasks.classification
 from pdvit.cli import run as pdvit
+from tests.files import read_csv
 
 CPU = ["--device", "cpu", "--workers", "0"]
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
-        return list(csv.DictReader(opened))
 
 
 @torch.no_grad()
@@ -34,7 +30,7 @@ def expected(run: Path, paths: list[Path]) -> torch.Tensor:
 @pytest.mark.parametrize("top", [1, 3])
 def test_labels_and_probabilities_are_those_of_timm(run_copy, image_folder, top, device):
     assert pdvit(["predict", str(run_copy), str(image_folder), "--top", str(top), *CPU, "--device", device]) == 0
-    rows, paths = rows_of(run_copy / "predictions.csv"), sorted(image_folder.rglob("*.png"))
+    rows, paths = read_csv(run_copy / "predictions.csv"), sorted(image_folder.rglob("*.png"))
     best = expected(run_copy, paths).topk(top)
     assert list(rows[0]) == ["image", "rank", "label", "probability"]
     assert [row["image"] for row in rows] == [str(path) for path in paths for _ in range(top)]
@@ -51,7 +47,7 @@ def test_names_of_any_kind_survive(run_copy, image_folder, workplace):
     for name in names:
         Path("odd", name).write_bytes(sound)
     assert pdvit(["predict", str(run_copy), "odd", "--out", "mine/labels.csv", *CPU]) == 0
-    assert {row["image"] for row in rows_of(Path("mine/labels.csv"))} == {f"odd/{name}" for name in names}
+    assert {row["image"] for row in read_csv(Path("mine/labels.csv"))} == {f"odd/{name}" for name in names}
     assert [path.name for path in Path("mine").iterdir()] == ["labels.csv"]
 
 
@@ -63,7 +59,7 @@ def test_labels_are_the_names_of_the_checkpoint_and_else_numbers(run_copy, image
     for names in ([f"digit {number}" for number in range(10)], None):
         save_file(tensors, file, metadata={"config.json": json.dumps(config | {"label_names": names})})
         assert pdvit(["predict", str(run_copy), str(image), *CPU]) == 0
-        found += [row["label"] for row in rows_of(run_copy / "predictions.csv")]
+        found += [row["label"] for row in read_csv(run_copy / "predictions.csv")]
     assert found[0] == f"digit {found[1]}"
 
 
@@ -71,7 +67,7 @@ def test_labels_are_the_names_of_the_checkpoint_and_else_numbers(run_copy, image
 def test_an_image_that_is_named_twice_is_labelled_once(run_copy, image_folder):
     images = [str(image_folder / "val/red/1.png"), str(image_folder / "val/red")]
     assert pdvit(["predict", str(run_copy), *images, *CPU]) == 0
-    assert [row["image"][-5:] for row in rows_of(run_copy / "predictions.csv")] == ["1.png", "0.png"]
+    assert [row["image"][-5:] for row in read_csv(run_copy / "predictions.csv")] == ["1.png", "0.png"]
 
 
 def test_standard_output_gets_the_csv_and_nothing_else(run_copy, image_folder, capsysbinary):
@@ -132,7 +128,7 @@ class TestBadImages:
     def test_they_are_left_out_and_counted(self, folder, run_copy, capsys):
         arguments = [str(run_copy), str(folder), "--on-bad-image", "skip", "--batch-size", "4", *CPU]
         assert pdvit(["predict", *arguments]) == 0
-        images = [row["image"] for row in rows_of(run_copy / "predictions.csv")]
+        images = [row["image"] for row in read_csv(run_copy / "predictions.csv")]
         sound = [path for path in sorted(folder.rglob("*.png")) if path.read_bytes().startswith(b"\x89PNG")]
         assert images == [str(path) for path in sound]
         shown = capsys.readouterr().out

@@ -17,6 +17,7 @@ from pdvit.cli import run as pdvit
 from pdvit.engine import recovery
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tracking import RunDirectory
+from tests.files import read_json
 
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
 SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
@@ -24,10 +25,6 @@ STOP, UNLIMITED = ["--time-limit", "0.001s"], "run.time_limit=1h"
 # About 12 MB of activations per image.
 LARGE = ["--device", "cuda", "--epochs", "2st", "--warmup-epochs", "0st", "--img-size", "64", "--patch-size", "4"]
 LARGE += ["--width", "192", "--heads", "3", "--depth", "4"]
-
-
-def read(run, name):
-    return json.loads((run / name).read_text())
 
 
 def recipe(run):
@@ -102,7 +99,7 @@ class TestStopping:
         for name in ("older", "newer"):
             assert pdvit(["train", *tiny, *SHORT, *STOP, "--name", name]) == 75
         assert "pdvit train --resume runs/newer" in capsys.readouterr().out
-        status = read(workplace / "runs/newer", "status.json")
+        status = read_json(workplace / "runs/newer" / "status.json")
         assert (status["status"], status["step"], status["reason"]) == ("stopped", 1, "time limit")
         assert pdvit(["train", "--resume", "auto", "--change", UNLIMITED]) == 0
         assert "resuming after step 1" in capsys.readouterr().out
@@ -144,9 +141,9 @@ class TestStopping:
 class TestChanging:
     def test_a_change_takes_effect_and_is_recorded(self, stopped, stopped_once, tmp_path):
         resume(stopped, UNLIMITED, "optim.epochs=15st", "model.drop_path=0.2", "diversity.cosine=3.0")
-        assert read(stopped, "summary.json")["steps"] == 15
+        assert read_json(stopped / "summary.json")["steps"] == 15
         assert recipe(stopped)["model"]["drop_path"] == 0.2
-        changes = {entry["key"]: entry for entry in read(stopped, "changes.json")["changes"]}
+        changes = {entry["key"]: entry for entry in read_json(stopped / "changes.json")["changes"]}
         assert changes["optim.epochs"] == {"step": 1, "key": "optim.epochs", "from": "12st", "to": "15st"}
         plain = shutil.copytree(stopped_once, tmp_path / "plain")
         resume(plain, UNLIMITED, "optim.epochs=15st", "model.drop_path=0.2")
@@ -210,12 +207,12 @@ class TestChanging:
         found = refusal("train", "--resume", run)
         assert f"pdvit train --resume {run} --change data.source=PATH" in found.tip
         resume(run, UNLIMITED, f"data.source={moved}")
-        assert read(run, "summary.json")["steps"] == 12
+        assert read_json(run / "summary.json")["steps"] == 12
 
 
 class TestGuards:
     def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, broken, capsys):
-        status = read(broken, "status.json")
+        status = read_json(broken / "status.json")
         assert status["status"] == "failed"
         assert "not a number" in status["reason"]
         assert not (broken / "model.safetensors").exists()
@@ -290,7 +287,7 @@ class TestMemory:
             )
             assert 1 <= int(found[1]) <= 256
             resume(run, f"data.micro_batch={found[1]}")
-        assert read(run, "summary.json")["steps"] == 2
+        assert read_json(run / "summary.json")["steps"] == 2
 
     def test_auto_finds_the_batch_that_a_gpu_holds(self, train, gigabyte, monkeypatch):
         """Of a GPU of one GiB; four times as many images do not fit there."""
@@ -298,7 +295,7 @@ class TestMemory:
         run = train(*LARGE, "--batch-size", "auto")
         size = recipe(run)["data"]["batch_size"]
         assert size in [2**power for power in range(10)]
-        assert read(run, "summary.json")["steps"] == 2
+        assert read_json(run / "summary.json")["steps"] == 2
         with gigabyte():
             train(*LARGE, "--batch-size", str(4 * size), status=1)
 
@@ -324,7 +321,7 @@ class TestSwitches:
 
     def test_the_moving_average_is_exported(self, train):
         run = train("--model-ema-decay", "0.9")
-        assert read(run, "summary.json")["weights"] == read(run, "config.json")["pdvit"]["weights"] == "ema"
+        assert read_json(run / "summary.json")["weights"] == read_json(run / "config.json")["pdvit"]["weights"] == "ema"
         newest = run / "checkpoints" / (run / "checkpoints/last").read_text()
         average, raw = (load_file(newest / f"{name}.safetensors") for name in ("ema", "module"))
         assert all(torch.equal(value, average[f"model.{name}"]) for name, value in weights(run).items())
@@ -334,7 +331,7 @@ class TestSwitches:
     def test_low_precision_trains_nearly_alike(self, train, precision, records, device):
         """Within the rounding of 8 bits, up to 0.4%; float16 first skips a step or two."""
         runs = train(), train("--device", device, "--precision", precision)
-        expected, found = (read(run, "summary.json") for run in runs)
+        expected, found = (read_json(run / "summary.json") for run in runs)
         assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
         for name in ("similarity_first", "similarity_last"):
             assert found[name] == pytest.approx(expected[name], abs=0.02)

@@ -1,6 +1,5 @@
 """`pdvit train --config` with a [sweep] table, as a user sees it."""
 
-import csv
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import pytest
 from pdvit.cli import run as pdvit
 from pdvit.cli.sweep import devices_of
 from pdvit.sweep import make_cells
+from tests.files import read_csv
 
 BASE = """
 [data]
@@ -46,8 +46,7 @@ def write(place: Path, sweep: str = TWO, steps: int = 2) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "cells.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "cells.csv")
 
 
 def statuses(folder: Path) -> list[str]:

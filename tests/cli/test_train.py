@@ -18,6 +18,7 @@ from pdvit.cli import run as pdvit
 from pdvit.config.schema import PRESETS, TERMS
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
+from tests.files import read_json
 
 SHORT = ["--epochs", "3st", "--batch-size", "16", "--img-size", "24", "--log-interval", "1st", "--mixup-prob", "1"]
 IMAGES = ["--epochs", "2", "--batch-size", "6", "--workers", "0", "--img-size", "16", "--log-interval", "1st"]
@@ -39,10 +40,6 @@ def recipe(run: Path) -> dict:
     return tomllib.loads((run / "run.toml").read_text())
 
 
-def read(run: Path, name: str) -> dict:
-    return json.loads((run / name).read_text())
-
-
 def weights(run: Path) -> bytes:
     return (run / "model.safetensors").read_bytes()
 
@@ -60,7 +57,7 @@ class TestFiles:
         assert {path.name for path in (digits_run / "checkpoints").iterdir()} == {".lock", "last", newest}
 
     def test_summary_and_status_have_the_closing_numbers(self, digits_run, records):
-        summary, status = read(digits_run, "summary.json"), read(digits_run, "status.json")
+        summary, status = read_json(digits_run / "summary.json"), read_json(digits_run / "status.json")
         assert set(summary) == {"task", "split", "weights", "images_per_second", "accuracy", "loss", "epochs", "steps",
             "similarity_first", "similarity_last", "seconds", "steps_skipped", "seconds_by_phase"}  # fmt: skip
         assert (summary["task"], summary["split"]) == ("classification", "test")
@@ -96,7 +93,7 @@ class TestFiles:
 
     def test_json_prints_only_the_summary(self, train, capsys):
         run = train("--json")
-        assert json.loads(capsys.readouterr().out) == read(run, "summary.json")
+        assert json.loads(capsys.readouterr().out) == read_json(run / "summary.json")
 
 
 class TestTerms:
@@ -168,7 +165,7 @@ class TestSettings:
     def test_flags_give_the_model_its_shape(self, train):
         shape = ["--depth", "3", "--width", "24", "--heads", "2", "--patch-size", "16", "--img-size", "32"]
         run = train(*shape)
-        found = read(run, "config.json")["model_args"]
+        found = read_json(run / "config.json")["model_args"]
         assert (found["depth"], found["embed_dim"], found["num_heads"], found["patch_size"]) == (3, 24, 2, 16)
         tensors = load_file(run / "model.safetensors")
         assert tensors["patch_embed.proj.weight"].shape == (24, 3, 16, 16)
@@ -179,7 +176,7 @@ class TestSettings:
     def test_a_named_model_takes_flags_and_arguments(self, train):
         shape = ["--model", "deit_tiny_distilled_patch16_224", "--depth", "2", "--width", "24", "--heads", "2"]
         run = train("--img-size", "32", "--model-kwargs", "qk_norm=true", base=shape)
-        assert read(run, "config.json")["architecture"] == "deit_tiny_distilled_patch16_224"
+        assert read_json(run / "config.json")["architecture"] == "deit_tiny_distilled_patch16_224"
         tensors = load_file(run / "model.safetensors")
         assert tensors["dist_token"].shape == (1, 1, 24)
         assert tensors["blocks.1.attn.q_norm.weight"].shape == (12,)
@@ -210,9 +207,9 @@ class TestImages:
         flags = [*tiny, *IMAGES, "--data", str(image_folder), "--epochs", "12", "--diversity", "none", "--lr", "1e-2"]
         assert pdvit(["train", *flags]) == 0
         run = workplace / "runs" / "pictures-none"
-        assert read(run, "config.json")["label_names"] == ["blue", "green", "red"]
-        assert read(run, "summary.json")["split"] == "val"
-        assert read(run, "summary.json")["accuracy"] == 1  # the classes are colours
+        assert read_json(run / "config.json")["label_names"] == ["blue", "green", "red"]
+        assert read_json(run / "summary.json")["split"] == "val"
+        assert read_json(run / "summary.json")["accuracy"] == 1  # the classes are colours
         assert [record["step"] for record in records(run, "eval")] == list(range(4, 49, 4))
 
     def test_image_files_with_every_augmentation_repeat_bit_for_bit(self, train, image_folder, capsys):
@@ -240,7 +237,7 @@ class TestImages:
         assert "3.png" in found.where
         assert "on_bad_image=skip" in found.tip
         assert "--resume run" in found.tip
-        status = read(workplace / "run", "status.json")
+        status = read_json(workplace / "run" / "status.json")
         assert status["status"] == "failed"
         assert "decode" in status["reason"]
         broken.write_bytes(sound)
@@ -257,7 +254,7 @@ class TestImages:
         assert shown.count("green/3.png (not an image)") == shown.count("red/1.png (not an image)") == 1
         assert sum(record["bad_images"] for record in records(workplace / "whole", "train")) == pytest.approx(2)
         assert [record["bad_images"] for record in records(workplace / "whole", "eval")] == [1, 1]
-        summary = read(workplace / "whole", "summary.json")
+        summary = read_json(workplace / "whole" / "summary.json")
         assert summary["bad_images"] == 1
         assert summary["accuracy"] * 5 == pytest.approx(round(summary["accuracy"] * 5))  # of the five that decode
         assert pdvit(["train", *flags, "--time-limit", "1e-9min", "--out", "parts"]) == 75

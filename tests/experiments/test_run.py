@@ -1,7 +1,5 @@
 """experiments/run.py from start to end, against what the run directories say and models built by hand."""
 
-import csv
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +20,7 @@ from pdvit.data.image_sets import held_out_images
 from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.terminal import StopRequest
+from tests.files import read_csv, read_json, read_records
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
 BASE = """
@@ -72,8 +71,7 @@ def finish(process: subprocess.Popen[str], status: int) -> str:
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with Path("claim", name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(Path("claim", name))
 
 
 def similarity_by_hand(seed: int) -> dict[str, float]:
@@ -100,19 +98,17 @@ def alike(tokens: torch.Tensor) -> float:
 def analysis(run: Path) -> dict[tuple[str, str], float]:
     """What `pdvit analyze` says of a run."""
     assert pdvit(["analyze", str(run), "--metrics", "similarity,rank", "--device", "cpu"]) == 0
-    with (run / "analysis.csv").open(newline="") as file:
-        return {(row["layer"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
+    return {(row["layer"], row["metric"]): float(row["mean"]) for row in read_csv(run / "analysis.csv")}
 
 
 def check_row(row: dict[str, str], run: Path) -> None:
     """Compare a row with what the files of its run say."""
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     for name in ("accuracy", "loss", "similarity_first", "similarity_last", "seconds", "steps"):
         assert float(row[name]) == pytest.approx(summary[name], **close)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in records if record["kind"] == "eval"][-1]
+    last = read_records(run, "eval")[-1]
     assert float(row["accuracy_val"]) == pytest.approx(last["accuracy"], **close)
-    environment = json.loads((run / "environment.json").read_text())
+    environment = read_json(run / "environment.json")
     assert row["torch"] == environment["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert (row["threads"], row["cores"]) == ("1", str(environment["cores"]))
     measured = analysis(run)
@@ -265,7 +261,7 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(workplace, group):
         time.sleep(0.05)
     (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
     finish(process, 75)  # its output has ended, so nobody holds it open
-    states = json.loads((run / "status.json").read_text())
+    states = read_json(run / "status.json")
     assert (states["status"], states["reason"]) == ("stopped", "SIGTERM")
     assert not list(Path("claim").glob("*.csv"))
 

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.files import read_json
+
 SCRIPT = Path(__file__).with_name("spread_steps.py")
 STEPS, PATIENCE = 20, 300
 MODEL = {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}
@@ -121,10 +123,6 @@ CLI += ["--log-interval", "5st", "--val-interval", "30st", "--save-every", "5st"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def read(path, name):
-    return json.loads((path / name).read_text())
-
-
 @pytest.mark.slow
 def test_the_command_runs_in_several_processes(tmp_path, records):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -139,7 +137,7 @@ def test_the_command_runs_in_several_processes(tmp_path, records):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3)
     # Evaluation counts every image exactly once: 237 do not divide by two.
-    assert (read(two, "summary.json")["accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+    assert (read_json(two / "summary.json")["accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.slow
@@ -155,7 +153,7 @@ def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder)
     for processes in (1, 2):
         done = launch(processes, "-m", "pdvit", "eval", str(run), "--device", "cpu", "--out", str(once))
         assert done.returncode == 0, done.stderr[-3000:]
-        found, ended = read(once, "eval.json"), read(run, "summary.json")
+        found, ended = read_json(once / "eval.json"), read_json(run / "summary.json")
         assert (found["processes"], found["images"]) == (processes, 3)
         for name in ("miou", "accuracy", "accuracy_mean"):
             assert found[name] == ended[name]
@@ -169,7 +167,7 @@ def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder)
     for processes in (1, 2):
         done = launch(processes, "-m", "pdvit", *skip)
         assert done.returncode == 0, done.stderr[-3000:]
-        left.append([read(once, "eval.json")[name] for name in ("images", "bad_images", "miou")])
+        left.append([read_json(once / "eval.json")[name] for name in ("images", "bad_images", "miou")])
     assert left[0] == left[1]
     assert left[0][:2] == [2, 1]
 
@@ -222,7 +220,7 @@ def test_the_signal_of_slurm_stops_all_processes_and_the_run_goes_on(tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)
         shown, errors = process.communicate(timeout=PATIENCE)
-    status = read(run, "status.json")
+    status = read_json(run / "status.json")
     assert (status["status"], status["reason"]) == ("stopped", "SIGUSR1"), errors[-3000:]
     assert f"pdvit train --resume {run}" in shown
     assert (run / "checkpoints/last").read_text() == f"step-{status['step']:08d}"
@@ -253,7 +251,7 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, rec
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     if restarts == "0":
         assert done.returncode != 0
-        assert read(run, "status.json")["status"] in ("failed", "running")
+        assert read_json(run / "status.json")["status"] in ("failed", "running")
         assert (run / "checkpoints/last").read_text() == "step-00000015"
         done = launch(2, "-m", "pdvit", "train", "--resume", str(run))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -270,7 +268,7 @@ def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path, saved, resu
     distribute = {1: "ddp", 2: "fsdp"}
     flags = ["--epochs", "40st", "--model-ema-decay", "0.9", "--out", str(run)]
     assert launch(saved, *CLI, *flags, "--distribute", distribute[saved], "--time-limit", "0.01s").returncode != 0
-    step = read(run, "status.json")["step"]
+    step = read_json(run / "status.json")["step"]
     assert 0 < step < 40
     changes = ["--change", f"run.distribute={distribute[resumed]}", "--change", "run.time_limit=10min"]
     done = launch(resumed, "-m", "pdvit", "train", "--resume", str(run), *changes)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdvit.cli import run as pdvit
+from tests.files import read_json
 
 STEPS = 120
 # Drop path, mixing and shifts draw at random; checkpoints lie neither on log steps nor on evaluations.
@@ -58,14 +59,10 @@ def newest_step(run: Path) -> int:
     return json.loads(whole_lines[-1])["step"] if whole_lines else 0
 
 
-def status(run: Path) -> dict:
-    return json.loads((run / "status.json").read_text())
-
-
 def same(run: Path, other: Path, records) -> None:
     assert records(run) == records(other)
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert status(run) == status(other)
+    assert read_json(run / "status.json") == read_json(other / "status.json")
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, tiny, uninterrupted, records, device):
@@ -82,9 +79,9 @@ def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, record
     done = interrupt(run, [*tiny, *FLAGS], signal.SIGTERM, 10)
     assert done.returncode == 75
     assert f"pdvit train --resume {run}" in done.stdout
-    assert status(run)["status"] == "stopped"
-    assert status(run)["reason"] == "SIGTERM"
-    assert 10 < status(run)["step"] < STEPS
+    assert read_json(run / "status.json")["status"] == "stopped"
+    assert read_json(run / "status.json")["reason"] == "SIGTERM"
+    assert 10 < read_json(run / "status.json")["step"] < STEPS
     assert pdvit(["train", "--resume", str(run)]) == 0
     same(run, uninterrupted(), records)
 

@@ -21,6 +21,7 @@ from pdvit.engine.terminal import stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import RunDirectory
+from tests.files import read_json, read_records
 
 CPU, PER_EPOCH, BATCH, STEPS = torch.device("cpu"), 5, 4, 20
 SETTINGS = {
@@ -102,18 +103,6 @@ def run(path, task, resume=False, changed=None, **more):
         return trainer.run(directory, Console(file=io.StringIO()), stop)
 
 
-def read(path, name):
-    return json.loads((path / name).read_text())
-
-
-def records(path):
-    """Return the records without what depends on the clock."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("time", None)
-    return lines
-
-
 def interrupt(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 
@@ -128,7 +117,7 @@ def whole(tmp_path_factory):
 
 def test_records_come_when_they_are_due_and_at_the_end(whole):
     by_kind = {}
-    for record in records(whole):
+    for record in read_records(whole):
         by_kind.setdefault(record["kind"], []).append(record["step"])
     assert by_kind == {"train": [3, 6, 9, 12, 15, 18, 20], "eval": [7, 14, 20], "probe": [7, 14, 20]}
 
@@ -153,14 +142,14 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
 
 
 def test_a_finished_run_says_so(whole):
-    summary, status = read(whole, "summary.json"), read(whole, "status.json")
+    summary, status = read_json(whole / "summary.json"), read_json(whole / "status.json")
     assert summary.keys() == {
         *("task", "weights", "epochs", "steps", "steps_skipped"),
         *("seconds", "images_per_second", "seconds_by_phase"),
     }
     assert summary["seconds_by_phase"].keys() == {"data", "step", "evaluate", "save"}
     assert (summary["task"], summary["steps"], summary["epochs"]) == ("line", STEPS, STEPS / PER_EPOCH)
-    scores = {record["step"]: record["score"] for record in records(whole) if record["kind"] == "eval"}
+    scores = {record["step"]: record["score"] for record in read_records(whole) if record["kind"] == "eval"}
     best = max(scores, key=scores.get)
     assert (status["status"], status["step"]) == ("finished", STEPS)
     assert status["best"] == {"score": scores[best], "step": best}
@@ -170,15 +159,15 @@ def test_a_finished_run_says_so(whole):
 def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_path, at):
     path = tmp_path / "run"
     assert run(path, LineFit(at, interrupt)) is None
-    status = read(path, "status.json")
+    status = read_json(path / "status.json")
     assert (status["status"], status["step"], status["reason"]) == ("stopped", at + 1, "SIGTERM")
     assert not (path / "summary.json").exists()
 
     torch.manual_seed(99)
     assert run(path, LineFit(), resume=True)["steps"] == STEPS
-    assert records(path) == records(whole)
+    assert read_records(path) == read_records(whole)
     assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert read(path, "status.json") == read(whole, "status.json")
+    assert read_json(path / "status.json") == read_json(whole / "status.json")
 
 
 def crash():
@@ -189,13 +178,13 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(ArithmeticError):
         run(path, LineFit(10, crash))
-    status = read(path, "status.json")
+    status = read_json(path / "status.json")
     assert (status["status"], status["step"]) == ("failed", 10)
     assert "struck by lightning" in status["reason"]
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     run(path, LineFit(), resume=True)
-    assert records(path) == records(whole)
+    assert read_records(path) == read_records(whole)
     assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -203,7 +192,7 @@ def test_a_second_sigint_leaves_a_stopped_run(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(path, LineFit(6, lambda: (interrupt(signal.SIGINT), interrupt(signal.SIGINT))))
-    assert read(path, "status.json")["status"] == "stopped"
+    assert read_json(path / "status.json")["status"] == "stopped"
 
 
 @pytest.mark.parametrize(("at", "opt"), [(0, "sgd"), (9, "adamw"), (9, "lamb"), (STEPS - 1, "sgd")])
@@ -212,8 +201,8 @@ def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt
     path = tmp_path / "run"
     summary = run(path, LineFit(at, infinite=True), optim={"opt": opt})
     assert summary["steps_skipped"] == 1
-    assert [r["step"] for r in records(path) if r.get("skipped")] == [next(s for s in (3, 12, 20) if s > at)]
-    assert all(math.isfinite(r["loss"]) for r in records(path) if r["kind"] == "train")
+    assert [r["step"] for r in read_records(path) if r.get("skipped")] == [next(s for s in (3, 12, 20) if s > at)]
+    assert all(math.isfinite(r["loss"]) for r in read_records(path) if r["kind"] == "train")
     weights = load_file(path / "model.safetensors")
     task = LineFit()
     trainer = trainer_of(task, optim={"opt": opt})
@@ -234,7 +223,7 @@ def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoi
         run(path, LineFit(9, infinite=True, steps=STEPS))
     assert "--lr" in caught.value.tip
     assert "--replay" in caught.value.tip
-    status = read(path, "status.json")
+    status = read_json(path / "status.json")
     assert status["status"] == "failed"
     assert "not a number" in status["reason"]
     assert not (path / "model.safetensors").exists()
@@ -245,7 +234,7 @@ def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoi
     assert (path / "replay.safetensors").is_file()
     run(path, LineFit(), resume=True)
     assert not (path / "replay.safetensors").exists()
-    assert records(path) == records(whole)
+    assert read_records(path) == read_records(whole)
 
 
 def test_a_replay_computes_the_saved_step_again(whole, tmp_path):
@@ -289,28 +278,28 @@ def test_a_checkpoint_that_can_not_be_written_fails_the_run(tmp_path):
     (path / "checkpoints").touch()
     with pytest.raises(UserError, match="checkpoint of step 4 can't be written"):
         run(path, LineFit())
-    assert read(path, "status.json")["status"] == "failed"
+    assert read_json(path / "status.json")["status"] == "failed"
 
 
 def test_a_time_limit_stops_the_run(whole, tmp_path):
     path = tmp_path / "run"
     assert run(path, LineFit(), run={"time_limit": "0.001s"}) is None
-    status = read(path, "status.json")
+    status = read_json(path / "status.json")
     assert (status["status"], status["step"], status["reason"]) == ("stopped", 1, "time limit")
     run(path, LineFit(), resume=True, run={"time_limit": "10min"}, changed={"run.time_limit": "10min"})
-    assert records(path) == records(whole)
+    assert read_records(path) == read_records(whole)
 
 
 @pytest.mark.parametrize("after", ["7st", "25%", "20st"])
 def test_a_run_stops_after_a_length_once(whole, tmp_path, after):
     path = tmp_path / "run"
     assert run(path, LineFit(), run={"stop_after": after}) is None
-    status = read(path, "status.json")
+    status = read_json(path / "status.json")
     step = {"7st": 7, "25%": 5, "20st": 20}[after]
     assert (status["status"], status["step"], status["reason"]) == ("stopped", step, "stop after")
     run(path, LineFit(), resume=True, run={"stop_after": after})
-    assert read(path, "status.json")["status"] == "finished"
-    assert records(path) == records(whole)
+    assert read_json(path / "status.json")["status"] == "finished"
+    assert read_records(path) == read_records(whole)
 
 
 def test_a_run_that_stopped_at_its_end_can_be_made_longer(tmp_path):
@@ -318,7 +307,7 @@ def test_a_run_that_stopped_at_its_end_can_be_made_longer(tmp_path):
     assert run(path, LineFit(), run={"stop_after": "20st"}) is None
     longer = {"optim": {"epochs": "30st"}, "run": {"stop_after": "20st"}}
     run(path, LineFit(), resume=True, changed={"optim.epochs": "30st"}, **longer)
-    assert read(path, "summary.json")["steps"] == 30
+    assert read_json(path / "summary.json")["steps"] == 30
 
 
 def kept(path):
@@ -352,7 +341,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_resumed(tmp_path):
     run(path, Worsening(), checkpoint={"best": True})
     assert kept(path) == [7, 20]
     assert (path / "checkpoints/best").read_text() == "step-00000007"
-    assert read(path, "status.json")["best"]["step"] == 7
+    assert read_json(path / "status.json")["best"]["step"] == 7
     assert (path / "checkpoints/step-00000007/state.json").is_file()
 
 

@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 
 from pdvit.errors import UserError
 from pdvit.sweep import CellState, Folder, make_cells
+from tests.files import read_csv
 
 BASE = {"optim": {"epochs": "3st"}}
 TABLE = {"run.seed": [0, 1], "variant": [{"name": "a"}, {"name": "b", "model.depth": 3}]}
@@ -43,8 +43,7 @@ def put(folder: Folder, name: str, status: str | None = None, **files: dict) -> 
 
 def table(folder: Folder) -> list[dict[str, str]]:
     folder.write_table()
-    with (folder.path / "cells.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder.path / "cells.csv")
 
 
 def elsewhere(lock: Path):

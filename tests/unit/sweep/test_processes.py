@@ -1,6 +1,5 @@
 """Cells in processes of their own, with work that takes no time in place of training."""
 
-import json
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ import pytest
 from pdvit.engine.terminal import StopRequest
 from pdvit.errors import RunFailed, UserError
 from pdvit.sweep import CellState, Folder, make_cells, preload, run_apart, run_cells
+from tests.files import read_json
 
 WORK = '''
 import atexit, json, multiprocessing, os, signal, sys, time
@@ -85,7 +85,7 @@ def sweep(tmp_path, count: int) -> tuple[Folder, list]:
 
 
 def summary(folder: Folder, seed: int) -> dict:
-    return json.loads((folder.path / f"seed={seed}" / "summary.json").read_text())
+    return read_json(folder.path / f"seed={seed}" / "summary.json")
 
 
 def test_failures_are_recorded_and_passed_over(tmp_path, work):

@@ -1,0 +1,24 @@
+"""Readers of the files that commands write."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """Return the rows; bytes that are no UTF-8 (names of files) come as surrogates."""
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def read_records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, all or those of one kind, without the numbers of the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("time", None)
+    return [line for line in lines if kind in (None, line["kind"])]
