@@ -23,7 +23,7 @@ from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.data.loader import eval_batches
 from pdvit.data.mixing import paste
-from pdvit.data.sources import subsample
+from pdvit.data.sources.split import subsample
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.similarity import unit_tokens

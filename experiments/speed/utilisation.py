@@ -26,7 +26,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pdvit.config import Config, build, resolve
-from pdvit.data.sources import ArraySplit, Source
+from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.engine.device import choose_device, device_name, set_up
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.trainer import Trainer

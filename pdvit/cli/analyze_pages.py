@@ -9,8 +9,8 @@ from pdvit.analysis.report import ReportFigure, report_page
 from pdvit.analysis.tables import MAPS
 from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis, to_device
 from pdvit.cli.console import log
-from pdvit.data.bad_images import BadImages
 from pdvit.data.image_sets import ImageSet
+from pdvit.data.images import BadImages
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device
 from pdvit.engine.terminal import RunConsole

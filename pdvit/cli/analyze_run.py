@@ -11,11 +11,11 @@ from pdvit.analysis.measure import select_metrics
 from pdvit.cli.checkpoint import config_of
 from pdvit.cli.console import with_progress
 from pdvit.config import build
-from pdvit.data.bad_images import BadImages
 from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs
+from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig, shared_batches
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import ArraySplit
+from pdvit.data.sources.split import ArraySplit
 from pdvit.engine.device import choose_device, device_name, is_out_of_memory
 from pdvit.engine.distributed import Ranks, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest

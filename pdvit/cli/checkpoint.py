@@ -109,7 +109,7 @@ def open_checkpoint(
     Raises UserError if it can't be loaded, for weights that are not finite, and for an invalid setting.
     """
     from pdvit.config import build
-    from pdvit.data.bad_images import BadImages
+    from pdvit.data.images import BadImages
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing
     from pdvit.engine.device import choose_device, set_up

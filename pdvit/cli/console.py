@@ -41,6 +41,6 @@ def cell(text: str) -> "Text":
     """Return a name as a table cell: on one line, without markup or control characters."""
     from rich.text import Text
 
-    from pdvit.data.sources.split import printable
+    from pdvit.data.sources import printable
 
     return Text(printable(text))

@@ -218,7 +218,7 @@ def _print(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole"
     """Print the classes of lowest accuracy or IoU, and the metrics."""
     from rich.table import Table
 
-    from pdvit.data.sources.split import printable
+    from pdvit.data.sources import printable
 
     by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
     title = f"the {WORST} of {len(table)} classes with the lowest {by}" if len(table) > WORST else "by class"

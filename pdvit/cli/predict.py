@@ -33,8 +33,8 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     from _csv import Writer
 
-    from pdvit.data.bad_images import BadImages
-    from pdvit.data.sources import FileSplit
+    from pdvit.data.images import BadImages
+    from pdvit.data.sources.split import FileSplit
     from pdvit.engine.terminal import RunConsole
     from pdvit.tasks.windows import SlidingWindowConfig
 
@@ -66,8 +66,8 @@ def predict(
     """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
-    from pdvit.data.bad_images import NAMED, BadImages, refuse_bad
     from pdvit.data.image_sets import image_files
+    from pdvit.data.images import NAMED, BadImages, refuse_bad
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import stop_on_signals
 
@@ -146,8 +146,7 @@ def _masks(
     opened: OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig", bad: "BadImages"
 ) -> Predictions:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
-    from pdvit.data.bad_images import BadImage
-    from pdvit.data.images import try_read
+    from pdvit.data.images import BadImage, try_read
     from pdvit.data.masks.table import default_palette
     from pdvit.data.masks.transforms import EvaluationTransform
     from pdvit.engine.device import autocast
@@ -214,7 +213,7 @@ def _print(rows: list[Row], images: int, bad: dict[str, str], target: Path | Non
     """Print the labels of a few images, the skipped images, and where the results are."""
     from rich.table import Table
 
-    from pdvit.data.sources.split import printable
+    from pdvit.data.sources import printable
 
     if rows:
         view = Table(box=None, pad_edge=False, header_style="bold")

@@ -17,14 +17,14 @@ from pdvit.cli.console import log, make_console
 from pdvit.cli.options import make_layers, with_change_tips
 from pdvit.config.load import build, read_toml
 from pdvit.config.schema import Config
-from pdvit.data.source_types import absolute_path, list_source_types, unused_source_settings
+from pdvit.data.sources import absolute_path, list_source_types, unused_source_settings
 from pdvit.errors import RunFailed, UserError
 from pdvit.tasks.summary import describe_summary, usage
 
 if TYPE_CHECKING:
     import torch
 
-    from pdvit.data.sources import Source
+    from pdvit.data.sources.split import Source
     from pdvit.engine.distributed import Ranks
     from pdvit.engine.terminal import RunConsole, StopRequest
     from pdvit.engine.trainer import Trainer

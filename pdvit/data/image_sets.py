@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from pdvit.config.schema import Config, DataConfig
-from pdvit.data.bad_images import BadImage, BadImages
-from pdvit.data.images import FileImages
+from pdvit.data.images import BadImage, BadImages, FileImages
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.source_types import source_type
-from pdvit.data.sources import ArraySplit, FileSplit, Split, list_images, open_source
-from pdvit.data.sources.split import printable, subsample
+from pdvit.data.sources import open_source, printable, source_type
+from pdvit.data.sources.folder import list_images
+from pdvit.data.sources.split import ArraySplit, FileSplit, Split, subsample
 from pdvit.errors import UserError, closest
 
 

@@ -14,13 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import Augmentation
-from pdvit.data.bad_images import BadImage, BadImages, Sample, SkipBadImages, refuse_bad
 from pdvit.data.batch import Batch
-from pdvit.data.images import FileImages, Keys, TrainingImages
+from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, TrainingImages, refuse_bad
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import epoch_order
-from pdvit.data.sources import ArraySplit, LazySplit, Split
+from pdvit.data.sources.split import ArraySplit, LazySplit, Split
 from pdvit.errors import UserError
 
 # Uint8 images, class indices (of images, or of their pixels), sample indices.

@@ -10,10 +10,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.bad_images import BadImage, attempt, describe_bad
-from pdvit.data.images import FileImages, strict_decoders
+from pdvit.data.images import BadImage, FileImages, attempt, describe_bad, strict_decoders
 from pdvit.data.loader import LoaderConfig, decode
-from pdvit.data.sources import ArraySplit, LazySplit, Source, Split
+from pdvit.data.sources.split import ArraySplit, LazySplit, Source, Split
 from pdvit.errors import UserError
 
 # A set may take this fraction of the memory of the device, or of the machine for the CPU.

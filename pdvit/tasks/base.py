@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from pdvit.config.duration import parse_duration, weight_schedule
 from pdvit.config.schema import Config, DiversityConfig
-from pdvit.data.bad_images import BadImages, describe_bad
 from pdvit.data.batch import Batch
+from pdvit.data.images import BadImages, describe_bad
 from pdvit.data.loader import LoaderConfig, steps_per_epoch
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
-from pdvit.data.sources import Source
+from pdvit.data.sources.split import Source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError

@@ -15,7 +15,7 @@ from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
-from pdvit.data.sources import Source, subsample
+from pdvit.data.sources.split import Source, subsample
 from pdvit.engine.device import autocast
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.data.loader import LoaderConfig, eval_batches
-from pdvit.data.sources import Split, subsample
+from pdvit.data.sources.split import Split, subsample
 from pdvit.errors import UserError
 from pdvit.models.layers import measure_layers
 from pdvit.similarity import patch_similarity

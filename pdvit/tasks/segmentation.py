@@ -12,7 +12,7 @@ from pdvit.data.batch import Batch
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
-from pdvit.data.sources import Source
+from pdvit.data.sources.split import Source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError

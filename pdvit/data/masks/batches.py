@@ -6,9 +6,8 @@ from dataclasses import replace
 from torch.utils.data import Dataset
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.bad_images import BadImage, Sample
 from pdvit.data.batch import Batch
-from pdvit.data.images import Keys
+from pdvit.data.images import BadImage, Keys, Sample
 from pdvit.data.loader import LoaderConfig, decode, from_workers, mark_replaced, step_indices
 from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, normalise_and_pad

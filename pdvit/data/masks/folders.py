@@ -10,23 +10,22 @@ import torch
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.bad_images import BadMask, describe_bad, refuse_bad
+from pdvit.data.images import BadMask, describe_bad, refuse_bad
 from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import Log, MaskFiles, log_to_stderr, scan_masks, try_mask
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, open_mask, read_table
-from pdvit.data.source_types import source_type
-from pdvit.data.sources import Source, list_images
-from pdvit.data.sources.folder import folder_names
-from pdvit.data.sources.holdout import (
+from pdvit.data.sources import printable, source_type
+from pdvit.data.sources.folder import folder_names, list_images
+from pdvit.data.sources.split import (
     HELD_OUT,
     ROLES,
     TEST_NAMES,
     TRAIN_NAMES,
     VALIDATION_NAMES,
+    Source,
     choose_splits,
     hold_out,
 )
-from pdvit.data.sources.split import printable
 from pdvit.errors import UserError
 
 WHERE = "data.source (--data)"

@@ -16,8 +16,8 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import Array, default_palette
 from pdvit.data.randomness import fold, uniform
-from pdvit.data.sources import ArraySplit, Source
 from pdvit.data.sources.digits import read_digits
+from pdvit.data.sources.split import ArraySplit, Source
 
 SIDE, GROUND = 64, 10
 CLASSES = [*map(str, range(10)), "ground"]

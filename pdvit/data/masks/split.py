@@ -4,7 +4,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pdvit.data.bad_images import BadImage, BadMask, attempt, refuse_bad
-from pdvit.data.images import read_image, strict_decoders
+from pdvit.data.images import BadImage, BadMask, attempt, read_image, refuse_bad, strict_decoders
 from pdvit.data.loader import leave_signals
 from pdvit.data.masks.table import OUTSIDE, ClassTable
-from pdvit.data.sources import FileSplit, LazySplit, Source
-from pdvit.data.sources.split import image_size, some
+from pdvit.data.sources import first_names
+from pdvit.data.sources.split import FileSplit, LazySplit, Source, image_size
 from pdvit.errors import UserError
 
 Pair = tuple[Image.Image, Tensor]
@@ -69,11 +68,6 @@ class MaskFiles(FileSplit, MaskSplit):
     def key(self, index: int) -> str:
         """Return the file names of image and mask."""
         return f"{self.paths[index].name}/{self.masks[index].name}"
-
-    def take(self, chosen: Tensor) -> "MaskFiles":
-        """Return the pairs at these indices."""
-        masks = [self.masks[index] for index in chosen.tolist()]
-        return replace(self, paths=super().take(chosen).paths, labels=self.labels[chosen], masks=masks)
 
     def hash(self) -> str:
         """Return a hash of the names and the table."""
@@ -139,7 +133,9 @@ def check_masks(
             ignoring = [split.mask_name(index) for index, item in found.items() if item == frozenset()]
             bad |= dict.fromkeys(ignoring, "all of its pixels are ignored")
             if absent:
-                notes.append(f"{len(absent)} of {len(source.classes)} classes are in no mask of {name}: {some(absent)}")
+                notes.append(
+                    f"{len(absent)} of {len(source.classes)} classes are in no mask of {name}: {first_names(absent)}"
+                )
         elif name != "train" and found and not present and not bad:
             what = f"no pixel of the {len(split)} masks of {name} has a class"
             raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")

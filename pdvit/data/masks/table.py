@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from pdvit.data.sources.split import printable
+from pdvit.data.sources import printable
 from pdvit.errors import UserError
 
 # Training ids of pixels without a class: ignored in loss and metrics; or outside of the table, or of the image.

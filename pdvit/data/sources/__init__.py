@@ -1,51 +1,114 @@
-"""Sources of labelled images, by name or path."""
+"""Sources of labelled images, by name or path. Imports no torch before a source is opened: `--data help` is instant."""
 
 import os
+from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.source_types import SOURCE_TYPES, source_type
-from pdvit.data.sources.digits import read_digits
-from pdvit.data.sources.folder import folder_tree, list_images, read_tree, tar_tree
-from pdvit.data.sources.split import ArraySplit, FileSplit, LazySplit, Source, Split, as_file_name, subsample
-from pdvit.data.sources.table import read_csv
-from pdvit.data.sources.timm_sets import read_hub, read_torchvision
 from pdvit.errors import UserError, closest
 
-__all__ = [
-    "ArraySplit",
-    "FileSplit",
-    "LazySplit",
-    "Source",
-    "Split",
-    "as_file_name",
-    "list_images",
-    "open_source",
-    "source_label",
-    "subsample",
-]
+if TYPE_CHECKING:
+    from pdvit.data.sources.split import Source
 
 WHERE = "data.source (--data)"
 
 
-def open_source(data: DataConfig) -> Source:
+class SourceType(NamedTuple):
+    """A type of source: its pattern in `--data`, the glob that identifies it, and its settings."""
+
+    name: str
+    pattern: str
+    glob: str | None
+    settings: tuple[str, ...]
+    help: str
+
+
+SPLITS = ("train_split", "val_split")
+SETTINGS = ("root", *SPLITS, "input_key", "target_key", "download")
+TORCHVISION = ("root", *SPLITS, "download")
+FOLDERS = "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone"
+SCENES = "handwritten numbers on textured grounds, with labelled pixels, built in (pdvit segment)"
+SOURCE_TYPES = (
+    SourceType("digits", "digits", "digits:*", (), "scikit-learn's 1,797 digits, built in; some: digits:0-4"),
+    SourceType("scenes", "scenes", None, (), SCENES),
+    SourceType("folder", "FOLDER", None, SPLITS, FOLDERS),
+    SourceType("tar", "FILE.tar", "*.tar", SPLITS, "the same in a plain tar, read in place"),
+    SourceType("csv", "FILE.csv", "*.csv", SPLITS, "a table with the columns path, label and optionally split"),
+    SourceType("torch", "torch/cifar100", "torch/*", TORCHVISION, "data sets of torchvision, in --data-dir"),
+    SourceType("hfds", "hfds/OWNER/NAME", "hfds/*", SETTINGS, "data sets of Hugging Face (extra hf-data)"),
+)
+# Compressed archives, shards and streams: neither is read by index.
+UNREADABLE = ("*.zip", "*.tgz", "*.txz", "*.tar.gz", "*.tar.xz", "*.tar.bz2", "wds/*", "hfids/*", "tfds/*")
+
+
+def source_type(source: str) -> str | None:
+    """Return the name of the type that the text alone identifies; None for a path to be looked up, or unknown."""
+    for item in SOURCE_TYPES:
+        if source == item.pattern or (item.glob and fnmatchcase(source.lower(), item.glob)):
+            return item.name
+    return None
+
+
+def list_source_types() -> str:
+    """Return the text of `--data help`."""
+    width = max(len(item.pattern) for item in SOURCE_TYPES)
+    lines = (f"  {item.pattern:{width}}  {item.help}" for item in SOURCE_TYPES)
+    return "\n".join(["--data accepts:", *lines, "docs/data.md has more"])
+
+
+def unused_source_settings(data: DataConfig) -> list[str]:
+    """Return a note for each changed setting of sources that has no effect on this one."""
+    name = source_type(data.source) or "folder"
+    (used,) = (item.settings for item in SOURCE_TYPES if item.name == name)
+    changed = [item.name for item in fields(data) if getattr(data, item.name) != item.default]
+    return [
+        f"data.{setting} = {getattr(data, setting)} has no effect: '{data.source}' does not have it"
+        for setting in changed
+        if setting in SETTINGS and setting not in used
+    ]
+
+
+def absolute_path(source: str) -> str:
+    """Return a source with its path, if any, made absolute, so that it is found from any folder."""
+    name = source_type(source)
+    if name not in (None, "tar", "csv", "hfds"):
+        return source
+    prefix = source[: len("hfds/")] if name == "hfds" else ""
+    path = os.path.expanduser(source.removeprefix(prefix))
+    return prefix + os.path.abspath(path) if os.path.exists(path) else source
+
+
+def source_label(data: DataConfig) -> str:
+    """Return a short name of the source for the name of a run."""
+    path = Path(os.path.expanduser(data.source)).resolve()
+    name = path.stem if source_type(data.source) in ("tar", "csv") else path.name
+    return as_file_name(name) or "data"
+
+
+def open_source(data: DataConfig) -> "Source":
     """Open a source by name or path.
 
     Raises UserError if the name is unknown, a file or package is missing, or the layout is wrong.
     """
-    name, path = source_type(data.source), _path(data)
+    from pdvit.data.sources.digits import read_digits
+    from pdvit.data.sources.folder import read_folder, read_tar
+    from pdvit.data.sources.table import read_csv
+    from pdvit.data.sources.timm_sets import read_hub, read_torchvision
+
+    source, name, path = data.source, source_type(data.source), Path(os.path.expanduser(data.source))
     if os.path.isdir(path) and name in (None, "tar", "csv"):  # os.path, because Path raises for long names
         name = "folder"
     if name in ("tar", "csv") and not os.path.isfile(path):
-        raise UserError(f"there is no file '{data.source}'", WHERE, "check the path")
+        raise UserError(f"there is no file '{source}'", WHERE, "check the path")
     match name:
         case "digits":
             return read_digits(data)
         case "folder":
-            return read_tree(folder_tree(path, data), data)
+            return read_folder(path, data)
         case "tar":
-            tree, note = tar_tree(path)
-            return read_tree(tree, data, note)
+            return read_tar(path, data)
         case "csv":
             return read_csv(path, data)
         case "torch":
@@ -55,28 +118,24 @@ def open_source(data: DataConfig) -> Source:
         case "scenes":
             what = "digit scenes have classes of pixels, not of images"
             raise UserError(what, WHERE, "use pdvit segment, or --data digits")
-    raise _unknown(data.source, path)
-
-
-def _unknown(source: str, path: Path) -> UserError:
-    lower = source.lower()
-    if lower.endswith((".zip", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")):
-        return UserError(f"'{source}' can't be read by index", WHERE, "unpack it, or make a plain .tar of it")
-    if lower.startswith(("wds/", "hfids/", "tfds/")):
-        tip = "load it with the package datasets: docs/data.md, Shards and streams"
-        return UserError(f"'{source}' is a stream, which can't be read by index", WHERE, tip)
-    is_path = os.sep in source or os.path.exists(path)
-    what = "there is no folder, tar or table" if is_path else "there is no source named"
+    if any(fnmatchcase(source.lower(), glob) for glob in UNREADABLE):
+        tip = "unpack it, make a plain .tar of it, or load it with the package datasets: docs/data.md"
+        raise UserError(f"'{source}' can't be read by index", WHERE, tip)
     tip = closest(source, [item.pattern for item in SOURCE_TYPES if item.pattern.islower()])
-    return UserError(f"{what} '{source}'", WHERE, f"{tip} (--data help lists the source types)")
+    what = f"there is no source, folder or table '{source}'"
+    raise UserError(what, WHERE, f"{tip} (--data help lists the source types)")
 
 
-def source_label(data: DataConfig) -> str:
-    """Return a short name of the source for the name of a run."""
-    path = _path(data).resolve()
-    name = path.stem if source_type(data.source) in ("tar", "csv") else path.name
-    return as_file_name(name) or "data"
+def printable(text: str) -> str:
+    """Escape what is not printable: file names may hold any bytes, terminal commands among them."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
-def _path(data: DataConfig) -> Path:
-    return Path(os.path.expanduser(data.source))
+def first_names(names: list[str], count: int = 5) -> str:
+    """Return the first names of a list, printable."""
+    return printable(", ".join(names[:count]) + (", ..." if len(names) > count else ""))
+
+
+def as_file_name(text: str) -> str:
+    """Return a text as part of a file name, with letters of any script, digits, dots, dashes and underscores."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.sources import WHERE
 from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.errors import UserError
 
@@ -18,34 +19,26 @@ def read_digits(data: DataConfig) -> Source:
     """
     from sklearn.model_selection import train_test_split
 
+    match = re.fullmatch(r"digits(:([0-9])-([0-9]))?", data.source.lower())
+    first, last = (int(match[2] or 0), int(match[3] or 9)) if match else (0, 0)
+    if first >= last:
+        raise UserError(f"'{data.source}' is no range of digits", WHERE, "for example digits:0-4")
     images, labels = _digits_images()
 
-    def halve(indices: list[int], size: int) -> tuple[list[int], list[int]]:
-        rest, held = train_test_split(indices, test_size=size, random_state=data.split_seed, stratify=labels[indices])
-        return rest, held
+    def hold_out(indices: list[int], size: int) -> list[list[int]]:
+        held: list[list[int]] = train_test_split(
+            indices, test_size=size, random_state=data.split_seed, stratify=labels[indices]
+        )
+        return held
 
-    rest, test = halve(list(range(len(labels))), 360)
-    train, val = halve(rest, 237)
-    parts = {"train": train, "val": val, "test": test}
-    splits = {name: ArraySplit(images[part], labels[part]) for name, part in parts.items()}
-    classes = [str(digit) for digit in range(10)]
-    if data.source.lower() == "digits":
-        return Source("digits", classes, splits)
-    first, last = _range(data.source)
-    some = {name: _between(split, first, last) for name, split in splits.items()}
-    return Source(f"digits:{first}-{last}", classes[first : last + 1], some)
-
-
-def _range(source: str) -> tuple[int, int]:
-    match = re.fullmatch(r"digits:([0-9])-([0-9])", source.lower())
-    if match is None or not match[1] < match[2]:
-        raise UserError(f"'{source}' is no range of digits", "data.source (--data)", "for example digits:0-4")
-    return int(match[1]), int(match[2])
-
-
-def _between(split: ArraySplit, first: int, last: int) -> ArraySplit:
-    chosen = (split.labels >= first) & (split.labels <= last)
-    return ArraySplit(split.images[chosen], split.labels[chosen] - first)
+    rest, test = hold_out(list(range(len(labels))), 360)
+    train, val = hold_out(rest, 237)
+    splits = {}
+    for name, part in (("train", train), ("val", val), ("test", test)):
+        chosen = [index for index in part if first <= int(labels[index]) <= last]
+        splits[name] = ArraySplit(images[chosen], labels[chosen] - first)
+    classes = [str(digit) for digit in range(first, last + 1)]
+    return Source(data.source.lower(), classes, splits)
 
 
 @cache

@@ -1,19 +1,27 @@
-"""A source: splits over one list of classes, with their images in memory or read on demand."""
+"""Splits, with their images in memory or read on demand, and sources: splits by role over one list of classes."""
 
+import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-# Images whose sizes are described, and names of a list that are printed.
-SAMPLED, LISTED = 32, 5
+from pdvit.config.schema import DataConfig
+from pdvit.data.randomness import fold
+from pdvit.data.sources import WHERE, first_names, printable
+from pdvit.errors import UserError
+
+TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
+ROLES = ("train", "val", "test")
+HELD_OUT = 0.1
+SAMPLED = 32  # images whose sizes are described
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,10 @@ class ArraySplit:
 
 
 class LazySplit(ABC):
-    """A split whose images are read on demand, by index and in any process; it holds paths, not open files."""
+    """A split whose images are read on demand, by index and in any process; it holds paths, not open files.
+
+    Subclasses are data classes; each of their lists has one item for each sample.
+    """
 
     labels: Tensor
     """Class indices, `(N,)`."""
@@ -62,13 +73,18 @@ class LazySplit(ABC):
     def name(self, index: int) -> str:
         """Return the location of the image, for messages."""
 
-    @abstractmethod
     def key(self, index: int) -> str:
         """Return the name of the image without the location of the set, which may move or be packed."""
+        return os.path.basename(self.name(index))
 
-    @abstractmethod
     def take(self, chosen: Tensor) -> Self:
         """Return the samples at these indices."""
+        split: Any = self
+        values = {item.name: getattr(self, item.name) for item in fields(split)}
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        taken = {name: [value[index] for index in chosen.tolist()] for name, value in lists.items()}
+        changed: Self = replace(split, labels=self.labels[chosen], **taken)
+        return changed
 
     def hash(self) -> str:
         """Return a hash of labels and names."""
@@ -93,16 +109,16 @@ class FileSplit(LazySplit):
         """Return the path."""
         return str(self.paths[index])
 
-    def key(self, index: int) -> str:
-        """Return the file's name."""
-        return self.paths[index].name
-
-    def take(self, chosen: Tensor) -> "FileSplit":
-        """Return the files at these indices."""
-        return FileSplit([self.paths[index] for index in chosen.tolist()], self.labels[chosen])
-
 
 Split = ArraySplit | LazySplit
+Lazy = TypeVar("Lazy", bound=LazySplit)
+
+
+def _digest(labels: Tensor, parts: Iterable[bytes]) -> str:
+    digest = sha256(labels.numpy().tobytes())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def subsample(split: Split, count: int) -> Split:
@@ -110,6 +126,17 @@ def subsample(split: Split, count: int) -> Split:
     if len(split) <= count:
         return split
     return split.take(torch.linspace(0, len(split) - 1, count).round().long())
+
+
+def image_size(split: Split, index: int) -> tuple[int, int] | None:
+    """Return width and height from the header, or None for a bad image, which is reported when it is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with split.open(index) as image:
+                return image.size
+    except Exception:  # decoders raise nearly anything on a damaged file
+        return None
 
 
 @dataclass(frozen=True)
@@ -135,10 +162,14 @@ class Source:
         }
 
     def describe(self) -> str:
-        """Return a line with classes, images and their sizes, then a line for each note."""
+        """Return a line with classes, images and the sizes of some of them, then a line for each note."""
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
-        sizes = describe_sizes(self.splits["train"])
-        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{sizes}", *self.notes]
+        few, text = subsample(self.splits["train"], SAMPLED), ""
+        if sizes := [size for index in range(len(few)) if (size := image_size(few, index))]:
+            widths, heights = zip(*sizes, strict=True)
+            least, most = (f"{pick(widths)}x{pick(heights)}" for pick in (min, max))
+            text = f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
+        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{text}", *self.notes]
         return "\n".join(map(printable, lines))
 
     def noting(self, *notes: str) -> "Source":
@@ -146,48 +177,57 @@ class Source:
         return replace(self, notes=(*self.notes, *(note for note in notes if note)))
 
 
-def _digest(labels: Tensor, parts: Iterable[bytes]) -> str:
-    digest = sha256(labels.numpy().tobytes())
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def choose_splits(found: Sequence[str], data: DataConfig) -> dict[str, str]:
+    """Return the names of the source's splits by role; val and test may be missing.
+
+    The names in --train-split and --val-split need not be among those found (`train[:10%]`).
+    """
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in found), None)
+
+    train, val = data.train_split or first(TRAIN_NAMES), data.val_split or first(VALIDATION_NAMES)
+    test = first(TEST_NAMES)
+    names = (train, val, None if test in (train, val) else test)
+    return {role: name for role, name in zip(ROLES, names, strict=True) if name is not None}
 
 
-def describe_sizes(split: Split) -> str:
-    """Describe the image sizes, from the headers of a few images spread evenly over the split."""
-    if isinstance(split, ArraySplit):
-        sizes = [(split.images.shape[-1], split.images.shape[-2])]
-    else:
-        few = subsample(split, SAMPLED)
-        sizes = [size for index in range(len(few)) if (size := image_size(few, index))]
-    if not sizes:
-        return ""
-    widths, heights = sorted(width for width, _ in sizes), sorted(height for _, height in sizes)
-    least, most = f"{widths[0]}x{heights[0]}", f"{widths[-1]}x{heights[-1]}"
-    return f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
+def assemble(
+    name: str, classes: list[str], splits: Mapping[str, LazySplit], data: DataConfig, notes: Sequence[str] = ()
+) -> Source:
+    """Return a source of splits by role, with notes on classes that a split lacks.
+
+    Without val, a part of train is held out; raises UserError if that is impossible.
+    """
+    parts, notes = dict(splits), list(notes)
+    if "val" not in parts:
+        parts["train"], parts["val"] = hold_out(splits["train"], data.split_seed)
+        note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
+        note += ": there is no validation split"
+        if "test" in splits:
+            note += "; test is for the closing numbers (--val-split test evaluates on it and trains on all of train)"
+        notes.insert(0, note)
+    parts = {role: parts[role] for role in ROLES if role in parts}
+    for role, split in parts.items():
+        counts = split.labels.bincount(minlength=len(classes)).tolist()
+        if missing := [label for label, count in zip(classes, counts, strict=True) if not count]:
+            notes.append(f"{len(missing)} of {len(classes)} classes have no image in {role}: {first_names(missing)}")
+    return Source(name, classes, parts).noting(*notes)
 
 
-def image_size(split: Split, index: int) -> tuple[int, int] | None:
-    """Return width and height, or None for a bad image, which is reported when it is decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with split.open(index) as image:
-                return image.size
-    except Exception:  # decoders raise nearly anything on a damaged file
-        return None
+def hold_out(split: Lazy, seed: int) -> tuple[Lazy, Lazy]:
+    """Divide a split into training and held-out images: a tenth of each class, at least one of two.
 
-
-def some(names: list[str]) -> str:
-    """Return the first names of a list, printable."""
-    return printable(", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else ""))
-
-
-def printable(text: str) -> str:
-    """Escape what is not printable: file names may hold any bytes, terminal commands among them."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def as_file_name(text: str) -> str:
-    """Return a text as part of a file name, with letters of any script, digits, dots, dashes and underscores."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text)
+    Raises UserError if every class has a single image.
+    """
+    rest, held = [], []
+    order = split.labels.argsort(stable=True)
+    for label, indices in enumerate(order.split(split.labels.bincount().tolist())):
+        generator = torch.Generator().manual_seed(fold(seed, label))
+        shuffled = indices[torch.randperm(len(indices), generator=generator)]
+        count = max(round(HELD_OUT * len(indices)), int(len(indices) > 1))
+        held.append(shuffled[:count])
+        rest.append(shuffled[count:])
+    if not sum(map(len, held)):
+        raise UserError("no class has two images, so none can be held out", WHERE, "add images, or a validation split")
+    return split.take(torch.cat(rest).sort().values), split.take(torch.cat(held).sort().values)

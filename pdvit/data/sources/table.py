@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.holdout import assemble, choose_splits
-from pdvit.data.sources.split import FileSplit, LazySplit, Source, printable
+from pdvit.data.sources import first_names, printable
+from pdvit.data.sources.split import FileSplit, LazySplit, Source, assemble, choose_splits
 from pdvit.errors import UserError
 
 
@@ -31,7 +31,14 @@ def read_csv(path: Path, data: DataConfig) -> Source:
     """
     rows = _rows(path)
     counts = Counter(row.split for row in rows)
-    chosen = _choose(list(counts), data, path)
+    chosen = choose_splits(list(counts), data) if list(counts) != [""] else {"train": ""}
+    if list(counts) == [""] and (name := data.train_split or data.val_split):
+        what = f"there is no split '{printable(name)}': the table has no split column"
+        raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
+    required = {"train": "train"} | ({} if "test" in chosen or "" in counts else {"val": "val"}) | chosen
+    if missing := next((name for name in required.values() if name not in counts), None):
+        what = f"no row has the split '{missing}' (there are: {first_names(list(counts))})"
+        raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
     labels = {row.label for row in rows if row.split == chosen["train"]}
     classes = sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)
     numbers = {name: number for number, name in enumerate(classes)}
@@ -46,22 +53,6 @@ def read_csv(path: Path, data: DataConfig) -> Source:
     unused = [name for name in counts if name not in chosen.values()]
     notes = [f"{counts[name]:,} rows of split '{printable(name)}' are not used" for name in unused]
     return assemble(path.stem, classes, splits, data, notes)
-
-
-def _choose(found: list[str], data: DataConfig, path: Path) -> dict[str, str]:
-    """Return the names of the splits by role; a table without a split column is all train."""
-    if found == [""]:
-        if name := data.train_split or data.val_split:
-            what = f"there is no split '{printable(name)}': the table has no split column"
-            raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
-        return {"train": ""}
-    chosen = choose_splits(found, data)
-    absent = [name for name in chosen.values() if name not in found]
-    if "train" not in chosen or ("val" not in chosen and "test" not in chosen) or absent:
-        missing = absent[0] if absent else "val" if "train" in chosen else "train"
-        what = f"no row has the split '{missing}' (there are: {', '.join(map(printable, found[:6]))})"
-        raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
-    return chosen
 
 
 def _rows(path: Path) -> list[Row]:

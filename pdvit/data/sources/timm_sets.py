@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.holdout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, assemble, choose_splits
-from pdvit.data.sources.split import FileSplit, LazySplit, Source
+from pdvit.data.sources import WHERE
+from pdvit.data.sources.folder import SPLIT_NAMES, read_folder
+from pdvit.data.sources.split import TRAIN_NAMES, FileSplit, LazySplit, Source, assemble, choose_splits
 from pdvit.errors import UserError
 
 # torchvision has no validation split of these: `train=False` is the published test set.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
-
-# Validation splits of torchvision's sets, by timm's names.
-EVALUATION_NAMES = (*VALIDATION_NAMES, "eval", "evaluation")
+# Names of splits that timm knows.
+KNOWN_SPLITS = {*SPLIT_NAMES, "eval", "evaluation"}
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class ItemSplit(LazySplit):
     """A split of items of a map-style data set, whose first element is an image or a stream of its bytes."""
 
     items: Any
-    indices: Tensor
+    indices: list[int]
     labels: Tensor
     title: str
 
     def open(self, index: int) -> Image.Image:
         """Fetch an item as an image."""
-        found = self.items[int(self.indices[index])][0]
+        found = self.items[self.indices[index]][0]
         if isinstance(found, Image.Image):
             return found
         with found:
@@ -45,15 +45,11 @@ class ItemSplit(LazySplit):
 
     def name(self, index: int) -> str:
         """Return the data set and the number of the item in it."""
-        return f"{self.title}[{int(self.indices[index])}]"
+        return f"{self.title}[{self.indices[index]}]"
 
     def key(self, index: int) -> str:
         """Return the number of the item."""
-        return str(int(self.indices[index]))
-
-    def take(self, chosen: Tensor) -> "ItemSplit":
-        """Return the items at these indices."""
-        return ItemSplit(self.items, self.indices[chosen], self.labels[chosen], self.title)
+        return str(self.indices[index])
 
 
 def read_torchvision(data: DataConfig) -> Source:
@@ -65,18 +61,21 @@ def read_torchvision(data: DataConfig) -> Source:
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
         raise UserError(f"'{data.source}' lies in a folder of its own", data.source, "name it with --data-dir")
+    root = Path(os.path.expanduser(data.root))
+    if name in ("folder", "image_folder"):
+        return read_folder(root, data)
     chosen = choose_splits(["train", "test"] if name in TRAIN_AND_TEST else ["train", "validation"], data)
-    if chosen["train"] not in TRAIN_NAMES:  # timm would take any other name for the test set
-        raise UserError(f"there is no split '{chosen['train']}' to learn from", data.source, "leave --train-split out")
-    for split in chosen.values():
-        _check_split(name, split, data)
+    for role, split in chosen.items():  # timm would take any other name for the test set
+        known = TRAIN_NAMES if role == "train" else KNOWN_SPLITS
+        if split not in known and (role == "train" or name in TRAIN_AND_TEST):
+            tip = "name another with --train-split or --val-split"
+            raise UserError(f"there is no split '{split}' for {role}", data.source, tip)
     sets = {role: open_timm(data, split) for role, split in chosen.items()}
-    labels = {role: list(map(int, _targets(items, data.source))) for role, items in sets.items()}
-    classes, numbers = as_classes(labels, getattr(sets["train"], "classes", None), data.source)
-    parts = {role: _split(items, numbers[role], f"{data.source} {chosen[role]}") for role, items in sets.items()}
-    names: list[Any] = classes  # ImageNet's are tuples of synonyms
-    names = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in names]
-    return assemble(name, names, parts, data)
+    labels = {role: _targets(items, data.source) for role, items in sets.items()}
+    names = getattr(sets["train"], "classes", None)
+    if names is not None:  # ImageNet's are tuples of synonyms
+        names = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in names]
+    return _assemble(name, names, labels, sets, chosen, data)
 
 
 def read_hub(data: DataConfig) -> Source:
@@ -87,7 +86,7 @@ def read_hub(data: DataConfig) -> Source:
     """
     if find_spec("datasets") is None:
         what = f"'{data.source}' needs the package datasets, which is not installed"
-        raise UserError(what, "data.source (--data)", "pip install 'pdvit[hf-data]'")
+        raise UserError(what, WHERE, "pip install 'pdvit[hf-data]'")
     import datasets
 
     name = data.source.partition("/")[2]
@@ -102,9 +101,7 @@ def read_hub(data: DataConfig) -> Source:
     readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
     names = list(readers["train"].class_to_idx) or None
     labels = {role: list(reader.iter_targets()) for role, reader in readers.items()}
-    classes, numbers = as_classes(labels, names, data.source)
-    parts = {role: _split(reader, numbers[role], f"{data.source} {chosen[role]}") for role, reader in readers.items()}
-    return assemble(name.rpartition("/")[2], classes, parts, data)
+    return _assemble(name.rpartition("/")[2], names, labels, readers, chosen, data)
 
 
 def open_timm(data: DataConfig, split: str) -> Any:
@@ -132,59 +129,7 @@ def _download_lock(root: str) -> Iterator[None]:
         yield
 
 
-def as_classes(
-    labels: Mapping[str, Sequence[Any]], names: Sequence[str] | None, where: str
-) -> tuple[list[str], dict[str, Tensor]]:
-    """Return the classes, and the class index of each sample `(N,)` by split.
-
-    Whole numbers are indices of `names`, or of as many classes as train counts up to. Texts are class names, sorted.
-    Raises UserError for a label that is not one of the classes.
-    """
-    if names is None and all(isinstance(label, str) for label in labels["train"]):
-        names = sorted(set(labels["train"]))
-        known = {name: index for index, name in enumerate(names)}
-        labels = {split: [known.get(label, label) for label in values] for split, values in labels.items()}
-    if names is None:
-        whole = [label for label in labels["train"] if _is_whole(label)]
-        names = [str(index) for index in range(max(whole, default=-1) + 1)]
-    for split, values in labels.items():
-        outside = [place for place, label in enumerate(values) if not (_is_whole(label) and 0 <= label < len(names))]
-        if outside:
-            what = f"label {values[outside[0]]!r} of sample {outside[0]} in {split} is none of the {len(names)} classes"
-            raise UserError(what, where, "-1 often means that a split has no labels: name another with --val-split")
-    return list(names), {split: torch.tensor(values, dtype=torch.long) for split, values in labels.items()}
-
-
-def _is_whole(label: Any) -> bool:
-    return isinstance(label, int) and not isinstance(label, bool)
-
-
-def _check_split(name: str, split: str, data: DataConfig) -> None:
-    """Raise UserError for a missing split of torchvision, for which timm would open another."""
-    synonyms = next((names for names in (TRAIN_NAMES, EVALUATION_NAMES) if split in names), (split,))
-    if name in TRAIN_AND_TEST:
-        there = split in (*TRAIN_NAMES, *EVALUATION_NAMES, *TEST_NAMES)
-    else:
-        root = os.path.expanduser(data.root or "")
-        folders = name in ("image_folder", "folder") and os.path.isdir(root)
-        there = not folders or any(os.path.isdir(os.path.join(root, folder)) for folder in synonyms)
-    if not there:
-        raise UserError(f"there is no split '{split}'", data.source, "name another with --train-split or --val-split")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _split(items: Any, labels: Tensor, title: str) -> LazySplit:
-    """Return a split of the image files of a set, if it lists them, or of its items."""
-    listed = getattr(items, "samples", None) or getattr(items, "imgs", None)
-    if listed is None:
-        return ItemSplit(items, torch.arange(len(labels)), labels, title)
-    return FileSplit([Path(file) for file, _ in listed], labels)
-
-
-def _targets(items: Any, source: str) -> Any:
+def _targets(items: Any, source: str) -> list[int]:
     """Return the labels of a set of torchvision, without reading an image."""
     targets = getattr(items, "targets", None)
     if targets is None and hasattr(items, "index"):  # of iNaturalist
@@ -192,4 +137,48 @@ def _targets(items: Any, source: str) -> Any:
     if targets is None:
         raise UserError("the data set has no list of labels", source, "use it as a folder of images")
     table = torch.as_tensor(targets)
-    return table if table.ndim == 1 else table[:, 0]  # QMNIST has more than the class in a row
+    labels: list[int] = (table if table.ndim == 1 else table[:, 0]).tolist()  # a row of QMNIST has more than the class
+    return labels
+
+
+def _assemble(
+    name: str,
+    classes: Sequence[str] | None,
+    labels: Mapping[str, Sequence[Any]],
+    sets: Mapping[str, Any],
+    titles: Mapping[str, str],
+    data: DataConfig,
+) -> Source:
+    """Return a source of data sets by role.
+
+    Labels that are whole numbers are indices of `classes`, or of as many classes as train counts up to; texts are class
+    names, sorted. Raises UserError for a label that is not one of the classes.
+    """
+    if classes is None and all(isinstance(label, str) for label in labels["train"]):
+        classes = sorted(set(labels["train"]))
+        known = {text: index for index, text in enumerate(classes)}
+        labels = {role: [known.get(label, label) for label in values] for role, values in labels.items()}
+    if classes is None:
+        whole = [label for label in labels["train"] if _is_whole(label)]
+        classes = [str(index) for index in range(max(whole, default=-1) + 1)]
+    splits: dict[str, LazySplit] = {}
+    for role, values in labels.items():
+        for place, label in enumerate(values):
+            if not (_is_whole(label) and 0 <= label < len(classes)):
+                what = f"label {label!r} of sample {place} in {role} is none of the {len(classes)} classes"
+                tip = "-1 often means that a split has no labels: name another with --val-split"
+                raise UserError(what, data.source, tip)
+        numbers, items = torch.tensor(values, dtype=torch.long), sets[role]
+        if files := getattr(items, "samples", None) or getattr(items, "imgs", None):
+            splits[role] = FileSplit([Path(file) for file, _ in files], numbers)
+        else:
+            splits[role] = ItemSplit(items, list(range(len(values))), numbers, f"{data.source} {titles[role]}")
+    return assemble(name, list(classes), splits, data)
+
+
+def _is_whole(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

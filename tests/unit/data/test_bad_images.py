@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data.bad_images import BadImage, BadImages, refuse_bad
+from pdvit.data.images import BadImage, BadImages, refuse_bad
 from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import FileSplit
+from pdvit.data.sources.split import FileSplit
 from pdvit.errors import UserError
 
 COUNT, CLASSES, BAD = 12, 12, (3, 4, 11)

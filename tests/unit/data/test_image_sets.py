@@ -5,7 +5,7 @@ from PIL import Image
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.images import read_image
-from pdvit.data.sources import ArraySplit
+from pdvit.data.sources.split import ArraySplit
 from pdvit.errors import UserError
 
 

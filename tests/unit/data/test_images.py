@@ -14,10 +14,9 @@ from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import Augmentation
-from pdvit.data.bad_images import BadImage
-from pdvit.data.images import TrainingImages, try_read
+from pdvit.data.images import BadImage, TrainingImages, try_read
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import FileSplit
+from pdvit.data.sources.split import FileSplit
 
 PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data.bad_images import BadImages
+from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig, _end_workers, eval_batches, shared_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import MODES, Mixing
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import ArraySplit, FileSplit
+from pdvit.data.sources.split import ArraySplit, FileSplit
 from pdvit.errors import UserError
 
 COUNT, CLASSES, SIZE = 10, 3, 8

@@ -8,12 +8,12 @@ from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import resident as module
-from pdvit.data.bad_images import BadImages
+from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig, augmentation_for, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.resident import resident
-from pdvit.data.sources import ArraySplit, FileSplit, Source
+from pdvit.data.sources.split import ArraySplit, FileSplit, Source
 from pdvit.errors import UserError
 
 SIZE = 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.bad_images import BadImages
+from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.folders import open_masks

@@ -15,7 +15,7 @@ def test_a_source_that_is_not_there_is_refused(source):
 def test_a_file_of_no_known_kind_is_no_source(tmp_path):
     file = tmp_path / "images.rar"
     file.touch()
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="no source, folder or table"):
         open_source(DataConfig(source=str(file)))
 
 

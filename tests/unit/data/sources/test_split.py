@@ -1,6 +1,7 @@
 import pytest
 
-from pdvit.data.sources.split import Source, printable, some
+from pdvit.data.sources import first_names, printable
+from pdvit.data.sources.split import Source
 
 
 @pytest.mark.parametrize("name", ["žába 蛙", "naïve.png", "動物", "[red]", "a\\b", "☃", "שלום"])
@@ -20,7 +21,7 @@ def test_what_a_terminal_can_show_stays_as_it_is(name):
 )
 def test_what_a_terminal_would_obey_or_refuse_is_escaped(name, shown):
     assert printable(name) == shown
-    assert some([name, "b"]) == f"{shown}, b"
+    assert first_names([name, "b"]) == f"{shown}, b"
 
 
 def test_no_line_that_describes_a_source_holds_a_command_to_the_terminal(image_folder):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.bad_images import BadImage
-from pdvit.data.images import try_read
+from pdvit.data.images import BadImage, try_read
 from pdvit.data.sources import open_source
 from pdvit.errors import UserError
 

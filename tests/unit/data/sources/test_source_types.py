@@ -3,18 +3,12 @@ from pathlib import Path
 import pytest
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.source_types import (
-    SOURCE_TYPES,
-    absolute_path,
-    list_source_types,
-    source_type,
-    unused_source_settings,
-)
+from pdvit.data.sources import SOURCE_TYPES, absolute_path, list_source_types, source_type, unused_source_settings
 
 
 def test_every_type_has_a_line_and_is_in_the_docs():
     lines = list_source_types().splitlines()
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
     for item in SOURCE_TYPES:
         assert sum(item.pattern in line for line in lines) == 1
         assert item.pattern in page
