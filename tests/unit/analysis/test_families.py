@@ -15,8 +15,9 @@ from tests.unit.models.test_families import CASES, QUICK, all_families, make, pi
 
 # Attention is read between patches, of plain models whose softmax is all that mixes them.
 ATTENTION = {
-    *("vit", "vit-mean", "vit-without-class-token", "deit", "deit-distilled", "deit3", "dinov2-registers", "dinov3"),
-    *("siglip", "clip", "flexivit", "relpos", "hybrid", "eva02", "rope", "beit", "naflexvit"),
+    *("vit", "vit-mean", "vit-mean-behind-the-norm", "vit-without-class-token", "deit", "deit-distilled", "deit3"),
+    *("dinov2-registers", "dinov3", "siglip", "clip", "flexivit", "relpos", "hybrid", "eva02", "rope", "beit"),
+    "naflexvit",
 }
 
 

@@ -1,5 +1,8 @@
+"""Which layers are first and last, patch heads, hooks and attention; test_families has every family."""
+
 import copy
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -8,216 +11,88 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.models.layers import measure_layers
+from pdvit.models.attention import attentions_of, watch_attention
+from pdvit.models.layers import measure_layers, watch_layers
 from pdvit.models.tokens import DiverseModel
 
-SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
-PATCHES, WIDTH = 16, 24
-
-
-class Case(NamedTuple):
-    """A model, how many prefix tokens it has, and which module puts out the last tokens."""
-
-    name: str
-    prefix: int
-    last: str
-    arguments: dict
-
-
-CASES = [
-    Case("vit_tiny_patch16_224", 1, "norm", {}),
-    Case("vit_tiny_patch16_224", 1, "blocks.1", {"global_pool": "avg"}),
-    Case("vit_tiny_patch16_224", 0, "blocks.1", {"global_pool": "avg", "class_token": False}),
-    Case("vit_tiny_patch16_224", 1, "norm", {"global_pool": "avg", "fc_norm": False}),
-    Case("deit_tiny_distilled_patch16_224", 2, "norm", {}),
-    Case("vit_small_patch14_reg4_dinov2", 5, "norm", {}),
-    Case("vit_base_patch16_siglip_224", 0, "norm", {}),
-    Case("deit3_small_patch16_224", 1, "norm", {}),
-    Case("vit_relpos_small_patch16_224", 0, "blocks.1", {}),
-    Case("eva02_tiny_patch14_224", 1, "blocks.1", {}),
-    Case("vit_small_patch16_dinov3", 5, "norm", {}),
-    Case("beit_base_patch16_224", 1, "blocks.1", {}),
-    Case("vit_base_patch16_clip_224", 1, "norm", {}),
-]
-all_models = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{case.last}-{case.prefix}" for case in CASES])
-
-
-def make(case, **more):
-    model = timm.create_model(case.name, **SMALL | case.arguments | more)
-    # Fresh layer scales are nearly zero, so that a wrong layer could look right.
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def pictures(count=2):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def spy(model, path, images):
-    """Return what a module puts out during the bare model's own forward pass."""
-    seen = []
-    handle = model.get_submodule(path).register_forward_hook(lambda _, __, output: seen.append(output))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
-    (output,) = seen
-    return output
-
-
-@all_models
-def test_logits_are_those_of_the_bare_model(case):
-    model, images = make(case), pictures()
-    with torch.no_grad():
-        assert torch.equal(DiverseModel(model).eval()(images).logits, model(images))
-
-
-@all_models
-def test_training_logits_are_those_of_the_bare_model_under_one_seed(case):
-    model, images = make(case, drop_path_rate=0.5).train(), pictures(4)
-    wrapper = DiverseModel(model).train()
-    with torch.no_grad():
-        torch.manual_seed(3)
-        ours = wrapper(images).logits
-        torch.manual_seed(3)
-        theirs = model(images)
-        torch.manual_seed(4)
-        other = model(images)
-    assert torch.equal(ours, theirs)
-    assert not torch.equal(theirs, other)
-
-
-@all_models
-def test_first_and_last_are_what_the_blocks_and_the_norm_put_out(case):
-    model, images = make(case), pictures()
-    with torch.no_grad():
-        output = DiverseModel(model).eval()(images)
-    assert output.first.shape == output.last.shape == (2, PATCHES, WIDTH)
-    assert torch.equal(output.first, spy(model, "blocks.0", images)[:, case.prefix :])
-    assert torch.equal(output.last, spy(model, case.last, images)[:, case.prefix :])
-    assert not torch.equal(output.first, output.last)
-
-
-@all_models
-def test_patch_logits_are_a_linear_map_of_last(case):
-    wrapper = DiverseModel(make(case)).eval()
-    nn.init.normal_(wrapper.patch_head.bias)
-    with torch.no_grad():
-        output = wrapper(pictures())
-    expected = torch.einsum("bnd,cd->bnc", output.last, wrapper.patch_head.weight) + wrapper.patch_head.bias
-    torch.testing.assert_close(output.patch_logits, expected)
-
-
-def reached(module):
-    return {name for name, weight in module.named_parameters() if weight.grad is not None and weight.grad.any()}
-
-
-@all_models
-def test_gradients_reach_every_weight_that_the_bare_model_reaches(case):
-    model, images = make(case), pictures()
-    model(images).square().sum().backward()
-    bare = reached(model)
-    assert bare
-    model.zero_grad(set_to_none=True)
-    wrapper = DiverseModel(model)
-    output = wrapper(images)
-    (output.logits.square().sum() + output.patch_logits.exp().sum() + output.first.exp().sum()).backward()
-    assert bare <= reached(wrapper.model)
-    assert reached(wrapper.patch_head) == {"weight", "bias"}
-
-
-@all_models
-def test_the_terms_alone_reach_the_first_block(case):
-    wrapper = DiverseModel(make(case), patch_head=False)
-    wrapper(pictures()).last.exp().sum().backward()
-    assert any(weight.grad is not None and weight.grad.any() for weight in wrapper.model.blocks[0].parameters())
-
-
-def test_without_a_patch_head_there_are_no_patch_logits():
-    wrapper = DiverseModel(make(CASES[0]), patch_head=False)
-    assert wrapper(pictures()).patch_logits is None
-    assert all(name.startswith("model.") for name in wrapper.state_dict())
-
-
-def test_a_patch_head_without_classes_is_refused():
-    model = make(CASES[0], num_classes=0)
-    with pytest.raises(UserError, match="no classes"):
-        DiverseModel(model)
-    assert DiverseModel(model, patch_head=False)(pictures()).last.shape == (2, PATCHES, WIDTH)
+SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
+SWIN = {"depths": (1, 1, 1, 2), "num_heads": (1, 2, 2, 4), "img_size": 64, "window_size": 2, "embed_dim": 8}
+HIERA = {"stages": (1, 1, 1, 2), "embed_dim": 8, "img_size": (64, 64)}
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+LARGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def small(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
-    return timm.create_model(name, **sizes | arguments).eval()
-
-
-def convnext() -> nn.Module:
-    return timm.create_model("convnext_tiny", depths=(1, 1, 1, 2), dims=(8, 8, 16, 16), num_classes=3)
+    return timm.create_model(name, **SIZES | arguments).eval()
 
 
 def swin(**arguments: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"depths": (1, 1, 1, 2), "num_heads": (1, 2, 2, 4), "img_size": 64, "window_size": 2, "embed_dim": 8}
     named = {"num_classes": 3, "drop_path_rate": 0.0}
-    return timm.create_model("swin_tiny_patch4_window7_224", **sizes | named | arguments).eval()
+    return timm.create_model("swin_tiny_patch4_window7_224", **SWIN | named | arguments).eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "entering"), [("embed", True), ("patches", False)], ids=["what-enters-the-blocks", "patch-embedding"]
-)
+def layers_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    return {layer.name: tokens for layer, tokens in measure_layers(model, images, torch.clone).items()}
+
+
+both_kinds = pytest.mark.parametrize(("build", "images"), [(small, IMAGES), (swin, LARGE)], ids=["plain", "stages"])
+
+
+def test_drop_path_draws_as_in_the_bare_model():
+    model = small(drop_path_rate=0.5).train()
+    wrapper, found = DiverseModel(model).train(), []
+    with torch.no_grad():
+        for network, seed in ((wrapper, 3), (model, 3), (model, 4)):
+            torch.manual_seed(seed)
+            found.append(network(IMAGES))
+    assert torch.equal(found[0].logits, found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("entering", [True, False], ids=["embed", "patches"])
 @pytest.mark.parametrize(
     ("model", "prefix"),
     [("vit_tiny_patch16_224", 1), ("deit3_small_patch16_224", 1), ("eva02_tiny_patch14_224", 1), ("cait_xxs24_224", 0)],
 )
-def test_first_can_be_before_the_blocks(name, entering, model, prefix):
-    model, images = small(model), torch.randn(2, 3, 32, 32)
-    plain, wrapper = DiverseModel(model).eval()(images), DiverseModel(model, first=name).eval()
-    seen = []
+def test_first_can_be_before_the_blocks(entering, model, prefix):
+    model, seen = small(model), []
+    plain, wrapper = DiverseModel(model)(IMAGES), DiverseModel(model, first="embed" if entering else "patches").eval()
     if entering:
         model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, prefix:]))
     else:
-        model.patch_embed.register_forward_hook(lambda _, __, output: seen.append(output.reshape(2, 16, 24)))
-    seen.clear()
+        model.patch_embed.register_forward_hook(lambda _, __, output: seen.append(output.reshape(3, 16, 24)))
     with torch.no_grad():
-        output = wrapper(images)
+        output = wrapper(IMAGES)
         assert torch.equal(output.first, seen[0])
-        assert torch.equal(output.logits, model(images))
+        assert torch.equal(output.logits, model(IMAGES))
     torch.testing.assert_close(output.last, plain.last)
     assert not torch.equal(output.first, plain.first)
 
 
 @pytest.mark.parametrize("first", [2, "2"])
 def test_first_can_be_any_block(first):
-    model, images = small(), torch.randn(2, 3, 32, 32)
-    found = {layer.name: tokens for layer, tokens in measure_layers(model, images, torch.clone).items()}
-    output = DiverseModel(model, first=first)(images)
-    torch.testing.assert_close(output.first, found["block 2"])
+    model = small()
+    torch.testing.assert_close(DiverseModel(model, first=first)(IMAGES).first, layers_of(model, IMAGES)["block 2"])
 
 
-@pytest.mark.parametrize("build", [small, swin])
-def test_last_can_be_before_the_norm_and_the_patch_head_stays_behind_it(build):
+@both_kinds
+def test_last_can_be_before_the_norm_and_the_patch_head_stays_behind_it(build, images):
     model = build()
-    images = torch.randn(2, 3, 32 if build is small else 64, 32 if build is small else 64)
-    found = {layer.name: tokens for layer, tokens in measure_layers(model, images, torch.clone).items()}
-    blocks = [name for name in found if name.startswith("block")]
+    found = layers_of(model, images)
     wrapper = DiverseModel(model, last="block").eval()
     output = wrapper(images)
-    torch.testing.assert_close(output.last, found[blocks[-1]])
+    torch.testing.assert_close(output.last, found[[name for name in found if name.startswith("block")][-1]])
     torch.testing.assert_close(output.patch_logits, wrapper.patch_head(found["norm"]))
 
 
-@pytest.mark.parametrize("build", [small, swin])
-def test_the_cosine_term_can_see_more_layers(build):
+@both_kinds
+def test_the_cosine_term_can_read_more_layers(build, images):
     model = build()
-    images = torch.randn(2, 3, 32 if build is small else 64, 32 if build is small else 64)
-    found = {layer.name: tokens for layer, tokens in measure_layers(model, images, torch.clone).items()}
-    output = DiverseModel(model, cosine_layers=(3, 1))(images)
-    assert len(output.others) == 2
-    torch.testing.assert_close(output.others[0], found["block 3"])
-    torch.testing.assert_close(output.others[1], found["block 1"])
+    found = layers_of(model, images)
+    others = DiverseModel(model, cosine_layers=(3, 1))(images).others
+    torch.testing.assert_close(others, (found["block 3"], found["block 1"]))
     assert DiverseModel(model)(images).others == ()
 
 
@@ -242,34 +117,46 @@ def test_layers_and_heads_that_do_not_fit_are_refused(options, what):
     assert caught.value.tip
 
 
-@pytest.mark.parametrize("first", ["embed", "patches", 1, 2, 3])
-def test_what_has_another_grid_than_last_can_not_be_first(first):
+@pytest.mark.parametrize("first", ["embed", "patches", 1])
+def test_first_must_have_the_grid_of_last(first):
     with pytest.raises(UserError, match="the shape of"):
         DiverseModel(swin(), first=first)
 
 
 def test_a_last_stage_of_one_block_has_first_and_last_apart_only_behind_a_norm():
-    one = {"depths": (1, 1, 1, 1)}
-    images = torch.randn(1, 3, 64, 64)
-    output = DiverseModel(swin(**one))(images)
+    model = swin(depths=(1, 1, 1, 1))
+    output = DiverseModel(model)(LARGE)
     assert not torch.equal(output.first, output.last)
     with pytest.raises(UserError, match="none can be first"):
-        DiverseModel(swin(**one), last="block")
+        DiverseModel(model, last="block")
 
 
-def test_a_given_patch_head_is_used_as_it_is():
+def test_tokens_of_another_width_are_not_compared():
+    model = small()
+    model.norm, model.fc_norm = nn.Linear(24, 12), nn.Linear(12, 24)
+    with pytest.raises(UserError, match="none can be first") as caught:
+        DiverseModel(model)
+    assert "--last block" in caught.value.tip
+
+
+def test_a_patch_head_can_be_missing_or_a_module():
+    model = small(num_classes=0)
+    with pytest.raises(UserError, match="no classes"):
+        DiverseModel(model)
+    wrapper = DiverseModel(model, patch_head=False)
+    assert wrapper(IMAGES).patch_logits is None
+    assert all(name.startswith("model.") for name in wrapper.state_dict())
     head = nn.Sequential(nn.Linear(24, 12), nn.GELU(), nn.Linear(12, 3))
-    output = DiverseModel(small(), patch_head=head)(torch.randn(2, 3, 32, 32))
+    output = DiverseModel(small(), patch_head=head)(IMAGES)
     torch.testing.assert_close(output.patch_logits, head(output.last))
 
 
-@pytest.mark.parametrize("build", [small, swin])
-def test_the_models_own_classifier_can_be_the_patch_head(build):
+@both_kinds
+def test_the_models_own_classifier_can_be_the_patch_head(build, images):
     model = build()
-    side = 32 if build is small else 64
     wrapper = DiverseModel(model, patch_head="class").eval()
-    output = wrapper(torch.randn(2, 3, side, side))
-    classifier = model.head if build is small else model.head.fc
+    output = wrapper(images)
+    classifier = model.get_classifier()
     torch.testing.assert_close(output.patch_logits, classifier(output.last))
     assert all(name.startswith("model.") for name in wrapper.state_dict())
     output.patch_logits.sum().backward()
@@ -277,30 +164,27 @@ def test_the_models_own_classifier_can_be_the_patch_head(build):
 
 
 @pytest.mark.parametrize(
-    ("model", "why"),
+    ("build", "why"),
     [
-        (lambda: small(num_classes=0), "not one linear layer"),
-        (lambda: small("deit_tiny_distilled_patch16_224"), "not one linear layer"),
-        (lambda: small(global_pool="avg"), "fc_norm"),
-        (convnext, "head.norm"),
+        (partial(small, num_classes=0), "not one linear layer"),
+        (partial(small, "deit_tiny_distilled_patch16_224"), "not one linear layer"),
+        (partial(small, global_pool="avg"), "fc_norm"),
+        (partial(timm.create_model, "convnext_tiny", depths=(1, 1, 1, 2), dims=(8, 8, 16, 16)), "head.norm"),
     ],
 )
-def test_a_classifier_that_does_not_read_the_tokens_is_refused_as_patch_head(model, why):
+def test_a_classifier_that_does_not_read_the_tokens_is_refused_as_patch_head(build, why):
     with pytest.raises(UserError, match=why):
-        DiverseModel(model(), patch_head="class")
+        DiverseModel(build(), patch_head="class")
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
         ("resnet18", "no tokens"),
-        ("efficientnet_b0", "no tokens"),
         ("mobilevit_xxs", "between convolutions"),
-        ("efficientformer_l1", "between convolutions"),
         ("qwen3_vit_88m_enc", "language model"),
         ("convit_tiny", "half-way"),
         ("crossvit_9_240", "side by side"),
-        ("tnt_s_patch16_224", "pixels"),
         ("nest_tiny", "windows"),
     ],
 )
@@ -321,31 +205,18 @@ def test_a_wrapper_is_refused_by_naming_the_model_inside(wrap, attribute):
     assert caught.value.tip == f"pass the bare model, which is its .{attribute}"
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
-def test_dropping_patches_is_refused(name):
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(small, patch_drop_rate=0.5),
+        partial(small, "eva02_tiny_patch14_224", patch_drop_rate=0.5),
+        partial(timm.create_model, "hiera_tiny_224", **HIERA, patch_drop_rate=0.5),
+        lambda: NaFlexVit(NaFlexVitCfg(patch_size=16, embed_dim=24, depth=2, num_heads=2, patch_drop_rate=0.5)),
+    ],
+)
+def test_dropping_patches_is_refused(build):
     with pytest.raises(UserError, match="patch_drop_rate"):
-        DiverseModel(small(name, patch_drop_rate=0.5))
-
-
-def test_dropping_patches_is_refused_in_hierarchical_models_too():
-    with pytest.raises(UserError, match="patch_drop_rate"):
-        DiverseModel(
-            timm.create_model(
-                "hiera_tiny_224", stages=(1, 1, 1, 2), embed_dim=8, img_size=(64, 64), patch_drop_rate=0.5
-            )
-        )
-    cfg = NaFlexVitCfg(patch_size=16, embed_dim=24, depth=2, num_heads=2, patch_drop_rate=0.5)
-    with pytest.raises(UserError, match="patch_drop_rate"):
-        DiverseModel(NaFlexVit(cfg))
-
-
-def test_a_neck_or_norm_of_another_width_is_not_compared():
-    model = small()
-    model.norm = nn.Linear(24, 12)
-    model.fc_norm = nn.Linear(12, 24)
-    with pytest.raises(UserError, match="none can be first") as caught:
-        DiverseModel(model)
-    assert "--last block" in caught.value.tip
+        DiverseModel(build())
 
 
 def total(output: Any) -> Tensor:
@@ -353,31 +224,22 @@ def total(output: Any) -> Tensor:
     return torch.stack([part.square().mean() for part in parts]).sum()
 
 
-def by_value() -> DiverseModel:
-    return DiverseModel(small())
-
-
-def by_hooks() -> DiverseModel:
-    return DiverseModel(small(), first="patches", cosine_layers=(2,))
-
-
-def hierarchical() -> DiverseModel:
-    return DiverseModel(swin(), cosine_layers=(1, 3))
+BY_VALUE = (small, {}, IMAGES)
+BY_HOOKS = (small, {"first": "patches", "cosine_layers": (2,)}, IMAGES)
+STAGES = (swin, {"cosine_layers": (1, 3)}, LARGE)
 
 
 @pytest.mark.parametrize(
-    ("build", "checkpointing"),
+    ("case", "checkpointing"),
     [
-        (by_value, True),
-        pytest.param(hierarchical, True, marks=pytest.mark.slow),
-        pytest.param(by_hooks, True, marks=pytest.mark.slow),
-        pytest.param(hierarchical, False, marks=pytest.mark.slow),
+        pytest.param(BY_VALUE, True, id="by value"),
+        *(pytest.param(case, True, marks=pytest.mark.slow) for case in (STAGES, BY_HOOKS)),
+        pytest.param(STAGES, False, marks=pytest.mark.slow),
     ],
 )
-def test_it_compiles_as_one_graph_with_the_same_gradients(build, checkpointing):
-    wrapper = build().train()
-    side = 64 if build is hierarchical else 32
-    images = torch.randn(2, 3, side, side)
+def test_it_compiles_as_one_graph_with_the_same_gradients(case, checkpointing):
+    build, options, images = case
+    wrapper = DiverseModel(build(), **options).train()
     expected = wrapper(images)
     total(expected).backward()
     gradients = {name: weight.grad.clone() for name, weight in wrapper.named_parameters()}
@@ -390,5 +252,88 @@ def test_it_compiles_as_one_graph_with_the_same_gradients(build, checkpointing):
             total(output).backward()
             torch.testing.assert_close(output, expected)
             torch.testing.assert_close({name: weight.grad for name, weight in wrapper.named_parameters()}, gradients)
-        copy.deepcopy(wrapper)  # nothing of a forward pass stays behind
+        copy.deepcopy(wrapper)  # a forward pass leaves no activations behind
     torch._dynamo.reset()
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [hook for part in model.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+
+
+def test_no_hook_outlives_a_measurement_or_an_error():
+    model, during = small(), []
+
+    def visit(layer, tokens):
+        during.extend(hooks_of(model))
+        raise ArithmeticError(layer.name)
+
+    with pytest.raises(ArithmeticError, match="embed"), watch_layers(model, visit):
+        model(IMAGES)
+    assert len(during) == 5
+    assert not hooks_of(model)
+    assert measure_layers(model, IMAGES, lambda tokens: float(tokens.sum()))
+    assert not hooks_of(model)
+
+
+def attention_of(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    found: dict[str, Tensor] = {}
+    with torch.no_grad(), watch_attention(model, lambda layer, maps: found.update({layer.name: maps})):
+        return found, model(IMAGES)
+
+
+def test_attention_equals_the_softmax_of_queries_and_keys():
+    model, entering = small(reg_tokens=2), []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    found, _ = attention_of(model)
+    assert list(found) == ["block 1", "block 2", "block 3"]
+    for block, tokens, maps in zip(model.blocks, entering, found.values(), strict=True):
+        query, key, _ = block.attn.qkv(tokens).chunk(3, -1)
+        for head in range(2):
+            q, k = (part[..., 12 * head : 12 * head + 12] for part in (query, key))
+            torch.testing.assert_close(maps[:, head], (q @ k.mT / 12**0.5).softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+PLAIN = ["vit_relpos_small_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "deit_tiny_distilled_patch16_224"])
+def test_attention_of_plain_models_is_of_all_tokens_and_leaves_the_logits(name):
+    model = small(name)
+    found, logits = attention_of(model)
+    torch.testing.assert_close(logits, model(IMAGES), atol=1e-5, rtol=1e-4)
+    for maps in found.values():
+        assert maps.shape[1] == 2
+        assert maps.shape[2] == maps.shape[3] >= 16
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:3]))
+
+
+def test_fused_attention_comes_back_also_after_an_error():
+    model = small()
+    attentions = [block.attn for block in model.blocks]
+    attentions[1].fused_attn = False
+    before = [attention.fused_attn for attention in attentions]
+
+    def fail(layer, maps) -> None:
+        assert not any(attention.fused_attn for attention in attentions)
+        raise RuntimeError(layer.name)
+
+    with pytest.raises(RuntimeError, match="block 1"), watch_attention(model, fail):
+        model(IMAGES)
+    assert [attention.fused_attn for attention in attentions] == before
+    assert not hooks_of(model)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        swin,
+        partial(small, "xcit_nano_12_p16_224"),
+        partial(small, "cait_xxs24_224"),
+        partial(timm.create_model, "mixer_s16_224", img_size=32),
+        partial(small, "vit_small_patch16_18x2_224"),  # several attentions side by side in a block
+    ],
+)
+def test_other_attention_is_refused_with_the_reason(build):
+    with pytest.raises(UserError, match=r"block 1.* works in windows"):
+        attentions_of(build())
