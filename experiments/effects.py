@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from tables import RATE, SEED, best_rates, write_table
 
-from pdvit.plots.statistics import Difference, mean_and_std, paired
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, render
+from pdvit.plots.sweep import Difference, mean_and_std, paired
 
 HERE = Path(__file__).parent
 CONTROLS = ("none", "cutmix")

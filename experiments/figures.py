@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from tables import NUMBERS, SEED
 
-from pdvit.plots.statistics import interval
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
+from pdvit.plots.sweep import interval
 
 HERE = Path(__file__).parent
 DASHED = (0, (3, 2))

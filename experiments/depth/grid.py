@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pdvit.plots.statistics import mean_and_std
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
+from pdvit.plots.sweep import mean_and_std
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -12,9 +12,9 @@ from pdvit.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pdvit.plots.ablation import SweepSummary
     from pdvit.plots.reading import Arrays
     from pdvit.plots.style import Drawing, Theme
+    from pdvit.plots.sweep import SweepSummary
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -164,8 +164,7 @@ def sweep(
 ) -> None:
     """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
     check_suffix(out)
-    from pdvit.plots.ablation import read_cells, summarise
-    from pdvit.plots.sweep import markdown, plot_sweep
+    from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise
 
     folder = folder.expanduser()
     if not folder.exists():
@@ -253,10 +252,10 @@ def _show(summary: "SweepSummary") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from pdvit.plots.sweep import notes_of, rows_of
+    from pdvit.plots.sweep import notes_of, table_of
 
     console = Console()
-    head, *body = rows_of(summary)
+    head, *body = table_of(summary)
     view = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(head):
         view.add_column(escape(name), justify="left" if number < len(head) - 3 else "right")

@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from scipy.special import stdtrit
 
 from pdvit.plots.reading import Arrays, layers_of
-from pdvit.plots.statistics import welch
 from pdvit.plots.style import (
     DOUBLE,
     LIGHT,
@@ -26,6 +26,7 @@ from pdvit.plots.style import (
     thin_ticks,
     unique,
 )
+from pdvit.plots.sweep import LEVEL, MINUS
 
 P, RANDOM = "similarity", "similarity_random"
 NORM, NORM_STD = "norm_mean", "norm_std"
@@ -37,7 +38,6 @@ RANDOM_STYLE: dict[str, Any] = {"linestyle": (0, (2.5, 2)), "linewidth": 0.8}
 LOG_RATIO = 30  # lengths that differ more than this have a logarithmic axis
 NAME_GAP, LOWEST_NAME = 0.058, 0.03  # between names at line ends, and above the axis, on the scale of P
 HEAD_SHIFT = 0.22  # in depth, between the heads of two runs
-MINUS = "\u2212"
 
 # Title and range of the metrics in a figure's order.
 Range = tuple[float | None, float | None]
@@ -198,17 +198,18 @@ def run_styles(rows: pd.DataFrame, theme: Theme) -> dict[str, dict[str, Any]]:
 def differences(tables: Sequence[pd.DataFrame], metric: str) -> pd.DataFrame:
     """Return second minus first of a metric with Welch's 95 % interval, for each layer that both have by name.
 
-    The tables hold means and spreads over images, so images can't be paired.
+    The tables hold means and spreads over images, so images can't be paired. A single image has no interval.
     """
     first, second = (table[table["metric"] == metric].set_index("layer") for table in tables)
-    rows = []
-    for layer in first.index.intersection(second.index, sort=False):
-        pair = (first.loc[layer], second.loc[layer])
-        means, stds, counts = (tuple(row[key] for row in pair) for key in ("mean", "std", "images"))
-        change = welch(means, stds, counts)
-        values = {"mean": change.mean, "low": change.low, "high": change.high}
-        rows.append({"layer": layer, "depth": int(pair[0]["depth"]), "metric": metric, **values})
-    return pd.DataFrame(rows, columns=["layer", "depth", "metric", "mean", "low", "high"])
+    layers = first.index.intersection(second.index, sort=False)
+    pair = (first.loc[layers], second.loc[layers])
+    change = pair[1]["mean"] - pair[0]["mean"]
+    variances = [side["std"] ** 2 / side["images"] for side in pair]
+    variance = variances[0] + variances[1]
+    freedom = variance**2 / sum(part**2 / (side["images"] - 1) for part, side in zip(variances, pair, strict=True))
+    half = (stdtrit(freedom, LEVEL) * variance**0.5).where(variance > 0, variance)
+    columns = {"mean": change, "low": change - half, "high": change + half}
+    return pair[0][["depth"]].assign(metric=metric, **columns).reset_index()
 
 
 @contextmanager

@@ -8,13 +8,12 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from pdvit.plots.ablation import summarise
 from pdvit.plots.curves import plot_pairs, plot_spectrum
 from pdvit.plots.depth import plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
 from pdvit.plots.heatmap import plot_cka, plot_confusion, plot_maps, read_maps
 from pdvit.plots.reading import read_analysis, read_curves
 from pdvit.plots.style import DARK, LIGHT, SINGLE, render
-from pdvit.plots.sweep import plot_sweep
+from pdvit.plots.sweep import plot_sweep, summarise
 from pdvit.plots.training import plot_training
 
 HOSTILE = ["$x_1^{2}$ & <b>", "猫\x01\n" + "very-long-" * 20]

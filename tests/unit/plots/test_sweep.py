@@ -1,65 +1,206 @@
+import math
+
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from pdvit.plots.ablation import summarise
-from pdvit.plots.sweep import NOTHING, markdown, notes_of, plot_sweep, rows_of
+from pdvit.errors import UserError
+from pdvit.plots.sweep import (
+    NOTHING,
+    axes_of,
+    interval,
+    markdown,
+    mean_and_std,
+    notes_of,
+    paired,
+    plot_sweep,
+    read_cells,
+    summarise,
+    table_of,
+)
 
-VALUES = {"none": [0.50, 0.52, 0.54], "paper": [0.60, 0.61, 0.65]}
+PRESETS = {"none": [0.50, 0.52, 0.54], "paper": [0.60, 0.61, 0.65]}
 
 
-def sweep(metric: str = "accuracy", **change: object):
-    rows = [
-        {"cell": f"{at}", "status": "finished", "diversity.preset": preset, "run.seed": f"{seed}", metric: f"{value}"}
-        for at, (preset, seed, value) in enumerate((p, s, v) for p in VALUES for s, v in enumerate(VALUES[p]))
+def cells(rows: list[dict[str, object]]) -> pd.DataFrame:
+    """A table of cells as it is read: everything text."""
+    whole = [{"cell": at, "variant": "", "status": "finished", "seconds": 9.5, **row} for at, row in enumerate(rows)]
+    return pd.DataFrame(whole).astype(str).astype(object)
+
+
+def presets(metric: str = "accuracy", **more: object) -> list[dict[str, object]]:
+    return [
+        {"diversity.preset": preset, "run.seed": seed, metric: value, **more}
+        for preset, values in PRESETS.items()
+        for seed, value in enumerate(values)
     ]
-    rows[-1] |= change
-    return summarise(pd.DataFrame(rows, dtype=object), metric)
+
+
+def summary(metric: str = "accuracy", **last: object):
+    """A sweep over presets, whose last cell may be another."""
+    rows = presets(metric)
+    rows[-1] |= last
+    return summarise(cells(rows), metric)
+
+
+def row_of(table: pd.DataFrame, setting: str) -> pd.Series:
+    (row,) = [row for _, row in table.iterrows() if row["setting"] == setting]
+    return row
+
+
+@pytest.mark.parametrize("count", [2, 5, 40])
+def test_a_paired_difference_is_that_of_scipy(count):
+    rng = np.random.default_rng(count)
+    first = rng.normal(0.5, 10, count)
+    second = first + rng.normal(0.1, 0.02, count)
+    expected = stats.ttest_rel(second, first).confidence_interval(0.95)
+    found = paired(*({str(at): float(value) for at, value in enumerate(side)} for side in (first, second)))
+    values = ((second - first).mean(), expected.low, expected.high, count)
+    assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(values, rel=1e-9, abs=1e-9)
+
+
+def test_the_interval_of_a_mean_is_that_of_scipy():
+    values = [0.2, 0.5, 0.9, 0.4]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = interval(values)
+    assert (found.mean, found.low, found.high, found.pairs) == pytest.approx((0.5, expected.low, expected.high, 4))
+
+
+def test_seeds_of_both_are_paired_and_one_pair_has_no_interval():
+    found = paired({"0": 1.0, "1": 2.0, "2": 9.0}, {"1": 3.0, "0": 1.5, "7": 100.0})
+    assert (found.mean, found.pairs) == (0.75, 2)
+    one, none = paired({"0": 1.0}, {"0": 2.0}), paired({"0": 1.0}, {"1": 2.0})
+    assert (one.mean, one.pairs, none.pairs) == (1.0, 1, 0)
+    assert all(math.isnan(value) for value in (one.low, one.high, none.mean, none.low))
+    assert mean_and_std([]) == pytest.approx((math.nan, math.nan), nan_ok=True)
+
+
+def test_mean_spread_and_differences_are_over_seeds():
+    table = summarise(cells(presets()[::-1]), baseline="none").table  # in any order
+    for name, values in PRESETS.items():
+        row = row_of(table, name)
+        assert row[["n", "mean", "std"]].tolist() == pytest.approx([3, np.mean(values), np.std(values, ddof=1)])
+        assert [row[f"seed {seed}"] for seed in range(3)] == values
+    expected = stats.ttest_rel(PRESETS["paper"], PRESETS["none"]).confidence_interval(0.95)
+    assert row_of(table, "paper")[["low", "high", "pairs"]].tolist() == pytest.approx([expected.low, expected.high, 3])
+
+
+def test_the_first_setting_is_the_baseline_unless_one_is_named():
+    assert math.isnan(row_of(summary().table, "none")["difference"])
+    table = summarise(cells(presets()), baseline="diversity.preset=paper").table
+    assert row_of(table, "none")["difference"] == pytest.approx(-0.1)
+    rows = [{"optim.lr": rate, "run.seed": seed, "accuracy": 0.5} for rate in ("0.001", "0.002") for seed in (0, 1)]
+    assert summarise(cells(rows), baseline="optim.lr=2e-3").baseline == "optim.lr=0.002"
+
+
+def test_a_crossed_sweep_compares_like_with_like():
+    rows = [row for depth in (6, 12) for row in presets(**{"model.depth": depth})]
+    for row in rows:
+        row["accuracy"] = float(row["accuracy"]) - (0.3 if row["model.depth"] == 12 else 0)
+    found = summarise(cells(rows))
+    assert found.axes == ["diversity.preset", "model.depth"]
+    assert found.baseline == "diversity.preset=none"
+    differences = [row_of(found.table, f"preset paper, depth {depth}")["difference"] for depth in (6, 12)]
+    assert differences == pytest.approx([0.1, 0.1])
+
+
+def test_what_a_variant_decides_is_no_axis_of_its_own():
+    rows = [{"variant": name, "model.depth": depth, "optim.lr": lr, "run.seed": 0, "accuracy": 0.5}
+            for name, depth in (("small", 6), ("large", 12)) for lr in (0.1, 0.2)]  # fmt: skip
+    assert axes_of(cells(rows)) == ["variant", "optim.lr"]
+
+
+def test_cells_without_a_number_are_counted_and_named():
+    rows = presets()
+    rows[1] |= {"status": "failed"}
+    rows[5] |= {"accuracy": "nan"}
+    found = summarise(cells(rows))
+    assert found.left_out == ["cell 1 (failed)", "cell 5 (no accuracy)"]
+    assert "2 of 6 cells are not in these numbers: cell 1 (failed), cell 5 (no accuracy)" in notes_of(found)
+    assert row_of(found.table, "none")[["n", "left_out", "mean"]].tolist() == [2, 1, 0.52]
+    assert row_of(found.table, "paper")["pairs"] == 1
+
+
+def test_a_setting_of_which_no_cell_finished_stays_in_table_and_figure():
+    rows = [row | ({"status": "diverged"} if row["diversity.preset"] == "paper" else {}) for row in presets()]
+    found = summarise(cells(rows))
+    assert row_of(found.table, "paper")[["n", "left_out"]].tolist() == [0, 3]
+    assert table_of(found)[2] == ["paper", "0", NOTHING, NOTHING]
+    assert [len(axes.containers) for axes in plot_sweep(found, "mine").axes] == [1, 0]
+
+
+def test_a_single_setting_has_no_differences():
+    found = summarise(cells(presets()[:3]))
+    assert (found.axes, found.baseline) == ([], "")
+    assert found.table["setting"].tolist() == ["all"]
+    assert len(plot_sweep(found, "mine").axes) == 1
+
+
+def test_another_metric_can_be_named_and_miou_is_compared_where_there_is_no_accuracy():
+    assert summary("similarity_last").table["mean"].tolist() == pytest.approx([0.52, 0.62])
+    assert summarise(cells(presets("miou"))).metric == "miou"
+
+
+@pytest.mark.parametrize(
+    ("named", "tip"),
+    [
+        ({"metric": "accurac"}, "accuracy"),
+        ({"baseline": "diversity.preset=papr"}, "paper"),
+        ({"baseline": "model.depth=3"}, "diversity.preset"),
+        ({"baseline": "papr"}, "paper"),
+    ],
+)
+def test_a_metric_or_baseline_that_is_not_there_is_refused(named, tip):
+    with pytest.raises(UserError) as caught:
+        summarise(cells(presets()), **named)
+    assert tip in caught.value.tip
+
+
+def test_two_cells_of_one_setting_and_seed_are_refused():
+    with pytest.raises(UserError, match=r"diversity\.preset=none"):
+        summarise(cells([*presets(), presets()[0]]))
+
+
+def test_values_stay_as_they_are_written(tmp_path):
+    (tmp_path / "cells.csv").write_text("cell,status,optim.lr,accuracy\n0,finished,1e-3,0.5\n1,finished,NA,0.6\n")
+    assert summarise(read_cells(tmp_path)).table["setting"].tolist() == ["1e-3", "NA"]
+
+
+@pytest.mark.parametrize("content", ["", "cell\n0\n", "cell,status\n", "cell,status,a\n0\n", 'cell,status\n0,"x\n'])
+def test_a_damaged_table_is_named(tmp_path, content):
+    (tmp_path / "cells.csv").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_cells(tmp_path)
+    assert "cells.csv" in caught.value.where
 
 
 def test_dots_are_seeds_and_marks_their_means():
-    left, right = plot_sweep(sweep(), "mine").axes
+    figure = plot_sweep(summary(), "mine")
+    left, right = figure.axes
     dots = [line for line in left.lines if line.get_alpha() == 0.5]
-    for values, line in zip(VALUES.values(), dots, strict=True):
+    for values, line in zip(PRESETS.values(), dots, strict=True):
         assert line.get_xdata().tolist() == pytest.approx([100 * value for value in values])
     assert [bars.lines[0].get_xdata()[0] for bars in left.containers] == pytest.approx([52, 62])
     (difference,) = right.containers
     assert difference.lines[0].get_xdata()[0] == pytest.approx(10)
     (segment,) = difference.lines[2][0].get_segments()
-    summary = sweep().table.iloc[1]
-    assert segment[:, 0].tolist() == pytest.approx([100 * summary["low"], 100 * summary["high"]])
+    assert segment[:, 0].tolist() == pytest.approx([100 * figure.data.loc[1, end] for end in ("low", "high")])
     assert [text.get_text() for text in left.get_yticklabels()] == ["none", "paper"]
-
-
-def test_the_data_are_the_table():
-    assert plot_sweep(sweep(), "mine").data.equals(sweep().table)
+    failed = plot_sweep(summary(status="failed"), "mine")
+    assert [text.get_text() for text in failed.axes[0].get_yticklabels()] == ["none (n = 3)", "paper (n = 2)"]
 
 
 def test_the_table_in_words():
-    head, none, paper = rows_of(sweep())
+    head, none, paper = table_of(summary())
     assert head == ["diversity.preset", "n", "accuracy, %", "difference, points [95 %]"]
     assert none == ["none", "3", "52.0 ± 2.0", NOTHING]
     assert paper == ["paper", "3", "62.0 ± 2.6", "+10.0 [+7.5, +12.5]"]
-
-
-def test_a_metric_that_is_no_share_stays_as_it_is():
-    head, none, _ = rows_of(sweep("loss"))
+    head, none, _ = table_of(summary("loss"))
     assert (head[2], none[2]) == ("loss", "0.520 ± 0.020")
 
 
-def test_cells_that_failed_are_said():
-    failed = sweep(status="failed")
-    assert "1 of 6 cells are not in these numbers: cell 5 (failed)" in notes_of(failed)
-    assert rows_of(failed)[2][1] == "2"
-    assert [text.get_text() for text in plot_sweep(failed, "mine").axes[0].get_yticklabels()][1] == "paper (n = 2)"
-
-
 def test_markdown_keeps_names_from_being_markup():
-    page = markdown(sweep(**{"diversity.preset": "a|b_<c>"}))
+    page = markdown(summary(**{"diversity.preset": "a|b_<c>"}))
     assert page.startswith("| diversity.preset | n |")
     assert r"a\|b\_\<c\>" in page
-
-
-def test_settings_without_any_number_are_drawn():
-    table = sweep(status="failed")
-    table.table.loc[1, ["n", "mean", "std", "difference", "low", "high"]] = [0, *[float("nan")] * 5]
-    plot_sweep(table, "mine")
