@@ -39,10 +39,6 @@ class Place:
         """Register `hook(module, inputs, output=None)` on the module."""
         return (self.module.register_forward_pre_hook if self.entering else self.module.register_forward_hook)(hook)
 
-    def value(self, inputs: tuple[Any, ...], output: Any) -> Any:
-        """Return what holds the tokens, of a hook's arguments."""
-        return inputs[0] if self.entering else output
-
     def tokens(self, value: Any) -> Tensor:
         """Return the patch tokens `(B, N, D)` in the order of the image, row by row."""
         value = value[0] if isinstance(value, tuple) else value  # some blocks add the size of the grid
@@ -82,18 +78,11 @@ def watch(places: Mapping[K, Place], visit: Callable[[K, Tensor], None]) -> Iter
     """
 
     def hook(key: K, place: Place, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        visit(key, place.tokens(place.value(inputs, output)))
+        visit(key, place.tokens(inputs[0] if place.entering else output))
 
     with ExitStack() as stack:
         for key, place in places.items():
             stack.callback(place.register(partial(hook, key, place)).remove)
-        yield
-
-
-@contextmanager
-def watch_layers(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """`watch` every layer of a model."""
-    with watch(places_of(model), visit):
         yield
 
 
@@ -109,7 +98,7 @@ def measure_layers(
     def visit(layer: Layer, tokens: Tensor) -> None:
         results[layer] = measure(tokens)
 
-    with torch.no_grad(), exact_float32(images.device), watch_layers(model, visit):
+    with torch.no_grad(), exact_float32(images.device), watch(places_of(model), visit):
         (network or model)(images)
     return results
 

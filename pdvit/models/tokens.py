@@ -1,7 +1,6 @@
 """The module that training uses: a timm model that also returns the patch tokens which the terms compare."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -75,13 +74,7 @@ class DiverseModel(Wrapper):
         super().__init__()
         self.model = model
         layers = layers_to_read(model, first, last, cosine_layers)
-        self.names = (layers.first, layers.last, layers.final, *layers.others)
-        self.norm = layers.places[layers.final]
-        self.taps: dict[str, Tap] | None = None
-        if family_of(model).plain and set(self.names) <= {*layers.blocks, layers.final}:
-            self.indices = sorted({layers.blocks.index(name) for name in self.names if name in layers.blocks})
-        else:
-            self.taps = taps_at(layers.places, self.names)
+        self.taps = Taps(layers.places, (layers.first, layers.last, layers.final, *layers.others))
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = None
@@ -104,10 +97,7 @@ class DiverseModel(Wrapper):
         cross-entropy of the patches, instead of patch logits. It is computed in parts, so that all patch logits never
         exist at once, and needs a linear patch head. `patch_logits=False` skips the patch head.
         """
-        logits, tokens = (
-            self._forward_intermediates(images) if self.taps is None else tapped(self.taps, self.model, images)
-        )
-        first, last, final, *more = (tokens[name] for name in self.names)
+        logits, (first, last, final, *more) = self.taps.read(self.model, images)
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
         others = tuple(more)
         if head is None or not patch_logits:
@@ -119,13 +109,6 @@ class DiverseModel(Wrapper):
             raise UserError(f"the mixing term can't be computed in parts with a {type(head).__name__}", HEAD, tip)
         mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
         return TokenOutput(logits, first, last, None, others, mixing, label_smoothing)
-
-    def _forward_intermediates(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits, and tokens by layer."""
-        model: Any = self.model
-        features, blocks = model.forward_intermediates(images, indices=self.indices, output_fmt="NLC")
-        tokens = {f"block {index + 1}": block for index, block in zip(self.indices, blocks, strict=True)}
-        return model.forward_head(features), tokens | {"norm": self.norm.tokens(features)}
 
 
 def _patch_head(model: Any, head: "bool | nn.Module", shape: tuple[int, int]) -> nn.Module:
@@ -142,11 +125,11 @@ def _patch_head(model: Any, head: "bool | nn.Module", shape: tuple[int, int]) ->
         return head
     try:
         with torch.no_grad(), evaluating(head):
-            found = tuple(head(next(head.parameters(), torch.empty(0)).new_zeros(1, count, width)).shape)
+            found: Any = tuple(head(next(head.parameters(), torch.empty(0)).new_zeros(1, count, width)).shape)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"the patch head does not take tokens of width {width}", HEAD, f"{error}") from error
+        found = error
     if found != (1, count, model.num_classes):
-        what = f"the patch head returns {found} for (1, {count}, {width}) tokens, not {model.num_classes} classes each"
+        what = f"of {count} tokens of width {width}, the patch head makes {found}, not {model.num_classes} classes each"
         raise UserError(what, HEAD, f"pass nn.Linear({width}, {model.num_classes}), or True for a new one")
     return head
 
@@ -165,19 +148,16 @@ def _check_classifier(model: Any, name: str, width: int) -> None:
     elif between:
         why = f"the model's head puts {between[0]} between tokens and classifier"
     if why:
-        raise UserError(
-            f"the model's classifier can't be the patch head: {why}", HEAD, "pass True for a new linear head"
-        )
+        what = f"the model's classifier can't be the patch head: {why}"
+        raise UserError(what, HEAD, "pass True for a new linear head")
 
 
-@dataclass(frozen=True)
-class LayersToRead:
-    """The layers that the terms compare.
+class LayersToRead(NamedTuple):
+    """The layers that the terms compare, by name.
 
     Attributes:
-        first, last, others: names of layers.
+        first, last, others: the layers.
         final: the layer that the model's head reads.
-        blocks: names of all blocks.
         places: of all layers.
         shapes: (number, width) of the patch tokens of all layers, for an image of the model's own size.
     """
@@ -186,9 +166,8 @@ class LayersToRead:
     last: str
     final: str
     others: tuple[str, ...]
-    blocks: list[str]
-    places: Mapping[str, Place]
-    shapes: Mapping[str, tuple[int, int]]
+    places: dict[str, Place]
+    shapes: dict[str, tuple[int, int]]
 
 
 def layers_to_read(model: nn.Module, first: str | int, last: str, cosine_layers: Sequence[int]) -> LayersToRead:
@@ -204,7 +183,7 @@ def layers_to_read(model: nn.Module, first: str | int, last: str, cosine_layers:
         raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
     last = final if last == "norm" else blocks[-1]
     others = tuple(_block(number, blocks, COSINE) for number in cosine_layers)
-    return LayersToRead(_first(first, last, blocks, shapes), last, final, others, blocks, places, shapes)
+    return LayersToRead(_first(first, last, blocks, shapes), last, final, others, places, shapes)
 
 
 def _block(number: Any, blocks: list[str], where: str) -> str:
@@ -216,20 +195,18 @@ def _block(number: Any, blocks: list[str], where: str) -> str:
 
 def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, tuple[int, int]]) -> str:
     """Return the name of the first layer; raises UserError unless it has the grid and width of last."""
-    alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
     if first == "block":
-        if alike:
-            return alike[0]
-        tip = "use --last block" if last != blocks[-1] else "choose a model with two blocks of one grid at its end"
-        if shapes.get("embed") == shapes[last]:
-            tip = "use --first embed or a deeper model"
-        raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
+        alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
+        if not alike:
+            tip = "try --last block or --first embed, or choose a model with two blocks of one grid at its end"
+            raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
+        return alike[0]
     if first not in EARLY and not str(first).isdecimal():
         tip = f"choose block, embed, patches, or a number from 1 to {len(blocks)}"
         raise UserError(f"there is no first called '{first}'", FIRST, tip)
     name = str(first) if first in EARLY else _block(first, blocks, FIRST)
     if name == last:
-        raise UserError(f"first and last are both {name}", FIRST, "choose an earlier one")
+        raise UserError(f"first and last are both {name}", FIRST, "choose an earlier layer")
     if shapes.get(name) != shapes[last]:
         what = f"the shape of {name} is not that of {last}: {shapes.get(name)} against {shapes[last]} (patches, width)"
         raise UserError(what, FIRST, "use --first block, whatever the preset says")
@@ -245,9 +222,9 @@ def layer_numbers(text: str) -> list[int]:
 
 
 class Tap:
-    """A hook that stores tokens, open during a forward pass only, so that recomputed activations do not replace them.
+    """A hook that stores the output (or input) of a layer while it is open.
 
-    A hook must be an object, not a closure: a deep copy of the model then has a tap of its own.
+    It is an object instead of a closure, so a deep copy of the model has its own.
     """
 
     def __init__(self, place: Place) -> None:
@@ -258,27 +235,32 @@ class Tap:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
         """Store the value that holds the tokens."""
         if self.open:
-            self.value = self.place.value(inputs, output)
+            self.value = inputs[0] if self.place.entering else output
 
 
-def taps_at(places: Mapping[str, Place], names: Iterable[str]) -> dict[str, Tap]:
-    """Register a tap on each of the layers."""
-    import torch._dynamo  # slow to import
+class Taps:
+    """Reads patch tokens of a model's layers during its forward pass.
 
-    # Lets compiled code fill a tap inside a checkpointed block. The recomputation, which torch.compile fears to differ,
-    # finds the taps closed.
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    return {name: Tap(places[name]) for name in dict.fromkeys(names)}
+    Hooks are registered at construction, because compiled code ignores later ones. They are open during a forward pass
+    only, so that gradient checkpointing, which runs blocks again, stores nothing.
+    """
 
+    def __init__(self, places: Mapping[str, Place], names: Sequence[str]) -> None:
+        import torch._dynamo  # slow to import
 
-def tapped(taps: Mapping[str, Tap], run: Callable[[Tensor], R], images: Tensor) -> tuple[R, dict[str, Tensor]]:
-    """Return `run(images)`, and the patch tokens of each tap in that forward pass."""
-    for tap in taps.values():
-        tap.open = True
-    try:
-        result = run(images)
-        tokens = {name: tap.place.tokens(tap.value) for name, tap in taps.items()}
-    finally:  # an error must not keep activations
-        for tap in taps.values():
-            tap.open, tap.value = False, None
-    return result, tokens
+        # Allows compiled code to fill a tap inside a checkpointed block.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        self.names = tuple(names)
+        self.taps = {name: Tap(places[name]) for name in dict.fromkeys(names)}
+
+    def read(self, forward: Callable[[Tensor], R], images: Tensor) -> tuple[R, list[Tensor]]:
+        """Return `forward(images)`, and the patch tokens of the layers in that forward pass."""
+        for tap in self.taps.values():
+            tap.open = True
+        try:
+            result = forward(images)
+            tokens = {name: tap.place.tokens(tap.value) for name, tap in self.taps.items()}
+        finally:  # an error must not keep activations
+            for tap in self.taps.values():
+                tap.open, tap.value = False, None
+        return result, [tokens[name] for name in self.names]

@@ -12,7 +12,7 @@ from pdvit.models.build import check_memory, checkpoint_activations, create_mode
 from pdvit.models.layers import MODEL, image_size_of
 from pdvit.models.segmentation.backbone import LINEAR, Adapter, arguments_of, make_adapter, prune
 from pdvit.models.segmentation.heads import LinearHead, UPerNetHead
-from pdvit.models.tokens import Tap, layer_numbers, layers_to_read, tapped, taps_at
+from pdvit.models.tokens import Taps, layer_numbers, layers_to_read
 from pdvit.models.wrapper import Wrapper
 
 # Prefix of the head's weights.
@@ -71,23 +71,21 @@ class Segmenter(Wrapper):
             self.head = LinearHead(adapter.widths[-1], classes, not adapter.norm)
         else:
             self.head = UPerNetHead(adapter.widths, adapter.strides, classes, segment.width, segment.aux > 0, norm)
-        self.names: tuple[str, ...] = ()
-        self.taps: dict[str, Tap] = {}
+        self.taps: Taps | None = None
         if tokens is not None:
             layers = layers_to_read(backbone, *tokens)
-            self.names = (layers.first, layers.last, *layers.others)
-            self.taps = taps_at(layers.places, self.names)
+            self.taps = Taps(layers.places, (layers.first, layers.last, *layers.others))
 
     def forward(self, images: Tensor) -> SegmentOutput:
         """Run the model on normalized images `(B, 3, H, W)`, padded with zeros below and to the right."""
         (height, width), (down, right) = images.shape[-2:], self.adapter.padded(*images.shape[-2:])
         if (down, right) != (height, width):
             images = F.pad(images, (0, right - width, 0, down - height))
-        maps, tokens = tapped(self.taps, self._maps, images)
-        logits, aux = self.head(maps)
-        if not self.names:
+        if self.taps is None:
+            logits, aux = self.head(self._maps(images))
             return SegmentOutput(logits, aux, None, None)
-        first, last, *others = (tokens[name] for name in self.names)
+        maps, (first, last, *others) = self.taps.read(self._maps, images)
+        logits, aux = self.head(maps)
         return SegmentOutput(logits, aux, first, last, tuple(others))
 
     def _maps(self, images: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from pdvit.analysis.explorer import Maps, bytes_per_model, explorer_page, map_size, picture_size, read_maps
 from pdvit.errors import UserError
-from pdvit.models.layers import watch_layers
+from pdvit.models.layers import places_of, watch
 
 SIDE = 32
 HOSTILE = "</script><img src=x onerror=alert(1)>&{{data}}'\""
@@ -42,7 +42,7 @@ def normalise(images):
 def tokens_of(model, image: torch.Tensor) -> dict[str, torch.Tensor]:
     found = {}
     model.eval()
-    with torch.no_grad(), watch_layers(model, lambda layer, tokens: found.update({layer.name: tokens[0]})):
+    with torch.no_grad(), watch(places_of(model), lambda layer, tokens: found.update({layer.name: tokens[0]})):
         model(normalise(image[None]))
     return found
 

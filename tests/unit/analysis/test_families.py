@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pdvit.analysis import DEFAULT, METRICS, measure
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, evaluating, watch_layers
+from pdvit.models.layers import Layer, evaluating, places_of, watch
 from tests.unit.models.test_families import CASES, QUICK, all_families, make, pictures
 
 # Attention is read between patches, of plain models whose softmax is all that mixes them.
@@ -23,7 +23,7 @@ ATTENTION = {
 
 def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
     found: dict[Layer, Tensor] = {}
-    with torch.no_grad(), evaluating(model), watch_layers(model, found.__setitem__):
+    with torch.no_grad(), evaluating(model), watch(places_of(model), found.__setitem__):
         model(images)
     return found
 

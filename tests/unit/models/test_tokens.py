@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.models.attention import attentions_of, watch_attention
-from pdvit.models.layers import measure_layers, watch_layers
+from pdvit.models.layers import measure_layers, places_of, watch
 from pdvit.models.tokens import DiverseModel
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
@@ -267,7 +267,7 @@ def test_no_hook_outlives_a_measurement_or_an_error():
         during.extend(hooks_of(model))
         raise ArithmeticError(layer.name)
 
-    with pytest.raises(ArithmeticError, match="embed"), watch_layers(model, visit):
+    with pytest.raises(ArithmeticError, match="embed"), watch(places_of(model), visit):
         model(IMAGES)
     assert len(during) == 5
     assert not hooks_of(model)

@@ -12,7 +12,7 @@ from pdvit.config import Config
 from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY, export
-from pdvit.models.layers import watch_layers
+from pdvit.models.layers import places_of, watch
 from pdvit.models.loading import apply_checkpoint_defaults as settle
 from pdvit.models.loading import fingerprint
 from pdvit.models.loading import load_pretrained as begin
@@ -167,7 +167,7 @@ def test_a_reader_of_classifiers_gets_the_backbone(tmp_path, name):
     for key, value in segmenter.backbone.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[key], value)
     layers = []
-    with watch_layers(loaded.model, lambda layer, tokens: layers.append((layer.name, tokens.isfinite().all()))):
+    with watch(places_of(loaded.model), lambda layer, tokens: layers.append((layer.name, tokens.isfinite().all()))):
         loaded.model(images((64, 64)))
     assert all(finite for _, finite in layers)
     assert layers[-1][0] == f"block {4 if 'vit' in name else 6}"
