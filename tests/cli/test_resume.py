@@ -95,20 +95,16 @@ def resume(run, *changes, status=0):
 
 
 class TestStopping:
-    def test_a_stopped_run_is_resumed_by_its_name_or_as_the_newest(self, workplace, tiny, capsys, records):
-        for name in ("older", "newer"):
-            assert pdvit(["train", *tiny, *SHORT, *STOP, "--name", name]) == 75
+    def test_a_stopped_run_is_resumed_as_the_newest(self, workplace, stopped_once, tiny, capsys):
+        shutil.copytree(stopped_once, "runs/older")
+        assert pdvit(["train", *tiny, *SHORT, *STOP, "--name", "newer"]) == 75
         assert "pdvit train --resume runs/newer" in capsys.readouterr().out
         status = read_json(workplace / "runs/newer" / "status.json")
         assert (status["status"], status["step"], status["reason"]) == ("stopped", 1, "time limit")
         assert pdvit(["train", "--resume", "auto", "--change", UNLIMITED]) == 0
         assert "resuming after step 1" in capsys.readouterr().out
+        assert read(workplace / "runs/newer", "summary.json")["steps"] == 12
         assert not (workplace / "runs/older/summary.json").exists()
-        shutil.rmtree("runs/older/checkpoints")  # without a checkpoint, a run starts again
-        assert pdvit(["train", "--resume", "runs/older", "--change", UNLIMITED]) == 0
-        assert records(workplace / "runs/older") == records(workplace / "runs/newer")
-        assert pdvit(["train", "--resume", "runs/newer"]) == 0
-        assert "is finished" in capsys.readouterr().out
 
     @pytest.mark.slow
     def test_two_processes_do_not_train_one_run(self, stopped):
@@ -129,14 +125,6 @@ class TestStopping:
         (run / "checkpoints/last").write_text("step-00000075")
         resume(run)
 
-    def test_a_truncated_checkpoint_is_an_error_and_nothing_is_lost(self, refusal, stopped):
-        folder = stopped / "checkpoints" / (stopped / "checkpoints/last").read_text()
-        file = folder / "module.safetensors"
-        file.write_bytes(file.read_bytes()[:-100])
-        before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-        assert "damaged" in refusal("train", "--resume", stopped).what
-        assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
-
 
 class TestChanging:
     def test_a_change_takes_effect_and_is_recorded(self, stopped, stopped_once, tmp_path):
@@ -153,16 +141,11 @@ class TestChanging:
         ("change", "what", "where", "tip"),
         [
             ("data.batch_size=8", "data.batch_size", "--change", "new run"),
-            ("model.depth=3", "model.depth", "--change", "new run"),
-            ("diversity.mixing=0.0", "diversity.mixing", "--change", "new run"),
             ("run.out=other", "keeps its folder", "--change", "move"),
             ("optim.lrr=1", "optim.lrr", "--change", "'lr'"),
-            ("lr=1", "section.key=value", "--change", "--change"),
-            ("run.time_limit=3ep", "3ep", "--change", "90min"),
             # an error names the key and --change, not a flag
             ("run.device=cuda:7", "", "run.device of", "try --change run.device=cpu"),
             ("optim.warmup=12st", "", "optim.warmup of", "shorten"),
-            ("augment.shift=16", "", "augment.shift of", "less than 16"),
         ],
     )
     def test_a_change_that_a_run_can_not_have_is_an_error(self, refusal, stopped, change, what, where, tip):
@@ -177,11 +160,8 @@ class TestChanging:
     def test_an_edited_or_emptied_recipe_is_an_error(self, refusal, stopped):
         text = (stopped / "run.toml").read_text()
         (stopped / "run.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.3"))
-        found = refusal("train", "--resume", stopped)
-        assert "optim.weight_decay was 0.05, is 0.3" in found.what
-        assert "--change" in found.tip
+        assert "optim.weight_decay was 0.05, is 0.3" in refusal("train", "--resume", stopped).what
         (stopped / "run.toml").write_text("")
-        shutil.rmtree(stopped / "checkpoints")
         assert "run.toml is empty" in refusal("train", "--resume", stopped).what
 
     def test_a_finished_run_does_not_change(self, refusal, digits_run):
@@ -271,20 +251,18 @@ class TestMemory:
         def limited():
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(limited.fraction)
-            try:
-                yield
-            finally:
-                torch.cuda.set_per_process_memory_fraction(1.0)
+            yield
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
         limited.fraction = 2**30 / torch.cuda.get_device_properties(0).total_memory
-        return limited
+        yield limited
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
     def test_the_named_batch_fits_a_full_gpu(self, train, gigabyte, capsys):
         with gigabyte():
             run = train(*LARGE, "--batch-size", "512", status=1)
-            found = re.search(
-                r"no memory for 512 images at a time\b.*\b(\d+) fit; ", capsys.readouterr().err, re.DOTALL
-            )
+            shown = capsys.readouterr().err
+            found = re.search(r"no memory for 512 images at a time\b.*\b(\d+) fit; ", shown, re.DOTALL)
             assert 1 <= int(found[1]) <= 256
             resume(run, f"data.micro_batch={found[1]}")
         assert read_json(run / "summary.json")["steps"] == 2
@@ -339,11 +317,10 @@ class TestSwitches:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
 
     @pytest.mark.slow
-    def test_deterministic_kernels_are_asked_for_and_left_again(self, train):
-        train("--deterministic")
-        assert torch.are_deterministic_algorithms_enabled()
-        train()
-        assert not torch.are_deterministic_algorithms_enabled()
+    def test_deterministic_kernels_are_for_one_run(self, train):
+        for flags in (["--deterministic"], []):
+            train(*flags)
+            assert torch.are_deterministic_algorithms_enabled() == bool(flags)
 
     @pytest.mark.slow
     def test_a_trace_writes_nothing_on_stderr(self, tiny, tmp_path):

@@ -130,15 +130,6 @@ def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
-    [("[sweep]\nvariant = 3\n", "'variant' is no key"), ("[sweep]\n", "is empty"), ("[swep]\n", "'swep'")],
-)
-def test_a_bad_table_is_an_error(workplace, refusal, text, what):
-    (workplace / "bad.toml").write_text(text)
-    assert what in refusal("train", "--config", "bad.toml").what
-
-
-@pytest.mark.parametrize(
     ("devices", "gpus", "processes"),
     [
         (["auto", "cuda"], ["0", "1"], ["0", "1"]),
