@@ -13,6 +13,7 @@ from timm.utils import CheckpointSaver
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
+from tests.files import read_json
 
 VIT = "vit_tiny_patch16_224"
 KWARGS = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
@@ -68,7 +69,7 @@ def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplac
 def test_one_half_of_the_digits_then_the_other(workplace):
     assert pdvit(["train", "--data", "digits:0-4", "--device", "cpu"]) == 0
     assert pdvit(["finetune", "runs/digits-0-4-paper", "--device", "cpu"]) == 0
-    summary = json.loads((workplace / "runs/digits-5-9-from-digits-0-4-paper/summary.json").read_text())
+    summary = read_json(workplace / "runs/digits-5-9-from-digits-0-4-paper/summary.json")
     assert summary["accuracy"] > 0.8
 
 

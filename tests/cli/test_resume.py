@@ -103,7 +103,7 @@ class TestStopping:
         assert (status["status"], status["step"], status["reason"]) == ("stopped", 1, "time limit")
         assert pdvit(["train", "--resume", "auto", "--change", UNLIMITED]) == 0
         assert "resuming after step 1" in capsys.readouterr().out
-        assert read(workplace / "runs/newer", "summary.json")["steps"] == 12
+        assert read_json(workplace / "runs/newer/summary.json")["steps"] == 12
         assert not (workplace / "runs/older/summary.json").exists()
 
     @pytest.mark.slow

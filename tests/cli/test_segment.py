@@ -19,6 +19,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.recovery import fits
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.segmentation import SegmentationTask
+from tests.files import read_json
 
 CPU = ["--device", "cpu", "--workers", "0"]
 SCORES = ("miou", "accuracy", "accuracy_mean", "loss")
@@ -50,18 +51,17 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_summary_has_the_numbers_and_the_run_its_files(trained):
-    summary = json.loads((trained / "summary.json").read_text())
+def test_the_summary_has_the_numbers_and_the_run_its_files(trained, records):
+    summary = read_json(trained / "summary.json")
     assert {*SCORES, "similarity_first", "similarity_last", "images_per_second"} <= set(summary)
     names = {path.name for path in (trained / "predictions").iterdir()}
     assert names == {f"{n:02}-{kind}.png" for n in (1, 2, 3) for kind in ("image", "truth", "prediction")}
-    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert {"cosine", "contrastive", "aux", "class"} <= set(next(r for r in records if r["kind"] == "train"))
-    assert [r["kind"] for r in records].count("similarity") == 4
+    assert {"cosine", "contrastive", "aux", "class"} <= set(records(trained, "train")[0])
+    assert len(records(trained, "similarity")) == 4
 
 
 def test_eval_equals_the_end_of_the_run(trained, copy, capsys):
-    summary, found = json.loads((trained / "summary.json").read_text()), evaluated(capsys, copy)
+    summary, found = read_json(trained / "summary.json"), evaluated(capsys, copy)
     assert {name: found[name] for name in (*SCORES, "split")} == {name: summary[name] for name in (*SCORES, "split")}
     assert set(found["iou"]) == {"ground", "disc", "square"}
     assert found["miou"] == pytest.approx(np.mean([value for value in found["iou"].values() if value is not None]))
@@ -73,7 +73,7 @@ def test_eval_on_a_gpu_equals_the_end_of_the_run(shapes, copy, capsys, tmp_path)
     """Bit for bit if the run was on the GPU too; else a pixel in a thousand may change its class."""
     assert train(shapes, tmp_path / "gpu", "--diversity", "paper", "--device", "cuda") == 0
     for run, tolerance in ((copy, 2e-3), (tmp_path / "gpu", 0)):
-        summary, found = json.loads((run / "summary.json").read_text()), evaluated(capsys, run, "--device", "cuda")
+        summary, found = read_json(run / "summary.json"), evaluated(capsys, run, "--device", "cuda")
         for name in SCORES:
             assert found[name] == pytest.approx(summary[name], abs=tolerance, rel=0)
 
@@ -144,7 +144,7 @@ def test_analyze_takes_the_runs_own_images(copy, capsys):
 
 
 def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
-    how = json.loads((copy / "summary.json").read_text())
+    how = read_json(copy / "summary.json")
     windows = evaluated(capsys, copy, "--stride", 4)
     whole = evaluated(capsys, copy, "--eval-mode", "whole")
     assert (windows["mode"], windows["window"], windows["stride"]) == ("slide", 32, 4)

@@ -323,7 +323,7 @@ class TestErrors:
         assert "exists" in found.what
         assert "--resume taken" in found.tip
         assert [path.name for path in (workplace / "taken").iterdir()] == ["precious"]
-        assert "Not a directory" in refusal("train", *tiny, "--out", "taken/precious/run").what
+        assert "be written" in refusal("train", *tiny, "--out", "taken/precious/run").what
 
     @pytest.mark.parametrize("more", ["--lr 1", "--set optim.lr=1"])
     def test_a_resumed_run_keeps_its_configuration(self, refusal, digits_run, more):
