@@ -21,6 +21,7 @@ from rounds import append
 from timm.data import ImageDataset, create_loader
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.augment import Augmentation
 from pdvit.data.loader import LoaderConfig, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
@@ -66,7 +67,8 @@ def ours(paths: list[Path], args: argparse.Namespace) -> Iterator[object]:
     how = LoaderConfig(args.batch_size, 0, args.workers, torch.device("cpu"), preprocessing)
     split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
     unmixed = Mixing(0.0, 0.0, patch_size=16, num_classes=1, labels=False)
-    return train_batches(split, how, AugmentConfig(scale=tuple(args.scale)), unmixed, 0)
+    augmentation = Augmentation.for_split(split, AugmentConfig(scale=tuple(args.scale)), preprocessing, how.seed)
+    return train_batches(split, how, augmentation, unmixed, 0)
 
 
 class Timm:

@@ -7,8 +7,7 @@ where the indices are; only small tables of parameters go to the device, and the
 """
 
 import math
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from torchvision.transforms import v2
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold, normal, seeded, uniform
+from pdvit.data.sources.split import LazySplit, Split
 
 # Defaults for images that were decoded from files.
 DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
@@ -31,76 +31,55 @@ TRIES = 10
 CROP_DRAWS, ERASE_DRAWS = 2 * TRIES + 2, 2 * TRIES + 3
 # Of erased boxes: fraction of the area, and ratio of height to width, (min, max) as in timm.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
-
-
-class Stream(IntEnum):
-    """The independent draws of a sample."""
-
-    CROP = 1
-    FLIP = 2
-    POLICY = 3
-    ERASE = 5
-    NOISE = 6
+# The independent draws of a sample; part of their seeds, so these numbers must not change.
+CROP, FLIP, POLICY, ERASE, NOISE = 1, 2, 3, 5, 6
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The augmentation of a run; `scale` None: no crop."""
+    """The augmentation of a run; without `scale` in the configuration images are not cropped."""
 
+    config: AugmentConfig
     preprocessing: Preprocessing
     seed: int
-    scale: tuple[float, float] | None
-    ratio: tuple[float, float]
-    shift: int
-    hflip: float
-    auto_augment: str
-    color_jitter: float
-    reprob: float
 
     @classmethod
-    def from_config(
-        cls, config: AugmentConfig, decoded: bool, preprocessing: Preprocessing, seed: int
-    ) -> "Augmentation":
+    def for_split(cls, split: Split, config: AugmentConfig, preprocessing: Preprocessing, seed: int) -> "Augmentation":
         """Fill in unset values: crop and flip for decoded image files, neither for sets held in memory."""
-        return cls(
-            preprocessing,
-            seed,
-            config.scale or (DEFAULT_SCALE if decoded else None),
-            config.ratio,
-            config.shift,
-            (DEFAULT_HFLIP if decoded else 0.0) if config.hflip is None else config.hflip,
-            config.auto_augment,
-            0.0 if config.auto_augment else config.color_jitter,  # as in timm
-            config.reprob,
-        )
+        decoded = isinstance(split, LazySplit) or split.decoded
+        hflip = (DEFAULT_HFLIP if decoded else 0.0) if config.hflip is None else config.hflip
+        jitter = 0.0 if config.auto_augment else config.color_jitter  # as in timm
+        scale = config.scale or (DEFAULT_SCALE if decoded else None)
+        return cls(replace(config, scale=scale, hflip=hflip, color_jitter=jitter), preprocessing, seed)
 
     def describe(self) -> str:
         """Return a short description."""
-        parts = [f"crop of {self.scale[0]:.0%} to {self.scale[1]:.0%}"] if self.scale else []
-        parts += [f"RandAugment {self.auto_augment}"] if self.auto_augment else []
-        parts += [f"colour jitter {self.color_jitter:g}"] if self.color_jitter else []
-        parts += [f"shift by up to {self.shift}"] if self.shift else []
-        parts += [f"flip {self.hflip:.0%}"] if self.hflip else []
-        parts += [f"erase {self.reprob:.0%}"] if self.reprob else []
+        config = self.config
+        parts = [f"crop of {config.scale[0]:.0%} to {config.scale[1]:.0%}"] if config.scale else []
+        parts += [f"RandAugment {config.auto_augment}"] if config.auto_augment else []
+        parts += [f"colour jitter {config.color_jitter:g}"] if config.color_jitter else []
+        parts += [f"shift by up to {config.shift}"] if config.shift else []
+        parts += [f"flip {config.hflip:.0%}"] if config.hflip else []
+        parts += [f"erase {config.reprob:.0%}"] if config.reprob else []
         return ", ".join(parts) or "none"
 
     @property
     def per_image(self) -> bool:
         """Whether timm transforms each image by itself, in the workers."""
-        return bool(self.auto_augment or self.color_jitter)
+        return bool(self.config.auto_augment or self.config.color_jitter)
 
     @cached_property
     def _policy(self) -> Any:
         """The transform of PIL images: timm's RandAugment, or colour jitter with timm's arguments."""
-        if not self.auto_augment:
-            return v2.ColorJitter(*(self.color_jitter,) * 3)
+        if not self.config.auto_augment:
+            return v2.ColorJitter(*(self.config.color_jitter,) * 3)
         size, mean = self.preprocessing.size, self.preprocessing.mean
         parameters = {
             "translate_const": int(0.45 * size),
             "img_mean": tuple(min(255, round(255 * value)) for value in mean),
             "interpolation": str_to_pil_interp(self.preprocessing.interpolation),
         }
-        policy = auto_augment.rand_augment_transform(self.auto_augment, parameters)
+        policy = auto_augment.rand_augment_transform(self.config.auto_augment, parameters)
         for operation in policy.ops:
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = _posterize
@@ -110,19 +89,20 @@ class Augmentation:
         """Apply timm's transform to a cropped image, uint8 `(3, size, size)`, seeded by (seed, epoch, index)."""
         if not self.per_image:
             return image
-        with seeded(fold(self.seed, epoch, Stream.POLICY, index)):
+        with seeded(fold(self.seed, epoch, POLICY, index)):
             changed: Tensor = v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
             return changed
 
     def boxes(self, epoch: int, index: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
         """Return the crop of each image, `(B, 4)`: top, left, height, width. All tensors are on the host."""
-        if self.scale is None:
+        if self.config.scale is None:
             return torch.stack([torch.zeros_like(heights), torch.zeros_like(widths), heights, widths], 1)
-        return crop_boxes(self._draws(Stream.CROP, epoch, index, CROP_DRAWS), heights, widths, self.scale, self.ratio)
+        draws = uniform(fold(self.seed, epoch, CROP), index, CROP_DRAWS)
+        return crop_boxes(draws, heights, widths, self.config.scale, self.config.ratio)
 
     def crop(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Crop a batch on the device, uint8 `(B, 3, h, w)`, to the input size."""
-        if self.scale is None:
+        if self.config.scale is None:
             return images
         sides = [torch.tensor(side).expand(len(images)) for side in images.shape[2:]]
         boxes = self.boxes(epoch, index, *sides).to(images.device, non_blocking=True)
@@ -130,22 +110,19 @@ class Augmentation:
 
     def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Return the input of the model, float32, of uint8 images `(B, 3, size, size)`; `index` is on the host."""
-        device = images.device
-        if self.shift:
-            drawn = uniform(fold(self.seed, epoch), index, 2).to(device, non_blocking=True)
-            images = shift_images(images, self.shift, drawn)
-        if self.hflip:
-            flip = self._draws(Stream.FLIP, epoch, index, 1)[:, :, None, None] < self.hflip
+        config, device = self.config, images.device
+        if config.shift:
+            draws = uniform(fold(self.seed, epoch), index, 2).to(device, non_blocking=True)
+            images = shift_images(images, config.shift, draws)
+        if config.hflip:
+            flip = uniform(fold(self.seed, epoch, FLIP), index, 1)[:, :, None, None] < config.hflip
             images = torch.where(flip.to(device, non_blocking=True), images.flip(3), images)
-        normalised = self.preprocessing.normalise(images)
-        if self.reprob:
-            drawn = self._draws(Stream.ERASE, epoch, index, ERASE_DRAWS)
-            boxes = erase_boxes(drawn, self.reprob, *images.shape[2:])
-            normalised = erase(normalised, boxes, fold(self.seed, epoch, Stream.NOISE), index)
-        return normalised
-
-    def _draws(self, stream: Stream, epoch: int, index: Tensor, count: int) -> Tensor:
-        return uniform(fold(self.seed, epoch, stream), index, count)
+        images = self.preprocessing.normalise(images)
+        if config.reprob:
+            draws = uniform(fold(self.seed, epoch, ERASE), index, ERASE_DRAWS)
+            boxes = erase_boxes(draws, config.reprob, *images.shape[2:])
+            images = erase(images, boxes, fold(self.seed, epoch, NOISE), index)
+        return images
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pdvit.config.schema import Config, DataConfig
-from pdvit.data.images import BadImage, BadImages, FileImages
+from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import open_source, printable, source_type
@@ -35,17 +35,14 @@ class ImageSet:
 
     def pixels(self, preprocessing: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the preprocessed pixels of each image, uint8 `(3, size, size)`; `bad` has the policy."""
-        if isinstance(self.split, ArraySplit):
-            for index in range(len(self.split)):
-                yield self.split.name(index), preprocessing.fit(self.split.images[index : index + 1])[0]
-            return
-        images = FileImages(self.split, preprocessing.evaluation())
+        evaluation, in_memory = preprocessing.evaluation(), isinstance(self.split, ArraySplit)
         for index in range(len(self.split)):
-            ((image, _, _),) = images.__getitems__([(-1, index)])
+            image = try_read(self.split, index)
             if isinstance(image, BadImage):
                 bad.add([image])
             else:
-                yield printable(self.split.key(index)), image
+                pixels = preprocessing.fit(pixels_of(image)[None])[0] if in_memory else evaluation(image)
+                yield printable(self.split.key(index)), pixels
 
 
 def held_out_images(config: Config) -> ImageSet:

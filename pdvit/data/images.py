@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pdvit.data.augment import Augmentation, crop_pixels
 from pdvit.data.sources import printable
-from pdvit.data.sources.split import LazySplit, Split
+from pdvit.data.sources.split import Split
 from pdvit.errors import UserError
 
 NAMED = 10  # images named in a message; the others are counted
@@ -137,7 +137,7 @@ def read_image(image: Image.Image) -> Image.Image:
         return image
 
 
-def try_read(split: LazySplit, index: int) -> Image.Image | BadImage:
+def try_read(split: Split, index: int) -> Image.Image | BadImage:
     """Decode an image of a split, or return its fault."""
     with strict_decoders():
         return attempt(split, index, lambda: read_image(split.open(index)))
@@ -161,10 +161,10 @@ class FileImages(Dataset[Sample]):
         return [(image, int(labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
 
     def _read(self, keys: Keys) -> list[Tensor | BadImage]:
-        return [attempt(self.split, index, self._whole, index) for _, index in keys]
+        def read(index: int) -> Tensor:
+            return self.transform(read_image(self.split.open(index)))
 
-    def _whole(self, index: int) -> Tensor:
-        return self.transform(read_image(self.split.open(index)))
+        return [attempt(self.split, index, read, index) for _, index in keys]
 
 
 class TrainingImages(FileImages):

@@ -6,20 +6,19 @@ import signal
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, tee
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import Augmentation
 from pdvit.data.batch import Batch
 from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, TrainingImages, refuse_bad
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import epoch_order
-from pdvit.data.sources.split import ArraySplit, LazySplit, Split
+from pdvit.data.sources.split import ArraySplit, Split
 from pdvit.errors import UserError
 
 # Uint8 images, class indices (of images, or of their pixels), sample indices.
@@ -66,34 +65,19 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def augmentation_for(split: Split, loader: LoaderConfig, augment: AugmentConfig) -> Augmentation:
-    """Return the augmentation of a training split."""
-    decoded = isinstance(split, LazySplit) or split.decoded
-    return Augmentation.from_config(augment, decoded, loader.preprocessing, loader.seed)
-
-
 def train_batches(
-    split: Split, loader: LoaderConfig, augment: AugmentConfig, mixing: Mixing, start: int
+    split: Split, loader: LoaderConfig, augmentation: Augmentation, mixing: Mixing, start: int
 ) -> Generator[Batch, None, None]:
     """Yield this rank's part of steps start, start + 1, ...; an epoch drops its last, incomplete batch."""
-    augmentation = augmentation_for(split, loader, augment)
-    steps = step_indices(len(split), loader, start, mixing)
+    steps, per_epoch = step_indices(len(split), loader, start, mixing), steps_per_epoch(split, loader.batch_size)
     if isinstance(split, ArraySplit) and not augmentation.per_image:
-        raw = _resident(split, loader, augmentation, steps)
+        batches = _resident(split, loader, augmentation, steps)
     else:
-        raw = from_workers(TrainingImages(split, augmentation), loader, steps)
-    per_epoch = steps_per_epoch(split, loader.batch_size)
-    order = step_indices(len(split), loader, start, mixing)
-    for step, (images, labels, index) in zip(count(start), raw, strict=False):
-        batch = Batch(augmentation(images, step // per_epoch, index), labels, index)
-        batch = mixing.mix(batch, loader.seed, step, loader.batch_size, range(*loader.share(loader.batch_size)))
-        yield mark_replaced(batch, order, loader) if loader.bad.skip else batch
-
-
-def mark_replaced(batch: Batch, order: Steps, loader: LoaderConfig) -> Batch:
-    """Mark the images of a batch that replace those of the order of the run."""
-    planned = next(order)[1][-len(batch) :]
-    return replace(batch, replaced=(batch.index != planned).to(loader.device, non_blocking=True))
+        batches = from_workers(TrainingImages(split, augmentation), loader, steps)
+    part = range(*loader.share(loader.batch_size))
+    for step, batch in zip(count(start), batches, strict=False):
+        batch = replace(batch, images=augmentation(batch.images, step // per_epoch, batch.index))
+        yield mixing.mix(batch, loader.seed, step, loader.batch_size, part)
 
 
 def eval_batches(split: Split, loader: LoaderConfig) -> Iterator[Batch]:
@@ -121,8 +105,7 @@ def _whole(split: Split, loader: LoaderConfig, chunks: Sequence[Tensor]) -> Iter
     """Yield the images of each chunk of indices as a batch."""
     raw: Iterator[Raw]
     if isinstance(split, ArraySplit):
-        fit = loader.preprocessing.fit
-        raw = ((fit(split.images[i].to(loader.device)), split.labels[i], i) for i in chunks)
+        raw = ((loader.preprocessing.fit(split.images[i].to(loader.device)), split.labels[i], i) for i in chunks)
     else:
         keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
         raw = decode(FileImages(split, loader.preprocessing.evaluation()), loader, keys)
@@ -143,23 +126,26 @@ def step_indices(size: int, loader: LoaderConfig, start: int, mixing: Mixing | N
             step += 1
 
 
-def _resident(split: ArraySplit, loader: LoaderConfig, augmentation: Augmentation, steps: Steps) -> Iterator[Raw]:
+def _resident(split: ArraySplit, loader: LoaderConfig, augmentation: Augmentation, steps: Steps) -> Iterator[Batch]:
     """Yield batches of a set that is on the device as one uint8 tensor."""
     images, labels = split.images.to(loader.device), split.labels.to(loader.device)
-    if augmentation.scale is None or max(images.shape[2:]) > loader.preprocessing.size:  # a crop is never scaled down
+    if not augmentation.config.scale or max(images.shape[2:]) > loader.preprocessing.size:  # a crop only scales up
         images = loader.preprocessing.fit(images)
     for epoch, index in steps:
         chosen = index.to(loader.device, non_blocking=True)
-        yield augmentation.crop(images[chosen], epoch, index), labels[chosen], index
+        yield Batch(augmentation.crop(images[chosen], epoch, index), labels[chosen], index)
 
 
-def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> Iterator[Raw]:
-    """Yield batches of training images that worker processes decode and crop."""
+def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> Iterator[Batch]:
+    """Yield batches of uint8 training images that worker processes decode and crop."""
+    steps, order = tee(steps)
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
     if loader.bad.skip:
         data = SkipBadImages(data)
-    for images, labels, index in decode(data, loader, keys):
-        yield images.to(loader.device, non_blocking=True), labels.to(loader.device, non_blocking=True), index
+    for (_, planned), raw in zip(order, decode(data, loader, keys), strict=False):
+        images, labels = (tensor.to(loader.device, non_blocking=True) for tensor in raw[:2])
+        replaced = (raw[2] != planned).to(loader.device, non_blocking=True) if loader.bad.skip else None
+        yield Batch(images, labels, raw[2], replaced=replaced)
 
 
 def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:

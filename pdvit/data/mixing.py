@@ -5,7 +5,7 @@ They are drawn from seed and step, so that all ranks draw the same.
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ class Mixing:
             return batch
         held = torch.tensor(self.held(seed, step, size, part))
         extra, mine = len(held) - len(part), slice(part.start, part.stop)
-        own = Batch(batch.images[extra:], batch.targets[extra:], batch.index[extra:])
+        own = batch.tail(extra)
         source = torch.arange(extra, len(held))
         if method:
             source = (held == partners(size, self.mode)[mine, None]).int().argmax(1)
@@ -123,11 +123,12 @@ class Mixing:
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
             fraction = draw_fractions(size, self.mixup, self.mode, rng)[mine].to(device, non_blocking=True)
-            mixed = blend(*pair, fraction, grid, self.num_classes)
+            mixed = blend(*pair, fraction, math.prod(grid), self.num_classes)
         else:
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
             mixed = paste(*pair, pasted.to(device, non_blocking=True), self.num_classes)
-        return Batch(mixed.images, mixed.targets, own.index, mixed.patch_targets if self.labels else None)
+        patch_targets = mixed.patch_targets if self.labels else None
+        return replace(own, images=mixed.images, targets=mixed.targets, patch_targets=patch_targets)
 
 
 def partners(count: int, mode: str) -> Tensor:
@@ -176,13 +177,7 @@ def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pas
 
 
 def blend(
-    images: Tensor,
-    targets: Tensor,
-    sources: Tensor,
-    partner: Tensor,
-    fraction: Tensor,
-    grid: tuple[int, int],
-    num_classes: int,
+    images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, fraction: Tensor, patches: int, num_classes: int
 ) -> Mixed:
     """Mix each image with a source, pixel by pixel (Mixup, arXiv 1710.09412); every patch has the image's soft target.
 
@@ -192,8 +187,7 @@ def blend(
     fraction = fraction[:, None].to(images.dtype)
     soft = _soft(targets, partner, fraction, num_classes)
     weight = fraction[..., None, None]
-    images = (1 - weight) * images + weight * sources
-    return Mixed(images, soft, soft[:, None].expand(-1, grid[0] * grid[1], -1))
+    return Mixed((1 - weight) * images + weight * sources, soft, soft[:, None].expand(-1, patches, -1))
 
 
 def _soft(targets: Tensor, partner: Tensor, fraction: Tensor, num_classes: int) -> Tensor:

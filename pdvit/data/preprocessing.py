@@ -13,6 +13,9 @@ from torchvision.transforms import v2
 from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, DataConfig
 from pdvit.errors import UserError
 
+# Settings that timm's models have and `data` overrides.
+MODEL_SETTINGS = ("crop_pct", "interpolation", "mean", "std", "crop_mode")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -40,29 +43,19 @@ class Preprocessing:
         """
         parts: Any = model
         data = timm.data.resolve_model_data_config(model)
-        size = getattr(getattr(parts, "patch_embed", None), "img_size", None)
-        height, width = size or data["input_size"][1:]
+        height, width = getattr(getattr(parts, "patch_embed", None), "img_size", None) or data["input_size"][1:]
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
-        return cls(
-            height, data["crop_pct"], data["interpolation"], tuple(data["mean"]), tuple(data["std"]), data["crop_mode"]
-        )
+        values = {name: data[name] for name in MODEL_SETTINGS} | {name: tuple(data[name]) for name in ("mean", "std")}
+        return cls(height, **values)
 
     def changed(self, data: DataConfig) -> "Preprocessing":
         """Return it with the settings of the configuration in place of its own."""
-        names = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
-        return replace(self, **{name: value for name in names if (value := getattr(data, name)) is not None})
+        return replace(self, **{name: value for name in MODEL_SETTINGS if (value := getattr(data, name)) is not None})
 
     def as_timm(self) -> dict[str, Any]:
         """Return it as the configuration of a timm model, for an export."""
-        return {
-            "input_size": (3, self.size, self.size),
-            "crop_pct": self.crop_pct,
-            "interpolation": self.interpolation,
-            "mean": self.mean,
-            "std": self.std,
-            "crop_mode": self.crop_mode,
-        }
+        return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in MODEL_SETTINGS}
 
     def evaluation(self) -> v2.Compose:
         """Return the evaluation transform: resize the short side, crop the centre, uint8 `(3, size, size)`.

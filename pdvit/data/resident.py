@@ -1,18 +1,19 @@
 """Small sets of image files on the device: decoded once, and kept as uint8 tensors."""
 
-import os
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import BadImage, FileImages, attempt, describe_bad, strict_decoders
+from pdvit.data.images import FileImages, describe_bad
 from pdvit.data.loader import LoaderConfig, decode
-from pdvit.data.sources.split import ArraySplit, LazySplit, Source, Split
+from pdvit.data.sources.split import ArraySplit, LazySplit, Source, Split, image_size
 from pdvit.errors import UserError
 
 # A set may take this fraction of the memory of the device, or of the machine for the CPU.
@@ -24,41 +25,42 @@ WHERE = "data.resident (--resident)"
 
 
 def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, setting: str) -> tuple[Size | None, str]:
-    """Return height and width of the training images on the device (None: not there), and the reason.
+    """Return width and height of the training images on the device (None: not there), and the reason.
 
     `setting` is auto, on or off. auto keeps images on the device if nothing is lost: all training images have one size,
     at most that of the model, their pixels take at most an eighth of the memory, and no augmentation works on single
     images. Raises UserError if `on` is impossible.
     """
+    train, side, on = source.splits["train"], loader.preprocessing.size, setting == "on"
     if setting == "off":
         return None, "--resident off"
     if augmentation.per_image:
-        if setting == "on":
+        if on:
             what = "RandAugment and colour jitter work on single images in the workers"
             raise UserError(what, WHERE, "use --resident off, or leave out --aa and --color-jitter")
         return None, "RandAugment or colour jitter, image by image"
-    side = loader.preprocessing.size
-    sizes = _sizes(source.splits["train"])
+    sizes = filter(None, (image_size(train, index) for index in range(len(train))))  # bad images: found by the decoding
     size = next(sizes, (side, side))
     small = max(size) <= side
-    height, width = size if small else (side, side)
-    held_out = sum(len(split) for name, split in source.splits.items() if name != "train")
-    needed = 3 * (height * width * len(source.splits["train"]) + side * side * held_out)
-    memory = memory_of(loader.device) // (loader.processes if loader.device.type == "cpu" else 1)
-    if setting == "on":
-        if needed > memory:
-            what = f"{needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
-            raise UserError(what, WHERE, "use --resident off")
-        if small and all(other == size for other in sizes):
-            return size, "--resident on"
-        return (side, side), "--resident on, scaled and cropped once"
-    if not small:
-        return None, f"images of {size[1]}x{size[0]} are larger than the model's {side}x{side}"
-    if needed > (limit := memory * MEMORY_FRACTION):
+    pixels = (math.prod(size) if small else side * side) * len(train)
+    pixels += sum(side * side * len(split) for name, split in source.splits.items() if name != "train")
+    needed, memory = 3 * pixels, memory_of(loader.device)
+    memory //= loader.processes if loader.device.type == "cpu" else 1
+    if on and needed > memory:
+        what = f"{needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
+        raise UserError(what, WHERE, "use --resident off")
+    if not on and not small:
+        return None, f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
+    if not on and needed > (limit := memory * MEMORY_FRACTION):
         return None, f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB, 1/8 of memory"
-    if other := next((other for other in sizes if other != size), None):
-        return None, f"sizes differ: {size[1]}x{size[0]} and {other[1]}x{other[0]}"
-    return size, f"all are {size[1]}x{size[0]}"
+    other = next((other for other in sizes if other != size), None)
+    if on:
+        return (
+            (size, "--resident on") if small and not other else ((side, side), "--resident on, scaled and cropped once")
+        )
+    if other:
+        return None, f"sizes differ: {size[0]}x{size[1]} and {other[0]}x{other[1]}"
+    return size, f"all are {size[0]}x{size[1]}"
 
 
 def resident(
@@ -79,9 +81,8 @@ def resident(
         log(f"images: decoded at every step {by_workers} ({reason})")
         return source
     mode = v2.InterpolationMode(loader.preprocessing.interpolation)
-    stored = v2.Compose(  # changes nothing in images of this size
-        [v2.Resize(min(size), interpolation=mode, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-    )
+    fit = [v2.Resize(min(size), interpolation=mode, antialias=True), v2.CenterCrop(size[::-1])]
+    stored = v2.Compose([*fit, v2.PILToTensor()])  # changes nothing in images of this size
     splits: dict[str, Split] = {}
     for name, split in source.splits.items():
         if isinstance(split, LazySplit):
@@ -104,17 +105,7 @@ def memory_of(device: torch.device) -> int:
     """Return the bytes of memory of a GPU, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _sizes(split: Split) -> Iterator[Size]:
-    """Yield height and width of the images from their headers; bad images are left to the decoding."""
-    for index in range(len(split)):
-        with strict_decoders():
-            image = attempt(split, index, split.open, index)
-        if not isinstance(image, BadImage):
-            with image:
-                yield image.height, image.width
+    return int(psutil.virtual_memory().total)
 
 
 def _decoded(data: FileImages, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.config.schema import Config
+from pdvit.data.augment import Augmentation
 from pdvit.data.batch import Batch
-from pdvit.data.loader import augmentation_for, eval_batches, train_batches
+from pdvit.data.loader import eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.resident import resident
 from pdvit.data.sources import open_source
@@ -44,7 +45,8 @@ class ClassificationTask(ImageTask):
         self.mixing = Mixing(
             cutmix, prob, self.patch_size, classes, labels, augment.mixup_mode, augment.mixup, augment.mixup_switch_prob
         )
-        self.augmentation = augmentation_for(source.splits["train"], self.loader, augment)
+        train, seed = source.splits["train"], config.run.seed
+        self.augmentation = Augmentation.for_split(train, augment, self.preprocessing, seed)
 
     @staticmethod
     def open_source(config: Config, log: Callable[[str], None]) -> Source:
@@ -89,7 +91,7 @@ class ClassificationTask(ImageTask):
 
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
-        return train_batches(self.source.splits["train"], self.loader, self.config.augment, self.mixing, start)
+        return train_batches(self.source.splits["train"], self.loader, self.augmentation, self.mixing, start)
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run forward pass and objective on one batch."""

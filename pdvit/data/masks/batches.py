@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from pdvit.config.schema import SegmentConfig
 from pdvit.data.batch import Batch
 from pdvit.data.images import BadImage, Keys, Sample
-from pdvit.data.loader import LoaderConfig, decode, from_workers, mark_replaced, step_indices
+from pdvit.data.loader import LoaderConfig, decode, from_workers, step_indices
 from pdvit.data.masks.split import MaskSplit, try_pair
 from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, normalise_and_pad
 
@@ -45,12 +45,10 @@ def train_batches(
     transform = TrainingTransform(
         segment, loader.preprocessing, crop, split.flip if hflip is None else hflip, loader.seed
     )
-    order = step_indices(len(split), loader, start)
     samples = from_workers(ImageMaskPairs(split, transform), loader, step_indices(len(split), loader, start))
-    for images, masks, index in samples:
-        images, targets = normalise_and_pad(images.to(loader.device), masks.to(loader.device), loader.preprocessing)
-        batch = Batch(images, targets, index)
-        yield mark_replaced(batch, order, loader) if loader.bad.skip else batch
+    for batch in samples:
+        images, targets = normalise_and_pad(batch.images, batch.targets, loader.preprocessing)
+        yield replace(batch, images=images, targets=targets)
 
 
 def eval_batches(split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig) -> Iterator[Batch]:

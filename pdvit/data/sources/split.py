@@ -44,6 +44,8 @@ class ArraySplit:
         """Return a name for messages."""
         return f"image {index + 1}"
 
+    key = name
+
     def take(self, chosen: Tensor) -> "ArraySplit":
         """Return the samples at these indices."""
         return ArraySplit(self.images[chosen], self.labels[chosen], self.decoded)

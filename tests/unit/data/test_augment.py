@@ -29,6 +29,7 @@ from pdvit.data.augment import (
 )
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import uniform
+from pdvit.data.sources.split import ArraySplit
 
 SIZE, COUNT = 16, 24
 PLAIN = Preprocessing(SIZE, 1.0, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -42,7 +43,7 @@ IMAGES = torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().
 
 
 def augmentation(decoded=False, **settings):
-    return Augmentation.from_config(AugmentConfig(**settings), decoded, PLAIN, seed=4)
+    return Augmentation.for_split(ArraySplit(IMAGES, torch.zeros(COUNT), decoded), AugmentConfig(**settings), PLAIN, 4)
 
 
 def result(augment, index, epoch=2):

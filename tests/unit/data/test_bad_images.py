@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, BadImages, refuse_bad
 from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
@@ -38,7 +39,8 @@ def loading(**options):
 
 
 def take(split, count, how, start=0, mixing=OFF, augment=PLAIN):
-    with closing(train_batches(split, how, augment, mixing, start)) as batches:
+    augmentation = Augmentation.for_split(split, augment, how.preprocessing, how.seed)
+    with closing(train_batches(split, how, augmentation, mixing, start)) as batches:
         return list(islice(batches, count))
 
 

@@ -102,8 +102,8 @@ def test_no_damage_ends_in_a_traceback(tmp_path, form):
 
 
 def training_images(paths, seed=3, preprocessing=PLAIN, **settings):
-    augmentation = Augmentation.from_config(AugmentConfig(**settings), True, preprocessing, seed)
-    return TrainingImages(FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)), augmentation)
+    split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
+    return TrainingImages(split, Augmentation.for_split(split, AugmentConfig(**settings), preprocessing, seed))
 
 
 def photograph(form, size):

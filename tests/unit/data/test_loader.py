@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
+from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig, _end_workers, eval_batches, shared_batches, steps_per_epoch, train_batches
 from pdvit.data.mixing import MODES, Mixing
@@ -46,7 +47,8 @@ def split(request):
 
 
 def take(split, count, start=0, how=HOW, mixing=OFF, augment=AUGMENT):
-    with closing(train_batches(split, how, augment, mixing, start)) as batches:
+    augmentation = Augmentation.for_split(split, augment, how.preprocessing, how.seed)
+    with closing(train_batches(split, how, augmentation, mixing, start)) as batches:
         return list(islice(batches, count))
 
 

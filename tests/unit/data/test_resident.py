@@ -8,8 +8,9 @@ from PIL import Image
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import resident as module
+from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImages
-from pdvit.data.loader import LoaderConfig, augmentation_for, eval_batches, train_batches
+from pdvit.data.loader import LoaderConfig, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.resident import resident
@@ -47,14 +48,18 @@ def how(device):
     return replace(HOW, device=torch.device(device))
 
 
+def augmentation_of(split, how, **settings):
+    return Augmentation.for_split(split, AugmentConfig(**settings), how.preprocessing, how.seed)
+
+
 def held(source, wanted="auto", how=HOW, **settings):
     said = []
-    augmentation = augmentation_for(source.splits["train"], how, AugmentConfig(**settings))
+    augmentation = augmentation_of(source.splits["train"], how, **settings)
     return resident(source, how, augmentation, wanted, said.append), "\n".join(said)
 
 
 def take(split, how=HOW, count=6, **settings):
-    with closing(train_batches(split, how, AugmentConfig(**settings), OFF, 1)) as batches:
+    with closing(train_batches(split, how, augmentation_of(split, how, **settings), OFF, 1)) as batches:
         return list(islice(batches, count))
 
 
