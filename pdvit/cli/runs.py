@@ -259,17 +259,18 @@ def replay(path: Path, as_json: bool) -> int:
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
     console = make_console(as_json)
     trainer = build_trainer(config, console, resumed=True)
+    trainer.task.load(partial(log, console))
     from pdvit.engine.recovery import replay as replay_step
 
-    found = replay_step(path, trainer.state, trainer.updater)
-    metrics = {name: value if abs(value) < float("inf") else None for name, value in found.metrics.items()}
+    step, found, broken = replay_step(path, trainer.state, trainer.updater)
+    metrics = {name: value if abs(value) < float("inf") else None for name, value in found.items()}
     if as_json:
-        print(json.dumps({"step": found.step, "metrics": metrics, "broken": found.broken}, indent=2))
+        print(json.dumps({"step": step, "metrics": metrics, "broken": broken}, indent=2))
         return 0
-    log(console, f"step {found.step} again:")
+    log(console, f"step {step} again:")
     for name, value in metrics.items():
         log(console, f"  {name:12} {'not finite' if value is None else f'{value:.6g}'}")
-    names, more = found.broken[:MAX_BROKEN_NAMES], len(found.broken) - MAX_BROKEN_NAMES
+    names, more = broken[:MAX_BROKEN_NAMES], len(broken) - MAX_BROKEN_NAMES
     log(console, f"non-finite gradients: {', '.join(names) or 'none'}{f' and {more} more' if more > 0 else ''}")
     return 0
 

@@ -14,7 +14,7 @@ class Batch:
         images: normalised `(B, 3, H, W)`, float32.
         targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`; in segmentation the class of every pixel
             `(B, H, W)`, 255 if it has none.
-        index: sample indices in the split, `(B,)`, for replay.
+        index: sample indices in the split, `(B,)`.
         patch_targets: class of every patch `(B, N)`; None without patch labels.
         weights: factors on the weights of the terms in this step, `(B, T)`, with equal rows, so that they split like
             the images; None without schedules.

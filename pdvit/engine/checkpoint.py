@@ -50,8 +50,8 @@ class Checkpoints:
         """Return, without waiting, whether the last write failed; `wait` then raises its error."""
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
-    def load(self, state: TrainState, check: Callable[[dict[str, Any]], None]) -> None:
-        """Load the checkpoint that `last` points to, if there is one. All ranks take part.
+    def load(self, state: TrainState, check: Callable[[dict[str, Any]], None]) -> Snapshot | None:
+        """Load the checkpoint that `last` points to, if there is one, and return it. All ranks take part.
 
         Raises UserError if it is damaged or of another format, and what `check` raises for its metadata.
         """
@@ -60,6 +60,7 @@ class Checkpoints:
         if snapshot is not None:
             with self._report_damage():
                 state.load_state_dict(snapshot)
+        return snapshot
 
     def _read(self, ranks: Ranks, check: Callable[[dict[str, Any]], None]) -> Snapshot:
         """Read a checkpoint; ranks other than 0 read only their own small tensors."""

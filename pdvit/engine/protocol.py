@@ -16,7 +16,7 @@ class StepOutput:
 
 
 class TrainBatch(Protocol):
-    """A training batch. The engine only splits, repeats and stores it."""
+    """A training batch. The engine only splits and repeats it."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -26,9 +26,6 @@ class TrainBatch(Protocol):
 
     def repeat(self, size: int) -> "TrainBatch":
         """Return a batch of `size` images, these over and over."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return its tensors by name."""
 
 
 class Task(Protocol):
@@ -52,9 +49,6 @@ class Task(Protocol):
 
     def batches(self, start: int) -> Generator[Any, None, None]:
         """Yield this process's part of steps start, start + 1, ... without end, in constant time for any start."""
-
-    def batch_of(self, tensors: Mapping[str, Tensor]) -> Any:
-        """Return the batch with these tensors."""
 
     def step(self, network: nn.Module, batch: Any) -> StepOutput:
         """Run forward pass and objective on one batch, in training mode."""

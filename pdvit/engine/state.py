@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pdvit.engine.distributed import Ranks
+from pdvit.errors import RunFailed
 
 VERSION = 3
 # Keys of a parameter group that follow the configuration of the resumed run.
@@ -114,11 +115,14 @@ class TrainState:
     metrics: MetricAccumulator
     progress: Progress = field(default_factory=Progress)
 
-    def state_dict(self) -> Snapshot:
-        """Copy the state to main memory. All ranks take part; only rank 0 gets the tensors."""
+    def state_dict(self, generators: Mapping[str, Tensor] | None = None) -> Snapshot:
+        """Copy the state to main memory, with `generators` instead of their present states.
+
+        All ranks take part; only rank 0 gets the tensors.
+        """
         rest: dict[str, Tensor] = {}
         own = {f"metrics.{name}": value.cpu() for name, value in self.metrics.state_dict().items()}
-        own |= {f"generator.{name}": value for name, value in self.generators().items()}
+        own |= {f"generator.{name}": value for name, value in (generators or self.generators()).items()}
         for rank, tensors in enumerate(self.ranks.all_gather(own)):
             rest |= {f"{rank}.{name}": value for name, value in tensors.items()}
         optimizer = get_optimizer_state_dict(self.module, self.optimizer)  # by the names of parameters
@@ -175,6 +179,19 @@ class TrainState:
         self.metrics.load_state_dict({name: rest[prefix + name] for name in metadata["metric_names"]})
         if known:
             self.set_generators(named(rest, f"{rank}.generator."))
+
+    def check_weights(self) -> None:
+        """Raise RunFailed on all ranks if weights are not finite, so that they are neither evaluated nor saved."""
+        buffers = [(name, buffer) for name, buffer in self.module.named_buffers() if buffer.is_floating_point()]
+        weights = [*self.module.named_parameters(), *buffers]  # running statistics can break alone
+        shards = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in weights]
+        broken = self.ranks.all_reduce(torch.stack([(~shard.isfinite()).any() for shard in shards]).int()).tolist()
+        names = [name for (name, _), count in zip(weights, broken, strict=True) if count]
+        if names:
+            raise RunFailed(
+                f"{', '.join(names[:3])} became infinite or not a number by step {self.progress.step}",
+                "start a new run with a lower --lr, or with --clip-grad 1",
+            )
 
     def generators(self) -> dict[str, Tensor]:
         """Return the states of this process's generators, which drop path and dropout use."""

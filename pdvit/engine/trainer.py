@@ -26,14 +26,14 @@ from pdvit.engine.distributed import AnyRank, Ranks
 from pdvit.engine.parallel import parallelize
 from pdvit.engine.protocol import Task, TrainBatch
 from pdvit.engine.recipe import check_data, check_recipe
-from pdvit.engine.recovery import check_weights, record_failure, remove_replay, save_replay, with_advice
+from pdvit.engine.recovery import remove_replay, save_replay, with_advice
 from pdvit.engine.run_logger import RunLogger, profile_steps
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.engine.state import MetricAccumulator, TrainState
 from pdvit.engine.terminal import StopRequest
 from pdvit.engine.update import Updater, make_optimizer
-from pdvit.errors import UserError
-from pdvit.tracking import RunDirectory, Trackers
+from pdvit.errors import RunFailed, UserError
+from pdvit.tracking import RunDirectory, Status, Trackers
 
 # Skipped steps in a row after which a run fails.
 # A float16 run first has to find its loss scale: 65,536, halved each time.
@@ -110,7 +110,7 @@ class Trainer:
                     progress.step += 1
                     progress.samples += self.task.batch_size
                     if steps.due(steps.log_every, progress.step):
-                        self._log(batch, generators)
+                        self._log(generators)
                     better = steps.due(steps.eval_every, progress.step) and self._evaluate()
                     stopping, save = any_rank(*self._read_clock(stop))
                     pausing = progress.step == steps.stop_after
@@ -126,11 +126,8 @@ class Trainer:
                 self.checkpoints.wait()
                 return self._finish()
         except BaseException as error:
-            described = error
-            try:
-                described = with_advice(error, directory.path, self.updater, self.batch)
-            finally:
-                record_failure(described, logger, self.checkpoints)
+            described = with_advice(error, directory.path, self.updater, self.batch)
+            self._write_failure(described)
             if described is error:
                 raise
             raise described from error
@@ -157,7 +154,7 @@ class Trainer:
                     raise
                 yield batch
 
-    def _log(self, batch: TrainBatch, generators: dict[str, torch.Tensor]) -> None:
+    def _log(self, generators: dict[str, torch.Tensor]) -> None:
         """Write the means since the last record; raise RunFailed if too many steps in a row were skipped."""
         lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in self.state.optimizer.param_groups)
         means, skipped, in_a_row = self.state.metrics.read(self.ranks)
@@ -165,13 +162,13 @@ class Trainer:
         self.state.progress.skipped += skipped
         self.logger.log_train(means, skipped, float(lr))
         if in_a_row >= (MAX_SKIPPED_FP16 if self.state.scaler.is_enabled() else MAX_SKIPPED):
-            raise save_replay(self.directory.path, self.state, batch, generators, in_a_row)
+            raise save_replay(self.directory.path, self.state, generators, in_a_row)
 
     def _evaluate(self) -> bool:
         """Evaluate the validation images; return whether the result is the best so far."""
         progress = self.state.progress
         with self.logger.timer.during("evaluate"):
-            check_weights(self.state)
+            self.state.check_weights()
             self.ranks.broadcast_buffers(self.evaluated)
             records, headline = self.task.evaluate(self.evaluated)
         self.logger.log_evaluation(records, headline)
@@ -205,13 +202,26 @@ class Trainer:
         if self.save_owed:  # the run may be broken: keep the checkpoint from before, and save once it has recovered
             return
         with self.logger.timer.during("save"):
-            check_weights(self.state)
+            self.state.check_weights()
             snapshot = self.state.state_dict()
             if self.ranks.main:
                 self.checkpoints.save(snapshot, better and self.config.checkpoint.best)
                 remove_replay(self.directory.path, snapshot.step)
         self.saved_at = self.logger.timer.elapsed()
         self.logger.write_status("running")
+
+    def _write_failure(self, error: BaseException) -> None:
+        """Write into status.json how the run ended; a second error becomes a note of the first."""
+        status: Status = "failed"
+        reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            status, reason = "stopped", "interrupted"
+        # The checkpoint that is being written is from before the error.
+        for action in (self.checkpoints.wait, lambda: self.logger.write_status(status, reason=reason)):
+            try:
+                action()
+            except UserError as second:
+                error.add_note(f"and {second.what}")
 
     def _make_checkpoints(self, directory: RunDirectory) -> Checkpoints:
         return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.steps.milestone_every)

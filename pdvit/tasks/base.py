@@ -89,10 +89,6 @@ class ImageTask(ABC):
         """Fill in settings that depend on the number of processes and their device; raises UserError."""
         return config
 
-    def batch_of(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """Return the batch with these tensors."""
-        return Batch(**tensors)
-
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end, with the factors of scheduled terms."""
         batches = self.training_batches(start)

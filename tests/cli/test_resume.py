@@ -207,7 +207,7 @@ class TestGuards:
 
     def test_a_run_without_a_sound_bundle_is_not_replayed(self, refusal, broken, digits_run):
         assert "no step to replay" in refusal("train", "--replay", digits_run).what
-        (broken / "replay.safetensors").write_bytes(b"x")
+        (broken / "replay/last").write_bytes(b"x")
         assert "damaged" in refusal("train", "--replay", broken).what
 
     @pytest.mark.slow

@@ -1,18 +1,21 @@
-from hypothesis import given
-from hypothesis import strategies as st
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from pdvit.engine.recovery import largest
 
 
-@given(limit=st.integers(0, 300), most=st.integers(1, 300))
-def test_the_largest_power_of_two_that_fits_or_all(limit, most):
-    tried = []
+@pytest.mark.parametrize("limit", [1, 5, 8, 300])
+@pytest.mark.parametrize("memory", [0, 1, 7, 8, 300])
+def test_the_largest_power_of_two_that_fits_is_found(limit, memory):
+    def backward(images, micro_batch):
+        assert images == micro_batch <= limit
+        if images > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def fits(size):
-        tried.append(size)
-        return size <= limit
-
-    found = largest(fits, most)
-    powers = [2**n for n in range(10) if 2**n <= min(limit, most)]
-    assert found == (most if limit >= most else max(powers, default=0))
-    assert all(size <= most for size in tried)
+    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: None)
+    updater = SimpleNamespace(backward=backward, state=SimpleNamespace(optimizer=optimizer))
+    batch = SimpleNamespace(repeat=lambda size: size)
+    powers = [2**power for power in range(10) if 2**power <= min(limit, memory)]
+    assert largest(updater, batch, limit) == max(powers, default=0)

@@ -40,9 +40,6 @@ class Points:
     def __len__(self):
         return len(self.inputs)
 
-    def tensors(self):
-        return vars(self)
-
     def split(self, size):
         return [Points(*part) for part in zip(*(value.split(size) for value in vars(self).values()), strict=True)]
 
@@ -62,9 +59,6 @@ class LineFit:
         for step in count(start):
             inputs = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(step))
             yield Points(torch.full((BATCH,), step), inputs, inputs.sum(1, keepdim=True))
-
-    def batch_of(self, tensors):
-        return Points(**tensors)
 
     def step(self, network, batch):
         step, inputs, targets = int(batch.step[0]), batch.inputs, batch.targets
@@ -231,9 +225,9 @@ def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoi
     assert kept(path) == [8]
     # Resumed without its trouble: the saved step is removed by the first checkpoint after it.
     assert run(path, LineFit(9, interrupt), resume=True) is None
-    assert (path / "replay.safetensors").is_file()
+    assert (path / "replay").is_dir()
     run(path, LineFit(), resume=True)
-    assert not (path / "replay.safetensors").exists()
+    assert not (path / "replay").exists()
     assert read_records(path) == read_records(whole)
 
 
@@ -242,19 +236,19 @@ def test_a_replay_computes_the_saved_step_again(whole, tmp_path):
     with pytest.raises(RunFailed, match="in a row"):
         run(path, LineFit(9, infinite=True, steps=STEPS))
     bad = trainer_of(LineFit(9, infinite=True, steps=STEPS))
-    found = replay(path, bad.state, bad.updater)
-    assert found.step == 15  # of the record at which five in a row were seen
-    assert math.isnan(found.metrics["loss"])
-    assert found.broken == ["weight", "bias"]
+    step, metrics, broken = replay(path, bad.state, bad.updater)
+    assert step == 15  # of the record at which five in a row were seen
+    assert math.isnan(metrics["loss"])
+    assert broken == ["weight", "bias"]
 
     clean = trainer_of(LineFit())  # the same step without its trouble
-    found = replay(path, clean.state, clean.updater)
-    assert found.broken == []
+    _, metrics, broken = replay(path, clean.state, clean.updater)
+    assert broken == []
     weight, bias = clean.task.module.parameters()
     batch = next(LineFit().batches(14))
-    torch.set_rng_state(load_file(path / "replay.safetensors")["0.generator.cpu"])
+    torch.set_rng_state(load_file(path / "replay/step-00000015/state.safetensors")["0.generator.cpu"])
     expected = (batch.inputs + 0.1 * torch.randn_like(batch.inputs)) @ weight.T + bias - batch.targets
-    assert found.metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
     with pytest.raises(UserError, match="no step to replay"):
         replay(whole, clean.state, clean.updater)
 
