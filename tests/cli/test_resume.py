@@ -69,9 +69,9 @@ def stopped(stopped_once, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def broken_once(tmp_path_factory, tiny):
-    """A run whose images are not numbers from step 5 on."""
-    batches, out = ClassificationTask.batches, tmp_path_factory.mktemp("broken") / "run"
+def bad_images():
+    """A context in which images are not numbers from step 5 on."""
+    batches = ClassificationTask.batches
 
     def with_nan(self, start):
         for number, batch in enumerate(batches(self, start), start):
@@ -79,8 +79,19 @@ def broken_once(tmp_path_factory, tiny):
                 batch.images[0, 0, 0, 0] = float("nan")
             yield batch
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClassificationTask, "batches", with_nan)
+    @contextmanager
+    def patched():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClassificationTask, "batches", with_nan)
+            yield
+
+    return patched
+
+
+@pytest.fixture(scope="module")
+def broken_once(tmp_path_factory, tiny, bad_images):
+    out = tmp_path_factory.mktemp("broken") / "run"
+    with bad_images():
         assert pdvit(["train", *tiny, *SHORT, "--out", str(out)]) == 1
     return out
 
@@ -191,17 +202,18 @@ class TestChanging:
 
 
 class TestGuards:
-    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, broken, capsys):
+    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, broken, bad_images, capsys):
         status = read_json(broken / "status.json")
         assert status["status"] == "failed"
         assert "not a number" in status["reason"]
         assert not (broken / "model.safetensors").exists()
         capsys.readouterr()
-        assert pdvit(["train", "--replay", str(broken)]) == 0
-        shown = capsys.readouterr().out
-        assert "step 9 again" in shown
-        assert "model.patch_embed.proj.weight" in shown
-        assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
+        with bad_images():
+            assert pdvit(["train", "--replay", str(broken)]) == 0
+            shown = capsys.readouterr().out
+            assert "step 9 again" in shown
+            assert "model.patch_embed.proj.weight" in shown
+            assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["step"], found["metrics"]["class"]) == (9, None)
 
