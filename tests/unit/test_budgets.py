@@ -12,6 +12,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import pdvit
 
 PACKAGE = Path(pdvit.__file__).parent
@@ -20,8 +22,8 @@ PACKAGE_LINES, PACKAGE_FILES, TEST_LINES = 17_320, 137, 20_730
 TRAIN_FUNCTIONS, TRAIN_FILES, TRAIN_FRAMES = 285, 55, 6
 ANALYZE_FRAMES = 8
 
-# Runs one command and prints as JSON: our functions that it called ("file:name", without lambdas and comprehensions),
-# and the number of our frames from `pdvit.cli.run` to the first call of a target.
+# Trains for a few steps, analyzes the run, and prints as JSON: our functions that each command called ("file:name",
+# without lambdas and comprehensions), and the number of our frames from `pdvit.cli.run` to the first call of a target.
 TRACE = """
 import json, os, sys, threading
 
@@ -29,39 +31,44 @@ import pdvit
 from pdvit.cli import run
 
 root = os.path.dirname(pdvit.__file__)
-called, depths = set(), []
 ANONYMOUS = ("<lambda>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 OPTIMIZED = 1  # of code flags: a function, not the body of a class or module
 
 
-def trace(frame, event, argument):
-    code = frame.f_code
-    if event != "call" or not code.co_flags & OPTIMIZED:
-        return
-    if code.co_filename.startswith(root) and code.co_name not in ANONYMOUS:
-        called.add(f"{os.path.relpath(code.co_filename, root)}:{code.co_qualname}")
-    if not depths and code.co_name == target and place in code.co_filename:
-        depth = 0
-        while frame := frame.f_back:
-            depth += frame.f_code.co_filename.startswith(root) and frame.f_code.co_name not in ANONYMOUS
-        depths.append(depth)
+def traced(place, target, *arguments):
+    called, depths = set(), []
+
+    def trace(frame, event, argument):
+        code = frame.f_code
+        if event != "call" or not code.co_flags & OPTIMIZED:
+            return
+        if code.co_filename.startswith(root) and code.co_name not in ANONYMOUS:
+            called.add(f"{os.path.relpath(code.co_filename, root)}:{code.co_qualname}")
+        if not depths and code.co_name == target and place in code.co_filename:
+            depth = 0
+            while frame := frame.f_back:
+                depth += frame.f_code.co_filename.startswith(root) and frame.f_code.co_name not in ANONYMOUS
+            depths.append(depth)
+
+    threading.setprofile(trace)
+    sys.setprofile(trace)
+    assert run(arguments) == 0
+    sys.setprofile(None)
+    return {"called": sorted(called), "frames": depths[0]}
 
 
-place, target, *arguments = sys.argv[1:]
-threading.setprofile(trace)
-sys.setprofile(trace)
-status = run(arguments)
-sys.setprofile(None)
-print("\\n" + json.dumps({"status": status, "called": sorted(called), "frames": depths[0]}))
+out = sys.argv[1]
+train = traced("torch/optim/", "step", "train", "--epochs", "4st", "--out", out)
+analyze = traced("pdvit/similarity.py", "patch_similarity", "analyze", out)
+print("\\n" + json.dumps({"train": train, "analyze": analyze}))
 """
 
 
-def traced(place: str, target: str, *arguments: str) -> dict:
-    command = [sys.executable, "-c", TRACE, place, target, *arguments]
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory) -> dict:
+    command = [sys.executable, "-c", TRACE, str(tmp_path_factory.mktemp("traced") / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent, env=dict(os.environ))
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["status"] == 0
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def lines(files: list[Path]) -> int:
@@ -87,15 +94,12 @@ def test_no_public_class_name_is_used_twice():
     assert not {name for name, count in names.items() if count > 1}
 
 
-def test_the_default_training_run_takes_few_functions_and_frames(tmp_path):
-    found = traced("torch/optim/", "step", "train", "--epochs", "4st", "--out", str(tmp_path / "run"))
-    files = {name.partition(":")[0] for name in found["called"]}
-    assert len(found["called"]) <= TRAIN_FUNCTIONS, found["called"]
-    assert len(files) <= TRAIN_FILES
-    assert found["frames"] <= TRAIN_FRAMES
+def test_the_default_training_run_takes_few_functions_and_frames(traces):
+    called = traces["train"]["called"]
+    assert len(called) <= TRAIN_FUNCTIONS, called
+    assert len({name.partition(":")[0] for name in called}) <= TRAIN_FILES
+    assert traces["train"]["frames"] <= TRAIN_FRAMES
 
 
-def test_an_analysis_takes_few_frames_to_p(digits_run):
-    out = digits_run.parent / "traced-analysis"
-    found = traced("pdvit/similarity.py", "patch_similarity", "analyze", str(digits_run), "--out", str(out))
-    assert found["frames"] <= ANALYZE_FRAMES
+def test_an_analysis_takes_few_frames_to_p(traces):
+    assert traces["analyze"]["frames"] <= ANALYZE_FRAMES
