@@ -48,7 +48,7 @@ class Measure:
 
 MEASURES = (
     Measure("accuracy or mIoU", {"miou": "mIoU, %", "accuracy": "accuracy, %"}, 100, 1),
-    Measure("P", {"similarity_norm": "P behind the norm", "similarity_last": "P of last"}, 1, 2),
+    Measure("P", {"similarity_norm": "P after the norm", "similarity_last": "P of last"}, 1, 2),
     Measure("effective rank", {"rank_norm": "effective rank there"}, 1, 1, relative=True),
 )
 

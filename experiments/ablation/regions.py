@@ -1,7 +1,7 @@
 """Do patches tell images apart? `python experiments/ablation/regions.py` reads the runs of cpu.toml.
 
 Of each variant it takes the runs at the best learning rate. On 256 of the images that a run ended with, plain and with
-the left half of each pasted from another one, it measures P behind the final norm over pairs of patches in the same
+the left half of each pasted from another one, it measures P after the final norm over pairs of patches in the same
 half and over pairs across the halves, where mixed halves are of different classes. Patches across are farther apart on
 the grid, mixed or not: what mixing adds is the difference between the two. It writes regions.csv, a row for each run,
 and prints means and standard deviations over seeds.

@@ -1,7 +1,7 @@
 """What have the patches of an image in common, and do they tell it from another one pasted into it?
 
 `python experiments/ablation/shares.py` reads the runs of cpu.toml, `shares.py long` those of long.toml. Of some
-variants it takes those at the best learning rate, and the tokens behind the final norm of 256 images of a run, scaled
+variants it takes those at the best learning rate, and the tokens after the final norm of 256 images of a run, scaled
 to length 1. Their mean square, which is 1, is split as in an analysis of variance: into what all patches
 of all images share, what those of a class share beyond it, those of an image beyond its class, those at a place of the
 grid beyond all, and the rest (a class at a place is part of it). With n patches, the mean cosine of two patches of

@@ -24,7 +24,7 @@ VARIANTS = (*CONTROLS, "paper")
 STALLED = 0.5
 HEIGHT = 2.0  # of a row of panels, in inches
 WIDTH = 48  # of cpu.toml
-ACCURACY, P, RANK = "accuracy, %", "P behind the norm", "effective rank, %"
+ACCURACY, P, RANK = "accuracy, %", "P after the norm", "effective rank, %"
 
 
 def grids() -> dict[str, pd.DataFrame]:
@@ -81,7 +81,7 @@ def changes_of(runs: pd.DataFrame) -> list[list[str]]:
 
 
 def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
-    """Draw accuracy, and below it P behind the norm, by learning rate: a panel for each size, a dot for each seed."""
+    """Draw accuracy, and below it P after the norm, by learning rate: a panel for each size, a dot for each seed."""
     axis = axis_of(runs)
     sizes = sorted(runs[axis].unique())
     styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in line_styles(len(VARIANTS), theme)], strict=True))

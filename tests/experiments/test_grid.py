@@ -53,7 +53,7 @@ def test_the_change_from_the_least_size_to_the_greatest_is_that_of_the_best_rate
     table["rank_norm"] = 10.0 - (table["variant"] == "none") * (table["model.depth"] == 24) * table["run.seed"]
     table.loc[(table["model.depth"] == 24) & (table["optim.lr"] == 0.001), "accuracy"] += 0.1
     head, *body = load(GRID).changes_of(table)
-    assert head == [f"depth 24 {MINUS} 6", "n", "accuracy, points", "P behind the norm", "effective rank, %"]
+    assert head == [f"depth 24 {MINUS} 6", "n", "accuracy, points", "P after the norm", "effective rank, %"]
     low, high = stats.ttest_1samp([-10, -20, -30], 0).confidence_interval(0.95)
     rank = f"{MINUS}20 [{MINUS}{-low:.0f}, +{high:.0f}]"
     assert body[0] == ["none", "3", "+10.0 [+10.0, +10.0]", "+0.00 [+0.00, +0.00]", rank]
