@@ -103,7 +103,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
         from pdvit.cli.analyze_pages import write_explorer, write_report
 
         if explore:
-            write_explorer(folders, results[0].pictures, analyzer)
+            write_explorer(folders, results[0].images, analyzer)
         if report:
             write_report(results, folders, console)
     if main and as_json:
@@ -122,13 +122,11 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
 
 def _result_folders(paths: list[str], out: Path | None) -> dict[str, Path]:
     """Return the folder for the results of each checkpoint; UserError, before any work, if two are the same."""
-    from pdvit.models.checkpoints import name_of
-
     if out is not None and len(paths) > 1:
         raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
     folders: dict[str, Path] = {}
     for path in paths:
-        folder = results_folder(Path(path), out, "analysis", name_of(Path(path)))
+        folder = results_folder(Path(path), out, "analysis")
         if path in folders or folder in folders.values():
             raise UserError("two checkpoints of the same name", str(folder), "analyze them one by one, with --out")
         folders[path] = folder

@@ -7,15 +7,12 @@ from typing import Any
 from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
 from pdvit.analysis.report import ReportFigure, report_page
 from pdvit.analysis.tables import MAPS
-from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis, to_device
+from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
 from pdvit.cli.console import log
 from pdvit.data.image_sets import ImageSet
 from pdvit.data.images import BadImages
-from pdvit.data.preprocessing import Preprocessing
-from pdvit.engine.device import choose_device
+from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole
-from pdvit.models.loading import load_model
-from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.plots.curves import plot_pairs, plot_spectrum
 from pdvit.plots.depth import NORM_STD, NORMS, plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
 from pdvit.plots.heatmap import plot_cka
@@ -24,24 +21,23 @@ from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing
 
 
-def write_explorer(folders: Mapping[str, Path], pictures: ImageSet, analyzer: Analyzer) -> None:
+def write_explorer(folders: Mapping[str, Path], images: ImageSet, analyzer: Analyzer) -> None:
     """Write explorer.html to the first checkpoint's folder, and analysis/maps.npz to each; print what they show.
 
     Checkpoints are loaded once more, one at a time, so that all get the same images. Raises UserError.
     """
-    max_bytes, shown, bad = bytes_per_model(len(folders)), pictures.subsample(MAX_IMAGES), BadImages(skip=True)
+    max_bytes, shown, bad = bytes_per_model(len(folders)), images.subsample(MAX_IMAGES), BadImages(skip=True)
     models = []
     for path in folders:
-        loaded = load_model(resolve_checkpoint(path, analyzer.model, analyzer.weights))
-        preprocessing = Preprocessing.for_model(loaded.model)
-        model = to_device(loaded.model, choose_device(analyzer.device), path)
-        images = shown.pixels(preprocessing, bad)
-        models.append(read_maps(model, images, preprocessing.normalise, loaded.name, max_bytes))
-    total, images_shown = len(pictures.split), min(len(maps.names) for maps in models)
+        opened = analyzer.open(path, SINGLE_PROCESS)
+        loaded, preprocessing = opened.loaded, opened.loader.preprocessing
+        pixels = shown.pixels(preprocessing, bad)
+        models.append(read_maps(loaded.model, pixels, preprocessing.normalise, loaded.name, max_bytes))
+    total, images_shown = len(images.split), min(len(maps.names) for maps in models)
     which = f"{images_shown} of {total:,}, spread evenly" if images_shown < total else f"all {total}"
     fewer = "; more would make the page larger than 10 MB" if images_shown < len(shown.split) - len(bad.found) else ""
     broken = f"; {len(bad.found)} left out that do not decode" if bad.found else ""
-    notes = [f"images: {which} ({pictures.description}){fewer}{broken}"]
+    notes = [f"images: {which} ({images.description}){fewer}{broken}"]
     page = next(iter(folders.values())) / "explorer.html"
     with writing("the page", page):
         for folder, maps in zip(folders.values(), models, strict=True):

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.config.schema import Config, SegmentConfig
+from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pdvit.data.loader import LoaderConfig
     from pdvit.engine.distributed import Ranks
@@ -40,12 +41,12 @@ Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over m
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A model on its device, the configuration of its run, and how images are loaded."""
+    """A model on its device, the configuration of its run (else the defaults), and how images are loaded."""
 
     path: Path
+    is_run: bool  # a run directory
     loaded: "LoadedModel | LoadedSegmenter"
     config: Config
-    device: "torch.device"
     loader: "LoaderConfig"
 
     @property
@@ -55,13 +56,14 @@ class OpenedCheckpoint:
 
         return self.loaded if isinstance(self.loaded, LoadedSegmenter) else None
 
-    def windows(self, segment: SegmentConfig, multi_scale: bool, flip: bool) -> "SlidingWindowConfig":
-        """Return how the segmentation model evaluates an image."""
+    def windows(self, multi_scale: bool, flip: bool) -> "SlidingWindowConfig | None":
+        """Return how the segmentation model evaluates an image; None for a classifier."""
         from pdvit.tasks.segmentation import sliding_windows
         from pdvit.tasks.windows import SCALES
 
-        assert self.segmenter is not None
-        windows = sliding_windows(self.segmenter.model, segment, self.loader.per_pass)
+        if self.segmenter is None:
+            return None
+        windows = sliding_windows(self.segmenter.model, self.config.segment, self.loader.per_pass)
         return replace(windows, scales=SCALES if multi_scale else (1.0,), flip=flip)
 
     def refuse_segmentation_flags(self, flags: Mapping[str, object]) -> None:
@@ -78,22 +80,14 @@ class OpenedCheckpoint:
         return UserError(f"the model's logits are infinite or not numbers for {images}", str(self.path), tip)
 
 
-def config_of(path: Path, *layers: tuple[str, dict[str, Any]]) -> Config | None:
-    """Return the configuration of a run with more layers over it; None if the path is no run directory."""
-    from pdvit.config import build, read_toml
-
-    recipe = path / "run.toml"
-    if not (path.is_dir() and recipe.is_file()):
-        return None
-    return build((str(recipe), read_toml(recipe)), *layers)
-
-
-def results_folder(path: Path, out: Path | None, prefix: str, name: str) -> Path:
+def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
     """Return the folder of a checkpoint's results: `out`, the checkpoint's own folder, or runs/PREFIX-NAME.
 
     Raises UserError if it is not writable, before the work begins.
     """
-    folder = out or (path if path.is_dir() else Path("runs") / f"{prefix}-{name}")
+    from pdvit.models.checkpoints import name_of
+
+    folder = out or (path if path.is_dir() else Path("runs") / f"{prefix}-{name_of(path)}")
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
         reason = "is not writable" if os.path.isdir(there) else "is not a folder"
@@ -102,13 +96,19 @@ def results_folder(path: Path, out: Path | None, prefix: str, name: str) -> Path
 
 
 def open_checkpoint(
-    path: Path, ranks: "Ranks", model: str | None, weights: str | None, **settings: dict[str, Any]
+    path: Path,
+    ranks: "Ranks",
+    model: str | None,
+    weights: str | None,
+    backbone: bool = False,
+    **flags: dict[str, Any],
 ) -> OpenedCheckpoint:
-    """Load a checkpoint and prepare to run it as its run did; `settings`, by section, override the run's unless None.
+    """Load a checkpoint and prepare to run it as its run did, or with `backbone` to measure its timm model.
 
-    Raises UserError if it can't be loaded, for weights that are not finite, and for an invalid setting.
+    `flags`, by section, override the run's settings unless None. Raises UserError if the checkpoint can't be loaded,
+    for weights that are not finite, and for an invalid setting.
     """
-    from pdvit.config import build
+    from pdvit.config import build, read_toml
     from pdvit.data.images import BadImages
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing
@@ -117,12 +117,19 @@ def open_checkpoint(
     from pdvit.models.resolved_checkpoint import resolve_checkpoint
     from pdvit.models.segmentation.files import LoadedSegmenter, load_segmenter
 
-    given = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in settings.items()}
-    flags = ("the command line", given)
+    flags = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in flags.items()}
+    recipe = path / "run.toml"
+    is_run = os.path.isdir(path) and recipe.is_file()
     # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
-    config = config_of(path, flags) or build(("defaults", {"run": {"tf32": False}}), flags)
+    base = (str(recipe), read_toml(recipe)) if is_run else ("defaults", {"run": {"tf32": False}})
+    config = build(base, ("the command line", flags))
     checkpoint = resolve_checkpoint(path, model, weights)
-    loaded = load_model(checkpoint) if checkpoint.segment is None else load_segmenter(checkpoint)
+    loaded = load_model(checkpoint) if backbone or checkpoint.segment is None else load_segmenter(checkpoint)
+    if isinstance(loaded, LoadedSegmenter):
+        segment = flags.get("segment", {})
+        if "source" not in flags["data"]:  # the run's table of classes is for the run's data
+            segment = {"classes": config.segment.classes} | segment
+        config = replace(config, segment=replace(loaded.segment, **segment))
     state = loaded.model.state_dict()
     broken = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
@@ -130,8 +137,9 @@ def open_checkpoint(
         tip = "the checkpoint is broken: use an earlier one, or copy it again"
         raise UserError(f"{names} of its weights are infinite or not numbers", str(path), tip)
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
-    set_up(device, config.run)
-    loaded.model.to(device)
+    if not backbone:  # `analyze` measures in exact float32
+        set_up(device, config.run)
+    to_device(loaded.model, device, str(path))
     timm_model = loaded.model.inside if isinstance(loaded, LoadedSegmenter) else loaded.model
     loader = LoaderConfig(
         batch_size=config.data.batch_size,
@@ -139,9 +147,22 @@ def open_checkpoint(
         workers=config.data.workers,
         device=device,
         preprocessing=Preprocessing.for_model(timm_model),
-        eval_batch=config.data.micro_batch if "batch_size" not in given["data"] else None,
+        eval_batch=config.data.micro_batch if "batch_size" not in flags["data"] else None,
         rank=ranks.rank,
         processes=ranks.world_size,
         bad=BadImages(skip=config.data.on_bad_image == "skip"),
     )
-    return OpenedCheckpoint(path, loaded, config, device, loader)
+    return OpenedCheckpoint(path, is_run, loaded, config, loader)
+
+
+def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":
+    """Move a model to the device; UserError if it does not fit."""
+    from pdvit.engine.device import is_out_of_memory
+
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        tip = "choose another --device, or end what else runs on it"
+        raise UserError(f"the model does not fit in the memory of {device}", where, tip) from error

@@ -4,29 +4,14 @@ import json
 import math
 import os
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import (
-    BatchSize,
-    Checkpoint,
-    Device,
-    Flip,
-    Model,
-    MultiScale,
-    OnBadImage,
-    OpenedCheckpoint,
-    Precision,
-    Weights,
-    Workers,
-    config_of,
-    open_checkpoint,
-    results_folder,
-)
+from pdvit.cli import checkpoint as options
+from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.cli.runs import process_group
 from pdvit.errors import UserError, closest
@@ -34,7 +19,6 @@ from pdvit.errors import UserError, closest
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pdvit.config.schema import SegmentConfig
     from pdvit.engine.distributed import Ranks
     from pdvit.engine.terminal import RunConsole
     from pdvit.tasks.windows import Network, SlidingWindowConfig
@@ -44,21 +28,21 @@ PICTURE, WORST = re.compile(r"\d{2,}-(image|truth|prediction)\.png"), 10
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="train, val or test; unset: that of the run's closing numbers.")
     ] = None,
-    model: Model = None,
-    weights: Weights = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
-    device: Device = "auto",
-    precision: Precision = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    on_bad_image: OnBadImage = None,
-    multi_scale: MultiScale = False,
-    flip: Flip = False,
+    device: options.Device = "auto",
+    precision: options.Precision = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    on_bad_image: options.OnBadImage = None,
+    multi_scale: options.MultiScale = False,
+    flip: options.Flip = False,
     mode: Annotated[
         str | None, typer.Option("--eval-mode", metavar="whole|slide", help="Segmentation; unset: the run's.")
     ] = None,
@@ -76,58 +60,41 @@ def evaluate(
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         log(console, f"opening {checkpoint} ...")
         from pdvit.engine.distributed import init_process_group
-        from pdvit.models.checkpoints import name_of
 
         ranks = init_process_group()
-        folder = results_folder(path, out, "eval", name_of(path))
+        folder = results_folder(path, out, "eval")
         loading = {"source": data, "batch_size": batch_size, "workers": workers, "on_bad_image": on_bad_image}
-        run = {"device": device, "precision": precision}
-        opened = open_checkpoint(path, ranks, model, weights, data=loading, run=run)
-        if data is None and config_of(path) is None:
+        run, segment = {"device": device, "precision": precision}, {"mode": mode, "stride": stride, "classes": classes}
+        opened = open_checkpoint(path, ranks, model, weights, data=loading, run=run, segment=segment)
+        if data is None and not opened.is_run:
             tip = f"name a source: --data {'scenes' if opened.segmenter else 'digits'}, --data FOLDER"
             raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
         flags = {"--ms": multi_scale, "--flip": flip, "--eval-mode": mode, "--stride": stride, "--classes": classes}
         opened.refuse_segmentation_flags(flags)
-        views = None
-        if opened.segmenter:
-            segment = _segment_config(opened, mode, stride, classes, data)
-            views = segment, opened.windows(segment, multi_scale, flip)
-            if stride is not None and views[1].mode == "whole":
-                log(console, "note: --stride has no effect: images are evaluated whole")
-        numbers, table, files = _evaluate(opened, views, split, limit, console, ranks)
+        windows = opened.windows(multi_scale, flip)
+        if windows and windows.mode == "whole" and stride is not None:
+            log(console, "note: --stride has no effect: images are evaluated whole")
+        numbers, table, files = _evaluate(opened, windows, split, limit, console, ranks)
         if ranks.main:
             file = _write(folder, numbers, files)
             _print(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
             log(console, f"written  {file}, {names}")
-            log(console, f"next     pdvit plot {'segmentation' if views else 'confusion'} {folder}")
+            log(console, f"next     pdvit plot {'segmentation' if windows else 'confusion'} {folder}")
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
 
 
-def _segment_config(
-    opened: OpenedCheckpoint, mode: str | None, stride: int | None, classes: str | None, data: str | None
-) -> "SegmentConfig":
-    """Return the checkpoint's settings with those of the command line; raises UserError for an invalid one."""
-    from pdvit.config import build
-
-    given: dict[str, Any] = {name: value for name, value in (("mode", mode), ("stride", stride)) if value is not None}
-    build(("the command line", {"segment": given}))
-    table = opened.config.segment.classes if data is None else None  # the run's table is for the run's data
-    assert opened.segmenter is not None
-    return replace(opened.segmenter.segment, classes=classes or table, **given)
-
-
 def _evaluate(
     opened: OpenedCheckpoint,
-    views: "tuple[SegmentConfig, SlidingWindowConfig] | None",
+    windows: "SlidingWindowConfig | None",
     split: str | None,
     limit: int | None,
     console: "RunConsole",
     ranks: "Ranks",
 ) -> "tuple[dict[str, Any], pd.DataFrame, dict[str, bytes]]":
-    """Return the numbers of a split, its table by class, and the files to write; `views` belong to segmentation."""
+    """Return the numbers of a split, its table by class, and the files to write; `windows` belong to segmentation."""
     import torch
 
     from pdvit.data.loader import eval_batches
@@ -142,7 +109,7 @@ def _evaluate(
     from pdvit.tasks.segmentation import pixel_network
 
     config, loader, precision, model = opened.config, opened.loader, opened.config.run.precision, opened.loaded.model
-    source = open_masks(config.data, views[0]) if views else open_source(config.data)
+    source = open_masks(config.data, config.segment) if windows else open_source(config.data)
     order, matched = match_classes(opened.loaded, source.classes, source.name)
     split = split or source.final_split
     if split not in source.splits:
@@ -150,12 +117,13 @@ def _evaluate(
     images, classes = source.splits[split], metrics.unique_names(source.classes)
     if limit is not None and limit < len(images):
         images = images.take(torch.arange(limit))
-    network: Network = pixel_network(model) if views else model
+    network: Network = pixel_network(model) if windows else model
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     progress = partial(with_progress, total=len(images) // ranks.world_size, console=console, what=split)
     scores: metrics.ClassificationScores | metrics.SegmentationScores
-    if views is None:
-        metric = metrics.ClassificationMetric(len(classes), opened.device, confusion=True)
+    pictures: dict[str, bytes] = {}
+    if windows is None:
+        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
         batches = progress(eval_batches(images, loader))
         scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
         names = ("accuracy", "accuracy_top5", "loss", "calibration_error")
@@ -164,25 +132,20 @@ def _evaluate(
         table = metrics.class_table(scores.confusion, classes)
         files = {"eval.csv": table, "confusion.csv": metrics.confusion_table(scores.confusion, classes)}
     else:
-        segment, windows = views
         assert isinstance(images, MaskSplit)
-        pixels = metrics.SegmentationMetric(len(classes), opened.device)
-        batches = progress(mask_batches(images, loader, segment))
+        pixels = metrics.SegmentationMetric(len(classes), loader.device)
+        batches = progress(mask_batches(images, loader, config.segment))
         scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
         table = metrics.class_table(scores.confusion, classes, scores.iou)
-        iou = {
-            name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou.tolist(), strict=True)
-        }
+        iou = dict(zip(classes, (None if value != value else value for value in scores.iou.tolist()), strict=True))
         settings = {name: getattr(windows, name) for name in ("mode", "window", "stride", "scales", "flip")}
         numbers = scores.record() | {"iou": iou} | settings
         files = {"iou.csv": table}
+        if ranks.main and not scores.broken:
+            pictures = prediction_pngs(ordered, images, source, loader, config, windows)
     if scores.broken:
         raise opened.not_finite(f"{scores.broken} of {scores.images} images")
-    contents = {name: metrics.csv_bytes(content) for name, content in files.items()}
-    if views and ranks.main and isinstance(images, MaskSplit):
-        evaluated = replace(config, segment=views[0])
-        contents |= prediction_pngs(ordered, images, source, loader, evaluated, views[1])
-    metadata = ({"task": "segmentation"} if views else {}) | {
+    metadata = ({"task": "segmentation"} if windows else {}) | {
         "checkpoint": str(opened.path),
         "model": opened.loaded.name,
         "weights": opened.loaded.weights,
@@ -193,10 +156,10 @@ def _evaluate(
         "classes": len(classes),
         "matched": matched,
         "precision": precision,
-        "device": device_name(opened.device),
+        "device": device_name(loader.device),
         "processes": ranks.world_size,
     }
-    return metadata | numbers, table, contents
+    return metadata | numbers, table, {name: metrics.csv_bytes(it) for name, it in files.items()} | pictures
 
 
 def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Path:
@@ -232,14 +195,11 @@ def _print(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole"
     console.print()
     console.print(view)
     names = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
-    metrics = [f"{text} {percent(numbers[name])}" for name, text in names.items() if numbers.get(name) is not None]
-    metrics += [
-        f"{name.replace('_', ' ')} {numbers[name]:.3f}" for name in ("loss", "calibration_error") if name in numbers
-    ]
-    log(
-        console,
-        f"\n{numbers['split']} {', '.join(metrics)} ({numbers['images']:,} images of {printable(numbers['data'])})",
-    )
+    scores = [f"{text} {percent(numbers[name])}" for name, text in names.items() if numbers.get(name) is not None]
+    names = {"loss": "loss", "calibration_error": "calibration error"}
+    scores += [f"{text} {numbers[name]:.3f}" for name, text in names.items() if name in numbers]
+    images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
+    log(console, f"\n{numbers['split']} {', '.join(scores)} ({images})")
     if by == "iou":
         windows = f"windows of {numbers['window']}, {numbers['stride']} apart"
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""

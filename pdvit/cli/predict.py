@@ -12,56 +12,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import (
-    BatchSize,
-    Checkpoint,
-    Device,
-    Flip,
-    Model,
-    MultiScale,
-    OnBadImage,
-    OpenedCheckpoint,
-    Precision,
-    Weights,
-    Workers,
-    open_checkpoint,
-    results_folder,
-)
+from pdvit.cli import checkpoint as options
+from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
     from _csv import Writer
 
-    from pdvit.data.images import BadImages
     from pdvit.data.sources.split import FileSplit
     from pdvit.engine.terminal import RunConsole
     from pdvit.tasks.windows import SlidingWindowConfig
 
-# Images up to which the terminal shows the labels; bad images that it names.
+# Number of images up to which the terminal shows the labels, and of skipped images that it names.
 FEW = 20
 TIP = "replace it, or leave such images out: --on-bad-image skip"
 
 Row = tuple[str, int, str, float]  # image, rank, label, probability
-Predictions = Iterator[list[Row]]  # of each image
 
 
 def predict(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Labels per image, the most probable first.")] = 1,
-    on_bad_image: OnBadImage = "error",
-    model: Model = None,
-    weights: Weights = None,
+    on_bad_image: options.OnBadImage = "error",
+    model: options.Model = None,
+    weights: options.Weights = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The CSV file, - for standard output; the folder of masks.")
     ] = None,
-    device: Device = "auto",
-    precision: Precision = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    multi_scale: MultiScale = False,
-    flip: Flip = False,
+    device: options.Device = "auto",
+    precision: options.Precision = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    multi_scale: options.MultiScale = False,
+    flip: options.Flip = False,
 ) -> int:
     """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
@@ -76,17 +61,13 @@ def predict(
     run = {"device": device, "precision": precision}
     opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, data=loading, run=run)
     opened.refuse_segmentation_flags({"--ms": multi_scale, "--flip": flip})
-    target = _target(opened, out, top)
+    windows, target = opened.windows(multi_scale, flip), _target(opened, out, top)
     skip, bad = on_bad_image == "skip", BadImages(skip=True)  # so that those of several batches are named together
     opened = replace(opened, loader=replace(opened.loader, bad=bad))
-    few: list[Row] = []
-    if opened.segmenter:
-        windows = opened.windows(opened.segmenter.segment, multi_scale, flip)
-        predictions = _masks(opened, files, target or Path(), windows, bad)
-    else:
-        predictions = _labels(opened, files, top, console)
+    predictions = _masks(opened, files, target, windows) if windows else _labels(opened, files, top, console)
+    shown: list[Row] = []
     # SIGTERM too must not leave a partial file.
-    with stop_on_signals() as stop, nullcontext() if opened.segmenter else _csv_writer(target) as writer:
+    with stop_on_signals() as stop, nullcontext() if windows else _csv_writer(target) as writer:
         for rows in predictions:
             if stop:
                 raise KeyboardInterrupt
@@ -94,34 +75,33 @@ def predict(
                 break
             if writer:
                 writer.writerows(rows)
-            few += rows if len(files) <= FEW and target else []
+            shown += rows if len(files) <= FEW and target else []
         if not skip:
             refuse_bad(bad.found, TIP)
-    written = target / "masks" if target and opened.segmenter else target
-    _print(few, len(files), bad.found, written, console)
+    _print(shown, len(files), bad.found, console)
+    if target:
+        log(console, f"written  {target / 'masks' if windows else target}")
     return 0
 
 
 def _target(opened: OpenedCheckpoint, out: str | None, top: int) -> Path | None:
     """Return the CSV file to write, None for standard output; of a segmentation model the folder."""
-    from pdvit.models.checkpoints import name_of
-
     path = None if out in (None, "-") else Path(os.path.expanduser(str(out)))
     if opened.segmenter:
         if top > 1 or out == "-":
             flag = "--out -" if out == "-" else f"--top {top}"
             raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
-        folder = results_folder(opened.path, path, "eval", name_of(opened.path))
+        folder = results_folder(opened.path, path, "eval")
         return folder if path else folder / "predicted"
     if out == "-":
         return None
     if path and os.path.isdir(path):
         raise UserError("this is a folder", f"--out {out}", "name a file, for example predictions.csv")
-    folder = results_folder(opened.path, path.parent if path else None, "eval", name_of(opened.path))
+    folder = results_folder(opened.path, path.parent if path else None, "eval")
     return path or folder / "predictions.csv"
 
 
-def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Predictions:
+def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
     """Yield the most probable classes of each image with their probabilities."""
     from pdvit.data.loader import eval_batches
     from pdvit.models.loading import LoadedModel
@@ -143,8 +123,8 @@ def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "Ru
 
 
 def _masks(
-    opened: OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig", bad: "BadImages"
-) -> Predictions:
+    opened: OpenedCheckpoint, files: "FileSplit", folder: Path | None, windows: "SlidingWindowConfig"
+) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.images import BadImage, try_read
     from pdvit.data.masks.table import default_palette
@@ -154,18 +134,18 @@ def _masks(
     from pdvit.tasks.segmentation import pixel_network
     from pdvit.tracking import write_file
 
-    loaded, preprocessing = opened.segmenter, opened.loader.preprocessing
+    loaded, loader = opened.segmenter, opened.loader
     assert loaded is not None
+    assert folder is not None
     palette, classes = loaded.palette or default_palette(len(loaded.classes)), len(loaded.classes)
-    transform = EvaluationTransform(loaded.segment.short_side, preprocessing.interpolation)
+    transform = EvaluationTransform(loaded.segment.short_side, loader.preprocessing.interpolation)
     for index, name in enumerate(_mask_names(files)):
         image = try_read(files, index)
         if isinstance(image, BadImage):
-            bad.add([image])
+            loader.bad.add([image])
         else:
-            pixels = preprocessing.normalise(transform(image)[None].to(opened.device))
-            with autocast(opened.device, opened.config.run.precision):
-                size = (image.height, image.width)
+            pixels, size = loader.preprocessing.normalise(transform(image)[None].to(loader.device)), image.size[::-1]
+            with autocast(loader.device, opened.config.run.precision):
                 mask = predict_mask(pixel_network(loaded.model), pixels, size, classes, windows)
             pictures = {"masks": palette_image(mask, palette), "overlays": overlay(image, mask, palette)}
             for part, picture in pictures.items():
@@ -209,16 +189,15 @@ def _csv_writer(file: Path | None) -> "Iterator[Writer]":
             text.detach()
 
 
-def _print(rows: list[Row], images: int, bad: dict[str, str], target: Path | None, console: "RunConsole") -> None:
-    """Print the labels of a few images, the skipped images, and where the results are."""
+def _print(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
+    """Print the labels of a few images, the skipped images, and the number of images."""
     from rich.table import Table
 
     from pdvit.data.sources import printable
 
     if rows:
-        view = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("image", "label", "probability"):
-            view.add_column(name, justify="right" if name == "probability" else "left", overflow="fold")
+        view = Table("image", "label", box=None, pad_edge=False, header_style="bold")
+        view.add_column("probability", justify="right")
         for image, rank, label, probability in rows:
             view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
         console.print(view)
@@ -227,5 +206,3 @@ def _print(rows: list[Row], images: int, bad: dict[str, str], target: Path | Non
     count = images - len(bad)
     skipped = f", {len(bad):,} skipped that do not decode" if bad else ""
     log(console, f"{count:,} image{'s' if count != 1 else ''} labelled{skipped}")
-    if target:
-        log(console, f"written  {target}")
