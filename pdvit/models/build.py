@@ -1,6 +1,5 @@
 """Build any timm model, with readable errors."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ FLAGS = {
 PLAIN_SIZES = frozenset({"depth", "embed_dim", "num_heads", "patch_size"})
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
+SKETCHES: dict[str, nn.Module] = {}
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
@@ -92,10 +92,11 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
     return model
 
 
-@cache
 def plain_sketch(name: str, where: str) -> nn.Module:
     """Return `sketch_model` without arguments, shared by all callers: do not change it."""
-    return sketch_model(name, {}, where)
+    if name not in SKETCHES:
+        SKETCHES[name] = sketch_model(name, {}, where)
+    return SKETCHES[name]
 
 
 def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:

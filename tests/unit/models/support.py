@@ -1,16 +1,68 @@
-"""Models from checkpoints in one call."""
+"""Small models with random weights, their files, and checkpoints in one call."""
 
+import os
 from pathlib import Path
+from typing import Any
 
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from pdvit.errors import UserError
 from pdvit.models.loading import LoadedModel, load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from pdvit.models.segmentation.files import LoadedSegmenter
-from pdvit.models.segmentation.files import load_segmenter as load_resolved
+
+VIT = "test_vit"  # the smallest plain model of timm
+TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
+SMALL = TINY | {"img_size": 32, "num_classes": 3}
+CLASSES = ["ant", "bee", "cat"]
+DATA = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.1,) * 3, "std": (0.4,) * 3}
+
+
+def make(name: str = VIT, seed: int = 0, **arguments: Any) -> nn.Module:
+    """Build a model, by default a small plain one, with weights that no initialisation would give."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **SMALL | arguments).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.2)
+    return model
+
+
+def logits(model: nn.Module, *sides: int) -> Tensor:
+    height, width = sides or (32, 32)
+    with torch.no_grad():
+        return model.eval()(torch.linspace(-1, 1, 2 * 3 * height * width).view(2, 3, height, width))
+
+
+def equal(model: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def load(path: str | Path, model_name: str | None = None, weights: str | None = None) -> LoadedModel:
     return load_model(resolve_checkpoint(path, model_name, weights))
 
 
-def load_segmenter(path: str | Path) -> LoadedSegmenter:
-    return load_resolved(resolve_checkpoint(path))
+def refuse(path: str | Path, model_name: str | None = None, weights: str | None = None) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load(path, model_name, weights)
+    return caught.value
+
+
+class Touch:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)

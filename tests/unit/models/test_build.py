@@ -1,16 +1,19 @@
 import pytest
+import timm
 import torch
 
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError
+from pdvit.models import build
 from pdvit.models.build import build_model, model_arguments, patch_size_of, sketch_model
 from pdvit.models.layers import image_size_of
+from tests.unit.models.support import SMALL, VIT, equal
 
-VIT = "vit_tiny_patch16_224"
-SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
+SWIN = "swin_tiny_patch4_window7_224"
+STAGES = {"depths": [1, 1, 1, 2], "embed_dim": 12, "num_heads": [1, 2, 2, 2]}
 
 
-def test_an_unknown_model_names_the_closest():
+def test_an_unknown_model_is_refused_with_the_closest():
     with pytest.raises(UserError, match="deit_smal_patch16_224") as caught:
         build_model("deit_smal_patch16_224", {})
     assert "'deit_small_patch16_224'" in caught.value.tip
@@ -38,6 +41,7 @@ def test_a_name_that_timm_would_fetch_is_refused(name):
         {"act_layer": "no_such_activation"},
         {"global_pool": "no_such_pool"},
     ],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_an_argument_that_timm_refuses_is_a_user_error(arguments):
@@ -54,33 +58,27 @@ def test_an_argument_that_reads_or_fetches_files_is_refused(argument, tmp_path):
         build_model(VIT, SMALL | {argument: str(tmp_path / "weights.pth")})
 
 
-def test_arguments_carry_only_what_is_set():
+def test_arguments_hold_only_what_is_set():
     assert model_arguments(ModelConfig(name=VIT), None) == {}
-    given = ModelConfig(name=VIT, depth=3, width=24, heads=2, patch_size=8, drop_path=0.1, args={"qk_norm": True})
-    assert model_arguments(given, 32) == {
-        "img_size": 32,
-        "depth": 3,
-        "embed_dim": 24,
-        "num_heads": 2,
-        "patch_size": 8,
-        "drop_path_rate": 0.1,
-        "qk_norm": True,
-    }
+    config = ModelConfig(name=VIT, depth=3, width=24, heads=2, patch_size=8, drop_path=0.1, args={"qk_norm": True})
+    sizes = {"img_size": 32, "depth": 3, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "drop_path_rate": 0.1}
+    assert model_arguments(config, 32) == sizes | {"qk_norm": True}
+    assert model_arguments(ModelConfig(name=SWIN, args=STAGES), 64) == STAGES | {"img_size": 64}
 
 
 # DeiT-S is 384 wide with 6 heads, ViT-B 768 with 12: both have 64 channels per head.
 @pytest.mark.parametrize(
-    ("name", "width", "heads"),
-    [("deit_small_patch16_224", 128, 2), ("vit_base_patch16_224", 192, 3), ("vit_tiny_patch16_224", 48, 1)],
+    ("name", "sizes", "expected"),
+    [
+        ("deit_small_patch16_224", {"width": 128}, (128, 2)),
+        ("vit_base_patch16_224", {"width": 192}, (192, 3)),
+        ("vit_tiny_patch16_224", {"width": 48}, (48, 1)),
+        ("deit_small_patch16_224", {"heads": 12}, (384, 12)),
+    ],
 )
-def test_a_width_alone_keeps_the_width_per_head(name, width, heads):
-    arguments = model_arguments(ModelConfig(name=name, width=width), None)
-    assert (arguments["embed_dim"], arguments["num_heads"]) == (width, heads)
-
-
-def test_heads_alone_keep_the_width():
-    arguments = model_arguments(ModelConfig(name="deit_small_patch16_224", heads=12), None)
-    assert (arguments["embed_dim"], arguments["num_heads"]) == (384, 12)
+def test_a_width_alone_keeps_the_width_per_head_and_heads_alone_the_width(name, sizes, expected):
+    arguments = model_arguments(ModelConfig(name=name, **sizes), None)
+    assert (arguments["embed_dim"], arguments["num_heads"]) == expected
 
 
 @pytest.mark.parametrize("sizes", [{"heads": 5}, {"width": 50, "heads": 3}])
@@ -89,89 +87,84 @@ def test_heads_that_do_not_divide_the_width_are_refused(sizes):
         model_arguments(ModelConfig(name=VIT, **sizes), None)
 
 
-def test_an_image_size_that_patches_do_not_divide_says_which_would_do():
-    with pytest.raises(UserError, match="patches of 8 pixels do not fit images of 36x36") as caught:
-        build_model(VIT, SMALL | {"img_size": 36})
-    assert "32 or 40" in caught.value.tip
+@pytest.mark.parametrize(
+    ("config", "tip"),
+    [
+        *((ModelConfig(name=SWIN, **{key: 2}), "--model-kwargs") for key in ("depth", "width", "heads", "patch_size")),
+        (ModelConfig(name=VIT, args={"embed_dim": 64}), "--width"),
+        (ModelConfig(name=VIT, args={"num_classes": 64}), "data"),
+    ],
+)
+def test_sizes_of_the_wrong_place_are_refused_with_the_right_one(config, tip):
+    with pytest.raises(UserError, match=r"stages of different sizes|can't be given here") as caught:
+        model_arguments(config, None)
+    assert tip in caught.value.tip
 
 
-def test_a_sketch_takes_no_memory_and_the_model_does():
+@pytest.mark.parametrize(
+    ("name", "arguments", "what", "tip"),
+    [
+        (VIT, SMALL | {"img_size": 36}, "patches of 8 pixels do not fit images of 36x36", "32 or 40"),
+        (VIT, {"img_size": 16}, "single patch", "32"),
+        ("pvt_v2_b0", {"img_size": 100}, "patches of 32 pixels do not fit images of 100x100", "96 or 128"),
+    ],
+)
+def test_patches_that_do_not_fit_the_image_are_refused_with_a_size_that_does(name, arguments, what, tip):
+    with pytest.raises(UserError, match=what) as caught:
+        sketch_model(name, arguments)
+    assert tip in caught.value.tip
+
+
+def test_a_built_model_is_timms_own_and_a_sketch_takes_no_memory():
+    torch.manual_seed(0)
+    model = build_model(VIT, SMALL)
+    torch.manual_seed(0)
+    assert equal(model, timm.create_model(VIT, **SMALL))
     assert {weight.device.type for weight in sketch_model(VIT, SMALL).parameters()} == {"meta"}
-    assert {weight.device.type for weight in build_model(VIT, SMALL).parameters()} == {"cpu"}
-
-
-def test_a_built_model_is_timms_own():
-    torch.manual_seed(0)
-    ours = build_model(VIT, SMALL).state_dict()
-    import timm
-
-    torch.manual_seed(0)
-    theirs = timm.create_model(VIT, **SMALL).state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.parametrize(("name", "side"), [(VIT, 16), ("vit_small_patch14_dinov2", 14), ("beit_base_patch16_224", 16)])
-def test_the_patch_size_is_the_named_one(name, side):
-    assert patch_size_of(sketch_model(name, {"depth": 1})) == side
 
 
 # A token of the last stage stands for 32 pixels in Swin, PVT and ConvNeXt (5 halvings), 16 in VOLO (4).
 @pytest.mark.parametrize(
-    ("name", "side"),
-    [("swin_tiny_patch4_window7_224", 32), ("pvt_v2_b0", 32), ("convnext_atto", 32), ("volo_d1_224", 16)],
+    ("name", "arguments", "side"),
+    [
+        (VIT, SMALL, 8),
+        ("vit_small_patch14_dinov2", {"depth": 1}, 14),
+        ("beit_base_patch16_224", {"depth": 1}, 16),
+        (SWIN, STAGES, 32),
+        ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 32),
+        ("convnext_atto", {"depths": (1, 1, 1, 1)}, 32),
+        ("volo_d1_224", {}, 16),
+    ],
 )
-def test_the_patch_size_of_a_hierarchical_model_is_that_of_its_last_stage(name, side):
-    assert patch_size_of(sketch_model(name, {})) == side
+def test_the_patch_size_is_that_of_the_last_layer(name, arguments, side):
+    assert patch_size_of(sketch_model(name, arguments)) == side
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "convnext_atto"])
-def test_a_model_that_takes_any_image_size_is_told_it(name):
-    model = sketch_model(name, {"img_size": 96})
-    assert image_size_of(model) == (96, 96)
-    with pytest.raises(UserError, match="patches of 32 pixels do not fit images of 100x100"):
-        sketch_model(name, {"img_size": 100})
+def test_the_image_size_of_a_model_that_takes_any_is_set(name):
+    assert image_size_of(sketch_model(name, {"img_size": 96})) == (96, 96)
 
 
-@pytest.mark.parametrize("sizes", [{"depth": 2}, {"width": 24}, {"heads": 2}, {"patch_size": 2}])
-def test_one_size_for_all_stages_is_refused(sizes):
-    with pytest.raises(UserError, match="stages of different sizes") as caught:
-        model_arguments(ModelConfig(name="swin_tiny_patch4_window7_224", **sizes), None)
-    assert "--model-kwargs" in caught.value.tip
-
-
-@pytest.mark.parametrize(("asked", "rate"), [(0.0, 0.0), (0.3, 0.3), (None, 0.1)])
-def test_drop_path_of_zero_is_not_timms_default(asked, rate):
-    name = "swin_tiny_patch4_window7_224"  # timm gives it 0.1
-    model = sketch_model(name, model_arguments(ModelConfig(name=name, drop_path=asked), None))
-    assert getattr(model.layers[3].blocks[-1].drop_path1, "drop_prob", 0.0) == pytest.approx(rate)
-
-
-def test_sizes_of_stages_go_through_timms_own_arguments():
-    sizes = {"depths": [1, 1, 1, 2], "embed_dim": 12, "num_heads": [1, 2, 2, 2]}
-    given = ModelConfig(name="swin_tiny_patch4_window7_224", args=sizes)
-    assert model_arguments(given, 64) == {"img_size": 64} | sizes
-
-
-def test_the_patch_size_can_be_changed():
-    assert patch_size_of(sketch_model(VIT, SMALL)) == 8
-
-
-@pytest.mark.parametrize(("argument", "flag"), [("embed_dim", "--width"), ("num_classes", "data")])
-def test_an_argument_with_a_key_of_its_own_names_it(argument, flag):
-    with pytest.raises(UserError, match=argument) as caught:
-        model_arguments(ModelConfig(name="test_vit", args={argument: 64}), None)
-    assert flag in caught.value.tip
-
-
-def test_an_image_of_one_patch_is_refused():
-    with pytest.raises(UserError, match="single patch") as caught:
-        sketch_model("test_vit", {"img_size": 16, "patch_size": 16})
-    assert "32" in caught.value.tip
+@pytest.mark.parametrize(("drop_path", "rate"), [(0.0, 0.0), (0.3, 0.3), (None, 0.1)])
+def test_drop_path_of_zero_is_not_timms_default(drop_path, rate):
+    arguments = model_arguments(ModelConfig(name=SWIN, drop_path=drop_path, args=STAGES), None)
+    block = sketch_model(SWIN, arguments).layers[3].blocks[-1]  # timm's default is 0.1
+    assert getattr(block.drop_path1, "drop_prob", 0.0) == pytest.approx(rate)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
-    monkeypatch.setattr("pdvit.models.build.available_memory", lambda: 1000)
-    with pytest.raises(UserError, match="too big for memory") as refused:
+    monkeypatch.setattr(build, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="too big for memory") as caught:
         build_model(VIT, SMALL, "here")
-    assert refused.value.where == "here"
+    assert caught.value.where == "here"
+
+
+def test_the_limit_of_a_control_group_bounds_the_available_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "CGROUPS", tmp_path)
+    unlimited = build.available_memory()
+    limits = {"max": "9000000", "current": "5000000", "stat": "anon 4000000\ninactive_file 1000000\n"}
+    for name, text in limits.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert build.available_memory() == 5_000_000 < unlimited  # cached files are given back
+    (tmp_path / "memory.max").write_text("max\n")
+    assert build.available_memory() > 9_000_000

@@ -10,67 +10,62 @@ from pdvit.models.build import build_model
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.tokens import DiverseModel
 from pdvit.models.wrapper import freeze
-from pdvit.models.wrapper import weights_up_to_block as _up_to_block
-
-VIT = {"depth": 3, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "img_size": 32, "num_classes": 3}
+from tests.unit.models.support import SMALL
 
 
-def network(name="vit_tiny_patch16_224", patch_head=True, **more):
+def network(**more):
     torch.manual_seed(0)
-    return DiverseModel(build_model(name, VIT | more), patch_head).train()
+    return DiverseModel(build_model("vit_tiny_patch16_224", SMALL | {"depth": 3} | more)).train()
 
 
-def trained(module):
-    return {name.removeprefix("model.") for name, weight in module.named_parameters() if weight.requires_grad}
-
-
-def step(module):
-    """Run one backward pass; return which weights have a gradient."""
-    output = module(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
-    (output.logits.square().sum() + output.patch_logits.square().sum()).backward()
-    return {name.removeprefix("model.") for name, weight in module.named_parameters() if weight.grad is not None}
+def frozen_up_to(model, count):
+    """Return the names of the frozen weights of a timm model whose first blocks are frozen."""
+    freeze(DiverseModel(model, patch_head=False), str(count))
+    return {name for name, weight in model.named_parameters() if not weight.requires_grad}
 
 
 SLOW = pytest.mark.slow
 STAGED = [
-    "pvt_v2_b0",
-    *(pytest.param(f"{name}_224", marks=SLOW) for name in ("swin_tiny_patch4_window7", "maxvit_tiny_tf")),
+    ("pvt_v2_b0", {"depths": (1, 2, 1, 1)}),
+    pytest.param("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 2)}, marks=SLOW),
+    pytest.param("maxvit_tiny_tf_224", {}, marks=SLOW),
+    pytest.param("twins_svt_small", {"depths": (1, 1, 2, 2)}, marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize("name", [*STAGED, pytest.param("twins_svt_small", marks=SLOW)])
-def test_in_stages_what_lies_before_a_block_is_frozen_and_nothing_behind(name):
+@pytest.mark.parametrize(("name", "arguments"), STAGED)
+def test_in_stages_all_before_a_block_is_frozen_and_nothing_behind(name, arguments):
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, **arguments)
     blocks = modules_at(model, family_of(model).blocks)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    for count in range(len(blocks) + 1):
-        frozen = _up_to_block(model, count)
-        inside = [{names[id(w)] for w in block.parameters()} <= frozen for block in blocks]
-        assert inside == [number < count for number in range(len(blocks))]
+    inside = [{names[id(weight)] for weight in block.parameters()} for block in blocks]
+    found = [frozen_up_to(model, count) for count in range(len(blocks) + 1)]
+    for count, frozen in enumerate(found):
+        assert [block <= frozen for block in inside] == [number < count for number in range(len(blocks))]
         assert not any(name.startswith("head") for name in frozen)
-    assert _up_to_block(model, 0) < _up_to_block(model, 1)
+    assert found[0] < found[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "behind"),
+    ("name", "arguments", "count", "behind"),
     [
-        ("pvt_v2_b0", 1, "stages.0.norm."),  # behind block 2 of the first stage
-        ("pvt_v2_b0", 3, "stages.1.norm."),
-        ("cait_xxs24_224", 23, "blocks_token_only."),  # behind all 24
-        pytest.param("cait_xxs24_224", 24, "blocks_token_only.", marks=SLOW),
-        ("pit_ti_224", 2, "transformers.1."),  # timm has no order of layers for it
+        ("pvt_v2_b0", {"depths": (2, 2, 1, 2)}, 1, "stages.0.norm."),  # behind block 2 of the first stage
+        ("pvt_v2_b0", {"depths": (2, 2, 1, 2)}, 3, "stages.1.norm."),
+        ("cait_xxs24_224", {"depth": 4}, 3, "blocks_token_only."),  # behind all 4
+        ("cait_xxs24_224", {"depth": 4}, 4, "blocks_token_only."),
+        ("pit_ti_224", {}, 2, "transformers.1."),  # timm has no order of layers for it
     ],
 )
-def test_what_comes_behind_a_trained_block_learns(name, count, behind):
+def test_weights_behind_a_trained_block_learn(name, arguments, count, behind):
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, **arguments)
     found = {name for name, _ in model.named_parameters() if name.startswith(behind)}
     assert found
-    assert not found & _up_to_block(model, count)
+    assert not found & frozen_up_to(model, count)
 
 
-def test_finding_the_order_leaves_the_model_as_it_is():
+def test_freezing_leaves_weights_and_hooks_as_they_are():
     module = network(drop_path_rate=0.5)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     hooks = [len(part._forward_pre_hooks) for part in module.modules()]
@@ -80,29 +75,18 @@ def test_finding_the_order_leaves_the_model_as_it_is():
 
 
 def test_frozen_parts_behave_as_in_evaluation():
-    module = network(drop_path_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
+    module, seen = network(drop_path_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5), []
+    module.model.patch_embed.norm = nn.BatchNorm1d(16)  # over patches, as if the stem had one
     freeze(module, "2")
-    modes = [block.training for block in module.model.blocks]
-    assert modes == [False, False, True]
-    assert not module.model.pos_drop.training
-    images = torch.randn(2, 3, 32, 32)
-    seen = []
+    statistics = module.model.patch_embed.norm.running_mean.clone()
+    assert [block.training for block in module.model.blocks] == [False, False, True]
     module.model.blocks[1].register_forward_hook(lambda *values: seen.append(values[2]))
+    images = torch.randn(2, 3, 32, 32)
     for _ in range(2):
         module.train()
         module(images)
     assert torch.equal(*seen)
-
-
-def test_a_frozen_batch_norm_keeps_its_statistics():
-    module = network()
-    module.model.patch_embed.norm = nn.BatchNorm1d(16)  # over patches, as if the stem had one
-    module.model.patch_embed.norm.weight.requires_grad_(False)
-    freeze(module, "0")
-    before = module.model.patch_embed.norm.running_mean.clone()
-    module.train()
-    module(torch.randn(4, 3, 32, 32))
-    assert torch.equal(module.model.patch_embed.norm.running_mean, before)
+    assert torch.equal(module.model.patch_embed.norm.running_mean, statistics)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
@@ -110,13 +94,12 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
 def test_the_optimizer_has_no_frozen_weight(weight_decay, layer_decay):
     module = network()
     freeze(module, "1")
-    optim = OptimConfig(lr=1e-3, weight_decay=weight_decay, layer_decay=layer_decay)
-    optimizer = make_optimizer(module, optim)
+    optimizer = make_optimizer(module, OptimConfig(lr=1e-3, weight_decay=weight_decay, layer_decay=layer_decay))
     inside = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     assert inside == {id(weight) for weight in module.parameters() if weight.requires_grad}
 
 
 @pytest.mark.parametrize(("part", "what"), [("4", "no 4 blocks"), ("all", "not a part"), ("-1", "not a part")])
-def test_what_is_no_part_is_refused(part, what):
+def test_an_unknown_part_is_refused(part, what):
     with pytest.raises(UserError, match=what):
         freeze(network(), part)

@@ -1,0 +1,257 @@
+"""Exports of pdvit: what timm and pdvit read in them, and what hostile or damaged copies of them are refused for."""
+
+import io
+import json
+import struct
+import tempfile
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+from pdvit.errors import UserError
+from pdvit.models.build import build_model
+from pdvit.models.checkpoints import export
+from pdvit.models.layers import image_size_of
+from tests.unit.models.support import CLASSES, DATA, SMALL, VIT, Touch, equal, load, logits, make, refuse, write
+
+
+@pytest.fixture(scope="module")
+def files():
+    return export(make(), CLASSES, DATA, "raw")
+
+
+@pytest.fixture(scope="module")
+def config(files):
+    return json.loads(files["config.json"])
+
+
+def with_header(folder, text, tensors=None):
+    """Write weights whose header holds a text for config.json, or a table; return the file."""
+    file = folder / "model.safetensors"
+    text = text if isinstance(text, str) else json.dumps(text)
+    save_file(tensors or make().state_dict(), file, metadata={"config.json": text})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "sides"),
+    [
+        (VIT, {"depth": 3, "global_pool": "avg"}, (32, 32)),
+        (VIT, {"reg_tokens": 2, "qk_norm": True, "drop_path_rate": 0.3}, (32, 32)),
+        (VIT, {"class_token": False, "global_pool": "avg", "act_layer": "gelu_tanh"}, (32, 32)),
+        (VIT, {"img_size": (16, 32)}, (16, 32)),
+        ("deit_tiny_distilled_patch16_224", {}, (32, 32)),
+        ("vit_small_patch16_dinov3", {}, (32, 32)),
+        ("eva02_tiny_patch14_224", {}, (32, 32)),
+        ("vit_relpos_small_patch16_224", {}, (32, 32)),
+    ],
+)
+def test_timm_and_pdvit_load_an_export_bit_for_bit(tmp_path, name, more, sides):
+    model = make(name, **more)
+    folder = write(tmp_path, export(model, CLASSES, DATA | {"input_size": (3, *sides)}, "raw"))
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(logits(theirs, *sides), logits(model, *sides))
+    assert torch.equal(logits(load(folder).model, *sides), logits(model, *sides))
+    assert type(theirs) is type(model)
+    assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)])
+def test_a_hierarchical_model_comes_back_with_its_image_size(tmp_path, name):
+    arguments = {"depths": (1, 1, 1, 1), "img_size": 64, "num_classes": 3}
+    model = build_model(name, arguments | ({"window_size": 2} if name.startswith("swin") else {})).eval()
+    folder = write(tmp_path, export(model, CLASSES, DATA | {"input_size": (3, 64, 64)}, "raw"))
+    for path in (folder, folder / "model.safetensors"):
+        loaded = load(path).model
+        assert image_size_of(loaded) == (64, 64)
+        assert torch.equal(logits(loaded, 64, 64), logits(model, 64, 64))
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(logits(theirs, 64, 64), logits(model, 64, 64))
+
+
+def test_the_configuration_is_timms_and_lies_in_the_header_too(tmp_path, files, config):
+    folder = write(tmp_path, files)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    data = timm.data.resolve_model_data_config(theirs)
+    assert {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in DATA} == DATA
+    assert config["label_names"] == CLASSES
+    assert not {"tag", "license", "file", "url", "hf_hub_id"} & set(config["pretrained_cfg"])  # of published weights
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        header = opened.metadata()
+    assert header["config.json"] == files["config.json"].decode()
+    assert set(header) <= {"format", "config.json"}
+
+
+def test_an_export_depends_on_neither_place_nor_process_and_leaves_the_model(tmp_path, monkeypatch, files):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = make().train()
+    assert all(export(model, CLASSES, DATA, "raw") == files for _ in range(6))
+    assert model.training
+    assert equal(model, make())
+
+
+def test_the_lone_file_is_enough(tmp_path, files, config):
+    alone = write(tmp_path, {"best.safetensors": files["model.safetensors"]}) / "best.safetensors"
+    found = load(alone)
+    assert (found.name, found.weights, found.config) == ("best", "raw", config)
+    assert torch.equal(logits(found.model), logits(make()))
+    assert not load(alone).model.training
+
+
+def test_a_file_without_a_header_takes_the_configuration_beside_it(tmp_path, files):
+    bare = save(make().state_dict())
+    folder = write(tmp_path, {"model.safetensors": bare, "config.json": files["config.json"]})
+    for path in (folder, folder / "model.safetensors"):
+        assert torch.equal(logits(load(path).model), logits(make()))
+    write(folder, {"config.json": b"\xff{"})
+    assert "config.json" in refuse(folder).where
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_the_weights_of_an_export_are_raw_or_ema_as_declared(tmp_path, weights):
+    folder = write(tmp_path, export(make(), CLASSES, DATA, weights))
+    assert load(folder, weights=weights).weights == load(folder).weights == weights
+    other = {"raw": "ema", "ema": "raw"}[weights]
+    assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
+
+
+@pytest.mark.parametrize("facts", [3, "raw", None, {}, {"weights": "foo"}, {"weights": ["ema"]}])
+def test_without_a_valid_declaration_the_weights_are_unknown(tmp_path, config, facts):
+    assert load(with_header(tmp_path, config | {"pdvit": facts})).weights == "unknown"
+
+
+@pytest.mark.parametrize("name", [VIT, "eva02_tiny_patch14_224"])
+def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, name):
+    loaded = load(write(tmp_path, export(make(name), CLASSES, DATA, "raw")))
+    before = torch.get_rng_state()
+    random = loaded.with_random_weights(seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert equal(random, timm.create_model(name, **SMALL))
+    assert not random.training
+
+
+# A header is not trusted.
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", "", ".safetensors"])
+def test_a_pickle_is_refused_and_never_opened(tmp_path, suffix):
+    marker, file = tmp_path / "marker", tmp_path / f"model{suffix}"
+    torch.save({"weights": Touch(marker)}, file)
+    refuse(file)
+    assert not marker.exists()
+    torch.load(io.BytesIO(file.read_bytes()), weights_only=False)  # it would have run code
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg"])
+def test_a_pickle_that_a_header_points_to_is_never_opened(tmp_path, config, key):
+    evil, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    torch.save({"weights": Touch(marker)}, evil)
+    value = str(evil) if key == "checkpoint_path" else {"file": str(evil)}
+    refuse(with_header(tmp_path, config | {"model_args": config["model_args"] | {key: value}}))
+    assert not marker.exists()
+
+
+DAMAGED = {
+    "empty": lambda content, header: b"",
+    "a few bytes": lambda content, header: content[:5],
+    "half a header": lambda content, header: content[: 8 + header // 2],
+    "no tensors": lambda content, header: content[: 8 + header],
+    "one byte short": lambda content, header: content[:-1],
+    "one byte more": lambda content, header: content + b"\0",
+    "huge header": lambda content, header: struct.pack("<Q", 2**62) + content[8:],
+    "zeros": lambda content, header: b"\0" * 4096,
+    "text": lambda content, header: b"<html>not found</html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_refused(tmp_path, files, damage):
+    content = files["model.safetensors"]
+    spoilt = DAMAGED[damage](content, struct.unpack("<Q", content[:8])[0])
+    error = refuse(write(tmp_path, {"model.safetensors": spoilt}) / "model.safetensors")
+    assert "the safetensors file is damaged" in error.what
+    assert error.where == str(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"depth": 10**9},
+        {"depth": -1},
+        {"depth": "1"},
+        {"depth": 1e9},
+        {"embed_dim": 10**7},
+        {"embed_dim": 0},
+        {"num_heads": [1]},
+        {"patch_size": 0},
+        {"img_size": []},
+        {"img_size": 10**9},
+        {"img_size": {"a": 1}},
+        {"reg_tokens": 10**9},
+        {"num_classes": 10**9},
+        {"num_classes": "3"},
+        {"norm_layer": "os.system"},
+        {"act_layer": "os.system"},
+        {"mlp_ratio": 1e30},
+        {"features_only": True},
+        {"patch_drop_rate": 0.5},
+        {"no such": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_hostile_model_arguments_are_refused(tmp_path, config, changes):
+    text = config | {"model_args": config["model_args"] | changes}
+    assert str(tmp_path) in refuse(with_header(tmp_path, text)).where
+
+
+def test_arguments_of_a_family_that_is_refused_are_never_built(tmp_path, monkeypatch):
+    # A billion layers would take for ever even on the meta device, and only known families have their depth checked.
+    built, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: built.append(more) or create(name, **more))
+    text = {"architecture": "resnet18", "model_args": {"layers": [1, 1, 1, 1]}}
+    assert "can't read the patches" in refuse(with_header(tmp_path, text)).what
+    assert not any("layers" in arguments for arguments in built)
+
+
+def test_a_model_is_refused_before_it_takes_memory_that_is_missing(tmp_path, monkeypatch, files):
+    folder, size = write(tmp_path, files), sum(value.numel() * 4 for value in make().state_dict().values())
+    sizes = iter([2**40, size - 1])  # enough for the file, and nearly for the model
+    monkeypatch.setattr("pdvit.models.build.available_memory", lambda: next(sizes))
+    monkeypatch.setattr("pdvit.models.loading.create_model", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(UserError, match="too big for memory"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "3", "null", "[" * 100_000, '{"a":' * 100_000, "{}"),
+        *('{"architecture": 3}', '{"architecture": "no_such_model"}', '{"architecture": "../../model"}'),
+        '{"architecture": "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"}',
+        '{"architecture": "local-dir:."}',
+        *(f'{{"architecture": "test_vit", "model_args": {value}}}' for value in ("[]", '"depth=1"', "null")),
+    ],
+    ids=lambda text: text[:60] or "empty",
+)
+def test_a_header_that_describes_no_model_is_refused(tmp_path, text):
+    refuse(with_header(tmp_path, text))
+
+
+def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path, files):
+    text, whole = files["config.json"].decode(), make().state_dict()
+    missing = {name: value for name, value in whole.items() if name != "head.bias"}
+    cases = {
+        "lack 'head.bias'": missing,
+        "hold an unknown 'patch_head.weight'": whole | {"patch_head.weight": torch.zeros(2)},
+        "have another shape of 'head.bias'": whole | {"head.bias": torch.zeros(4)},
+        "and 1 more": {name: value for name, value in missing.items() if name != "head.weight"},
+    }
+    for what, tensors in cases.items():
+        assert what in refuse(with_header(tmp_path, text, tensors)).what

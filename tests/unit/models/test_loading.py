@@ -1,0 +1,290 @@
+"""A checkpoint as the beginning of a run: what it sets in the configuration, and which weights it gives."""
+
+import argparse
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from pdvit.config import Config, build, resolve, to_dict
+from pdvit.config.resolve import with_crop
+from pdvit.errors import UserError
+from pdvit.models.build import build_model, model_arguments
+from pdvit.models.checkpoints import export
+from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_pretrained
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
+from pdvit.models.segmentation.segmenter import build_segmenter
+from pdvit.models.tokens import DiverseModel
+from tests.unit.models.support import CLASSES, TINY, VIT, equal, make, write
+
+
+def saved(folder, model, classes=None, **data):
+    more = {"label_names": classes} if classes else {}
+    save_for_hf(model, str(folder), safe_serialization=True, model_config=more, data_config=data)
+    return folder
+
+
+def configured(path, **sections):
+    config = build(("here", {"model": {"init": str(path)}}), ("here", sections))
+    return with_defaults(config)
+
+
+def with_defaults(config):
+    model = config.model
+    return apply_checkpoint_defaults(config, resolve_checkpoint(model.init, model.name, model.weights))
+
+
+def fresh(config, classes=3):
+    arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": classes}
+    return build_model(config.model.name, arguments)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The folder of a model with three classes that have no names."""
+    return saved(tmp_path_factory.mktemp("source"), make())
+
+
+# The configuration.
+
+
+def test_model_and_images_come_from_the_checkpoint(tmp_path):
+    model = make(global_pool="avg", drop_rate=0.1)
+    path = saved(tmp_path, model, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8)
+    config = resolve(configured(path))
+    assert (config.model.name, config.model.depth, config.model.width, config.model.heads) == (VIT, 2, 24, 2)
+    assert (config.model.patch_size, config.data.img_size, config.model.drop_path) == (8, 32, 0.0)
+    assert config.model.args["global_pool"] == "avg"
+    assert (config.data.mean, config.data.std, config.data.crop_pct) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8)
+    assert config.optim.lr == 1e-3  # as for any narrow model
+    assert [value.shape for value in fresh(config).state_dict().values()] == [
+        value.shape for value in model.state_dict().values()
+    ]
+
+
+def test_a_segmentation_takes_no_centre_crop_from_the_checkpoint(tmp_path):
+    path = saved(tmp_path, make(), mean=(0.1, 0.2, 0.3), crop_pct=0.8, crop_mode="squash", interpolation="bilinear")
+    data = configured(path, segment={"head": "linear"}).data
+    assert (data.mean, data.interpolation, data.crop_pct, data.crop_mode) == ((0.1, 0.2, 0.3), "bilinear", None, None)
+
+
+def test_settings_of_the_user_win(source):
+    data = {"img_size": 64, "mean": [0.0, 0.0, 0.0]}
+    config = resolve(
+        configured(source, data=data, model={"drop_path": 0.2, "patch_size": 4, "args": {"drop_rate": 0.2}})
+    )
+    assert (config.data.img_size, config.data.mean) == (64, (0.0, 0.0, 0.0))
+    assert (config.model.drop_path, config.model.patch_size, config.model.width) == (0.2, 4, 24)
+    assert config.model.args == {"global_pool": "token", "drop_rate": 0.2}
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema", None])
+def test_a_resolved_configuration_finds_its_weights_again(source, tmp_path, weights):
+    path = source if weights is None else write(tmp_path, export(make(), CLASSES, {}, weights))
+    config = resolve(configured(path))
+    assert config.model.weights == weights
+    assert with_defaults(build(("run.toml", to_dict(config)))) == config  # as --config and --resume do
+
+
+def test_the_hash_is_of_the_weights_alone_and_others_are_refused(source, tmp_path):
+    alike, other = (resolve_checkpoint(saved(tmp_path / str(seed), make(seed=seed))) for seed in (0, 1))
+    assert fingerprint(resolve_checkpoint(source)) == fingerprint(alike) != fingerprint(other)
+    with pytest.raises(UserError, match="not that of the configuration"):
+        apply_checkpoint_defaults(configured(source), other)
+
+
+def test_a_path_is_kept_whole(source, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    assert configured(source.name).model.init == configured(f"local-dir:{source.name}").model.init == str(source)
+
+
+def test_a_wide_model_learns_with_a_tenth_of_its_rate(tmp_path):
+    config = configured(saved(tmp_path, make(embed_dim=192)), data={"batch_size": 128})
+    assert resolve(config).optim.lr == pytest.approx(5e-5 * 128 / 512)
+
+
+def test_the_model_is_unset_until_the_weights_are_read():
+    config = resolve(build(("here", {"model": {"init": "somewhere"}})))
+    assert (config.model.name, config.optim.lr) == (None, None)
+
+
+@pytest.mark.parametrize("key", ["freeze", "weights"])
+def test_settings_of_initial_weights_are_refused_without_any(key):
+    with pytest.raises(UserError, match="needs initial weights"):
+        resolve(replace(Config(), model=replace(Config().model, **{key: "raw"})))
+
+
+def test_images_that_are_not_square_need_a_size(tmp_path):
+    path = saved(tmp_path, make(img_size=(16, 32)))
+    with pytest.raises(UserError, match="16x32"):
+        configured(path)
+    assert configured(path, data={"img_size": 32}).data.img_size == 32
+
+
+def test_a_crop_need_not_be_a_multiple_of_the_patches(source):
+    config = build(("here", {"segment": {"head": "linear", "crop": 33}, "diversity": {"preset": "none"}}))
+    config = resolve(with_defaults(with_crop(replace(config, model=replace(config.model, init=str(source))))))
+    assert (config.segment.crop, config.model.width) == (33, 24)
+    segmenter = build_segmenter(config, 3)
+    assert segmenter.inside.patch_embed.img_size == (40, 40)
+    assert "resampled: 1 (pos_embed)" in load_pretrained(segmenter, resolve_checkpoint(source), CLASSES)
+
+
+def test_the_drop_path_of_a_training_file_is_kept(tmp_path):
+    args = argparse.Namespace(model=VIT, drop_path=0.1, model_kwargs=TINY, img_size=32)
+    torch.save({"state_dict": make().state_dict(), "args": args}, tmp_path / "last.pth.tar")
+    assert resolve(configured(tmp_path / "last.pth.tar")).model.drop_path == 0.1
+
+
+# The weights.
+
+
+def begun(path, classes=CLASSES, **sections):
+    """Return a model with the weights of a checkpoint, and the notes."""
+    torch.manual_seed(1)
+    model = fresh(resolve(configured(path, **sections)), len(classes))
+    return model, load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(path), classes)
+
+
+def differing(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return {
+        name for name in ours if ours[name].shape != theirs[name].shape or not torch.equal(ours[name], theirs[name])
+    }
+
+
+def test_the_same_classes_keep_the_classifier(source, tmp_path):
+    for path in (source, saved(tmp_path, make(), CLASSES)):
+        model, notes = begun(path)
+        assert equal(model, make())
+        assert len(notes) == 1
+
+
+@pytest.mark.parametrize("classes", [["dog", "eel", "fox"], ["ant", "bee", "cat", "dog"], CLASSES[::-1]])
+def test_other_classes_make_the_classifier_fresh(tmp_path, classes):
+    model, notes = begun(saved(tmp_path, make(), CLASSES), classes)
+    assert differing(model, make()) == {"head.weight", "head.bias"}
+    assert "fresh: 2 (head.bias, head.weight)" in notes
+
+
+def test_both_classifiers_of_a_distilled_model_are_fresh(tmp_path):
+    distilled = make("deit_tiny_distilled_patch16_224")
+    model, _ = begun(saved(tmp_path, distilled), ["a", "b"])
+    heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+    assert differing(model, distilled) == heads
+
+
+def test_another_resolution_is_noted(source):
+    assert begun(source, data={"img_size": 64})[1][1:] == ["resampled: 1 (pos_embed)"]
+
+
+def test_a_norm_behind_the_pooling_is_fresh_and_the_old_one_unexpected(tmp_path):
+    _, notes = begun(saved(tmp_path, make(num_classes=0)), model={"args": {"global_pool": "avg"}})
+    assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
+    assert "unexpected: 2 (norm.bias, norm.weight)" in notes
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ({"depth": 3}, "missing"),
+        ({"depth": 1}, "unexpected"),
+        ({"width": 32}, "of another shape"),
+        ({"args": {"qk_norm": True, "init_values": 0.1}}, "missing"),
+    ],
+)
+def test_too_little_in_common_is_refused_with_counts(source, model, what):
+    with pytest.raises(UserError) as caught:
+        begun(source, model=model)
+    assert re.search(rf"of the backbone's \d+ weights are in the file \(.*{what}: \d+", caught.value.what)
+
+
+def without(folder, *names):
+    """Return a checkpoint that lacks some weights."""
+    torch.save({"state_dict": {k: v for k, v in make().state_dict().items() if k not in names}}, folder / "x.pth")
+    return resolve_checkpoint(folder / "x.pth", VIT)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "blocks.1.norm1.weight", "norm.bias"])
+def test_fresh_weights_of_the_backbone_may_not_be_frozen(tmp_path, name):
+    model = make(seed=1)
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match=f"{name} is not in the file"):
+        load_pretrained(DiverseModel(model, patch_head=False), without(tmp_path, name), CLASSES)
+
+
+def test_a_fresh_norm_behind_the_pooling_may_be_frozen(tmp_path):
+    model = make(global_pool="avg")
+    model.requires_grad_(False).head.requires_grad_(True)
+    path = saved(tmp_path, make(num_classes=0))
+    notes = load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(path), CLASSES)
+    assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+    state = make().state_dict()
+    state["blocks.0.attn.qkv.weight"][0, 0] = math.nan
+    args = argparse.Namespace(model=VIT, model_kwargs=TINY, img_size=32)
+    torch.save({"state_dict": state, "args": args}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"1 \(blocks\.0\.attn\.qkv\.weight\) of its weights"):
+        begun(tmp_path / "x.pth")
+
+
+# Hostile configurations.
+
+
+def claiming(source, folder, **changes):
+    """Copy a checkpoint and change its config.json: entries of its tables, and of its top."""
+    config = json.loads((source / "config.json").read_text())
+    for table in ("model_args", "pretrained_cfg"):
+        config[table] |= changes.pop(table, {})
+    weights = (source / "model.safetensors").read_bytes()
+    return write(folder, {"model.safetensors": weights, "config.json": json.dumps(config | changes).encode()})
+
+
+def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(source, tmp_path, monkeypatch):
+    path = claiming(source, tmp_path, model_args={"mlp_ratio": 4000})
+    create = timm.create_model
+
+    def on_meta(*arguments, **more):
+        model = create(*arguments, **more)
+        assert next(model.parameters()).is_meta
+        return model
+
+    monkeypatch.setattr(timm, "create_model", on_meta)
+    with pytest.raises(UserError, match="of another shape") as caught:
+        configured(path)
+    assert str(path) in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"pretrained_cfg": {"input_size": size}} for size in (5, ["a"], [3, -4, -4], [3, 32], [3, True, 32])),
+        *({"model_args": {"img_size": size}} for size in (["a"], [32], -4, "32", True, 32.0)),
+        *({"pretrained_cfg": {"mean": [value, 0.5, 0.5]}} for value in (math.nan, math.inf, True, "a")),
+        {"pretrained_cfg": {"crop_pct": True}},
+        {"model_args": {"drop_path_rate": 1.5}},
+        {"label_names": ["ant", 2, "cat"]},
+    ],
+    ids=str,
+)
+def test_invalid_values_are_refused_by_the_name_of_the_file(source, tmp_path, changes):
+    path = claiming(source, tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        begun(path)
+    assert str(path) in caught.value.where
+
+
+@pytest.mark.parametrize("size", [["a"], [32], "32"])
+def test_invalid_sizes_of_a_model_that_takes_any_are_refused(tmp_path, size):
+    text = json.dumps({"architecture": "pvt_v2_b0", "model_args": {"img_size": size}})
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"config.json": text})
+    with pytest.raises(UserError, match="its img_size is"):
+        configured(tmp_path)
