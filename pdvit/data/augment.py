@@ -7,6 +7,7 @@ where the indices are; only small tables of parameters go to the device, and the
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -164,7 +165,7 @@ def _sides(
     return (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
 
 
-def crop_pixels(pixels: Any, box: tuple[float, float, float, float], size: int, mode: str) -> Tensor:
+def crop_pixels(pixels: Any, box: Sequence[float], size: int, mode: str) -> Tensor:
     """Crop a uint8 array `(H, W, 3)` and resample it to `(3, size, size)`, uint8.
 
     `box` is top, left, height and width; edges between pixels are rounded. `mode` is bilinear or bicubic.

@@ -22,7 +22,11 @@ NAMED = 10  # images named in a message; the others are counted
 RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --change data.on_bad_image=skip)"
 MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
 OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image
+OPEN_FILES = 32  # files open at once: their crops are drawn together
 Result = TypeVar("Result")
+Keys = list[tuple[int, int]]  # epoch and index of each image
+# A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index.
+Sample = tuple["Tensor | BadImage", int | Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -78,38 +82,6 @@ def attempt(split: Split, index: int, read: Callable[..., Result], *arguments: A
         return BadImage(split.name(index), str(error) or type(error).__name__)
 
 
-Sample = tuple[Tensor | BadImage, int | Tensor, int]
-"""A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index."""
-
-
-class SkipBadImages(Dataset[Sample]):
-    """Training images in which the next sound image replaces one that does not decode.
-
-    The replacement is a function of the index, and its augmentation of seed, epoch and its own index; so batches keep
-    their size, and a repeated step gets the same images.
-    """
-
-    def __init__(self, images: Any) -> None:
-        self.images = images
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
-        """Return a sound image for each key (epoch, index), followed by the bad ones, to be counted."""
-        samples: list[Sample] = self.images.__getitems__(keys)
-        bad: list[Sample] = []
-        for place, (epoch, index) in enumerate(keys):
-            for tried in range(1, len(self.images) + 1):
-                if not isinstance(samples[place][0], BadImage):
-                    break
-                bad.append(samples[place])
-                (samples[place],) = self.images.__getitems__([(epoch, (index + tried) % len(self.images))])
-        return samples + bad
-
-
-# Files open at once: their crops are drawn together.
-OPEN_FILES = 32
-Keys = list[tuple[int, int]]
-
-
 @contextmanager
 def strict_decoders() -> Iterator[None]:
     """Turn Pillow's warning of a decompression bomb into an error, before the pixels are decoded."""
@@ -157,8 +129,7 @@ class FileImages(Dataset[Sample]):
         with strict_decoders():
             parts = [self._read(keys[at : at + OPEN_FILES]) for at in range(0, len(keys), OPEN_FILES)]
         images = [image for part in parts for image in part]
-        labels = self.split.labels
-        return [(image, int(labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
+        return [(image, int(self.split.labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
 
     def _read(self, keys: Keys) -> list[Tensor | BadImage]:
         def read(index: int) -> Tensor:
@@ -172,7 +143,7 @@ class TrainingImages(FileImages):
 
     def __init__(self, split: Split, augmentation: Augmentation) -> None:
         super().__init__(split, pixels_of)
-        self.augmentation, self.preprocessing = augmentation, augmentation.preprocessing
+        self.augmentation = augmentation
 
     def _read(self, keys: Keys) -> list[Tensor | BadImage]:
         opened = [attempt(self.split, index, self.split.open, index) for _, index in keys]
@@ -191,15 +162,36 @@ class TrainingImages(FileImages):
         A JPEG whose crop is at least twice, four or eight times the input size is decoded at that fraction of its size;
         the edges of the crop then fall on whole decoded pixels.
         """
-        width, height = image.size
-        coarser = min(box[2], box[3]) // self.preprocessing.size
-        if coarser > 1:
+        (width, height), preprocessing = image.size, self.augmentation.preprocessing
+        if (coarser := min(box[2], box[3]) // preprocessing.size) > 1:
             image.draft(None, (width // coarser, height // coarser))
         step = round(width / image.size[0])
-        scaled = (box[0] / step, box[1] / step, box[2] / step, box[3] / step)
-        pixels = np.asarray(read_image(image))
-        cropped = crop_pixels(pixels, scaled, self.preprocessing.size, self.preprocessing.interpolation)
+        pixels, scaled = np.asarray(read_image(image)), [side / step for side in box]
+        cropped = crop_pixels(pixels, scaled, preprocessing.size, preprocessing.interpolation)
         return self.augmentation.transform(cropped, epoch, index)
+
+
+class SkipBadImages(Dataset[Sample]):
+    """Training images in which the next sound image replaces one that does not decode.
+
+    The replacement is a function of the index, and its augmentation of seed, epoch and its own index; so batches keep
+    their size, and a repeated step gets the same images.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __getitems__(self, keys: Keys) -> list[Sample]:
+        """Return a sound image for each key (epoch, index), followed by the bad ones, to be counted."""
+        samples: list[Sample] = self.images.__getitems__(keys)
+        bad: list[Sample] = []
+        for place, (epoch, index) in enumerate(keys):
+            for tried in range(1, len(self.images) + 1):
+                if not isinstance(samples[place][0], BadImage):
+                    break
+                bad.append(samples[place])
+                (samples[place],) = self.images.__getitems__([(epoch, (index + tried) % len(self.images))])
+        return samples + bad
 
 
 def pixels_of(image: Image.Image) -> Tensor:

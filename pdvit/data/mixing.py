@@ -5,6 +5,7 @@ They are drawn from seed and step, so that all ranks draw the same.
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from pdvit.data.randomness import fold
 from pdvit.errors import UserError
 
 MODES = ("batch", "pair", "elem")
+WHERE = "patch_cutmix(images, targets, ...)"
 
 
 class Mixed(NamedTuple):
@@ -61,9 +63,9 @@ def patch_cutmix(
     """
     _check_targets(images, targets, num_classes)
     if not 0 <= alpha < math.inf:
-        raise UserError(f"alpha is {alpha}", "augment.cutmix (--cutmix)", "choose a number from 0 (off) upwards")
+        raise UserError(f"alpha is {alpha}", WHERE, "choose a number from 0 (off) upwards")
     if mode not in MODES:
-        raise UserError(f"there is no mode '{mode}'", "patch_cutmix(mode=...)", f"choose one of {', '.join(MODES)}")
+        raise UserError(f"there is no mode '{mode}'", WHERE, f"choose one of {', '.join(MODES)}")
     rng = rng or random.Random(random.getrandbits(64))
     rows, columns = grid_of(images.shape[-2], images.shape[-1], patch_size)
     pasted = draw_pasted(len(images), rows, columns, alpha, mode, rng).to(images.device, non_blocking=True)
@@ -122,8 +124,8 @@ class Mixing:
         grid = grid_of(own.images.shape[-2], own.images.shape[-1], self.patch_size)
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
-            fraction = draw_fractions(size, self.mixup, self.mode, rng)[mine].to(device, non_blocking=True)
-            mixed = blend(*pair, fraction, math.prod(grid), self.num_classes)
+            fraction = _for_each(lambda: torch.tensor(rng.betavariate(self.mixup, self.mixup)), size, self.mode)
+            mixed = blend(*pair, fraction[mine].to(device, non_blocking=True), math.prod(grid), self.num_classes)
         else:
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
             mixed = paste(*pair, pasted.to(device, non_blocking=True), self.num_classes)
@@ -142,26 +144,23 @@ def partners(count: int, mode: str) -> Tensor:
 
 def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
     """Draw which patches of each image are pasted, `(count, rows, columns)`."""
-    pasted = torch.zeros(_draws(count, mode), rows, columns, dtype=torch.bool)
-    for each in pasted if alpha > 0 else ():  # a rectangle whose fraction of the grid follows Beta(alpha, alpha)
-        side = math.sqrt(rng.betavariate(alpha, alpha))
-        tall, wide = round(rows * side), round(columns * side)
-        top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
-        each[top : top + tall, left : left + wide] = True
-    return _for_each(pasted, count, mode)
+
+    def draw() -> Tensor:  # a rectangle whose fraction of the grid follows Beta(alpha, alpha)
+        pasted = torch.zeros(rows, columns, dtype=torch.bool)
+        if alpha > 0:
+            side = math.sqrt(rng.betavariate(alpha, alpha))
+            tall, wide = round(rows * side), round(columns * side)
+            top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
+            pasted[top : top + tall, left : left + wide] = True
+        return pasted
+
+    return _for_each(draw, count, mode)
 
 
-def draw_fractions(count: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
-    """Draw the fraction that Mixup takes from the partner of each image, `(count,)`, from Beta(alpha, alpha)."""
-    return _for_each(torch.tensor([rng.betavariate(alpha, alpha) for _ in range(_draws(count, mode))]), count, mode)
-
-
-def _draws(count: int, mode: str) -> int:
-    return {"batch": 1, "pair": (count + 1) // 2, "elem": count}[mode]
-
-
-def _for_each(drawn: Tensor, count: int, mode: str) -> Tensor:
-    return drawn.repeat_interleave({"batch": count, "pair": 2, "elem": 1}[mode], 0)[:count]
+def _for_each(draw: Callable[[], Tensor], count: int, mode: str) -> Tensor:
+    """Draw once for each batch, pair or image, and repeat the draws for their images."""
+    size = {"batch": count, "pair": 2, "elem": 1}[mode]
+    return torch.stack([draw() for _ in range(-(-count // size))]).repeat_interleave(size, 0)[:count]
 
 
 def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pasted: Tensor, num_classes: int) -> Mixed:
@@ -197,17 +196,16 @@ def _soft(targets: Tensor, partner: Tensor, fraction: Tensor, num_classes: int) 
 
 
 def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
-    where = "patch_cutmix(images, targets, ...)"
     if images.ndim != 4 or tuple(targets.shape) not in ((len(images),), (len(images), num_classes)):
         what = f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}"
         tip = f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})"
-        raise UserError(what, where, tip)
+        raise UserError(what, WHERE, tip)
     if targets.device.type != "cpu" or not len(targets):  # on a GPU the check would synchronise
         return
     low, high = float(targets.min()), float(targets.max())
     if targets.ndim == 1 and not 0 <= low <= high < num_classes:
         what = f"targets from {low:g} to {high:g} for {num_classes} classes"
-        raise UserError(what, where, "number the classes from 0 to num_classes - 1")
+        raise UserError(what, WHERE, "number the classes from 0 to num_classes - 1")
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:

@@ -62,11 +62,11 @@ def unused_source_settings(data: DataConfig) -> list[str]:
     """Return a note for each changed setting of sources that has no effect on this one."""
     name = source_type(data.source) or "folder"
     (used,) = (item.settings for item in SOURCE_TYPES if item.name == name)
-    changed = [item.name for item in fields(data) if getattr(data, item.name) != item.default]
+    unused = [item for item in fields(data) if item.name in SETTINGS and item.name not in used]
     return [
-        f"data.{setting} = {getattr(data, setting)} has no effect: '{data.source}' does not have it"
-        for setting in changed
-        if setting in SETTINGS and setting not in used
+        f"data.{item.name} = {getattr(data, item.name)} has no effect: '{data.source}' does not have it"
+        for item in unused
+        if getattr(data, item.name) != item.default
     ]
 
 

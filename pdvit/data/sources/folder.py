@@ -36,12 +36,7 @@ ClassFiles = dict[str, list[str]]
 
 
 class Tree(NamedTuple):
-    """Files below a root, a folder or a tar.
-
-    Attributes:
-        paths: of all files and folders below the root, with `/` between the parts; those of folders end in `/`.
-        make_split: returns the split of some files with their class indices `(N,)`.
-    """
+    """Files below a root: their paths, and those of all folders, which end in `/`; and how to make a split of some."""
 
     name: str
     root: str

@@ -66,16 +66,12 @@ def read_torchvision(data: DataConfig) -> Source:
         return read_folder(root, data)
     chosen = choose_splits(["train", "test"] if name in TRAIN_AND_TEST else ["train", "validation"], data)
     for role, split in chosen.items():  # timm would take any other name for the test set
-        known = TRAIN_NAMES if role == "train" else KNOWN_SPLITS
-        if split not in known and (role == "train" or name in TRAIN_AND_TEST):
+        if split not in (TRAIN_NAMES if role == "train" else KNOWN_SPLITS if name in TRAIN_AND_TEST else [split]):
             tip = "name another with --train-split or --val-split"
             raise UserError(f"there is no split '{split}' for {role}", data.source, tip)
     sets = {role: open_timm(data, split) for role, split in chosen.items()}
     labels = {role: _targets(items, data.source) for role, items in sets.items()}
-    names = getattr(sets["train"], "classes", None)
-    if names is not None:  # ImageNet's are tuples of synonyms
-        names = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in names]
-    return _assemble(name, names, labels, sets, chosen, data)
+    return _assemble(name, getattr(sets["train"], "classes", None), labels, sets, chosen, data)
 
 
 def read_hub(data: DataConfig) -> Source:
@@ -143,10 +139,10 @@ def _targets(items: Any, source: str) -> list[int]:
 
 def _assemble(
     name: str,
-    classes: Sequence[str] | None,
+    classes: Sequence[Any] | None,
     labels: Mapping[str, Sequence[Any]],
     sets: Mapping[str, Any],
-    titles: Mapping[str, str],
+    names: Mapping[str, str],
     data: DataConfig,
 ) -> Source:
     """Return a source of data sets by role.
@@ -159,25 +155,22 @@ def _assemble(
         known = {text: index for index, text in enumerate(classes)}
         labels = {role: [known.get(label, label) for label in values] for role, values in labels.items()}
     if classes is None:
-        whole = [label for label in labels["train"] if _is_whole(label)]
-        classes = [str(index) for index in range(max(whole, default=-1) + 1)]
+        classes = range(max((label for label in labels["train"] if type(label) is int), default=-1) + 1)
     splits: dict[str, LazySplit] = {}
     for role, values in labels.items():
-        for place, label in enumerate(values):
-            if not (_is_whole(label) and 0 <= label < len(classes)):
-                what = f"label {label!r} of sample {place} in {role} is none of the {len(classes)} classes"
-                tip = "-1 often means that a split has no labels: name another with --val-split"
-                raise UserError(what, data.source, tip)
-        numbers, items = torch.tensor(values, dtype=torch.long), sets[role]
+        indices, items = list(range(len(values))), sets[role]
+        outside = (at for at in indices if type(values[at]) is not int or not 0 <= values[at] < len(classes))
+        if (bad := next(outside, None)) is not None:
+            what = f"label {values[bad]!r} of sample {bad} in {role} is none of the {len(classes)} classes"
+            tip = "-1 often means that a split has no labels: name another with --val-split"
+            raise UserError(what, data.source, tip)
+        numbers = torch.tensor(values, dtype=torch.long)
         if files := getattr(items, "samples", None) or getattr(items, "imgs", None):
             splits[role] = FileSplit([Path(file) for file, _ in files], numbers)
         else:
-            splits[role] = ItemSplit(items, list(range(len(values))), numbers, f"{data.source} {titles[role]}")
-    return assemble(name, list(classes), splits, data)
-
-
-def _is_whole(label: Any) -> bool:
-    return isinstance(label, int) and not isinstance(label, bool)
+            splits[role] = ItemSplit(items, indices, numbers, f"{data.source} {names[role]}")
+    texts = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in classes]  # synonyms: ImageNet
+    return assemble(name, texts, splits, data)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,3 @@
-import random
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.data.batch import Batch
-from pdvit.data.mixing import MODES, Mixing, draw_fractions, partners
+from pdvit.data.mixing import MODES, Mixing, partners
 from pdvit.losses import Objective
 from pdvit.models.tokens import TokenOutput
 
@@ -52,8 +51,9 @@ def test_the_mode_says_how_many_draws_there_are(mode, different):
 
 
 def test_shares_follow_the_beta_distribution():
-    shares = draw_fractions(3000, 0.4, "elem", random.Random(0))
-    assert stats.kstest(shares.numpy(), stats.beta(0.4, 0.4).cdf).pvalue > 0.01
+    mixed, place = mix(replace(MIXUP, mixup=0.4, mode="elem"), size=3000), torch.arange(3000.0)
+    shares = ((mixed.images[:, 0, 0, 0] - place) / (partners(3000, "elem") - place)).numpy()
+    assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize(("switch_prob", "low", "high"), [(0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)])
