@@ -68,13 +68,9 @@ def error_of(layer):
 
 def test_later_layers_win_key_by_key():
     assert build() == Config()
-    config = build(
-        ("file", {"optim": {"lr": 1.0, "opt": "sgd", "weight_decay": 0.5}}),
-        ("flags", {"optim": {"lr": 2.0, "opt": "lion"}}),
-        ("--set", {"optim": {"lr": 3.0}}),
-    )
-    assert (config.optim.lr, config.optim.opt, config.optim.weight_decay) == (3.0, "lion", 0.5)
-    assert config.optim.min_lr == Config().optim.min_lr
+    file, flags = {"lr": 1.0, "opt": "sgd", "weight_decay": 0.5}, {"lr": 2.0, "opt": "lion"}
+    optim = build(("file", {"optim": file}), ("flags", {"optim": flags}), ("--set", {"optim": {"lr": 3.0}})).optim
+    assert (optim.lr, optim.opt, optim.weight_decay, optim.min_lr) == (3.0, "lion", 0.5, Config().optim.min_lr)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +121,7 @@ def test_a_wrong_type_is_an_error(key, value, name):
         ("data.batch_size", 0),
         ("optim.lr", 0.0),
         ("optim.lr", float("nan")),
-        ("augment.mixup_prob", 1.1),
         ("augment.scale", [0.5, 1.5]),
-        ("optim.epochs", 0),
         ("optim.epochs", "0ep"),
         # torch.manual_seed and scikit-learn's random_state fail on larger seeds
         ("run.seed", 2**64),
@@ -139,11 +133,6 @@ def test_a_number_out_of_range_is_an_error(key, value):
     error = error_of({section: {item: value}})
     assert "out of range" in error.what
     assert key in error.where
-
-
-@pytest.mark.parametrize("value", [float("nan"), -3, "soon", "5%"])
-def test_an_invalid_length_of_training_is_an_error(value):
-    assert "optim.epochs" in error_of({"optim": {"epochs": value}}).where
 
 
 @pytest.mark.parametrize(
@@ -193,14 +182,6 @@ def test_a_file_that_is_missing_or_not_toml_is_an_error(tmp_path, content):
     assert caught.value.where == str(file)
 
 
-@settings(max_examples=60, deadline=None)
-@given(layers())
-def test_toml_goes_round(layer):
-    config = build(("made", layer))
-    text = to_toml(config, "pdvit train")
-    assert build(("written", tomllib.loads(text))) == without_places(config)
-
-
 def mixes(layer) -> bool:
     """Whether images would be mixed, which a segmentation refuses."""
     diversity, augment = layer.get("diversity", {}), layer.get("augment", {})
@@ -208,11 +189,12 @@ def mixes(layer) -> bool:
     return bool(diversity.get("mixing") or augment.get("cutmix") or augment.get("mixup") or by_preset)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(layers())
-def test_resolving_twice_changes_nothing_even_through_toml(layer):
-    model = layer.get("model", {})
-    assume("init" in model or not {"freeze", "weights"} & set(model))
+def test_toml_goes_round_and_resolving_twice_changes_nothing(layer):
+    config = build(("made", layer))
+    assert build(("written", tomllib.loads(to_toml(config, "pdvit train")))) == without_places(config)
+    assume("init" in layer.get("model", {}) or not {"freeze", "weights"} & set(layer.get("model", {})))
     assume("head" not in layer.get("segment", {}) or not mixes(layer))
     config = resolve(build(("made", layer), ("any peak is above it", {"optim": {"min_lr": 0.0}})))
     assert resolve(config) == config
@@ -221,6 +203,7 @@ def test_resolving_twice_changes_nothing_even_through_toml(layer):
 
 
 # A command line can hold any character but NUL.
+@settings(max_examples=30)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 def test_any_command_stays_in_its_comment(command):
     assert tomllib.loads(to_toml(Config(), command)) == to_dict(Config())

@@ -20,7 +20,6 @@ def resolved(**sections):
         ({"preset": "released"}, "released", (0, 1, 1, 0, 0), 1),
         ({"preset": "diverse-vit"}, "diverse-vit", (0.5, 0.5, 1, 0, 0), 1),
         ({"preset": "koleo"}, "paper", (0, 0, 0, 1, 0), 0),
-        ({"preset": "spectral"}, "paper", (0, 0, 0, 0, 1), 0),
         ({"preset": "cutmix"}, "paper", (0, 0, 0, 0, 0), 1),
         ({"preset": "none"}, "paper", (0, 0, 0, 0, 0), 0),
         ({"preset": "none", "mixing": 2.0}, "paper", (0, 0, 2, 0, 0), 1),
@@ -36,17 +35,9 @@ def test_a_preset_gives_weights_and_explicit_settings_win(diversity, variant, we
     assert (config.diversity.variant, config.augment.cutmix) == (variant, cutmix)
 
 
-@pytest.mark.parametrize(
-    ("preset", "layers"),
-    [
-        ("paper", ("block", "norm", "own")),
-        ("released", ("patches", "norm", "own")),
-        ("diverse-vit", ("embed", "block", "class")),
-    ],
-)
-def test_a_preset_gives_the_layers_and_the_head_of_the_terms(preset, layers):
-    diversity = resolved(diversity={"preset": preset}).diversity
-    assert (diversity.first, diversity.last, diversity.patch_head) == layers
+def test_a_preset_gives_the_layers_and_the_head_of_the_terms():
+    diversity = resolved(diversity={"preset": "diverse-vit"}).diversity
+    assert (diversity.first, diversity.last, diversity.patch_head) == ("embed", "block", "class")
 
 
 @pytest.mark.parametrize(("preset", "alpha"), [("paper", 0.0), ("none", 0.3)])
@@ -140,7 +131,6 @@ def test_segmentation_has_the_terms_of_a_preset_without_mixing():
     config = resolved(segment={"head": "linear"}, diversity={"preset": "paper"})
     assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
     assert config.augment.cutmix == 0
-    assert resolve(config) == config
 
 
 @pytest.mark.parametrize(
@@ -153,8 +143,7 @@ def test_policies_of_timm_are_accepted(text):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["augmix-m3", "original", "9", "rand-", "rand-mx", "rand-m9.5", "rand-q1", "rand-m11", "rand-p2"],
+    "text", ["augmix-m3", "original", "9", "rand-", "rand-mx", "rand-m9.5", "rand-q1", "rand-m11", "rand-p2"]
 )
 def test_other_policies_are_errors(text):
     with pytest.raises(UserError) as caught:

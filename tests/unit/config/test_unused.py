@@ -19,15 +19,8 @@ def test_a_preset_has_no_unused_setting(preset):
 @pytest.mark.parametrize(
     "sections",
     [
-        {
-            "diversity": {
-                "mixing_schedule": "warmup:1ep",
-                "variant": "v1",
-                "cosine_layers": "2",
-                "patch_head": "class",
-            },
-            "augment": {"mixup": 0.8, "mixup_switch_prob": 0.2, "mixup_mode": "pair"},
-        },
+        {"diversity": {"mixing_schedule": "warmup:1ep", "variant": "v1", "cosine_layers": "2", "patch_head": "class"}},
+        {"augment": {"mixup": 0.8, "mixup_switch_prob": 0.2, "mixup_mode": "pair"}},
         {"data": {"resident": "off", "crop_pct": 0.5, "source": "photographs"}},
         {"segment": UPERNET, "diversity": NONE, "augment": {"hflip": 0.0}},
         {"segment": UPERNET, "diversity": {"preset": "paper"}},
