@@ -113,7 +113,7 @@ def open_checkpoint(
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing
     from pdvit.engine.device import choose_device, set_up
-    from pdvit.models.loading import load_model
+    from pdvit.models.loading import check_finite, load_model
     from pdvit.models.resolved_checkpoint import resolve_checkpoint
     from pdvit.models.segmentation.files import LoadedSegmenter, load_segmenter
 
@@ -130,12 +130,7 @@ def open_checkpoint(
         if "source" not in flags["data"]:  # the run's table of classes is for the run's data
             segment = {"classes": config.segment.classes} | segment
         config = replace(config, segment=replace(loaded.segment, **segment))
-    state = loaded.model.state_dict()
-    broken = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if broken:
-        names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        tip = "the checkpoint is broken: use an earlier one, or copy it again"
-        raise UserError(f"{names} of its weights are infinite or not numbers", str(path), tip)
+    check_finite(loaded.model.state_dict(), str(path))
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     if not backbone:  # `analyze` measures in exact float32
         set_up(device, config.run)

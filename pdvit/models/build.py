@@ -17,17 +17,13 @@ from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of, with
 RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
 )
-# timm's arguments with a key of their own, and its flag.
+# timm's arguments with a key of their own in the configuration: sizes, of which hierarchical models have one for each
+# stage, and the flags of all.
+SIZES = {"depth": "depth", "embed_dim": "width", "num_heads": "heads", "patch_size": "patch_size"}
 FLAGS = {
-    "img_size": "--img-size",
-    "depth": "--depth",
-    "embed_dim": "--width",
-    "num_heads": "--heads",
-    "patch_size": "--patch-size",
-    "drop_path_rate": "--drop-path",
+    argument: f"--{key.replace('_', '-')}"
+    for argument, key in {"img_size": "img_size", **SIZES, "drop_path_rate": "drop_path"}.items()
 }
-# Hierarchical models have one of these for each stage.
-PLAIN_SIZES = frozenset({"depth", "embed_dim", "num_heads", "patch_size"})
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
 SKETCHES: dict[str, nn.Module] = {}
@@ -40,33 +36,25 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
     """
     assert model.name is not None, "resolve the configuration first"
     extra = model.args or {}
-    sizes = (img_size, model.depth, model.width, model.heads, model.patch_size, model.drop_path)
-    named: dict[str, Any] = dict(zip(FLAGS, sizes, strict=True))
-    set_sizes = sorted(name for name in PLAIN_SIZES if named[name] is not None)
-    plain = not (set_sizes or PLAIN_SIZES & extra.keys()) or family_of(plain_sketch(model.name, MODEL)).plain
-    if set_sizes and not plain:
-        raise UserError(
-            f"{model.name} has stages of different sizes, so {FLAGS[set_sizes[0]]} can't be used",
-            MODEL,
-            "name timm's own arguments, for example --model-kwargs 'depths=[2,2,2,2]'",
-        )
-    if taken := sorted(({*FLAGS, "num_classes"} - (set() if plain else PLAIN_SIZES)) & extra.keys()):
+    sizes = {name: size for name, key in SIZES.items() if (size := getattr(model, key)) is not None}
+    plain = not (sizes or SIZES.keys() & extra.keys()) or family_of(plain_sketch(model.name, MODEL)).plain
+    if sizes and not plain:
+        what = f"{model.name} has stages of different sizes, so {FLAGS[min(sizes)]} can't be used"
+        raise UserError(what, MODEL, "name timm's own arguments, for example --model-kwargs 'depths=[2,2,2,2]'")
+    if taken := sorted(({*FLAGS, "num_classes"} - (set() if plain else SIZES.keys())) & extra.keys()):
         tip = f"use {FLAGS[taken[0]]}" if taken[0] in FLAGS else "leave it out: the data decide"
         raise UserError(f"'{taken[0]}' can't be given here", "model.args (--model-kwargs)", tip)
-    if model.width is not None or model.heads is not None:
-        named |= _width_and_heads(model.name, model.width, model.heads)
-    return {name: value for name, value in named.items() if value is not None} | extra
-
-
-def _width_and_heads(name: str, width: int | None, heads: int | None) -> dict[str, int]:
-    if width is None or heads is None:
-        sketch: Any = plain_sketch(name, MODEL)
+    width, heads = model.width, model.heads
+    if width is not None or heads is not None:
+        sketch: Any = plain_sketch(model.name, MODEL)
         width = width or int(sketch.embed_dim)
         heads = heads or max(1, width // (sketch.embed_dim // sketch.blocks[0].attn.num_heads))
-    if width % heads:
-        tip = f"choose a width that is a multiple of {heads}, or another number of heads"
-        raise UserError(f"{heads} heads do not divide a width of {width}", "model.width, model.heads", tip)
-    return {"embed_dim": width, "num_heads": heads}
+        if width % heads:
+            tip = f"choose a width that is a multiple of {heads}, or another number of heads"
+            raise UserError(f"{heads} heads do not divide a width of {width}", "model.width, model.heads", tip)
+        sizes |= {"embed_dim": width, "num_heads": heads}
+    named = {"img_size": img_size, **sizes, "drop_path_rate": model.drop_path}
+    return {name: value for name, value in named.items() if value is not None} | extra
 
 
 def build_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.Module:
@@ -146,20 +134,14 @@ def available_memory() -> int:
     return available
 
 
-def check_memory(model: nn.Module, where: str) -> None:
-    """Raise UserError if the weights of a model (on the meta device) exceed the available memory."""
-    if torch.get_default_device().type != "meta":  # else the model itself is built there
-        _check_bytes(sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()), where)
-
-
-def check_file_memory(file: Path) -> None:
-    """Raise UserError if a file of weights exceeds the available memory."""
-    _check_bytes(file.stat().st_size, str(file))
-
-
-def _check_bytes(size: int, where: str) -> None:
+def check_memory(weights: nn.Module | Path, where: str) -> None:
+    """Raise UserError if a model (on the meta device, perhaps) or a file of weights exceeds the available memory."""
+    if isinstance(weights, Path):
+        size = weights.stat().st_size
+    else:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.state_dict().values())
     available = available_memory()
-    if size > available:
+    if size > available and torch.get_default_device().type != "meta":
         what = f"the model is too big for memory: {size / GIB:.1f} GiB of weights, {available / GIB:.1f} GiB available"
         raise UserError(what, where, "use a machine with more memory, or a smaller model or smaller images")
 

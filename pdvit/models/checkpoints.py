@@ -23,7 +23,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from pdvit.errors import UserError, closest
-from pdvit.models.build import check_file_memory, check_memory, sketch_model
+from pdvit.models.build import check_memory, sketch_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
@@ -140,7 +140,7 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     if file.suffix not in (".safetensors", *TORCH_SUFFIXES):
         tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
-    check_file_memory(file)
+    check_memory(file, str(file))
     tensors, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     if not tensors:
         raise UserError("it holds no weights", str(file), "name a file with a state_dict")

@@ -7,27 +7,25 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pdvit.config import Config, build, to_dict
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
-from pdvit.models.build import check_memory, create_model, sketch_model
+from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
-from pdvit.models.matching import StateDictMatch, match_state_dict
+from pdvit.models.layers import with_image_size
+from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, listed, match_state_dict
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.models.segmentation.backbone import arguments_of, prune
 from pdvit.models.segmentation.segmenter import HEAD, Segmenter
 from pdvit.models.wrapper import Wrapper
 
-# Keys of the configuration for the sizes of plain models, by timm's arguments.
-PLAIN_KEYS = {"depth": "depth", "embed_dim": "width", "num_heads": "heads", "patch_size": "patch_size"}
 # At most this fraction of the backbone's weights can be missing in the file, and as many can be unexpected.
 MAX_DIFFERENCE = 0.1
 # Modules between tokens and classes beside the classifier, and the norms among them.
 HEADS = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
 POOLED_NORMS = ("fc_norm.", "head.norm.")
-LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -61,30 +59,18 @@ class LoadedModel:
 def load_model(checkpoint: ResolvedCheckpoint) -> LoadedModel:
     """Build a checkpoint's model with its weights; raises UserError if they differ, or memory does not suffice."""
     where, selected = checkpoint.where, checkpoint.selected
+    architecture, arguments = checkpoint.architecture, checkpoint.arguments
     match = match_state_dict(selected.tensors, checkpoint.sketch, where)
-    refuse_difference(match, where)  # before the model takes memory
+    match.refuse_difference(where)  # before the model takes memory
     check_memory(checkpoint.sketch, where)
-    model = create_model(checkpoint.architecture, checkpoint.arguments, where)
+    model: Any = create_model(architecture, arguments, where)
     if checkpoint.adapter is not None:
         prune(model, checkpoint.adapter)
     model.load_state_dict(match.tensors)
-    checkpoint.set_preprocessing(model)
-    architecture, arguments = checkpoint.architecture, checkpoint.arguments
+    model.pretrained_cfg = model.pretrained_cfg | checkpoint.preprocessing
+    if checkpoint.image_size:  # some models keep their size nowhere else
+        with_image_size(model, *checkpoint.image_size)
     return LoadedModel(model.eval(), checkpoint.name, checkpoint.config, selected.weights, architecture, arguments)
-
-
-def refuse_difference(match: StateDictMatch, where: str) -> None:
-    """Raise UserError unless names and shapes are exactly those of the model."""
-    shapes = sorted([*match.mismatched, *match.resampled])
-    for names, verb in (
-        (match.missing, "lack"),
-        (match.unexpected, "hold an unknown"),
-        (shapes, "have another shape of"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            tip = "the file has another architecture; name the right one with --model"
-            raise UserError(f"the weights {verb} '{names[0]}'{more}", where, tip)
 
 
 def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:
@@ -139,7 +125,7 @@ def _model_defaults(model: ModelConfig, checkpoint: ResolvedCheckpoint) -> Model
         return model
     sizes: dict[str, Any] = {}
     if family_of(checkpoint.sketch).plain:
-        for argument, key in PLAIN_KEYS.items():
+        for argument, key in SIZES.items():
             if isinstance(arguments.get(argument), int):
                 size, own = arguments.pop(argument), getattr(model, key)
                 sizes[key] = size if own is None else own
@@ -148,16 +134,15 @@ def _model_defaults(model: ModelConfig, checkpoint: ResolvedCheckpoint) -> Model
 
 def _data_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> DataConfig:
     """Return the data section with the checkpoint's preprocessing; segmentation has no centre crop."""
-    defaults = dict(checkpoint.preprocessing)
-    if config.segment.head is not None:
-        defaults = {key: value for key, value in defaults.items() if key not in ("crop_pct", "crop_mode")}
     size = checkpoint.arguments.get("img_size") or checkpoint.image_size
     if isinstance(size, tuple):
         if size[0] != size[1] and config.data.img_size is None:
             what = f"the checkpoint takes images of {size[0]}x{size[1]}, and pdvit trains on square ones"
             raise UserError(what, checkpoint.where, "set --img-size")
         size = size[0]
-    defaults["img_size"] = size
+    defaults = checkpoint.preprocessing | {"img_size": size}
+    if config.segment.head is not None:
+        defaults = {key: value for key, value in defaults.items() if key not in ("crop_pct", "crop_mode")}
     return replace(config.data, **{key: value for key, value in defaults.items() if getattr(config.data, key) is None})
 
 
@@ -175,7 +160,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
     pruned = network.adapter.pruned if isinstance(network, Segmenter) else frozenset()
     match = _match_backbone(checkpoint, model, pruned)
     if checkpoint.classes is not None and checkpoint.classes != list(classes):
-        other = {name for name in match.tensors if name.startswith(_classifiers(model))}
+        other = {name for name in match.tensors if name.rpartition(".")[0] in classifiers_of(model)}
         kept = {name: value for name, value in match.tensors.items() if name not in other}
         match = replace(match, tensors=kept, missing=[*match.missing, *other])
     fresh = sorted([*match.missing, *match.mismatched])
@@ -184,7 +169,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
     if stuck := [name for name in fresh if name in frozen and not name.startswith(POOLED_NORMS)]:
         what = f"{stuck[0]} is not in the file, and would stay fresh because it is frozen"
         raise UserError(what, "model.freeze (--freeze)", "freeze less")
-    _refuse_not_finite(match.tensors, checkpoint.where)
+    check_finite(match.tensors, checkpoint.where)
     model.load_state_dict(match.tensors, strict=False)
     selected = checkpoint.selected
     label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
@@ -195,8 +180,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
         notes.append(f"the file holds others too ({', '.join(selected.rivals)}): choose by --weights raw or ema")
     if selected.outside and checkpoint.segment is None:
         notes.append(f"ignored: {len(selected.outside)} tensors elsewhere in the file")
-    groups = {"fresh": fresh, "resampled": match.resampled, "unexpected": match.unexpected}
-    notes += [f"{group}: {_listed(names)}" for group, names in groups.items() if names]
+    notes += listed({"fresh": fresh, "resampled": match.resampled, "unexpected": match.unexpected})
     return [*notes, _load_head(network, checkpoint, classes)] if isinstance(network, Segmenter) else notes
 
 
@@ -208,49 +192,33 @@ def _load_head(segmenter: Segmenter, checkpoint: ResolvedCheckpoint, classes: Se
         return "head: fresh, because the file has other classes"
     own = segmenter.head.state_dict()
     theirs = {name.removeprefix(HEAD): value for name, value in checkpoint.selected.outside.items()}
-    if checkpoint.segment.head != segmenter.segment.head or any(
-        name in theirs and theirs[name].shape != value.shape for name, value in own.items()
-    ):
-        return f"head: fresh, because the file has another {checkpoint.segment.head} head"
     tensors = {name: value for name, value in theirs.items() if name in own}  # it can lack the auxiliary head
-    _refuse_not_finite(tensors, checkpoint.where)
+    same_shapes = all(value.shape == own[name].shape for name, value in tensors.items())
+    if checkpoint.segment.head != segmenter.segment.head or not same_shapes:
+        return f"head: fresh, because the file has another {checkpoint.segment.head} head"
+    check_finite(tensors, checkpoint.where)
     segmenter.head.load_state_dict(tensors, strict=False)
     return f"head: {len(tensors)} of {len(own)} tensors from the file"
-
-
-def _classifiers(model: Any) -> tuple[str, ...]:
-    """Return the prefixes of the classifier's weights; a distilled model has two."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 def _match_backbone(
     checkpoint: ResolvedCheckpoint, model: nn.Module, pruned: frozenset[str] = frozenset()
 ) -> StateDictMatch:
     """Match weights and model; raises UserError if too little of the backbone is in the file, or too much else."""
-    match, heads = (
-        match_state_dict(checkpoint.selected.tensors, model, checkpoint.where),
-        (*HEADS, *_classifiers(model)),
-    )
+    match = match_state_dict(checkpoint.selected.tensors, model, checkpoint.where)
+    heads = (*HEADS, *(f"{name}." for name in classifiers_of(model)))
     backbone = [name for name in model.state_dict() if not name.startswith(heads)]
     lacking = [name for name in (*match.missing, *match.mismatched) if not name.startswith(heads)]
     unexpected = [name for name in match.unexpected if not name.startswith(heads) and name not in pruned]
     if max(len(lacking), len(unexpected)) <= MAX_DIFFERENCE * len(backbone):
         return match
     groups = {"missing": match.missing, "of another shape": match.mismatched, "unexpected": unexpected}
-    listed = "; ".join(f"{group}: {_listed(names)}" for group, names in groups.items() if names)
-    what = f"{len(backbone) - len(lacking)} of the backbone's {len(backbone)} weights are in the file ({listed})"
-    tip = "the file has another architecture; name the right one with --model, --depth, --width"
-    raise UserError(what, checkpoint.where, tip)
+    what = f"{len(backbone) - len(lacking)} of the backbone's {len(backbone)} weights are in the file"
+    raise UserError(f"{what} ({'; '.join(listed(groups))})", checkpoint.where, f"{OTHER_MODEL}, --depth, --width")
 
 
-def _refuse_not_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError if a weight is infinite or not a number."""
     broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-    if broken:
-        what = f"{_listed(broken)} of its weights are infinite or not numbers"
-        raise UserError(what, where, "use an earlier checkpoint, or copy it again")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{len(names)} ({', '.join(names[:LISTED])}{more})"
+    for text in listed({"infinite or not numbers": broken}):
+        raise UserError(f"some weights are {text}", where, "use an earlier checkpoint, or copy it again")

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -18,6 +18,9 @@ RAW = frozenset({"state_dict", "model", "student"})
 RIVAL_FRACTION = 0.5
 # timm's filters recognise their own layout by these names, which a backbone without a head lacks.
 MARKS = ("head.fc.weight", "head.norm.weight")
+OTHER_MODEL = "the file has another architecture; name the right one with --model"
+# Names in an error or a note.
+LISTED = 5
 # The decoder of a masked autoencoder, which is not a part of the model.
 DECODER = ("decoder_", "decoder.", "mask_token")
 
@@ -114,6 +117,27 @@ class StateDictMatch:
     unexpected: list[str]
     resampled: list[str] = field(default_factory=list)
 
+    def refuse_difference(self, where: str) -> None:
+        """Raise UserError unless names and shapes are exactly those of the model."""
+        shapes = [*self.mismatched, *self.resampled]
+        if found := listed({"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}):
+            raise UserError(f"weights and model differ: {'; '.join(found)}", where, OTHER_MODEL)
+
+
+def listed(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a text for each group that is not empty: its number, and its first names."""
+    found = []
+    for group, names in groups.items():
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        found += [f"{group}: {len(names)} ({', '.join(names[:LISTED])}{more})"] if names else []
+    return found
+
+
+def classifiers_of(model: Any) -> tuple[str, ...]:
+    """Return the names of a timm model's classifiers; a distilled model has two."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
 
 def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> StateDictMatch:
     """Compare names and shapes of tensors with those of a model's state."""
@@ -159,7 +183,7 @@ def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, T
             adapted: dict[str, Tensor] = checkpoint_filter(tensors | marks, model, **options)
     except Exception as error:  # odd names and shapes fail anywhere in there
         what = f"its weights can't be converted to a {type(model).__name__}: {type(error).__name__}: {error}"
-        raise UserError(what, where, "the file has another architecture; name the right one with --model") from error
+        raise UserError(what, where, OTHER_MODEL) from error
     return {name: value for name, value in adapted.items() if name not in marks}
 
 

@@ -27,8 +27,8 @@ class Adapter:
     """How a backbone's maps are read.
 
     Attributes:
-        indices: arguments of timm's `forward_intermediates`, without repetition.
-        order: index into them of each map; a plain model of fewer than four blocks repeats some.
+        indices: number of each map in timm's `forward_intermediates`; a plain model of fewer than four blocks repeats
+            some.
         norm: whether the last map is the output of the model's final norm.
         strides: pixels per token of each map.
         widths: channels of each map.
@@ -39,7 +39,6 @@ class Adapter:
     """
 
     indices: tuple[int, ...]
-    order: tuple[int, ...]
     norm: bool
     strides: tuple[int, ...]
     widths: tuple[int, ...]
@@ -59,10 +58,11 @@ class Adapter:
 
     def maps(self, model: Any, images: Tensor) -> list[Tensor]:
         """Return the maps `(B, D, h, w)` of images of a padded size, finest first."""
+        read = sorted({*self.indices})
         maps = model.forward_intermediates(
-            images, indices=list(self.indices), norm=self.norm, intermediates_only=True, output_fmt="NCHW"
+            images, indices=read, norm=self.norm, intermediates_only=True, output_fmt="NCHW"
         )
-        return [maps[index] for index in self.order]
+        return [maps[read.index(index)] for index in self.indices]
 
 
 def arguments_of(config: Config) -> dict[str, Any]:
@@ -93,29 +93,27 @@ def make_adapter(sketch: nn.Module, head: str) -> Adapter:
     Raises:
         UserError: the family is not supported, or has fewer than four maps.
     """
-    family, model, name = family_of(sketch), sketch, type(sketch).__name__
-    if not hasattr(model, "forward_intermediates"):
+    family, name = family_of(sketch), type(sketch).__name__
+    if not hasattr(sketch, "forward_intermediates"):
         raise UserError(f"timm returns no feature maps of a {name}", MODEL, "use another model")
-    infos: Any = model.feature_info
-    strides, count = _strides(model), len(infos)
+    infos: Any = sketch.feature_info
+    strides, count = _strides(sketch), len(infos)
     if head == LINEAR:
-        reads = [count - 1]
+        indices = [count - 1]
     elif family.plain:
-        reads = [-(-count * part // MAPS) - 1 for part in range(1, MAPS + 1)]
+        indices = [-(-count * part // MAPS) - 1 for part in range(1, MAPS + 1)]
     elif count >= MAPS:
-        reads = list(range(count - MAPS, count))
+        indices = list(range(count - MAPS, count))
     else:
         what = f"a {name} has {count} maps of different sizes, and this head reads four"
         raise UserError(what, MODEL, "use --head linear, or another model")
-    indices = tuple(dict.fromkeys(reads))
     adapter = Adapter(
-        indices=indices,
-        order=tuple(indices.index(at) for at in reads),
-        norm=head == LINEAR and bool(modules_at(model, family.norm)),
-        strides=tuple(strides[at] for at in reads),
-        widths=tuple(int(infos[at]["num_chs"]) for at in reads),
+        indices=tuple(indices),
+        norm=head == LINEAR and bool(modules_at(sketch, family.norm)),
+        strides=tuple(strides[index] for index in indices),
+        widths=tuple(int(infos[index]["num_chs"]) for index in indices),
         multiple=strides[0] if name.startswith("SwinTransformer") else strides[-1],  # Swin pads its later maps itself
-        size=image_size_of(model),
+        size=image_size_of(sketch),
     )
     whole = sketch.state_dict().keys()
     prune(sketch, adapter)
@@ -125,7 +123,7 @@ def make_adapter(sketch: nn.Module, head: str) -> Adapter:
 
 def prune(model: Any, adapter: Adapter) -> None:
     """Remove the parts of a timm model that no head reads, and make Swin's blocks pad before they roll."""
-    model.prune_intermediate_layers(list(adapter.indices), prune_norm=not adapter.norm, prune_head=True)
+    model.prune_intermediate_layers(sorted({*adapter.indices}), prune_norm=not adapter.norm, prune_head=True)
     pad_before_roll(model)
 
 

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.build import create_model
 from pdvit.models.checkpoints import export
-from pdvit.models.loading import refuse_difference
-from pdvit.models.matching import compare, match_state_dict
+from pdvit.models.loading import load_model
+from pdvit.models.matching import compare
 from pdvit.models.resolved_checkpoint import COPY, ResolvedCheckpoint, metadata_of
-from pdvit.models.segmentation.backbone import prune
 from pdvit.models.segmentation.segmenter import HEAD, Segmenter
 
 Palette = list[tuple[int, int, int]]
@@ -71,21 +69,16 @@ def load_segmenter(checkpoint: ResolvedCheckpoint) -> LoadedSegmenter:
         raise UserError("it is not a segmentation model", where, "train one from it: pdvit segment CKPT")
     if not checkpoint.classes:
         raise UserError("its configuration does not name its classes", where, COPY)
-    classes, palette = checkpoint.classes, _palette(checkpoint)
+    palette = _palette(checkpoint)
     with torch.device("meta"):
-        sketch = Segmenter(checkpoint.sketch, adapter, len(classes), segment)
-    backbone_match = match_state_dict(checkpoint.selected.tensors, sketch.backbone, where)
+        sketch = Segmenter(checkpoint.sketch, adapter, len(checkpoint.classes), segment)
     expected = {name: value for name, value in sketch.state_dict().items() if name.startswith(HEAD)}
     head_match = compare(checkpoint.selected.outside, expected)
-    for match in (backbone_match, head_match):  # before the model takes memory
-        refuse_difference(match, where)
-    backbone = create_model(checkpoint.architecture, checkpoint.arguments, where)
-    prune(backbone, adapter)
-    backbone.load_state_dict(backbone_match.tensors)
-    checkpoint.set_preprocessing(backbone)
-    model = Segmenter(backbone, adapter, len(classes), segment)
+    head_match.refuse_difference(where)  # before the head takes memory
+    loaded = load_model(checkpoint)
+    model = Segmenter(loaded.model, adapter, len(checkpoint.classes), segment)
     model.head.load_state_dict({name.removeprefix(HEAD): value for name, value in head_match.tensors.items()})
-    return LoadedSegmenter(model.eval(), checkpoint.name, classes, palette, segment, checkpoint.selected.weights)
+    return LoadedSegmenter(model.eval(), loaded.name, checkpoint.classes, palette, segment, loaded.weights)
 
 
 def _palette(checkpoint: ResolvedCheckpoint) -> Palette | None:
@@ -94,11 +87,8 @@ def _palette(checkpoint: ResolvedCheckpoint) -> Palette | None:
     if palette is None:
         return None
     colours: list[Any] = palette if isinstance(palette, list) else []
-    valid = all(isinstance(colour, list) and len(colour) == 3 and all(map(_is_byte, colour)) for colour in colours)
+    valid = all(isinstance(colour, list) and len(colour) == 3 for colour in colours)
+    valid = valid and all(type(value) is int and 0 <= value <= 255 for colour in colours for value in colour)
     if not valid or len(colours) != len(checkpoint.classes or []):
         raise UserError("its palette does not have one colour for each class", checkpoint.where, COPY)
     return [(red, green, blue) for red, green, blue in colours]
-
-
-def _is_byte(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255

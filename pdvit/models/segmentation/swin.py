@@ -10,33 +10,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class _PadFirst:
-    """Hands timm's attention a map that is whole windows already; the mask of shifted windows is then of that size."""
+def _padding(block: type[Any], method: str) -> type[nn.Module]:
+    """Return a subclass of a block whose method, the attention `(B, H, W, D) -> (B, H, W, D)`, gets whole windows.
 
-    window_size: tuple[int, int]
+    Tokens are padded with zeros below and to the right, and timm's mask of shifted windows is then of that size.
+    """
 
-    def _padded(self, attend: Any, tokens: Tensor) -> Tensor:
-        """Run the attention `(B, H, W, D) -> (B, H, W, D)` on tokens with zeros below and to the right."""
+    def attend(self: Any, tokens: Tensor) -> Tensor:
         height, width = tokens.shape[1:3]
         down, right = -height % self.window_size[0], -width % self.window_size[1]
-        if not (down or right):
-            return attend(tokens)  # type: ignore[no-any-return]
-        return attend(F.pad(tokens, (0, 0, 0, right, 0, down)))[:, :height, :width]  # type: ignore[no-any-return]
+        if down or right:
+            tokens = F.pad(tokens, (0, 0, 0, right, 0, down))
+        attended: Tensor = getattr(block, method)(self, tokens)
+        return attended[:, :height, :width]
+
+    return type(f"Padded{block.__name__}", (block,), {method: attend})
 
 
-class _Block(_PadFirst, swin_transformer.SwinTransformerBlock):
-    def _attn(self, x: Tensor) -> Tensor:
-        return self._padded(super()._attn, x)
-
-
-class _BlockV2(_PadFirst, swin_transformer_v2.SwinTransformerV2Block):
-    def _attn(self, x: Tensor) -> Tensor:
-        return self._padded(super()._attn, x)
-
-
-class _BlockV2Cr(_PadFirst, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
-    def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        return self._padded(super()._shifted_window_attn, x)
+PADDING: dict[type[nn.Module], type[nn.Module]] = {
+    block: _padding(block, method)
+    for block, method in (
+        (swin_transformer.SwinTransformerBlock, "_attn"),
+        (swin_transformer_v2.SwinTransformerV2Block, "_attn"),
+        (swin_transformer_v2_cr.SwinTransformerV2CrBlock, "_shifted_window_attn"),
+    )
+}
 
 
 def pad_before_roll(model: nn.Module) -> None:
@@ -44,7 +42,6 @@ def pad_before_roll(model: nn.Module) -> None:
 
     A block's class changes and not its method, so that copies of the model are whole.
     """
-    ours = {kind.__mro__[2]: kind for kind in (_Block, _BlockV2, _BlockV2Cr)}
     for module in model.modules():
-        if type(module) in ours:
-            module.__class__ = ours[type(module)]
+        if type(module) in PADDING:
+            module.__class__ = PADDING[type(module)]
