@@ -1,9 +1,6 @@
-import sys
-
 import pandas as pd
 import pytest
-from effects import at_best_rates
-from figures import draw_layers, main
+from figures import draw_layers
 from scipy import stats
 
 from pdvit.plots.style import render
@@ -39,50 +36,3 @@ def test_its_numbers_are_means_over_seeds_with_the_interval_of_scipy():
     expected = stats.ttest_1samp(seeds, 0).confidence_interval(0.95)
     assert (row["mean"], row["low"], row["high"]) == pytest.approx((sum(seeds) / 3, expected.low, expected.high))
     assert (row["depth"], row["n"]) == (0.4, 3)
-
-
-def test_without_crossed_settings_there_is_one_panel_and_one_seed_has_no_band():
-    rows = layers()
-    figure = draw_layers(rows[(rows["model.depth"] == 2) & (rows["run.seed"] == 0)])
-    assert len(figure.axes) == 2
-    assert figure.data["low"].isna().all()
-
-
-def test_what_begins_alike_has_one_line_and_what_does_not_a_line_of_its_own_colour():
-    same, rows = draw_layers(layers()).axes[0].lines, layers()
-    dashed = [line for line in same if line.get_linestyle() == "--"]
-    assert len(dashed) == 1
-    assert dashed[0].get_color() not in {line.get_color() for line in same if line is not dashed[0]}
-    rows["similarity"] += (rows["variant"] == "paper") * 0.1
-    lines = draw_layers(rows).axes[0].lines
-    colours = [[line.get_color() for line in lines if line.get_linestyle() == style] for style in ("--", "-")]
-    assert (len(colours[0]), colours[0]) == (2, colours[1])
-
-
-def test_where_rates_were_crossed_each_variant_has_its_best_on_validation_at_each_depth():
-    parts = [layers().assign(**{"optim.lr": rate}) for rate in (0.001, 0.002)]
-    table = pd.concat(parts, ignore_index=True)
-    table["similarity"] += (table["optim.lr"] == 0.002) * 10
-    results = table.drop_duplicates(["variant", "model.depth", "run.seed", "optim.lr"]).assign(status="finished")
-    high = (results["variant"] == "paper") & (results["model.depth"] == 4)
-    results["accuracy_val"] = 0.5 + 0.1 * ((results["optim.lr"] == 0.002) == high)
-    data = draw_layers(at_best_rates(table, results)).data
-    means = data[(data["metric"] == "similarity") & (data["when"] == "after")].groupby(["panel", "variant"])["mean"]
-    assert {key for key, mean in means.min().items() if mean > 10} == {("depth 4", "paper")}
-    assert data["n"].eq(3).all()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "figures.py ablation/layers.csv"),
-        (["--help"], "figures.py ablation/layers.csv"),
-        (["depth/results.csv"], "figures.py ablation/layers.csv"),
-        (["depth/layers.csv", "nonee", "paper"], "no variant nonee in depth/layers.csv: it has none, cutmix, paper"),
-    ],
-)
-def test_what_can_not_be_drawn_is_said_and_no_figure_is_replaced(words, said, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["figures.py", *words])
-    monkeypatch.setattr("figures.render", None)
-    assert main() == 2
-    assert said in capsys.readouterr().out

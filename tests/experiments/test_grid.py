@@ -1,6 +1,5 @@
 import pandas as pd
-import pytest
-from effects import HERE, MINUS, NOTHING, markdown
+from effects import HERE, MINUS, markdown
 from scipy import stats
 
 GRID = HERE / "depth" / "grid.py"
@@ -33,20 +32,6 @@ def test_runs_that_stalled_are_lost_or_had_spikes_are_counted(load):
     assert body[3][-4:] == ["2, 3, 3", "1, 0, 0", "2, 0, 0", "1, 0, 0"]
 
 
-def test_differences_are_paired_over_the_seeds_that_both_have(load):
-    *_, line = load(GRID).table_of(runs())
-    pairs = stats.ttest_1samp([100 * (0.81 - 0.49), 100 * (0.89 - 0.1)], 0)
-    low, high = pairs.confidence_interval(0.95)
-    assert line[2:6] == ["29.5 ± 27.6", "74.7 ± 4.0", "84.7 ± 4.0", f"+55.5 [{MINUS}{-low:.1f}, +{high:.1f}]"]
-
-
-def test_where_all_runs_of_a_control_failed_there_is_no_number(load):
-    table = runs()
-    table.loc[table["variant"] == "none", ["status", "accuracy", "loss"]] = ["failed", None, None]
-    for line in load(GRID).table_of(table)[1:]:
-        assert (line[2], line[5], line[-4], line[-2]) == (NOTHING, NOTHING, "0, 3, 3", "3, 0, 0")
-
-
 def test_the_change_from_the_least_size_to_the_greatest_is_that_of_the_best_rates(load):
     table = runs()
     table["accuracy_val"] = 0.5 + 0.1 * ((table["optim.lr"] == 0.001) == (table["model.depth"] == 24))
@@ -58,16 +43,6 @@ def test_the_change_from_the_least_size_to_the_greatest_is_that_of_the_best_rate
     rank = f"{MINUS}20 [{MINUS}{-low:.0f}, +{high:.0f}]"
     assert body[0] == ["none", "3", "+10.0 [+10.0, +10.0]", "+0.00 [+0.00, +0.00]", rank]
     assert body[2] == ["paper", "3", "+10.0 [+10.0, +10.0]", "+0.00 [+0.00, +0.00]", "+0 [+0, +0]"]
-
-
-def test_the_figure_has_a_panel_for_each_size_and_a_line_for_each_variant(load):
-    figure = load(GRID).draw(runs())
-    assert [axes.get_title("left") for axes in figure.axes] == ["depth 6", "depth 24", "", ""]
-    for axes, column in zip(figure.axes, ("accuracy", "accuracy", "similarity_norm", "similarity_norm"), strict=True):
-        assert [list(line.get_xdata()) for line in axes.lines[:6:2]] == [[0.001, 0.002]] * 3, column
-    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([64.667, 64.667], abs=0.001)
-    assert list(figure.axes[1].lines[0].get_ydata()) == pytest.approx([64.667, 29.5], abs=0.001)
-    assert list(figure.axes[3].lines[4].get_ydata()) == pytest.approx([0.3, 0.3])
 
 
 def test_the_page_has_the_tables(load):

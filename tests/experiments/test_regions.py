@@ -17,10 +17,3 @@ def test_the_page_has_the_numbers():
     for variant, rows in table.groupby("variant"):
         cells = [f"{rows[name].mean():.2f} ± {rows[name].std():.2f}" for name in table.columns[2:]]
         assert f"| {variant} | {' | '.join(cells)} |" in page
-
-
-@pytest.mark.parametrize("script", ["regions", "shares"])
-def test_without_the_runs_the_command_that_makes_them_is_told(load, workplace, script):
-    module = load(HERE / "ablation" / f"{script}.py")
-    with pytest.raises(SystemExit, match=r"train them first, `python experiments/run.py ablation`"):
-        module.of_all_runs(module.measure, script)

@@ -16,9 +16,3 @@ def test_a_table_of_other_columns_is_left_as_it_is_and_a_new_one_has_the_rows(tm
         assert "found-new.csv" in capsys.readouterr().out
     assert file.read_text() == "a,round\n1,0\n"
     assert (tmp_path / "found-new.csv").read_text().split() == ["round,a", "1,2", "2,2"]
-
-
-def test_an_empty_file_gets_the_heading(tmp_path):
-    (tmp_path / "found.csv").touch()
-    append(tmp_path / "found.csv", ["round"], [{"round": 0}])
-    assert (tmp_path / "found.csv").read_text().split() == ["round", "0"]

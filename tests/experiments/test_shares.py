@@ -38,21 +38,6 @@ def test_the_first_three_make_up_the_mean_cosine(load):
     assert min(found.values()) > 0
 
 
-def test_each_half_leans_to_its_own_class(load):
-    known = tokens(lambda image, place: RIGHT if image < 2 else UP)
-    labels, left = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False])
-    say = {
-        "its own": [RIGHT, 2 * UP],  # the left image is of class 0, the right one of class 1
-        "the other": [UP, RIGHT],
-        "both alike": [3 * UP, UP],
-        "its own, and both the left": [RIGHT, RIGHT + UP],
-    }
-    seen = torch.stack([torch.stack(halves) for halves in say.values()])
-    shares = load(SHARES)
-    leanings = shares.leanings(known, labels, seen, torch.ones(4, dtype=int), torch.zeros(4, dtype=int))
-    assert [shares.own(leanings[[number]], left) for number in range(4)] == [1, 0, 0, 1]
-
-
 @pytest.mark.parametrize("kind", ["", "-long"])
 def test_the_page_has_the_numbers(kind):
     table = pd.read_csv(HERE / "ablation" / f"shares{kind}.csv")

@@ -24,12 +24,6 @@ def test_every_command_has_flags_that_its_script_knows(monkeypatch, script, flag
     assert "$GPU" not in flags or (found["device"], found["precision"], found["compile"]) == ("cuda", "bf16", True)
 
 
-def test_later_flags_win(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["terms.py", *shlex.split(*GPU), "--device", "cpu", "--rounds", "1"])
-    found = importlib.import_module("terms").arguments()
-    assert (found.device, found.rounds) == ("cpu", 1)
-
-
 # Writes records as timm's script does where an epoch has two steps: of the first and of the last.
 EPOCHS = """
 import time

@@ -1,7 +1,7 @@
-import csv
-
 import pytest
 from tables import best_rates, spikes, told, write_table
+
+from tests.files import read_csv
 
 
 def test_a_spike_is_three_times_the_median_of_the_twenty_before():
@@ -19,13 +19,8 @@ def test_a_spike_is_three_times_the_median_of_the_twenty_before():
         ("loss", 0.123456789, "0.12346"),
         ("loss", "1.23456789e-07", "1.2346e-07"),
         ("steps", "1234567", "1234567"),
-        ("steps", 1234567, "1234567"),
         ("optim.lr", "0.000123456789", "0.000123456789"),
-        ("commit", "12345e7", "12345e7"),
-        ("torch", "2.15", "2.15"),
         ("accuracy", None, ""),
-        ("status", "finished", "finished"),
-        ("hardware", "AMD EPYC, 2 cores", "AMD EPYC, 2 cores"),
         ("reason", "[Errno 2] no such file: '/home/me/a b/x.png'", "[Errno 2] no such file: 'a b/x.png'"),
         ("reason", "/srv/runs/x: broken, at 1/2 and a / b", "x: broken, at 1/2 and a / b"),
         ("data.source", "/srv/data/cifar100", "cifar100"),
@@ -37,9 +32,10 @@ def test_numbers_have_five_digits_and_texts_no_folders_of_the_machine(name, valu
 
 def test_a_table_has_every_column_of_every_row(tmp_path):
     write_table(tmp_path / "x.csv", [{"cell": 1, "loss": 0.5}, {"cell": 2, "rank": 1.5}])
-    with (tmp_path / "x.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [{"cell": "1", "loss": "0.5", "rank": ""}, {"cell": "2", "loss": "", "rank": "1.5"}]
+    assert read_csv(tmp_path / "x.csv") == [
+        {"cell": "1", "loss": "0.5", "rank": ""},
+        {"cell": "2", "loss": "", "rank": "1.5"},
+    ]
 
 
 def cell(variant, lr, score, seed=0, status="finished", **more):
@@ -62,8 +58,3 @@ def test_a_rate_at_which_a_seed_failed_is_none():
 def test_what_else_was_crossed_has_a_rate_of_its_own():
     rows = [cell("a", 0.001 * depth, depth / 100, **{"model.depth": str(depth)}) for depth in (6, 12)]
     assert best_rates(rows) == {"a, model.depth=6": (0.006, 0.06, True), "a, model.depth=12": (0.012, 0.12, True)}
-
-
-def test_a_run_without_a_score_wins_nothing_and_a_setting_without_any_is_left_out():
-    rows = [cell("a", 0.001, float("nan")), cell("a", 0.002, 0.1), cell("b", 0.001, 0.9, status="failed")]
-    assert best_rates(rows) == {"a": (0.002, 0.1, True)}
