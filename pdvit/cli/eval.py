@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli import checkpoint as options
-from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, results_folder
+from pdvit.cli.checkpoint import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Flip,
+    Model,
+    MultiScale,
+    OnBadImage,
+    OpenedCheckpoint,
+    Precision,
+    Weights,
+    Workers,
+    open_checkpoint,
+    results_folder,
+)
 from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.cli.runs import process_group
 from pdvit.errors import UserError, closest
@@ -28,21 +41,21 @@ PICTURE, WORST = re.compile(r"\d{2,}-(image|truth|prediction)\.png"), 10
 
 
 def evaluate(
-    checkpoint: options.Checkpoint,
+    checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="train, val or test; unset: that of the run's closing numbers.")
     ] = None,
-    model: options.Model = None,
-    weights: options.Weights = None,
+    model: Model = None,
+    weights: Weights = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
-    device: options.Device = "auto",
-    precision: options.Precision = None,
-    batch_size: options.BatchSize = None,
-    workers: options.Workers = None,
-    on_bad_image: options.OnBadImage = None,
-    multi_scale: options.MultiScale = False,
-    flip: options.Flip = False,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    on_bad_image: OnBadImage = None,
+    multi_scale: MultiScale = False,
+    flip: Flip = False,
     mode: Annotated[
         str | None, typer.Option("--eval-mode", metavar="whole|slide", help="Segmentation; unset: the run's.")
     ] = None,

@@ -12,8 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli import checkpoint as options
-from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, results_folder
+from pdvit.cli.checkpoint import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Flip,
+    Model,
+    MultiScale,
+    OnBadImage,
+    OpenedCheckpoint,
+    Precision,
+    Weights,
+    Workers,
+    open_checkpoint,
+    results_folder,
+)
 from pdvit.cli.console import cell, log, make_console, with_progress
 from pdvit.errors import UserError
 
@@ -32,21 +45,21 @@ Row = tuple[str, int, str, float]  # image, rank, label, probability
 
 
 def predict(
-    checkpoint: options.Checkpoint,
+    checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Labels per image, the most probable first.")] = 1,
-    on_bad_image: options.OnBadImage = "error",
-    model: options.Model = None,
-    weights: options.Weights = None,
+    on_bad_image: OnBadImage = "error",
+    model: Model = None,
+    weights: Weights = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The CSV file, - for standard output; the folder of masks.")
     ] = None,
-    device: options.Device = "auto",
-    precision: options.Precision = None,
-    batch_size: options.BatchSize = None,
-    workers: options.Workers = None,
-    multi_scale: options.MultiScale = False,
-    flip: options.Flip = False,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    multi_scale: MultiScale = False,
+    flip: Flip = False,
 ) -> int:
     """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
