@@ -100,15 +100,13 @@ def test_a_batch_of_evaluation_without_any_is_passed_over(split):
     assert list(eval_batches(split.take(torch.tensor(BAD)), how)) == []
 
 
-def test_a_batch_of_evaluation_without_any_is_refused_in_several_processes(split):
-    """They have to run the same number of batches, so that none can be passed over."""
+def test_batches_without_a_sound_image_are_refused_in_training_and_in_several_processes(split):
+    """Processes have to run the same number of batches, so none can be passed over."""
+    bad = split.take(torch.tensor(BAD))
     with pytest.raises(UserError, match="not decode"):
-        list(eval_batches(split.take(torch.tensor(BAD)), loading(processes=2)))
-
-
-def test_training_without_any_sound_image_is_refused(split):
+        list(eval_batches(bad, loading(processes=2)))
     with pytest.raises(UserError, match="3 images do not decode"):
-        take(split.take(torch.tensor(BAD)), 1, loading(batch_size=2))
+        take(bad, 1, loading(batch_size=2))
 
 
 def test_without_skipping_the_first_one_ends_it(split):
