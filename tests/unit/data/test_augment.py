@@ -33,12 +33,7 @@ from pdvit.data.sources.split import ArraySplit
 
 SIZE, COUNT = 16, 24
 PLAIN = Preprocessing(SIZE, 1.0, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-EVERYTHING = {
-    "scale": (0.4, 1.0),
-    "shift": 2,
-    "hflip": 0.5,
-    "reprob": 0.5,
-}
+EVERYTHING = {"scale": (0.4, 1.0), "shift": 2, "hflip": 0.5, "reprob": 0.5}
 IMAGES = torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -109,7 +104,7 @@ def test_randaugment_is_that_of_timms_own_transform():
     )  # fmt: skip
     policy = next(step for step in made.transforms if type(step).__name__ == "RandAugment")
     image, found, expected = v2.functional.to_pil_image(IMAGES[0]), [], []
-    for seed in range(20):
+    for seed in range(10):
         for transform, into in ((policy, expected), (augment._policy, found)):
             random.seed(seed)
             np.random.seed(seed)
@@ -194,10 +189,8 @@ def test_the_box_is_the_one_that_torchvision_cuts_for_the_same_draws(height, wid
         expected = torchvision_box(row, height, width, scale, ratio)
         # the logarithm of its ratio is float32: a side that is nearly k + 0.5 may round to the other number
         assert box == pytest.approx(expected, abs=1)
-        assert box[0] >= 0
-        assert box[1] >= 0
-        assert box[2] >= 1
-        assert box[3] >= 1
+        assert min(box[:2]) >= 0
+        assert min(box[2:]) >= 1
         assert box[0] + box[2] <= height
         assert box[1] + box[3] <= width
 
@@ -246,7 +239,7 @@ def erased_boxes(count, probability, height=32, width=32):
 
 def test_rectangles_are_those_of_timm_in_number_size_and_shape():
     """Compared as distributions: timm draws from Python's generator."""
-    count, side = 6000, 32
+    count, side = 4000, 32
     found = erased_boxes(count, 0.4, side, side)
     random.seed(0)
     erasing, theirs = RandomErasing(0.4, mode="const", device="cpu"), []

@@ -1,4 +1,3 @@
-import io
 import tarfile
 from multiprocessing import get_context
 
@@ -39,25 +38,24 @@ def test_an_archive_is_the_folder_that_was_packed(image_folder, tmp_path, top):
         assert all(map(np.array_equal, pixels(packed.splits[name]), pixels(split)))
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, "members"])
 def test_an_archive_that_is_cut_off_is_refused(image_folder, tmp_path, kept):
     file = pack(image_folder, tmp_path / "set.tar")
     content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(UserError) as caught:
+    with tarfile.open(file) as packed:
+        last = packed.getmembers()[-1].offset  # a cut between two members is the end for Python's tarfile
+    file.write_bytes(content[: last if kept == "members" else int(len(content) * kept)])
+    with pytest.raises(UserError, match="can't be read") as caught:
         opened(file)
-    assert "can't be read" in caught.value.what
     assert str(tmp_path) in caught.value.where
 
 
-def test_a_tar_that_is_cut_off_between_two_members_is_refused(image_folder, tmp_path):
-    """Python's tarfile takes that for its end."""
-    file = pack(image_folder, tmp_path / "set.tar")
-    with tarfile.open(file) as packed:
-        last = packed.getmembers()[-1].offset
-    file.write_bytes(file.read_bytes()[:last])
-    with pytest.raises(UserError, match="last block"):
-        opened(file)
+def test_a_tar_without_folders_is_refused(tmp_path):
+    (tmp_path / "readme.txt").write_text("abc")
+    with tarfile.open(tmp_path / "set.tar", "w") as packed:
+        packed.add(tmp_path / "readme.txt", "readme.txt")
+    with pytest.raises(UserError, match="no folder train/"):
+        opened(tmp_path / "set.tar")
 
 
 def test_hard_links_in_a_tar_are_read_and_symbolic_ones_counted(image_folder, tmp_path):
@@ -90,21 +88,3 @@ def test_processes_read_at_the_same_time(image_folder, tmp_path):
     with get_context("fork").Pool(2) as pool:
         found = pool.map(_sums, [(split, list(range(24)) * 20)] * 4)
     assert found == [expected * 20] * 4
-
-
-def test_a_tar_of_nothing_and_a_tar_of_text(tmp_path):
-    with tarfile.open(tmp_path / "set.tar", "w") as packed:
-        info = tarfile.TarInfo("readme.txt")
-        info.size = 3
-        packed.addfile(info, io.BytesIO(b"abc"))
-    with pytest.raises(UserError, match="no folder train/"):
-        opened(tmp_path / "set.tar")
-    (tmp_path / "text.tar").write_text("no archive")
-    with pytest.raises(UserError, match="can't be read"):
-        opened(tmp_path / "text.tar")
-
-
-@pytest.mark.parametrize("source", ["set.zip", "set.tar.gz", "SET.TXZ", "wds/set", "hfids/owner/set", "tfds/set"])
-def test_sources_without_an_index_are_refused(source):
-    with pytest.raises(UserError, match="can't be read by index"):
-        opened(source)

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+
+from pdvit.config.schema import DataConfig
+from pdvit.data.sources import (
+    SOURCE_TYPES,
+    absolute_path,
+    first_names,
+    list_source_types,
+    open_source,
+    printable,
+    source_label,
+    source_type,
+    unused_source_settings,
+)
+from pdvit.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        *((name, "no source, folder or table") for name in ("no/such/folder", "no-such-source", "x" * 400, "{}.rar")),
+        *((name, "there is no file") for name in ("no/such.tar", "no/such.CSV")),
+        *((name, "can't be read by index") for name in ("set.zip", "set.tar.gz", "SET.TXZ", "wds/set", "tfds/set")),
+    ],
+)
+def test_a_source_that_is_not_there_or_has_no_index_is_refused(tmp_path, source, what):
+    (tmp_path / "images.rar").touch()
+    with pytest.raises(UserError) as caught:
+        open_source(DataConfig(source=source.format(tmp_path / "images")))
+    assert what in caught.value.what
+    assert "--data" in caught.value.where
+
+
+@pytest.mark.parametrize(("source", "label"), [("digits", "digits"), ("some/place/my set!", "my-set-")])
+def test_a_label_is_fit_for_a_file_name(source, label):
+    assert source_label(DataConfig(source=source)) == label
+
+
+def test_every_type_has_a_line_and_is_in_the_docs():
+    lines = list_source_types().splitlines()
+    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
+    for item in SOURCE_TYPES:
+        assert sum(item.pattern in line for line in lines) == 1
+        assert item.pattern in page
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "digits"),
+        ("some/folder", None),
+        ("DATA/Set.TAR", "tar"),
+        ("a.zip", None),
+        ("a.csv", "csv"),
+        ("torch/cifar100", "torch"),
+        ("HFDS/Owner/Name", "hfds"),
+        ("./torch/cifar100", None),
+        ("", None),
+    ],
+)
+def test_the_text_identifies_the_type(source, name):
+    assert source_type(source) == name
+
+
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [
+        ("digits", {"val_split": "nonsense"}),
+        ("digits:0-4", {"root": "data"}),
+        ("some/folder", {"input_key": "img"}),
+        ("a.tar", {"download": True}),
+        ("a.csv", {"target_key": "class"}),
+        ("torch/cifar100", {"input_key": "img"}),
+    ],
+)
+def test_a_setting_without_effect_is_noted(source, setting):
+    (note,) = unused_source_settings(DataConfig(source=source, **setting))
+    assert note.startswith(f"data.{next(iter(setting))} = ")
+
+
+@pytest.mark.parametrize("prefix", ["", "hfds/", "HFDS/"])
+def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/set").mkdir(parents=True)
+    assert absolute_path(f"{prefix}some/set") == f"{prefix}{tmp_path}/some/set"
+    assert absolute_path(f"{prefix}{tmp_path}/some/set") == f"{prefix}{tmp_path}/some/set"
+    assert absolute_path(f"{prefix}owner/name") == f"{prefix}owner/name"
+
+
+@pytest.mark.parametrize("name", ["žába 蛙", "naïve.png", "[red]", "a\\b", "☃", "שלום"])
+def test_what_a_terminal_can_show_stays_as_it_is(name):
+    assert printable(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b[2J", "\\x1b[2J"),
+        ("two\nlines", "two\\nlines"),
+        ("\x9b1m", "\\x9b1m"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_a_terminal_would_obey_or_refuse_is_escaped(name, shown):
+    assert printable(name) == shown
+    assert first_names([name, "b"]) == f"{shown}, b"
+
+
+def test_no_line_that_describes_a_source_holds_a_command_to_the_terminal(image_folder):
+    (image_folder / "train/red/\x1b[31m.txt").touch()
+    root = image_folder.rename(image_folder.with_name("pic\x1btures"))
+    source = open_source(DataConfig(source=str(root)))
+    assert "\x1b" not in source.describe()
+    assert source.describe().count("\\x1b") == 2
