@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from pdvit.tracking import sync, to_json, write_file
 LAST, BEST = "last", "best"
 METADATA, SUFFIX = "state.json", ".safetensors"
 NAME = re.compile(r"step-\d{8,}")
-CHUNK = 2**20  # bytes of a file in memory at a time
 # What damaged files make Python, torch and safetensors raise.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, SafetensorError)
 
@@ -30,7 +30,7 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeEr
 class Checkpoints:
     """The folder `checkpoints/` of a run: the newest `keep`, the best, and multiples of `milestone_every` steps."""
 
-    def __init__(self, folder: Path, keep: int, milestone_every: int | None = None) -> None:
+    def __init__(self, folder: Path, keep: int = 1, milestone_every: int | None = None) -> None:
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
@@ -91,13 +91,9 @@ class Checkpoints:
         except torch.OutOfMemoryError:
             raise
         except DAMAGE as error:
-            source = self.folder / self._read_pointer(LAST)
-            others = [name for name in self._names() if name != source.name]
-            tip = f"start again with --config {self.folder.parent / 'run.toml'}"
-            if others:
-                tip = f"an older one may be whole: write {others[-1]} into {self.folder / LAST}"
+            tip = f"write the name of an older one into {self.folder / LAST}, if there is one, or start the run again"
             what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
-            raise UserError(what, str(source), tip) from error
+            raise UserError(what, str(self.folder / self._read_pointer(LAST)), tip) from error
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
         target = self.folder / f"step-{snapshot.step:08d}"
@@ -133,16 +129,12 @@ class Checkpoints:
 
     def _remove_old(self, newest: str) -> None:
         """Remove all but the newest few, the best and the milestones."""
-        names, best = self._names(), self._read_pointer(BEST)
+        names = sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
         kept = [name for name in names if name <= newest][-self.keep :]
-        for name in set(names) - {*kept, best}:
+        for name in set(names) - {*kept, self._read_pointer(BEST)}:
             step, every = int(name.removeprefix("step-")), self.milestone_every
             if name > newest or not every or step % every:  # those after it are left from before the run was resumed
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-
-    def _names(self) -> list[str]:
-        """Return the names of the checkpoints, the oldest first."""
-        return sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
 
     def _read_pointer(self, name: str) -> str:
         with suppress(OSError, ValueError):
@@ -152,8 +144,5 @@ class Checkpoints:
 
 def _checksum(path: Path) -> int:
     """Return the CRC-32 of a file."""
-    total = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            total = zlib.crc32(chunk, total)
-    return total
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return zlib.crc32(content)

@@ -20,7 +20,6 @@ FIXED = frozenset(
         "run.seed",
     }
 )
-MAX_LISTED = 5
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -47,8 +46,7 @@ def check_recipe(saved: Mapping[str, Any], config: Mapping[str, Any], recorded: 
     changes = changed_keys(saved, config).items()
     differ = {key: values for key, values in changes if not (key in recorded and recorded[key] == values[1])}
     if differ:
-        listed = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(differ.items())[:MAX_LISTED]]
-        listed += [f"{len(differ) - MAX_LISTED} more"] if len(differ) > MAX_LISTED else []
+        listed = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in differ.items()]
         key, (old, _) = next(iter(differ.items()))
         raise UserError(
             f"the checkpoint is of another recipe: {'; '.join(listed)}",

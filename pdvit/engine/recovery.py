@@ -32,7 +32,7 @@ def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor], 
         scaler = snapshot.metadata["scaler"]
         if scaler:  # the step was computed with the scale before it was lowered
             scaler["scale"] /= scaler["backoff_factor"]
-        checkpoints = Checkpoints(run / REPLAY, keep=1)
+        checkpoints = Checkpoints(run / REPLAY)
         checkpoints.save(snapshot)
         checkpoints.wait()
     state.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
@@ -54,8 +54,7 @@ def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[st
 
     One process computes the parts of all ranks, one by one. Raises UserError if there is no such step.
     """
-    checkpoints = Checkpoints(run / REPLAY, keep=1)
-    snapshot = checkpoints.load(state, lambda metadata: check_data(metadata["data"], state.data, str(run)))
+    snapshot = Checkpoints(run / REPLAY).load(state, lambda saved: check_data(saved["data"], state.data, str(run)))
     if snapshot is None:
         tip = "only a run that stopped after several bad steps has one"
         raise UserError("the run has no step to replay", str(run / REPLAY), tip)

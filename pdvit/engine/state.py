@@ -25,6 +25,7 @@ from pdvit.errors import RunFailed
 VERSION = 3
 # Keys of a parameter group that follow the configuration of the resumed run.
 CONFIGURED = ("params", "lr", "initial_lr", "lr_scale", "weight_decay", "fused")
+COUNTS = ("steps", "skipped", "in_a_row")  # skipped: since the last reading
 TENSOR, DTYPE = "__tensor__", "__dtype__"  # stand for values that JSON does not have
 
 
@@ -47,48 +48,37 @@ class Progress:
 
 
 class MetricAccumulator:
-    """Means of metrics over steps and counts of skipped steps, kept on the device until they are read."""
+    """Sums of metrics over steps, and counts of steps, kept on the device until they are read."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.skipped = torch.zeros((), dtype=torch.float64, device=device)  # since the last reading
-        self.in_a_row = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in COUNTS}
 
     def add(self, metrics: dict[str, Tensor], skipped: Tensor) -> None:
         """Add one step's scalars; those of a skipped step are left out of the means."""
+        sums = self.sums
         for name, value in metrics.items():
             value = torch.where(skipped, 0.0, value.detach().double())
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
-        self.skipped = self.skipped + skipped
-        self.in_a_row = (self.in_a_row + 1) * skipped
+            sums[f"sum.{name}"] = sums[f"sum.{name}"] + value if f"sum.{name}" in sums else value
+        sums["steps"] = sums["steps"] + 1
+        sums["skipped"] = sums["skipped"] + skipped
+        sums["in_a_row"] = (sums["in_a_row"] + 1) * skipped
 
     def read(self, ranks: Ranks) -> tuple[dict[str, float], int, int]:
         """Return means, steps skipped since the last reading, and steps skipped in a row; then start again.
 
         Training waits for the device only here.
         """
-        stacked = torch.stack([*self.sums.values(), self.skipped, self.in_a_row])
-        *sums, skipped, in_a_row = ranks.all_reduce(stacked).div(ranks.world_size).tolist()
-        counted = self.steps - skipped
-        means = {
-            name: total / counted if counted else float("nan") for name, total in zip(self.sums, sums, strict=True)
-        }
-        self.sums, self.steps, self.skipped = {}, 0, torch.zeros_like(self.skipped)
-        return means, round(skipped), round(in_a_row)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return its tensors by name."""
-        counts = {"steps": torch.tensor(self.steps), "skipped": self.skipped, "in_a_row": self.in_a_row}
-        return {f"sum.{name}": total for name, total in self.sums.items()} | counts
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-        device = self.skipped.device
-        self.steps = int(tensors["steps"])
-        self.skipped, self.in_a_row = tensors["skipped"].to(device), tensors["in_a_row"].to(device)
-        self.sums = {name[4:]: total.to(device) for name, total in tensors.items() if name.startswith("sum.")}
+        total = ranks.all_reduce(torch.stack([*self.sums.values()])).div(ranks.world_size).tolist()
+        sums = dict(zip(self.sums, total, strict=True))
+        steps, skipped, in_a_row = (sums.pop(name) for name in COUNTS)
+        counted = steps - skipped or float("nan")
+        zero = torch.zeros_like(self.sums["steps"])
+        self.sums = {"steps": zero, "skipped": zero, "in_a_row": self.sums["in_a_row"]}
+        return (
+            {name.removeprefix("sum."): total / counted for name, total in sums.items()},
+            round(skipped),
+            round(in_a_row),
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,7 @@ class TrainState:
         All ranks take part; only rank 0 gets the tensors.
         """
         rest: dict[str, Tensor] = {}
-        own = {f"metrics.{name}": value.cpu() for name, value in self.metrics.state_dict().items()}
+        own = {f"metrics.{name}": value.cpu() for name, value in self.metrics.sums.items()}
         own |= {f"generator.{name}": value for name, value in (generators or self.generators()).items()}
         for rank, tensors in enumerate(self.ranks.all_gather(own)):
             rest |= {f"{rank}.{name}": value for name, value in tensors.items()}
@@ -132,7 +122,7 @@ class TrainState:
             "config": self.config,
             "data": self.data,
             "progress": asdict(self.progress),
-            "metric_names": list(self.metrics.state_dict()),
+            "metric_names": list(self.metrics.sums),
             "scaler": self.scaler.state_dict(),
             "optimizer": pack(optimizer, "optimizer", rest),
         }
@@ -176,7 +166,8 @@ class TrainState:
         rest, rank = tensors["state"], self.ranks.rank
         known = f"{rank}.generator.cpu" in rest or rank == 0
         prefix = f"{rank if known else 0}.metrics."
-        self.metrics.load_state_dict({name: rest[prefix + name] for name in metadata["metric_names"]})
+        names = metadata["metric_names"]
+        self.metrics.sums = {name: rest[prefix + name].to(self.device, torch.float64) for name in names}
         if known:
             self.set_generators(named(rest, f"{rank}.generator."))
 

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -78,11 +79,11 @@ class Display:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@dataclass
 class StopRequest:
     """Whether the run was asked to stop, and why: the name of a signal, or the time limit."""
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
+    reason: str | None = None
 
     def __bool__(self) -> bool:
         return self.reason is not None

@@ -76,7 +76,7 @@ class Trainer:
             check_recipe(metadata["config"], self.state.config, changed, where)
             check_data(metadata["data"], self.state.data, where)
 
-        self._make_checkpoints(directory).load(self.state, check)
+        Checkpoints(directory.path / "checkpoints").load(self.state, check)
         progress = self.state.progress
         if progress.step > self.steps.total:
             what = f"{progress.step} steps are done already, of {self.steps.total}"
@@ -93,7 +93,8 @@ class Trainer:
         Raises UserError or RunFailed; the run directory then has the status `failed`, and can be resumed.
         """
         steps, state, progress = self.steps, self.state, self.state.progress
-        self.directory, self.checkpoints = directory, self._make_checkpoints(directory)
+        self.directory, keep = directory, self.config.checkpoint.keep
+        self.checkpoints = Checkpoints(directory.path / "checkpoints", keep, steps.milestone_every)
         logger = RunLogger(directory, console, progress, steps, self.task.best_metric, self.device)
         self.logger, any_rank = logger, AnyRank(self.ranks, flags=2)
         logger.write_status("running")
@@ -114,7 +115,7 @@ class Trainer:
                     better = steps.due(steps.eval_every, progress.step) and self._evaluate()
                     stopping, save = any_rank(*self._read_clock(stop))
                     pausing = progress.step == steps.stop_after
-                    if stopping or pausing or save or self._save_due(better):
+                    if stopping or pausing or save or better or self._save_due():
                         self._save(better)
                     if pausing:
                         stop.reason = stop.reason or "stop after"
@@ -165,7 +166,7 @@ class Trainer:
             raise save_replay(self.directory.path, self.state, generators, in_a_row)
 
     def _evaluate(self) -> bool:
-        """Evaluate the validation images; return whether the result is the best so far."""
+        """Evaluate the validation images; return whether the result is the best so far, and is to be kept."""
         progress = self.state.progress
         with self.logger.timer.during("evaluate"):
             self.state.check_weights()
@@ -176,7 +177,7 @@ class Trainer:
         better = math.isfinite(value) and (progress.best is None or value > progress.best)
         if better:
             progress.best, progress.best_step = value, progress.step
-        return better
+        return better and self.config.checkpoint.best
 
     def _read_clock(self, stop: StopRequest) -> tuple[bool, bool]:
         """Return whether this rank has to stop, and to save by the clock or to raise the error of the last write."""
@@ -186,26 +187,24 @@ class Trainer:
         save = steps.save_seconds is not None and elapsed - self.saved_at >= steps.save_seconds
         return bool(stop), save or self.checkpoints.failed()
 
-    def _save_due(self, better: bool) -> bool:
-        """Return whether all ranks have to save after this step; `better`: its evaluation is the best."""
+    def _save_due(self) -> bool:
+        """Return whether the schedule, or a skipped step before, has all ranks save after this step."""
         steps, step = self.steps, self.state.progress.step
-        milestone = steps.milestone_every is not None and step % steps.milestone_every == 0
-        keep_best = better and self.config.checkpoint.best
-        return self.save_owed or keep_best or milestone or steps.due(steps.save_every, step)
+        return self.save_owed or steps.due(steps.save_every, step) or steps.due(steps.milestone_every, step)
 
     def _save(self, better: bool = False) -> None:
         """Start to save, unless the last step was skipped. All ranks take part.
 
         Raises RunFailed if weights are not finite, and UserError if the last write failed.
         """
-        self.save_owed = bool(self.state.metrics.in_a_row > 0)
+        self.save_owed = bool(self.state.metrics.sums["in_a_row"] > 0)
         if self.save_owed:  # the run may be broken: keep the checkpoint from before, and save once it has recovered
             return
         with self.logger.timer.during("save"):
             self.state.check_weights()
             snapshot = self.state.state_dict()
             if self.ranks.main:
-                self.checkpoints.save(snapshot, better and self.config.checkpoint.best)
+                self.checkpoints.save(snapshot, better)
                 remove_replay(self.directory.path, snapshot.step)
         self.saved_at = self.logger.timer.elapsed()
         self.logger.write_status("running")
@@ -222,9 +221,6 @@ class Trainer:
                 action()
             except UserError as second:
                 error.add_note(f"and {second.what}")
-
-    def _make_checkpoints(self, directory: RunDirectory) -> Checkpoints:
-        return Checkpoints(directory.path / "checkpoints", self.config.checkpoint.keep, self.steps.milestone_every)
 
     def _finish(self) -> dict[str, Any]:
         """Export the weights, measure them, and close the run."""

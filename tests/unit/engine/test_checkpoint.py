@@ -97,7 +97,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
     assert restore(theirs, tmp_path)
     assert identical(ours, theirs)
     assert theirs.progress == ours.progress
-    assert theirs.metrics.steps == 3
+    assert theirs.metrics.sums["steps"] == 3
     assert torch.equal(torch.get_rng_state(), generator)
 
     train(theirs, 3)
