@@ -2,16 +2,15 @@
 
 import inspect
 import re
-import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from pdvit.config.load import parse_set, read_toml, sections
-from pdvit.config.schema import info_of
+from pdvit.config.load import parse_set, read_toml
+from pdvit.config.schema import KEYS, SECTIONS, Key
 from pdvit.errors import UserError
 
 # Values by section and key.
@@ -55,10 +54,9 @@ def training_command(command: Callable[..., Any], defaults: Layer | None = None)
     of_run = inspect.signature(RunOptions).parameters.values()
     named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in (*own, *of_run)]
     of_config = [
-        _option(section, cls, item, (defaults or {}).get(section, {}))
-        for section, cls in sections().items()
-        for item in fields(cls)
-        if info_of(item).flags
+        _option(key, (defaults or {}).get(key.section, {}).get(key.name, key.default))
+        for key in KEYS.values()
+        if key.flags
     ]
     parameters = [*named, *of_config]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -66,30 +64,19 @@ def training_command(command: Callable[..., Any], defaults: Layer | None = None)
     return command
 
 
-def _option(section: str, cls: type, item: "Field[Any]", defaults: Mapping[str, Any]) -> inspect.Parameter:
-    info, hint = info_of(item), get_type_hints(cls)[item.name]
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    option_type = next(option for option in options if option is not type(None))
-    if get_origin(option_type) is dict:
-        option_type = list[str]
-    option = typer.Option(
-        *info.flags,
-        help=info.help + describe_default(defaults.get(item.name, item.default)),
-        show_default=False,  # the option's own default, None, means that the flag is not given
-        rich_help_panel=(cls.__doc__ or section).rstrip("."),
-        metavar="|".join(info.choices) or None,
-    )
-    annotation: Any = Annotated[(str if info.words else option_type) | None, option]
-    name, keyword = f"{section}_{item.name}", inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
-
-
-def describe_default(default: Any) -> str:
-    """Return the default of a key for its help; empty without one."""
-    if default is None:
-        return ""
+def _option(key: Key, default: Any) -> inspect.Parameter:
     values = default if isinstance(default, tuple) else (default,)
-    return f" (default: {' '.join(str(value) for value in values)})"
+    option = typer.Option(
+        *key.flags,
+        help=key.help if default is None else f"{key.help} (default: {' '.join(map(str, values))})",
+        show_default=False,  # the option's own default, None, means that the flag is not given
+        rich_help_panel=SECTIONS[key.section].__doc__.rstrip("."),
+        metavar="|".join(key.choices) or None,
+    )
+    option_type: Any = str if key.words else list[str] if get_origin(key.type) is dict else key.type
+    annotation = Annotated[option_type | None, option]
+    name, keyword = f"{key.section}_{key.name}", inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
 
 
 def make_layers(
@@ -158,10 +145,9 @@ def with_change_tips(error: UserError, run: Path, command: str, fixed: Iterable[
 
 def _as_change(match: re.Match[str]) -> str:
     """Return `--change key=value` for a flag of the configuration and its value."""
-    for section, cls in sections().items():
-        for item in fields(cls):
-            if match[1] in info_of(item).flags:
-                if isinstance(item.default, bool):
-                    return f"--change {section}.{item.name}=true" + (f" {match[2]}" if match[2] else "")
-                return f"--change {section}.{item.name}={match[2] or '...'}"
+    for name, key in KEYS.items():
+        if match[1] in key.flags:
+            if isinstance(key.default, bool):
+                return f"--change {name}=true" + (f" {match[2]}" if match[2] else "")
+            return f"--change {name}={match[2] or '...'}"
     return match[0]

@@ -9,8 +9,8 @@ import typer
 from pdvit.cli.options import Layer, RunOptions, make_layers, merge_layers, training_command
 from pdvit.cli.runs import check_initial_weights, process_group, replay, resume, start, train_to_end
 from pdvit.cli.sweep import run_sweep
-from pdvit.config.load import SWEEP_SECTION, build, sections
-from pdvit.config.schema import info_of
+from pdvit.config.load import SWEEP_SECTION, build
+from pdvit.config.schema import KEYS
 from pdvit.errors import UserError
 
 # docs/finetune.md and docs/segment.md give the reasons.
@@ -106,12 +106,7 @@ def _check_no_settings(options: RunOptions, values: dict[str, Any]) -> None:
     """Raise UserError if settings are given for a run that has its own."""
     if options.resume is not None and options.replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
-    flags = [
-        info_of(item).flags[0]
-        for section, cls in sections().items()
-        for item in fields(cls)
-        if values.get(f"{section}_{item.name}") not in (None, [])
-    ]
+    flags = [key.flags[0] for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
     given = {"--set": options.assign, "--config": options.config, "--cells": options.cells}
     flags += [flag for flag, value in given.items() if value]
     if flags:

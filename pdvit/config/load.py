@@ -2,14 +2,13 @@
 
 import math
 import tomllib
-import types
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from pdvit.config.duration import parse_duration
-from pdvit.config.schema import Config, KeyInfo, info_of
+from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, closest
 
 # A table of configuration files that pdvit.sweep reads.
@@ -17,11 +16,6 @@ SWEEP_SECTION = "sweep"
 # run.toml leaves them out, so that the same recipe can run elsewhere.
 _PLACES = {("run", "out"), ("run", "name")}
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
-
-
-def sections() -> dict[str, type]:
-    """Return the section classes by TOML table name."""
-    return get_type_hints(Config)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -49,102 +43,82 @@ def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
 
 
 def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
-    """Merge layers of {section: {key: value}}, later ones first, into a checked `Config`.
+    """Merge layers of {section: {key: value}} into a checked `Config`; later layers override earlier ones.
 
     Each layer has a name for errors. Raises UserError for unknown sections and keys, wrong types and values out of
     range.
     """
-    config, known = Config(), sections()
+    config = Config()
     for where, layer in layers:
         for section, values in layer.items():
-            if section not in known:
-                raise UserError(f"there is no section '{section}'", where, _section_tip(section, values, known))
+            if section not in SECTIONS:
+                raise UserError(f"there is no section '{section}'", where, _section_tip(section, values))
             if not isinstance(values, Mapping):
                 raise UserError(f"'{section}' is a section, not a key", where, f"write {section}.KEY = VALUE")
-            changes = {name: _check(section, known[section], name, value, where) for name, value in values.items()}
+            changes = {}
+            for name, value in values.items():
+                key = KEYS.get(f"{section}.{name}")
+                if key is None:
+                    tip = closest(name, SECTIONS[section].__dataclass_fields__)
+                    raise UserError(f"there is no key '{section}.{name}'", where, tip)
+                changes[name] = _convert(value, key.type, key, f"{section}.{name} ({where})")
             config = replace(config, **{section: replace(getattr(config, section), **changes)})
-    ranges = {"augment.scale": config.augment.scale, "augment.ratio": config.augment.ratio}
-    for name, bounds in (ranges | {"segment.jitter": config.segment.jitter}).items():
-        if bounds is not None and bounds[0] > bounds[1]:
-            raise UserError(f"the minimum, {bounds[0]:g}, is above the maximum, {bounds[1]:g}", name, "swap the two")
     return config
 
 
-def _section_tip(section: str, value: Any, known: Mapping[str, type]) -> str:
+def _section_tip(section: str, value: Any) -> str:
     """Return a tip for an unknown section, which may be a key without its section (`lr = 1`)."""
     if section == SWEEP_SECTION:
         return "write it in the file that --config names (see docs/sweep.md)"
-    for name, cls in known.items():
-        if not isinstance(value, Mapping) and section in get_type_hints(cls):
-            return f"'{section}' belongs to a section: write {name}.{section}"
-    return closest(section, [*known, SWEEP_SECTION])
+    for name, key in KEYS.items():
+        if section == key.name and not isinstance(value, Mapping):
+            return f"'{section}' belongs to a section: write {name}"
+    return closest(section, [*SECTIONS, SWEEP_SECTION])
 
 
-def _check(section: str, cls: Any, name: str, value: Any, where: str) -> Any:
-    """Return the value of a key with the key's type, checked."""
-    items, at = cls.__dataclass_fields__, f"{section}.{name} ({where})"
-    if name not in items:
-        raise UserError(f"there is no key '{section}.{name}'", where, closest(name, items))
-    info = info_of(items[name])
-    if isinstance(value, str) and value in info.words:
-        return info.words[value]
-    value = _convert(value, get_type_hints(cls)[name], info, at)
-    for number in value if isinstance(value, tuple) else (value,):
-        _check_range(number, info, at)
+def _convert(value: Any, hint: Any, key: Key, at: str) -> Any:
+    """Return the value as the type `hint`, checked; whole numbers serve as floats and texts, numbers as durations."""
+    origin = get_origin(hint) or hint
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, str) and value in key.words:
+        return key.words[value]
+    if key.unit and (is_number or isinstance(value, str)):
+        length = parse_duration(str(value), key.unit, at, key.percent, key.clock)
+        _check_range(length.value, key, at)
+        return str(value)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
+        parts = tuple(_convert(part, type_, key, at) for part, type_ in zip(value, get_args(hint), strict=True))
+        if len(parts) == 2 and parts[0] > parts[1]:
+            what = f"the minimum, {parts[0]:g}, is above the maximum, {parts[1]:g}"
+            raise UserError(what, at, "swap the two")
+        return parts
+    if (origin is float and is_number) or (origin is str and is_number and isinstance(value, int)):
+        value = origin(value)
+    elif origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    elif not (origin in _TYPE_NAMES and isinstance(value, origin) and isinstance(value, bool) == (origin is bool)):
+        name = f"a list of {len(get_args(hint))} numbers" if origin is tuple else _TYPE_NAMES[origin]
+        raise UserError(f"{value!r} is not {name}", at, key.help)
+    if key.choices and value not in key.choices:
+        raise UserError(f"'{value}' is not a choice", at, closest(value, key.choices))
+    if origin in (int, float):
+        _check_range(value, key, at)
     return value
 
 
-def _convert(value: Any, hint: Any, info: KeyInfo, at: str) -> Any:
-    """Return the value as the type `hint`; whole numbers serve as floats and texts, numbers as durations."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    hint = next(option for option in options if option is not type(None))
-    origin = get_origin(hint) or hint
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if info.unit and (is_number or isinstance(value, str)):
-        length = parse_duration(str(value), info.unit, at, info.percent, info.clock)
-        _check_range(length.value, info, at)
-        return str(value)
-    if origin is float and is_number:
-        return float(value)
-    if origin is str and is_number and isinstance(value, int):
-        return str(value)
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
-        return tuple(_convert(part, kind, info, at) for part, kind in zip(value, get_args(hint), strict=True))
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if origin in (int, str, bool) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
-        return value
-    name = f"a list of {len(get_args(hint))} numbers" if origin is tuple else _TYPE_NAMES[origin]
-    raise UserError(f"{value!r} is not {name}", at, info.help)
-
-
-def _check_range(value: Any, info: KeyInfo, at: str) -> None:
-    if info.choices and value not in info.choices:
-        raise UserError(f"'{value}' is not a choice", at, closest(str(value), info.choices))
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    too_low = (info.minimum is not None and value < info.minimum) or (info.above is not None and value <= info.above)
-    if not math.isfinite(value) or too_low or (info.maximum is not None and value > info.maximum):
-        raise UserError(f"{value} is out of range", at, f"it must be {_describe_range(info) or 'finite'}")
-
-
-def _describe_range(info: KeyInfo) -> str:
-    low = f"above {info.above:g}" if info.above is not None else ""
-    low = f"at least {info.minimum:g}" if info.minimum is not None else low
-    high = f"at most {info.maximum:,}" if info.maximum is not None else ""
-    return " and ".join(part for part in (low, high) if part)
+def _check_range(value: float, key: Key, at: str) -> None:
+    too_low = (key.minimum is not None and value < key.minimum) or (key.above is not None and value <= key.above)
+    if not math.isfinite(value) or too_low or (key.maximum is not None and value > key.maximum):
+        raise UserError(f"{value} is out of range", at, f"it must be {key.describe_range() or 'finite'}")
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the set values by section, without run.out and run.name."""
-    table: dict[str, dict[str, Any]] = {}
-    for section, cls in sections().items():
-        values = {item.name: getattr(getattr(config, section), item.name) for item in fields(cls)}
-        table[section] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not None and (section, name) not in _PLACES
-        }
+    table: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key in KEYS.values():
+        value = getattr(getattr(config, key.section), key.name)
+        if value is not None and (key.section, key.name) not in _PLACES:
+            table[key.section][key.name] = list(value) if isinstance(value, tuple) else value
     return table
 
 
@@ -159,13 +133,12 @@ def to_toml(config: Config, command: str) -> str:
 def markdown_table() -> str:
     """Return every key with its flag, default, range and help, as Markdown."""
     lines = ["| key | flag | default | allowed | |", "| --- | --- | --- | --- | --- |"]
-    for section, cls in sections().items():
-        for item in fields(cls):
-            info, value = info_of(item), item.default
-            flags = ", ".join(f"`{flag}`" for flag in info.flags)
-            default = "" if value is None else f"`{list(value) if isinstance(value, tuple) else value}`"
-            allowed = ", ".join(info.choices) or _describe_range(info)
-            lines.append(f"| `{section}.{item.name}` | {flags} | {default} | {allowed} | {info.help} |")
+    for name, key in KEYS.items():
+        flags = ", ".join(f"`{flag}`" for flag in key.flags)
+        value = list(key.default) if isinstance(key.default, tuple) else key.default
+        default = "" if value is None else f"`{value}`"
+        allowed = ", ".join(key.choices) or key.describe_range()
+        lines.append(f"| `{name}` | {flags} | {default} | {allowed} | {key.help} |")
     return "\n".join(lines)
 
 

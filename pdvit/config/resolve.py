@@ -39,8 +39,7 @@ def resolve(config: Config) -> Config:
             why = ": new weights would never learn" if name == "freeze" else ""
             what = f"model.{name} needs initial weights{why}"
             raise UserError(what, f"model.{name} (--{name})", "name a checkpoint with --init, or leave it out")
-    config = _model(_preset(config))
-    config = config if config.segment.head is None else with_crop(config)
+    config = with_crop(_model(_preset(config)))
     lr, final = config.optim.lr, config.optim.min_lr
     if lr is not None and final > lr:
         raise UserError(f"the final learning rate {final:g} is above the peak, {lr:g}", "optim.min_lr", "lower it")

@@ -4,8 +4,9 @@ An unset value (None) is filled in by `resolve`, or later from the source and th
 """
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
@@ -17,9 +18,13 @@ CROP_MODES = ("center", "squash")
 
 
 @dataclass(frozen=True)
-class KeyInfo:
-    """Help, command-line flags and allowed values of one key."""
+class Key:
+    """A setting of the schema: its section, name, type (without None), default, help, flags and allowed values."""
 
+    section: str
+    name: str
+    type: Any
+    default: Any
     help: str
     flags: tuple[str, ...]
     minimum: float | None = None
@@ -31,17 +36,17 @@ class KeyInfo:
     clock: bool = False  # whether a duration may be a time, such as 10min
     words: Mapping[str, int] = field(default_factory=dict)  # words for numbers
 
+    def describe_range(self) -> str:
+        """Return the range of a number as text."""
+        low = f"above {self.above:g}" if self.above is not None else ""
+        low = f"at least {self.minimum:g}" if self.minimum is not None else low
+        high = f"at most {self.maximum:,}" if self.maximum is not None else ""
+        return " and ".join(part for part in (low, high) if part)
+
 
 def key(default: Any, help: str, *flags: str, **limits: Any) -> Any:
-    """Declare a key; `limits` are fields of `KeyInfo`."""
-    return field(default=default, metadata={"key": KeyInfo(help, flags, **limits)})
-
-
-def info_of(item: "Field[Any]") -> KeyInfo:
-    """Return what `key` declared for a dataclass field."""
-    info = item.metadata["key"]
-    assert isinstance(info, KeyInfo)
-    return info
+    """Declare a setting; `limits` are the other fields of `Key`."""
+    return field(default=default, metadata={"help": help, "flags": flags, **limits})
 
 
 @dataclass(frozen=True)
@@ -311,3 +316,19 @@ class Config:
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def _keys() -> dict[str, Key]:
+    keys: dict[str, Key] = {}
+    for section, cls in SECTIONS.items():
+        hints = get_type_hints(cls)
+        for item in fields(cls):
+            hint = hints[item.name]
+            hint = get_args(hint)[0] if isinstance(hint, UnionType) else hint  # X | None
+            keys[f"{section}.{item.name}"] = Key(section, item.name, hint, item.default, **item.metadata)
+    return keys
+
+
+# The section classes by TOML table, and every setting by section.key.
+SECTIONS: dict[str, Any] = get_type_hints(Config)
+KEYS = _keys()

@@ -7,7 +7,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
 from pdvit.config.duration import Duration, parse_duration
-from pdvit.config.schema import Config, info_of
+from pdvit.config.schema import KEYS, Config
 from pdvit.errors import UserError
 
 
@@ -40,9 +40,8 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
     """
 
     def read(section: str, name: str) -> Duration | None:
-        part = getattr(config, section)
-        info, text = info_of(type(part).__dataclass_fields__[name]), getattr(part, name)
-        return None if text is None else parse_duration(text, info.unit, f"{section}.{name}", clock=info.clock)
+        key, text = KEYS[f"{section}.{name}"], getattr(getattr(config, section), name)
+        return None if text is None else parse_duration(text, key.unit, f"{section}.{name}", clock=key.clock)
 
     def length(section: str, name: str, total: int | None = None) -> int:
         duration = read(section, name)

@@ -1,7 +1,6 @@
 import tomllib
-import types
-from dataclasses import fields, replace
-from typing import Union, get_args, get_origin, get_type_hints
+from dataclasses import replace
+from typing import get_args, get_origin
 
 import pytest
 from hypothesis import assume, given, settings
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from pdvit.config import Config, build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.duration import SECONDS
-from pdvit.config.schema import info_of
+from pdvit.config.schema import KEYS, SECTIONS
 from pdvit.errors import UserError
 
 WORDS = st.text(max_size=8)
@@ -17,41 +16,37 @@ LEAVES = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(al
 TABLES = st.dictionaries(WORDS, LEAVES.filter(lambda value: value is not None) | st.lists(st.integers(), max_size=2))
 
 
-def values_of(item, hint):
+def values_of(key):
     """Draw a legal value of a key from its type and range."""
-    info = info_of(item)
-    types_of_key = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kind = next(option for option in types_of_key if option is not type(None))
-    low = info.minimum if info.minimum is not None else info.above
-    if info.choices:
-        return st.sampled_from(info.choices)
-    if info.unit in SECONDS:
+    low = key.minimum if key.minimum is not None else key.above
+    if key.choices:
+        return st.sampled_from(key.choices)
+    if key.unit in SECONDS:
         return st.sampled_from(["3", "90min", "0.5h", "20s"]) | st.integers(1, 100)
-    if info.unit:
+    if key.unit:
         return st.sampled_from(["3", "3ep", "200st", "1e3im", "0.5ep"]) | st.integers(1, 100)
-    if item.name.endswith("_schedule"):
+    if key.name.endswith("_schedule"):
         return st.sampled_from(["constant", "warmup:3", "decay:10%,until:1e6im"])
-    if item.name == "auto_augment":
+    if key.name == "auto_augment":
         return st.sampled_from(["", "rand", "rand-m9-mstd0.5-inc1"])
-    if kind is bool:
+    if key.type is bool:
         return st.booleans()
-    if kind is int:
+    if key.type is int:
         return st.integers(int(low), 1000)
-    if kind is float:
-        exclude_min = info.above is not None
-        return st.floats(low, info.maximum or 1e6, exclude_min=exclude_min) | st.just(info.maximum or 1)
-    if get_origin(kind) is tuple:
-        more = len(get_args(kind)) - 2
+    if key.type is float:
+        exclude_min = key.above is not None
+        return st.floats(low, key.maximum or 1e6, exclude_min=exclude_min) | st.just(key.maximum or 1)
+    if get_origin(key.type) is tuple:
+        more = len(get_args(key.type)) - 2
         return st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1), *[st.floats(0.1, 1)] * more)
-    return TABLES if get_origin(kind) is dict else WORDS
+    return TABLES if get_origin(key.type) is dict else WORDS
 
 
 def layers():
+    keys = {name: [key for key in KEYS.values() if key.section == name] for name in SECTIONS}
     sections = {
-        section: st.fixed_dictionaries(
-            {}, optional={item.name: values_of(item, get_type_hints(cls)[item.name]) for item in fields(cls)}
-        )
-        for section, cls in get_type_hints(Config).items()
+        name: st.fixed_dictionaries({}, optional={key.name: values_of(key) for key in section})
+        for name, section in keys.items()
     }
     return st.fixed_dictionaries({}, optional=sections)
 
