@@ -5,10 +5,8 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import timm
 import torch
 from timm.optim import param_groups_layer_decay
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +14,7 @@ from pdvit.config import Config
 from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.losses import Objective
-from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter
+from pdvit.models.segmentation.segmenter import build_segmenter
 from pdvit.models.tokens import TokenOutput
 from pdvit.models.wrapper import freeze
 
@@ -89,16 +87,6 @@ def test_upernet_with_swin_tiny_has_the_size_and_cost_that_mmsegmentation_states
     assert round(counter.get_total_flops() / 2 / 1e9, 1) == 944.4
 
 
-@pytest.mark.slow
-def test_upernet_with_swin_large_has_the_size_of_the_papers():
-    with torch.device("meta"):
-        segmenter = build_segmenter(config("swin_large_patch4_window12_384", crop=512, width=512), 150)
-    head = segmenter.head
-    parts = [millions(part) for part in (segmenter.backbone, head.decoder, head.classifier, head.aux)]
-    assert parts == [195.20, 36.88, 0.08, 1.81]  # which add up to 233.97; unrounded it is 233.963
-    assert millions(segmenter) == 233.96
-
-
 @pytest.mark.parametrize("head", ["upernet", "linear"])
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
@@ -161,7 +149,7 @@ def test_the_linear_head_classifies_the_tokens_behind_the_final_norm():
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["upernet", "linear"])
-def test_a_fresh_head_tells_the_classes_apart(head):
+def test_logits_of_a_fresh_head_differ_between_classes(head):
     """Else a small model learns what is an object, and for long not which."""
     torch.manual_seed(0)
     segmenter = build(head=head, width=48, classes=64)
@@ -178,9 +166,10 @@ def test_the_maps_are_those_of_the_quarters_of_the_blocks():
     maps = segmenter.adapter.maps(segmenter.backbone, images())
     for hook in hooks:
         hook.remove()
-    for one, tokens in zip(maps, seen, strict=True):
-        assert torch.equal(one.flatten(2).transpose(1, 2), tokens[:, 1:])
-    twelve = build(model=VIT[1] | {"depth": 12})
+    for found, tokens in zip(maps, seen, strict=True):
+        assert torch.equal(found.flatten(2).transpose(1, 2), tokens[:, 1:])
+    with torch.device("meta"):
+        twelve = build_segmenter(config(model=VIT[1] | {"depth": 12}), 5)
     assert twelve.adapter.indices == (2, 5, 8, 11)  # mmsegmentation's for a ViT of 12 blocks
 
 
@@ -207,12 +196,11 @@ def test_layer_decay_reaches_every_block_and_leaves_the_head(name):
     assert scales.keys() == set(names.values())
     assert {scale for name, scale in scales.items() if name.startswith("head.")} == {1.0}
     count = 6 if "swin" in name else FAMILIES[name]["depth"]
-    if "swin" in name:
-        blocks = [
-            f"backbone.layers.{stage}.blocks.{at}." for stage, depth in enumerate((2, 1, 1, 2)) for at in range(depth)
-        ]
-    else:
-        blocks = [f"backbone.blocks.{at}." for at in range(count)]
+    stages = [f"layers.{stage}." for stage in range(4)] if "swin" in name else [""]
+    depths = SWIN["depths"] if "swin" in name else [count]
+    blocks = [
+        f"backbone.{stage}blocks.{at}." for stage, depth in zip(stages, depths, strict=True) for at in range(depth)
+    ]
     by_block = [{scales[name] for name in scales if name.startswith(block)} for block in blocks]
     assert by_block == [{0.5 ** (count - at)} for at in range(count)]
     stem = {scales[name] for name in scales if name.startswith("backbone.patch_embed")}
@@ -240,26 +228,6 @@ def test_a_frozen_backbone_keeps_its_weights_and_the_head_learns(head):
     assert all(weight.grad is None for weight in segmenter.backbone.parameters())
 
 
-def test_the_first_blocks_can_be_frozen():
-    segmenter = build()
-    freeze(segmenter, "2")
-    frozen = {name for name, weight in segmenter.named_parameters() if not weight.requires_grad}
-    blocks = {f"backbone.blocks.{at}." for at in range(2)}
-    assert {name for name in frozen if "blocks" in name} == {
-        name for name, _ in segmenter.named_parameters() if any(name.startswith(block) for block in blocks)
-    }
-    assert "backbone.patch_embed.proj.weight" in frozen
-    assert not any(name.startswith("head.") for name in frozen)
-
-
-@pytest.mark.parametrize("images_per_pass", [1, 2])
-def test_one_image_per_pass_trains(images_per_pass):
-    segmenter = build(norm="group" if images_per_pass == 1 else "batch").train()
-    output = segmenter(images(images_per_pass))
-    output.logits.square().mean().backward()
-    assert output.logits.isfinite().all()
-
-
 def test_the_terms_see_the_tokens_of_the_first_and_last_block():
     segmenter = build(diversity=replace(TERMS, cosine_layers="2")).eval()
     seen = {}
@@ -273,17 +241,10 @@ def test_the_terms_see_the_tokens_of_the_first_and_last_block():
     tokens = TokenOutput(output.logits, output.first, output.last, None, output.others)
     objective(tokens, torch.zeros(2)).total.backward()
     assert segmenter.backbone.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-
-
-def test_with_a_linear_head_last_is_behind_the_norm():
-    segmenter = build(head="linear", diversity=TERMS).eval()
-    expected = segmenter.backbone.forward_features(images())[:, 1:]
-    torch.testing.assert_close(segmenter(images()).last, expected)
-
-
-def test_without_terms_no_tokens_are_kept():
-    output = build()(images())
-    assert (output.first, output.last, output.others) == (None, None, ())
+    linear = build(head="linear", diversity=TERMS).eval()
+    torch.testing.assert_close(linear(images()).last, linear.backbone.forward_features(images())[:, 1:])
+    plain = build()(images())
+    assert (plain.first, plain.last, plain.others) == (None, None, ())
 
 
 def test_a_copy_has_its_own_tokens():
@@ -312,7 +273,7 @@ def test_the_crop_is_the_image_size_where_none_is_set_and_else_the_models_own():
         ({"name": "vit_of_nobody"}, "no model named"),
     ],
 )
-def test_what_does_not_work_is_refused_with_a_reason(options, what):
+def test_backbones_without_maps_are_refused_with_a_reason(options, what):
     with pytest.raises(UserError, match=f"(?s){what}"):
         build(**options)
 
@@ -325,15 +286,8 @@ def test_compiled_it_is_the_same(name):
     segmenter = build_segmenter(options, 5).eval()
     compiled = torch.compile(segmenter, fullgraph=True, dynamic=False)
     expected, found = segmenter(images(2, 64, 64)), compiled(images(2, 64, 64))
-    for mine, theirs in zip(expected[:1] + expected[2:4], found[:1] + found[2:4], strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_a_segmenter_says_where_its_timm_model_is():
-    segmenter = build()
-    assert isinstance(segmenter, Segmenter)
-    assert isinstance(segmenter.inside, timm.models.VisionTransformer)
-    assert not isinstance(segmenter.inside.head, nn.Linear)
+    for ours, theirs in zip(found[:1] + found[2:4], expected[:1] + expected[2:4], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_backbone_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import nn
+
+from pdvit.config.schema import SegmentConfig
+from pdvit.errors import UserError
+from pdvit.models.segmentation.heads import Neck, Pool, deterministic_pool, group_norm, replace_modules, resolve_norm
+
+
+@pytest.mark.parametrize("strides", [(16, 16, 16, 16), (8, 16, 16, 16), (4, 8, 16, 32)], ids=["plain", "volo", "swin"])
+def test_the_neck_makes_strides_4_8_16_32_and_leaves_a_pyramid(strides):
+    maps = [torch.randn(1, 4, 64 // stride, 64 // stride) for stride in strides]
+    neck = Neck([4] * 4, strides)
+    found = neck(maps)
+    assert [scaled.shape[-1] for scaled in found] == [16, 8, 4, 2]
+    if strides == (4, 8, 16, 32):
+        assert list(neck.parameters()) == []
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, maps, strict=True))
+
+
+def test_the_size_of_the_neck_for_a_base_vit_is_that_of_mmsegmentation():
+    with torch.device("meta"):
+        neck = Neck([768] * 4, [16] * 4)
+    assert round(sum(weight.numel() for weight in neck.parameters()) / 1e6, 2) == 7.08
+
+
+def test_strides_of_no_pyramid_are_refused():
+    with pytest.raises(UserError, match=r"(?s)scaled by 8.*--head linear"):
+        Neck([4] * 4, (32, 16, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("head", "setting", "images", "norm"),
+    [
+        ("upernet", None, 2, "batch"),
+        ("upernet", None, 1, "group"),
+        ("upernet", "group", 8, "group"),
+        ("upernet", "batch", 2, "batch"),
+        ("linear", None, 1, None),
+        ("linear", "batch", 1, "batch"),  # it has no norm, so any setting stays
+    ],
+)
+def test_the_norm_is_batch_by_default_but_for_single_images(head, setting, images, norm):
+    assert resolve_norm(SegmentConfig(head=head, norm=setting), images) == norm
+
+
+def test_a_batch_norm_over_one_image_is_refused():
+    with pytest.raises(UserError, match=r"(?s)one image.*--head-norm group"):
+        resolve_norm(SegmentConfig(head="upernet", norm="batch"), 1)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(512, 32), (64, 16), (8, 2), (50, 10), (13, 1), (3, 1)])
+def test_groups_divide_the_channels_and_have_at_least_four(width, groups):
+    assert group_norm(nn.BatchNorm2d(width)).num_groups == groups
+
+
+def test_every_batch_norm_is_replaced_at_any_depth():
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), nn.BatchNorm2d(8))
+    replace_modules(module, group_norm)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+    images = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(module(images), torch.cat([module(image[None]) for image in images]))
+
+
+@pytest.fixture
+def deterministic(device):
+    """A device on which only deterministic kernels are allowed."""
+    torch.use_deterministic_algorithms(True)
+    yield device
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+@pytest.mark.parametrize("sides", [(1, 1), (2, 5), (13, 32)])
+def test_deterministic_pooling_has_the_means_and_gradients_of_torch(deterministic, sides, parts):
+    maps = torch.randn(2, 3, *sides, dtype=torch.float64, requires_grad=True)
+    expected = nn.functional.adaptive_avg_pool2d(maps, parts)
+    ours = maps.detach().to(deterministic).requires_grad_()
+    found = Pool(parts)(ours)
+    torch.testing.assert_close(found.cpu(), expected)
+    pull = torch.randn_like(expected)
+    expected.backward(pull)
+    found.backward(pull.to(deterministic))
+    torch.testing.assert_close(ours.grad.cpu(), maps.grad)
+    low = Pool(parts)(maps.detach().to(deterministic, torch.bfloat16))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double().cpu(), expected, rtol=0, atol=0.02)
+
+
+def test_pooling_is_torchs_own_unless_deterministic_kernels_are_needed():
+    module = nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.ReLU()), nn.Conv2d(2, 2, 1))
+    maps, names = torch.randn(1, 2, 7, 8), list(module.state_dict())
+    expected = module(maps)
+    replace_modules(module, deterministic_pool)
+    assert isinstance(module[0][0], Pool)
+    assert torch.equal(module(maps), expected)
+    assert list(module.state_dict()) == names
