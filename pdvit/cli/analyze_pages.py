@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
 from pdvit.analysis.report import ReportFigure, report_page
 from pdvit.analysis.tables import MAPS
 from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
 from pdvit.cli.console import log
+from pdvit.cli.plot import FIGURES, draw_figure
 from pdvit.data.image_sets import ImageSet
 from pdvit.data.images import BadImages
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole
-from pdvit.plots.curves import plot_pairs, plot_spectrum
-from pdvit.plots.depth import NORM_STD, NORMS, plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
-from pdvit.plots.heatmap import plot_cka
-from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render
+from pdvit.plots.reading import AnalyzedRun
+from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render, unique
 from pdvit.plots.training import plot_training, read_records
 from pdvit.tracking import describe_environment, write_file, writing
 
@@ -64,41 +62,17 @@ def write_report(results: Sequence[CheckpointAnalysis], folders: Mapping[str, Pa
 
 def report_figures(results: Sequence[CheckpointAnalysis], theme: Theme) -> dict[str, Drawing]:
     """Return the figures of everything that was measured, by caption."""
-
-    def tables(part: Sequence[CheckpointAnalysis]) -> tuple[list[Any], list[str]]:
-        return [result.analysis.table for result in part], [result.name for result in part]
-
-    def measured(*metrics: str) -> list[CheckpointAnalysis]:
-        return [result for result in results if set(metrics) <= set(result.analysis.table["metric"])]
-
-    def curves(group: str) -> tuple[list[Any], list[Any], list[str]]:
-        part = [result for result in results if group in result.analysis.curves]
-        return [result.analysis.curves[group] for result in part], *tables(part)
-
-    figures: dict[str, Drawing] = {}
-    if with_p := measured("similarity"):
-        caption = "P by layer: mean over images, and one standard deviation"
-        figures[caption] = plot_similarity(*tables(with_p), theme)
-    if len(with_p) == 2:
-        caption = "The two checkpoints: P, its difference with a 95 % interval, and all other metrics"
-        figures[caption] = plot_compare(*tables(with_p), theme)
-    else:
-        figures["All metrics by layer"] = plot_metrics(*tables(results), theme)
-    if with_norms := measured(*NORMS, NORM_STD):
-        figures["Lengths of the tokens: mean, spread and outliers"] = plot_norms(*tables(with_norms), theme)
-    arrays, _, names = curves("pairs")
-    if names:
-        figures["Cosines of all pairs of patches, by layer"] = plot_pairs(arrays, names, theme)
-    if curves("spectrum")[-1]:
-        figures["Amplitude by spatial frequency, by layer"] = plot_spectrum(*curves("spectrum"), theme)
-    if curves("attention")[-1]:
-        figures["Attention: entropy and distance by head"] = plot_attention(*curves("attention"), theme)
-    arrays, _, names = curves("cka")
-    if names:
-        figures["Linear CKA between layers"] = plot_cka(arrays, names, theme=theme)
-    if runs := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
+    names = unique([result.name for result in results])
+    analyses = [result.analysis for result in results]
+    runs = [AnalyzedRun(name, analysis.table, analysis.curves) for name, analysis in zip(names, analyses, strict=True)]
+    two = sum(FIGURES["similarity"].fits(run) for run in runs) == 2
+    drawings: dict[str, Drawing] = {}
+    for name, figure in FIGURES.items():
+        fitting = [run for run in runs if figure.fits(run)]
+        if fitting and name != ("metrics" if two else "compare"):
+            drawings[figure.help.removesuffix(".")] = draw_figure(name, fitting, theme)
+    if trained := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
         caption = "Training: loss by term, validation accuracy, and P by layer over the epochs"
-        figures[caption] = plot_training(
-            [read_records(run) for run in runs], [run.resolve().name for run in runs], theme
-        )
-    return figures
+        records = zip(unique([run.resolve().name for run in trained]), map(read_records, trained), strict=True)
+        drawings[caption] = plot_training(dict(records), theme)
+    return drawings

@@ -1,26 +1,96 @@
-"""`pdvit plot KIND`."""
+"""`pdvit plot FIGURE`: the figures, the run directories to draw, and the files to write."""
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pdvit.cli.figures import Dark, Out, Runs, check_suffix, folders_of, name_of, names_of, theme_of, write
-from pdvit.errors import UserError
+from pdvit.errors import UserError, closest
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from pdvit.plots.reading import Arrays
+    from pdvit.plots.reading import AnalyzedRun
     from pdvit.plots.style import Drawing, Theme
     from pdvit.plots.sweep import SweepSummary
 
 app = typer.Typer(invoke_without_command=True)
 
-# Runs of one figure that are drawn when none are named: lines that are told apart, panels that fit beside one another.
+# Without arguments, the newest runs are drawn, up to these: lines in one panel, or panels.
 LINES, PANELS = 6, 3
-TABLE, MEASURE = "analysis.csv", "pdvit analyze {}"
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class AnalysisFigure:
+    """A figure of analyses, drawn by `plot_NAME` of a module in pdvit.plots.
+
+    Attributes:
+        module: of `plot_NAME`.
+        help: of the command, and the caption in the report of `pdvit analyze`.
+        group: `pdvit analyze --metrics GROUP` measures what the figure needs.
+        metrics: needed in analysis.csv.
+        curves: needed in analysis/GROUP.npz.
+    """
+
+    module: str
+    help: str
+    group: str = "similarity"
+    metrics: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
+
+    def fits(self, run: "AnalyzedRun") -> bool:
+        """Return whether the run has what the figure needs."""
+        return set(self.metrics) <= set(run.table["metric"]) and (not self.curves or self.group in run.curves)
+
+
+NORMS = ("norm_mean", "norm_peak", "norm_outliers", "norm_std")
+SPECTRUM = ("by_frequency", "frequency")
+SIMILARITY = "P by layer: mean over images with one standard deviation, stages, random weights."
+COMPARE = "Two checkpoints: P of both, their difference with a 95 % interval, all other metrics."
+# In the order of the report.
+FIGURES = {
+    "similarity": AnalysisFigure("depth", SIMILARITY, metrics=("similarity",)),
+    "compare": AnalysisFigure("depth", COMPARE, metrics=("similarity",)),
+    "metrics": AnalysisFigure("depth", "All metrics by layer."),
+    "norms": AnalysisFigure("depth", "Lengths of the tokens: mean, spread and outliers.", "norms", NORMS),
+    "pairs": AnalysisFigure("curves", "Cosines of pairs of patches, by layer.", "pairs", (), ("histogram", "edges")),
+    "spectrum": AnalysisFigure("curves", "Amplitude by spatial frequency.", "spectrum", ("dc_share",), SPECTRUM),
+    "attention": AnalysisFigure(
+        "depth", "Entropy and distance of attention, by head.", "attention", (), ("entropy", "distance")
+    ),
+    "cka": AnalysisFigure("heatmap", "Linear CKA between layers.", "cka", (), ("matrix", "layers")),
+}
+
+
+def draw_figure(name: str, runs: Sequence["AnalyzedRun"], theme: "Theme") -> "Drawing":
+    """Draw a figure of analyses."""
+    drawing: Drawing = getattr(import_module(f"pdvit.plots.{FIGURES[name].module}"), f"plot_{name}")(runs, theme)
+    return drawing
+
+
+def _check_suffix(out: Path | None) -> Path | None:
+    """Reject an unknown format before any work is done."""
+    if out is not None and out.suffix.lower() not in SUFFIXES:
+        what = f"'{out.suffix or out.name}' is not a format of figures"
+        raise UserError(what, f"--out {out}", closest(out.suffix, SUFFIXES))
+    return out
+
+
+Runs = Annotated[list[Path] | None, typer.Argument(help="Run directories, or folders of analyses; unset: the newest.")]
+Run = Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest that has the data.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        callback=_check_suffix,
+        help="File; .png, .svg or .pdf decides the format. Its data go beside it, as CSV.",
+    ),
+]
+Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark background.")]
 
 
 @app.callback()
@@ -30,48 +100,58 @@ def plot(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@app.command()
-def similarity(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Depth against P, one line per analysis: mean and spread, stages, random weights."""
-    check_suffix(out)
-    from pdvit.plots.depth import P, plot_similarity
+def _draw_analyses(name: str, runs: list[Path] | None, out: Path | None, dark: bool) -> None:
+    from pdvit.plots.reading import read_run
 
-    _lines("similarity", plot_similarity, runs, out, dark, (P,))
+    figure = FIGURES[name]
+    if figure.curves:
+        file, flag, count = f"analysis/{figure.group}.npz", f" --metrics {figure.group}", PANELS
+    else:
+        file, flag, count = "analysis.csv", "", LINES
+    folders = _folders(runs, file, f"pdvit analyze {{}}{flag}", count)
+    analyses = [
+        read_run(folder, called, figure.group, figure.metrics, figure.curves)
+        for folder, called in zip(folders, _names(folders), strict=True)
+    ]
+    _write(draw_figure(name, analyses, _theme(dark)), name, folders, out)
 
 
-@app.command()
-def metrics(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Small multiples: every metric that was measured, by layer."""
-    check_suffix(out)
-    from pdvit.plots.depth import plot_metrics
+def _add_command(name: str) -> None:
+    def command(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+        _draw_analyses(name, runs, out, dark)
 
-    _lines("metrics", plot_metrics, runs, out, dark)
+    app.command(name, help=FIGURES[name].help)(command)
+
+
+for _figure in FIGURES:
+    if _figure != "compare":  # which needs two runs
+        _add_command(_figure)
+
+
+@app.command(help=FIGURES["compare"].help)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Run directory, or folder of an analysis.")],
+    second: Annotated[Path, typer.Argument(help="Another; differences are second minus first.")],
+    out: Out = None,
+    dark: Dark = False,
+) -> None:
+    """Draw two analyses."""
+    _draw_analyses("compare", [first, second], out, dark)
 
 
 @app.command()
 def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Loss by term, accuracy or mIoU, and P over epoch and layer, one row per run."""
-    check_suffix(out)
     from pdvit.plots.training import plot_training, read_records
 
-    folders = folders_of(runs, "metrics.jsonl", "pdvit train", 1)
-    records = [read_records(folder) for folder in folders]
-    write(plot_training(records, names_of(folders), theme_of(dark)), "training", folders, out)
-
-
-@app.command()
-def pairs(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """How similarities of pairs of patches are distributed: a histogram per layer."""
-    check_suffix(out)
-    from pdvit.plots.curves import plot_pairs
-
-    folders, arrays, _ = _curves("pairs", runs, ("histogram", "edges"))
-    write(plot_pairs(arrays, names_of(folders), theme_of(dark)), "pairs", folders, out)
+    folders = _folders(runs, "metrics.jsonl", "pdvit train", 1)
+    records = dict(zip(_names(folders), map(read_records, folders), strict=True))
+    _write(plot_training(records, _theme(dark)), "training", folders, out)
 
 
 @app.command()
 def maps(
-    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest with maps.")] = None,
+    run: Run = None,
     image: Annotated[int, typer.Option("--image", min=0, help="Number of the image, from 0.")] = 0,
     patch: Annotated[
         list[str] | None,
@@ -82,69 +162,41 @@ def maps(
     out: Out = None,
     dark: Dark = False,
 ) -> None:
-    """What single patches of an image resemble, at several depths."""
-    check_suffix(out)
-    chosen = [_place(text) for text in patch or []]
+    """Similarity of single patches to all others of an image, at several depths."""
     from pdvit.plots.heatmap import plot_maps, read_maps
 
-    folders = folders_of([run] if run else None, "analysis/maps.npz", f"{MEASURE} --explore", 1)
-    figure = plot_maps(read_maps(folders[0]), name_of(folders[0]), image, chosen, theme_of(dark))
-    write(figure, "maps", folders, out)
+    patches = []
+    for text in patch or []:
+        if not re.fullmatch(r"\s*-?\d+\s*,\s*-?\d+\s*", text):
+            raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
+        row, column = map(int, text.split(","))
+        patches.append((row, column))
+    folders = _folders([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1)
+    figure = plot_maps(read_maps(folders[0]), _name_of(folders[0]), image, patches, _theme(dark))
+    _write(figure, "maps", folders, out)
 
 
 @app.command()
-def attention(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Entropy and distance of attention, head by head."""
-    check_suffix(out)
-    from pdvit.plots.depth import ATTENTION, plot_attention
+def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
+    """Confusion matrix of an evaluation."""
+    from pdvit.plots.heatmap import plot_confusion, read_confusion
 
-    folders, arrays, tables = _curves("attention", runs, tuple(ATTENTION))
-    write(plot_attention(arrays, tables, names_of(folders), theme_of(dark)), "attention", folders, out)
-
-
-@app.command()
-def norms(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """How long the tokens are: mean, spread and outliers by layer."""
-    check_suffix(out)
-    from pdvit.plots.depth import NORM_STD, NORMS, plot_norms
-
-    _lines("norms", plot_norms, runs, out, dark, (*NORMS, NORM_STD), "norms")
+    if run and (run / "iou.csv").is_file():
+        tip = f"draw IoU by class and pictures: pdvit plot segmentation {run}"
+        raise UserError("a run of segmentation has no confusion matrix", str(run), tip)
+    folders = _folders([run] if run else None, "confusion.csv", "pdvit eval {}", 1)
+    figure = plot_confusion(read_confusion(folders[0]), _name_of(folders[0]), _theme(dark))
+    _write(figure, "confusion", folders, out)
 
 
 @app.command()
-def spectrum(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Amplitude by spatial frequency for every layer, and the share of the mean."""
-    check_suffix(out)
-    from pdvit.plots.curves import DC_SHARE, plot_spectrum
+def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
+    """Image, truth, prediction and errors side by side, and the IoU of every class."""
+    from pdvit.plots.segmentation import plot_segmentation, read_segmentation
 
-    folders, arrays, tables = _curves("spectrum", runs, ("by_frequency", "frequency"), (DC_SHARE,))
-    write(plot_spectrum(arrays, tables, names_of(folders), theme_of(dark)), "spectrum", folders, out)
-
-
-@app.command()
-def cka(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Which layers tell images apart alike: linear CKA of one model, and between models."""
-    check_suffix(out)
-    from pdvit.plots.heatmap import plot_cka, read_between
-
-    folders, arrays, _ = _curves("cka", runs, ("matrix", "layers"))
-    names = names_of(folders)
-    between = [(name, found) for folder, name in zip(folders, names, strict=True) if (found := read_between(folder))]
-    write(plot_cka(arrays, names, between, theme_of(dark)), "cka", folders, out)
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(help="Run directory, or folder of an analysis.")],
-    second: Annotated[Path, typer.Argument(help="Another; differences are second minus first.")],
-    out: Out = None,
-    dark: Dark = False,
-) -> None:
-    """Two checkpoints: P of both, their difference with its interval, all other metrics."""
-    check_suffix(out)
-    from pdvit.plots.depth import P, plot_compare
-
-    _lines("compare", plot_compare, [first, second], out, dark, (P,))
+    folders = _folders([run] if run else None, "iou.csv", "pdvit eval {}", 1)
+    figure = plot_segmentation(*read_segmentation(folders[0]), _name_of(folders[0]), _theme(dark))
+    _write(figure, "segmentation", folders, out)
 
 
 @app.command()
@@ -155,99 +207,25 @@ def sweep(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(
-            "--baseline", metavar="KEY=VALUE", help="What differences are taken from. Unset: the first setting."
-        ),
+        typer.Option("--baseline", metavar="KEY=VALUE", help="Baseline of differences. Unset: the first setting."),
     ] = None,
     out: Out = None,
     dark: Dark = False,
 ) -> None:
     """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
-    check_suffix(out)
     from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise
 
     folder = folder.expanduser()
     if not folder.exists():
         raise UserError("there is no such folder or file", str(folder), "name the folder of a sweep, or its cells.csv")
     summary = summarise(read_cells(folder), metric, baseline)
-    _show(summary)
+    _print_sweep(summary)
     if folder.is_file():  # experiments/digits/results.csv is digits-results
         folder = folder.with_name(f"{folder.resolve().parent.name}-{folder.stem}")
-    write(plot_sweep(summary, name_of(folder), theme_of(dark)), "sweep", [folder], out, markdown(summary))
+    _write(plot_sweep(summary, _name_of(folder), _theme(dark)), "sweep", [folder], out, markdown(summary))
 
 
-@app.command()
-def confusion(
-    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest evaluation.")] = None,
-    out: Out = None,
-    dark: Dark = False,
-) -> None:
-    """What is taken for what: the confusion matrix of an evaluation."""
-    check_suffix(out)
-    from pdvit.plots.heatmap import plot_confusion, read_confusion
-
-    if run and (run / "iou.csv").is_file():
-        tip = f"its scores by class, and pictures: pdvit plot segmentation {run}"
-        raise UserError("the run labels pixels, whose confusions are in iou.csv alone", str(run), tip)
-    folders = folders_of([run] if run else None, "confusion.csv", "pdvit eval {}", 1)
-    figure = plot_confusion(read_confusion(folders[0]), name_of(folders[0]), theme_of(dark))
-    write(figure, "confusion", folders, out)
-
-
-@app.command()
-def segmentation(
-    run: Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest segmentation.")] = None,
-    out: Out = None,
-    dark: Dark = False,
-) -> None:
-    """Image, truth, prediction and errors side by side, and the IoU of every class."""
-    check_suffix(out)
-    from pdvit.plots.segmentation import plot_segmentation, read_segmentation
-
-    folders = folders_of([run] if run else None, "iou.csv", "pdvit eval {}", 1)
-    figure = plot_segmentation(*read_segmentation(folders[0]), name_of(folders[0]), theme_of(dark))
-    write(figure, "segmentation", folders, out)
-
-
-def _lines(
-    kind: str,
-    draw: "Callable[[Sequence[pd.DataFrame], Sequence[str], Theme], Drawing]",
-    runs: list[Path] | None,
-    out: Path | None,
-    dark: bool,
-    needs: Sequence[str] = (),
-    group: str = "similarity",
-) -> None:
-    """Draw a figure from analysis.csv of each run, which has to have the metrics `needs` of a group."""
-    from pdvit.plots.reading import read_analysis
-
-    folders = folders_of(runs, TABLE, MEASURE, LINES)
-    tables = [read_analysis(folder, needs, group) for folder in folders]
-    write(draw(tables, names_of(folders), theme_of(dark)), kind, folders, out)
-
-
-def _curves(
-    group: str, runs: list[Path] | None, names: Sequence[str], needs: Sequence[str] = ()
-) -> "tuple[list[Path], list[Arrays], list[pd.DataFrame]]":
-    """Return run directories with the curves and the table of each."""
-    from pdvit.plots.reading import read_analysis, read_curves
-
-    folders = folders_of(runs, f"analysis/{group}.npz", f"{MEASURE} --metrics {group}", PANELS)
-    arrays = [read_curves(folder, group, names) for folder in folders]
-    return folders, arrays, [read_analysis(folder, needs, group) for folder in folders]
-
-
-def _place(text: str) -> tuple[int, int]:
-    """Read ROW,COL."""
-    try:
-        row, column = (int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5") from error
-    return row, column
-
-
-def _show(summary: "SweepSummary") -> None:
-    """Print the table of a sweep, and what its numbers are."""
+def _print_sweep(summary: "SweepSummary") -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -264,3 +242,67 @@ def _show(summary: "SweepSummary") -> None:
     console.print(view)
     for note in notes_of(summary):
         console.print(f"[dim]{escape(note)}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _folders(runs: list[Path] | None, file: str, command: str, count: int) -> list[Path]:
+    """Return the run directories to draw: those named, or the newest that have the file.
+
+    If it is missing, the UserError names the command that makes it; `{}` in it stands for the run.
+    """
+    from pdvit.plots.reading import checkpoint_of
+    from pdvit.tracking import newest
+
+    folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(file)[:count]
+    if not folders:
+        raise UserError(f"no run here has {file} yet", "runs/", f"run {command.format('RUN')} first")
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
+        if not (folder / file).is_file():
+            tip = f"run {command.format(checkpoint_of(folder))} first"
+            raise UserError(f"the run has no {file}", str(folder), tip)
+    return folders
+
+
+def _name_of(folder: Path) -> str:
+    name = folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
+    return name.encode(errors="replace").decode()  # pandas on pyarrow has no text for other file names
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Return names of runs that differ: of the folder, if needed with its parent or a number."""
+    from pdvit.plots.style import unique
+
+    names = [_name_of(folder) for folder in folders]
+    longer = ["/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode() for folder in folders]
+    return unique([long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)])
+
+
+def _theme(dark: bool) -> "Theme":
+    from pdvit.plots.style import DARK, LIGHT
+
+    return DARK if dark else LIGHT
+
+
+def _write(figure: "Drawing", name: str, folders: list[Path], out: Path | None, page: str | None = None) -> None:
+    """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
+    from pdvit.plots.style import render
+    from pdvit.tracking import write_file, writing
+
+    if out is None:
+        parts = [name, *(re.sub(r"[^\w.-]", "-", _name_of(folder))[:40] for folder in folders[:3])]
+        out = Path("figures") / f"{'-'.join(parts)}{f'-{len(folders) - 3}-more' if len(folders) > 3 else ''}.png"
+    table = figure.data.to_csv(index=False, float_format="%.6g")
+    texts = {out.with_suffix(".csv"): table} | ({out.with_suffix(".md"): page} if page else {})
+    with writing("the figure", out):
+        for file, text in texts.items():
+            # `--out RUN/analysis.png` must not replace RUN/analysis.csv: a figure's table begins with another column.
+            first = re.escape(re.split("[,\n]", text, maxsplit=1)[0]).encode() + b"[,\n]"
+            if file.exists() and not re.match(rb"\|" if file.suffix == ".md" else first, file.read_bytes()):
+                what = f"{file.name} is there, and is not the data of a figure"
+                raise UserError(what, str(file), "choose another --out: a figure's data go beside it, under its name")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, render(figure, out.suffix))
+        for file, text in texts.items():
+            write_file(file, text.encode(errors="replace"))  # what a file system takes as a name need not be text
+    print(out)

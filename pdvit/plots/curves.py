@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from pdvit.plots.depth import draw_metric, run_styles, stack
-from pdvit.plots.reading import Arrays, layers_of
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, depth_colours, legend, new_figure, shorten, unique
+from pdvit.plots.reading import AnalyzedRun
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, depth_colours, legend, new_figure, shorten
 
 DC_SHARE = "dc_share"
 # Heights of a layer's histogram and of what is around all, in inches; in layers, how far a histogram reaches up.
@@ -16,27 +16,27 @@ LAYER, AROUND, REACH = 0.2, 0.75, 1.7
 PAIRS_COLUMNS, SPECTRUM_COLUMNS = 3, 2
 
 
-def plot_pairs(runs: Sequence[Arrays], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw histograms of cos over all pairs of patches, layer above layer; ticks are medians.
 
-    `runs` are the arrays of analysis/pairs.npz: `histogram/LAYER`, shares, and `edges/LAYER`. Heights are square roots
-    of shares, scaled to the same maximum in each layer: tails stay visible, and a layer with one peak hides no other.
+    The curves are `pairs`: `histogram/LAYER`, fractions, and `edges/LAYER`. Heights are square roots of fractions,
+    scaled to the same maximum in each layer: tails stay visible, and a layer with one peak hides no other.
     """
     parts = []
-    for arrays, name in zip(runs, unique(names), strict=True):
-        for depth, layer in enumerate(layers_of(arrays, "histogram")):
-            edges, shares = arrays[f"edges/{layer}"], arrays[f"histogram/{layer}"]
+    for run in runs:
+        for depth, (layer, shares) in enumerate(run.curve("pairs", "histogram").items()):
+            edges = run.curve("pairs", "edges")[layer]
             bars = {"from": edges[:-1], "to": edges[1:], "share": shares}
-            parts.append(pd.DataFrame({"run": name, "layer": layer, "depth": depth, **bars}))
+            parts.append(pd.DataFrame({"run": run.name, "layer": layer, "depth": depth, **bars}))
     data = pd.concat(parts, ignore_index=True)
     columns = min(PAIRS_COLUMNS, len(runs))
     lines = -(-len(runs) // columns)
     width, height = SINGLE if len(runs) == 1 else DOUBLE, LAYER * (data["depth"].max() + 1) + AROUND
     with new_figure(width, lines * height, theme, lines, columns, sharex=True) as figure:
         figure.data = data
-        for axes, (run, rows) in zip(figure.axes, data.groupby("run", sort=False), strict=False):
+        for axes, (name, rows) in zip(figure.axes, data.groupby("run", sort=False), strict=False):
             _draw_histograms(axes, rows, theme)
-            axes.set(title=shorten(str(run)), ylabel="block")
+            axes.set(title=shorten(str(name)), ylabel="block")
         for axes in figure.axes[len(runs) :]:
             axes.set_axis_off()
         lowest = data[data["share"] > 0]["from"].min()
@@ -52,9 +52,9 @@ def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
         shares = layers[depth]["share"].to_numpy()
         edges = np.append(layers[depth]["from"], layers[depth]["to"].iloc[-1])
         top = depth + REACH * np.sqrt(shares / max(shares.max(), np.finfo(float).tiny))
-        axes.stairs(top, edges, baseline=depth, color=theme.paper, linewidth=1.2, zorder=len(layers) - depth + 1.5)
-        fill = {"color": colours[depth], "fill": True, "alpha": 0.9, "zorder": len(layers) - depth + 2}
-        axes.stairs(top, edges, baseline=depth, **fill)
+        front = len(layers) - depth
+        axes.stairs(top, edges, baseline=depth, color=theme.paper, linewidth=1.2, zorder=front + 1.5)
+        axes.stairs(top, edges, baseline=depth, color=colours[depth], fill=True, alpha=0.9, zorder=front + 2)
         below = np.append(0, np.cumsum(shares))
         median = np.interp(below[-1] / 2, below, edges)
         axes.plot([median] * 2, [depth, depth + 0.45], color=theme.ink, linewidth=1, zorder=len(layers) + 3)
@@ -67,22 +67,18 @@ def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
     axes.grid(visible=True, axis="x")
 
 
-def plot_spectrum(
-    runs: Sequence[Arrays], tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT
-) -> Drawing:
+def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw the relative log-amplitude by frequency, a line per layer; in the last panel the DC share by layer.
 
-    `runs` are the arrays of analysis/spectrum.npz: `by_frequency/LAYER` and `frequency/LAYER`.
+    The curves are `spectrum`: `by_frequency/LAYER` and `frequency/LAYER`.
     """
     parts = []
-    for arrays, name in zip(runs, unique(names), strict=True):
-        for depth, layer in enumerate(layers_of(arrays, "by_frequency")):
-            values = {"frequency": arrays[f"frequency/{layer}"], "mean": arrays[f"by_frequency/{layer}"]}
-            parts.append(
-                pd.DataFrame({"run": name, "layer": layer, "depth": depth, "metric": "by_frequency", **values})
-            )
-    curves = pd.concat(parts, ignore_index=True)
-    shares = stack([table[table["metric"] == DC_SHARE] for table in tables], names)
+    for run in runs:
+        for depth, (layer, mean) in enumerate(run.curve("spectrum", "by_frequency").items()):
+            values = {"metric": "by_frequency", "frequency": run.curve("spectrum", "frequency")[layer], "mean": mean}
+            parts.append(pd.DataFrame({"run": run.name, "layer": layer, "depth": depth, **values}))
+    curves, shares = pd.concat(parts, ignore_index=True), stack(runs)
+    shares = shares[shares["metric"] == DC_SHARE]
     columns = min(SPECTRUM_COLUMNS, len(runs)) + 1
     height = -(-len(runs) // (columns - 1))
     with new_figure(DOUBLE, 2.6 * height + 0.2, theme, height, columns) as figure:
@@ -91,10 +87,10 @@ def plot_spectrum(
         panels = grid[:, :-1].ravel()
         scale = depth_colours(theme, int(curves["depth"].max()))
         room = 0.05 * (curves["mean"].max() - curves["mean"].min())
-        for axes, (run, rows) in zip(panels, curves.groupby("run", sort=False), strict=False):
+        for axes, (name, rows) in zip(panels, curves.groupby("run", sort=False), strict=False):
             for at, line in rows.groupby("depth"):
                 axes.plot(line["frequency"], line["mean"], color=scale.to_rgba(np.asarray(at)), linewidth=1.1)
-            axes.set(title=shorten(str(run)), xlabel="frequency / π", xlim=(0, 1))
+            axes.set(title=shorten(str(name)), xlabel="frequency / π", xlim=(0, 1))
             axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
             axes.set_ylim(curves["mean"].min() - room, curves["mean"].max() + room)
         for axes in [*panels[len(runs) :], *grid[1:, -1]]:

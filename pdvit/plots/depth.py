@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.special import stdtrit
 
-from pdvit.plots.reading import Arrays, layers_of
+from pdvit.plots.reading import AnalyzedRun
 from pdvit.plots.style import (
     DOUBLE,
     LIGHT,
@@ -24,7 +24,6 @@ from pdvit.plots.style import (
     shorten,
     text_colour,
     thin_ticks,
-    unique,
 )
 from pdvit.plots.sweep import LEVEL, MINUS
 
@@ -70,11 +69,11 @@ METRICS: dict[str, tuple[str, Range]] = {
 }
 
 
-def plot_similarity(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw P by layer in one panel, each line named at its end; rings mark stages, thin lines random weights."""
-    rows = stack(tables, names)
+    rows = stack(runs)
     rows = rows[rows["metric"].isin([P, RANDOM])]
-    images = sorted({int(table["images"].iloc[0]) for table in tables})
+    images = sorted({int(run.table["images"].iloc[0]) for run in runs})
     with new_figure(DOUBLE, 3.3, theme) as figure:
         figure.data = rows
         (axes,) = figure.axes
@@ -82,36 +81,33 @@ def plot_similarity(tables: Sequence[pd.DataFrame], names: Sequence[str], theme:
         name_depths(axes, rows, ticks=12)
         axes.set_xlim(right=rows["depth"].max() + 0.1)
         _name_ends(axes, rows, theme)
-        counts = (
-            f"{images[0]} to {images[-1]} images" if len(images) > 1 else f"{images[0]} image{'s'[: images[0] > 1]}"
-        )
-        axes.set(
-            ylabel="P, patch similarity", title=f"P by layer: mean over {counts}, band of ± one standard deviation"
-        )
+        counts = " to ".join(map(str, dict.fromkeys((images[0], images[-1])))) + f" image{'s'[: images[-1] > 1]}"
+        title = f"P by layer: mean over {counts}, band of ± one standard deviation"
+        axes.set(ylabel="P, patch similarity", title=title)
         if keys := _keys(rows, theme):
             axes.legend(handles=keys, loc="best", fontsize=7)
         return figure
 
 
-def plot_metrics(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+def plot_metrics(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw every metric in a small panel; a run without the metric has no line there."""
-    rows = stack(tables, names)
+    rows = stack(runs)
     with _panels(rows, (), metrics_of(rows), theme) as figure:
         return figure
 
 
-def plot_norms(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+def plot_norms(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw token lengths: mean with the spread over patches, longest over median, share of outliers."""
-    rows = stack(tables, names)
+    rows = stack(runs)
     with _panels(rows[rows["metric"].isin([*NORMS, NORM_STD])], NORMS, (), theme) as figure:
         return figure
 
 
-def plot_compare(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT) -> Drawing:
+def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw P of two analyses, second minus first with a 95 % interval, and all other metrics that both have."""
-    both = set.intersection(*(set(table["metric"]) for table in tables))
-    rows = stack([table[table["metric"].isin(both)] for table in tables], names)
-    change = differences(tables, P)
+    rows = stack(runs)
+    rows = rows[rows["metric"].isin(set.intersection(*(set(run.table["metric"]) for run in runs)))]
+    change = differences([run.table for run in runs], P)
     with _panels(rows, (P, ""), [metric for metric in metrics_of(rows) if metric != P], theme) as figure:
         axes = figure.axes[1]
         reach = [(change["mean"] - change["low"]).fillna(0), (change["high"] - change["mean"]).fillna(0)]
@@ -119,66 +115,61 @@ def plot_compare(tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Th
         style: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
         axes.errorbar(change["depth"], change["mean"], reach, color=theme.ink, **style)
         name_depths(axes, change.assign(run=""))
-        first, second = (shorten(name, 22) for name in unique(names))
+        first, second = (shorten(run.name, 22) for run in runs)
         axes.set_title(f"P of {second} {MINUS} P of {first}\n(bars: 95 % confidence)")
         figure.data = pd.concat([rows, change.assign(run="difference")], ignore_index=True)
         return figure
 
 
-def plot_attention(
-    runs: Sequence[Arrays], tables: Sequence[pd.DataFrame], names: Sequence[str], theme: Theme = LIGHT
-) -> Drawing:
+def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw entropy and distance of attention by block: a dot per head, a line for their mean.
 
-    `runs` are the arrays of analysis/attention.npz, `entropy/LAYER` and `distance/LAYER` with one value per head.
-    Dashed lines mark the largest entropy, ln of the number of patches.
+    The curves are `attention`: `entropy/LAYER` and `distance/LAYER`, one value per head. Dashed lines mark the largest
+    entropy, ln of the number of patches.
     """
-    data = _head_rows(runs, tables, names)
+    data = pd.concat([_head_rows(run, curve) for run in runs for curve in ATTENTION], ignore_index=True)
     styles = run_styles(data, theme)
     with new_figure(DOUBLE, 2.7, theme, columns=2) as figure:
         figure.data = data
         for axes, (curve, title) in zip(figure.axes, ATTENTION.items(), strict=True):
+            part = data[data["curve"] == curve]
             for number, (name, style) in enumerate(styles.items()):
-                rows = data[(data["run"] == name) & (data["curve"] == curve)]
+                rows = part[part["run"] == name]
                 heads: dict[str, Any] = {**style, "linestyle": "", "alpha": 0.5, "markersize": 2.6}
                 shift = HEAD_SHIFT * (number - (len(styles) - 1) / 2)
                 axes.plot(rows["depth"] + shift, rows["value"], markeredgewidth=0, **heads)
                 mean = rows.groupby("depth")["value"].mean()
                 axes.plot(mean.index, mean, **{**style, "marker": ""})
             name_depths(axes, data, ticks=12)
-            axes.set(title=title, ylim=(0, 1.06 * data[data["curve"] == curve]["value"].max()))
-        counts = data["tokens"].unique()
+            axes.set(title=title, ylim=(0, 1.06 * part["value"].max()))
+        counts, entropy = data["tokens"].unique(), figure.axes[0]
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
         for count in counts[:3]:
-            figure.axes[0].axhline(np.log(count), color=theme.muted, linestyle=(0, (4, 2)), linewidth=0.8)
-            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            figure.axes[0].annotate(
-                f"uniform: ln {count}", (1, np.log(count)), (0, 2), **place, ha="right", color=theme.muted, fontsize=7
-            )
-        figure.axes[0].set_ylim(0, max(1.1 * np.log(counts.max()), figure.axes[0].get_ylim()[1]))
+            entropy.axhline(np.log(count), color=theme.muted, linestyle=(0, (4, 2)), linewidth=0.8)
+            entropy.annotate(f"uniform: ln {count}", (1, np.log(count)), (0, 2), color=theme.muted, fontsize=7, **place)
+        entropy.set_ylim(0, max(1.1 * np.log(counts.max()), entropy.get_ylim()[1]))
         legend(figure, styles)
         return figure
 
 
-def _head_rows(runs: Sequence[Arrays], tables: Sequence[pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
-    """Return one row per run, curve, layer and head."""
-    parts = []
-    for arrays, table, name in zip(runs, tables, unique(names), strict=True):
-        layers = table.drop_duplicates("layer").set_index("layer")
-        for curve in ATTENTION:
-            for layer in layers_of(arrays, curve):
-                values = arrays[f"{curve}/{layer}"]
-                where = {"layer": layer, "depth": layers["depth"][layer], "tokens": layers["tokens"][layer]}
-                heads = {"head": np.arange(1, len(values) + 1), "value": values}
-                parts.append(pd.DataFrame({"run": name, "curve": curve, **where, **heads}))
-    return pd.concat(parts, ignore_index=True)
+def _head_rows(run: AnalyzedRun, curve: str) -> pd.DataFrame:
+    """Return one row per layer and head."""
+    heads = [
+        {"run": run.name, "curve": curve, "layer": layer, "head": head, "value": value}
+        for layer, values in run.curve("attention", curve).items()
+        for head, value in enumerate(values, 1)
+    ]
+    layers = run.table.drop_duplicates("layer")[["layer", "depth", "tokens"]]
+    rows = pd.DataFrame(heads).merge(layers, on="layer")
+    return rows[["run", "curve", "layer", "depth", "tokens", "head", "value"]]
 
 
-def stack(tables: Sequence[pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
+def stack(runs: Sequence[AnalyzedRun]) -> pd.DataFrame:
     """Return analyses as one table with the name of the run in its first column, ordered by depth."""
     parts = []
-    for table, name in zip(tables, unique(names), strict=True):
-        part = table.drop(columns=["model", "run"], errors="ignore").sort_values("depth", kind="stable")
-        part.insert(0, "run", name)
+    for run in runs:
+        part = run.table.drop(columns=["model", "run"], errors="ignore").sort_values("depth", kind="stable")
+        part.insert(0, "run", run.name)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 

@@ -13,8 +13,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from pdvit.errors import UserError, closest
-from pdvit.plots.reading import Arrays, checkpoint_of, read_arrays
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, shorten, thin_ticks, unique
+from pdvit.plots.reading import AnalyzedRun, Arrays, checkpoint_of, read_arrays
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, shorten, thin_ticks
 
 CKA_COLUMNS = 3
 MAP_DEPTHS = 6
@@ -42,22 +42,18 @@ def name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], ticks: i
     axes.tick_params(axis="x", rotation=90 if max(len(shorten(name)) for name in columns) > 2 else 0)
 
 
-def plot_cka(
-    runs: Sequence[Arrays], names: Sequence[str], between: Sequence[tuple[str, Arrays]] = (), theme: Theme = LIGHT
-) -> Drawing:
+def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw linear CKA between layers, one panel per matrix, all on one scale, the first layers at the bottom left.
 
-    `runs` are the arrays of analysis/cka.npz, `matrix` and `layers`. `between` pairs the name of a run (rows) with the
-    arrays of analysis/cka_between.npz: `layers`, and for each other model (columns) `matrix/OTHER` and `layers/OTHER`.
+    The curves are `cka`: `matrix` and `layers`. Those of `cka_between` are optional: `layers`, and for each other model
+    (columns) `matrix/OTHER` and `layers/OTHER`.
     """
-    panels = [
-        (name, pd.DataFrame(own["matrix"], own["layers"].astype(str), own["layers"].astype(str)))
-        for own, name in zip(runs, unique(names), strict=True)
-    ]
-    for name, arrays in between:
-        for other in (key.partition("/")[2] for key in arrays if key.startswith("matrix/")):
-            sides = (arrays["layers"].astype(str), arrays[f"layers/{other}"].astype(str))
-            panels.append((f"{name} (up), {other}", pd.DataFrame(arrays[f"matrix/{other}"], *sides)))
+    panels = [(run.name, _labelled(run.curves["cka"]["matrix"], *[run.curves["cka"]["layers"]] * 2)) for run in runs]
+    for run in runs:
+        between = run.curve("cka_between", "matrix") if "cka_between" in run.curves else {}
+        for other, values in between.items():
+            sides = (run.curves["cka_between"]["layers"], run.curve("cka_between", "layers")[other])
+            panels.append((f"{run.name} (up), {other}", _labelled(values, *sides)))
     columns = min(CKA_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     width, height = SINGLE if len(panels) == 1 else DOUBLE, {1: 3.0, 2: 3.1, 3: 2.5}[columns]
@@ -81,25 +77,15 @@ def _cka_rows(name: str, matrix: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"run": name, "layer": layers, "other": others, "cka": matrix.to_numpy().ravel()})
 
 
-def read_between(run: Path) -> Arrays | None:
-    """Read analysis/cka_between.npz if it exists: `matrix/OTHER`, `layers/OTHER` and `layers`."""
-    file = run / "analysis" / "cka_between.npz"
-    if not file.is_file():
-        return None
-    damaged = UserError("the file is damaged", str(file), f"measure it again: pdvit analyze {checkpoint_of(run)}")
-    arrays = read_arrays(run, "cka_between", damaged)
-    for matrix in (key for key in arrays if key.startswith("matrix/")):
-        sides = [arrays.get("layers", ()), arrays.get(matrix.replace("matrix/", "layers/", 1), ())]
-        if arrays[matrix].shape != tuple(map(len, sides)):
-            raise damaged
-    return arrays
+def _labelled(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(matrix, rows.astype(str), columns.astype(str))
 
 
 def read_maps(run: Path) -> Arrays:
     """Read analysis/maps.npz of `pdvit analyze --explore`. Raises UserError."""
     file = run / "analysis" / "maps.npz"
     tip = f"make them: pdvit analyze {checkpoint_of(run)} --explore"
-    arrays = read_arrays(run, "maps", UserError("there are no maps of single patches", str(file), tip))
+    arrays = read_arrays(run, "maps", tip)
     layers, images = ([str(text) for text in arrays.get(key, ())] for key in ("layers", "names"))
     needed = {f"grid/{layer}" for layer in layers} | {f"image/{k}" for k in range(len(images))}
     needed |= {f"cos/{k}/{layer}" for k in range(len(images)) for layer in layers}

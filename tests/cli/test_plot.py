@@ -1,5 +1,5 @@
+import html
 import json
-import math
 import os
 from pathlib import Path
 
@@ -10,15 +10,11 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from pdvit.cli import run as pdvit
+from pdvit.cli.plot import FIGURES
 
 SIGNATURES = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
-LAYERS = ["embed", "block 1", "norm"]
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
+LAYERS, P = ["embed", "block 1", "norm"], [0.2, 0.4, 0.6]
+HEAD = b"model,layer,depth,metric,mean,std,ci95,images,tokens\n"
 
 
 @pytest.fixture
@@ -69,11 +65,10 @@ def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-@pytest.mark.parametrize("kind", ["similarity", "training"])
-def test_the_suffix_decides_the_format(analyses, trainings, capsys, kind, suffix):
-    run = analyses(one=[0.2, 0.4, 0.6])[0] if kind == "similarity" else trainings("one")[0]
-    assert pdvit(["plot", kind, run, "--out", f"deep/figure.{suffix}"]) == 0
+@pytest.mark.parametrize(("figure", "suffix"), [("similarity", "svg"), ("similarity", "pdf"), ("training", "png")])
+def test_the_suffix_decides_the_format(analyses, trainings, capsys, figure, suffix):
+    run = analyses(one=P)[0] if figure == "similarity" else trainings("one")[0]
+    assert pdvit(["plot", figure, run, "--out", f"deep/figure.{suffix}"]) == 0
     file = drawn(capsys)
     assert file == Path(f"deep/figure.{suffix}")
     assert file.read_bytes().startswith(SIGNATURES[suffix])
@@ -83,90 +78,56 @@ def test_the_suffix_decides_the_format(analyses, trainings, capsys, kind, suffix
 def test_a_real_run_is_drawn(run_copy, workplace, capsys):
     assert pdvit(["analyze", str(run_copy), "--limit", "8", "--device", "cpu"]) == 0
     capsys.readouterr()
-    assert pdvit(["plot", "similarity", str(run_copy)]) == 0
-    assert drawn(capsys) == Path("figures/similarity-copied.png")
-    assert pdvit(["plot", "training", str(run_copy)]) == 0
-    file = drawn(capsys)
-    assert file == Path("figures/training-copied.png")
-    with Image.open(file) as image:
-        assert image.width > 1000
+    for figure in ("similarity", "training"):
+        assert pdvit(["plot", figure, str(run_copy)]) == 0
+        file = drawn(capsys)
+        assert file == Path(f"figures/{figure}-copied.png")
+        with Image.open(file) as image:
+            assert image.width > 1000
 
 
-def test_without_arguments_the_newest_analyses_are_drawn(analyses, capsys):
-    analyses(**{f"run-{number}": [0.2, 0.4, 0.6] for number in range(8)})
+def test_without_arguments_the_newest_runs_are_drawn(analyses, trainings, capsys):
+    analyses(**{f"run-{number}": P for number in range(8)})
     assert pdvit(["plot", "similarity", "--out", "figure.svg"]) == 0
     shown = text_of(drawn(capsys))
-    assert all(f"run-{number}" in shown for number in range(6))
-    assert not any(f"run-{number}" in shown for number in (6, 7))
-
-
-def test_without_arguments_the_newest_training_is_drawn(trainings, capsys):
+    assert [number for number in range(8) if f"run-{number}" in shown] == [0, 1, 2, 3, 4, 5]
     for age, run in enumerate(trainings("new", "old")):
         os.utime(f"{run}/metrics.jsonl", (1e9 - age, 1e9 - age))
-    assert pdvit(["plot", "training", "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
-    assert "new" in shown
-    assert "old" not in shown
+    assert pdvit(["plot", "training"]) == 0
+    assert drawn(capsys) == Path("figures/training-new.png")
 
 
-def test_a_term_that_was_off_is_not_drawn(trainings, capsys):
-    assert pdvit(["plot", "training", *trainings("one", terms=("cosine",)), "--out", "figure.svg"]) == 0
+def test_terms_that_were_off_unfinished_lines_and_losses_without_a_number_are_left_out(trainings, capsys):
+    (run,) = trainings("one", terms=("cosine",))
+    with Path(run, "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 16, "epoch": 3.2, "loss": null, "class": null, "cosine": 0.1}\n')
+        file.write('{"kind": "train", "st')
+    assert pdvit(["plot", "training", run, "--out", "figure.svg"]) == 0
     shown = text_of(drawn(capsys))
     assert "cosine" in shown
     assert "mixing" not in shown
 
 
-def test_a_run_that_is_still_written_is_drawn(trainings, capsys):
-    (run,) = trainings("one")
-    with Path(run, "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
-    assert pdvit(["plot", "training", run]) == 0
-
-
-def test_a_loss_that_was_no_number_is_drawn_as_a_gap(trainings, capsys):
-    (run,) = trainings("one")
-    with Path(run, "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "step": 16, "epoch": 3.2, "loss": null, "class": null, "cosine": 0.1}\n')
-    assert pdvit(["plot", "training", run]) == 0
-
-
-def test_a_single_image_has_a_line_without_a_band(workplace, analysis_table, capsys):
-    Path("runs/one").mkdir(parents=True)
-    analysis_table([0.1, 0.5, 0.9], std=math.nan, images=1).to_csv("runs/one/analysis.csv", index=False)
-    assert pdvit(["plot", "similarity", "runs/one", "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
-    assert "1 image" in shown
-    assert "1 images" not in shown
-
-
 def test_many_runs_of_different_depths_and_long_names_are_drawn(analyses, capsys):
-    runs = {f"run-{'very-' * 12}long-{depth}": [0.3] * depth for depth in range(3, 15)}
-    folders = analyses(**runs)
+    folders = analyses(**{f"run-{'very-' * 24}long-{depth}": [0.3] * depth for depth in range(3, 15)})
     assert pdvit(["plot", "similarity", *folders, "--out", "figure.svg"]) == 0
     shown = text_of(drawn(capsys))
     assert all(f"-{depth}" in shown and "…" in shown for depth in range(3, 15))
-
-
-def test_the_default_name_of_a_figure_of_many_runs_stays_short(analyses, capsys):
-    folders = analyses(**{f"{'n' * 120}-{number}": [0.2, 0.4, 0.6] for number in range(12)})
-    assert pdvit(["plot", "similarity", *folders]) == 0
+    assert pdvit(["plot", "similarity", *folders]) == 0  # the name of the file is not too long
     assert drawn(capsys).is_file()
 
 
-# Kinds that read what `pdvit analyze` wrote, with what they need: a file of their own, or metrics of a group.
-CURVES = {"pairs": "histogram", "attention": "entropy", "spectrum": "by_frequency", "cka": "matrix"}
-
-
-@pytest.mark.parametrize("kind", ["metrics", "norms", *CURVES])
-def test_a_kind_is_drawn_from_an_analysis(workplace, analysis_folder, capsys, kind):
-    """All runs by name, and without names the newest that have what is needed."""
+@pytest.mark.parametrize("figure", [name for name in FIGURES if name not in ("similarity", "compare")])
+def test_a_figure_is_drawn_from_an_analysis(workplace, analysis_folder, capsys, figure):
+    """All runs by name; without names, the newest that have the data."""
     for name in ("one", "two"):
         analysis_folder(workplace / "runs" / name)
-    assert pdvit(["plot", kind, "runs/one", "runs/two", "--out", "figure.svg"]) == 0
+    assert pdvit(["plot", figure, "runs/one", "runs/two", "--out", "figure.svg"]) == 0
     shown = text_of(drawn(capsys))
     assert all(name in shown for name in ("one", "two"))
-    assert pdvit(["plot", kind, "--dark"]) == 0
-    assert drawn(capsys).name in (f"{kind}-one-two.png", f"{kind}-two-one.png")
+    if figure == "cka":
+        assert pdvit(["plot", figure, "--dark"]) == 0
+        assert drawn(capsys).name in (f"{figure}-one-two.png", f"{figure}-two-one.png")
 
 
 def test_maps_are_drawn_for_the_patches_that_are_named(workplace, analysis_folder, capsys):
@@ -178,7 +139,7 @@ def test_maps_are_drawn_for_the_patches_that_are_named(workplace, analysis_folde
 
 
 def test_two_checkpoints_are_compared(analyses, capsys):
-    assert pdvit(["plot", "compare", *analyses(one=[0.2, 0.4, 0.6], two=[0.1, 0.2, 0.2])]) == 0
+    assert pdvit(["plot", "compare", *analyses(one=P, two=[0.1, 0.2, 0.2])]) == 0
     file = drawn(capsys)
     assert file == Path("figures/compare-one-two.png")
     apart = pd.read_csv(file.with_suffix(".csv")).query("run == 'difference'")
@@ -258,68 +219,63 @@ def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):
 def test_runs_of_one_name_are_told_apart_by_their_folders(workplace, analysis_table, capsys):
     for place in ("a", "b"):
         Path(place, "run").mkdir(parents=True)
-        analysis_table([0.2, 0.4, 0.6]).to_csv(f"{place}/run/analysis.csv", index=False)
-    assert pdvit(["plot", "similarity", "a/run", "b/run", "--out", "figure.svg"]) == 0
+        analysis_table(P).to_csv(f"{place}/run/analysis.csv", index=False)
+    assert pdvit(["plot", "similarity", "a/run", "b/run", "a/run", "--out", "figure.svg"]) == 0
     shown = text_of(drawn(capsys))
-    assert all(name in shown for name in ("a/run", "b/run"))
-    assert set(pd.read_csv("figure.csv")["run"]) == {"a/run", "b/run"}
+    names = {"a/run", "b/run", "a/run (2)"}
+    assert all(name in shown for name in names)
+    assert set(pd.read_csv("figure.csv")["run"]) == names
 
 
-def test_the_numbers_of_a_figure_go_beside_it(analyses, capsys):
-    assert pdvit(["plot", "similarity", *analyses(one=[0.2, 0.4, 0.6])]) == 0
-    table = pd.read_csv(drawn(capsys).with_suffix(".csv"))
-    assert table["mean"].tolist() == [0.2, 0.4, 0.6]
+def test_the_numbers_of_a_figure_go_beside_it_and_both_replace_those_before(analyses, capsys):
+    (run,) = analyses(one=P)
+    Path("figure.svg").write_text("old")
+    for _ in range(2):
+        assert pdvit(["plot", "similarity", run, "--out", "figure.svg"]) == 0
+    assert text_of(Path("figure.svg")).startswith("<?xml")
+    table = pd.read_csv("figure.csv")
+    assert table["mean"].tolist() == P
     assert table["layer"].tolist() == ["embed", "block 1", "norm"]
     assert table["run"].unique().tolist() == ["one"]
 
 
-def test_dark_is_dark(analyses, capsys):
-    (run,) = analyses(one=[0.2, 0.4, 0.6])
-    corners = []
+def test_dark_is_dark_and_no_figure_stays_open(analyses, capsys):
+    (run,) = analyses(one=P)
+    corners, before = [], plt.get_fignums()
     for flags in ([], ["--dark"]):
         assert pdvit(["plot", "similarity", run, *flags]) == 0
         with Image.open(drawn(capsys)) as image:
             corners.append(sum(image.convert("RGB").getpixel((0, 0))))
     assert corners[0] == 3 * 255
     assert corners[1] < 100
-
-
-@pytest.mark.parametrize("name", ["$price_1^2$", "a&b<c>", "münchen_run", "100%_{x}", "_hidden", "caf\udce9"])
-def test_a_name_is_drawn_as_it_is(analyses, trainings, capsys, name):
-    assert pdvit(["plot", "similarity", *analyses(**{name: [0.2, 0.4, 0.6]}), "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
-    assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\udce9", "?") in shown
-
-
-def test_a_figure_replaces_the_one_before(analyses, capsys):
-    (run,) = analyses(one=[0.2, 0.4, 0.6])
-    Path("figure.svg").write_text("old")
-    assert pdvit(["plot", "similarity", run, "--out", "figure.svg"]) == 0
-    assert text_of(drawn(capsys)).startswith("<?xml")
-
-
-def test_no_figure_stays_open(analyses):
-    before = plt.get_fignums()
-    assert pdvit(["plot", "similarity", *analyses(one=[0.2, 0.4, 0.6])]) == 0
     assert plt.get_fignums() == before
 
 
+def test_names_are_drawn_as_they_are(analyses, capsys):
+    names = ["$price_1^2$", "a&b<c>", "münchen_run", "100%_{x}", "_hidden", "caf\udce9"]
+    assert pdvit(["plot", "similarity", *analyses(**dict.fromkeys(names, P)), "--out", "figure.svg"]) == 0
+    shown = html.unescape(text_of(drawn(capsys)))
+    assert all(name.replace("\udce9", "?") in shown for name in names)
+
+
 class TestRefused:
-    @pytest.mark.parametrize("kind", CURVES)
-    def test_curves_that_were_not_measured_name_the_command(self, refusal, workplace, analysis_folder, kind):
-        folder = analysis_folder(workplace / "runs" / "one")
-        (folder / "analysis" / f"{kind}.npz").unlink()
-        command = f"pdvit analyze {folder}.safetensors --metrics {kind}"  # what was measured, not where it was written
-        assert command in refusal("plot", kind, "runs/one").tip
-        assert f"--metrics {kind}" in refusal("plot", kind).tip
-
-    def test_metrics_that_were_not_measured_name_the_command(self, refusal, analyses):
-        (run,) = analyses(one=[0.2, 0.4, 0.6])
-        assert f"pdvit analyze {run} --metrics norms" in refusal("plot", "norms", run).tip
-
-    def test_maps_that_were_not_made_name_the_command(self, refusal, analyses):
-        (run,) = analyses(one=[0.2, 0.4, 0.6])
-        assert f"pdvit analyze {run} --explore" in refusal("plot", "maps", run).tip
+    @pytest.mark.parametrize(
+        ("figure", "command"),
+        [
+            ("similarity", ""),
+            ("norms", " --metrics norms"),
+            ("maps", " --explore"),
+            *((name, f" --metrics {name}") for name in ("pairs", "spectrum", "attention", "cka")),
+        ],
+    )
+    def test_what_was_not_measured_names_the_command(self, refusal, workplace, analysis_table, figure, command):
+        assert "pdvit analyze RUN" in refusal("plot", figure).tip
+        folder = Path("runs/one")
+        (folder / "analysis").mkdir(parents=True)
+        Path(folder, "analysis", "analysis.json").write_text('{"checkpoint": "one.safetensors"}')
+        if figure == "norms":
+            analysis_table(P).to_csv(folder / "analysis.csv", index=False)
+        assert f"pdvit analyze one.safetensors{command}" in refusal("plot", figure, folder).tip
 
     @pytest.mark.parametrize("patch", ["3", "a,b", "1,2,3", "99,0"])
     def test_a_patch_that_is_none(self, refusal, workplace, analysis_folder, patch):
@@ -331,21 +287,12 @@ class TestRefused:
         assert "cells.csv" in refusal("plot", "sweep", "empty").tip
         assert "absent" in refusal("plot", "sweep", "absent").where
 
-    @pytest.mark.parametrize("name", ["analysis.csv", "confusion.csv"])
-    def test_data_never_replace_another_table(self, refusal, analyses, name):
-        (run,) = analyses(one=[0.2, 0.4, 0.6])
-        Path(run, name).write_bytes(before := Path(run, "analysis.csv").read_bytes())
-        out = Path(run, name).with_suffix(".png")
-        assert name in refusal("plot", "similarity", run, "--out", out).where
-        assert Path(run, name).read_bytes() == before
-        assert not out.exists()
-
-    @pytest.mark.parametrize(("kind", "command"), [("similarity", "pdvit analyze"), ("training", "pdvit train")])
-    def test_nothing_to_draw_names_the_command(self, refusal, workplace, kind, command):
-        assert command in refusal("plot", kind).tip
-
-    def test_a_run_without_an_analysis_names_the_command(self, refusal, run_copy):
-        assert f"pdvit analyze {run_copy}" in refusal("plot", "similarity", run_copy).tip
+    def test_data_never_replace_another_table(self, refusal, analyses):
+        (run,) = analyses(one=P)
+        before = Path(run, "analysis.csv").read_bytes()
+        assert "analysis.csv" in refusal("plot", "similarity", run, "--out", f"{run}/analysis.png").where
+        assert Path(run, "analysis.csv").read_bytes() == before
+        assert not Path(run, "analysis.png").exists()
 
     def test_the_confusion_of_a_run_that_labels_pixels_names_its_own_figure(self, refusal, workplace):
         Path("runs/pixels").mkdir(parents=True)
@@ -353,55 +300,26 @@ class TestRefused:
         assert "pdvit plot segmentation runs/pixels" in refusal("plot", "confusion", "runs/pixels").tip
 
     def test_a_run_that_is_not_there(self, refusal, workplace):
-        for kind in ("similarity", "training"):
-            assert "absent" in refusal("plot", kind, "absent").where
+        assert "pdvit train" in refusal("plot", "training").tip
+        for figure in ("similarity", "training"):
+            assert "absent" in refusal("plot", figure, "absent").where
 
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
-    def test_an_unknown_suffix(self, refusal, analyses, out):
-        assert ".png" in refusal("plot", "similarity", *analyses(one=[0.2, 0.4, 0.6]), "--out", out).tip
-        assert not Path(out).exists()
+    def test_an_unknown_suffix(self, refusal, workplace, out):
+        assert ".png" in refusal("plot", "similarity", "--out", out).tip
 
     def test_a_place_below_a_file(self, refusal, analyses):
         Path("file").touch()
-        refusal("plot", "similarity", *analyses(one=[0.2, 0.4, 0.6]), "--out", "file/figure.png")
+        refusal("plot", "similarity", *analyses(one=P), "--out", "file/figure.png")
 
     @pytest.mark.parametrize(
         "content",
         [
-            b"",
-            b"no,table\n1,2\n",
-            b"a\nb,c\nd,e,f\n",
-            b"\xff\xfe\x00",
-            b"model,layer,depth,metric,mean,std,ci95,images,tokens\n",
-            b"model,layer,depth,metric,mean,std,ci95,images,tokens\nr,embed,0,similarity,high,0,0,1,4\n",
-            b"model,layer,depth,metric,mean,std,ci95,images,tokens\nr,embed,,similarity,0.5,0,0,1,4\n",
+            *(b"", b"no,table\n1,2\n", b"a\nb,c\nd,e,f\n", b"\xff\xfe\x00", HEAD),
+            *(HEAD + b"r,embed,0,similarity,high,0,0,1,4\n", HEAD + b"r,embed,,similarity,0.5,0,0,1,4\n"),
         ],
     )
     def test_a_damaged_analysis(self, refusal, analyses, content):
-        (run,) = analyses(one=[0.2, 0.4, 0.6])
+        (run,) = analyses(one=P)
         Path(run, "analysis.csv").write_bytes(content)
         assert f"pdvit analyze {run}" in refusal("plot", "similarity", run).tip
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            b"",
-            b"no json\n{}\n",
-            b"[1]\n[2]\n",
-            b'{"kind": "train", "step": 1, "epoch": 1}\n',
-            b"\xff\xfe\x00",
-            b'{"kind": "train", "epoch": 1}\n{"kind": "eval", "epoch": 1}\n{"kind": "similarity", "epoch": 1}\n',
-        ],
-    )
-    def test_damaged_records(self, refusal, trainings, content):
-        (run,) = trainings("one")
-        Path(run, "metrics.jsonl").write_bytes(content)
-        assert "metrics.jsonl" in refusal("plot", "training", run).where
-
-    def test_a_damaged_line_is_named_by_its_number(self, refusal, trainings):
-        (run,) = trainings("one")
-        file = Path(run, "metrics.jsonl")
-        whole = file.read_text().splitlines()
-        whole[3] = whole[3][:10]
-        file.write_text("\n".join(whole))
-        assert "line 4" in refusal("plot", "training", run).what

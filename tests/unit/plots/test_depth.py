@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -20,8 +21,12 @@ from pdvit.plots.depth import (
     plot_similarity,
     separate,
 )
-from pdvit.plots.reading import read_analysis, read_curves
+from pdvit.plots.reading import AnalyzedRun, read_run
 from pdvit.plots.style import LIGHT, text_colour
+
+
+def named(*tables: pd.DataFrame, names=("one", "two")) -> list[AnalyzedRun]:
+    return [AnalyzedRun(name, table) for name, table in zip(names, tables, strict=False)]
 
 
 @pytest.fixture
@@ -29,7 +34,9 @@ def draw(analysis_table):
     """Return a function that draws named lists of P."""
 
     def make(std: float = 0.05, images: int = 8, **lines: list[float]):
-        figure = plot_similarity([analysis_table(values, std, images) for values in lines.values()], list(lines))
+        figure = plot_similarity(
+            [AnalyzedRun(name, analysis_table(values, std, images)) for name, values in lines.items()]
+        )
         FigureCanvasAgg(figure).draw()
         return figure
 
@@ -38,7 +45,7 @@ def draw(analysis_table):
 
 @pytest.fixture
 def tables(tmp_path, analysis_folder):
-    return [read_analysis(analysis_folder(tmp_path / f"{seed}", seed=seed)) for seed in range(2)]
+    return [read_run(analysis_folder(tmp_path / f"{seed}", seed=seed), "").table for seed in range(2)]
 
 
 def values(table: pd.DataFrame, metric: str) -> list[float]:
@@ -61,7 +68,7 @@ def band(axes, depth: int, number: int = 0) -> list[float]:
 
 def test_lines_are_means_in_order_of_depth_bands_one_standard_deviation_and_p_runs_from_0_to_1(analysis_table):
     table = analysis_table([0.1, 0.2, 0.3, 0.4], std=0.05).sample(frac=1, random_state=0)
-    axes = plot_similarity([table], ["one"]).axes[0]
+    axes = plot_similarity(named(table)).axes[0]
     assert axes.lines[0].get_xydata().ravel().tolist() == pytest.approx([0, 0.1, 1, 0.2, 2, 0.3, 3, 0.4])
     assert band(axes, 2) == pytest.approx([0.25, 0.35])
     assert axes.get_ylim() == (0, 1)
@@ -121,7 +128,7 @@ def test_random_weights_are_thin_and_dashed_and_stages_have_rings(analysis_table
     table = analysis_table([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     table["tokens"] = table["depth"].map(dict(enumerate([64, 64, 16, 16, 4, 4])))
     random = table[table["metric"] == "similarity"].assign(metric="similarity_random", mean=0.7)
-    (axes,) = plot_similarity([pd.concat([table, random])], ["one"]).axes
+    (axes,) = plot_similarity(named(pd.concat([table, random]))).axes
     line, dashed, rings = axes.lines
     assert (dashed.get_ydata() == 0.7).all()
     assert dashed.get_linestyle() == "--"
@@ -131,7 +138,7 @@ def test_random_weights_are_thin_and_dashed_and_stages_have_rings(analysis_table
 
 
 def test_every_metric_has_a_panel_with_a_line_per_run(tables):
-    found = panels(plot_metrics(tables, ["one", "two"]))
+    found = panels(plot_metrics(named(*tables)))
     # P of random weights is drawn with P, and an unknown metric under its name
     assert len(found) == tables[0]["metric"].nunique() - 1
     assert "new metric" in found
@@ -143,16 +150,15 @@ def test_every_metric_has_a_panel_with_a_line_per_run(tables):
     assert blocks_only.get_xlim() == found["P, mean |cos|"].get_xlim()
 
 
-def test_a_metric_that_one_run_lacks_has_the_other_line_and_equal_names_get_a_number(tables):
+def test_a_metric_that_one_run_lacks_has_the_other_line(tables):
     less = tables[0][tables[0]["metric"] != "norm_mean"]
-    figure = plot_metrics([less, tables[1]], ["one", "one"])
+    figure = plot_metrics(named(less, tables[1]))
     (line,) = panels(figure)["token length ± std"].lines
     assert line.get_color() == LIGHT.colours[1]
-    assert figure.data["run"].unique().tolist() == ["one", "one (2)"]
 
 
 def test_bands_end_where_the_metric_does(tables):
-    found = panels(plot_metrics([tables[0].assign(std=5.0)], ["one"]))
+    found = panels(plot_metrics(named(tables[0].assign(std=5.0))))
     assert band(found["P, mean |cos|"], 1) == [0, 1]
     assert band(found["mean cos, signed"], 1) == [-1, 1]
     assert band(found["token length, std"], 1)[0] == 0
@@ -160,7 +166,7 @@ def test_bands_end_where_the_metric_does(tables):
 
 def test_norms_are_length_with_spread_over_patches_peak_and_outliers(tables):
     table = tables[0]
-    figure = plot_norms([table], ["one"])
+    figure = plot_norms(named(table))
     for axes, metric in zip(figure.axes, ("norm_mean", "norm_peak", "norm_outliers"), strict=True):
         assert axes.lines[0].get_ydata().tolist() == values(table, metric)
     for depth, (mean, std) in enumerate(zip(values(table, "norm_mean"), values(table, "norm_std"), strict=True)):
@@ -169,8 +175,8 @@ def test_norms_are_length_with_spread_over_patches_peak_and_outliers(tables):
 
 
 def test_lengths_of_very_different_size_are_drawn_on_a_logarithmic_axis(tables):
-    assert plot_norms([tables[0].assign(mean=1.0)], ["one"]).axes[0].get_yscale() == "linear"
-    axes = plot_norms([tables[0].assign(mean=10.0 ** tables[0]["depth"])], ["one"]).axes[0]
+    assert plot_norms(named(tables[0].assign(mean=1.0))).axes[0].get_yscale() == "linear"
+    axes = plot_norms(named(tables[0].assign(mean=10.0 ** tables[0]["depth"]))).axes[0]
     assert axes.get_yscale() == "log"
     FigureCanvasAgg(axes.figure).draw()
     assert {"1", "100"} <= {text.get_text() for text in axes.get_yticklabels()}
@@ -191,7 +197,7 @@ def test_a_difference_has_the_interval_of_scipy(analysis_table):
 
 def test_two_analyses_are_compared_in_p_its_difference_and_all_metrics_of_both(tables):
     first, second = tables[0], tables[1][tables[1]["metric"] != "norm_peak"]
-    figure = plot_compare([first, second], ["one", "two"])
+    figure = plot_compare(named(first, second))
     change = differences([first, second], "similarity")
     assert figure.axes[0].lines[0].get_ydata().tolist() == values(first, "similarity")
     assert figure.axes[1].containers[0].lines[0].get_ydata().tolist() == change["mean"].tolist()
@@ -207,15 +213,15 @@ def test_layers_are_compared_by_name_and_single_images_have_no_interval(analysis
     assert found["layer"].tolist() == ["embed", "block 1", "norm"]
     assert found["mean"].tolist() == pytest.approx([0, 0, 0.5])
     assert found["low"].isna().all()
-    plot_compare([shallow, deep], ["one", "two"])
+    plot_compare(named(shallow, deep))
 
 
 def test_every_head_is_a_dot_their_mean_a_line_and_uniform_attention_is_marked(tmp_path, tables):
-    arrays = read_curves(tmp_path / "0", "attention", ATTENTION)
-    figure = plot_attention([arrays, arrays], [tables[0]] * 2, ["one", "two"])
+    run = read_run(tmp_path / "0", "one", "attention", curves=ATTENTION)
+    figure = plot_attention([run, replace(run, name="two")])
     for axes, curve in zip(figure.axes, ATTENTION, strict=True):
         heads, mean, others = axes.lines[:3]
-        expected = np.array([arrays[f"{curve}/block {block}"] for block in (1, 2, 3)])
+        expected = np.array([run.curve("attention", curve)[f"block {block}"] for block in (1, 2, 3)])
         assert heads.get_ydata().tolist() == expected.ravel().tolist()
         assert mean.get_xdata().tolist() == [1, 2, 3]
         np.testing.assert_allclose(mean.get_ydata(), expected.mean(1))

@@ -1,29 +1,31 @@
-"""What holds for all kinds of figures: both themes, hostile names, letters that can be read, the same bytes twice."""
+"""What holds for all figures: both themes, hostile names, letters that can be read, lines that differ, equal bytes."""
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from itertools import pairwise
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from pdvit.plots.curves import plot_pairs, plot_spectrum
-from pdvit.plots.depth import plot_attention, plot_compare, plot_metrics, plot_norms, plot_similarity
-from pdvit.plots.heatmap import plot_cka, plot_confusion, plot_maps, read_maps
-from pdvit.plots.reading import read_analysis, read_curves
-from pdvit.plots.style import DARK, LIGHT, SINGLE, render
+from pdvit.cli.plot import FIGURES, draw_figure
+from pdvit.plots.heatmap import plot_confusion, plot_maps, read_maps
+from pdvit.plots.reading import read_run
+from pdvit.plots.style import DARK, LIGHT, SINGLE, line_styles, new_figure, render
 from pdvit.plots.sweep import plot_sweep, summarise
 from pdvit.plots.training import plot_training
 
 HOSTILE = ["$x_1^{2}$ & <b>", "猫\x01\n" + "very-long-" * 20]
+NAMES = [*FIGURES, "maps", "training", "confusion", "sweep"]
 
 
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory, analysis_folder):
-    """Return a function that draws a kind of figure from made-up numbers."""
-    run = analysis_folder(tmp_path_factory.mktemp("made") / "run")
-    table, curves = read_analysis(run), lambda group: read_curves(run, group, ())
+    """Return a function that draws a figure from made-up numbers."""
+    folder = analysis_folder(tmp_path_factory.mktemp("made") / "run")
     at = {"epoch": [1.0, 2.0]}
     records = {
         "train": pd.DataFrame({**at, "class": [2.0, 1.0]}),
@@ -32,25 +34,20 @@ def draw(tmp_path_factory, analysis_folder):
     }
     matrix = pd.DataFrame({"class": ["a", "b"], "predicted": ["a", "a"], "images": [3, 1]})
     cells = {"cell": ["0", "1"], "status": ["finished"] * 2, "variant": HOSTILE, "accuracy": ["0.5", "0.6"]}
-    kinds = {
-        "similarity": lambda names, theme: plot_similarity([table] * 2, names, theme),
-        "metrics": lambda names, theme: plot_metrics([table] * 2, names, theme),
-        "norms": lambda names, theme: plot_norms([table] * 2, names, theme),
-        "compare": lambda names, theme: plot_compare([table] * 2, names, theme),
-        "pairs": lambda names, theme: plot_pairs([curves("pairs")] * 2, names, theme),
-        "attention": lambda names, theme: plot_attention([curves("attention")] * 2, [table] * 2, names, theme),
-        "spectrum": lambda names, theme: plot_spectrum([curves("spectrum")] * 2, [table] * 2, names, theme),
-        "cka": lambda names, theme: plot_cka([curves("cka")] * 2, names, theme=theme),
-        "maps": lambda names, theme: plot_maps(read_maps(run), names[0], theme=theme),
-        "training": lambda names, theme: plot_training([records] * 2, names, theme),
-        "confusion": lambda names, theme: plot_confusion(matrix, names[0], theme),
-        "sweep": lambda names, theme: plot_sweep(summarise(pd.DataFrame(cells, dtype=object)), names[0], theme),
-    }
-    return lambda kind, names=("one", "two"), theme=LIGHT: kinds[kind](list(names), theme)
 
+    def make(figure: str, names=("one", "two"), theme=LIGHT):
+        if needed := FIGURES.get(figure):
+            run = read_run(folder, "", needed.group, needed.metrics, needed.curves)
+            return draw_figure(figure, [replace(run, name=name) for name in names], theme)
+        if figure == "maps":
+            return plot_maps(read_maps(folder), names[0], theme=theme)
+        if figure == "training":
+            return plot_training(dict.fromkeys(names, records), theme)
+        if figure == "confusion":
+            return plot_confusion(matrix, names[0], theme)
+        return plot_sweep(summarise(pd.DataFrame(cells, dtype=object)), names[0], theme)
 
-KINDS = ["similarity", "metrics", "norms", "compare", "pairs", "attention", "spectrum", "cka", "maps", "training"]
-KINDS += ["confusion", "sweep"]
+    return make
 
 
 def luminance(colour: object) -> float:
@@ -60,39 +57,48 @@ def luminance(colour: object) -> float:
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_letters_stand_out_from_the_paper(draw, kind, theme):
-    figure = draw(kind, theme=theme)
-    assert to_rgb(figure.get_facecolor()) == to_rgb(theme.paper)
-    inside = {text for axes in figure.axes if axes.images for text in axes.texts}  # numbers in cells
-    for text in set(figure.findobj(Text)) - inside:
+@pytest.mark.parametrize("figure", NAMES)
+def test_letters_can_be_read_in_print_and_the_data_begin_with_whose_they_are(draw, figure, theme):
+    drawing = draw(figure, theme=theme)
+    assert to_rgb(drawing.get_facecolor()) == to_rgb(theme.paper)
+    assert drawing.get_figwidth() >= SINGLE
+    inside = {text for axes in drawing.axes if axes.images for text in axes.texts}  # numbers in cells
+    for text in drawing.findobj(Text):
         if text.get_text():
+            assert text.get_fontsize() >= 6.5
             pair = sorted([luminance(text.get_color()), luminance(theme.paper)])
-            assert (pair[1] + 0.05) / (pair[0] + 0.05) > 3, text
+            assert text in inside or (pair[1] + 0.05) / (pair[0] + 0.05) > 3, text
+    assert drawing.data.columns[0] == ("setting" if figure == "sweep" else "run")
+    assert len(drawing.data)
+    assert not np.isinf(drawing.data.select_dtypes("number")).any(axis=None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_hostile_names_are_drawn_as_they_are(draw, kind):
-    shown = "".join(ElementTree.fromstring(render(draw(kind, HOSTILE), ".svg")).itertext())
+@pytest.mark.parametrize("figure", NAMES)
+def test_hostile_names_are_drawn_as_they_are(draw, figure):
+    shown = "".join(ElementTree.fromstring(render(draw(figure, HOSTILE), ".svg")).itertext())
     assert "$x_1" in shown
     assert "\x01" not in shown
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])
 def test_the_same_numbers_make_the_same_file(draw, suffix):
-    assert render(draw("norms"), suffix) == render(draw("norms"), suffix)
+    assert render(draw("sweep"), suffix) == render(draw("sweep"), suffix)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_data_begin_with_whose_they_are_and_are_complete(draw, kind):
-    data = draw(kind).data
-    assert data.columns[0] == ("setting" if kind == "sweep" else "run")
-    assert len(data)
-    assert not any(np.isinf(data[column]).any() for column in data.select_dtypes("number"))
+def test_lines_differ_without_colour_and_neighbours_in_grey():
+    styles = line_styles(8)
+    assert len({(str(style["linestyle"]), style["marker"]) for style in styles}) == 8
+    assert len({style["color"] for style in styles}) == 8
+    for one, two in pairwise(styles):
+        assert str(one["linestyle"]) != str(two["linestyle"])
+        assert one["marker"] != two["marker"]
+        assert abs(luminance(one["color"]) - luminance(two["color"])) > 0.03
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_letters_can_be_read_in_print(draw, kind):
-    figure = draw(kind)
-    assert figure.get_figwidth() >= SINGLE
-    assert all(text.get_fontsize() >= 6.5 for text in figure.findobj(Text) if text.get_text())
+def test_the_style_stays_inside_and_needs_no_screen():
+    before = dict(mpl.rcParams)
+    with new_figure(4, 3, rows=2, columns=3) as figure:
+        assert figure.get_size_inches().tolist() == [4, 3]
+        assert len(figure.axes) == 6
+    assert dict(mpl.rcParams) == before
+    assert mpl.get_backend().lower() == "agg"

@@ -15,41 +15,36 @@ EVAL = [{"step": 4, "epoch": 1.0, "accuracy": 0.75}, {"step": 8, "epoch": 2.0, "
 SIMILARITY = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run directory with the records of two epochs."""
+def write(folder):
     probe = [{**at, "layers": LAYERS, "similarity": values} for at, values in zip(EVAL, SIMILARITY, strict=True)]
     kinds = [("train", TRAIN), ("eval", EVAL), ("similarity", probe)]
     lines = [json.dumps({"kind": kind, **record}) for kind, records in kinds for record in records]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture
-def panels(run):
+def run(tmp_path):
+    """A run directory with the records of two epochs."""
+    return write(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def panels(tmp_path_factory):
     """The three panels of one run: loss, accuracy, P."""
-    figure = plot_training([read_records(run)], ["mine"])
+    figure = plot_training({"mine": read_records(write(tmp_path_factory.mktemp("run")))})
     FigureCanvasAgg(figure).draw()
     return figure.axes[:3]
-
-
-def test_records_are_read_by_kind(run):
-    records = read_records(run)
-    assert {kind: len(table) for kind, table in records.items()} == {"train": 3, "eval": 2, "similarity": 2}
-    assert records["train"]["cosine"].tolist() == [0.5, 0.4, 0.3]
 
 
 def test_every_term_has_its_line(panels):
     lines = {line.get_label(): line for line in panels[0].lines}
     assert set(lines) == {"class", "cosine", "mixing"}
+    dashes = {(line.get_linestyle(), tuple(np.atleast_1d(line._dash_pattern[1]))) for line in panels[0].lines}
+    assert len(dashes) == 3
     for name, line in lines.items():
         assert line.get_xdata().tolist() == [0.5, 1.0, 2.0]
         assert line.get_ydata().tolist() == [record[name] for record in TRAIN]
-
-
-def test_terms_are_told_apart_without_colour(panels):
-    styles = {(line.get_linestyle(), tuple(np.atleast_1d(line._dash_pattern[1]))) for line in panels[0].lines}
-    assert len(styles) == 3
 
 
 def test_accuracy_is_in_percent(panels):
@@ -65,7 +60,7 @@ def test_of_a_segmentation_it_is_the_miou(run):
     for line in lines:
         line |= {"eval": {"miou": line.get("accuracy", 0) / 2}, "train": {"aux": 0.9}}.get(line["kind"], {})
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    figure = plot_training([read_records(run)], ["mine"])
+    figure = plot_training({"mine": read_records(run)})
     (line,) = figure.axes[1].lines
     assert line.get_ydata().tolist() == [37.5, 25]
     assert "mIoU, % (best 37.5)" in figure.axes[1].get_title(loc="left")
@@ -80,12 +75,8 @@ def test_the_heat_map_is_p_over_epoch_and_layer(panels):
     assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)
     assert panels[2].get_ylim() == (-0.5, 3.5)  # the first layer at the bottom
     assert [label.get_text() for label in panels[2].get_yticklabels()] == ["embed", "1", "2", "norm"]
-
-
-def test_the_map_gets_brighter_with_p(panels):
-    (mesh,) = panels[2].collections
     shades = mesh.cmap(np.linspace(0, 1, 20))[:, :3] @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(shades) > 0).all()
+    assert (np.diff(shades) > 0).all()  # brighter with P
 
 
 def test_an_evaluation_stands_at_its_epoch(run):
@@ -93,7 +84,7 @@ def test_an_evaluation_stands_at_its_epoch(run):
     with (run / "metrics.jsonl").open("a") as file:
         for kind, more in (("eval", {"accuracy": 0.6}), ("similarity", {"layers": LAYERS, "similarity": [0.9] * 4})):
             file.write(json.dumps({"kind": kind, "step": 9, "epoch": 2.25, **more}) + "\n")
-    heat = plot_training([read_records(run)], ["mine"]).axes[2]
+    heat = plot_training({"mine": read_records(run)}).axes[2]
     shown = {epoch: value_at(heat, epoch, row=0) for epoch in (0.9, 1.9, 2.2)}
     assert shown == pytest.approx({0.9: 0.1, 1.9: 0.5, 2.2: 0.9})
 
@@ -107,7 +98,7 @@ def value_at(axes, x: float, row: int) -> float:
 
 def test_every_run_has_a_row(run):
     records = read_records(run)
-    figure = plot_training([records, records], ["one", "two"])
+    figure = plot_training({"one": records, "two": records})
     panels = figure.axes[:6]
     assert [axes.get_title(loc="left").split(":")[0] for axes in (panels[0], panels[3])] == ["one", "two"]
     assert len(panels[5].collections) == 1
@@ -119,18 +110,21 @@ def test_a_half_written_last_line_is_left_out(run):
     assert len(read_records(run)["train"]) == 3
 
 
-def test_a_run_that_was_not_evaluated_yet_is_refused(run):
-    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
-    with pytest.raises(UserError, match="not evaluated"):
-        read_records(run)
-
-
-def test_an_empty_file_is_refused(run):
-    (run / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="no records"):
-        read_records(run)
-
-
-def test_a_run_without_records_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no records"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no records that can be read"),
+        (b"\xff\xfe\x00", "no records that can be read"),
+        (b"", "holds no records"),
+        (b"no json\n{}\n", "line 1 is not a record"),
+        (b'{"kind": "train"}\n[1]\n{"kind": "train"}\n', "line 2 is not a record"),
+        (b'{"kind": "train", "epoch": 1}\n', "not evaluated"),
+        (b'{"kind": "train", "epoch": 1, "class": 1}\n{"kind": "eval", "epoch": 1}\n', "not evaluated"),
+    ],
+)
+def test_damaged_or_missing_records_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
         read_records(tmp_path)
+    assert "metrics.jsonl" in caught.value.where
