@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tomli_w
 
 from pdvit.config import to_dict
+from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
 from pdvit.tracking import RunDirectory, Status, hold, write_file
@@ -183,10 +184,7 @@ def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None
     for cell in before:
         if cell.name not in known:
             raise UserError(f"the sweep here has a cell '{cell.name}', which is no longer in the file", where, tip)
-        if (old := to_dict(cell.config)) != (new := to_dict(known[cell.name].config)):
-            section = next(name for name in new if old[name] != new[name])
-            names = sorted({*old[section], *new[section]})
-            key = next(name for name in names if old[section].get(name) != new[section].get(name))
-            was, now_is = old[section].get(key), new[section].get(key)
-            what = f"'{cell.name}' is another run now: {section}.{key} was {was!r}, is {now_is!r}"
+        if changes := changed_keys(to_dict(cell.config), to_dict(known[cell.name].config)):
+            key, (old, new) = next(iter(changes.items()))
+            what = f"'{cell.name}' is another run now: {key} was {old!r}, is {new!r}"
             raise UserError(what, where, tip)

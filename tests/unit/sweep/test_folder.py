@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,18 +47,15 @@ def table(folder: Folder) -> list[dict[str, str]]:
     return read_csv(folder.path / "cells.csv")
 
 
-def elsewhere(lock: Path):
-    """Return a process that holds a lock until its input ends."""
+@contextmanager
+def held_elsewhere(lock: Path):
+    """Another process holds the lock."""
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    process.stdout.readline()
-    return process
-
-
-def release(process: subprocess.Popen) -> None:
-    process.communicate("\n")
+    command, pipe = [sys.executable, "-c", code, str(lock)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        process.stdout.readline()
+        yield
+        process.communicate("\n")
 
 
 def test_the_folder_says_what_was_asked_for(folder):
@@ -66,6 +64,8 @@ def test_the_folder_says_what_was_asked_for(folder):
 
 
 def test_the_table_says_what_the_run_directories_say(folder):
+    states = {cell.name: state.status for cell, state in folder.write_table({B0})}
+    assert states == {A0: "waiting", B0: "running", A1: "waiting", B1: "waiting"}  # this process has begun one
     put(folder, A0, "finished", summary={"similarity_last": None, "skipped": "x.png"})
     put(folder, B0, "failed", facts={"reason": "loss was infinite"}, environment={"device": "GPU Y"})
     put(folder, A1, "running")
@@ -88,19 +88,13 @@ def test_a_run_that_was_killed_is_told_from_one_that_runs(folder):
     assert folder.state(B0) == CellState("stopped", "interrupted")
     (run / "checkpoints").mkdir()
     for lock in (run / "checkpoints" / ".lock", folder.path / "logs" / f".{A0}.lock"):
-        process = elsewhere(lock)
-        assert folder.state(A0) == CellState("running")
-        with folder.claimed(A0) as mine:
-            assert not mine
-        release(process)
+        with held_elsewhere(lock):
+            assert folder.state(A0) == CellState("running")
+            with folder.claimed(A0) as mine:
+                assert not mine
         assert folder.state(A0).status == "stopped"
     with folder.claimed(A0) as mine:
         assert mine
-
-
-def test_what_this_process_has_begun_runs(folder):
-    states = {cell.name: state.status for cell, state in folder.write_table({B0})}
-    assert states == {A0: "waiting", B0: "running", A1: "waiting", B1: "waiting"}
 
 
 def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_try(folder):
@@ -115,12 +109,6 @@ def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_t
         assert (run / "run.toml").exists()
     folder.mark(B0, "failed", "again")
     assert json.loads((run / "status.json").read_text()) == {"status": "failed", "step": 3, "reason": "again"}
-
-
-def test_damaged_files_are_a_failed_cell(folder):
-    run = put(folder, A0, "finished")
-    (run / "summary.json").write_text("{")
-    assert folder.state(A0).status == "failed"
 
 
 def test_a_sweep_that_goes_on_may_have_more_cells(folder):
@@ -139,11 +127,13 @@ def test_of_cells_that_never_began_a_mistake_can_be_mended(folder):
     assert [cell.name for cell in begin(folder.path, table=changed).read_cells()] == [A0, B0, "a-seed=2", "b-seed=2"]
 
 
-def test_a_damaged_environment_of_one_cell_leaves_its_columns_empty(folder):
+def test_damaged_files_fail_a_cell_or_leave_its_columns_empty(folder):
     (put(folder, A0, "finished") / "environment.json").write_text("{")
     put(folder, B0, "finished")
+    (put(folder, A1, "finished") / "summary.json").write_text("{")
     rows = table(folder)
     assert [(row["accuracy"], row["commit"]) for row in rows[:2]] == [("0.5", ""), ("0.5", "abc")]
+    assert folder.state(A1).status == "failed"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -84,6 +85,29 @@ def sweep(tmp_path, count: int) -> tuple[Folder, list]:
     return folder, cells
 
 
+def train(work, folder, cells, ways, devices=(None,), stop=None, limit=None) -> list[tuple]:
+    """Run the cells and return the reports."""
+    reports: list[tuple] = []
+    stop = StopRequest() if stop is None else stop  # without a request it is false
+    run_cells(folder, cells, partial(work.train, ways), devices, stop, lambda *args: reports.append(args), limit)
+    return reports
+
+
+@contextmanager
+def once_begun(folder: Folder, count: int, act):
+    """Call `act` in a thread as soon as so many cells have begun."""
+
+    def wait() -> None:
+        while len(list(folder.path.glob("begun-*"))) < count:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+
+
 def summary(folder: Folder, seed: int) -> dict:
     return read_json(folder.path / f"seed={seed}" / "summary.json")
 
@@ -91,8 +115,7 @@ def summary(folder: Folder, seed: int) -> dict:
 def test_failures_are_recorded_and_passed_over(tmp_path, work):
     ways = ["refused", "broken", "bug", "killed", "exits", "well"]
     folder, cells = sweep(tmp_path, len(ways))
-    reports = []
-    run_cells(folder, cells, partial(work.train, ways), [None], StopRequest(), lambda *args: reports.append(args))
+    reports = train(work, folder, cells, ways)
     states = [folder.state(cell.name) for cell in cells]
     assert [state.status for state in states] == ["failed"] * 5 + ["finished"]
     reasons = ["the disk is full", "not finite", "ValueError: a bug", "ended by SIGKILL", "ended with status 3", ""]
@@ -109,40 +132,22 @@ def test_each_cell_has_a_process_and_each_device_one_cell_at_a_time(tmp_path, wo
     run_cells(folder, cells, partial(work.meet, 2), ["7", "GPU-x"], StopRequest(), lambda *_: None)
     assert {summary(folder, seed)["device"] for seed in (0, 1)} == {"7", "GPU-x"}
     folder, cells = sweep(tmp_path / "one", 3)
-    run_cells(folder, cells, partial(work.train, [""] * 3), ["5"], StopRequest(), lambda *_: None)
+    train(work, folder, cells, [""] * 3, ["5"])
     assert {summary(folder, seed)["device"] for seed in range(3)} == {"5"}
     assert len({summary(folder, seed)["process"] for seed in range(3)} - {os.getpid()}) == 3
 
 
 def test_a_stop_stops_the_cells_and_begins_no_other(tmp_path, work):
-    folder, cells = sweep(tmp_path, 3)
-    stop, reports = StopRequest(), []
-
-    def ask() -> None:
-        while len(list(folder.path.glob("begun-*"))) < 2:
-            time.sleep(0.01)
-        stop.reason = "SIGINT"
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    run_cells(folder, cells, partial(work.train, ["slow"] * 3), ["0", "1"], stop, lambda *args: reports.append(args))
-    thread.join()
+    (folder, cells), stop = sweep(tmp_path, 3), StopRequest()
+    with once_begun(folder, 2, lambda: setattr(stop, "reason", "SIGINT")):
+        reports = train(work, folder, cells, ["slow"] * 3, ["0", "1"], stop)
     assert [state.status for _, state, _ in reports] == ["running", "running", "waiting", "waiting"]
 
 
 def test_a_cell_that_breaks_because_of_the_stop_has_not_failed(tmp_path, work):
-    folder, cells = sweep(tmp_path, 1)
-    stop = StopRequest()
-
-    def ask(*_) -> None:
-        while not (folder.path / "begun-0").exists():
-            time.sleep(0.01)
-        stop.reason = "SIGTERM"
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    run_cells(folder, cells, partial(work.train, ["breaks when stopped"]), [None], stop, lambda *_: None)
-    thread.join()
+    (folder, cells), stop = sweep(tmp_path, 1), StopRequest()
+    with once_begun(folder, 1, lambda: setattr(stop, "reason", "SIGTERM")):
+        train(work, folder, cells, ["breaks when stopped"], stop=stop)
     assert folder.state("seed=0").status == "stopped"
 
 
@@ -150,42 +155,27 @@ def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
     from multiprocessing.forkserver import _forkserver
 
     folder, cells = sweep(tmp_path, 1)
-    reports = []
-
-    def kill() -> None:
-        while not (folder.path / "begun-0").exists():
-            time.sleep(0.01)
-        os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    train = partial(work.train, ["slow"])
-    run_cells(folder, cells, train, [None], StopRequest(), lambda *args: reports.append(args[1].status))
-    thread.join()
-    assert reports == ["running", "running"]
+    with once_begun(folder, 1, lambda: os.kill(_forkserver._forkserver_pid, signal.SIGKILL)):
+        reports = train(work, folder, cells, ["slow"])
+    assert [state.status for _, state, _ in reports] == ["running", "running"]
     os.kill(int((folder.path / "begun-0").read_text()), signal.SIGTERM)
 
 
 def test_a_cell_begins_and_ends_as_any_process_does(tmp_path, work):
     folder, cells = sweep(tmp_path, 1)
-    run_cells(folder, cells, partial(work.train, ["leaves"]), [None], StopRequest(), lambda *_: None)
+    train(work, folder, cells, ["leaves"])
     assert folder.state("seed=0").status == "finished"
     assert (folder.path / "left").exists()
+    # a finished cell is not trained again
+    reports = train(work, folder, cells, ["broken"])
+    assert [(state.status, seconds) for _, state, seconds in reports] == [("running", 0.0), ("finished", 0.0)]
 
 
 def test_the_time_limit_stops(tmp_path, work):
-    folder, cells = sweep(tmp_path, 2)
-    stop = StopRequest()
-    run_cells(folder, cells, partial(work.train, ["slow"] * 2), [None], stop, lambda *_: None, limit=0.01)
+    (folder, cells), stop = sweep(tmp_path, 2), StopRequest()
+    train(work, folder, cells, ["slow"] * 2, stop=stop, limit=0.01)
     assert stop.reason == "time limit"
     assert not (folder.path / "begun-1").exists()
-
-
-def test_a_finished_cell_is_not_trained_again(tmp_path, work):
-    (folder, cells), reports = sweep(tmp_path, 1), []
-    for way in ("well", "broken"):
-        run_cells(folder, cells, partial(work.train, [way]), [None], StopRequest(), lambda *args: reports.append(args))
-    assert [(state.status, seconds) for _, state, seconds in reports[2:]] == [("running", 0.0), ("finished", 0.0)]
 
 
 def test_what_failed_with_others_meanwhile_is_not_tried_again_and_what_had_failed_before_is(tmp_path, work):
@@ -200,7 +190,7 @@ def test_what_failed_with_others_meanwhile_is_not_tried_again_and_what_had_faile
     run_cells(folder, cells, partial(work.train, ["well", "well"]), [None], StopRequest(), report)
     assert reports == [(1, "running"), (1, "finished"), (2, "running"), (2, "failed")]
     assert folder.state("seed=1") == CellState("failed", "theirs")
-    run_cells(folder, cells[1:], partial(work.train, ["well", "well"]), [None], StopRequest(), lambda *_: None)
+    train(work, folder, cells[1:], ["well", "well"])
     assert folder.state("seed=1").status == "finished"
 
 
@@ -221,7 +211,7 @@ def test_signals_to_the_group_do_not_end_the_helper(tmp_path, work):
     from multiprocessing.forkserver import _forkserver
 
     folder, cells = sweep(tmp_path, 1)
-    run_cells(folder, cells, partial(work.train, [""]), [None], StopRequest(), lambda *_: None)
+    train(work, folder, cells, [""])
     helper = _forkserver._forkserver_pid
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         os.kill(helper, number)
