@@ -140,8 +140,8 @@ def _masks(
 ) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.images import BadImage, try_read
+    from pdvit.data.masks.batches import evaluation_pixels
     from pdvit.data.masks.table import default_palette
-    from pdvit.data.masks.transforms import EvaluationTransform
     from pdvit.engine.device import autocast
     from pdvit.tasks.pictures import overlay, palette_image, png, predict_mask
     from pdvit.tasks.segmentation import pixel_network
@@ -151,13 +151,16 @@ def _masks(
     assert loaded is not None
     assert folder is not None
     palette, classes = loaded.palette or default_palette(len(loaded.classes)), len(loaded.classes)
-    transform = EvaluationTransform(loaded.segment.short_side, loader.preprocessing.interpolation)
+    side, interpolation = loaded.segment.short_side, loader.preprocessing.interpolation
     for index, name in enumerate(_mask_names(files)):
         image = try_read(files, index)
         if isinstance(image, BadImage):
             loader.bad.add([image])
         else:
-            pixels, size = loader.preprocessing.normalise(transform(image)[None].to(loader.device)), image.size[::-1]
+            pixels = loader.preprocessing.normalise(
+                evaluation_pixels(image, side, interpolation)[None].to(loader.device)
+            )
+            size = image.size[::-1]
             with autocast(loader.device, opened.config.run.precision):
                 mask = predict_mask(pixel_network(loaded.model), pixels, size, classes, windows)
             pictures = {"masks": palette_image(mask, palette), "overlays": overlay(image, mask, palette)}

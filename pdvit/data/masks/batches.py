@@ -1,38 +1,54 @@
-"""Batches of images and masks by step, like those of images and classes in `pdvit.data.loader`."""
+"""Training and evaluation batches of images with masks, with MMSegmentation's chain made of torchvision's transforms.
 
-from collections.abc import Generator, Iterator
-from dataclasses import replace
+Scale, crop, flip, colours, in this order. Images smaller than the crop are padded right and bottom; the padding is set
+after the normalization, to 0.
+"""
 
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
 from pdvit.data.batch import Batch
-from pdvit.data.images import BadImage, Keys, Sample
+from pdvit.data.images import BadImage, Keys, Sample, pixels_of
 from pdvit.data.loader import LoaderConfig, decode, from_workers, step_indices
-from pdvit.data.masks.split import MaskSplit, try_pair
-from pdvit.data.masks.transforms import EvaluationTransform, TrainingTransform, normalise_and_pad
+from pdvit.data.masks.split import MaskSplit, Pair, try_pair
+from pdvit.data.masks.table import IGNORED, OUTSIDE
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.randomness import fold
+
+# Longest side as a multiple of the short side; MMSegmentation: 2048 to 512.
+LONGEST = 4
+RETRIES = 10
 
 
+@dataclass(frozen=True)
 class ImageMaskPairs(Dataset[Sample]):
     """Images with their masks as a torch data set, read by batches of keys (epoch, index)."""
 
-    def __init__(self, split: MaskSplit, transform: TrainingTransform | EvaluationTransform) -> None:
-        self.split, self.transform = split, transform
+    split: MaskSplit
+    transform: Callable[[Pair, int, int], tuple[Tensor, Tensor]]
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitems__(self, keys: Keys) -> list[Sample]:
         """Return for each key the uint8 image (or its fault, or its mask's), its mask and its index."""
-        return [self._read(epoch, index) for epoch, index in keys]
-
-    def _read(self, epoch: int, index: int) -> Sample:
-        pair = try_pair(self.split, index)
-        if isinstance(pair, BadImage):
-            return pair, 0, index
-        if isinstance(self.transform, EvaluationTransform):
-            return self.transform(pair[0]), pair[1], index
-        return *self.transform(pair, epoch, index), index
+        samples: list[Sample] = []
+        for epoch, index in keys:
+            pair = try_pair(self.split, index)
+            image, mask = (pair, 0) if isinstance(pair, BadImage) else self.transform(pair, epoch, index)
+            samples.append((image, mask, index))
+        return samples
 
 
 def train_batches(
@@ -42,11 +58,9 @@ def train_batches(
 
     Targets are training ids, int64, 255 for pixels without a class. `hflip` None is the split's default.
     """
-    transform = TrainingTransform(
-        segment, loader.preprocessing, crop, split.flip if hflip is None else hflip, loader.seed
-    )
-    samples = from_workers(ImageMaskPairs(split, transform), loader, step_indices(len(split), loader, start))
-    for batch in samples:
+    flip = split.flip if hflip is None else hflip
+    pairs = ImageMaskPairs(split, TrainingTransform(segment, loader.preprocessing, crop, flip, loader.seed))
+    for batch in from_workers(pairs, loader, step_indices(len(split), loader, start)):
         images, targets = normalise_and_pad(batch.images, batch.targets, loader.preprocessing)
         yield replace(batch, images=images, targets=targets)
 
@@ -57,6 +71,95 @@ def eval_batches(split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig)
     Targets `(1, H, W)` have the mask's own size. Ranks may have different numbers of images, or none.
     """
     keys: list[Keys] = [[(-1, index)] for index in range(*loader.share(len(split)))]
-    transform = EvaluationTransform(segment.short_side, loader.preprocessing.interpolation)
-    for images, masks, index in decode(ImageMaskPairs(split, transform), replace(loader, processes=1), keys):
+    pairs = ImageMaskPairs(split, partial(_evaluation_pair, segment.short_side, loader.preprocessing.interpolation))
+    for images, masks, index in decode(pairs, replace(loader, processes=1), keys):
         yield Batch(loader.preprocessing.normalise(images.to(loader.device)), masks.to(loader.device).long(), index)
+
+
+def _evaluation_pair(side: int | None, interpolation: str, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+    return evaluation_pixels(pair[0], side, interpolation), pair[1]
+
+
+def evaluation_pixels(image: Image.Image, side: int | None, interpolation: str) -> Tensor:
+    """Return an image, uint8 `(3, h, w)`, scaled to a short side if there is one; the long side is limited."""
+    pixels = pixels_of(image)
+    if side is None:
+        return pixels
+    height, width = pixels.shape[-2:]
+    short, long = side, side * max(height, width) // min(height, width)
+    if long > (longest := LONGEST * side):
+        short, long = max(1, longest * side // long), longest
+    size = [short, long] if height < width else [long, short]
+    resized: Tensor = functional.resize(pixels, size, v2.InterpolationMode(interpolation), antialias=True)
+    return resized
+
+
+@dataclass(frozen=True)
+class TrainingTransform:
+    """From an image and its mask to a training crop, as a function of (seed, epoch, index)."""
+
+    segment: SegmentConfig
+    preprocessing: Preprocessing
+    crop: int
+    flip: float
+    seed: int
+
+    def __call__(self, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return the crop, uint8 `(3, crop, crop)`, and its mask, with 254 outside of the image."""
+        parts = tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1])
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
+            torch.default_generator.manual_seed(fold(self.seed, epoch, index))  # that of the CPU alone
+            size, mode = self.draw_size(*pair[1].shape), v2.InterpolationMode(self.preprocessing.interpolation)
+            parts = tuple(functional.resize(part, size, mode, antialias=True) for part in parts)
+            box = draw_crop(parts[1].as_subclass(Tensor), self.crop, self.segment.max_share)
+            parts = v2.RandomHorizontalFlip(self.flip)(*(functional.crop(part, *box) for part in parts))
+            image, mask = PhotometricDistort()(*parts) if self.segment.photometric else parts
+        padding = [0, 0, self.crop - mask.shape[-1], self.crop - mask.shape[-2]]
+        image, mask = functional.pad(image, padding), functional.pad(mask, padding, fill=OUTSIDE)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+    def draw_size(self, height: int, width: int) -> list[int]:
+        """Draw the short side, and limit the long one; a thin strip keeps at least one pixel."""
+        target = self.segment.short_side or min(height, width)
+        least, most = (max(1, round(factor * target)) for factor in self.segment.jitter)
+        side = least + int(torch.randint(most - least + 1, ()))
+        scale = min(side / min(height, width), LONGEST * most / max(height, width))
+        return [max(1, int(height * scale)), max(1, int(width * scale))]
+
+
+def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, int, int]:
+    """Draw a crop of a mask `(H, W)`, again up to 10 times if one class covers too much: top, left, height, width."""
+    rows, columns = mask.shape
+    height, width = min(side, rows), min(side, columns)
+    for tries_left in reversed(range(RETRIES + 1)):
+        top, left = (int(torch.randint(room + 1, ())) for room in (rows - height, columns - width))
+        if not tries_left or (height, width) == (rows, columns) or max_fraction == 1:
+            break
+        if balanced(mask[top : top + height, left : left + width], max_fraction):
+            break
+    return top, left, height, width
+
+
+def balanced(mask: Tensor, max_fraction: float) -> bool:
+    """Whether a mask has at least two classes, each below this fraction of the pixels that have a class."""
+    counts = mask.flatten().bincount()[:OUTSIDE]
+    return int((counts > 0).sum()) > 1 and bool(counts.max() < max_fraction * counts.sum())
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
+    """Random brightness, contrast, saturation and hue, with MMSegmentation's range of hue; channels stay in order."""
+
+    def __init__(self) -> None:
+        super().__init__(hue=(-0.1, 0.1))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the factors."""
+        params: dict[str, Any] = super().make_params(flat_inputs)
+        return params | {"channel_permutation": None}
+
+
+def normalise_and_pad(images: Tensor, masks: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """Normalize a batch `(B, 3, H, W)` and make targets `(B, H, W)` of masks: 0 and 255 outside of the images."""
+    outside = masks == OUTSIDE
+    targets = masks.long().masked_fill_(outside, IGNORED)
+    return preprocessing.normalise(images).masked_fill_(outside[:, None], 0.0), targets

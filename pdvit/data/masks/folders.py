@@ -1,27 +1,30 @@
 """Sources of masks: digit scenes, and folders of images and masks (ADE20K, Cityscapes, CamVid or the user's own)."""
 
 import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.images import BadMask, describe_bad, refuse_bad
+from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad, strict_decoders
 from pdvit.data.masks.scenes import read_scenes
-from pdvit.data.masks.split import Log, MaskFiles, log_to_stderr, scan_masks, try_mask
-from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, open_mask, read_table
+from pdvit.data.masks.split import Log, MaskFiles, scan_masks
+from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
 from pdvit.data.sources import printable, source_type
 from pdvit.data.sources.folder import folder_names, list_images
 from pdvit.data.sources.split import (
     HELD_OUT,
-    ROLES,
     TEST_NAMES,
     TRAIN_NAMES,
     VALIDATION_NAMES,
+    FileSplit,
     Source,
     choose_splits,
     hold_out,
@@ -34,37 +37,34 @@ MASKS, TABLES = ("masks", "annotations", "labels"), ("classes.tsv", "classes.csv
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
 
-def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = log_to_stderr) -> Source:
+def open_masks(
+    data: DataConfig, segment: SegmentConfig, log: Log = lambda text: print(text, file=sys.stderr)
+) -> Source:
     """Open a source of images with masks, whose splits are `MaskSplit`s; `log` receives the progress.
 
     Raises UserError for another source or layout, images without masks, and a damaged class table.
     """
-    kind, root = source_type(data.source), Path(os.path.expanduser(data.source))
-    if kind == "scenes":
+    root = Path(os.path.expanduser(data.source))
+    if source_type(data.source) == "scenes":
         if segment.classes is not None:
             raise UserError("digit scenes have their own classes", "segment.classes (--classes)", "leave it out")
         return read_scenes(data)
     if not os.path.isdir(root):
-        if kind in (None, "folder"):
-            raise UserError(f"there is no folder '{data.source}'", WHERE, "check the path, or use --data scenes")
         tip = "use --data scenes, or a folder with images/ and masks/"
-        raise UserError(f"'{data.source}' has classes of images, not of pixels", WHERE, tip)
+        raise UserError(f"there is no folder '{data.source}', and other sources have no masks", WHERE, tip)
     folders = find_folders(root)
     table = folders.table if segment.classes is None else read_table(Path(os.path.expanduser(segment.classes)))
     chosen, notes = folders.splits(data)
-    splits = dict[str, MaskFiles]()
-    for role in (role for role in ROLES if role in chosen):
-        splits[role], note = folders.open(chosen[role], table or ClassTable([], [], None))
-        notes += note
+    pairs = {role: folders.pairs(folder, notes) for role, folder in chosen.items()}
     if table is None:
-        table = infer_table(splits, data.workers, log)
-        splits = {role: replace(split, table=table) for role, split in splits.items()}
+        table = infer_table({role: masks for role, (_, masks) in pairs.items()}, data.workers, log)
         notes.append("classes are the ids in the masks; a table (classes.tsv, --classes) gives them names")
+    splits = {role: MaskFiles(images.paths, images.labels, masks, table) for role, (images, masks) in pairs.items()}
     if ignored := [str(value) for value, place in (table.ids or {}).items() if place == IGNORED and value != IGNORED]:
         notes.append(f"ignored in masks: {', '.join(ignored)}")
     if "val" not in splits:
-        splits["train"], splits["val"] = hold_out(splits["train"], data.split_seed)
-        splits = {role: splits[role] for role in ROLES if role in splits}
+        train, val = hold_out(splits.pop("train"), data.split_seed)
+        splits = {"train": train, "val": val, **splits}
         notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
 
@@ -95,29 +95,30 @@ class MaskFolders:
         if not folders and not (data.train_split or data.val_split):
             return {"train": ""}, []
         usable = [name for name in folders if name in found[self.masks] and name not in self.unlabelled]
-        notes = [f"{name} is not used: it has no labels" for name in folders if name not in usable]
         chosen = choose_splits(usable, data)
         for name in (chosen.get("train", "train"), *chosen.values()):
             if name not in usable:
                 what = f"there is no {self.images}/{name} with masks (found: {', '.join(usable) or 'nothing'})"
                 raise UserError(what, str(self.root), LAYOUT)
-        return chosen, notes
+        return chosen, [f"{name} is not used: it has no labels" for name in folders if name not in usable]
 
-    def open(self, split: str, table: ClassTable) -> tuple[MaskFiles, list[str]]:
-        """Return a split and notes; raises UserError for images without a mask."""
+    def pairs(self, split: str, notes: list[str]) -> tuple[FileSplit, FileSplit]:
+        """Return images and masks of a split, in the same order; notes masks without image.
+
+        Raises UserError for images without a mask.
+        """
         images = self._files(self.images, split, self.endings[0])
         masks = self._files(self.masks, split, self.endings[1])
         if not images:
             raise UserError(f"no images in {self.images}/{split}", str(self.root), LAYOUT)
         if missing := {str(path): "no mask" for stem, path in images.items() if stem not in masks}:
-            tip = f"add a file of the same name{self.endings[1] and ' and ' + self.endings[1]} in {self.masks}/"
-            raise UserError(
-                f"images without a mask in {self.masks}/{split}: {len(missing)}", describe_bad(missing), tip
-            )
-        extra = len(masks) - len(images)
-        notes = [f"masks without an image in {self.images}/{split}: {extra:,}"] if extra else []
+            what = f"images without a mask in {self.masks}/{split}: {len(missing)}"
+            ending = f" and {self.endings[1]}" if self.endings[1] else ""
+            raise UserError(what, describe_bad(missing), f"add a file of the same name{ending} in {self.masks}/")
+        if extra := len(masks) - len(images):
+            notes.append(f"masks without an image in {self.images}/{split}: {extra:,}")
         labels = torch.zeros(len(images), dtype=torch.long)
-        return MaskFiles(list(images.values()), labels, [masks[stem] for stem in images], table), notes
+        return FileSplit(list(images.values()), labels), FileSplit([masks[stem] for stem in images], labels)
 
     def _files(self, folder: str, split: str, ending: str) -> dict[str, Path]:
         """Return the image files below a folder by their path without suffix and ending."""
@@ -171,34 +172,27 @@ def cityscapes_table() -> ClassTable:
     return ClassTable.of_ids({item.id: item.name for item in scored}, ignored, [item.color for item in scored])
 
 
-def infer_table(splits: Mapping[str, MaskFiles], workers: int, log: Log) -> ClassTable:
+def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> ClassTable:
     """Return the table of the ids in all masks, 255 left out; raises UserError for masks without ids.
 
     The palette is that of the first mask, if it has a colour for each id.
     """
-    bad, ids = dict[str, str](), set[int]()
-    for name, split in splits.items():
-        for found in scan_masks(split, name, _ids_in, range(len(split)), workers, log).values():
-            if isinstance(found, BadMask):
-                bad[found.name] = found.reason
-            else:
-                ids |= found
+    found = list[Any]()
+    for name, masks in splits.items():
+        found += scan_masks(partial(_ids_in, masks), range(len(masks)), name, workers, log).values()
+    bad = {item.name: item.reason for item in found if isinstance(item, BadImage)}
     refuse_bad(bad, f"without a class table masks need ids; else {TIP}", "mask")
-    known = sorted(ids - {IGNORED})
+    known = sorted(set[int]().union(*found) - {IGNORED})
     if not 2 <= len(known) <= OUTSIDE:
         what = f"the masks have {len(known)} ids besides {IGNORED}; 2 to {OUTSIDE} can be classes"
         raise UserError(what, "segment.classes (--classes)", TIP)
-    with open_mask(splits["train"].masks[0]) as image:
+    with splits["train"].open(0) as image:
         levels = image.getpalette("RGB") or []
-    complete = len(levels) >= 3 * known[-1] + 3
-    palette = [(levels[3 * value], levels[3 * value + 1], levels[3 * value + 2]) for value in known if complete]
-    return ClassTable.of_ids({value: str(value) for value in known}, palette=palette or None)
+    colours = list(zip(levels[::3], levels[1::3], levels[2::3], strict=False))
+    palette = [colours[value] for value in known] if len(colours) > known[-1] else None
+    return ClassTable.of_ids({value: str(value) for value in known}, palette=palette)
 
 
-def _ids_in(split: MaskFiles, index: int) -> set[int] | BadMask:
-    def read(index: int) -> set[int]:
-        with open_mask(split.masks[index]) as image:
-            return set(np.unique(mask_values(image)).tolist())
-
-    ids: set[int] | BadMask = try_mask(split, index, read)
-    return ids
+def _ids_in(masks: FileSplit, index: int) -> set[int] | BadImage:
+    with strict_decoders():
+        return attempt(masks, index, lambda: set(np.unique(mask_values(masks.open(index))).tolist()))

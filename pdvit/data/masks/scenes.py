@@ -74,7 +74,7 @@ class Scenes(MaskSplit):
         """Return the name of a scene."""
         return f"scene {self.numbers[index]} of {self.role}"
 
-    mask_name = key = name
+    key = name
 
     def take(self, chosen: Tensor) -> "Scenes":
         """Return the scenes at these indices."""

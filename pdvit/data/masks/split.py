@@ -1,20 +1,18 @@
-"""Splits whose images have masks; both are read, or made, on demand. And the check of masks before a run."""
+"""Splits whose images have masks, both read or made on demand, and the check of masks before a run."""
 
-import sys
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from pdvit.data.images import BadImage, BadMask, attempt, read_image, refuse_bad, strict_decoders
+from pdvit.data.images import BadImage, BadMask, attempt, refuse_bad, strict_decoders, try_read
 from pdvit.data.loader import leave_signals
 from pdvit.data.masks.table import OUTSIDE, ClassTable
 from pdvit.data.sources import first_names
@@ -24,15 +22,8 @@ from pdvit.errors import UserError
 Pair = tuple[Image.Image, Tensor]
 Log = Callable[[str], None]
 
-
-def log_to_stderr(text: str) -> None:
-    """Print progress without mixing it with the output of a command."""
-    print(text, file=sys.stderr)
-
-
-Scan = Callable[["MaskFiles", int], Any]
-# Masks that a worker reads at a time, and seconds between two progress messages.
-CHUNK, SECONDS = 64, 10.0
+# Masks that a worker reads at a time, and masks between two progress messages.
+CHUNK, LOGGED = 64, 4096
 TIP = "mend or remove them; ids or colours outside of the table need a line in it (--classes)"
 
 
@@ -45,29 +36,33 @@ class MaskSplit(LazySplit):
     def mask(self, index: int) -> Tensor:
         """Return the training id of every pixel, uint8 `(H, W)`, 255 if ignored; raises any error of the decoder."""
 
-    @abstractmethod
     def mask_name(self, index: int) -> str:
-        """Return where the mask is, for messages."""
+        """Return the location of the mask, for messages."""
+        return self.name(index)
 
 
 @dataclass(frozen=True)
 class MaskFiles(FileSplit, MaskSplit):
     """Image files with mask files, which are read through one class table."""
 
-    masks: list[Path]
+    masks: FileSplit
     table: ClassTable
 
     def mask(self, index: int) -> Tensor:
         """Read the file of a mask."""
-        return self.table.read(self.masks[index])
+        return self.table.read(self.masks.open(index))
 
     def mask_name(self, index: int) -> str:
         """Return the mask's path."""
-        return str(self.masks[index])
+        return self.masks.name(index)
 
     def key(self, index: int) -> str:
         """Return the file names of image and mask."""
-        return f"{self.paths[index].name}/{self.masks[index].name}"
+        return f"{super().key(index)}/{self.masks.key(index)}"
+
+    def take(self, chosen: Tensor) -> "MaskFiles":
+        """Return the pairs at these indices."""
+        return replace(super().take(chosen), masks=self.masks.take(chosen))
 
     def hash(self) -> str:
         """Return a hash of the names and the table."""
@@ -76,27 +71,22 @@ class MaskFiles(FileSplit, MaskSplit):
 
 def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
     """Decode an image `(W, H)` and its mask, or return the fault of one of them."""
-    mask = try_mask(split, index, split.mask)
-    if isinstance(mask, BadImage):
+    image = try_read(split, index)
+    mask = try_mask(split, index, None if isinstance(image, BadImage) else image.size)
+    if isinstance(mask, BadMask):
         return mask
+    return image if isinstance(image, BadImage) else (image, mask)
+
+
+def try_mask(split: MaskSplit, index: int, size: tuple[int, int] | None) -> Tensor | BadMask:
+    """Decode a mask, or return its fault; `size` is width and height of its image, None if that does not decode."""
     with strict_decoders():
-        image = attempt(split, index, lambda: read_image(split.open(index)))
-    if isinstance(image, BadImage):
-        return image
-    return _wrong_size(split, index, image.size, mask) or (image, mask)
-
-
-def try_mask(split: MaskSplit, index: int, read: Callable[[int], Any]) -> Any | BadMask:
-    """Return `read(index)`, which reads a mask, or the mask's fault."""
-    with strict_decoders():
-        result = attempt(split, index, read, index)
-    return BadMask(split.mask_name(index), result.reason) if isinstance(result, BadImage) else result
-
-
-def _wrong_size(split: MaskSplit, index: int, size: tuple[int, int], mask: Tensor) -> BadMask | None:
+        mask = attempt(split, index, split.mask, index)
+    if isinstance(mask, BadImage):
+        return BadMask(split.mask_name(index), mask.reason)
     height, width = mask.shape
-    if (width, height) == size:
-        return None
+    if size is None or size == (width, height):
+        return mask
     return BadMask(split.mask_name(index), f"it is {width}x{height}, its image {size[0]}x{size[1]}")
 
 
@@ -122,64 +112,48 @@ def check_masks(
         if not isinstance(split, MaskFiles):
             continue
         count = len(split) if every or name != "train" else 1
-        mine, found = range(share[0], count, share[1]), dict[int, Any]()
-        for part in gather(scan_masks(split, name, _classes_in, mine, workers if count > 1 else 0, log)):
+        read, found = partial(_classes_in, split, every), dict[int, Any]()
+        for part in gather(scan_masks(read, range(share[0], count, share[1]), name, workers if count > 1 else 0, log)):
             found |= part
-        found = dict(sorted(found.items()))
-        bad |= {item.name: item.reason for item in found.values() if isinstance(item, BadMask)}
+        bad |= {item.name: item.reason for _, item in sorted(found.items()) if isinstance(item, BadMask)}
         present = frozenset[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
         absent = [label for place, label in enumerate(source.classes) if place not in present]
-        if every:
-            ignoring = [split.mask_name(index) for index, item in found.items() if item == frozenset()]
-            bad |= dict.fromkeys(ignoring, "all of its pixels are ignored")
-            if absent:
-                notes.append(
-                    f"{len(absent)} of {len(source.classes)} classes are in no mask of {name}: {first_names(absent)}"
-                )
-        elif name != "train" and found and not present and not bad:
+        if every and absent:
+            number = f"{len(absent)} of {len(source.classes)} classes"
+            notes.append(f"{number} are in no mask of {name}: {first_names(absent)}")
+        if name != "train" and found and not present and not bad:
             what = f"no pixel of the {len(split)} masks of {name} has a class"
             raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
     refuse_bad(bad, TIP, "mask")
     return source.noting("all masks are sound", *notes) if every else source
 
 
-def _classes_in(split: MaskFiles, index: int) -> BadMask | frozenset[int]:
-    """Return the classes in a mask, or its fault; an image that does not decode is not the mask's fault."""
-    mask = try_mask(split, index, split.mask)
+def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | frozenset[int]:
+    """Return the classes in a mask, or its fault; with `labelled` a mask without classes has one."""
+    mask = try_mask(split, index, image_size(split, index))
     if isinstance(mask, BadMask):
         return mask
-    size = image_size(split, index)
-    fault = _wrong_size(split, index, size, mask) if size else None
-    return fault or frozenset(mask.flatten().bincount()[:OUTSIDE].nonzero().flatten().tolist())
+    classes = frozenset(mask.flatten().bincount()[:OUTSIDE].nonzero().flatten().tolist())
+    return classes if classes or not labelled else BadMask(split.mask_name(index), "all of its pixels are ignored")
 
 
-@dataclass(frozen=True)
-class _Scan(Dataset[tuple[int, Any]]):
-    split: MaskFiles
-    scan: Scan
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.scan(self.split, index)
-
-
-def scan_masks(
-    split: MaskFiles, name: str, scan: Scan, indices: Sequence[int], workers: int, log: Log
-) -> dict[int, Any]:
-    """Return `scan(split, index)` for these masks of a split, by index, computed in worker processes."""
+def scan_masks(read: Callable[[int], Any], indices: Sequence[int], name: str, workers: int, log: Log) -> dict[int, Any]:
+    """Return `read(index)` for the masks of a split, by index, computed in worker processes."""
     loader: Any = DataLoader(
-        _Scan(split, scan),
+        indices,  # type: ignore[arg-type]
         batch_size=CHUNK,
-        sampler=indices,
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=partial(_read_chunk, read),
         worker_init_fn=leave_signals,
         generator=torch.Generator(),  # else it draws from the process generator
     )
     found: dict[int, Any] = {}
-    logged = time.monotonic()
     for chunk in loader:
-        found |= dict(chunk)
-        if time.monotonic() - logged > SECONDS:
-            logged = time.monotonic()
-            log(f"read {len(found):,} of {len(indices):,} masks of {name}")
+        found |= chunk
+        if len(found) % LOGGED == 0:
+            log(f"read {len(found):,} masks of {name}")
     return found
+
+
+def _read_chunk(read: Callable[[int], Any], indices: list[int]) -> dict[int, Any]:
+    return {index: read(index) for index in indices}

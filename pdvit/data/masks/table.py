@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from pdvit.data.sources import printable
@@ -57,23 +56,16 @@ class ClassTable:
         ids, colours = (sorted(known.items()) if known else known for known in (self.ids, self.colours))
         return repr((self.names, ids, colours))
 
-    def read(self, path: Path) -> Tensor:
-        """Read a mask: training ids, uint8 `(H, W)`; raises ValueError for values outside of the table."""
-        with open_mask(path) as image:
-            by_id = self.ids is not None and image.mode not in ("RGB", "RGBA")
-            if by_id:
-                values, lookup = mask_values(image), self._lookup_ids
-            elif self.colours is not None:
-                values = np.array(image.convert("RGB")) @ np.array([2**16, 2**8, 1], np.int32)
-                lookup = self._lookup_colours
-            else:
-                raise ValueError(f"it is {image.mode}, where ids are expected: the table has no colours")
-        found: Array = lookup[values]
+    def read(self, image: Image.Image) -> Tensor:
+        """Decode an open mask: training ids, uint8 `(H, W)`; raises ValueError for values outside of the table."""
+        coloured = self.colours is not None and (self.ids is None or image.mode in ("RGB", "RGBA"))
+        values = mask_values(image, coloured)
+        found: Array = (self._lookup_colours if coloured else self._lookup_ids)[values]
         if len(outside := np.unique(values[found == OUTSIDE]).tolist()):
-            names = [str(value) if by_id else f"#{value:06x}" for value in outside[:10]]
-            more = ", ..." if len(outside) > len(names) else ""
-            unit = "id" if by_id else "colour"
-            raise ValueError(f"outside of the table of {len(self.names)} classes: {unit} {', '.join(names)}{more}")
+            names = [f"#{value:06x}" if coloured else str(value) for value in outside[:10]]
+            listed = ", ".join(names) + (", ..." if len(outside) > len(names) else "")
+            unit = "colour" if coloured else "id"
+            raise ValueError(f"outside of the table of {len(self.names)} classes: {unit} {listed}")
         return torch.from_numpy(found)
 
     @cached_property
@@ -92,25 +84,23 @@ def _lookup(size: int, places: Mapping[int, int]) -> Array:
     return lookup
 
 
-def open_mask(path: Path) -> ImageFile:
-    """Open a mask; raises ValueError for a JPEG, whose values are not exact, and any error of its decoder."""
-    if path.is_fifo():
-        raise ValueError("it is a pipe, not a file")
-    image = Image.open(path)
-    if image.format in ("JPEG", "MPO"):
-        image.close()
-        raise ValueError("it is a JPEG, whose pixels are not exact: save masks as PNG")
-    return image
+def mask_values(image: Image.Image, coloured: bool = False) -> Array:
+    """Decode an open mask `(H, W)`: its values (of a palette the indices), or its colours, 0xrrggbb.
 
-
-def mask_values(image: ImageFile) -> Array:
-    """Return the values of an open mask `(H, W)`, of a palette its indices; raises ValueError if it has no ids."""
-    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-        raise ValueError(f"it is {image.mode}, where ids are expected")
-    packing = image.tile[0][3] if image.tile else None  # decoding empties it
-    name = packing[0] if isinstance(packing, tuple) else packing  # of TIFF, of PNG
-    # Pillow stretches grey values of 2 and 4 bits to 0 to 255
-    values = np.array(image) // {"L;2": 85, "L;4": 17}.get(str(name)[:3], 1)
+    Raises ValueError for a JPEG, whose pixels are not exact, and for pixels that are not ids; or the decoder's errors.
+    """
+    with image:
+        if image.format in ("JPEG", "MPO"):
+            raise ValueError("it is a JPEG, whose pixels are not exact: save masks as PNG")
+        if coloured:
+            return np.array(image.convert("RGB")) @ np.array([2**16, 2**8, 1], np.int32)
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise ValueError(f"it is {image.mode}, where ids are expected: there is no table with colours")
+        tile: Any = getattr(image, "tile", None)
+        packing = tile[0][3] if tile else None  # decoding empties it
+        name = packing[0] if isinstance(packing, tuple) else packing  # of TIFF, of PNG
+        # Pillow stretches grey values of 2 and 4 bits to 0 to 255
+        values = np.array(image) // {"L;2": 85, "L;4": 17}.get(str(name)[:3], 1)
     if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= IDS):
         raise ValueError(f"ids from {values.min()} to {values.max()} are not whole numbers below {IDS}")
     return values.astype(np.uint16) if values.dtype != np.uint8 else values
@@ -137,34 +127,27 @@ def read_table(path: Path) -> ClassTable:
     A table without ids is for masks that are colours. Classes named Unlabelled, Void or Ignored are ignored, and so is
     the value 255 unless it is a class. Raises UserError for a file that is not such a table.
     """
-    rows = _read_rows(path)
-    classes = [row for row in rows if row.name.casefold() not in IGNORED_NAMES]
-    if not 2 <= len(classes) <= OUTSIDE:
-        what = f"the table has {len(classes)} classes that are not ignored"
-        raise UserError(what, str(path), f"list 2 to {OUTSIDE} classes")
-    for column, checked in (("id", rows), ("colour", rows), ("name", classes)):
-        cells = [getattr(row, column) for row in checked]
-        if None in cells and any(cell is not None for cell in cells):
-            name = printable(checked[cells.index(None)].name)
-            raise UserError(f"'{name}' has no {column}, others have one", str(path), TIP)
-        if twice := [cell for cell in cells if cell is not None and cells.count(cell) > 1]:
-            raise UserError(f"two classes have the same {column}: {printable(str(twice[0]))}", str(path), TIP)
-    place = {row.name: number for number, row in enumerate(classes)}
-    ids = {row.id: place.get(row.name, IGNORED) for row in rows if row.id is not None}
-    colours = {row.colour: place.get(row.name, IGNORED) for row in rows if row.colour is not None}
-    if not (ids or colours):
-        raise UserError("the table has neither ids nor colours", str(path), TIP)
-    palette = [row.colour for row in classes if row.colour is not None] or default_palette(len(classes))
-    return ClassTable(list(place), palette, {255: IGNORED} | ids if ids else None, colours or None)
-
-
-def _read_rows(path: Path) -> list[_Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text else ",")
         lines = [[cell.strip() for cell in line] for line in reader if any(line)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"the class table can't be read: {error}", str(path), TIP) from error
+    try:
+        rows = _parse_rows(lines)
+        classes = [row for row in rows if row.name.casefold() not in IGNORED_NAMES]
+        _check_rows(rows, classes)
+    except ValueError as error:
+        raise UserError(printable(str(error)), str(path), TIP) from error
+    place = {row.name: number for number, row in enumerate(classes)}
+    ids = {row.id: place.get(row.name, IGNORED) for row in rows if row.id is not None}
+    colours = {row.colour: place.get(row.name, IGNORED) for row in rows if row.colour is not None}
+    palette = [row.colour for row in classes if row.colour is not None] or default_palette(len(classes))
+    return ClassTable(list(place), palette, {255: IGNORED} | ids if ids else None, colours or None)
+
+
+def _parse_rows(lines: list[list[str]]) -> list[_Row]:
+    """Return the rows of a table; raises ValueError for a cell that is missing or invalid."""
     header = [cell.lower().replace("color", "colour") for cell in lines[0]] if lines else []
     header, lines = (header, lines[1:]) if "name" in header else (list(COLUMNS), lines)
     rows = []
@@ -172,24 +155,27 @@ def _read_rows(path: Path) -> list[_Row]:
         cells = dict.fromkeys(COLUMNS, "") | dict(zip(header, line, strict=False))
         name, value, colour = cells["name"], cells["id"], cells["colour"]
         if not name:
-            raise UserError(f"class {number} of the table has no name", str(path), TIP)
+            raise ValueError(f"class {number} of the table has no name")
         if value and not (value.isdecimal() and int(value) < IDS):
-            what = f"id '{printable(value)}' of '{printable(name)}' is not a whole number below {IDS}"
-            raise UserError(what, str(path), TIP)
-        levels = _levels(colour)
-        if levels is None and colour:
-            what = f"'{printable(colour)}' of '{printable(name)}' is not a colour"
-            raise UserError(what, str(path), "write it as #804080, or as 128 64 128")
-        rows.append(_Row(name, int(value) if value else None, levels))
+            raise ValueError(f"id '{value}' of '{name}' is not a whole number below {IDS}")
+        levels = [int(level) for level in colour.split()] if re.fullmatch(r"\d{1,3} +\d{1,3} +\d{1,3}", colour) else []
+        if re.fullmatch("#[0-9a-fA-F]{6}", colour):
+            levels = list(bytes.fromhex(colour[1:]))
+        if colour and not (levels and max(levels) < 256):
+            raise ValueError(f"'{colour}' of '{name}' is not a colour such as #804080 or 128 64 128")
+        rows.append(_Row(name, int(value) if value else None, (levels[0], levels[1], levels[2]) if levels else None))
     return rows
 
 
-def _levels(text: str) -> Colour | None:
-    """Parse `#rrggbb`, or three numbers separated by spaces."""
-    if re.fullmatch("#[0-9a-fA-F]{6}", text):
-        red, green, blue = bytes.fromhex(text[1:])
-    elif re.fullmatch(r"\d{1,3} +\d{1,3} +\d{1,3}", text):
-        red, green, blue = map(int, text.split())
-    else:
-        return None
-    return (red, green, blue) if max(red, green, blue) < 256 else None
+def _check_rows(rows: list[_Row], classes: list[_Row]) -> None:
+    """Raise ValueError for too few or many classes, columns with gaps, and values that occur twice."""
+    if not 2 <= len(classes) <= OUTSIDE:
+        raise ValueError(f"the table has {len(classes)} classes that are not ignored, and needs 2 to {OUTSIDE}")
+    for column, checked in (("id", rows), ("colour", rows), ("name", classes)):
+        cells = [getattr(row, column) for row in checked]
+        if None in cells and any(cell is not None for cell in cells):
+            raise ValueError(f"'{checked[cells.index(None)].name}' has no {column}, others have one")
+        if twice := [cell for cell in cells if cell is not None and cells.count(cell) > 1]:
+            raise ValueError(f"two classes have the same {column}: {twice[0]}")
+    if rows[0].id is None and rows[0].colour is None:
+        raise ValueError("the table has neither ids nor colours")
