@@ -163,7 +163,7 @@ def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
     [
         (["--diversity", "cutmix"], "not mixed"),
         (["--stride", "33"], "leave gaps"),
-        (["--data", "digits"], "not of pixels"),
+        (["--data", "digits"], "have no masks"),
         (["--batch-size", "1", "--head-norm", "batch"], "nothing to average"),
     ],
 )
@@ -195,7 +195,7 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
         refused = refusal("eval", digits_run, *flags, *CPU)
         assert "labels images" in refused.what
         assert flags[0] in refused.where
-    assert "not of pixels" in refusal("eval", copy, "--data", "digits", *CPU).what
+    assert "have no masks" in refusal("eval", copy, "--data", "digits", *CPU).what
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
