@@ -157,10 +157,8 @@ def _masks(
         if isinstance(image, BadImage):
             loader.bad.add([image])
         else:
-            pixels = loader.preprocessing.normalise(
-                evaluation_pixels(image, side, interpolation)[None].to(loader.device)
-            )
-            size = image.size[::-1]
+            pixels = evaluation_pixels(image, side, interpolation)[None].to(loader.device)
+            pixels, size = loader.preprocessing.normalise(pixels), image.size[::-1]
             with autocast(loader.device, opened.config.run.precision):
                 mask = predict_mask(pixel_network(loaded.model), pixels, size, classes, windows)
             pictures = {"masks": palette_image(mask, palette), "overlays": overlay(image, mask, palette)}
