@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import pdvit.losses.objective as pdvit_objective
-import pdvit.models.build as pdvit_build
 from pdvit.cli import doctor
 from pdvit.cli import run as pdvit
 from pdvit.tracking import environment
@@ -98,11 +97,10 @@ def test_an_import_that_fails_is_a_failure(monkeypatch, capsys):
     ("limits", "cores", "memory"),
     [
         ({"cpu.max": "50000 100000", "memory.max": str(2**30)}, "0.5", "1.0 GiB"),
-        ({"cpu.max": "max 100000", "memory.max": "max"}, None, None),
-        ({"cpu.max": "99900000 100000", "memory.max": str(2**60)}, None, None),
+        ({"cpu.max": "max 100000", "memory.max": str(2**60)}, None, None),
         ({}, None, None),
     ],
-    ids=["less", "no limit", "more", "no files"],
+    ids=["less", "more", "no files"],
 )
 def test_a_container_has_the_cores_and_memory_of_its_limits(monkeypatch, tmp_path, limits, cores, memory):
     monkeypatch.setattr(environment, "CGROUP", tmp_path)
@@ -114,18 +112,6 @@ def test_a_container_has_the_cores_and_memory_of_its_limits(monkeypatch, tmp_pat
     assert found["memory"] == (memory or f"{kilobytes / 2**20:.1f} GiB")
 
 
-def test_a_step_that_breaks_is_a_failure(examined, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("no kernel image is available\nfor this device")
-
-    monkeypatch.setattr(pdvit_build, "build_model", fail)
-    status, ready, found = examined()
-    assert (status, ready) == (1, False)
-    step = found["cpu"]["training step"]
-    assert (step["mark"], step["detail"]) == ("failed", "no kernel image is available")
-    assert step["tip"]
-
-
 def test_a_loss_that_is_not_finite_is_a_failure(examined, monkeypatch):
     monkeypatch.setattr(pdvit_objective, "cosine_loss", lambda last, variant: last.sum() * float("nan"))
     status, _, found = examined()
@@ -133,20 +119,15 @@ def test_a_loss_that_is_not_finite_is_a_failure(examined, monkeypatch):
     assert "nan" in found["cpu"]["training step"]["detail"]
 
 
-def test_a_broken_gpu_is_a_failure_and_the_other_checks_still_run(examined, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    status, _, found = examined()
-    assert status == 1
-    assert found["cuda:0"]["training step"]["mark"] == "failed"
-    assert found["cpu"]["training step"]["mark"] == found["runs"]["writable"]["mark"] == "ok"
-
-
-def test_an_old_gpu_has_neither_tf32_nor_bf16(examined, monkeypatch):
+def test_an_old_gpu_has_neither_tf32_nor_bf16_and_a_broken_one_is_a_failure(examined, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    found = examined()[2]["cuda:0"]
+    status, _, findings = examined()
+    found = findings["cuda:0"]
+    assert (status, found["training step"]["mark"]) == (1, "failed")  # although the CPU works
+    assert findings["cpu"]["training step"]["mark"] == "ok"
     facts = {name: found[name]["detail"] for name in ("model", "memory", "compute capability")}
     assert facts == {"model": "T4", "memory": "80.0 GiB (8.0 free)", "compute capability": "7.5"}
     assert all(found[name]["mark"] == "missing" and "8.0" in found[name]["detail"] for name in ("tf32", "bf16"))
