@@ -106,13 +106,9 @@ def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analy
     few = analyzed(run_copy, "--images", image_folder / "val/red/0.png", "--images", image_folder / "train/blue")
     assert few["images_measured"] == 9
     assert str(image_folder / "train/blue") in few["images"]
-
-
-def test_grey_images_of_any_shape_are_fitted_to_the_model(run_copy, tmp_path, analyzed):
-    levels = np.random.default_rng(0).integers(0, 255, (50, 37), dtype=np.uint8)
-    Image.fromarray(levels).save(tmp_path / "grey.png")
-    Image.fromarray(levels).convert("RGB").save(tmp_path / "colour.png")
-    grey, colour = (analyzed(run_copy, "--images", tmp_path / name) for name in ("grey.png", "colour.png"))
+    Image.open(paths[0]).convert("L").save(image_folder / "grey.png")
+    Image.open(paths[0]).convert("L").convert("RGB").save(image_folder / "colour.png")
+    grey, colour = (analyzed(run_copy, "--images", image_folder / name) for name in ("grey.png", "colour.png"))
     assert "RGB, short side scaled, centre crop to 32x32 px" in grey["images"]
     assert json_means(grey, "similarity") == json_means(colour, "similarity")
     assert {layer["similarity"]["std"] for layer in grey["layers_measured"]} == {None}  # of a single image
@@ -138,8 +134,7 @@ def test_foreign_weights_need_the_name_of_their_model(workplace, analyzed, refus
     result = analyzed("foreign.safetensors", "--model", "test_vit", "--images", "digits", "--limit", 3)
     assert result["weights"] == "unknown"
     assert len(result["layers_measured"]) == len(model.blocks) + 2
-    for name in ("test_vit2", "vit_tiny_patch16_224"):
-        refusal("analyze", "foreign.safetensors", "--model", name)
+    refusal("analyze", "foreign.safetensors", "--model", "test_vit2")
 
 
 def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyzed, refusal):
@@ -215,21 +210,6 @@ def test_an_image_that_several_processes_read_is_counted_once(run_copy, image_fo
     assert "; 1 left out that do not decode" in analyzer.measure(str(run_copy), None).facts["images"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--limit", "0"],
-        ["--batch-size", "0"],
-        ["--device", "gpu"],
-        ["--on-bad-image", "ignore"],
-        ["--images", "absent"],
-    ],
-    ids=" ".join,
-)
-def test_bad_options(refusal, run_copy, arguments):
-    refusal("analyze", run_copy, *arguments)
-
-
 def test_places_that_are_missing_or_can_not_be_written(refusal, run_copy, tmp_path, workplace):
     assert "absent" in refusal("analyze", "absent").where
     assert "model.safetensors" in refusal("analyze", tmp_path).what
@@ -279,15 +259,14 @@ def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, an
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Return a function that sends Ctrl-C so many times after so many batches, the `nth` time that images are read."""
+    """Return a function that sends Ctrl-C so many times after so many batches."""
 
-    def prepare(after: int, times: int = 1, nth: int = 1) -> None:
-        original, calls = analyze_run.shared_batches, itertools.count(1)
+    def prepare(after: int, times: int = 1) -> None:
+        original, numbers = analyze_run.shared_batches, itertools.count()
 
         def batches(*arguments):
-            here = next(calls) == nth
-            for number, batch in enumerate(original(*arguments)):
-                if here and number == after:
+            for batch in original(*arguments):
+                if next(numbers) == after:
                     for _ in range(times):
                         os.kill(os.getpid(), signal.SIGINT)
                 yield batch
@@ -314,7 +293,7 @@ def test_an_interrupt_prints_and_writes_what_was_measured(run_copy, tmp_path, in
 
 
 def test_an_interrupt_during_random_weights_keeps_the_rest(run_copy, interrupt):
-    interrupt(after=1, nth=2)
+    interrupt(after=9)  # the images of the run are 8 batches
     assert pdvit(["analyze", str(run_copy), "--limit", "40", "-b", "5", *CPU]) == 75
     assert (pd.read_csv(run_copy / "analysis.csv")["images"] == 40).all()
     facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
@@ -334,17 +313,7 @@ def test_several_processes_measure_what_one_does(run_copy, tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     shown = {}
     for count in (1, 3):
-        command = [
-            *start,
-            str(count),
-            "-m",
-            "pdvit",
-            "analyze",
-            str(run_copy),
-            *options,
-            "--out",
-            tmp_path / str(count),
-        ]
+        command = [*start, str(count), "-m", "pdvit", "analyze", run_copy, *options, "--out", tmp_path / str(count)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         shown[count] = done.stdout
@@ -368,12 +337,8 @@ def test_cka_between_checkpoints_goes_into_the_first_one(run_copy, tmp_path, ana
         assert found["layers"].tolist() == found["layers/other"].tolist() == LAYERS
         np.testing.assert_allclose(found["matrix/other"], own["matrix"], atol=1e-9)
         assert not np.allclose(found["matrix/other (2)"], own["matrix"], atol=1e-4)
-
-
-def test_cka_between_checkpoints_on_different_images_is_left_out_with_the_reason(run_copy, tmp_path, analyzed):
-    other = Path(shutil.copytree(run_copy, tmp_path / "other"))
-    recipe = (other / "run.toml").read_text()
-    (other / "run.toml").write_text(recipe.replace('source = "digits"', 'source = "digits:0-4"'))
-    results = analyzed(run_copy, other, "--metrics", "cka", "--limit", 12)
-    assert "they were measured on different images" in results[1]["notes"][-2]
+    recipe = (others[0] / "run.toml").read_text()
+    (others[0] / "run.toml").write_text(recipe.replace('source = "digits"', 'source = "digits:0-4"'))
+    results = analyzed(run_copy, others[0], "--metrics", "cka", "--limit", 12)
+    assert "they were measured on different images" in results[1]["notes"][0]
     assert not (run_copy / "analysis" / "cka_between.npz").exists()
