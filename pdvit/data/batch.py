@@ -36,10 +36,6 @@ class Batch:
         named = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
-    def tail(self, start: int) -> "Batch":
-        """Return the images from `start` on."""
-        return Batch(**{name: value[start:] for name, value in self.tensors().items()}) if start else self
-
     def repeat(self, size: int) -> "Batch":
         """Return a batch of `size` images, a repetition of its own."""
         again = torch.arange(size, device=self.images.device) % len(self)

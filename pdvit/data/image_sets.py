@@ -68,8 +68,19 @@ def open_images(names: list[str]) -> ImageSet:
 
 def image_files(names: list[str]) -> FileSplit:
     """Return the named files and the images of the named folders, each once; raises UserError if there are none."""
-    paths = list(dict.fromkeys(path for name in names for path in _paths(Path(os.path.expanduser(name)))))
-    return FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
+    paths: dict[Path, None] = {}
+    for path in (Path(os.path.expanduser(name)) for name in names):
+        if os.path.isfile(path):  # os.path, because Path raises for long names
+            paths[path] = None
+            continue
+        if not os.path.isdir(path):
+            tip = closest(str(path), ["digits"])
+            raise UserError("there is no such image, folder or source", f"--images {path}", tip)
+        found = list_images(path)
+        if not found:
+            raise UserError("the folder has no images", str(path), "name a folder with image files")
+        paths |= dict.fromkeys(found)
+    return FileSplit(list(paths), torch.zeros(len(paths), dtype=torch.long))
 
 
 def sample_photographs() -> ImageSet:
@@ -77,13 +88,3 @@ def sample_photographs() -> ImageSet:
     folder = Path(str(files("sklearn.datasets").joinpath("images")))
     paths = [folder / "china.jpg", folder / "flower.jpg"]
     return ImageSet("2 sample photographs of scikit-learn", FileSplit(paths, torch.zeros(2, dtype=torch.long)))
-
-
-def _paths(path: Path) -> list[Path]:
-    if os.path.isfile(path):  # os.path, because Path raises for long names
-        return [path]
-    if os.path.isdir(path):
-        if found := list_images(path):
-            return found
-        raise UserError("the folder has no images", str(path), "name a folder with image files")
-    raise UserError("there is no such image, folder or source", f"--images {path}", closest(str(path), ["digits"]))

@@ -115,15 +115,13 @@ def _whole(split: Split, loader: LoaderConfig, chunks: Sequence[Tensor]) -> Iter
 
 def step_indices(size: int, loader: LoaderConfig, start: int, mixing: Mixing | None = None) -> Steps:
     """Yield (epoch, indices) for every step from `start` on: this rank's part, and the partners that it mixes in."""
-    batch_size, step, part = loader.batch_size, start, range(*loader.share(loader.batch_size))
-    per_epoch = size // batch_size
-    while True:
-        epoch, position = divmod(step, per_epoch)
-        order = epoch_order(loader.seed, epoch, size)
-        for batch in range(position, per_epoch):
-            whole = order[batch * batch_size : (batch + 1) * batch_size]
-            yield epoch, whole[mixing.held(loader.seed, step, batch_size, part) if mixing else list(part)]
-            step += 1
+    batch_size, part, order = loader.batch_size, range(*loader.share(loader.batch_size)), torch.empty(0)
+    for step in count(start):
+        epoch, position = divmod(step, size // batch_size)
+        if step == start or not position:
+            order = epoch_order(loader.seed, epoch, size)
+        whole = order[position * batch_size : (position + 1) * batch_size]
+        yield epoch, whole[mixing.held(loader.seed, step, batch_size, part) if mixing else list(part)]
 
 
 def _resident(split: ArraySplit, loader: LoaderConfig, augmentation: Augmentation, steps: Steps) -> Iterator[Batch]:

@@ -54,14 +54,18 @@ def patch_cutmix(
         mode: `batch`: one rectangle, from the image before; `elem`: a rectangle for each image, from the image before;
             `pair`: two neighbouring images swap a rectangle (the last of an odd number stays unchanged).
 
-    Returns:
-        The mixed images, class targets weighted by area, and the exact class of every patch.
-
-    Raises:
-        UserError: the patch size does not divide the images, there is not one target for each image, a target is not
-            a class (on a GPU torch itself raises), alpha is negative or not a number, or there is no such mode.
+    Returns the mixed images, class targets weighted by area, and the exact class of every patch. Raises UserError for
+    invalid arguments; on a GPU, torch itself raises for a target that is no class.
     """
-    _check_targets(images, targets, num_classes)
+    if images.ndim != 4 or tuple(targets.shape) not in ((len(images),), (len(images), num_classes)):
+        what = f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}"
+        tip = f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})"
+        raise UserError(what, WHERE, tip)
+    if targets.ndim == 1 and targets.device.type == "cpu" and len(targets):  # on a GPU the check would synchronise
+        low, high = int(targets.min()), int(targets.max())
+        if not 0 <= low <= high < num_classes:
+            what = f"targets from {low} to {high} for {num_classes} classes"
+            raise UserError(what, WHERE, "number the classes from 0 to num_classes - 1")
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha is {alpha}", WHERE, "choose a number from 0 (off) upwards")
     if mode not in MODES:
@@ -114,7 +118,7 @@ class Mixing:
             return batch
         held = torch.tensor(self.held(seed, step, size, part))
         extra, mine = len(held) - len(part), slice(part.start, part.stop)
-        own = batch.tail(extra)
+        own = Batch(**{name: value[extra:] for name, value in batch.tensors().items()})
         source = torch.arange(extra, len(held))
         if method:
             source = (held == partners(size, self.mode)[mine, None]).int().argmax(1)
@@ -193,19 +197,6 @@ def _soft(targets: Tensor, partner: Tensor, fraction: Tensor, num_classes: int) 
     if targets.ndim == 1:
         targets, partner = F.one_hot(targets, num_classes), F.one_hot(partner, num_classes)
     return ((1 - fraction) * targets + fraction * partner).to(torch.float32)
-
-
-def _check_targets(images: Tensor, targets: Tensor, num_classes: int) -> None:
-    if images.ndim != 4 or tuple(targets.shape) not in ((len(images),), (len(images), num_classes)):
-        what = f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}"
-        tip = f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})"
-        raise UserError(what, WHERE, tip)
-    if targets.device.type != "cpu" or not len(targets):  # on a GPU the check would synchronise
-        return
-    low, high = float(targets.min()), float(targets.max())
-    if targets.ndim == 1 and not 0 <= low <= high < num_classes:
-        what = f"targets from {low:g} to {high:g} for {num_classes} classes"
-        raise UserError(what, WHERE, "number the classes from 0 to num_classes - 1")
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:

@@ -64,17 +64,15 @@ class Preprocessing:
         """
         side = math.floor(self.size / self.crop_pct)  # rounded as timm does, so that its transform is the same
         sides = (side, side) if self.crop_mode == "squash" else side
-        resize = v2.Resize(sides, interpolation=self._mode(), antialias=True)
+        resize = v2.Resize(sides, interpolation=v2.InterpolationMode(self.interpolation), antialias=True)
         return v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
-
-    def _mode(self) -> v2.InterpolationMode:
-        return v2.InterpolationMode(self.interpolation)
 
     def fit(self, images: Tensor) -> Tensor:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
         if images.shape[-2:] == (self.size, self.size):
             return images
-        fitted: Tensor = v2.functional.resize(images, [self.size, self.size], self._mode(), antialias=True)
+        mode = v2.InterpolationMode(self.interpolation)
+        fitted: Tensor = v2.functional.resize(images, [self.size, self.size], mode, antialias=True)
         return fitted
 
     def normalise(self, images: Tensor) -> Tensor:

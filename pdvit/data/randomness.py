@@ -14,6 +14,7 @@ from torch import Tensor
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: the increment of SplitMix64
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def fold(*numbers: int) -> int:
@@ -21,8 +22,8 @@ def fold(*numbers: int) -> int:
     state = 0
     for number in numbers:
         state = (state + number + 1) * _GOLDEN & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state = (state ^ state >> 30) * _FACTORS[0] & _MASK
+        state = (state ^ state >> 27) * _FACTORS[1] & _MASK
         state ^= state >> 31
     return state >> 1
 
@@ -39,9 +40,10 @@ def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
     Sample i gets the same numbers whichever batch it is in.
     """
     counters = indices.long()[:, None] * draws + torch.arange(draws, device=indices.device)
-    state = counters * _signed(_GOLDEN) + fold(seed)
-    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
+    # less 2^64: the int64 of the same bits, whose products wrap as unsigned ones do
+    state = counters * (_GOLDEN - 2**64) + fold(seed)
+    state = (state ^ _shift(state, 30)) * (_FACTORS[0] - 2**64)
+    state = (state ^ _shift(state, 27)) * (_FACTORS[1] - 2**64)
     state = state ^ _shift(state, 31)
     return _shift(state, 40).float() * 2.0**-24  # float32 holds 24 bits exactly
 
@@ -66,11 +68,6 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-def _signed(number: int) -> int:
-    """Return the int64 that has the bits of an unsigned number; int64 products wrap as unsigned ones do."""
-    return number - 2**64 if number >= 2**63 else number
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:

@@ -31,9 +31,9 @@ def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, set
     at most that of the model, their pixels take at most an eighth of the memory, and no augmentation works on single
     images. Raises UserError if `on` is impossible.
     """
-    train, side, on = source.splits["train"], loader.preprocessing.size, setting == "on"
     if setting == "off":
         return None, "--resident off"
+    train, side, on = source.splits["train"], loader.preprocessing.size, setting == "on"
     if augmentation.per_image:
         if on:
             what = "RandAugment and colour jitter work on single images in the workers"
@@ -42,23 +42,21 @@ def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, set
     sizes = filter(None, (image_size(train, index) for index in range(len(train))))  # bad images: found by the decoding
     size = next(sizes, (side, side))
     small = max(size) <= side
-    pixels = (math.prod(size) if small else side * side) * len(train)
-    pixels += sum(side * side * len(split) for name, split in source.splits.items() if name != "train")
-    needed, memory = 3 * pixels, memory_of(loader.device)
-    memory //= loader.processes if loader.device.type == "cpu" else 1
-    if on and needed > memory:
-        what = f"{needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
-        raise UserError(what, WHERE, "use --resident off")
-    if not on and not small:
-        return None, f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
-    if not on and needed > (limit := memory * MEMORY_FRACTION):
-        return None, f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB, 1/8 of memory"
-    other = next((other for other in sizes if other != size), None)
+    held_out = sum(len(split) for name, split in source.splits.items() if name != "train")
+    needed = 3 * ((math.prod(size) if small else side * side) * len(train) + side * side * held_out)
+    memory = memory_of(loader.device) // (loader.processes if loader.device.type == "cpu" else 1)
     if on:
-        return (
-            (size, "--resident on") if small and not other else ((side, side), "--resident on, scaled and cropped once")
-        )
-    if other:
+        if needed > memory:
+            what = f"{needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
+            raise UserError(what, WHERE, "use --resident off")
+        if small and all(other == size for other in sizes):
+            return size, "--resident on"
+        return (side, side), "--resident on, scaled and cropped once"
+    if not small:
+        return None, f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
+    if needed > (limit := memory * MEMORY_FRACTION):
+        return None, f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB, 1/8 of memory"
+    if other := next((other for other in sizes if other != size), None):
         return None, f"sizes differ: {size[0]}x{size[1]} and {other[0]}x{other[1]}"
     return size, f"all are {size[0]}x{size[1]}"
 
