@@ -45,7 +45,7 @@ class SelectedWeights:
 
 
 def select_weights(
-    tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str, declared: str = "unknown"
+    tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str, declared: Any = None
 ) -> SelectedWeights:
     """Find the weights with these names in a file, under any prefix.
 
@@ -57,7 +57,7 @@ def select_weights(
         names: the names of the model's tensors.
         weights: `raw` or `ema`; None prefers the moving average.
         where: the file's place in error messages.
-        declared: `raw` or `ema` as the file declares; used if there is one set only and its prefix tells nothing.
+        declared: the file's own `raw` or `ema`; used if the file has one set only, without a prefix that shows it.
 
     Raises:
         UserError: the file has no such weights, or several sets of them.
@@ -74,7 +74,7 @@ def select_weights(
         common = takewhile(lambda parts: len(set(parts)) == 1, columns)
         counts, best = Counter({"".join(f"{parts[0]}." for parts in common): 1}), 1
     prefixes = [prefix for prefix, count in counts.items() if count >= max(1, RIVAL_FRACTION * best)]
-    default = declared if len(prefixes) == 1 else "raw"
+    default = "raw" if len(prefixes) > 1 else declared if declared in ("raw", "ema") else "unknown"
     labels = {prefix: _label(prefix, default) for prefix in prefixes}
     label = weights or ("ema" if "ema" in labels.values() else None)
     fitting = [prefix for prefix in prefixes if label in (None, labels[prefix])]

@@ -14,8 +14,7 @@ from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import plain_sketch, sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
-from pdvit.models.layers import with_image_size
-from pdvit.models.matching import SelectedWeights, select_weights
+from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
 COPY = "copy the file again"
@@ -56,12 +55,6 @@ class ResolvedCheckpoint:
     adapter: Adapter | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
-    def set_preprocessing(self, model: Any) -> None:
-        """Set the checkpoint's preprocessing and image size in a model's configuration."""
-        model.pretrained_cfg = model.pretrained_cfg | self.preprocessing
-        if self.image_size:  # some models keep their size nowhere else
-            with_image_size(model, *self.image_size)
-
 
 def resolve_checkpoint(
     source: str | Path, model_name: str | None = None, weights: str | None = None
@@ -89,14 +82,14 @@ def resolve_checkpoint(
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     if arguments:
         sketch = sketch_model(architecture, arguments, where)
-    selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, declared_weights(config))
+    section = metadata_of(config)
+    selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))
     inferred = {key: value for key, value in _infer(selected.tensors, sketch).items() if key not in arguments}
     arguments |= inferred
-    preprocessing, segment = _checked_sections(config, where)
+    segment = None if section.get("segment") is None else _segment(section["segment"], where)
     if inferred or segment is not None:  # make_adapter prunes, and the plain sketch is shared
         sketch = sketch_model(architecture, arguments, where)
-    adapter = None if segment is None else make_adapter(sketch, str(segment.head))
-    size = _checked_size(_images(config, where).get("input_size"), "input_size", where, channels=True)
+    images = _images(config, where)
     return ResolvedCheckpoint(
         name=checkpoint.name,
         where=where,
@@ -104,11 +97,11 @@ def resolve_checkpoint(
         arguments=arguments,
         sketch=sketch,
         selected=selected,
-        preprocessing=preprocessing,
-        image_size=size,
+        preprocessing=_preprocessing(images, where),
+        image_size=_checked_size(images.get("input_size"), "input_size", where, channels=True),
         classes=class_names(config, where),
         segment=segment,
-        adapter=adapter,
+        adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         config=config,
     )
 
@@ -121,12 +114,6 @@ def class_names(config: dict[str, Any], where: str) -> list[str] | None:
     return names
 
 
-def declared_weights(config: dict[str, Any]) -> str:
-    """Return which weights pdvit's section of a config.json declares: `raw`, `ema` or `unknown`."""
-    weights = metadata_of(config).get("weights")
-    return weights if weights in ("raw", "ema") else "unknown"
-
-
 def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return pdvit's section of a config.json."""
     metadata = config.get("pdvit")
@@ -134,42 +121,43 @@ def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _images(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the table of a config.json with the settings of images."""
-    images: Any = config.get("pretrained_cfg") or config
-    if not isinstance(images, dict):
-        raise UserError("its pretrained_cfg is not a table", where, COPY)
-    return dict(images)
+    """Return the table of a config.json with the settings of images; old files have them at the top."""
+    return _table(config, "pretrained_cfg", where) or config
 
 
-def _checked_sections(config: dict[str, Any], where: str) -> tuple[dict[str, Any], SegmentConfig | None]:
-    """Return preprocessing and head of a config.json, with the checks of pdvit's own configuration."""
-    images = _images(config, where)
+def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    table = config.get(key) or {}
+    if not isinstance(table, dict):
+        raise UserError(f"its {key} is not a table", where, COPY)
+    return table
+
+
+def _preprocessing(images: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the preprocessing in a config.json, with the checks of pdvit's own configuration."""
     data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
     if data.crop_pct is not None and data.crop_pct <= MIN_CROP:
         raise UserError(f"its crop_pct is {data.crop_pct}", where, COPY)
-    preprocessing = {key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None}
-    section = metadata_of(config).get("segment")
-    if section is None:
-        return preprocessing, None
+    return {key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None}
+
+
+def _segment(section: Any, where: str) -> SegmentConfig:
+    """Return the head of a segmentation model, with the checks of pdvit's own configuration."""
     segment = build((where, {"segment": section})).segment
     if segment.head is None or segment.crop is None:
         raise UserError("its configuration has no head or no crop of a segmentation model", where, COPY)
-    return preprocessing, segment
+    return segment
 
 
 def _model_arguments(config: dict[str, Any], where: str) -> dict[str, Any]:
-    arguments: Any = config.get("model_args", {})
-    if not isinstance(arguments, dict):
-        raise UserError("its model_args are not a table", where, COPY)
     # published folders often have these two at the top only
-    top: dict[str, Any] = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
-    arguments = top | arguments
+    top = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+    arguments = top | _table(config, "model_args", where)
     size = arguments.get("img_size")
     if isinstance(size, list):
         arguments["img_size"] = _checked_size(size, "img_size", where)
     elif size is not None:
         _checked_size([size, size], "img_size", where)
-    return dict(arguments)
+    return arguments
 
 
 def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> tuple[int, int] | None:
@@ -177,16 +165,14 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
     if size is None:
         return None
     sides = list(size) if isinstance(size, list | tuple) else []
-    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
-    if not whole or len(sides) != 2 + channels:
+    if len(sides) != 2 + channels or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(f"its {name} is {size!r}", where, COPY)
     return sides[-2], sides[-1]
 
 
 def _infer(tensors: Mapping[str, Tensor], sketch: Any) -> dict[str, Any]:
     """Return num_classes by the shape of the classifier, and img_size by that of square position embeddings."""
-    classifier = sketch.pretrained_cfg.get("classifier") or ()
-    names = (*((classifier,) if isinstance(classifier, str) else classifier), "head")
+    names = (*classifiers_of(sketch), "head")
     heads = [tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors]
     arguments: dict[str, Any] = {"num_classes": next((len(head) for head in heads if head.ndim in (2, 4)), 0)}
     own, theirs = getattr(sketch, "pos_embed", None), tensors.get("pos_embed")
@@ -201,11 +187,10 @@ def _infer(tensors: Mapping[str, Tensor], sketch: Any) -> dict[str, Any]:
 
 def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
     """Return the error of a checkpoint without timm's name of its model; the tip names a similar plain model."""
-    what = "the file does not name the architecture of its weights"
+    what, tensors = "the file does not name the architecture of its weights", checkpoint.tensors
     if name := checkpoint.config.get("foreign_name"):
         what += f": '{name}' is not timm's name"
     tip = "put its config.json beside it, or name the timm model: --model NAME"
-    tensors = checkpoint.tensors
     blocks = {name.split("blocks.")[1].split(".")[0] for name in tensors if "blocks." in name and "layers." not in name}
     patches = [value for name, value in tensors.items() if name.endswith("patch_embed.proj.weight") and value.ndim == 4]
     depth = sum(number.isdecimal() for number in blocks)
@@ -213,7 +198,5 @@ def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
         width, side = patches[0].shape[0], patches[0].shape[-1]
         guess = f"vit_{VIT_SIZES.get(width)}_patch{side}_224"
         like = f", like {guess}" if timm.is_model(guess) else ""
-        tip = (
-            f"name the timm model: --model NAME. It has {depth} blocks of width {width}, patches of {side} pixels{like}"
-        )
+        tip += f". It has {depth} blocks of width {width}, patches of {side} pixels{like}"
     return UserError(what, checkpoint.where, tip)
