@@ -18,8 +18,7 @@ from pdvit.analysis.metrics.group import MetricGroup, Patches
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
-from pdvit.models.attention import watch_attention
-from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch
+from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch, watch_attention
 
 COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
 BATCH_SIZE = 32  # if images come as one tensor

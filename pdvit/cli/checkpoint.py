@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from pdvit.data.loader import LoaderConfig
     from pdvit.engine.distributed import Ranks
-    from pdvit.models.loading import LoadedModel
-    from pdvit.models.segmentation.files import LoadedSegmenter
+    from pdvit.models.loading import LoadedModel, LoadedSegmenter
     from pdvit.tasks.windows import SlidingWindowConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
@@ -52,7 +51,7 @@ class OpenedCheckpoint:
     @property
     def segmenter(self) -> "LoadedSegmenter | None":
         """The segmentation model; None for a classifier."""
-        from pdvit.models.segmentation.files import LoadedSegmenter
+        from pdvit.models.loading import LoadedSegmenter
 
         return self.loaded if isinstance(self.loaded, LoadedSegmenter) else None
 
@@ -113,9 +112,8 @@ def open_checkpoint(
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing
     from pdvit.engine.device import choose_device, set_up
-    from pdvit.models.loading import check_finite, load_model
+    from pdvit.models.loading import LoadedSegmenter, check_finite, load_model, load_segmenter
     from pdvit.models.resolved_checkpoint import resolve_checkpoint
-    from pdvit.models.segmentation.files import LoadedSegmenter, load_segmenter
 
     flags = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in flags.items()}
     recipe = path / "run.toml"

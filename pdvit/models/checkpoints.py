@@ -64,10 +64,9 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     """
     text = str(source)
     scheme, _, rest = text.partition(":")
-    if os.path.exists(os.path.expanduser(source)):  # Path.exists raises if a name is too long
-        return _read_path(Path(source).expanduser())
-    if scheme.lower() == "local-dir":
-        return _read_path(Path(rest).expanduser())
+    exists = os.path.exists(os.path.expanduser(source))  # Path.exists raises if a name is too long
+    if exists or scheme.lower() == "local-dir":
+        return _read_path(Path(source if exists else rest).expanduser())
     if scheme.lower() in ("hf-hub", "hf_hub"):
         return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
     if timm.is_model(text):
@@ -102,13 +101,8 @@ def export(
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. The weights alone are enough for pdvit, because
     their header contains config.json. The files contain no names of the machine, no paths and no times.
 
-    Args:
-        model: a model built by `timm.create_model`.
-        classes: names of its classes.
-        data_config: timm's data configuration: input_size, mean, std, ...
-        weights: `raw` or `ema`.
-        state: the weights; unset: the model's own.
-        metadata: more entries for the section `pdvit` of config.json.
+    `data_config` is timm's: input_size, mean, std, ... `weights` is `raw` or `ema`, `state` the weights if not the
+    model's own; `metadata` adds to the section `pdvit` of config.json.
     """
     extra = {"label_names": classes, "pdvit": {"weights": weights, **(metadata or {})}}
     with TemporaryDirectory() as folder:
@@ -152,26 +146,27 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
 
 def _find_weights(folder: Path) -> Path:
     files = [folder / name for name in PREFERRED if (folder / name).is_file()][:1]
-    if not files and (folder / "run.toml").exists():
-        raise UserError(f"no {WEIGHTS} in the folder", str(folder), "wait for the run to finish, or resume it")
-    for suffix in FOLDER_SUFFIXES:
+    is_run = (folder / "run.toml").exists()
+    for suffix in () if is_run else FOLDER_SUFFIXES:
         files = files or sorted(folder.glob(f"*{suffix}"))
     if len(files) > 1:
         listed = ", ".join(file.name for file in files[:4])
         raise UserError(f"the folder holds several checkpoints: {listed}", str(folder), "name one of the files")
     if not files:
-        raise UserError(f"no {WEIGHTS} in the folder", str(folder), "name a run directory or a timm folder")
+        tip = "wait for the run to finish, or resume it" if is_run else "name a run directory or a timm folder"
+        raise UserError(f"no {WEIGHTS} in the folder", str(folder), tip)
     return files[0]
 
 
 def _parse_config(text: str, where: Path) -> dict[str, Any]:
     try:
         config = json.loads(text)
+        if isinstance(config, dict):
+            return config
+        reason = f"a {type(config).__name__}"
     except (ValueError, RecursionError) as error:
-        raise UserError(f"its configuration is not JSON: {error}", str(where), "copy the file again") from error
-    if not isinstance(config, dict):
-        raise UserError("its configuration is not a table", str(where), "copy the file again")
-    return config
+        reason = str(error)
+    raise UserError(f"its configuration is not a table in JSON: {reason}", str(where), "copy the file again")
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,17 +186,16 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols and storages
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error) or "invalid load key" in str(error):
-            raise UserError("it is not a file of torch.save", str(file), "copy or download it again") from error
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        held = f" ({name[1]})" if name else ""
-        what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
-        tip = "if you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')"
+    except (pickle.UnpicklingError, *LOAD_ERRORS) as error:
+        text, tip = str(error), "copy or download it again"
+        reason = text.partition("\n")[0] or type(error).__name__
+        what = f"the torch file is damaged: {reason}"
+        if isinstance(error, pickle.UnpicklingError) and not re.search("Unsupported operand|invalid load key", text):
+            found = re.search(r"GLOBAL (\S+)", text)
+            held = f" ({found[1]})" if found else ""
+            what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
+            tip = "if you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')"
         raise UserError(what, str(file), tip) from error
-    except LOAD_ERRORS as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"the torch file is damaged: {reason}", str(file), "copy or download it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"it holds a {type(content).__name__}, not a table of weights", str(file), "save a state_dict")
     return dict(_named_tensors(content, file)), _parse_training_args(content)

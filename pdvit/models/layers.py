@@ -1,4 +1,4 @@
-"""The layers of a model: where their tokens are, and hooks that read them."""
+"""The layers of a model: where tokens and attention are, and hooks that read them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -101,6 +101,46 @@ def measure_layers(
     with torch.no_grad(), exact_float32(images.device), watch(places_of(model), visit):
         (network or model)(images)
     return results
+
+
+def attentions_of(model: nn.Module, where: str = MODEL) -> dict[Layer, nn.Module]:
+    """Return the attention module of every block; raises UserError if its probabilities can't be read."""
+    name = family_of(model, where).attention
+    attentions: dict[Layer, nn.Module] = {}
+    for layer, place in places_of(model, where).items():
+        if not layer.name.startswith("block"):
+            continue
+        attention = getattr(place.module, name, None) if name else None
+        if not isinstance(attention, nn.Module):
+            what = (
+                f"a {type(model).__name__} has no attention probabilities between all patches: "
+                f"{type(place.module).__name__} ({layer.name}) works in windows, on merged keys or on channels, mixes "
+                "its heads, or has no attention"
+            )
+            raise UserError(what, where, "leave out the metric 'attention', or use a plain vision transformer")
+        attentions[layer] = attention
+    return attentions
+
+
+@contextmanager
+def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block in each forward pass.
+
+    Rows are queries; the T tokens begin with the prefix tokens. Fused attention, which keeps no probabilities, is
+    switched off inside. One block's matrices exist at a time.
+    """
+
+    def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        visit(layer, inputs[0])
+
+    with ExitStack() as stack:
+        for layer, module in attentions_of(model).items():
+            attention: Any = module
+            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
+            attention.fused_attn = False
+            # of timm's modules only the dropout behind the softmax receives the probabilities
+            stack.callback(attention.attn_drop.register_forward_pre_hook(partial(hook, layer)).remove)
+        yield
 
 
 def shapes_of(model: nn.Module, places: Mapping[K, Place], where: str = MODEL) -> dict[K, tuple[int, int]]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.config import Config, build, to_dict
-from pdvit.config.schema import DataConfig, ModelConfig
+from pdvit.config.schema import DataConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
 from pdvit.models.layers import with_image_size
-from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, listed, match_state_dict
-from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
+from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, compare, listed, match_state_dict
+from pdvit.models.resolved_checkpoint import COPY, ResolvedCheckpoint, metadata_of
 from pdvit.models.segmentation.backbone import arguments_of, prune
-from pdvit.models.segmentation.segmenter import HEAD, Segmenter
+from pdvit.models.segmentation.segmenter import HEAD, Palette, Segmenter
 from pdvit.models.wrapper import Wrapper
 
 # At most this fraction of the backbone's weights can be missing in the file, and as many can be unexpected.
@@ -56,6 +56,27 @@ class LoadedModel:
             return create_model(self.architecture, dict(self.arguments), where).eval()
 
 
+@dataclass(frozen=True)
+class LoadedSegmenter:
+    """A segmentation model with the weights of a checkpoint.
+
+    Attributes:
+        model: in evaluation mode.
+        name: the checkpoint's name.
+        classes: their names.
+        palette: a colour (0 to 255) for each class, if the file has them.
+        segment: the head and the run's evaluation; the crop is set.
+        weights: `raw`, `ema` or `unknown`.
+    """
+
+    model: Segmenter
+    name: str
+    classes: list[str]
+    palette: Palette | None
+    segment: SegmentConfig
+    weights: str
+
+
 def load_model(checkpoint: ResolvedCheckpoint) -> LoadedModel:
     """Build a checkpoint's model with its weights; raises UserError if they differ, or memory does not suffice."""
     where, selected = checkpoint.where, checkpoint.selected
@@ -71,6 +92,42 @@ def load_model(checkpoint: ResolvedCheckpoint) -> LoadedModel:
     if checkpoint.image_size:  # some models keep their size nowhere else
         with_image_size(model, *checkpoint.image_size)
     return LoadedModel(model.eval(), checkpoint.name, checkpoint.config, selected.weights, architecture, arguments)
+
+
+def load_segmenter(checkpoint: ResolvedCheckpoint) -> LoadedSegmenter:
+    """Build a checkpoint's segmentation model with its weights.
+
+    Raises:
+        UserError: it is not a segmentation model, or weights and model differ.
+    """
+    segment, adapter, where = checkpoint.segment, checkpoint.adapter, checkpoint.where
+    if segment is None or adapter is None:
+        raise UserError("it is not a segmentation model", where, "train one from it: pdvit segment CKPT")
+    if not checkpoint.classes:
+        raise UserError("its configuration does not name its classes", where, COPY)
+    palette = _palette(checkpoint)
+    with torch.device("meta"):
+        sketch = Segmenter(checkpoint.sketch, adapter, len(checkpoint.classes), segment)
+    expected = {name: value for name, value in sketch.state_dict().items() if name.startswith(HEAD)}
+    head_match = compare(checkpoint.selected.outside, expected)
+    head_match.refuse_difference(where)  # before the head takes memory
+    loaded = load_model(checkpoint)
+    model = Segmenter(loaded.model, adapter, len(checkpoint.classes), segment)
+    model.head.load_state_dict({name.removeprefix(HEAD): value for name, value in head_match.tensors.items()})
+    return LoadedSegmenter(model.eval(), loaded.name, checkpoint.classes, palette, segment, loaded.weights)
+
+
+def _palette(checkpoint: ResolvedCheckpoint) -> Palette | None:
+    """Return the colours in a config.json; raises UserError if they are invalid."""
+    palette = metadata_of(checkpoint.config).get("palette")
+    if palette is None:
+        return None
+    colours: list[Any] = palette if isinstance(palette, list) else []
+    valid = all(isinstance(colour, list) and len(colour) == 3 for colour in colours)
+    valid = valid and all(type(value) is int and 0 <= value <= 255 for colour in colours for value in colour)
+    if not valid or len(colours) != len(checkpoint.classes or []):
+        raise UserError("its palette does not have one colour for each class", checkpoint.where, COPY)
+    return [(red, green, blue) for red, green, blue in colours]
 
 
 def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:

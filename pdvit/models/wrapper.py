@@ -73,10 +73,7 @@ def freeze(network: Wrapper, part: str) -> None:
     """Freeze the embedding and the first N blocks (`part` is N), or all but the classifier and heads (`backbone`).
 
     Frozen weights get no gradient, so the optimizer omits them. Frozen modules stay in evaluation mode: no dropout, no
-    drop path, and a BatchNorm keeps its statistics. `backbone` makes a linear probe.
-
-    Raises:
-        UserError: `part` is neither, or there are fewer blocks.
+    drop path, and a BatchNorm keeps its statistics. Raises UserError for another part, or if there are fewer blocks.
     """
     model: Any = network.inside
     if part == BACKBONE:

@@ -3,9 +3,8 @@
 from typing import Any
 
 from pdvit.errors import UserError
-from pdvit.models.loading import LoadedModel
+from pdvit.models.loading import LoadedModel, LoadedSegmenter
 from pdvit.models.resolved_checkpoint import class_names
-from pdvit.models.segmentation.files import LoadedSegmenter
 
 TIP = "evaluate it on its own classes, or train it on these: pdvit finetune, for pixels pdvit segment"
 

@@ -18,9 +18,8 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
-from pdvit.models.segmentation.files import export_segmenter
 from pdvit.models.segmentation.heads import resolve_norm
-from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter
+from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter, export_segmenter
 from pdvit.models.tokens import layers_to_read
 from pdvit.tasks.base import ImageTask, describe_terms
 from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names

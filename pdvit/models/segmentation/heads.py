@@ -101,13 +101,11 @@ class Neck(nn.Module):
 
     @staticmethod
     def _scale(width: int, factor: float) -> nn.Module:
-        def twice() -> nn.Module:
-            return nn.ConvTranspose2d(width, width, 2, stride=2)
-
         if factor == 4:
-            return nn.Sequential(twice(), nn.BatchNorm2d(width), nn.GELU(), twice())
+            first, second = (nn.ConvTranspose2d(width, width, 2, stride=2) for _ in range(2))
+            return nn.Sequential(first, nn.BatchNorm2d(width), nn.GELU(), second)
         if factor == 2:
-            return twice()
+            return nn.ConvTranspose2d(width, width, 2, stride=2)
         if factor == 1:
             return nn.Identity()
         if factor == 0.5:
@@ -121,6 +119,8 @@ class Pool(nn.AdaptiveAvgPool2d):
 
     torch has no deterministic gradient of its own pooling on GPUs.
     """
+
+    output_size: int
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `(B, C, parts, parts)` of maps `(B, C, H, W)`."""
@@ -136,7 +136,6 @@ class Pool(nn.AdaptiveAvgPool2d):
         Part i reaches from floor(i side / parts) to ceil((i + 1) side / parts), so parts can overlap.
         """
         parts = self.output_size
-        assert isinstance(parts, int)
         part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(side, device=like.device)
         inside = (place >= part * side // parts) & (place < ((part + 1) * side + parts - 1) // parts)
         return inside.to(like.dtype) / inside.sum(1, keepdim=True)
@@ -171,13 +170,7 @@ def resolve_norm(segment: SegmentConfig, images: int) -> str | None:
     """Return the norm of a head: the setting, else `batch`, or `group` if statistics would be of one image.
 
     UPerNet pools each image to a single token, and a BatchNorm in training needs more than one value per channel.
-
-    Args:
-        segment: the section of the configuration. A linear head has no such norm, so its setting stays.
-        images: smallest number of images behind the statistics of a forward pass.
-
-    Raises:
-        UserError: the setting is `batch`, and statistics would be of one image.
+    `images` is the smallest number of images in a forward pass. Raises UserError for `batch` with a single one.
     """
     if segment.head == "linear":
         return segment.norm

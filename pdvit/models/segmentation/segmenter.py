@@ -1,20 +1,24 @@
 """The segmentation model: images to the logits of their pixels."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.models.build import check_memory, checkpoint_activations, create_model, sketch_model
+from pdvit.models.checkpoints import export
 from pdvit.models.layers import MODEL, image_size_of
 from pdvit.models.segmentation.backbone import LINEAR, Adapter, arguments_of, make_adapter, prune
 from pdvit.models.segmentation.heads import LinearHead, UPerNetHead
 from pdvit.models.tokens import Taps, layer_numbers, layers_to_read
 from pdvit.models.wrapper import Wrapper
 
+Palette = list[tuple[int, int, int]]
+# Settings in a file: the head, and how images are evaluated.
+SETTINGS = ("head", "width", "aux", "norm", "crop", "short_side", "mode", "stride")
 # Prefix of the head's weights.
 HEAD = "head."
 # The terms that see tokens; `config.resolve` refuses the mixing term, which needs the class of every patch.
@@ -117,3 +121,20 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
     if config.model.grad_checkpointing:
         checkpoint_activations(backbone)
     return segmenter
+
+
+def export_segmenter(
+    segmenter: Segmenter,
+    classes: list[str],
+    palette: Palette | None,
+    data_config: dict[str, Any],
+    weights: str,
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, bytes]:
+    """Return the files of a segmentation model: see `checkpoints.export`.
+
+    Weights are named `backbone.*` and `head.*`. timm itself can't load them.
+    """
+    settings = {key: value for key, value in asdict(segmenter.segment).items() if key in SETTINGS and value is not None}
+    metadata: dict[str, Any] = {"segment": settings} | ({"palette": palette} if palette else {})
+    return export(segmenter.backbone, classes, data_config, weights, state or segmenter.state_dict(), metadata)

@@ -11,8 +11,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.models.attention import attentions_of, watch_attention
-from pdvit.models.layers import measure_layers, places_of, watch
+from pdvit.models.layers import attentions_of, measure_layers, places_of, watch, watch_attention
 from pdvit.models.tokens import DiverseModel
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}

@@ -15,10 +15,9 @@ from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, Segmen
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY, export
 from pdvit.models.layers import places_of, watch
-from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_pretrained
+from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_pretrained, load_segmenter
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from pdvit.models.segmentation.files import export_segmenter, load_segmenter
-from pdvit.models.segmentation.segmenter import build_segmenter
+from pdvit.models.segmentation.segmenter import build_segmenter, export_segmenter
 from tests.unit.models.support import DATA, load, write
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
