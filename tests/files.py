@@ -22,3 +22,12 @@ def read_records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for line in lines:
         line.pop("time", None)
     return [line for line in lines if kind in (None, line["kind"])]
+
+
+def newest_step(run: Path) -> int:
+    """Return the step of the last whole record of a run, 0 before the first."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return 0
+    return json.loads(lines[-1])["step"] if lines else 0

@@ -1,6 +1,5 @@
 """Kill -9 a real training process again and again: what comes out must be what an undisturbed run gives."""
 
-import json
 import random
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
+from tests.files import newest_step, read_json
 
 STEPS, KILLS, PATIENCE = 240, 20, 300.0
 FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "12", "--micro-batch-size", "5", "--img-size", "32"]
@@ -22,20 +22,11 @@ FLAGS += ["--save-every", "2st", "--keep-best", "--log-interval", "3st", "--val-
 def state_of(run: Path) -> dict[str, object]:
     """Return every tensor of the last checkpoint, and all facts that don't depend on the clock."""
     folder = run / "checkpoints" / (run / "checkpoints" / "last").read_text()
-    facts = json.loads((folder / "state.json").read_text())
+    facts = read_json(folder / "state.json")
     facts["progress"].pop("seconds_by_phase")
     facts["checksums"].pop("state.json")  # which is of the seconds too
     tensors = {f"{file.stem}.{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     return {name: value.numpy().tobytes() for name, value in tensors.items()} | {"facts": facts}
-
-
-def newest(run: Path) -> int:
-    """Return the step of the last record, 0 before the first."""
-    try:
-        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
-        return json.loads(lines[-1])["step"] if lines else 0
-    except OSError:
-        return 0
 
 
 def saving(run: Path) -> bool:
@@ -45,8 +36,8 @@ def saving(run: Path) -> bool:
 
 def disturb(process: subprocess.Popen, run: Path, rng: random.Random, during_save: bool) -> None:
     """Kill the process at a random moment after its first new record, or in the middle of a save."""
-    before, deadline = newest(run), time.monotonic() + PATIENCE
-    while process.poll() is None and newest(run) <= before and time.monotonic() < deadline:
+    before, deadline = newest_step(run), time.monotonic() + PATIENCE
+    while process.poll() is None and newest_step(run) <= before and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.15))
     while during_save and process.poll() is None and not saving(run) and time.monotonic() < deadline:
@@ -74,11 +65,13 @@ def test_many_kills_change_nothing(tmp_path, tiny, image_folder, records):
         kills += 1
         mid_save += saving(run)
         lost.append(
-            newest(run) - int((run / "checkpoints/last").read_text()[5:]) if (run / "checkpoints/last").exists() else 0
+            newest_step(run) - int((run / "checkpoints/last").read_text()[5:])
+            if (run / "checkpoints/last").exists()
+            else 0
         )
     print(f"{kills} kills, {mid_save} of them during a save; steps done again: {lost}")
     assert kills >= KILLS
     assert state_of(run) == state_of(whole)
     assert records(run) == records(whole)
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert json.loads((run / "status.json").read_text()) == json.loads((whole / "status.json").read_text())
+    assert read_json(run / "status.json") == read_json(whole / "status.json")

@@ -1,20 +1,22 @@
 """Several processes on the CPU (gloo) against one: the same recipe, the same total batch."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from tests.files import read_json
+from tests.runs import spread_steps
 
-SCRIPT = Path(__file__).with_name("spread_steps.py")
 STEPS, PATIENCE = 20, 300
 MODEL = {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}
 SETTINGS = {
@@ -35,12 +37,25 @@ def launch(processes, *arguments):
 
 
 def steps(out, processes, settings, precision="short", count=STEPS):
-    done = launch(processes, str(SCRIPT), str(out), json.dumps(settings), str(count), precision)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Train some steps in so many processes (in this one, if it is one), and return tensors and numbers."""
+    if processes == 1:
+        spread_steps.main(out, settings, count, precision == "wide")
+        torch.use_deterministic_algorithms(False)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, spread_steps.__file__, str(out), json.dumps(settings), str(count), precision]
+    started = []
+    for rank in range(processes if processes > 1 else 0):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | meeting | own))
+    for process in started:
+        errors = process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 0, errors[-3000:]
     tensors = {
         f"{file.stem}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()
     }
-    return tensors, json.loads((out / "numbers.json").read_text())
+    return tensors, read_json(out / "numbers.json")
 
 
 def furthest(ours, theirs):
@@ -204,16 +219,8 @@ def test_an_error_of_one_process_alone_is_in_the_summary(tmp_path):
 def test_the_signal_of_slurm_stops_all_processes_and_the_run_goes_on(tmp_path):
     """torchrun hands it on where it is told to, as docs/runs.md says."""
     run = tmp_path / "run"
-    command = [
-        *TORCHRUN,
-        "--signals-to-handle",
-        "SIGTERM,SIGINT,SIGUSR1",
-        *CLI,
-        "--epochs",
-        "4000st",
-        "--out",
-        str(run),
-    ]
+    handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    command = [*TORCHRUN, *handled, *CLI, "--epochs", "4000st", "--out", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + PATIENCE
         while not (run / "checkpoints/last").exists() and process.poll() is None and time.monotonic() < deadline:
