@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pdvit import __version__
 from pdvit.analysis.html import data_uri, render_page
 from pdvit.analysis.measure import check_tokens, inference
 from pdvit.analysis.metrics.group import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, image_size_of, places_of, shapes_of, watch
+from pdvit.version import __version__
 
 # A map of 2,048 patches takes 2.8 MB of a page.
 MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pdvit import __version__
 from pdvit.cli import analyze, doctor, eval, plot, predict, train
 from pdvit.errors import RunFailed, UserError
+from pdvit.version import __version__
 
 app = typer.Typer(
     name="pdvit",

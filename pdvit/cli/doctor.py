@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit import __version__
 from pdvit.errors import RunFailed
 from pdvit.tracking import RUNS
 from pdvit.tracking.environment import describe_cpu, installed_version
+from pdvit.version import __version__
 
 REQUIRED: tuple[str, ...] = ("torch", "torchvision", "timm", "safetensors", "typer", "rich", "pandas", "matplotlib")
 REQUIRED += ("scipy", "scikit-learn", "pillow", "psutil", "jinja2", "tomli-w", "segmentation-models-pytorch")

@@ -114,7 +114,7 @@ def _evaluate(
     from pdvit.data.masks.batches import eval_batches as mask_batches
     from pdvit.data.masks.folders import open_masks
     from pdvit.data.masks.split import MaskSplit
-    from pdvit.data.sources import open_source
+    from pdvit.data.sources.opening import open_source
     from pdvit.engine.device import device_name
     from pdvit.tasks import metrics
     from pdvit.tasks.labels import match_classes

@@ -13,8 +13,9 @@ from pdvit.config.schema import Config, DataConfig
 from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import open_source, printable, source_type
+from pdvit.data.sources import printable, source_type
 from pdvit.data.sources.folder import list_images
+from pdvit.data.sources.opening import open_source
 from pdvit.data.sources.split import ArraySplit, FileSplit, Split, subsample
 from pdvit.errors import UserError, closest
 

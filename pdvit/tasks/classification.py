@@ -12,7 +12,7 @@ from pdvit.data.batch import Batch
 from pdvit.data.loader import eval_batches, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.resident import resident
-from pdvit.data.sources import open_source
+from pdvit.data.sources.opening import open_source
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pdvit import __version__
+from pdvit.version import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn", "pillow")
 CGROUP = Path("/sys/fs/cgroup")

@@ -21,7 +21,7 @@ from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
 from pdvit.cli.console import make_console
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import open_source
+from pdvit.data.sources.opening import open_source
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.models import build as model_build

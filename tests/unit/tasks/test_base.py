@@ -6,7 +6,7 @@ import torch
 
 from pdvit.config import build, resolve
 from pdvit.data.batch import Batch
-from pdvit.data.sources import open_source
+from pdvit.data.sources.opening import open_source
 from pdvit.losses import TERMS, WeightSchedule
 from pdvit.tasks.base import weight_schedules, with_weights
 from pdvit.tasks.classification import ClassificationTask

@@ -10,7 +10,7 @@ from PIL import Image
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks, try_pair
-from pdvit.data.sources import open_source
+from pdvit.data.sources.opening import open_source
 from pdvit.errors import UserError
 
 # The ids that Cityscapes scores, from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle.

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import open_source, source_label
+from pdvit.data.sources import source_label
+from pdvit.data.sources.opening import open_source
 from pdvit.errors import UserError
 
 VAL = ["val/ant/9.png", "val/bee/9.png"]

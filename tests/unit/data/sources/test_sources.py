@@ -8,12 +8,12 @@ from pdvit.data.sources import (
     absolute_path,
     first_names,
     list_source_types,
-    open_source,
     printable,
     source_label,
     source_type,
     unused_source_settings,
 )
+from pdvit.data.sources.opening import open_source
 from pdvit.errors import UserError
 
 

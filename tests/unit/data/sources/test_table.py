@@ -1,7 +1,7 @@
 import pytest
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import open_source
+from pdvit.data.sources.opening import open_source
 from pdvit.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.images import BadImage, try_read
-from pdvit.data.sources import open_source
+from pdvit.data.sources.opening import open_source
 from pdvit.errors import UserError
 
 
