@@ -48,37 +48,34 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     The curves are `cka`: `matrix` and `layers`. Those of `cka_between` are optional: `layers`, and for each other model
     (columns) `matrix/OTHER` and `layers/OTHER`.
     """
-    panels = [(run.name, _labelled(run.curves["cka"]["matrix"], *[run.curves["cka"]["layers"]] * 2)) for run in runs]
+    panels = []  # name, matrix, layers of its rows and columns
     for run in runs:
-        between = run.curve("cka_between", "matrix") if "cka_between" in run.curves else {}
-        for other, values in between.items():
-            sides = (run.curves["cka_between"]["layers"], run.curve("cka_between", "layers")[other])
-            panels.append((f"{run.name} (up), {other}", _labelled(values, *sides)))
+        own = run.curves["cka"]
+        panels.append((run.name, own["matrix"], own["layers"].astype(str), own["layers"].astype(str)))
+    for run in (run for run in runs if "cka_between" in run.curves):
+        layers, others = run.curves["cka_between"]["layers"].astype(str), run.curve("cka_between", "layers")
+        for other, matrix in run.curve("cka_between", "matrix").items():
+            panels.append((f"{run.name} (up), {other}", matrix, layers, others[other].astype(str)))
     columns = min(CKA_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     width, height = SINGLE if len(panels) == 1 else DOUBLE, {1: 3.0, 2: 3.1, 3: 2.5}[columns]
     with new_figure(width, height * rows, theme, rows, columns) as figure:
-        figure.data = pd.concat([_cka_rows(*panel) for panel in panels], ignore_index=True)
+        cells = [
+            pd.DataFrame({"run": name, "layer": np.repeat(up, len(across)), "other": np.tile(across, len(up))})
+            for name, _, up, across in panels
+        ]
+        figure.data = pd.concat(cells, ignore_index=True).assign(cka=np.concatenate([m.ravel() for _, m, *_ in panels]))
         norm = Normalize(min(0.0, np.floor(10 * figure.data["cka"].min()) / 10), 1)
-        for axes, (name, matrix) in zip(figure.axes, panels, strict=False):
-            image = heat_map(axes, matrix.to_numpy(), norm, origin="lower")
-            layers = [[str(layer).removeprefix("block ") for layer in side] for side in (matrix.index, matrix.columns)]
-            name_ticks(axes, layers[0], layers[1], ticks=8, fontsize=6.5)
+        for axes, (name, matrix, *sides) in zip(figure.axes, panels, strict=False):
+            image = heat_map(axes, matrix, norm, origin="lower")
+            up, across = ([layer.removeprefix("block ") for layer in side] for side in sides)
+            name_ticks(axes, up, across, ticks=8, fontsize=6.5)
             axes.set_title(shorten(name, 40), fontsize=7.5)
             axes.set(xlabel="block", ylabel="block")
         for axes in figure.axes[len(panels) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=figure.axes, label="linear CKA", shrink=0.85, aspect=25, pad=0.02)
         return figure
-
-
-def _cka_rows(name: str, matrix: pd.DataFrame) -> pd.DataFrame:
-    layers, others = np.repeat(matrix.index, matrix.shape[1]), np.tile(matrix.columns, len(matrix))
-    return pd.DataFrame({"run": name, "layer": layers, "other": others, "cka": matrix.to_numpy().ravel()})
-
-
-def _labelled(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(matrix, rows.astype(str), columns.astype(str))
 
 
 def read_maps(run: Path) -> Arrays:

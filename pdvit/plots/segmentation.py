@@ -13,17 +13,15 @@ from PIL import Image
 from pdvit.errors import UserError
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
-# Images that are drawn, and classes whose bars are: of more the best and the worst.
-SHOWN, BARS = 4, 40
-# Classes in the legend, the most frequent of the images that are drawn, and its columns.
-NAMED, ACROSS = 19, 4
+SHOWN, BARS = 4, 40  # images and bars of classes that are drawn; of more classes, the best and the worst
+NAMED, ACROSS = 19, 4  # classes in the legend, the most frequent of the drawn images, and its columns
 COLUMNS = ("image", "truth", "prediction", "errors")
 IGNORED = 255
 Array = np.ndarray[Any, Any]
 
 
 class SegmentedImage(NamedTuple):
-    """One image `(H, W, 3)`, the classes `(H, W)` of truth and prediction, and the colours `(256, 3)` of classes."""
+    """An image `(H, W, 3)`, the classes `(H, W)` of truth and prediction, and the colours `(256, 3)` of classes."""
 
     image: Array
     truth: Array
@@ -32,13 +30,17 @@ class SegmentedImage(NamedTuple):
 
     @property
     def errors(self) -> Array:
-        """0 where the prediction is right, 1 where it is wrong, 2 where no class is known."""
+        """0 for correct pixels, 1 for wrong ones, 2 for ignored ones."""
         found: Array = np.where(self.truth == IGNORED, 2, self.truth != self.prediction)
         return found
 
 
 def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
-    """Read iou.csv and the pictures of predictions; UserError where they are damaged or missing."""
+    """Read iou.csv (the IoU of a class that does not occur is missing) and the images of predictions/.
+
+    Raises:
+        UserError: a file is damaged or missing.
+    """
     file = run / "iou.csv"
     try:
         with file.open(encoding="utf-8", errors="replace", newline="") as opened:
@@ -48,21 +50,19 @@ def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
         table["iou"] = [float(row["iou"]) if row["iou"] else np.nan for row in rows]
         if table.empty:
             raise ValueError("it has no class")
-        pictures = [_picture(image) for image in sorted((run / "predictions").glob("*-image.png"))]
+        pictures = []
+        for path in sorted((run / "predictions").glob("*-image.png")):
+            masks = [path.with_name(path.name.replace("-image.", f"-{name}.")) for name in COLUMNS[1:3]]
+            (truth, _), (prediction, palette) = map(_read_mask, masks)
+            with Image.open(path) as image:
+                pictures.append(SegmentedImage(np.array(image.convert("RGB")), truth, prediction, palette))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         what = f"the table of classes or a picture is damaged, or not one of a segmentation: {error}"
         raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
     return table, pictures
 
 
-def _picture(image: Path) -> SegmentedImage:
-    masks = [image.with_name(image.name.replace("-image.", f"-{name}.")) for name in COLUMNS[1:3]]
-    (truth, _), (prediction, palette) = map(_mask, masks)
-    with Image.open(image) as opened:
-        return SegmentedImage(np.array(opened.convert("RGB")), truth, prediction, palette)
-
-
-def _mask(path: Path) -> tuple[Array, Array]:
+def _read_mask(path: Path) -> tuple[Array, Array]:
     """Return the classes `(H, W)` in a mask, and the colours `(256, 3)` of classes."""
     with Image.open(path) as opened:
         levels = opened.getpalette("RGB")
@@ -74,91 +74,75 @@ def _mask(path: Path) -> tuple[Array, Array]:
 
 
 def plot_segmentation(table: pd.DataFrame, pictures: list[SegmentedImage], name: str, theme: Theme = LIGHT) -> Drawing:
-    """Draw the first pictures, a row each, beside them the IoU of the classes, and below what the colours mean.
-
-    Args:
-        table: as `read_segmentation` returns it, the IoU missing where a class is nowhere.
-        pictures: the same.
-        name: of the run, for the title.
-        theme: colours.
-    """
-    shown, classes = pictures[:SHOWN], _chosen(table)
+    """Draw the first images, a row each, beside them the IoU of the classes, and below a legend of colours."""
+    shown, classes = pictures[:SHOWN], table[table["iou"].notna()].sort_values("iou", ascending=False, kind="stable")
+    if len(classes) > BARS:
+        classes = pd.concat([classes.head(BARS // 2), classes.tail(BARS // 2)])
     keys = _legend(shown, table["class"].tolist(), theme)
     rows, height = max(len(shown), 1), max(2.0, 1.15 * len(shown), 0.13 * len(classes) + 0.6)
     height += 0.14 * -(-len(keys) // ACROSS)
     with new_figure(DOUBLE, height, theme, rows, 5, width_ratios=(1, 1, 1, 1, 1.6)) as figure:
         figure.data = table.assign(run=name)[["run", *table.columns]]
-        axes = np.array(figure.axes).reshape(rows, 5)
-        for row, picture in zip(axes, shown, strict=False):
+        grid = np.array(figure.axes).reshape(rows, 5)
+        for row, picture in zip(grid, shown, strict=False):
             _draw_row(row[:4], picture, theme)
-        for place in axes[len(shown) :, :4].flat:
-            place.set_axis_off()
-        for title, place in zip(COLUMNS, axes[0], strict=False):
-            place.set_title(title)
-        grid = axes[0, 4].get_gridspec()
-        for place in axes[:, 4]:
-            place.remove()
-        place = figure.add_subplot(grid[:, 4])
-        _draw_bars(place, classes, len(table), theme)
+        for axes in grid[len(shown) :, :4].flat:
+            axes.set_axis_off()
+        for title, axes in zip(COLUMNS, grid[0], strict=False):
+            axes.set_title(title)
+        place = grid[0, 4].get_gridspec()[:, 4]
+        for axes in grid[:, 4]:
+            axes.remove()
+        axes = figure.add_subplot(place)
+        _draw_bars(axes, classes, len(table), theme)
         mean = float(table["iou"].mean())
-        place.axvline(mean, color=theme.colours[1], linewidth=1.2)
-        place.set_title(f"{shorten(name, 18)}: mIoU {mean:.3f}", loc="right")
+        axes.axvline(mean, color=theme.colours[1], linewidth=1.2)
+        axes.set_title(f"{shorten(name, 18)}: mIoU {mean:.3f}", loc="right")
         if keys:
             figure.legend(handles=keys, loc="outside lower left", ncols=ACROSS, fontsize=6.5, handlelength=1.2)
         return figure
 
 
-def _draw_row(places: Any, picture: SegmentedImage, theme: Theme) -> None:
+def _draw_row(row: Any, picture: SegmentedImage, theme: Theme) -> None:
     masks = (picture.palette[picture.truth], picture.palette[picture.prediction])
-    for place, drawn in zip(places, (picture.image, *masks), strict=False):
-        place.imshow(drawn, interpolation="nearest")
+    for axes, pixels in zip(row, (picture.image, *masks), strict=False):
+        axes.imshow(pixels, interpolation="nearest")
     colours = ListedColormap([theme.muted, theme.colours[1], theme.paper])
-    places[3].imshow(picture.errors, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-    labelled = picture.truth != IGNORED
-    wrong = float((picture.errors == 1).sum() / max(labelled.sum(), 1))
-    places[3].set_xlabel(f"{wrong:.1%} wrong".replace("%", " %"), fontsize=7, color=theme.colours[1])
-    for place in places:
-        place.set(xticks=[], yticks=[])
-        place.grid(visible=False)
-        for side in place.spines.values():
-            side.set_visible(False)
+    row[3].imshow(picture.errors, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    wrong = float((picture.errors == 1).sum() / max((picture.truth != IGNORED).sum(), 1))
+    row[3].set_xlabel(f"{wrong:.1%} wrong".replace("%", " %"), fontsize=7, color=theme.colours[1])
+    for axes in row:
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
 
 
 def _legend(pictures: list[SegmentedImage], names: list[str], theme: Theme) -> list[Patch]:
-    """Return a patch of colour with its name for the most frequent classes of some pictures, and for no class."""
+    """Return a patch for each of the most frequent classes, and one for pixels without a class."""
     counts = np.zeros(256, int)
     for picture in pictures:
-        for mask in (picture.truth, picture.prediction):
-            counts += np.bincount(mask.ravel(), minlength=256)
-    places = [at for at in np.argsort(-counts, kind="stable") if counts[at] and at < len(names)][:NAMED]
-    labels = [
-        *((at, shorten(names[at], 24)) for at in sorted(places)),
-        *[(IGNORED, "no class")] * bool(counts[IGNORED]),
+        counts += np.bincount(np.append(picture.truth, picture.prediction), minlength=256)
+    frequent = [at for at in np.argsort(-counts, kind="stable") if counts[at] and at < len(names)][:NAMED]
+    labels = {int(at): shorten(names[at], 24) for at in sorted(frequent)}
+    labels |= {IGNORED: "no class"} if counts[IGNORED] else {}
+    return [
+        Patch(facecolor=pictures[0].palette[at] / 255, edgecolor=theme.muted, linewidth=0.5, label=label)
+        for at, label in labels.items()
     ]
-    palette = pictures[0].palette / 255 if pictures else np.zeros((256, 3))
-    return [Patch(facecolor=palette[at], edgecolor=theme.muted, linewidth=0.5, label=label) for at, label in labels]
 
 
-def _chosen(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the classes that are drawn, best first: all that have an IoU, or of many the best and the worst."""
-    ordered = table[table["iou"].notna()].sort_values("iou", ascending=False, kind="stable")
-    if len(ordered) <= BARS:
-        return ordered
-    return pd.concat([ordered.head(BARS // 2), ordered.tail(BARS // 2)])
-
-
-def _draw_bars(place: Any, classes: pd.DataFrame, count: int, theme: Theme) -> None:
+def _draw_bars(axes: Any, classes: pd.DataFrame, count: int, theme: Theme) -> None:
     """Draw a bar for each class, the best on top."""
     at, values = range(len(classes)), classes["iou"].tolist()
-    place.barh(at, values, color=theme.colours[0], height=0.7)
-    place.set_yticks(at, [shorten(label, 24) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
+    axes.barh(at, values, color=theme.colours[0], height=0.7)
+    axes.set_yticks(at, [shorten(label, 24) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
     paper = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.3}  # the line of the mean may pass there
     for height, value in zip(at, values, strict=True):
         number = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6, "bbox": paper}
-        place.annotate(f"{value:.2f}", (value, height), **number)
+        axes.annotate(f"{value:.2f}", (value, height), **number)
     of = f", {len(classes)} of {count} classes" if len(classes) < count else ""
-    place.set(xlim=(0, 1.08), ylim=(max(len(classes), 1) - 0.5, -0.5))
-    place.set_xlabel(f"IoU (line: mean){of}", loc="right")
-    place.grid(visible=False)
+    axes.set(xlim=(0, 1.08), ylim=(max(len(classes), 1) - 0.5, -0.5))
+    axes.set_xlabel(f"IoU (line: mean){of}", loc="right")
+    axes.grid(visible=False)
     if len(classes) == BARS < count:  # between the best and the worst
-        place.axhline(BARS / 2 - 0.5, color=theme.muted, linewidth=0.6, linestyle=":")
+        axes.axhline(BARS / 2 - 0.5, color=theme.muted, linewidth=0.6, linestyle=":")

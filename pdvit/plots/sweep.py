@@ -62,8 +62,7 @@ class SweepSummary:
         table: one row per setting: `setting`, a column for each of `axes`, n, left_out, mean, std, difference, low and
             high (95 % confidence), pairs, and the value of each seed (`seed 0`).
         axes: the swept keys: `variant`, or dotted names of settings.
-        metric: the compared metric.
-        baseline: the baseline as KEY=VALUE; empty if there is only one setting.
+        baseline: as KEY=VALUE; empty if there is only one setting.
         left_out: cells without a number, and why.
         cells: the number of all cells.
     """
