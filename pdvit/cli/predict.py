@@ -210,7 +210,9 @@ def _print(rows: list[Row], images: int, bad: dict[str, str], console: "RunConso
     from pdvit.data.sources import printable
 
     if rows:
-        view = Table("image", "label", box=None, pad_edge=False, header_style="bold")
+        view = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("image", "label"):
+            view.add_column(name, overflow="fold")  # whole names, even in a narrow terminal
         view.add_column("probability", justify="right")
         for image, rank, label, probability in rows:
             view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")

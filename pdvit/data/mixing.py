@@ -163,8 +163,8 @@ def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rn
 
 def _for_each(draw: Callable[[], Tensor], count: int, mode: str) -> Tensor:
     """Draw once for each batch, pair or image, and repeat the draws for their images."""
-    size = {"batch": count, "pair": 2, "elem": 1}[mode]
-    return torch.stack([draw() for _ in range(-(-count // size))]).repeat_interleave(size, 0)[:count]
+    size = {"batch": max(1, count), "pair": 2, "elem": 1}[mode]
+    return torch.stack([draw() for _ in range(max(1, -(-count // size)))]).repeat_interleave(size, 0)[:count]
 
 
 def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pasted: Tensor, num_classes: int) -> Mixed:

@@ -32,6 +32,7 @@ def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor], 
         scaler = snapshot.metadata["scaler"]
         if scaler:  # the step was computed with the scale before it was lowered
             scaler["scale"] /= scaler["backoff_factor"]
+        shutil.rmtree(run / REPLAY, ignore_errors=True)  # the same step of an earlier attempt would stay
         checkpoints = Checkpoints(run / REPLAY)
         checkpoints.save(snapshot)
         checkpoints.wait()
@@ -86,10 +87,11 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     ranks = updater.state.ranks.world_size
     images = min(updater.micro_batch, updater.task.batch_size // ranks)
     # With several ranks, a trial would disturb the collectives of the others.
-    size = largest(updater, batch, images // 2) if batch is not None and ranks == 1 else max(1, images // 2)
+    tried = batch is not None and ranks == 1
+    size = largest(updater, batch, images // 2) if tried and batch is not None else max(1, images // 2)
     tip = "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16"
     if size:
-        fits = f"{size} fit; " if ranks == 1 else ""
+        fits = f"{size} fit; " if tried else ""
         tip = f"{fits}resume the same batches in parts: --resume {run} --change data.micro_batch={size}"
     return RunFailed(f"{updater.state.device} has no memory for {images} images at a time", tip)
 

@@ -91,7 +91,9 @@ class RunDirectory:
         """Make an empty run directory: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
         if out == "" or (out is None and (name in ("", "..") or Path(name).name != name)):
             raise UserError(
-                f"'{name if out is None else out}' is not a name", "run.name (--name), run.out (--out)", OTHER
+                f"'{name if out is None else out}' is not a name",
+                "run.name (--name), run.out (--out)",
+                "give a path with --out",
             )
         path = RUNS / name if out is None else Path(os.path.expanduser(out))
         for number in count(2):
@@ -102,6 +104,8 @@ class RunDirectory:
                     path.mkdir(exist_ok=empty)
                     break
             if out is not None:
+                if not path.is_dir():
+                    raise UserError("the path exists and is not a directory", str(path), OTHER)
                 tip = f"{OTHER}, or resume that run: pdvit train --resume {out}"
                 raise UserError("the run directory exists already", str(path), tip)
             path = RUNS / f"{name}-{number}"

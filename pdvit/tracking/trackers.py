@@ -43,6 +43,7 @@ class WandB:
         self.file, self.id, self.sent = run / f"{package}.json", token_hex(8), -1
         if self.file.is_file():
             self.id, self.sent = json.loads(self.file.read_text()).values()
+        self._save(self.sent)  # now: a run that is killed before its first record goes on under the same id
         module, project = importlib.import_module(package), os.environ.get(f"{package.upper()}_PROJECT", "pdvit")
         options: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         if package == "wandb":
@@ -56,7 +57,10 @@ class WandB:
         """Send one record, unless an earlier attempt at this step did."""
         if step > self.sent:
             self.run.log(dict(metrics), step=step)
-            write_file(self.file, json.dumps({"id": self.id, "step": step}))
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        write_file(self.file, json.dumps({"id": self.id, "step": step}))
 
 
 # By the name of their package, which is also the name of our extra.

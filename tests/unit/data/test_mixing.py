@@ -184,3 +184,9 @@ def test_an_objective_takes_what_timms_own_mixup_makes():
     output = TokenOutput(logits, tokens, tokens, None)
     found = Objective(mixing=0)(output, targets).parts["class"]
     torch.testing.assert_close(found, -(targets * logits.log_softmax(1)).sum(1).mean())
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_a_batch_without_images_stays_empty(mode):
+    mixed = patch_cutmix(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.long), 4, num_classes=3, mode=mode)
+    assert [len(part) for part in mixed] == [0, 0, 0]
