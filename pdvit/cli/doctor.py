@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.errors import RunFailed
+from pdvit.errors import RunFailed, UserError
 from pdvit.tracking import RUNS
 from pdvit.tracking.environment import describe_cpu, installed_version
 from pdvit.version import __version__
@@ -49,7 +49,7 @@ def _check(probe: Callable[[], str | None], tip: str = "", needed: bool = False)
         found = probe()
         mark, detail, tip = ("ok", found, "") if found is not None else ("missing", "not installed", tip)
     except Exception as error:  # a broken installation fails anywhere, with any kind of error
-        mark = "missing" if isinstance(error, NotImplementedError) else "failed"
+        mark = "missing" if isinstance(error, UserError) else "failed"
         detail = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")[:100] or type(error).__name__
     return {"mark": mark, "detail": detail, "tip": tip, "needed": needed}
 
@@ -105,7 +105,7 @@ def _step(device: str, precision: str) -> str:
 
     recent = device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
     if not recent and (precision == "tf32" or (precision == "bf16" and device != "cpu")):
-        raise NotImplementedError("needs a GPU of compute capability 8.0")
+        raise UserError("needs a GPU of compute capability 8.0", device, "use --precision fp32 or fp16")
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 1, "num_classes": 4}
     module = DiverseModel(build_model("vit_tiny_patch16_224", sizes)).to(device)
     images, targets = torch.rand(4, 3, 32, 32, device=device), torch.arange(4, device=device)

@@ -333,7 +333,7 @@ def trial_config(config: Config) -> Config:
 
 
 def _find_batch_size(config: Config, source: "Source", device: "torch.device", ranks: "Ranks") -> int:
-    """Return the largest power of two of images for each GPU that fits, times the GPUs; raises UserError if none."""
+    """Return the largest total batch that fits, a power of two or all images; raises UserError if none does."""
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.recovery import largest_batch
     from pdvit.engine.trainer import Trainer

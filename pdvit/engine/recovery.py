@@ -3,7 +3,7 @@
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -45,9 +45,9 @@ def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor], 
 
 def remove_replay(run: Path, step: int) -> None:
     """Remove the saved state if it is of a step before `step`: a run that saves a later checkpoint has recovered."""
-    pointer = run / REPLAY / LAST
-    if pointer.is_file() and pointer.read_text() < f"step-{step:08d}":
-        shutil.rmtree(run / REPLAY, ignore_errors=True)
+    with suppress(OSError, ValueError):
+        if (run / REPLAY / LAST).read_text() < f"step-{step:08d}":
+            shutil.rmtree(run / REPLAY)
 
 
 def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[str, float], list[str]]:
@@ -86,29 +86,33 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     traceback.clear_frames(error.__traceback__)  # they hold the step's activations
     ranks = updater.state.ranks.world_size
     images = min(updater.micro_batch, updater.task.batch_size // ranks)
-    # With several ranks, a trial would disturb the collectives of the others.
-    tried = batch is not None and ranks == 1
-    size = largest(updater, batch, images // 2) if tried and batch is not None else max(1, images // 2)
+    if batch is not None and ranks == 1:  # with several ranks, a trial would disturb the collectives of the others
+        updater.state.optimizer.zero_grad(set_to_none=True)
+        size = largest(updater, batch, images // 2)
+        fits = f"{size} fit; "
+    else:
+        size, fits = max(1, images // 2), ""
     tip = "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16"
     if size:
-        fits = f"{size} fit; " if tried else ""
         tip = f"{fits}resume the same batches in parts: --resume {run} --change data.micro_batch={size}"
     return RunFailed(f"{updater.state.device} has no memory for {images} images at a time", tip)
 
 
 def largest(updater: Updater, batch: TrainBatch, limit: int) -> int:
-    """Return the largest power of two up to `limit` images whose gradient fits into memory; 0 if not even one does."""
-    size = 1
-    while size <= limit:
+    """Return the largest power of two, or `limit`, of images whose gradient fits into memory; 0 if none does."""
+    fits = 0
+    for size in sorted({*(2**power for power in range(limit.bit_length())), limit} - {0}):
         try:
             updater.backward(batch.repeat(size), micro_batch=size)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         finally:
             updater.state.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        size *= 2
-    return size // 2
+        fits = size
+    return fits
 
 
 def largest_batch(updater: Updater, batches: Iterator[TrainBatch], limit: int) -> int:

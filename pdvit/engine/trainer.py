@@ -127,8 +127,11 @@ class Trainer:
                 self.checkpoints.wait()
                 return self._finish()
         except BaseException as error:
-            described = with_advice(error, directory.path, self.updater, self.batch)
-            self._write_failure(described)
+            described = error
+            try:
+                described = with_advice(error, directory.path, self.updater, self.batch)
+            finally:  # the trials of memory can be interrupted
+                self._write_failure(described)
             if described is error:
                 raise
             raise described from error

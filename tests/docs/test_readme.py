@@ -72,8 +72,7 @@ def test_the_checks_run_the_test_command_of_the_readme():
     assert len(found) == 1
     in_blocks = [line for block in blocks(README, "sh") for line in block.splitlines()]
     assert found[0] in in_blocks
-    assert found[0].endswith("pytest")
-    assert "pip install" in found[0]
+    assert re.search("pip install.*pytest$", found[0])
 
 
 def test_the_first_screen_has_both_commands():
@@ -99,5 +98,4 @@ def test_citation_and_package_agree():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["license"] in citation
-    assert "2104.12753" in citation
     assert re.search(rf"^version: [\"']?{re.escape(pdvit.__version__)}[\"']?$", citation, re.MULTILINE)

@@ -94,7 +94,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         what = f"the folder can't be read: {error.strerror}"
-        raise UserError(what, str(error.filename), "check its permissions") from error
+        raise UserError(what, str(error.filename), "check the path and its permissions") from error
 
 
 class Member(NamedTuple):

@@ -162,7 +162,7 @@ def _padding(block: type[Any], method: str) -> type[nn.Module]:
         attended: Tensor = getattr(block, method)(self, tokens)
         return attended[:, :height, :width]
 
-    return type(f"Padded{block.__name__}", (block,), {method: attend})
+    return type(f"Padded{block.__name__}", (block,), {method: attend, "__module__": __name__})
 
 
 PADDING: dict[type[nn.Module], type[nn.Module]] = {
@@ -173,6 +173,7 @@ PADDING: dict[type[nn.Module], type[nn.Module]] = {
         (swin_transformer_v2_cr.SwinTransformerV2CrBlock, "_shifted_window_attn"),
     )
 }
+globals().update({block.__name__: block for block in PADDING.values()})  # pickle finds classes by their names
 
 
 def pad_before_roll(model: nn.Module) -> None:
