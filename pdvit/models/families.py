@@ -26,7 +26,7 @@ class Family:
         embed: path of the patch embedding.
         attention: attribute of a block with attention between all tokens, whose `attn_drop` receives the
             probabilities; empty if attention works in windows, on merged keys or on channels, or mixes its heads.
-        plain: one grid and width throughout, and timm's `forward_intermediates` returns every block.
+        plain: one grid and width throughout.
     """
 
     blocks: str = "blocks.*"
