@@ -14,6 +14,7 @@ from pdvit.models.loading import LoadedModel, load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 
 VIT = "test_vit"  # the smallest plain model of timm
+SWIN = "swin_tiny_patch4_window7_224"
 TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
 SMALL = TINY | {"img_size": 32, "num_classes": 3}
 CLASSES = ["ant", "bee", "cat"]
@@ -39,6 +40,18 @@ def logits(model: nn.Module, *sides: int) -> Tensor:
 def equal(model: nn.Module, other: nn.Module) -> bool:
     ours, theirs = model.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def original_swin(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a Swin under Microsoft's names: merging at the end of a stage, another name of the head."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if parts[2:3] == ["downsample"]:
+            parts[1] = str(int(parts[1]) - 1)
+        weights[".".join(parts).replace("head.fc.", "head.")] = value
+    buffers = {"relative_position_index": torch.zeros(4, 4, dtype=torch.long), "attn_mask": torch.zeros(4, 4, 4)}
+    return weights | {f"layers.0.blocks.0.attn.{name}": value for name, value in buffers.items()}
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:

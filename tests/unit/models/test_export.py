@@ -17,6 +17,8 @@ from pdvit.models.checkpoints import export
 from pdvit.models.layers import image_size_of
 from tests.unit.models.support import CLASSES, DATA, SMALL, VIT, Touch, equal, load, logits, make, refuse, write
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files():
@@ -39,14 +41,13 @@ def with_header(folder, text, tensors=None):
 @pytest.mark.parametrize(
     ("name", "more", "sides"),
     [
-        (VIT, {"depth": 3, "global_pool": "avg"}, (32, 32)),
         (VIT, {"reg_tokens": 2, "qk_norm": True, "drop_path_rate": 0.3}, (32, 32)),
         (VIT, {"class_token": False, "global_pool": "avg", "act_layer": "gelu_tanh"}, (32, 32)),
         (VIT, {"img_size": (16, 32)}, (16, 32)),
         ("deit_tiny_distilled_patch16_224", {}, (32, 32)),
-        ("vit_small_patch16_dinov3", {}, (32, 32)),
-        ("eva02_tiny_patch14_224", {}, (32, 32)),
-        ("vit_relpos_small_patch16_224", {}, (32, 32)),
+        pytest.param("vit_small_patch16_dinov3", {}, (32, 32), marks=SLOW),
+        pytest.param("eva02_tiny_patch14_224", {}, (32, 32), marks=SLOW),
+        pytest.param("vit_relpos_small_patch16_224", {}, (32, 32), marks=SLOW),
     ],
 )
 def test_timm_and_pdvit_load_an_export_bit_for_bit(tmp_path, name, more, sides):
@@ -59,17 +60,21 @@ def test_timm_and_pdvit_load_an_export_bit_for_bit(tmp_path, name, more, sides):
     assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["pvt_v2_b0", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)])
-def test_a_hierarchical_model_comes_back_with_its_image_size(tmp_path, name):
-    arguments = {"depths": (1, 1, 1, 1), "img_size": 64, "num_classes": 3}
-    model = build_model(name, arguments | ({"window_size": 2} if name.startswith("swin") else {})).eval()
+PVT = {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2)}
+SWIN = {"embed_dim": 8, "num_heads": (1, 1, 2, 2), "window_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("pvt_v2_b0", PVT), pytest.param("swin_tiny_patch4_window7_224", SWIN, marks=SLOW)]
+)
+def test_a_hierarchical_model_comes_back_with_its_image_size(tmp_path, name, sizes):
+    model = build_model(name, sizes | {"depths": (1, 1, 1, 1), "img_size": 64, "num_classes": 3}).eval()
     folder = write(tmp_path, export(model, CLASSES, DATA | {"input_size": (3, 64, 64)}, "raw"))
-    for path in (folder, folder / "model.safetensors"):
-        loaded = load(path).model
-        assert image_size_of(loaded) == (64, 64)
-        assert torch.equal(logits(loaded, 64, 64), logits(model, 64, 64))
+    loaded = load(folder / "model.safetensors").model
+    assert image_size_of(loaded) == (64, 64)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert torch.equal(logits(theirs, 64, 64), logits(model, 64, 64))
+    for found in (loaded, theirs):
+        assert torch.equal(logits(found, 64, 64), logits(model, 64, 64))
 
 
 def test_the_configuration_is_timms_and_lies_in_the_header_too(tmp_path, files, config):
@@ -98,15 +103,15 @@ def test_the_lone_file_is_enough(tmp_path, files, config):
     alone = write(tmp_path, {"best.safetensors": files["model.safetensors"]}) / "best.safetensors"
     found = load(alone)
     assert (found.name, found.weights, found.config) == ("best", "raw", config)
-    assert torch.equal(logits(found.model), logits(make()))
-    assert not load(alone).model.training
+    assert equal(found.model, make())
+    assert not found.model.training
 
 
 def test_a_file_without_a_header_takes_the_configuration_beside_it(tmp_path, files):
     bare = save(make().state_dict())
     folder = write(tmp_path, {"model.safetensors": bare, "config.json": files["config.json"]})
     for path in (folder, folder / "model.safetensors"):
-        assert torch.equal(logits(load(path).model), logits(make()))
+        assert equal(load(path).model, make())
     write(folder, {"config.json": b"\xff{"})
     assert "config.json" in refuse(folder).where
 
@@ -114,24 +119,23 @@ def test_a_file_without_a_header_takes_the_configuration_beside_it(tmp_path, fil
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_the_weights_of_an_export_are_raw_or_ema_as_declared(tmp_path, weights):
     folder = write(tmp_path, export(make(), CLASSES, DATA, weights))
-    assert load(folder, weights=weights).weights == load(folder).weights == weights
+    assert load(folder).weights == weights
     other = {"raw": "ema", "ema": "raw"}[weights]
     assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
 
 
-@pytest.mark.parametrize("facts", [3, "raw", None, {}, {"weights": "foo"}, {"weights": ["ema"]}])
-def test_without_a_valid_declaration_the_weights_are_unknown(tmp_path, config, facts):
-    assert load(with_header(tmp_path, config | {"pdvit": facts})).weights == "unknown"
+@pytest.mark.parametrize("metadata", [3, None, {"weights": "foo"}, {"weights": ["ema"]}])
+def test_without_a_valid_declaration_the_weights_are_unknown(tmp_path, config, metadata):
+    assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "unknown"
 
 
-@pytest.mark.parametrize("name", [VIT, "eva02_tiny_patch14_224"])
-def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, name):
-    loaded = load(write(tmp_path, export(make(name), CLASSES, DATA, "raw")))
+def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, files):
+    loaded = load(write(tmp_path, files))
     before = torch.get_rng_state()
     random = loaded.with_random_weights(seed=5)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    assert equal(random, timm.create_model(name, **SMALL))
+    assert equal(random, timm.create_model(VIT, **SMALL))
     assert not random.training
 
 
@@ -159,13 +163,11 @@ def test_a_pickle_that_a_header_points_to_is_never_opened(tmp_path, config, key)
 
 DAMAGED = {
     "empty": lambda content, header: b"",
-    "a few bytes": lambda content, header: content[:5],
     "half a header": lambda content, header: content[: 8 + header // 2],
     "no tensors": lambda content, header: content[: 8 + header],
     "one byte short": lambda content, header: content[:-1],
     "one byte more": lambda content, header: content + b"\0",
     "huge header": lambda content, header: struct.pack("<Q", 2**62) + content[8:],
-    "zeros": lambda content, header: b"\0" * 4096,
     "text": lambda content, header: b"<html>not found</html>",
 }
 
@@ -173,8 +175,8 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_file_is_refused(tmp_path, files, damage):
     content = files["model.safetensors"]
-    spoilt = DAMAGED[damage](content, struct.unpack("<Q", content[:8])[0])
-    error = refuse(write(tmp_path, {"model.safetensors": spoilt}) / "model.safetensors")
+    content = DAMAGED[damage](content, struct.unpack("<Q", content[:8])[0])
+    error = refuse(write(tmp_path, {"model.safetensors": content}) / "model.safetensors")
     assert "the safetensors file is damaged" in error.what
     assert error.where == str(tmp_path / "model.safetensors")
 
@@ -182,26 +184,11 @@ def test_a_damaged_file_is_refused(tmp_path, files, damage):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"depth": 10**9},
-        {"depth": -1},
-        {"depth": "1"},
-        {"depth": 1e9},
-        {"embed_dim": 10**7},
-        {"embed_dim": 0},
-        {"num_heads": [1]},
-        {"patch_size": 0},
-        {"img_size": []},
-        {"img_size": 10**9},
-        {"img_size": {"a": 1}},
-        {"reg_tokens": 10**9},
-        {"num_classes": 10**9},
-        {"num_classes": "3"},
-        {"norm_layer": "os.system"},
-        {"act_layer": "os.system"},
-        {"mlp_ratio": 1e30},
-        {"features_only": True},
-        {"patch_drop_rate": 0.5},
-        {"no such": 1},
+        *({"depth": depth} for depth in (10**9, -1, "1", 1e9)),
+        *({"img_size": size} for size in ([], 10**9, {"a": 1})),
+        *({"num_classes": classes} for classes in (10**9, "3")),
+        *({"embed_dim": 10**7}, {"embed_dim": 0}, {"num_heads": [1]}, {"patch_size": 0}, {"reg_tokens": 10**9}),
+        *({"norm_layer": "os.system"}, {"mlp_ratio": 1e30}, {"features_only": True}, {"patch_drop_rate": 0.5}),
     ],
     ids=str,
 )
@@ -233,25 +220,23 @@ def test_a_model_is_refused_before_it_takes_memory_that_is_missing(tmp_path, mon
     "text",
     [
         *("", "{", "3", "null", "[" * 100_000, '{"a":' * 100_000, "{}"),
-        *('{"architecture": 3}', '{"architecture": "no_such_model"}', '{"architecture": "../../model"}'),
+        *('{"architecture": 3}', '{"architecture": "../../model"}', '{"architecture": "local-dir:."}'),
         '{"architecture": "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"}',
-        '{"architecture": "local-dir:."}',
-        *(f'{{"architecture": "test_vit", "model_args": {value}}}' for value in ("[]", '"depth=1"', "null")),
+        *(f'{{"architecture": "test_vit", "model_args": {value}}}' for value in ("[]", '"depth=1"')),
     ],
     ids=lambda text: text[:60] or "empty",
 )
 def test_a_header_that_describes_no_model_is_refused(tmp_path, text):
-    refuse(with_header(tmp_path, text))
+    assert str(tmp_path) in refuse(with_header(tmp_path, text)).where
 
 
 def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path, files):
     text, whole = files["config.json"].decode(), make().state_dict()
-    missing = {name: value for name, value in whole.items() if name != "head.bias"}
+    missing = {name: value for name, value in whole.items() if not name.startswith("head.")}
     cases = {
-        "missing: 1 (head.bias)": missing,
+        "missing: 2 (head.bias, head.weight)": missing,
         "unexpected: 1 (patch_head.weight)": whole | {"patch_head.weight": torch.zeros(2)},
         "of another shape: 1 (head.bias)": whole | {"head.bias": torch.zeros(4)},
-        "missing: 2 (head.bias": {name: value for name, value in missing.items() if name != "head.weight"},
     }
     for what, tensors in cases.items():
         assert what in refuse(with_header(tmp_path, text, tensors)).what

@@ -40,32 +40,29 @@ def with_defaults(config):
     return apply_checkpoint_defaults(config, resolve_checkpoint(model.init, model.name, model.weights))
 
 
-def fresh(config, classes=3):
-    arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": classes}
-    return build_model(config.model.name, arguments)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The folder of a model with three classes that have no names."""
     return saved(tmp_path_factory.mktemp("source"), make())
 
 
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """The folder of the same model with names of classes."""
+    return saved(tmp_path_factory.mktemp("named"), make(), CLASSES)
+
+
 # The configuration.
 
 
 def test_model_and_images_come_from_the_checkpoint(tmp_path):
-    model = make(global_pool="avg", drop_rate=0.1)
-    path = saved(tmp_path, model, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8)
+    path = saved(tmp_path, make(global_pool="avg"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8)
     config = resolve(configured(path))
     assert (config.model.name, config.model.depth, config.model.width, config.model.heads) == (VIT, 2, 24, 2)
     assert (config.model.patch_size, config.data.img_size, config.model.drop_path) == (8, 32, 0.0)
     assert config.model.args["global_pool"] == "avg"
     assert (config.data.mean, config.data.std, config.data.crop_pct) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8)
     assert config.optim.lr == 1e-3  # as for any narrow model
-    assert [value.shape for value in fresh(config).state_dict().values()] == [
-        value.shape for value in model.state_dict().values()
-    ]
 
 
 def test_a_segmentation_takes_no_centre_crop_from_the_checkpoint(tmp_path):
@@ -75,16 +72,14 @@ def test_a_segmentation_takes_no_centre_crop_from_the_checkpoint(tmp_path):
 
 
 def test_settings_of_the_user_win(source):
-    data = {"img_size": 64, "mean": [0.0, 0.0, 0.0]}
-    config = resolve(
-        configured(source, data=data, model={"drop_path": 0.2, "patch_size": 4, "args": {"drop_rate": 0.2}})
-    )
+    model = {"drop_path": 0.2, "patch_size": 4, "args": {"drop_rate": 0.2}}
+    config = resolve(configured(source, data={"img_size": 64, "mean": [0.0, 0.0, 0.0]}, model=model))
     assert (config.data.img_size, config.data.mean) == (64, (0.0, 0.0, 0.0))
     assert (config.model.drop_path, config.model.patch_size, config.model.width) == (0.2, 4, 24)
     assert config.model.args == {"global_pool": "token", "drop_rate": 0.2}
 
 
-@pytest.mark.parametrize("weights", ["raw", "ema", None])
+@pytest.mark.parametrize("weights", ["ema", None])
 def test_a_resolved_configuration_finds_its_weights_again(source, tmp_path, weights):
     path = source if weights is None else write(tmp_path, export(make(), CLASSES, {}, weights))
     config = resolve(configured(path))
@@ -92,16 +87,17 @@ def test_a_resolved_configuration_finds_its_weights_again(source, tmp_path, weig
     assert with_defaults(build(("run.toml", to_dict(config)))) == config  # as --config and --resume do
 
 
-def test_the_hash_is_of_the_weights_alone_and_others_are_refused(source, tmp_path):
-    alike, other = (resolve_checkpoint(saved(tmp_path / str(seed), make(seed=seed))) for seed in (0, 1))
-    assert fingerprint(resolve_checkpoint(source)) == fingerprint(alike) != fingerprint(other)
+def test_the_hash_is_of_the_weights_alone_and_others_are_refused(source, named, tmp_path):
+    other = resolve_checkpoint(saved(tmp_path, make(seed=1)))
+    hashes = [fingerprint(found) for found in (resolve_checkpoint(source), resolve_checkpoint(named), other)]
+    assert hashes[0] == hashes[1] != hashes[2]
     with pytest.raises(UserError, match="not that of the configuration"):
         apply_checkpoint_defaults(configured(source), other)
 
 
 def test_a_path_is_kept_whole(source, monkeypatch):
     monkeypatch.chdir(source.parent)
-    assert configured(source.name).model.init == configured(f"local-dir:{source.name}").model.init == str(source)
+    assert configured(f"local-dir:{source.name}").model.init == str(source)
 
 
 def test_a_wide_model_learns_with_a_tenth_of_its_rate(tmp_path):
@@ -145,10 +141,13 @@ def test_the_drop_path_of_a_training_file_is_kept(tmp_path):
 # The weights.
 
 
-def begun(path, classes=CLASSES, **sections):
+def begin(path, classes=CLASSES, **sections):
     """Return a model with the weights of a checkpoint, and the notes."""
     torch.manual_seed(1)
-    model = fresh(resolve(configured(path, **sections)), len(classes))
+    config = resolve(configured(path, **sections))
+    model = build_model(
+        config.model.name, model_arguments(config.model, config.data.img_size) | {"num_classes": len(classes)}
+    )
     return model, load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(path), classes)
 
 
@@ -159,67 +158,55 @@ def differing(model, other):
     }
 
 
-def test_the_same_classes_keep_the_classifier(source, tmp_path):
-    for path in (source, saved(tmp_path, make(), CLASSES)):
-        model, notes = begun(path)
+def test_the_same_classes_keep_the_classifier(source, named):
+    for path in (source, named):
+        model, notes = begin(path)
         assert equal(model, make())
         assert len(notes) == 1
 
 
-@pytest.mark.parametrize("classes", [["dog", "eel", "fox"], ["ant", "bee", "cat", "dog"], CLASSES[::-1]])
-def test_other_classes_make_the_classifier_fresh(tmp_path, classes):
-    model, notes = begun(saved(tmp_path, make(), CLASSES), classes)
+@pytest.mark.parametrize("classes", [["ant", "bee", "cat", "dog"], CLASSES[::-1]])
+def test_other_classes_make_the_classifier_fresh(named, classes):
+    model, notes = begin(named, classes)
     assert differing(model, make()) == {"head.weight", "head.bias"}
     assert "fresh: 2 (head.bias, head.weight)" in notes
 
 
 def test_both_classifiers_of_a_distilled_model_are_fresh(tmp_path):
     distilled = make("deit_tiny_distilled_patch16_224")
-    model, _ = begun(saved(tmp_path, distilled), ["a", "b"])
+    model, _ = begin(saved(tmp_path, distilled), ["a", "b"])
     heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
     assert differing(model, distilled) == heads
 
 
 def test_another_resolution_is_noted(source):
-    assert begun(source, data={"img_size": 64})[1][1:] == ["resampled: 1 (pos_embed)"]
+    assert begin(source, data={"img_size": 64})[1][1:] == ["resampled: 1 (pos_embed)"]
 
 
-def test_a_norm_behind_the_pooling_is_fresh_and_the_old_one_unexpected(tmp_path):
-    _, notes = begun(saved(tmp_path, make(num_classes=0)), model={"args": {"global_pool": "avg"}})
+def test_a_norm_after_the_pooling_is_fresh_and_the_old_one_unexpected(tmp_path):
+    _, notes = begin(saved(tmp_path, make(num_classes=0)), model={"args": {"global_pool": "avg"}})
     assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
     assert "unexpected: 2 (norm.bias, norm.weight)" in notes
 
 
 @pytest.mark.parametrize(
-    ("model", "what"),
-    [
-        ({"depth": 3}, "missing"),
-        ({"depth": 1}, "unexpected"),
-        ({"width": 32}, "of another shape"),
-        ({"args": {"qk_norm": True, "init_values": 0.1}}, "missing"),
-    ],
+    ("model", "what"), [({"depth": 3}, "missing"), ({"depth": 1}, "unexpected"), ({"width": 32}, "of another shape")]
 )
 def test_too_little_in_common_is_refused_with_counts(source, model, what):
     with pytest.raises(UserError) as caught:
-        begun(source, model=model)
+        begin(source, model=model)
     assert re.search(rf"of the backbone's \d+ weights are in the file \(.*{what}: \d+", caught.value.what)
 
 
-def without(folder, *names):
-    """Return a checkpoint that lacks some weights."""
-    torch.save({"state_dict": {k: v for k, v in make().state_dict().items() if k not in names}}, folder / "x.pth")
-    return resolve_checkpoint(folder / "x.pth", VIT)
+def test_fresh_weights_of_the_backbone_may_not_be_frozen(tmp_path):
+    state = {name: value for name, value in make().state_dict().items() if name != "blocks.1.norm1.weight"}
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    model = make(seed=1).requires_grad_(False)
+    with pytest.raises(UserError, match=r"blocks\.1\.norm1\.weight is not in the file"):
+        load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(tmp_path / "x.pth", VIT), CLASSES)
 
 
-@pytest.mark.parametrize("name", ["pos_embed", "blocks.1.norm1.weight", "norm.bias"])
-def test_fresh_weights_of_the_backbone_may_not_be_frozen(tmp_path, name):
-    model = make(seed=1)
-    model.requires_grad_(False)
-    with pytest.raises(UserError, match=f"{name} is not in the file"):
-        load_pretrained(DiverseModel(model, patch_head=False), without(tmp_path, name), CLASSES)
-
-
-def test_a_fresh_norm_behind_the_pooling_may_be_frozen(tmp_path):
+def test_a_fresh_norm_after_the_pooling_may_be_frozen(tmp_path):
     model = make(global_pool="avg")
     model.requires_grad_(False).head.requires_grad_(True)
     path = saved(tmp_path, make(num_classes=0))
@@ -227,19 +214,19 @@ def test_a_fresh_norm_behind_the_pooling_may_be_frozen(tmp_path):
     assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
 
 
-def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     state = make().state_dict()
     state["blocks.0.attn.qkv.weight"][0, 0] = math.nan
     args = argparse.Namespace(model=VIT, model_kwargs=TINY, img_size=32)
     torch.save({"state_dict": state, "args": args}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"1 \(blocks\.0\.attn\.qkv\.weight\)"):
-        begun(tmp_path / "x.pth")
+        begin(tmp_path / "x.pth")
 
 
 # Hostile configurations.
 
 
-def claiming(source, folder, **changes):
+def change_config(source, folder, **changes):
     """Copy a checkpoint and change its config.json: entries of its tables, and of its top."""
     config = json.loads((source / "config.json").read_text())
     for table in ("model_args", "pretrained_cfg"):
@@ -249,7 +236,7 @@ def claiming(source, folder, **changes):
 
 
 def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(source, tmp_path, monkeypatch):
-    path = claiming(source, tmp_path, model_args={"mlp_ratio": 4000})
+    path = change_config(source, tmp_path, model_args={"mlp_ratio": 4000})
     create = timm.create_model
 
     def on_meta(*arguments, **more):
@@ -266,25 +253,23 @@ def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(source, t
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"pretrained_cfg": {"input_size": size}} for size in (5, ["a"], [3, -4, -4], [3, 32], [3, True, 32])),
+        *({"pretrained_cfg": {"input_size": size}} for size in (5, ["a"], [3, -4, -4], [3, True, 32])),
         *({"model_args": {"img_size": size}} for size in (["a"], [32], -4, "32", True, 32.0)),
         *({"pretrained_cfg": {"mean": [value, 0.5, 0.5]}} for value in (math.nan, math.inf, True, "a")),
-        {"pretrained_cfg": {"crop_pct": True}},
-        {"model_args": {"drop_path_rate": 1.5}},
+        *({"pretrained_cfg": {"crop_pct": True}}, {"model_args": {"drop_path_rate": 1.5}}),
         {"label_names": ["ant", 2, "cat"]},
     ],
     ids=str,
 )
 def test_invalid_values_are_refused_by_the_name_of_the_file(source, tmp_path, changes):
-    path = claiming(source, tmp_path, **changes)
+    path = change_config(source, tmp_path, **changes)
     with pytest.raises(UserError) as caught:
-        begun(path)
+        begin(path)
     assert str(path) in caught.value.where
 
 
-@pytest.mark.parametrize("size", [["a"], [32], "32"])
-def test_invalid_sizes_of_a_model_that_takes_any_are_refused(tmp_path, size):
-    text = json.dumps({"architecture": "pvt_v2_b0", "model_args": {"img_size": size}})
+def test_an_invalid_size_of_a_model_that_takes_any_is_refused(tmp_path):
+    text = json.dumps({"architecture": "pvt_v2_b0", "model_args": {"img_size": [32]}})
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"config.json": text})
     with pytest.raises(UserError, match="its img_size is"):
         configured(tmp_path)
