@@ -15,6 +15,7 @@ from pdvit.models.resolved_checkpoint import resolve_checkpoint
 
 VIT = "test_vit"  # the smallest plain model of timm
 SWIN = "swin_tiny_patch4_window7_224"
+SMALL_SWIN = {"depths": (1, 1, 1, 2), "num_heads": (1, 2, 2, 4), "img_size": 64, "window_size": 2, "embed_dim": 8}
 TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
 SMALL = TINY | {"img_size": 32, "num_classes": 3}
 CLASSES = ["ant", "bee", "cat"]
@@ -24,7 +25,8 @@ DATA = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic", 
 def make(name: str = VIT, seed: int = 0, **arguments: Any) -> nn.Module:
     """Build a model, by default a small plain one, with weights that no initialisation would give."""
     torch.manual_seed(seed)
-    model = timm.create_model(name, **SMALL | arguments).eval()
+    sizes = arguments if "depths" in arguments else SMALL | arguments
+    model = timm.create_model(name, **sizes).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.2)
