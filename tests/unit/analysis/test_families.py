@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pdvit.analysis import DEFAULT, METRICS, measure
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, places_of, watch
-from tests.unit.models.test_families import CASES, QUICK, all_families, make, pictures
+from tests.unit.models.test_families import CASES, all_families, make, pictures
 
 # Attention is read between patches, of plain models whose softmax is all that mixes them.
 ATTENTION = {
-    *("vit", "vit-mean", "vit-mean-behind-the-norm", "vit-without-class-token", "deit", "deit-distilled", "deit3"),
+    *("vit", "vit-mean", "vit-mean-after-the-norm", "vit-without-class-token", "deit", "deit-distilled", "deit3"),
     *("dinov2-registers", "dinov3", "siglip", "clip", "flexivit", "relpos", "hybrid", "eva02", "rope", "beit"),
     "naflexvit",
 }
@@ -36,8 +36,8 @@ def plain_similarity(tokens: Tensor) -> tuple[float, float]:
 
 
 @all_families
-def test_the_default_metrics_of_a_family_are_those_of_a_plain_loop(case):
-    model, images = make(case), pictures(case)
+def test_the_default_metrics_of_a_family_are_those_of_a_plain_loop(name):
+    model, images = make(CASES[name]), pictures(CASES[name])
     table = measure(model, images, DEFAULT).table
     assert np.isfinite(table[["mean", "std", "ci95"]]).all(axis=None)
     rows = table.set_index(["metric", "layer"])
@@ -54,9 +54,7 @@ def test_the_default_metrics_of_a_family_are_those_of_a_plain_loop(case):
             assert rows.loc[(metric, layer.name), "std"] == pytest.approx(expected.std(ddof=1), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
-)
+@all_families
 def test_every_group_of_a_family_is_finite_or_refused_with_the_reason(name):
     model, images = make(CASES[name]), pictures(CASES[name], 4)
     groups = [group for group in METRICS if group != "attention" or name in ATTENTION]

@@ -10,33 +10,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pdvit.config import Config
-from pdvit.config.schema import DataConfig, DiversityConfig, ModelConfig, SegmentConfig
+from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY, export
 from pdvit.models.layers import places_of, watch
 from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_pretrained, load_segmenter
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.segmenter import build_segmenter, export_segmenter
-from tests.unit.models.support import DATA, load, write
+from tests.unit.models.segmentation.models import SWIN, SWIN_SIZES, VIT, build, config, images
+from tests.unit.models.support import DATA, load, original_swin, write
 
-VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 CLASSES, PALETTE = ["ground", "cat", "dog"], [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
-NONE = DiversityConfig(preset="none", cosine=0.0, contrastive=0.0, mixing=0.0)
-SWIN_SIZES = {"embed_dim": 8, "depths": [2, 1, 1, 2], "num_heads": [1, 2, 2, 4], "window_size": 4}
 VIT_SIZES = {"depth": 4, "embed_dim": 16, "num_heads": 2, "patch_size": 8, "img_size": 32}
-SMALL = {"depth": 4, "width": 16, "heads": 2, "patch_size": 8}
-
-
-def config(name=VIT, head="upernet", crop=32, **segment):
-    model = {"args": SWIN_SIZES} if name == SWIN else SMALL
-    section = SegmentConfig(head=head, crop=crop, **{"width": 16} | segment)
-    return Config(model=ModelConfig(name=name, drop_path=0.0, **model), diversity=NONE, segment=section)
 
 
 def make(seed=0, **options):
+    segmenter = build(classes=3, **options)
     torch.manual_seed(seed)
-    segmenter = build_segmenter(config(**options), 3)
     with torch.no_grad():
         for weight in segmenter.state_dict().values():
             if weight.is_floating_point():
@@ -52,10 +42,6 @@ def read(path):
     return load_segmenter(resolve_checkpoint(path))
 
 
-def images(size=(40, 50)):
-    return torch.linspace(-1, 1, 3 * size[0] * size[1]).sin().view(1, 3, *size)
-
-
 @pytest.fixture(scope="module")
 def exported():
     """The files of one model."""
@@ -67,7 +53,7 @@ def run(exported, tmp_path):
     return write(tmp_path / "run", exported)
 
 
-def spoil(folder, change):
+def change_file(folder, change):
     """Change header and tensors of a file of weights; return the file."""
     file = folder / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
@@ -80,22 +66,20 @@ def spoil(folder, change):
 
 
 @pytest.mark.parametrize(
-    ("options", "crop"),
+    "options",
     [
-        ({"head": "upernet", "norm": "group", "mode": "slide", "stride": 21}, 32),
-        ({"head": "linear", "short_side": 48}, 33),
-        ({"name": SWIN, "head": "upernet", "aux": 0.0}, 64),
+        {"crop": 33, "head": "linear", "short_side": 48, "norm": "group", "mode": "slide", "stride": 21},
+        {"crop": 64, "head": "upernet", "name": SWIN, "aux": 0.0},
     ],
 )
 @torch.no_grad()
-def test_a_file_alone_gives_the_same_logits_and_settings(tmp_path, options, crop):
-    segmenter = make(crop=crop, **options)
+def test_a_file_alone_gives_the_same_logits_and_settings(tmp_path, options):
+    segmenter = make(**options)
     loaded = read(saved(tmp_path, segmenter) / "model.safetensors")
-    assert torch.equal(loaded.model(images()).logits, segmenter(images()).logits)
+    assert torch.equal(loaded.model(images(1, 40, 50)).logits, segmenter(images(1, 40, 50)).logits)
     assert (loaded.classes, loaded.palette, loaded.weights) == (CLASSES, PALETTE, "ema")
     preprocessing = loaded.model.inside.pretrained_cfg
     assert (tuple(preprocessing["mean"]), tuple(preprocessing["std"])) == ((0.1,) * 3, (0.4,) * 3)
-    options = options | {"crop": crop}
     assert all(getattr(loaded.segment, key) == value for key, value in options.items() if key != "name")
     assert loaded.model.adapter == segmenter.adapter
     assert not loaded.model.training
@@ -110,31 +94,32 @@ def test_the_names_in_the_file_are_of_backbone_and_head(run):
     assert (contents["architecture"], contents["label_names"]) == (VIT, CLASSES)
 
 
-def two_classes(header, tensors):
-    header["label_names"] = ["a", "b"]
-    header["pdvit"].pop("palette")
+def with_classes(classes):
+    def change(header, tensors):
+        header["label_names"] = classes
+        header["pdvit"].pop("palette")
+
+    return change
 
 
-def no_classes(header, tensors):
-    header.pop("label_names")
-    header["pdvit"].pop("palette")
+def with_segment(**settings):
+    return lambda header, _: header["pdvit"]["segment"].update(settings)
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda header, _: header["pdvit"]["segment"].update(head="mask2former"), "mask2former"),
-        (lambda header, _: header["pdvit"]["segment"].update(width=32), r"of another shape: \d+ \(head"),
-        (lambda header, _: header["pdvit"]["segment"].update(width="wide"), "not a whole number"),
-        (lambda header, _: header["pdvit"]["segment"].update(wings=2), "no key 'segment.wings'"),
+        (with_segment(head="mask2former"), "mask2former"),
+        (with_segment(width=32), r"of another shape: \d+ \(head"),
+        (with_segment(width="wide"), "not a whole number"),
+        (with_segment(wings=2), "no key 'segment.wings'"),
         (lambda header, _: header["pdvit"]["segment"].pop("crop"), "no head or no crop"),
         (lambda header, _: header["pdvit"].update(segment="yes"), "is a section"),
         (lambda header, _: header["pdvit"].pop("segment"), "not a segmentation model"),
         (lambda header, _: header["pdvit"].update(palette=[[0, 0, 300]] * 3), "palette"),
         (lambda header, _: header["pdvit"].update(palette=[[0, 0, 0]]), "palette"),
-        (two_classes, r"of another shape: \d+ \(head.aux"),
-        (no_classes, "does not name its classes"),
-        (lambda header, _: header.update(architecture="os.system"), "no model named"),
+        (with_classes(["a", "b"]), r"of another shape: \d+ \(head.aux"),
+        (with_classes(None), "does not name its classes"),
         (lambda header, _: header["model_args"].update(pretrained=True), "can't be an argument"),
         (lambda _, tensors: tensors.pop("head.classifier.bias"), r"missing: 1 \(head.classifier.bias"),
         (lambda _, tensors: tensors.pop("backbone.cls_token"), r"missing: 1 \(cls_token"),
@@ -143,21 +128,20 @@ def no_classes(header, tensors):
 )
 def test_a_header_is_not_trusted(run, change, what):
     with pytest.raises(UserError, match=what):
-        read(spoil(run, change))
+        read(change_file(run, change))
 
 
-def classifier_folder(folder, classes=7):
-    """Write the files of a classifier; return it."""
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier and the folder of its files."""
     torch.manual_seed(3)
-    model = timm.create_model(VIT, **VIT_SIZES, num_classes=classes)
-    write(folder, export(model, [str(number) for number in range(classes)], DATA, "raw"))
-    return model
+    model = timm.create_model(VIT, **VIT_SIZES, num_classes=7)
+    return model, write(tmp_path_factory.mktemp("classifier"), export(model, list("abcdefg"), DATA, "raw"))
 
 
-def test_a_classifier_is_no_segmentation_model(tmp_path):
-    classifier_folder(tmp_path)
+def test_a_classifier_is_no_segmentation_model(classifier):
     with pytest.raises(UserError, match=r"(?s)not a segmentation model.*pdvit segment"):
-        read(tmp_path)
+        read(classifier[1])
 
 
 @pytest.mark.parametrize("name", [VIT, SWIN])
@@ -170,7 +154,7 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     layers = []
     with watch(places_of(model), lambda layer, tokens: layers.append((layer.name, tokens.isfinite().all()))):
-        model(images((64, 64)))
+        model(images(1, 64, 64))
     assert all(finite for _, finite in layers)
     assert layers[-1][0] == f"block {4 if name == VIT else 6}"
 
@@ -180,7 +164,7 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
 
 @torch.no_grad()
 def test_the_head_is_kept_if_head_and_classes_are_the_same(run):
-    segmenter = build_segmenter(config(crop=48), 3)
+    segmenter = build(crop=48, classes=3)
     notes = load_pretrained(segmenter, resolve_checkpoint(run), CLASSES)
     theirs = make(seed=1).head.state_dict()
     assert notes[-1].startswith("head: ")
@@ -191,15 +175,10 @@ def test_the_head_is_kept_if_head_and_classes_are_the_same(run):
 
 @pytest.mark.parametrize(
     ("classes", "options", "why"),
-    [
-        (["ground", "cat", "cow"], {}, "other classes"),
-        (["one", "two"], {}, "other classes"),
-        (CLASSES, {"head": "linear"}, "another upernet head"),
-        (CLASSES, {"width": 32}, "another upernet head"),
-    ],
+    [(["ground", "cat", "cow"], {}, "other classes"), (CLASSES, {"head": "linear"}, "another upernet head")],
 )
 def test_another_head_stays_fresh_with_a_note(run, classes, options, why):
-    segmenter = build_segmenter(config(**options), len(classes))
+    segmenter = build(classes=len(classes), **options)
     before = {name: value.clone() for name, value in segmenter.head.state_dict().items()}
     notes = load_pretrained(segmenter, resolve_checkpoint(run), classes)
     assert notes[-1] == f"head: fresh, because the file has {why}"
@@ -208,11 +187,11 @@ def test_another_head_stays_fresh_with_a_note(run, classes, options, why):
 
 @pytest.mark.parametrize("head", ["upernet", "linear"])
 @torch.no_grad()
-def test_a_classifier_gives_its_backbone_with_positions_resampled(tmp_path, head):
-    model = classifier_folder(tmp_path)
-    found = resolve_checkpoint(tmp_path)
+def test_a_classifier_gives_its_backbone_with_positions_resampled(classifier, head):
+    model, folder = classifier
+    found = resolve_checkpoint(folder)
     # as in a run: the checkpoint fills the configuration, the crop stays
-    unset = replace(config(head=head, crop=64), model=ModelConfig(init=str(tmp_path)), data=DataConfig())
+    unset = replace(config(head=head, crop=64), model=ModelConfig(init=str(folder)), data=DataConfig())
     segmenter = build_segmenter(apply_checkpoint_defaults(unset, found), 3)
     notes = load_pretrained(segmenter, found, CLASSES)
     assert notes[-1] == "head: fresh"
@@ -225,33 +204,19 @@ def test_a_classifier_gives_its_backbone_with_positions_resampled(tmp_path, head
     assert ("norm.weight" in segmenter.backbone.state_dict()) == (head == "linear")
 
 
-@pytest.mark.slow
-def test_files_of_the_original_swin_and_deit_begin_a_segmentation(tmp_path):
-    swin, published = timm.create_model(SWIN, img_size=64, num_classes=5, **SWIN_SIZES), {}
-    for name, value in swin.state_dict().items():  # in the published layout a stage merges patches at its end
-        parts = name.split(".")
-        if parts[2:3] == ["downsample"]:
-            parts[1] = str(int(parts[1]) - 1)
-        published[".".join(parts).replace("head.fc.", "head.")] = value
-    torch.save({"model": published, "args": None}, tmp_path / "swin.pth")
+def test_a_file_of_the_original_swin_begins_a_segmentation(tmp_path):
+    swin = timm.create_model(SWIN, img_size=64, num_classes=5, **SWIN_SIZES)
+    torch.save({"model": original_swin(swin), "args": None}, tmp_path / "swin.pth")
     found = resolve_checkpoint(tmp_path / "swin.pth", SWIN)
-    wide = ModelConfig(name=SWIN, drop_path=0.0, args=SWIN_SIZES | {"embed_dim": 16})
     with pytest.raises(UserError, match=r"of the backbone's"):
-        load_pretrained(build_segmenter(replace(config(SWIN, crop=64), model=wide), 3), found, CLASSES)
-    segmenter = build_segmenter(config(SWIN, crop=96), 3)
+        load_pretrained(build(SWIN, crop=64, model={"args": SWIN_SIZES | {"embed_dim": 16}}), found, CLASSES)
+    segmenter = build(SWIN, crop=96, classes=3)
     load_pretrained(segmenter, found, CLASSES)
     for name in ("layers.1.downsample.reduction.weight", "layers.3.blocks.1.attn.qkv.weight"):
         assert torch.equal(segmenter.backbone.state_dict()[name], swin.state_dict()[name])
-    deit = timm.create_model("deit_tiny_distilled_patch16_224", **VIT_SIZES)
-    torch.save({"model": deit.state_dict()}, tmp_path / "deit.pth")
-    segmenter = build_segmenter(config("deit_tiny_distilled_patch16_224", crop=64), 3)
-    found = resolve_checkpoint(tmp_path / "deit.pth", "deit_tiny_distilled_patch16_224")
-    load_pretrained(segmenter, found, CLASSES)
-    assert torch.equal(segmenter.backbone.blocks[3].attn.qkv.weight, deit.blocks[3].attn.qkv.weight)
-    assert segmenter.backbone.pos_embed.shape[1] == 66
 
 
 def test_the_hash_of_initial_weights_covers_the_head(run):
     before = fingerprint(resolve_checkpoint(run))
-    spoil(run, lambda _, tensors: tensors["head.classifier.bias"].add_(1))
+    change_file(run, lambda _, tensors: tensors["head.classifier.bias"].add_(1))
     assert fingerprint(resolve_checkpoint(run)) != before
