@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
+from pdvit.models.build import build_model
 from pdvit.models.loading import LoadedModel, load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 
@@ -26,7 +26,7 @@ def make(name: str = VIT, seed: int = 0, **arguments: Any) -> nn.Module:
     """Build a model, by default a small plain one, with weights that no initialisation would give."""
     torch.manual_seed(seed)
     sizes = arguments if "depths" in arguments else SMALL | arguments
-    model = timm.create_model(name, **sizes).eval()
+    model = build_model(name, sizes).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.2)

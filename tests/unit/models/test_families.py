@@ -121,18 +121,15 @@ def mvit(prefix: int, **more: Any) -> Case:
 
 
 CASES = {
-    "vit": vit("vit_tiny_patch16_224", 1),
+    "vit": vit("vit_tiny_patch16_224", 1, drop_path_rate=0.2, proj_drop_rate=0.1),
     "vit-mean": vit("vit_tiny_patch16_224", 1, "blocks.1", global_pool="avg"),
     "vit-mean-after-the-norm": vit("vit_tiny_patch16_224", 1, global_pool="avg", fc_norm=False),
     "vit-without-class-token": vit("vit_tiny_patch16_224", 0, "blocks.1", global_pool="avg", class_token=False),
-    "deit": vit("deit_tiny_patch16_224", 1),
     "deit-distilled": vit("deit_tiny_distilled_patch16_224", 2),
     "deit3": vit("deit3_small_patch16_224", 1),
     "dinov2-registers": vit("vit_small_patch14_reg4_dinov2", 5),
     "dinov3": vit("vit_small_patch16_dinov3", 5),
     "siglip": vit("vit_base_patch16_siglip_224", 0),
-    "clip": vit("vit_base_patch16_clip_224", 1),
-    "flexivit": vit("flexivit_small", 1),
     "relpos": vit("vit_relpos_small_patch16_224", 0, "blocks.1"),
     "hybrid": vit("vit_tiny_r_s16_p8_224", 1, patch_size=2, stride=8),
     "eva02": vit("eva02_tiny_patch14_224", 1, "blocks.1"),

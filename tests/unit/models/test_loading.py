@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from pdvit.config import Config, build, resolve, to_dict
+from pdvit.config import build, resolve, to_dict
 from pdvit.config.resolve import with_crop
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, model_arguments
@@ -110,12 +110,6 @@ def test_the_model_is_unset_until_the_weights_are_read():
     assert (config.model.name, config.optim.lr) == (None, None)
 
 
-@pytest.mark.parametrize("key", ["freeze", "weights"])
-def test_settings_of_initial_weights_are_refused_without_any(key):
-    with pytest.raises(UserError, match="needs initial weights"):
-        resolve(replace(Config(), model=replace(Config().model, **{key: "raw"})))
-
-
 def test_images_that_are_not_square_need_a_size(tmp_path):
     path = saved(tmp_path, make(img_size=(16, 32)))
     with pytest.raises(UserError, match="16x32"):
@@ -183,12 +177,6 @@ def test_another_resolution_is_noted(source):
     assert begin(source, data={"img_size": 64})[1][1:] == ["resampled: 1 (pos_embed)"]
 
 
-def test_a_norm_after_the_pooling_is_fresh_and_the_old_one_unexpected(tmp_path):
-    _, notes = begin(saved(tmp_path, make(num_classes=0)), model={"args": {"global_pool": "avg"}})
-    assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
-    assert "unexpected: 2 (norm.bias, norm.weight)" in notes
-
-
 @pytest.mark.parametrize(
     ("model", "what"), [({"depth": 3}, "missing"), ({"depth": 1}, "unexpected"), ({"width": 32}, "of another shape")]
 )
@@ -206,12 +194,13 @@ def test_fresh_weights_of_the_backbone_may_not_be_frozen(tmp_path):
         load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(tmp_path / "x.pth", VIT), CLASSES)
 
 
-def test_a_fresh_norm_after_the_pooling_may_be_frozen(tmp_path):
+def test_a_norm_after_the_pooling_is_fresh_and_may_be_frozen(tmp_path):
     model = make(global_pool="avg")
     model.requires_grad_(False).head.requires_grad_(True)
     path = saved(tmp_path, make(num_classes=0))
     notes = load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(path), CLASSES)
     assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
+    assert "unexpected: 2 (norm.bias, norm.weight)" in notes
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
