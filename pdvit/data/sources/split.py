@@ -19,6 +19,7 @@ from pdvit.data.sources import WHERE, first_names, printable
 from pdvit.errors import UserError
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
+SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 ROLES = ("train", "val", "test")
 HELD_OUT = 0.1
 SAMPLED = 32  # images whose sizes are described
@@ -184,14 +185,18 @@ def choose_splits(found: Sequence[str], data: DataConfig) -> dict[str, str]:
 
     The names in --train-split and --val-split need not be among those found (`train[:10%]`).
     """
+    train, val, test = (
+        next((name for name in names if name in found), None) for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
+    )
+    chosen = {"train": data.train_split or train, "val": data.val_split or val}
+    chosen["test"] = None if test in chosen.values() else test
+    return {role: name for role, name in chosen.items() if name is not None}
 
-    def first(names: tuple[str, ...]) -> str | None:
-        return next((name for name in names if name in found), None)
 
-    train, val = data.train_split or first(TRAIN_NAMES), data.val_split or first(VALIDATION_NAMES)
-    test = first(TEST_NAMES)
-    names = (train, val, None if test in (train, val) else test)
-    return {role: name for role, name in zip(ROLES, names, strict=True) if name is not None}
+def missing_split(chosen: Mapping[str, str], found: Sequence[str]) -> str | None:
+    """Return the first split that is not found: of train, of val unless there is a test split, and of those chosen."""
+    needed = {"train": "train"} | ({} if "test" in chosen else {"val": "val"}) | dict(chosen)
+    return next((name for name in needed.values() if name not in found), None)
 
 
 def assemble(

@@ -10,7 +10,7 @@ import torch
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import first_names, printable
-from pdvit.data.sources.split import FileSplit, LazySplit, Source, assemble, choose_splits
+from pdvit.data.sources.split import FileSplit, LazySplit, Source, assemble, choose_splits, missing_split
 from pdvit.errors import UserError
 
 
@@ -35,8 +35,7 @@ def read_csv(path: Path, data: DataConfig) -> Source:
     if list(counts) == [""] and (name := data.train_split or data.val_split):
         what = f"there is no split '{printable(name)}': the table has no split column"
         raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
-    required = {"train": "train"} | ({} if "test" in chosen or "" in counts else {"val": "val"}) | chosen
-    if missing := next((name for name in required.values() if name not in counts), None):
+    if list(counts) != [""] and (missing := missing_split(chosen, list(counts))):
         what = f"no row has the split '{missing}' (there are: {first_names(list(counts))})"
         raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
     labels = {row.label for row in rows if row.split == chosen["train"]}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import WHERE
-from pdvit.data.sources.folder import SPLIT_NAMES, read_folder
-from pdvit.data.sources.split import TRAIN_NAMES, FileSplit, LazySplit, Source, assemble, choose_splits
+from pdvit.data.sources.folder import read_folder
+from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, LazySplit, Source, assemble, choose_splits
 from pdvit.errors import UserError
 
 # torchvision has no validation split of these: `train=False` is the published test set.
@@ -60,7 +60,9 @@ def read_torchvision(data: DataConfig) -> Source:
     """
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
-        raise UserError(f"'{data.source}' lies in a folder of its own", data.source, "name it with --data-dir")
+        raise UserError(
+            f"'{data.source}' needs --data-dir", "data.root (--data-dir)", "name the folder of the data set"
+        )
     root = Path(os.path.expanduser(data.root))
     if name in ("folder", "image_folder"):
         return read_folder(root, data)

@@ -1,4 +1,5 @@
 import os
+import tarfile
 from hashlib import sha256
 
 import numpy as np
@@ -30,7 +31,7 @@ def folder(root):
 @pytest.mark.parametrize("validation", ["val", "validation"])
 def test_a_folder_of_class_folders_is_a_source(tmp_path, validation):
     files = ["train/bee/1.png", "train/bee/deep/2.PNG", "train/ant/3.jpg", f"{validation}/ant/4.png"]
-    source = folder(layout(tmp_path / "insects", [*files, f"{validation}/bee/5.png", "train/.cache/6.png"]))
+    source = folder(layout(tmp_path / "insects", [*files, f"{validation}/bee/5.png"]))
     assert source.name == "insects"
     assert source.classes == ["ant", "bee"]
     assert [path.name for path in source.splits["train"].paths] == ["3.jpg", "1.png", "2.PNG"]
@@ -56,10 +57,10 @@ def test_names_may_be_in_any_script(tmp_path):
         (["pictures/ant/1.png"], "found: pictures"),
         (["train/1.png", "val/ant/2.png"], "no class folders"),
         (["train/ant/1.png"], "no folder val/"),
-        (["train/ant/1.png", "val/ant/2.png", "val/bee/3.png"], "class 'bee' of val/ is not in train/"),
-        (["train/ant/1.png", "train/bee/2.png", "val/ant/3.png"], "class 'bee' has no images in val/"),
-        (["train/ant/1.png", "val/ant/2.png", "test/bee/3.png"], "class 'bee' of test/ is not in train/"),
-        (["train/ant/1.png", "train/bee/2.txt", "val/ant/3.png"], "class 'bee' has no images in train/"),
+        (["train/ant/1.png", "val/ant/2.png", "val/bee/3.png"], "class 'bee' of val is not in train"),
+        (["train/ant/1.png", "train/bee/2.png", "val/ant/3.png"], "class 'bee' has no images in val"),
+        (["train/ant/1.png", "val/ant/2.png", "test/bee/3.png"], "class 'bee' of test is not in train"),
+        (["train/ant/1.png", "train/bee/2.txt", "val/ant/3.png"], "class 'bee' has no images in train"),
     ],
 )
 def test_a_folder_of_another_layout_is_refused(tmp_path, tree, what):
@@ -105,13 +106,19 @@ def test_splits_of_other_names_are_named(tmp_path):
         open_source(DataConfig(source=str(root), train_split="fit", val_split="absent"))
 
 
-def test_files_that_are_no_images_are_counted_and_named(tmp_path):
-    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/loose.png"])
-    for name in ("train/ant/notes.txt", "train/ant/.DS_Store", "val/ant/3.gif"):
+def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(tmp_path):
+    hidden = ["train/ant/.2.png", "train/ant/.thumbnails/3.png", "train/.cache/1.png", ".git/ant/1.png"]
+    layout(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/loose.png", *hidden])
+    for name in ("train/ant/notes.txt", "val/ant/3.gif"):
         (tmp_path / name).write_bytes(b"GIF89a")
-    said = folder(tmp_path).describe()
-    assert "4 files are not read" in said
-    assert all(name in said for name in ("train/ant/notes.txt", "train/loose.png", "val/ant/3.gif", ".DS_Store"))
+    source = folder(tmp_path)
+    assert "3 files are not read" in source.describe()
+    assert all(name in source.describe() for name in ("train/ant/notes.txt", "train/loose.png", "val/ant/3.gif"))
+    assert (source.classes, names(source.splits["train"])) == (["ant"], ["1.png"])
+    with tarfile.open(tmp_path / "set.tar", "w") as packed:
+        packed.add(tmp_path / "train", "train")
+        packed.add(tmp_path / "val", "val")
+    assert folder(tmp_path / "set.tar").fingerprint() == source.fingerprint()
 
 
 def test_the_description_has_classes_counts_and_sizes(tmp_path):
