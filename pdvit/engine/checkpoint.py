@@ -91,9 +91,12 @@ class Checkpoints:
         except torch.OutOfMemoryError:
             raise
         except DAMAGE as error:
-            tip = f"write the name of an older one into {self.folder / LAST}, if there is one, or start the run again"
+            damaged, tip = self._read_pointer(LAST), "start the run again"
+            names = [path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
+            if older := [name for name in names if name < damaged]:
+                tip = f"write {max(older)}, an older one, into {self.folder / LAST}, or start the run again"
             what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
-            raise UserError(what, str(self.folder / self._read_pointer(LAST)), tip) from error
+            raise UserError(what, str(self.folder / damaged), tip) from error
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
         target = self.folder / f"step-{snapshot.step:08d}"

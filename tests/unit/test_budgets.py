@@ -27,6 +27,8 @@ ANALYZE_FRAMES = 8
 TRACE = """
 import json, os, sys, threading
 
+import timm  # before the trace, which slows every call
+
 import pdvit
 from pdvit.cli import run
 
@@ -36,11 +38,14 @@ OPTIMIZED = 1  # of code flags: a function, not the body of a class or module
 
 
 def traced(place, target, *arguments):
-    called, depths = set(), []
+    seen, called, depths = set(), set(), []
 
-    def trace(frame, event, argument):
+    def trace(frame, event, argument):  # returns None: lines are not traced
         code = frame.f_code
-        if event != "call" or not code.co_flags & OPTIMIZED:
+        if code in seen:
+            return
+        seen.add(code)
+        if not code.co_flags & OPTIMIZED:
             return
         if code.co_filename.startswith(root) and code.co_name not in ANONYMOUS:
             called.add(f"{os.path.relpath(code.co_filename, root)}:{code.co_qualname}")
@@ -50,10 +55,10 @@ def traced(place, target, *arguments):
                 depth += frame.f_code.co_filename.startswith(root) and frame.f_code.co_name not in ANONYMOUS
             depths.append(depth)
 
-    threading.setprofile(trace)
-    sys.setprofile(trace)
+    threading.settrace(trace)
+    sys.settrace(trace)
     assert run(arguments) == 0
-    sys.setprofile(None)
+    sys.settrace(None)
     return {"called": sorted(called), "frames": depths[0]}
 
 
