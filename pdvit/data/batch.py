@@ -33,8 +33,7 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are set, by name."""
-        named = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
+        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
 
     def repeat(self, size: int) -> "Batch":
         """Return a batch of `size` images, a repetition of its own."""

@@ -39,13 +39,17 @@ def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
 
     Sample i gets the same numbers whichever batch it is in.
     """
+
+    def shift(state: Tensor, bits: int) -> Tensor:  # fills with zeros, where torch copies the sign
+        return (state >> bits) & ((1 << (64 - bits)) - 1)
+
     counters = indices.long()[:, None] * draws + torch.arange(draws, device=indices.device)
     # less 2^64: the int64 of the same bits, whose products wrap as unsigned ones do
     state = counters * (_GOLDEN - 2**64) + fold(seed)
-    state = (state ^ _shift(state, 30)) * (_FACTORS[0] - 2**64)
-    state = (state ^ _shift(state, 27)) * (_FACTORS[1] - 2**64)
-    state = state ^ _shift(state, 31)
-    return _shift(state, 40).float() * 2.0**-24  # float32 holds 24 bits exactly
+    state = (state ^ shift(state, 30)) * (_FACTORS[0] - 2**64)
+    state = (state ^ shift(state, 27)) * (_FACTORS[1] - 2**64)
+    state = state ^ shift(state, 31)
+    return shift(state, 40).float() * 2.0**-24  # float32 holds 24 bits exactly
 
 
 def normal(seed: int, index: Tensor, draws: int) -> Tensor:
@@ -68,8 +72,3 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-def _shift(state: Tensor, bits: int) -> Tensor:
-    """Shift right, filling with zeros, where torch would copy the sign."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)

@@ -33,32 +33,29 @@ def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, set
     """
     if setting == "off":
         return None, "--resident off"
-    train, side, on = source.splits["train"], loader.preprocessing.size, setting == "on"
-    if augmentation.per_image:
-        if on:
-            what = "RandAugment and colour jitter work on single images in the workers"
-            raise UserError(what, WHERE, "use --resident off, or leave out --aa and --color-jitter")
-        return None, "RandAugment or colour jitter, image by image"
+    train, side, problem = source.splits["train"], loader.preprocessing.size, ""
     sizes = filter(None, (image_size(train, index) for index in range(len(train))))  # bad images: found by the decoding
     size = next(sizes, (side, side))
     small = max(size) <= side
     held_out = sum(len(split) for name, split in source.splits.items() if name != "train")
     needed = 3 * ((math.prod(size) if small else side * side) * len(train) + side * side * held_out)
     memory = memory_of(loader.device) // (loader.processes if loader.device.type == "cpu" else 1)
-    if on:
-        if needed > memory:
-            what = f"{needed / 1e9:.1f} GB of pixels are more than the memory of {loader.device}"
-            raise UserError(what, WHERE, "use --resident off")
+    limit = memory if setting == "on" else memory * MEMORY_FRACTION
+    if augmentation.per_image:
+        problem = "RandAugment or colour jitter, image by image"
+    elif needed > limit:
+        problem = f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB of memory"
+    if setting == "on":
+        if problem:
+            raise UserError(f"the images can't be kept on {loader.device}: {problem}", WHERE, "use --resident off")
         if small and all(other == size for other in sizes):
             return size, "--resident on"
         return (side, side), "--resident on, scaled and cropped once"
-    if not small:
-        return None, f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
-    if needed > (limit := memory * MEMORY_FRACTION):
-        return None, f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB, 1/8 of memory"
-    if other := next((other for other in sizes if other != size), None):
-        return None, f"sizes differ: {size[0]}x{size[1]} and {other[0]}x{other[1]}"
-    return size, f"all are {size[0]}x{size[1]}"
+    if not problem and not small:
+        problem = f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
+    if not problem and (other := next((other for other in sizes if other != size), None)):
+        problem = f"sizes differ: {size[0]}x{size[1]} and {other[0]}x{other[1]}"
+    return (None, problem) if problem else (size, f"all are {size[0]}x{size[1]}")
 
 
 def resident(

@@ -12,7 +12,7 @@ WHERE = "data.source (--data)"
 
 
 class SourceType(NamedTuple):
-    """A type of source: its pattern in `--data`, the glob that identifies it, and its settings."""
+    """A type of source: its pattern in `--data`, the glob that identifies it, and the settings that it has."""
 
     name: str
     pattern: str
@@ -54,24 +54,22 @@ def list_source_types() -> str:
 
 def unused_source_settings(data: DataConfig) -> list[str]:
     """Return a note for each changed setting of sources that has no effect on this one."""
-    name = source_type(data.source) or "folder"
-    (used,) = (item.settings for item in SOURCE_TYPES if item.name == name)
-    unused = [item for item in fields(data) if item.name in SETTINGS and item.name not in used]
+    used = {item.name: item.settings for item in SOURCE_TYPES}[source_type(data.source) or "folder"]
+    values = {item.name: getattr(data, item.name) for item in fields(data) if item.name in {*SETTINGS} - {*used}}
     return [
-        f"data.{item.name} = {getattr(data, item.name)} has no effect: '{data.source}' does not have it"
-        for item in unused
-        if getattr(data, item.name) != item.default
+        f"data.{name} = {value} has no effect: '{data.source}' does not have it"
+        for name, value in values.items()
+        if value != getattr(DataConfig(), name)
     ]
 
 
 def absolute_path(source: str) -> str:
     """Return a source with its path, if any, made absolute, so that it is found from any folder."""
     name = source_type(source)
-    if name not in (None, "tar", "csv", "hfds"):
-        return source
     prefix = source[: len("hfds/")] if name == "hfds" else ""
     path = os.path.expanduser(source.removeprefix(prefix))
-    return prefix + os.path.abspath(path) if os.path.exists(path) else source
+    is_path = name in (None, "tar", "csv", "hfds") and os.path.exists(path)
+    return prefix + os.path.abspath(path) if is_path else source
 
 
 def source_label(data: DataConfig) -> str:

@@ -25,20 +25,14 @@ def read_digits(data: DataConfig) -> Source:
         raise UserError(f"'{data.source}' is no range of digits", WHERE, "for example digits:0-4")
     images, labels = _digits_images()
 
-    def hold_out(indices: list[int], size: int) -> list[list[int]]:
-        held: list[list[int]] = train_test_split(
-            indices, test_size=size, random_state=data.split_seed, stratify=labels[indices]
-        )
-        return held
-
-    rest, test = hold_out(list(range(len(labels))), 360)
-    train, val = hold_out(rest, 237)
+    seed, rest = data.split_seed, list(range(len(labels)))
+    rest, test = train_test_split(rest, test_size=360, random_state=seed, stratify=labels)
+    train, val = train_test_split(rest, test_size=237, random_state=seed, stratify=labels[rest])
     splits = {}
     for name, part in (("train", train), ("val", val), ("test", test)):
         chosen = [index for index in part if first <= int(labels[index]) <= last]
         splits[name] = ArraySplit(images[chosen], labels[chosen] - first)
-    classes = [str(digit) for digit in range(first, last + 1)]
-    return Source(data.source.lower(), classes, splits)
+    return Source(data.source.lower(), [str(digit) for digit in range(first, last + 1)], splits)
 
 
 @cache

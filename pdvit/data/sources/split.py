@@ -63,7 +63,6 @@ class LazySplit(ABC):
     """
 
     labels: Tensor
-    """Class indices, `(N,)`."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,8 +83,7 @@ class LazySplit(ABC):
         """Return the samples at these indices."""
         split: Any = self
         values = {item.name: getattr(self, item.name) for item in fields(split)}
-        lists = {name: value for name, value in values.items() if isinstance(value, list)}
-        taken = {name: [value[index] for index in chosen.tolist()] for name, value in lists.items()}
+        taken = {name: [value[i] for i in chosen.tolist()] for name, value in values.items() if isinstance(value, list)}
         changed: Self = replace(split, labels=self.labels[chosen], **taken)
         return changed
 
@@ -167,8 +165,8 @@ class Source:
     def describe(self) -> str:
         """Return a line with classes, images and the sizes of some of them, then a line for each note."""
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
-        few, text = subsample(self.splits["train"], SAMPLED), ""
-        if sizes := [size for index in range(len(few)) if (size := image_size(few, index))]:
+        sample, text = subsample(self.splits["train"], SAMPLED), ""
+        if sizes := [size for index in range(len(sample)) if (size := image_size(sample, index))]:
             widths, heights = zip(*sizes, strict=True)
             least, most = (f"{pick(widths)}x{pick(heights)}" for pick in (min, max))
             text = f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
@@ -206,20 +204,20 @@ def assemble(
 
     Without val, a part of train is held out; raises UserError if that is impossible.
     """
-    parts, notes = dict(splits), list(notes)
-    if "val" not in parts:
-        parts["train"], parts["val"] = hold_out(splits["train"], data.split_seed)
+    notes = list(notes)
+    if "val" not in splits:
+        train, val = hold_out(splits["train"], data.split_seed)
+        splits = {"train": train, "val": val, **{role: split for role, split in splits.items() if role == "test"}}
         note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
         note += ": there is no validation split"
         if "test" in splits:
             note += "; test is for the closing numbers (--val-split test evaluates on it and trains on all of train)"
         notes.insert(0, note)
-    parts = {role: parts[role] for role in ROLES if role in parts}
-    for role, split in parts.items():
-        counts = split.labels.bincount(minlength=len(classes)).tolist()
-        if missing := [label for label, count in zip(classes, counts, strict=True) if not count]:
+    for role, split in splits.items():
+        present = set(split.labels.tolist())
+        if missing := [label for number, label in enumerate(classes) if number not in present]:
             notes.append(f"{len(missing)} of {len(classes)} classes have no image in {role}: {first_names(missing)}")
-    return Source(name, classes, parts).noting(*notes)
+    return Source(name, classes, splits, tuple(notes))
 
 
 def hold_out(split: Lazy, seed: int) -> tuple[Lazy, Lazy]:
@@ -227,14 +225,12 @@ def hold_out(split: Lazy, seed: int) -> tuple[Lazy, Lazy]:
 
     Raises UserError if every class has a single image.
     """
-    rest, held = [], []
+    held = torch.zeros(len(split), dtype=torch.bool)
     order = split.labels.argsort(stable=True)
     for label, indices in enumerate(order.split(split.labels.bincount().tolist())):
         generator = torch.Generator().manual_seed(fold(seed, label))
-        shuffled = indices[torch.randperm(len(indices), generator=generator)]
         count = max(round(HELD_OUT * len(indices)), int(len(indices) > 1))
-        held.append(shuffled[:count])
-        rest.append(shuffled[count:])
-    if not sum(map(len, held)):
+        held[indices[torch.randperm(len(indices), generator=generator)[:count]]] = True
+    if not held.any():
         raise UserError("no class has two images, so none can be held out", WHERE, "add images, or a validation split")
-    return split.take(torch.cat(rest).sort().values), split.take(torch.cat(held).sort().values)
+    return split.take((~held).nonzero()[:, 0]), split.take(held.nonzero()[:, 0])

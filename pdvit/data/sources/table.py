@@ -4,7 +4,6 @@ import csv
 import io
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -13,14 +12,8 @@ from pdvit.data.sources import first_names, printable
 from pdvit.data.sources.split import FileSplit, LazySplit, Source, assemble, choose_splits, missing_split
 from pdvit.errors import UserError
 
-
-class Row(NamedTuple):
-    """One image: its path and class as written, its split (or empty), and its line number for messages."""
-
-    path: str
-    label: str
-    split: str
-    line: int
+COLUMNS = ("path", "label", "split")
+Row = dict[str, str]
 
 
 def read_csv(path: Path, data: DataConfig) -> Source:
@@ -30,50 +23,48 @@ def read_csv(path: Path, data: DataConfig) -> Source:
     missing column, an empty or negative label, and a label that train lacks.
     """
     rows = _rows(path)
-    counts = Counter(row.split for row in rows)
-    chosen = choose_splits(list(counts), data) if list(counts) != [""] else {"train": ""}
+    counts = Counter(row["split"] for row in rows.values())
+    chosen = {"train": ""} if list(counts) == [""] else choose_splits(list(counts), data)
     if list(counts) == [""] and (name := data.train_split or data.val_split):
         what = f"there is no split '{printable(name)}': the table has no split column"
         raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
     if list(counts) != [""] and (missing := missing_split(chosen, list(counts))):
         what = f"no row has the split '{missing}' (there are: {first_names(list(counts))})"
         raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
-    labels = {row.label for row in rows if row.split == chosen["train"]}
+    labels = {row["label"] for row in rows.values() if row["split"] == chosen["train"]}
     classes = sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)
     numbers = {name: number for number, name in enumerate(classes)}
     splits: dict[str, LazySplit] = {}
     for role, name in chosen.items():
-        part = [row for row in rows if row.split == name]
-        if unknown := next((row for row in part if row.label not in numbers), None):
-            what = f"label '{printable(unknown.label)}' of {role} is none of the {len(classes)} labels of train"
-            raise UserError(what, f"{path}, line {unknown.line}", "add it to train, or remove its rows")
-        files = [path.parent / row.path for row in part]
-        splits[role] = FileSplit(files, torch.tensor([numbers[row.label] for row in part]))
+        part = {line: row for line, row in rows.items() if row["split"] == name}
+        if unknown := next((line for line, row in part.items() if row["label"] not in numbers), None):
+            label = printable(rows[unknown]["label"])
+            what = f"label '{label}' of {role} is none of the {len(classes)} labels of train"
+            raise UserError(what, f"{path}, line {unknown}", "add it to train, or remove its rows")
+        files = [path.parent / row["path"] for row in part.values()]
+        splits[role] = FileSplit(files, torch.tensor([numbers[row["label"]] for row in part.values()]))
     unused = [name for name in counts if name not in chosen.values()]
     notes = [f"{counts[name]:,} rows of split '{printable(name)}' are not used" for name in unused]
     return assemble(path.stem, classes, splits, data, notes)
 
 
-def _rows(path: Path) -> list[Row]:
-    """Return the rows; raises UserError if the table is malformed."""
-    rows = []
+def _rows(path: Path) -> dict[int, Row]:
+    """Return the cells of each row by its line number; raises UserError if the table is malformed."""
+    rows: dict[int, Row] = {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
         header = [name.strip().lower() for name in next(lines, [])]
-        if missing := [name for name in ("path", "label") if name not in header]:
+        if missing := [name for name in COLUMNS[:2] if name not in header]:
             what = f"the table has no column '{missing[0]}' (it has: {', '.join(header) or 'nothing'})"
             raise UserError(what, str(path), "begin it with the line path,label or path,label,split")
         for values in filter(any, lines):
             cells = dict(zip(header, values, strict=False))
-            file, label, split = (cells.get(name, "").strip() for name in ("path", "label", "split"))
-            row = Row(file, label, split, lines.line_num)
-            where, negative = f"{path}, line {row.line}", row.label.startswith("-") and row.label[1:].isdecimal()
-            if not (row.path and row.label):
+            row = rows[lines.line_num] = {name: cells.get(name, "").strip() for name in COLUMNS}
+            where, label = f"{path}, line {lines.line_num}", row["label"]
+            if not (row["path"] and label):
                 raise UserError("a row without path or label", where, "fill it in, or remove the row")
-            if negative:
-                raise UserError(f"label {row.label} is below 0", where, "number classes from 0, or remove the row")
-            rows.append(row)
+            if label.startswith("-") and label[1:].isdecimal():
+                raise UserError(f"label {label} is below 0", where, "number classes from 0, or remove the row")
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"the table can't be read: {error}", str(path), "save it as CSV in UTF-8") from error
     if not rows:

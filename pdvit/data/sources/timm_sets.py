@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from pdvit.errors import UserError
 
 # torchvision has no validation split of these: `train=False` is the published test set.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
-# Names of splits that timm knows.
-KNOWN_SPLITS = {*SPLIT_NAMES, "eval", "evaluation"}
+KNOWN_SPLITS = {*SPLIT_NAMES, "eval", "evaluation"}  # by timm
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class ItemSplit(LazySplit):
     title: str
 
     def open(self, index: int) -> Image.Image:
-        """Fetch an item as an image."""
+        """Return an item as an image."""
         found = self.items[self.indices[index]][0]
         if isinstance(found, Image.Image):
             return found
@@ -53,10 +51,9 @@ class ItemSplit(LazySplit):
 
 
 def read_torchvision(data: DataConfig) -> Source:
-    """Read `torch/NAME`, as timm names torchvision's data sets, in `data.root`.
+    """Read `torch/NAME`, as timm names torchvision's data sets, in `data.root`; raises UserError.
 
-    If torchvision has train and test only, validation is held out of train unless --val-split is given, which then
-    is the test set, as in timm. Raises UserError if the set is unknown or missing.
+    If torchvision has train and test only, validation is held out of train, unless --val-split names the test set.
     """
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
@@ -77,16 +74,12 @@ def read_torchvision(data: DataConfig) -> Source:
 
 
 def read_hub(data: DataConfig) -> Source:
-    """Read `hfds/NAME`: a data set of the Hugging Face hub, or a folder that `datasets` can load.
-
-    `data.input_key` and `data.target_key` name its columns (`image` and `label`). Raises UserError where the package
-    is missing, or the set does not open.
-    """
-    if find_spec("datasets") is None:
+    """Read `hfds/NAME`: a data set of the Hugging Face hub, or a folder that `datasets` can load; raises UserError."""
+    try:
+        import datasets
+    except ImportError as error:
         what = f"'{data.source}' needs the package datasets, which is not installed"
-        raise UserError(what, WHERE, "pip install 'pdvit[hf-data]'")
-    import datasets
-
+        raise UserError(what, WHERE, "pip install 'pdvit[hf-data]'") from error
     name = data.source.partition("/")[2]
     try:
         found = list(datasets.get_dataset_split_names(os.path.expanduser(name)))
@@ -111,7 +104,7 @@ def open_timm(data: DataConfig, split: str) -> Any:
     root = None if data.root is None else os.path.expanduser(data.root)
     try:
         # `datasets`, which needs no root, has locks of its own
-        with _download_lock(root) if data.download and root else nullcontext():
+        with _lock(root) if data.download and root else nullcontext():
             return create_dataset(data.source, root=root, split=split, download=data.download, **options)
     except Exception as error:  # timm, torchvision and the hubs raise nearly anything
         tip = "--data-dir names its folder, --dataset-download downloads it, --train-split and --val-split name splits"
@@ -119,8 +112,8 @@ def open_timm(data: DataConfig, split: str) -> Any:
 
 
 @contextmanager
-def _download_lock(root: str) -> Iterator[None]:
-    """Let one process download while the others wait."""
+def _lock(root: str) -> Iterator[None]:
+    """Let one process download at a time."""
     os.makedirs(root, exist_ok=True)
     with open(os.path.join(root, ".pdvit-download.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -134,8 +127,7 @@ def _targets(items: Any, source: str) -> list[int]:
         targets = [label for label, _ in items.index]
     if targets is None:
         raise UserError("the data set has no list of labels", source, "use it as a folder of images")
-    table = torch.as_tensor(targets)
-    labels: list[int] = (table if table.ndim == 1 else table[:, 0]).tolist()  # a row of QMNIST has more than the class
+    labels: list[int] = torch.as_tensor(targets).reshape(len(targets), -1)[:, 0].tolist()  # QMNIST: first of eight
     return labels
 
 
@@ -147,10 +139,9 @@ def _assemble(
     names: Mapping[str, str],
     data: DataConfig,
 ) -> Source:
-    """Return a source of data sets by role.
+    """Return a source of data sets by role; raises UserError for a label that is not one of the classes.
 
-    Labels that are whole numbers are indices of `classes`, or of as many classes as train counts up to; texts are class
-    names, sorted. Raises UserError for a label that is not one of the classes.
+    Whole numbers are indices of `classes`, or of as many classes as train counts up to; texts are class names, sorted.
     """
     if classes is None and all(isinstance(label, str) for label in labels["train"]):
         classes = sorted(set(labels["train"]))

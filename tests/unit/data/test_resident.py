@@ -122,7 +122,7 @@ def test_a_set_that_takes_too_much_memory_is_left_to_workers(source, monkeypatch
     monkeypatch.setattr(module, "memory_of", lambda _: 8 * needed)
     assert held(files)[0] is not files
     monkeypatch.setattr(module, "memory_of", lambda _: needed // 2)
-    with pytest.raises(UserError, match="more than the memory"):
+    with pytest.raises(UserError, match="GB of memory"):
         held(files, "on")
 
 

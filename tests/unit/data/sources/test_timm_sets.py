@@ -1,5 +1,6 @@
 import pickle
 import struct
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,7 +82,7 @@ def test_a_set_that_does_not_open_says_why(source, options, what, tip):
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("pdvit.data.sources.timm_sets.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs the package datasets") as caught:
         opened("hfds/owner/name")
     assert "pdvit[hf-data]" in caught.value.tip
