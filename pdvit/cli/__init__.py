@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pdvit.cli import analyze, doctor, eval, plot, predict, train
+from pdvit.cli import analyze, doctor, evaluate, plot, train
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
 
@@ -19,8 +19,8 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(train.finetune)
 app.command()(train.segment)
-app.command("eval")(eval.evaluate)
-app.command()(predict.predict)
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.predict)
 app.command()(analyze.analyze)
 app.command()(doctor.doctor)
 app.add_typer(plot.app, name="plot")

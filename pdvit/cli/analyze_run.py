@@ -104,9 +104,10 @@ class Analyzer:
     def open(self, path: str, ranks: Ranks) -> OpenedCheckpoint:
         """Load a checkpoint to the device; raises UserError."""
         on_bad_image = self.on_bad_image or ("error" if self.images else None)  # the run's policy is for its own images
-        data = {"batch_size": self.batch_size, "workers": self.workers, "on_bad_image": on_bad_image}
-        run = {"device": self.device}
-        return open_checkpoint(Path(path), ranks, self.model, self.weights, backbone=True, data=data, run=run)
+        flags = {"data_batch_size": self.batch_size, "data_workers": self.workers, "data_on_bad_image": on_bad_image}
+        return open_checkpoint(
+            Path(path), ranks, self.model, self.weights, backbone=True, run_device=self.device, **flags
+        )
 
     def _open(self, path: str) -> AnalyzeTarget:
         """Load a checkpoint and select its images; an error of one rank is raised on all."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pdvit.cli.options import make_layers
+from pdvit.config.load import build
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
@@ -20,22 +22,12 @@ if TYPE_CHECKING:
     from pdvit.models.loading import LoadedModel, LoadedSegmenter
     from pdvit.tasks.windows import SlidingWindowConfig
 
-Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
 Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, if the file does not have it.")]
 Weights = Annotated[str | None, typer.Option("--weights", help="raw or ema, if a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass; unset: the run's, else 32.")
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", "-j", min=0, help="Processes that decode image files; unset: the run's.")
-]
 OnBadImage = Annotated[
     str | None, typer.Option("--on-bad-image", metavar="error|skip", help="Policy for images that do not decode.")
 ]
-MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
-Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
 
 
 @dataclass(frozen=True)
@@ -48,28 +40,22 @@ class OpenedCheckpoint:
     config: Config
     loader: "LoaderConfig"
 
-    @property
-    def segmenter(self) -> "LoadedSegmenter | None":
-        """The segmentation model; None for a classifier."""
+    def windows(self, flags: Mapping[str, Any]) -> "SlidingWindowConfig | None":
+        """Return how the segmentation model evaluates an image with --ms and --flip; None for a classifier.
+
+        Raises UserError for a classifier with any of the flags, which are those of segmentation.
+        """
         from pdvit.models.loading import LoadedSegmenter
-
-        return self.loaded if isinstance(self.loaded, LoadedSegmenter) else None
-
-    def windows(self, multi_scale: bool, flip: bool) -> "SlidingWindowConfig | None":
-        """Return how the segmentation model evaluates an image; None for a classifier."""
         from pdvit.tasks.segmentation import sliding_windows
         from pdvit.tasks.windows import SCALES
 
-        if self.segmenter is None:
-            return None
-        windows = sliding_windows(self.segmenter.model, self.config.segment, self.loader.per_pass)
-        return replace(windows, scales=SCALES if multi_scale else (1.0,), flip=flip)
-
-    def refuse_segmentation_flags(self, flags: Mapping[str, object]) -> None:
-        """Raise UserError if a classifier is given flags of segmentation (name -> value)."""
-        if self.segmenter is None and any(value not in (None, False) for value in flags.values()):
-            tip = "leave them out: they are for segmentation"
-            raise UserError("the checkpoint labels images, not pixels", ", ".join(flags), tip)
+        if isinstance(self.loaded, LoadedSegmenter):
+            windows = sliding_windows(self.loaded.model, self.config.segment, self.loader.per_pass)
+            return replace(windows, scales=SCALES if flags["--ms"] else (1.0,), flip=flags["--flip"])
+        if used := [flag for flag, value in flags.items() if value not in (None, False)]:
+            tip = "leave it out: it is for segmentation"
+            raise UserError("the checkpoint labels images, not pixels", ", ".join(used), tip)
+        return None
 
     def not_finite(self, images: str) -> UserError:
         """Return the error of a model whose finite weights gave logits that are not finite for some images."""
@@ -95,19 +81,13 @@ def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
 
 
 def open_checkpoint(
-    path: Path,
-    ranks: "Ranks",
-    model: str | None,
-    weights: str | None,
-    backbone: bool = False,
-    **flags: dict[str, Any],
+    path: Path, ranks: "Ranks", model: str | None, weights: str | None, backbone: bool = False, **flags: Any
 ) -> OpenedCheckpoint:
     """Load a checkpoint and prepare to run it as its run did, or with `backbone` to measure its timm model.
 
-    `flags`, by section, override the run's settings unless None. Raises UserError if the checkpoint can't be loaded,
-    for weights that are not finite, and for an invalid setting.
+    `flags`, as `section_key`, override the run's settings unless None. Raises UserError if the checkpoint can't be
+    loaded, for weights that are not finite, and for an invalid setting.
     """
-    from pdvit.config import build, read_toml
     from pdvit.data.images import BadImages
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing
@@ -115,19 +95,19 @@ def open_checkpoint(
     from pdvit.models.loading import LoadedSegmenter, check_finite, load_model, load_segmenter
     from pdvit.models.resolved_checkpoint import resolve_checkpoint
 
-    flags = {name: {key: it for key, it in keys.items() if it is not None} for name, keys in flags.items()}
     recipe = path / "run.toml"
     is_run = os.path.isdir(path) and recipe.is_file()
     # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
-    base = (str(recipe), read_toml(recipe)) if is_run else ("defaults", {"run": {"tf32": False}})
-    config = build(base, ("the command line", flags))
+    defaults = {} if is_run else {"run": {"tf32": False}}
+    config = build(*make_layers(recipe if is_run else None, [], flags, defaults=defaults))
     checkpoint = resolve_checkpoint(path, model, weights)
     loaded = load_model(checkpoint) if backbone or checkpoint.segment is None else load_segmenter(checkpoint)
     if isinstance(loaded, LoadedSegmenter):
-        segment = flags.get("segment", {})
-        if "source" not in flags["data"]:  # the run's table of classes is for the run's data
-            segment = {"classes": config.segment.classes} | segment
-        config = replace(config, segment=replace(loaded.segment, **segment))
+        own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
+        if flags.get("data_source") is None:  # the run's table of classes is for the run's data
+            own["classes"] = config.segment.classes
+        segment = replace(loaded.segment, **{name: value for name, value in own.items() if value is not None})
+        config = replace(config, segment=segment)
     check_finite(loaded.model.state_dict(), str(path))
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     if not backbone:  # `analyze` measures in exact float32
@@ -140,7 +120,7 @@ def open_checkpoint(
         workers=config.data.workers,
         device=device,
         preprocessing=Preprocessing.for_model(timm_model),
-        eval_batch=config.data.micro_batch if "batch_size" not in flags["data"] else None,
+        eval_batch=config.data.micro_batch if flags.get("data_batch_size") is None else None,
         rank=ranks.rank,
         processes=ranks.world_size,
         bad=BadImages(skip=config.data.on_bad_image == "skip"),

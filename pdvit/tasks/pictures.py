@@ -1,8 +1,7 @@
 """Predicted masks as pictures: palette PNGs, and overlays on their images."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import Config
-from pdvit.data.images import try_read
+from pdvit.data.images import BadImage, try_read
 from pdvit.data.loader import LoaderConfig
-from pdvit.data.masks.batches import eval_batches
+from pdvit.data.masks.batches import evaluation_pixels
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
-from pdvit.data.sources.split import Source, subsample
+from pdvit.data.sources.split import Source, Split, subsample
 from pdvit.engine.device import autocast
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 
@@ -35,6 +34,23 @@ def predict_mask(
     for top, scores in score_rows(network, image, size, classes, config):
         mask[top : top + scores.shape[1]] = scores.argmax(0).byte().cpu()
     return mask
+
+
+def predict_masks(
+    network: Network, split: Split, classes: int, loader: LoaderConfig, config: Config, windows: SlidingWindowConfig
+) -> Iterator[tuple[int, Image.Image, Tensor]]:
+    """Yield index, image and mask, of the image's size, of every image that decodes; `loader.bad` gets the others."""
+    side, interpolation = config.segment.short_side, loader.preprocessing.interpolation
+    for index in range(len(split)):
+        image = try_read(split, index)
+        if isinstance(image, BadImage):
+            loader.bad.add([image])
+            continue
+        pixels = evaluation_pixels(image, side, interpolation)[None].to(loader.device)
+        with autocast(loader.device, config.run.precision):
+            normalised, (width, height) = loader.preprocessing.normalise(pixels), image.size
+            mask = predict_mask(network, normalised, (height, width), classes, windows)
+        yield index, image, mask
 
 
 def palette_image(mask: Tensor, palette: Palette) -> Image.Image:
@@ -77,15 +93,12 @@ def prediction_pngs(
     windows: SlidingWindowConfig,
 ) -> dict[str, bytes]:
     """Return small PNG files of image, truth and prediction, for 8 images spread evenly over a split."""
-    chosen = subsample(split, PICTURES)
+    chosen, classes = subsample(split, PICTURES), len(source.classes)
     assert isinstance(chosen, MaskSplit)
-    files, palette = dict[str, bytes](), source.palette or default_palette(len(source.classes))
-    for number, batch in enumerate(eval_batches(chosen, replace(loader, rank=0, processes=1), config.segment), 1):
-        truth, image = batch.targets[0], try_read(chosen, int(batch.index))
-        assert isinstance(image, Image.Image), "the loader decoded it"
-        with autocast(loader.device, config.run.precision):
-            mask = predict_mask(network, batch.images, (truth.shape[0], truth.shape[1]), len(source.classes), windows)
-        masks = {"truth": truth.byte().cpu(), "prediction": mask}
+    files, palette = dict[str, bytes](), source.palette or default_palette(classes)
+    predicted = predict_masks(network, chosen, classes, loader, config, windows)
+    for number, (index, image, mask) in enumerate(predicted, 1):
+        masks = {"truth": chosen.mask(index), "prediction": mask}
         pictures = {"image": image} | {name: palette_image(mask, palette) for name, mask in masks.items()}
         files |= {f"predictions/{number:02}-{name}.png": png(thumbnail(part)) for name, part in pictures.items()}
     return files

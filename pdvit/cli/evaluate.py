@@ -1,0 +1,397 @@
+"""`pdvit eval`: the metrics of a checkpoint. `pdvit predict`: labels of images as CSV, or masks of pixels as PNG."""
+
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
+from pdvit.cli.console import cell, log, make_console, with_progress
+from pdvit.cli.runs import process_group
+from pdvit.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from _csv import Writer
+
+    import pandas as pd
+
+    from pdvit.data.sources.split import FileSplit
+    from pdvit.engine.distributed import Ranks
+    from pdvit.engine.terminal import RunConsole
+    from pdvit.tasks.windows import Network, SlidingWindowConfig
+
+Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass; unset: the run's, else 32.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", "-j", min=0, help="Processes that decode image files; unset: the run's.")
+]
+MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
+Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
+# The pictures of a segmentation, see `tasks.pictures.prediction_pngs`, and the classes that the terminal shows.
+PICTURE, WORST = re.compile(r"\d{2,}-(image|truth|prediction)\.png"), 10
+# Number of images up to which the terminal shows the labels, and of skipped images that it names.
+FEW = 20
+
+Row = tuple[str, int, str, float]  # image, rank, label, probability
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="train, val or test; unset: as at the run's end.")
+    ] = None,
+    model: Model = None,
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    on_bad_image: OnBadImage = None,
+    multi_scale: MultiScale = False,
+    flip: Flip = False,
+    mode: Annotated[
+        str | None, typer.Option("--eval-mode", metavar="whole|slide", help="Segmentation; unset: the run's.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Segmentation: pixels from window to window; unset: the run's.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as in pdvit segment.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate the first N images.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> int:
+    """Evaluate a checkpoint: accuracy, calibration and the confusion matrix, or the mIoU of a segmentation model."""
+    with process_group():
+        console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
+        log(console, f"opening {checkpoint} ...")
+        from pdvit.engine.distributed import init_process_group
+
+        ranks = init_process_group()
+        flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
+        flags |= {"data_on_bad_image": on_bad_image, "run_device": device, "run_precision": precision}
+        flags |= {"segment_mode": mode, "segment_stride": stride, "segment_classes": classes}
+        of_pixels = {"--ms": multi_scale, "--flip": flip, "--eval-mode": mode, "--stride": stride, "--classes": classes}
+        with ranks.raise_on_all_ranks():
+            folder = results_folder(path, out, "eval")
+            opened = open_checkpoint(path, ranks, model, weights, **flags)
+            windows = opened.windows(of_pixels)
+            if data is None and not opened.is_run:
+                tip = f"name a source: --data {'scenes' if windows else 'digits'}, --data FOLDER"
+                raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
+        if windows and windows.mode == "whole" and stride is not None:
+            log(console, "note: --stride has no effect: images are evaluated whole")
+        numbers, table, files = _evaluate(opened, windows, split, limit, console, ranks)
+        if ranks.main:
+            file = _write(folder, numbers, files)
+            _print_scores(numbers, table, console)
+            names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
+            log(console, f"written  {file}, {names}")
+            log(console, f"next     pdvit plot {'segmentation' if windows else 'confusion'} {folder}")
+            if as_json:
+                print(json.dumps(numbers | {"file": str(file)}, indent=2))
+        return 0
+
+
+def _evaluate(
+    opened: OpenedCheckpoint,
+    windows: "SlidingWindowConfig | None",
+    split: str | None,
+    limit: int | None,
+    console: "RunConsole",
+    ranks: "Ranks",
+) -> "tuple[dict[str, Any], pd.DataFrame, dict[str, bytes]]":
+    """Return the numbers of a split, its table by class, and the files to write; `windows` belong to segmentation."""
+    import torch
+
+    from pdvit.data.loader import eval_batches
+    from pdvit.data.masks.batches import eval_batches as mask_batches
+    from pdvit.data.masks.folders import open_masks
+    from pdvit.data.sources.opening import open_source
+    from pdvit.engine.device import device_name
+    from pdvit.tasks import metrics
+    from pdvit.tasks.labels import match_classes
+    from pdvit.tasks.pictures import prediction_pngs
+    from pdvit.tasks.segmentation import pixel_network
+
+    config, loader, precision, model = opened.config, opened.loader, opened.config.run.precision, opened.loaded.model
+    with ranks.raise_on_all_ranks():
+        source = open_masks(config.data, config.segment) if windows else open_source(config.data)
+        order, matched = match_classes(opened.loaded, source.classes, source.name)
+        split = split or source.final_split
+        if split not in source.splits:
+            raise UserError(f"{source.name} has no split '{split}'", "--split", closest(split, source.splits))
+    images: Any = source.splits[split]
+    classes = metrics.unique_names(source.classes)
+    if limit is not None:
+        images = images.take(torch.arange(min(limit, len(images))))
+    network: Network = pixel_network(model) if windows else model
+    ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
+    progress = partial(with_progress, total=len(images) // ranks.world_size, console=console, what=split)
+    scores: metrics.ClassificationScores | metrics.SegmentationScores
+    pictures: dict[str, bytes] = {}
+    if windows is None:
+        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
+        batches = progress(eval_batches(images, loader))
+        scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
+        names = ("accuracy", "accuracy_top5", "loss", "calibration_error")
+        numbers = {name: getattr(scores, name) for name in names} | {"batch_size": loader.batch_size}
+        assert scores.confusion is not None
+        table = metrics.class_table(scores.confusion, classes)
+        files = {"eval.csv": table, "confusion.csv": metrics.confusion_table(scores.confusion, classes)}
+    else:
+        pixels = metrics.SegmentationMetric(len(classes), loader.device)
+        batches = progress(mask_batches(images, loader, config.segment))
+        scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
+        table = metrics.class_table(scores.confusion, classes, scores.iou)
+        iou = dict(zip(classes, (None if value != value else value for value in scores.iou.tolist()), strict=True))
+        settings = {name: getattr(windows, name) for name in ("mode", "window", "stride", "scales", "flip")}
+        numbers = {"task": "segmentation"} | scores.record() | {"iou": iou} | settings
+        files = {"iou.csv": table}
+        if ranks.main and not scores.broken:
+            pictures = prediction_pngs(ordered, images, source, loader, config, windows)
+    if scores.broken:
+        raise opened.not_finite(f"{scores.broken} of {scores.images} images")
+    metadata = {
+        "checkpoint": str(opened.path),
+        "model": opened.loaded.name,
+        "weights": opened.loaded.weights,
+        "data": source.name,
+        "split": split,
+        "images": scores.images,
+        "bad_images": len(images) - scores.images,
+        "classes": len(classes),
+        "matched": matched,
+        "precision": precision,
+        "device": device_name(loader.device),
+        "processes": ranks.world_size,
+    }
+    return metadata | numbers, table, {name: metrics.csv_bytes(it) for name, it in files.items()} | pictures
+
+
+def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Path:
+    """Write the files, eval.json last, and remove the pictures of an earlier evaluation."""
+    from pdvit.tracking import to_json, write_file, writing
+
+    with writing("the results", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in (folder / "predictions").glob("*.png"):
+            if PICTURE.fullmatch(picture.name) and f"predictions/{picture.name}" not in files:
+                picture.unlink()
+        for name, content in (files | {"eval.json": f"{to_json(numbers)}\n".encode()}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_file(folder / name, content)
+    return folder / "eval.json"
+
+
+def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
+    """Print the classes of lowest accuracy or IoU, and the metrics."""
+    from rich.table import Table
+
+    from pdvit.data.sources import printable
+
+    by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
+    title = f"the {WORST} of {len(table)} classes with the lowest {by}" if len(table) > WORST else "by class"
+    view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("class", count, *fractions, "most confused with"):
+        view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
+    for _, row in table.sort_values(by, kind="stable").head(WORST).iterrows():
+        wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
+        view.add_row(cell(row["class"]), f"{row[count]:,}", *(percent(row[name]) for name in fractions), cell(wrong))
+    console.print()
+    console.print(view)
+    names = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
+    scores = [f"{text} {percent(numbers[name])}" for name, text in names.items() if numbers.get(name) is not None]
+    names = {"loss": "loss", "calibration_error": "calibration error"}
+    scores += [f"{text} {numbers[name]:.3f}" for name, text in names.items() if name in numbers]
+    images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
+    log(console, f"\n{numbers['split']} {', '.join(scores)} ({images})")
+    if by == "iou":
+        windows = f"windows of {numbers['window']}, {numbers['stride']} apart"
+        large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
+        mode = windows if numbers["mode"] == "slide" else f"whole images{large}"
+        log(console, f"views    {mode}; scales {numbers['scales']}{', mirrored too' if numbers['flip'] else ''}")
+    log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as a percentage, a dash if it is missing."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{fraction:.1%}"
+
+
+def predict(
+    checkpoint: Checkpoint,
+    images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Labels per image, the most probable first.")] = 1,
+    on_bad_image: OnBadImage = "error",
+    model: Model = None,
+    weights: Weights = None,
+    out: Annotated[str | None, typer.Option("--out", help="CSV file, - for standard output; folder of masks.")] = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    multi_scale: MultiScale = False,
+    flip: Flip = False,
+) -> int:
+    """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
+    console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
+    log(console, f"opening {checkpoint} ...")
+    from pdvit.data.image_sets import image_files
+    from pdvit.engine.distributed import SINGLE_PROCESS
+    from pdvit.engine.terminal import stop_on_signals
+
+    files = image_files(images)
+    flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
+    flags |= {"run_device": device, "run_precision": precision}
+    opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
+    windows = opened.windows({"--ms": multi_scale, "--flip": flip})
+    target = _mask_folder(path, out, top) if windows else _csv_file(path, out)
+    predictions = _masks(opened, files, target, windows) if windows else _labels(opened, files, top, console)
+    shown: list[Row] = []
+    # SIGTERM too must not leave a partial file.
+    with stop_on_signals() as stop, nullcontext() if windows else _csv_writer(target) as writer:
+        for rows in predictions:
+            if stop:
+                raise KeyboardInterrupt
+            if writer:
+                writer.writerows(rows)
+            shown += rows if len(files) <= FEW and target else []
+    _print_labels(shown, len(files), opened.loader.bad.found, console)
+    if target:
+        log(console, f"written  {target / 'masks' if windows else target}")
+    return 0
+
+
+def _csv_file(path: Path, out: str | None) -> Path | None:
+    """Return the CSV file to write, None for standard output."""
+    if out == "-":
+        return None
+    if out and os.path.isdir(os.path.expanduser(out)):
+        raise UserError("this is a folder", f"--out {out}", "name a file, for example predictions.csv")
+    file = Path(os.path.expanduser(out)) if out else None
+    folder = results_folder(path, file.parent if file else None, "eval")
+    return file or folder / "predictions.csv"
+
+
+def _mask_folder(path: Path, out: str | None, top: int) -> Path:
+    """Return the folder of the masks; raises UserError for options of labels."""
+    if top > 1 or out == "-":
+        flag = "--out -" if out == "-" else f"--top {top}"
+        raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
+    if out:
+        return results_folder(path, Path(os.path.expanduser(out)), "eval")
+    return results_folder(path, None, "eval") / "predicted"
+
+
+def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
+    """Yield the most probable classes of each image with their probabilities."""
+    from pdvit.data.loader import eval_batches
+    from pdvit.models.loading import LoadedModel
+    from pdvit.tasks import classification
+    from pdvit.tasks.labels import label_names
+
+    assert isinstance(opened.loaded, LoadedModel)
+    model: Any = opened.loaded.model
+    labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
+    if top > len(labels):
+        raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
+    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "images")
+    for found in classification.predict(model, batches, top, opened.config.run.precision):
+        image = str(files.paths[found.image])
+        if not found.finite:
+            raise opened.not_finite(image)
+        best = zip(found.classes, found.probabilities, strict=True)
+        yield [(image, rank, labels[label], probability) for rank, (label, probability) in enumerate(best, 1)]
+
+
+def _masks(
+    opened: OpenedCheckpoint, files: "FileSplit", folder: Path | None, windows: "SlidingWindowConfig"
+) -> Iterator[list[Row]]:
+    """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
+    from pdvit.data.masks.table import default_palette
+    from pdvit.models.loading import LoadedSegmenter
+    from pdvit.tasks.pictures import overlay, palette_image, png, predict_masks
+    from pdvit.tasks.segmentation import pixel_network
+    from pdvit.tracking import write_file
+
+    loaded, names = opened.loaded, _mask_names(files)
+    assert isinstance(loaded, LoadedSegmenter)
+    assert folder is not None
+    palette, network = loaded.palette or default_palette(len(loaded.classes)), pixel_network(loaded.model)
+    for index, image, mask in predict_masks(network, files, len(loaded.classes), opened.loader, opened.config, windows):
+        for part, picture in (("masks", palette_image(mask, palette)), ("overlays", overlay(image, mask, palette))):
+            file = folder / part / names[index]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, png(picture))
+        yield []
+
+
+def _mask_names(files: "FileSplit") -> list[Path]:
+    """Return the name of each image as a PNG, with the folders in which images of the same name differ.
+
+    Raises UserError if two differ in the ending only.
+    """
+    paths = [Path(os.path.abspath(path)) for path in files.paths]
+    names = [Path(path.stem + ".png") for path in paths]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(common).with_suffix(".png") for path in paths]
+    first = {name: index for index, name in reversed(list(enumerate(names)))}
+    if twice := next((path for index, path in enumerate(paths) if first[names[index]] < index), None):
+        what = f"two images would have the mask {twice.with_suffix('.png').name}"
+        raise UserError(what, str(twice), "label them one after another, each with its own --out")
+    return names
+
+
+@contextmanager
+def _csv_writer(file: Path | None) -> "Iterator[Writer]":
+    """Open a CSV file, which appears when it is complete, or standard output; names of any bytes are kept."""
+    from pdvit.tracking import new_file
+
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext(sys.stdout.buffer) if file is None else new_file(file) as stream:
+        text = TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        try:
+            writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+            writer.writerow(("image", "rank", "label", "probability"))
+            yield writer
+        finally:
+            text.detach()
+
+
+def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
+    """Print the labels of a few images, the skipped images, and the number of images."""
+    from rich.table import Table
+
+    from pdvit.data.sources import printable
+
+    if rows:
+        view = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("image", "label"):
+            view.add_column(name, overflow="fold")  # whole names, even in a narrow terminal
+        view.add_column("probability", justify="right")
+        for image, rank, label, probability in rows:
+            view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
+        console.print(view)
+    for name, reason in list(bad.items())[:FEW]:
+        log(console, printable(f"skipped  {name} ({reason})"))
+    count = images - len(bad)
+    skipped = f", {len(bad):,} skipped that do not decode" if bad else ""
+    log(console, f"{count:,} image{'s' if count != 1 else ''} labelled{skipped}")
