@@ -20,7 +20,6 @@ from pdvit.errors import UserError
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
-ROLES = ("train", "val", "test")
 HELD_OUT = 0.1
 SAMPLED = 32  # images whose sizes are described
 
