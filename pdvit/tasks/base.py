@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class ImageTask(ABC):
     best_metric: str
     module: Wrapper
     class_loss: Any = None  # of logits and targets; None: cross-entropy with label smoothing
+    probe_options: ClassVar[Mapping[str, Any]] = {}  # of the network, where only its tokens are read
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
@@ -80,10 +81,6 @@ class ImageTask(ABC):
     def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
         """Return the metrics of a split, the number of images (each counts once over all ranks) and a text."""
 
-    @abstractmethod
-    def first_last(self, network: nn.Module) -> tuple[float, float]:
-        """Return P of first and last on the probe."""
-
     @classmethod
     def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
         """Fill in settings that depend on the number of processes and their device; raises UserError."""
@@ -120,7 +117,7 @@ class ImageTask(ABC):
         """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
         numbers, images, _ = self.evaluate_split(network, split)
-        first, last = self.first_last(network)
+        first, last = self.probe.first_last(network, **self.probe_options)
         return {
             "task": self.name,
             "split": split,

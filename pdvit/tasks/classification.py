@@ -1,7 +1,7 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments
 from pdvit.models.checkpoints import export
-from pdvit.models.layers import exact_float32
 from pdvit.models.tokens import DiverseModel, layer_numbers
-from pdvit.similarity import patch_similarity
 from pdvit.tasks.base import ImageTask, describe_terms
 from pdvit.tasks.metrics import ClassificationMetric, evaluate_classification
 
@@ -32,6 +30,7 @@ class ClassificationTask(ImageTask):
 
     name = "classification"
     best_metric = "accuracy"
+    probe_options: ClassVar = {"patch_logits": False}
     module: DiverseModel
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
@@ -116,14 +115,6 @@ class ClassificationTask(ImageTask):
         )
         numbers = {"accuracy": scores.accuracy, "loss": scores.loss}
         return numbers, scores.images, f"accuracy {scores.accuracy:6.1%}  loss {scores.loss:.3f}"
-
-    @torch.no_grad()
-    def first_last(self, network: nn.Module) -> tuple[float, float]:
-        """Return P, on the probe, of the tokens that the losses compare."""
-        network.eval()
-        with exact_float32(self.device):
-            output = network(self.probe.images, patch_logits=False)
-        return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return a timm folder of the bare model, without the patch head."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.sources.split import Split, subsample
 from pdvit.errors import UserError
-from pdvit.models.layers import measure_layers
+from pdvit.models.layers import exact_float32, measure_layers
 from pdvit.similarity import patch_similarity
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -31,6 +31,14 @@ class Probe:
         model: Any = network.inside
         found = measure_layers(model, self.images, lambda tokens: patch_similarity(tokens).mean(), network)
         return [layer.name for layer in found], torch.stack(list(found.values())).tolist()
+
+    @torch.no_grad()
+    def first_last(self, network: nn.Module, **options: Any) -> tuple[float, float]:
+        """Return P of the tokens that the losses compare, or would compare; `options` are those of the network."""
+        network.eval()
+        with exact_float32(self.images.device):
+            output = network(self.images, **options)
+        return float(patch_similarity(output.first).mean()), float(patch_similarity(output.last).mean())
 
 
 def describe_similarity(names: list[str], values: list[float], limit: float) -> str:

@@ -20,7 +20,6 @@ from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
 from pdvit.models.segmentation.heads import resolve_norm
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter, export_segmenter
-from pdvit.models.tokens import layers_to_read
 from pdvit.tasks.base import ImageTask, describe_terms
 from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
 from pdvit.tasks.pictures import prediction_pngs
@@ -37,9 +36,6 @@ class SegmentationTask(ImageTask):
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         super().__init__(config, source, device, ranks)
-        first, last = config.diversity.first or "block", config.diversity.last or "norm"
-        layers = layers_to_read(self.module.inside, first, last, ())  # the losses compare them, or would by default
-        self.compared = layers.first, layers.last
         self.windows = sliding_windows(self.module, self.module.segment, self.loader.per_pass)
         self.files: dict[str, bytes] = {}
 
@@ -131,12 +127,6 @@ class SegmentationTask(ImageTask):
         pictures = prediction_pngs(pixels, split, self.source, self.loader, self.config, self.windows)
         self.files = {"iou.csv": csv_bytes(table)} | pictures
         return numbers
-
-    def first_last(self, network: nn.Module) -> tuple[float, float]:
-        """Return P of the layers that the losses compare, or would compare by default, on the probe."""
-        found = dict(zip(*self.probe.similarity(network), strict=True))
-        first, last = self.compared
-        return found[first], found[last]
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return the weights of backbone and head with their configuration, the table and the pictures."""

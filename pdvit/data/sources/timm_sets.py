@@ -57,9 +57,8 @@ def read_torchvision(data: DataConfig) -> Source:
     """
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
-        raise UserError(
-            f"'{data.source}' needs --data-dir", "data.root (--data-dir)", "name the folder of the data set"
-        )
+        what = f"'{data.source}' needs the folder of the data set"
+        raise UserError(what, "data.root (--data-dir)", "name the folder with --data-dir")
     root = Path(os.path.expanduser(data.root))
     if name in ("folder", "image_folder"):
         return read_folder(root, data)

@@ -21,8 +21,6 @@ Palette = list[tuple[int, int, int]]
 SETTINGS = ("head", "width", "aux", "norm", "crop", "short_side", "mode", "stride")
 # Prefix of the head's weights.
 HEAD = "head."
-# The terms that see tokens; `config.resolve` refuses the mixing term, which needs the class of every patch.
-TOKEN_TERMS = ("cosine", "contrastive", "koleo", "spectral")
 
 
 class SegmentOutput(NamedTuple):
@@ -31,7 +29,7 @@ class SegmentOutput(NamedTuple):
     Attributes:
         logits: `(B, C, h, w)` on the head's grid, which covers the padded images: see `Segmenter.resize`.
         aux: logits `(B, C, h', w')` of the auxiliary head in training, else None.
-        first, last: patch tokens `(B, N, D)` that the terms compare, or None without terms.
+        first, last: patch tokens `(B, N, D)` that the terms compare; None unless the model is trained.
         others: patch tokens of more layers, for the cosine term.
     """
 
@@ -50,7 +48,7 @@ class Segmenter(Wrapper):
         adapter: how its maps are read.
         classes: number of classes.
         segment: the head's type, width, norm and auxiliary head.
-        tokens: first, last and more layers, as in `DiverseModel`, if a term compares tokens. Last is after the final
+        tokens: first, last and more layers, as in `DiverseModel`, of a model that is trained. Last is after the final
             norm only if the linear head is.
 
     Raises:
@@ -114,9 +112,7 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
     backbone = create_model(name, arguments, MODEL)
     prune(backbone, adapter)
     segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
-    tokens = None
-    if any(getattr(diversity, term) for term in TOKEN_TERMS):
-        tokens = (diversity.first or "block", diversity.last or "norm", layer_numbers(diversity.cosine_layers))
+    tokens = (diversity.first or "block", diversity.last or "norm", layer_numbers(diversity.cosine_layers))
     segmenter = Segmenter(backbone, adapter, classes, segment, tokens)
     if config.model.grad_checkpointing:
         checkpoint_activations(backbone)

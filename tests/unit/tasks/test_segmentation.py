@@ -20,10 +20,10 @@ SWIN = {
 HIERA = {"name": "hiera_tiny_224", "args": {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 2]}}
 
 
-def task_of(model: dict, crop: int = 32, diversity: str = "paper", **segment) -> SegmentationTask:
+def task_of(model: dict, crop: int = 32, diversity: str = "paper", first: str = "block", **segment) -> SegmentationTask:
     sections = {"model": model | {"drop_path": 0.0}, "data": {"source": "scenes", "batch_size": 2, "workers": 0}}
     sections |= {"segment": {"head": "upernet", "width": 8, "crop": crop} | segment, "optim": {"epochs": "2st"}}
-    config = resolve(build(("flags", sections | {"diversity": {"preset": diversity}})))
+    config = resolve(build(("flags", sections | {"diversity": {"preset": diversity, "first": first}})))
     return SegmentationTask(config, SCENES, CPU)
 
 
@@ -53,6 +53,19 @@ def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segm
 def test_models_that_do_not_fit_the_settings_are_refused(model, settings, message):
     with pytest.raises(UserError, match=message):
         task_of(model, 64, **settings)
+
+
+def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too():
+    task = task_of(PLAIN, diversity="none", first="patches")
+    first, last = task.probe.first_last(task.module)
+    backbone, (_, values) = task.module.backbone, task.probe.similarity(task.module)
+    with torch.no_grad():
+        patches = backbone.patch_embed(task.probe.images).reshape(len(task.probe.images), -1, PLAIN["width"])
+    patches = torch.nn.functional.normalize(patches, dim=-1)
+    cosines = (patches @ patches.mT).abs()
+    count = patches.shape[1]
+    assert first == pytest.approx(float((cosines.sum((1, 2)) - count).mean()) / (count * (count - 1)), abs=1e-6)
+    assert last == pytest.approx(values[-1], abs=1e-6)
 
 
 def test_a_stride_without_effect_is_noted():

@@ -54,6 +54,7 @@ def test_rows_of_splits_that_are_not_used_are_counted(tmp_path):
         ("", "no column 'path'"),
         ("file,label\n1.png,a\n", "no column 'path' (it has: file, label)"),
         ("path,class\n1.png,a\n", "no column 'label'"),
+        ("path,label,split\n1.png,a,train\n2.png,a,\n", "no row has the split 'val'"),
         ("path,label\n", "no rows"),
         ("path,label\n1.png,\n", "without path or label"),
         ("path,label\n1.png\n", "without path or label"),

@@ -66,8 +66,8 @@ def test_a_set_of_files_is_read_from_its_files(image_folder):
 @pytest.mark.parametrize(
     ("source", "options", "what", "tip"),
     [
-        ("torch/cifar100", {}, "needs --data-dir", ""),
-        ("torch/image_folder", {}, "needs --data-dir", ""),
+        ("torch/cifar100", {}, "needs the folder", "--data-dir"),
+        ("torch/image_folder", {}, "needs the folder", "--data-dir"),
         ("torch/cifar100", {"root": "/nowhere"}, "not found", "--dataset-download"),
         ("torch/cifar1000", {"root": "/nowhere"}, "Unknown torchvision dataset", ""),
         ("torch/mnist", {"root": "/nowhere", "train_split": "all"}, "no split 'all'", "--train-split"),

@@ -175,8 +175,6 @@ def test_the_terms_see_the_tokens_of_the_first_and_last_block():
     assert torch.equal(output.others[0], seen[1])
     linear = build(head="linear", diversity=TERMS).eval()
     torch.testing.assert_close(linear(images()).last, linear.backbone.forward_features(images())[:, 1:])
-    plain = build()(images())
-    assert (plain.first, plain.last, plain.others) == (None, None, ())
 
 
 def test_a_copy_has_its_own_tokens():
