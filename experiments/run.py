@@ -45,7 +45,7 @@ from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.sweep import Folder, numbers
 from pdvit.tasks.probe import Probe
-from pdvit.tracking import write_file
+from pdvit.tracking.run_directory import write_file
 
 HERE = Path(__file__).parent
 IMAGES = 256

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from pdvit.tracking import write_file
+from pdvit.tracking.run_directory import write_file
 
 # In the directory of a run: what its layers are like, by `when` (before or after training).
 LAYERS, NUMBERS = "layers.csv", ["similarity", "effective_rank"]

@@ -21,7 +21,7 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.models.layers import places_of, watch
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from pdvit.tracking import describe_environment
+from pdvit.tracking.environment import describe_environment
 
 IMAGES = 256
 # One image's tokens `(T, D)`, class token first, and how many tokens that is; returns the similarity.

@@ -21,7 +21,7 @@ from pdvit import analyze
 from pdvit.analysis import DEFAULT, METRICS
 from pdvit.engine.device import device_name
 from pdvit.models.layers import evaluating, exact_float32
-from pdvit.tracking import describe_environment
+from pdvit.tracking.environment import describe_environment
 
 SIDES = ("bare", "default", *METRICS)
 

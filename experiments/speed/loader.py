@@ -27,7 +27,7 @@ from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.folder import list_images
 from pdvit.data.sources.split import FileSplit
-from pdvit.tracking import describe_environment
+from pdvit.tracking.environment import describe_environment
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

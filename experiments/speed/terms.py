@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from pdvit import DiverseModel, Objective
 from pdvit.engine.device import device_name
 from pdvit.losses import TERMS
-from pdvit.tracking import describe_environment
+from pdvit.tracking.environment import describe_environment
 
 SIDES = ("plain", "all", *TERMS[:3], "literal")
 

@@ -29,7 +29,7 @@ from rounds import append
 
 from pdvit.engine.device import device_name
 from pdvit.models.build import FLAGS
-from pdvit.tracking import describe_environment
+from pdvit.tracking.environment import describe_environment
 
 # pdvit's sides are named by their preset.
 SIDES = {"timm": "timm", "paper": "pdvit, all three terms", "none": "pdvit, no terms"}

@@ -32,7 +32,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.trainer import Trainer
 from pdvit.models.build import FLAGS, model_arguments, sketch_model
 from pdvit.tasks.classification import ClassificationTask
-from pdvit.tracking import describe_environment
+from pdvit.tracking.environment import describe_environment
 
 # Kinds of operators and of GPU kernels by their names, case aside; the first that fits. A kernel that torch.compile
 # made is named after all that it does, so it comes before the others: elementwise, unless it only casts and moves.

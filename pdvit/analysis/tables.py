@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pdvit.analysis.measure import Analysis
 from pdvit.analysis.metrics import METRICS
-from pdvit.tracking import to_json, write_file, writing
+from pdvit.tracking.run_directory import to_json, write_file, writing
 
 BETWEEN, MAPS = "cka_between.npz", "maps.npz"
 # Groups of metrics that share a table in a terminal of 80 characters, and the width of the bar of P.

@@ -56,7 +56,7 @@ def analyze(
 
     Without arguments: the newest run.
     """
-    from pdvit.tracking import newest
+    from pdvit.tracking.run_directory import newest
 
     with process_group():
         console = make_console(as_json)

@@ -16,7 +16,8 @@ from pdvit.engine.terminal import RunConsole
 from pdvit.plots.reading import AnalyzedRun
 from pdvit.plots.style import DARK, LIGHT, Drawing, Theme, render, unique
 from pdvit.plots.training import plot_training, read_records
-from pdvit.tracking import describe_environment, write_file, writing
+from pdvit.tracking.environment import describe_environment
+from pdvit.tracking.run_directory import write_file, writing
 
 
 def write_explorer(folders: Mapping[str, Path], images: ImageSet, analyzer: Analyzer) -> None:

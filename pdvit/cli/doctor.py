@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking import RUNS
 from pdvit.tracking.environment import describe_cpu, installed_version
+from pdvit.tracking.run_directory import RUNS
 from pdvit.version import __version__
 
 REQUIRED: tuple[str, ...] = ("torch", "torchvision", "timm", "safetensors", "typer", "rich", "pandas", "matplotlib")

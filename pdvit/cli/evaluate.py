@@ -186,7 +186,7 @@ def _evaluate(
 
 def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Path:
     """Write the files, eval.json last, and remove the pictures of an earlier evaluation."""
-    from pdvit.tracking import to_json, write_file, writing
+    from pdvit.tracking.run_directory import to_json, write_file, writing
 
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def _masks(
     from pdvit.models.loading import LoadedSegmenter
     from pdvit.tasks.pictures import overlay, palette_image, png, predict_masks
     from pdvit.tasks.segmentation import pixel_network
-    from pdvit.tracking import write_file
+    from pdvit.tracking.run_directory import write_file
 
     loaded, names = opened.loaded, _mask_names(files)
     assert isinstance(loaded, LoadedSegmenter)
@@ -362,7 +362,7 @@ def _mask_names(files: "FileSplit") -> list[Path]:
 @contextmanager
 def _csv_writer(file: Path | None) -> "Iterator[Writer]":
     """Open a CSV file, which appears when it is complete, or standard output; names of any bytes are kept."""
-    from pdvit.tracking import new_file
+    from pdvit.tracking.run_directory import new_file
 
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

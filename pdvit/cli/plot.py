@@ -250,7 +250,7 @@ def _folders(runs: list[Path] | None, file: str, command: str, count: int) -> li
     If it is missing, the UserError names the command that makes it; `{}` in it stands for the run.
     """
     from pdvit.plots.reading import checkpoint_of
-    from pdvit.tracking import newest
+    from pdvit.tracking.run_directory import newest
 
     folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(file)[:count]
     if not folders:
@@ -287,7 +287,7 @@ def _theme(dark: bool) -> "Theme":
 def _write(figure: "Drawing", name: str, folders: list[Path], out: Path | None, page: str | None = None) -> None:
     """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
     from pdvit.plots.style import render
-    from pdvit.tracking import write_file, writing
+    from pdvit.tracking.run_directory import write_file, writing
 
     if out is None:
         parts = [name, *(re.sub(r"[^\w.-]", "-", _name_of(folder))[:40] for folder in folders[:3])]

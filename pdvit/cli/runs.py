@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pdvit.engine.distributed import Ranks
     from pdvit.engine.terminal import RunConsole, StopRequest
     from pdvit.engine.trainer import Trainer
-    from pdvit.tracking import RunDirectory
+    from pdvit.tracking.run_directory import RunDirectory
 
 MAX_BROKEN_NAMES = 5
 
@@ -54,7 +54,7 @@ class Run:
 def check_initial_weights(config: Config) -> None:
     """Raise UserError without a checkpoint to start from."""
     if config.model.init is None:
-        from pdvit.tracking import newest
+        from pdvit.tracking.run_directory import newest
 
         runs = newest("model.safetensors")
         tip = f"name a run, a weight file or a model of timm, for example pdvit finetune {runs[0] if runs else 'RUN'}"
@@ -76,7 +76,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
     from pdvit.models.resolved_checkpoint import resolve_checkpoint
     from pdvit.tasks import task_class
-    from pdvit.tracking import tracker_names
+    from pdvit.tracking.trackers import check_trackers
 
     checkpoint = None
     if config.model.init is not None and not resumed:
@@ -88,7 +88,7 @@ def build_trainer(config: Config, console: "RunConsole", resumed: bool = False) 
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(device, config.run)
     if ranks.main and config.run.track:
-        tracker_names(config.run.track)  # refuses those that can't run
+        check_trackers(config.run.track)
     task_type = task_class(config)
     source = task_type.open_source(config, partial(log, console))
     if config.segment.head is not None and config.data.source != "scenes":
@@ -126,7 +126,7 @@ def start(command: str, config: Config, as_json: bool, stop: "StopRequest") -> R
     trainer.task.load(partial(log, console))
     from pdvit.engine.distributed import launch_file
     from pdvit.engine.terminal import EXIT_STOPPED
-    from pdvit.tracking import RunDirectory
+    from pdvit.tracking.run_directory import RunDirectory
 
     ranks = trainer.ranks
     if any(ranks.all_gather(bool(stop))):
@@ -158,7 +158,8 @@ def create_directory(config: Config, device: "torch.device") -> "RunDirectory":
     from pdvit.data.sources import as_file_name, source_label
     from pdvit.engine.device import device_name
     from pdvit.models.checkpoints import name_of
-    from pdvit.tracking import RunDirectory, command_line, describe_environment
+    from pdvit.tracking.environment import command_line, describe_environment
+    from pdvit.tracking.run_directory import RunDirectory
 
     name, init = config.run.name, config.model.init
     if name is None:
@@ -190,7 +191,7 @@ def resume(command: str, name: str, change: list[str], as_json: bool) -> Run | i
     """
     from pdvit.config import resolve, to_dict
     from pdvit.engine.recipe import FIXED, changed_keys, check_changes
-    from pdvit.tracking import RunDirectory, newest
+    from pdvit.tracking.run_directory import RunDirectory, newest
 
     runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
     if not runs:
@@ -225,7 +226,7 @@ def train_to_end(run: Run, stop: "StopRequest") -> int:
     """Train, print the summary, and return the exit status; raises UserError and RunFailed."""
     from pdvit.config import to_toml
     from pdvit.engine.terminal import EXIT_STOPPED
-    from pdvit.tracking import command_line
+    from pdvit.tracking.environment import command_line
 
     console, trainer, directory = run.console, run.trainer, run.directory
     again = f"pdvit {run.command} --resume {shlex.quote(str(directory.path))}"
@@ -253,7 +254,7 @@ def train_to_end(run: Run, stop: "StopRequest") -> int:
 
 def replay(path: Path, as_json: bool) -> int:
     """Repeat the step at which a run broke down, and print what is not finite; raises UserError if there is none."""
-    from pdvit.tracking import RunDirectory
+    from pdvit.tracking.run_directory import RunDirectory
 
     config = saved_config(RunDirectory.open(path).path, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
@@ -280,7 +281,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: "RunConsole", 
     if as_json:
         print(json.dumps(summary, indent=2))
         return
-    from pdvit.tracking import newest
+    from pdvit.tracking.run_directory import newest
 
     def source(path: Path) -> object:
         with suppress(UserError):  # another run may be damaged

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The imports of a cell, made once for all.
 PRELOADED = (
     *("pdvit.engine.trainer", "pdvit.tasks.classification", "pdvit.tasks.segmentation", "pdvit.models.loading"),
-    *("pdvit.data.sources", "pdvit.tracking", "sklearn.datasets", "sklearn.model_selection"),
+    *("pdvit.data.sources", "pdvit.tracking.environment", "sklearn.datasets", "sklearn.model_selection"),
 )
 # Settings of the whole sweep, not of its cells.
 OF_THE_SWEEP = ("out", "name", "time_limit")
@@ -54,7 +54,7 @@ def run_sweep(
     Raises UserError before the first cell starts, and RunFailed if the check itself fails.
     """
     from pdvit.sweep import Folder, make_cells, split
-    from pdvit.tracking import RUNS
+    from pdvit.tracking.run_directory import RUNS
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         tip = "start it without torchrun: each cell gets its own device"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
-from pdvit.tracking import sync, to_json, write_file
+from pdvit.tracking.run_directory import sync, to_json, write_file
 
 LAST, BEST = "last", "best"
 METADATA, SUFFIX = "state.json", ".safetensors"

@@ -17,7 +17,8 @@ from pdvit.engine.device import peak_memory
 from pdvit.engine.schedule import StepSchedule
 from pdvit.engine.state import Progress
 from pdvit.engine.terminal import Display
-from pdvit.tracking import RunDirectory, Status, Trackers
+from pdvit.tracking.run_directory import RunDirectory, Status
+from pdvit.tracking.trackers import Trackers
 
 
 class PhaseTimer:
@@ -102,11 +103,12 @@ class RunLogger:
         self.directory.write_json("status.json", content)
 
     def _record(self, record_type: str, metrics: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
-        record = {"step": self.progress.step, "epoch": self.epoch, **metrics}
-        self.directory.append(record_type, record, timing)
+        record = {"kind": record_type, "step": self.progress.step, "epoch": self.epoch, **metrics}
+        record |= {"time": timing} if timing else {}  # apart, because it differs between two runs of one recipe
+        self.directory.append(record)
         self.progress.records += 1
         if self.trackers:
-            self.trackers.log(record_type, record, timing)
+            self.trackers.log(record)
 
 
 def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Path, suffix: str) -> Generator[Any]:

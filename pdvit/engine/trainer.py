@@ -33,7 +33,8 @@ from pdvit.engine.state import MetricAccumulator, TrainState
 from pdvit.engine.terminal import StopRequest
 from pdvit.engine.update import Updater, make_optimizer
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking import RunDirectory, Status, Trackers
+from pdvit.tracking.run_directory import RunDirectory, Status
+from pdvit.tracking.trackers import Trackers
 
 # Skipped steps in a row after which a run fails.
 # A float16 run first has to find its loss scale: 65,536, halved each time.

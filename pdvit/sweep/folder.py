@@ -16,7 +16,7 @@ from pdvit.config import to_dict
 from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
-from pdvit.tracking import RunDirectory, Status, hold, write_file
+from pdvit.tracking.run_directory import RunDirectory, Status, hold, write_file
 
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
 CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]

@@ -19,9 +19,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def command_line() -> str:
     """Return the command that started this process, as typed in a shell."""
-    name = Path(sys.argv[0]).name if sys.argv else "python"
-    command = "pdvit" if name in ("pdvit", "__main__.py") else name
-    return shlex.join([command, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["pdvit" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def describe_environment(device: str) -> dict[str, Any]:
@@ -42,19 +41,17 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 def installed_version(package: str) -> str | None:
     """Return the version of an installed package; None if it is missing."""
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def processor() -> str:
-    """Return the model name of the processor; empty if it is unknown."""
-    try:
+    """Return the model name of the processor, or else its architecture."""
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
 
 
 def describe_cpu() -> dict[str, str]:
@@ -65,17 +62,14 @@ def describe_cpu() -> dict[str, str]:
         cores = min(cores, quota / period)
     with suppress(OSError, ValueError):
         memory = min(memory, float((CGROUP / "memory.max").read_text()))
-    model = processor() or platform.machine()
-    return {"model": model, "cores": f"{cores:g}", "memory": f"{memory / 2**30:.1f} GiB"}
+    return {"model": processor(), "cores": f"{cores:g}", "memory": f"{memory / 2**30:.1f} GiB"}
 
 
 def _commit() -> str | None:
     """Return pdvit's git commit, with + if there are changes; None outside of its repository."""
-    mine, describe = ["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        for arguments in (mine, describe):
-            git = ["git", "-C", str(Path(__file__).parent), *arguments]
-            done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5, check=True)
+        describe = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.check_output(describe, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
+    return None

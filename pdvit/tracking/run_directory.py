@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
@@ -75,6 +76,8 @@ def to_json(value: Any, indent: int | None = 2) -> str:
 
 def _finite(value: Any) -> Any:
     """Replace numbers that are not finite by None: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -89,25 +92,19 @@ class RunDirectory:
     @classmethod
     def create(cls, out: str | None, name: str) -> "RunDirectory":
         """Make an empty run directory: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
-        if out == "" or (out is None and (name in ("", "..") or Path(name).name != name)):
-            raise UserError(
-                f"'{name if out is None else out}' is not a name",
-                "run.name (--name), run.out (--out)",
-                "give a path with --out",
-            )
+        text = name if out is None else out
+        if text == "" or (out is None and (name == ".." or Path(name).name != name)):
+            raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
         path = RUNS / name if out is None else Path(os.path.expanduser(out))
         for number in count(2):
             with writing("the run directory", path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                empty = out is not None and path.is_dir() and not any(path.iterdir())
                 with suppress(FileExistsError):
-                    path.mkdir(exist_ok=empty)
+                    path.mkdir(exist_ok=out is not None and path.is_dir() and not any(path.iterdir()))
                     break
             if out is not None:
-                if not path.is_dir():
-                    raise UserError("the path exists and is not a directory", str(path), OTHER)
-                tip = f"{OTHER}, or resume that run: pdvit train --resume {out}"
-                raise UserError("the run directory exists already", str(path), tip)
+                again = f", or resume that run: pdvit train --resume {shlex.quote(out)}" if path.is_dir() else ""
+                raise UserError("the path exists already", str(path), OTHER + again)
             path = RUNS / f"{name}-{number}"
         return cls(path)
 
@@ -121,18 +118,15 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training this run; raises UserError if one does."""
-        if not self.writes:
-            yield
-            return
-        lock = self.path / "checkpoints" / ".lock"
         with ExitStack() as stack:
-            with writing("checkpoints/.lock", self.path, FREE):
-                lock.parent.mkdir(exist_ok=True)
-                try:
-                    stack.enter_context(hold(lock))
-                except BlockingIOError as error:
-                    what = "another process is training this run"
-                    raise UserError(what, str(self.path), "stop that one first") from error
+            if self.writes:
+                with writing("checkpoints/.lock", self.path, FREE):
+                    (self.path / "checkpoints").mkdir(exist_ok=True)
+                    try:
+                        stack.enter_context(hold(self.path / "checkpoints" / ".lock"))
+                    except BlockingIOError as error:
+                        what = "another process is training this run"
+                        raise UserError(what, str(self.path), "stop that one first") from error
             yield
 
     def write(self, name: str, content: bytes | str) -> None:
@@ -144,27 +138,21 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file; numbers that are not finite become null."""
-        self.write(name, to_json({key: _finite(item) for key, item in value.items()}) + "\n")
+        self.write(name, to_json(_finite(value)) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON file; raises UserError if it is missing or damaged."""
+        """Read a JSON table; raises UserError if it is missing or damaged."""
         try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
-            if not isinstance(value, dict):
-                raise ValueError("it is not a table")
-        except (OSError, ValueError) as error:
+            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             tip = "the run is damaged; start another"
             raise UserError(f"{name} can't be read: {error}", str(self.path / name), tip) from error
-        return value
 
-    def append(self, record_type: str, record: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
-        """Add a record to metrics.jsonl; what depends on the clock goes under "time"."""
-        line: dict[str, Any] = {"kind": record_type} | {name: _finite(value) for name, value in record.items()}
-        if timing:
-            line["time"] = dict(timing)
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record to metrics.jsonl."""
         if self.writes:
             with writing(RECORDS, self.path, FREE), (self.path / RECORDS).open("a", encoding="utf-8") as file:
-                file.write(to_json(line, indent=None) + "\n")
+                file.write(to_json(_finite(record), indent=None) + "\n")
 
     def cut_records(self, step: int) -> int:
         """Drop the records after `step` and a line that a kill left incomplete; return how many are left."""
@@ -194,8 +182,7 @@ class RunDirectory:
         return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
 
 
-def newest(marker: str, root: Path = RUNS) -> list[Path]:
+def newest(marker: str) -> list[Path]:
     """Return the folders under runs/ that hold the file `marker`, the one written last first."""
-    files = [path for path in root.glob(f"*/{marker}") if path.is_file()]
-    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return [root / path.relative_to(root).parts[0] for path in files]
+    files = [file for file in RUNS.glob(f"*/{marker}") if file.is_file()]
+    return [RUNS / file.parts[1] for file in sorted(files, key=os.path.getmtime, reverse=True)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pdvit.cli import run as pdvit
 from pdvit.engine import recovery
 from pdvit.tasks.classification import ClassificationTask
-from pdvit.tracking import RunDirectory
+from pdvit.tracking.run_directory import RunDirectory
 from tests.files import read_json
 
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]

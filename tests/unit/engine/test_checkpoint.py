@@ -16,7 +16,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.state import MetricAccumulator, TrainState
 from pdvit.engine.update import make_optimizer
 from pdvit.errors import UserError
-from pdvit.tracking import to_json
+from pdvit.tracking.run_directory import to_json
 
 CPU = torch.device("cpu")
 

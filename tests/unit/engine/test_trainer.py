@@ -20,7 +20,7 @@ from pdvit.engine.recovery import replay
 from pdvit.engine.terminal import stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking import RunDirectory
+from pdvit.tracking.run_directory import RunDirectory
 from tests.files import read_json, read_records
 
 CPU, PER_EPOCH, BATCH, STEPS = torch.device("cpu"), 5, 4, 20

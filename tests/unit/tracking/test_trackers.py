@@ -7,22 +7,28 @@ import struct
 import subprocess
 import sys
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.tracking import Trackers, tracker_names
 from pdvit.tracking import trackers as module
+from pdvit.tracking.trackers import Trackers, check_trackers, start_wandb
 
 
 class Fake:
-    """A tracker that keeps its records, and fails where told to."""
+    """A tracker that keeps its records, and fails in one of its functions."""
 
     def __init__(self, fails=""):
         self.fails, self.logged, self.finished = fails, [], 0
 
-    def log(self, step, metrics):
-        self.logged.append((step, dict(metrics)))
+    def start(self, *_):
+        if self.fails == "start":
+            raise OSError("no\nnetwork")
+        return self.log, self.finish
+
+    def log(self, metrics, step):
+        self.logged.append((step, metrics))
         if self.fails == "log":
             raise OSError("no space left")
 
@@ -34,18 +40,12 @@ class Fake:
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
-    """Return a function that opens fakes by name; one of None does not start."""
+    """Return a function that opens fakes by name."""
 
     def open_fakes(**fakes):
-        def start(name, *_):
-            if fakes[name] is None:
-                raise OSError("no\nnetwork")
-            return fakes[name]
-
-        monkeypatch.setattr(module, "tracker_names", str.split)
-        monkeypatch.setattr(module, "TRACKERS", dict.fromkeys(fakes, start))
+        monkeypatch.setattr(module, "TRACKERS", {name: fake.start for name, fake in fakes.items()})
         warnings = []
-        return Trackers(tmp_path, {"run": {"track": " ".join(fakes)}}, 0, warnings.append), warnings
+        return Trackers(tmp_path, {"run": {"track": ", ".join(fakes)}}, 0, warnings.append), warnings
 
     return open_fakes
 
@@ -53,11 +53,10 @@ def opened(monkeypatch, tmp_path):
 def test_every_tracker_gets_the_finite_numbers_of_a_record(opened):
     first, second = Fake(), Fake()
     trackers, warnings = opened(first=first, second=second)
-    record = {"step": 20, "epoch": 0.5, "loss": 2.25, "cosine": 0, "lr": math.nan, "top5": None, "split": "val"}
-    trackers.log("train", record, {"seconds": 3})
+    record = {"kind": "train", "step": 20, "epoch": 0.5, "loss": 2.25, "cosine": 0, "lr": math.nan, "top5": None}
+    trackers.log(record | {"split": "val", "time": {"seconds": 3}})
     layers = {"step": 20, "epoch": 1.0, "images": 64, "layers": ["embed", "block 1", "norm"]}
-    trackers.log("similarity", layers | {"similarity": [0.25, None, 0.75]})
-    trackers.close()
+    trackers.log({"kind": "similarity", **layers, "similarity": [0.25, None, 0.75]})
     trackers.close()
     for fake in (first, second):
         assert fake.finished == 1
@@ -70,9 +69,9 @@ def test_every_tracker_gets_the_finite_numbers_of_a_record(opened):
 
 def test_a_tracker_that_fails_is_reported_once_and_left_out(opened):
     sound, broken, late = Fake(), Fake("log"), Fake("finish")
-    trackers, warnings = opened(missing=None, broken=broken, sound=sound, late=late)
+    trackers, warnings = opened(missing=Fake("start"), broken=broken, sound=sound, late=late)
     for step in (1, 2, 3):
-        trackers.log("train", {"step": step, "loss": 1.0})
+        trackers.log({"kind": "train", "step": step, "loss": 1.0})
     trackers.close()
     assert [len(fake.logged) for fake in (broken, sound, late)] == [1, 3, 3]
     assert [line.partition(";")[0] for line in warnings] == [
@@ -82,18 +81,33 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(opened):
     ]
 
 
-def test_an_unknown_tracker_names_the_closest():
+def test_a_resumed_run_keeps_its_id_and_sends_no_step_twice(tmp_path, monkeypatch):
+    ids, sent = [], []
+
+    def init(*_, id, **__):
+        ids.append(id)
+        return SimpleNamespace(log=lambda metrics, step: sent.append(step))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, finish=None))
+    for steps in ((1, 2, 2, 3), (2, 3, 4)):
+        log, _ = start_wandb("wandb", tmp_path, {}, 0)
+        for step in steps:
+            log({}, step)
+    assert (len({*ids}), sent) == (1, [1, 2, 2, 3, 4])
+    (tmp_path / "wandb.json").write_text('{"id"')  # damaged: a new run
+    start_wandb("wandb", tmp_path, {}, 0)
+    assert len({*ids}) == 2
+
+
+def test_an_unknown_tracker_names_the_closest_and_a_missing_one_its_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no tracker 'tensorbord'") as caught:
-        tracker_names("tensorbord")
+        check_trackers("tensorbord")
     assert (caught.value.where, caught.value.tip) == ("run.track (--track)", "did you mean 'tensorboard'?")
-
-
-def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # a folder that W&B leaves behind is no package
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="wandb is not installed") as caught:
-        tracker_names("wandb")
+        check_trackers("wandb")
     assert caught.value.tip == "pip install 'pdvit[wandb]'"
 
 
@@ -102,13 +116,13 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
 TRAIN = """
 import os, signal, sys, time
 from pathlib import Path
-from pdvit.tracking import Trackers
+from pdvit.tracking.trackers import Trackers
 
 name, run, start, end = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 trackers = Trackers(run, {"run": {"track": name}}, start, sys.exit)
 for step in range(start + 1, end + 1):
-    trackers.log("train", {"step": step, "loss": step + start / 100})
-    trackers.log("similarity", {"step": step, "layers": ["embed", "block 3"], "similarity": [0.5, None]})
+    trackers.log({"kind": "train", "step": step, "loss": step + start / 100})
+    trackers.log({"kind": "similarity", "step": step, "layers": ["embed", "block 3"], "similarity": [0.5, None]})
 if sys.argv[5] == "kill":
     time.sleep(1)  # trackio writes twice a second
     os.kill(os.getpid(), signal.SIGKILL)
@@ -119,19 +133,12 @@ trackers.close()
 @pytest.fixture
 def environment(tmp_path):
     """An environment without keys, settings, home or network."""
-    own = {
-        "HOME": str(tmp_path),
-        "NETRC": str(tmp_path / "netrc"),
-        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_DATA_DIR": str(tmp_path / "data"),
-        "WANDB_ERROR_REPORTING": "false",
-        "TRACKIO_DIR": str(tmp_path / "store"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+    folders = {
+        name: str(tmp_path / name) for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
     }
+    own = folders | {"HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "store"), "HF_HUB_OFFLINE": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_", "HF_"))}
-    return kept | own
+    return kept | own | {"WANDB_ERROR_REPORTING": "false"}
 
 
 def python(code, *arguments, env):
@@ -201,7 +208,7 @@ def test_wandb_offline_is_one_run_that_has_every_step_once(tmp_path, environment
 @pytest.mark.slow
 def test_wandb_without_a_login_and_a_terminal_is_refused(environment):
     pytest.importorskip("wandb")
-    done = python("from pdvit.tracking import tracker_names; tracker_names('wandb')", env=environment)
+    done = python("from pdvit.tracking.trackers import check_trackers; check_trackers('wandb')", env=environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert "UserError: W&B can't log in" in done.stderr
     assert "WANDB_MODE=offline" in done.stderr
