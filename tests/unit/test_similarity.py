@@ -5,8 +5,6 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,8 +15,6 @@ from pdvit.similarity import patch_similarity
 SIGNED = pytest.mark.parametrize("signed", [False, True], ids=["absolute", "signed"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 9), st.integers(1, 7), st.integers(0, 2**32))
-few = settings(max_examples=30, deadline=None)
 
 
 def gaussian(images: int, count: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -60,11 +56,10 @@ class Largest(TorchDispatchMode):
 
 
 @SIGNED
-@few
-@given(shape=SHAPES)
+@pytest.mark.parametrize("shape", [(3, 2, 1), (2, 9, 5), (1, 4, 7), (2, 11, 2)], ids=str)
 def test_equals_the_formula_pair_by_pair_whatever_the_lengths(signed, shape):
     tokens = gaussian(*shape)
-    lengths = gaussian(shape[0], shape[1], 1, seed=shape[3] + 1).abs() + 0.1
+    lengths = gaussian(*shape[:2], 1, seed=1).abs() + 0.1
     expected = pytest.approx(literal(tokens, signed), abs=1e-12)
     assert patch_similarity(lengths * tokens, signed).tolist() == expected
 
@@ -79,38 +74,10 @@ def test_values_worked_by_hand():
     assert patch_similarity(torch.ones(0, 4, 3)).shape == (0,)
     simplex = torch.eye(5, dtype=torch.float64) - 1 / 5
     assert patch_similarity(simplex[None], signed=True).item() == pytest.approx(-1 / 4)  # the least
-    assert patch_similarity(simplex[None]).dtype == torch.float64
-
-
-@few
-@given(shape=SHAPES)
-def test_stays_in_range(shape):
-    tokens = gaussian(*shape)
-    absolute, signed = patch_similarity(tokens), patch_similarity(tokens, signed=True)
-    assert (absolute >= 0).all()
-    assert (absolute <= 1 + 1e-12).all()
-    assert (signed >= -1 / (shape[1] - 1) - 1e-12).all()
-    assert (signed.abs() <= absolute + 1e-12).all()
-    flips = torch.where(gaussian(shape[0], shape[1], 1, seed=shape[3] + 1) > 0, 1.0, -1.0)
-    torch.testing.assert_close(patch_similarity(tokens * flips), absolute)
-
-
-@SIGNED
-@few
-@given(shape=SHAPES)
-def test_order_of_the_patches_does_not_matter(signed, shape):
-    tokens = gaussian(*shape)
-    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(shape[3]))
-    torch.testing.assert_close(patch_similarity(tokens[:, order], signed), patch_similarity(tokens, signed))
-
-
-@SIGNED
-@few
-@given(shape=SHAPES)
-def test_an_image_does_not_depend_on_its_batch(signed, shape):
-    tokens = gaussian(*shape)
-    alone = torch.cat([patch_similarity(image[None], signed) for image in tokens])
-    torch.testing.assert_close(patch_similarity(tokens, signed), alone)
+    # Welch: the mean of cos^2 over pairs is at least (n - d) / (d (n - 1)), and |cos| >= cos^2: here n = 24, d = 6.
+    tight = torch.eye(6, dtype=torch.float64).repeat(4, 1)[None]
+    assert patch_similarity(tight).item() == pytest.approx((24 - 6) / (6 * 23))
+    assert patch_similarity(tight).dtype == torch.float64
 
 
 @SIGNED
@@ -126,18 +93,6 @@ def test_random_tokens_give_the_known_value(width, expected):
     assert expected == pytest.approx(math.sqrt(2 / (math.pi * width)), abs=5e-5)
     assert found.tolist() == pytest.approx([expected] * 4, rel=0.02)
     assert patch_similarity(gaussian(4, 196, width), signed=True).abs().max() < 0.1 * expected
-
-
-def test_more_patches_than_dimensions_cannot_all_be_orthogonal():
-    # Welch: the mean of cos^2 over pairs is at least (n - d) / (d (n - 1)). As |cos| <= 1, P is at least as large.
-    count, width = 24, 6
-    bound = (count - width) / (width * (count - 1))
-    tight = torch.eye(width, dtype=torch.float64).repeat(count // width, 1)[None]
-    assert patch_similarity(tight).item() == pytest.approx(bound)
-    start = tokens = gaussian(1, count, width)
-    for _ in range(60):
-        tokens = tokens - 3 * value_and_gradient(tokens)[1]
-    assert bound <= patch_similarity(tokens).item() < 0.95 * patch_similarity(start).item()
 
 
 @SIGNED
@@ -174,20 +129,14 @@ def test_value_and_gradient_are_finite(device, signed, dtype, autocast, case):
 
 @SIGNED
 @DTYPES
-def test_autocast_changes_nothing(device, signed, dtype):
+def test_half_precision_and_autocast_compute_in_float32(device, signed, dtype):
     tokens = gaussian(2, 20, 16).to(device, dtype)
     expected = value_and_gradient(tokens, signed)
+    torch.testing.assert_close(expected[0], patch_similarity(tokens.float(), signed))
     with torch.autocast(device, torch.bfloat16):
         found = value_and_gradient(tokens, signed)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@SIGNED
-def test_short_numbers_are_computed_in_float32(device, signed, dtype):
-    tokens = gaussian(2, 20, 16).to(device, dtype)
-    torch.testing.assert_close(patch_similarity(tokens, signed), patch_similarity(tokens.float(), signed))
 
 
 @pytest.mark.parametrize("count", [2, 5, 9])
