@@ -44,7 +44,7 @@ from pdvit.errors import UserError
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.sweep import Folder, numbers
-from pdvit.tasks.probe import Probe
+from pdvit.tasks.base import probe_images
 from pdvit.tracking.run_directory import write_file
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ def measure(run: Path) -> str | None:
         sound = json.loads((run / "summary.json").read_text())["loss"] is not None
         with redirect_stderr(io.StringIO()):  # it would say what it prepares
             began = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
-        images = Probe(began.source.splits[began.source.final_split], IMAGES, began.loader).images
+        images = probe_images(began.source.splits[began.source.final_split], IMAGES, began.loader)
         models = {"after": load_model(resolve_checkpoint(run)).model.to(began.device)} if sound else {}
         parts = []
         for when, model in (models | {"before": began.module.inside}).items():

@@ -143,14 +143,12 @@ def _evaluate(
     network: Network = pixel_network(model) if windows else model
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     progress = partial(with_progress, total=len(images) // ranks.world_size, console=console, what=split)
-    scores: metrics.ClassificationScores | metrics.SegmentationScores
     pictures: dict[str, bytes] = {}
     if windows is None:
         metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
         batches = progress(eval_batches(images, loader))
         scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
-        names = ("accuracy", "accuracy_top5", "loss", "calibration_error")
-        numbers = {name: getattr(scores, name) for name in names} | {"batch_size": loader.batch_size}
+        numbers = scores.numbers | {"batch_size": loader.batch_size}
         assert scores.confusion is not None
         table = metrics.class_table(scores.confusion, classes)
         files = {"eval.csv": table, "confusion.csv": metrics.confusion_table(scores.confusion, classes)}
@@ -158,10 +156,11 @@ def _evaluate(
         pixels = metrics.SegmentationMetric(len(classes), loader.device)
         batches = progress(mask_batches(images, loader, config.segment))
         scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
-        table = metrics.class_table(scores.confusion, classes, scores.iou)
-        iou = dict(zip(classes, (None if value != value else value for value in scores.iou.tolist()), strict=True))
+        assert scores.confusion is not None
+        table = metrics.class_table(scores.confusion, classes, pixels=True)
+        iou = {name: None if math.isnan(value) else value for name, value in zip(classes, table["iou"], strict=True)}
         settings = {name: getattr(windows, name) for name in ("mode", "window", "stride", "scales", "flip")}
-        numbers = {"task": "segmentation"} | scores.record() | {"iou": iou} | settings
+        numbers = {"task": "segmentation"} | scores.numbers | {"iou": iou} | settings
         files = {"iou.csv": table}
         if ranks.main and not scores.broken:
             pictures = prediction_pngs(ordered, images, source, loader, config, windows)
@@ -312,11 +311,12 @@ def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "Ru
     if top > len(labels):
         raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
     batches = with_progress(eval_batches(files, opened.loader), len(files), console, "images")
-    for found in classification.predict(model, batches, top, opened.config.run.precision):
-        image = str(files.paths[found.image])
-        if not found.finite:
+    precision = opened.config.run.precision
+    for index, classes, probabilities, finite in classification.predict(model, batches, top, precision):
+        image = str(files.paths[index])
+        if not finite:
             raise opened.not_finite(image)
-        best = zip(found.classes, found.probabilities, strict=True)
+        best = zip(classes, probabilities, strict=True)
         yield [(image, rank, labels[label], probability) for rank, (label, probability) in enumerate(best, 1)]
 
 

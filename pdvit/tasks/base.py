@@ -15,17 +15,19 @@ from pdvit.config.duration import parse_duration, weight_schedule
 from pdvit.config.schema import Config, DiversityConfig
 from pdvit.data.batch import Batch
 from pdvit.data.images import BadImages, describe_bad
-from pdvit.data.loader import LoaderConfig, steps_per_epoch
+from pdvit.data.loader import LoaderConfig, eval_batches, steps_per_epoch
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
-from pdvit.data.sources.split import Source
+from pdvit.data.sources.split import Source, Split, subsample
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective, WeightSchedule
 from pdvit.models.build import patch_size_of
+from pdvit.models.layers import exact_float32, measure_layers
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
-from pdvit.tasks.probe import Probe, describe_similarity
+from pdvit.similarity import patch_similarity
+from pdvit.tasks.summary import describe_similarity
 
 
 class ImageTask(ABC):
@@ -103,12 +105,14 @@ class ImageTask(ABC):
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure the validation split, and P of every layer on the probe."""
         numbers, images, text = self.evaluate_split(network, "val")
-        names, values = self.probe.similarity(network)
+        model: Any = network.inside
+        found = measure_layers(model, self.probe, lambda tokens: patch_similarity(tokens).mean(), network)
+        names, values = [layer.name for layer in found], torch.stack(list(found.values())).tolist()
         bad = self._skipped(images, "val")
         skipped = f"\nskipped, as they do not decode: {bad.pop('skipped')}" if "skipped" in bad else ""
         records = {
             "eval": {"split": "val", **numbers, **bad},
-            "similarity": {"images": len(self.probe.images), "layers": names, "similarity": values},
+            "similarity": {"images": len(self.probe), "layers": names, "similarity": values},
         }
         similarity = describe_similarity(names, values, self.config.run.warn_similarity)
         return records, f"val {text}  {similarity}{skipped}"
@@ -117,22 +121,23 @@ class ImageTask(ABC):
         """Measure the final split, and P of first and last on the probe."""
         split = self.source.final_split
         numbers, images, _ = self.evaluate_split(network, split)
-        first, last = self.probe.first_last(network, **self.probe_options)
+        with torch.no_grad(), exact_float32(self.device):
+            output = network(self.probe, **self.probe_options)
         return {
             "task": self.name,
             "split": split,
             **numbers,
             **self._skipped(images, split),
-            "similarity_first": first,
-            "similarity_last": last,
+            "similarity_first": float(patch_similarity(output.first).mean()),
+            "similarity_last": float(patch_similarity(output.last).mean()),
             "weights": weights,
         }
 
     @cached_property
-    def probe(self) -> Probe:
-        """The probe, made on first use: then the data are on the device."""
+    def probe(self) -> Tensor:
+        """Held-out images on which P is measured, all of them on every rank; loaded on first use, when data are."""
         loader = replace(self.loader, rank=0, processes=1)
-        return Probe(self.source.splits["val"], self.config.run.probe_images, loader)
+        return probe_images(self.source.splits["val"], self.config.run.probe_images, loader)
 
     def _skipped(self, images: int, split: str) -> dict[str, Any]:
         """Return how many images of a split were skipped, and the names of those that are new, over all ranks."""
@@ -145,6 +150,14 @@ class ImageTask(ABC):
         self.logged_bad |= set(new)
         number = {"bad_images": len(self.source.splits[split]) - images}
         return number | ({"skipped": describe_bad(new)} if new else {})
+
+
+def probe_images(split: Split, count: int, loader: LoaderConfig) -> Tensor:
+    """Return normalised images, spread evenly over a split; raises UserError if none decodes."""
+    batches = [batch.images for batch in eval_batches(subsample(split, count), loader)]
+    if not batches:
+        raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")
+    return torch.cat(batches)
 
 
 def weight_schedules(config: Config, steps_per_epoch: int, batch_size: int) -> list[WeightSchedule]:

@@ -1,7 +1,7 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -106,15 +106,15 @@ class ClassificationTask(ImageTask):
     def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
         """Return accuracy and loss of a split, the number of images, and the metrics as text."""
         network.eval()
-        scores = evaluate_classification(
+        found = evaluate_classification(
             lambda images: network(images, patch_logits=False).logits,
             eval_batches(self.source.splits[split], self.loader),
             ClassificationMetric(len(self.source.classes), self.device),
             self.config.run.precision,
             self.ranks,
         )
-        numbers = {"accuracy": scores.accuracy, "loss": scores.loss}
-        return numbers, scores.images, f"accuracy {scores.accuracy:6.1%}  loss {scores.loss:.3f}"
+        numbers = {name: found.numbers[name] for name in ("accuracy", "loss")}
+        return numbers, found.images, "accuracy {accuracy:6.1%}  loss {loss:.3f}".format(**numbers)
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return a timm folder of the bare model, without the patch head."""
@@ -122,22 +122,17 @@ class ClassificationTask(ImageTask):
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
 
 
-class Prediction(NamedTuple):
-    """The index of an image, its most probable classes and their probabilities, best first; invalid unless `finite`."""
-
-    image: int
-    classes: list[int]
-    probabilities: list[float]
-    finite: bool
-
-
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], top: int, precision: str) -> Iterator[Prediction]:
-    """Yield the `top` most probable classes of every image, in order, from a bare model in evaluation mode."""
+def predict(
+    model: nn.Module, batches: Iterable[Batch], top: int, precision: str
+) -> Iterator[tuple[int, list[int], list[float], bool]]:
+    """Yield for each image, in order: index, the `top` most probable classes, their probabilities, whether all finite.
+
+    The model is a bare timm model in evaluation mode.
+    """
     for batch in batches:
         with autocast(batch.images.device, precision):
             logits = model(batch.images).float()
         best = logits.softmax(1).topk(top)
         columns = (batch.index, best.indices, best.values, logits.isfinite().all(1))
-        for row in zip(*(column.tolist() for column in columns), strict=True):
-            yield Prediction(*row)
+        yield from zip(*(column.tolist() for column in columns), strict=True)

@@ -6,7 +6,7 @@ from pdvit.errors import UserError
 from pdvit.models.loading import LoadedModel, LoadedSegmenter
 from pdvit.models.resolved_checkpoint import class_names
 
-TIP = "evaluate it on its own classes, or train it on these: pdvit finetune, for pixels pdvit segment"
+TIP = "evaluate it on its own classes, by their names, or train it on these: pdvit finetune, for pixels pdvit segment"
 
 
 def label_names(loaded: LoadedModel) -> list[str] | None:
@@ -35,20 +35,15 @@ def match_classes(
     names = loaded.classes if isinstance(loaded, LoadedSegmenter) else label_names(loaded)
     model: Any = loaded.model
     count, where = model.num_classes if names is None else len(names), f"{loaded.name} on {source}"
-    if names is not None and set(classes) < set(names):
-        what = f"{source} has {len(classes)} of the checkpoint's {count} classes"
-        raise UserError(what, where, f"the accuracy would depend on the other classes; {TIP}")
-    if count != len(classes):
-        raise UserError(f"the checkpoint has {count} classes, {source} has {len(classes)}", where, TIP)
-    if names is None:
+    if names is None and count == len(classes):
         return None, "by position: the checkpoint does not name its classes"
     if names == classes:
         return None, "by name"
-    if set(names) != set(classes):
-        here = next((name for name in classes if name not in names), classes[0])
-        there = next((name for name in names if name not in classes), names[0])
-        what = f"{source} has a class '{here}' that the checkpoint does not name (it has '{there}')"
-        raise UserError(what, where, "give the source's classes the checkpoint's names; or " + TIP)
+    if names is None or sorted(names) != sorted(classes):
+        what = f"the checkpoint has {count} classes, {source} has {len(classes)}"
+        if other := [name for name in classes if name not in (names or classes)]:
+            what += f"; the checkpoint does not name '{other[0]}'"
+        raise UserError(what, where, TIP)
     if twice := [name for name in names if names.count(name) > 1]:
         what = f"the classes stand in another order, and '{twice[0]}' is the name of two of them"
         raise UserError(what, where, "put the source's classes into the checkpoint's order")

@@ -1,6 +1,6 @@
 """Metrics of a split, accumulated on the device: accuracy, calibration, IoU and the confusion matrix.
 
-The interface is torchmetrics': `update` adds images, `compute` adds up the ranks, `reset` starts anew.
+The interface is torchmetrics': `update` adds images, `compute` adds up the ranks.
 """
 
 import csv
@@ -25,59 +25,39 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TOP = 5
-# Bins of equal width for the calibration error, and their inner edges.
+# Bins of equal width for the calibration error, open below and closed above, and their inner edges.
 BINS = 15
 EDGES = torch.arange(1, BINS, dtype=torch.float64) / BINS
 
 
 @dataclass(frozen=True)
-class ClassificationScores:
-    """Classification metrics of a split; fractions of its images."""
+class Scores:
+    """The metrics of a split.
+
+    Attributes:
+        images: number of images.
+        broken: number of images with logits that are not finite.
+        numbers: metrics by name, for records and summaries: fractions of the images (or of the pixels that have a
+            class), and `loss`, the mean cross-entropy in nats without label smoothing.
+        confusion: images (or pixels) by class (rows) and prediction, `(C, C)` on the CPU; None if not requested.
+    """
 
     images: int
-    accuracy: float
-    accuracy_top5: float | None  # None below five classes
-    loss: float  # mean cross-entropy in nats, without label smoothing
-    calibration_error: float
-    broken: int  # images with logits that are not finite
-    confusion: Tensor | None  # images by class (rows) and prediction, `(C, C)` on the CPU; None if not requested
-
-
-@dataclass(frozen=True)
-class SegmentationScores:
-    """Segmentation metrics of a split; fractions of the pixels that have a class."""
-
-    images: int
-    miou: float  # mean of `iou` over the classes that have one
-    accuracy: float
-    accuracy_mean: float  # mean over the classes of the accuracy of their pixels
-    loss: float  # mean cross-entropy in nats; of several views, that of their mean probability
-    broken: int  # images with scores that are not finite
-    large: int  # images that were too large for a single pass and were evaluated in windows
-    iou: Tensor  # intersection over union of each class `(C,)`; NaN if it is neither present nor predicted
-    confusion: Tensor  # pixels by class (rows) and prediction, `(C, C)` on the CPU
-
-    def record(self) -> dict[str, Any]:
-        """Return the numbers for records and summaries, by name."""
-        numbers = {name: getattr(self, name) for name in ("miou", "accuracy", "accuracy_mean", "loss")}
-        return numbers | ({"in_windows": self.large} if self.large else {})
+    broken: int
+    numbers: dict[str, Any]
+    confusion: Tensor | None
 
 
 class ClassificationMetric:
     """Accumulates logits. Nothing waits for the device, and no image is kept."""
 
     def __init__(self, classes: int, device: torch.device, confusion: bool = False) -> None:
-        self.classes, self.device, self.edges = classes, device, EDGES.to(device)
-        self.cells = classes**2 if confusion else 0
-        self.reset()
-
-    def reset(self) -> None:
-        """Set all sums to zero."""
-        self.counts = torch.zeros(4, dtype=torch.long, device=self.device)  # images, correct, in the top five, broken
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=self.device)  # images, correct, sum of confidences
+        self.classes, self.edges = classes, EDGES.to(device)
+        self.counts = torch.zeros(4, dtype=torch.long, device=device)  # images, correct, in the top five, broken
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, correct, sum of confidences
         # int32: with 21,841 classes this is 1.9 GB
-        self.confusion = torch.zeros(self.cells, dtype=torch.int32, device=self.device)
+        self.confusion = torch.zeros(classes**2, dtype=torch.int32, device=device) if confusion else None
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits `(B, C)` in float32, class indices `(B,)`."""
@@ -90,35 +70,26 @@ class ClassificationMetric:
         confidence = logits.softmax(1).amax(1).double()
         inside = F.one_hot(torch.bucketize(confidence, self.edges), BINS).double()
         self.bins += torch.stack([torch.ones_like(confidence), correct.double(), confidence]) @ inside
-        if self.cells:
+        if self.confusion is not None:
             ones = torch.ones_like(targets, dtype=torch.int32)
             self.confusion.index_add_(0, targets * self.classes + predicted, ones)
 
-    def compute(self, ranks: Ranks = SINGLE_PROCESS) -> ClassificationScores:
+    def compute(self, ranks: Ranks = SINGLE_PROCESS) -> Scores:
         """Return the metrics over the images of all ranks, on each rank; raises UserError if there are no images."""
         images, correct, in_top, broken = ranks.all_reduce(self.counts).tolist()
         if not images:
             raise UserError("none of the images decodes", "data.source (--data)", "replace them, or take another split")
-        return ClassificationScores(
-            images,
-            correct / images,
-            in_top / images if self.classes >= TOP else None,
-            float(ranks.all_reduce(self.loss)) / images,
-            calibration_error(ranks.all_reduce(self.bins)),
-            broken,
-            ranks.all_reduce(self.confusion).view(self.classes, -1).cpu() if self.cells else None,
-        )
-
-
-def calibration_error(bins: Tensor) -> float:
-    """Return the expected calibration error, 0 to 1 (Guo et al. 2017, arXiv 1706.04599, equation 3).
-
-    It is the mean over images of |accuracy - mean confidence| of their bin. `bins` `(3, 15)` holds for each bin the
-    number of images, of correct ones, and the sum of confidences, the probabilities of the most probable classes. Bins
-    are of equal width, open below and closed above.
-    """
-    images, correct, confidence = bins
-    return float((correct - confidence).abs().sum() / images.sum())
+        loss = float(ranks.all_reduce(self.loss)) / images
+        # Guo et al. 2017 (arXiv 1706.04599), equation 3: the mean over images of |accuracy - confidence| of their bin
+        filled, right, confidence = ranks.all_reduce(self.bins)
+        numbers = {
+            "accuracy": correct / images,
+            "accuracy_top5": in_top / images if self.classes >= TOP else None,
+            "loss": loss,
+            "calibration_error": float((right - confidence).abs().sum() / filled.sum()),
+        }
+        confusion = None if self.confusion is None else ranks.all_reduce(self.confusion).view(self.classes, -1).cpu()
+        return Scores(images, broken, numbers, confusion)
 
 
 class SegmentationMetric:
@@ -126,18 +97,14 @@ class SegmentationMetric:
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self.classes, self.device = classes, device
-        self.reset()
+        self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(3, dtype=torch.long, device=device)  # images, broken, in windows
 
-    def reset(self) -> None:
-        """Set all sums to zero."""
-        self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.long, device=self.device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.counts = torch.zeros(3, dtype=torch.long, device=self.device)  # images, broken, large
-
-    def update(self, blocks: Iterable[tuple[int, Tensor]], mask: Tensor, large: bool = False) -> None:
-        """Add an image: first row and scores `(C, R, W)` of each block of its rows, and the mask `(H, W)`."""
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for top, scores in blocks:
+    def update(self, blocks: Iterable[tuple[int, Tensor, bool]], mask: Tensor) -> None:
+        """Add an image: the blocks of its rows, as from `score_rows`, and the mask `(H, W)`."""
+        finite, large = torch.ones((), dtype=torch.bool, device=self.device), False
+        for top, scores, in_windows in blocks:
             rows = mask[top : top + scores.shape[1]]
             pairs = torch.where(rows == IGNORED, self.classes**2, rows * self.classes + scores.argmax(0))
             with _nondeterministic_kernels():
@@ -146,29 +113,30 @@ class SegmentationMetric:
             self.confusion += counts[:-1].view_as(self.confusion)
             self.loss += losses.sum(dtype=torch.float64)
             finite &= scores.isfinite().all()
+            large |= in_windows
         self.counts += torch.stack([torch.ones_like(finite), ~finite, torch.full_like(finite, large)])
 
-    def compute(self, ranks: Ranks = SINGLE_PROCESS) -> SegmentationScores:
+    def compute(self, ranks: Ranks = SINGLE_PROCESS) -> Scores:
         """Return the metrics over the images of all ranks, on each rank; raises UserError if no pixel has a class."""
         confusion = ranks.all_reduce(self.confusion).cpu()
-        images, broken, large = ranks.all_reduce(self.counts).tolist()
+        images, broken, in_windows = ranks.all_reduce(self.counts).tolist()
         pixels, correct = confusion.sum(), confusion.diagonal().double()
         if not pixels:
             what = "no image decodes" if not images else f"none of the pixels of {images} masks has a class"
             raise UserError(what, "data.source (--data)", "check the masks: --check-masks")
-        present, predicted = confusion.sum(1), confusion.sum(0)
-        iou = correct / (present + predicted - correct)
-        return SegmentationScores(
-            images,
-            float(iou.nanmean()),
-            float(correct.sum() / pixels),
-            float((correct / present).nanmean()),
-            float(ranks.all_reduce(self.loss) / pixels),
-            broken,
-            large,
-            iou,
-            confusion,
-        )
+        numbers = {
+            "miou": float(class_iou(confusion).nanmean()),
+            "accuracy": float(correct.sum() / pixels),
+            "accuracy_mean": float((correct / confusion.sum(1)).nanmean()),
+            "loss": float(ranks.all_reduce(self.loss) / pixels),
+        }
+        return Scores(images, broken, numbers | ({"in_windows": in_windows} if in_windows else {}), confusion)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Return intersection over union of each class `(C,)`; NaN if it is neither present nor predicted."""
+    correct = confusion.diagonal().double()
+    return correct / (confusion.sum(1) + confusion.sum(0) - correct)
 
 
 @contextmanager
@@ -189,7 +157,7 @@ def evaluate_classification(
     metric: ClassificationMetric,
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
-) -> ClassificationScores:
+) -> Scores:
     """Return the scores of a model, in training, at its end and for `pdvit eval`.
 
     `network` takes images `(B, 3, H, W)` to logits `(B, C)`, in evaluation mode; `batches` hold every image exactly
@@ -211,55 +179,46 @@ def evaluate_segmentation(
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
     in_lockstep: bool = False,
-) -> SegmentationScores:
+) -> Scores:
     """Return the scores of a model, in training, at its end and for `pdvit eval`.
 
     Masks keep their own size. `in_lockstep`: the model is sharded over the ranks (FSDP), so all of them have to make
     the same number of forward passes.
     """
+    raised = False
+
+    def exchange(status: bool | UserError) -> bool:
+        """Exchange whether there is a pass to make, or an error that all raise; return whether any rank has a pass."""
+        nonlocal raised
+        statuses = ranks.all_gather(status)
+        if error := next((item for item in statuses if isinstance(item, UserError)), None):
+            raised = True
+            raise error
+        return any(statuses)
 
     def forward(images: Tensor) -> Tensor:
-        if lockstep:
-            lockstep.exchange(True)
+        if in_lockstep:
+            exchange(True)
         with autocast(images.device, precision):
             return network(images)
 
-    lockstep = _Lockstep(ranks) if in_lockstep and ranks.world_size > 1 else None
     try:
         for batch in batches:
             for image, mask in zip(batch.images, batch.targets, strict=True):
-                blocks = score_rows(forward, image[None], (mask.shape[0], mask.shape[1]), metric.classes, windows)
-                metric.update(blocks, mask, windows.too_large(*image.shape[-2:]))
+                size = (mask.shape[0], mask.shape[1])
+                metric.update(score_rows(forward, image[None], size, metric.classes, windows), mask)
     except UserError as error:
-        if lockstep:  # the other ranks would wait for this one's next pass
-            lockstep.exchange(error)
+        if in_lockstep and not raised:  # the other ranks would wait for this one's next pass
+            exchange(error)
         raise
-    while lockstep and lockstep.exchange(False):  # another rank still has images
+    while in_lockstep and exchange(False):  # another rank still has images
         with autocast(metric.device, precision):
             network(torch.zeros(1, 3, windows.window, windows.window, device=metric.device))
     return metric.compute(ranks)
 
 
-class _Lockstep:
-    """Exchanges the ranks' status before each forward pass: there is one to make, there is none, or an error."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.failed = ranks, False
-
-    def exchange(self, status: bool | UserError) -> bool:
-        """Return whether any rank has a pass to make; raises the error of the first rank with one on all of them."""
-        if self.failed:
-            return False
-        statuses = self.ranks.all_gather(status)
-        for error in statuses:
-            if isinstance(error, UserError):
-                self.failed = True
-                raise error
-        return any(statuses)
-
-
-def class_table(confusion: Tensor, classes: list[str], iou: Tensor | None = None) -> "pd.DataFrame":
-    """Return one row per class of a confusion matrix of images, or with `iou` of pixels.
+def class_table(confusion: Tensor, classes: list[str], pixels: bool = False) -> "pd.DataFrame":
+    """Return one row per class of a confusion matrix of images, or of pixels.
 
     The columns: class, images (or pixels and iou), accuracy (recall), precision, confused_with (the most frequent wrong
     prediction; of several the first) and confused (how often). A fraction of nothing is missing.
@@ -272,9 +231,10 @@ def class_table(confusion: Tensor, classes: list[str], iou: Tensor | None = None
     counts, indices = (found.tolist() for found in wrong.max(1))
     columns = {
         "class": classes,
-        **({"images": present.tolist()} if iou is None else {"pixels": present.tolist(), "iou": _no_nan(iou)}),
-        "accuracy": _no_nan(correct.double() / present),
-        "precision": _no_nan(correct.double() / predicted),
+        "pixels" if pixels else "images": present.tolist(),
+        **({"iou": class_iou(confusion).tolist()} if pixels else {}),
+        "accuracy": (correct.double() / present).tolist(),
+        "precision": (correct.double() / predicted).tolist(),
         "confused_with": [classes[index] if count else None for count, index in zip(counts, indices, strict=True)],
         "confused": counts,
     }
@@ -301,7 +261,3 @@ def unique_names(classes: list[str]) -> list[str]:
 def csv_bytes(table: "pd.DataFrame") -> bytes:
     """Return a table as a CSV file; names of any bytes stay as they are."""
     return table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode(errors="surrogateescape")
-
-
-def _no_nan(values: Tensor) -> list[float | None]:
-    return [value if value == value else None for value in values.tolist()]

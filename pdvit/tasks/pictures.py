@@ -26,30 +26,20 @@ PICTURES, LONGEST_SIDE = 8, 512
 
 
 @torch.no_grad()
-def predict_mask(
-    network: Network, image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig
-) -> Tensor:
-    """Return the class of every pixel, uint8 of this size, on the CPU; arguments as for `score_rows`."""
-    mask = torch.empty(size, dtype=torch.uint8)
-    for top, scores in score_rows(network, image, size, classes, config):
-        mask[top : top + scores.shape[1]] = scores.argmax(0).byte().cpu()
-    return mask
-
-
 def predict_masks(
     network: Network, split: Split, classes: int, loader: LoaderConfig, config: Config, windows: SlidingWindowConfig
 ) -> Iterator[tuple[int, Image.Image, Tensor]]:
-    """Yield index, image and mask, of the image's size, of every image that decodes; `loader.bad` gets the others."""
-    side, interpolation = config.segment.short_side, loader.preprocessing.interpolation
+    """Yield index, image and mask (uint8, of its size) of every image that decodes; `loader.bad` gets the others."""
     for index in range(len(split)):
         image = try_read(split, index)
         if isinstance(image, BadImage):
             loader.bad.add([image])
             continue
-        pixels = evaluation_pixels(image, side, interpolation)[None].to(loader.device)
+        pixels = evaluation_pixels(image, config.segment.short_side, loader.preprocessing.interpolation)
+        normalised, size = loader.preprocessing.normalise(pixels[None].to(loader.device)), (image.height, image.width)
         with autocast(loader.device, config.run.precision):
-            normalised, (width, height) = loader.preprocessing.normalise(pixels), image.size
-            mask = predict_mask(network, normalised, (height, width), classes, windows)
+            blocks = score_rows(network, normalised, size, classes, windows)
+            mask = torch.cat([scores.argmax(0).byte().cpu() for _, scores, _ in blocks])
         yield index, image, mask
 
 
@@ -75,15 +65,6 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def thumbnail(image: Image.Image) -> Image.Image:
-    """Return an image, or a palette image, scaled down to 512 pixels on its longest side."""
-    scale = LONGEST_SIDE / max(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.NEAREST if image.mode == "P" else Image.Resampling.BOX)
-
-
 def prediction_pngs(
     network: Network,
     split: MaskSplit,
@@ -92,7 +73,7 @@ def prediction_pngs(
     config: Config,
     windows: SlidingWindowConfig,
 ) -> dict[str, bytes]:
-    """Return small PNG files of image, truth and prediction, for 8 images spread evenly over a split."""
+    """Return small PNG files of image, truth and prediction, for images spread evenly over a split."""
     chosen, classes = subsample(split, PICTURES), len(source.classes)
     assert isinstance(chosen, MaskSplit)
     files, palette = dict[str, bytes](), source.palette or default_palette(classes)
@@ -100,5 +81,8 @@ def prediction_pngs(
     for number, (index, image, mask) in enumerate(predicted, 1):
         masks = {"truth": chosen.mask(index), "prediction": mask}
         pictures = {"image": image} | {name: palette_image(mask, palette) for name, mask in masks.items()}
-        files |= {f"predictions/{number:02}-{name}.png": png(thumbnail(part)) for name, part in pictures.items()}
+        for name, picture in pictures.items():
+            box = Image.Resampling.NEAREST if picture.mode == "P" else Image.Resampling.BOX
+            picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), box)
+            files[f"predictions/{number:02}-{name}.png"] = png(picture)
     return files

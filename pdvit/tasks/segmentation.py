@@ -116,13 +116,14 @@ class SegmentationTask(ImageTask):
             self.ranks,
             in_lockstep=self.config.run.distribute == "fsdp",
         )
-        text = f"mIoU {self.scores.miou:6.1%}  accuracy {self.scores.accuracy:6.1%}  loss {self.scores.loss:.3f}"
-        return self.scores.record(), self.scores.images, text
+        text = "mIoU {miou:6.1%}  accuracy {accuracy:6.1%}  loss {loss:.3f}".format(**self.scores.numbers)
+        return self.scores.numbers, self.scores.images, text
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
         numbers = super().finish(network, weights)
-        table = class_table(self.scores.confusion, unique_names(self.source.classes), self.scores.iou)
+        assert self.scores.confusion is not None
+        table = class_table(self.scores.confusion, unique_names(self.source.classes), pixels=True)
         split, pixels = self._split(self.source.final_split), pixel_network(network)
         pictures = prediction_pngs(pixels, split, self.source, self.loader, self.config, self.windows)
         self.files = {"iou.csv": csv_bytes(table)} | pictures

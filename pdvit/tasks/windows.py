@@ -24,7 +24,7 @@ MAX_SCORES, MAX_BLOCK = 2**30, 2**26
 
 @dataclass(frozen=True)
 class SlidingWindowConfig:
-    """How an image is evaluated; scores are averaged over windows, scales and mirror images."""
+    """The windows and views of an image, over which scores are averaged."""
 
     mode: str  # whole or slide
     window: int  # side in pixels
@@ -33,15 +33,13 @@ class SlidingWindowConfig:
     scales: tuple[float, ...] = (1.0,)  # factors of the image's size
     flip: bool = False
 
-    def too_large(self, height: int, width: int) -> bool:
-        """Whether an image of this size is evaluated in windows although the mode is `whole`."""
-        return self.mode == "whole" and height * width * max(self.scales) ** 2 > MAX_WHOLE
-
 
 def score_rows(
     network: Network, image: Tensor, size: tuple[int, int], classes: int, config: SlidingWindowConfig
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, Tensor, bool]]:
     """Yield the first row and the scores `(C, R, W)` of each block of rows of a mask, from top to bottom.
+
+    The third value is whether the image was too large for mode `whole`, and was evaluated in windows.
 
     The class of a pixel is that of its largest score; `cross_entropy` takes the scores as logits. Scores of one view
     are logits; of several views, the logarithm of the mean probability (softmax). Maps are resized bilinearly.
@@ -63,12 +61,13 @@ def score_rows(
     block = max(1, MAX_BLOCK // (classes * size[1]))
     blocks = [range(start, min(start + block, size[0])) for start in range(0, size[0], block)]
     total: Tensor | None = None
+    large = False
     for scale, mirrored in views:
         view = resize(image, (max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))))
-        logits = pixel_logits(network, view.flip(-1) if mirrored else view, config)
-        logits = logits.flip(-1) if mirrored else logits
+        logits, in_windows = pixel_logits(network, view.flip(-1) if mirrored else view, config)
+        logits, large = logits.flip(-1) if mirrored else logits, large or in_windows
         if len(views) == 1:
-            yield from ((rows.start, resize_rows(logits, size, rows)[0]) for rows in blocks)
+            yield from ((rows.start, resize_rows(logits, size, rows)[0], large) for rows in blocks)
             return
         total = logits.new_zeros(logits.shape[1], *size) if total is None else total
         for rows in blocks:
@@ -76,22 +75,22 @@ def score_rows(
         del logits
     assert total is not None
     total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
-    yield from ((rows.start, total[:, rows.start : rows.stop]) for rows in blocks)
+    yield from ((rows.start, total[:, rows.start : rows.stop], large) for rows in blocks)
 
 
-def pixel_logits(network: Network, image: Tensor, config: SlidingWindowConfig) -> Tensor:
-    """Return float32 logits `(1, C, H, W)` of an image `(1, 3, H, W)`, one for each of its pixels."""
-    height, width = image.shape[-2:]
-    if config.mode == "slide" or height * width > MAX_WHOLE:
-        return slide(network, image, config.window, config.stride, config.batch)
-    try:
-        return resize(network(image).float(), (height, width))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    # after the handler, because the error holds the tensors of the pass
-    torch.cuda.empty_cache()
-    return slide(network, image, config.window, config.stride, 1)
+def pixel_logits(network: Network, image: Tensor, config: SlidingWindowConfig) -> tuple[Tensor, bool]:
+    """Return float32 logits `(1, C, H, W)` of an image `(1, 3, H, W)`, and whether it was too large for `whole`."""
+    (height, width), batch = image.shape[-2:], config.batch
+    if config.mode == "whole" and height * width <= MAX_WHOLE:
+        try:
+            return resize(network(image).float(), (height, width)), False
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # after the handler, because the error holds the tensors of the pass
+        torch.cuda.empty_cache()
+        batch = 1
+    return slide(network, image, config.window, config.stride, batch), config.mode == "whole"
 
 
 def slide(network: Network, image: Tensor, window: int, stride: int, batch: int) -> Tensor:

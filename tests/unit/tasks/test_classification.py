@@ -12,8 +12,8 @@ def test_the_best_classes_come_with_their_probabilities_in_order():
     logits[2, 0] = math.nan
     parts = [(logits[:2], [0, 2]), (logits[2:], [3])]
     batches = [Batch(part, torch.zeros(len(part)), torch.tensor(index)) for part, index in parts]
-    found = list(predict(nn.Identity(), batches, 2, "fp32"))
-    assert [item.image for item in found] == [0, 2, 3]
-    assert [item.classes for item in found[:2]] == [[1, 2], [0, 2]]
-    torch.testing.assert_close(torch.tensor(found[0].probabilities), torch.tensor([0.7, 0.2]))
-    assert [item.finite for item in found] == [True, True, False]
+    images, classes, probabilities, finite = zip(*predict(nn.Identity(), batches, 2, "fp32"), strict=True)
+    assert images == (0, 2, 3)
+    assert classes[:2] == ([1, 2], [0, 2])
+    torch.testing.assert_close(torch.tensor(probabilities[0]), torch.tensor([0.7, 0.2]))
+    assert finite == (True, True, False)

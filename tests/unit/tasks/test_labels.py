@@ -36,7 +36,7 @@ def test_classes_are_matched_by_name_if_there_are_names(names, classes, order, t
     ("count", "names", "classes", "what"),
     [
         (3, None, ["a", "b"], "the checkpoint has 3 classes, data has 2"),
-        (3, ["a", "b", "c"], ["a", "b"], "data has 2 of the checkpoint's 3 classes"),
+        (3, ["a", "b", "c"], ["a", "b"], "the checkpoint has 3 classes, data has 2"),
         (2, ["a", "b"], ["a", "b", "c"], "the checkpoint has 2 classes, data has 3"),
         (2, ["a", "b"], ["a", "x"], "'x'"),
         (3, ["a", "b", "a"], ["b", "a", "a"], "'a' is the name of two"),

@@ -1,4 +1,5 @@
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -55,17 +56,18 @@ def test_models_that_do_not_fit_the_settings_are_refused(model, settings, messag
         task_of(model, 64, **settings)
 
 
-def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too():
+def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too(monkeypatch):
     task = task_of(PLAIN, diversity="none", first="patches")
-    first, last = task.probe.first_last(task.module)
-    backbone, (_, values) = task.module.backbone, task.probe.similarity(task.module)
+    monkeypatch.setattr(task, "source", replace(SCENES, splits={"val": SCENES.splits["val"].take(torch.arange(2))}))
+    summary, backbone = task.finish(task.module, "raw"), task.module.backbone
+    similarity = task.evaluate(task.module)[0]["similarity"]
     with torch.no_grad():
-        patches = backbone.patch_embed(task.probe.images).reshape(len(task.probe.images), -1, PLAIN["width"])
+        patches = backbone.patch_embed(task.probe).reshape(len(task.probe), -1, PLAIN["width"])
     patches = torch.nn.functional.normalize(patches, dim=-1)
-    cosines = (patches @ patches.mT).abs()
-    count = patches.shape[1]
-    assert first == pytest.approx(float((cosines.sum((1, 2)) - count).mean()) / (count * (count - 1)), abs=1e-6)
-    assert last == pytest.approx(values[-1], abs=1e-6)
+    cosines, count = (patches @ patches.mT).abs(), patches.shape[1]
+    expected = float((cosines.sum((1, 2)) - count).mean()) / (count * (count - 1))
+    assert summary["similarity_first"] == pytest.approx(expected, abs=1e-6)
+    assert summary["similarity_last"] == pytest.approx(similarity["similarity"][-1], abs=1e-6)
 
 
 def test_a_stride_without_effect_is_noted():

@@ -81,12 +81,12 @@ def test_logits_are_added_up_in_float32_and_not_in_place():
 
 def test_whole_images_take_one_pass_and_too_large_ones_windows(monkeypatch):
     net, picture = network(shrink=2), image(20, 33)
-    assert torch.equal(pixel_logits(net, picture, WHOLE), bilinear(net(picture), (20, 33)))
-    assert not WHOLE.too_large(20, 33)
+    assert torch.equal(pixel_logits(net, picture, WHOLE)[0], bilinear(net(picture), (20, 33)))
     monkeypatch.setattr(windows, "MAX_WHOLE", 600)
-    assert WHOLE.too_large(20, 33)
-    assert not WHOLE.too_large(20, 30)
-    assert torch.equal(pixel_logits(net, picture, WHOLE), slide(net, picture, 16, 8, 1))
+    found, in_windows = pixel_logits(net, picture, WHOLE)
+    assert in_windows
+    assert torch.equal(found, slide(net, picture, 16, 8, 1))
+    assert not pixel_logits(net, image(20, 30), WHOLE)[1]
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,14 @@ def test_a_whole_image_that_does_not_fit_in_memory_is_evaluated_in_windows(error
         with pytest.raises(RuntimeError, match="do not fit"):
             pixel_logits(small, picture, WHOLE)
     else:
-        assert torch.equal(pixel_logits(small, picture, WHOLE), slide(net, picture, 16, 8, 1))
+        found, in_windows = pixel_logits(small, picture, WHOLE)
+        assert in_windows
+        assert torch.equal(found, slide(net, picture, 16, 8, 1))
 
 
 def gathered(net: nn.Module, picture: torch.Tensor, size: tuple[int, int], config: SlidingWindowConfig):
     """Put the blocks together; each row comes once, from top to bottom."""
-    rows, parts = zip(*score_rows(net, picture, size, 3, config), strict=True)
+    rows, parts, _ = zip(*score_rows(net, picture, size, 3, config), strict=True)
     assert list(rows) == [sum(part.shape[1] for part in parts[:number]) for number in range(len(parts))]
     return torch.cat(parts, 1)
 
@@ -150,7 +152,7 @@ def test_large_maps_come_in_blocks_with_the_same_scores(monkeypatch, config):
     net, picture = network(shrink=2), image(20, 30)
     expected = gathered(net, picture, (27, 41), config)
     monkeypatch.setattr(windows, "MAX_BLOCK", 3 * 41 * 4)
-    assert all(part.numel() <= windows.MAX_BLOCK for _, part in score_rows(net, picture, (27, 41), 3, config))
+    assert all(part.numel() <= windows.MAX_BLOCK for _, part, _ in score_rows(net, picture, (27, 41), 3, config))
     torch.testing.assert_close(gathered(net, picture, (27, 41), config), expected, rtol=1e-5, atol=1e-5)
 
 
