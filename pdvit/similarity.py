@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from pdvit.errors import UserError
 
-# A token shorter than this has no direction: it is alike to nothing and gets no gradient (1 / length would be one).
+# A shorter token has no direction: its cosines and its gradient are 0.
 SHORTEST = 1e-12
 # Entries of the Gram matrix that exist at one moment: 16 MB of float32.
 BLOCK_ENTRIES = 4 * 2**20
@@ -22,29 +22,28 @@ BLOCK_ENTRIES = 4 * 2**20
 def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
     """Return P of every image: the mean of |cos| over all pairs of different patches.
 
+    Exact for any N: the N x N cosines are computed in blocks of rows, so memory grows with N * D only.
+
     Args:
-        tokens: patch tokens `(B, N, D)` of any floating dtype, without prefix tokens.
+        tokens: patch tokens `(B, N, D)` of any floating dtype, without prefix tokens; UserError for another shape.
         signed: average cos instead of |cos| (the measure of v1 of the paper), in O(N D).
 
     Returns:
         `(B,)`, float32 (float64 for float64 tokens), in [0, 1], or in [-1/(N-1), 1] if signed.
         An image with a single patch has no pairs and gives 0.
-
-    Exact for any N: the N x N cosines are made in blocks of rows, so memory grows with N * D only.
-
-    Raises:
-        UserError: the tokens have other than three axes.
     """
     if tokens.ndim != 3:
-        raise UserError(
-            f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}",
-            "patch_similarity(tokens)",
-            "pass (B, N, D); flatten a map (B, D, H, W) with tokens.flatten(2).transpose(1, 2)",
-        )
+        what = f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}"
+        tip = "pass (B, N, D); flatten a map (B, D, H, W) with tokens.flatten(2).transpose(1, 2)"
+        raise UserError(what, "patch_similarity(tokens)", tip)
     count = tokens.shape[1]
     if count < 2:
         return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
-    total = _signed_cosines(unit_tokens(tokens)) if signed else _AbsoluteCosines.apply(tokens)
+    if signed:  # |sum of u|^2 without the diagonal
+        unit = unit_tokens(tokens)
+        total = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    else:
+        total = _AbsoluteCosines.apply(tokens)
     return total / (count * (count - 1))
 
 
@@ -60,7 +59,7 @@ def _inverse_length(tokens: Tensor) -> Tensor:
     """Return what scales each token to length 1, `(..., 1)`; 0 for a token without direction."""
     shortest = max(SHORTEST, torch.finfo(tokens.dtype).tiny)
     length = torch.linalg.vector_norm(at_least_float32(tokens), dim=-1, keepdim=True)
-    # asked this way round, a token that is not a number stays one
+    # with <=, a token that is not a number stays one
     return torch.where(length <= shortest, 0, 1 / length.clamp_min(shortest))
 
 
@@ -69,17 +68,12 @@ def at_least_float32(tokens: Tensor) -> Tensor:
     return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
-def _signed_cosines(unit: Tensor) -> Tensor:
-    """Sum u_i . u_j over i != j, per image: |sum of u|^2 without the diagonal."""
-    return unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-
-
 class _AbsoluteCosines(torch.autograd.Function):
     """Sum of |u_i . u_j| over i != j, per image, without ever holding the whole N x N matrix.
 
     With s_ij = sign(u_i . u_j) off the diagonal and p_i = sum over j of s_ij u_j, the sum is that of p_i . u_i, and its
-    gradient towards h_i is 2 (p_i - (p_i . u_i) u_i) / |h_i|. Both are made in the forward pass, where each block of
-    cosines exists anyway, so that backward is one multiplication.
+    gradient towards h_i is 2 (p_i - (p_i . u_i) u_i) / |h_i|. Both are computed in the forward pass, where each block
+    of cosines exists anyway, so backward is one multiplication.
     """
 
     @staticmethod

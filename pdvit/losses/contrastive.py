@@ -36,20 +36,17 @@ def contrastive_loss(
     - `diverse-vit`: as `paper`, with f and l scaled to length 1 (VITA-Group/Diverse-ViT, reg.py).
 
     Args:
-        first: patch tokens `(B, N, D)` of the first layer.
-        last: patch tokens `(B, N, D)` of the last layer.
-        variant: one of the above.
+        first, last: patch tokens `(B, N, D)` of the two layers.
+        variant: one of the above; UserError for another.
         detach_first: stop the gradient at the first layer. Unset: yes, as the released code does (for `paper` and `v1`
             our choice), but not under `diverse-vit`.
-        grid: rows and columns of the patches, which only `released` reads; unset: a square.
+        grid: rows and columns of the patches, which only `released` reads; unset: a square. UserError if it has not as
+            many places as there are patches.
 
     Returns:
-        A scalar >= 0. Where all last patches are equal it is ln 2; under `released` ln 3 for a patch with a whole
-        window, and less at the border. 0 for a single patch. Products are raw except under `diverse-vit`, so `paper`
-        and `v1` have no upper bound. Float32 even under autocast (float64 tokens stay float64).
-
-    Raises:
-        UserError: there is no such variant, or the patches do not fill the grid.
+        A scalar >= 0, in float32 even under autocast (float64 stays). If all last patches are equal it is ln 2; under
+        `released` ln 3 for a patch with a whole window, and less at the border. 0 for a single patch. Products are raw
+        except under `diverse-vit`, so `paper` and `v1` have no upper bound.
     """
     check_variant(variant, VARIANTS, "contrastive_loss(variant=...)")
     count = last.shape[1]
@@ -79,9 +76,7 @@ def _local_mean(tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
     count = tokens.shape[1]
     rows, columns = grid or (math.isqrt(count),) * 2
     if rows * columns != count:
-        what = f"{count} patches do not fill a grid of {rows} rows and {columns} columns"
-        if grid is None:
-            what = f"{count} patches form no square, and the released form needs to know which are neighbours"
+        what = f"{count} patches {'form no square' if grid is None else f'do not fill a grid of {rows} x {columns}'}"
         raise UserError(what, "contrastive_loss(grid=...)", "pass grid=(rows, columns) of the patches")
     others = WINDOW**2 - 1
     maps = tokens.transpose(1, 2).unflatten(-1, (rows, columns))

@@ -20,14 +20,11 @@ def cosine_loss(last: Tensor, variant: str = "paper") -> Tensor:
 
     Args:
         last: patch tokens `(B, N, D)` of the last layer.
-        variant: one of the above.
+        variant: one of the above; UserError for another.
 
     Returns:
-        A scalar, 1 where all patches are parallel (`paper`) or equal (the others). For a single patch 0, and 1 with
-        its diagonal; no gradient either way. Float32 even under autocast (float64 stays).
-
-    Raises:
-        UserError: there is no such variant.
+        A scalar, 1 if all patches are parallel (`paper`) or equal (the others). For a single patch 0, and 1 with its
+        diagonal; no gradient either way. Float32 even under autocast (float64 stays).
     """
     check_variant(variant, ("paper", "v1", "diverse-vit"), "cosine_loss(variant=...)")
     if variant == "diverse-vit":

@@ -20,12 +20,7 @@ def cross_entropy_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0, 
         smoothing: fraction of a target that is distributed evenly over the classes (to one half, with `multi_label`).
         multi_label: every class is a binary decision, and the loss is the mean over the classes too.
 
-    Returns:
-        A scalar >= 0, float32 even under autocast (float64 stays).
-
-    Raises:
-        UserError: the targets do not fit the logits, or (on the CPU, outside torch.compile) are out of range. On a GPU
-            the check would have to wait for the device; there torch itself stops at an index out of range.
+    Returns a scalar >= 0, float32 even under autocast (float64 stays). Raises UserError as `check_targets`.
     """
     logits = at_least_float32(logits)
     check_targets(tuple(logits.shape), targets, multi_label)
@@ -43,27 +38,25 @@ def smooth_targets(targets: Tensor, logits: Tensor, smoothing: float, multi_labe
 
 
 def check_targets(shape: tuple[int, ...], targets: Tensor, multi_label: bool) -> None:
-    """Raise UserError where targets do not fit logits `(..., C)`; their values are checked on the CPU only."""
+    """Raise UserError if targets do not fit logits of shape `(..., C)`, or are out of range.
+
+    The range is checked on the CPU only, outside torch.compile. On a GPU the check would have to wait for the device;
+    there torch itself stops at an index out of range.
+    """
     where, classes = "Objective(...)(output, targets, patch_targets)", shape[-1]
     indices = targets.shape == shape[:-1] and not targets.is_floating_point()
-    if not (indices and not multi_label) and targets.shape != shape:
+    if targets.shape != shape and (multi_label or not indices):
+        what = f"targets of shape {tuple(targets.shape)} ({targets.dtype}) for logits of shape {shape}"
         or_indices = "" if multi_label else f"class indices {shape[:-1]}, or "
-        raise UserError(
-            f"targets of shape {tuple(targets.shape)} ({targets.dtype}) for logits of shape {shape}",
-            where,
-            f"pass {or_indices}a number from 0 to 1 for each class, {shape}",
-        )
+        raise UserError(what, where, f"pass {or_indices}a number from 0 to 1 for each class, {shape}")
     if torch.compiler.is_compiling() or targets.device.type != "cpu" or not targets.numel():
         return
     if targets.ndim > 2 and targets.stride(1) == 0:  # an expanded view: all patches have the target of their image
         targets = targets[:, :1]
     low, high = (edge.item() for edge in targets.aminmax())
     if not 0 <= low <= high <= (classes - 1 if indices else 1):  # NaN fails too
-        raise UserError(
-            f"targets from {low:g} to {high:g} for {classes} classes",
-            where,
-            f"number the classes from 0 to {classes - 1}" if indices else "a probability is from 0 to 1",
-        )
+        tip = f"number the classes from 0 to {classes - 1}" if indices else "a probability is from 0 to 1"
+        raise UserError(f"targets from {low:g} to {high:g} for {classes} classes", where, tip)
 
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -74,7 +67,7 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
     Args:
         logits: `(B, C, H, W)`, at the size of the masks.
-        masks: class indices `(B, H, W)`, 255 where a pixel has no class.
+        masks: class indices `(B, H, W)`, 255 for pixels without a class.
     """
     if torch.are_deterministic_algorithms_enabled():  # torch has no deterministic kernel for images on a GPU
         logits, masks = logits.movedim(1, -1).flatten(0, -2), masks.flatten()

@@ -21,8 +21,8 @@ def koleo_loss(last: Tensor) -> Tensor:
         last: patch tokens `(B, N, D)` of the last layer.
 
     Returns:
-        A scalar: 18.42 where all patches are equal, -ln sqrt(2) where they are orthogonal, at least -ln 2; 0 for a
-        single patch. Float32 even under autocast (float64 stays).
+        A scalar: 18.42 if all patches are equal, -ln sqrt(2) if they are orthogonal, at least -ln 2; 0 for a single
+        patch. Float32 even under autocast (float64 stays).
     """
     unit = unit_tokens(last)
     if last.shape[1] < 2:

@@ -1,4 +1,4 @@
-"""The mixing term: after patch-aligned CutMix, every patch should still know the image it came from."""
+"""The mixing term: after patch-aligned CutMix, every patch predicts the class of its image."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import check_targets, cross_entropy_loss, smooth_targets
 from pdvit.losses.variants import VARIANTS, check_variant
 from pdvit.similarity import at_least_float32
@@ -35,17 +34,11 @@ def mixing_loss(
 
     Args:
         patch_logits: `(B, N, C)`, the output of the shared linear head for each patch of the last layer.
-        patch_targets: class of each patch, indices `(B, N)` or probabilities `(B, N, C)`.
-        variant: one of the above.
-        label_smoothing: fraction of each target that is distributed evenly over the classes (to one half, with
-            `multi_label`).
-        multi_label: targets `(B, N, C)` in which every class is a binary decision: binary cross-entropy.
+        patch_targets, label_smoothing, multi_label: as in `cross_entropy_loss`.
+        variant: one of the above; UserError for another.
 
     Returns:
         A scalar >= 0, ln C for a uniform prediction (ln 2 with `multi_label`). Float32 even under autocast.
-
-    Raises:
-        UserError: there is no such variant, or the targets do not fit or are out of range.
     """
     check_variant(variant, VARIANTS, "mixing_loss(variant=...)")
     if variant != "released":
@@ -81,23 +74,12 @@ def chunked_mixing_loss(
 
     Args:
         tokens: input of the head, `(B, N, D)`.
-        weight: of the linear head, `(C, D)`.
-        bias: of the linear head, `(C,)`, or None.
-        patch_targets: class of each patch, indices `(B, N)` or probabilities `(B, N, C)` (an expanded view is fine).
-        label_smoothing: fraction of each target that is distributed evenly over the classes.
+        weight, bias: of the linear head, `(C, D)` and `(C,)`.
+        patch_targets, label_smoothing: as in `cross_entropy_loss`.
 
     Returns:
         A scalar >= 0 in float32 (float64 tokens: float64); under autocast the products have its type.
-
-    Raises:
-        UserError: the shapes do not belong together, or targets (on the CPU, outside torch.compile) are out of range.
     """
-    if tokens.ndim != 3 or weight.shape[-1:] != tokens.shape[-1:]:
-        raise UserError(
-            f"tokens {tuple(tokens.shape)} and a head {tuple(weight.shape)} do not belong together",
-            "chunked_mixing_loss(tokens, weight, bias, patch_targets)",
-            "pass (B, N, D) and (C, D)",
-        )
     check_targets((*tokens.shape[:2], len(weight)), patch_targets, multi_label=False)
     loss: Tensor = _Chunked.apply(tokens, weight, bias, patch_targets, label_smoothing)
     return loss

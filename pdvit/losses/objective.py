@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,28 +19,16 @@ from pdvit.losses.variants import VARIANTS, check_variant
 TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 
 
-class Tokens(Protocol):
-    """The output of a model that the objective reads, as `pdvit.DiverseModel` returns it."""
+class TokenOutput(NamedTuple):
+    """The output of `pdvit.DiverseModel`; the objective reads any output with these attributes."""
 
-    @property
-    def logits(self) -> Tensor: ...  # noqa: D102
-    @property
-    def first(self) -> Tensor: ...  # noqa: D102
-    @property
-    def last(self) -> Tensor: ...  # noqa: D102
-    @property
-    def patch_logits(self) -> Tensor | None: ...  # noqa: D102
-    @property
-    def others(self) -> tuple[Tensor, ...]:
-        """More token maps for the cosine term, which is then the mean over last and these."""
-
-    @property
-    def mixing(self) -> Tensor | None:
-        """The mixing term, where the forward pass has computed it already."""
-
-    @property
-    def smoothing(self) -> float:
-        """The label smoothing that it was computed with."""
+    logits: Tensor  # (B, C)
+    first: Tensor  # patch tokens (B, N, D) of the two layers that the terms compare
+    last: Tensor
+    patch_logits: Tensor | None  # (B, N, C); None without a patch head
+    others: tuple[Tensor, ...] = ()  # patch tokens of more layers: the cosine term is the mean over last and these
+    mixing: Tensor | None = None  # the mixing term, if the model computed it
+    smoothing: float = 0.0  # its label smoothing
 
 
 class Losses(NamedTuple):
@@ -65,8 +53,8 @@ class Objective:
         class_loss: a function of logits and targets in place of the cross-entropy; it does its own label smoothing.
         grid: rows and columns of the patches, which only `released` reads; unset: a square.
 
-    Raises UserError where a weight is negative or not finite, label smoothing is not in [0, 1), the variant is
-    unknown, or the cosine term is on under `released`.
+    Raises UserError if a weight is negative or not finite, label smoothing is not in [0, 1), the variant is unknown,
+    or the cosine term is on under `released`.
     """
 
     cosine: float = 1.0
@@ -91,14 +79,12 @@ class Objective:
             raise UserError(what, f"Objective(label_smoothing={self.label_smoothing})", tip)
         check_variant(self.variant, VARIANTS, "diversity.variant, Objective(variant=...)")
         if self.variant == "released" and self.cosine:
-            raise UserError(
-                "the released code has no cosine term",
-                f"Objective(variant='released', cosine={self.cosine:g})",
-                "set cosine=0 (--cosine 0), or choose another variant",
-            )
+            where = f"Objective(variant='released', cosine={self.cosine:g})"
+            tip = "set cosine=0 (--cosine 0), or choose another variant"
+            raise UserError("the released code has no cosine term", where, tip)
 
     def __call__(
-        self, output: Tokens, targets: Tensor, patch_targets: Tensor | None = None, weights: Tensor | None = None
+        self, output: TokenOutput, targets: Tensor, patch_targets: Tensor | None = None, weights: Tensor | None = None
     ) -> Losses:
         """Return the loss of one batch.
 
@@ -108,9 +94,7 @@ class Objective:
             patch_targets: `(B, N)` or `(B, N, C)`; needed for the mixing term (`pdvit.patch_cutmix` makes them).
             weights: factors on the terms' weights, one for each of `TERMS`; unset: 1.
 
-        Raises:
-            UserError: the mixing term is on and the patch targets or the patch head are missing; targets do not fit, or
-                (on the CPU, outside torch.compile) are out of range.
+        Raises UserError if patch targets or patch head of the mixing term are missing, or as `check_targets`.
         """
         if self.class_loss is not None:
             parts = {"class": self.class_loss(output.logits, targets)}
@@ -134,37 +118,27 @@ class Objective:
         """Whether `DiverseModel` can compute the mixing term: `released` averages patches before it compares."""
         return self.mixing > 0 and self.variant != "released" and not self.multi_label
 
-    def _mixing(self, output: Tokens, patch_targets: Tensor | None) -> Tensor:
+    def _mixing(self, output: TokenOutput, patch_targets: Tensor | None) -> Tensor:
+        where = f"Objective(variant='{self.variant}', multi_label={self.multi_label})(output, targets, patch_targets)"
         if output.mixing is not None:
             if not self.mixing_is_patchwise:
-                raise UserError(
-                    "the model computed the mixing term patch by patch, and this objective has another form of it",
-                    f"Objective(variant='{self.variant}', multi_label={self.multi_label})",
-                    "call the model without patch_targets, and the objective with them",
-                )
+                what = "the model computed the mixing term patch by patch, and this objective has another form of it"
+                raise UserError(what, where, "call the model without patch_targets, and the objective with them")
             if output.smoothing != self.label_smoothing:
-                raise UserError(
-                    f"the model computed the mixing term with label smoothing {output.smoothing:g}, "
-                    f"the objective has {self.label_smoothing:g}",
-                    "Objective(label_smoothing=...)",
-                    f"call the model with (images, patch_targets, {self.label_smoothing:g})",
-                )
+                theirs, ours = f"{output.smoothing:g}", f"{self.label_smoothing:g}"
+                what = f"the model has the mixing term with label smoothing {theirs}, the objective with {ours}"
+                raise UserError(what, where, f"call the model with (images, patch_targets, {ours})")
             return output.mixing
         if patch_targets is None or output.patch_logits is None:
-            raise UserError(
-                "the mixing term needs the class of every patch and a patch head",
-                "Objective(...)(output, targets, patch_targets)",
-                "pass patch_targets from pdvit.patch_cutmix, keep DiverseModel's patch_head, or set mixing=0",
-            )
+            tip = "pass patch_targets from pdvit.patch_cutmix, keep DiverseModel's patch_head, or set mixing=0"
+            raise UserError("the mixing term needs the class of every patch and a patch head", where, tip)
         return mixing_loss(output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label)
 
-    def _total(self, parts: dict[str, Tensor], output: Tokens, factors: Tensor | None) -> Tensor:
-        weights = {
-            name: getattr(self, name) * (1.0 if factors is None else factors[index])
-            for index, name in enumerate(TERMS)
-            if name in parts
-        }
+    def _total(self, parts: dict[str, Tensor], output: TokenOutput, factors: Tensor | None) -> Tensor:
         total = parts["class"]
+        weights = {name: getattr(self, name) for name in TERMS if name in parts}
+        if factors is not None:
+            weights = {name: weight * factors[TERMS.index(name)] for name, weight in weights.items()}
         if self.variant == "diverse-vit" and "mixing" in weights:
             patch_weight = output.last.shape[1] * weights.pop("mixing")
             total = (total + patch_weight * parts["mixing"]) / (1 + patch_weight)

@@ -5,23 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """The factor on a weight as a function of the step alone, so a run can be resumed at any step.
+    """The factor on a weight as a function of the step alone, so a run can be resumed at any step."""
 
-    Attributes:
-        total: steps of the run.
-        warmup: steps over which the factor rises linearly from 0 to 1, from the start.
-        decay: steps over which it falls linearly from 1 to 0, up to the end of the run.
-        until: step from which on it is 0; None: never.
-    """
-
-    total: int
-    warmup: int = 0
-    decay: int = 0
-    until: int | None = None
+    total: int  # steps of the run
+    warmup: int = 0  # steps over which the factor rises linearly from 0 to 1, from the start
+    decay: int = 0  # steps over which it falls linearly from 1 to 0, up to the end of the run
+    until: int | None = None  # step from which on it is 0
 
     @property
     def constant(self) -> bool:
-        """Tell whether the factor is always 1."""
+        """Whether the factor is always 1."""
         return not (self.warmup or self.decay) and self.until is None
 
     def __call__(self, step: int) -> float:

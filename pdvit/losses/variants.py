@@ -1,4 +1,4 @@
-"""The forms that the terms take: the paper's versions, its released code, and a reimplementation."""
+"""The variants of the terms: the paper's versions, its released code, and a reimplementation."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ VARIANTS = ("paper", "v1", "released", "diverse-vit")
 
 
 def check_variant(variant: str, known: Sequence[str], where: str) -> None:
-    """Raise UserError where a term has no form of this name."""
+    """Raise UserError if a term has no variant of this name."""
     if variant not in known:
         tip = closest(variant, known)
         if variant in VARIANTS:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.losses.mixing import chunked_mixing_loss
+from pdvit.losses.objective import TokenOutput
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import Place, evaluating, places_of, shapes_of
 from pdvit.models.wrapper import Wrapper
@@ -17,27 +18,6 @@ HEAD = "DiverseModel(model, patch_head=...)"
 FIRST, LAST = "diversity.first (--first)", "diversity.last (--last)"
 COSINE = "diversity.cosine_layers (--cosine-layers)"
 EARLY = ("embed", "patches")
-
-
-class TokenOutput(NamedTuple):
-    """The result of a forward pass.
-
-    Attributes:
-        logits: `(B, C)`.
-        first, last: patch tokens `(B, N, D)` of the two layers that the terms compare.
-        patch_logits: `(B, N, C)`, or None without a patch head.
-        others: patch tokens `(B, N', D')` of more layers, for the cosine term.
-        mixing: the mixing term if patch targets were passed; patch_logits is then None.
-        smoothing: its label smoothing.
-    """
-
-    logits: Tensor
-    first: Tensor
-    last: Tensor
-    patch_logits: Tensor | None
-    others: tuple[Tensor, ...] = ()
-    mixing: Tensor | None = None
-    smoothing: float = 0.0
 
 
 class DiverseModel(Wrapper):

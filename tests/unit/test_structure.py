@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": set(),
     "tracking": set(),
     "losses": {"similarity"},
-    "models": {"config", "losses.mixing"},
+    "models": {"config", "losses.mixing", "losses.objective"},
     "data": {"config"},
     "engine": {"tracking", "config"},
     "tasks": {

@@ -14,7 +14,7 @@ from pdvit.data.batch import Batch
 from pdvit.data.mixing import MODES, Mixing, draw_pasted, partners, patch_cutmix
 from pdvit.errors import UserError
 from pdvit.losses import Objective
-from pdvit.models.tokens import TokenOutput
+from pdvit.losses.objective import TokenOutput
 
 CLASSES, SIZE = 7, 6
 MIXUP = Mixing(cutmix=0.0, prob=1.0, patch_size=2, num_classes=CLASSES, labels=True, mixup=1.0)

@@ -164,7 +164,7 @@ def test_patches_that_do_not_fill_the_grid_are_refused():
     with pytest.raises(UserError, match="6 patches form no square") as caught:
         contrastive_loss(first, last, "released")
     assert "grid=" in caught.value.tip
-    with pytest.raises(UserError, match="do not fill a grid of 2 rows and 4"):
+    with pytest.raises(UserError, match="do not fill a grid of 2 x 4"):
         contrastive_loss(first, last, "released", grid=(2, 4))
 
 
