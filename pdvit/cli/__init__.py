@@ -1,6 +1,7 @@
 """The command line: the commands, and errors as three lines and an exit status."""
 
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -47,14 +48,16 @@ def run(arguments: list[str]) -> int:
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
     try:
         status = app(arguments, prog_name="pdvit", standalone_mode=False)
-    except UserError as error:
-        return _explain(error, EXIT_MISUSED)
-    except RunFailed as error:
-        return _explain(error, EXIT_FAILED)
+    except (UserError, RunFailed) as error:
+        return _explain(error)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "pdvit"
+        what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
+        tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
+        return _explain(UserError(what, command, tip))
     except typer.Abort:
         return EXIT_INTERRUPTED
-    except typer.TyperException as error:
-        return _explain(_usage_error(error), EXIT_MISUSED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -63,30 +66,11 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        what = error.strerror or str(error)
-        return _explain(
-            UserError(what, str(error.filename or "the output"), "check the name, the disk and permissions"),
-            EXIT_MISUSED,
-        )
+        where, tip = str(error.filename or "the output"), "check the name, the disk and permissions"
+        return _explain(UserError(error.strerror or str(error), where, tip))
     return status if isinstance(status, int) else 0
 
 
-def _explain(error: UserError | RunFailed, status: int) -> int:
+def _explain(error: UserError | RunFailed) -> int:
     print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-def _usage_error(error: typer.TyperException) -> UserError:
-    """Return a usage error of typer as a UserError."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "pdvit"
-    message = str(getattr(error, "message", error)) or type(error).__name__
-    name = getattr(error, "param", None)
-    if name is not None and not getattr(error, "option_name", None):
-        message = f"{name.opts[-1] if name.opts else name.name}: {message}"
-    guesses = getattr(error, "possibilities", None)
-    tip = f"did you mean {' or '.join(sorted(guesses))}?" if guesses else f"{command} --help lists all options"
-    if "Did you mean" in message:
-        message, _, guess = message.partition(" Did you mean")
-        tip = f"did you mean{guess}"
-    return UserError(message.rstrip(), command, tip)
+    return EXIT_FAILED if isinstance(error, RunFailed) else EXIT_MISUSED

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.console import log, make_console
-from pdvit.cli.runs import process_group
+from pdvit.cli.console import log, make_console, process_group
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,9 +1,15 @@
 """Where a command prints: standard output, or standard error if JSON goes to standard output."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+from pdvit.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -14,7 +20,7 @@ Batches = TypeVar("Batches", bound=Sized)
 
 
 def make_console(as_json: bool) -> "RunConsole":
-    """Return the console of a command. Of several processes only rank 0 prints."""
+    """Return the console of a command; its `stderr` is set if the command prints JSON. Only rank 0 prints."""
     from pdvit.engine.terminal import RunConsole
 
     return RunConsole(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
@@ -44,3 +50,21 @@ def cell(text: str) -> "Text":
     from pdvit.data.sources import printable
 
     return Text(printable(text))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the process group at the end. Rank 0 prints its errors; those of other ranks are in torchrun's summary."""
+    try:
+        yield
+    except (UserError, RunFailed) as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            raise
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()

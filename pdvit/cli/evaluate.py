@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
-from pdvit.cli.console import cell, log, make_console, with_progress
-from pdvit.cli.runs import process_group
+from pdvit.cli.console import cell, log, make_console, process_group, with_progress
 from pdvit.errors import UserError, closest
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Options of the commands that train: those of a run, and one for each key of the configuration that has a flag."""
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 from pdvit.config.load import parse_set, read_toml
-from pdvit.config.schema import KEYS, SECTIONS, Key
+from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError
 
 # Values by section and key.
 Layer = Mapping[str, Mapping[str, Any]]
-# The key in "optim.lr (--lr)", as errors name a setting.
-SETTING = re.compile(r"([a-z]+\.[a-z_]+)(?: \(--[^)]*\))?")
-# A flag in a tip, and its value unless that is a word of the sentence.
-FLAG = re.compile(r"(--[a-z][a-z-]*)(?: (?!(?:or|and|to|in)\b)(\w+))?")
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,7 @@ def _option(key: Key, default: Any) -> inspect.Parameter:
 
 
 def make_layers(
-    file: Path | None,
-    assignments: list[str],
-    values: Mapping[str, Any],
-    assigned_by: str = "--set",
-    defaults: Layer | None = None,
+    file: Path | None, assignments: list[str], values: Mapping[str, Any], defaults: Layer | None = None
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the named layers that `build` merges: the command's defaults, the file, the flags, the assignments.
 
@@ -99,23 +90,15 @@ def make_layers(
             continue
         section, _, item = name.partition("_")
         if isinstance(value, list):
-            value = _parse_pairs(value)
+            for text in value:
+                if "=" not in text:
+                    raise UserError(f"'{text}' is not k=v", "--model-kwargs", "for example --model-kwargs qk_norm=true")
+            value = merge_layers(parse_set(f"model.{text}") for text in value)["model"]
         elif isinstance(value, str) and value.isdecimal() and name == "data_batch_size":
             value = int(value)  # the flag takes numbers and words
         flags.setdefault(section, {})[item] = value
     layers.append(("the command line", flags))
-    layers += [(f"{assigned_by} {text}", parse_set(text, assigned_by)) for text in assignments]
-    return layers
-
-
-def _parse_pairs(texts: list[str]) -> dict[str, Any]:
-    """Parse repeated k=v flags; values are TOML, else text."""
-    pairs: dict[str, Any] = {}
-    for text in texts:
-        if "=" not in text:
-            raise UserError(f"'{text}' is not k=v", "--model-kwargs", "for example --model-kwargs qk_norm=true")
-        pairs |= parse_set(f"model.{text}")["model"]
-    return pairs
+    return layers + [(f"--set {text}", parse_set(text)) for text in assignments]
 
 
 def merge_layers(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
@@ -127,27 +110,11 @@ def merge_layers(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
     return merged
 
 
-def with_change_tips(error: UserError, run: Path, command: str, fixed: Iterable[str]) -> UserError:
-    """Return the error of a resumed run with tips that name --change instead of flags.
+def check_initial_weights(config: Config) -> None:
+    """Raise UserError without a checkpoint to start from."""
+    if config.model.init is None:
+        from pdvit.tracking.run_directory import newest
 
-    `command` resumes the run; `fixed` are the keys that can't change within a run.
-    """
-    setting = SETTING.fullmatch(error.where)
-    tip = FLAG.sub(_as_change, error.tip)
-    if setting is None:
-        return UserError(error.what, error.where, tip)
-    if setting[1] == "data.source":
-        tip = f"restore it, or give its new place: {command} --change data.source=PATH (with the same images)"
-    elif setting[1] in fixed:
-        tip = f"this can't change within a run: restore what it needs, or start a new run: --config {run}/run.toml"
-    return UserError(error.what, f"{setting[1]} of {run}", tip)
-
-
-def _as_change(match: re.Match[str]) -> str:
-    """Return `--change key=value` for a flag of the configuration and its value."""
-    for name, key in KEYS.items():
-        if match[1] in key.flags:
-            if isinstance(key.default, bool):
-                return f"--change {name}=true" + (f" {match[2]}" if match[2] else "")
-            return f"--change {name}={match[2] or '...'}"
-    return match[0]
+        runs = newest("model.safetensors")
+        tip = f"name a run, a weight file or a model of timm, for example pdvit finetune {runs[0] if runs else 'RUN'}"
+        raise UserError("no checkpoint to start from", "CKPT", tip)

@@ -5,15 +5,14 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pdvit.cli.console import log, make_console
-from pdvit.cli.options import merge_layers
-from pdvit.cli.runs import build_trainer, check_initial_weights, resume, start, train_to_end
+from pdvit.cli.options import check_initial_weights, merge_layers
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
 from pdvit.config.schema import Config
@@ -21,13 +20,13 @@ from pdvit.errors import UserError
 from pdvit.tasks.summary import describe_summary
 
 if TYPE_CHECKING:
-    from pdvit.engine.terminal import StopRequest
+    from pdvit.engine.terminal import RunConsole, StopRequest
     from pdvit.sweep import Cell, CellState, Folder
 
 # The imports of a cell, made once for all.
 PRELOADED = (
-    *("pdvit.engine.trainer", "pdvit.tasks.classification", "pdvit.tasks.segmentation", "pdvit.models.loading"),
-    *("pdvit.data.sources", "pdvit.tracking.environment", "sklearn.datasets", "sklearn.model_selection"),
+    *("pdvit.cli.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"),
+    *("sklearn.datasets", "sklearn.model_selection"),
 )
 # Settings of the whole sweep, not of its cells.
 OF_THE_SWEEP = ("out", "name", "time_limit")
@@ -39,19 +38,13 @@ def run_sweep(
     file: Path,
     layers: Sequence[tuple[str, Mapping[str, Any]]],
     chosen: str | None,
-    as_json: bool,
+    console: "RunConsole",
     stop: "StopRequest",
 ) -> int:
-    """Run the cells of a sweep that are not finished, or list them; return the exit status.
+    """Run the cells of a sweep that are not finished, or those of --cells (`chosen`); return the exit status.
 
-    Args:
-        command: the command that trains a cell.
-        file: the file with the [sweep] table.
-        layers: of that file and the command line, as for one run.
-        chosen: the value of --cells; None is all.
-        as_json: print only one JSON object on standard output.
-        stop: also stops the running cell, resumable.
-    Raises UserError before the first cell starts, and RunFailed if the check itself fails.
+    `file` has the [sweep] table; `layers` are those of one run. Raises UserError before the first cell starts, and
+    RunFailed if the check itself fails.
     """
     from pdvit.sweep import Folder, make_cells, split
     from pdvit.tracking.run_directory import RUNS
@@ -69,63 +62,57 @@ def run_sweep(
     settings["run"] = {key: value for key, value in settings.get("run", {}).items() if key not in OF_THE_SWEEP}
     cells = make_cells(settings, table, where)
     for cell in cells if command == "finetune" else ():
-        try:
+        with _naming(cell):
             check_initial_weights(cell.config)
-        except UserError as error:
-            raise _of_cell(error, cell) from error
     out = config.run.out
     folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or file.stem))
     if chosen == "list":
-        return _list(folder, cells, as_json)
-    return SweepRun(command, folder, cells, chosen, as_json).run(settings, table, config, stop)
+        return _list(folder, cells, console)
+    sweep = SweepRun(folder, cells, chosen, console)
+    folder.begin(settings, table, cells)
+    limit = config.run.time_limit
+    sweep.run(None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds, stop)
+    return sweep.close()
 
 
 class SweepRun:
     """The cells that one command runs, and what it prints of them."""
 
-    def __init__(
-        self, command: str, folder: "Folder", cells: Sequence["Cell"], chosen: str | None, as_json: bool
-    ) -> None:
+    def __init__(self, folder: "Folder", cells: Sequence["Cell"], chosen: str | None, console: "RunConsole") -> None:
         from pdvit.sweep import numbers
 
-        self.command, self.folder, self.cells, self.again = command, folder, cells, chosen == "failed"
-        if self.again:
-            self.chosen = [cell for cell in cells if folder.written(cell.name).status == "failed"]
+        self.folder, self.console, self.number_of_cells = folder, console, len(cells)
+        states = {cell.name: folder.written(cell.name).status for cell in cells}
+        if chosen == "failed":
+            self.chosen = self.todo = [cell for cell in cells if states[cell.name] == "failed"]
         else:
             named = set(range(1, len(cells) + 1)) if chosen is None else numbers(chosen, len(cells))
             self.chosen = [cell for cell in cells if cell.number in named]
-        self.as_json, self.console = as_json, make_console(as_json)
+            self.todo = [cell for cell in self.chosen if states[cell.name] not in ("finished", "failed")]
         self.running: set[str] = set()
         self.seconds: list[float] = []
+        self.left = len(self.todo)
 
-    def run(self, settings: Mapping[str, Any], table: Mapping[str, Any], config: Config, stop: "StopRequest") -> int:
-        """Check the cells, run them, and return the exit status."""
+    def run(self, limit: float | None, stop: "StopRequest") -> None:
+        """Check the cells and run them, for at most `limit` seconds."""
         from pdvit.sweep import preload, run_apart, run_cells
 
-        preload(PRELOADED)
-        folder, limit = self.folder, config.run.time_limit
-        folder.begin(settings, table, self.cells)
+        folder = self.folder
         folder.write_table()
-        over = {"finished"} if self.again else {"finished", "failed"}
-        todo = [cell for cell in self.chosen if folder.written(cell.name).status not in over]
-        log(self.console, f"{len(self.cells)} cells in {folder.path}, {len(todo)} of them to do now")
-        self.left = len(todo)
-        if todo:
-            new = [cell for cell in todo if not (folder.path / cell.name / "run.toml").is_file()]
+        log(self.console, f"{self.number_of_cells} cells in {folder.path}, {self.left} of them to do now")
+        if self.todo:
+            preload(PRELOADED)
             log(self.console, "checking their configurations ...")
-            gpus = run_apart(_check, folder.log("check"), stop, self.command, new) or []
-            self.devices = devices_of(todo, gpus)
-            seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit", clock=True).seconds
-            run_cells(folder, todo, partial(train_cell, self.command), self.devices, stop, self.report, seconds)
-        return self.close()
+            new = [cell for cell in self.todo if not (folder.path / cell.name / "run.toml").is_file()]
+            self.devices = devices_of(self.todo, run_apart(_check, folder.log("check"), stop, new) or [])
+            run_cells(folder, self.todo, train_cell, self.devices, stop, self.report, limit)
 
     def report(self, cell: "Cell", state: "CellState", seconds: float) -> None:
         """Print the start or the end of a cell, and update the table."""
-        starts = cell.name not in self.running
         self.running ^= {cell.name}
         self.folder.write_table(self.running)
-        line = f"cell {cell.number} of {len(self.cells)}: {cell.name}"
-        if starts:
+        line = f"cell {cell.number} of {self.number_of_cells}: {cell.name}"
+        if cell.name in self.running:
             log(self.console, f"{line} ...")
             return
         if state.status == "finished" and seconds:
@@ -144,7 +131,7 @@ class SweepRun:
         states = {cell.name: state for cell, state in self.folder.write_table()}
         states = {cell.name: states[cell.name] for cell in self.chosen}
         counts = Counter(state.status for state in states.values())
-        if self.as_json:
+        if self.console.stderr:
             statuses = {status: counts[status] for status in get_args(CellStatus)}
             print(json.dumps({"sweep": str(self.folder.path), "cells": len(states)} | statuses, indent=2))
         parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
@@ -171,32 +158,32 @@ class SweepRun:
         return f"{state.status}{': ' if state.reason else ''}{state.reason}"
 
 
-def train_cell(command: str, config: Config, run: Path) -> int:
+def train_cell(config: Config, run: Path) -> int:
     """Start or resume the run of a cell; return the exit status, and raise UserError and RunFailed."""
+    from pdvit.cli.runs import resume, start, train_to_end
     from pdvit.engine.terminal import stop_on_signals
 
+    console = make_console(as_json=False)
     with stop_on_signals() as stop:
         if (run / "run.toml").is_file():
-            prepared = resume(command, str(run), [], as_json=False)
+            prepared = resume(str(run), [], console)
         else:
-            prepared = start(command, replace(config, run=replace(config.run, out=str(run))), False, stop)
-        return prepared if isinstance(prepared, int) else train_to_end(prepared, stop)
+            prepared = start(replace(config, run=replace(config.run, out=str(run))), console, stop)
+        return prepared if isinstance(prepared, int) else train_to_end(prepared, console, stop)
 
 
-def _check(command: str, cells: Sequence["Cell"]) -> list[str]:
+def _check(cells: Sequence["Cell"]) -> list[str]:
     """Build the trainer of every configuration, once for all seeds; raises UserError; returns the visible GPUs."""
+    from pdvit.cli.runs import build_trainer
     from pdvit.engine.device import visible_gpus
 
     checked: list[dict[str, Any]] = []
     for cell in cells:
         settings = to_dict(replace(cell.config, run=replace(cell.config.run, seed=0)))
-        if settings in checked:
-            continue
-        checked.append(settings)
-        try:
-            build_trainer(cell.config, make_console(as_json=False))
-        except UserError as error:
-            raise _of_cell(error, cell) from error
+        if settings not in checked:
+            checked.append(settings)
+            with _naming(cell):
+                build_trainer(cell.config, make_console(as_json=False))
     return visible_gpus()
 
 
@@ -212,27 +199,29 @@ def _check_not_swept(table: Mapping[str, Any], layers: Sequence[tuple[str, Mappi
     variants = [bundle for bundle in variants if isinstance(bundle, Mapping)] if isinstance(variants, list) else []
     swept = {key for part in (table, *variants) for key in part}
     for name, layer in layers:
-        for section, values in layer.items():
-            for key in values:
-                if f"{section}.{key}" in swept:
-                    what = f"the sweep sets {section}.{key}, so it can't be given"
-                    raise UserError(what, name, "leave it out, or choose --cells")
+        for key in (f"{section}.{key}" for section, values in layer.items() for key in values):
+            if key in swept:
+                raise UserError(f"the sweep sets {key}, so it can't be given", name, "leave it out, or choose --cells")
 
 
-def _list(folder: "Folder", cells: Sequence["Cell"], as_json: bool) -> int:
-    states = [(cell, folder.state(cell.name)) for cell in cells]
-    if as_json:
-        listed = [{"cell": cell.number, "name": cell.name, "status": state.status} for cell, state in states]
+def _list(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> int:
+    listed = [{"cell": cell.number, "name": cell.name, "status": folder.state(cell.name).status} for cell in cells]
+    if console.stderr:
         print(json.dumps({"sweep": str(folder.path), "cells": listed}, indent=2))
         return 0
     print(f"{len(cells)} cells, in {folder.path}")
-    for cell, state in states:
-        print(f"{cell.number:>5}  {cell.name}  {state.status}")
+    for cell in listed:
+        print(f"{cell['cell']:>5}  {cell['name']}  {cell['status']}")
     return 0
 
 
-def _of_cell(error: UserError, cell: "Cell") -> UserError:
-    return UserError(error.what, f"{error.where}, cell {cell.number} ({cell.name})", error.tip)
+@contextmanager
+def _naming(cell: "Cell") -> Iterator[None]:
+    """Add the cell to the UserError inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what, f"{error.where}, cell {cell.number} ({cell.name})", error.tip) from error
 
 
 def _duration(seconds: float) -> str:

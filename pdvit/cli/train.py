@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.options import Layer, RunOptions, make_layers, merge_layers, training_command
-from pdvit.cli.runs import check_initial_weights, process_group, replay, resume, start, train_to_end
+from pdvit.cli.console import log, make_console, process_group
+from pdvit.cli.options import Layer, RunOptions, check_initial_weights, make_layers, merge_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
 from pdvit.config.schema import KEYS
+from pdvit.data.sources import list_source_types
 from pdvit.errors import UserError
 
 # docs/finetune.md and docs/segment.md give the reasons.
@@ -71,25 +72,34 @@ def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
     if options.change and options.resume is None:
         raise UserError("only a resumed run can be changed", "--change", "add --resume RUN")
     with stop_on_signals() as stop, process_group():  # before the slow imports
-        if options.replay is not None:
-            return replay(options.replay, options.as_json)
-        if options.resume is not None:
-            run = resume(command, options.resume, options.change or [], options.as_json)
-        else:
-            file, assign = options.config, options.assign or []
-            layers = make_layers(file, assign, values, defaults=DEFAULTS[command])
+        console = make_console(options.as_json)
+        opened = options.resume if options.replay is None else options.replay
+        if opened is None:
+            layers = make_layers(options.config, options.assign or [], values, DEFAULTS[command])
             if command == "segment":
-                layers = make_layers(file, assign, values, defaults=_segment_defaults(layers))
-            if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
-                return run_sweep(command, file, layers, options.cells, options.as_json, stop)
+                layers[0] = (layers[0][0], _segment_defaults(layers))
+            if options.config is not None and SWEEP_SECTION in dict(layers)[str(options.config)]:
+                return run_sweep(command, options.config, layers, options.cells, console, stop)
             config = build(*layers)
             if options.cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
                 raise UserError("only a sweep has cells", "--cells", tip)
             if command == "finetune":
                 check_initial_weights(config)
-            run = start(command, config, options.as_json, stop)
-        return run if isinstance(run, int) else train_to_end(run, stop)
+            if config.data.source == "help":
+                print(list_source_types())
+                return 0
+            opened = config.data.source
+        log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
+        from pdvit.cli import runs
+
+        if options.replay is not None:
+            return runs.replay(options.replay, console)
+        name = options.resume
+        if name is None and runs.RESTARTED:
+            name = runs.run_before_restart()
+        run = runs.start(config, console, stop) if name is None else runs.resume(name, options.change or [], console)
+        return run if isinstance(run, int) else runs.train_to_end(run, console, stop)
 
 
 def _segment_defaults(layers: list[tuple[str, Any]]) -> Layer:

@@ -8,6 +8,7 @@ from pdvit.config.schema import DiversityConfig
 from pdvit.errors import UserError, closest
 
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+EXAMPLES = {"ep": "30ep", "st": "2000st", "im": "1e6im", "%": "5%", "min": "10min", "h": "12h", "s": "300s"}
 WEIGHT_SCHEDULES = ("warmup", "decay", "until")
 _FORM = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(ep|st|im|%|min|h|s)?", re.IGNORECASE)
 
@@ -49,13 +50,9 @@ def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock
         units = {"ep", "st", "im"} | ({"%"} if percent else set()) | (units if clock else set())
     if found in units and value <= (100 if found == "%" else 1e15):
         return Duration(value, found)
-    if unit in SECONDS:
-        what, forms = "time", "90min, 12h or 300s"
-    else:
-        what = "length of training"
-        *first, last = "30ep", "2000st", "1e6im", *(["5%"] if percent else []), *(["10min"] if clock else [])
-        forms = f"{', '.join(first)} or {last}"
-    raise UserError(f"'{text}' is not a valid {what}", where, f"write {forms}; a bare number is in {unit}")
+    what = f"'{text}' is not a valid {'time' if unit in SECONDS else 'length of training'}"
+    forms = ", ".join(example for name, example in EXAMPLES.items() if name in units)
+    raise UserError(what, where, f"write it as one of {forms}; a bare number is in {unit}")
 
 
 def weight_schedule(diversity: DiversityConfig, term: str) -> dict[str, Duration]:

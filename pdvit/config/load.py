@@ -52,7 +52,12 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
     for where, layer in layers:
         for section, values in layer.items():
             if section not in SECTIONS:
-                raise UserError(f"there is no section '{section}'", where, _section_tip(section, values))
+                tip = closest(section, [*SECTIONS, SWEEP_SECTION])
+                if section == SWEEP_SECTION:
+                    tip = "write it in the file that --config names (see docs/sweep.md)"
+                elif names := [name for name in KEYS if name.endswith(f".{section}")]:
+                    tip = f"'{section}' belongs to a section: write {names[0]}"
+                raise UserError(f"there is no section '{section}'", where, tip)
             if not isinstance(values, Mapping):
                 raise UserError(f"'{section}' is a section, not a key", where, f"write {section}.KEY = VALUE")
             changes = {}
@@ -64,16 +69,6 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
                 changes[name] = _convert(value, key.type, key, f"{section}.{name} ({where})")
             config = replace(config, **{section: replace(getattr(config, section), **changes)})
     return config
-
-
-def _section_tip(section: str, value: Any) -> str:
-    """Return a tip for an unknown section, which may be a key without its section (`lr = 1`)."""
-    if section == SWEEP_SECTION:
-        return "write it in the file that --config names (see docs/sweep.md)"
-    for name, key in KEYS.items():
-        if section == key.name and not isinstance(value, Mapping):
-            return f"'{section}' belongs to a section: write {name}"
-    return closest(section, [*SECTIONS, SWEEP_SECTION])
 
 
 def _convert(value: Any, hint: Any, key: Key, at: str) -> Any:

@@ -19,8 +19,8 @@ NARROW = 192
 # The paper's (and MMSegmentation's) for 16 images: the head of a segmentation is new even on a pretrained backbone.
 LR_PER_16 = 6e-5
 
-# The sections of timm's RandAugment: magnitude, layers, upper bound, probability, standard deviation, increasing.
-RAND_AUGMENT = re.compile(r"(m|n|mmax)[0-9]+|(p|mstd)[0-9]+(\.[0-9]+)?|inc[01]")
+# timm's RandAugment: magnitude, layers, upper bound, probability, standard deviation, increasing.
+RAND_AUGMENT = re.compile(r"rand(-((m|n|mmax)[0-9]+|(p|mstd)[0-9]+(\.[0-9]+)?|inc[01]))*")
 
 
 def resolve(config: Config) -> Config:
@@ -30,10 +30,11 @@ def resolve(config: Config) -> Config:
     schedule or policy that can't be parsed, contradictory settings, and a final learning rate above the peak.
     """
     for term in TERMS:
-        if getattr(config.diversity, f"{term}_schedule") != "constant":
-            weight_schedule(config.diversity, term)  # raises the error before the run
-    if config.augment.auto_augment:
-        _check_auto_augment(config.augment.auto_augment)
+        weight_schedule(config.diversity, term)  # raises the error before the run
+    policy = config.augment.auto_augment
+    if policy and not _is_rand_augment(policy):
+        tip = "for example rand-m9-mstd0.5-inc1: m is at most mmax (10 by default), p at most 1; n sets the layers"
+        raise UserError(f"'{policy}' is not a RandAugment policy of timm", "augment.auto_augment (--aa)", tip)
     for name in ("freeze", "weights") if config.model.init is None else ():
         if getattr(config.model, name) is not None:
             why = ": new weights would never learn" if name == "freeze" else ""
@@ -57,11 +58,9 @@ def with_crop(config: Config) -> Config:
 
 def _preset(config: Config) -> Config:
     diversity, augment = config.diversity, config.augment
-    preset, segments = PRESETS[diversity.preset], config.segment.head is not None
-    values: dict[str, Any] = {
-        name: getattr(preset if getattr(diversity, name) is None else diversity, name)
-        for name in ("variant", "first", "last", "patch_head", *TERMS)
-    }
+    segments = config.segment.head is not None
+    values = dict(PRESETS[diversity.preset])
+    values |= {name: getattr(diversity, name) for name in values if getattr(diversity, name) is not None}
     if values["variant"] == "released" and diversity.cosine is None:
         values["cosine"] = 0.0  # the variant has no cosine term
     if segments:
@@ -70,7 +69,7 @@ def _preset(config: Config) -> Config:
             raise UserError(what, "diversity.mixing (--mixing)", "leave it out: the other terms work")
         values["mixing"] = 0.0
     if augment.cutmix is None:
-        augment = replace(augment, cutmix=float(values["mixing"] > 0 or preset.cutmix))
+        augment = replace(augment, cutmix=float(values["mixing"] > 0 or diversity.preset == "cutmix"))
     if segments and (augment.cutmix or augment.mixup):
         what = "images with masks are not mixed"
         raise UserError(what, "augment.cutmix, augment.mixup (--cutmix, --mixup)", "leave them at 0")
@@ -100,16 +99,10 @@ def _model(config: Config) -> Config:
     return replace(config, model=model, data=data, optim=optim)
 
 
-def _check_auto_augment(text: str) -> None:
-    """Raise UserError unless the text is a RandAugment policy of timm."""
-    name, *sections = text.split("-")
-    where, tip = "augment.auto_augment (--aa)", "for example rand-m9-mstd0.5-inc1"
-    if name != "rand":
-        raise UserError(f"the policy '{name}' is not supported", where, f"only RandAugment is: {tip}")
-    for section in sections:
-        if not RAND_AUGMENT.fullmatch(section):
-            what = f"'{section}' of '{text}' is not supported"
-            raise UserError(what, where, f"known are m, n, mmax, p, mstd and inc with a number, {tip}")
-    values = dict(re.findall(r"-([a-z]+)([0-9.]+)", text))
-    if float(values.get("m", 10)) > float(values.get("mmax", 10)) or float(values.get("p", 1)) > 1:
-        raise UserError(f"'{text}' is out of range", where, "m is at most mmax (10 by default), p at most 1")
+def _is_rand_augment(policy: str) -> bool:
+    numbers = dict(re.findall(r"-([a-z]+)([0-9.]+)", policy))
+    return (
+        RAND_AUGMENT.fullmatch(policy) is not None
+        and float(numbers.get("m", 10)) <= float(numbers.get("mmax", 10))
+        and float(numbers.get("p", 1)) <= 1
+    )

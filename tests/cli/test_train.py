@@ -115,7 +115,7 @@ class TestTerms:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_every_preset_trains_its_terms_with_its_weights(self, preset_run, records, preset):
         run = preset_run(preset)
-        expected = {name: getattr(PRESETS[preset], name) for name in TERMS}
+        expected = {name: PRESETS[preset][name] for name in TERMS}
         for record in records(run, "train"):
             assert {name for name in TERMS if name in record} == {name for name in TERMS if expected[name]}
             if preset == "diverse-vit":  # 9 patches
@@ -124,7 +124,7 @@ class TestTerms:
                 loss = record["class"] + sum(expected[name] * record[name] for name in TERMS if expected[name])
             assert record["loss"] == pytest.approx(loss, rel=1e-5)
         assert {name: recipe(run)["diversity"][name] for name in TERMS} == expected
-        has_head = expected["mixing"] > 0 and PRESETS[preset].patch_head == "own"
+        has_head = expected["mixing"] > 0 and PRESETS[preset]["patch_head"] == "own"
         assert ("patch_head.weight" in last_state(run)) == has_head
 
     def test_weights_and_schedules_act_on_the_loss_and_not_on_the_records(self, train, records):

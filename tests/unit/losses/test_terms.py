@@ -120,4 +120,4 @@ def test_the_released_code_has_no_cosine_term():
 def test_the_configuration_has_the_same_names():
     assert schema.TERMS == TERMS
     assert schema.VARIANTS == VARIANTS
-    assert all(preset.variant in VARIANTS for preset in schema.PRESETS.values())
+    assert all(preset["variant"] in VARIANTS for preset in schema.PRESETS.values())
