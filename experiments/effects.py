@@ -254,7 +254,8 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         theme: colours.
     """
     settings = list(dict.fromkeys(zip(table["question"], table["setting"], strict=True)))
-    with new_figure(DOUBLE, ROW * len(settings) + AROUND, theme, columns=len(MEASURES), sharey=True) as figure:
+    with new_figure(DOUBLE, ROW * len(settings) + AROUND, theme) as figure:
+        figure.subplots(1, len(MEASURES), sharey=True)
         figure.data = table
         styles: dict[str, dict[str, str]] = {
             "none": {"color": theme.colours[0], "fmt": "o"},

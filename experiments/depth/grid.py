@@ -87,7 +87,8 @@ def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in line_styles(len(VARIANTS), theme)], strict=True))
     rows = (("accuracy", ACCURACY, MEASURES[0].factor), ("similarity_norm", P, 1))
     size = (DOUBLE, HEIGHT * len(rows))
-    with new_figure(*size, theme, len(rows), len(sizes), sharex=True, sharey="row") as figure:
+    with new_figure(*size, theme) as figure:
+        figure.subplots(len(rows), len(sizes), squeeze=False, sharex=True, sharey="row")
         figure.data = runs[[axis, RATE, "variant", SEED, *(column for column, *_ in rows)]]
         for number, axes in enumerate(figure.axes):
             row, place = divmod(number, len(sizes))

@@ -28,12 +28,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 class AnalysisFigure:
     """A figure of analyses, drawn by `plot_NAME` of a module in pdvit.plots.
 
-    Attributes:
-        module: of `plot_NAME`.
-        help: of the command, and the caption in the report of `pdvit analyze`.
-        group: `pdvit analyze --metrics GROUP` measures what the figure needs.
-        metrics: needed in analysis.csv.
-        curves: needed in analysis/GROUP.npz.
+    It needs `metrics` in analysis.csv and `curves` in analysis/GROUP.npz. `help` is also the caption in the report.
     """
 
     module: str
@@ -44,7 +39,8 @@ class AnalysisFigure:
 
     def fits(self, run: "AnalyzedRun") -> bool:
         """Return whether the run has what the figure needs."""
-        return set(self.metrics) <= set(run.table["metric"]) and (not self.curves or self.group in run.curves)
+        curves = {key.partition("/")[0] for key in run.curves.get(self.group, ())}
+        return set(self.metrics) <= set(run.table["metric"]) and set(self.curves) <= curves
 
 
 NORMS = ("norm_mean", "norm_peak", "norm_outliers", "norm_std")
@@ -104,15 +100,13 @@ def _draw_analyses(name: str, runs: list[Path] | None, out: Path | None, dark: b
     from pdvit.plots.reading import read_run
 
     figure = FIGURES[name]
-    if figure.curves:
-        file, flag, count = f"analysis/{figure.group}.npz", f" --metrics {figure.group}", PANELS
-    else:
-        file, flag, count = "analysis.csv", "", LINES
-    folders = _folders(runs, file, f"pdvit analyze {{}}{flag}", count)
-    analyses = [
-        read_run(folder, called, figure.group, figure.metrics, figure.curves)
-        for folder, called in zip(folders, _names(folders), strict=True)
-    ]
+    file, count = (f"analysis/{figure.group}.npz", PANELS) if figure.curves else ("analysis.csv", LINES)
+    command = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
+    folders = _folders(runs, file, command, count)
+    analyses = [read_run(*run, figure.group) for run in zip(folders, _names(folders), strict=True)]
+    for folder, run in zip(folders, analyses, strict=True):
+        if not figure.fits(run):
+            raise _not_measured("the analysis lacks numbers of this figure", folder, command)
     _write(draw_figure(name, analyses, _theme(dark)), name, folders, out)
 
 
@@ -163,7 +157,8 @@ def maps(
     dark: Dark = False,
 ) -> None:
     """Similarity of single patches to all others of an image, at several depths."""
-    from pdvit.plots.heatmap import plot_maps, read_maps
+    from pdvit.plots.heatmap import plot_maps
+    from pdvit.plots.reading import read_arrays
 
     patches = []
     for text in patch or []:
@@ -172,7 +167,8 @@ def maps(
         row, column = map(int, text.split(","))
         patches.append((row, column))
     folders = _folders([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1)
-    figure = plot_maps(read_maps(folders[0]), _name_of(folders[0]), image, patches, _theme(dark))
+    arrays = read_arrays(folders[0] / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore")
+    figure = plot_maps(arrays, _name_of(folders[0]), image, patches, _theme(dark))
     _write(figure, "maps", folders, out)
 
 
@@ -236,7 +232,8 @@ def _print_sweep(summary: "SweepSummary") -> None:
     head, *body = table_of(summary)
     view = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(head):
-        view.add_column(escape(name), justify="left" if number < len(head) - 3 else "right")
+        is_number = number >= len(head) - 3
+        view.add_column(escape(name), justify="right" if is_number else "left", no_wrap=is_number)
     for row in body:
         view.add_row(*map(escape, row))
     console.print(view)
@@ -249,7 +246,6 @@ def _folders(runs: list[Path] | None, file: str, command: str, count: int) -> li
 
     If it is missing, the UserError names the command that makes it; `{}` in it stands for the run.
     """
-    from pdvit.plots.reading import checkpoint_of
     from pdvit.tracking.run_directory import newest
 
     folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(file)[:count]
@@ -259,9 +255,14 @@ def _folders(runs: list[Path] | None, file: str, command: str, count: int) -> li
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
         if not (folder / file).is_file():
-            tip = f"run {command.format(checkpoint_of(folder))} first"
-            raise UserError(f"the run has no {file}", str(folder), tip)
+            raise _not_measured(f"the run has no {file}", folder, command)
     return folders
+
+
+def _not_measured(what: str, folder: Path, command: str) -> UserError:
+    from pdvit.plots.reading import checkpoint_of
+
+    return UserError(what, str(folder), f"run {command.format(checkpoint_of(folder))} first")
 
 
 def _name_of(folder: Path) -> str:
@@ -295,10 +296,8 @@ def _write(figure: "Drawing", name: str, folders: list[Path], out: Path | None, 
     table = figure.data.to_csv(index=False, float_format="%.6g")
     texts = {out.with_suffix(".csv"): table} | ({out.with_suffix(".md"): page} if page else {})
     with writing("the figure", out):
-        for file, text in texts.items():
-            # `--out RUN/analysis.png` must not replace RUN/analysis.csv: a figure's table begins with another column.
-            first = re.escape(re.split("[,\n]", text, maxsplit=1)[0]).encode() + b"[,\n]"
-            if file.exists() and not re.match(rb"\|" if file.suffix == ".md" else first, file.read_bytes()):
+        for file in texts:  # `--out RUN/analysis.png` must not replace RUN/analysis.csv
+            if file.exists() and not file.read_bytes().startswith((b"run,", b"setting,", b"|")):
                 what = f"{file.name} is there, and is not the data of a figure"
                 raise UserError(what, str(file), "choose another --out: a figure's data go beside it, under its name")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,18 @@ from matplotlib.axes import Axes
 
 from pdvit.plots.depth import draw_metric, run_styles, stack
 from pdvit.plots.reading import AnalyzedRun
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, depth_colours, legend, new_figure, shorten
+from pdvit.plots.style import (
+    DOUBLE,
+    LIGHT,
+    SINGLE,
+    Drawing,
+    Theme,
+    depth_colours,
+    legend,
+    new_figure,
+    panel_grid,
+    shorten,
+)
 
 DC_SHARE = "dc_share"
 # Heights of a layer's histogram and of what is around all, in inches; in layers, how far a histogram reaches up.
@@ -25,20 +36,18 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     parts = []
     for run in runs:
         for depth, (layer, shares) in enumerate(run.curve("pairs", "histogram").items()):
-            edges = run.curve("pairs", "edges")[layer]
+            edges = run.curves["pairs"][f"edges/{layer}"]
             bars = {"from": edges[:-1], "to": edges[1:], "share": shares}
             parts.append(pd.DataFrame({"run": run.name, "layer": layer, "depth": depth, **bars}))
     data = pd.concat(parts, ignore_index=True)
     columns = min(PAIRS_COLUMNS, len(runs))
-    lines = -(-len(runs) // columns)
     width, height = SINGLE if len(runs) == 1 else DOUBLE, LAYER * (data["depth"].max() + 1) + AROUND
-    with new_figure(width, lines * height, theme, lines, columns, sharex=True) as figure:
+    with new_figure(width, -(-len(runs) // columns) * height, theme) as figure:
         figure.data = data
-        for axes, (name, rows) in zip(figure.axes, data.groupby("run", sort=False), strict=False):
+        panels = panel_grid(figure, len(runs), columns, sharex=True)
+        for axes, (name, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
             _draw_histograms(axes, rows, theme)
             axes.set(title=shorten(str(name)), ylabel="block")
-        for axes in figure.axes[len(runs) :]:
-            axes.set_axis_off()
         lowest = data[data["share"] > 0]["from"].min()
         figure.axes[0].set_xlim(max(-1.0, np.floor(lowest * 5) / 5), 1.0)
         figure.supxlabel("cos between two patches\n(height: root of the share of pairs; tick: median)", fontsize=8)
@@ -75,15 +84,15 @@ def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     parts = []
     for run in runs:
         for depth, (layer, mean) in enumerate(run.curve("spectrum", "by_frequency").items()):
-            values = {"metric": "by_frequency", "frequency": run.curve("spectrum", "frequency")[layer], "mean": mean}
+            values = {"metric": "by_frequency", "frequency": run.curves["spectrum"][f"frequency/{layer}"], "mean": mean}
             parts.append(pd.DataFrame({"run": run.name, "layer": layer, "depth": depth, **values}))
     curves, shares = pd.concat(parts, ignore_index=True), stack(runs)
     shares = shares[shares["metric"] == DC_SHARE]
     columns = min(SPECTRUM_COLUMNS, len(runs)) + 1
     height = -(-len(runs) // (columns - 1))
-    with new_figure(DOUBLE, 2.6 * height + 0.2, theme, height, columns) as figure:
+    with new_figure(DOUBLE, 2.6 * height + 0.2, theme) as figure:
         figure.data = pd.concat([curves, shares.drop(columns=["images", "tokens"])], ignore_index=True)
-        grid = np.array(figure.axes).reshape(height, columns)
+        grid = figure.subplots(height, columns, squeeze=False)
         panels = grid[:, :-1].ravel()
         scale = depth_colours(theme, int(curves["depth"].max()))
         room = 0.05 * (curves["mean"].max() - curves["mean"].min())

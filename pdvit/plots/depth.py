@@ -76,7 +76,7 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
     images = sorted({int(run.table["images"].iloc[0]) for run in runs})
     with new_figure(DOUBLE, 3.3, theme) as figure:
         figure.data = rows
-        (axes,) = figure.axes
+        axes = figure.subplots()
         draw_metric(axes, rows, P, theme)
         name_depths(axes, rows, ticks=12)
         axes.set_xlim(right=rows["depth"].max() + 0.1)
@@ -92,14 +92,14 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
 def plot_metrics(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw every metric in a small panel; a run without the metric has no line there."""
     rows = stack(runs)
-    with _panels(rows, (), metrics_of(rows), theme) as figure:
+    with _panels(rows, (), metrics_of(rows), theme) as (figure, _):
         return figure
 
 
 def plot_norms(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw token lengths: mean with the spread over patches, longest over median, share of outliers."""
     rows = stack(runs)
-    with _panels(rows[rows["metric"].isin([*NORMS, NORM_STD])], NORMS, (), theme) as figure:
+    with _panels(rows[rows["metric"].isin([*NORMS, NORM_STD])], NORMS, (), theme) as (figure, _):
         return figure
 
 
@@ -108,8 +108,9 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     rows = stack(runs)
     rows = rows[rows["metric"].isin(set.intersection(*(set(run.table["metric"]) for run in runs)))]
     change = differences([run.table for run in runs], P)
-    with _panels(rows, (P, ""), [metric for metric in metrics_of(rows) if metric != P], theme) as figure:
-        axes = figure.axes[1]
+    others = [metric for metric in metrics_of(rows) if metric != P]
+    with _panels(rows, (P, "difference"), others, theme) as (figure, panels):
+        axes = panels["difference"]
         reach = [(change["mean"] - change["low"]).fillna(0), (change["high"] - change["mean"]).fillna(0)]
         axes.axhline(0, color=theme.muted, linewidth=0.8)
         style: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
@@ -129,9 +130,9 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
     """
     data = pd.concat([_head_rows(run, curve) for run in runs for curve in ATTENTION], ignore_index=True)
     styles = run_styles(data, theme)
-    with new_figure(DOUBLE, 2.7, theme, columns=2) as figure:
+    with new_figure(DOUBLE, 2.7, theme) as figure:
         figure.data = data
-        for axes, (curve, title) in zip(figure.axes, ATTENTION.items(), strict=True):
+        for axes, (curve, title) in zip(figure.subplots(1, 2), ATTENTION.items(), strict=True):
             part = data[data["curve"] == curve]
             for number, (name, style) in enumerate(styles.items()):
                 rows = part[part["run"] == name]
@@ -204,26 +205,28 @@ def differences(tables: Sequence[pd.DataFrame], metric: str) -> pd.DataFrame:
 
 
 @contextmanager
-def _panels(rows: pd.DataFrame, large: Sequence[str], small: Sequence[str], theme: Theme) -> Iterator[Drawing]:
-    """Draw metrics in a row of large panels and rows of small ones below; a large one called "" stays empty."""
+def _panels(
+    rows: pd.DataFrame, large: Sequence[str], small: Sequence[str], theme: Theme
+) -> Iterator[tuple[Drawing, dict[str, Axes]]]:
+    """Draw metrics in a row of large panels and rows of small ones below; yield the panels by name.
+
+    The panel of a metric that the rows lack stays empty.
+    """
     columns = min(COLUMNS, len(small))
-    heights = [LARGE] * bool(large) + [SMALL] * (-(-len(small) // columns) if small else 0)
-    with new_figure(DOUBLE, sum(heights) + KEY, theme, rows=0) as figure:
+    lines = [small[at : at + columns] for at in range(0, len(small), columns or 1)]
+    layout = [np.repeat([*line, *["."] * (columns - len(line))], 12 // columns) for line in lines]
+    layout = [np.repeat(large, 12 // len(large)), *layout] if large else layout
+    heights = [LARGE] * bool(large) + [SMALL] * len(lines)
+    with new_figure(DOUBLE, sum(heights) + KEY, theme) as figure:
         figure.data = rows
-        grid = figure.add_gridspec(len(heights), 12, height_ratios=heights)
-        for number, metric in enumerate(large):
-            width = 12 // len(large)
-            axes = figure.add_subplot(grid[0, number * width : (number + 1) * width])
-            if metric:
-                draw_metric(axes, rows, metric, theme)
-        for number, metric in enumerate(small):
-            row, column, width = number // columns + bool(large), number % columns, 12 // columns
-            axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
-            draw_metric(axes, rows, metric, theme, small=True)
-            if number < len(small) - columns:
-                axes.set_xlabel("")
+        panels = figure.subplot_mosaic([list(line) for line in layout], height_ratios=heights)
+        for name, axes in panels.items():
+            if (rows["metric"] == name).any():
+                draw_metric(axes, rows, name, theme, small=name in small)
+        for name in small[:-columns]:
+            panels[name].set_xlabel("")
         legend(figure, run_styles(rows, theme), _keys(rows, theme))
-        yield figure
+        yield figure, panels
 
 
 def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small: bool = False) -> None:
@@ -260,16 +263,12 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the default writes formulas
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        _limit(axes, None if low == -1 else low, high)
-
-
-def _limit(axes: Axes, low: float | None, high: float | None) -> None:
-    """End an axis where the range of its metric ends, and leave room where it has no end."""
-    bottom, top = axes.dataLim.y0, axes.dataLim.y1
-    bottom = bottom if low is None else min(low, bottom)
-    top = top if high is None else max(high, top)
-    room = 0.06 * ((top - bottom) or 1)
-    axes.set_ylim(bottom - (room if low is None else 0), top + (room if high is None else 0))
+        # end the axis where the metric's range ends; where it has no end, the margin is room
+        low = None if low == -1 else low
+        axes.update_datalim([(0, edge) for edge in (low, high) if edge is not None], updatex=False)
+        axes.autoscale_view(scalex=False)
+        bottom, top = axes.dataLim.intervaly
+        axes.set_ylim(None if low is None else bottom, None if high is None else top)
 
 
 def _stages(line: pd.DataFrame) -> pd.DataFrame:

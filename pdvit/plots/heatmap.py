@@ -1,6 +1,5 @@
 """Heat maps: CKA between layers, maps of single patches, and the confusion matrix."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from pdvit.errors import UserError, closest
-from pdvit.plots.reading import AnalyzedRun, Arrays, checkpoint_of, read_arrays
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, shorten, thin_ticks
+from pdvit.plots.reading import AnalyzedRun, Arrays, read_text_table, reading
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, panel_grid, shorten, thin_ticks
 
 CKA_COLUMNS = 3
 MAP_DEPTHS = 6
@@ -50,45 +49,33 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """
     panels = []  # name, matrix, layers of its rows and columns
     for run in runs:
-        own = run.curves["cka"]
-        panels.append((run.name, own["matrix"], own["layers"].astype(str), own["layers"].astype(str)))
+        layers = run.curves["cka"]["layers"].astype(str)
+        panels.append((run.name, run.curves["cka"]["matrix"], layers, layers))
     for run in (run for run in runs if "cka_between" in run.curves):
-        layers, others = run.curves["cka_between"]["layers"].astype(str), run.curve("cka_between", "layers")
+        between = run.curves["cka_between"]
         for other, matrix in run.curve("cka_between", "matrix").items():
-            panels.append((f"{run.name} (up), {other}", matrix, layers, others[other].astype(str)))
+            sides = (between["layers"].astype(str), between[f"layers/{other}"].astype(str))
+            if matrix.shape != tuple(map(len, sides)):
+                tip = "measure it again: pdvit analyze --metrics cka"
+                raise UserError(f"CKA with {other} does not fit its layers: cka_between.npz is damaged", run.name, tip)
+            panels.append((f"{run.name} (up), {other}", matrix, *sides))
+    cells = [
+        {"run": name, "layer": np.repeat(up, len(across)), "other": np.tile(across, len(up)), "cka": matrix.ravel()}
+        for name, matrix, up, across in panels
+    ]
     columns = min(CKA_COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
     width, height = SINGLE if len(panels) == 1 else DOUBLE, {1: 3.0, 2: 3.1, 3: 2.5}[columns]
-    with new_figure(width, height * rows, theme, rows, columns) as figure:
-        cells = [
-            pd.DataFrame({"run": name, "layer": np.repeat(up, len(across)), "other": np.tile(across, len(up))})
-            for name, _, up, across in panels
-        ]
-        figure.data = pd.concat(cells, ignore_index=True).assign(cka=np.concatenate([m.ravel() for _, m, *_ in panels]))
+    with new_figure(width, height * -(-len(panels) // columns), theme) as figure:
+        figure.data = pd.concat(map(pd.DataFrame, cells), ignore_index=True)
         norm = Normalize(min(0.0, np.floor(10 * figure.data["cka"].min()) / 10), 1)
-        for axes, (name, matrix, *sides) in zip(figure.axes, panels, strict=False):
+        for axes, (name, matrix, *named) in zip(panel_grid(figure, len(panels), columns), panels, strict=True):
             image = heat_map(axes, matrix, norm, origin="lower")
-            up, across = ([layer.removeprefix("block ") for layer in side] for side in sides)
+            up, across = ([layer.removeprefix("block ") for layer in side] for side in named)
             name_ticks(axes, up, across, ticks=8, fontsize=6.5)
             axes.set_title(shorten(name, 40), fontsize=7.5)
             axes.set(xlabel="block", ylabel="block")
-        for axes in figure.axes[len(panels) :]:
-            axes.set_axis_off()
         figure.colorbar(image, ax=figure.axes, label="linear CKA", shrink=0.85, aspect=25, pad=0.02)
         return figure
-
-
-def read_maps(run: Path) -> Arrays:
-    """Read analysis/maps.npz of `pdvit analyze --explore`. Raises UserError."""
-    file = run / "analysis" / "maps.npz"
-    tip = f"make them: pdvit analyze {checkpoint_of(run)} --explore"
-    arrays = read_arrays(run, "maps", tip)
-    layers, images = ([str(text) for text in arrays.get(key, ())] for key in ("layers", "names"))
-    needed = {f"grid/{layer}" for layer in layers} | {f"image/{k}" for k in range(len(images))}
-    needed |= {f"cos/{k}/{layer}" for k in range(len(images)) for layer in layers}
-    if not layers or not images or not needed <= set(arrays):
-        raise UserError("the file is damaged, or not one of pdvit analyze", str(file), tip)
-    return arrays
 
 
 def plot_maps(
@@ -119,11 +106,12 @@ def plot_maps(
         parts.append(pd.DataFrame({**where, **places, "cos": grid.ravel()}))
     side = DOUBLE / (len(depths) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(patches) + 0.45
-    with new_figure(DOUBLE, height, theme, len(patches), len(depths) + 1) as figure:
+    with new_figure(DOUBLE, height, theme) as figure:
+        grid_of_axes = figure.subplots(len(patches), len(depths) + 1, squeeze=False)
         figure.data = pd.concat(parts, ignore_index=True)
         norm = Normalize(min(0.0, np.floor(5 * figure.data["cos"].min()) / 5), 1)
         extent = (0, pixels.shape[1], pixels.shape[0], 0)
-        for panels, patch in zip(np.array(figure.axes).reshape(len(patches), -1), patches, strict=True):
+        for panels, patch in zip(grid_of_axes, patches, strict=True):
             panels[0].imshow(pixels, extent=extent, interpolation="nearest")
             _frame_patch(panels[0], patch, (rows, columns), pixels.shape)
             for axes, at in zip(panels[1:], depths, strict=True):
@@ -155,19 +143,11 @@ def _frame_patch(axes: Axes, patch: tuple[int, int], grid: Sequence[int], shape:
 def read_confusion(run: Path) -> pd.DataFrame:
     """Read confusion.csv: class, predicted and images. Raises UserError."""
     file = run / "confusion.csv"
-    try:
-        # pandas would read classes called "NA" or "1" as no value and as a number
-        with file.open(encoding="utf-8", errors="replace", newline="") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
-        names = ("class", "predicted")
-        table = pd.DataFrame({name: [row[name] for row in rows] for name in names}, dtype=object)
-        table["images"] = [int(row["images"]) for row in rows]
+    with reading(file, f"measure it again: pdvit eval {run}"):
+        table = read_text_table(file)[["class", "predicted", "images"]].astype({"images": int})
         unknown = set(table["predicted"]) - set(table["class"])
-        if table.empty or table["images"].min() < 0 or table.duplicated(names).any() or unknown:
+        if table["images"].min() < 0 or table.duplicated(["class", "predicted"]).any() or unknown:
             raise ValueError("it is not a matrix of images by class")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        what = "the confusion matrix is damaged, or not one of pdvit eval"
-        raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
     return table
 
 
@@ -182,17 +162,18 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
     listed = len(shown) > NUMBERED
     side = 7.0 if listed else max(3.2, 0.36 * len(shown)) + 0.07 * max(len(shorten(label)) for label in shown)
     widths = (side + 1.2, 4.0)[: 1 + listed]
-    with new_figure(sum(widths), side, theme, columns=1 + listed, width_ratios=widths) as figure:
+    with new_figure(sum(widths), side, theme) as figure:
+        left, *right = figure.subplots(1, 1 + listed, squeeze=False, width_ratios=widths)[0]
         share = table["images"] / table.groupby("class")["images"].transform("sum").clip(lower=1)
         rows = table.assign(run=name, share=share)[["run", *table.columns, "share"]]
         inside = rows["class"].isin(drawn) & rows["predicted"].isin(drawn)
         figure.data = rows[inside | (rows.index.isin(largest.index) & listed)]
-        _draw_matrix(figure.axes[0], rows[inside], shown, theme)
+        _draw_matrix(left, rows[inside], shown, theme)
         of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
         correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
-        figure.axes[0].set_title(f"{shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
-        if listed:
-            _draw_list(figure.axes[1], largest, theme)
+        left.set_title(f"{shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
+        for axes in right:
+            _draw_list(axes, largest, theme)
         return figure
 
 

@@ -1,8 +1,10 @@
-"""Reads the files of `pdvit analyze`; errors name the command that makes what is missing."""
+"""Reads the files that figures are drawn from. Errors name the command that makes them."""
 
+import csv
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,68 +37,54 @@ class AnalyzedRun:
         return {key.removeprefix(start): array for key, array in self.curves[group].items() if key.startswith(start)}
 
 
-def read_run(
-    folder: Path, name: str, group: str = "similarity", metrics: Iterable[str] = (), curves: Iterable[str] = ()
-) -> AnalyzedRun:
-    """Read analysis.csv, and analysis/GROUP.npz if `curves` are named.
-
-    Args:
-        folder: run directory, or folder of an analysis.
-        name: of the run in the figure.
-        group: `pdvit analyze --metrics GROUP` measures what the figure needs.
-        metrics: needed in analysis.csv.
-        curves: needed in the file of the group, as `NAME` or `NAME/LAYER`.
-
-    Raises:
-        UserError: a file is damaged, or the group was not measured.
-    """
-    arrays: dict[str, Arrays] = {}
-    tip = f"measure it: pdvit analyze {checkpoint_of(folder)} --metrics {group} (with all groups that are to stay)"
-    if curves:
-        arrays[group] = read_arrays(folder, group, tip)
-        for curve in curves:
-            if not any(key.partition("/")[0] == curve for key in arrays[group]):
-                raise UserError(f"the file has no arrays '{curve}'", str(folder / "analysis" / f"{group}.npz"), tip)
-        if group == "cka" and (folder / "analysis" / "cka_between.npz").is_file():
-            arrays["cka_between"] = _read_between(folder, tip)
-    table = _read_table(folder)
-    for metric in metrics:
-        if not (table["metric"] == metric).any():
-            raise UserError(f"the analysis has no values of the metric {metric}", str(folder / "analysis.csv"), tip)
-    return AnalyzedRun(name, table, arrays)
-
-
-def _read_table(folder: Path) -> pd.DataFrame:
-    file = folder / "analysis.csv"
+@contextmanager
+def reading(file: Path, tip: str) -> Iterator[None]:
+    """Raise a UserError with the tip if a file is missing, damaged or of another format."""
     try:
-        table = pd.read_csv(file, keep_default_na=False, na_values=[""]).astype({**TYPES, "tokens": int})
-        if table.empty or table["mean"].isna().any() or table.duplicated(["depth", "metric"]).any():
-            raise ValueError("it has no values, or several of one layer and metric")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # pandas' own messages are for programmers
-        what = "the analysis is damaged, or not one of pdvit analyze"
-        raise UserError(what, str(file), f"measure it again: pdvit analyze {checkpoint_of(folder)}") from error
+        yield
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, csv.Error) as error:
+        raise UserError(f"{file.name} is missing or damaged: {error}", str(file), tip) from error
+
+
+def read_text_table(file: Path) -> pd.DataFrame:
+    """Read a CSV file, all cells as text: a class may be called NA or 1. Raises ValueError or csv.Error."""
+    with file.open(encoding="utf-8", errors="replace", newline="") as opened:
+        head, *rows = (row for row in csv.reader(opened, strict=True) if row)
+    table = pd.DataFrame(rows, columns=head, dtype=object)
+    if table.empty or table.isna().any(axis=None):
+        raise ValueError("it has no rows, or incomplete ones")
     return table
 
 
-def _read_between(folder: Path, tip: str) -> Arrays:
-    """Read analysis/cka_between.npz: `layers`, and for each other model `matrix/OTHER` and `layers/OTHER`."""
-    arrays = read_arrays(folder, "cka_between", tip)
-    for matrix in (key for key in arrays if key.startswith("matrix/")):
-        sides = [arrays.get("layers", ()), arrays.get(matrix.replace("matrix/", "layers/", 1), ())]
-        if arrays[matrix].shape != tuple(map(len, sides)):
-            raise UserError("the file is damaged", str(folder / "analysis" / "cka_between.npz"), tip)
-    return arrays
+def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
+    """Read analysis.csv of a run directory or of an analysis, and the arrays of a group if it has some.
+
+    Raises UserError.
+    """
+    table_file, arrays = folder / "analysis.csv", {}
+    tip = f"measure it again: pdvit analyze {checkpoint_of(folder)}"
+    with reading(table_file, tip):
+        table = pd.read_csv(table_file, keep_default_na=False, na_values=[""]).astype({**TYPES, "tokens": int})
+        if table.empty or table["mean"].isna().any() or table.duplicated(["depth", "metric"]).any():
+            raise ValueError("it has no values, or several of one layer and metric")
+    for file in (folder / "analysis").glob(f"{group}*.npz"):  # of CKA also cka_between.npz
+        arrays[file.stem] = read_arrays(file, f"{tip} --metrics {group}")
+    return AnalyzedRun(name, table, arrays)
 
 
-def read_arrays(folder: Path, stem: str, tip: str) -> Arrays:
-    """Read analysis/STEM.npz, without unpickling. Raises UserError with the tip if it is missing or damaged."""
-    file = folder / "analysis" / f"{stem}.npz"
-    try:
-        with np.load(file, allow_pickle=False) as opened:
-            return {name: opened[name] for name in opened.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        what = "the file is damaged" if file.is_file() else f"the analysis has no {file.name}"
-        raise UserError(what, str(file), tip) from error
+def read_arrays(file: Path, tip: str) -> Arrays:
+    """Read the arrays of a .npz file, without unpickling. Raises UserError with the tip, also for a missing array."""
+    with reading(file, tip), np.load(file, allow_pickle=False) as opened:
+        return _Arrays(file, tip, opened)
+
+
+class _Arrays(dict[str, np.ndarray]):
+    def __init__(self, file: Path, tip: str, arrays: Arrays) -> None:
+        super().__init__(arrays)
+        self.file, self.tip = file, tip
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise UserError(f"{self.file.name} has no array '{name}'", str(self.file), self.tip)
 
 
 def checkpoint_of(folder: Path) -> str:

@@ -1,16 +1,16 @@
 """Segmentation: image, truth, prediction and errors side by side, and the IoU of every class."""
 
-import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from PIL import Image
 
-from pdvit.errors import UserError
+from pdvit.plots.reading import read_text_table, reading
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 SHOWN, BARS = 4, 40  # images and bars of classes that are drawn; of more classes, the best and the worst
@@ -38,27 +38,17 @@ class SegmentedImage(NamedTuple):
 def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
     """Read iou.csv (the IoU of a class that does not occur is missing) and the images of predictions/.
 
-    Raises:
-        UserError: a file is damaged or missing.
+    Raises UserError.
     """
-    file = run / "iou.csv"
-    try:
-        with file.open(encoding="utf-8", errors="replace", newline="") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
-        table = pd.DataFrame({"class": [row["class"] for row in rows]}, dtype=object)
-        table["pixels"] = [int(row["pixels"]) for row in rows]
-        table["iou"] = [float(row["iou"]) if row["iou"] else np.nan for row in rows]
-        if table.empty:
-            raise ValueError("it has no class")
-        pictures = []
+    file, pictures = run / "iou.csv", []
+    with reading(file, f"measure it again: pdvit eval {run}"):
+        table = read_text_table(file)[["class", "pixels", "iou"]].replace({"iou": {"": "nan"}})
+        table = table.astype({"pixels": int, "iou": float})
         for path in sorted((run / "predictions").glob("*-image.png")):
             masks = [path.with_name(path.name.replace("-image.", f"-{name}.")) for name in COLUMNS[1:3]]
             (truth, _), (prediction, palette) = map(_read_mask, masks)
             with Image.open(path) as image:
                 pictures.append(SegmentedImage(np.array(image.convert("RGB")), truth, prediction, palette))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        what = f"the table of classes or a picture is damaged, or not one of a segmentation: {error}"
-        raise UserError(what, str(file), f"measure it again: pdvit eval {run}") from error
     return table, pictures
 
 
@@ -79,21 +69,16 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[SegmentedImage], name:
     if len(classes) > BARS:
         classes = pd.concat([classes.head(BARS // 2), classes.tail(BARS // 2)])
     keys = _legend(shown, table["class"].tolist(), theme)
-    rows, height = max(len(shown), 1), max(2.0, 1.15 * len(shown), 0.13 * len(classes) + 0.6)
-    height += 0.14 * -(-len(keys) // ACROSS)
-    with new_figure(DOUBLE, height, theme, rows, 5, width_ratios=(1, 1, 1, 1, 1.6)) as figure:
+    height = max(2.0, 1.15 * len(shown), 0.13 * len(classes) + 0.6) + 0.14 * -(-len(keys) // ACROSS)
+    with new_figure(DOUBLE, height, theme) as figure:
         figure.data = table.assign(run=name)[["run", *table.columns]]
-        grid = np.array(figure.axes).reshape(rows, 5)
-        for row, picture in zip(grid, shown, strict=False):
-            _draw_row(row[:4], picture, theme)
-        for axes in grid[len(shown) :, :4].flat:
-            axes.set_axis_off()
-        for title, axes in zip(COLUMNS, grid[0], strict=False):
-            axes.set_title(title)
-        place = grid[0, 4].get_gridspec()[:, 4]
-        for axes in grid[:, 4]:
-            axes.remove()
-        axes = figure.add_subplot(place)
+        grid = figure.add_gridspec(max(len(shown), 1), 5, width_ratios=(1, 1, 1, 1, 1.6))
+        for row, picture in enumerate(shown):
+            panels = [figure.add_subplot(grid[row, column]) for column in range(4)]
+            _draw_row(panels, picture, theme)
+            for axes, title in zip(panels, COLUMNS if row == 0 else (), strict=False):
+                axes.set_title(title)
+        axes = figure.add_subplot(grid[:, 4:] if shown else grid[:, :])
         _draw_bars(axes, classes, len(table), theme)
         mean = float(table["iou"].mean())
         axes.axvline(mean, color=theme.colours[1], linewidth=1.2)
@@ -103,7 +88,7 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[SegmentedImage], name:
         return figure
 
 
-def _draw_row(row: Any, picture: SegmentedImage, theme: Theme) -> None:
+def _draw_row(row: list[Axes], picture: SegmentedImage, theme: Theme) -> None:
     masks = (picture.palette[picture.truth], picture.palette[picture.prediction])
     for axes, pixels in zip(row, (picture.image, *masks), strict=False):
         axes.imshow(pixels, interpolation="nearest")
@@ -131,15 +116,16 @@ def _legend(pictures: list[SegmentedImage], names: list[str], theme: Theme) -> l
     ]
 
 
-def _draw_bars(axes: Any, classes: pd.DataFrame, count: int, theme: Theme) -> None:
+def _draw_bars(axes: Axes, classes: pd.DataFrame, count: int, theme: Theme) -> None:
     """Draw a bar for each class, the best on top."""
     at, values = range(len(classes)), classes["iou"].tolist()
     axes.barh(at, values, color=theme.colours[0], height=0.7)
     axes.set_yticks(at, [shorten(label, 24) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
     paper = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.3}  # the line of the mean may pass there
     for height, value in zip(at, values, strict=True):
-        number = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6, "bbox": paper}
-        axes.annotate(f"{value:.2f}", (value, height), **number)
+        axes.annotate(
+            f"{value:.2f}", (value, height), (3, 0), textcoords="offset points", va="center", fontsize=6, bbox=paper
+        )
     of = f", {len(classes)} of {count} classes" if len(classes) < count else ""
     axes.set(xlim=(0, 1.08), ylim=(max(len(classes), 1) - 0.5, -0.5))
     axes.set_xlabel(f"IoU (line: mean){of}", loc="right")

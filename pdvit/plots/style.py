@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -89,18 +90,21 @@ class Drawing(Figure):
 
 
 @contextmanager
-def new_figure(
-    width: float, height: float, theme: Theme = LIGHT, rows: int = 1, columns: int = 1, **grid: Any
-) -> Iterator[Drawing]:
-    """Open a figure of a size in inches, to draw on inside the context; `grid` goes to matplotlib's `subplots`."""
+def new_figure(width: float, height: float, theme: Theme = LIGHT) -> Iterator[Drawing]:
+    """Open a figure of a size in inches, to draw on inside the context."""
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     colours = dict.fromkeys(inked, theme.ink) | dict.fromkeys(paper, theme.paper) | {"grid.color": theme.muted}
     with mpl.rc_context(RC | colours):
-        figure = Drawing(figsize=(width, height), layout="constrained")
-        if rows:
-            figure.subplots(rows, columns, squeeze=False, **grid)
-        yield figure
+        yield Drawing(figsize=(width, height), layout="constrained")
+
+
+def panel_grid(figure: Figure, count: int, columns: int, **options: Any) -> list[Axes]:
+    """Add panels in rows of `columns`; the last row may be incomplete. `options` go to matplotlib's `subplots`."""
+    panels = figure.subplots(-(-count // columns), columns, squeeze=False, **options).ravel()
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return list(panels[:count])
 
 
 def render(figure: Figure, suffix: str) -> bytes:

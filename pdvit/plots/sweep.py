@@ -1,6 +1,5 @@
 """A sweep by setting: mean and spread over seeds, paired differences from a baseline; as table, Markdown and figure."""
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from scipy.special import stdtrit
 
 from pdvit.errors import UserError, closest
+from pdvit.plots.reading import read_text_table, reading
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 CELLS, SEED, VARIANT, FINISHED = "cells.csv", "run.seed", "variant", "finished"
@@ -98,18 +98,10 @@ class SweepSummary:
 def read_cells(place: Path) -> pd.DataFrame:
     """Read cells.csv of a sweep's folder, or a file like it, everything as text. Raises UserError."""
     file = place / CELLS if place.is_dir() else place
-    try:
-        with file.open(encoding="utf-8", newline="") as opened:
-            table = pd.DataFrame(list(csv.DictReader(opened, strict=True)), dtype=object)
-        needed = {"cell", "status"} - set(table.columns)
-        if table.empty or needed or None in table.columns or table.isna().any(axis=None):
-            raise ValueError("it has no rows, or lacks columns")
-    except FileNotFoundError as error:
-        tip = "name the folder of a sweep: run directories and cells.csv, one row per run"
-        raise UserError(f"there is no {file.name}", str(file.parent), tip) from error
-    except (OSError, ValueError, csv.Error) as error:
-        tip = "it needs one row per run, and the columns cell and status"
-        raise UserError("the table of cells is damaged", str(file), tip) from error
+    with reading(file, "name the folder of a sweep: run directories, and cells.csv with the columns cell and status"):
+        table = read_text_table(file)
+        if missing := sorted({"cell", "status"} - set(table)):
+            raise ValueError(f"it has no column '{missing[0]}'")
     return table
 
 
@@ -261,9 +253,9 @@ def plot_sweep(sweep: SweepSummary, name: str, theme: Theme = LIGHT) -> Drawing:
     """Draw each setting's seeds as dots and their mean with one standard deviation; beside it, paired differences."""
     table, rows = sweep.table, sweep.rows()
     hues = list((table[sweep.axes[0]] if sweep.axes else table["setting"]).unique())  # one colour for each value
-    with new_figure(DOUBLE, ROW * len(table) + AROUND, theme, columns=1 + bool(sweep.baseline), sharey=True) as figure:
+    with new_figure(DOUBLE, ROW * len(table) + AROUND, theme) as figure:
         figure.data = table
-        left = figure.axes[0]
+        left, *_ = figure.subplots(1, 1 + bool(sweep.baseline), squeeze=False, sharey=True)[0]
         left.set(title=shorten(name), xlabel=f"{sweep.heading}: mean ± std, dots are seeds")
         for axes in figure.axes[1:]:
             axes.axvline(0, color=theme.muted, linewidth=0.8)

@@ -14,7 +14,7 @@ def folder(tmp_path_factory, analysis_folder):
 
 @pytest.fixture
 def pairs(folder):
-    return read_run(folder, "one", "pairs", curves=("histogram", "edges"))
+    return read_run(folder, "one", "pairs")
 
 
 def test_every_layer_has_its_histogram_of_square_roots(pairs):
@@ -50,7 +50,7 @@ def test_layers_whose_pairs_are_all_alike_are_drawn(pairs):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_spectrum_is_a_line_and_the_dc_share_the_last_panel(folder, count):
-    run = read_run(folder, "run", "spectrum", curves=("by_frequency", "frequency"))
+    run = read_run(folder, "run", "spectrum")
     figure = plot_spectrum([replace(run, name=f"run-{number}") for number in range(count)])
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     for number in range(count):

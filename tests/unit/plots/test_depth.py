@@ -217,7 +217,7 @@ def test_layers_are_compared_by_name_and_single_images_have_no_interval(analysis
 
 
 def test_every_head_is_a_dot_their_mean_a_line_and_uniform_attention_is_marked(tmp_path, tables):
-    run = read_run(tmp_path / "0", "one", "attention", curves=ATTENTION)
+    run = read_run(tmp_path / "0", "one", "attention")
     figure = plot_attention([run, replace(run, name="two")])
     for axes, curve in zip(figure.axes, ATTENTION, strict=True):
         heads, mean, others = axes.lines[:3]

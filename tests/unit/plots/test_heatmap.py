@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.plots.heatmap import DRAWN, NUMBERED, plot_cka, plot_confusion, plot_maps, read_confusion, read_maps
-from pdvit.plots.reading import read_run
+from pdvit.plots.heatmap import DRAWN, NUMBERED, plot_cka, plot_confusion, plot_maps, read_confusion
+from pdvit.plots.reading import read_arrays, read_run
 
 LAYERS = np.array(["embed", "block 1", "norm"])
 
@@ -23,12 +23,13 @@ def image(axes) -> np.ndarray:
 
 @pytest.fixture
 def cka(tmp_path, analysis_folder):
-    return read_run(analysis_folder(tmp_path / "run"), "one", "cka", curves=("matrix", "layers"))
+    return read_run(analysis_folder(tmp_path / "run"), "one", "cka")
 
 
 @pytest.fixture
 def maps(tmp_path, analysis_folder):
-    return read_maps(analysis_folder(tmp_path / "maps", tokens=(16, 16, 16, 4, 4)))
+    folder = analysis_folder(tmp_path / "maps", tokens=(16, 16, 16, 4, 4))
+    return read_arrays(folder / "analysis" / "maps.npz", "")
 
 
 def test_cka_is_drawn_with_the_first_layer_at_the_bottom_left(cka):
@@ -76,7 +77,8 @@ def test_maps_have_one_scale_three_patches_and_the_image_that_is_named(maps):
 
 
 def test_of_many_layers_six_are_mapped(tmp_path, analysis_folder):
-    layers = plot_maps(read_maps(analysis_folder(tmp_path / "deep", depth=12)), "run").data["layer"].unique().tolist()
+    arrays = read_arrays(analysis_folder(tmp_path / "deep", depth=12) / "analysis" / "maps.npz", "")
+    layers = plot_maps(arrays, "run").data["layer"].unique().tolist()
     assert (len(layers), layers[0], layers[-1]) == (6, "embed", "norm")
 
 
@@ -86,11 +88,13 @@ def test_a_patch_or_image_that_is_not_there_is_refused(maps, named):
         plot_maps(maps, "run", **named)
 
 
-def test_incomplete_maps_are_refused(tmp_path, maps):
-    (tmp_path / "less" / "analysis").mkdir(parents=True)
-    np.savez(tmp_path / "less" / "analysis" / "maps.npz", **{k: v for k, v in maps.items() if k != "grid/block 1"})
+def test_incomplete_arrays_are_refused(tmp_path, maps, cka):
+    np.savez(tmp_path / "maps.npz", **{name: array for name, array in maps.items() if name != "grid/block 1"})
+    with pytest.raises(UserError, match="has no array 'grid/block 1'"):
+        plot_maps(read_arrays(tmp_path / "maps.npz", ""), "run")
+    between = {"matrix/other": np.ones((2, 3)), "layers/other": LAYERS[:2], "layers": LAYERS}
     with pytest.raises(UserError, match="damaged"):
-        read_maps(tmp_path / "less")
+        plot_cka([replace(cka, curves=cka.curves | {"cka_between": between})])
 
 
 def confusions(matrix: np.ndarray, names: list[str] | None = None) -> pd.DataFrame:

@@ -167,7 +167,9 @@ def test_values_stay_as_they_are_written(tmp_path):
     assert summarise(read_cells(tmp_path)).table["setting"].tolist() == ["1e-3", "NA"]
 
 
-@pytest.mark.parametrize("content", ["", "cell\n0\n", "cell,status\n", "cell,status,a\n0\n", 'cell,status\n0,"x\n'])
+@pytest.mark.parametrize(
+    "content", ["", "cell\n0\n", "cell,status\n", "cell,status,a\n0\n", "cell,status\n0,1,2\n", 'cell,status\n0,"x\n']
+)
 def test_a_damaged_table_is_named(tmp_path, content):
     (tmp_path / "cells.csv").write_text(content)
     with pytest.raises(UserError) as caught:

@@ -113,13 +113,13 @@ def test_a_half_written_last_line_is_left_out(run):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no records that can be read"),
-        (b"\xff\xfe\x00", "no records that can be read"),
-        (b"", "holds no records"),
-        (b"no json\n{}\n", "line 1 is not a record"),
-        (b'{"kind": "train"}\n[1]\n{"kind": "train"}\n', "line 2 is not a record"),
-        (b'{"kind": "train", "epoch": 1}\n', "not evaluated"),
-        (b'{"kind": "train", "epoch": 1, "class": 1}\n{"kind": "eval", "epoch": 1}\n', "not evaluated"),
+        (None, "missing"),
+        (b"\xff\xfe\x00", "damaged"),
+        (b"", "no train records"),
+        (b"no json\n{}\n", "damaged"),
+        (b'{"kind": "train"}\n[1]\n{"kind": "train"}\n', "damaged"),
+        (b'{"kind": "train", "epoch": 1}\n', "no train records with 'class'"),
+        (b'{"kind": "train", "epoch": 1, "class": 1}\n{"kind": "eval", "epoch": 1}\n', "no eval records"),
     ],
 )
 def test_damaged_or_missing_records_are_refused(tmp_path, content, message):
