@@ -3,7 +3,6 @@
 from pdvit.analysis.measure import Analysis, analyze, cka_between, measure
 from pdvit.analysis.metrics import DEFAULT, DEFINITIONS, METRICS
 from pdvit.analysis.tables import write_analysis, write_between
-from pdvit.analysis.verdict import describe
 
 __all__ = [
     "DEFAULT",
@@ -12,7 +11,6 @@ __all__ = [
     "Analysis",
     "analyze",
     "cka_between",
-    "describe",
     "measure",
     "write_analysis",
     "write_between",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product, tee
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,10 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch, watch_attention
 
-COLUMNS = ("model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens")
+COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 BATCH_SIZE = 32  # if images come as one tensor
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
+Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,14 @@ def measure(
     Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """
     layer_metrics = LayerMetrics(model, select_metrics(metrics))
-    device = next(model.parameters()).device
     with ranks.raise_on_all_ranks(), evaluating(model):
-        for batch in batches(images, device):
+        for batch in batches(images, next(model.parameters()).device):
             with layer_metrics.batch(batch):
                 model(batch)
-    parts: list[MetricSums] = ranks.all_gather(layer_metrics.sums)
-    layer_metrics.sums = MetricSums()
-    for part in parts:
-        layer_metrics.sums.merge(part)
-    return layer_metrics.compute(name)
+    sums = MetricSums()
+    for part in ranks.all_gather(layer_metrics.sums):
+        sums.merge(part)
+    return layer_metrics.analysis(sums, name)
 
 
 def cka_between(
@@ -103,15 +103,12 @@ def cka_between(
     batches as the other model takes them, if that differs. Ranks as in `measure`. UserError if no batch is left.
     """
     cka, device = LinearCKA(), next(model.parameters()).device
-    groups = select_metrics("cka")
-    rows, columns = LayerMetrics(model, groups), LayerMetrics(other, groups)
-    pairs: Iterable[tuple[Tensor, Tensor]]
-    if other_images is None:
-        pairs = ((batch, batch) for batch in batches(images, device))
-    else:
-        pairs = zip(batches(images, device), batches(other_images, device), strict=False)
+    rows, columns = (LayerMetrics(each, select_metrics("cka")) for each in (model, other))
+    own, others = tee(batches(images, device))
+    if other_images is not None:
+        others = batches(other_images, device)
     with ranks.raise_on_all_ranks(), evaluating(model), evaluating(other):
-        for batch, other_batch in pairs:
+        for batch, other_batch in zip(own, others, strict=False):
             if len(batch) >= MIN_IMAGES:
                 with rows.batch(batch) as grams:
                     model(batch)
@@ -129,7 +126,7 @@ def cka_between(
 
 def select_metrics(metrics: str | Iterable[str]) -> dict[str, MetricGroup]:
     """Return groups by name; a name may be several, separated by commas."""
-    listed = [metrics] if isinstance(metrics, str) else list(metrics)
+    listed = [metrics] if isinstance(metrics, str) else metrics
     names = [name.strip() for part in listed for name in part.split(",")]
     for name in names or [""]:
         if name not in METRICS:
@@ -144,10 +141,9 @@ def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
     for part in parts:
         batch = part if isinstance(part, Tensor) else part[0]
         if batch.ndim != 4:
+            what = f"images have four axes (image, channel, height, width), not the shape {tuple(batch.shape)}"
             raise UserError(
-                f"images have four axes (image, channel, height, width), not the shape {tuple(batch.shape)}",
-                "analyze(model, images)",
-                "add the missing axis, for example images[None] for a single image",
+                what, "analyze(model, images)", "add the missing axis, for example images[None] for one image"
             )
         if len(batch):
             yield batch.to(device)
@@ -162,20 +158,16 @@ def inference(images: Tensor) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        tip = "choose a smaller --batch-size, or fewer --metrics" if len(images) > 1 else "choose a larger device"
-        count = f"{len(images)} images at a time" if len(images) > 1 else "a single image"
-        raise UserError(f"there is no memory for {count}", str(images.device), tip) from error
+        tip = "choose a smaller --batch-size, fewer --metrics or a larger device"
+        raise UserError(f"there is no memory for a batch of {len(images)}", str(images.device), tip) from error
 
 
 def check_tokens(patches: Patches, layer: Layer) -> None:
     """Raise UserError if there are fewer than two patches, or if tokens are not finite."""
     count = patches.tokens.shape[1]
     if count < 2:
-        raise UserError(
-            f"similarity needs at least two patches, and there {'is one patch' if count else 'is no patch'}",
-            f"{layer.name}, analyze(model, images)",
-            "use larger images or smaller patches",
-        )
+        what = f"similarity needs at least two patches, not {count}"
+        raise UserError(what, f"{layer.name}, analyze(model, images)", "use larger images or smaller patches")
     _check_finite(patches.lengths, layer)
 
 
@@ -188,31 +180,30 @@ def _check_finite(values: Tensor, layer: Layer) -> None:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations over images, in float64."""
+    """Count, mean and sum of squared deviations over images, of values of one shape, in float64 on the CPU."""
 
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
+    count: int
+    mean: Tensor
+    squares: Tensor
 
-    def update(self, values: Tensor) -> None:
-        """Add the values `(B,)` of more images."""
+    @classmethod
+    def of(cls, values: Tensor) -> "Moments":
+        """Return the moments of values `(B, ...)` of images."""
         values = values.double()
-        mean = float(values.mean())
-        self.merge(Moments(len(values), mean, float((values - mean).square().sum())))
+        mean = values.mean(0)
+        return cls(len(values), mean.cpu(), (values - mean).square().sum(0).cpu())
 
-    def merge(self, other: "Moments") -> None:
-        """Add other images (Chan, Golub and LeVeque 1979)."""
-        total = self.count + other.count
-        difference = other.mean - self.mean
-        self.squares += other.squares + difference**2 * self.count * other.count / total
-        self.mean += difference * other.count / total
-        self.count = total
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the moments with those of other images (Chan, Golub and LeVeque 1979)."""
+        total, difference = self.count + other.count, other.mean - self.mean
+        squares = self.squares + (other.squares + difference**2 * self.count * other.count / total)
+        return Moments(total, self.mean + difference * other.count / total, squares)
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over images (n - 1); None for a single image."""
+        """Standard deviation over images (n - 1) of a scalar; None for a single image."""
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
 
     @property
@@ -228,17 +219,18 @@ class MetricSums:
     """Sums over images, which processes exchange; their size depends on the layers alone."""
 
     images: int = 0
-    moments: dict[tuple[str, Layer], Moments] = field(default_factory=dict)
-    curves: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    moments: dict[Key, Moments] = field(default_factory=dict)  # of columns and curves
     tokens: dict[Layer, int] = field(default_factory=dict)
     cka: LinearCKA = field(default_factory=LinearCKA)
 
+    def add(self, moments: dict[Key, Moments]) -> None:
+        """Add the moments of more images."""
+        for key, more in moments.items():
+            self.moments[key] = self.moments[key] + more if key in self.moments else more
+
     def merge(self, other: "MetricSums") -> None:
         """Add the sums of another process."""
-        for key, moments in other.moments.items():
-            self.moments.setdefault(key, Moments()).merge(moments)
-        for name, curve in other.curves.items():
-            self.curves[name] = self.curves.get(name, 0) + curve
+        self.add(other.moments)
         self.cka.merge(other.cka)
         self.tokens |= other.tokens
         self.images += other.images
@@ -274,7 +266,6 @@ class LayerMetrics:
         if self.grams:
             self.sums.cka.update(self.grams, self.grams)
         self.first = self.previous = None
-        self.grams = []
 
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
         patches = Patches(tokens, self.image_size)
@@ -297,46 +288,43 @@ class LayerMetrics:
         self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
-        for name, values in results.items():
+        for values in results.values():
             _check_finite(values, layer)
-            if name in self.groups[group].columns:
-                self.sums.moments.setdefault((name, layer), Moments()).update(values)
-            else:
-                key = (group, f"{name}/{layer.name}")
-                self.sums.curves[key] = self.sums.curves.get(key, 0) + values.double().sum(0).cpu()
+        self.sums.add({(group, name, layer): Moments.of(values) for name, values in results.items()})
 
-    def compute(self, name: str) -> Analysis:
-        """Return the metrics of a model of that name over all images; UserError if there were none."""
-        sums, layers = self.sums, [layer.name for layer in self.places]
+    def analysis(self, sums: MetricSums, model: str) -> Analysis:
+        """Return the metrics of a model of that name; UserError if there were no images."""
         if not sums.images:
             raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
         curves: dict[str, dict[str, np.ndarray]] = {}
-        for (group, curve), total in sums.curves.items():
-            curves.setdefault(group, {})[curve] = (total / sums.images).numpy()
+        rows: list[tuple[object, ...]] = []
+        layers = [layer.name for layer in self.places]
         if "cka" in self.groups:
             if not sums.cka.images:
                 tip = f"pass batches of at least {MIN_IMAGES} images; more make it less noisy (--images, --batch-size)"
                 raise UserError("CKA compares images with one another: batches are too small", "metrics='cka'", tip)
             curves["cka"] = {"matrix": sums.cka.compute().numpy(), "layers": np.array(layers)}
-        rows: list[tuple[object, ...]] = []
-        for metric in [column for group in self.groups.values() for column in group.columns]:
-            for number, layer in enumerate(self.places):
-                place = (name, layer.name, layer.depth, metric)
-                if moments := sums.moments.get((metric, layer)):
-                    rows.append((*place, moments.mean, moments.std, moments.ci95, moments.count, sums.tokens[layer]))
-                elif metric == "cka_last":
-                    value = float(curves["cka"]["matrix"][number, -1])
-                    rows.append((*place, value, None, None, sums.cka.images, sums.tokens[layer]))
-        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        named = [(name, metric) for name, group in self.groups.items() for metric in (*group.columns, *group.curves)]
+        for (group, metric), (number, layer) in product(named, enumerate(self.places)):
+            place, moments = (model, layer.name, layer.depth, metric), sums.moments.get((group, metric, layer))
+            if metric == "cka_last":
+                value = float(curves["cka"]["matrix"][number, -1])
+                rows.append((*place, value, None, None, sums.cka.images, sums.tokens[layer]))
+            elif moments and metric in self.groups[group].columns:
+                spread = (moments.std, moments.ci95)
+                rows.append((*place, float(moments.mean), *spread, moments.count, sums.tokens[layer]))
+            elif moments:
+                curves.setdefault(group, {})[f"{metric}/{layer.name}"] = moments.mean.numpy()
+        table = pd.DataFrame(rows, columns=COLUMNS)
         table = table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
-        return Analysis(table, sums.images, layers, curves, self._notes())
+        return Analysis(table, sums.images, layers, curves, self._notes(sums))
 
-    def _notes(self) -> list[str]:
+    def _notes(self, sums: MetricSums) -> list[str]:
         notes = []
         if self.first_layer is not None:
             notes.append(f"drift is measured from {self.first_layer.name}, at later layers of its grid and width")
         if "attention" in self.groups:
             notes.append("attention was computed without fused kernels, between patches only, at blocks only")
-        if "cka" in self.groups and (left := self.sums.images - self.sums.cka.images):
+        if "cka" in self.groups and (left := sums.images - sums.cka.images):
             notes.append(f"cka left {left} images out: a batch of fewer than {MIN_IMAGES}")
         return notes

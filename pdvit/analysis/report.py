@@ -1,7 +1,6 @@
 """The report: a whole analysis as one HTML file, to read, print and send."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -17,21 +16,16 @@ CONDITIONS = (
 )
 
 
-@dataclass(frozen=True)
-class ReportFigure:
-    """A figure of the report: its caption, and SVGs for light and for dark pages."""
-
-    caption: str
-    light: bytes
-    dark: bytes
-
-
 def report_page(
     analyses: Sequence[tuple[pd.DataFrame, dict[str, Any]]],
-    figures: Sequence[ReportFigure],
+    figures: Sequence[tuple[str, bytes, bytes]],
     environment: dict[str, Any],
 ) -> str:
-    """Return the report as HTML, from the table of `analyze` and the facts of `describe` for each checkpoint."""
+    """Return the report as HTML.
+
+    `analyses` are the table of `analyze` and the content of analysis.json for each checkpoint, `figures` a caption, and
+    SVGs for light and for dark pages.
+    """
     names = ", ".join(facts["model"] for _, facts in analyses)
     return render_page(
         "report.html",
@@ -40,7 +34,7 @@ def report_page(
         names=names,
         date=str(environment["started"])[:10],
         models=[_model(table, facts) for table, facts in analyses],
-        figures=[(it.caption, *(data_uri(svg, "image/svg+xml") for svg in (it.light, it.dark))) for it in figures],
+        figures=[(caption, *(data_uri(svg, "image/svg+xml") for svg in svgs)) for caption, *svgs in figures],
         definitions={name: DEFINITIONS[name] for table, _ in analyses for name in table["metric"]},
         environment={name: _text(value) for name, value in environment.items() if value not in (None, "")},
     )

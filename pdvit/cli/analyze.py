@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,51 +65,58 @@ def analyze(
         from pdvit.analysis import DEFAULT
         from pdvit.cli.analyze_run import Analyzer
 
-        loading = (limit, model, weights, batch_size, workers, device, on_bad_image)
-        analyzer = Analyzer(console, images or [], list(metrics or DEFAULT), *loading)
+        flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
+        flags |= {"data_on_bad_image": on_bad_image, "model": model, "weights": weights}
+        analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **flags)
         return _analyze(analyzer, _result_folders(paths, out), explore, report, as_json)
+
+
+def _result_folders(paths: list[str], out: Path | None) -> dict[str, Path]:
+    """Return the folder for the results of each checkpoint; UserError, before any work, if two are the same."""
+    folders: dict[str, Path] = {}
+    for path in paths:
+        folder = results_folder(Path(path), out, "analysis")
+        if folder in folders.values():
+            tip = "analyze them one by one, each with its own --out"
+            raise UserError("one folder can't hold several analyses", str(folder), tip)
+        folders[path] = folder
+    return folders
 
 
 def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, as_json: bool) -> int:
     """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
     from pdvit.analysis import write_analysis, write_between
     from pdvit.analysis.explorer import bytes_per_model
+    from pdvit.cli.analyze_run import write_explorer, write_report
     from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
 
-    console, main = analyzer.console, analyzer.ranks.main
+    console, main, results = analyzer.console, analyzer.ranks.main, list["CheckpointAnalysis"]()
     bytes_per_model(len(folders) if explore else 1)  # an error if they are too many for a page
-    results: list[CheckpointAnalysis] = []
-    between: dict[str, pd.DataFrame] = {}
     with stop_on_signals() as analyzer.stop:
         for path, folder in folders.items():
-            first = results[0] if results else None
-            result = None if analyzer.stopped() else analyzer.measure(path, first)
+            result = None if analyzer.stopped() else analyzer.measure(path, folder, results[0] if results else None)
             if result is None:
                 break
             results.append(result)
             if main:
                 file = write_analysis(folder, result.analysis, result.facts)
-                if result.between is not None:
-                    # runs in different folders can have the same name
-                    names = chain([result.name], (f"{result.name} ({number})" for number in count(2)))
-                    between[next(name for name in names if name not in between)] = result.between
-                    write_between(folders[results[0].path], between)
+                if tables := [(it.name, it.between) for it in results if it.between is not None]:
+                    from pdvit.plots.style import unique  # imports matplotlib
+
+                    names = unique([name for name, _ in tables])  # runs in different folders can have the same name
+                    write_between(results[0].folder, dict(zip(names, (table for _, table in tables), strict=True)))
                 print_analysis(result.analysis.table, result.facts, console)
                 log(console, f"written  {file}")
         stopped = analyzer.stopped()
-    if main and (explore or report) and not stopped:
-        from pdvit.cli.analyze_pages import write_explorer, write_report
-
-        if explore:
-            write_explorer(folders, results[0].images, analyzer)
-        if report:
-            write_report(results, folders, console)
+    if main and explore and not stopped:
+        write_explorer(results, analyzer)
+    if main and report and not stopped:
+        write_report(results, console)
     if main and as_json:
-        printed = [_as_json(result, folders[result.path]) for result in results]
+        printed = [_as_json(result) for result in results]
         print(json.dumps(printed[0] if len(folders) == len(printed) == 1 else printed, indent=2))
     if stopped:
-        measured = {result.path for result in results}
-        left = ", ".join(path for path in folders if path not in measured) or "none is left"
+        left = ", ".join(list(folders)[len(results) :]) or "none is left"
         log(console, f"stopped; not measured: {left}{'; no page was written' if explore or report else ''}")
         return EXIT_STOPPED
     if not as_json:
@@ -119,27 +125,14 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
     return 0
 
 
-def _result_folders(paths: list[str], out: Path | None) -> dict[str, Path]:
-    """Return the folder for the results of each checkpoint; UserError, before any work, if two are the same."""
-    if out is not None and len(paths) > 1:
-        raise UserError("one folder can't hold several analyses", f"--out {out}", "analyze them one by one")
-    folders: dict[str, Path] = {}
-    for path in paths:
-        folder = results_folder(Path(path), out, "analysis")
-        if path in folders or folder in folders.values():
-            raise UserError("two checkpoints of the same name", str(folder), "analyze them one by one, with --out")
-        folders[path] = folder
-    return folders
-
-
-def _as_json(result: "CheckpointAnalysis", folder: Path) -> dict[str, Any]:
+def _as_json(result: "CheckpointAnalysis") -> dict[str, Any]:
     """Return the facts, and one object per layer with its metrics; a missing spread is null."""
     layers: dict[str, dict[str, Any]] = {}
     for row in result.analysis.table.to_dict("records"):
         layer = layers.setdefault(row["layer"], {"layer": row["layer"], "depth": row["depth"]})
         numbers = {key: row[key] for key in ("mean", "std", "ci95")}
         layer[row["metric"]] = {key: None if value != value else value for key, value in numbers.items()}
-    return result.facts | {"file": str(folder / "analysis.csv"), "layers_measured": list(layers.values())}
+    return result.facts | {"file": str(result.folder / "analysis.csv"), "layers_measured": list(layers.values())}
 
 
 def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
@@ -153,9 +146,9 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
     for view in terminal_tables(table):
         console.print(view)
         console.print()
-    for name in ("stopped", "verdict", "advice", "published"):
+    for name, label in (("stopped", "stopped: "), ("verdict", ""), ("advice", ""), ("published", "published: ")):
         if facts[name]:
-            log(console, f"{name}: {facts[name]}" if name in ("stopped", "published") else facts[name])
+            log(console, f"{label}{facts[name]}")
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name

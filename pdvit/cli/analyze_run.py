@@ -1,40 +1,37 @@
-"""The measurements of `pdvit analyze`: each checkpoint, its model with random weights, and CKA with the first one."""
+"""The measurements and pages of `pdvit analyze`: each checkpoint, its model with random weights, CKA with the first."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pdvit.analysis import Analysis, cka_between, describe, measure
+from pdvit.analysis import DEFINITIONS, Analysis, cka_between, measure
 from pdvit.analysis.measure import select_metrics
+from pdvit.analysis.verdict import PUBLISHED, verdict
 from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
-from pdvit.cli.console import with_progress
+from pdvit.cli.console import log, with_progress
 from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs
-from pdvit.data.loader import LoaderConfig, shared_batches
+from pdvit.data.images import BadImages
+from pdvit.data.loader import shared_batches
 from pdvit.data.sources.split import ArraySplit
 from pdvit.engine.device import device_name
-from pdvit.engine.distributed import Ranks, init_process_group
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
 from pdvit.models.loading import LoadedModel
+from pdvit.tracking.run_directory import write_file, writing
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from pdvit.plots.style import Drawing, Theme
+
+T = TypeVar("T")
 # Images for a model with random weights.
 RANDOM_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class AnalyzeTarget:
-    """A model on its device, and the images to measure."""
-
-    loaded: LoadedModel
-    loader: LoaderConfig
-    images: ImageSet
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class CheckpointAnalysis:
     """The result for one checkpoint."""
 
     path: str
+    folder: Path  # of the results
     name: str
     images: ImageSet
     analysis: Analysis
@@ -49,53 +47,43 @@ class CheckpointAnalysis:
     between: "pd.DataFrame | None" = None  # CKA between the layers of the first checkpoint and its own
 
 
-@dataclass
 class Analyzer:
-    """Measures checkpoints one after the other with the same options, each on all ranks, until a stop is requested."""
+    """Measures checkpoints one after the other with the same options, each on all ranks, until a stop is requested.
 
-    console: RunConsole
-    images: list[str]
-    metrics: list[str]
-    limit: int = 256
-    model: str | None = None
-    weights: str | None = None
-    batch_size: int = 32
-    workers: int = 2
-    device: str = "auto"
-    on_bad_image: str | None = None
-    ranks: Ranks = field(default_factory=init_process_group)
-    stop: StopRequest = field(default_factory=StopRequest)
+    `images` are the names of `--images`, `flags` the arguments of `open_checkpoint`.
+    """
 
-    def measure(self, path: str, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
+    def __init__(
+        self, console: RunConsole, images: list[str], metrics: Sequence[str], limit: int, **flags: Any
+    ) -> None:
+        self.console, self.images, self.metrics, self.limit = console, images, metrics, limit
+        if images and flags.get("data_on_bad_image") is None:  # the run's policy is for its own images
+            flags["data_on_bad_image"] = "error"
+        self.flags, self.stop, self.ranks = flags, StopRequest(), init_process_group()
+
+    def measure(self, path: str, folder: Path, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
         groups = select_metrics(self.metrics)  # an error for an unknown name, before anything is loaded
-        target = self._open(path)
-        loaded, between = target.loaded, None
+        opened, images = self._open(path)
+        name, between = opened.loaded.name, None
         try:
-            analysis = measure(loaded.model, self._batches(target, loaded.name), groups, loaded.name, self.ranks)
+            analysis = measure(opened.loaded.model, self._batches(opened, images, name), groups, name, self.ranks)
         except UserError:
             if self.stopped():
                 return None
             raise
-        total = len(target.images.split)
-        stopped = f"on request, after {analysis.images} of {total} images" if self.stopped() else None
+        stopped = f"on request, after {analysis.images} of {len(images.split)} images" if self.stopped() else None
         if not stopped and "similarity" in groups:
-            analysis = self._with_random(analysis, target)
+            random, reason = self._attempt(lambda: self._measure_random(opened, images))
+            note = f"random weights were not measured: {reason}"
+            analysis = analysis.with_random(random) if random else replace(analysis, notes=[*analysis.notes, note])
         if first is not None and "cka" in groups:
-            between, note = self._cka_between(first, target)
-            analysis = replace(analysis, notes=[*analysis.notes, note])
-        bad = {name for names in self.ranks.all_gather(set(target.loader.bad.found)) for name in names}
-        facts = describe(
-            analysis,
-            checkpoint=path,
-            architecture=loaded.architecture,
-            weights=loaded.weights,
-            images=_describe_images(target, len(bad)),
-            prefix=max(place.prefix for place in places_of(loaded.model).values()),
-            device=device_name(target.loader.device),
-            stopped=stopped,
-        )
-        return CheckpointAnalysis(path, loaded.name, target.images, analysis, facts, between)
+            between, reason = self._attempt(lambda: self._cka_between(first, opened, images))
+            found = f"was left out: {reason}" if reason else f"is in analysis/cka_between.npz of {first.name}"
+            analysis = replace(analysis, notes=[*analysis.notes, f"cka between {first.name} and {name} {found}"])
+        bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
+        facts = describe(analysis, opened, images, len(bad), stopped)
+        return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
         """Return whether a stop was requested on any rank."""
@@ -103,13 +91,9 @@ class Analyzer:
 
     def open(self, path: str, ranks: Ranks) -> OpenedCheckpoint:
         """Load a checkpoint to the device; raises UserError."""
-        on_bad_image = self.on_bad_image or ("error" if self.images else None)  # the run's policy is for its own images
-        flags = {"data_batch_size": self.batch_size, "data_workers": self.workers, "data_on_bad_image": on_bad_image}
-        return open_checkpoint(
-            Path(path), ranks, self.model, self.weights, backbone=True, run_device=self.device, **flags
-        )
+        return open_checkpoint(Path(path), ranks, backbone=True, **self.flags)
 
-    def _open(self, path: str) -> AnalyzeTarget:
+    def _open(self, path: str) -> tuple[OpenedCheckpoint, ImageSet]:
         """Load a checkpoint and select its images; an error of one rank is raised on all."""
         with self.ranks.raise_on_all_ranks():
             opened = self.open(path, self.ranks)
@@ -117,46 +101,38 @@ class Analyzer:
                 images = open_images(self.images)
             else:  # the run's own images, read as the run did
                 images = held_out_images(opened.config) if opened.is_run else sample_photographs()
-        assert isinstance(opened.loaded, LoadedModel)
-        return AnalyzeTarget(opened.loaded, opened.loader, images.subsample(self.limit))
+        return opened, images.subsample(self.limit)
 
-    def _batches(self, target: AnalyzeTarget, label: str) -> "Iterator[Tensor]":
+    def _batches(self, opened: OpenedCheckpoint, images: ImageSet, label: str) -> "Iterator[Tensor]":
         """Yield this rank's batches until a stop is requested, with a progress bar."""
-        batches = shared_batches(target.images.split, target.loader)
-        total = -(-len(target.images.split) // target.loader.processes)
-        shown = with_progress(batches, total, self.console, label)
+        batches = shared_batches(images.split, opened.loader)
+        shown = with_progress(batches, -(-len(images.split) // self.ranks.world_size), self.console, label)
         return (batch.images for batch in takewhile(lambda _: not self.stop, shown))
 
-    def _with_random(self, analysis: Analysis, target: AnalyzeTarget) -> Analysis:
-        """Add P of the same model with random weights on some of the same images, or a note why it is missing."""
-        loaded, reason = target.loaded, ""
-        few = replace(target, images=target.images.subsample(RANDOM_IMAGES))
+    def _attempt(self, compute: Callable[[], T]) -> tuple[T | None, str]:
+        """Return the result of an additional measurement, or None and the reason."""
         try:
-            with self.ranks.raise_on_all_ranks():
-                model = to_device(loaded.with_random_weights(), target.loader.device, loaded.architecture)
-            random = measure(model, self._batches(few, "random weights"), "similarity", ranks=self.ranks)
+            result, reason = compute(), ""
         except UserError as error:
-            reason = f"random weights were not measured: {error.what}"
-        if self.stopped():
-            reason = "stopped before random weights were measured"
-        return replace(analysis, notes=[*analysis.notes, reason]) if reason else analysis.with_random(random)
+            result, reason = None, error.what
+        return (None, "it was stopped before") if self.stopped() else (result, reason)
 
-    def _cka_between(self, first: CheckpointAnalysis, target: AnalyzeTarget) -> "tuple[pd.DataFrame | None, str]":
-        """Return the CKA between the layers of the first checkpoint and those of this one, or None; and a note."""
-        label, table, reason = f"cka between {first.name} and {target.loaded.name}", None, ""
-        if not _same_images(first.images, target.images):
-            return None, f"{label} was left out: they were measured on different images"
-        try:
-            other = self._open(first.path)  # once more, beside this one
-            images, other_images = self._batches(other, label), self._batches(target, label)
-            table = cka_between(other.loaded.model, target.loaded.model, images, other_images, self.ranks)
-        except UserError as error:
-            reason = error.what
-        if self.stopped():
-            reason = "stopped before"
-        if reason:
-            return None, f"{label} was left out: {reason}"
-        return table, f"{label} is in analysis/cka_between.npz of {first.name}"
+    def _measure_random(self, opened: OpenedCheckpoint, images: ImageSet) -> Analysis:
+        """Return P of the same model with random weights on some of the same images."""
+        loaded = opened.loaded
+        assert isinstance(loaded, LoadedModel)
+        with self.ranks.raise_on_all_ranks():
+            model = to_device(loaded.with_random_weights(), opened.loader.device, loaded.architecture)
+        batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
+        return measure(model, batches, "similarity", ranks=self.ranks)
+
+    def _cka_between(self, first: CheckpointAnalysis, opened: OpenedCheckpoint, images: ImageSet) -> "pd.DataFrame":
+        """Return the CKA between the layers of the first checkpoint and those of this one; raises UserError."""
+        if not _same_images(first.images, images):
+            raise UserError("they were measured on different images", first.path, "name the images: --images")
+        other, other_images = self._open(first.path)  # once more, beside this one
+        batches = self._batches(other, other_images, "cka"), self._batches(opened, images, "cka")
+        return cka_between(other.loaded.model, opened.loaded.model, *batches, self.ranks)
 
 
 def _same_images(first: ImageSet, second: ImageSet) -> bool:
@@ -167,9 +143,110 @@ def _same_images(first: ImageSet, second: ImageSet) -> bool:
     return same and all(one.name(index) == two.name(index) for index in range(len(one)))
 
 
-def _describe_images(target: AnalyzeTarget, bad: int) -> str:
-    preprocessing, images = target.loader.preprocessing, target.images
+def describe(
+    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None
+) -> dict[str, Any]:
+    """Return the content of analysis.json: the exact conditions of the measurement, and the verdict.
+
+    `bad` images did not decode. `stopped` is the reason why the measurement ended before the last image, if it did.
+    """
+    table, loaded = analysis.table, opened.loaded
+    assert isinstance(loaded, LoadedModel)
+    has_p = bool((table["metric"] == "similarity").any())
+    found, advice = verdict(table, str(opened.path)) if has_p else (None, None)
+    preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
     left_out = f"; {bad} left out that do not decode" if bad else ""
-    return f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}"
+    last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
+    stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
+    blocks = sum(name.startswith("block") for name in analysis.layers)
+    return {
+        "model": loaded.name,
+        "checkpoint": str(opened.path),
+        "weights": loaded.weights,
+        "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
+        "images_measured": analysis.images,
+        "patch_tokens": int(table["tokens"].iloc[-1]),
+        "prefix_tokens_dropped": max(place.prefix for place in places_of(loaded.model).values()),
+        "layers": "embed is the input of block 1 (with position); blocks are read before the final norm; the last row "
+        f"is {last}{stages}",
+        "metrics": {name: DEFINITIONS[name].text for name in dict.fromkeys(table["metric"])},
+        "notes": [*analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])],
+        "stopped": stopped,
+        "spread": "std and ci95 (half-width, Student's t) over images",
+        "precision": "float32",
+        "device": device_name(opened.loader.device),
+        "verdict": found,
+        "advice": advice,
+        "published": PUBLISHED.get((loaded.architecture.partition(".")[0], blocks)),
+    }
+
+
+def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
+    """Write explorer.html to the first checkpoint's folder, and analysis/maps.npz to each; print what they show.
+
+    Checkpoints are loaded once more, one at a time, so that all get the same images. Raises UserError.
+    """
+    from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
+    from pdvit.analysis.tables import MAPS
+
+    images, bad, models = results[0].images, BadImages(skip=True), []
+    shown, max_bytes = images.subsample(MAX_IMAGES), bytes_per_model(len(results))
+    for result in results:
+        opened = analyzer.open(result.path, SINGLE_PROCESS)
+        pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
+        models.append(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes))
+    total, images_shown = len(images.split), min(len(maps.names) for maps in models)
+    which = f"{images_shown} of {total:,}, spread evenly" if images_shown < total else f"all {total}"
+    fewer = "; more would make the page larger than 10 MB" if images_shown < len(shown.split) - len(bad.found) else ""
+    broken = f"; {len(bad.found)} left out that do not decode" if bad.found else ""
+    notes = [f"images: {which} ({images.description}){fewer}{broken}"]
+    page = results[0].folder / "explorer.html"
+    with writing("the page", page):
+        for result, maps in zip(results, models, strict=True):
+            write_maps(result.folder / "analysis" / MAPS, maps)
+        write_file(page, explorer_page(models, notes))
+    for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
+        log(analyzer.console, f"explorer {note}")
+    log(analyzer.console, f"written  {page}")
+
+
+def write_report(results: Sequence[CheckpointAnalysis], console: RunConsole) -> None:
+    """Write report.html to the first checkpoint's folder: verdicts, figures, numbers, definitions, environment.
+
+    Raises UserError.
+    """
+    from pdvit.analysis.report import report_page
+    from pdvit.plots.style import DARK, LIGHT, render
+    from pdvit.tracking.environment import describe_environment
+
+    light, dark = (_report_figures(results, theme) for theme in (LIGHT, DARK))
+    figures = [(caption, render(light[caption], ".svg"), render(dark[caption], ".svg")) for caption in light]
+    file = results[0].folder / "report.html"
+    analyses = [(result.analysis.table, result.facts) for result in results]
+    with writing("the page", file):
+        write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
+    log(console, f"written  {file}")
+
+
+def _report_figures(results: Sequence[CheckpointAnalysis], theme: "Theme") -> "dict[str, Drawing]":
+    """Return the figures of everything that was measured, by caption."""
+    from pdvit.cli.plot import FIGURES, draw_figure
+    from pdvit.plots.reading import AnalyzedRun
+    from pdvit.plots.style import unique
+    from pdvit.plots.training import plot_training, read_records
+
+    analyses = zip(unique([result.name for result in results]), (result.analysis for result in results), strict=True)
+    runs = [AnalyzedRun(name, analysis.table, analysis.curves) for name, analysis in analyses]
+    two = sum(FIGURES["similarity"].fits(run) for run in runs) == 2
+    drawings: dict[str, Drawing] = {}
+    for name, figure in FIGURES.items():
+        fitting = [run for run in runs if figure.fits(run)]
+        if fitting and name != ("metrics" if two else "compare"):
+            drawings[figure.help.removesuffix(".")] = draw_figure(name, fitting, theme)
+    if trained := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
+        caption = "Training: loss by term, validation accuracy, and P by layer over the epochs"
+        records = zip(unique([run.resolve().name for run in trained]), map(read_records, trained), strict=True)
+        drawings[caption] = plot_training(dict(records), theme)
+    return drawings

@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.analysis.report import CONDITIONS, ReportFigure, report_page
+from pdvit.analysis.report import CONDITIONS, report_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -11,7 +11,7 @@ def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_
     facts = dict.fromkeys(("model", "verdict", *CONDITIONS), HOSTILE) | {"advice": None, "published": None}
     environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
     analyses = [(analysis_table([0.5, 0.3, 0.2]), facts)]
-    tab = open_page(report_page(analyses, [ReportFigure(HOSTILE, SVG, SVG)], environment))
+    tab = open_page(report_page(analyses, [(HOSTILE, SVG, SVG)], environment))
     assert tab.text("h3") == HOSTILE
     assert tab.page.locator("figure img").evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [30, 20]
     assert tab.page.locator("img").count() == 1

@@ -1,4 +1,4 @@
-"""The default metrics of every family, and every other group on those that have what it measures."""
+"""All metrics of every family, on those that have what they measure."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis import DEFAULT, METRICS, measure
+from pdvit.analysis import METRICS, measure
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, places_of, watch
 from tests.unit.models.test_families import CASES, all_families, make, pictures
@@ -36,11 +36,16 @@ def plain_similarity(tokens: Tensor) -> tuple[float, float]:
 
 
 @all_families
-def test_the_default_metrics_of_a_family_are_those_of_a_plain_loop(name):
-    model, images = make(CASES[name]), pictures(CASES[name])
-    table = measure(model, images, DEFAULT).table
-    assert np.isfinite(table[["mean", "std", "ci95"]]).all(axis=None)
-    rows = table.set_index(["metric", "layer"])
+def test_p_is_that_of_a_plain_loop_and_every_group_is_finite_or_refused_with_the_reason(name):
+    model, images = make(CASES[name]), pictures(CASES[name], 4)
+    groups = [group for group in METRICS if group != "attention" or name in ATTENTION]
+    found = measure(model, images, groups)
+    columns = {column for group in groups for column in METRICS[group].columns}
+    assert set(found.table["metric"]) == columns - {"similarity_random"}
+    assert np.isfinite(found.table["mean"]).all()
+    arrays = [array for curves in found.curves.values() for array in curves.values() if array.dtype.kind == "f"]
+    assert all(np.isfinite(array).all() for array in arrays)
+    rows = found.table.set_index(["metric", "layer"])
     seen = tokens_of(model, images)
     assert list(rows.loc["similarity"].index) == [layer.name for layer in seen]
     # every layer is one function of its tokens, so the loop, which is slow, takes those with few
@@ -50,20 +55,8 @@ def test_the_default_metrics_of_a_family_are_those_of_a_plain_loop(name):
         assert rows.loc[("similarity", layer.name), "tokens"] == seen[layer].shape[1]
         values = np.array([plain_similarity(image) for image in seen[layer]])
         for metric, expected in zip(("similarity", "similarity_signed"), values.T, strict=True):
-            assert rows.loc[(metric, layer.name), "mean"] == pytest.approx(expected.mean(), abs=1e-5)
-            assert rows.loc[(metric, layer.name), "std"] == pytest.approx(expected.std(ddof=1), abs=1e-5)
-
-
-@all_families
-def test_every_group_of_a_family_is_finite_or_refused_with_the_reason(name):
-    model, images = make(CASES[name]), pictures(CASES[name], 4)
-    groups = [group for group in METRICS if group != "attention" or name in ATTENTION]
-    found = measure(model, images, groups)
-    columns = {column for group in groups for column in METRICS[group].columns}
-    assert set(found.table["metric"]) == columns - {"similarity_random"}
-    assert np.isfinite(found.table["mean"]).all()
-    arrays = [array for curves in found.curves.values() for array in curves.values() if array.dtype.kind == "f"]
-    assert all(np.isfinite(array).all() for array in arrays)
+            mean_std = tuple(rows.loc[(metric, layer.name), ["mean", "std"]])
+            assert mean_std == pytest.approx((expected.mean(), expected.std(ddof=1)), abs=1e-5)
     if name not in ATTENTION:
         with pytest.raises(UserError, match="attention"):
             measure(model, images, "attention")
