@@ -124,13 +124,13 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
             path = directory.path
             if file := launch_file():
                 file.write_text(str(path.resolve()))
-    return Run(trainer, RunDirectory(ranks.broadcast(path), ranks.main))
+    return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
 
 
 def run_before_restart() -> str | None:
     """Return the run that this command created before torchrun restarted its processes, if there is one."""
     ranks, file = init_process_group(), launch_file()
-    found: str | None = ranks.broadcast(file.read_text() if ranks.main and file and file.is_file() else None)
+    found: str | None = ranks.all_gather(file.read_text() if ranks.main and file and file.is_file() else None)[0]
     return found
 
 

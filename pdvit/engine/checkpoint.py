@@ -22,7 +22,6 @@ from pdvit.tracking.run_directory import sync, to_json, write_file
 
 LAST, BEST = "last", "best"
 METADATA, SUFFIX = "state.json", ".safetensors"
-NAME = re.compile(r"step-\d{8,}")
 # What damaged files make Python, torch and safetensors raise.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, SafetensorError)
 
@@ -50,15 +49,17 @@ class Checkpoints:
         """Return, without waiting, whether the last write failed; `wait` then raises its error."""
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
-    def load(self, state: TrainState, check: Callable[[dict[str, Any]], None]) -> Snapshot | None:
+    def load(
+        self, state: TrainState, check: Callable[[dict[str, Any]], None], tip: str = "start the run again"
+    ) -> Snapshot | None:
         """Load the checkpoint that `last` points to, if there is one, and return it. All ranks take part.
 
-        Raises UserError if it is damaged or of another format, and what `check` raises for its metadata.
+        Raises UserError, with `tip` or an older checkpoint, if it is damaged, and what `check` raises for its metadata.
         """
-        with state.ranks.raise_on_all_ranks(), self._report_damage():
+        with state.ranks.raise_on_all_ranks(), self._report_damage(tip):
             snapshot = self._read(state.ranks, check) if (self.folder / LAST).is_file() else None
         if snapshot is not None:
-            with self._report_damage():
+            with self._report_damage(tip):
                 state.load_state_dict(snapshot)
         return snapshot
 
@@ -75,26 +76,25 @@ class Checkpoints:
             if found != expected:
                 raise ValueError(f"{name} is not what was written (checksum {found:08x}, not {expected:08x})")
         check(metadata)
-        step = metadata["progress"]["step"]
         if ranks.main:
-            files = [name.removesuffix(SUFFIX) for name in sums if name != METADATA]
-            return Snapshot(step, metadata, {file: load_file(source / f"{file}{SUFFIX}") for file in files})
-        with safe_open(source / f"state{SUFFIX}", framework="pt") as file:
-            own = [name for name in file.keys() if name.startswith(("0.", f"{ranks.rank}."))]  # noqa: SIM118
-            return Snapshot(step, metadata, {"state": {name: file.get_tensor(name) for name in own}})
+            tensors = {name.removesuffix(SUFFIX): load_file(source / name) for name in sums if name != METADATA}
+        else:
+            with safe_open(source / f"state{SUFFIX}", framework="pt") as file:
+                own = [name for name in file.keys() if name.startswith(("0.", f"{ranks.rank}."))]  # noqa: SIM118
+                tensors = {"state": {name: file.get_tensor(name) for name in own}}
+        return Snapshot(metadata["progress"]["step"], metadata, tensors)
 
     @contextmanager
-    def _report_damage(self) -> Iterator[None]:
+    def _report_damage(self, tip: str) -> Iterator[None]:
         """Turn what damaged files raise into a UserError."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except DAMAGE as error:
-            damaged, tip = self._read_pointer(LAST), "start the run again"
-            names = [path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
-            if older := [name for name in names if name < damaged]:
-                tip = f"write {max(older)}, an older one, into {self.folder / LAST}, or start the run again"
+            damaged = self._read_pointer(LAST)
+            if older := [name for name in self._names() if name < damaged]:
+                tip = f"write {older[-1]}, an older one, into {self.folder / LAST}, or {tip}"
             what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
             raise UserError(what, str(self.folder / damaged), tip) from error
 
@@ -132,12 +132,15 @@ class Checkpoints:
 
     def _remove_old(self, newest: str) -> None:
         """Remove all but the newest few, the best and the milestones."""
-        names = sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
+        names, every = self._names(), self.milestone_every
         kept = [name for name in names if name <= newest][-self.keep :]
-        for name in set(names) - {*kept, self._read_pointer(BEST)}:
-            step, every = int(name.removeprefix("step-")), self.milestone_every
-            if name > newest or not every or step % every:  # those after it are left from before the run was resumed
+        for name in {*names} - {*kept, self._read_pointer(BEST)}:
+            # those after the newest are left from before the run was resumed
+            if name > newest or not every or int(name.removeprefix("step-")) % every:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
 
     def _read_pointer(self, name: str) -> str:
         with suppress(OSError, ValueError):

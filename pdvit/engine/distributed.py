@@ -46,25 +46,14 @@ class Ranks:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Raise the first UserError inside, in the order of ranks, on all of them; the others would wait for ever.
-
-        The code inside must not communicate.
-        """
+        """Raise the first UserError inside on all ranks, which would wait for ever; nothing inside may communicate."""
         error: UserError | None = None
         try:
             yield
         except UserError as found:
             error = found
-        for other in self.all_gather(error):
-            if other is not None:
-                raise other
-
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on each of them."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+        for first in filter(None, self.all_gather(error)):
+            raise first
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Copy rank 0's buffers to the others: each computes its own running statistics of a BatchNorm."""
@@ -76,7 +65,6 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
-TORCHRUN = "start with torchrun, or unset RANK and WORLD_SIZE"
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -93,10 +81,7 @@ def launch_file() -> Path | None:
 
 
 class AnyRank:
-    """Returns for each flag whether any rank raised it; with several ranks, the answer is of the call before.
-
-    By then it has arrived, so neither host nor device waits for it.
-    """
+    """Returns for each flag whether any rank raised it in the call before: that is known without waiting."""
 
     def __init__(self, ranks: Ranks, flags: int) -> None:
         self.several = ranks.world_size > 1
@@ -107,7 +92,7 @@ class AnyRank:
     def __call__(self, *flags: bool) -> tuple[bool, ...]:
         """Send the flags and return the answer."""
         if not self.several:
-            return flags
+            return flags  # of this call: there is nobody to wait for
         self.pending.wait()
         answer = tuple(map(bool, self.sent.tolist()))
         self._send(flags)
@@ -124,15 +109,14 @@ def init_process_group() -> Ranks:
         return Ranks()
     try:
         ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
-    except ValueError as error:
-        raise UserError("RANK and WORLD_SIZE are not numbers", "the environment", TORCHRUN) from error
-    if ranks.world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            store, rank, size = next(rendezvous("env://"))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"the processes don't find one another: {error}", "the environment", TORCHRUN) from error
-        # torchrun keeps one store over its restarts, which still has the addresses of dead processes
-        store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        if ranks.world_size == 1 or dist.is_initialized():
+            return ranks
+        store, rank, size = next(rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        tip = "start with torchrun, or unset RANK and WORLD_SIZE"
+        raise UserError(f"the processes don't find one another: {error}", "the environment", tip) from error
+    # torchrun keeps one store over its restarts, which still has the addresses of dead processes
+    store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ranks

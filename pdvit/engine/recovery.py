@@ -22,11 +22,8 @@ REPLAY = "replay"
 SPARE_MEMORY = 0.1  # fraction of the memory: no two steps need exactly the same
 
 
-def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor], in_a_row: int) -> RunFailed:
-    """Save the state before the step that was skipped last, and return the error that ends the run.
-
-    `generators` are their states before the step, `in_a_row` counts the skipped steps.
-    """
+def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor]) -> None:
+    """Save the state before the step that was skipped last; `generators` are their states before it."""
     snapshot = state.state_dict(generators)  # the step was skipped, so the weights are those before it
     if state.ranks.main:
         scaler = snapshot.metadata["scaler"]
@@ -37,10 +34,6 @@ def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor], 
         checkpoints.save(snapshot)
         checkpoints.wait()
     state.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
-    return RunFailed(
-        f"loss or gradient was infinite or not a number in {in_a_row} steps in a row, up to step {snapshot.step}",
-        f"see where: --replay {run}; then start a new run with a lower --lr, or with --clip-grad 1",
-    )
 
 
 def remove_replay(run: Path, step: int) -> None:
@@ -55,9 +48,9 @@ def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[st
 
     One process computes the parts of all ranks, one by one. Raises UserError if there is no such step.
     """
-    snapshot = Checkpoints(run / REPLAY).load(state, lambda saved: check_data(saved["data"], state.data, str(run)))
+    tip = f"a run that stops after several bad steps has one; resume this one with: --resume {run}"
+    snapshot = Checkpoints(run / REPLAY).load(state, lambda saved: check_data(saved["data"], state.data, str(run)), tip)
     if snapshot is None:
-        tip = "only a run that stopped after several bad steps has one"
         raise UserError("the run has no step to replay", str(run / REPLAY), tip)
     saved = snapshot.tensors["state"]
     ranks = sum(name.endswith(".generator.cpu") for name in saved)
@@ -86,12 +79,10 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     traceback.clear_frames(error.__traceback__)  # they hold the step's activations
     ranks = updater.state.ranks.world_size
     images = min(updater.micro_batch, updater.task.batch_size // ranks)
+    size, fits = max(1, images // 2), ""
     if batch is not None and ranks == 1:  # with several ranks, a trial would disturb the collectives of the others
-        updater.state.optimizer.zero_grad(set_to_none=True)
         size = largest(updater, batch, images // 2)
         fits = f"{size} fit; "
-    else:
-        size, fits = max(1, images // 2), ""
     tip = "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16"
     if size:
         tip = f"{fits}resume the same batches in parts: --resume {run} --change data.micro_batch={size}"
@@ -108,9 +99,6 @@ def largest(updater: Updater, batch: TrainBatch, limit: int) -> int:
             if not is_out_of_memory(error):
                 raise
             break
-        finally:
-            updater.state.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
         fits = size
     return fits
 

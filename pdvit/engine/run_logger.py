@@ -3,15 +3,16 @@
 import math
 import os
 import time
-import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from pdvit.engine.device import peak_memory
 from pdvit.engine.schedule import StepSchedule
@@ -53,24 +54,22 @@ class PhaseTimer:
         return time.perf_counter() - self.created
 
 
+@dataclass
 class RunLogger:
     """Writes records, status and display of a run."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        console: Console,
-        progress: Progress,
-        steps: StepSchedule,
-        best_metric: str,
-        device: torch.device,
-    ) -> None:
-        self.directory, self.progress, self.steps = directory, progress, steps
-        self.best_metric, self.device = best_metric, device
-        self.display = Display(console, steps.total, progress.step)
-        self.timer = PhaseTimer(progress.seconds_by_phase)
-        self.logged = (progress.samples, dict(progress.seconds_by_phase))
-        self.trackers: Trackers | None = None
+    directory: RunDirectory
+    console: Console
+    progress: Progress
+    steps: StepSchedule
+    best_metric: str
+    device: torch.device
+    trackers: Trackers | None = None
+
+    def __post_init__(self) -> None:
+        self.display = Display(self.console, self.steps.total, self.progress.step)
+        self.timer = PhaseTimer(self.progress.seconds_by_phase)
+        self.logged = (self.progress.samples, dict(self.progress.seconds_by_phase))
 
     @property
     def epoch(self) -> float:
@@ -113,19 +112,18 @@ class RunLogger:
 
 def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Path, suffix: str) -> Generator[Any]:
     """Yield the batches of steps start, start + 1, ... and write a trace of `steps` for a trace viewer."""
-    first = max(start, steps.start)
+    traced = range(max(start, steps.start), steps.stop)
 
     def write(recorder: profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        recorder.export_chrome_trace(str(folder / f"steps-{first}-{steps.stop}{suffix}.json"))
+        recorder.export_chrome_trace(str(folder / f"steps-{traced.start}-{steps.stop}{suffix}.json"))
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library reports harmless events to stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with warnings.catch_warnings(action="ignore"):  # the steps before are the warm-up
-        cycle = schedule(wait=first - start, warmup=0, active=steps.stop - first, repeat=1)
-    # There is one cycle only; unless its events are kept, torch 2.11 warns that others would be lost.
-    recorder = profile(activities=activities, schedule=cycle, on_trace_ready=write, record_shapes=True, acc_events=True)
-    with closing(batches), recorder:
-        for batch in batches:
-            yield batch
-            recorder.step()
+    with closing(batches):
+        yield from islice(batches, traced.start - start)
+        with profile(activities=activities, on_trace_ready=write, record_shapes=True):
+            for step in traced:
+                with record_function(f"step {step}"):
+                    yield next(batches)
+        yield from batches

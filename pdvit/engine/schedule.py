@@ -6,7 +6,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
-from pdvit.config.duration import Duration, parse_duration
+from pdvit.config.duration import parse_duration
 from pdvit.config.schema import KEYS, Config
 from pdvit.errors import UserError
 
@@ -17,8 +17,8 @@ class StepSchedule:
 
     total: int
     warmup: int
-    log_every: int
-    eval_every: int
+    log_every: int | None
+    eval_every: int | None
     save_every: int | None
     per_epoch: int
     save_seconds: float | None = None
@@ -28,49 +28,50 @@ class StepSchedule:
     """The step after which to stop, even if it is the last: the run can then be made longer."""
     profile: range = range(0)
 
-    def due(self, every: int | None, step: int) -> bool:
-        """Return whether an event with this interval is due after `step`; every event is due at the end."""
-        return step == self.total or (every is not None and step % every == 0)
+    def due(self, step: int, *intervals: int | None) -> bool:
+        """Return whether an event with one of these intervals is due after `step`; every event is due at the end."""
+        return step == self.total or any(every and step % every == 0 for every in intervals)
 
 
 def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) -> StepSchedule:
     """Convert the configuration's durations to steps; an interval is at least one step.
 
-    Raises UserError if the run has no step or only warm-up, or if it is to stop after its end.
+    Raises UserError if the run has no step or only warm-up, or if it is to stop or to be traced after its end.
     """
 
-    def read(section: str, name: str) -> Duration | None:
-        key, text = KEYS[f"{section}.{name}"], getattr(getattr(config, section), name)
-        return None if text is None else parse_duration(text, key.unit, f"{section}.{name}", clock=key.clock)
+    def length(name: str, minimum: int = 1) -> tuple[int | None, float | None]:
+        """Return the value of a setting in steps, or in seconds if it is a time."""
+        section, _, field = name.partition(".")
+        text = getattr(getattr(config, section), field)
+        if text is None:
+            return None, None
+        duration = parse_duration(text, KEYS[name].unit, name, clock=KEYS[name].clock)
+        if duration.seconds is not None:
+            return None, duration.seconds
+        return max(minimum, duration.steps(steps_per_epoch, batch_size, total)), None
 
-    def length(section: str, name: str, total: int | None = None) -> int:
-        duration = read(section, name)
-        assert duration is not None
-        return duration.steps(steps_per_epoch, batch_size, total)
-
-    total = length("optim", "epochs")
+    total = parse_duration(config.optim.epochs, "ep", "optim.epochs").steps(steps_per_epoch, batch_size)
     if total < 1:
         raise UserError("the run has no step", "optim.epochs (--epochs)", "make it longer")
-    warmup = length("optim", "warmup", total)
+    warmup = length("optim.warmup", minimum=0)[0] or 0
     if warmup >= total:
         what = f"{warmup} steps of warm-up leave nothing of {total} steps"
         raise UserError(what, "optim.warmup (--warmup-epochs)", "shorten it, for example to 5%")
-    save_every, time_limit = read("checkpoint", "every"), read("run", "time_limit")
-    save_seconds = save_every.seconds if save_every else None
-    stop_after = max(1, length("run", "stop_after", total)) if config.run.stop_after else None
+    stop_after, _ = length("run.stop_after")
     if stop_after is not None and stop_after > total:
         what = f"the run ends after {total} steps, before step {stop_after}"
         raise UserError(what, "run.stop_after (--stop-after)", "shorten it, or leave it out")
+    save_every, save_seconds = length("checkpoint.every")
     return StepSchedule(
         total,
         warmup,
-        log_every=max(1, length("run", "log_every", total)),
-        eval_every=max(1, length("run", "eval_every", total)),
-        save_every=None if save_seconds else max(1, length("checkpoint", "every", total)),
+        log_every=length("run.log_every")[0],
+        eval_every=length("run.eval_every")[0],
+        save_every=save_every,
         per_epoch=steps_per_epoch,
         save_seconds=save_seconds,
-        milestone_every=max(1, length("checkpoint", "milestones", total)) if config.checkpoint.milestones else None,
-        time_limit_seconds=time_limit.seconds if time_limit else None,
+        milestone_every=length("checkpoint.milestones")[0],
+        time_limit_seconds=length("run.time_limit")[1],
         stop_after=stop_after,
         profile=parse_profile_range(config.run.profile, total) if config.run.profile else range(0),
     )
@@ -78,13 +79,11 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
 
 def parse_profile_range(text: str, total: int) -> range:
     """Parse FROM:TO, the steps FROM to TO - 1; raises UserError for anything else and for steps after the last."""
-    where = "run.profile (--profile)"
     first, _, end = text.partition(":")
-    if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
-        raise UserError(f"'{text}' is not FROM:TO", where, "count steps from 1: 20:25 traces five")
-    if int(end) > total + 1:
-        raise UserError(f"there is no step {int(end) - 1} to trace", where, f"the run has {total} steps")
-    return range(int(first), int(end))
+    if first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end) <= total + 1:
+        return range(int(first), int(end))
+    what = f"'{text}' is not FROM:TO within the {total} steps of the run"
+    raise UserError(what, "run.profile (--profile)", "count steps from 1: 20:25 traces five")
 
 
 def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule) -> Scheduler:

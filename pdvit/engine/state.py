@@ -64,21 +64,15 @@ class MetricAccumulator:
         sums["in_a_row"] = (sums["in_a_row"] + 1) * skipped
 
     def read(self, ranks: Ranks) -> tuple[dict[str, float], int, int]:
-        """Return means, steps skipped since the last reading, and steps skipped in a row; then start again.
-
-        Training waits for the device only here.
-        """
+        """Return means, steps skipped since the last reading, and in a row. Training waits for the device only here."""
         total = ranks.all_reduce(torch.stack([*self.sums.values()])).div(ranks.world_size).tolist()
         sums = dict(zip(self.sums, total, strict=True))
         steps, skipped, in_a_row = (sums.pop(name) for name in COUNTS)
         counted = steps - skipped or float("nan")
         zero = torch.zeros_like(self.sums["steps"])
         self.sums = {"steps": zero, "skipped": zero, "in_a_row": self.sums["in_a_row"]}
-        return (
-            {name.removeprefix("sum."): total / counted for name, total in sums.items()},
-            round(skipped),
-            round(in_a_row),
-        )
+        means = {name.removeprefix("sum."): total / counted for name, total in sums.items()}
+        return means, round(skipped), round(in_a_row)
 
 
 @dataclass(frozen=True)
@@ -102,14 +96,13 @@ class TrainState:
     ranks: Ranks
     config: Mapping[str, Any]
     data: Mapping[str, Any]
-    metrics: MetricAccumulator
     progress: Progress = field(default_factory=Progress)
 
-    def state_dict(self, generators: Mapping[str, Tensor] | None = None) -> Snapshot:
-        """Copy the state to main memory, with `generators` instead of their present states.
+    def __post_init__(self) -> None:
+        self.metrics = MetricAccumulator(self.device)
 
-        All ranks take part; only rank 0 gets the tensors.
-        """
+    def state_dict(self, generators: Mapping[str, Tensor] | None = None) -> Snapshot:
+        """Copy the state to main memory, on rank 0; with `generators` instead of their present states."""
         rest: dict[str, Tensor] = {}
         own = {f"metrics.{name}": value.cpu() for name, value in self.metrics.sums.items()}
         own |= {f"generator.{name}": value for name, value in (generators or self.generators()).items()}
@@ -126,22 +119,18 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "optimizer": pack(optimizer, "optimizer", rest),
         }
-        files: dict[str, dict[str, Tensor]] = {"module": self.module.state_dict(), "state": rest}
-        if self.ema is not None:
-            files["ema"] = self.ema.module.state_dict()
+        files = {"module": self.module.state_dict(), "state": rest}
+        files |= {"ema": self.ema.module.state_dict()} if self.ema else {}
         copies: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         for file, tensors in files.items():
             for name, tensor in tensors.items():  # one at a time: no other rank holds the whole model
                 full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.ranks.main:
                     copies[file][name] = full.detach().to("cpu", copy=True).contiguous()
-        return Snapshot(self.progress.step, metadata, copies if self.ranks.main else {})
+        return Snapshot(self.progress.step, metadata, copies)
 
     def load_state_dict(self, snapshot: Snapshot) -> None:
-        """Restore a snapshot. All ranks take part; only rank 0 needs the tensors of weights and optimizer.
-
-        Raises what torch and Python raise if it does not fit.
-        """
+        """Restore a snapshot; only rank 0 needs its weights and optimizer. Any error means that it does not fit."""
         metadata, tensors = snapshot.metadata, snapshot.tensors
         several, main = self.ranks.world_size > 1, self.ranks.main
         options = StateDictOptions(full_state_dict=several, broadcast_from_rank0=several, strict=False)
@@ -173,16 +162,12 @@ class TrainState:
 
     def check_weights(self) -> None:
         """Raise RunFailed on all ranks if weights are not finite, so that they are neither evaluated nor saved."""
-        buffers = [(name, buffer) for name, buffer in self.module.named_buffers() if buffer.is_floating_point()]
-        weights = [*self.module.named_parameters(), *buffers]  # running statistics can break alone
-        shards = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in weights]
+        weights = self.module.state_dict()  # with running statistics, which can break alone
+        shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights.values()]
         broken = self.ranks.all_reduce(torch.stack([(~shard.isfinite()).any() for shard in shards]).int()).tolist()
-        names = [name for (name, _), count in zip(weights, broken, strict=True) if count]
-        if names:
-            raise RunFailed(
-                f"{', '.join(names[:3])} became infinite or not a number by step {self.progress.step}",
-                "start a new run with a lower --lr, or with --clip-grad 1",
-            )
+        if names := [name for name, count in zip(weights, broken, strict=True) if count]:
+            what = f"{', '.join(names[:3])} became infinite or not a number by step {self.progress.step}"
+            raise RunFailed(what, "start a new run with a lower --lr, or with --clip-grad 1")
 
     def generators(self) -> dict[str, Tensor]:
         """Return the states of this process's generators, which drop path and dropout use."""

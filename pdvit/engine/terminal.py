@@ -40,17 +40,10 @@ class Display:
     def __init__(self, console: Console, total: int, start: int = 0, unit: str = "step") -> None:
         self.console, self.total, self.start, self.unit = console, total, start, unit
         self.started = self.last_line = time.monotonic()
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
-            )
-            self.bar = Progress(*columns, console=console, transient=True)
+        texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[rate]", "fields[metrics]")]
+        columns = texts[0], BarColumn(bar_width=20), TaskProgressColumn(), texts[1], TimeRemainingColumn(), texts[2]
+        self.bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        if self.bar:
             self.task = self.bar.add_task("starting", total=total, completed=start, rate="", metrics="")
 
     def __enter__(self) -> "Display":
@@ -59,8 +52,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar:
-            with suppress(OSError):  # the terminal may be gone
+        with suppress(OSError):  # the terminal may be gone
+            if self.bar:
                 self.bar.stop()
 
     def show(self, step: int, epoch: str, rate: float, metrics: Mapping[str, float]) -> None:

@@ -23,15 +23,14 @@ from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
 from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.distributed import AnyRank, Ranks
-from pdvit.engine.parallel import parallelize
 from pdvit.engine.protocol import Task, TrainBatch
 from pdvit.engine.recipe import check_data, check_recipe
 from pdvit.engine.recovery import remove_replay, save_replay, with_advice
 from pdvit.engine.run_logger import RunLogger, profile_steps
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
-from pdvit.engine.state import MetricAccumulator, TrainState
+from pdvit.engine.state import TrainState
 from pdvit.engine.terminal import StopRequest
-from pdvit.engine.update import Updater, make_optimizer
+from pdvit.engine.update import Updater, make_optimizer, parallelize
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory, Status
 from pdvit.tracking.trackers import Trackers
@@ -50,32 +49,29 @@ class Trainer:
         self.steps = make_step_schedule(config, task.steps_per_epoch, task.batch_size)
         decay = config.optim.ema_decay
         ema = None if decay is None else ModelEmaV3(task.module, decay=decay)
+        self.weights = "raw" if ema is None else "ema"
+        self.evaluated: torch.nn.Module = task.module if ema is None else ema.module
         network = parallelize(task, ema, config.run, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, self.steps)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
         recipe, data = to_dict(config), dict(task.fingerprint)
-        metrics = MetricAccumulator(device)
-        self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, recipe, data, metrics)
+        self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, recipe, data)
         self.updater = Updater(task, network, self.state, config)
         self.batch: TrainBatch | None = None
-        self.weights = "raw" if ema is None else "ema"
-        self.evaluated = task.module if ema is None else ema.module
         self.saved_at, self.save_owed = 0.0, False
         waits = f"note: {config.optim.opt} can't skip a bad step on the device, so every update waits for it once"
         self.notes = [] if optimizer.defaults.get("fused") else [waits]
 
     def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> list[str]:
-        """Load the last checkpoint of a run, if there is one, and return notes.
+        """Load the last checkpoint of a run, if there is one and it fits, and return notes; raises UserError.
 
-        `changed` holds the settings that were changed on purpose since the checkpoint, with their values. Raises
-        UserError if the checkpoint is damaged, or of other data or another recipe.
+        `changed` holds the settings that were changed on purpose since the checkpoint, with their values.
         """
-        where = str(directory.path)
 
         def check(metadata: dict[str, Any]) -> None:
-            check_recipe(metadata["config"], self.state.config, changed, where)
-            check_data(metadata["data"], self.state.data, where)
+            check_recipe(metadata["config"], self.state.config, changed, str(directory.path))
+            check_data(metadata["data"], self.state.data, str(directory.path))
 
         Checkpoints(directory.path / "checkpoints").load(self.state, check)
         progress = self.state.progress
@@ -111,18 +107,17 @@ class Trainer:
                     state.metrics.add(*self.updater(batch, progress.step + 1))
                     progress.step += 1
                     progress.samples += self.task.batch_size
-                    if steps.due(steps.log_every, progress.step):
+                    if steps.due(progress.step, steps.log_every):
                         self._log(generators)
-                    better = steps.due(steps.eval_every, progress.step) and self._evaluate()
+                    better = steps.due(progress.step, steps.eval_every) and self._evaluate()
                     stopping, save = any_rank(*self._read_clock(stop))
                     pausing = progress.step == steps.stop_after
-                    if stopping or pausing or save or better or self._save_due():
+                    due = self.save_owed or steps.due(progress.step, steps.save_every, steps.milestone_every)
+                    if stopping or pausing or save or better or due:
                         self._save(better)
-                    if pausing:
-                        stop.reason = stop.reason or "stop after"
                     if pausing or (stopping and progress.step < steps.total):
                         self.checkpoints.wait()
-                        logger.write_status("stopped", reason=stop.reason)
+                        logger.write_status("stopped", reason=stop.reason or ("stop after" if pausing else None))
                         self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
                         return None
                 self.checkpoints.wait()
@@ -167,7 +162,10 @@ class Trainer:
         self.state.progress.skipped += skipped
         self.logger.log_train(means, skipped, float(lr))
         if in_a_row >= (MAX_SKIPPED_FP16 if self.state.scaler.is_enabled() else MAX_SKIPPED):
-            raise save_replay(self.directory.path, self.state, generators, in_a_row)
+            save_replay(self.directory.path, self.state, generators)
+            what = f"loss or gradient was infinite or not a number in {in_a_row} steps in a row"
+            tip = f"see where: --replay {self.directory.path}; then start a new run with a lower --lr, or --clip-grad 1"
+            raise RunFailed(f"{what}, up to step {self.state.progress.step}", tip)
 
     def _evaluate(self) -> bool:
         """Evaluate the validation images; return whether the result is the best so far, and is to be kept."""
@@ -191,16 +189,8 @@ class Trainer:
         save = steps.save_seconds is not None and elapsed - self.saved_at >= steps.save_seconds
         return bool(stop), save or self.checkpoints.failed()
 
-    def _save_due(self) -> bool:
-        """Return whether the schedule, or a skipped step before, has all ranks save after this step."""
-        steps, step = self.steps, self.state.progress.step
-        return self.save_owed or steps.due(steps.save_every, step) or steps.due(steps.milestone_every, step)
-
     def _save(self, better: bool = False) -> None:
-        """Start to save, unless the last step was skipped. All ranks take part.
-
-        Raises RunFailed if weights are not finite, and UserError if the last write failed.
-        """
+        """Start to save, unless the last step was skipped; raises the error of the last write. All ranks take part."""
         self.save_owed = bool(self.state.metrics.sums["in_a_row"] > 0)
         if self.save_owed:  # the run may be broken: keep the checkpoint from before, and save once it has recovered
             return
@@ -215,10 +205,9 @@ class Trainer:
 
     def _write_failure(self, error: BaseException) -> None:
         """Write into status.json how the run ended; a second error becomes a note of the first."""
-        status: Status = "failed"
-        reason = error.what if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt):
-            status, reason = "stopped", "interrupted"
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status: Status = "stopped" if interrupted else "failed"
+        reason = "interrupted" if interrupted else getattr(error, "what", f"{type(error).__name__}: {error}")
         # The checkpoint that is being written is from before the error.
         for action in (self.checkpoints.wait, lambda: self.logger.write_status(status, reason=reason)):
             try:
@@ -236,7 +225,6 @@ class Trainer:
         if self.ranks.main:
             for name, content in self.task.export(weights, self.weights).items():
                 self.directory.write(name, content)
-        phases = {phase: round(seconds, 3) for phase, seconds in progress.seconds_by_phase.items()}
         summary = {
             **metrics,
             "epochs": self.logger.epoch,
@@ -244,7 +232,7 @@ class Trainer:
             "steps_skipped": progress.skipped,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 1),
-            "seconds_by_phase": phases,
+            "seconds_by_phase": {phase: round(value, 3) for phase, value in progress.seconds_by_phase.items()},
         }
         self.directory.write_json("summary.json", summary)
         self.logger.write_status("finished")

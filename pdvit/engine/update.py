@@ -1,16 +1,19 @@
-"""The optimizer, and one update of the weights."""
+"""The optimizer, the step in one or several processes, and one update of the weights."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pdvit.config.schema import Config, OptimConfig
+from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.device import autocast
-from pdvit.engine.protocol import Task, TrainBatch
+from pdvit.engine.distributed import Ranks
+from pdvit.engine.protocol import StepOutput, Task, TrainBatch
 from pdvit.engine.state import TrainState
 from pdvit.errors import UserError, closest
 
@@ -49,6 +52,52 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     return optimizer
 
 
+class Step(nn.Module):
+    """A task's step as a module that DDP can wrap, so that its collectives stay outside of a compiled graph."""
+
+    def __init__(self, task: Task, compiled: bool) -> None:
+        super().__init__()
+        self.module = task.module
+        # Static shapes: every part of every batch but a short last one is of one size.
+        self.step = torch.compile(task.step, dynamic=False, fullgraph=True) if compiled else task.step
+
+    def forward(self, batch: Any) -> StepOutput:
+        """Run forward pass and objective on a part of a batch."""
+        return self.step(self.module, batch)
+
+
+def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """Return the step: as it is, under DDP, or with module and average sharded in place by FSDP2; raises UserError."""
+    if run.distribute == "fsdp":
+        if ranks.world_size == 1:
+            raise UserError("fsdp needs several processes", "run.distribute (--distribute)", "start with torchrun")
+        if run.compile:
+            what = "a model that fsdp shards can't be compiled: its weights are fetched within the step"
+            raise UserError(what, "run.compile (--compile)", "leave it out, or use --distribute ddp")
+        for module in (task.module, *([ema.module] if ema else [])):
+            _shard(module)
+    step = Step(task, run.compile)
+    if ranks.world_size == 1 or run.distribute == "fsdp":
+        return step
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _shard(module: nn.Module) -> None:
+    """Shard each block by itself: every child of an nn.ModuleList or nn.Sequential of several."""
+    from torch.distributed.fsdp import fully_shard
+
+    # The tokens are views of the last layer's output; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    for part in reversed(list(module.modules())):  # from the inside: blocks before the stages that hold them
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
+            for block in part:
+                if any(True for _ in block.parameters()):
+                    fully_shard(block)
+    fully_shard(module, reshard_after_forward=True)  # else an evaluation leaves the outer weights whole
+
+
 class Updater:
     """One update: forward and backward in parts, clip, optimizer step if loss and gradient are finite, average."""
 
@@ -77,16 +126,13 @@ class Updater:
         return metrics, skipped
 
     def backward(self, batch: TrainBatch, micro_batch: int | None = None) -> dict[str, Tensor]:
-        """Leave the batch's gradient in the weights, part by part, and return its metrics.
-
-        Parts are weighted by their images, so a short last one counts less. `micro_batch` overrides the run's.
-        """
+        """Leave the batch's gradient in the weights, part by part, and return its metrics, means over its images."""
         self.network.train()
         self.state.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
         parts = batch.split(micro_batch or self.micro_batch)
         for number, part in enumerate(parts, 1):
-            weight = len(part) / len(batch)
+            weight = len(part) / len(batch)  # a short last part counts less
             with self._gradient_sync(number == len(parts)):
                 with autocast(self.state.device, self.precision):
                     output = self.network(part)

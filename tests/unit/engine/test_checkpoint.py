@@ -13,7 +13,7 @@ from pdvit.config.schema import OptimConfig
 from pdvit.engine import checkpoint as checkpoints_module
 from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.state import MetricAccumulator, TrainState
+from pdvit.engine.state import TrainState
 from pdvit.engine.update import make_optimizer
 from pdvit.errors import UserError
 from pdvit.tracking.run_directory import to_json
@@ -40,8 +40,8 @@ def fresh(opt="adamw", seed=0, module=Noisy):
     network = module()
     optimizer = make_optimizer(network, OptimConfig(opt=opt, lr=0.05))
     average = ModelEmaV3(network, decay=0.9)
-    scaler, metrics = GradScaler("cpu", enabled=False), MetricAccumulator(CPU)
-    return TrainState(network, optimizer, scaler, average, CPU, SINGLE_PROCESS, {"a": {"b": 1}}, {}, metrics)
+    scaler = GradScaler("cpu", enabled=False)
+    return TrainState(network, optimizer, scaler, average, CPU, SINGLE_PROCESS, {"a": {"b": 1}}, {})
 
 
 def train(state, steps):
@@ -262,8 +262,8 @@ def test_the_optimizer_is_restored_by_name(tmp_path, change):
         if change == "frozen":
             model.blocks.requires_grad_(False)
         optimizer = make_optimizer(model, OptimConfig(opt="lamb", lr=0.05, layer_decay=layer_decay))
-        scaler, metrics = GradScaler("cpu", enabled=False), MetricAccumulator(CPU)
-        return TrainState(model, optimizer, scaler, None, CPU, SINGLE_PROCESS, {}, {}, metrics)
+        scaler = GradScaler("cpu", enabled=False)
+        return TrainState(model, optimizer, scaler, None, CPU, SINGLE_PROCESS, {}, {})
 
     ours, theirs = make(None), make(0.5 if change == "layer decay" else None)
     ours.module(torch.ones(1, 3, 160, 160)).square().mean().backward()

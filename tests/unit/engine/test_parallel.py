@@ -3,7 +3,7 @@ import torch
 
 from pdvit.config.schema import RunConfig
 from pdvit.engine.distributed import Ranks
-from pdvit.engine.parallel import parallelize
+from pdvit.engine.update import parallelize
 from pdvit.errors import UserError
 
 

@@ -51,7 +51,7 @@ def test_intervals_can_be_a_fraction_of_the_run_and_are_at_least_one_step():
         ("optim.warmup", "100%", "warm-up"),
         ("optim.warmup", "3ep", "warm-up"),
         ("run.stop_after", 3, "ends after 100 steps"),
-        ("run.profile", "101:102", "no step 101"),
+        ("run.profile", "101:102", "not FROM:TO within the 100 steps"),
         ("run.profile", "5:5", "not FROM:TO"),
     ],
 )

@@ -10,10 +10,9 @@ from torch.amp import GradScaler
 
 from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.parallel import Step
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.state import MetricAccumulator, TrainState
-from pdvit.engine.update import Updater, make_optimizer
+from pdvit.engine.update import Step, Updater, make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
 
@@ -60,8 +59,7 @@ def updater_of(task, optimizer, clip=None, precision="fp32", compile=False):
     config = replace(Config(), optim=OptimConfig(clip_grad=clip), run=RunConfig(precision=precision, compile=compile))
     device = next(task.module.parameters()).device
     scaler = GradScaler(device.type, enabled=precision == "fp16")
-    metrics = MetricAccumulator(device)
-    state = TrainState(task.module, optimizer, scaler, None, device, SINGLE_PROCESS, {}, {}, metrics)
+    state = TrainState(task.module, optimizer, scaler, None, device, SINGLE_PROCESS, {}, {})
     return Updater(task, Step(task, compile), state, config)
 
 
