@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from tables import RATE, SEED, best_rates, write_table
 
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, render
-from pdvit.plots.sweep import Difference, mean_and_std, paired
+from pdvit.plots.sweep import Estimate, estimate, paired
 
 HERE = Path(__file__).parent
 CONTROLS = ("none", "cutmix")
@@ -151,7 +151,7 @@ def control_of(row: Row, name: str, rows: Sequence[Row]) -> Row | None:
     return None if control is row else control
 
 
-def effect(row: Row, control: Row | None, measure: int) -> Difference | None:
+def effect(row: Row, control: Row | None, measure: int) -> Estimate | None:
     """Return row minus control, of a relative measure in percent of the control; None where either lacks it."""
     if control is None:
         return None
@@ -160,10 +160,10 @@ def effect(row: Row, control: Row | None, measure: int) -> Difference | None:
         second = {seed: 100 * (value / first[seed] - 1) for seed, value in second.items() if seed in first}
         first = dict.fromkeys(first, 0.0)
     found = paired(first, second)
-    return found if found.pairs else None
+    return found if found.n else None
 
 
-def written(effect: Difference | None, digits: int) -> str:
+def written(effect: Estimate | None, digits: int) -> str:
     """Return a difference and its interval as text."""
     if effect is None:
         return NOTHING
@@ -184,8 +184,8 @@ def table_of(results: pd.DataFrame) -> list[list[str]]:
         line = [*map(str, row.where.values()), row.variant, *(f"{row.rate:g}" for _ in rates), str(len(row.values[0]))]
         for number in shown:
             digits = MEASURES[number].digits
-            mean, std = mean_and_std(list(row.values[number].values()))
-            line.append(f"{mean:.{digits}f} ± {std:.{digits}f}")
+            found = estimate(list(row.values[number].values()))
+            line.append(f"{found.mean:.{digits}f} ± {found.std:.{digits}f}")
             digits *= not MEASURES[number].relative
             line += [written(effect(row, control_of(row, name, rows), number), digits) for name in CONTROLS]
         table.append(line)
@@ -212,8 +212,8 @@ def effects(questions: Sequence[Question] = QUESTIONS) -> pd.DataFrame:
                 seen = effect(row, control, number)
                 if control is not None and seen is not None:
                     line = {"question": asked.question, "setting": asked.setting, "measure": measure.name}
-                    line |= {"minus": name, "control": mean_and_std(list(control.values[number].values()))[0]}
-                    found.append(line | {"n": seen.pairs, "effect": seen.mean, "low": seen.low, "high": seen.high})
+                    line |= {"minus": name, "control": estimate(list(control.values[number].values())).mean}
+                    found.append(line | {"n": seen.n, "effect": seen.mean, "low": seen.low, "high": seen.high})
     return pd.DataFrame(found)
 
 
@@ -227,7 +227,7 @@ def summary_of(table: pd.DataFrame) -> list[list[str]]:
         line = []
         for measure, control in columns:
             seen = part[(part["measure"] == measure.name) & (part["minus"] == control)]
-            found = [Difference(row.effect, row.low, row.high, row.n) for row in seen.itertuples()]
+            found = [Estimate(row.n, row.effect, math.nan, row.low, row.high) for row in seen.itertuples()]
             line.append(written(found[0] if found else None, 0 if measure.relative else measure.digits))
         base = part[(part["measure"] == first.name) & (part["minus"] == CONTROLS[0])].iloc[0]
         told = [

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from tables import NUMBERS, SEED
 
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
-from pdvit.plots.sweep import interval
+from pdvit.plots.sweep import estimate
 
 HERE = Path(__file__).parent
 DASHED = (0, (3, 2))
@@ -74,8 +74,8 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
         place = {"panel": panel, "variant": key[-2], "when": key[-1]}
         for (depth, layer), seeds in line.groupby(["depth", "layer"]):
             for metric in NUMBERS:
-                over = interval(seeds[metric].tolist())
-                at = {"metric": metric, "layer": layer, "depth": depth / line["depth"].max(), "n": over.pairs}
+                over = estimate(seeds[metric].tolist())
+                at = {"metric": metric, "layer": layer, "depth": depth / line["depth"].max(), "n": over.n}
                 rows.append(place | at | {"mean": over.mean, "low": over.low, "high": over.high})
     return pd.DataFrame(rows)
 

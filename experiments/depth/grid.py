@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
-from pdvit.plots.sweep import mean_and_std
+from pdvit.plots.sweep import estimate
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -48,7 +48,8 @@ def table_of(runs: pd.DataFrame) -> list[list[str]]:
     for (size, rate), cells in runs.groupby([axis, RATE]):
         rows = {row.variant: row for row in rows_of(cells.drop(columns=RATE))}
         values = [list(rows[name].values[0].values()) for name in VARIANTS]
-        told = [NOTHING if not found else "{:.1f} ± {:.1f}".format(*mean_and_std(found)) for found in values]
+        seen = map(estimate, values)
+        told = [f"{accuracy.mean:.1f} ± {accuracy.std:.1f}" if accuracy.n else NOTHING for accuracy in seen]
         told += [written(effect(rows[VARIANTS[-1]], rows[control], 0), digits) for control in CONTROLS]
         counts = [[len(found) for found in values], *wrong(cells)]
         told += [", ".join(map(str, count)) for count in counts]
@@ -75,7 +76,7 @@ def changes_of(runs: pd.DataFrame) -> list[list[str]]:
         )
         found = [effect(large, small, number) for number in range(len(MEASURES))]
         digits = [0 if measure.relative else measure.digits for measure in MEASURES]
-        seeds = str(max(seen.pairs if seen else 0 for seen in found))
+        seeds = str(max(seen.n if seen else 0 for seen in found))
         table.append([variant, seeds, *map(written, found, digits)])
     return table
 

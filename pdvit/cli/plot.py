@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,6 @@ from pdvit.errors import UserError, closest
 if TYPE_CHECKING:
     from pdvit.plots.reading import AnalyzedRun
     from pdvit.plots.style import Drawing, Theme
-    from pdvit.plots.sweep import SweepSummary
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -31,11 +30,11 @@ class AnalysisFigure:
     It needs `metrics` in analysis.csv and `curves` in analysis/GROUP.npz. `help` is also the caption in the report.
     """
 
-    module: str
     help: str
     group: str = "similarity"
     metrics: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
+    module: str = "depth"
 
     def fits(self, run: "AnalyzedRun") -> bool:
         """Return whether the run has what the figure needs."""
@@ -43,22 +42,26 @@ class AnalysisFigure:
         return set(self.metrics) <= set(run.table["metric"]) and set(self.curves) <= curves
 
 
+P = ("similarity",)
 NORMS = ("norm_mean", "norm_peak", "norm_outliers", "norm_std")
-SPECTRUM = ("by_frequency", "frequency")
-SIMILARITY = "P by layer: mean over images with one standard deviation, stages, random weights."
-COMPARE = "Two checkpoints: P of both, their difference with a 95 % interval, all other metrics."
 # In the order of the report.
 FIGURES = {
-    "similarity": AnalysisFigure("depth", SIMILARITY, metrics=("similarity",)),
-    "compare": AnalysisFigure("depth", COMPARE, metrics=("similarity",)),
-    "metrics": AnalysisFigure("depth", "All metrics by layer."),
-    "norms": AnalysisFigure("depth", "Lengths of the tokens: mean, spread and outliers.", "norms", NORMS),
-    "pairs": AnalysisFigure("curves", "Cosines of pairs of patches, by layer.", "pairs", (), ("histogram", "edges")),
-    "spectrum": AnalysisFigure("curves", "Amplitude by spatial frequency.", "spectrum", ("dc_share",), SPECTRUM),
-    "attention": AnalysisFigure(
-        "depth", "Entropy and distance of attention, by head.", "attention", (), ("entropy", "distance")
+    "similarity": AnalysisFigure(
+        "P by layer: mean over images with one standard deviation, stages, random weights.", metrics=P
     ),
-    "cka": AnalysisFigure("heatmap", "Linear CKA between layers.", "cka", (), ("matrix", "layers")),
+    "compare": AnalysisFigure(
+        "Two checkpoints: P of both, their difference with a 95 % interval, all other metrics.", metrics=P
+    ),
+    "metrics": AnalysisFigure("All metrics by layer."),
+    "norms": AnalysisFigure("Lengths of the tokens: mean, spread and outliers.", "norms", NORMS),
+    "pairs": AnalysisFigure("Cosines of pairs of patches, by layer.", "pairs", (), ("histogram", "edges")),
+    "spectrum": AnalysisFigure(
+        "Amplitude by spatial frequency.", "spectrum", ("dc_share",), ("by_frequency", "frequency")
+    ),
+    "attention": AnalysisFigure(
+        "Entropy and distance of attention, by head.", "attention", (), ("entropy", "distance")
+    ),
+    "cka": AnalysisFigure("Linear CKA between layers.", "cka", (), ("matrix", "layers"), "heatmap"),
 }
 
 
@@ -96,41 +99,26 @@ def plot(context: typer.Context) -> None:
         print(context.get_help())
 
 
-def _draw_analyses(name: str, runs: list[Path] | None, out: Path | None, dark: bool) -> None:
-    from pdvit.plots.reading import read_run
-
-    figure = FIGURES[name]
-    file, count = (f"analysis/{figure.group}.npz", PANELS) if figure.curves else ("analysis.csv", LINES)
-    command = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
-    folders = _folders(runs, file, command, count)
-    analyses = [read_run(*run, figure.group) for run in zip(folders, _names(folders), strict=True)]
-    for folder, run in zip(folders, analyses, strict=True):
-        if not figure.fits(run):
-            raise _not_measured("the analysis lacks numbers of this figure", folder, command)
-    _write(draw_figure(name, analyses, _theme(dark)), name, folders, out)
-
-
-def _add_command(name: str) -> None:
+def _add_command(name: str, figure: AnalysisFigure) -> None:
+    @app.command(name, help=figure.help)
     def command(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-        _draw_analyses(name, runs, out, dark)
+        from pdvit.plots.reading import read_run
 
-    app.command(name, help=FIGURES[name].help)(command)
+        if name == "compare" and len(runs or ()) != 2:
+            tip = "name two run directories; differences are second minus first"
+            raise UserError("this figure needs two analyses", "pdvit plot compare", tip)
+        file, count = (f"analysis/{figure.group}.npz", PANELS) if figure.curves else ("analysis.csv", LINES)
+        command = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
+        found = _find(runs, file, command, count)
+        analyses = [read_run(folder, run, figure.group) for run, folder in found.items()]
+        for run in analyses:
+            if not figure.fits(run):
+                raise _not_measured("the analysis lacks numbers of this figure", found[run.name], command)
+        _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
 
 
-for _figure in FIGURES:
-    if _figure != "compare":  # which needs two runs
-        _add_command(_figure)
-
-
-@app.command(help=FIGURES["compare"].help)
-def compare(
-    first: Annotated[Path, typer.Argument(help="Run directory, or folder of an analysis.")],
-    second: Annotated[Path, typer.Argument(help="Another; differences are second minus first.")],
-    out: Out = None,
-    dark: Dark = False,
-) -> None:
-    """Draw two analyses."""
-    _draw_analyses("compare", [first, second], out, dark)
+for _name, _figure in FIGURES.items():
+    _add_command(_name, _figure)
 
 
 @app.command()
@@ -138,9 +126,9 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Loss by term, accuracy or mIoU, and P over epoch and layer, one row per run."""
     from pdvit.plots.training import plot_training, read_records
 
-    folders = _folders(runs, "metrics.jsonl", "pdvit train", 1)
-    records = dict(zip(_names(folders), map(read_records, folders), strict=True))
-    _write(plot_training(records, _theme(dark)), "training", folders, out)
+    found = _find(runs, "metrics.jsonl", "pdvit train", 1)
+    records = {name: read_records(folder) for name, folder in found.items()}
+    _write(plot_training(records, _theme(dark)), "training", found, out)
 
 
 @app.command()
@@ -162,14 +150,12 @@ def maps(
 
     patches = []
     for text in patch or []:
-        if not re.fullmatch(r"\s*-?\d+\s*,\s*-?\d+\s*", text):
+        if not (found := re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)):
             raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
-        row, column = map(int, text.split(","))
-        patches.append((row, column))
-    folders = _folders([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1)
-    arrays = read_arrays(folders[0] / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore")
-    figure = plot_maps(arrays, _name_of(folders[0]), image, patches, _theme(dark))
-    _write(figure, "maps", folders, out)
+        patches.append((int(found[1]), int(found[2])))
+    ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
+    arrays = read_arrays(folder / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore")
+    _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
 
 
 @app.command()
@@ -180,9 +166,8 @@ def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     if run and (run / "iou.csv").is_file():
         tip = f"draw IoU by class and pictures: pdvit plot segmentation {run}"
         raise UserError("a run of segmentation has no confusion matrix", str(run), tip)
-    folders = _folders([run] if run else None, "confusion.csv", "pdvit eval {}", 1)
-    figure = plot_confusion(read_confusion(folders[0]), _name_of(folders[0]), _theme(dark))
-    _write(figure, "confusion", folders, out)
+    ((name, folder),) = _find([run] if run else None, "confusion.csv", "pdvit eval {}", 1).items()
+    _write(plot_confusion(read_confusion(folder), name, _theme(dark)), "confusion", [name], out)
 
 
 @app.command()
@@ -190,9 +175,8 @@ def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     """Image, truth, prediction and errors side by side, and the IoU of every class."""
     from pdvit.plots.segmentation import plot_segmentation, read_segmentation
 
-    folders = _folders([run] if run else None, "iou.csv", "pdvit eval {}", 1)
-    figure = plot_segmentation(*read_segmentation(folders[0]), _name_of(folders[0]), _theme(dark))
-    _write(figure, "segmentation", folders, out)
+    ((name, folder),) = _find([run] if run else None, "iou.csv", "pdvit eval {}", 1).items()
+    _write(plot_segmentation(*read_segmentation(folder), name, _theme(dark)), "segmentation", [name], out)
 
 
 @app.command()
@@ -209,43 +193,25 @@ def sweep(
     dark: Dark = False,
 ) -> None:
     """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
-    from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise
+    from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise, text_of
 
     folder = folder.expanduser()
     if not folder.exists():
         raise UserError("there is no such folder or file", str(folder), "name the folder of a sweep, or its cells.csv")
     summary = summarise(read_cells(folder), metric, baseline)
-    _print_sweep(summary)
+    print(text_of(summary))
+    name = _name_of(folder)
     if folder.is_file():  # experiments/digits/results.csv is digits-results
-        folder = folder.with_name(f"{folder.resolve().parent.name}-{folder.stem}")
-    _write(plot_sweep(summary, _name_of(folder), _theme(dark)), "sweep", [folder], out, markdown(summary))
+        name = f"{folder.resolve().parent.name}-{folder.stem}"
+    _write(plot_sweep(summary, name, _theme(dark)), "sweep", [name], out, markdown(summary))
 
 
-def _print_sweep(summary: "SweepSummary") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from pdvit.plots.sweep import notes_of, table_of
-
-    console = Console()
-    head, *body = table_of(summary)
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(head):
-        is_number = number >= len(head) - 3
-        view.add_column(escape(name), justify="right" if is_number else "left", no_wrap=is_number)
-    for row in body:
-        view.add_row(*map(escape, row))
-    console.print(view)
-    for note in notes_of(summary):
-        console.print(f"[dim]{escape(note)}[/dim]", highlight=False, soft_wrap=True)
-
-
-def _folders(runs: list[Path] | None, file: str, command: str, count: int) -> list[Path]:
-    """Return the run directories to draw: those named, or the newest that have the file.
+def _find(runs: list[Path] | None, file: str, command: str, count: int) -> dict[str, Path]:
+    """Return the run directories to draw by name: those given, or the newest that have the file.
 
     If it is missing, the UserError names the command that makes it; `{}` in it stands for the run.
     """
+    from pdvit.plots.style import unique
     from pdvit.tracking.run_directory import newest
 
     folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(file)[:count]
@@ -256,7 +222,10 @@ def _folders(runs: list[Path] | None, file: str, command: str, count: int) -> li
             raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
         if not (folder / file).is_file():
             raise _not_measured(f"the run has no {file}", folder, command)
-    return folders
+    names = [_name_of(folder) for folder in folders]
+    longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, names, strict=True)]
+    names = unique([long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)])
+    return dict(zip(names, folders, strict=True))
 
 
 def _not_measured(what: str, folder: Path, command: str) -> UserError:
@@ -270,29 +239,21 @@ def _name_of(folder: Path) -> str:
     return name.encode(errors="replace").decode()  # pandas on pyarrow has no text for other file names
 
 
-def _names(folders: list[Path]) -> list[str]:
-    """Return names of runs that differ: of the folder, if needed with its parent or a number."""
-    from pdvit.plots.style import unique
-
-    names = [_name_of(folder) for folder in folders]
-    longer = ["/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode() for folder in folders]
-    return unique([long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)])
-
-
 def _theme(dark: bool) -> "Theme":
     from pdvit.plots.style import DARK, LIGHT
 
     return DARK if dark else LIGHT
 
 
-def _write(figure: "Drawing", name: str, folders: list[Path], out: Path | None, page: str | None = None) -> None:
+def _write(figure: "Drawing", name: str, runs: Iterable[str], out: Path | None, page: str | None = None) -> None:
     """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
     from pdvit.plots.style import render
     from pdvit.tracking.run_directory import write_file, writing
 
     if out is None:
-        parts = [name, *(re.sub(r"[^\w.-]", "-", _name_of(folder))[:40] for folder in folders[:3])]
-        out = Path("figures") / f"{'-'.join(parts)}{f'-{len(folders) - 3}-more' if len(folders) > 3 else ''}.png"
+        parts = [name, *(re.sub(r"[^\w.-]", "-", run)[:40] for run in runs)]
+        more = f"-{len(parts) - 4}-more" if len(parts) > 4 else ""
+        out = Path("figures") / f"{'-'.join(parts[:4])}{more}.png"
     table = figure.data.to_csv(index=False, float_format="%.6g")
     texts = {out.with_suffix(".csv"): table} | ({out.with_suffix(".md"): page} if page else {})
     with writing("the figure", out):

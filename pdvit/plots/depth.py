@@ -1,4 +1,4 @@
-"""Metrics over depth, one line per run: similarity, metrics, norms, compare and attention."""
+"""Analyses by layer: metrics over depth with one line per run, attention by head, histograms of pairs and spectra."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.special import stdtrit
 
 from pdvit.plots.reading import AnalyzedRun
@@ -16,14 +15,16 @@ from pdvit.plots.style import (
     DOUBLE,
     LIGHT,
     MARKERS,
+    SINGLE,
     Drawing,
     Theme,
+    depth_colours,
     legend,
     line_styles,
+    name_ticks,
     new_figure,
+    panel_grid,
     shorten,
-    text_colour,
-    thin_ticks,
 )
 from pdvit.plots.sweep import LEVEL, MINUS
 
@@ -32,15 +33,18 @@ NORM, NORM_STD = "norm_mean", "norm_std"
 NORMS = (NORM, "norm_peak", "norm_outliers")
 ATTENTION = {"entropy": "entropy, nats", "distance": "mean distance, patches"}
 COLUMNS = 4  # small panels in a row
-LARGE, SMALL, KEY = 2.2, 1.35, 0.45  # heights of rows of panels and of the legend, in inches
+SINGLE_PANEL, LARGE, SMALL, KEY = 2.9, 2.2, 1.35, 0.45  # heights of rows of panels and of the legend, in inches
 RANDOM_STYLE: dict[str, Any] = {"linestyle": (0, (2.5, 2)), "linewidth": 0.8}
 LOG_RATIO = 30  # lengths that differ more than this have a logarithmic axis
-NAME_GAP, LOWEST_NAME = 0.058, 0.03  # between names at line ends, and above the axis, on the scale of P
 HEAD_SHIFT = 0.22  # in depth, between the heads of two runs
+# Heights of a layer's histogram and of what is around all, in inches; in layers, how far a histogram reaches up.
+LAYER, AROUND, REACH = 0.2, 0.75, 1.7
+PAIRS_COLUMNS, SPECTRUM_COLUMNS = 3, 2
 
 # Title and range of the metrics in a figure's order.
 Range = tuple[float | None, float | None]
 COS, SHARE, POSITIVE = (-1, 1), (0, 1), (0, None)
+DC_SHARE = "dc_share"
 METRICS: dict[str, tuple[str, Range]] = {
     "similarity": ("P, mean |cos|", SHARE),
     "similarity_signed": ("mean cos, signed", COS),
@@ -58,7 +62,7 @@ METRICS: dict[str, tuple[str, Range]] = {
     "drift_retrieval": ("found again, share", SHARE),
     "effective_rank": ("effective rank", POSITIVE),
     "participation_ratio": ("participation ratio", POSITIVE),
-    "dc_share": ("DC share of energy", SHARE),
+    DC_SHARE: ("DC share of energy", SHARE),
     "high_frequency_share": ("high-frequency share", POSITIVE),
     "log_amplitude": ("Δ log amplitude at π", (None, None)),
     "attention_entropy": ("attention entropy, nats", POSITIVE),
@@ -70,22 +74,15 @@ METRICS: dict[str, tuple[str, Range]] = {
 
 
 def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
-    """Draw P by layer in one panel, each line named at its end; rings mark stages, thin lines random weights."""
+    """Draw P by layer; rings mark stages, thin lines random weights."""
     rows = stack(runs)
     rows = rows[rows["metric"].isin([P, RANDOM])]
     images = sorted({int(run.table["images"].iloc[0]) for run in runs})
-    with new_figure(DOUBLE, 3.3, theme) as figure:
-        figure.data = rows
-        axes = figure.subplots()
-        draw_metric(axes, rows, P, theme)
-        name_depths(axes, rows, ticks=12)
-        axes.set_xlim(right=rows["depth"].max() + 0.1)
-        _name_ends(axes, rows, theme)
+    with _panels(rows, (P,), (), theme) as (figure, panels):
         counts = " to ".join(map(str, dict.fromkeys((images[0], images[-1])))) + f" image{'s'[: images[-1] > 1]}"
         title = f"P by layer: mean over {counts}, band of ± one standard deviation"
-        axes.set(ylabel="P, patch similarity", title=title)
-        if keys := _keys(rows, theme):
-            axes.legend(handles=keys, loc="best", fontsize=7)
+        panels[P].set(ylabel="P, patch similarity", title=title)
+        name_depths(panels[P], rows, ticks=12)
         return figure
 
 
@@ -128,7 +125,13 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
     The curves are `attention`: `entropy/LAYER` and `distance/LAYER`, one value per head. Dashed lines mark the largest
     entropy, ln of the number of patches.
     """
-    data = pd.concat([_head_rows(run, curve) for run in runs for curve in ATTENTION], ignore_index=True)
+    parts = [
+        pd.DataFrame({**place, "curve": curve, "head": range(1, 1 + len(values)), "value": values})
+        for run in runs
+        for curve in ATTENTION
+        for place, values in _layers([run], "attention", curve)
+    ]
+    data = pd.concat(parts, ignore_index=True)[["run", "curve", "layer", "depth", "tokens", "head", "value"]]
     styles = run_styles(data, theme)
     with new_figure(DOUBLE, 2.7, theme) as figure:
         figure.data = data
@@ -153,16 +156,95 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
         return figure
 
 
-def _head_rows(run: AnalyzedRun, curve: str) -> pd.DataFrame:
-    """Return one row per layer and head."""
-    heads = [
-        {"run": run.name, "curve": curve, "layer": layer, "head": head, "value": value}
-        for layer, values in run.curve("attention", curve).items()
-        for head, value in enumerate(values, 1)
+def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
+    """Draw histograms of cos over all pairs of patches, layer above layer; ticks are medians.
+
+    The curves are `pairs`: `histogram/LAYER`, fractions, and `edges/LAYER`. Heights are square roots of fractions,
+    scaled to the same maximum in each layer: tails stay visible, and a layer with one peak hides no other.
+    """
+    parts = [
+        pd.DataFrame({**place, "from": edges[:-1], "to": edges[1:], "share": shares})
+        for place, shares, edges in _layers(runs, "pairs", "histogram", "edges")
     ]
-    layers = run.table.drop_duplicates("layer")[["layer", "depth", "tokens"]]
-    rows = pd.DataFrame(heads).merge(layers, on="layer")
-    return rows[["run", "curve", "layer", "depth", "tokens", "head", "value"]]
+    data = pd.concat(parts, ignore_index=True).drop(columns="tokens")
+    columns = min(PAIRS_COLUMNS, len(runs))
+    width, height = SINGLE if len(runs) == 1 else DOUBLE, LAYER * (data["depth"].max() + 1) + AROUND
+    with new_figure(width, -(-len(runs) // columns) * height, theme) as figure:
+        figure.data = data
+        panels = panel_grid(figure, len(runs), columns, sharex=True)
+        for axes, (name, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
+            _draw_histograms(axes, rows, theme)
+            axes.set(title=shorten(str(name)), ylabel="block")
+        lowest = data[data["share"] > 0]["from"].min()
+        figure.axes[0].set_xlim(max(-1.0, np.floor(lowest * 5) / 5), 1.0)
+        figure.supxlabel("cos between two patches\n(height: root of the share of pairs; tick: median)", fontsize=8)
+        return figure
+
+
+def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
+    layers = [bars for _, bars in rows.groupby("depth")]
+    colours = depth_colours(theme, len(layers) - 1).to_rgba(np.arange(len(layers)))
+    for depth in range(len(layers) - 1, -1, -1):  # lower layers are in front of higher ones
+        shares = layers[depth]["share"].to_numpy()
+        edges = np.append(layers[depth]["from"], layers[depth]["to"].iloc[-1])
+        top = depth + REACH * np.sqrt(shares / max(shares.max(), np.finfo(float).tiny))
+        front = len(layers) - depth
+        axes.stairs(top, edges, baseline=depth, color=theme.paper, linewidth=1.2, zorder=front + 1.5)
+        axes.stairs(top, edges, baseline=depth, color=colours[depth], fill=True, alpha=0.9, zorder=front + 2)
+        below = np.append(0, np.cumsum(shares))
+        median = np.interp(below[-1] / 2, below, edges)
+        axes.plot([median] * 2, [depth, depth + 0.45], color=theme.ink, linewidth=1, zorder=len(layers) + 3)
+    names = {depth: str(bars["layer"].iloc[0]).removeprefix("block ") for depth, bars in enumerate(layers)}
+    name_ticks(axes.yaxis, names, len(names), fontsize=6.5)
+    axes.set_ylim(-0.2, len(layers) - 1 + REACH + 0.2)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False)
+    axes.grid(visible=True, axis="x")
+
+
+def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
+    """Draw the relative log-amplitude by frequency, a line per layer; in the last panel the DC share by layer.
+
+    The curves are `spectrum`: `by_frequency/LAYER` and `frequency/LAYER`.
+    """
+    parts = [
+        pd.DataFrame({**place, "metric": "by_frequency", "frequency": frequency, "mean": mean})
+        for place, mean, frequency in _layers(runs, "spectrum", "by_frequency", "frequency")
+    ]
+    curves, shares = pd.concat(parts, ignore_index=True).drop(columns="tokens"), stack(runs)
+    shares = shares[shares["metric"] == DC_SHARE]
+    columns = min(SPECTRUM_COLUMNS, len(runs)) + 1
+    height = -(-len(runs) // (columns - 1))
+    with new_figure(DOUBLE, 2.6 * height + 0.2, theme) as figure:
+        figure.data = pd.concat([curves, shares.drop(columns=["images", "tokens"])], ignore_index=True)
+        grid = figure.subplots(height, columns, squeeze=False)
+        panels = grid[:, :-1].ravel()
+        scale = depth_colours(theme, int(curves["depth"].max()))
+        for axes, (name, rows) in zip(panels, curves.groupby("run", sort=False), strict=False):
+            for at, line in rows.groupby("depth"):
+                axes.plot(line["frequency"], line["mean"], color=scale.to_rgba(np.asarray(at)), linewidth=1.1)
+            axes.set(title=shorten(str(name)), xlabel="frequency / π", xlim=(0, 1))
+            axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+            if axes is not panels[0]:
+                axes.sharey(panels[0])
+        for axes in [*panels[len(runs) :], *grid[1:, -1]]:
+            axes.set_axis_off()
+        panels[0].set_ylabel("Δ log amplitude")
+        figure.colorbar(scale, ax=list(panels), label="depth", aspect=30, pad=0.02)
+        draw_metric(grid[0, -1], shares, DC_SHARE, theme)
+        if len(runs) > 1:
+            legend(figure, run_styles(shares, theme))
+        return figure
+
+
+def _layers(runs: Sequence[AnalyzedRun], group: str, *names: str) -> Iterator[tuple[Any, ...]]:
+    """Yield run, layer, depth and tokens of each layer, and its arrays of these names."""
+    for run in runs:
+        layers = run.table.drop_duplicates("layer").set_index("layer")[["depth", "tokens"]]
+        for layer in run.curve(group, names[0]):
+            place = {"run": run.name, "layer": layer, **layers.loc[layer]}
+            yield place, *(run.curves[group][f"{name}/{layer}"] for name in names)
 
 
 def stack(runs: Sequence[AnalyzedRun]) -> pd.DataFrame:
@@ -216,7 +298,7 @@ def _panels(
     lines = [small[at : at + columns] for at in range(0, len(small), columns or 1)]
     layout = [np.repeat([*line, *["."] * (columns - len(line))], 12 // columns) for line in lines]
     layout = [np.repeat(large, 12 // len(large)), *layout] if large else layout
-    heights = [LARGE] * bool(large) + [SMALL] * len(lines)
+    heights = [LARGE if len(large) > 1 else SINGLE_PANEL] * bool(large) + [SMALL] * len(lines)
     with new_figure(DOUBLE, sum(heights) + KEY, theme) as figure:
         figure.data = rows
         panels = figure.subplot_mosaic([list(line) for line in layout], height_ratios=heights)
@@ -260,12 +342,11 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
     least, most = chosen["mean"].min(), chosen["mean"].max()
     if metric == NORM and most > LOG_RATIO * least > 0:
         axes.set(yscale="log", ylim=(least / 2, most * 2))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the default writes formulas
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        # end the axis where the metric's range ends; where it has no end, the margin is room
+        axes.yaxis.set_major_formatter("{x:g}")  # the default writes formulas
+        axes.minorticks_off()
+    else:  # the axis ends where the metric's range ends; elsewhere it has a margin
         low = None if low == -1 else low
-        axes.update_datalim([(0, edge) for edge in (low, high) if edge is not None], updatex=False)
+        axes.update_datalim([(0, end) for end in (low, high) if end is not None], updatex=False)
         axes.autoscale_view(scalex=False)
         bottom, top = axes.dataLim.intervaly
         axes.set_ylim(None if low is None else bottom, None if high is None else top)
@@ -295,42 +376,6 @@ def name_depths(axes: Axes, rows: pd.DataFrame, ticks: int = 8) -> None:
     """Name the depths: embed, blocks by number, and norm where all runs end at the same depth."""
     same = rows.groupby("run")["depth"].max().nunique() == 1
     layers = dict(zip(rows["depth"], rows["layer"].astype(str), strict=True))
-    depths = sorted(layers)
-    shown = [depths[at] for at in thin_ticks(len(depths), ticks)]
-    names = [layers[depth] if same or depth == 0 else str(depth) for depth in shown]
-    axes.set_xticks(shown, [name.removeprefix("block ") for name in names])
+    names = {at: layers[at] if same or at == 0 else str(at) for at in sorted(layers)}
+    name_ticks(axes.xaxis, {at: name.removeprefix("block ") for at, name in names.items()}, ticks)
     axes.set_xlabel("block" if same else "depth")
-
-
-def _name_ends(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
-    """Write the runs' names right of their lines, at least a gap apart, with a leader where a name had to move."""
-    lines = [(str(name), line.iloc[-1]) for name, line in rows[rows["metric"] == P].groupby("run", sort=False)]
-    heights = separate([max(end["mean"], LOWEST_NAME) for _, end in lines], NAME_GAP)
-    lift = max(0.0, LOWEST_NAME - min(heights))
-    left, right = axes.get_xlim()
-    for (name, end), height in zip(lines, heights, strict=True):
-        colour = run_styles(rows, theme)[name]["color"]
-        moved = abs(height + lift - end["mean"]) > NAME_GAP / 4 or end["depth"] < rows["depth"].max()
-        leader = {"arrowstyle": "-", "linewidth": 0.6, "linestyle": ":", "color": colour, "relpos": (0, 0.5)}
-        axes.annotate(
-            shorten(name),
-            (end["depth"], end["mean"]),
-            (right + 0.03 * (right - left), height + lift),
-            color=text_colour(colour, theme),
-            va="center",
-            annotation_clip=False,
-            fontsize=7.5,
-            arrowprops=leader if moved else None,
-        )
-
-
-def separate(heights: Sequence[float], gap: float) -> list[float]:
-    """Move heights apart to at least `gap`, keeping their order and their middle."""
-    order = np.argsort(heights, kind="stable")
-    placed = np.asarray(heights, dtype=float)[order]
-    for _ in range(50):
-        for at in range(len(placed) - 1):
-            push = max(0.0, gap - (placed[at + 1] - placed[at])) / 2
-            placed[at] -= push
-            placed[at + 1] += push
-    return [float(height) for height in placed[np.argsort(order)]]

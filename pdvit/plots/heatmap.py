@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from pdvit.errors import UserError, closest
 from pdvit.plots.reading import AnalyzedRun, Arrays, read_text_table, reading
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, new_figure, panel_grid, shorten, thin_ticks
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, name_ticks, new_figure, panel_grid, shorten
 
 CKA_COLUMNS = 3
 MAP_DEPTHS = 6
@@ -31,14 +31,6 @@ def heat_map(axes: Axes, values: np.ndarray, norm: Normalize, cmap: Any = "virid
     """Draw a matrix without grid lines; `image` goes to matplotlib's `imshow`."""
     axes.grid(visible=False)
     return axes.imshow(values, norm=norm, cmap=cmap, interpolation="nearest", **image)
-
-
-def name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], ticks: int, fontsize: float) -> None:
-    """Name up to about `ticks` rows and columns."""
-    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
-        shown = range(len(names)) if len(names) <= ticks else thin_ticks(len(names), ticks)
-        axis.set_ticks(list(shown), [shorten(names[at]) for at in shown], fontsize=fontsize)
-    axes.tick_params(axis="x", rotation=90 if max(len(shorten(name)) for name in columns) > 2 else 0)
 
 
 def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
@@ -70,8 +62,9 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         norm = Normalize(min(0.0, np.floor(10 * figure.data["cka"].min()) / 10), 1)
         for axes, (name, matrix, *named) in zip(panel_grid(figure, len(panels), columns), panels, strict=True):
             image = heat_map(axes, matrix, norm, origin="lower")
-            up, across = ([layer.removeprefix("block ") for layer in side] for side in named)
-            name_ticks(axes, up, across, ticks=8, fontsize=6.5)
+            for axis, layers in zip((axes.yaxis, axes.xaxis), named, strict=True):
+                name_ticks(axis, {at: layer.removeprefix("block ") for at, layer in enumerate(layers)}, 8, fontsize=6.5)
+            axes.tick_params(axis="x", rotation=90)
             axes.set_title(shorten(name, 40), fontsize=7.5)
             axes.set(xlabel="block", ylabel="block")
         figure.colorbar(image, ax=figure.axes, label="linear CKA", shrink=0.85, aspect=25, pad=0.02)
@@ -178,20 +171,21 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
 
 
 def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme) -> None:
-    place = {name: index for index, name in enumerate(shown)}
-    at = (rows["class"].map(place).astype(int), rows["predicted"].map(place).astype(int))
-    counts, shares = np.zeros((len(shown),) * 2, dtype=np.int64), np.zeros((len(shown),) * 2)
-    counts[at], shares[at] = rows["images"], rows["share"]
-    norm = PowerNorm(0.5, 0, 1)  # the square root keeps rare confusions visible
-    image = heat_map(
-        axes, shares, norm, LinearSegmentedColormap.from_list("shares", (theme.paper, theme.colours[0], theme.ink))
+    counts, shares = (
+        rows.pivot(index="class", columns="predicted", values=value).reindex(index=shown, columns=shown).fillna(0)
+        for value in ("images", "share")
     )
-    if len(shown) <= NUMBERED:
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            colour = theme.paper if norm(shares[row, column]) > 0.5 else theme.ink
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
+    norm = PowerNorm(0.5, 0, 1)  # the square root keeps rare confusions visible
+    colours = LinearSegmentedColormap.from_list("shares", (theme.paper, theme.colours[0], theme.ink))
+    image = heat_map(axes, shares.to_numpy(), norm, colours)
+    for row, column in np.argwhere(counts.to_numpy()) if len(shown) <= NUMBERED else ():
+        text = f"{counts.iloc[row, column]:.0f}"
+        colour = theme.paper if norm(shares.iloc[row, column]) > 0.5 else theme.ink
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     size = 9 if len(shown) <= NUMBERED else 6.5 if len(shown) <= NAMED else 7.5
-    name_ticks(axes, shown, shown, NAMED if len(shown) <= NAMED else TICKS, size)
+    for axis in (axes.yaxis, axes.xaxis):
+        name_ticks(axis, dict(enumerate(shown)), NAMED if len(shown) <= NAMED else TICKS, fontsize=size)
+    axes.tick_params(axis="x", rotation=90 if max(map(len, shown)) > 2 else 0)
     axes.set(xlabel="predicted", ylabel="class")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
     bar.set_ticks([0, 0.01, 0.05, 0.25, 1], labels=["0", "1 %", "5 %", "25 %", "100 %"])

@@ -118,14 +118,11 @@ def _legend(pictures: list[SegmentedImage], names: list[str], theme: Theme) -> l
 
 def _draw_bars(axes: Axes, classes: pd.DataFrame, count: int, theme: Theme) -> None:
     """Draw a bar for each class, the best on top."""
-    at, values = range(len(classes)), classes["iou"].tolist()
-    axes.barh(at, values, color=theme.colours[0], height=0.7)
-    axes.set_yticks(at, [shorten(label, 24) for label in classes["class"]], fontsize=7 if len(classes) <= 20 else 5)
+    names = [shorten(label, 24) for label in classes["class"]]
+    bars = axes.barh(range(len(names)), classes["iou"].tolist(), color=theme.colours[0], height=0.7)
+    axes.set_yticks(range(len(names)), names, fontsize=7 if len(names) <= 20 else 5)
     paper = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.3}  # the line of the mean may pass there
-    for height, value in zip(at, values, strict=True):
-        axes.annotate(
-            f"{value:.2f}", (value, height), (3, 0), textcoords="offset points", va="center", fontsize=6, bbox=paper
-        )
+    axes.bar_label(bars, fmt="{:.2f}", padding=3, fontsize=6, bbox=paper)
     of = f", {len(classes)} of {count} classes" if len(classes) < count else ""
     axes.set(xlim=(0, 1.08), ylim=(max(len(classes), 1) - 0.5, -0.5))
     axes.set_xlabel(f"IoU (line: mean){of}", loc="right")

@@ -2,10 +2,11 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -13,8 +14,9 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -51,36 +53,9 @@ DARK = Theme(
     (0.25, 1.0),
 )
 
-RC: dict[Any, Any] = {
-    "savefig.dpi": 250,
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "legend.handlelength": 2.4,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.2,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pdvit",
-    "pdf.fonttype": 42,
-    "text.parse_math": False,  # a run may be called $x_1$
-}
+RC: dict[Any, Any] = dict(
+    mpl.rc_params_from_file(Path(__file__).with_name("pdvit.mplstyle"), use_default_template=False)
+)
 
 
 class Drawing(Figure):
@@ -127,12 +102,6 @@ def line_styles(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:
     return styles
 
 
-def text_colour(colour: str, theme: Theme) -> str:
-    """Return the colour for text about a line: a third of the way from the line's to the ink."""
-    mixed = [(2 * own + ink) / 3 for own, ink in zip(to_rgb(colour), to_rgb(theme.ink), strict=True)]
-    return to_hex((mixed[0], mixed[1], mixed[2]))
-
-
 def depth_colours(theme: Theme, deepest: int) -> ScalarMappable:
     """Return a colour map of depths from 0 to the deepest, monotone in greyscale."""
     colours = colormaps["viridis"](np.linspace(*theme.ramp, 64))
@@ -150,10 +119,12 @@ def unique(names: Sequence[str]) -> list[str]:
     return [f"{name} ({names[:at].count(name) + 1})" if name in names[:at] else name for at, name in enumerate(names)]
 
 
-def thin_ticks(count: int, ticks: int) -> list[int]:
-    """Return evenly spaced positions out of `count`, about `ticks`, always with the last."""
-    step = max(1, -(-count // ticks))
-    return [at for at in range(count - 1) if at % step == 0 and count - 1 - at >= step] + [count - 1]
+def name_ticks(axis: Axis, names: Mapping[Any, str], ticks: int, **text: Any) -> None:
+    """Name about `ticks` of the positions of an axis, evenly spaced, always with the last."""
+    positions = list(names)
+    last, step = len(positions) - 1, max(1, -(-len(positions) // ticks))
+    shown = [positions[at] for at in range(last) if at % step == 0 and last - at >= step] + positions[last:]
+    axis.set_ticks(shown, [shorten(names[at]) for at in shown], **text)
 
 
 def legend(figure: Figure, styles: dict[str, dict[str, Any]], more: Sequence[Line2D] = ()) -> None:

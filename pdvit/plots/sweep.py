@@ -2,14 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from scipy.special import stdtrit
 
 from pdvit.errors import UserError, closest
@@ -27,31 +26,31 @@ Setting = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of means with its 95 % interval (NaN for fewer than two pairs), and the number of pairs."""
+class Estimate:
+    """Mean and standard deviation (n - 1) of a sample, and the 95 % interval of the mean (Student's t).
 
+    What needs more values than there are is NaN.
+    """
+
+    n: int
     mean: float
+    std: float
     low: float
     high: float
-    pairs: int
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation (n - 1), NaN of fewer than one and two values."""
-    mean = float(np.mean(values)) if len(values) else math.nan
-    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the estimate of a sample."""
+    n = len(values)
+    mean = float(np.mean(values)) if n else math.nan
+    std = float(np.std(values, ddof=1)) if n > 1 else math.nan
+    half = float(stdtrit(n - 1, LEVEL)) * std / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(n, mean, std, mean - half, mean + half)
 
 
-def interval(values: Sequence[float]) -> Difference:
-    """Return the mean of a sample with its t interval; `pairs` is its size."""
-    mean, std = mean_and_std(values)
-    half = float(stdtrit(len(values) - 1, LEVEL)) * std / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Difference(mean, mean - half, mean + half, len(values))
-
-
-def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
-    """Return second minus first over the keys (seeds) of both. Pairing removes the effect of a seed on both."""
-    return interval([second[key] - first[key] for key in first if key in second])
+def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Estimate:
+    """Estimate second minus first over the keys (seeds) of both. Pairing removes the effect of a seed on both."""
+    return estimate([second[key] - first[key] for key in first if key in second])
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,14 @@ class SweepSummary:
             high (95 % confidence), pairs, and the value of each seed (`seed 0`).
         axes: the swept keys: `variant`, or dotted names of settings.
         baseline: as KEY=VALUE; empty if there is only one setting.
-        left_out: cells without a number, and why.
-        cells: the number of all cells.
+        notes: how the numbers were computed, and the cells that are not in them.
     """
 
     table: pd.DataFrame
     axes: list[str]
     metric: str
     baseline: str
-    left_out: list[str]
-    cells: int
+    notes: list[str]
 
     @property
     def percent(self) -> bool:
@@ -120,13 +117,13 @@ def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | No
     metric = _metric(cells, metric)
     axes = axes_of(cells)
     base = _baseline(cells, axes, baseline)
-    values: dict[Setting, dict[str, float]] = {}
+    values: dict[Setting, dict[str, float]] = {}  # by seed
     left_out: list[str] = []
     skipped: Counter[Setting] = Counter()
     for cell in cells.to_dict("records"):
-        setting = tuple(str(cell[axis]) for axis in axes)
-        own, seed, value = values.setdefault(setting, {}), str(cell.get(SEED, "")), _number(cell[metric])
-        if cell["status"] != FINISHED or value is None:
+        setting = tuple(cell[axis] for axis in axes)
+        own, seed, value = values.setdefault(setting, {}), cell.get(SEED, ""), _number(cell[metric])
+        if cell["status"] != FINISHED or math.isnan(value):
             left_out.append(f"cell {cell['cell']} ({cell['status'] if cell['status'] != FINISHED else f'no {metric}'})")
             skipped[setting] += 1
         elif seed in own:
@@ -137,15 +134,22 @@ def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | No
     seeds = sorted({seed for own in values.values() for seed in own}, key=lambda seed: (len(seed), seed))
     rows = []
     for setting, own in values.items():
-        mean, std = mean_and_std(list(own.values()))
         partner = tuple(base.get(axis, value) for axis, value in zip(axes, setting, strict=True))
-        change = paired({} if partner == setting else values.get(partner, {}), own)
+        mean, change = estimate(list(own.values())), paired({} if partner == setting else values.get(partner, {}), own)
         row: dict[str, object] = {"setting": _label(axes, setting), **dict(zip(axes, setting, strict=True))}
-        row |= {"n": len(own), "left_out": skipped[setting], "mean": mean, "std": std}
-        row |= {"difference": change.mean, "low": change.low, "high": change.high, "pairs": change.pairs}
+        row |= {"n": mean.n, "left_out": skipped[setting], "mean": mean.mean, "std": mean.std}
+        row |= {"difference": change.mean, "low": change.low, "high": change.high, "pairs": change.n}
         rows.append(row | {f"seed {seed}".strip(): own.get(seed, math.nan) for seed in seeds})
-    name = _key_values(list(base), tuple(base.values()))
-    return SweepSummary(pd.DataFrame(rows), axes, metric, name, left_out, len(cells))
+    name = _key_values(base, base.values())
+    notes = ["mean ± standard deviation (n - 1) over seeds"]
+    if name:
+        text = f"difference from the setting with {name} that is alike otherwise, paired by seed, with its "
+        notes.append(text + "95 % confidence interval (Student's t)")
+    if left_out:
+        more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
+        named = ", ".join(left_out[:MAX_NAMED])
+        notes.append(f"{len(left_out)} of {len(cells)} cells are not in these numbers: {named}{more}")
+    return SweepSummary(pd.DataFrame(rows), axes, metric, name, notes)
 
 
 def axes_of(cells: pd.DataFrame) -> list[str]:
@@ -164,48 +168,46 @@ def _label(axes: list[str], setting: Setting) -> str:
     return ", ".join(part.removeprefix(f"{VARIANT} ") for part in parts)
 
 
-def _key_values(axes: list[str], setting: Setting) -> str:
+def _key_values(axes: Iterable[str], setting: Iterable[str]) -> str:
     return ",".join(f"{axis}={value}" for axis, value in zip(axes, setting, strict=True))
 
 
 def _metric(cells: pd.DataFrame, metric: str | None) -> str:
     columns = [name for name in cells.columns if "." not in name and name not in ("cell", VARIANT, "status")]
     numbers = [name for name in columns if cells[name].map(_number).notna().any()]
-    if metric is not None and metric not in numbers:
-        raise UserError(f"the cells have no numbers '{metric}'", "--metric", closest(metric, numbers))
-    found = metric or next((name for name in METRICS if name in numbers), None)
-    if found is None:
-        tip = f"name a --metric: {', '.join(numbers)}" if numbers else "resume with pdvit train --config, then plot"
-        raise UserError("the cells have no accuracy and no miou" if numbers else "no cell has numbers yet", CELLS, tip)
+    found = metric or next((name for name in METRICS if name in numbers), METRICS[0])
+    if found not in numbers:
+        tip = closest(found, numbers) if numbers else "resume with pdvit train --config, then plot"
+        raise UserError(f"the cells have no numbers '{found}'", "--metric", tip)
     return found
 
 
 def _baseline(cells: pd.DataFrame, axes: list[str], baseline: str | None) -> dict[str, str]:
     """Return the values of the baseline, by axis."""
     if baseline is None:
-        return {axes[0]: str(cells[axes[0]].iloc[0])} if axes else {}
+        return {axis: cells[axis].iloc[0] for axis in axes[:1]}
     values = {}
     for part in baseline.split(","):
         key, equals, value = part.strip().partition("=")
         if not equals:
-            key, value = (axes or [VARIANT])[0], part.strip()
+            key, value = (axes or [VARIANT])[0], key
         if key not in axes:
             raise UserError(f"'{key}' was not varied in this sweep", "--baseline", closest(key, axes))
-        known = [str(known) for known in cells[key].unique()]
-        equal = [text for text in known if text == value or None is not _number(text) == _number(value)]
+        known = list(cells[key].unique())
+        equal = [text for text in known if text == value or _number(text) == _number(value)]
         if not equal:
             raise UserError(f"no cell has {key}={value}", "--baseline", closest(value, known))
         values[key] = equal[0]
     return values
 
 
-def _number(text: object) -> float | None:
-    """Return a finite number, or None."""
+def _number(text: str) -> float:
+    """Return a finite number, or NaN."""
     try:
-        value = float(str(text))
+        value = float(text)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def table_of(sweep: SweepSummary) -> list[list[str]]:
@@ -225,17 +227,12 @@ def table_of(sweep: SweepSummary) -> list[list[str]]:
     return lines
 
 
-def notes_of(sweep: SweepSummary) -> list[str]:
-    """Return how the numbers were computed, and the cells that are not in them."""
-    notes = ["mean ± standard deviation (n - 1) over seeds"]
-    if sweep.baseline:
-        text = f"difference from the setting with {sweep.baseline} that is alike otherwise, paired by seed, with its "
-        notes.append(text + "95 % confidence interval (Student's t)")
-    if count := len(sweep.left_out):
-        more = f" and {count - MAX_NAMED} more" if count > MAX_NAMED else ""
-        named = ", ".join(sweep.left_out[:MAX_NAMED])
-        notes.append(f"{count} of {sweep.cells} cells are not in these numbers: {named}{more}")
-    return notes
+def text_of(sweep: SweepSummary) -> str:
+    """Return the table and its notes for a terminal."""
+    table = table_of(sweep)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    return "\n".join(line.rstrip() for line in [*lines, *sweep.notes])
 
 
 def markdown(sweep: SweepSummary) -> str:
@@ -246,30 +243,30 @@ def markdown(sweep: SweepSummary) -> str:
 
     head, *body = ([escape(cell) for cell in row] for row in table_of(sweep))
     lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
-    return "\n".join([*lines, "", *(f"- {escape(note)}" for note in notes_of(sweep))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {escape(note)}" for note in sweep.notes)]) + "\n"
 
 
 def plot_sweep(sweep: SweepSummary, name: str, theme: Theme = LIGHT) -> Drawing:
     """Draw each setting's seeds as dots and their mean with one standard deviation; beside it, paired differences."""
     table, rows = sweep.table, sweep.rows()
-    hues = list((table[sweep.axes[0]] if sweep.axes else table["setting"]).unique())  # one colour for each value
+    hue = sweep.axes[0] if sweep.axes else "setting"  # one colour for each value
+    hues = list(table[hue].unique())
     with new_figure(DOUBLE, ROW * len(table) + AROUND, theme) as figure:
         figure.data = table
-        left, *_ = figure.subplots(1, 1 + bool(sweep.baseline), squeeze=False, sharey=True)[0]
+        left, *right = figure.subplots(1, 1 + bool(sweep.baseline), squeeze=False, sharey=True)[0]
         left.set(title=shorten(name), xlabel=f"{sweep.heading}: mean ± std, dots are seeds")
-        for axes in figure.axes[1:]:
+        for axes in right:
             axes.axvline(0, color=theme.muted, linewidth=0.8)
-            unit = ", points" if sweep.percent else ""
-            label = f"minus {shorten(sweep.baseline, 34)}{unit}"
+            label = f"minus {shorten(sweep.baseline, 34)}{', points' if sweep.percent else ''}"
             axes.set(title="paired difference, 95 % confidence", xlabel=label)
         for place, row in enumerate(rows):
-            colour = theme.colours[hues.index(row[(sweep.axes or ["setting"])[0]]) % len(theme.colours)]
-            seeds = [row[column] for column in sweep.seeds]
+            colour = theme.colours[hues.index(row[hue]) % len(theme.colours)]
+            mark: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 4, "capsize": 2.2, "elinewidth": 1.2}
+            seeds, change = [row[column] for column in sweep.seeds], row["difference"]
             left.plot(seeds, [place + 0.16] * len(seeds), "o", color=colour, alpha=0.5, markersize=3, markeredgewidth=0)
-            _mark(left, row["mean"], place, colour, (row["std"], row["std"]))
-            for axes in figure.axes[1:]:
-                change = row["difference"]
-                _mark(axes, change, place, colour, (change - row["low"], row["high"] - change))
+            left.errorbar(row["mean"], place - 0.1, xerr=row["std"], **mark)  # of NaN nothing is drawn
+            for axes in right:
+                axes.errorbar(change, place - 0.1, xerr=[[change - row["low"]], [row["high"] - change]], **mark)
         counts = table["n"].nunique() > 1
         labels = [shorten(row["setting"], 40) + (f" (n = {row['n']})" if counts else "") for row in rows]
         left.set_yticks(range(len(table)), labels)
@@ -279,12 +276,3 @@ def plot_sweep(sweep: SweepSummary, name: str, theme: Theme = LIGHT) -> Drawing:
             axes.grid(visible=True, axis="x")
             axes.tick_params(axis="y", length=0)
         return figure
-
-
-def _mark(axes: Axes, value: float, place: int, colour: str, reach: tuple[float, float]) -> None:
-    """Draw a mean with the known ends of its interval."""
-    if math.isfinite(value):
-        ends = [[0.0 if math.isnan(end) else end] for end in reach]
-        axes.errorbar(
-            [value], [place - 0.1], xerr=ends, fmt="D", color=colour, markersize=4, capsize=2.2, elinewidth=1.2
-        )

@@ -65,9 +65,9 @@ def test_what_failed_or_was_not_measured_is_not_in_the_numbers():
     rows = {row.variant: row for row in rows_of(table)}
     assert list(rows["paper"].values[ACCURACY]) == ["1", "3"]
     assert list(rows["cutmix"].values[RANK]) == ["2", "3"]
-    assert effect(rows["cutmix"], rows["none"], RANK).pairs == 2
-    assert effect(rows["cutmix"], rows["none"], P).pairs == 3
-    assert effect(rows["paper"], rows["none"], P).pairs == 2
+    assert effect(rows["cutmix"], rows["none"], RANK).n == 2
+    assert effect(rows["cutmix"], rows["none"], P).n == 3
+    assert effect(rows["paper"], rows["none"], P).n == 2
 
 
 def test_the_table_and_the_figure_are_those_of_the_results():

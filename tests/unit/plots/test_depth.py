@@ -1,14 +1,11 @@
 import math
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
 from scipy import stats
 
 from pdvit.plots.depth import (
@@ -18,34 +15,26 @@ from pdvit.plots.depth import (
     plot_compare,
     plot_metrics,
     plot_norms,
+    plot_pairs,
     plot_similarity,
-    separate,
+    plot_spectrum,
 )
 from pdvit.plots.reading import AnalyzedRun, read_run
-from pdvit.plots.style import LIGHT, text_colour
+from pdvit.plots.style import LIGHT
 
 
 def named(*tables: pd.DataFrame, names=("one", "two")) -> list[AnalyzedRun]:
     return [AnalyzedRun(name, table) for name, table in zip(names, tables, strict=False)]
 
 
-@pytest.fixture
-def draw(analysis_table):
-    """Return a function that draws named lists of P."""
-
-    def make(std: float = 0.05, images: int = 8, **lines: list[float]):
-        figure = plot_similarity(
-            [AnalyzedRun(name, analysis_table(values, std, images)) for name, values in lines.items()]
-        )
-        FigureCanvasAgg(figure).draw()
-        return figure
-
-    return make
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, analysis_folder):
+    return [analysis_folder(tmp_path_factory.mktemp("made") / f"{seed}", seed=seed) for seed in range(2)]
 
 
 @pytest.fixture
-def tables(tmp_path, analysis_folder):
-    return [read_run(analysis_folder(tmp_path / f"{seed}", seed=seed), "").table for seed in range(2)]
+def tables(folders):
+    return [read_run(folder, "").table for folder in folders]
 
 
 def values(table: pd.DataFrame, metric: str) -> list[float]:
@@ -56,14 +45,14 @@ def panels(figure) -> dict:
     return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_title(loc="left")}
 
 
-def box(figure, text):
-    return Text.get_window_extent(text, FigureCanvasAgg(figure).get_renderer())  # without the leader
-
-
 def band(axes, depth: int, number: int = 0) -> list[float]:
     corners = axes.collections[number].get_paths()[0].vertices
     heights = corners[corners[:, 0] == depth, 1]
     return [heights.min(), heights.max()]
+
+
+def tick_names(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_xticklabels()]
 
 
 def test_lines_are_means_in_order_of_depth_bands_one_standard_deviation_and_p_runs_from_0_to_1(analysis_table):
@@ -72,55 +61,24 @@ def test_lines_are_means_in_order_of_depth_bands_one_standard_deviation_and_p_ru
     assert axes.lines[0].get_xydata().ravel().tolist() == pytest.approx([0, 0.1, 1, 0.2, 2, 0.3, 3, 0.4])
     assert band(axes, 2) == pytest.approx([0.25, 0.35])
     assert axes.get_ylim() == (0, 1)
+    assert tick_names(axes) == ["embed", "1", "2", "norm"]
 
 
-def test_a_single_image_has_a_line_without_a_band(draw):
-    axes = draw(std=math.nan, images=1, one=[0.2, 0.4, 0.6]).axes[0]
+def test_a_single_image_has_a_line_without_a_band_and_runs_of_other_depths_have_numbers(analysis_table):
+    single = analysis_table([0.2, 0.4, 0.6], std=math.nan, images=1)
+    figure = plot_similarity(named(single, single.iloc[:4]))
+    axes = figure.axes[0]
     assert band(axes, 1) == [0.4, 0.4]
     assert "1 image," in axes.get_title(loc="left")
+    assert tick_names(axes) == ["embed", "1", "2"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["one", "two"]
 
 
-@pytest.mark.parametrize("end", [0.0, 0.5, 0.98, 1.0])
-@pytest.mark.parametrize("count", [2, 6])
-def test_names_at_line_ends_overlap_nothing_and_stay_inside(draw, end, count):
-    figure = draw(**{f"run-{number}{'n' * 30 * number}": [0.5, 0.5, end] for number in range(count)})
-    axes = figure.axes[0]
-    boxes = [box(figure, text) for text in axes.texts]
-    assert [text.get_text()[:5] for text in axes.texts] == [f"run-{number}" for number in range(count)]
-    assert [text.get_color() for text in axes.texts] == [text_colour(line.get_color(), LIGHT) for line in axes.lines]
-    title = next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title(loc="left"))
-    others = [box(figure, text) for text in (*axes.get_xticklabels(), title)]
-    assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
-    assert not any(one.overlaps(other) for one in boxes for other in others)
-    assert all(axes.get_window_extent().x1 <= one.x0 <= one.x1 <= figure.bbox.x1 for one in boxes)
-    assert all(figure.bbox.y0 <= one.y0 <= one.y1 <= figure.bbox.y1 for one in boxes)
-
-
-def test_a_name_that_had_to_move_has_a_leader_to_its_line(draw):
-    texts = draw(one=[0.5, 0.5, 0.5], two=[0.5, 0.5, 0.51], three=[0.1, 0.1, 0.1]).axes[0].texts
-    assert [(text.xy[1], text.arrow_patch is not None) for text in texts] == [(0.5, True), (0.51, True), (0.1, False)]
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_separated_heights_are_a_gap_apart_with_order_and_middle_kept(heights):
-    placed = separate(heights, 0.06)
-    ranked = [placed[at] for at in sorted(range(len(heights)), key=lambda at: heights[at])]
-    assert all(above - below >= 0.9 * 0.06 for below, above in pairwise(ranked))
-    assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
-    assert separate([0.9, 0.1, 0.5], 0.06) == [0.9, 0.1, 0.5]
-
-
-def test_depths_are_named_by_layer_and_where_runs_differ_in_depth_by_number(draw):
-    names = [text.get_text() for text in draw(one=[0.1, 0.2, 0.3, 0.4]).axes[0].get_xticklabels()]
-    assert names == ["embed", "1", "2", "norm"]
-    axes = draw(one=[0.1, 0.2, 0.3], two=[0.1, 0.2, 0.3, 0.4, 0.5]).axes[0]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["embed", "1", "2", "3", "4"]
-
-
-@pytest.mark.parametrize("blocks", [12, 13, 48])
-def test_tick_labels_of_deep_models_do_not_overlap(draw, blocks):
-    figure = draw(one=np.linspace(0.2, 0.9, blocks + 2).tolist())
-    boxes = [box(figure, tick) for tick in figure.axes[0].get_xticklabels()]
+@pytest.mark.parametrize("blocks", [12, 48])
+def test_tick_labels_of_deep_models_do_not_overlap(analysis_table, blocks):
+    figure = plot_similarity(named(analysis_table(np.linspace(0.2, 0.9, blocks + 2).tolist())))
+    FigureCanvasAgg(figure).draw()
+    boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels()]
     assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
 
 
@@ -128,40 +86,39 @@ def test_random_weights_are_thin_and_dashed_and_stages_have_rings(analysis_table
     table = analysis_table([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     table["tokens"] = table["depth"].map(dict(enumerate([64, 64, 16, 16, 4, 4])))
     random = table[table["metric"] == "similarity"].assign(metric="similarity_random", mean=0.7)
-    (axes,) = plot_similarity(named(pd.concat([table, random]))).axes
-    line, dashed, rings = axes.lines
+    figure = plot_similarity(named(pd.concat([table, random])))
+    line, dashed, rings = figure.axes[0].lines
     assert (dashed.get_ydata() == 0.7).all()
     assert dashed.get_linestyle() == "--"
     assert dashed.get_linewidth() < line.get_linewidth()
     assert rings.get_xydata().tolist() == [[2, 0.3], [4, 0.5]]
-    assert [text.get_text() for text in axes.get_legend().texts] == ["P of random weights", "a new stage"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["one", "P of random weights", "a new stage"]
 
 
-def test_every_metric_has_a_panel_with_a_line_per_run(tables):
-    found = panels(plot_metrics(named(*tables)))
+def test_every_metric_has_a_panel_with_a_line_per_run_that_has_it(tables):
+    less = tables[0][tables[0]["metric"] != "norm_peak"]
+    found = panels(plot_metrics(named(less, tables[1])))
     # P of random weights is drawn with P, and an unknown metric under its name
     assert len(found) == tables[0]["metric"].nunique() - 1
     assert "new metric" in found
     for number, table in enumerate(tables):
         assert found["token length ± std"].lines[number].get_ydata().tolist() == values(table, "norm_mean")
+    (line,) = found["largest length / median"].lines
+    assert line.get_color() == LIGHT.colours[1]
     assert len(found["P, mean |cos|"].lines) == 4
     blocks_only = found["attention entropy, nats"]
     assert blocks_only.lines[0].get_xdata().tolist() == [1, 2, 3]
     assert blocks_only.get_xlim() == found["P, mean |cos|"].get_xlim()
 
 
-def test_a_metric_that_one_run_lacks_has_the_other_line(tables):
-    less = tables[0][tables[0]["metric"] != "norm_mean"]
-    figure = plot_metrics(named(less, tables[1]))
-    (line,) = panels(figure)["token length ± std"].lines
-    assert line.get_color() == LIGHT.colours[1]
-
-
-def test_bands_end_where_the_metric_does(tables):
-    found = panels(plot_metrics(named(tables[0].assign(std=5.0))))
+def test_bands_and_axes_end_where_the_metric_does(tables):
+    wide = tables[0].assign(std=5.0)
+    wide.loc[wide["metric"] == "norm_outliers", ["mean", "std"]] = 0
+    found = panels(plot_metrics(named(wide)))
     assert band(found["P, mean |cos|"], 1) == [0, 1]
     assert band(found["mean cos, signed"], 1) == [-1, 1]
     assert band(found["token length, std"], 1)[0] == 0
+    assert [found[title].get_ylim()[0] for title in ("token length, std", "share of outliers")] == [0, 0]
 
 
 def test_norms_are_length_with_spread_over_patches_peak_and_outliers(tables):
@@ -172,11 +129,7 @@ def test_norms_are_length_with_spread_over_patches_peak_and_outliers(tables):
     for depth, (mean, std) in enumerate(zip(values(table, "norm_mean"), values(table, "norm_std"), strict=True)):
         assert band(figure.axes[0], depth) == pytest.approx([max(0, mean - std), mean + std])
     assert set(figure.data["metric"]) == {"norm_mean", "norm_std", "norm_peak", "norm_outliers"}
-
-
-def test_lengths_of_very_different_size_are_drawn_on_a_logarithmic_axis(tables):
-    assert plot_norms(named(tables[0].assign(mean=1.0))).axes[0].get_yscale() == "linear"
-    axes = plot_norms(named(tables[0].assign(mean=10.0 ** tables[0]["depth"]))).axes[0]
+    axes = plot_norms(named(table.assign(mean=10.0 ** table["depth"]))).axes[0]
     assert axes.get_yscale() == "log"
     FigureCanvasAgg(axes.figure).draw()
     assert {"1", "100"} <= {text.get_text() for text in axes.get_yticklabels()}
@@ -195,6 +148,15 @@ def test_a_difference_has_the_interval_of_scipy(analysis_table):
     np.testing.assert_allclose(found[["low", "high"]].to_numpy().T, [expected.low, expected.high])
 
 
+def test_layers_are_compared_by_name_and_single_images_have_no_interval(analysis_table):
+    shallow, deep = analysis_table([0.1, 0.2, 0.3]), analysis_table([0.1, 0.2, 0.6, 0.8], std=math.nan, images=1)
+    found = differences([shallow, deep], "similarity")
+    assert found["layer"].tolist() == ["embed", "block 1", "norm"]
+    assert found["mean"].tolist() == pytest.approx([0, 0, 0.5])
+    assert found["low"].isna().all()
+    plot_compare(named(shallow, deep))
+
+
 def test_two_analyses_are_compared_in_p_its_difference_and_all_metrics_of_both(tables):
     first, second = tables[0], tables[1][tables[1]["metric"] != "norm_peak"]
     figure = plot_compare(named(first, second))
@@ -207,17 +169,8 @@ def test_two_analyses_are_compared_in_p_its_difference_and_all_metrics_of_both(t
     assert "largest length / median" not in panels(figure)
 
 
-def test_layers_are_compared_by_name_and_single_images_have_no_interval(analysis_table):
-    shallow, deep = analysis_table([0.1, 0.2, 0.3]), analysis_table([0.1, 0.2, 0.6, 0.8], std=math.nan, images=1)
-    found = differences([shallow, deep], "similarity")
-    assert found["layer"].tolist() == ["embed", "block 1", "norm"]
-    assert found["mean"].tolist() == pytest.approx([0, 0, 0.5])
-    assert found["low"].isna().all()
-    plot_compare(named(shallow, deep))
-
-
-def test_every_head_is_a_dot_their_mean_a_line_and_uniform_attention_is_marked(tmp_path, tables):
-    run = read_run(tmp_path / "0", "one", "attention")
+def test_every_head_is_a_dot_their_mean_a_line_and_uniform_attention_is_marked(folders):
+    run = read_run(folders[0], "one", "attention")
     figure = plot_attention([run, replace(run, name="two")])
     for axes, curve in zip(figure.axes, ATTENTION, strict=True):
         heads, mean, others = axes.lines[:3]
@@ -230,3 +183,44 @@ def test_every_head_is_a_dot_their_mean_a_line_and_uniform_attention_is_marked(t
         assert rows["value"].tolist() == expected.ravel().tolist()
         assert rows["head"].tolist() == [1, 2] * 3
     assert any(line.get_ydata()[0] == pytest.approx(math.log(16)) for line in figure.axes[0].lines)
+
+
+def test_every_layer_has_its_histogram_of_square_roots_with_the_median(folders):
+    run = read_run(folders[0], "one", "pairs")
+    samples = np.random.default_rng(0).normal(0.3, 0.1, 10_000)
+    run.curves["pairs"]["histogram/embed"] = np.histogram(samples, run.curves["pairs"]["edges/embed"])[0] / 10_000
+    figure = plot_pairs([run])
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["embed", "1", "2", "3", "norm"]
+    filled = sorted((patch for patch in axes.patches if patch.get_fill()), key=lambda patch: patch.get_data().baseline)
+    for depth, (patch, layer) in enumerate(zip(filled, ("embed", "block 1"), strict=False)):
+        heights, edges, baseline = patch.get_data()
+        assert baseline == depth
+        np.testing.assert_allclose(edges, run.curve("pairs", "edges")[layer])
+        shares = run.curve("pairs", "histogram")[layer]
+        np.testing.assert_allclose(((heights - depth) / (heights - depth).max()) ** 2, shares / shares.max())
+    (tick,) = [line for line in axes.lines if line.get_ydata()[0] == 0]
+    assert tick.get_xdata()[0] == pytest.approx(np.median(samples), abs=0.02)
+    rows = figure.data[figure.data["layer"] == "block 2"]
+    assert rows["share"].tolist() == run.curve("pairs", "histogram")["block 2"].tolist()
+
+
+def test_layers_whose_pairs_are_all_alike_are_drawn(folders):
+    run = read_run(folders[0], "one", "pairs")
+    for name in [name for name in run.curves["pairs"] if name.startswith("histogram")]:
+        run.curves["pairs"][name] = np.eye(20)[19]
+    assert plot_pairs([run, replace(run, name="two")]).axes[0].get_xlim() == (0.8, 1.0)
+
+
+def test_every_spectrum_is_a_line_and_the_dc_share_the_last_panel(folders):
+    run = read_run(folders[0], "run", "spectrum")
+    figure = plot_spectrum([replace(run, name=f"run-{number}") for number in range(3)])
+    found = panels(figure)
+    for number in range(3):
+        lines = found[f"run-{number}"].lines
+        assert len(lines) == 5
+        assert lines[1].get_xdata().tolist() == [0, 0.5, 1]
+        assert lines[1].get_ydata().tolist() == run.curve("spectrum", "by_frequency")["block 1"].tolist()
+    shares = [line.get_ydata().tolist() for line in found["DC share of energy"].lines]
+    assert shares == [values(run.table, "dc_share")] * 3
+    assert figure.data["metric"].value_counts().to_dict() == {"by_frequency": 15 * 3, "dc_share": 5 * 3}
