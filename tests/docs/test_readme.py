@@ -5,34 +5,28 @@ from pathlib import Path
 import pytest
 
 import pdvit
+from tests.docs.pages import PAGES, ROOT, blocks, page_id, read
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += sorted((ROOT / "experiments").rglob("*.md"))
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+README = read("README.md")
+every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
 
 
 def links(text: str) -> list[str]:
-    """Return the targets of links and images, code blocks and inline code left out."""
+    """Return the targets of links and images, without those in code."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"`[^`\n]*`", "", prose)
-    markdown = re.findall(r"\]\(<?([^)\s>]+)", prose)
-    return markdown + re.findall(r"""(?:src|href|srcset)=["']([^"']+)""", prose)
+    return re.findall(r"\]\(<?([^)\s>]+)", prose) + re.findall(r"""(?:src|href|srcset)=["']([^"']+)""", prose)
 
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@every_page
 def test_every_link_inside_the_repository_leads_somewhere(page):
-    for link in links(page.read_text(encoding="utf-8")):
+    for link in links(read(page)):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
@@ -43,9 +37,11 @@ def test_every_link_inside_the_repository_leads_somewhere(page):
             assert anchor in anchors(target), link
 
 
-def test_links_are_found():
-    text = "[a](b.md) ![c](d.png) <img src='e.svg'> `[x](no.md)`\n```\n[y](no.md)\n```\n[z](f.md#part)"
-    assert links(text) == ["b.md", "d.png", "f.md#part", "e.svg"]
+@every_page
+def test_python_in_the_docs_is_python_and_nothing_is_left_to_fill_in(page):
+    for example in blocks(read(page), "python"):
+        compile(example, page.name, "exec")
+    assert not re.search(r"^\s*[A-Z]{5,}\s*$|\bTODO\b|\bTBD\b|\bXXX\b", read(page), re.MULTILINE)
 
 
 def test_the_library_example_runs_as_printed(workplace):
@@ -54,48 +50,27 @@ def test_the_library_example_runs_as_printed(workplace):
     assert len(statements) <= 6
     space: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), space)
-    gradients = [weight.grad for weight in space["model"].parameters()]
-    assert all(gradient is not None for gradient in gradients)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_in_the_docs_is_python(page):
-    for example in blocks(page.read_text(encoding="utf-8"), "python"):
-        compile(example, page.name, "exec")
+    assert all(weight.grad is not None for weight in space["model"].parameters())
 
 
 def test_the_checks_run_the_test_command_of_the_readme():
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    script = read(".ci/run")
     (pattern,) = re.findall(r"grep -m 1 '([^']+)' README\.md", script)
     assert re.search(r"^eval ", script, re.MULTILINE)
-    found = [line for line in README.splitlines() if re.search(pattern, line)]
-    assert len(found) == 1
-    in_blocks = [line for block in blocks(README, "sh") for line in block.splitlines()]
-    assert found[0] in in_blocks
-    assert re.search("pip install.*pytest$", found[0])
+    (command,) = [line for line in README.splitlines() if re.search(pattern, line)]
+    assert command in [line for block in blocks(README, "sh") for line in block.splitlines()]
+    assert re.search("pip install.*pytest$", command)
 
 
 def test_the_first_screen_has_both_commands():
-    first = "\n".join(README.splitlines()[:45])
-    commands = [
-        line for block in blocks(first, "sh") for line in block.splitlines() if line.startswith("python3 -m venv")
-    ]
+    first = blocks("\n".join(README.splitlines()[:45]), "sh")
+    commands = [line for block in first for line in block.splitlines() if line.startswith("python3 -m venv")]
     assert [line.split("/")[-1] for line in commands] == ["pdvit train", "pytest"]
 
 
-def test_the_changelog_has_this_version():
-    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## \[?{re.escape(pdvit.__version__)}\b", changes, re.MULTILINE)
-
-
-def test_nothing_is_left_to_fill_in():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert not re.search(r"^\s*[A-Z]{5,}\s*$|\bTODO\b|\bTBD\b|\bXXX\b", text, re.MULTILINE), page
-
-
-def test_citation_and_package_agree():
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["license"] in citation
-    assert re.search(rf"^version: [\"']?{re.escape(pdvit.__version__)}[\"']?$", citation, re.MULTILINE)
+def test_changelog_citation_and_package_agree():
+    version = re.escape(pdvit.__version__)
+    assert re.search(rf"^## \[?{version}\b", read("CHANGELOG.md"), re.MULTILINE)
+    citation = read("CITATION.cff")
+    assert tomllib.loads(read("pyproject.toml"))["project"]["license"] in citation
+    assert re.search(rf"^version: [\"']?{version}[\"']?$", citation, re.MULTILINE)

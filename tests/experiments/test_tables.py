@@ -16,11 +16,8 @@ def test_a_spike_is_three_times_the_median_of_the_twenty_before():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("loss", 0.123456789, "0.12346"),
-        ("loss", "1.23456789e-07", "1.2346e-07"),
-        ("steps", "1234567", "1234567"),
-        ("optim.lr", "0.000123456789", "0.000123456789"),
-        ("accuracy", None, ""),
+        *(("loss", 0.123456789, "0.12346"), ("loss", "1.23456789e-07", "1.2346e-07"), ("accuracy", None, "")),
+        *(("steps", "1234567", "1234567"), ("optim.lr", "0.000123456789", "0.000123456789")),
         ("reason", "[Errno 2] no such file: '/home/me/a b/x.png'", "[Errno 2] no such file: 'a b/x.png'"),
         ("reason", "/srv/runs/x: broken, at 1/2 and a / b", "x: broken, at 1/2 and a / b"),
         ("data.source", "/srv/data/cifar100", "cifar100"),
@@ -47,12 +44,9 @@ def cell(variant, lr, score, seed=0, status="finished", **more):
 def test_the_best_rate_is_that_of_the_highest_mean_and_the_lower_of_equals():
     rows = [cell("a", 0.004, 0.5), cell("a", 0.002, 0.5), cell("a", 0.001, 0.4)]
     rows += [cell("b", 0.001, 0.9, 0), cell("b", 0.001, 0.1, 1), cell("b", 0.002, 0.6, 0), cell("b", 0.002, 0.6, 1)]
-    assert best_rates(rows) == {"a": (0.002, 0.5, False), "b": (0.002, 0.6, True)}
-
-
-def test_a_rate_at_which_a_seed_failed_is_none():
-    rows = [cell("a", 0.001, 0.4), cell("a", 0.002, 0.9, status="failed"), cell("a", 0.004, None)]
-    assert best_rates(rows) == {"a": (0.001, 0.4, True)}
+    # A rate at which a seed failed is none.
+    rows += [cell("c", 0.001, 0.4), cell("c", 0.002, 0.9, status="failed"), cell("c", 0.004, None)]
+    assert best_rates(rows) == {"a": (0.002, 0.5, False), "b": (0.002, 0.6, True), "c": (0.001, 0.4, True)}
 
 
 def test_what_else_was_crossed_has_a_rate_of_its_own():

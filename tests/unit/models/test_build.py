@@ -69,22 +69,20 @@ def test_a_width_alone_keeps_the_width_per_head_and_heads_alone_the_width(name, 
     assert (arguments["embed_dim"], arguments["num_heads"]) == expected
 
 
-@pytest.mark.parametrize("sizes", [{"heads": 5}, {"width": 50, "heads": 3}])
-def test_heads_that_do_not_divide_the_width_are_refused(sizes):
-    with pytest.raises(UserError, match="do not divide a width"):
-        model_arguments(ModelConfig(name=VIT, **sizes), None)
-
-
 @pytest.mark.parametrize(
-    ("config", "tip"),
+    ("config", "what", "tip"),
     [
-        *((ModelConfig(name=SWIN, **{key: 2}), "--model-kwargs") for key in ("depth", "width", "heads", "patch_size")),
-        (ModelConfig(name=VIT, args={"embed_dim": 64}), "--width"),
-        (ModelConfig(name=VIT, args={"num_classes": 64}), "data"),
+        *((ModelConfig(name=VIT, **sizes), "do not divide", "") for sizes in ({"heads": 5}, {"width": 50, "heads": 3})),
+        *(
+            (ModelConfig(name=SWIN, **{key: 2}), "stages of different sizes", "--model-kwargs")
+            for key in ("depth", "patch_size")
+        ),
+        (ModelConfig(name=VIT, args={"embed_dim": 64}), "can't be given here", "--width"),
+        (ModelConfig(name=VIT, args={"num_classes": 64}), "can't be given here", "data"),
     ],
 )
-def test_sizes_of_the_wrong_place_are_refused_with_the_right_one(config, tip):
-    with pytest.raises(UserError, match=r"stages of different sizes|can't be given here") as caught:
+def test_sizes_that_do_not_fit_or_have_another_place_are_refused(config, what, tip):
+    with pytest.raises(UserError, match=what) as caught:
         model_arguments(config, None)
     assert tip in caught.value.tip
 

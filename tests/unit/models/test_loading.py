@@ -56,19 +56,16 @@ def named(tmp_path_factory):
 
 
 def test_model_and_images_come_from_the_checkpoint(tmp_path):
-    path = saved(tmp_path, make(global_pool="avg"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8)
+    images = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.8, "crop_mode": "squash"}
+    path = saved(tmp_path, make(global_pool="avg"), **images)
     config = resolve(configured(path))
     assert (config.model.name, config.model.depth, config.model.width, config.model.heads) == (VIT, 2, 24, 2)
     assert (config.model.patch_size, config.data.img_size, config.model.drop_path) == (8, 32, 0.0)
     assert config.model.args["global_pool"] == "avg"
-    assert (config.data.mean, config.data.std, config.data.crop_pct) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8)
+    assert {name: getattr(config.data, name) for name in images} == images
     assert config.optim.lr == 1e-3  # as for any narrow model
-
-
-def test_a_segmentation_takes_no_centre_crop_from_the_checkpoint(tmp_path):
-    path = saved(tmp_path, make(), mean=(0.1, 0.2, 0.3), crop_pct=0.8, crop_mode="squash", interpolation="bilinear")
-    data = configured(path, segment={"head": "linear"}).data
-    assert (data.mean, data.interpolation, data.crop_pct, data.crop_mode) == ((0.1, 0.2, 0.3), "bilinear", None, None)
+    data = configured(path, segment={"head": "linear"}).data  # without a centre crop
+    assert (data.mean, data.crop_pct, data.crop_mode) == (images["mean"], None, None)
 
 
 def test_settings_of_the_user_win(source):
@@ -95,19 +92,16 @@ def test_the_hash_is_of_the_weights_alone_and_others_are_refused(source, named, 
         apply_checkpoint_defaults(configured(source), other)
 
 
-def test_a_path_is_kept_whole(source, monkeypatch):
+def test_a_path_is_kept_whole_and_the_model_unset_until_it_is_read(source, monkeypatch):
     monkeypatch.chdir(source.parent)
     assert configured(f"local-dir:{source.name}").model.init == str(source)
+    config = resolve(build(("here", {"model": {"init": source.name}})))
+    assert (config.model.name, config.optim.lr) == (None, None)
 
 
 def test_a_wide_model_learns_with_a_tenth_of_its_rate(tmp_path):
     config = configured(saved(tmp_path, make(embed_dim=192)), data={"batch_size": 128})
     assert resolve(config).optim.lr == pytest.approx(5e-5 * 128 / 512)
-
-
-def test_the_model_is_unset_until_the_weights_are_read():
-    config = resolve(build(("here", {"model": {"init": "somewhere"}})))
-    assert (config.model.name, config.optim.lr) == (None, None)
 
 
 def test_images_that_are_not_square_need_a_size(tmp_path):
@@ -126,10 +120,20 @@ def test_a_crop_need_not_be_a_multiple_of_the_patches(source):
     assert "resampled: 1 (pos_embed)" in load_pretrained(segmenter, resolve_checkpoint(source), CLASSES)
 
 
-def test_the_drop_path_of_a_training_file_is_kept(tmp_path):
-    args = argparse.Namespace(model=VIT, drop_path=0.1, model_kwargs=TINY, img_size=32)
-    torch.save({"state_dict": make().state_dict(), "args": args}, tmp_path / "last.pth.tar")
-    assert resolve(configured(tmp_path / "last.pth.tar")).model.drop_path == 0.1
+@pytest.fixture
+def training_file(tmp_path):
+    """A function that writes weights as timm's training script does."""
+
+    def write_file(state):
+        args = argparse.Namespace(model=VIT, drop_path=0.1, model_kwargs=TINY, img_size=32)
+        torch.save({"state_dict": state, "args": args}, tmp_path / "last.pth.tar")
+        return tmp_path / "last.pth.tar"
+
+    return write_file
+
+
+def test_the_drop_path_of_a_training_file_is_kept(training_file):
+    assert resolve(configured(training_file(make().state_dict()))).model.drop_path == 0.1
 
 
 # The weights.
@@ -145,13 +149,6 @@ def begin(path, classes=CLASSES, **sections):
     return model, load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(path), classes)
 
 
-def differing(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    return {
-        name for name in ours if ours[name].shape != theirs[name].shape or not torch.equal(ours[name], theirs[name])
-    }
-
-
 def test_the_same_classes_keep_the_classifier(source, named):
     for path in (source, named):
         model, notes = begin(path)
@@ -159,22 +156,19 @@ def test_the_same_classes_keep_the_classifier(source, named):
         assert len(notes) == 1
 
 
-@pytest.mark.parametrize("classes", [["ant", "bee", "cat", "dog"], CLASSES[::-1]])
-def test_other_classes_make_the_classifier_fresh(named, classes):
-    model, notes = begin(named, classes)
-    assert differing(model, make()) == {"head.weight", "head.bias"}
-    assert "fresh: 2 (head.bias, head.weight)" in notes
-
-
-def test_both_classifiers_of_a_distilled_model_are_fresh(tmp_path):
-    distilled = make("deit_tiny_distilled_patch16_224")
-    model, _ = begin(saved(tmp_path, distilled), ["a", "b"])
-    heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
-    assert differing(model, distilled) == heads
-
-
-def test_another_resolution_is_noted(source):
-    assert begin(source, data={"img_size": 64})[1][1:] == ["resampled: 1 (pos_embed)"]
+@pytest.mark.parametrize(
+    ("name", "classes", "heads"),
+    [
+        *((VIT, classes, ["head"]) for classes in (["ant", "bee", "cat", "dog"], CLASSES[::-1])),
+        ("deit_tiny_distilled_patch16_224", CLASSES[::-1], ["head", "head_dist"]),
+    ],
+)
+def test_other_classes_make_the_classifier_fresh(tmp_path, name, classes, heads):
+    model, notes = begin(saved(tmp_path, make(name), CLASSES), classes)
+    fresh = sorted(f"{head}.{part}" for head in heads for part in ("bias", "weight"))
+    ours, theirs = model.state_dict(), make(name).state_dict()
+    assert [key for key in sorted(ours) if not torch.equal(ours[key], theirs[key])] == fresh
+    assert f"fresh: {len(fresh)} ({', '.join(fresh)})" in notes
 
 
 @pytest.mark.parametrize(
@@ -203,13 +197,11 @@ def test_a_norm_after_the_pooling_is_fresh_and_may_be_frozen(tmp_path):
     assert "unexpected: 2 (norm.bias, norm.weight)" in notes
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+def test_weights_that_are_not_finite_are_refused_by_name(training_file):
     state = make().state_dict()
     state["blocks.0.attn.qkv.weight"][0, 0] = math.nan
-    args = argparse.Namespace(model=VIT, model_kwargs=TINY, img_size=32)
-    torch.save({"state_dict": state, "args": args}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"1 \(blocks\.0\.attn\.qkv\.weight\)"):
-        begin(tmp_path / "x.pth")
+        begin(training_file(state))
 
 
 # Hostile configurations.

@@ -23,15 +23,9 @@ def tensors(*prefixes, names=NAMES):
 @pytest.mark.parametrize(
     ("prefix", "weights"),
     [
-        ("", "unknown"),
-        ("any.thing.", "unknown"),
-        ("schema.", "unknown"),  # only a part of a word is "ema"
-        ("state_dict.module.", "raw"),
-        ("model.", "raw"),
-        ("student.module.backbone.", "raw"),
-        ("teacher.backbone.", "ema"),
-        ("model_ema.", "ema"),
-        ("state_dict_ema._orig_mod.", "ema"),
+        *((prefix, "unknown") for prefix in ("", "any.thing.", "schema.")),  # only a part of a word is "ema"
+        *((prefix, "raw") for prefix in ("state_dict.module.", "model.", "student.module.backbone.")),
+        *((prefix, "ema") for prefix in ("teacher.backbone.", "model_ema.", "state_dict_ema._orig_mod.")),
     ],
 )
 def test_the_prefix_decides_which_weights_these_are(prefix, weights):

@@ -30,10 +30,7 @@ def swin(**arguments: Any) -> nn.Module:
     return timm.create_model(SWIN, **SMALL_SWIN | {"num_classes": 3, "drop_path_rate": 0.0} | arguments).eval()
 
 
-def layers_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    return {layer.name: tokens for layer, tokens in measure_layers(model, images, torch.clone).items()}
-
-
+# A plain model with its images, and one in stages.
 plain_and_stages = pytest.mark.parametrize(
     ("build", "images"), [(small, IMAGES), (swin, LARGE)], ids=["plain", "stages"]
 )
@@ -56,65 +53,71 @@ def test_first_can_be_before_the_blocks(first, model, prefix):
     assert not torch.equal(output.first, plain.first)
 
 
-@plain_and_stages
-def test_last_can_be_before_the_norm_and_the_patch_head_stays_after_it(build, images):
+@pytest.mark.parametrize(
+    ("build", "images", "options", "layers"),
+    [
+        (small, IMAGES, {}, ["block 1", "norm"]),
+        (small, IMAGES, {"last": "block"}, ["block 1", "block 3"]),
+        (small, IMAGES, {"first": 2, "cosine_layers": (3, 1)}, ["block 2", "norm", "block 3", "block 1"]),
+        (small, IMAGES, {"first": "2"}, ["block 2", "norm"]),
+        (swin, LARGE, {"last": "block"}, ["block 4", "block 5"]),
+        (partial(swin, depths=(1, 1, 1, 1)), LARGE, {}, ["block 4", "norm"]),
+    ],
+)
+@torch.no_grad()
+def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, images, options, layers):
     model = build()
-    found = layers_of(model, images)
-    wrapper = DiverseModel(model, last="block").eval()
+    wrapper = DiverseModel(model, **options).eval()
+    measured = measure_layers(model, images, torch.clone)
+    expected = {layer.name: tokens for layer, tokens in measured.items()}
     output = wrapper(images)
-    torch.testing.assert_close(output.last, found[[name for name in found if name.startswith("block")][-1]])
-    torch.testing.assert_close(output.patch_logits, wrapper.patch_head(found["norm"]))
+    torch.testing.assert_close((output.first, output.last, *output.others), tuple(expected[name] for name in layers))
+    torch.testing.assert_close(output.patch_logits, wrapper.patch_head(expected["norm"]))
 
 
-@pytest.mark.parametrize("first", [2, "2"])
-def test_first_can_be_any_block_and_the_cosine_term_can_read_more_layers(first):
-    model = small()
-    found = layers_of(model, IMAGES)
-    output = DiverseModel(model, first=first, cosine_layers=(3, 1))(IMAGES)
-    torch.testing.assert_close((output.first, *output.others), tuple(found[f"block {at}"] for at in (2, 3, 1)))
-    assert DiverseModel(model)(IMAGES).others == ()
+META = {"resnet18": {"layers": (1,) * 4}, "mobilevit_xxs": {}, "convit_tiny": {"depth": 1}}
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **META[name])
 
 
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("build", "options", "what"),
     [
-        ({"first": "norm"}, "no first called .norm."),
-        ({"first": 0}, "no block 0"),
-        ({"first": 4}, "no block 4"),
-        ({"first": 3, "last": "block"}, "both block 3"),
-        ({"last": "head"}, "no last called 'head'"),
-        ({"cosine_layers": (1, 9)}, "no block 9"),
-        ({"patch_head": "linear"}, "no patch head called"),
-        ({"patch_head": nn.Linear(25, 3)}, "width 24"),
-        ({"patch_head": nn.Linear(24, 3 + 1)}, "not 3 classes"),
-        ({"patch_head": nn.Flatten()}, "not 3 classes"),
+        (small, {"first": "norm"}, "no first called .norm."),
+        *((small, {"first": number}, f"no block {number}") for number in (0, 4)),
+        (small, {"first": 3, "last": "block"}, "both block 3"),
+        (small, {"last": "head"}, "no last called 'head'"),
+        (small, {"cosine_layers": (1, 9)}, "no block 9"),
+        *((swin, {"first": first}, "the shape of") for first in ("embed", "patches", 1)),  # another grid than last
+        (partial(swin, depths=(1, 1, 1, 1)), {"last": "block"}, "none can be first"),
+        (small, {"patch_head": "linear"}, "no patch head called"),
+        (small, {"patch_head": nn.Linear(25, 3)}, "width 24"),
+        *((small, {"patch_head": head}, "not 3 classes") for head in (nn.Linear(24, 4), nn.Flatten())),
+        (partial(small, num_classes=0), {}, "no classes"),
+        # The classifier does not read the tokens themselves.
+        (partial(small, num_classes=0), {"patch_head": "class"}, "not one linear layer"),
+        (partial(small, "deit_tiny_distilled_patch16_224"), {"patch_head": "class"}, "not one linear layer"),
+        (partial(small, global_pool="avg"), {"patch_head": "class"}, "fc_norm"),
+        *((partial(on_meta, name), {}, "can't read the patches") for name in META),
+        (lambda: DiverseModel(small()), {}, "(?s)wrapper.*its .model"),
+        (lambda: nn.DataParallel(small()), {}, "(?s)wrapper.*its .module"),
+        (partial(small, patch_drop_rate=0.5), {}, "patch_drop_rate"),
+        (
+            lambda: NaFlexVit(NaFlexVitCfg(patch_size=16, embed_dim=24, depth=2, num_heads=2, patch_drop_rate=0.5)),
+            *({}, "patch_drop_rate"),
+        ),
     ],
 )
-def test_layers_and_heads_that_do_not_fit_are_refused(options, what):
-    with pytest.raises(UserError, match=what) as caught:
-        DiverseModel(small(), **options)
-    assert caught.value.tip
-
-
-@pytest.mark.parametrize("first", ["embed", "patches", 1])
-def test_first_must_have_the_grid_of_last(first):
-    with pytest.raises(UserError, match="the shape of"):
-        DiverseModel(swin(), first=first)
-
-
-def test_in_a_last_stage_of_one_block_only_the_norm_separates_first_and_last():
-    model = swin(depths=(1, 1, 1, 1))
-    output = DiverseModel(model)(LARGE)
-    assert not torch.equal(output.first, output.last)
-    with pytest.raises(UserError, match="none can be first"):
-        DiverseModel(model, last="block")
+def test_models_layers_and_heads_that_do_not_fit_are_refused(build, options, what):
+    with pytest.raises(UserError, match=what):
+        DiverseModel(build(), **options)
 
 
 def test_a_patch_head_can_be_missing_or_a_module():
-    model = small(num_classes=0)
-    with pytest.raises(UserError, match="no classes"):
-        DiverseModel(model)
-    wrapper = DiverseModel(model, patch_head=False)
+    wrapper = DiverseModel(small(num_classes=0), patch_head=False)
     assert wrapper(IMAGES).patch_logits is None
     assert all(name.startswith("model.") for name in wrapper.state_dict())
     head = nn.Sequential(nn.Linear(24, 12), nn.GELU(), nn.Linear(12, 3))
@@ -134,96 +137,35 @@ def test_the_models_own_classifier_can_be_the_patch_head(build, images):
     assert classifier.weight.grad.any()
 
 
-@pytest.mark.parametrize(
-    ("build", "why"),
-    [
-        (partial(small, num_classes=0), "not one linear layer"),
-        (partial(small, "deit_tiny_distilled_patch16_224"), "not one linear layer"),
-        (partial(small, global_pool="avg"), "fc_norm"),
-        (partial(timm.create_model, "convnext_tiny", depths=(1, 1, 1, 2), dims=(8, 8, 16, 16)), "head.norm"),
-    ],
-)
-def test_a_classifier_that_does_not_read_the_tokens_is_refused_as_patch_head(build, why):
-    with pytest.raises(UserError, match=why):
-        DiverseModel(build(), patch_head="class")
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes", "why"),
-    [
-        ("resnet18", {"layers": (1,) * 4}, "no tokens"),
-        ("mobilevit_xxs", {}, "between convolutions"),
-        ("qwen3_vit_88m_enc", {"depth": 1}, "language model"),
-        ("convit_tiny", {"depth": 1}, "half-way"),
-        ("crossvit_9_240", {}, "side by side"),
-        ("nest_tiny", {}, "windows"),
-    ],
-)
-def test_models_that_are_not_in_the_table_are_refused_with_a_reason(name, sizes, why):
-    with torch.device("meta"):
-        model = timm.create_model(name, **sizes)
-    with pytest.raises(UserError, match=why):
-        DiverseModel(model)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "attribute"),
-    [(DiverseModel, "model"), (nn.DataParallel, "module"), (lambda model: torch.compile(model), "_orig_mod")],
-)
-def test_a_wrapper_is_refused_with_the_attribute_of_the_model_inside(wrap, attribute):
-    with pytest.raises(UserError) as caught:
-        DiverseModel(wrap(small()))
-    assert caught.value.tip == f"pass the bare model, which is its .{attribute}"
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        small,
-        partial(small, "eva02_tiny_patch14_224"),
-        partial(timm.create_model, "hiera_tiny_224", stages=(1, 1, 1, 2), embed_dim=8, img_size=(64, 64)),
-        lambda **more: NaFlexVit(NaFlexVitCfg(patch_size=16, embed_dim=24, depth=2, num_heads=2, **more)),
-    ],
-)
-def test_dropping_patches_is_refused(build):
-    with pytest.raises(UserError, match="patch_drop_rate"):
-        DiverseModel(build(patch_drop_rate=0.5))
-
-
 def total(output: Any) -> Tensor:
     parts = (output.logits, output.first, output.last, output.patch_logits, *output.others)
     return torch.stack([part.square().mean() for part in parts]).sum()
 
 
-BY_VALUE = (partial(small, depth=2), {}, IMAGES)
-BY_HOOKS = (small, {"first": "patches", "cosine_layers": (2,)}, IMAGES)
-STAGES = (swin, {"cosine_layers": (1, 3)}, LARGE)
-
-
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("case", "checkpointing"),
-    [
-        pytest.param(BY_VALUE, True, id="by value"),
-        *(pytest.param(case, True, marks=pytest.mark.slow) for case in (STAGES, BY_HOOKS)),
-        pytest.param(STAGES, False, marks=pytest.mark.slow),
-    ],
+    ("build", "options", "images"),
+    [(small, {"first": "patches", "cosine_layers": (2,)}, IMAGES), (swin, {"cosine_layers": (1, 3)}, LARGE)],
+    ids=["plain", "stages"],
 )
-def test_it_compiles_as_one_graph_with_the_same_gradients(case, checkpointing):
-    build, options, images = case
+def test_checkpointed_and_compiled_as_one_graph_it_has_the_same_gradients(
+    build, options, images, checkpointing, compiled
+):
     wrapper = DiverseModel(build(), **options).train()
     expected = wrapper(images)
     total(expected).backward()
     gradients = {name: weight.grad.clone() for name, weight in wrapper.named_parameters()}
     wrapper.model.set_grad_checkpointing(checkpointing)
     torch._dynamo.reset()
-    for network in (wrapper, torch.compile(wrapper, fullgraph=True, backend="aot_eager")):
-        for _ in range(2):
-            wrapper.zero_grad()
-            output = network(images)
-            total(output).backward()
-            torch.testing.assert_close(output, expected)
-            torch.testing.assert_close({name: weight.grad for name, weight in wrapper.named_parameters()}, gradients)
-        copy.deepcopy(wrapper)  # a forward pass leaves no activations behind
+    network = torch.compile(wrapper, fullgraph=True, backend="aot_eager") if compiled else wrapper
+    for _ in range(2):
+        wrapper.zero_grad()
+        output = network(images)
+        total(output).backward()
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close({name: weight.grad for name, weight in wrapper.named_parameters()}, gradients)
+    copy.deepcopy(wrapper)  # a forward pass leaves no activations behind
     torch._dynamo.reset()
 
 

@@ -24,29 +24,23 @@ def test_the_size_of_the_neck_for_a_base_vit_is_that_of_mmsegmentation():
     assert round(sum(weight.numel() for weight in neck.parameters()) / 1e6, 2) == 7.08
 
 
-def test_strides_of_no_pyramid_are_refused():
-    with pytest.raises(UserError, match=r"(?s)scaled by 8.*--head linear"):
-        Neck([4] * 4, (32, 16, 16, 16))
-
-
 @pytest.mark.parametrize(
     ("head", "setting", "images", "norm"),
     [
-        ("upernet", None, 2, "batch"),
-        ("upernet", None, 1, "group"),
-        ("upernet", "group", 8, "group"),
-        ("upernet", "batch", 2, "batch"),
-        ("linear", None, 1, None),
-        ("linear", "batch", 1, "batch"),  # it has no norm, so any setting stays
+        *(("upernet", None, 2, "batch"), ("upernet", None, 1, "group")),
+        *(("upernet", "group", 8, "group"), ("upernet", "batch", 2, "batch")),
+        *(("linear", None, 1, None), ("linear", "batch", 1, "batch")),  # it has no norm, so any setting stays
     ],
 )
-def test_the_norm_is_batch_by_default_but_for_single_images(head, setting, images, norm):
+def test_the_norm_is_batch_by_default_except_for_single_images(head, setting, images, norm):
     assert resolve_norm(SegmentConfig(head=head, norm=setting), images) == norm
 
 
-def test_a_batch_norm_over_one_image_is_refused():
+def test_norms_and_strides_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"(?s)one image.*--head-norm group"):
         resolve_norm(SegmentConfig(head="upernet", norm="batch"), 1)
+    with pytest.raises(UserError, match=r"(?s)scaled by 8.*--head linear"):
+        Neck([4] * 4, (32, 16, 16, 16))
 
 
 @pytest.mark.parametrize(("width", "groups"), [(512, 32), (64, 16), (8, 2), (50, 10), (13, 1), (3, 1)])

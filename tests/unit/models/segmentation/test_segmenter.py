@@ -1,4 +1,3 @@
-import copy
 import os
 import pickle
 import shutil
@@ -55,8 +54,7 @@ def test_every_weight_learns(name, head):
         assert stride == {VIT: 2, "vit_small_patch14_dinov2": 64 / 20}.get(name, 4)
 
 
-@both_heads
-@vit_and_swin
+@pytest.mark.parametrize(("name", "head"), [(VIT, "linear"), (SWIN, "upernet")])
 @torch.no_grad()
 def test_images_of_any_size(name, head):
     segmenter = build(name, head, crop=64).eval()
@@ -97,7 +95,7 @@ def test_the_linear_head_classifies_the_tokens_after_the_final_norm():
 @torch.no_grad()
 def test_logits_of_a_fresh_head_differ_between_classes(head):
     """Else a small model learns what is an object, and for long not which."""
-    segmenter = build(head=head, width=48, classes=64)
+    segmenter = build(head=head, classes=64)
     for classifier in [segmenter.head.classifier, *([segmenter.head.aux[-1]] if head == "upernet" else [])]:
         inputs = torch.randn(16, classifier.in_channels, 8, 8)
         assert 0.4 < classifier(inputs).std() < 0.9  # uniform within 1 / sqrt(width): sqrt(1 / 3), and the bias
@@ -144,10 +142,8 @@ def test_layer_decay_reaches_every_block_and_leaves_the_head(name, stages):
 
 
 def test_weight_decay_spares_positions_and_swins_tables():
-    swin = build(SWIN, crop=64)
-    spared = swin.no_weight_decay()
+    spared = build(SWIN, crop=64).no_weight_decay()
     assert "backbone.layers.0.blocks.0.attn.relative_position_bias_table" in spared
-    assert spared <= {name for name, _ in swin.named_parameters()}
     assert "backbone.pos_embed" in build().no_weight_decay()
 
 
@@ -164,27 +160,16 @@ def test_a_frozen_backbone_keeps_its_weights_and_the_head_learns(head):
     assert all(weight.grad is None for weight in segmenter.backbone.parameters())
 
 
-def test_the_terms_see_the_tokens_of_the_first_and_last_block():
+def test_the_terms_see_the_tokens_of_the_chosen_layers():
     segmenter = build(diversity=replace(TERMS, cosine_layers="2")).eval()
     seen = {}
     for at in (0, 1, 3):
         segmenter.backbone.blocks[at].register_forward_hook(lambda *it, at=at: seen.update({at: it[2][:, 1:]}))
     output = segmenter(images())
-    assert torch.equal(output.first, seen[0])
-    assert torch.equal(output.last, seen[3])
-    assert torch.equal(output.others[0], seen[1])
+    for found, at in ((output.first, 0), (output.last, 3), (*output.others, 1)):
+        assert torch.equal(found, seen[at])
     linear = build(head="linear", diversity=TERMS).eval()
     torch.testing.assert_close(linear(images()).last, linear.backbone.forward_features(images())[:, 1:])
-
-
-def test_a_copy_has_its_own_tokens():
-    segmenter = build(diversity=TERMS).eval()
-    copied = copy.deepcopy(segmenter)
-    with torch.no_grad():
-        for weight in copied.parameters():
-            weight.zero_()
-    segmenter(images())
-    assert copied(images()).last.abs().sum() == 0
 
 
 def test_without_a_crop_the_size_is_the_image_size_or_the_models_own():
@@ -222,6 +207,4 @@ def test_compiled_it_is_the_same(name):
 def test_a_backbone_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
     monkeypatch.setattr("pdvit.models.build.available_memory", lambda: 1000)
     with pytest.raises(UserError, match="too big for memory"):
-        build_segmenter(config(), 3)
-    with torch.device("meta"):  # takes no memory
         build_segmenter(config(), 3)

@@ -1,0 +1,38 @@
+"""Tables and examples of the docs are those of the code."""
+
+import tomllib
+
+from pdvit.analysis import METRICS
+from pdvit.config.load import markdown_table
+from pdvit.sweep import make_cells, split
+from tests.docs.pages import blocks, read
+
+FIELDS = ("text", "range", "random", "identical", "bias", "source")
+
+
+def test_the_table_of_settings_is_the_one_that_the_schema_gives():
+    assert markdown_table() in read("docs/train.md")
+
+
+def test_the_docs_define_each_metric_as_the_command_prints_it_and_list_each_file_of_curves():
+    page = read("docs/analyze.md")
+    for group, metrics in METRICS.items():
+        for column, definition in metrics.columns.items():
+            cells = [getattr(definition, field).replace("|", "\\|") for field in FIELDS]
+            assert f"| `{group}` | `{column}` | {' | '.join(cells)} |" in page
+        if metrics.curves:
+            curves = "; ".join(f"`{name}`, {text}" for name, text in metrics.curves.items())
+            assert f"- `analysis/{group}.npz`: {curves}" in page
+
+
+def test_the_examples_of_a_sweep_are_one():
+    page = read("docs/sweep.md")
+    block, further = blocks(page, "toml")
+    base, table = split(tomllib.loads(block), "comparison.toml")
+    cells = make_cells(base, table, "comparison.toml")
+    assert len(cells) == 2 * 3 * 3
+    assert f"  {cells[0].name}/" in page
+    assert cells[4].name == "cosine-lr=0.001-seed=0"
+    assert (cells[4].config.diversity.preset, cells[4].config.diversity.cosine) == ("none", 1)
+    again = make_cells(base | tomllib.loads(further), table, "further.toml")
+    assert again[6].config.model.init == "runs/comparison/baseline-lr=0.001-seed=1"
