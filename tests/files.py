@@ -2,12 +2,17 @@
 
 import csv
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 
 def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    return tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

@@ -21,21 +21,11 @@ class RunOptions:
     """The options of a run that are not settings."""
 
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with any settings.")] = None
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value; overrides files and flags; repeatable.")
-    ] = None
-    cells: Annotated[
-        str | None, typer.Option("--cells", help="Cells of a sweep to run: 3-7 or 1,4,9-; failed; list prints all.")
-    ] = None
-    resume: Annotated[
-        str | None, typer.Option("--resume", help="Resume this run with its saved configuration; auto: the newest run.")
-    ] = None
-    change: Annotated[
-        list[str] | None, typer.Option("--change", help="With --resume, change section.key=value; repeatable.")
-    ] = None
-    replay: Annotated[
-        Path | None, typer.Option("--replay", help="Repeat the non-finite step of this run and print where it broke.")
-    ] = None
+    assign: Annotated[list[str] | None, typer.Option("--set", help="Set section.key=value; repeatable.")] = None
+    cells: Annotated[str | None, typer.Option("--cells", help="Cells of a sweep: 3-7 or 1,4,9-; failed; list.")] = None
+    resume: Annotated[str | None, typer.Option("--resume", help="Resume this run as saved; auto: the newest.")] = None
+    change: Annotated[list[str] | None, typer.Option("--change", help="Resume with section.key=value.")] = None
+    replay: Annotated[Path | None, typer.Option("--replay", help="Repeat the non-finite step of this run.")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False
 
 
@@ -48,18 +38,14 @@ def training_command(command: Callable[..., Any], defaults: Layer | None = None)
     own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
     of_run = inspect.signature(RunOptions).parameters.values()
     named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in (*own, *of_run)]
-    of_config = [
-        _option(key, (defaults or {}).get(key.section, {}).get(key.name, key.default))
-        for key in KEYS.values()
-        if key.flags
-    ]
-    parameters = [*named, *of_config]
+    parameters = named + [_option(key, defaults or {}) for key in KEYS.values() if key.flags]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
     return command
 
 
-def _option(key: Key, default: Any) -> inspect.Parameter:
+def _option(key: Key, defaults: Layer) -> inspect.Parameter:
+    default = defaults.get(key.section, {}).get(key.name, key.default)
     values = default if isinstance(default, tuple) else (default,)
     option = typer.Option(
         *key.flags,

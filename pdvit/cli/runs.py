@@ -55,8 +55,8 @@ class Run:
     changes: Mapping[str, tuple[Any, Any]] | None = None
 
 
-def build_trainer(config: Config, console: RunConsole, resumed: bool = False) -> Trainer:
-    """Open the data, build task and trainer, and print what is trained; raises UserError.
+def build_trainer(config: Config, console: RunConsole, resumed: bool = False, load: bool = True) -> Trainer:
+    """Open the data, build task and trainer, print what is trained, and `load` a resident set; raises UserError.
 
     A resumed run loads its own checkpoint and no longer needs the file of `model.init`.
     """
@@ -93,6 +93,8 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False) ->
     unused = (*unused_settings(config), *unused_source_settings(config.data))
     for note in (*notes, *trainer.notes, *(f"note: {text}" for text in unused)):
         log(console, note)
+    if load:
+        task.load(partial(log, console))
     return trainer
 
 
@@ -104,7 +106,6 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
     import torch
 
     trainer = build_trainer(config, console)
-    trainer.task.load(partial(log, console))
     ranks, config, path = trainer.ranks, trainer.config, None
     if any(ranks.all_gather(bool(stop))):
         log(console, "stopped before the first step; nothing was written")
@@ -161,7 +162,6 @@ def resume(name: str, change: list[str], console: RunConsole) -> Run | int:
     check_changes(changed_keys(to_dict(saved), to_dict(config)), f"{where} --change")
     try:
         trainer = build_trainer(config, console, resumed=(path / "checkpoints" / "last").is_file())
-        trainer.task.load(partial(log, console))
     except UserError as error:
         raise _with_change(error, path) from None
     changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
@@ -223,7 +223,6 @@ def replay(run: Path, console: RunConsole) -> int:
     config = saved_config(RunDirectory.open(run).path, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
     trainer = build_trainer(config, console, resumed=True)
-    trainer.task.load(partial(log, console))
     step, found, broken = replay_step(run, trainer.state, trainer.updater)
     metrics = {name: value if abs(value) < float("inf") else None for name, value in found.items()}
     if console.stderr:

@@ -6,8 +6,9 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,13 +22,11 @@ from pdvit.tasks.summary import describe_summary
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
-    from pdvit.sweep import Cell, CellState, Folder
+    from pdvit.sweep import Cell, Folder
 
 # The imports of a cell, made once for all.
-PRELOADED = (
-    *("pdvit.cli.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"),
-    *("sklearn.datasets", "sklearn.model_selection"),
-)
+PRELOADED = ["pdvit.cli.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"]
+PRELOADED += ["sklearn.datasets", "sklearn.model_selection"]
 # Settings of the whole sweep, not of its cells.
 OF_THE_SWEEP = ("out", "name", "time_limit")
 MAX_FAILURES = 10
@@ -46,7 +45,7 @@ def run_sweep(
     `file` has the [sweep] table; `layers` are those of one run. Raises UserError before the first cell starts, and
     RunFailed if the check itself fails.
     """
-    from pdvit.sweep import Folder, make_cells, split
+    from pdvit.sweep import Folder, make_cells, numbers, split
     from pdvit.tracking.run_directory import RUNS
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -57,10 +56,10 @@ def run_sweep(
     assert table is not None, "only files with a [sweep] table come here"
     merged = [(name, base if name == where else layer) for name, layer in layers]
     config = build(*merged)
-    _check_not_swept(table, merged[merged.index((where, base)) + 1 :])
     settings = merge_layers(layer for _, layer in merged)
     settings["run"] = {key: value for key, value in settings.get("run", {}).items() if key not in OF_THE_SWEEP}
     cells = make_cells(settings, table, where)
+    _check_not_swept(table, merged[merged.index((where, base)) + 1 :])
     for cell in cells if command == "finetune" else ():
         with _naming(cell):
             check_initial_weights(cell.config)
@@ -68,94 +67,86 @@ def run_sweep(
     folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or file.stem))
     if chosen == "list":
         return _list(folder, cells, console)
-    sweep = SweepRun(folder, cells, chosen, console)
+    states = {cell.name: folder.written(cell.name).status for cell in cells}
+    if chosen == "failed":
+        selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
+    else:
+        named = set(range(1, len(cells) + 1)) if chosen is None else numbers(chosen, len(cells))
+        selected = [cell for cell in cells if cell.number in named]
+        todo = [cell for cell in selected if states[cell.name] not in ("finished", "failed")]
     folder.begin(settings, table, cells)
-    limit = config.run.time_limit
-    sweep.run(None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds, stop)
-    return sweep.close()
+    folder.write_table()
+    log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to do now")
+    if todo:
+        limit = config.run.time_limit
+        seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
+        _train_cells(folder, todo, len(cells), seconds, console, stop)
+    return _print_outcomes(folder, selected, console)
 
 
-class SweepRun:
-    """The cells that one command runs, and what it prints of them."""
+def _train_cells(
+    folder: "Folder",
+    cells: Sequence["Cell"],
+    total: int,
+    limit: float | None,
+    console: "RunConsole",
+    stop: "StopRequest",
+) -> None:
+    """Check the cells and train them, for at most `limit` seconds."""
+    from pdvit.sweep import run_apart, run_cells
 
-    def __init__(self, folder: "Folder", cells: Sequence["Cell"], chosen: str | None, console: "RunConsole") -> None:
-        from pdvit.sweep import numbers
+    set_forkserver_preload(PRELOADED)
+    log(console, "checking their configurations ...")
+    new = [cell for cell in cells if not (folder.path / cell.name / "run.toml").is_file()]
+    devices = devices_of(cells, run_apart(_check, folder.log("check"), stop, new) or [])
+    left, running, durations = len(cells), set[str](), list[float]()
+    with closing(run_cells(folder, cells, train_cell, devices, stop, limit)) as events:
+        for cell, state, seconds in events:
+            running ^= {cell.name}
+            folder.write_table(running)
+            line = f"cell {cell.number} of {total}: {cell.name}"
+            if cell.name in running:
+                log(console, f"{line} ...")
+                continue
+            left -= 1
+            if state.status == "finished":
+                durations += [seconds] if seconds else []
+                summary = json.loads((folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
+                summary = {name: math.nan if value is None else value for name, value in summary.items()}
+                how = f"in {_duration(seconds)}" if seconds else "by another process"
+                line += f": finished {how}; {describe_summary(summary).splitlines()[0]}"
+            elif state.status == "running":
+                line += ": another process trains it"
+            else:
+                line += f": {state.status}{': ' if state.reason else ''}{state.reason}"
+            if left > 0 and durations:
+                line += f"; about {_duration(statistics.mean(durations) * left / len(devices))} left"
+            log(console, line)
 
-        self.folder, self.console, self.number_of_cells = folder, console, len(cells)
-        states = {cell.name: folder.written(cell.name).status for cell in cells}
-        if chosen == "failed":
-            self.chosen = self.todo = [cell for cell in cells if states[cell.name] == "failed"]
-        else:
-            named = set(range(1, len(cells) + 1)) if chosen is None else numbers(chosen, len(cells))
-            self.chosen = [cell for cell in cells if cell.number in named]
-            self.todo = [cell for cell in self.chosen if states[cell.name] not in ("finished", "failed")]
-        self.running: set[str] = set()
-        self.seconds: list[float] = []
-        self.left = len(self.todo)
 
-    def run(self, limit: float | None, stop: "StopRequest") -> None:
-        """Check the cells and run them, for at most `limit` seconds."""
-        from pdvit.sweep import preload, run_apart, run_cells
+def _print_outcomes(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> int:
+    """Write the table, print the outcomes, and return the exit status."""
+    from pdvit.engine.terminal import EXIT_STOPPED
+    from pdvit.sweep.folder import CellStatus
 
-        folder = self.folder
-        folder.write_table()
-        log(self.console, f"{self.number_of_cells} cells in {folder.path}, {self.left} of them to do now")
-        if self.todo:
-            preload(PRELOADED)
-            log(self.console, "checking their configurations ...")
-            new = [cell for cell in self.todo if not (folder.path / cell.name / "run.toml").is_file()]
-            self.devices = devices_of(self.todo, run_apart(_check, folder.log("check"), stop, new) or [])
-            run_cells(folder, self.todo, train_cell, self.devices, stop, self.report, limit)
-
-    def report(self, cell: "Cell", state: "CellState", seconds: float) -> None:
-        """Print the start or the end of a cell, and update the table."""
-        self.running ^= {cell.name}
-        self.folder.write_table(self.running)
-        line = f"cell {cell.number} of {self.number_of_cells}: {cell.name}"
-        if cell.name in self.running:
-            log(self.console, f"{line} ...")
-            return
-        if state.status == "finished" and seconds:
-            self.seconds.append(seconds)
-        self.left -= 1
-        line += f": {self._outcome(cell, state, seconds)}"
-        if self.left > 0 and self.seconds:
-            line += f"; about {_duration(statistics.mean(self.seconds) * self.left / len(self.devices))} left"
-        log(self.console, line)
-
-    def close(self) -> int:
-        """Write the table, print the outcomes, and return the exit status."""
-        from pdvit.engine.terminal import EXIT_STOPPED
-        from pdvit.sweep.folder import CellStatus
-
-        states = {cell.name: state for cell, state in self.folder.write_table()}
-        states = {cell.name: states[cell.name] for cell in self.chosen}
-        counts = Counter(state.status for state in states.values())
-        if self.console.stderr:
-            statuses = {status: counts[status] for status in get_args(CellStatus)}
-            print(json.dumps({"sweep": str(self.folder.path), "cells": len(states)} | statuses, indent=2))
-        parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
-        log(self.console, f"\n{len(states)} cells: {parts}\ntable     {self.folder.path}/cells.csv")
-        failed = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
-        for line in failed[:MAX_FAILURES]:
-            log(self.console, line)
-        if failed:
-            more = f"and {len(failed) - MAX_FAILURES} more; " if len(failed) > MAX_FAILURES else ""
-            log(self.console, f"{more}logs in {self.folder.path}/logs; to run them again: --cells failed")
-        if counts["stopped"] or counts["waiting"] or counts["running"]:
-            log(self.console, "the same command resumes the sweep")
-            return EXIT_STOPPED
-        return 1 if failed else 0
-
-    def _outcome(self, cell: "Cell", state: "CellState", seconds: float) -> str:
-        if state.status == "finished":
-            summary = json.loads((self.folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
-            numbers = {name: math.nan if value is None else value for name, value in summary.items()}
-            metrics = describe_summary(numbers).splitlines()[0]
-            return f"finished {f'in {_duration(seconds)}' if seconds else 'by another process'}; {metrics}"
-        if state.status == "running":
-            return "another process trains it"
-        return f"{state.status}{': ' if state.reason else ''}{state.reason}"
+    states = {cell.name: state for cell, state in folder.write_table()}
+    states = {cell.name: states[cell.name] for cell in cells}
+    counts = Counter(state.status for state in states.values())
+    if console.stderr:
+        statuses = {status: counts[status] for status in get_args(CellStatus)}
+        print(json.dumps({"sweep": str(folder.path), "cells": len(states)} | statuses, indent=2))
+    parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
+    log(console, f"\n{len(states)} cells: {parts}\ntable     {folder.path}/cells.csv")
+    failed = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
+    for line in failed[:MAX_FAILURES]:
+        log(console, line)
+    if failed:
+        more = f"and {len(failed) - MAX_FAILURES} more; " if len(failed) > MAX_FAILURES else ""
+        log(console, f"{more}logs in {folder.path}/logs; to run them again: --cells failed")
+    if counts["stopped"] or counts["waiting"] or counts["running"]:
+        log(console, "the same command resumes the sweep")
+        return EXIT_STOPPED
+    return 1 if failed else 0
 
 
 def train_cell(config: Config, run: Path) -> int:
@@ -183,7 +174,7 @@ def _check(cells: Sequence["Cell"]) -> list[str]:
         if settings not in checked:
             checked.append(settings)
             with _naming(cell):
-                build_trainer(cell.config, make_console(as_json=False))
+                build_trainer(cell.config, make_console(as_json=False), load=False)
     return visible_gpus()
 
 
@@ -195,9 +186,7 @@ def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | N
 
 def _check_not_swept(table: Mapping[str, Any], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Raise UserError if the command line sets a key of the sweep."""
-    variants = table.get("variant")
-    variants = [bundle for bundle in variants if isinstance(bundle, Mapping)] if isinstance(variants, list) else []
-    swept = {key for part in (table, *variants) for key in part}
+    swept = {*table, *(key for variant in table.get("variant", []) for key in variant)}
     for name, layer in layers:
         for key in (f"{section}.{key}" for section, values in layer.items() for key in values):
             if key in swept:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pdvit.config import Config, build, resolve
 from pdvit.config.load import SWEEP_SECTION
-from pdvit.errors import UserError, closest
+from pdvit.errors import UserError
 
 SEED = "run.seed"
 # Keys that the sweep sets for its cells.
@@ -51,13 +51,16 @@ def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], 
     """
     where = f"[sweep] of {where}"
     variants = _variants(table.get("variant", []), where)
-    axes = {key: _values(key, values, where) for key, values in table.items() if key != "variant"}
+    axes = {key: values for key, values in table.items() if key != "variant"}
+    for key, values in axes.items():
+        _check_values(key, values, where)
     for name, bundle in variants.items():
         if twice := [key for key in bundle if key in axes]:
             what = f"'{twice[0]}' is crossed, and variant '{name}' sets it too"
             raise UserError(what, where, "leave one of them out")
     outer, inner = [key for key in axes if key == SEED], [key for key in axes if key != SEED]
-    short = _short_names(axes)
+    names = [key.partition(".")[2] for key in axes]
+    short = {key: name if names.count(name) == 1 else key for key, name in zip(axes, names, strict=True)}
     cells: list[Cell] = []
     for values in product(*(axes[key] for key in outer), variants or {"": {}}, *(axes[key] for key in inner)):
         chosen = dict(zip([*outer, "variant", *inner], values, strict=True))
@@ -77,15 +80,12 @@ def numbers(text: str, count: int) -> set[int]:
     """Parse --cells: `3`, `3-7`, `5-`, several with commas, of `count` cells; raises UserError."""
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*)\s*)?", part)
-        if match is None:
-            tip = "for example 3-7 or 1,4,9-; also list, to see them, and failed, to try those again"
-            raise UserError(f"'{part.strip()}' names no cells", "--cells", tip)
-        first = int(match[1])
-        last = int(match[3] or count) if match[2] else first
-        if not 1 <= first <= count or not first <= last <= count:
-            what = f"there are no cells '{part.strip()}'"
-            raise UserError(what, "--cells", f"the sweep has cells 1 to {count}; --cells list shows them")
+        match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*)\s*)?", part)
+        first = int(match[1]) if match else 0
+        last = int(match[3] or count) if match and match[2] else first
+        if not 1 <= first <= last <= count:
+            tip = f"give some of 1 to {count}, as 3-7 or 1,4,9-; list shows them, failed tries those again"
+            raise UserError(f"there are no cells '{part.strip()}'", "--cells", tip)
         found |= set(range(first, last + 1))
     return found
 
@@ -109,14 +109,13 @@ def _variants(tables: Any, where: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _values(key: str, values: Any, where: str) -> list[Any]:
+def _check_values(key: str, values: Any, where: str) -> None:
     _check_key(key, values, where)
     if not (isinstance(values, list) and values):
         raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
     for number, value in enumerate(values):
         if value in values[:number]:
             raise UserError(f"'{key}' has the value {value!r} twice", where, "leave one out: each cell is run once")
-    return values
 
 
 def _substitute(value: Any, words: Mapping[str, Any]) -> Any:
@@ -135,7 +134,7 @@ def _check_key(key: str, value: Any, where: str) -> None:
         if isinstance(value, Mapping) and value:
             inner = f'"{key}.{next(iter(value))}"'
             raise UserError(f"'{key}' is a section, not a key", where, f"put the whole key in quotes: {inner} = ...")
-        tip = closest(key, ["variant"]) if key.startswith("var") else f"write section.key, for example {EXAMPLE}"
+        tip = f"write section.key, for example {EXAMPLE}, or [[sweep.variant]]"
         raise UserError(f"'{key}' is not section.key", where, tip)
     if key in PLACES:
         raise UserError(f"'{key}' can't be swept", where, "each cell has a folder of its own under the sweep's --out")
@@ -154,12 +153,6 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
     except UserError as error:
         raise UserError(error.what, f"{error.where}, {where}", error.tip) from error
     return config
-
-
-def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys, without their sections if that is unambiguous."""
-    last = [key.partition(".")[2] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def _text(value: Any) -> str:

@@ -35,6 +35,8 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Held for a moment. It does not nest: closing a file releases all its locks.
+        self.lock = path / LOGS / ".lock"
 
     def log(self, name: str) -> Path:
         """Return the file of a cell's output."""
@@ -48,12 +50,14 @@ class Folder:
         text = f"# The settings of the cells here.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
         file = self.path / SWEEP
         try:
-            strange = self.path.exists() and (not self.path.is_dir() or any(self._other_names()))
-            if strange and not file.is_file():  # in this order: another process may write it between the two
+            # Not LOGS, and not a file of a process that starts the same sweep just now.
+            names = os.listdir(self.path) if self.path.is_dir() else []
+            strange = [name for name in names if name != LOGS and not name.startswith(f".{SWEEP}.")]
+            if (strange or self.path.is_file()) and not file.is_file():  # another process may write it meanwhile
                 what = "the folder exists already, and is not that of a sweep"
                 raise UserError(what, str(self.path), "choose another --out")
             (self.path / LOGS).mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with hold(self.lock, wait=True):
                 if file.is_file():
                     begun = [cell for cell in self.read_cells() if (self.path / cell.name).exists()]
                     _check_same(begun, cells, str(self.path))
@@ -105,12 +109,15 @@ class Folder:
     def claimed(self, name: str) -> Iterator[bool]:
         """Hold the lock of a cell; False if another process trains it."""
         with ExitStack() as stack:
-            with self._locked():
+            with hold(self.lock, wait=True):
                 free = not self._held(name)
                 if free:
-                    stack.enter_context(hold(self._lock(name)))
-            if free:
-                _clear(self.path / name)
+                    stack.enter_context(hold(self.path / LOGS / f".{name}.lock"))
+            run = self.path / name
+            # A run that ended before it began leaves files behind, and a new run needs an empty folder.
+            if free and run.is_dir() and not all((run / file).is_file() for file in ("run.toml", "environment.json")):
+                for file in run.iterdir():
+                    file.unlink()
             yield free
 
     def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, CellState]]:
@@ -119,7 +126,7 @@ class Folder:
         The cells are those of sweep.toml, since another process may have added some. Those that this process has
         `begun` count as running, even before they hold their locks.
         """
-        with self._locked():
+        with hold(self.lock, wait=True):
             running = CellState("running")
             states = [(cell, running if cell.name in begun else self.state(cell.name)) for cell in self.read_cells()]
             rows = [self._row(cell, state) for cell, state in states]
@@ -148,7 +155,7 @@ class Folder:
 
     def _held(self, name: str) -> bool:
         """Return whether a process trains the cell, for the sweep or with --resume."""
-        for lock in (self._lock(name), self.path / name / "checkpoints" / ".lock"):
+        for lock in (self.path / LOGS / f".{name}.lock", self.path / name / "checkpoints" / ".lock"):
             if lock.exists():
                 try:
                     with hold(lock):
@@ -156,26 +163,6 @@ class Folder:
                 except BlockingIOError:
                     return True
         return False
-
-    def _lock(self, name: str) -> Path:
-        return self.path / LOGS / f".{name}.lock"
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock of the sweep, for a moment. It does not nest: closing a file releases all its locks."""
-        with hold(self.path / LOGS / ".lock", wait=True):
-            yield
-
-    def _other_names(self) -> Iterator[str]:
-        """Yield the names in the folder that are not of a process that starts the same sweep just now."""
-        return (name for name in os.listdir(self.path) if name != LOGS and not name.startswith(f".{SWEEP}."))
-
-
-def _clear(run: Path) -> None:
-    """Empty the folder of a run that ended before it began: a new run needs an empty one."""
-    if run.is_dir() and not all((run / name).is_file() for name in ("run.toml", "environment.json")):
-        for file in run.iterdir():
-            file.unlink()
 
 
 def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None:

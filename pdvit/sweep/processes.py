@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
@@ -38,19 +38,13 @@ def run_cells(
     train: Train,
     devices: Sequence[str | None],
     stop: StopRequest,
-    report: Callable[[Cell, CellState, float], None],
     limit: float | None = None,
-) -> None:
+) -> Generator[tuple[Cell, CellState, float]]:
     """Train the cells in order, one per device at a time, until all are done or a stop is requested.
 
-    Args:
-        folder: of the sweep.
-        cells: to train; those that other processes train are skipped.
-        train: the work; must be picklable.
-        devices: the CUDA_VISIBLE_DEVICES of each process; None leaves it unchanged.
-        stop: stops the cells too, resumable.
-        report: called when a cell starts ("running") and ends, with its seconds; 0 if another process finished it.
-        limit: seconds after which to stop.
+    Yields each cell when it starts ("running", 0 s) and when it ends, with its seconds; 0 if another process finished
+    it. `train` must be picklable. `devices` are the CUDA_VISIBLE_DEVICES of the processes; None leaves it unchanged.
+    A stop, also after `limit` seconds, stops the cells too, resumable; so does closing the generator.
     """
     begun, terminated = time.monotonic(), False
     before = {cell.name: folder.written(cell.name).status for cell in cells}
@@ -60,10 +54,10 @@ def run_cells(
         while running or (waiting and not stop):
             while waiting and free and not stop:
                 cell = waiting.popleft()
-                report(cell, CellState("running"), 0.0)
+                yield cell, CellState("running"), 0.0
                 state = folder.written(cell.name)
                 if state.status == "finished" or "failed" == state.status != before[cell.name]:  # meanwhile, by others
-                    report(cell, state, 0.0)
+                    yield cell, state, 0.0
                     continue
                 device = free.pop(0)
                 process = _start(_train_cell, train, folder, cell, device)
@@ -77,7 +71,7 @@ def run_cells(
                 if _finish_cell(process, folder, cell, bool(stop)) == EXIT_ELSEWHERE and cell.name not in retried:
                     waiting.append(cell)  # the other process may just be ending
                     retried.add(cell.name)
-                report(cell, folder.state(cell.name), time.monotonic() - since)
+                yield cell, folder.state(cell.name), time.monotonic() - since
             if stop and not terminated:
                 terminated = True
                 for process, *_ in running.values():
@@ -107,11 +101,6 @@ def run_apart(function: Callable[..., Any], log: Path, stop: StopRequest, *argum
     if isinstance(answer, Exception):
         raise answer
     return answer
-
-
-def preload(modules: Sequence[str]) -> None:
-    """Set the modules that the helper imports once for all processes."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
 
 
 def _start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:

@@ -1,7 +1,6 @@
 import argparse
 import json
 import shutil
-import tomllib
 
 import pytest
 import timm
@@ -13,7 +12,7 @@ from timm.utils import CheckpointSaver
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
-from tests.files import read_json
+from tests.files import read_json, read_recipe
 
 VIT = "vit_tiny_patch16_224"
 KWARGS = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
@@ -34,10 +33,6 @@ def timm_saved(folder, model):
     return folder / "last.pth.tar"
 
 
-def recipe(run):
-    return tomllib.loads((run / "run.toml").read_text())
-
-
 def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplace, capsys, refusal):
     file = timm_saved(workplace, make())
     run = workplace / "run"
@@ -45,7 +40,7 @@ def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplac
     assert pdvit(["finetune", str(file), *SHORT, *flags]) == 0
     shown = capsys.readouterr().out
     assert "30 of 32 tensors, found under 'state_dict.'" in shown
-    written = recipe(run)
+    written = read_recipe(run)
     assert written["data"]["source"] == "digits:5-9"
     assert (written["model"]["init"], written["model"]["freeze"]) == (str(file), "1")
     assert (written["diversity"]["preset"], written["optim"]["lr"]) == ("none", 1e-3)

@@ -5,8 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from pdvit.cli import run as pdvit
 from pdvit.engine import recovery
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tracking.run_directory import RunDirectory
-from tests.files import read_json
+from tests.files import read_json, read_recipe
 
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
 SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
@@ -25,10 +23,6 @@ STOP, UNLIMITED = ["--time-limit", "0.001s"], "run.time_limit=1h"
 # About 12 MB of activations per image.
 LARGE = ["--device", "cuda", "--epochs", "2st", "--warmup-epochs", "0st", "--img-size", "64", "--patch-size", "4"]
 LARGE += ["--width", "192", "--heads", "3", "--depth", "4"]
-
-
-def recipe(run):
-    return tomllib.loads((run / "run.toml").read_text())
 
 
 def weights(run):
@@ -68,9 +62,9 @@ def stopped(stopped_once, tmp_path):
     return shutil.copytree(stopped_once, tmp_path / "stopped")
 
 
-@pytest.fixture(scope="module")
-def bad_images():
-    """A context in which images are not numbers from step 5 on."""
+@pytest.fixture
+def bad_images(monkeypatch):
+    """From step 5 on, images are not numbers."""
     batches = ClassificationTask.batches
 
     def with_nan(self, start):
@@ -79,26 +73,7 @@ def bad_images():
                 batch.images[0, 0, 0, 0] = float("nan")
             yield batch
 
-    @contextmanager
-    def patched():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ClassificationTask, "batches", with_nan)
-            yield
-
-    return patched
-
-
-@pytest.fixture(scope="module")
-def broken_once(tmp_path_factory, tiny, bad_images):
-    out = tmp_path_factory.mktemp("broken") / "run"
-    with bad_images():
-        assert pdvit(["train", *tiny, *SHORT, "--out", str(out)]) == 1
-    return out
-
-
-@pytest.fixture
-def broken(broken_once, tmp_path):
-    return shutil.copytree(broken_once, tmp_path / "broken")
+    monkeypatch.setattr(ClassificationTask, "batches", with_nan)
 
 
 def resume(run, *changes, status=0):
@@ -141,7 +116,7 @@ class TestChanging:
     def test_a_change_takes_effect_and_is_recorded(self, stopped, stopped_once, tmp_path):
         resume(stopped, UNLIMITED, "optim.epochs=15st", "model.drop_path=0.2", "diversity.cosine=3.0")
         assert read_json(stopped / "summary.json")["steps"] == 15
-        assert recipe(stopped)["model"]["drop_path"] == 0.2
+        assert read_recipe(stopped)["model"]["drop_path"] == 0.2
         changes = {entry["key"]: entry for entry in read_json(stopped / "changes.json")["changes"]}
         assert changes["optim.epochs"] == {"step": 1, "key": "optim.epochs", "from": "12st", "to": "15st"}
         plain = shutil.copytree(stopped_once, tmp_path / "plain")
@@ -199,22 +174,20 @@ class TestChanging:
 
 
 class TestGuards:
-    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, broken, bad_images, capsys):
+    @pytest.mark.usefixtures("bad_images")
+    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, train, digits_run, refusal, capsys):
+        broken = train(status=1)
         status = read_json(broken / "status.json")
-        assert status["status"] == "failed"
-        assert "not a number" in status["reason"]
+        assert (status["status"], "not a number" in status["reason"]) == ("failed", True)
         assert not (broken / "model.safetensors").exists()
         capsys.readouterr()
-        with bad_images():
-            assert pdvit(["train", "--replay", str(broken)]) == 0
-            shown = capsys.readouterr().out
-            assert "step 9 again" in shown
-            assert "model.patch_embed.proj.weight" in shown
-            assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
+        assert pdvit(["train", "--replay", str(broken)]) == 0
+        shown = capsys.readouterr().out
+        assert "step 9 again" in shown
+        assert "model.patch_embed.proj.weight" in shown
+        assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["step"], found["metrics"]["class"]) == (9, None)
-
-    def test_a_run_without_a_sound_bundle_is_not_replayed(self, refusal, broken, digits_run):
         assert "no step to replay" in refusal("train", "--replay", digits_run).what
         (broken / "replay/last").write_bytes(b"x")
         assert "damaged" in refusal("train", "--replay", broken).what
@@ -253,38 +226,33 @@ class TestGuards:
 @pytest.mark.gpu
 class TestMemory:
     @pytest.fixture
-    def gigabyte(self):
-        """A context in which torch gives this process one GiB of the GPU; `fraction` is that part of all of it."""
+    def limit(self):
+        """Return a function that leaves this process one GiB of the GPU."""
 
-        @contextmanager
-        def limited():
+        def limit_memory():
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(limited.fraction)
-            yield
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)
 
-        limited.fraction = 2**30 / torch.cuda.get_device_properties(0).total_memory
-        yield limited
+        yield limit_memory
         torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def test_the_named_batch_fits_a_full_gpu(self, train, gigabyte, capsys):
-        with gigabyte():
-            run = train(*LARGE, "--batch-size", "512", status=1)
-            shown = capsys.readouterr().err
-            found = re.search(r"no memory for 512 images at a time\b.*\b(\d+) fit; ", shown, re.DOTALL)
-            assert 1 <= int(found[1]) <= 256
-            resume(run, f"data.micro_batch={found[1]}")
+    def test_the_named_batch_fits_a_full_gpu(self, train, limit, capsys):
+        limit()
+        run = train(*LARGE, "--batch-size", "512", status=1)
+        found = re.search(r"no memory for 512 images at a time\b.*\b(\d+) fit; ", capsys.readouterr().err, re.DOTALL)
+        assert 1 <= int(found[1]) <= 256
+        resume(run, f"data.micro_batch={found[1]}")
         assert read_json(run / "summary.json")["steps"] == 2
 
-    def test_auto_finds_the_batch_that_a_gpu_holds(self, train, gigabyte, monkeypatch):
+    def test_auto_finds_the_batch_that_a_gpu_holds(self, train, limit, monkeypatch):
         """Of a GPU of one GiB; four times as many images do not fit there."""
-        monkeypatch.setattr(recovery, "SPARE_MEMORY", 1 - gigabyte.fraction)
+        monkeypatch.setattr(recovery, "SPARE_MEMORY", 1 - 2**30 / torch.cuda.get_device_properties(0).total_memory)
         run = train(*LARGE, "--batch-size", "auto")
-        size = recipe(run)["data"]["batch_size"]
+        size = read_recipe(run)["data"]["batch_size"]
         assert size in [2**power for power in range(10)]
         assert read_json(run / "summary.json")["steps"] == 2
-        with gigabyte():
-            train(*LARGE, "--batch-size", str(4 * size), status=1)
+        limit()
+        train(*LARGE, "--batch-size", str(4 * size), status=1)
 
 
 class TestSwitches:

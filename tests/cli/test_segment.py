@@ -51,21 +51,17 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_summary_has_the_numbers_and_the_run_its_files(trained, records):
-    summary = read_json(trained / "summary.json")
-    assert {*SCORES, "similarity_first", "similarity_last", "images_per_second"} <= set(summary)
-    names = {path.name for path in (trained / "predictions").iterdir()}
-    assert names == {f"{n:02}-{kind}.png" for n in (1, 2, 3) for kind in ("image", "truth", "prediction")}
-    assert {"cosine", "contrastive", "aux", "class"} <= set(records(trained, "train")[0])
-    assert len(records(trained, "similarity")) == 4
-
-
-def test_eval_equals_the_end_of_the_run(trained, copy, capsys):
+def test_eval_equals_the_end_of_the_run(trained, copy, capsys, records):
     summary, found = read_json(trained / "summary.json"), evaluated(capsys, copy)
+    assert {"similarity_first", "similarity_last", "images_per_second"} <= set(summary)
     assert {name: found[name] for name in (*SCORES, "split")} == {name: summary[name] for name in (*SCORES, "split")}
     assert set(found["iou"]) == {"ground", "disc", "square"}
     assert found["miou"] == pytest.approx(np.mean([value for value in found["iou"].values() if value is not None]))
     assert (copy / "iou.csv").read_bytes() == (trained / "iou.csv").read_bytes()
+    names = {path.name for path in (trained / "predictions").iterdir()}
+    assert names == {f"{n:02}-{kind}.png" for n in (1, 2, 3) for kind in ("image", "truth", "prediction")}
+    assert {"cosine", "contrastive", "aux", "class"} <= set(records(trained, "train")[0])
+    assert len(records(trained, "similarity")) == 4
 
 
 @pytest.mark.gpu
@@ -134,13 +130,11 @@ def test_a_trained_backbone_is_taken_with_frozen_weights(shapes, digits_run, tmp
 
 
 def test_analyze_takes_the_runs_own_images(copy, capsys):
-    assert pdvit(["analyze", str(copy), *CPU, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["images_measured"], found["weights"]) == (3, "raw")
-    assert found["images"].startswith("shapes, val split")
-    assert all("similarity_random" in layer for layer in found["layers_measured"])
     assert pdvit(["analyze", str(copy), *CPU]) == 0  # the table too: the backbone has no final norm
     assert "3 (shapes, val split" in capsys.readouterr().out
+    found = read_json(copy / "analysis" / "analysis.json")
+    assert (found["images_measured"], found["weights"]) == (3, "raw")
+    assert "similarity_random" in (copy / "analysis.csv").read_text()
 
 
 def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
@@ -198,13 +192,12 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
     assert "have no masks" in refusal("eval", copy, "--data", "digits", *CPU).what
 
 
-@pytest.mark.parametrize("head", ["linear", "upernet"])
-def test_the_defaults_of_the_command_have_no_unused_setting(head, monkeypatch):
+@pytest.mark.parametrize(("head", "width"), [("linear", 512), ("upernet", 32)])
+def test_the_defaults_of_the_command_have_no_unused_setting(head, width, monkeypatch):
     begun = []
     monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
     assert pdvit(["segment", "--head", head]) == 0
-    assert unused_settings(resolve(begun[0])) == []
-    assert begun[0].segment.width == (32 if head == "upernet" else 512)
+    assert (unused_settings(resolve(begun[0])), begun[0].segment.width) == ([], width)
 
 
 def test_the_search_for_a_batch_size_starts_with_one_image(shapes):

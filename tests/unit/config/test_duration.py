@@ -1,12 +1,11 @@
 import math
-from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdvit.config import Duration, build, parse_duration, resolve
-from pdvit.config.duration import weight_schedule
+from pdvit.config.duration import EXAMPLES, weight_schedule
 from pdvit.errors import UserError
 
 
@@ -19,8 +18,7 @@ def test_value_and_unit_are_parsed(text, value, unit):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "ep", "-1ep", "1.2.3", ".", "1e400", "nan", "inf", "1 2", "3ep4", "10minutes", "1e16", "²", "101%"],
+    "text", ["", "ep", "-1ep", "1.2.3", ".", "1e400", "nan", "inf", "1 2", "3ep4", "10minutes", "1e16", "²", "101%"]
 )
 def test_other_text_is_an_error(text):
     with pytest.raises(UserError, match="not a valid length of training") as caught:
@@ -28,19 +26,29 @@ def test_other_text_is_an_error(text):
     assert caught.value.where == "optim.epochs"
 
 
-@pytest.mark.parametrize(("percent", "clock"), [(True, True), (False, False), (True, False)])
-def test_the_tip_names_the_forms_that_the_key_takes(percent, clock):
+@pytest.mark.parametrize(
+    ("unit", "percent", "clock", "units"),
+    [
+        ("ep", True, True, EXAMPLES.keys()),
+        ("ep", False, False, {"ep", "st", "im"}),
+        ("st", True, False, {"ep", "st", "im", "%"}),
+        ("min", True, True, {"min", "h", "s"}),
+    ],
+)
+def test_a_key_takes_its_units_and_the_tip_names_them(unit, percent, clock, units):
     with pytest.raises(UserError) as caught:
-        parse_duration("soon", "ep", "here", percent, clock)
-    for form, valid in (("30ep", True), ("5%", percent), ("10min", clock)):
-        assert (form in caught.value.tip) == valid
-        with nullcontext() if valid else pytest.raises(UserError):
-            parse_duration(form, "ep", "here", percent, clock)
+        parse_duration("soon", unit, "here", percent, clock)
+    assert {name for name, form in EXAMPLES.items() if form in caught.value.tip} == units
+    for name, form in EXAMPLES.items():
+        if name in units:
+            assert parse_duration(form, unit, "here", percent, clock).unit == name
+        else:
+            with pytest.raises(UserError, match="not a valid"):
+                parse_duration(form, unit, "here", percent, clock)
 
 
 @pytest.mark.parametrize(
-    ("duration", "steps"),
-    [("3ep", 30), ("0.5ep", 5), ("17st", 17), ("80im", 20), ("5%", 10), ("0.26ep", 3)],
+    ("duration", "steps"), [("3ep", 30), ("0.5ep", 5), ("17st", 17), ("80im", 20), ("5%", 10), ("0.26ep", 3)]
 )
 def test_lengths_in_steps_equal_those_by_hand(duration, steps):
     assert parse_duration(duration, "ep", "here").steps(steps_per_epoch=10, batch_size=4, total=200) == steps
@@ -55,20 +63,11 @@ def test_any_text_is_a_finite_duration_or_a_user_error(text):
         return
     assert math.isfinite(duration.value)
     assert duration.value >= 0
-    assert duration.unit in ("ep", "st", "im", "%")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("1.5h", 5400), ("20s", 20), ("3", 180)])
 def test_times_are_in_seconds(text, seconds):
-    assert parse_duration(text, "min", "here", clock=True).seconds == seconds
-
-
-@pytest.mark.parametrize("text", ["3ep", "5%", "soon", ""])
-def test_a_key_of_time_takes_only_times(text):
-    with pytest.raises(UserError, match="not a valid time") as caught:
-        parse_duration(text, "min", "run.time_limit", clock=True)
-    assert "10min" in caught.value.tip
-    assert "30ep" not in caught.value.tip
+    assert parse_duration(text, "min", "here").seconds == seconds
 
 
 @pytest.mark.parametrize(
@@ -76,8 +75,7 @@ def test_a_key_of_time_takes_only_times(text):
     [
         (" constant ", {}),
         ("warmup:3", {"warmup": Duration(3, "ep")}),
-        ("decay:10%", {"decay": Duration(10, "%")}),
-        ("warmup:200st, until:1e6im", {"warmup": Duration(200, "st"), "until": Duration(1e6, "im")}),
+        ("warmup:200st, until:10%", {"warmup": Duration(200, "st"), "until": Duration(10, "%")}),
     ],
 )
 def test_the_schedule_of_a_weight_is_parsed(text, parts):

@@ -14,15 +14,8 @@ def cells_of(text: str):
     return make_cells(base or BASE, table, "a.toml")
 
 
-def refused(text: str) -> UserError:
-    with pytest.raises(UserError) as caught:
-        cells_of(text)
-    return caught.value
-
-
 def test_lists_are_crossed():
     cells = cells_of('[sweep]\n"optim.lr" = [1e-3, 1]\n"model.width" = [16, 32]\n')
-    assert [cell.number for cell in cells] == [1, 2, 3, 4]
     assert [(cell.config.optim.lr, cell.config.model.width) for cell in cells] == [*product((0.001, 1.0), (16, 32))]
     assert [cell.name for cell in cells] == ["lr=0.001-width=16", "lr=0.001-width=32", "lr=1-width=16", "lr=1-width=32"]
     assert cells[1].values == {"optim.lr": 0.001, "model.width": 32}
@@ -74,7 +67,6 @@ def test_seeds_that_are_added_come_last():
         ("run.tf32", "true", "tf32=true"),
         ("data.source", '"~/some where/x.tar"', "source=some_where_x.tar"),
         ("optim.warmup", '"5%"', "warmup=5%"),
-        ("augment.auto_augment", '""', "auto_augment="),
         ("augment.scale", "[0.5, 1]", "scale=0.5_1"),
     ],
 )
@@ -97,7 +89,6 @@ def test_names_have_the_section_if_two_keys_are_alike():
         ('[sweep]\n"optim.lr" = [0.1, 0.10]', "0.1 twice", "a.toml", "once"),
         ("[sweep]\noptim.lr = [0.1]", "'optim' is a section", "a.toml", '"optim.lr" = ...'),
         ("[sweep]\nlr = [0.1]", "'lr' is not section.key", "a.toml", "for example"),
-        ('[sweep]\nvariants = [{name = "a"}]', "'variants' is not section.key", "a.toml", "'variant'"),
         ("[sweep.variant]\nname = 'a'", "'variant' is no key", "a.toml", "[[sweep.variant]]"),
         ('[[sweep.variant]]\n"optim.lr" = 1', "variant 1 has no name", "a.toml", "name ="),
         ('[[sweep.variant]]\nname = "a/b"', "'a/b' is no name", "a.toml", "letters"),
@@ -111,10 +102,11 @@ def test_names_have_the_section_if_two_keys_are_alike():
     ],
 )
 def test_a_sweep_that_can_not_be_run_is_refused_as_a_whole(text, what, where, tip):
-    error = refused(text)
-    assert what in error.what
-    assert where in error.where
-    assert tip in error.tip
+    with pytest.raises(UserError) as caught:
+        cells_of(text)
+    assert what in caught.value.what
+    assert where in caught.value.where
+    assert tip in caught.value.tip
 
 
 def test_the_table_is_no_part_of_the_configuration():

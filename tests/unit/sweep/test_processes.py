@@ -7,12 +7,13 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import set_forkserver_preload
 
 import pytest
 
 from pdvit.engine.terminal import StopRequest
 from pdvit.errors import RunFailed, UserError
-from pdvit.sweep import CellState, Folder, make_cells, preload, run_apart, run_cells
+from pdvit.sweep import CellState, Folder, make_cells, run_apart, run_cells
 from tests.files import read_json
 
 WORK = '''
@@ -73,7 +74,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
     import pdvit_sweep_work
 
-    preload([])  # for the helper that one test here kills: the next one imports nothing
+    set_forkserver_preload([])  # for the helper that one test here kills: the next one imports nothing
     yield pdvit_sweep_work
     sys.modules.pop("pdvit_sweep_work")
 
@@ -87,10 +88,8 @@ def sweep(tmp_path, count: int) -> tuple[Folder, list]:
 
 def train(work, folder, cells, ways, devices=(None,), stop=None, limit=None) -> list[tuple]:
     """Run the cells and return the reports."""
-    reports: list[tuple] = []
     stop = StopRequest() if stop is None else stop  # without a request it is false
-    run_cells(folder, cells, partial(work.train, ways), devices, stop, lambda *args: reports.append(args), limit)
-    return reports
+    return list(run_cells(folder, cells, partial(work.train, ways), devices, stop, limit))
 
 
 @contextmanager
@@ -129,7 +128,7 @@ def test_failures_are_recorded_and_passed_over(tmp_path, work):
 
 def test_each_cell_has_a_process_and_each_device_one_cell_at_a_time(tmp_path, work):
     folder, cells = sweep(tmp_path, 2)
-    run_cells(folder, cells, partial(work.meet, 2), ["7", "GPU-x"], StopRequest(), lambda *_: None)
+    list(run_cells(folder, cells, partial(work.meet, 2), ["7", "GPU-x"], StopRequest()))
     assert {summary(folder, seed)["device"] for seed in (0, 1)} == {"7", "GPU-x"}
     folder, cells = sweep(tmp_path / "one", 3)
     train(work, folder, cells, [""] * 3, ["5"])
@@ -137,18 +136,13 @@ def test_each_cell_has_a_process_and_each_device_one_cell_at_a_time(tmp_path, wo
     assert len({summary(folder, seed)["process"] for seed in range(3)} - {os.getpid()}) == 3
 
 
-def test_a_stop_stops_the_cells_and_begins_no_other(tmp_path, work):
+def test_a_stop_stops_the_cells_without_a_failure_and_begins_no_other(tmp_path, work):
     (folder, cells), stop = sweep(tmp_path, 3), StopRequest()
     with once_begun(folder, 2, lambda: setattr(stop, "reason", "SIGINT")):
-        reports = train(work, folder, cells, ["slow"] * 3, ["0", "1"], stop)
-    assert [state.status for _, state, _ in reports] == ["running", "running", "waiting", "waiting"]
-
-
-def test_a_cell_that_breaks_because_of_the_stop_has_not_failed(tmp_path, work):
-    (folder, cells), stop = sweep(tmp_path, 1), StopRequest()
-    with once_begun(folder, 1, lambda: setattr(stop, "reason", "SIGTERM")):
-        train(work, folder, cells, ["breaks when stopped"], stop=stop)
-    assert folder.state("seed=0").status == "stopped"
+        reports = train(work, folder, cells, ["slow", "breaks when stopped", "slow"], ["0", "1"], stop)
+    assert sorted((cell.number, state.status) for cell, state, _ in reports) == [
+        *((1, "running"), (1, "waiting"), (2, "running"), (2, "stopped"))
+    ]
 
 
 def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
@@ -174,20 +168,16 @@ def test_a_cell_begins_and_ends_as_any_process_does(tmp_path, work):
 def test_the_time_limit_stops(tmp_path, work):
     (folder, cells), stop = sweep(tmp_path, 2), StopRequest()
     train(work, folder, cells, ["slow"] * 2, stop=stop, limit=0.01)
-    assert stop.reason == "time limit"
-    assert not (folder.path / "begun-1").exists()
+    assert (stop.reason, (folder.path / "begun-1").exists()) == ("time limit", False)
 
 
 def test_what_failed_with_others_meanwhile_is_not_tried_again_and_what_had_failed_before_is(tmp_path, work):
     folder, cells = sweep(tmp_path, 2)
     reports = []
-
-    def report(cell, state, seconds):
+    for cell, state, _ in run_cells(folder, cells, partial(work.train, ["well", "well"]), [None], StopRequest()):
         reports.append((cell.number, state.status))
         if reports == [(1, "running")]:  # another process ends cell 2 meanwhile
             folder.mark(cells[1].name, "failed", "theirs")
-
-    run_cells(folder, cells, partial(work.train, ["well", "well"]), [None], StopRequest(), report)
     assert reports == [(1, "running"), (1, "finished"), (2, "running"), (2, "failed")]
     assert folder.state("seed=1") == CellState("failed", "theirs")
     train(work, folder, cells[1:], ["well", "well"])
