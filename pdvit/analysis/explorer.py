@@ -73,8 +73,8 @@ def read_maps(
     layers, max_images = _fitting(counts, picture_size(*image_size_of(model)), max_bytes)
     missing = [layer.name for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
-    depths, deepest = [layer.depth for layer in layers], max(layer.depth for layer in counts)
-    maps, device = Maps(name, [], [], {}, [], [], notes, depths, deepest), next(model.parameters()).device
+    depths, device = [layer.depth for layer in layers], next(model.parameters()).device
+    maps = Maps(name, [], [], {}, [], [], notes, depths, max(layer.depth for layer in counts))
 
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = Patches(tokens, image_size)
@@ -88,9 +88,9 @@ def read_maps(
                 model(batch)
             maps.names.append(label)
             maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())
-            cosines = {layer: (patches.unit[0] @ patches.unit[0].T).clamp(-1, 1) for layer, patches in found.items()}
-            levels = {layer.name: (LEVELS * part).round().to(torch.int8) for layer, part in cosines.items()}
-            maps.cosines.append({name: part.cpu().numpy() for name, part in levels.items()})
+            cosines = {layer.name: (it.unit[0] @ it.unit[0].T).clamp(-1, 1) for layer, it in found.items()}
+            levels = {layer: (LEVELS * part).round().to(torch.int8) for layer, part in cosines.items()}
+            maps.cosines.append({layer: part.cpu().numpy() for layer, part in levels.items()})
             maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
             maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
     if not maps.names:
@@ -109,7 +109,7 @@ def write_maps(file: Path, maps: Maps) -> None:
 
 
 def explorer_page(models: list[Maps], notes: list[str]) -> str:
-    """Return the explorer as HTML, from maps of the same images, and notes to show below them."""
+    """Return the explorer as HTML, from maps of the same images, and notes to show below theirs."""
     count = min(len(maps.names) for maps in models)
     pictures: dict[str, int] = {}  # models that see the same pixels share them
     block = {
@@ -164,8 +164,5 @@ def _fitting(counts: dict[Layer, int], picture: int, max_bytes: int) -> tuple[li
         size = picture + sum(map_size(counts[layer]) for layer in kept)
         if size <= max_bytes and number >= min(2, len(small)):
             return kept, min(MAX_IMAGES, max_bytes // size)
-    raise UserError(
-        f"maps of {max(counts.values()):,} patches are too large for a page",
-        "--explore",
-        f"use smaller images or larger patches (at most {MAX_PATCHES:,}), and explore one checkpoint at a time",
-    )
+    tip = f"use smaller images or larger patches (at most {MAX_PATCHES:,}), and explore one checkpoint at a time"
+    raise UserError(f"maps of {max(counts.values()):,} patches are too large for a page", "--explore", tip)

@@ -173,11 +173,9 @@ def check_tokens(patches: Patches, layer: Layer) -> None:
 
 def _check_finite(values: Tensor, layer: Layer) -> None:
     if not bool(values.isfinite().all()):
-        raise UserError(
-            f"the patches at {layer.name} are infinite or not numbers",
-            "the model's weights, or its input",
-            "the checkpoint is damaged, or the images are not normalised for this model",
-        )
+        tip = "the checkpoint is damaged, or the images are not normalised for this model"
+        where = "the model's weights, or its input"
+        raise UserError(f"the patches at {layer.name} are infinite or not numbers", where, tip)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
     folder = out or (path if path.is_dir() else Path("runs") / f"{prefix}-{name_of(path)}")
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
-        reason = "is not writable" if os.path.isdir(there) else "is not a folder"
-        raise UserError(f"the results can't be written: {there} {reason}", str(folder), "choose another --out")
+        what = f"the results can't be written: {there} is not a folder, or not writable"
+        raise UserError(what, str(folder), "choose another --out")
     return folder
 
 
@@ -113,18 +113,13 @@ def open_checkpoint(
     if not backbone:  # `analyze` measures in exact float32
         set_up(device, config.run)
     to_device(loaded.model, device, str(path))
-    timm_model = loaded.model.inside if isinstance(loaded, LoadedSegmenter) else loaded.model
-    loader = LoaderConfig(
-        batch_size=config.data.batch_size,
-        seed=config.run.seed,
-        workers=config.data.workers,
-        device=device,
-        preprocessing=Preprocessing.for_model(timm_model),
-        eval_batch=config.data.micro_batch if flags.get("data_batch_size") is None else None,
-        rank=ranks.rank,
-        processes=ranks.world_size,
-        bad=BadImages(skip=config.data.on_bad_image == "skip"),
+    preprocessing = Preprocessing.for_model(
+        loaded.model.inside if isinstance(loaded, LoadedSegmenter) else loaded.model
     )
+    data, bad = config.data, BadImages(skip=config.data.on_bad_image == "skip")
+    images = data.micro_batch if flags.get("data_batch_size") is None else None
+    seed, size = config.run.seed, ranks.world_size
+    loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
     return OpenedCheckpoint(path, is_run, loaded, config, loader)
 
 

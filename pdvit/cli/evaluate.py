@@ -6,9 +6,9 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +115,7 @@ def _evaluate(
     console: "RunConsole",
     ranks: "Ranks",
 ) -> "tuple[dict[str, Any], pd.DataFrame, dict[str, bytes]]":
-    """Return the numbers of a split, its table by class, and the files to write; `windows` belong to segmentation."""
+    """Return the numbers of a split, its table by class, and the files to write; only segmentation has `windows`."""
     import torch
 
     from pdvit.data.loader import eval_batches
@@ -141,31 +141,17 @@ def _evaluate(
         images = images.take(torch.arange(min(limit, len(images))))
     network: Network = pixel_network(model) if windows else model
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
-    progress = partial(with_progress, total=len(images) // ranks.world_size, console=console, what=split)
-    pictures: dict[str, bytes] = {}
-    if windows is None:
-        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
-        batches = progress(eval_batches(images, loader))
-        scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
-        numbers = scores.numbers | {"batch_size": loader.batch_size}
-        assert scores.confusion is not None
-        table = metrics.class_table(scores.confusion, classes)
-        files = {"eval.csv": table, "confusion.csv": metrics.confusion_table(scores.confusion, classes)}
-    else:
+    batches = mask_batches(images, loader, config.segment) if windows else eval_batches(images, loader)
+    batches = with_progress(batches, len(images) // ranks.world_size, console, split)
+    if windows:
         pixels = metrics.SegmentationMetric(len(classes), loader.device)
-        batches = progress(mask_batches(images, loader, config.segment))
         scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
-        assert scores.confusion is not None
-        table = metrics.class_table(scores.confusion, classes, pixels=True)
-        iou = {name: None if math.isnan(value) else value for name, value in zip(classes, table["iou"], strict=True)}
-        settings = {name: getattr(windows, name) for name in ("mode", "window", "stride", "scales", "flip")}
-        numbers = {"task": "segmentation"} | scores.numbers | {"iou": iou} | settings
-        files = {"iou.csv": table}
-        if ranks.main and not scores.broken:
-            pictures = prediction_pngs(ordered, images, source, loader, config, windows)
+    else:
+        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
+        scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
     if scores.broken:
         raise opened.not_finite(f"{scores.broken} of {scores.images} images")
-    metadata = {
+    numbers = {
         "checkpoint": str(opened.path),
         "model": opened.loaded.name,
         "weights": opened.loaded.weights,
@@ -178,8 +164,21 @@ def _evaluate(
         "precision": precision,
         "device": device_name(loader.device),
         "processes": ranks.world_size,
+        **scores.numbers,
     }
-    return metadata | numbers, table, {name: metrics.csv_bytes(it) for name, it in files.items()} | pictures
+    assert scores.confusion is not None
+    table, files = metrics.class_table(scores.confusion, classes, pixels=windows is not None), dict[str, bytes]()
+    if windows:
+        iou = {name: None if math.isnan(value) else value for name, value in zip(classes, table["iou"], strict=True)}
+        settings = {name: getattr(windows, name) for name in ("mode", "window", "stride", "scales", "flip")}
+        numbers |= {"task": "segmentation", "iou": iou, **settings}
+        files["iou.csv"] = metrics.csv_bytes(table)
+        files |= prediction_pngs(ordered, images, source, loader, config, windows) if ranks.main else {}
+    else:
+        numbers["batch_size"] = loader.batch_size
+        files["eval.csv"] = metrics.csv_bytes(table)
+        files["confusion.csv"] = metrics.csv_bytes(metrics.confusion_table(scores.confusion, classes))
+    return numbers, table, files
 
 
 def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Path:
@@ -259,7 +258,7 @@ def predict(
     flags |= {"run_device": device, "run_precision": precision}
     opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
-    target = _mask_folder(path, out, top) if windows else _csv_file(path, out)
+    target = _target(path, out, top, masks=windows is not None)
     predictions = _masks(opened, files, target, windows) if windows else _labels(opened, files, top, console)
     shown: list[Row] = []
     # SIGTERM too must not leave a partial file.
@@ -276,25 +275,20 @@ def predict(
     return 0
 
 
-def _csv_file(path: Path, out: str | None) -> Path | None:
-    """Return the CSV file to write, None for standard output."""
+def _target(path: Path, out: str | None, top: int, masks: bool) -> Path | None:
+    """Return the folder of the masks or the CSV file to write, None for standard output; raises UserError."""
+    place = None if out is None else Path(os.path.expanduser(out))
+    if masks:
+        if top > 1 or out == "-":
+            flag = "--out -" if out == "-" else f"--top {top}"
+            raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
+        return results_folder(path, place, "eval") / ("" if place else "predicted")
     if out == "-":
         return None
-    if out and os.path.isdir(os.path.expanduser(out)):
+    if place and os.path.isdir(place):
         raise UserError("this is a folder", f"--out {out}", "name a file, for example predictions.csv")
-    file = Path(os.path.expanduser(out)) if out else None
-    folder = results_folder(path, file.parent if file else None, "eval")
-    return file or folder / "predictions.csv"
-
-
-def _mask_folder(path: Path, out: str | None, top: int) -> Path:
-    """Return the folder of the masks; raises UserError for options of labels."""
-    if top > 1 or out == "-":
-        flag = "--out -" if out == "-" else f"--top {top}"
-        raise UserError("the checkpoint labels pixels, with one class each, in files", flag, "leave it out")
-    if out:
-        return results_folder(path, Path(os.path.expanduser(out)), "eval")
-    return results_folder(path, None, "eval") / "predicted"
+    folder = results_folder(path, place.parent if place else None, "eval")
+    return place or folder / "predictions.csv"
 
 
 def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
@@ -351,8 +345,8 @@ def _mask_names(files: "FileSplit") -> list[Path]:
     if len(set(names)) < len(names):
         common = os.path.commonpath([path.parent for path in paths])
         names = [path.relative_to(common).with_suffix(".png") for path in paths]
-    first = {name: index for index, name in reversed(list(enumerate(names)))}
-    if twice := next((path for index, path in enumerate(paths) if first[names[index]] < index), None):
+    counts = Counter(names)
+    if twice := next((path for path, name in zip(paths, names, strict=True) if counts[name] > 1), None):
         what = f"two images would have the mask {twice.with_suffix('.png').name}"
         raise UserError(what, str(twice), "label them one after another, each with its own --out")
     return names

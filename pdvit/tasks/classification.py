@@ -112,6 +112,7 @@ class ClassificationTask(ImageTask):
             ClassificationMetric(len(self.source.classes), self.device),
             self.config.run.precision,
             self.ranks,
+            in_lockstep=self.config.run.distribute == "fsdp",
         )
         numbers = {name: found.numbers[name] for name in ("accuracy", "loss")}
         return numbers, found.images, "accuracy {accuracy:6.1%}  loss {loss:.3f}".format(**numbers)

@@ -6,7 +6,7 @@ The interface is torchmetrics': `update` adds images, `compute` adds up the rank
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,16 +157,18 @@ def evaluate_classification(
     metric: ClassificationMetric,
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
+    in_lockstep: bool = False,
 ) -> Scores:
     """Return the scores of a model, in training, at its end and for `pdvit eval`.
 
     `network` takes images `(B, 3, H, W)` to logits `(B, C)`, in evaluation mode; `batches` hold every image exactly
-    once over all ranks.
+    once over all ranks. `in_lockstep`: the model is sharded over the ranks (FSDP), which communicate in each pass.
     """
-    for batch in batches:
-        with autocast(batch.images.device, precision):
-            logits = network(batch.images).float()
-        metric.update(logits, batch.targets)
+    with nullcontext() if in_lockstep else ranks.raise_on_all_ranks():
+        for batch in batches:
+            with autocast(batch.images.device, precision):
+                logits = network(batch.images).float()
+            metric.update(logits, batch.targets)
     return metric.compute(ranks)
 
 
@@ -203,10 +205,11 @@ def evaluate_segmentation(
             return network(images)
 
     try:
-        for batch in batches:
-            for image, mask in zip(batch.images, batch.targets, strict=True):
-                size = (mask.shape[0], mask.shape[1])
-                metric.update(score_rows(forward, image[None], size, metric.classes, windows), mask)
+        with nullcontext() if in_lockstep else ranks.raise_on_all_ranks():
+            for batch in batches:
+                for image, mask in zip(batch.images, batch.targets, strict=True):
+                    size = (mask.shape[0], mask.shape[1])
+                    metric.update(score_rows(forward, image[None], size, metric.classes, windows), mask)
     except UserError as error:
         if in_lockstep and not raised:  # the other ranks would wait for this one's next pass
             exchange(error)

@@ -19,7 +19,6 @@ import pdvit as library
 from pdvit.analysis import DEFINITIONS
 from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
-from pdvit.cli.console import make_console
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources.opening import open_source
 from pdvit.engine.distributed import Ranks
@@ -62,29 +61,27 @@ def save_weights(run: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, run / "model.safetensors", metadata={"config.json": (run / "config.json").read_text()})
 
 
-def test_a_run_gets_its_table_and_facts(run_copy, analyzed):
-    result = analyzed(run_copy)
+def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy, analyzed, monkeypatch):
+    monkeypatch.setattr(analyze_run, "PUBLISHED", {("vit_tiny_patch16_224", 2): "P of others"})
+    result = analyzed(run_copy, "--limit", 1000)
     table = pd.read_csv(run_copy / "analysis.csv")
     assert list(table.columns) == COLUMNS
+    assert table.groupby("images").size().to_dict() == {360: 28, 32: 4}  # random weights on 32
+    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
+    assert (facts["images_measured"], facts["patch_tokens"], facts["prefix_tokens_dropped"]) == (360, 16, 1)
+    assert facts["published"] == "P of others"
+    assert "the final norm" in facts["layers"]
+    assert facts["metrics"]["norm_mean"] == DEFINITIONS["norm_mean"].text
+    assert result == facts | {"file": str(run_copy / "analysis.csv"), "layers_measured": result["layers_measured"]}
+    images = normalised(run_copy, open_source(DataConfig()).splits["test"].images)
+    expected = library.analyze(timm.create_model(f"local-dir:{run_copy}", pretrained=True), images)
     for metric in ("similarity", "similarity_signed"):
         rows = table[table["metric"] == metric]
-        assert rows["layer"].tolist() == LAYERS
-        assert rows["depth"].tolist() == [0, 1, 2, 3]
-    assert table.groupby("images").size().to_dict() == {256: 28, 32: 4}  # random weights on 32
-    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
-    assert (facts["images_measured"], facts["patch_tokens"], facts["prefix_tokens_dropped"]) == (256, 16, 1)
-    assert result == facts | {"file": str(run_copy / "analysis.csv"), "layers_measured": result["layers_measured"]}
+        assert (rows["layer"].tolist(), rows["depth"].tolist()) == (LAYERS, [0, 1, 2, 3])
+        assert json_means(result, metric) == pytest.approx(means(expected, metric), abs=1e-5)
     # Other held-out digits than the probe, so similar but not equal.
     summary, p = json.loads((run_copy / "summary.json").read_text()), json_means(result, "similarity")
     assert (p[1], p[-1]) == pytest.approx((summary["similarity_first"], summary["similarity_last"]), abs=0.05)
-
-
-def test_the_numbers_are_those_of_the_library_on_the_same_images(run_copy, analyzed):
-    images = normalised(run_copy, open_source(DataConfig()).splits["test"].images)
-    model = timm.create_model(f"local-dir:{run_copy}", pretrained=True)
-    result, expected = analyzed(run_copy, "--limit", 1000), library.analyze(model, images)
-    for metric in ("similarity", "similarity_signed"):
-        assert json_means(result, metric) == pytest.approx(means(expected, metric), abs=1e-5)
     config = json.loads((run_copy / "config.json").read_text())
     torch.manual_seed(0)
     random = timm.create_model(config["architecture"], **config["model_args"])
@@ -186,7 +183,7 @@ def test_metrics_are_chosen_by_name(run_copy, analyzed, refusal):
     assert "at least 4 images" in refusal("analyze", run_copy, "--metrics", "cka", "--limit", 2).tip
 
 
-def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder, analyzed, refusal):
+def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder, analyzed, refusal, monkeypatch):
     (image_folder / "bad.png").write_text("not an image")
     found = refusal("analyze", run_copy, "--images", image_folder)
     assert "bad.png" in found.where
@@ -197,18 +194,13 @@ def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder,
     only = refusal("analyze", run_copy, "--images", image_folder / "bad.png", "--on-bad-image", "skip")
     assert "no images to measure" in only.what
 
-
-def test_an_image_that_several_processes_read_is_counted_once(run_copy, image_folder):
     class Twice(Ranks):
         def all_gather(self, value):
             return [value, value]
 
-    (image_folder / "bad.png").write_text("not an image")
-    images, metrics = [str(image_folder / name) for name in ("bad.png", "val")], ["similarity_signed"]
-    flags = {"data_workers": 0, "run_device": "cpu", "data_on_bad_image": "skip", "model": None, "weights": None}
-    analyzer = analyze_run.Analyzer(make_console(True), images, metrics, 256, **flags)
-    analyzer.ranks = Twice()
-    assert "; 1 left out that do not decode" in analyzer.measure(str(run_copy), run_copy, None).facts["images"]
+    monkeypatch.setattr(analyze_run, "init_process_group", Twice)  # an image that several read is counted once
+    options = ["--on-bad-image", "skip", "--metrics", "similarity_signed"]
+    assert "; 1 left out that do not decode" in analyzed(run_copy, "--images", image_folder, *options)["images"]
 
 
 def test_places_that_are_missing_or_can_not_be_written(refusal, run_copy, tmp_path, workplace):
@@ -293,19 +285,19 @@ def test_an_interrupt_prints_and_writes_what_was_measured(run_copy, tmp_path, in
     assert not (other / "analysis.csv").exists()
 
 
-def test_an_interrupt_during_random_weights_keeps_the_rest(run_copy, interrupt):
-    interrupt(after=9)  # the images of the run are 8 batches
-    assert pdvit(["analyze", str(run_copy), "--limit", "40", "-b", "5", *CPU]) == 75
-    assert (pd.read_csv(run_copy / "analysis.csv")["images"] == 40).all()
-    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
-    assert "random weights were not measured: it was stopped before" in facts["notes"]
-
-
-@pytest.mark.parametrize(("after", "times", "status"), [(0, 1, 75), (3, 2, 130)])
-def test_an_interrupt_before_the_first_image_or_a_second_one_writes_nothing(run_copy, interrupt, after, times, status):
+@pytest.mark.parametrize(
+    ("after", "times", "status", "written"),
+    [(0, 1, 75, False), (3, 2, 130, False), (9, 1, 75, True)],  # the images of the run are 8 batches
+    ids=["before the first image", "twice", "during random weights"],
+)
+def test_an_interrupt_keeps_what_is_complete(run_copy, interrupt, after, times, status, written):
     interrupt(after, times)
     assert pdvit(["analyze", str(run_copy), "--limit", "40", "-b", "5", *CPU]) == status
-    assert not (run_copy / "analysis.csv").exists()
+    assert (run_copy / "analysis.csv").exists() == written
+    if written:
+        facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
+        assert facts["images_measured"] == 40
+        assert "random weights were not measured: it was stopped before" in facts["notes"]
 
 
 @pytest.mark.slow

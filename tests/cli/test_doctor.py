@@ -38,7 +38,7 @@ def examined(capsys):
     return examine
 
 
-def test_a_sound_machine_is_ready(examined, place):
+def test_a_sound_machine_is_ready_and_the_screen_shows_all_findings_in_thirty_lines(examined, place, capsys):
     status, ready, found = examined()
     assert (status, ready) == (0, True)
     assert list(found) == ["versions", "cpu", "cuda", "extras", "runs"]
@@ -50,10 +50,6 @@ def test_a_sound_machine_is_ready(examined, place):
     assert (found["cuda"]["GPU"]["mark"], found["cuda"]["GPU"]["needed"]) == ("missing", False)
     assert found["runs"]["folder"]["detail"] == str(place / "runs")
     assert list(place.iterdir()) == []
-
-
-def test_the_screen_shows_all_findings_in_thirty_lines(examined, capsys):
-    _, _, found = examined()
     assert pdvit(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
@@ -93,23 +89,18 @@ def test_an_import_that_fails_is_a_failure(monkeypatch, capsys):
     assert "pip install" in shown.err
 
 
-@pytest.mark.parametrize(
-    ("limits", "cores", "memory"),
-    [
-        ({"cpu.max": "50000 100000", "memory.max": str(2**30)}, "0.5", "1.0 GiB"),
-        ({"cpu.max": "max 100000", "memory.max": str(2**60)}, None, None),
-        ({}, None, None),
-    ],
-    ids=["less", "more", "no files"],
-)
-def test_a_container_has_the_cores_and_memory_of_its_limits(monkeypatch, tmp_path, limits, cores, memory):
+def test_a_container_has_the_cores_and_memory_of_its_limits(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "CGROUP", tmp_path)
-    for name, text in limits.items():
-        (tmp_path / name).write_text(text + "\n")
-    found = environment.describe_cpu()
+    whole = environment.describe_cpu()
     kilobytes = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    assert found["cores"] == (cores or str(len(os.sched_getaffinity(0))))
-    assert found["memory"] == (memory or f"{kilobytes / 2**20:.1f} GiB")
+    assert whole["cores"] == str(len(os.sched_getaffinity(0)))
+    assert whole["memory"] == f"{kilobytes / 2**20:.1f} GiB"
+    none = (whole["cores"], whole["memory"])
+    for cores, memory, expected in (("max 100000", 2**60, none), ("50000 100000", 2**30, ("0.5", "1.0 GiB"))):
+        (tmp_path / "cpu.max").write_text(f"{cores}\n")
+        (tmp_path / "memory.max").write_text(f"{memory}\n")
+        found = environment.describe_cpu()
+        assert (found["cores"], found["memory"]) == expected
 
 
 def test_a_loss_that_is_not_finite_is_a_failure(examined, monkeypatch):
@@ -143,14 +134,12 @@ def test_a_gpu_has_the_precisions_of_its_generation(examined, monkeypatch):
     assert marks == {"fp32": "ok", "tf32": recent, "bf16": recent, "fp16": "ok", "training step": "ok"}
 
 
-@pytest.mark.parametrize("fault", ["file", "link", "full", "permission"])
-def test_a_place_that_can_not_be_written_is_a_failure(examined, place, monkeypatch, capsys, fault):
+@pytest.mark.parametrize("fault", ["link", "full", "permission"])
+def test_a_place_that_can_not_be_written_is_a_failure(place, monkeypatch, capsys, fault):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    if fault == "file":
-        Path("runs").write_text("in the way")
-    elif fault == "link":
+    if fault == "link":
         Path("runs").symlink_to("nowhere")
     elif fault == "full":
         monkeypatch.setattr(doctor, "TemporaryDirectory", full)
@@ -158,7 +147,5 @@ def test_a_place_that_can_not_be_written_is_a_failure(examined, place, monkeypat
         pytest.skip("root can write anywhere")
     else:
         place.chmod(0o555)
-    status, ready, found = examined()
-    assert (status, ready, found["runs"]["writable"]["mark"]) == (1, False, "failed")
     assert pdvit(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "not ready: runs writable"

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import shutil
 import subprocess
@@ -96,10 +97,20 @@ def test_the_numbers_are_those_at_the_end_of_a_training_on_a_gpu(tiny, workplace
 
 
 @pytest.mark.slow
-def test_two_processes_count_every_image_once(run_copy, evaluated):
-    one = evaluated(run_copy)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pdvit"]
-    done = subprocess.run([*start, "eval", str(run_copy), *CPU, "--json"], capture_output=True, text=True, timeout=300)
+def test_two_processes_count_every_image_once_and_end_with_the_error_of_one(run_copy, evaluated, image_folder):
+    def two_processes(*arguments: object) -> subprocess.CompletedProcess:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pdvit"]
+        command = [*start, "eval", run_copy, *CPU, "--json", *arguments]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+    folder = image_folder / "digits"
+    for split, digit in itertools.product(("train", "val"), range(10)):
+        shutil.copytree(image_folder / "val" / "red", folder / split / str(digit))
+    (folder / "val" / "9" / "1.png").write_text("of the second process")
+    broken = two_processes("--data", folder)
+    assert broken.returncode != 0
+    assert broken.stderr.count("error: 1 image does not decode") == 1, broken.stderr[-3000:]  # the first one prints
+    one, done = evaluated(run_copy), two_processes()
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(done.stdout)
     assert (two["processes"], two["images"]) == (2, 360)
@@ -195,20 +206,14 @@ class TestRefused:
         assert "360 images" in refusal("eval", run_copy, *CPU).what
         assert not (run_copy / "eval.json").exists()
 
-    def test_a_file_without_data(self, refusal, run_copy, workplace):
+    def test_data_that_do_not_fit_and_places_that_can_not_be_written(self, refusal, run_copy, image_folder, workplace):
         shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
         assert "--data" in refusal("eval", "alone.safetensors").tip
-
-    def test_data_of_other_classes(self, refusal, run_copy, image_folder):
+        assert "'test'" in refusal("eval", run_copy, "--split", "tset").tip
         found = refusal("eval", run_copy, "--data", image_folder)
         assert "10 classes" in found.what
         assert "3" in found.what
         assert not (run_copy / "eval.json").exists()
-
-    def test_a_split_that_is_not_there(self, refusal, run_copy):
-        assert "'test'" in refusal("eval", run_copy, "--split", "tset").tip
-
-    def test_a_place_below_a_file(self, refusal, run_copy, tmp_path):
-        (tmp_path / "file").touch()
-        for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        Path("file").touch()
+        for place in ("file", "file/folder"):
             assert "not a folder" in refusal("eval", run_copy, "--out", place).what

@@ -101,42 +101,30 @@ def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_fol
     assert (run_copy / "predictions.csv").read_text() == "of before"
 
 
-class TestBadImages:
-    @pytest.fixture
-    def folder(self, image_folder) -> Path:
-        for number in range(12):
-            (image_folder / "train" / "red" / f"bad-{number:02}.png").write_text("no image")
-        (image_folder / "val" / "red" / "0.png").write_bytes(b"")
-        return image_folder
-
-    def test_they_are_named_and_nothing_is_written(self, folder, refusal, run_copy):
-        (run_copy / "predictions.csv").write_text("of before")
-        found = refusal("predict", run_copy, folder / "train", *CPU)
-        assert found.where.count("bad-") == 10
-        assert "--on-bad-image skip" in found.tip
-        assert (run_copy / "predictions.csv").read_text() == "of before"
-        found = refusal("predict", run_copy, folder / "val", "--batch-size", 1, *CPU)
-        assert "val/red/0.png" in found.where
-
-    def test_they_are_left_out_and_counted(self, folder, run_copy, capsys):
-        arguments = [str(run_copy), str(folder), "--on-bad-image", "skip", "--batch-size", "4", *CPU]
-        assert pdvit(["predict", *arguments]) == 0
-        images = [row["image"] for row in read_csv(run_copy / "predictions.csv")]
-        sound = [path for path in sorted(folder.rglob("*.png")) if path.read_bytes().startswith(b"\x89PNG")]
-        assert images == [str(path) for path in sound]
-        shown = capsys.readouterr().out
-        assert "29 images labelled, 13 skipped" in shown
-        assert "bad-00.png (not an image)" in shown
+def test_bad_images_are_named_or_left_out_and_counted(image_folder, run_copy, refusal, capsys):
+    for number in range(12):
+        (image_folder / "train" / "red" / f"bad-{number:02}.png").write_text("no image")
+    (image_folder / "val" / "red" / "0.png").write_bytes(b"")
+    (run_copy / "predictions.csv").write_text("of before")
+    found = refusal("predict", run_copy, image_folder / "train", *CPU)
+    assert found.where.count("bad-") == 10
+    assert "--on-bad-image skip" in found.tip
+    assert (run_copy / "predictions.csv").read_text() == "of before"
+    arguments = [str(run_copy), str(image_folder), "--on-bad-image", "skip", "--batch-size", "4", *CPU]
+    assert pdvit(["predict", *arguments]) == 0
+    images = [row["image"] for row in read_csv(run_copy / "predictions.csv")]
+    sound = [path for path in sorted(image_folder.rglob("*.png")) if path.read_bytes().startswith(b"\x89PNG")]
+    assert images == [str(path) for path in sound]
+    shown = capsys.readouterr().out
+    assert "29 images labelled, 13 skipped" in shown
+    assert "bad-00.png (not an image)" in shown
 
 
-class TestRefused:
-    def test_options_that_do_not_fit(self, refusal, run_copy, image_folder, tmp_path):
-        assert "10 classes" in refusal("predict", run_copy, image_folder, "--top", 11).what
-        assert "folder" in refusal("predict", run_copy, image_folder, "--out", tmp_path).what
-
-    def test_logits_that_are_no_numbers(self, refusal, run_copy, image_folder):
-        tensors, config = load_file(run_copy / "model.safetensors"), (run_copy / "config.json").read_text()
-        tensors["head.weight"].fill_(3e38)
-        save_file(tensors, run_copy / "model.safetensors", metadata={"config.json": config})
-        assert "0.png" in refusal("predict", run_copy, image_folder, *CPU).what
-        assert not (run_copy / "predictions.csv").exists()
+def test_options_that_do_not_fit_and_logits_that_are_no_numbers(refusal, run_copy, image_folder, tmp_path):
+    assert "10 classes" in refusal("predict", run_copy, image_folder, "--top", 11).what
+    assert "folder" in refusal("predict", run_copy, image_folder, "--out", tmp_path).what
+    tensors, config = load_file(run_copy / "model.safetensors"), (run_copy / "config.json").read_text()
+    tensors["head.weight"].fill_(3e38)
+    save_file(tensors, run_copy / "model.safetensors", metadata={"config.json": config})
+    assert "0.png" in refusal("predict", run_copy, image_folder, *CPU).what
+    assert not (run_copy / "predictions.csv").exists()

@@ -28,29 +28,18 @@ def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
     return patches / total
 
 
-def distance(rows: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the mean distance between query and key, in patches, weighted by attention: `(B, heads)`."""
-    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(rows.device)
-    return (rows * distances).sum(-1).mean(-1)
-
-
-def column_similarity(rows: Tensor, previous: Tensor) -> Tensor:
-    """Return the mean over keys of the cosine between two blocks' columns `(B, heads, N, N)`: `(B, heads)`.
-
-    A column is the attention that a patch gets from all queries: DeepViT's cross-layer similarity (Zhou et al. 2021).
-    """
-    columns, others = unit_tokens(rows.transpose(-1, -2)), unit_tokens(previous.transpose(-1, -2))
-    return (columns * others).sum(-1).mean(-1)
-
-
 def attention_metrics(block: Attention) -> dict[str, Tensor]:
-    """Return the metrics of attention: means over heads for the table, values by head as curves."""
+    """Return the metrics of attention: means over heads for the table, values by head `(B, heads)` as curves."""
+    grid = grid_of(block.rows.shape[-1], block.image_size)
+    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(block.rows.device)
     by_head = {
         "entropy": torch.special.entr(block.rows).sum(-1).mean(-1),  # in nats
-        "distance": distance(block.rows, grid_of(block.rows.shape[-1], block.image_size)),
+        "distance": (block.rows * distances).sum(-1).mean(-1),  # between query and key, in patches
         "std": block.rows.std(-1, correction=0).mean(-1),
     }
     if block.previous is not None:
-        by_head["similarity"] = column_similarity(block.rows, block.previous)
+        # A column is the attention that a patch gets: DeepViT's cross-layer similarity (Zhou et al. 2021).
+        columns, others = (unit_tokens(rows.transpose(-1, -2)) for rows in (block.rows, block.previous))
+        by_head["similarity"] = (columns * others).sum(-1).mean(-1)
     return {f"attention_{name}": values.mean(1) for name, values in by_head.items()} | by_head

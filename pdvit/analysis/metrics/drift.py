@@ -6,11 +6,6 @@ from pdvit.analysis.metrics.group import ROUNDING, Patches
 from pdvit.similarity import BLOCK_ENTRIES
 
 
-def own_cosine(unit: Tensor, first: Tensor) -> Tensor:
-    """Return the mean over patches of cos(h_i, h_i of the first layer), `(B,)`, from unit tokens `(B, N, D)`."""
-    return (unit * first).sum(-1).mean(-1)
-
-
 def retrieval(unit: Tensor, first: Tensor) -> Tensor:
     """Return the fraction of patches whose nearest patch of the first layer, by cosine, is their own, `(B,)`.
 
@@ -33,4 +28,4 @@ def drift_metrics(patches: Patches) -> dict[str, Tensor]:
     unit, first = patches.unit, patches.first
     if first is None:
         return {}
-    return {"drift_cosine": own_cosine(unit, first), "drift_retrieval": retrieval(unit, first)}
+    return {"drift_cosine": (unit * first).sum(-1).mean(-1), "drift_retrieval": retrieval(unit, first)}

@@ -79,9 +79,7 @@ def grid_of(count: int, image_size: tuple[int, int]) -> tuple[int, int]:
     height, width = image_size
     rows = max(1, round((count * height / width) ** 0.5))
     if count % rows:
-        raise UserError(
-            f"{count} patches form no grid of the shape of a {height}x{width} image",
-            "analyze(metrics=...)",
-            "leave out spectrum, attention and --explore, or use images that the patches fill",
-        )
+        what = f"{count} patches form no grid of the shape of a {height}x{width} image"
+        tip = "leave out spectrum, attention and --explore, or use images that the patches fill"
+        raise UserError(what, "analyze(metrics=...)", tip)
     return rows, count // rows

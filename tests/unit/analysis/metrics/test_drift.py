@@ -2,14 +2,20 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
+from torch import Tensor
 
-from pdvit.analysis.metrics import drift
-from pdvit.analysis.metrics.drift import own_cosine, retrieval
+from pdvit.analysis.metrics import METRICS, drift
+from pdvit.analysis.metrics.group import Patches
 from pdvit.similarity import unit_tokens
 
 
+def measure(tokens: Tensor, first: Tensor) -> list[list[float]]:
+    found = METRICS["drift"].compute(Patches(tokens, first=unit_tokens(first)))
+    return [found[name].tolist() for name in ("drift_cosine", "drift_retrieval")]
+
+
 def slow(tokens: np.ndarray, first: np.ndarray) -> tuple[float, float]:
-    """Cosine with the own patch, and the share that finds it, patch by patch."""
+    """Cosine with the own patch, and the fraction that finds it, patch by patch."""
     own, found = [], []
     for index, token in enumerate(tokens.astype(np.float64)):
         cosines = cosine_similarity(token[None], first.astype(np.float64))[0]
@@ -20,33 +26,19 @@ def slow(tokens: np.ndarray, first: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("count", "width", "noise"), [(2, 3, 1.0), (9, 4, 0.7), (25, 16, 2.0), (30, 8, 5.0)])
-def test_equals_a_search_patch_by_patch(gaussian, count, width, noise):
+def test_equals_a_search_patch_by_patch_in_blocks_of_any_size(gaussian, monkeypatch, count, width, noise):
     first = gaussian(4, count, width)
     tokens = first + noise * gaussian(4, count, width, seed=1)
-    unit, start = unit_tokens(tokens), unit_tokens(first)
     expected = np.array([slow(a, b) for a, b in zip(tokens.numpy(), first.numpy(), strict=True)])
-    np.testing.assert_allclose(own_cosine(unit, start), expected[:, 0], atol=1e-6)
-    np.testing.assert_allclose(retrieval(unit, start), expected[:, 1], atol=1e-6)
+    for entries in (10**6, 60):
+        monkeypatch.setattr(drift, "BLOCK_ENTRIES", entries)
+        np.testing.assert_allclose(measure(tokens, first), expected.T, atol=1e-6)
 
 
-def test_blocks_of_rows_change_nothing(gaussian, monkeypatch):
-    unit, start = unit_tokens(gaussian(2, 13, 4)), unit_tokens(gaussian(2, 13, 4, seed=1))
-    whole = retrieval(unit, start)
-    monkeypatch.setattr(drift, "BLOCK_ENTRIES", 60)
-    torch.testing.assert_close(retrieval(unit, start), whole)
-
-
-def test_the_first_layer_itself_is_found_and_its_mirror_is_not(gaussian):
-    unit = unit_tokens(gaussian(2, 12, 8))
-    assert retrieval(unit, unit).tolist() == [1, 1]
-    assert own_cosine(unit, unit).tolist() == pytest.approx([1, 1])
-    assert own_cosine(-unit, unit).tolist() == pytest.approx([-1, -1])
-    assert retrieval(-unit, unit).tolist() == [0, 0]
-
-
-def test_identical_and_zero_tokens_find_themselves_by_chance():
-    same = unit_tokens(torch.full((1, 8, 3), 0.3))
-    assert retrieval(same, same).tolist() == pytest.approx([1 / 8])
-    zero = torch.zeros(1, 8, 3)
-    assert retrieval(zero, zero).tolist() == pytest.approx([1 / 8])
-    assert own_cosine(zero, zero).tolist() == [0]
+def test_the_first_layer_itself_its_mirror_and_identical_or_zero_tokens(gaussian):
+    tokens = gaussian(2, 12, 8)
+    assert measure(tokens, tokens) == [pytest.approx([1, 1]), [1, 1]]
+    assert measure(-tokens, tokens) == [pytest.approx([-1, -1]), [0, 0]]
+    same, zero = torch.full((1, 8, 3), 0.3), torch.zeros(1, 8, 3)  # found by chance
+    assert measure(same, same) == [pytest.approx([1]), pytest.approx([1 / 8])]
+    assert measure(zero, zero) == [[0], pytest.approx([1 / 8])]
