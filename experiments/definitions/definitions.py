@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pdvit.config import build, read_toml
-from pdvit.data.image_sets import held_out_images
 from pdvit.data.loader import LoaderConfig, eval_batches
+from pdvit.data.opening import held_out_images
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.models.layers import places_of, watch
 from pdvit.models.loading import load_model

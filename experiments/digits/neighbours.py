@@ -3,7 +3,7 @@
 from sklearn.neighbors import KNeighborsClassifier
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.opening import open_source
+from pdvit.data.opening import open_source
 
 splits = open_source(DataConfig()).splits
 flat = {name: (split.images[:, 0].flatten(1).numpy(), split.labels.numpy()) for name, split in splits.items()}

@@ -11,9 +11,9 @@ from pdvit.analysis.measure import select_metrics
 from pdvit.analysis.verdict import PUBLISHED, verdict
 from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
 from pdvit.cli.console import log, with_progress
-from pdvit.data.image_sets import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.images import BadImages
 from pdvit.data.loader import shared_batches
+from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.sources.split import ArraySplit
 from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group

@@ -121,7 +121,7 @@ def _evaluate(
     from pdvit.data.loader import eval_batches
     from pdvit.data.masks.batches import eval_batches as mask_batches
     from pdvit.data.masks.folders import open_masks
-    from pdvit.data.sources.opening import open_source
+    from pdvit.data.opening import open_source
     from pdvit.engine.device import device_name
     from pdvit.tasks import metrics
     from pdvit.tasks.labels import match_classes
@@ -249,7 +249,7 @@ def predict(
     """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
-    from pdvit.data.image_sets import image_files
+    from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import stop_on_signals
 

@@ -7,7 +7,7 @@ where the indices are; only small tables of parameters go to the device, and the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold, normal, seeded, uniform
-from pdvit.data.sources.split import LazySplit, Split
+from pdvit.data.sources.split import ArraySplit, Split
 
 # Defaults for images that were decoded from files.
 DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
@@ -47,7 +47,7 @@ class Augmentation:
     @classmethod
     def for_split(cls, split: Split, config: AugmentConfig, preprocessing: Preprocessing, seed: int) -> "Augmentation":
         """Fill in unset values: crop and flip for decoded image files, neither for sets held in memory."""
-        decoded = isinstance(split, LazySplit) or split.decoded
+        decoded = not isinstance(split, ArraySplit) or split.decoded
         hflip = (DEFAULT_HFLIP if decoded else 0.0) if config.hflip is None else config.hflip
         jitter = 0.0 if config.auto_augment else config.color_jitter  # as in timm
         scale = config.scale or (DEFAULT_SCALE if decoded else None)
@@ -94,19 +94,22 @@ class Augmentation:
             changed: Tensor = v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
             return changed
 
-    def boxes(self, epoch: int, index: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
-        """Return the crop of each image, `(B, 4)`: top, left, height, width. All tensors are on the host."""
-        if self.config.scale is None:
-            return torch.stack([torch.zeros_like(heights), torch.zeros_like(widths), heights, widths], 1)
-        draws = uniform(fold(self.seed, epoch, CROP), index, CROP_DRAWS)
-        return crop_boxes(draws, heights, widths, self.config.scale, self.config.ratio)
+    def crop_draws(self, epoch: int, index: Tensor) -> list[list[float]]:
+        """Return the draws of the crop of each image."""
+        return uniform(fold(self.seed, epoch, CROP), index, CROP_DRAWS).tolist()
+
+    def box(self, draws: Sequence[float], height: int, width: int) -> list[int]:
+        """Return the crop of an image: top, left, height, width."""
+        scale, ratio = self.config.scale, self.config.ratio
+        return crop_box(draws, height, width, scale, ratio) if scale else [0, 0, height, width]
 
     def crop(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Crop a batch on the device, uint8 `(B, 3, h, w)`, to the input size."""
-        if self.config.scale is None:
+        if not self.config.scale:
             return images
-        sides = [torch.tensor(side).expand(len(images)) for side in images.shape[2:]]
-        boxes = self.boxes(epoch, index, *sides).to(images.device, non_blocking=True)
+        height, width = images.shape[2:]
+        boxes = torch.tensor([self.box(draws, height, width) for draws in self.crop_draws(epoch, index)])
+        boxes = boxes.to(images.device, non_blocking=True)
         return crop_batch(images, boxes, self.preprocessing.size, self.preprocessing.interpolation)
 
     def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
@@ -120,8 +123,8 @@ class Augmentation:
             images = torch.where(flip.to(device, non_blocking=True), images.flip(3), images)
         images = self.preprocessing.normalise(images)
         if config.reprob:
-            draws = uniform(fold(self.seed, epoch, ERASE), index, ERASE_DRAWS)
-            boxes = erase_boxes(draws, config.reprob, *images.shape[2:])
+            rows = uniform(fold(self.seed, epoch, ERASE), index, ERASE_DRAWS).tolist()
+            boxes = torch.tensor([erase_box(row, config.reprob, *images.shape[2:]) for row in rows])
             images = erase(images, boxes, fold(self.seed, epoch, NOISE), index)
         return images
 
@@ -131,38 +134,45 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return auto_augment.posterize(image, bits) if bits else image.point(lambda _: 0)
 
 
-def crop_boxes(
-    draws: Tensor, heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Tensor:
-    """Return the box of a random resized crop for each image, `(B, 4)`: top, left, height, width.
+def crop_box(
+    draws: Sequence[float], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> list[int]:
+    """Return the box of a random resized crop: top, left, height, width.
 
     The first of ten tries that fits counts, else the largest central box of an allowed ratio, as in torchvision.
 
     Args:
-        draws: `(B, 22)`, numbers in [0, 1), on the host.
-        heights, widths: of the images, `(B,)`.
+        draws: 22 numbers in [0, 1).
+        height, width: of the image.
         scale, ratio: ranges of the area fraction and of width:height (drawn on a log scale).
     """
-    draws, heights, widths = draws.double(), heights.double()[:, None], widths.double()[:, None]
-    wide, tall = _sides(draws[:, : 2 * TRIES], heights * widths, scale, ratio)
-    fits = (wide >= 1) & (wide <= widths) & (tall >= 1) & (tall <= heights)
-    first, found = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
-    wide = torch.where(found, wide.gather(1, first), (heights * ratio[1]).round().clamp(min=1).minimum(widths))
-    tall = torch.where(found, tall.gather(1, first), (widths / ratio[0]).round().clamp(min=1).minimum(heights))
-    free = torch.cat([heights - tall, widths - wide], 1)
-    corner = torch.where(found, (draws[:, -2:] * (free + 1)).floor(), (free / 2).floor())
-    return torch.cat([corner, tall, wide], 1).long()
+    for wide, tall in _tries(draws[:-2], height * width, scale, ratio):
+        if 1 <= wide <= width and 1 <= tall <= height:
+            return [int(draws[-2] * (height - tall + 1)), int(draws[-1] * (width - wide + 1)), tall, wide]
+    wide, tall = min(max(1, round(height * ratio[1])), width), min(max(1, round(width / ratio[0])), height)
+    return [(height - tall) // 2, (width - wide) // 2, tall, wide]
 
 
-def _sides(
-    draws: Tensor, area: Tensor | int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Return sqrt(area * ratio) and sqrt(area / ratio) of every try, `(B, tries)`, in whole pixels."""
-    tries = draws.view(len(draws), -1, 2)
-    areas = area * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+def erase_box(draws: Sequence[float], probability: float, height: int, width: int) -> list[int]:
+    """Return the rectangle to erase in an image (arXiv 1708.04896): top, left, height, width; height 0 is none.
+
+    `draws` are 23 numbers in [0, 1).
+    """
+    for tall, wide in _tries(draws[3:], height * width, ERASED_AREA, ERASED_RATIO):
+        if tall < height and wide < width:
+            erased = draws[0] < probability
+            return [int(draws[1] * (height - tall + 1)), int(draws[2] * (width - wide + 1)), erased * tall, wide]
+    return [0, 0, 0, 0]
+
+
+def _tries(
+    draws: Sequence[float], area: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Iterator[tuple[int, int]]:
+    """Yield the sides sqrt(area * ratio) and sqrt(area / ratio) of every try, in whole pixels."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    ratios = (low + (high - low) * tries[..., 1]).exp()
-    return (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
+    for size, shape in zip(draws[::2], draws[1::2], strict=True):
+        part, drawn = area * (scale[0] + (scale[1] - scale[0]) * size), math.exp(low + (high - low) * shape)
+        yield round(math.sqrt(part * drawn)), round(math.sqrt(part / drawn))
 
 
 def crop_pixels(pixels: Any, box: Sequence[float], size: int, mode: str) -> Tensor:
@@ -228,21 +238,6 @@ def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
     columns = (torch.arange(width, device=images.device) - offset[:, 1:]).clamp(0, width - 1)
     each = torch.arange(len(images), device=images.device)[:, None, None]
     return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def erase_boxes(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
-    """Return the rectangle to erase in each image (arXiv 1708.04896), `(B, 4)`: top, left, height, width.
-
-    Height 0 erases nothing. `draws` `(B, 23)` are numbers in [0, 1), on the host.
-    """
-    draws = draws.double()
-    tall, wide = _sides(draws[:, 3:], height * width, ERASED_AREA, ERASED_RATIO)
-    fits = (tall < height) & (wide < width)
-    first = fits.int().argmax(1, keepdim=True)
-    erased = fits.any(1, keepdim=True) & (draws[:, :1] < probability)
-    tall, wide = tall.gather(1, first) * erased, wide.gather(1, first)
-    corner = draws[:, 1:3] * (torch.cat([height - tall, width - wide], 1) + 1)
-    return torch.cat([corner.floor(), tall, wide], 1).long()
 
 
 def erase(images: Tensor, boxes: Tensor, seed: int, index: Tensor) -> Tensor:

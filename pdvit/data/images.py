@@ -2,9 +2,9 @@
 
 import errno
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +22,6 @@ NAMED = 10  # images named in a message; the others are counted
 RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --change data.on_bad_image=skip)"
 MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
 OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image
-OPEN_FILES = 32  # files open at once: their crops are drawn together
 Result = TypeVar("Result")
 Keys = list[tuple[int, int]]  # epoch and index of each image
 # A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index.
@@ -70,26 +69,20 @@ def describe_bad(bad: Mapping[str, str]) -> str:
     return printable(listed + (f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""))
 
 
-def attempt(split: Split, index: int, read: Callable[..., Result], *arguments: Any) -> Result | BadImage:
-    """Return `read(*arguments)`, which reads image `index` of the split, or its fault."""
+def attempt(split: Split, index: int, read: Callable[[int], Result]) -> Result | BadImage:
+    """Return `read(index)`, which decodes image `index` of the split, or its fault."""
     try:
-        return read(*arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # before the pixels are decoded
+            warnings.filterwarnings("ignore", message="Palette images with Transparency")
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return read(index)
     except UnidentifiedImageError:
         return BadImage(split.name(index), "not an image")
     except Exception as error:  # decoders raise almost any error on a damaged file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in OUT_OF_RESOURCES:
             raise
         return BadImage(split.name(index), str(error) or type(error).__name__)
-
-
-@contextmanager
-def strict_decoders() -> Iterator[None]:
-    """Turn Pillow's warning of a decompression bomb into an error, before the pixels are decoded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        yield
 
 
 def read_image(image: Image.Image) -> Image.Image:
@@ -111,8 +104,7 @@ def read_image(image: Image.Image) -> Image.Image:
 
 def try_read(split: Split, index: int) -> Image.Image | BadImage:
     """Decode an image of a split, or return its fault."""
-    with strict_decoders():
-        return attempt(split, index, lambda: read_image(split.open(index)))
+    return attempt(split, index, lambda index: read_image(split.open(index)))
 
 
 class FileImages(Dataset[Sample]):
@@ -126,16 +118,14 @@ class FileImages(Dataset[Sample]):
 
     def __getitems__(self, keys: Keys) -> list[Sample]:
         """Return for each key the uint8 image (or its fault), its class and its index."""
-        with strict_decoders():
-            parts = [self._read(keys[at : at + OPEN_FILES]) for at in range(0, len(keys), OPEN_FILES)]
-        images = [image for part in parts for image in part]
-        return [(image, int(self.split.labels[index]), index) for image, (_, index) in zip(images, keys, strict=True)]
+        return [
+            (attempt(self.split, index, read), int(self.split.labels[index]), index)
+            for (_, index), read in zip(keys, self.readers(keys), strict=True)
+        ]
 
-    def _read(self, keys: Keys) -> list[Tensor | BadImage]:
-        def read(index: int) -> Tensor:
-            return self.transform(read_image(self.split.open(index)))
-
-        return [attempt(self.split, index, read, index) for _, index in keys]
+    def readers(self, keys: Keys) -> list[Callable[[int], Tensor]]:
+        """Return the functions from the index of each key to its image, uint8 `(3, size, size)`."""
+        return [lambda index: self.transform(read_image(self.split.open(index)))] * len(keys)
 
 
 class TrainingImages(FileImages):
@@ -145,25 +135,22 @@ class TrainingImages(FileImages):
         super().__init__(split, pixels_of)
         self.augmentation = augmentation
 
-    def _read(self, keys: Keys) -> list[Tensor | BadImage]:
-        opened = [attempt(self.split, index, self.split.open, index) for _, index in keys]
-        sizes = [(1, 1) if isinstance(image, BadImage) else image.size for image in opened]
-        widths, heights = torch.tensor(sizes).unbind(1)
+    def readers(self, keys: Keys) -> list[Callable[[int], Tensor]]:
+        """Return functions with the draws of their crops."""
         (epoch,) = {epoch for epoch, _ in keys}
-        boxes = self.augmentation.boxes(epoch, torch.tensor([index for _, index in keys]), heights, widths)
-        return [
-            image if isinstance(image, BadImage) else attempt(self.split, key[1], self._augment, image, box, *key)
-            for key, image, box in zip(keys, opened, boxes.tolist(), strict=True)
-        ]
+        draws = self.augmentation.crop_draws(epoch, torch.tensor([index for _, index in keys]))
+        return [partial(self._read, epoch, part) for part in draws]
 
-    def _augment(self, image: Image.Image, box: list[int], epoch: int, index: int) -> Tensor:
-        """Crop an opened image and apply timm's transform.
+    def _read(self, epoch: int, draws: list[float], index: int) -> Tensor:
+        """Read an image, crop it and apply timm's transform.
 
         A JPEG whose crop is at least twice, four or eight times the input size is decoded at that fraction of its size;
         the edges of the crop then fall on whole decoded pixels.
         """
-        (width, height), preprocessing = image.size, self.augmentation.preprocessing
-        if (coarser := min(box[2], box[3]) // preprocessing.size) > 1:
+        image, preprocessing = self.split.open(index), self.augmentation.preprocessing
+        width, height = image.size
+        box = self.augmentation.box(draws, height, width)
+        if (coarser := min(box[2:]) // preprocessing.size) > 1:
             image.draft(None, (width // coarser, height // coarser))
         step = round(width / image.size[0])
         pixels, scaled = np.asarray(read_image(image)), [side / step for side in box]

@@ -1,11 +1,14 @@
-"""Batches by step: the images of step t are a function of the seed and t, so any step is a start of equal cost."""
+"""Batches by step: the images of step t are a function of the seed and t, so any step is a start of equal cost.
+
+A batch is the same from worker processes and from a resident set.
+"""
 
 import atexit
 import multiprocessing
 import signal
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count, tee
 
 import torch
@@ -13,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.batch import Batch
 from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, TrainingImages, refuse_bad
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
@@ -25,6 +27,48 @@ from pdvit.errors import UserError
 Raw = tuple[Tensor, Tensor, Tensor]
 # Epoch and sample indices of each step.
 Steps = Iterator[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device.
+
+    Attributes:
+        images: normalised `(B, 3, H, W)`, float32.
+        targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`; in segmentation the class of every pixel
+            `(B, H, W)`, 255 if it has none.
+        index: sample indices in the split, `(B,)`.
+        patch_targets: class of every patch `(B, N)`; None without patch labels.
+        weights: factors on the weights of the terms in this step, `(B, T)`, with equal rows, so that they split like
+            the images; None without schedules.
+        replaced: whether an image replaces one that does not decode, `(B,)`; None if such images are errors.
+    """
+
+    images: Tensor
+    targets: Tensor
+    index: Tensor
+    patch_targets: Tensor | None = None
+    weights: Tensor | None = None
+    replaced: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are set, by name."""
+        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
+
+    def repeat(self, size: int) -> "Batch":
+        """Return a batch of `size` images, a repetition of its own."""
+        again = torch.arange(size, device=self.images.device) % len(self)
+        return Batch(**{name: value[again.to(value.device)] for name, value in self.tensors().items()})
+
+    def split(self, size: int) -> list["Batch"]:
+        """Split into batches of `size` images; the last may be smaller."""
+        if size >= len(self):
+            return [self]
+        parts = {name: value.split(size) for name, value in self.tensors().items()}
+        return [Batch(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +120,10 @@ def train_batches(
         batches = from_workers(TrainingImages(split, augmentation), loader, steps)
     part = range(*loader.share(loader.batch_size))
     for step, batch in zip(count(start), batches, strict=False):
-        batch = replace(batch, images=augmentation(batch.images, step // per_epoch, batch.index))
-        yield mixing.mix(batch, loader.seed, step, loader.batch_size, part)
+        pixels = augmentation(batch.images, step // per_epoch, batch.index)
+        images, targets, patch_targets = mixing.mix(pixels, batch.targets, loader.seed, step, loader.batch_size, part)
+        own = Batch(**{name: value[len(batch) - len(part) :] for name, value in batch.tensors().items()})
+        yield replace(own, images=images, targets=targets, patch_targets=patch_targets)
 
 
 def eval_batches(split: Split, loader: LoaderConfig) -> Iterator[Batch]:

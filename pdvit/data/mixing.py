@@ -6,14 +6,13 @@ They are drawn from seed and step, so that all ranks draw the same.
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdvit.data.batch import Batch
 from pdvit.data.randomness import fold
 from pdvit.errors import UserError
 
@@ -55,17 +54,12 @@ def patch_cutmix(
             `pair`: two neighbouring images swap a rectangle (the last of an odd number stays unchanged).
 
     Returns the mixed images, class targets weighted by area, and the exact class of every patch. Raises UserError for
-    invalid arguments; on a GPU, torch itself raises for a target that is no class.
+    invalid arguments; for a target that is no class, torch raises.
     """
     if images.ndim != 4 or tuple(targets.shape) not in ((len(images),), (len(images), num_classes)):
         what = f"images of shape {tuple(images.shape)} with targets of shape {tuple(targets.shape)}"
         tip = f"pass images (B, C, H, W) and one class index for each, (B,), or labels (B, {num_classes})"
         raise UserError(what, WHERE, tip)
-    if targets.ndim == 1 and targets.device.type == "cpu" and len(targets):  # on a GPU the check would synchronise
-        low, high = int(targets.min()), int(targets.max())
-        if not 0 <= low <= high < num_classes:
-            what = f"targets from {low} to {high} for {num_classes} classes"
-            raise UserError(what, WHERE, "number the classes from 0 to num_classes - 1")
     if not 0 <= alpha < math.inf:
         raise UserError(f"alpha is {alpha}", WHERE, "choose a number from 0 (off) upwards")
     if mode not in MODES:
@@ -111,30 +105,26 @@ class Mixing:
         sources = set(partners(size, self.mode)[part.start : part.stop].tolist()) - set(part)
         return [*sorted(sources), *part]
 
-    def mix(self, batch: Batch, seed: int, step: int, size: int, part: range) -> Batch:
-        """Mix a rank's part of a step, given the images of `held`, and label every patch if needed."""
+    def mix(
+        self, images: Tensor, targets: Tensor, seed: int, step: int, size: int, part: range
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mix a rank's part of a step, given the images of `held` with their targets, and label patches if needed."""
         method, rng = self.draws(seed, step)
+        own, own_targets = (tensor[len(images) - len(part) :] for tensor in (images, targets))
         if not (method or self.labels):
-            return batch
-        held = torch.tensor(self.held(seed, step, size, part))
-        extra, mine = len(held) - len(part), slice(part.start, part.stop)
-        own = Batch(**{name: value[extra:] for name, value in batch.tensors().items()})
-        source = torch.arange(extra, len(held))
-        if method:
-            source = (held == partners(size, self.mode)[mine, None]).int().argmax(1)
-        device = batch.images.device
-        source = source.to(device, non_blocking=True)
-        pair = own.images, own.targets, batch.images[source], batch.targets[source]
-        grid = grid_of(own.images.shape[-2], own.images.shape[-1], self.patch_size)
+            return own, own_targets, None
+        held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
+        source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
+        pair = own, own_targets, images[source], targets[source]
+        grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
-            fraction = _for_each(lambda: torch.tensor(rng.betavariate(self.mixup, self.mixup)), size, self.mode)
-            mixed = blend(*pair, fraction[mine].to(device, non_blocking=True), math.prod(grid), self.num_classes)
+            fraction = _for_each(lambda: torch.tensor(rng.betavariate(self.mixup, self.mixup)), size, self.mode)[mine]
+            mixed = blend(*pair, fraction.to(images.device, non_blocking=True), math.prod(grid), self.num_classes)
         else:
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
-            mixed = paste(*pair, pasted.to(device, non_blocking=True), self.num_classes)
-        patch_targets = mixed.patch_targets if self.labels else None
-        return replace(own, images=mixed.images, targets=mixed.targets, patch_targets=patch_targets)
+            mixed = paste(*pair, pasted.to(images.device, non_blocking=True), self.num_classes)
+        return mixed if self.labels else (mixed.images, mixed.targets, None)
 
 
 def partners(count: int, mode: str) -> Tensor:
@@ -184,8 +174,7 @@ def blend(
 ) -> Mixed:
     """Mix each image with a source, pixel by pixel (Mixup, arXiv 1710.09412); every patch has the image's soft target.
 
-    `fraction` `(B,)` is that of the source. timm's Mixup draws from numpy's generator and takes partners from the far
-    end of the batch, so several ranks could not mix a shared batch alike.
+    `fraction` `(B,)` is that of the source.
     """
     fraction = fraction[:, None].to(images.dtype)
     soft = _soft(targets, partner, fraction, num_classes)
@@ -203,7 +192,6 @@ def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the patch grid; raises UserError if patches do not fit."""
     if height % patch_size or width % patch_size:
         what = f"patches of {patch_size} pixels do not fit images of {height}x{width}"
-        near = max(1, round(height / patch_size)) * patch_size
-        tip = f"choose an image size that is a multiple of {patch_size}, for example {near}"
+        tip = f"choose an image size that is a multiple of {patch_size}"
         raise UserError(what, "data.img_size and model.patch_size", tip)
     return height // patch_size, width // patch_size

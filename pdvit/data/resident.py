@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from pdvit.data.augment import Augmentation
 from pdvit.data.images import FileImages, describe_bad
 from pdvit.data.loader import LoaderConfig, decode
-from pdvit.data.sources.split import ArraySplit, LazySplit, Source, Split, image_size
+from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import UserError
 
 # A set may take this fraction of the memory of the device, or of the machine for the CPU.
@@ -33,29 +33,29 @@ def choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, set
     """
     if setting == "off":
         return None, "--resident off"
-    train, side, problem = source.splits["train"], loader.preprocessing.size, ""
+    train, side, device = source.splits["train"], loader.preprocessing.size, loader.device
     sizes = filter(None, (image_size(train, index) for index in range(len(train))))  # bad images: found by the decoding
     size = next(sizes, (side, side))
-    small = max(size) <= side
-    held_out = sum(len(split) for name, split in source.splits.items() if name != "train")
+    small, held_out = max(size) <= side, sum(map(len, source.splits.values())) - len(train)
     needed = 3 * ((math.prod(size) if small else side * side) * len(train) + side * side * held_out)
-    memory = memory_of(loader.device) // (loader.processes if loader.device.type == "cpu" else 1)
+    memory = memory_of(device) // (loader.processes if device.type == "cpu" else 1)
     limit = memory if setting == "on" else memory * MEMORY_FRACTION
     if augmentation.per_image:
         problem = "RandAugment or colour jitter, image by image"
     elif needed > limit:
         problem = f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB of memory"
-    if setting == "on":
-        if problem:
-            raise UserError(f"the images can't be kept on {loader.device}: {problem}", WHERE, "use --resident off")
-        if small and all(other == size for other in sizes):
-            return size, "--resident on"
-        return (side, side), "--resident on, scaled and cropped once"
-    if not problem and not small:
+    elif setting == "on":
+        same = small and all(other == size for other in sizes)
+        return (size, "--resident on") if same else ((side, side), "--resident on, scaled and cropped once")
+    elif not small:
         problem = f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
-    if not problem and (other := next((other for other in sizes if other != size), None)):
+    elif other := next((other for other in sizes if other != size), None):
         problem = f"sizes differ: {size[0]}x{size[1]} and {other[0]}x{other[1]}"
-    return (None, problem) if problem else (size, f"all are {size[0]}x{size[1]}")
+    else:
+        return size, f"all are {size[0]}x{size[1]}"
+    if setting == "on":
+        raise UserError(f"the images can't be kept on {device}: {problem}", WHERE, "use --resident off")
+    return None, problem
 
 
 def resident(
@@ -67,7 +67,7 @@ def resident(
     UserError with the names of images that do not decode; if they are skipped, workers decode as before.
     """
     by_workers = f"by {loader.workers} worker processes"
-    if not any(isinstance(split, LazySplit) for split in source.splits.values()):
+    if all(isinstance(split, ArraySplit) for split in source.splits.values()):
         here = f"in memory, augmented at every step {by_workers}" if augmentation.per_image else f"on {loader.device}"
         log(f"images: {here}")
         return source
@@ -80,7 +80,7 @@ def resident(
     stored = v2.Compose([*fit, v2.PILToTensor()])  # changes nothing in images of this size
     splits: dict[str, Split] = {}
     for name, split in source.splits.items():
-        if isinstance(split, LazySplit):
+        if not isinstance(split, ArraySplit):
             transform = stored if name == "train" else loader.preprocessing.evaluation()
             images = _decoded(FileImages(split, transform), loader, name, log)
             if loader.bad.found:  # skipped: their replacements are chosen step by step

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from pdvit.config.duration import parse_duration, weight_schedule
 from pdvit.config.schema import Config, DiversityConfig
-from pdvit.data.batch import Batch
 from pdvit.data.images import BadImages, describe_bad
-from pdvit.data.loader import LoaderConfig, eval_batches, steps_per_epoch
+from pdvit.data.loader import Batch, LoaderConfig, eval_batches, steps_per_epoch
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import Source, Split, subsample

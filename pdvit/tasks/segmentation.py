@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.config.schema import Config, SegmentConfig
-from pdvit.data.batch import Batch
+from pdvit.data.loader import Batch
 from pdvit.data.masks.batches import eval_batches, train_batches
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit

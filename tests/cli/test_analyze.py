@@ -20,7 +20,7 @@ from pdvit.analysis import DEFINITIONS
 from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.opening import open_source
+from pdvit.data.opening import open_source
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.models import build as model_build

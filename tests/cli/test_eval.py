@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_
 
 import pdvit as library
 import pdvit.config.schema
-import pdvit.data.sources.opening
+import pdvit.data.opening
 import pdvit.tasks.metrics
 from pdvit.cli import run as pdvit
 
@@ -47,7 +47,7 @@ def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) 
 @pytest.fixture(scope="module")
 def answers(digits_run):
     """The logits of timm's own loading of the run, on the test digits, and the right classes."""
-    source = library.data.sources.opening.open_source(library.config.schema.DataConfig())
+    source = library.data.opening.open_source(library.config.schema.DataConfig())
     model = timm.create_model(f"local-dir:{digits_run}", pretrained=True).eval()
     data = timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))

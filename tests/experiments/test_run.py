@@ -16,8 +16,8 @@ from run import main
 from pdvit.cli import run as pdvit
 from pdvit.config import Config
 from pdvit.config.schema import DataConfig
-from pdvit.data.image_sets import held_out_images
 from pdvit.data.loader import LoaderConfig, eval_batches
+from pdvit.data.opening import held_out_images
 from pdvit.data.preprocessing import Preprocessing
 from tests.files import read_csv, read_json, read_records
 

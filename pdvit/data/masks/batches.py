@@ -18,9 +18,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.batch import Batch
 from pdvit.data.images import BadImage, Keys, Sample, pixels_of
-from pdvit.data.loader import LoaderConfig, decode, from_workers, step_indices
+from pdvit.data.loader import Batch, LoaderConfig, decode, from_workers, step_indices
 from pdvit.data.masks.split import MaskSplit, Pair, try_pair
 from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.preprocessing import Preprocessing

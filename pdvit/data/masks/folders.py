@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad, strict_decoders
+from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad
 from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import Log, MaskFiles, scan_masks
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
@@ -26,6 +26,7 @@ from pdvit.data.sources.split import (
     VALIDATION_NAMES,
     FileSplit,
     Source,
+    Split,
     choose_splits,
     hold_out,
 )
@@ -59,12 +60,13 @@ def open_masks(
     if table is None:
         table = infer_table({role: masks for role, (_, masks) in pairs.items()}, data.workers, log)
         notes.append("classes are the ids in the masks; a table (classes.tsv, --classes) gives them names")
-    splits = {role: MaskFiles(images.paths, images.labels, masks, table) for role, (images, masks) in pairs.items()}
+    splits: dict[str, Split] = {
+        role: MaskFiles(images.paths, images.labels, masks, table) for role, (images, masks) in pairs.items()
+    }
     if ignored := [str(value) for value, place in (table.ids or {}).items() if place == IGNORED and value != IGNORED]:
         notes.append(f"ignored in masks: {', '.join(ignored)}")
     if "val" not in splits:
-        train, val = hold_out(splits.pop("train"), data.split_seed)
-        splits = {"train": train, "val": val, **splits}
+        splits = hold_out(splits, data.split_seed)
         notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
 
@@ -95,11 +97,7 @@ class MaskFolders:
         if not folders and not (data.train_split or data.val_split):
             return {"train": ""}, []
         usable = [name for name in folders if name in found[self.masks] and name not in self.unlabelled]
-        chosen = choose_splits(usable, data)
-        for name in (chosen.get("train", "train"), *chosen.values()):
-            if name not in usable:
-                what = f"there is no {self.images}/{name} with masks (found: {', '.join(usable) or 'nothing'})"
-                raise UserError(what, str(self.root), LAYOUT)
+        chosen = choose_splits(usable, data, f"{self.root}/{self.masks}", LAYOUT, needed=["train"])
         return chosen, [f"{name} is not used: it has no labels" for name in folders if name not in usable]
 
     def pairs(self, split: str, notes: list[str]) -> tuple[FileSplit, FileSplit]:
@@ -194,5 +192,4 @@ def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> Clas
 
 
 def _ids_in(masks: FileSplit, index: int) -> set[int] | BadImage:
-    with strict_decoders():
-        return attempt(masks, index, lambda: set(np.unique(mask_values(masks.open(index))).tolist()))
+    return attempt(masks, index, lambda index: set(np.unique(mask_values(masks.open(index))).tolist()))

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pdvit.data.images import BadImage, BadMask, attempt, refuse_bad, strict_decoders, try_read
+from pdvit.data.images import BadImage, BadMask, attempt, refuse_bad, try_read
 from pdvit.data.loader import leave_signals
 from pdvit.data.masks.table import OUTSIDE, ClassTable
 from pdvit.data.sources import first_names
-from pdvit.data.sources.split import FileSplit, LazySplit, Source, image_size
+from pdvit.data.sources.split import FileSplit, Source, Split, image_size
 from pdvit.errors import UserError
 
 Pair = tuple[Image.Image, Tensor]
@@ -27,7 +27,7 @@ CHUNK, LOGGED = 64, 4096
 TIP = "mend or remove them; ids or colours outside of the table need a line in it (--classes)"
 
 
-class MaskSplit(LazySplit):
+class MaskSplit(Split):
     """A split whose images have a class for every pixel; its `labels` are all 0."""
 
     flip: float = 0.5  # default probability of mirroring a training image
@@ -80,8 +80,7 @@ def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
 
 def try_mask(split: MaskSplit, index: int, size: tuple[int, int] | None) -> Tensor | BadMask:
     """Decode a mask, or return its fault; `size` is width and height of its image, None if that does not decode."""
-    with strict_decoders():
-        mask = attempt(split, index, split.mask, index)
+    mask = attempt(split, index, split.mask)
     if isinstance(mask, BadImage):
         return BadMask(split.mask_name(index), mask.reason)
     height, width = mask.shape

@@ -1,7 +1,7 @@
 """Sources of labelled images, by name or path. Imports no torch before a source is opened: `--data help` is instant."""
 
 import os
-from dataclasses import fields
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +55,10 @@ def list_source_types() -> str:
 def unused_source_settings(data: DataConfig) -> list[str]:
     """Return a note for each changed setting of sources that has no effect on this one."""
     used = {item.name: item.settings for item in SOURCE_TYPES}[source_type(data.source) or "folder"]
-    values = {item.name: getattr(data, item.name) for item in fields(data) if item.name in {*SETTINGS} - {*used}}
     return [
         f"data.{name} = {value} has no effect: '{data.source}' does not have it"
-        for name, value in values.items()
-        if value != getattr(DataConfig(), name)
+        for name in SETTINGS
+        if name not in used and (value := getattr(data, name)) != getattr(DataConfig(), name)
     ]
 
 
@@ -91,4 +90,4 @@ def first_names(names: list[str], count: int = 5) -> str:
 
 def as_file_name(text: str) -> str:
     """Return a text as part of a file name, with letters of any script, digits, dots, dashes and underscores."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text)
+    return re.sub(r"[^\w.-]", "-", text)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -20,16 +19,15 @@ from pdvit.data.sources.split import (
     SPLIT_NAMES,
     TEST_NAMES,
     FileSplit,
-    LazySplit,
     Source,
+    Split,
     assemble,
     choose_splits,
-    missing_split,
 )
 from pdvit.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-LAYOUT = "lay it out as train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE alone, of which a tenth is held out"
+LAYOUT = "lay it out as train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE alone; other names: --val-split NAME"
 
 
 def is_image(name: str) -> bool:
@@ -44,7 +42,7 @@ def read_folder(root: Path, data: DataConfig) -> Source:
     below = (path for name in splits or names for path in _walk(root, f"{name}/", depth=1))
     paths = [*(f"{name}/" for name in names), *below]
 
-    def make_split(files: list[str], labels: Tensor) -> LazySplit:
+    def make_split(files: list[str], labels: Tensor) -> Split:
         return FileSplit([root / file for file in files], labels)
 
     return read_tree(root.resolve().name, str(root), paths, make_split, data)
@@ -81,34 +79,22 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(what, str(error.filename), "check the path and its permissions") from error
 
 
-class Member(NamedTuple):
-    """A file in a tar: its path, and the offset and number of its bytes."""
-
-    path: str
-    offset: int
-    size: int
-
-
 @dataclass(frozen=True)
-class TarSplit(LazySplit):
-    """A split of members of a plain tar, read by their offsets."""
+class TarSplit(FileSplit):
+    """A split of members of a plain tar, whose paths begin with that of the tar."""
 
-    archive: str
-    members: list[Member]
-    labels: Tensor
+    archive: Path
+    spans: list[tuple[int, int]]
+    """Offset and number of the bytes of each member."""
 
     def open(self, index: int) -> Image.Image:
         """Open a member as an image; raises EOFError if the tar is cut off."""
-        member = self.members[index]
+        offset, size = self.spans[index]
         with open(self.archive, "rb") as file:
-            content = os.pread(file.fileno(), member.size, member.offset)
-        if len(content) < member.size:
+            content = os.pread(file.fileno(), size, offset)
+        if len(content) < size:
             raise EOFError("the archive ends in the middle of it")
         return Image.open(io.BytesIO(content))
-
-    def name(self, index: int) -> str:
-        """Return archive and member."""
-        return f"{self.archive}/{self.members[index].path}"
 
 
 def read_tar(path: Path, data: DataConfig) -> Source:
@@ -137,58 +123,44 @@ def read_tar(path: Path, data: DataConfig) -> Source:
     root = "".join(f"{folder}/" for folder in takewhile(lambda folder: folder and folder not in SPLIT_NAMES, common))
     paths = [name.removeprefix(root) for name in (*files, *folders) if name.startswith(root) and name != root]
 
-    def make_split(names: list[str], labels: Tensor) -> LazySplit:
-        members = ((root + name, files[root + name]) for name in names)
-        return TarSplit(str(path), [Member(name, info.offset_data, info.size) for name, info in members], labels)
+    def make_split(names: list[str], labels: Tensor) -> Split:
+        infos = [files[root + name] for name in names]
+        paths, spans = [path / root / name for name in names], [(info.offset_data, info.size) for info in infos]
+        return TarSplit(paths, labels, path, spans)
 
     return read_tree(path.stem, str(path), paths, make_split, data).noting(note)
 
 
 def read_tree(
-    name: str, root: str, paths: Iterable[str], make_split: Callable[[list[str], Tensor], LazySplit], data: DataConfig
+    name: str, root: str, paths: Iterable[str], make_split: Callable[[list[str], Tensor], Split], data: DataConfig
 ) -> Source:
     """Read the splits of a tree, given the paths of its files and (with a final `/`) of its folders.
 
-    Raises UserError if the layout is another, a class has no image in a split, or a split has a class that train lacks.
+    Raises UserError if the layout is another, or a class has no image in a split.
     """
-    tree, chosen = _layout(root, paths, data)
+    tree = sorted(path.split("/") for path in paths)  # folder by folder, as pathlib does; resume depends on this order
+    folders = {path[0] for path in tree if len(path) > 1}
+    named = SPLIT_NAMES & folders or data.train_split or data.val_split
+    with_images = {path[0] for path in tree if len(path) == 2 and is_image(path[1])}
+    if len(folders) > 1 and not named and with_images == folders:
+        tree, chosen = [["", *path] for path in tree], {"train": ""}
+    else:
+        labelled = {path[0] for path in tree if len(path) > 2}
+        chosen = choose_splits(sorted(folders - {*TEST_NAMES} | labelled), data, root, LAYOUT)
     files = {role: [path for path in tree if path[0] == folder] for role, folder in chosen.items()}
-    classes = {role: sorted({path[1] for path in split if len(path) > 2}) for role, split in files.items()}
-    numbers = {label: number for number, label in enumerate(classes["train"])}
-    if not numbers:
-        what = f"no class folders in '{root}/{chosen['train']}'"
-        raise UserError(what, WHERE, f"expected {chosen['train']}/CLASS/IMAGE")
-    splits, others = dict[str, LazySplit](), list[str]()
+    classes = sorted({path[1] for split in files.values() for path in split if len(path) > 2})
+    if not classes:
+        raise UserError(f"no class folders in '{root}/{chosen['train']}'", WHERE, LAYOUT)
+    numbers = {label: number for number, label in enumerate(classes)}
+    splits, others = dict[str, Split](), list[str]()
     for role, split in files.items():
-        where = posixpath.join(root, chosen[role])
-        if unknown := [label for label in classes[role] if label not in numbers]:
-            what = f"class '{unknown[0]}' of {role} is not in train ({len(unknown)} such)"
-            raise UserError(what, where, "give every split the same class folders")
         images = [path for path in split if len(path) > 2 and is_image(path[-1])]
         if empty := sorted(set(numbers) - {path[1] for path in images}):
             tip = f"add images ({', '.join(SUFFIXES[:3])}, ...) or remove the class from every split"
-            raise UserError(f"class '{empty[0]}' has no images in {role}", f"{where}/{empty[0]}", tip)
+            raise UserError(f"class '{empty[0]}' has no images in {role}", posixpath.join(root, chosen[role]), tip)
         labels = torch.tensor([numbers[path[1]] for path in images])
         splits[role] = make_split([posixpath.join(*path) for path in images], labels)
         others += [posixpath.join(*path) for path in split if path[-1] and not (len(path) > 2 and is_image(path[-1]))]
     count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     note = f"{count} not read, being no image by name or in no class folder: {first_names(others)}"
-    return assemble(name, list(numbers), splits, data, [note] if others else [])
-
-
-def _layout(root: str, paths: Iterable[str], data: DataConfig) -> tuple[list[list[str]], dict[str, str]]:
-    """Return the parts of the paths, each with its split first, and the split of each role; raises UserError."""
-    tree = sorted(path.split("/") for path in paths)  # folder by folder, as pathlib does; resume depends on this order
-    folders = sorted({path[0] for path in tree if len(path) > 1})
-    named = SPLIT_NAMES & set(folders) or data.train_split or data.val_split
-    with_images = {path[0] for path in tree if len(path) == 2 and is_image(path[1])}
-    if len(folders) > 1 and not named and with_images == set(folders):  # CLASS/IMAGE alone
-        return [["", *path] for path in tree], {"train": ""}
-    labelled = {path[0] for path in tree if len(path) > 2}
-    folders = [name for name in folders if name not in TEST_NAMES or name in labelled]
-    chosen = choose_splits(folders, data)
-    if missing := missing_split(chosen, folders):
-        tip = LAYOUT + ("; another name: --val-split NAME" if missing == "val" and folders else "")
-        found = first_names(folders) or "nothing"
-        raise UserError(f"'{root}' has no folder {missing}/ (found: {found})", WHERE, tip)
-    return tree, chosen
+    return assemble(name, classes, splits, data, [note] if others else [])

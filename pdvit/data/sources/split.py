@@ -1,4 +1,4 @@
-"""Splits, with their images in memory or read on demand, and sources: splits by role over one list of classes."""
+"""Splits, with their images in memory or in files, and sources: splits by role over one list of classes."""
 
 import os
 import warnings
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -24,41 +24,10 @@ HELD_OUT = 0.1
 SAMPLED = 32  # images whose sizes are described
 
 
-@dataclass(frozen=True)
-class ArraySplit:
-    """A small split held in memory: uint8 images `(N, 3, H, W)` and class indices `(N,)`."""
+class Split(ABC):
+    """Images with their classes, which any process opens by index.
 
-    images: Tensor
-    labels: Tensor
-    decoded: bool = False
-    """Whether these were image files, which are cropped and flipped by default."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def open(self, index: int) -> Image.Image:
-        """Return an image."""
-        return Image.fromarray(self.images[index].permute(1, 2, 0).cpu().numpy())
-
-    def name(self, index: int) -> str:
-        """Return a name for messages."""
-        return f"image {index + 1}"
-
-    key = name
-
-    def take(self, chosen: Tensor) -> "ArraySplit":
-        """Return the samples at these indices."""
-        return ArraySplit(self.images[chosen], self.labels[chosen], self.decoded)
-
-    def hash(self) -> str:
-        """Return a hash of labels and pixels."""
-        return _digest(self.labels, [self.images.numpy().tobytes()])
-
-
-class LazySplit(ABC):
-    """A split whose images are read on demand, by index and in any process; it holds paths, not open files.
-
-    Subclasses are data classes; each of their lists has one item for each sample.
+    Subclasses are data classes; each of their lists and tensors has one item for each image.
     """
 
     labels: Tensor
@@ -82,8 +51,11 @@ class LazySplit(ABC):
         """Return the samples at these indices."""
         split: Any = self
         values = {item.name: getattr(self, item.name) for item in fields(split)}
-        taken = {name: [value[i] for i in chosen.tolist()] for name, value in values.items() if isinstance(value, list)}
-        changed: Self = replace(split, labels=self.labels[chosen], **taken)
+        taken: dict[str, Any] = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
+        taken |= {
+            name: [value[i] for i in chosen.tolist()] for name, value in values.items() if isinstance(value, list)
+        }
+        changed: Self = replace(split, **taken)
         return changed
 
     def hash(self) -> str:
@@ -93,8 +65,30 @@ class LazySplit(ABC):
 
 
 @dataclass(frozen=True)
-class FileSplit(LazySplit):
-    """A split of image files."""
+class ArraySplit(Split):
+    """A small split held in memory: uint8 images `(N, 3, H, W)` and class indices `(N,)`."""
+
+    images: Tensor
+    labels: Tensor
+    decoded: bool = False
+    """Whether these were image files, which are cropped and flipped by default."""
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image."""
+        return Image.fromarray(self.images[index].permute(1, 2, 0).cpu().numpy())
+
+    def name(self, index: int) -> str:
+        """Return the number of an image."""
+        return f"image {index + 1}"
+
+    def hash(self) -> str:
+        """Return a hash of labels and pixels."""
+        return _digest(self.labels, [self.images.numpy().tobytes()])
+
+
+@dataclass(frozen=True)
+class FileSplit(Split):
+    """A split of image files, which are opened when they are read."""
 
     paths: list[Path]
     labels: Tensor
@@ -108,10 +102,6 @@ class FileSplit(LazySplit):
     def name(self, index: int) -> str:
         """Return the path."""
         return str(self.paths[index])
-
-
-Split = ArraySplit | LazySplit
-Lazy = TypeVar("Lazy", bound=LazySplit)
 
 
 def _digest(labels: Tensor, parts: Iterable[bytes]) -> str:
@@ -177,27 +167,28 @@ class Source:
         return replace(self, notes=(*self.notes, *(note for note in notes if note)))
 
 
-def choose_splits(found: Sequence[str], data: DataConfig) -> dict[str, str]:
-    """Return the names of the source's splits by role; val and test may be missing.
+def choose_splits(
+    found: Sequence[str | None], data: DataConfig, where: str, tip: str, needed: Sequence[str] = ("train", "val")
+) -> dict[str, str]:
+    """Return the names of the source's splits by role; test may be missing, and val if it is not `needed`.
 
-    The names in --train-split and --val-split need not be among those found (`train[:10%]`).
+    A test split is enough instead of val. Raises UserError for a needed or configured split that is not found.
     """
     train, val, test = (
         next((name for name in names if name in found), None) for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
     )
-    chosen = {"train": data.train_split or train, "val": data.val_split or val}
-    chosen["test"] = None if test in chosen.values() else test
-    return {role: name for role, name in chosen.items() if name is not None}
-
-
-def missing_split(chosen: Mapping[str, str], found: Sequence[str]) -> str | None:
-    """Return the first split that is not found: of train, of val unless there is a test split, and of those chosen."""
-    needed = {"train": "train"} | ({} if "test" in chosen else {"val": "val"}) | dict(chosen)
-    return next((name for name in needed.values() if name not in found), None)
+    roles = {"train": data.train_split or train, "val": data.val_split or val}
+    roles["test"] = None if test in roles.values() else test
+    chosen = {role: name for role, name in roles.items() if name is not None}
+    names = {role: role for role in needed if role != "val" or "test" not in chosen} | chosen
+    if missing := next((name for name in names.values() if name not in found), None):
+        listed = first_names([name for name in found if name]) or "nothing"
+        raise UserError(f"there is no split '{printable(missing)}' (found: {listed})", where, tip)
+    return chosen
 
 
 def assemble(
-    name: str, classes: list[str], splits: Mapping[str, LazySplit], data: DataConfig, notes: Sequence[str] = ()
+    name: str, classes: list[str], splits: Mapping[str, Split], data: DataConfig, notes: Sequence[str] = ()
 ) -> Source:
     """Return a source of splits by role, with notes on classes that a split lacks.
 
@@ -205,13 +196,11 @@ def assemble(
     """
     notes = list(notes)
     if "val" not in splits:
-        train, val = hold_out(splits["train"], data.split_seed)
-        splits = {"train": train, "val": val, **{role: split for role, split in splits.items() if role == "test"}}
         note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
         note += ": there is no validation split"
         if "test" in splits:
             note += "; test is for the closing numbers (--val-split test evaluates on it and trains on all of train)"
-        notes.insert(0, note)
+        splits, notes = hold_out(splits, data.split_seed), [note, *notes]
     for role, split in splits.items():
         present = set(split.labels.tolist())
         if missing := [label for number, label in enumerate(classes) if number not in present]:
@@ -219,17 +208,19 @@ def assemble(
     return Source(name, classes, splits, tuple(notes))
 
 
-def hold_out(split: Lazy, seed: int) -> tuple[Lazy, Lazy]:
-    """Divide a split into training and held-out images: a tenth of each class, at least one of two.
+def hold_out(splits: Mapping[str, Split], seed: int) -> dict[str, Split]:
+    """Return splits with a val that is taken from train: a tenth of each class, at least one image of two.
 
     Raises UserError if every class has a single image.
     """
-    held = torch.zeros(len(split), dtype=torch.bool)
-    order = split.labels.argsort(stable=True)
-    for label, indices in enumerate(order.split(split.labels.bincount().tolist())):
+    train = splits["train"]
+    held = torch.zeros(len(train), dtype=torch.bool)
+    order = train.labels.argsort(stable=True)
+    for label, indices in enumerate(order.split(train.labels.bincount().tolist())):
         generator = torch.Generator().manual_seed(fold(seed, label))
         count = max(round(HELD_OUT * len(indices)), int(len(indices) > 1))
         held[indices[torch.randperm(len(indices), generator=generator)[:count]]] = True
     if not held.any():
         raise UserError("no class has two images, so none can be held out", WHERE, "add images, or a validation split")
-    return split.take((~held).nonzero()[:, 0]), split.take(held.nonzero()[:, 0])
+    others = {role: split for role, split in splits.items() if role != "train"}
+    return {"train": train.take((~held).nonzero()[:, 0]), "val": train.take(held.nonzero()[:, 0]), **others}

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import first_names, printable
-from pdvit.data.sources.split import FileSplit, LazySplit, Source, assemble, choose_splits, missing_split
+from pdvit.data.sources import printable
+from pdvit.data.sources.split import FileSplit, Source, Split, assemble, choose_splits
 from pdvit.errors import UserError
 
 COLUMNS = ("path", "label", "split")
+TIP = "name them with --train-split and --val-split; without a split column a tenth of each class is held out"
 Row = dict[str, str]
 
 
@@ -24,17 +25,12 @@ def read_csv(path: Path, data: DataConfig) -> Source:
     """
     rows = _rows(path)
     counts = Counter(row["split"] for row in rows.values())
-    chosen = {"train": ""} if list(counts) == [""] else choose_splits(list(counts), data)
-    if list(counts) == [""] and (name := data.train_split or data.val_split):
-        what = f"there is no split '{printable(name)}': the table has no split column"
-        raise UserError(what, str(path), "add the column, or leave --train-split and --val-split out")
-    if list(counts) != [""] and (missing := missing_split(chosen, list(counts))):
-        what = f"no row has the split '{missing}' (there are: {first_names(list(counts))})"
-        raise UserError(what, str(path), "name them with --train-split and --val-split, or leave the column out")
+    whole = set(counts) == {""} and not (data.train_split or data.val_split)
+    chosen = {"train": ""} if whole else choose_splits([*filter(None, counts)], data, str(path), TIP)
     labels = {row["label"] for row in rows.values() if row["split"] == chosen["train"]}
     classes = sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)
     numbers = {name: number for number, name in enumerate(classes)}
-    splits: dict[str, LazySplit] = {}
+    splits: dict[str, Split] = {}
     for role, name in chosen.items():
         part = {line: row for line, row in rows.items() if row["split"] == name}
         if unknown := next((line for line, row in part.items() if row["label"] not in numbers), None):

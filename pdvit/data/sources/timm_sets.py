@@ -16,16 +16,17 @@ from torch import Tensor
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import WHERE
 from pdvit.data.sources.folder import read_folder
-from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, LazySplit, Source, assemble, choose_splits
+from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, Source, Split, assemble, choose_splits
 from pdvit.errors import UserError
 
 # torchvision has no validation split of these: `train=False` is the published test set.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 KNOWN_SPLITS = {*SPLIT_NAMES, "eval", "evaluation"}  # by timm
+TIP = "name another with --train-split or --val-split"
 
 
 @dataclass(frozen=True)
-class ItemSplit(LazySplit):
+class ItemSplit(Split):
     """A split of items of a map-style data set, whose first element is an image or a stream of its bytes."""
 
     items: Any
@@ -59,14 +60,13 @@ def read_torchvision(data: DataConfig) -> Source:
     if data.root is None:
         what = f"'{data.source}' needs the folder of the data set"
         raise UserError(what, "data.root (--data-dir)", "name the folder with --data-dir")
-    root = Path(os.path.expanduser(data.root))
     if name in ("folder", "image_folder"):
-        return read_folder(root, data)
-    chosen = choose_splits(["train", "test"] if name in TRAIN_AND_TEST else ["train", "validation"], data)
+        return read_folder(Path(os.path.expanduser(data.root)), data)
+    found = ["train", "test" if name in TRAIN_AND_TEST else "validation", data.train_split, data.val_split]
+    chosen = choose_splits(found, data, data.source, TIP)
     for role, split in chosen.items():  # timm would take any other name for the test set
         if split not in (TRAIN_NAMES if role == "train" else KNOWN_SPLITS if name in TRAIN_AND_TEST else [split]):
-            tip = "name another with --train-split or --val-split"
-            raise UserError(f"there is no split '{split}' for {role}", data.source, tip)
+            raise UserError(f"there is no split '{split}' for {role}", data.source, TIP)
     sets = {role: open_timm(data, split) for role, split in chosen.items()}
     labels = {role: _targets(items, data.source) for role, items in sets.items()}
     return _assemble(name, getattr(sets["train"], "classes", None), labels, sets, chosen, data)
@@ -81,13 +81,12 @@ def read_hub(data: DataConfig) -> Source:
         raise UserError(what, WHERE, "pip install 'pdvit[hf-data]'") from error
     name = data.source.partition("/")[2]
     try:
-        found = list(datasets.get_dataset_split_names(os.path.expanduser(name)))
+        found = datasets.get_dataset_split_names(os.path.expanduser(name))
     except Exception as error:  # of the network, the hub, the files
         tip = "check the name; without a network, only sets in the cache or a folder can be opened"
         raise UserError(f"the data set does not open: {_first_line(error)}", data.source, tip) from error
-    chosen = choose_splits(found, data)
-    if "train" not in chosen:
-        raise UserError("there is no train split", data.source, "name one: --train-split")
+    slices = [data.train_split, data.val_split]  # such as train[:10%]
+    chosen = choose_splits([*found, *slices], data, data.source, TIP, needed=["train"])
     readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
     names = list(readers["train"].class_to_idx) or None
     labels = {role: list(reader.iter_targets()) for role, reader in readers.items()}
@@ -98,8 +97,8 @@ def open_timm(data: DataConfig, split: str) -> Any:
     """Return timm's data set of a split, not shuffled; raises UserError if it does not open."""
     from timm.data import create_dataset
 
-    keys = {"input_key": data.input_key, "target_key": data.target_key}
-    options: dict[str, Any] = {key: value for key, value in keys.items() if value is not None}
+    options: dict[str, Any] = {"input_key": data.input_key, "target_key": data.target_key}
+    options = {key: value for key, value in options.items() if value is not None}
     root = None if data.root is None else os.path.expanduser(data.root)
     try:
         # `datasets`, which needs no root, has locks of its own
@@ -148,7 +147,7 @@ def _assemble(
         labels = {role: [known.get(label, label) for label in values] for role, values in labels.items()}
     if classes is None:
         classes = range(max((label for label in labels["train"] if type(label) is int), default=-1) + 1)
-    splits: dict[str, LazySplit] = {}
+    splits: dict[str, Split] = {}
     for role, values in labels.items():
         indices, items = list(range(len(values))), sets[role]
         outside = (at for at in indices if type(values[at]) is not int or not 0 <= values[at] < len(classes))

@@ -21,10 +21,10 @@ from pdvit.data.augment import (
     ERASE_DRAWS,
     Augmentation,
     crop_batch,
-    crop_boxes,
+    crop_box,
     crop_pixels,
     erase,
-    erase_boxes,
+    erase_box,
     shift_images,
 )
 from pdvit.data.preprocessing import Preprocessing
@@ -151,9 +151,8 @@ SCALE, RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
 
 
 def boxes_of(count, height, width, scale=SCALE, ratio=RATIO, seed=1):
-    draws = uniform(seed, torch.arange(count), CROP_DRAWS)
-    sides = (torch.full((count,), side) for side in (height, width))
-    return draws, crop_boxes(draws, *sides, scale, ratio)
+    draws = uniform(seed, torch.arange(count), CROP_DRAWS).tolist()
+    return draws, [crop_box(row, height, width, scale, ratio) for row in draws]
 
 
 def torchvision_box(draws, height, width, scale, ratio):
@@ -185,7 +184,7 @@ def torchvision_box(draws, height, width, scale, ratio):
 )
 def test_the_box_is_the_one_that_torchvision_cuts_for_the_same_draws(height, width, scale, ratio):
     draws, boxes = boxes_of(8, height, width, scale, ratio)
-    for row, box in zip(draws.double().tolist(), boxes.tolist(), strict=True):
+    for row, box in zip(draws, boxes, strict=True):
         expected = torchvision_box(row, height, width, scale, ratio)
         # the logarithm of its ratio is float32: a side that is nearly k + 0.5 may round to the other number
         assert box == pytest.approx(expected, abs=1)
@@ -201,8 +200,8 @@ def test_a_batch_and_single_images_are_resampled_as_torchvision_does(mode, heigh
     noise = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
     images = torch.nn.functional.interpolate(noise, (height, width), mode="bilinear").to(torch.uint8)
     _, boxes = boxes_of(12, height, width, (0.1, 1.0))
-    found = crop_batch(images, boxes, size, mode)
-    for image, box, ours in zip(images, boxes.tolist(), found, strict=True):
+    found = crop_batch(images, torch.tensor(boxes), size, mode)
+    for image, box, ours in zip(images, boxes, found, strict=True):
         array = image.permute(1, 2, 0).numpy().copy()
         reference = V.resized_crop(Image.fromarray(array), *box, [size, size], v2.InterpolationMode(mode))
         expected = V.pil_to_tensor(reference).int()
@@ -212,29 +211,19 @@ def test_a_batch_and_single_images_are_resampled_as_torchvision_does(mode, heigh
             assert difference.float().mean() < 0.15
 
 
-def slow_shift(image, down, right):
-    channels, height, width = image.shape
-    moved = torch.empty_like(image)
-    for channel in range(channels):
-        for row in range(height):
-            for column in range(width):
-                source_row = min(max(row - down, 0), height - 1)
-                source_column = min(max(column - right, 0), width - 1)
-                moved[channel, row, column] = image[channel, source_row, source_column]
-    return moved
-
-
 def test_shifting_moves_down_and_right_and_repeats_the_border():
     images = torch.randint(256, (5, 2, 4, 6), dtype=torch.uint8)
     # With a reach of 2 there are five offsets, and the middle of each fifth of [0, 1) hits one.
     offsets = [(-2, 2), (-1, 1), (0, 0), (1, -1), (2, -2)]
     draws = torch.tensor([[(down + 2.5) / 5, (right + 2.5) / 5] for down, right in offsets])
-    expected = torch.stack([slow_shift(image, *offset) for image, offset in zip(images, offsets, strict=True)])
-    assert torch.equal(shift_images(images, 2, draws), expected)
+    padded = torch.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").byte()
+    for image, wide, (down, right) in zip(shift_images(images, 2, draws), padded, offsets, strict=True):
+        assert torch.equal(image, wide[:, 2 - down : 6 - down, 2 - right : 8 - right])
 
 
 def erased_boxes(count, probability, height=32, width=32):
-    return erase_boxes(uniform(5, torch.arange(count), ERASE_DRAWS), probability, height, width)
+    draws = uniform(5, torch.arange(count), ERASE_DRAWS).tolist()
+    return torch.tensor([erase_box(row, probability, height, width) for row in draws])
 
 
 def test_rectangles_are_those_of_timm_in_number_size_and_shape():

@@ -124,10 +124,10 @@ def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, ste
     how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
     data = training_images([path] * 8, preprocessing=how, scale=(0.5, 0.9))
     found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
-    boxes = data.augmentation.boxes(0, torch.arange(8), *(torch.full((8,), side) for side in size[::-1]))
+    boxes = [data.augmentation.box(draws, *size[::-1]) for draws in data.augmentation.crop_draws(0, torch.arange(8))]
     whole, mode = Image.open(path), v2.InterpolationMode(interpolation)
     expected = []
-    for top, left, tall, wide in boxes.tolist():
+    for top, left, tall, wide in boxes:
         edges = [round(edge / step) * step for edge in (top, left, top + tall, left + wide)]
         box = (*edges[:2], edges[2] - edges[0], edges[3] - edges[1])
         expected.append(v2.functional.pil_to_tensor(v2.functional.resized_crop(whole, *box, [48, 48], mode)))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pdvit.config import build, resolve
-from pdvit.data.batch import Batch
-from pdvit.data.sources.opening import open_source
+from pdvit.data.loader import Batch
+from pdvit.data.opening import open_source
 from pdvit.losses import TERMS, WeightSchedule
 from pdvit.tasks.base import weight_schedules, with_weights
 from pdvit.tasks.classification import ClassificationTask

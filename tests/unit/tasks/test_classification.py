@@ -3,7 +3,7 @@ import math
 import torch
 from torch import nn
 
-from pdvit.data.batch import Batch
+from pdvit.data.loader import Batch
 from pdvit.tasks.classification import predict
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from pdvit.data.batch import Batch
+from pdvit.data.loader import Batch
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import windows

@@ -10,7 +10,7 @@ from PIL import Image
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks, try_pair
-from pdvit.data.sources.opening import open_source
+from pdvit.data.opening import open_source
 from pdvit.errors import UserError
 
 # The ids that Cityscapes scores, from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle.
@@ -164,7 +164,7 @@ def test_other_names_and_files_without_counterpart(camvid, tmp_path):
     assert (source.classes, lengths(source)) == (["up", "down"], {"train": 7, "val": 2})
     assert "test is not used" in source.describe()
     assert "masks without an image in images/check: 1" in source.describe()
-    with pytest.raises(UserError, match="no images/chekc with masks"):
+    with pytest.raises(UserError, match="no split 'chekc'"):
         opened(camvid, val_split="chekc")
 
 

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources.opening import open_source
+from pdvit.data.opening import open_source
 from pdvit.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.images import BadImage, try_read
-from pdvit.data.sources.opening import open_source
+from pdvit.data.opening import open_source
 from pdvit.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_a_tar_without_folders_is_refused(tmp_path):
     (tmp_path / "readme.txt").write_text("abc")
     with tarfile.open(tmp_path / "set.tar", "w") as packed:
         packed.add(tmp_path / "readme.txt", "readme.txt")
-    with pytest.raises(UserError, match="no folder train/"):
+    with pytest.raises(UserError, match="no split 'train'"):
         opened(tmp_path / "set.tar")
 
 

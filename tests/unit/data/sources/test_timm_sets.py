@@ -11,7 +11,7 @@ from timm.data import create_dataset
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.images import BadImage, try_read
-from pdvit.data.sources.opening import open_source
+from pdvit.data.opening import open_source
 from pdvit.data.sources.timm_sets import open_timm
 from pdvit.errors import UserError
 

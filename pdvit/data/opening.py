@@ -1,4 +1,4 @@
-"""Images to measure: held-out images of a source, a folder, single files."""
+"""The ways to open images: a source to train on, or images to measure."""
 
 import os
 from collections.abc import Iterator
@@ -13,11 +13,35 @@ from pdvit.config.schema import Config, DataConfig
 from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import printable, source_type
-from pdvit.data.sources.folder import list_images
-from pdvit.data.sources.opening import open_source
-from pdvit.data.sources.split import ArraySplit, FileSplit, Split, subsample
+from pdvit.data.sources import SOURCE_TYPES, WHERE, printable, source_type
+from pdvit.data.sources.digits import read_digits
+from pdvit.data.sources.folder import list_images, read_folder, read_tar
+from pdvit.data.sources.split import ArraySplit, FileSplit, Source, Split, subsample
+from pdvit.data.sources.table import read_csv
+from pdvit.data.sources.timm_sets import read_hub, read_torchvision
 from pdvit.errors import UserError, closest
+
+
+def open_source(data: DataConfig) -> Source:
+    """Open a source of labelled images by name or path.
+
+    Raises UserError if the name is unknown, a file or package is missing, or the layout is wrong.
+    """
+    name, path = source_type(data.source), Path(os.path.expanduser(data.source))
+    if os.path.isdir(path) and name in (None, "tar", "csv"):  # os.path, because Path raises for long names
+        name = "folder"
+    if name == "scenes":
+        what = "digit scenes have classes of pixels, not of images"
+        raise UserError(what, WHERE, "use pdvit segment, or --data digits")
+    if name in ("tar", "csv") and not os.path.isfile(path):
+        raise UserError(f"there is no file '{data.source}'", WHERE, "check the path")
+    if name is None or (name == "folder" and not os.path.isdir(path)):
+        tip = closest(data.source, [item.pattern for item in SOURCE_TYPES if item.pattern.islower()])
+        tip += " (--data help lists the source types; for compressed archives, shards and streams see docs/data.md)"
+        raise UserError(f"'{data.source}' is no source, folder or table of images", WHERE, tip)
+    by_name = {"digits": read_digits, "torch": read_torchvision, "hfds": read_hub}
+    by_path = {"folder": read_folder, "tar": read_tar, "csv": read_csv}
+    return by_path[name](path, data) if name in by_path else by_name[name](data)
 
 
 @dataclass(frozen=True)
@@ -54,16 +78,13 @@ def held_out_images(config: Config) -> ImageSet:
 
 
 def open_images(names: list[str]) -> ImageSet:
-    """Return the images of names: one source other than a folder, or any folders and files.
-
-    Raises UserError if a name is none of these, or a folder has no images.
-    """
+    """Return the images of one source other than a folder, or of any folders and files; raises UserError."""
     sources = [name for name in names if source_type(name) and not os.path.isdir(os.path.expanduser(name))]
     if sources and len(names) == 1:
         return held_out_images(Config(data=DataConfig(source=names[0])))
-    if mixed := sorted(sources):
-        what = f"the source '{mixed[0]}' can't be mixed with files"
-        raise UserError(what, "--images", f"measure it by itself: --images {mixed[0]}")
+    if sources:
+        what = f"the source '{sources[0]}' can't be mixed with files"
+        raise UserError(what, "--images", f"measure it by itself: --images {sources[0]}")
     return ImageSet(", ".join(names), image_files(names))
 
 
@@ -71,13 +92,10 @@ def image_files(names: list[str]) -> FileSplit:
     """Return the named files and the images of the named folders, each once; raises UserError if there are none."""
     paths: dict[Path, None] = {}
     for path in (Path(os.path.expanduser(name)) for name in names):
-        if os.path.isfile(path):  # os.path, because Path raises for long names
-            paths[path] = None
-            continue
-        if not os.path.isdir(path):
+        if not os.path.isdir(path) and not os.path.isfile(path):  # os.path, because Path raises for long names
             tip = closest(str(path), ["digits"])
             raise UserError("there is no such image, folder or source", f"--images {path}", tip)
-        found = list_images(path)
+        found = list_images(path) if os.path.isdir(path) else [path]
         if not found:
             raise UserError("the folder has no images", str(path), "name a folder with image files")
         paths |= dict.fromkeys(found)
@@ -86,6 +104,6 @@ def image_files(names: list[str]) -> FileSplit:
 
 def sample_photographs() -> ImageSet:
     """Return the two photographs of scikit-learn."""
-    folder = Path(str(files("sklearn.datasets").joinpath("images")))
-    paths = [folder / "china.jpg", folder / "flower.jpg"]
-    return ImageSet("2 sample photographs of scikit-learn", FileSplit(paths, torch.zeros(2, dtype=torch.long)))
+    folder = files("sklearn.datasets").joinpath("images")
+    names = [str(folder.joinpath(name)) for name in ("china.jpg", "flower.jpg")]
+    return ImageSet("2 sample photographs of scikit-learn", image_files(names))

@@ -1,0 +1,57 @@
+"""Small image files and splits, and training batches of them."""
+
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from PIL import Image
+
+from pdvit.config.schema import AugmentConfig
+from pdvit.data.augment import Augmentation
+from pdvit.data.loader import LoaderConfig, train_batches
+from pdvit.data.mixing import Mixing
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.sources.split import FileSplit
+
+CLASSES = 3
+PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
+LOADER = LoaderConfig(3, seed=5, workers=0, device=torch.device("cpu"), preprocessing=PREPROCESSING)
+OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
+ON = replace(OFF, cutmix=1.0)
+
+
+def save_images(folder, images):
+    """Write uint8 images `(3, H, W)` as PNG; return them as a split of three classes."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{number:02}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return FileSplit(paths, torch.arange(len(paths)) % CLASSES)
+
+
+def write_tree(root, names):
+    """Write a small image file for each name; return the root."""
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file, "PNG")
+    return root
+
+
+def take(split, count, start=0, loader=LOADER, mixing=OFF, **augment):
+    """Return the batches of `count` steps from `start` on; further options are those of AugmentConfig."""
+    augmentation = Augmentation.for_split(split, AugmentConfig(**augment), loader.preprocessing, loader.seed)
+    with closing(train_batches(split, loader, augmentation, mixing, start)) as batches:
+        return list(islice(batches, count))
+
+
+def same(ours, theirs):
+    """Whether two lists of batches are equal to the bit."""
+    pairs = [(a.tensors(), b.tensors()) for a, b in zip(ours, theirs, strict=True)]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def join(parts):
+    """Return the tensors of the parts of a batch, one after the other."""
+    return {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}

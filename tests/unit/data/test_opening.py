@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from pdvit.config.schema import Config, DataConfig, SegmentConfig
+from pdvit.data.images import BadImages
+from pdvit.data.opening import ImageSet, held_out_images, open_images, open_source, sample_photographs
+from pdvit.data.sources.split import ArraySplit
+from pdvit.errors import UserError
+from tests.unit.data.batches import PREPROCESSING, write_tree
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        *((name, "no source, folder or table") for name in ("no/such/folder", "FOLDER", "x" * 400, "{}.rar", "wds/a")),
+        *((name, "there is no file") for name in ("no/such.tar", "no/such.CSV")),
+        ("scenes", "digit scenes have classes of pixels"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(tmp_path, source, what):
+    (tmp_path / "images.rar").touch()
+    with pytest.raises(UserError, match=what) as caught:
+        open_source(DataConfig(source=source.format(tmp_path / "images")))
+    assert "--data" in caught.value.where
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 99])
+def test_a_selection_has_the_asked_size_and_no_image_twice(limit):
+    images = ArraySplit(torch.zeros(100, 3, 2, 2, dtype=torch.uint8), torch.arange(100))
+    labels = ImageSet("some", images).subsample(limit).split.labels
+    assert len(labels.unique()) == len(labels) == limit
+
+
+def test_held_out_images_are_validation_where_there_is_no_test_split(tmp_path):
+    write_tree(tmp_path, ["train/a/1.png", "val/a/2.png"])
+    images = held_out_images(Config(data=DataConfig(source=str(tmp_path))))
+    assert [path.name for path in images.split.paths] == ["2.png"]
+    assert images.description.endswith(", val split")
+
+
+def test_held_out_images_of_a_segmentation_are_its_images_without_the_masks(tmp_path):
+    write_tree(
+        tmp_path, [f"{folder}/{name}.png" for folder in ("images", "masks") for name in ("train/1", "val/2", "test/3")]
+    )
+    (tmp_path / "classes.tsv").write_text("0\tground\n1\tdisc\n")
+    images = held_out_images(Config(data=DataConfig(source=str(tmp_path)), segment=SegmentConfig(head="linear")))
+    assert [images.split.name(index) for index in range(len(images.split))] == [str(tmp_path / "images/test/3.png")]
+    assert images.description.endswith(", test split")
+
+
+@pytest.mark.parametrize(("source", "images"), [("digits", 360), ("scenes", 256)])
+def test_the_images_of_a_source_can_be_named(source, images):
+    assert len(open_images([source]).split) == images
+
+
+def test_folders_and_files_can_be_named_together(tmp_path):
+    write_tree(tmp_path, ["many/b.png", "many/deep/a.jpg", "one.png"])
+    found = open_images([str(tmp_path / "many"), str(tmp_path / "one.png")])
+    assert [path.name for path in found.split.paths] == ["b.png", "a.jpg", "one.png"]
+    assert len(found.split.labels) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["."], "has no images"),
+        ([".", "digits"], "can't be mixed"),
+        (["digit"], "no such image"),
+        (["no/such/place"], "no such image"),
+        (["x" * 400], "no such image"),
+    ],
+)
+def test_names_without_images_are_refused(tmp_path, monkeypatch, names, what):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=what):
+        open_images(names)
+
+
+def test_the_sample_photographs_have_pixels_and_names():
+    found = {name: pixels.shape for name, pixels in sample_photographs().pixels(PREPROCESSING, BadImages())}
+    assert found == dict.fromkeys(["china.jpg", "flower.jpg"], (3, 8, 8))
