@@ -1,6 +1,5 @@
 """`pdvit plot FIGURE`: the figures, the run directories to draw, and the files to write."""
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -195,9 +194,6 @@ def sweep(
     """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
     from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise, text_of
 
-    folder = folder.expanduser()
-    if not folder.exists():
-        raise UserError("there is no such folder or file", str(folder), "name the folder of a sweep, or its cells.csv")
     summary = summarise(read_cells(folder), metric, baseline)
     print(text_of(summary))
     name = _name_of(folder)
@@ -214,7 +210,7 @@ def _find(runs: list[Path] | None, file: str, command: str, count: int) -> dict[
     from pdvit.plots.style import unique
     from pdvit.tracking.run_directory import newest
 
-    folders = [Path(os.path.expanduser(run)) for run in runs or []] or newest(file)[:count]
+    folders = runs or newest(file)[:count]
     if not folders:
         raise UserError(f"no run here has {file} yet", "runs/", f"run {command.format('RUN')} first")
     for folder in folders:

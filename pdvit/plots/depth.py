@@ -77,10 +77,8 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
     """Draw P by layer; rings mark stages, thin lines random weights."""
     rows = stack(runs)
     rows = rows[rows["metric"].isin([P, RANDOM])]
-    images = sorted({int(run.table["images"].iloc[0]) for run in runs})
     with _panels(rows, (P,), (), theme) as (figure, panels):
-        counts = " to ".join(map(str, dict.fromkeys((images[0], images[-1])))) + f" image{'s'[: images[-1] > 1]}"
-        title = f"P by layer: mean over {counts}, band of ± one standard deviation"
+        title = "P by layer: mean over images, band of ± one standard deviation"
         panels[P].set(ylabel="P, patch similarity", title=title)
         name_depths(panels[P], rows, ticks=12)
         return figure
@@ -108,7 +106,7 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     others = [metric for metric in metrics_of(rows) if metric != P]
     with _panels(rows, (P, "difference"), others, theme) as (figure, panels):
         axes = panels["difference"]
-        reach = [(change["mean"] - change["low"]).fillna(0), (change["high"] - change["mean"]).fillna(0)]
+        reach = [change["mean"] - change["low"], change["high"] - change["mean"]]  # of NaN nothing is drawn
         axes.axhline(0, color=theme.muted, linewidth=0.8)
         style: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
         axes.errorbar(change["depth"], change["mean"], reach, color=theme.ink, **style)
@@ -184,16 +182,15 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
     layers = [bars for _, bars in rows.groupby("depth")]
     colours = depth_colours(theme, len(layers) - 1).to_rgba(np.arange(len(layers)))
-    for depth in range(len(layers) - 1, -1, -1):  # lower layers are in front of higher ones
+    for depth in range(len(layers) - 1, -1, -1):  # lower layers cover higher ones
         shares = layers[depth]["share"].to_numpy()
         edges = np.append(layers[depth]["from"], layers[depth]["to"].iloc[-1])
         top = depth + REACH * np.sqrt(shares / max(shares.max(), np.finfo(float).tiny))
-        front = len(layers) - depth
-        axes.stairs(top, edges, baseline=depth, color=theme.paper, linewidth=1.2, zorder=front + 1.5)
-        axes.stairs(top, edges, baseline=depth, color=colours[depth], fill=True, alpha=0.9, zorder=front + 2)
+        axes.stairs(top, edges, baseline=depth, color=theme.paper, linewidth=1.2)
+        axes.stairs(top, edges, baseline=depth, color=colours[depth], fill=True, alpha=0.9)
         below = np.append(0, np.cumsum(shares))
         median = np.interp(below[-1] / 2, below, edges)
-        axes.plot([median] * 2, [depth, depth + 0.45], color=theme.ink, linewidth=1, zorder=len(layers) + 3)
+        axes.plot([median] * 2, [depth, depth + 0.45], color=theme.ink, linewidth=1)
     names = {depth: str(bars["layer"].iloc[0]).removeprefix("block ") for depth, bars in enumerate(layers)}
     name_ticks(axes.yaxis, names, len(names), fontsize=6.5)
     axes.set_ylim(-0.2, len(layers) - 1 + REACH + 0.2)

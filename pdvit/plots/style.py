@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 # Widths of one and two columns of a paper, in inches; text has 7 to 9 points at that size.
 SINGLE, DOUBLE = 3.5, 7.2
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NAME_LENGTH = 28
 LEGEND_COLUMNS = 4
 # Without dates, the same figure gives the same file.
@@ -93,13 +93,9 @@ def render(figure: Figure, suffix: str) -> bytes:
 
 
 def line_styles(count: int, theme: Theme = LIGHT) -> list[dict[str, Any]]:
-    """Return styles that differ in colour, dashes and marker; the first 32 are all different."""
-    styles = []
-    for number in range(count):
-        turn, colour = divmod(number, len(theme.colours))
-        dashes, marker = DASHES[(number + turn) % len(DASHES)], MARKERS[(number + 3 * turn) % len(MARKERS)]
-        styles.append({"color": theme.colours[colour], "linestyle": dashes, "marker": marker})
-    return styles
+    """Return styles that differ in colour, dashes and marker; the first 28 also without their colours."""
+    cycles = {"color": theme.colours, "linestyle": DASHES, "marker": MARKERS}
+    return [{name: values[at % len(values)] for name, values in cycles.items()} for at in range(count)]
 
 
 def depth_colours(theme: Theme, deepest: int) -> ScalarMappable:

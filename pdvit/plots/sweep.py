@@ -105,14 +105,10 @@ def read_cells(place: Path) -> pd.DataFrame:
 def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | None = None) -> SweepSummary:
     """Return mean and spread over seeds for each setting, and paired differences from the baseline.
 
-    Args:
-        cells: as `read_cells` returns them.
-        metric: a column of numbers; default: accuracy or miou.
-        baseline: `KEY=VALUE`, several separated by commas, or a value of the first axis alone. Each setting is compared
-            with the setting that has these values and is like it otherwise. Default: the first value of the first axis.
-
-    Raises:
-        UserError: there is no such metric or baseline, or two cells have the same setting and seed.
+    `metric` is a column of numbers, by default accuracy or miou. `baseline` is KEY=VALUE, several separated by commas,
+    or a value of the first axis alone; by default the first value of the first axis. Each setting is compared with the
+    setting that has these values and is like it otherwise. Raises UserError, also if two cells have the same setting
+    and seed.
     """
     metric = _metric(cells, metric)
     axes = axes_of(cells)

@@ -10,9 +10,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.plot import FIGURES
 
-SIGNATURES = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 LAYERS, P = ["embed", "block 1", "norm"], [0.2, 0.4, 0.6]
 HEAD = b"model,layer,depth,metric,mean,std,ci95,images,tokens\n"
 
@@ -36,43 +34,27 @@ def analyses(workplace, analysis_table):
 def trainings(workplace):
     """Return a function that makes run directories with the records of a training each."""
 
-    def make(*names: str, epochs: int = 3, terms: tuple[str, ...] = ("cosine", "mixing")) -> list[str]:
+    def make(*names: str) -> list[str]:
+        at = {"step": 5, "epoch": 1}
+        lines = [
+            {"kind": "train", **at, "loss": 3.0, "class": 2.0},
+            {"kind": "eval", **at, "accuracy": 0.5, "loss": 1.0},
+            {"kind": "similarity", **at, "layers": LAYERS, "similarity": P},
+        ]
         for name in names:
             folder = workplace / "runs" / name
             folder.mkdir(parents=True)
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(epochs, terms)))
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return [f"runs/{name}" for name in names]
 
     return make
 
 
-def lines(epochs: int, terms: tuple[str, ...]):
-    for epoch in range(1, epochs + 1):
-        at = {"step": 5 * epoch, "epoch": epoch}
-        yield {"kind": "train", **at, "loss": 3 / epoch, "class": 2 / epoch, **dict.fromkeys(terms, 1 / epoch)}
-        yield {"kind": "eval", **at, "accuracy": 1 - 1 / (epoch + 1), "loss": 1.0}
-        yield {"kind": "similarity", **at, "layers": LAYERS, "similarity": [0.1 * epoch, 0.2, 0.3]}
-
-
-def drawn(capsys) -> Path:
-    """Return the file whose name is the only thing that was printed."""
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    return Path(shown.out.removesuffix("\n"))
-
-
-def text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("figure", "suffix"), [("similarity", "svg"), ("similarity", "pdf"), ("training", "png")])
-def test_the_suffix_decides_the_format(analyses, trainings, capsys, figure, suffix):
-    run = analyses(one=P)[0] if figure == "similarity" else trainings("one")[0]
-    assert pdvit(["plot", figure, run, "--out", f"deep/figure.{suffix}"]) == 0
-    file = drawn(capsys)
-    assert file == Path(f"deep/figure.{suffix}")
-    assert file.read_bytes().startswith(SIGNATURES[suffix])
-    assert sorted(path.name for path in file.parent.iterdir()) == sorted(["figure.csv", file.name])
+def draw(capsys, *arguments: object) -> str:
+    """Draw figure.svg and return its text."""
+    assert pdvit(["plot", *map(str, arguments), "--out", "figure.svg"]) == 0
+    assert capsys.readouterr() == ("figure.svg\n", "")
+    return html.unescape(Path("figure.svg").read_text(encoding="utf-8"))
 
 
 def test_a_real_run_is_drawn(run_copy, workplace, capsys):
@@ -80,79 +62,48 @@ def test_a_real_run_is_drawn(run_copy, workplace, capsys):
     capsys.readouterr()
     for figure in ("similarity", "training"):
         assert pdvit(["plot", figure, str(run_copy)]) == 0
-        file = drawn(capsys)
-        assert file == Path(f"figures/{figure}-copied.png")
-        with Image.open(file) as image:
+        assert capsys.readouterr().out == f"figures/{figure}-copied.png\n"
+        with Image.open(f"figures/{figure}-copied.png") as image:
             assert image.width > 1000
 
 
 def test_without_arguments_the_newest_runs_are_drawn(analyses, trainings, capsys):
     analyses(**{f"run-{number}": P for number in range(8)})
-    assert pdvit(["plot", "similarity", "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
+    shown = draw(capsys, "similarity")
     assert [number for number in range(8) if f"run-{number}" in shown] == [0, 1, 2, 3, 4, 5]
     for age, run in enumerate(trainings("new", "old")):
         os.utime(f"{run}/metrics.jsonl", (1e9 - age, 1e9 - age))
     assert pdvit(["plot", "training"]) == 0
-    assert drawn(capsys) == Path("figures/training-new.png")
-
-
-def test_terms_that_were_off_unfinished_lines_and_losses_without_a_number_are_left_out(trainings, capsys):
-    (run,) = trainings("one", terms=("cosine",))
-    with Path(run, "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "step": 16, "epoch": 3.2, "loss": null, "class": null, "cosine": 0.1}\n')
-        file.write('{"kind": "train", "st')
-    assert pdvit(["plot", "training", run, "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
-    assert "cosine" in shown
-    assert "mixing" not in shown
+    assert capsys.readouterr().out == "figures/training-new.png\n"
 
 
 def test_many_runs_of_different_depths_and_long_names_are_drawn(analyses, capsys):
     folders = analyses(**{f"run-{'very-' * 24}long-{depth}": [0.3] * depth for depth in range(3, 15)})
-    assert pdvit(["plot", "similarity", *folders, "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
-    assert all(f"-{depth}" in shown and "…" in shown for depth in range(3, 15))
-    assert pdvit(["plot", "similarity", *folders]) == 0  # the name of the file is not too long
-    assert drawn(capsys).is_file()
+    assert pdvit(["plot", "similarity", *folders]) == 0
+    file = Path(capsys.readouterr().out.rstrip("\n"))
+    assert file.name.endswith("-9-more.png")
+    assert pd.read_csv(file.with_suffix(".csv"))["run"].nunique() == 12
 
 
-@pytest.mark.parametrize("figure", [name for name in FIGURES if name not in ("similarity", "compare")])
-def test_a_figure_is_drawn_from_an_analysis(workplace, analysis_folder, capsys, figure):
-    """All runs by name; without names, the newest that have the data."""
+def test_cka_within_and_between_models_is_drawn(workplace, analysis_folder, capsys):
     for name in ("one", "two"):
-        analysis_folder(workplace / "runs" / name)
-    assert pdvit(["plot", figure, "runs/one", "runs/two", "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
-    assert all(name in shown for name in ("one", "two"))
-    if figure == "cka":
-        assert pdvit(["plot", figure, "--dark"]) == 0
-        assert drawn(capsys).name in (f"{figure}-one-two.png", f"{figure}-two-one.png")
+        folder = analysis_folder(workplace / "runs" / name)
+    arrays = {"matrix/other": np.eye(2), "layers/other": np.array(LAYERS[:2]), "layers": np.array(LAYERS[:2])}
+    np.savez(folder / "analysis" / "cka_between.npz", **arrays)
+    shown = draw(capsys, "cka")
+    assert all(name in shown for name in ("one", "two", "two (up), other"))
 
 
 def test_maps_are_drawn_for_the_patches_that_are_named(workplace, analysis_folder, capsys):
     analysis_folder(workplace / "runs" / "one")
-    arguments = ["plot", "maps", "--image", "1", "--patch", "0,3", "--patch", "2,2", "--out", "figure.svg"]
-    assert pdvit(arguments) == 0
-    assert "dog.png" in text_of(drawn(capsys))
+    assert "dog.png" in draw(capsys, "maps", "--image", "1", "--patch", "0,3", "--patch", "2,2")
     assert set(pd.read_csv("figure.csv")["patch"]) == {"0,3", "2,2"}
 
 
 def test_two_checkpoints_are_compared(analyses, capsys):
-    assert pdvit(["plot", "compare", *analyses(one=P, two=[0.1, 0.2, 0.2])]) == 0
-    file = drawn(capsys)
-    assert file == Path("figures/compare-one-two.png")
-    apart = pd.read_csv(file.with_suffix(".csv")).query("run == 'difference'")
+    draw(capsys, "compare", *analyses(one=P, two=[0.1, 0.2, 0.2]))
+    apart = pd.read_csv("figure.csv").query("run == 'difference'")
     assert apart["mean"].tolist() == pytest.approx([-0.1, -0.2, -0.4])
-
-
-def test_cka_between_models_is_drawn_where_it_was_measured(workplace, analysis_folder, capsys):
-    folder = analysis_folder(workplace / "runs" / "one")
-    layers = np.array(["embed", "block 1"])
-    arrays = {"matrix/other": np.eye(2), "layers/other": layers, "layers": layers}
-    np.savez(folder / "analysis" / "cka_between.npz", **arrays)
-    assert pdvit(["plot", "cka", "--out", "figure.svg"]) == 0
-    assert "one (up), other" in text_of(drawn(capsys))
 
 
 SWEEP = """cell,variant,diversity.preset,run.seed,status,seconds,accuracy,similarity_last
@@ -177,41 +128,27 @@ def test_a_sweep_is_a_table_in_the_terminal_and_in_three_files(sweep, capsys):
     assert "+20.0" in shown
     assert "1 of 4 cells are not in these numbers: cell 3 (failed)" in shown
     assert shown.endswith("ablation.pdf\n")
+    assert Path("ablation.pdf").read_bytes().startswith(b"%PDF")
     table = pd.read_csv("ablation.csv")
     assert table["mean"].tolist() == pytest.approx([0.55, 0.7])
     assert table["left_out"].tolist() == [0, 1]
-    assert text_of(Path("ablation.md")).startswith("| diversity.preset | n |")
+    assert Path("ablation.md").read_text(encoding="utf-8").startswith("| diversity.preset | n |")
 
 
-def test_a_file_of_cells_is_a_sweep_too(sweep, capsys):
-    Path(sweep, "cells.csv").rename("results.csv")
-    assert pdvit(["plot", "sweep", "results.csv", "--out", "ablation.png"]) == 0
-    assert "paper" in capsys.readouterr().out
-    assert pdvit(["plot", "sweep", "nothing.csv"]) == 2
-    assert "there is no such folder or file" in capsys.readouterr().err
-
-
-def test_sweeps_whose_tables_have_one_name_have_figures_of_their_own(sweep, capsys):
-    for place in ("one", "two"):
-        Path(place).mkdir()
-        Path(place, "results.csv").write_text(SWEEP)
-    assert pdvit(["plot", "sweep", "one/results.csv"]) == 0
-    assert pdvit(["plot", "sweep", "two/results.csv"]) == 0
-    Path("two", "results.csv").write_text(SWEEP.replace("diversity.preset", "model.name"))
-    assert pdvit(["plot", "sweep", "two/results.csv"]) == 0  # a page with another heading is replaced
-    assert [path.name for path in sorted(Path("figures").glob("*.md"))] == [
-        "sweep-one-results.md",
-        "sweep-two-results.md",
-    ]
-    Path("figures", "sweep-one-results.md").write_text("# Mine")
-    assert pdvit(["plot", "sweep", "one/results.csv"]) == 2
-    assert "sweep-one-results.md is there" in capsys.readouterr().err
+def test_a_file_of_cells_is_a_sweep_too_and_its_figure_is_named_after_the_folder(sweep, capsys):
+    file = Path(sweep, "cells.csv").rename(Path(sweep, "results.csv"))
+    for heading in ("diversity.preset", "model.name"):  # a page with another heading is replaced
+        file.write_text(SWEEP.replace("diversity.preset", heading))
+        assert pdvit(["plot", "sweep", str(file)]) == 0
+        assert capsys.readouterr().out.endswith("figures/sweep-sweep-results.png\n")
+    Path("figures", "sweep-sweep-results.md").write_text("# Mine")
+    assert pdvit(["plot", "sweep", str(file)]) == 2
+    assert "sweep-sweep-results.md is there" in capsys.readouterr().err
 
 
 def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):
     arguments = ["plot", "sweep", sweep, "--metric", "similarity_last", "--baseline", "diversity.preset=paper"]
     assert pdvit(arguments) == 0
-    assert Path(capsys.readouterr().out.splitlines()[-1]) == Path("figures/sweep-sweep.png")
     table = pd.read_csv("figures/sweep-sweep.csv").set_index("setting")
     assert table.loc["none", "difference"] == pytest.approx(0.6)
 
@@ -220,8 +157,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(workplace, analysis_ta
     for place in ("a", "b"):
         Path(place, "run").mkdir(parents=True)
         analysis_table(P).to_csv(f"{place}/run/analysis.csv", index=False)
-    assert pdvit(["plot", "similarity", "a/run", "b/run", "a/run", "--out", "figure.svg"]) == 0
-    shown = text_of(drawn(capsys))
+    shown = draw(capsys, "similarity", "a/run", "b/run", "a/run")
     names = {"a/run", "b/run", "a/run (2)"}
     assert all(name in shown for name in names)
     assert set(pd.read_csv("figure.csv")["run"]) == names
@@ -231,30 +167,25 @@ def test_the_numbers_of_a_figure_go_beside_it_and_both_replace_those_before(anal
     (run,) = analyses(one=P)
     Path("figure.svg").write_text("old")
     for _ in range(2):
-        assert pdvit(["plot", "similarity", run, "--out", "figure.svg"]) == 0
-    assert text_of(Path("figure.svg")).startswith("<?xml")
+        assert draw(capsys, "similarity", run).startswith("<?xml")
     table = pd.read_csv("figure.csv")
     assert table["mean"].tolist() == P
-    assert table["layer"].tolist() == ["embed", "block 1", "norm"]
+    assert table["layer"].tolist() == LAYERS
     assert table["run"].unique().tolist() == ["one"]
 
 
-def test_dark_is_dark_and_no_figure_stays_open(analyses, capsys):
-    (run,) = analyses(one=P)
-    corners, before = [], plt.get_fignums()
-    for flags in ([], ["--dark"]):
-        assert pdvit(["plot", "similarity", run, *flags]) == 0
-        with Image.open(drawn(capsys)) as image:
-            corners.append(sum(image.convert("RGB").getpixel((0, 0))))
-    assert corners[0] == 3 * 255
-    assert corners[1] < 100
+def test_dark_is_dark_and_no_figure_stays_open(trainings, capsys):
+    (run,) = trainings("one")
+    before = plt.get_fignums()
+    assert pdvit(["plot", "training", run, "--dark", "--out", "deep/figure.png"]) == 0
+    with Image.open("deep/figure.png") as image:
+        assert sum(image.convert("RGB").getpixel((0, 0))) < 100
     assert plt.get_fignums() == before
 
 
 def test_names_are_drawn_as_they_are(analyses, capsys):
     names = ["$price_1^2$", "a&b<c>", "münchen_run", "100%_{x}", "_hidden", "caf\udce9"]
-    assert pdvit(["plot", "similarity", *analyses(**dict.fromkeys(names, P)), "--out", "figure.svg"]) == 0
-    shown = html.unescape(text_of(drawn(capsys)))
+    shown = draw(capsys, "similarity", *analyses(**dict.fromkeys(names, P)))
     assert all(name.replace("\udce9", "?") in shown for name in names)
 
 
@@ -282,10 +213,11 @@ class TestRefused:
         analysis_folder(workplace / "runs" / "one")
         assert refusal("plot", "maps", "--patch", patch).where == "--patch"
 
-    def test_a_sweep_without_cells(self, refusal, workplace):
+    def test_a_sweep_without_cells_and_a_comparison_of_one(self, refusal, workplace):
         Path("empty").mkdir()
         assert "cells.csv" in refusal("plot", "sweep", "empty").tip
         assert "absent" in refusal("plot", "sweep", "absent").where
+        assert "two run directories" in refusal("plot", "compare", "one").tip
 
     def test_data_never_replace_another_table(self, refusal, analyses):
         (run,) = analyses(one=P)
@@ -301,8 +233,7 @@ class TestRefused:
 
     def test_a_run_that_is_not_there(self, refusal, workplace):
         assert "pdvit train" in refusal("plot", "training").tip
-        for figure in ("similarity", "training"):
-            assert "absent" in refusal("plot", figure, "absent").where
+        assert "absent" in refusal("plot", "similarity", "absent").where
 
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
     def test_an_unknown_suffix(self, refusal, workplace, out):

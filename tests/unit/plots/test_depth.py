@@ -69,7 +69,6 @@ def test_a_single_image_has_a_line_without_a_band_and_runs_of_other_depths_have_
     figure = plot_similarity(named(single, single.iloc[:4]))
     axes = figure.axes[0]
     assert band(axes, 1) == [0.4, 0.4]
-    assert "1 image," in axes.get_title(loc="left")
     assert tick_names(axes) == ["embed", "1", "2"]
     assert [text.get_text() for text in figure.legends[0].texts] == ["one", "two"]
 

@@ -31,19 +31,16 @@ def test_errors_are_where_truth_and_prediction_differ_and_a_class_is_known(tmp_p
     assert picture.errors[:3, 0].tolist() == [2, 1, 0]
 
 
-def test_a_row_of_four_for_each_picture_and_a_bar_for_each_class(tmp_path):
-    table, pictures = read_segmentation(write(tmp_path / "run", pictures=SHOWN + 1))
+def test_a_row_of_four_for_each_picture_a_bar_for_each_class_and_a_legend_of_the_classes_that_are_drawn(tmp_path):
+    table, pictures = read_segmentation(write(tmp_path / "run", classes=4, pictures=SHOWN + 1))
     figure = plot_segmentation(table, pictures, "run")
     assert len(figure.axes) == 4 * SHOWN + 1
     bars = figure.axes[-1]
-    assert [bar.get_width() for bar in bars.patches] == [0.5, 0.25]
-    assert "mIoU 0.375" in bars.get_title(loc="right")
-    assert "2 of 3 classes" in bars.get_xlabel()
-
-
-def test_the_legend_has_the_classes_that_are_drawn_in_their_colours(tmp_path):
-    table, pictures = read_segmentation(write(tmp_path / "run", classes=9))
-    (legend,) = plot_segmentation(table, pictures, "run").legends
+    assert [bar.get_width() for bar in bars.patches] == [0.6, 0.4, 0.2]
+    assert [text.get_text() for text in bars.texts] == ["0.60", "0.40", "0.20"]
+    assert "mIoU 0.400" in bars.get_title(loc="right")
+    assert "3 of 4 classes" in bars.get_xlabel()
+    (legend,) = figure.legends
     patches = zip(legend.texts, legend.get_patches(), strict=True)
     found = {text.get_text(): to_hex(patch.get_facecolor()) for text, patch in patches}
     assert found == {"class 0": "#0000ff", "class 1": "#0100fe", "class 2": "#0200fd", "no class": "#ff0000"}
@@ -96,15 +93,11 @@ def test_a_damaged_table_is_an_error_that_names_the_command(tmp_path, text):
     assert "pdvit eval" in caught.value.tip
 
 
-def test_a_mask_without_a_palette_is_an_error(tmp_path):
-    run = write(tmp_path / "run")
-    Image.fromarray(np.zeros((6, 8), np.uint8)).save(run / "predictions" / "01-truth.png")
-    with pytest.raises(UserError, match="no palette"):
-        read_segmentation(run)
-
-
-def test_a_missing_picture_is_an_error(tmp_path):
-    run = write(tmp_path / "run")
-    (run / "predictions" / "01-truth.png").unlink()
-    with pytest.raises(UserError, match="damaged"):
-        read_segmentation(run)
+@pytest.mark.parametrize("damage", ["missing", "no palette"])
+def test_a_damaged_mask_is_an_error(tmp_path, damage):
+    file = write(tmp_path / "run") / "predictions" / "01-truth.png"
+    file.unlink()
+    if damage == "no palette":
+        Image.fromarray(np.zeros((6, 8), np.uint8)).save(file)
+    with pytest.raises(UserError, match=damage):
+        read_segmentation(tmp_path / "run")
