@@ -7,22 +7,19 @@ from pdvit.errors import UserError
 from pdvit.models import build
 from pdvit.models.build import build_model, model_arguments, patch_size_of, sketch_model
 from pdvit.models.layers import image_size_of
+from pdvit.models.segmentation.segmenter import build_segmenter
+from tests.unit.models.segmentation.models import config
 from tests.unit.models.support import SMALL, SWIN, VIT, equal
 
 STAGES = {"depths": [1, 1, 1, 2], "embed_dim": 12, "num_heads": [1, 2, 2, 2]}
 
 
-@pytest.mark.parametrize(
-    ("name", "tip"),
-    [
-        *(("deit_smal_patch16_224", "'deit_small_patch16_224'"), ("", ""), ("../vit", "")),
-        *(("hf-hub:timm/vit_tiny_patch16_224", ""), ("local-dir:.", "")),  # timm would fetch or read them
-    ],
-)
-def test_another_name_than_timms_is_refused_with_the_closest(name, tip):
-    with pytest.raises(UserError, match=f"no model named '{name}'") as caught:
+@pytest.mark.parametrize("name", ["", "../vit", "hf-hub:timm/vit_tiny_patch16_224", "local-dir:."])
+def test_another_name_than_timms_is_refused(name):  # timm would fetch or read some of them
+    with pytest.raises(UserError, match=f"no model named '{name}'"):
         build_model(name, {})
-    assert tip in caught.value.tip
+    with pytest.raises(UserError, match="did you mean 'deit_small_patch16_224'"):
+        build_model("deit_smal_patch16_224", {})
 
 
 @pytest.mark.parametrize(
@@ -136,11 +133,20 @@ def test_drop_path_of_zero_is_not_timms_default(drop_path, rate):
     assert getattr(block.drop_path1, "drop_prob", 0.0) == pytest.approx(rate)
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch):
+@pytest.mark.parametrize("build_it", [lambda: build_model(VIT, SMALL), lambda: build_segmenter(config(), 3)])
+def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(monkeypatch, build_it):
     monkeypatch.setattr(build, "available_memory", lambda: 1000)
-    with pytest.raises(UserError, match="too big for memory") as caught:
-        build_model(VIT, SMALL, "here")
-    assert caught.value.where == "here"
+    monkeypatch.setattr(timm, "create_model", on_meta_only(timm.create_model))
+    with pytest.raises(UserError, match="too big for memory"):
+        build_it()
+
+
+def on_meta_only(create):
+    def created(*arguments, **more):
+        assert torch.get_default_device().type == "meta"
+        return create(*arguments, **more)
+
+    return created
 
 
 def test_the_limit_of_a_control_group_bounds_the_available_memory(tmp_path, monkeypatch):

@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from pdvit.errors import UserError
 from pdvit.models import checkpoints
 from pdvit.models.checkpoints import name_of, read_checkpoint
-from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse
+from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, write
 
 
 def under(prefix, state):
@@ -31,11 +30,11 @@ def arguments(model=VIT, img_size=32, model_kwargs=TINY, **more):
 
 @pytest.fixture
 def save(tmp_path):
-    def write(content, name="checkpoint.pth"):
+    def save_file_of(content, name="checkpoint.pth"):
         torch.save(content, tmp_path / name)
         return tmp_path / name
 
-    return write
+    return save_file_of
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +155,9 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save, 
     assert marker.exists()
 
 
-@pytest.mark.parametrize("value", [pathlib.PurePosixPath("out"), np.float64(3), range(3)], ids=repr)
-def test_objects_beside_the_weights_are_refused_by_name(save, state, value):
-    assert "more than tensors and plain values" in refuse(save({"model": state, "args": value})).what
+def test_objects_beside_the_weights_are_refused(save, state):
+    for value in (pathlib.PurePosixPath("out"), np.float64(3), range(3)):
+        assert "more than tensors and plain values" in refuse(save({"model": state, "args": value})).what
 
 
 def torch_file(content):
@@ -195,13 +194,6 @@ def test_weights_that_are_missing_are_not_replaced_by_others(save, state):
     for content, weights in (({"state_dict": state}, "ema"), ({"state_dict_ema": state}, "raw"), (state, "raw")):
         assert f"not {weights}" in refuse(save(content | {"args": arguments()}), weights=weights).what
     assert "several weights" in refuse(save({"online": state, "target": state, "args": arguments()})).what
-
-
-def test_a_file_larger_than_memory_is_not_read(tmp_path, monkeypatch):
-    save_file({"weight": torch.zeros(1000)}, tmp_path / "large.safetensors")
-    monkeypatch.setattr("pdvit.models.build.available_memory", lambda: 4000)
-    with pytest.raises(UserError, match="too big for memory"):
-        read_checkpoint(tmp_path / "large.safetensors")
 
 
 def test_places_without_weights_are_refused(tmp_path):
@@ -276,14 +268,10 @@ def test_names_without_weights_are_refused_before_a_download(monkeypatch, name, 
         ("hf-hub:timm/vit_small_patch16_224.augreg_in1k", "vit_small_patch16_224.augreg_in1k"),
         *(("hf-hub:somebody/net@v1.2", "net"), ("deit_small_patch16_224.fb_in1k", "deit_small_patch16_224.fb_in1k")),
         *(("local-dir:folder", "folder"), ("folder", "folder"), ("folder/model.safetensors", "folder")),
-        *(("folder/other.pth", "other"), ("absent/other.pth", "other")),
+        *(("folder/other.pth", "other"), ("absent/other.pth", "other"), ("folder/.", "folder")),
     ],
 )
 def test_the_name_of_a_checkpoint(tmp_path, monkeypatch, source, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    for file in ("model.safetensors", "other.pth"):
-        (tmp_path / "folder" / file).touch()
+    write(tmp_path / "folder", {"model.safetensors": b"", "other.pth": b""})
     assert name_of(Path(source)) == name
-    monkeypatch.chdir(tmp_path / "folder")
-    assert name_of(Path()) == "folder"

@@ -120,20 +120,15 @@ def test_a_crop_need_not_be_a_multiple_of_the_patches(source):
     assert "resampled: 1 (pos_embed)" in load_pretrained(segmenter, resolve_checkpoint(source), CLASSES)
 
 
-@pytest.fixture
-def training_file(tmp_path):
-    """A function that writes weights as timm's training script does."""
-
-    def write_file(state):
-        args = argparse.Namespace(model=VIT, drop_path=0.1, model_kwargs=TINY, img_size=32)
-        torch.save({"state_dict": state, "args": args}, tmp_path / "last.pth.tar")
-        return tmp_path / "last.pth.tar"
-
-    return write_file
+def training_file(folder, state):
+    """Write weights as timm's training script does."""
+    args = argparse.Namespace(model=VIT, drop_path=0.1, model_kwargs=TINY, img_size=32)
+    torch.save({"state_dict": state, "args": args}, folder / "last.pth.tar")
+    return folder / "last.pth.tar"
 
 
-def test_the_drop_path_of_a_training_file_is_kept(training_file):
-    assert resolve(configured(training_file(make().state_dict()))).model.drop_path == 0.1
+def test_the_drop_path_of_a_training_file_is_kept(tmp_path):
+    assert resolve(configured(training_file(tmp_path, make().state_dict()))).model.drop_path == 0.1
 
 
 # The weights.
@@ -197,11 +192,11 @@ def test_a_norm_after_the_pooling_is_fresh_and_may_be_frozen(tmp_path):
     assert "unexpected: 2 (norm.bias, norm.weight)" in notes
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(training_file):
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     state = make().state_dict()
     state["blocks.0.attn.qkv.weight"][0, 0] = math.nan
     with pytest.raises(UserError, match=r"1 \(blocks\.0\.attn\.qkv\.weight\)"):
-        begin(training_file(state))
+        begin(training_file(tmp_path, state))
 
 
 # Hostile configurations.
