@@ -23,7 +23,6 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
-from pdvit.models import build as model_build
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 LAYERS = ["embed", "block 1", "block 2", "norm"]
@@ -217,27 +216,15 @@ def test_places_that_are_missing_or_can_not_be_written(refusal, run_copy, tmp_pa
 
 
 def test_damaged_and_foreign_weights(refusal, run_copy, workplace):
-    file = run_copy / "model.safetensors"
-    content = file.read_bytes()
-    tensors = {name: value.clone() for name, value in load_file(file).items()}
-    for damaged in (b"", content[:40], content[:5000], (2**62).to_bytes(8, "little") + b"{}"):
-        file.write_bytes(damaged)
-        assert "safetensors" in refusal("analyze", run_copy).what
-    save_weights(run_copy, tensors | {"surplus": torch.zeros(1)})
-    refusal("analyze", run_copy)
+    file, tensors = run_copy / "model.safetensors", load_file(run_copy / "model.safetensors")
     tensors["blocks.1.norm1.weight"].fill_(float("nan"))
     save_weights(run_copy, tensors)
     assert "blocks.1.norm1.weight" in refusal("analyze", run_copy, "--limit", 4).what
-    assert not (run_copy / "analysis.csv").exists()
-
-
-def test_models_that_can_not_be_measured(workplace, refusal, run_copy, monkeypatch):
-    torch.save(timm.create_model("test_vit", img_size=16).state_dict(), "one.pth")
-    assert "single patch" in refusal("analyze", "one.pth", "--model", "test_vit").what
+    file.write_bytes(file.read_bytes()[:5000])
+    assert "safetensors" in refusal("analyze", run_copy).what
     torch.save(timm.create_model("test_vit", in_chans=1).state_dict(), "grey.pth")
     assert "patch_embed.proj.weight" in refusal("analyze", "grey.pth", "--model", "test_vit").what
-    monkeypatch.setattr(model_build, "available_memory", lambda: 1000)
-    assert "too big for memory" in refusal("analyze", run_copy).what
+    assert not (run_copy / "analysis.csv").exists()
 
 
 def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, analyzed, monkeypatch):

@@ -3,9 +3,9 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   // The model with most layers sets the steps; others show the layer that is nearest in depth.
-  const LEADER = data.models.reduce((most, model) => (model.layers.length > most.layers.length ? model : most));
+  const LEADER = data.models.reduce((deepest, model) => (model.layers.length > deepest.layers.length ? model : deepest));
   const STEPS = LEADER.layers.length;
-  const share = (model, layer) => model.depths[layer] / Math.max(1, model.deepest);
+  const relativeDepth = (model, layer) => model.depths[layer] / Math.max(1, model.deepest);
   const LEVELS = 127; // cosines are kept as integers from -127 to 127
   const state = {
     image: 0,
@@ -33,11 +33,11 @@
   }
 
   function layerOf(number) {
-    const model = data.models[number], wanted = share(LEADER, state.step);
-    const away = model.layers.map((_, layer) => Math.abs(share(model, layer) - wanted));
+    const model = data.models[number], target = relativeDepth(LEADER, state.step);
+    const away = model.layers.map((_, layer) => Math.abs(relativeDepth(model, layer) - target));
     return away.indexOf(Math.min(...away));
   }
-  const clamp = (value, most) => Math.min(most, Math.max(0, value));
+  const clamp = (value, max) => Math.min(max, Math.max(0, value));
 
   /** Return row, column and number of the patch that holds a point. */
   function patchAt(point, [rows, columns]) {
@@ -97,8 +97,8 @@
       return Math.round(255 * (light <= 0.0031308 ? 12.92 * light : 1.055 * light ** (1 / 2.4) - 0.055));
     });
   }
-  const diverging = (share) => colour(0.955 - 0.555 * Math.abs(share), 0.17 * Math.abs(share) ** 0.8, share < 0 ? 258 : 34);
-  const sequential = (share) => colour(0.2 + 0.73 * share, 0.11 + 0.1 * share * (1 - share), 288 + 167 * share);
+  const diverging = (value) => colour(0.955 - 0.555 * Math.abs(value), 0.17 * Math.abs(value) ** 0.8, value < 0 ? 258 : 34);
+  const sequential = (value) => colour(0.2 + 0.73 * value, 0.11 + 0.1 * value * (1 - value), 288 + 167 * value);
   const table = (map, low) => Array.from({ length: 2 * LEVELS + 1 }, (_, k) => map(Math.max(low, (k - LEVELS) / LEVELS)));
   const COLOURS = { signed: table(diverging, -1), absolute: table(sequential, 0) };
   const colourOf = (value) => COLOURS[state.signed ? "signed" : "absolute"][shown(value) + LEVELS];
@@ -250,33 +250,33 @@
       parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: up(value), y2: up(value) }));
       parts.push(svg("text", { x: LEFT - 8, y: up(value) + 4, "text-anchor": "end" }, String(value)));
     }
-    const now = across(share(LEADER, state.step));
+    const now = across(relativeDepth(LEADER, state.step));
     parts.push(svg("line", { class: "now", x1: now, x2: now, y1: TOP - 4, y2: height - BOTTOM }));
     const every = Math.ceil((STEPS * 26) / Math.max(1, width - LEFT - RIGHT)); // names that fit side by side
     LEADER.layers.forEach((layer, step) => {
       if (step !== state.step && (step % every || Math.abs(step - state.step) < every)) return;
       const name = layer.replace(/^block /, "");
       const anchor = name.length > 2 && step === STEPS - 1 && width < 500 ? "end" : "middle";
-      const where = { x: across(share(LEADER, step)) + (anchor === "end" ? RIGHT - 2 : 0), y: height - 6, "text-anchor": anchor };
+      const where = { x: across(relativeDepth(LEADER, step)) + (anchor === "end" ? RIGHT - 2 : 0), y: height - 6, "text-anchor": anchor };
       parts.push(svg("text", { ...where, class: step === state.step ? "now" : "" }, name));
     });
     data.models.forEach((model, number) => {
       const values = model.similarity[state.image], own = `model-${number}`;
-      const points = values.map((value, step) => [across(share(model, step)), up(value)]);
+      const points = values.map((value, step) => [across(relativeDepth(model, step)), up(value)]);
       parts.push(svg("path", { class: own, d: `M${points.join("L")}` }));
       points.forEach(([x, y], step) => {
         parts.push(svg("circle", { class: own, cx: x, cy: y, r: step === layerOf(number) ? 4.5 : 2 }));
       });
     });
     curve.replaceChildren(...parts);
-    const said = data.models.map((model, number) => {
+    const texts = data.models.map((model, number) => {
       const layer = layerOf(number), span = element("span");
       element("i", `model-${number}`, span);
       span.append(data.models.length > 1 ? `${model.name} ` : `${model.layers[layer]} `);
       element("b", "", span).textContent = text(model.similarity[state.image][layer], 3);
       return span;
     });
-    at("p-values").replaceChildren(...said);
+    at("p-values").replaceChildren(...texts);
     const sentence = data.models.map((model, number) => `${model.name}: ${text(model.similarity[state.image][layerOf(number)], 3)}`);
     curve.setAttribute("aria-label", `P by layer, now at ${LEADER.layers[state.step]}. ${sentence.join("; ")}`);
     at("layer").setAttribute("aria-valuetext", LEADER.layers[state.step]);
@@ -286,7 +286,7 @@
     if (event.type === "pointermove" && !event.buttons) return;
     const box = at("curve").getBoundingClientRect();
     const part = (event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT);
-    const away = LEADER.depths.map((_, step) => Math.abs(share(LEADER, step) - part));
+    const away = LEADER.depths.map((_, step) => Math.abs(relativeDepth(LEADER, step) - part));
     goTo(away.indexOf(Math.min(...away)));
   }
 
@@ -402,7 +402,7 @@
   at("absolute").addEventListener("click", () => measure(false));
   at("pin").addEventListener("click", () => pin());
   at("open-help").addEventListener("click", () => at("help").showModal());
-  for (const kind of ["pointerdown", "pointermove"]) at("curve").addEventListener(kind, layerByPointer);
+  for (const type of ["pointerdown", "pointermove"]) at("curve").addEventListener(type, layerByPointer);
   new ResizeObserver(refresh).observe(document.body);
   refresh();
 })();

@@ -12,13 +12,10 @@ from pdvit.analysis.metrics.attention import Attention, patch_rows
 PREFIX = 2
 
 
-def maps(images: int = 2, heads: int = 3, patches: int = 6, seed: int = 0, sharp: float = 2.0) -> Tensor:
-    logits = sharp * torch.randn(images, heads, patches + PREFIX, patches + PREFIX, generator=draw(seed))
-    return logits.softmax(-1)
-
-
-def draw(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def maps(seed: int = 0, sharp: float = 2.0) -> Tensor:
+    """Attention of 2 images, 3 heads and 6 patches."""
+    generator = torch.Generator().manual_seed(seed)
+    return (sharp * torch.randn(2, 3, 6 + PREFIX, 6 + PREFIX, generator=generator)).softmax(-1)
 
 
 def slow(image: np.ndarray, before: np.ndarray, columns: int) -> dict[str, float]:
@@ -55,15 +52,12 @@ def measure(
 def test_equals_a_count_query_by_query(sharp):
     now, before = maps(sharp=sharp), maps(seed=1, sharp=sharp)
     found = measure(now, before)
+    assert "attention_similarity" not in measure(now)  # of the first block
     assert set(found) == {*METRICS["attention"].columns, *METRICS["attention"].curves}
     for index in range(len(now)):
         for name, value in slow(now[index].numpy(), before[index].numpy(), columns=3).items():
             assert found[name][index].item() == pytest.approx(value, abs=1e-5), name
             assert found[name.removeprefix("attention_")][index].mean() == pytest.approx(value, abs=1e-5)
-
-
-def test_the_first_block_has_no_block_before():
-    assert "attention_similarity" not in measure(maps())
 
 
 def test_uniform_and_one_hot_attention():
@@ -72,6 +66,8 @@ def test_uniform_and_one_hot_attention():
     assert found["attention_entropy"].item() == pytest.approx(math.log(6), abs=1e-6)
     assert found["attention_std"].item() == pytest.approx(0, abs=1e-6)
     assert found["attention_similarity"].item() == pytest.approx(1, abs=1e-6)
+    uniform = torch.full((1, 1, 198, 198), 1 / 198)  # docs/analyze.md
+    assert measure(uniform, image=(224, 224))["attention_distance"].item() == pytest.approx(7.28, abs=0.005)
     own = torch.eye(8)[None, None]
     found = measure(own, own)
     assert found["attention_entropy"].item() == 0
@@ -83,8 +79,3 @@ def test_a_patch_that_looks_at_prefix_tokens_only_counts_as_zeros():
     blind = torch.zeros(1, 1, 8, 8)
     blind[..., 0] = 1
     assert all(value.isfinite().all() for value in measure(blind, blind).values())
-
-
-def test_uniform_distance_is_the_one_in_the_docs():
-    uniform = torch.full((1, 1, 198, 198), 1 / 198)
-    assert measure(uniform, image=(224, 224))["attention_distance"].item() == pytest.approx(7.28, abs=0.005)
