@@ -1,4 +1,4 @@
-"""experiments/run.py from start to end, against what the run directories say and models built by hand."""
+"""experiments/run.py from start to end, against the files of the runs and models built by hand."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.opening import held_out_images
 from pdvit.data.preprocessing import Preprocessing
+from pdvit.similarity import patch_similarity
 from tests.files import read_csv, read_json, read_records
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
@@ -73,35 +74,30 @@ def rows(name: str) -> list[dict[str, str]]:
     return read_csv(Path("claim", name))
 
 
-def similarity_by_hand(seed: int) -> dict[str, float]:
-    """P of a model that timm builds with this seed, on the test images: one image and one pair of patches at a time."""
+def similarity_at_start(seed: int) -> dict[str, float]:
+    """Return P on the test images of a model that timm builds with this seed."""
     torch.manual_seed(seed)
     arguments = {"img_size": 16, "depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8, "num_classes": 10}
     model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
-    how = LoaderConfig(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(model))
+    loader_config = LoaderConfig(32, 0, 0, torch.device("cpu"), Preprocessing.for_model(model))
     found: dict[str, list[float]] = {"block 2": [], "norm": []}
     for name, module in (("block 2", model.blocks[1]), ("norm", model.norm)):
-        module.register_forward_hook(lambda _, __, tokens, name=name: found[name].extend(map(alike, tokens[:, 1:])))
+        module.register_forward_hook(lambda _, __, x, name=name: found[name].extend(patch_similarity(x[:, 1:])))
+    split = held_out_images(Config(data=DataConfig(source="digits"))).subsample(256).split
     with torch.no_grad():
-        for batch in eval_batches(held_out_images(Config(data=DataConfig(source="digits"))).subsample(256).split, how):
+        for batch in eval_batches(split, loader_config):
             model(batch.images)
-    return {name: sum(values) / len(values) for name, values in found.items()}
-
-
-def alike(tokens: torch.Tensor) -> float:
-    unit = (tokens / tokens.norm(dim=1, keepdim=True)).double()
-    pairs = [(i, j) for i in range(len(unit)) for j in range(i)]
-    return sum(abs(float(unit[i] @ unit[j])) for i, j in pairs) / len(pairs)
+    return {name: float(sum(values)) / len(values) for name, values in found.items()}
 
 
 def analysis(run: Path) -> dict[tuple[str, str], float]:
-    """What `pdvit analyze` says of a run."""
+    """Return the table of `pdvit analyze`."""
     assert pdvit(["analyze", str(run), "--metrics", "similarity,rank", "--device", "cpu"]) == 0
     return {(row["layer"], row["metric"]): float(row["mean"]) for row in read_csv(run / "analysis.csv")}
 
 
 def check_row(row: dict[str, str], run: Path) -> None:
-    """Compare a row with what the files of its run say."""
+    """Compare a row with the files of its run."""
     summary = read_json(run / "summary.json")
     for name in ("accuracy", "loss", "similarity_first", "similarity_last", "seconds", "steps"):
         assert float(row[name]) == pytest.approx(summary[name], **close)
@@ -151,7 +147,7 @@ def test_a_folder_is_run_measured_and_written(workplace):
     assert [(row["variant"], row["status"]) for row in found] == [
         *(("none", "finished"), ("paper", "finished"), ("diverging", "failed"))
     ]
-    before = similarity_by_hand(seed=3)
+    before = similarity_at_start(seed=3)
     for row in found[:2]:
         check_row(row, sweep / row["name"])
         for name, layer in (("block", "block 2"), ("norm", "norm")):

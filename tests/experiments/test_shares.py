@@ -9,13 +9,13 @@ RIGHT, UP = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 SHARES = HERE / "ablation" / "shares.py"
 
 
-def tokens(say):
+def tokens(token_of):
     """Four images of two patches each, of the classes 0, 0, 1, 1."""
-    return torch.stack([torch.stack([say(image, place) for place in range(2)]) for image in range(4)])
+    return torch.stack([torch.stack([token_of(image, place) for place in range(2)]) for image in range(4)])
 
 
 @pytest.mark.parametrize(
-    ("what", "say"),
+    ("name", "token_of"),
     [
         ("all", lambda image, place: 3 * RIGHT),
         ("class", lambda image, place: UP if image < 2 else -UP),
@@ -24,9 +24,9 @@ def tokens(say):
         ("rest", lambda image, place: UP if (image + place) % 2 else -UP),
     ],
 )
-def test_each_share_is_found_alone(load, what, say):
-    found = load(SHARES).shares(tokens(say), torch.tensor([0, 0, 1, 1]))
-    assert found == pytest.approx({**dict.fromkeys(("all", "class", "image", "place", "rest"), 0), what: 1})
+def test_each_share_is_found_alone(load, name, token_of):
+    found = load(SHARES).shares(tokens(token_of), torch.tensor([0, 0, 1, 1]))
+    assert found == pytest.approx({**dict.fromkeys(("all", "class", "image", "place", "rest"), 0), name: 1})
 
 
 def test_the_first_three_make_up_the_mean_cosine(load):
@@ -38,14 +38,19 @@ def test_the_first_three_make_up_the_mean_cosine(load):
     assert min(found.values()) > 0
 
 
-@pytest.mark.parametrize("kind", ["", "-long"])
-def test_the_page_has_the_numbers(kind):
-    table = pd.read_csv(HERE / "ablation" / f"shares{kind}.csv")
+@pytest.mark.parametrize("table", ["shares", "shares-long", "regions"])
+def test_the_page_has_the_numbers(table):
+    found = pd.read_csv(HERE / "ablation" / f"{table}.csv")
     page = (HERE / "ablation" / "README.md").read_text("utf-8")
-    for variant, rows in table.groupby("variant"):
-        cells = [told(rows[name]) for name in table.columns[2:]]
+    for variant, rows in found.groupby("variant"):
+        columns = [rows[name] for name in found.columns[2:]]
+        cells = [NOTHING if values.isna().all() else f"{values.mean():.2f} ± {values.std():.2f}" for values in columns]
         assert f"| {variant} | {' | '.join(cells)} |" in page
 
 
-def told(values: pd.Series) -> str:
-    return NOTHING if values.isna().all() else f"{values.mean():.2f} ± {values.std():.2f}"
+def test_pairs_in_the_same_half_and_across_are_separate(load):
+    right, up, both = [1.0, 0.0], [0.0, 2.0], [-3.0, -3.0]
+    tokens = torch.tensor([[right, both, up, up]])
+    same, across = load(HERE / "ablation" / "regions.py").parts(tokens, torch.tensor([True, True, False, False]))
+    assert same == pytest.approx((0.5**0.5 + 1) / 2)
+    assert across == pytest.approx((0 + 0 + 0.5**0.5 + 0.5**0.5) / 4)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pdvit.models.families import FAMILIES
 from pdvit.models.layers import measure_layers, places_of
 from pdvit.models.tokens import DiverseModel
+from tests.unit.models.support import SMALL, SMALL_SWIN
 
 View = Callable[[nn.Module, Any], Tensor]
 CLASSES = 3
@@ -68,8 +69,7 @@ class Case(NamedTuple):
 
 
 def vit(name: str, prefix: int, last: str = "norm", last_prefix: int | None = None, **arguments: Any) -> Case:
-    sizes = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": CLASSES}
-    sizes |= arguments
+    sizes = SMALL | arguments
     side = sizes["img_size"] // sizes.pop("stride", sizes["patch_size"])
     last_view = nlc(prefix if last_prefix is None else last_prefix)
     build = partial(timm.create_model, name, **sizes)
@@ -105,7 +105,6 @@ def maxxvit(*blocks: str, **attention: Any) -> MaxxVitCfg:
 DEPTHS = {"depths": (1, 1, 1, 2)}
 FOUR = DEPTHS | {"num_heads": (1, 2, 2, 4)}
 WIDTHS = {"embed_dims": (8, 16, 16, 32)}
-SWIN = FOUR | {"img_size": 64, "window_size": 2, "embed_dim": 8}
 HIERA = {"stages": (1, 1, 1, 2), "embed_dim": 8}
 MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 24}
 NAFLEX = NaFlexVitCfg(patch_size=16, embed_dim=24, depth=2, num_heads=2, reg_tokens=2, class_token=False)
@@ -139,9 +138,9 @@ CASES = {
     "xcit": vit("xcit_nano_12_p16_224", 0, last_prefix=1),
     "mixer": pyramid(MlpMixer, "blocks.0", nlc(), "norm", image=32, side=4, **MIXER),
     "naflexvit": pyramid(NaFlexVit, "blocks.0", nlc(2), "norm", side=4, cfg=NAFLEX),
-    "swin": pyramid("swin_tiny_patch4_window7_224", "layers.3.blocks.0", nhwc, "norm", **SWIN),
-    "swinv2": pyramid("swinv2_tiny_window8_256", "layers.3.blocks.0", nhwc, "norm", **SWIN),
-    "swinv2-cr": pyramid("swinv2_cr_tiny_224", "stages.3.blocks.0", nhwc, "stages.3.blocks.1", **SWIN),
+    "swin": pyramid("swin_tiny_patch4_window7_224", "layers.3.blocks.0", nhwc, "norm", **SMALL_SWIN),
+    "swinv2": pyramid("swinv2_tiny_window8_256", "layers.3.blocks.0", nhwc, "norm", **SMALL_SWIN),
+    "swinv2-cr": pyramid("swinv2_cr_tiny_224", "stages.3.blocks.0", nhwc, "stages.3.blocks.1", **SMALL_SWIN),
     "pvtv2": pyramid(
         PyramidVisionTransformerV2, "stages.3.blocks.0", nlc(), "stages.3.norm", mlp_ratios=(2,) * 4, **FOUR | WIDTHS
     ),
@@ -266,15 +265,13 @@ def test_gradients_reach_every_weight_that_the_bare_model_reaches(name):
     model, images = make(case).train(), pictures(case, 4)
     model(images).exp().sum().backward()
     bare = reached(model)
-    assert bare
     model.zero_grad(set_to_none=True)
     wrapper = DiverseModel(model).train()
     output = wrapper(images)
     (output.logits.exp().sum() + output.patch_logits.exp().sum() + output.first.exp().sum()).backward()
-    assert bare <= reached(model)
+    assert set() < bare <= reached(model)
     assert reached(wrapper.patch_head) == {"weight", "bias"}
-    trainable = {name for name, _ in model.named_parameters()}
-    assert {name for name in trainable - reached(model) if "aux_head" not in name} == set()
+    assert {name for name, _ in model.named_parameters() if "aux_head" not in name} <= reached(model)
     model.zero_grad(set_to_none=True)
     DiverseModel(model, patch_head=False)(images).last.exp().sum().backward()  # as the terms alone
     assert reached(model.get_submodule(case.first))
@@ -306,10 +303,9 @@ def test_a_patch_of_the_image_changes_its_own_token_most(name):
     assert not off.any() or (name in OVERLAPPING and rows >= 4 and off.max() <= 1)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
 @torch.no_grad()
-def test_a_deep_copy_reads_its_own_tokens(name):
-    case = CASES[name]
+def test_a_deep_copy_reads_its_own_tokens():
+    case = CASES["swin"]
     wrapper, images = DiverseModel(make(case)).eval(), pictures(case)
     wrapper(images)
     twin = copy.deepcopy(wrapper)
