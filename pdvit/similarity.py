@@ -1,8 +1,6 @@
 """P, the patch similarity: the one definition that the cosine term, the telemetry and the analysis share.
 
-P(h) = 1 / (n (n - 1)) * sum over i != j of |cos(h_i, h_j)|   (arXiv 2104.12753, v3)
-
-Class, distillation and register tokens are never among the n patch tokens, and the diagonal is left out.
+P(h) = 1 / (n (n - 1)) * sum over i != j of |cos(h_i, h_j)|   (arXiv 2104.12753, v3), without prefix tokens
 """
 
 from typing import Any
@@ -20,17 +18,14 @@ BLOCK_ENTRIES = 4 * 2**20
 
 
 def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
-    """Return P of every image: the mean of |cos| over all pairs of different patches.
+    """Return P of every image `(B,)`: the mean of |cos| over all pairs of different patches, exact for any N.
 
-    Exact for any N: the N x N cosines are computed in blocks of rows, so memory grows with N * D only.
+    The N x N cosines are computed in blocks of rows, so memory grows with N * D only. The result is float32 (float64
+    for float64 tokens), in [0, 1], or in [-1/(N-1), 1] if signed; 0 for an image with a single patch.
 
     Args:
         tokens: patch tokens `(B, N, D)` of any floating dtype, without prefix tokens; UserError for another shape.
         signed: average cos instead of |cos| (the measure of v1 of the paper), in O(N D).
-
-    Returns:
-        `(B,)`, float32 (float64 for float64 tokens), in [0, 1], or in [-1/(N-1), 1] if signed.
-        An image with a single patch has no pairs and gives 0.
     """
     if tokens.ndim != 3:
         what = f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}"

@@ -20,7 +20,6 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
-from pdvit.models.loading import LoadedModel
 from pdvit.tracking.run_directory import write_file, writing
 
 if TYPE_CHECKING:
@@ -120,7 +119,6 @@ class Analyzer:
     def _measure_random(self, opened: OpenedCheckpoint, images: ImageSet) -> Analysis:
         """Return P of the same model with random weights on some of the same images."""
         loaded = opened.loaded
-        assert isinstance(loaded, LoadedModel)
         with self.ranks.raise_on_all_ranks():
             model = to_device(loaded.with_random_weights(), opened.loader.device, loaded.architecture)
         batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
@@ -151,7 +149,6 @@ def describe(
     `bad` images did not decode. `stopped` is the reason why the measurement ended before the last image, if it did.
     """
     table, loaded = analysis.table, opened.loaded
-    assert isinstance(loaded, LoadedModel)
     has_p = bool((table["metric"] == "similarity").any())
     found, advice = verdict(table, str(opened.path)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pdvit.data.loader import LoaderConfig
     from pdvit.engine.distributed import Ranks
-    from pdvit.models.loading import LoadedModel, LoadedSegmenter
+    from pdvit.models.loading import LoadedModel
     from pdvit.tasks.windows import SlidingWindowConfig
 
 Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, if the file does not have it.")]
@@ -36,7 +36,7 @@ class OpenedCheckpoint:
 
     path: Path
     is_run: bool  # a run directory
-    loaded: "LoadedModel | LoadedSegmenter"
+    loaded: "LoadedModel"
     config: Config
     loader: "LoaderConfig"
 
@@ -45,11 +45,11 @@ class OpenedCheckpoint:
 
         Raises UserError for a classifier with any of the flags, which are those of segmentation.
         """
-        from pdvit.models.loading import LoadedSegmenter
+        from pdvit.models.segmentation.segmenter import Segmenter
         from pdvit.tasks.segmentation import sliding_windows
         from pdvit.tasks.windows import SCALES
 
-        if isinstance(self.loaded, LoadedSegmenter):
+        if isinstance(self.loaded.model, Segmenter):
             windows = sliding_windows(self.loaded.model, self.config.segment, self.loader.per_pass)
             return replace(windows, scales=SCALES if flags["--ms"] else (1.0,), flip=flags["--flip"])
         if used := [flag for flag, value in flags.items() if value not in (None, False)]:
@@ -92,17 +92,17 @@ def open_checkpoint(
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing
     from pdvit.engine.device import choose_device, set_up
-    from pdvit.models.loading import LoadedSegmenter, check_finite, load_model, load_segmenter
+    from pdvit.models.loading import check_finite, load_model
     from pdvit.models.resolved_checkpoint import resolve_checkpoint
+    from pdvit.models.wrapper import Wrapper
 
     recipe = path / "run.toml"
     is_run = os.path.isdir(path) and recipe.is_file()
     # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
     defaults = {} if is_run else {"run": {"tf32": False}}
     config = build(*make_layers(recipe if is_run else None, [], flags, defaults=defaults))
-    checkpoint = resolve_checkpoint(path, model, weights)
-    loaded = load_model(checkpoint) if backbone or checkpoint.segment is None else load_segmenter(checkpoint)
-    if isinstance(loaded, LoadedSegmenter):
+    loaded = load_model(resolve_checkpoint(path, model, weights), backbone)
+    if loaded.segment is not None:
         own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
         if flags.get("data_source") is None:  # the run's table of classes is for the run's data
             own["classes"] = config.segment.classes
@@ -113,9 +113,7 @@ def open_checkpoint(
     if not backbone:  # `analyze` measures in exact float32
         set_up(device, config.run)
     to_device(loaded.model, device, str(path))
-    preprocessing = Preprocessing.for_model(
-        loaded.model.inside if isinstance(loaded, LoadedSegmenter) else loaded.model
-    )
+    preprocessing = Preprocessing.for_model(loaded.model.inside if isinstance(loaded.model, Wrapper) else loaded.model)
     data, bad = config.data, BadImages(skip=config.data.on_bad_image == "skip")
     images = data.micro_batch if flags.get("data_batch_size") is None else None
     seed, size = config.run.seed, ranks.world_size

@@ -294,11 +294,9 @@ def _target(path: Path, out: str | None, top: int, masks: bool) -> Path | None:
 def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
     """Yield the most probable classes of each image with their probabilities."""
     from pdvit.data.loader import eval_batches
-    from pdvit.models.loading import LoadedModel
     from pdvit.tasks import classification
     from pdvit.tasks.labels import label_names
 
-    assert isinstance(opened.loaded, LoadedModel)
     model: Any = opened.loaded.model
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):
@@ -318,16 +316,18 @@ def _masks(
 ) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.masks.table import default_palette
-    from pdvit.models.loading import LoadedSegmenter
+    from pdvit.models.segmentation.segmenter import Segmenter
     from pdvit.tasks.pictures import overlay, palette_image, png, predict_masks
     from pdvit.tasks.segmentation import pixel_network
     from pdvit.tracking.run_directory import write_file
 
     loaded, names = opened.loaded, _mask_names(files)
-    assert isinstance(loaded, LoadedSegmenter)
+    assert isinstance(loaded.model, Segmenter)
+    assert loaded.classes
     assert folder is not None
-    palette, network = loaded.palette or default_palette(len(loaded.classes)), pixel_network(loaded.model)
-    for index, image, mask in predict_masks(network, files, len(loaded.classes), opened.loader, opened.config, windows):
+    count, network = len(loaded.classes), pixel_network(loaded.model)
+    palette = loaded.palette or default_palette(count)
+    for index, image, mask in predict_masks(network, files, count, opened.loader, opened.config, windows):
         for part, picture in (("masks", palette_image(mask, palette)), ("overlays", overlay(image, mask, palette))):
             file = folder / part / names[index]
             file.parent.mkdir(parents=True, exist_ok=True)

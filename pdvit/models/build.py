@@ -1,5 +1,6 @@
 """Build any timm model, with readable errors."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
-from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of, with_image_size
+from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of
 
 # Arguments of timm's factory that fetch or read files: refused in configurations and checkpoints.
 RESERVED = frozenset(
@@ -26,7 +27,6 @@ FLAGS = {
 }
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
-SKETCHES: dict[str, nn.Module] = {}
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
@@ -80,26 +80,27 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
     return model
 
 
+@cache
 def plain_sketch(name: str, where: str) -> nn.Module:
     """Return `sketch_model` without arguments, shared by all callers: do not change it."""
-    if name not in SKETCHES:
-        SKETCHES[name] = sketch_model(name, {}, where)
-    return SKETCHES[name]
+    return sketch_model(name, {}, where)
 
 
 def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     """Build a model without the checks of `sketch_model`; raises UserError if timm refuses an argument."""
     try:
-        model: nn.Module = timm.create_model(name, **arguments)
+        model: Any = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
         if "img_size" in arguments and "unexpected keyword arg" in str(error) and "'img_size'" in str(error):
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
             size = arguments["img_size"]
             height, width = size if isinstance(size, tuple) else (size, size)
-            return with_image_size(create_model(name, rest, where), height, width)
+            model = create_model(name, rest, where)
+            model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}  # where timm reads it
+            return model  # type: ignore[no-any-return]
         what = f"timm can't build {name}: {type(error).__name__}: {error}"
         raise UserError(what, where, "check the model's arguments (--model-kwargs)") from error
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def patch_size_of(model: Any) -> int:
@@ -155,14 +156,8 @@ def _check_grid(model: Any, where: str) -> None:
     if (height, width) == (patch, patch):
         tip = f"choose a larger image, such as {2 * patch} pixels, or smaller patches"
         raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
-    if height % patch or width % patch:
+    whole, last = height % patch == width % patch == 0, list(places)[-1]
+    if not whole or shapes_of(model, {last: places[last]}, where)[last][0] != (height // patch) * (width // patch):
         near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
-        tip = f"choose an image size that is a multiple of {patch}, such as {near}"
-        raise UserError(f"patches of {patch} pixels do not fit images of {height}x{width}", place, tip)
-    last = list(places)[-1]
-    count, _ = shapes_of(model, {last: places[last]}, where)[last]
-    if count != (height // patch) * (width // patch):
-        what = (
-            f"{height}x{width} pixels give {count} patches in the last layer, which are not squares of {patch} pixels"
-        )
-        raise UserError(what, place, "choose the model's own sizes")
+        tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
+        raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)

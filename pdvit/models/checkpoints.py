@@ -28,7 +28,7 @@ from pdvit.models.build import check_memory, sketch_model
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
 HEADER_KEY = "config.json"
-# timm's order of search in a folder: these names, then a single file with one of these suffixes.
+# timm's order in a folder: these names, then a single file with one of these suffixes.
 PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 FOLDER_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
@@ -41,26 +41,18 @@ PRETRAINED_KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation", "cr
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint.
+    """The contents of a checkpoint."""
 
-    Attributes:
-        name: its folder, its file, or the model's published name.
-        where: its place in error messages.
-        tensors: all tensors; those in nested tables have dotted names.
-        config: the model and its images in the form of timm's config.json; can be empty.
-    """
-
-    name: str
-    where: str
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
+    name: str  # its folder, its file, or the model's published name
+    where: str  # its place in error messages
+    tensors: dict[str, Tensor]  # all tensors; those in nested tables have dotted names
+    config: dict[str, Any]  # the model and its images in the form of timm's config.json; can be empty
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read a run directory, a timm folder, a file, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or a model of timm.
 
-    Raises:
-        UserError: there is no such checkpoint, or the file is damaged, of another format, or could run code.
+    Raises UserError if there is no such checkpoint, or the file is damaged, of another format, or could run code.
     """
     text = str(source)
     scheme, _, rest = text.partition(":")
@@ -96,13 +88,11 @@ def export(
     state: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """Return the files (name -> content) of a timm folder for a timm model.
+    """Return the files (name -> content) of a timm folder: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. The weights alone are enough for pdvit, because
-    their header contains config.json. The files contain no names of the machine, no paths and no times.
-
-    `data_config` is timm's: input_size, mean, std, ... `weights` is `raw` or `ema`, `state` the weights if not the
-    model's own; `metadata` adds to the section `pdvit` of config.json.
+    The weights alone are enough for pdvit, because their header contains config.json. The files contain no names of
+    the machine, no paths and no times. `data_config` is timm's: input_size, mean, std, ... `weights` is `raw` or `ema`,
+    `state` the weights if not the model's own; `metadata` adds to the section `pdvit` of config.json.
     """
     extra = {"label_names": classes, "pdvit": {"weights": weights, **(metadata or {})}}
     with TemporaryDirectory() as folder:
@@ -259,8 +249,8 @@ def _read_published(name: str) -> Checkpoint:
     except Exception as error:  # of the network, the hub, the cache or the file
         raise _download_error(name, error) from error
     cfg = {key: model.pretrained_cfg[key] for key in PRETRAINED_KEYS if model.pretrained_cfg.get(key) is not None}
-    # as in a config.json: lists for tuples
-    config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": json.loads(json.dumps(cfg))}
+    cfg = json.loads(json.dumps(cfg))  # as in a config.json: lists for tuples
+    config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
     return Checkpoint(name, name, model.state_dict(), config)
 
 

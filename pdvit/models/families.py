@@ -21,7 +21,7 @@ class Family:
         norm: path of the norm over all tokens after the last block; can be missing, or an identity.
         channels_first: tokens lie as `(B, D, H, W)`. Otherwise `(B, N, D)`, prefix tokens in front, or `(B, H, W, D)`.
         prefix: attribute with the prefix tokens of the blocks or their number; if it is missing, there are none.
-        norm_prefix: the same for the norm, if class tokens join the patches behind the last block.
+        norm_prefix: the same for the norm, if class tokens join the patches after the last block.
         order: module that brings a block's tokens back into the order of the image.
         embed: path of the patch embedding.
         attention: attribute of a block with attention between all tokens, whose `attn_drop` receives the
@@ -51,7 +51,7 @@ FAMILIES = {
     "Eva": PLAIN,  # EVA-02, DINOv3
     "Beit": PLAIN,
     "MlpMixer": Family(embed="stem", plain=True),  # also ResMLP and gMLP: patches, no attention
-    "Cait": Family(prefix="", plain=True),  # class attention comes behind the blocks
+    "Cait": Family(prefix="", plain=True),  # class attention comes after the blocks
     "Xcit": Family(prefix="", plain=True),  # likewise
     "NaFlexVit": Family(embed="", attention="attn"),  # fed with images, not with packed sequences
     "SwinTransformer": WINDOWS,
@@ -73,7 +73,7 @@ FAMILIES = {
 }
 
 MIXED = "its attention sits between convolutions, and pdvit's table has no row for it"
-ENCODER = "it is the encoder of a language model, which can merge patches behind its blocks"
+ENCODER = "it is the encoder of a language model, which can merge patches after its blocks"
 # Transformers that would need more than a row, and why.
 REFUSED = {
     "CrossVit": "it keeps two grids of patches side by side",
@@ -82,7 +82,7 @@ REFUSED = {
     "ConVit": "its class token joins the patches half-way through the blocks",
     "Nest": "its blocks keep the patches apart by windows, out of the image's order",
     "Levit": "attention computes the tokens of a stage anew, so that no patch keeps its place",
-    "VisionTransformerSAM": "its head reads a convolutional neck behind the blocks, of another width",
+    "VisionTransformerSAM": "its head reads a convolutional neck after the blocks, of another width",
     "TinyVit": "it turns from maps to tokens half-way through the blocks",
     "Visformer": "it turns from maps to tokens half-way through the blocks",
     **{f"{name}Vit{part}": ENCODER for name in ("Deepseek", "Qwen3", "Gemma4") for part in ("Classifier", "Encoder")},
@@ -126,7 +126,7 @@ def count_at(model: nn.Module, name: str) -> int:
 def _unsupported(model: nn.Module, names: list[str], where: str) -> UserError:
     """Return the error of a model without a row.
 
-    The line is drawn at attention. In networks without it, maps behind a ReLU have no negative entries and are alike
+    The line is drawn at attention. In networks without it, maps after a ReLU have no negative entries and are alike
     (|cos| near 1) without having collapsed. ConvNeXt, MetaFormer and MLP-Mixer are exceptions: their blocks are a
     transformer's with something else in the place of attention.
     """

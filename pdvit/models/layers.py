@@ -19,10 +19,10 @@ MODEL = "model.name (--model)"
 
 
 class Layer(NamedTuple):
-    """A layer by name, and its depth on the axis of a figure."""
+    """A layer."""
 
     name: str
-    depth: int
+    depth: int  # on the axis of a figure
 
 
 @dataclass(frozen=True)
@@ -94,32 +94,10 @@ def measure_layers(
     `network` is called instead of the model if that is a part of it (under FSDP, for example).
     """
     results: dict[Layer, T] = {}
-
-    def visit(layer: Layer, tokens: Tensor) -> None:
-        results[layer] = measure(tokens)
-
-    with torch.no_grad(), exact_float32(images.device), watch(places_of(model), visit):
+    keep = watch(places_of(model), lambda layer, tokens: results.update({layer: measure(tokens)}))
+    with torch.no_grad(), exact_float32(images.device), keep:
         (network or model)(images)
     return results
-
-
-def attentions_of(model: nn.Module, where: str = MODEL) -> dict[Layer, nn.Module]:
-    """Return the attention module of every block; raises UserError if its probabilities can't be read."""
-    name = family_of(model, where).attention
-    attentions: dict[Layer, nn.Module] = {}
-    for layer, place in places_of(model, where).items():
-        if not layer.name.startswith("block"):
-            continue
-        attention = getattr(place.module, name, None) if name else None
-        if not isinstance(attention, nn.Module):
-            what = (
-                f"a {type(model).__name__} has no attention probabilities between all patches: "
-                f"{type(place.module).__name__} ({layer.name}) works in windows, on merged keys or on channels, mixes "
-                "its heads, or has no attention"
-            )
-            raise UserError(what, where, "leave out the metric 'attention', or use a plain vision transformer")
-        attentions[layer] = attention
-    return attentions
 
 
 @contextmanager
@@ -127,18 +105,27 @@ def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) ->
     """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block in each forward pass.
 
     Rows are queries; the T tokens begin with the prefix tokens. Fused attention, which keeps no probabilities, is
-    switched off inside. One block's matrices exist at a time.
+    switched off inside. One block's matrices exist at a time. Raises UserError for a family without such attention.
     """
+    name = family_of(model).attention
+    attentions: dict[Layer, Any] = {}
+    for layer, place in places_of(model).items():
+        if layer.name.startswith("block"):
+            attentions[layer] = getattr(place.module, name, None) if name else None
+            if not isinstance(attentions[layer], nn.Module):
+                what = f"a {type(model).__name__} has no attention probabilities between all patches: {layer.name}, a "
+                what += f"{type(place.module).__name__}, works in windows, on merged keys or on channels, mixes heads, "
+                what += "or has no attention"
+                raise UserError(what, MODEL, "leave out the metric 'attention', or use a plain vision transformer")
 
     def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         visit(layer, inputs[0])
 
     with ExitStack() as stack:
-        for layer, module in attentions_of(model).items():
-            attention: Any = module
+        for layer, attention in attentions.items():
             stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
             attention.fused_attn = False
-            # of timm's modules only the dropout behind the softmax receives the probabilities
+            # of timm's modules only the dropout after the softmax receives the probabilities
             stack.callback(attention.attn_drop.register_forward_pre_hook(partial(hook, layer)).remove)
         yield
 
@@ -146,13 +133,10 @@ def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) ->
 def shapes_of(model: nn.Module, places: Mapping[K, Place], where: str = MODEL) -> dict[K, tuple[int, int]]:
     """Return (number, width) of the patch tokens at each place; raises UserError if a forward pass fails."""
     shapes: dict[K, tuple[int, int]] = {}
-
-    def visit(key: K, tokens: Tensor) -> None:
-        shapes[key] = (tokens.shape[1], tokens.shape[2])
-
+    keep = watch(places, lambda key, tokens: shapes.update({key: (tokens.shape[1], tokens.shape[2])}))
     height, width = image_size_of(model)
     weight = next(model.parameters())
-    with torch.no_grad(), evaluating(model), watch(places, visit):
+    with torch.no_grad(), evaluating(model), keep:
         try:
             model(weight.new_zeros(1, getattr(model, "in_chans", 3), height, width))
         except Exception as error:  # timm and torch raise nearly anything if sizes do not fit
@@ -160,13 +144,6 @@ def shapes_of(model: nn.Module, places: Mapping[K, Place], where: str = MODEL) -
             tip = "choose another image size, for example the model's own"
             raise UserError(what, f"{where}, with its image size", tip) from error
     return shapes
-
-
-def with_image_size(model: Any, height: int, width: int) -> nn.Module:
-    """Set the image size of a model that takes any, in its configuration, where timm reads it."""
-    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def image_size_of(model: Any) -> tuple[int, int]:

@@ -14,11 +14,10 @@ from pdvit.config.schema import DataConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
-from pdvit.models.layers import with_image_size
 from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, compare, listed, match_state_dict
-from pdvit.models.resolved_checkpoint import COPY, ResolvedCheckpoint, metadata_of
+from pdvit.models.resolved_checkpoint import COPY, Palette, ResolvedCheckpoint
 from pdvit.models.segmentation.backbone import arguments_of, prune
-from pdvit.models.segmentation.segmenter import HEAD, Palette, Segmenter
+from pdvit.models.segmentation.segmenter import HEAD, Segmenter
 from pdvit.models.wrapper import Wrapper
 
 # At most this fraction of the backbone's weights can be missing in the file, and as many can be unexpected.
@@ -30,25 +29,19 @@ POOLED_NORMS = ("fc_norm.", "head.norm.")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A timm model with the weights of a checkpoint, in evaluation mode.
+    """A model with the weights of a checkpoint, in evaluation mode."""
 
-    Attributes:
-        model: of a segmentation model, the backbone.
-        name: the checkpoint's name.
-        config: contents of its config.json.
-        weights: `raw`, `ema` or `unknown`.
-        architecture, arguments: timm's name and arguments of the model.
-    """
-
-    model: nn.Module
-    name: str
-    config: dict[str, Any]
-    weights: str = "unknown"
-    architecture: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    model: nn.Module  # a timm model, or a Segmenter
+    name: str  # of the checkpoint
+    classes: list[str] | None  # their names, if the file has them
+    weights: str = "unknown"  # raw, ema or unknown
+    architecture: str = ""  # timm's name of the model
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # timm's
+    segment: SegmentConfig | None = None  # of a Segmenter: the head and the run's evaluation; the crop is set
+    palette: Palette | None = None  # a colour (0 to 255) for each class, if the file has them
 
     def with_random_weights(self, seed: int = 0) -> nn.Module:
-        """Return the model with timm's initialisation, on the CPU; torch's generators keep their state."""
+        """Return the timm model with timm's initialisation, on the CPU; torch's generators keep their state."""
         where = f"{self.architecture} with random weights"
         check_memory(self.model, where)
         with torch.random.fork_rng(devices=[]):
@@ -56,78 +49,38 @@ class LoadedModel:
             return create_model(self.architecture, dict(self.arguments), where).eval()
 
 
-@dataclass(frozen=True)
-class LoadedSegmenter:
-    """A segmentation model with the weights of a checkpoint.
+def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> LoadedModel:
+    """Build a checkpoint's model with its weights; with `backbone`, the timm model alone of a segmentation model.
 
-    Attributes:
-        model: in evaluation mode.
-        name: the checkpoint's name.
-        classes: their names.
-        palette: a colour (0 to 255) for each class, if the file has them.
-        segment: the head and the run's evaluation; the crop is set.
-        weights: `raw`, `ema` or `unknown`.
+    Raises UserError if weights and model differ, memory does not suffice, or classes of pixels have no names.
     """
-
-    model: Segmenter
-    name: str
-    classes: list[str]
-    palette: Palette | None
-    segment: SegmentConfig
-    weights: str
-
-
-def load_model(checkpoint: ResolvedCheckpoint) -> LoadedModel:
-    """Build a checkpoint's model with its weights; raises UserError if they differ, or memory does not suffice."""
-    where, selected = checkpoint.where, checkpoint.selected
-    architecture, arguments = checkpoint.architecture, checkpoint.arguments
+    where, selected, adapter, segment = checkpoint.where, checkpoint.selected, checkpoint.adapter, checkpoint.segment
+    architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
+    if backbone:
+        segment = None
     match = match_state_dict(selected.tensors, checkpoint.sketch, where)
     match.refuse_difference(where)  # before the model takes memory
+    head: dict[str, Tensor] = {}
+    if segment is not None and adapter is not None:
+        if not classes:
+            raise UserError("its configuration does not name its classes", where, COPY)
+        with torch.device("meta"):
+            sketch = Segmenter(checkpoint.sketch, adapter, len(classes), segment).head.state_dict(prefix=HEAD)
+        head_match = compare(selected.outside, sketch)
+        head_match.refuse_difference(where)
+        head = {name.removeprefix(HEAD): value for name, value in head_match.tensors.items()}
     check_memory(checkpoint.sketch, where)
     model: Any = create_model(architecture, arguments, where)
-    if checkpoint.adapter is not None:
-        prune(model, checkpoint.adapter)
+    if adapter is not None:
+        prune(model, adapter)
     model.load_state_dict(match.tensors)
-    model.pretrained_cfg = model.pretrained_cfg | checkpoint.preprocessing
-    if checkpoint.image_size:  # some models keep their size nowhere else
-        with_image_size(model, *checkpoint.image_size)
-    return LoadedModel(model.eval(), checkpoint.name, checkpoint.config, selected.weights, architecture, arguments)
-
-
-def load_segmenter(checkpoint: ResolvedCheckpoint) -> LoadedSegmenter:
-    """Build a checkpoint's segmentation model with its weights.
-
-    Raises:
-        UserError: it is not a segmentation model, or weights and model differ.
-    """
-    segment, adapter, where = checkpoint.segment, checkpoint.adapter, checkpoint.where
-    if segment is None or adapter is None:
-        raise UserError("it is not a segmentation model", where, "train one from it: pdvit segment CKPT")
-    if not checkpoint.classes:
-        raise UserError("its configuration does not name its classes", where, COPY)
-    palette = _palette(checkpoint)
-    with torch.device("meta"):
-        sketch = Segmenter(checkpoint.sketch, adapter, len(checkpoint.classes), segment)
-    expected = {name: value for name, value in sketch.state_dict().items() if name.startswith(HEAD)}
-    head_match = compare(checkpoint.selected.outside, expected)
-    head_match.refuse_difference(where)  # before the head takes memory
-    loaded = load_model(checkpoint)
-    model = Segmenter(loaded.model, adapter, len(checkpoint.classes), segment)
-    model.head.load_state_dict({name.removeprefix(HEAD): value for name, value in head_match.tensors.items()})
-    return LoadedSegmenter(model.eval(), loaded.name, checkpoint.classes, palette, segment, loaded.weights)
-
-
-def _palette(checkpoint: ResolvedCheckpoint) -> Palette | None:
-    """Return the colours in a config.json; raises UserError if they are invalid."""
-    palette = metadata_of(checkpoint.config).get("palette")
-    if palette is None:
-        return None
-    colours: list[Any] = palette if isinstance(palette, list) else []
-    valid = all(isinstance(colour, list) and len(colour) == 3 for colour in colours)
-    valid = valid and all(type(value) is int and 0 <= value <= 255 for colour in colours for value in colour)
-    if not valid or len(colours) != len(checkpoint.classes or []):
-        raise UserError("its palette does not have one colour for each class", checkpoint.where, COPY)
-    return [(red, green, blue) for red, green, blue in colours]
+    size = {"input_size": (3, *checkpoint.image_size)} if checkpoint.image_size else {}  # of some models nowhere else
+    model.pretrained_cfg = model.pretrained_cfg | checkpoint.preprocessing | size
+    if segment is not None and adapter is not None:
+        model = Segmenter(model, adapter, len(classes or ()), segment)
+        model.head.load_state_dict(head)
+    weights, palette = selected.weights, checkpoint.palette
+    return LoadedModel(model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette)
 
 
 def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:
@@ -135,9 +88,7 @@ def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) ->
 
     A configuration with a hash of its initial weights (from run.toml) is complete; the hash must be the checkpoint's.
     Values from the checkpoint pass the configuration's checks, and its model's shapes are compared with its tensors.
-
-    Raises:
-        UserError: the hash differs, a value is invalid, images are not square, or weights and model differ too much.
+    Raises UserError if a value is invalid, images are not square, or weights and model differ too much.
     """
     digest, known = fingerprint(checkpoint), config.model.init_hash
     if known not in (None, digest):
@@ -206,12 +157,9 @@ def _data_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> DataConfig
 def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: Sequence[str]) -> list[str]:
     """Load a checkpoint's weights into the timm model of a network; return notes for the log.
 
-    The classifier stays fresh if number or names of classes differ. Positions and tables of relative positions are
-    resampled to the model's grid, patch embeddings to its patches. A segmentation model keeps the file's head if both
-    have the same head and classes.
-
-    Raises:
-        UserError: weights and model differ too much, weights are not finite, or fresh weights would be frozen.
+    The classifier stays fresh if number or names of classes differ. A segmentation model keeps the file's head if both
+    have the same head and classes. Raises UserError if weights and model differ too much, weights are not finite, or
+    fresh weights would be frozen.
     """
     model = network.inside
     pruned = network.adapter.pruned if isinstance(network, Segmenter) else frozenset()
@@ -222,7 +170,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
         match = replace(match, tensors=kept, missing=[*match.missing, *other])
     fresh = sorted([*match.missing, *match.mismatched])
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    # A fresh norm behind the pooling only normalizes; the classifier, which learns, scales its output.
+    # A fresh norm after the pooling only normalizes; the classifier, which learns, scales its output.
     if stuck := [name for name in fresh if name in frozen and not name.startswith(POOLED_NORMS)]:
         what = f"{stuck[0]} is not in the file, and would stay fresh because it is frozen"
         raise UserError(what, "model.freeze (--freeze)", "freeze less")
@@ -231,8 +179,9 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
     selected = checkpoint.selected
     label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
     under = f", found under '{selected.prefix}'" if selected.prefix else ""
-    counts = f"{len(match.tensors)} of {len(model.state_dict())} tensors"
-    notes = [f"initial weights: {checkpoint.name}{label}: {counts}{under}"]
+    notes = [
+        f"initial weights: {checkpoint.name}{label}: {len(match.tensors)} of {len(model.state_dict())} tensors{under}"
+    ]
     if selected.rivals:
         notes.append(f"the file holds others too ({', '.join(selected.rivals)}): choose by --weights raw or ema")
     if selected.outside and checkpoint.segment is None:

@@ -14,7 +14,7 @@ from pdvit.errors import UserError
 
 # A prefix that begins with one of these leads to the weights of the last step.
 RAW = frozenset({"state_dict", "model", "student"})
-# Another prefix is another set of weights if it leads to this fraction of the names behind the best one.
+# Another prefix is another set of weights if it leads to this fraction of the names after the best one.
 RIVAL_FRACTION = 0.5
 # timm's filters recognise their own layout by these names, which a backbone without a head lacks.
 MARKS = ("head.fc.weight", "head.norm.weight")
@@ -27,40 +27,24 @@ DECODER = ("decoder_", "decoder.", "mask_token")
 
 @dataclass(frozen=True)
 class SelectedWeights:
-    """One set of weights in a file.
+    """One set of weights in a file."""
 
-    Attributes:
-        tensors: by their names behind the prefix.
-        prefix: with its dot; can be empty.
-        weights: `raw`, `ema` or `unknown`.
-        rivals: prefixes of other sets of weights in the file.
-        outside: tensors under none of these prefixes, by their whole names.
-    """
-
-    tensors: dict[str, Tensor]
-    prefix: str
-    weights: str
-    rivals: tuple[str, ...] = ()
-    outside: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor]  # by their names after the prefix
+    prefix: str  # with its dot; can be empty
+    weights: str  # raw, ema or unknown
+    rivals: tuple[str, ...] = ()  # prefixes of other sets of weights in the file
+    outside: dict[str, Tensor] = field(default_factory=dict)  # under none of these prefixes, by their whole names
 
 
 def select_weights(
     tensors: Mapping[str, Tensor], names: Collection[str], weights: str | None, where: str, declared: Any = None
 ) -> SelectedWeights:
-    """Find the weights with these names in a file, under any prefix.
+    """Find the tensors of a model in those of a file, by the names of the model's tensors, under any prefix.
 
-    A prefix can be anything in front of the model's names: `module.`, `_orig_mod.module.`, `teacher.backbone.`,
-    `state_dict.model.`. One with `ema` or `teacher` in it leads to a moving average.
-
-    Args:
-        tensors: all tensors of the file.
-        names: the names of the model's tensors.
-        weights: `raw` or `ema`; None prefers the moving average.
-        where: the file's place in error messages.
-        declared: the file's own `raw` or `ema`; used if the file has one set only, without a prefix that shows it.
-
-    Raises:
-        UserError: the file has no such weights, or several sets of them.
+    A prefix can be anything in front of these names: `module.`, `_orig_mod.module.`, `teacher.backbone.`,
+    `state_dict.model.`. One with `ema` or `teacher` in it leads to a moving average. `weights` is `raw` or `ema`; None
+    prefers the moving average. `declared` is the file's own `raw` or `ema`, for a file with one set of weights and a
+    prefix that does not show it. Raises UserError if the file has no such weights, or several sets of them.
     """
     known, counts = set(names), Counter[str]()
     for name in tensors:
@@ -101,21 +85,13 @@ def _label(prefix: str, default: str) -> str:
 
 @dataclass(frozen=True)
 class StateDictMatch:
-    """The tensors of a file that fit a model.
+    """The tensors of a file that fit a model."""
 
-    Attributes:
-        tensors: by the model's names, in its shapes.
-        missing: names of the model that the file lacks.
-        mismatched: names with another shape in the file.
-        unexpected: names of the file that the model lacks.
-        resampled: names of tensors that were resampled to another resolution.
-    """
-
-    tensors: dict[str, Tensor]
-    missing: list[str]
-    mismatched: list[str]
-    unexpected: list[str]
-    resampled: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor]  # by the model's names, in its shapes
+    missing: list[str]  # names of the model that the file lacks
+    mismatched: list[str]  # names with another shape in the file
+    unexpected: list[str]  # names of the file that the model lacks
+    resampled: list[str] = field(default_factory=list)  # names of tensors that were resampled to another resolution
 
     def refuse_difference(self, where: str) -> None:
         """Raise UserError unless names and shapes are exactly those of the model."""
@@ -152,14 +128,10 @@ def match_state_dict(tensors: Mapping[str, Tensor], model: nn.Module, where: str
     """Compare a file's tensors with a model (on the meta device, perhaps), after timm's own filter for its family.
 
     The filter renames the layouts in which the model was published, and resamples position embeddings, tables of
-    relative positions and patch embeddings.
-
-    Raises:
-        UserError: the filter fails.
+    relative positions and patch embeddings. Raises UserError if it fails.
     """
-    encoder = dict(tensors)
-    if any(name.startswith(DECODER[:2]) for name in tensors):
-        encoder = {name: value for name, value in tensors.items() if not name.startswith(DECODER)}
+    masked = any(name.startswith(DECODER[:2]) for name in tensors)  # else a mask_token is the model's own
+    encoder = {name: value for name, value in tensors.items() if not (masked and name.startswith(DECODER))}
     match = compare(_filtered(encoder, model, where), model.state_dict())
     resampled = sorted(name for name, value in match.tensors.items() if _resampled(name, encoder, value))
     return replace(match, resampled=resampled)

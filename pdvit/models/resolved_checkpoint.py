@@ -1,6 +1,7 @@
 """The model of a checkpoint: by its configuration, the user's choice, and the shapes of its tensors."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
+Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 # A centre crop of a smaller fraction would need images too large for memory.
@@ -27,50 +29,30 @@ VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"
 
 @dataclass(frozen=True)
 class ResolvedCheckpoint:
-    """A checkpoint with its model.
-
-    Attributes:
-        name: the checkpoint's name.
-        where: its place in error messages.
-        architecture, arguments: timm's name and arguments of the model.
-        sketch: the model on the meta device; of a segmentation model, its pruned backbone.
-        selected: its weights.
-        preprocessing: mean, std, crop_pct, interpolation and crop_mode, as far as its configuration sets them.
-        image_size: height and width in pixels, if its configuration sets them.
-        classes: their names, if its configuration has them.
-        segment, adapter: of a segmentation model, its head and evaluation, and how its backbone is read.
-        config: contents of its config.json.
-    """
+    """A checkpoint with its model; of the later fields, those that its configuration sets."""
 
     name: str
-    where: str
-    architecture: str
+    where: str  # its place in error messages
+    architecture: str  # timm's name and arguments of the model
     arguments: dict[str, Any]
-    sketch: nn.Module
+    sketch: nn.Module  # the model on the meta device; of a segmentation model, its pruned backbone
     selected: SelectedWeights
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    image_size: tuple[int, int] | None = None
-    classes: list[str] | None = None
-    segment: SegmentConfig | None = None
-    adapter: Adapter | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # mean, std, crop_pct, interpolation and crop_mode
+    image_size: tuple[int, int] | None = None  # height and width in pixels
+    classes: list[str] | None = None  # their names
+    segment: SegmentConfig | None = None  # of a segmentation model: its head and evaluation; the crop is set
+    adapter: Adapter | None = None  # and how its backbone is read
+    palette: Palette | None = None  # and a colour for each class
 
 
 def resolve_checkpoint(
     source: str | Path, model_name: str | None = None, weights: str | None = None
 ) -> ResolvedCheckpoint:
-    """Read a checkpoint and find its model.
+    """Read a checkpoint and find its model; raises UserError if its configuration is missing or invalid.
 
-    Args:
-        source: see `read_checkpoint`.
-        model_name: timm's name of the model; if the checkpoint names another, its arguments are ignored.
-        weights: `raw` or `ema`, if it holds both; None prefers the moving average.
-
-    Raises:
-        UserError: it can't be read, has no such weights, or its configuration is missing or invalid.
+    `model_name` is timm's name of the model; if the checkpoint names another, its arguments are ignored. `weights` is
+    `raw` or `ema`, if it holds both; None prefers the moving average.
     """
-    if weights not in (None, "raw", "ema"):
-        raise UserError(f"there are no weights called '{weights}'", "model.weights (--weights)", "choose raw or ema")
     checkpoint = read_checkpoint(source)
     config, where, tensors = checkpoint.config, checkpoint.where, checkpoint.tensors
     if model_name is None and not isinstance(config.get("architecture"), str):
@@ -82,14 +64,18 @@ def resolve_checkpoint(
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     if arguments:
         sketch = sketch_model(architecture, arguments, where)
-    section = metadata_of(config)
+    section = config.get("pdvit")
+    section = section if isinstance(section, dict) else {}
     selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))
     inferred = {key: value for key, value in _infer(selected.tensors, sketch).items() if key not in arguments}
     arguments |= inferred
     segment = None if section.get("segment") is None else _segment(section["segment"], where)
     if inferred or segment is not None:  # make_adapter prunes, and the plain sketch is shared
         sketch = sketch_model(architecture, arguments, where)
-    images = _images(config, where)
+    images = _table(config, "pretrained_cfg", where) or config  # old files have these settings at the top
+    classes = config.get("label_names") or images.get("label_names")
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
+        raise UserError("its label_names are not a list of names", where, "correct its config.json")
     return ResolvedCheckpoint(
         name=checkpoint.name,
         where=where,
@@ -99,30 +85,11 @@ def resolve_checkpoint(
         selected=selected,
         preprocessing=_preprocessing(images, where),
         image_size=_checked_size(images.get("input_size"), "input_size", where, channels=True),
-        classes=class_names(config, where),
+        classes=classes,
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
-        config=config,
+        palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
     )
-
-
-def class_names(config: dict[str, Any], where: str) -> list[str] | None:
-    """Return the names of the classes in a config.json; raises UserError if they are not a list of names."""
-    names = config.get("label_names") or _images(config, where).get("label_names")
-    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
-        raise UserError("its label_names are not a list of names", where, "correct its config.json")
-    return names
-
-
-def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return pdvit's section of a config.json."""
-    metadata = config.get("pdvit")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _images(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the table of a config.json with the settings of images; old files have them at the top."""
-    return _table(config, "pretrained_cfg", where) or config
 
 
 def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -148,15 +115,32 @@ def _segment(section: Any, where: str) -> SegmentConfig:
     return segment
 
 
+def _palette(colours: Any, count: int, where: str) -> Palette | None:
+    """Return the colours of the classes; raises UserError unless there are `count`, of three bytes each."""
+    if colours is None:
+        return None
+    valid = (
+        isinstance(colours, list)
+        and len(colours) == count
+        and all(
+            isinstance(colour, list)
+            and len(colour) == 3
+            and all(type(value) is int and 0 <= value <= 255 for value in colour)
+            for colour in colours
+        )
+    )
+    if not valid:
+        raise UserError("its palette does not have one colour for each class", where, COPY)
+    return [(red, green, blue) for red, green, blue in colours]
+
+
 def _model_arguments(config: dict[str, Any], where: str) -> dict[str, Any]:
     # published folders often have these two at the top only
     top = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     arguments = top | _table(config, "model_args", where)
-    size = arguments.get("img_size")
-    if isinstance(size, list):
-        arguments["img_size"] = _checked_size(size, "img_size", where)
-    elif size is not None:
-        _checked_size([size, size], "img_size", where)
+    if (size := arguments.get("img_size")) is not None:
+        sides = _checked_size(size if isinstance(size, list) else [size, size], "img_size", where)
+        arguments["img_size"] = sides if isinstance(size, list) else size
     return arguments
 
 
@@ -191,9 +175,9 @@ def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
     if name := checkpoint.config.get("foreign_name"):
         what += f": '{name}' is not timm's name"
     tip = "put its config.json beside it, or name the timm model: --model NAME"
-    blocks = {name.split("blocks.")[1].split(".")[0] for name in tensors if "blocks." in name and "layers." not in name}
+    found = [re.search(r"blocks\.(\d+)\.", name) for name in tensors if "layers." not in name]
+    depth = len({block[1] for block in found if block})
     patches = [value for name, value in tensors.items() if name.endswith("patch_embed.proj.weight") and value.ndim == 4]
-    depth = sum(number.isdecimal() for number in blocks)
     if patches and depth:
         width, side = patches[0].shape[0], patches[0].shape[-1]
         guess = f"vit_{VIT_SIZES.get(width)}_patch{side}_224"

@@ -1,16 +1,15 @@
 """The module that training uses: a timm model that also returns the patch tokens which the terms compare."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.losses.mixing import chunked_mixing_loss
 from pdvit.losses.objective import TokenOutput
 from pdvit.models.families import family_of, modules_at
-from pdvit.models.layers import Place, evaluating, places_of, shapes_of
+from pdvit.models.layers import Place, places_of, shapes_of
 from pdvit.models.wrapper import Wrapper
 
 R = TypeVar("R")
@@ -53,16 +52,10 @@ class DiverseModel(Wrapper):
     ) -> None:
         super().__init__()
         self.model = model
-        layers = layers_to_read(model, first, last, cosine_layers)
-        self.taps = Taps(layers.places, (layers.first, layers.last, layers.final, *layers.others))
+        self.taps = Taps(model, first, last, cosine_layers, head_input=True)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
-        self.patch_head: nn.Module | None = None
-        shape = layers.shapes[layers.final]
-        if isinstance(patch_head, str):
-            _check_classifier(model, patch_head, shape[1])
-        elif patch_head is not False:
-            self.patch_head = _patch_head(model, patch_head, shape)
+        self.patch_head = _patch_head(model, patch_head, self.taps.width)
 
     def forward(
         self,
@@ -77,93 +70,50 @@ class DiverseModel(Wrapper):
         cross-entropy of the patches, instead of patch logits. It is computed in parts, so that all patch logits never
         exist at once, and needs a linear patch head. `patch_logits=False` skips the patch head.
         """
-        logits, (first, last, final, *more) = self.taps.read(self.model, images)
+        logits, (first, last, final, *others) = self.taps.read(self.model, images)
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
-        others = tuple(more)
-        if head is None or not patch_logits:
-            return TokenOutput(logits, first, last, None, others)
-        if patch_targets is None:  # no _replace below: torch 2.11 can't compile it
-            return TokenOutput(logits, first, last, head(final), others)
-        if not isinstance(head, nn.Linear):
-            tip = "use nn.Linear, or pass patch_targets to the objective only"
-            raise UserError(f"the mixing term can't be computed in parts with a {type(head).__name__}", HEAD, tip)
-        mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
-        return TokenOutput(logits, first, last, None, others, mixing, label_smoothing)
+        patches = mixing = None
+        if head is not None and patch_logits:
+            if patch_targets is None:
+                patches = head(final)
+            elif isinstance(head, nn.Linear):
+                mixing = chunked_mixing_loss(final, head.weight, head.bias, patch_targets, label_smoothing)
+            else:
+                tip = "use nn.Linear, or pass patch_targets to the objective only"
+                raise UserError(f"the mixing term can't be computed in parts with a {type(head).__name__}", HEAD, tip)
+        return TokenOutput(logits, first, last, patches, tuple(others), mixing, label_smoothing)
 
 
-def _patch_head(model: Any, head: "bool | nn.Module", shape: tuple[int, int]) -> nn.Module:
-    """Return a new linear head, or the given one if it fits."""
-    count, width = shape
+def _patch_head(model: Any, patch_head: "bool | str | nn.Module", width: int) -> nn.Module | None:
+    """Return the patch head beside the model; raises UserError if this or the model's own classifier does not fit."""
+    if isinstance(patch_head, str):
+        classifier = model.get_classifier()
+        between = [path for path in ("attn_pool", "fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)]
+        if patch_head != "class":
+            what = f"there is no patch head called '{patch_head}'"
+        elif not isinstance(classifier, nn.Linear):
+            what = "the model's classifier can't be the patch head: it is not one linear layer"
+        elif between or classifier.in_features != width:
+            reads = f"the output of {between[0]}" if between else "pooled features"
+            what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
+        else:
+            return None
+        raise UserError(what, HEAD, "pass True for a new linear head")
+    if patch_head is False:
+        return None
     if model.num_classes < 1:
         tip = "build it with num_classes=C, or pass patch_head=False and leave the mixing term off"
         raise UserError("the model has no classes, and the patch head needs them", HEAD, tip)
+    if isinstance(patch_head, nn.Module):
+        if isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (model.num_classes, width):
+            what = f"the patch head is a {patch_head}, for {model.num_classes} classes and tokens of width {width}"
+            raise UserError(what, HEAD, f"pass nn.Linear({width}, {model.num_classes}), or True for a new one")
+        return patch_head
     weight = next(model.parameters())
-    if isinstance(head, bool):
-        head = nn.Linear(width, model.num_classes, device=weight.device, dtype=weight.dtype)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
-    try:
-        with torch.no_grad(), evaluating(head):
-            found: Any = tuple(head(next(head.parameters(), torch.empty(0)).new_zeros(1, count, width)).shape)
-    except (RuntimeError, ValueError, TypeError) as error:
-        found = error
-    if found != (1, count, model.num_classes):
-        what = f"of {count} tokens of width {width}, the patch head makes {found}, not {model.num_classes} classes each"
-        raise UserError(what, HEAD, f"pass nn.Linear({width}, {model.num_classes}), or True for a new one")
+    head = nn.Linear(width, model.num_classes, device=weight.device, dtype=weight.dtype)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
     return head
-
-
-def _check_classifier(model: Any, name: str, width: int) -> None:
-    """Raise UserError unless the model's own head applies its classifier, and nothing else, to pooled tokens."""
-    if name != "class":
-        raise UserError(f"there is no patch head called '{name}'", HEAD, "pass True, False, 'class' or a module")
-    classifier = model.get_classifier()
-    between = [path for path in ("attn_pool", "fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)]
-    why = ""
-    if not isinstance(classifier, nn.Linear):
-        why = f"it is a {type(classifier).__name__}, not one linear layer"
-    elif classifier.in_features != width:
-        why = f"it reads {classifier.in_features} features, and the tokens have {width}"
-    elif between:
-        why = f"the model's head puts {between[0]} between tokens and classifier"
-    if why:
-        what = f"the model's classifier can't be the patch head: {why}"
-        raise UserError(what, HEAD, "pass True for a new linear head")
-
-
-class LayersToRead(NamedTuple):
-    """The layers that the terms compare, by name.
-
-    Attributes:
-        first, last, others: the layers.
-        final: the layer that the model's head reads.
-        places: of all layers.
-        shapes: (number, width) of the patch tokens of all layers, for an image of the model's own size.
-    """
-
-    first: str
-    last: str
-    final: str
-    others: tuple[str, ...]
-    places: dict[str, Place]
-    shapes: dict[str, tuple[int, int]]
-
-
-def layers_to_read(model: nn.Module, first: str | int, last: str, cosine_layers: Sequence[int]) -> LayersToRead:
-    """Find the layers that `DiverseModel` describes; raises UserError if they don't exist or can't be compared."""
-    family = family_of(model)
-    places = {layer.name: place for layer, place in places_of(model).items()}
-    if family.plain and (embed := modules_at(model, family.embed)):
-        places["patches"] = Place(embed[0])
-    shapes = shapes_of(model, places)
-    blocks = [name for name in places if name.startswith("block")]
-    final = "norm" if "norm" in places else blocks[-1]
-    if last not in ("norm", "block"):
-        raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
-    last = final if last == "norm" else blocks[-1]
-    others = tuple(_block(number, blocks, COSINE) for number in cosine_layers)
-    return LayersToRead(_first(first, last, blocks, shapes), last, final, others, places, shapes)
 
 
 def _block(number: Any, blocks: list[str], where: str) -> str:
@@ -219,19 +169,37 @@ class Tap:
 
 
 class Taps:
-    """Reads patch tokens of a model's layers during its forward pass.
+    """Reads the patch tokens of first, last and more layers during a model's forward pass.
 
     Hooks are registered at construction, because compiled code ignores later ones. They are open during a forward pass
     only, so that gradient checkpointing, which runs blocks again, stores nothing.
+
+    `first`, `last` and `cosine_layers` are those of `DiverseModel`. With `head_input`, the tokens that the model's head
+    reads follow first and last; `width` is theirs. Raises UserError if there are no such layers, or first and last
+    can't be compared.
     """
 
-    def __init__(self, places: Mapping[str, Place], names: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, first: str | int, last: str, cosine_layers: Sequence[int], head_input: bool = False
+    ) -> None:
         import torch._dynamo  # slow to import
 
         # Allows compiled code to fill a tap inside a checkpointed block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-        self.names = tuple(names)
-        self.taps = {name: Tap(places[name]) for name in dict.fromkeys(names)}
+        family = family_of(model)
+        places = {layer.name: place for layer, place in places_of(model).items()}
+        if family.plain and (embed := modules_at(model, family.embed)):
+            places["patches"] = Place(embed[0])
+        shapes = shapes_of(model, places)
+        blocks = [name for name in places if name.startswith("block")]
+        if last not in ("norm", "block"):
+            raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
+        final = "norm" if "norm" in places else blocks[-1]
+        last = final if last == "norm" else blocks[-1]
+        others = [_block(number, blocks, COSINE) for number in cosine_layers]
+        self.names = (_first(first, last, blocks, shapes), last, *([final] if head_input else []), *others)
+        self.width = shapes[final][1]
+        self.taps = {name: Tap(places[name]) for name in dict.fromkeys(self.names)}
 
     def read(self, forward: Callable[[Tensor], R], images: Tensor) -> tuple[R, list[Tensor]]:
         """Return `forward(images)`, and the patch tokens of the layers in that forward pass."""

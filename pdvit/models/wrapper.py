@@ -14,18 +14,13 @@ BACKBONE = "backbone"
 
 
 class Wrapper(nn.Module):
-    """A module with a bare timm model, and heads of its own.
+    """A module with a bare timm model, and heads of its own."""
 
-    Attributes:
-        inner: name of the attribute that holds the timm model.
-        frozen: its modules that stay in evaluation mode: see `freeze`.
-    """
-
-    inner: ClassVar[str]
+    inner: ClassVar[str]  # name of the attribute that holds the timm model
 
     def __init__(self) -> None:
         super().__init__()
-        self.frozen: list[nn.Module] = []
+        self.frozen: list[nn.Module] = []  # modules that stay in evaluation mode: see `freeze`
 
     @property
     def inside(self) -> nn.Module:
@@ -48,7 +43,7 @@ class Wrapper(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's rules that map parameters to layers, for layer decay.
 
-        No rule matches the heads. timm puts them behind the last block, with the whole learning rate.
+        No rule matches the heads. timm puts them after the last block, with the whole learning rate.
         """
         model: Any = self.inside
         if not hasattr(model, "group_matcher"):
@@ -79,18 +74,17 @@ def freeze(network: Wrapper, part: str) -> None:
     if part == BACKBONE:
         found = model.get_classifier()  # a distilled model has two
         heads = found if isinstance(found, tuple) else (found,)
-        learning = {id(weight) for head in heads for weight in head.parameters()}
-        frozen = {name for name, weight in model.named_parameters() if id(weight) not in learning}
+        frozen = {*model.parameters()} - {weight for head in heads for weight in head.parameters()}
     elif part.isdecimal():
         frozen = weights_up_to_block(model, int(part))
     else:
         raise UserError(f"'{part}' is not a part of a model", FREEZE, f"give a number of blocks, or {BACKBONE}")
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(name not in frozen)
+    for weight in model.parameters():
+        weight.requires_grad_(weight not in frozen)
     if part == BACKBONE:
         network.frozen = [model]
     else:
-        dropout = getattr(model, "pos_drop", None)  # behind the embedding
+        dropout = getattr(model, "pos_drop", None)  # after the embedding
         network.frozen = [dropout] if isinstance(dropout, nn.Module) else []
         for module in model.modules():
             weights = list(module.parameters())
@@ -99,16 +93,15 @@ def freeze(network: Wrapper, part: str) -> None:
     network.train(network.training)
 
 
-def weights_up_to_block(model: nn.Module, count: int) -> set[str]:
-    """Return the names of the weights that a forward pass uses before the end of block `count`."""
+def weights_up_to_block(model: nn.Module, count: int) -> set[nn.Parameter]:
+    """Return the weights that a forward pass uses before the end of block `count`."""
     blocks = modules_at(model, family_of(model).blocks)
     if count > len(blocks):
         raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", FREEZE, f"or use {BACKBONE}")
     order = _call_order(model)
     end = order.index(blocks[count - 1]) + 1 if count else order.index(blocks[0])
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    before = {names[id(weight)] for module in order[:end] for weight in module.parameters(recurse=False)}
-    inside = [{names[id(weight)] for weight in block.parameters()} for block in blocks]
+    before = {weight for module in order[:end] for weight in module.parameters(recurse=False)}
+    inside = [{*block.parameters()} for block in blocks]
     return before.union(*inside[:count]).difference(*inside[count:])
 
 

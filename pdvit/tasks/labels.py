@@ -3,8 +3,7 @@
 from typing import Any
 
 from pdvit.errors import UserError
-from pdvit.models.loading import LoadedModel, LoadedSegmenter
-from pdvit.models.resolved_checkpoint import class_names
+from pdvit.models.loading import LoadedModel
 
 TIP = "evaluate it on its own classes, by their names, or train it on these: pdvit finetune, for pixels pdvit segment"
 
@@ -17,22 +16,20 @@ def label_names(loaded: LoadedModel) -> list[str] | None:
     model: Any = loaded.model
     if model.num_classes < 1:
         raise UserError("the model has no classifier", loaded.name, "choose a checkpoint with a classifier")
-    names = class_names(loaded.config, loaded.name)
+    names = loaded.classes
     if names is not None and len(names) != model.num_classes:
         what = f"it has {len(names)} label_names for {model.num_classes} classes"
         raise UserError(what, loaded.name, "mend its config.json")
     return names
 
 
-def match_classes(
-    loaded: LoadedModel | LoadedSegmenter, classes: list[str], source: str
-) -> tuple[list[int] | None, str]:
+def match_classes(loaded: LoadedModel, classes: list[str], source: str) -> tuple[list[int] | None, str]:
     """Match the classes of a source with the outputs of a checkpoint, by name if it has names.
 
     Returns the output of each class, None for the same order; and how they were matched, as text. Raises UserError if
     the classes differ in number or by name.
     """
-    names = loaded.classes if isinstance(loaded, LoadedSegmenter) else label_names(loaded)
+    names = label_names(loaded) if loaded.segment is None else loaded.classes
     model: Any = loaded.model
     count, where = model.num_classes if names is None else len(names), f"{loaded.name} on {source}"
     if names is None and count == len(classes):

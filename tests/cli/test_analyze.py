@@ -231,7 +231,7 @@ def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, an
     def full(loaded, seed=0):
         raise UserError("the model is too big for memory", "here", "take a smaller one")
 
-    monkeypatch.setattr(analyze_run.LoadedModel, "with_random_weights", full)
+    monkeypatch.setattr("pdvit.models.loading.LoadedModel.with_random_weights", full)
     result = analyzed(run_copy, "--limit", 6)
     assert "random weights were not measured: the model is too big for memory" in result["notes"]
     assert "random weights on" not in result["verdict"]

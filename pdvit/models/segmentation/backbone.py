@@ -15,7 +15,7 @@ from pdvit.models.build import create_model, model_arguments, plain_sketch
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import MODEL, evaluating, image_size_of
 
-LINEAR, UPERNET = "linear", "upernet"
+LINEAR = "linear"
 # Arguments of some models that let them take images of any size. `always_partition` keeps Swin's windows shifted and
 # of one size in every stage, also if the map of the crop is a single window.
 OPTIONS = ("dynamic_img_size", "always_partition")
@@ -25,28 +25,16 @@ MAPS = 4
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a backbone's maps are read.
+    """How a backbone's maps are read."""
 
-    Attributes:
-        indices: number of each map in timm's `forward_intermediates`; a plain model of fewer than four blocks repeats
-            some.
-        norm: whether the last map is the output of the model's final norm.
-        strides: pixels per token of each map.
-        widths: channels of each map.
-        multiple: sides of images are padded to a multiple of it.
-        size: height and width of the images that the backbone was built for.
-        any_size: whether it takes others.
-        pruned: names of the model's weights that no head reads.
-    """
-
-    indices: tuple[int, ...]
-    norm: bool
-    strides: tuple[int, ...]
-    widths: tuple[int, ...]
-    multiple: int
-    size: tuple[int, int]
-    any_size: bool = True
-    pruned: frozenset[str] = frozenset()
+    indices: tuple[int, ...]  # of the maps in `forward_intermediates`; a plain model of under four blocks repeats some
+    norm: bool  # the last map is the output of the model's final norm
+    strides: tuple[int, ...]  # pixels per token of each map
+    widths: tuple[int, ...]  # channels of each map
+    multiple: int  # sides of images are padded to a multiple of it
+    size: tuple[int, int]  # height and width of the images that the backbone was built for
+    any_size: bool = True  # it takes others too
+    pruned: frozenset[str] = frozenset()  # names of the model's weights that no head reads
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which images of this size are padded; raises UserError if they are too large."""
@@ -89,10 +77,8 @@ def make_adapter(sketch: nn.Module, head: str) -> Adapter:
     """Return how a head reads a model on the meta device, and prune that model.
 
     `upernet` reads four maps: the ends of the last four stages, or of the four quarters of a plain model's blocks.
-    `linear` reads the last map, after the final norm over tokens if there is one.
-
-    Raises:
-        UserError: the family is not supported, or has fewer than four maps.
+    `linear` reads the last map, after the final norm over tokens if there is one. Raises UserError if the family is not
+    supported, or has fewer than four maps.
     """
     family, name = family_of(sketch), type(sketch).__name__
     if not hasattr(sketch, "forward_intermediates"):

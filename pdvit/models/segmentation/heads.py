@@ -1,6 +1,6 @@
 """Segmentation heads: feature maps to logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,8 @@ class LinearHead(nn.Module):
 class UPerNetHead(nn.Module):
     """UPerNet (arXiv 1807.10221) with MMSegmentation's layers: dropout before the classifier, an FCN beside it.
 
-    Args:
-        widths, strides: of the four maps.
-        classes: number of classes.
-        width: channels inside the decoder.
-        aux: adds an auxiliary head on the third map, in training.
-        norm: `batch` or `group`.
+    `widths` and `strides` are those of the four maps, `width` is that of the decoder. `aux` adds an auxiliary head on
+    the third map, in training. The norm is `batch` or `group`.
     """
 
     def __init__(
@@ -68,9 +64,7 @@ class UPerNetHead(nn.Module):
                 nn.Dropout2d(DROPOUT),
                 nn.Conv2d(AUX_WIDTH, classes, 1),
             )
-        replace_modules(self.decoder, deterministic_pool)
-        if norm == "group":
-            replace_modules(self, group_norm)
+        replace_modules(self, norm)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return logits `(B, C, h, w)` on the finest grid, and in training those of the auxiliary head."""
@@ -141,29 +135,21 @@ class Pool(nn.AdaptiveAvgPool2d):
         return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
-def replace_modules(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Replace modules inside, at any depth, by what `replacement` returns unless it is None."""
+def replace_modules(module: nn.Module, norm: str) -> None:
+    """Replace square adaptive average poolings by `Pool`, and for the norm `group` BatchNorms by GroupNorms.
+
+    A GroupNorm has the most groups that divide its channels.
+    """
     for name, child in module.named_children():
-        if (new := replacement(child)) is not None:
-            setattr(module, name, new)
+        if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
+            setattr(module, name, Pool(child.output_size))
+        elif norm == "group" and isinstance(child, nn.BatchNorm2d):
+            width = child.num_features
+            most = min(MAX_GROUPS, width // MIN_CHANNELS)
+            fitting = [groups for groups in range(1, most + 1) if width % groups == 0]
+            setattr(module, name, nn.GroupNorm(max(fitting, default=1), width))
         else:
-            replace_modules(child, replacement)
-
-
-def deterministic_pool(module: nn.Module) -> nn.Module | None:
-    """Return a `Pool` for a square adaptive average pooling; None for other modules."""
-    if isinstance(module, nn.AdaptiveAvgPool2d) and isinstance(module.output_size, int):
-        return Pool(module.output_size)
-    return None
-
-
-def group_norm(module: nn.Module) -> nn.GroupNorm | None:
-    """Return a GroupNorm for a BatchNorm, with the most groups that divide its channels; None for other modules."""
-    if not isinstance(module, nn.BatchNorm2d):
-        return None
-    width = module.num_features
-    fitting = [count for count in range(1, MAX_GROUPS + 1) if width % count == 0 and width >= count * MIN_CHANNELS]
-    return nn.GroupNorm(max(fitting, default=1), width)
+            replace_modules(child, norm)
 
 
 def resolve_norm(segment: SegmentConfig, images: int) -> str | None:

@@ -13,46 +13,30 @@ from pdvit.models.checkpoints import export
 from pdvit.models.layers import MODEL, image_size_of
 from pdvit.models.segmentation.backbone import LINEAR, Adapter, arguments_of, make_adapter, prune
 from pdvit.models.segmentation.heads import LinearHead, UPerNetHead
-from pdvit.models.tokens import Taps, layer_numbers, layers_to_read
+from pdvit.models.tokens import Taps, layer_numbers
 from pdvit.models.wrapper import Wrapper
 
-Palette = list[tuple[int, int, int]]
 # Settings in a file: the head, and how images are evaluated.
 SETTINGS = ("head", "width", "aux", "norm", "crop", "short_side", "mode", "stride")
-# Prefix of the head's weights.
-HEAD = "head."
+HEAD = "head."  # prefix of the head's weights
 
 
 class SegmentOutput(NamedTuple):
-    """The result of a forward pass.
+    """The result of a forward pass."""
 
-    Attributes:
-        logits: `(B, C, h, w)` on the head's grid, which covers the padded images: see `Segmenter.resize`.
-        aux: logits `(B, C, h', w')` of the auxiliary head in training, else None.
-        first, last: patch tokens `(B, N, D)` that the terms compare; None unless the model is trained.
-        others: patch tokens of more layers, for the cosine term.
-    """
-
-    logits: Tensor
-    aux: Tensor | None
-    first: Tensor | None
+    logits: Tensor  # (B, C, h, w) on the head's grid, which covers the padded images: see `Segmenter.resize`
+    aux: Tensor | None  # logits (B, C, h', w') of the auxiliary head, in training
+    first: Tensor | None  # patch tokens (B, N, D) that the terms compare; None unless the model is trained
     last: Tensor | None
-    others: tuple[Tensor, ...] = ()
+    others: tuple[Tensor, ...] = ()  # patch tokens of more layers, for the cosine term
 
 
 class Segmenter(Wrapper):
-    """A timm backbone with a segmentation head.
+    """A timm backbone, pruned by `backbone.prune`, with a segmentation head.
 
-    Args:
-        backbone: a bare timm model, pruned by `backbone.prune`.
-        adapter: how its maps are read.
-        classes: number of classes.
-        segment: the head's type, width, norm and auxiliary head.
-        tokens: first, last and more layers, as in `DiverseModel`, of a model that is trained. Last is after the final
-            norm only if the linear head is.
-
-    Raises:
-        UserError: the maps do not fit the head, or the layers can't be compared.
+    `segment` has the head's type, width, norm and auxiliary head; `tokens` first, last and more layers, as in
+    `DiverseModel`, of a model that is trained. Last is after the final norm only if the linear head is. Raises
+    UserError if the maps do not fit the head, or the layers can't be compared.
     """
 
     inner = "backbone"
@@ -73,10 +57,7 @@ class Segmenter(Wrapper):
             self.head = LinearHead(adapter.widths[-1], classes, not adapter.norm)
         else:
             self.head = UPerNetHead(adapter.widths, adapter.strides, classes, segment.width, segment.aux > 0, norm)
-        self.taps: Taps | None = None
-        if tokens is not None:
-            layers = layers_to_read(backbone, *tokens)
-            self.taps = Taps(layers.places, (layers.first, layers.last, *layers.others))
+        self.taps = None if tokens is None else Taps(backbone, *tokens)
 
     def forward(self, images: Tensor) -> SegmentOutput:
         """Run the model on normalized images `(B, 3, H, W)`, padded with zeros below and to the right."""
@@ -100,11 +81,7 @@ class Segmenter(Wrapper):
 
 
 def build_segmenter(config: Config, classes: int) -> Segmenter:
-    """Build the model of a resolved configuration with fresh weights.
-
-    Raises:
-        UserError: timm can't build the backbone, pdvit can't read it, or its maps do not fit the head.
-    """
+    """Build the model of a resolved configuration with fresh weights; raises UserError if backbone or head fail."""
     name, arguments, segment, diversity = str(config.model.name), arguments_of(config), config.segment, config.diversity
     sketch = sketch_model(name, arguments)
     check_memory(sketch, MODEL)
@@ -122,7 +99,7 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
 def export_segmenter(
     segmenter: Segmenter,
     classes: list[str],
-    palette: Palette | None,
+    palette: list[tuple[int, int, int]] | None,
     data_config: dict[str, Any],
     weights: str,
     state: Mapping[str, Tensor] | None = None,

@@ -108,7 +108,7 @@ def test_an_export_depends_on_neither_place_nor_process_and_leaves_the_model(tmp
 def test_the_lone_file_is_enough(tmp_path, files, config):
     alone = write(tmp_path, {"best.safetensors": files["model.safetensors"]}) / "best.safetensors"
     found = load(alone)
-    assert (found.name, found.weights, found.config) == ("best", "raw", config)
+    assert (found.name, found.weights, found.classes) == ("best", "raw", config["label_names"])
     assert equal(found.model, make())
     assert not found.model.training
 

@@ -211,6 +211,12 @@ def change_config(source, folder, **changes):
     return write(folder, {"model.safetensors": weights, "config.json": json.dumps(config | changes).encode()})
 
 
+def test_names_of_classes_can_be_in_timms_table_of_images(source, tmp_path):
+    assert (
+        resolve_checkpoint(change_config(source, tmp_path, pretrained_cfg={"label_names": CLASSES})).classes == CLASSES
+    )
+
+
 def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(source, tmp_path, monkeypatch):
     path = change_config(source, tmp_path, model_args={"mlp_ratio": 4000})
     create = timm.create_model

@@ -4,7 +4,7 @@ from torch import nn
 
 from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.segmentation.heads import Neck, Pool, deterministic_pool, group_norm, replace_modules, resolve_norm
+from pdvit.models.segmentation.heads import Neck, Pool, replace_modules, resolve_norm
 
 
 @pytest.mark.parametrize("strides", [(16, 16, 16, 16), (8, 16, 16, 16), (4, 8, 16, 32)], ids=["plain", "volo", "swin"])
@@ -45,12 +45,14 @@ def test_norms_and_strides_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize(("width", "groups"), [(512, 32), (64, 16), (8, 2), (50, 10), (13, 1), (3, 1)])
 def test_groups_divide_the_channels_and_have_at_least_four(width, groups):
-    assert group_norm(nn.BatchNorm2d(width)).num_groups == groups
+    module = nn.Sequential(nn.BatchNorm2d(width))
+    replace_modules(module, "group")
+    assert module[0].num_groups == groups
 
 
 def test_every_batch_norm_is_replaced_at_any_depth():
     module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), nn.BatchNorm2d(8))
-    replace_modules(module, group_norm)
+    replace_modules(module, "group")
     assert not any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
     images = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(module(images), torch.cat([module(image[None]) for image in images]))
@@ -85,7 +87,7 @@ def test_pooling_is_torchs_own_unless_deterministic_kernels_are_needed():
     module = nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.ReLU()), nn.Conv2d(2, 2, 1))
     maps, names = torch.randn(1, 2, 7, 8), list(module.state_dict())
     expected = module(maps)
-    replace_modules(module, deterministic_pool)
+    replace_modules(module, "batch")
     assert isinstance(module[0][0], Pool)
     assert torch.equal(module(maps), expected)
     assert list(module.state_dict()) == names
