@@ -2,14 +2,13 @@
 
 In the workers, image by image: the random crop, which needs the original pixels, and timm's RandAugment or colour
 jitter. On the device, in batch: shift, flip and erasing; of a resident set also the crop. All draws are functions of
-(seed, epoch, sample index), so they depend neither on the batch nor on the process. Batched draws are made on the host,
-where the indices are; only small tables of parameters go to the device, and the host never waits for it.
+(seed, epoch, sample index). They are made on the host, where the indices are, and the host never waits for the device.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold, normal, seeded, uniform
 from pdvit.data.sources.split import ArraySplit, Split
 
-# Defaults for images that were decoded from files.
+# Defaults for image files.
 DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
 # Attempts to draw a box that fits.
 TRIES = 10
@@ -34,6 +33,7 @@ CROP_DRAWS, ERASE_DRAWS = 2 * TRIES + 2, 2 * TRIES + 3
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 # The independent draws of a sample; part of their seeds, so these numbers must not change.
 CROP, FLIP, POLICY, ERASE, NOISE = 1, 2, 3, 5, 6
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Augmentation:
 
     @classmethod
     def for_split(cls, split: Split, config: AugmentConfig, preprocessing: Preprocessing, seed: int) -> "Augmentation":
-        """Fill in unset values: crop and flip for decoded image files, neither for sets held in memory."""
-        decoded = not isinstance(split, ArraySplit) or split.decoded
-        hflip = (DEFAULT_HFLIP if decoded else 0.0) if config.hflip is None else config.hflip
+        """Fill in unset values: crop and flip for image files, neither for sets held in memory."""
+        default_scale, default_hflip = (None, 0.0) if isinstance(split, ArraySplit) else (DEFAULT_SCALE, DEFAULT_HFLIP)
+        scale, hflip = config.scale or default_scale, default_hflip if config.hflip is None else config.hflip
         jitter = 0.0 if config.auto_augment else config.color_jitter  # as in timm
-        scale = config.scale or (DEFAULT_SCALE if decoded else None)
         return cls(replace(config, scale=scale, hflip=hflip, color_jitter=jitter), preprocessing, seed)
 
     def describe(self) -> str:
@@ -94,21 +93,19 @@ class Augmentation:
             changed: Tensor = v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
             return changed
 
-    def crop_draws(self, epoch: int, index: Tensor) -> list[list[float]]:
-        """Return the draws of the crop of each image."""
-        return uniform(fold(self.seed, epoch, CROP), index, CROP_DRAWS).tolist()
-
-    def box(self, draws: Sequence[float], height: int, width: int) -> list[int]:
-        """Return the crop of an image: top, left, height, width."""
+    def crop_boxes(self, epoch: int, index: Tensor) -> list[Callable[[int, int], list[int]]]:
+        """Return for each image the function from its height and width to its crop: top, left, height, width."""
         scale, ratio = self.config.scale, self.config.ratio
-        return crop_box(draws, height, width, scale, ratio) if scale else [0, 0, height, width]
+        if scale is None:
+            return [lambda height, width: [0, 0, height, width]] * len(index)
+        draws = uniform(fold(self.seed, epoch, CROP), index, CROP_DRAWS).tolist()
+        return [partial(crop_box, row, scale, ratio) for row in draws]
 
     def crop(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Crop a batch on the device, uint8 `(B, 3, h, w)`, to the input size."""
         if not self.config.scale:
             return images
-        height, width = images.shape[2:]
-        boxes = torch.tensor([self.box(draws, height, width) for draws in self.crop_draws(epoch, index)])
+        boxes = torch.tensor([box(*images.shape[2:]) for box in self.crop_boxes(epoch, index)])
         boxes = boxes.to(images.device, non_blocking=True)
         return crop_batch(images, boxes, self.preprocessing.size, self.preprocessing.interpolation)
 
@@ -124,8 +121,8 @@ class Augmentation:
         images = self.preprocessing.normalise(images)
         if config.reprob:
             rows = uniform(fold(self.seed, epoch, ERASE), index, ERASE_DRAWS).tolist()
-            boxes = torch.tensor([erase_box(row, config.reprob, *images.shape[2:]) for row in rows])
-            images = erase(images, boxes, fold(self.seed, epoch, NOISE), index)
+            boxes = [erase_box(row, config.reprob, *images.shape[2:]) for row in rows]
+            erase(images, boxes, fold(self.seed, epoch, NOISE), index)
         return images
 
 
@@ -134,17 +131,11 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return auto_augment.posterize(image, bits) if bits else image.point(lambda _: 0)
 
 
-def crop_box(
-    draws: Sequence[float], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> list[int]:
+def crop_box(draws: Sequence[float], scale: Range, ratio: Range, height: int, width: int) -> list[int]:
     """Return the box of a random resized crop: top, left, height, width.
 
     The first of ten tries that fits counts, else the largest central box of an allowed ratio, as in torchvision.
-
-    Args:
-        draws: 22 numbers in [0, 1).
-        height, width: of the image.
-        scale, ratio: ranges of the area fraction and of width:height (drawn on a log scale).
+    `draws` are 22 numbers in [0, 1), `scale` and `ratio` the ranges of the area fraction and of width:height.
     """
     for wide, tall in _tries(draws[:-2], height * width, scale, ratio):
         if 1 <= wide <= width and 1 <= tall <= height:
@@ -153,21 +144,18 @@ def crop_box(
     return [(height - tall) // 2, (width - wide) // 2, tall, wide]
 
 
-def erase_box(draws: Sequence[float], probability: float, height: int, width: int) -> list[int]:
-    """Return the rectangle to erase in an image (arXiv 1708.04896): top, left, height, width; height 0 is none.
+def erase_box(draws: Sequence[float], probability: float, height: int, width: int) -> list[int] | None:
+    """Return the rectangle to erase in an image (arXiv 1708.04896), if any: top, left, height, width.
 
     `draws` are 23 numbers in [0, 1).
     """
     for tall, wide in _tries(draws[3:], height * width, ERASED_AREA, ERASED_RATIO):
-        if tall < height and wide < width:
-            erased = draws[0] < probability
-            return [int(draws[1] * (height - tall + 1)), int(draws[2] * (width - wide + 1)), erased * tall, wide]
-    return [0, 0, 0, 0]
+        if tall < height and wide < width and draws[0] < probability:
+            return [int(draws[1] * (height - tall + 1)), int(draws[2] * (width - wide + 1)), tall, wide]
+    return None
 
 
-def _tries(
-    draws: Sequence[float], area: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Iterator[tuple[int, int]]:
+def _tries(draws: Sequence[float], area: int, scale: Range, ratio: Range) -> Iterator[tuple[int, int]]:
     """Yield the sides sqrt(area * ratio) and sqrt(area / ratio) of every try, in whole pixels."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for size, shape in zip(draws[::2], draws[1::2], strict=True):
@@ -187,14 +175,10 @@ def crop_pixels(pixels: Any, box: Sequence[float], size: int, mode: str) -> Tens
 
 
 def crop_batch(images: Tensor, boxes: Tensor, size: int, mode: str) -> Tensor:
-    """Crop each image of a batch and resample it to `(B, C, size, size)`, uint8, as Pillow does.
+    """Crop each image of a batch, uint8 `(B, C, H, W)`, and resample it to `(B, C, size, size)`, as Pillow does.
 
-    Rows are resampled first and rounded to whole levels, then columns.
-
-    Args:
-        images: uint8 `(B, C, H, W)`, neither side larger than `size`: nothing is ever scaled down.
-        boxes: `(B, 4)` on the same device: top, left, height, width.
-        size, mode: side of the result, `bilinear` or `bicubic`.
+    Rows are resampled first and rounded to whole levels, then columns. No side is larger than `size`: images are never
+    scaled down. `boxes` `(B, 4)` are top, left, height and width, on the same device.
     """
     count, channels, height, width = images.shape
     top, left, tall, wide = boxes.unbind(1)
@@ -240,20 +224,14 @@ def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def erase(images: Tensor, boxes: Tensor, seed: int, index: Tensor) -> Tensor:
+def erase(images: Tensor, boxes: Sequence[Sequence[int] | None], seed: int, index: Tensor) -> None:
     """Fill rectangles of normalised images `(B, C, H, W)` with normal noise, in place.
 
-    `boxes` `(B, 4)` and the sample indices `(B,)`, which decide the noise together with the seed, are on the host.
+    The noise is a function of the seed and the sample indices `(B,)`, which are on the host.
     """
-    rows = boxes[:, 2].nonzero()[:, 0]
-    if not len(rows):
-        return images
-    device = images.device
-    top, left, tall, wide = boxes[rows].to(device, non_blocking=True)[:, :, None].unbind(1)
-    down = torch.arange(images.shape[2], device=device)
-    right = torch.arange(images.shape[3], device=device)
-    inside = ((down >= top) & (down < top + tall))[:, :, None] & ((right >= left) & (right < left + wide))[:, None]
-    index, rows = index[rows].to(device, non_blocking=True), rows.to(device, non_blocking=True)
-    noise = normal(seed, index, images[0].numel()).view(-1, *images.shape[1:])
-    images[rows] = torch.where(inside[:, None], noise, images[rows])
-    return images
+    erased = {row: box for row, box in enumerate(boxes) if box}
+    index = index[list(erased)].to(images.device, non_blocking=True)
+    noise = normal(seed, index, images[0].numel()).view(len(index), *images.shape[1:])
+    for (row, (top, left, tall, wide)), pixels in zip(erased.items(), noise, strict=True):
+        rows, columns = slice(top, top + tall), slice(left, left + wide)
+        images[row, :, rows, columns] = pixels[:, rows, columns]

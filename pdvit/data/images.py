@@ -138,10 +138,10 @@ class TrainingImages(FileImages):
     def readers(self, keys: Keys) -> list[Callable[[int], Tensor]]:
         """Return functions with the draws of their crops."""
         (epoch,) = {epoch for epoch, _ in keys}
-        draws = self.augmentation.crop_draws(epoch, torch.tensor([index for _, index in keys]))
-        return [partial(self._read, epoch, part) for part in draws]
+        boxes = self.augmentation.crop_boxes(epoch, torch.tensor([index for _, index in keys]))
+        return [partial(self._read, epoch, box) for box in boxes]
 
-    def _read(self, epoch: int, draws: list[float], index: int) -> Tensor:
+    def _read(self, epoch: int, crop_box: Callable[[int, int], list[int]], index: int) -> Tensor:
         """Read an image, crop it and apply timm's transform.
 
         A JPEG whose crop is at least twice, four or eight times the input size is decoded at that fraction of its size;
@@ -149,7 +149,7 @@ class TrainingImages(FileImages):
         """
         image, preprocessing = self.split.open(index), self.augmentation.preprocessing
         width, height = image.size
-        box = self.augmentation.box(draws, height, width)
+        box = crop_box(height, width)
         if (coarser := min(box[2:]) // preprocessing.size) > 1:
             image.draft(None, (width // coarser, height // coarser))
         step = round(width / image.size[0])

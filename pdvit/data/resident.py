@@ -8,10 +8,9 @@ from dataclasses import replace
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import FileImages, describe_bad
+from pdvit.data.images import FileImages, describe_bad, pixels_of
 from pdvit.data.loader import LoaderConfig, decode
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import UserError
@@ -75,13 +74,12 @@ def resident(
     if size is None:
         log(f"images: decoded at every step {by_workers} ({reason})")
         return source
-    mode = v2.InterpolationMode(loader.preprocessing.interpolation)
-    fit = [v2.Resize(min(size), interpolation=mode, antialias=True), v2.CenterCrop(size[::-1])]
-    stored = v2.Compose([*fit, v2.PILToTensor()])  # changes nothing in images of this size
-    splits: dict[str, Split] = {}
+    preprocessing, splits = loader.preprocessing, dict[str, Split]()
+    whole = replace(preprocessing, crop_pct=1.0, crop_mode="center").evaluation()
+    stored = whole if size == (preprocessing.size, preprocessing.size) else pixels_of
     for name, split in source.splits.items():
         if not isinstance(split, ArraySplit):
-            transform = stored if name == "train" else loader.preprocessing.evaluation()
+            transform = stored if name == "train" else preprocessing.evaluation()
             images = _decoded(FileImages(split, transform), loader, name, log)
             if loader.bad.found:  # skipped: their replacements are chosen step by step
                 if setting == "on":
@@ -89,7 +87,7 @@ def resident(
                     raise UserError(what, WHERE, "delete them, or use --resident off")
                 log(f"images: decoded at every step {by_workers} (some do not decode)")
                 return source
-            split = ArraySplit(images.to(loader.device), split.labels.to(loader.device), decoded=True)
+            split = ArraySplit(images.to(loader.device), split.labels.to(loader.device))
         splits[name] = split
     total = sum(split.images.nbytes for split in splits.values() if isinstance(split, ArraySplit))
     log(f"images: on {loader.device}, {total / 1e6:,.0f} MB ({reason})")

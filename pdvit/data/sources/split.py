@@ -70,8 +70,6 @@ class ArraySplit(Split):
 
     images: Tensor
     labels: Tensor
-    decoded: bool = False
-    """Whether these were image files, which are cropped and flipped by default."""
 
     def open(self, index: int) -> Image.Image:
         """Return an image."""

@@ -124,7 +124,7 @@ def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, ste
     how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
     data = training_images([path] * 8, preprocessing=how, scale=(0.5, 0.9))
     found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
-    boxes = [data.augmentation.box(draws, *size[::-1]) for draws in data.augmentation.crop_draws(0, torch.arange(8))]
+    boxes = [box(*size[::-1]) for box in data.augmentation.crop_boxes(0, torch.arange(8))]
     whole, mode = Image.open(path), v2.InterpolationMode(interpolation)
     expected = []
     for top, left, tall, wide in boxes:

@@ -62,17 +62,6 @@ def test_an_epoch_has_every_sample_at_most_once(split):
     assert not torch.equal(*epochs)
 
 
-def by_sample(split, batch_size):
-    batches = take(split, COUNT // batch_size, loader=replace(LOADER, batch_size=batch_size), shift=2)
-    return {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
-
-
-def test_augmentation_does_not_depend_on_the_batch(split):
-    small, large = by_sample(split, 2), by_sample(split, 5)
-    assert len(small) == len(large) == COUNT
-    assert all(torch.equal(small[index], large[index]) for index in small)
-
-
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 2), (64, 0)])
 def test_evaluation_sees_every_image_once_in_order(split, batch_size, workers):
     found = join(list(eval_batches(split, replace(LOADER, batch_size=batch_size, workers=workers))))

@@ -5,7 +5,7 @@ import torch
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import resident as module
-from pdvit.data.augment import Augmentation
+from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.data.preprocessing import Preprocessing
@@ -51,7 +51,7 @@ def keep(source, setting="auto", loader=LOADER, **settings):
 
 
 def take(split, loader=LOADER, **settings):
-    return batches.take(split, 6, 1, loader, **settings)
+    return batches.take(split, 6, 1, loader, **{"scale": DEFAULT_SCALE, "hflip": DEFAULT_HFLIP} | settings)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (10, 14)])
