@@ -75,7 +75,7 @@ def measure(
     name: str = "model",
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Analysis:
-    """Do what `analyze` does, and return curves and notes too.
+    """Measure like `analyze`, and return curves and notes too.
 
     Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """
@@ -315,9 +315,6 @@ class LayerMetrics:
                 curves.setdefault(group, {})[f"{metric}/{layer.name}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
         table = table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
-        return Analysis(table, sums.images, layers, curves, self._notes(sums))
-
-    def _notes(self, sums: MetricSums) -> list[str]:
         notes = []
         if self.first_layer is not None:
             notes.append(f"drift is measured from {self.first_layer.name}, at later layers of its grid and width")
@@ -325,4 +322,4 @@ class LayerMetrics:
             notes.append("attention was computed without fused kernels, between patches only, at blocks only")
         if "cka" in self.groups and (left := sums.images - sums.cka.images):
             notes.append(f"cka left {left} images out: a batch of fewer than {MIN_IMAGES}")
-        return notes
+        return Analysis(table, sums.images, layers, curves, notes)

@@ -32,7 +32,7 @@ OnBadImage = Annotated[
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A model on its device, the configuration of its run (else the defaults), and how images are loaded."""
+    """A model on its device, the configuration of its run (else the defaults), and the settings of its loader."""
 
     path: Path
     is_run: bool  # a run directory
@@ -41,7 +41,7 @@ class OpenedCheckpoint:
     loader: "LoaderConfig"
 
     def windows(self, flags: Mapping[str, Any]) -> "SlidingWindowConfig | None":
-        """Return how the segmentation model evaluates an image with --ms and --flip; None for a classifier.
+        """Return the windows and views of a segmentation model; None for a classifier.
 
         Raises UserError for a classifier with any of the flags, which are those of segmentation.
         """
