@@ -1,8 +1,7 @@
-"""Options of the commands that train: those of a run, and one for each key of the configuration that has a flag."""
+"""Options of the commands that train: one for each key of the configuration that has a flag."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -16,27 +15,16 @@ from pdvit.errors import UserError
 Layer = Mapping[str, Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """The options of a run that are not settings."""
-
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with any settings.")] = None
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Set section.key=value; repeatable.")] = None
-    cells: Annotated[str | None, typer.Option("--cells", help="Cells of a sweep: 3-7 or 1,4,9-; failed; list.")] = None
-    resume: Annotated[str | None, typer.Option("--resume", help="Resume this run as saved; auto: the newest.")] = None
-    change: Annotated[list[str] | None, typer.Option("--change", help="Resume with section.key=value.")] = None
-    replay: Annotated[Path | None, typer.Option("--replay", help="Repeat the non-finite step of this run.")] = None
-    as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False
-
-
-def training_command(command: Callable[..., Any], defaults: Layer | None = None) -> Callable[..., Any]:
-    """Replace the `**values` of a command by the fields of `RunOptions` and the flags of the configuration.
+def training_command(
+    command: Callable[..., Any], launch: Callable[..., int], defaults: Layer | None = None
+) -> Callable[..., Any]:
+    """Replace the `**values` of a command by the options of `launch` and the flags of the configuration.
 
     A flag of the configuration arrives as `section_key`. The help shows `defaults`, which are the command's own.
     """
-    hints = get_type_hints(command, include_extras=True) | get_type_hints(RunOptions, include_extras=True)
+    hints = get_type_hints(launch, include_extras=True) | get_type_hints(command, include_extras=True)
     own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
-    of_run = inspect.signature(RunOptions).parameters.values()
+    of_run = [item for item in inspect.signature(launch).parameters.values() if item.kind is item.KEYWORD_ONLY]
     named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in (*own, *of_run)]
     parameters = named + [_option(key, defaults or {}) for key in KEYS.values() if key.flags]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,13 +1,13 @@
 """`pdvit train`, `pdvit finetune` and `pdvit segment`: one command with three sets of defaults."""
 
-from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pdvit.cli.console import log, make_console, process_group
-from pdvit.cli.options import Layer, RunOptions, check_initial_weights, make_layers, merge_layers, training_command
+from pdvit.cli.options import Layer, check_initial_weights, make_layers, merge_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
 from pdvit.config.schema import KEYS
@@ -31,57 +31,51 @@ Checkpoint = Annotated[
 ]
 
 
-@training_command
-def train(**values: Any) -> int:
-    """Train a vision transformer with the diversity terms.
+def launch(
+    command: str,
+    checkpoint: str | None = None,
+    *,
+    file: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with any settings.")] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="Set section.key=value; repeatable.")] = None,
+    cells: Annotated[str | None, typer.Option("--cells", help="Cells of a sweep: 3-7 or 1,4,9-; failed; list.")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="Resume this run as saved; auto: the newest.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--change", help="Resume with section.key=value.")] = None,
+    replay: Annotated[Path | None, typer.Option("--replay", help="Repeat the non-finite step of this run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,
+    **values: Any,
+) -> int:
+    """Start, resume or replay a run, or run a sweep; return the exit status. Raises UserError and RunFailed.
 
-    Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
+    `values` has the flags of the configuration as `section_key`.
     """
-    return launch("train", None, values)
-
-
-@partial(training_command, defaults=FINETUNE)
-def finetune(checkpoint: Checkpoint = None, **values: Any) -> int:
-    """Finetune a checkpoint: on other classes, images or resolutions.
-
-    Without --data: on the digits 5 to 9, for a model that learned 0 to 4 (pdvit train --data digits:0-4).
-    """
-    return launch("finetune", checkpoint, values)
-
-
-@partial(training_command, defaults=SEGMENT)
-def segment(checkpoint: Checkpoint = None, **values: Any) -> int:
-    """Train a vision transformer to label every pixel; CKPT is its backbone.
-
-    Without arguments: a small one on scenes of handwritten digits, in a few minutes.
-    """
-    return launch("segment", checkpoint, values)
-
-
-def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
-    """Start, resume or replay a run, or run a sweep; return the exit status. Raises UserError and RunFailed."""
     from pdvit.engine.terminal import stop_on_signals
 
-    options = RunOptions(**{item.name: values.pop(item.name) for item in fields(RunOptions)})
     if checkpoint is not None:
         if values["model_init"] is not None:
             raise UserError("two checkpoints to start from", "CKPT, --init", "give one of them")
         values["model_init"] = checkpoint
-    if options.resume is not None or options.replay is not None:
-        _check_no_settings(options, values)
-    if options.change and options.resume is None:
+    if resume is not None and replay is not None:
+        raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
+    if resume is not None or replay is not None:
+        flags = [key.flags[0] for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
+        flags += [flag for flag, given in (("--set", assign), ("--config", file), ("--cells", cells)) if given]
+        if flags:
+            tip = "leave it out, change a setting with --change section.key=value, or start a new run"
+            where = f"--resume {resume}" if replay is None else f"--replay {replay}"
+            raise UserError(f"a run keeps its saved configuration, so {flags[0]} can't be given", where, tip)
+    if change and resume is None:
         raise UserError("only a resumed run can be changed", "--change", "add --resume RUN")
     with stop_on_signals() as stop, process_group():  # before the slow imports
-        console = make_console(options.as_json)
-        opened = options.resume if options.replay is None else options.replay
+        console = make_console(as_json)
+        opened = resume if replay is None else replay
         if opened is None:
-            layers = make_layers(options.config, options.assign or [], values, DEFAULTS[command])
+            layers = make_layers(file, assign or [], values, DEFAULTS[command])
             if command == "segment":
                 layers[0] = (layers[0][0], _segment_defaults(layers))
-            if options.config is not None and SWEEP_SECTION in dict(layers)[str(options.config)]:
-                return run_sweep(command, options.config, layers, options.cells, console, stop)
+            if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
+                return run_sweep(command, file, layers, cells, console, stop)
             config = build(*layers)
-            if options.cells is not None:
+            if cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
                 raise UserError("only a sweep has cells", "--cells", tip)
             if command == "finetune":
@@ -93,13 +87,40 @@ def launch(command: str, checkpoint: str | None, values: dict[str, Any]) -> int:
         log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
         from pdvit.cli import runs
 
-        if options.replay is not None:
-            return runs.replay(options.replay, console)
-        name = options.resume
+        if replay is not None:
+            return runs.replay(replay, console)
+        name = resume
         if name is None and runs.RESTARTED:
             name = runs.run_before_restart()
-        run = runs.start(config, console, stop) if name is None else runs.resume(name, options.change or [], console)
+        run = runs.start(config, console, stop) if name is None else runs.resume(name, change or [], console)
         return run if isinstance(run, int) else runs.train_to_end(run, console, stop)
+
+
+@partial(training_command, launch=launch)
+def train(**values: Any) -> int:
+    """Train a vision transformer with the diversity terms.
+
+    Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
+    """
+    return launch("train", **values)
+
+
+@partial(training_command, launch=launch, defaults=FINETUNE)
+def finetune(checkpoint: Checkpoint = None, **values: Any) -> int:
+    """Finetune a checkpoint: on other classes, images or resolutions.
+
+    Without --data: on the digits 5 to 9, for a model that learned 0 to 4 (pdvit train --data digits:0-4).
+    """
+    return launch("finetune", checkpoint, **values)
+
+
+@partial(training_command, launch=launch, defaults=SEGMENT)
+def segment(checkpoint: Checkpoint = None, **values: Any) -> int:
+    """Train a vision transformer to label every pixel; CKPT is its backbone.
+
+    Without arguments: a small one on scenes of handwritten digits, in a few minutes.
+    """
+    return launch("segment", checkpoint, **values)
 
 
 def _segment_defaults(layers: list[tuple[str, Any]]) -> Layer:
@@ -110,16 +131,3 @@ def _segment_defaults(layers: list[tuple[str, Any]]) -> Layer:
     upernet = SCENES_UPERNET if config.segment.head == "upernet" else {}
     small = SCENES_MODEL if config.model.init is None and config.model.name is None else {}
     return merge_layers([SEGMENT, SCENES, upernet, small])
-
-
-def _check_no_settings(options: RunOptions, values: dict[str, Any]) -> None:
-    """Raise UserError if settings are given for a run that has its own."""
-    if options.resume is not None and options.replay is not None:
-        raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
-    flags = [key.flags[0] for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
-    given = {"--set": options.assign, "--config": options.config, "--cells": options.cells}
-    flags += [flag for flag, value in given.items() if value]
-    if flags:
-        where = f"--resume {options.resume}" if options.resume is not None else f"--replay {options.replay}"
-        tip = "leave it out, change a setting with --change section.key=value, or start a new run"
-        raise UserError(f"a run keeps its saved configuration, so {flags[0]} can't be given", where, tip)

@@ -16,7 +16,7 @@ from tests.docs.pages import PAGES, blocks, page_id, read
 
 COMMAND = typer.main.get_command(app)
 # Arguments of the commands that train, beside the settings of the configuration.
-OWN = {"checkpoint", "config", "assign", "cells", "resume", "change", "replay", "as_json"}
+OWN = {"checkpoint", "file", "assign", "cells", "resume", "change", "replay", "as_json"}
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> None:
             break
         name, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
         parent = context
-    if name in ("train", "finetune", "segment") and context.params["config"] is None:
+    if name in ("train", "finetune", "segment") and context.params["file"] is None:
         # Typer leaves a repeatable option that was not given as an empty tuple until it calls the command.
         settings = {key: value for key, value in context.params.items() if key not in OWN and value != ()}
         build(*make_layers(None, list(context.params["assign"] or []), settings))
