@@ -52,10 +52,7 @@ class ItemSplit(Split):
 
 
 def read_torchvision(data: DataConfig) -> Source:
-    """Read `torch/NAME`, as timm names torchvision's data sets, in `data.root`; raises UserError.
-
-    If torchvision has train and test only, validation is held out of train, unless --val-split names the test set.
-    """
+    """Read `torch/NAME`, a data set of torchvision by timm's name, in `data.root`; raises UserError."""
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
         what = f"'{data.source}' needs the folder of the data set"
@@ -149,17 +146,16 @@ def _assemble(
         classes = range(max((label for label in labels["train"] if type(label) is int), default=-1) + 1)
     splits: dict[str, Split] = {}
     for role, values in labels.items():
-        indices, items = list(range(len(values))), sets[role]
-        outside = (at for at in indices if type(values[at]) is not int or not 0 <= values[at] < len(classes))
-        if (bad := next(outside, None)) is not None:
-            what = f"label {values[bad]!r} of sample {bad} in {role} is none of the {len(classes)} classes"
-            tip = "-1 often means that a split has no labels: name another with --val-split"
-            raise UserError(what, data.source, tip)
-        numbers = torch.tensor(values, dtype=torch.long)
+        for index, label in enumerate(values):
+            if type(label) is not int or not 0 <= label < len(classes):
+                what = f"label {label!r} of sample {index} in {role} is none of the {len(classes)} classes"
+                tip = "-1 often means that a split has no labels: name another with --val-split"
+                raise UserError(what, data.source, tip)
+        items, numbers = sets[role], torch.tensor(values, dtype=torch.long)
         if files := getattr(items, "samples", None) or getattr(items, "imgs", None):
             splits[role] = FileSplit([Path(file) for file, _ in files], numbers)
         else:
-            splits[role] = ItemSplit(items, indices, numbers, f"{data.source} {names[role]}")
+            splits[role] = ItemSplit(items, [*range(len(values))], numbers, f"{data.source} {names[role]}")
     texts = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in classes]  # synonyms: ImageNet
     return assemble(name, texts, splits, data)
 

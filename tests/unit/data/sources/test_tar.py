@@ -50,14 +50,6 @@ def test_an_archive_that_is_cut_off_is_refused(image_folder, tmp_path, kept):
     assert str(tmp_path) in caught.value.where
 
 
-def test_a_tar_without_folders_is_refused(tmp_path):
-    (tmp_path / "readme.txt").write_text("abc")
-    with tarfile.open(tmp_path / "set.tar", "w") as packed:
-        packed.add(tmp_path / "readme.txt", "readme.txt")
-    with pytest.raises(UserError, match="no split 'train'"):
-        opened(tmp_path / "set.tar")
-
-
 def test_hard_links_in_a_tar_are_read_and_symbolic_ones_counted(image_folder, tmp_path):
     (image_folder / "train/red/hard.png").hardlink_to(image_folder / "train/red/0.png")
     plain = opened(image_folder)
