@@ -1,13 +1,13 @@
 """Build any timm model, with readable errors."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
@@ -27,6 +27,9 @@ FLAGS = {
 }
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
+# Checked models on the meta device: to build one can take a second, and a run needs the same ones again.
+SKETCHES: dict[str, nn.Module] = {}
+MAX_SKETCHES = 16
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
     assert model.name is not None, "resolve the configuration first"
     extra = model.args or {}
     sizes = {name: size for name, key in SIZES.items() if (size := getattr(model, key)) is not None}
-    plain = not (sizes or SIZES.keys() & extra.keys()) or family_of(plain_sketch(model.name, MODEL)).plain
+    plain = not (sizes or SIZES.keys() & extra.keys()) or family_of(sketch_model(model.name, {})).plain
     if sizes and not plain:
         what = f"{model.name} has stages of different sizes, so {FLAGS[min(sizes)]} can't be used"
         raise UserError(what, MODEL, "name timm's own arguments, for example --model-kwargs 'depths=[2,2,2,2]'")
@@ -46,7 +49,7 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
         raise UserError(f"'{taken[0]}' can't be given here", "model.args (--model-kwargs)", tip)
     width, heads = model.width, model.heads
     if width is not None or heads is not None:
-        sketch: Any = plain_sketch(model.name, MODEL)
+        sketch: Any = sketch_model(model.name, {})
         width = width or int(sketch.embed_dim)
         heads = heads or max(1, width // (sketch.embed_dim // sketch.blocks[0].attn.num_heads))
         if width % heads:
@@ -64,7 +67,7 @@ def build_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.
 
 
 def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.Module:
-    """Build a model on the meta device, where it takes no memory.
+    """Build a model on the meta device, where it takes no memory. Calls share it: copy it before a change.
 
     Raises:
         UserError: the name is unknown, timm refuses an argument, the family is not supported, or the patches do not
@@ -74,16 +77,22 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
         raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
     if taken := sorted(RESERVED & arguments.keys()):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
-    with torch.device("meta"):
-        model = create_model(name, arguments, where)
-    _check_grid(model, where)
-    return model
+    key = f"{name} {arguments}"
+    if key not in SKETCHES:
+        with torch.device("meta"), WithoutClamp():
+            model = create_model(name, arguments, where)
+        _check_grid(model, where)
+        if len(SKETCHES) == MAX_SKETCHES:
+            SKETCHES.clear()
+        SKETCHES[key] = model
+    return SKETCHES[key]
 
 
-@cache
-def plain_sketch(name: str, where: str) -> nn.Module:
-    """Return `sketch_model` without arguments, shared by all callers: do not change it."""
-    return sketch_model(name, {}, where)
+class WithoutClamp(TorchFunctionMode):
+    """Skips the end of timm's truncated normal: on the meta device it takes milliseconds for each weight."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.clamp_ else func(*args, **(kwargs or {}))
 
 
 def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:

@@ -1,5 +1,6 @@
 """The model of a checkpoint: by its configuration, the user's choice, and the shapes of its tensors."""
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pdvit.config import build
 from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.build import plain_sketch, sketch_model
+from pdvit.models.build import sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
@@ -58,7 +59,7 @@ def resolve_checkpoint(
     if model_name is None and not isinstance(config.get("architecture"), str):
         raise _unknown_architecture(checkpoint)
     architecture = model_name or str(config["architecture"])
-    sketch = plain_sketch(architecture, where)  # refuses unsupported families before it builds anything with arguments
+    sketch = sketch_model(architecture, {}, where)  # an unsupported family is refused before its arguments are used
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
     if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
@@ -70,8 +71,10 @@ def resolve_checkpoint(
     inferred = {key: value for key, value in _infer(selected.tensors, sketch).items() if key not in arguments}
     arguments |= inferred
     segment = None if section.get("segment") is None else _segment(section["segment"], where)
-    if inferred or segment is not None:  # make_adapter prunes, and the plain sketch is shared
+    if inferred:
         sketch = sketch_model(architecture, arguments, where)
+    if segment is not None:
+        sketch = copy.deepcopy(sketch)  # to prune it
     images = _table(config, "pretrained_cfg", where) or config  # old files have these settings at the top
     classes = config.get("label_names") or images.get("label_names")
     if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):

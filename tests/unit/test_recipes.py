@@ -1,5 +1,6 @@
 """Every recipe of experiments/recipes agrees with its source and its row of the table; nothing is trained here."""
 
+import copy
 import math
 import re
 import shlex
@@ -215,7 +216,7 @@ def test_the_model_has_the_parameters_of_the_table_as_published(name):
     else:
         arguments = model_arguments(config.model, config.data.img_size)
         arguments |= {"num_classes": expected.classes, "weight_init": "skip"}  # drawing weights takes half the time
-        wrapper = DiverseModel(sketch_model(config.model.name, arguments))
+        wrapper = DiverseModel(copy.deepcopy(sketch_model(config.model.name, arguments)))
         assert wrapper.patch_head.out_features == expected.classes
         model = wrapper.model
         assert patch_size_of(model) == expected.patch

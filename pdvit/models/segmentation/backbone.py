@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
-from pdvit.models.build import create_model, model_arguments, plain_sketch
+from pdvit.models.build import create_model, model_arguments, sketch_model
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import MODEL, evaluating, image_size_of
 
@@ -64,7 +64,7 @@ def arguments_of(config: Config) -> dict[str, Any]:
     if config.segment.head is None:
         return model_arguments(config.model, side)
     arguments, crop = model_arguments(config.model, None), config.segment.crop or side
-    model = plain_sketch(str(config.model.name), MODEL)
+    model = sketch_model(str(config.model.name), {})
     if arguments and crop is not None:  # they can change the patches
         with torch.device("meta"):
             model = create_model(str(config.model.name), arguments, MODEL)

@@ -1,5 +1,6 @@
 """The segmentation model: images to the logits of their pixels."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ class Segmenter(Wrapper):
 def build_segmenter(config: Config, classes: int) -> Segmenter:
     """Build the model of a resolved configuration with fresh weights; raises UserError if backbone or head fail."""
     name, arguments, segment, diversity = str(config.model.name), arguments_of(config), config.segment, config.diversity
-    sketch = sketch_model(name, arguments)
+    sketch = copy.deepcopy(sketch_model(name, arguments))
     check_memory(sketch, MODEL)
     adapter = make_adapter(sketch, str(segment.head))
     backbone = create_model(name, arguments, MODEL)
