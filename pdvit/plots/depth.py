@@ -10,22 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
+from pdvit.plots import style
 from pdvit.plots.reading import AnalyzedRun
-from pdvit.plots.style import (
-    DOUBLE,
-    LIGHT,
-    MARKERS,
-    SINGLE,
-    Drawing,
-    Theme,
-    depth_colours,
-    legend,
-    line_styles,
-    name_ticks,
-    new_figure,
-    panel_grid,
-    shorten,
-)
+from pdvit.plots.style import DOUBLE, LIGHT, MARKERS, SINGLE, Drawing, Theme
 from pdvit.plots.sweep import LEVEL, MINUS
 
 P, RANDOM = "similarity", "similarity_random"
@@ -108,10 +95,10 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         axes = panels["difference"]
         reach = [change["mean"] - change["low"], change["high"] - change["mean"]]  # of NaN nothing is drawn
         axes.axhline(0, color=theme.muted, linewidth=0.8)
-        style: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
-        axes.errorbar(change["depth"], change["mean"], reach, color=theme.ink, **style)
+        bars: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
+        axes.errorbar(change["depth"], change["mean"], reach, color=theme.ink, **bars)
         name_depths(axes, change.assign(run=""))
-        first, second = (shorten(run.name, 22) for run in runs)
+        first, second = (style.shorten(run.name, 22) for run in runs)
         axes.set_title(f"P of {second} {MINUS} P of {first}\n(bars: 95 % confidence)")
         figure.data = pd.concat([rows, change.assign(run="difference")], ignore_index=True)
         return figure
@@ -131,17 +118,17 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
     ]
     data = pd.concat(parts, ignore_index=True)[["run", "curve", "layer", "depth", "tokens", "head", "value"]]
     styles = run_styles(data, theme)
-    with new_figure(DOUBLE, 2.7, theme) as figure:
+    with style.new_figure(DOUBLE, 2.7, theme) as figure:
         figure.data = data
         for axes, (curve, title) in zip(figure.subplots(1, 2), ATTENTION.items(), strict=True):
             part = data[data["curve"] == curve]
-            for number, (name, style) in enumerate(styles.items()):
+            for number, (name, line) in enumerate(styles.items()):
                 rows = part[part["run"] == name]
-                heads: dict[str, Any] = {**style, "linestyle": "", "alpha": 0.5, "markersize": 2.6}
+                heads: dict[str, Any] = {**line, "linestyle": "", "alpha": 0.5, "markersize": 2.6}
                 shift = HEAD_SHIFT * (number - (len(styles) - 1) / 2)
                 axes.plot(rows["depth"] + shift, rows["value"], markeredgewidth=0, **heads)
                 mean = rows.groupby("depth")["value"].mean()
-                axes.plot(mean.index, mean, **{**style, "marker": ""})
+                axes.plot(mean.index, mean, **{**line, "marker": ""})
             name_depths(axes, data, ticks=12)
             axes.set(title=title, ylim=(0, 1.06 * part["value"].max()))
         counts, entropy = data["tokens"].unique(), figure.axes[0]
@@ -150,7 +137,7 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
             entropy.axhline(np.log(count), color=theme.muted, linestyle=(0, (4, 2)), linewidth=0.8)
             entropy.annotate(f"uniform: ln {count}", (1, np.log(count)), (0, 2), color=theme.muted, fontsize=7, **place)
         entropy.set_ylim(0, max(1.1 * np.log(counts.max()), entropy.get_ylim()[1]))
-        legend(figure, styles)
+        style.legend(figure, styles)
         return figure
 
 
@@ -167,12 +154,12 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     data = pd.concat(parts, ignore_index=True).drop(columns="tokens")
     columns = min(PAIRS_COLUMNS, len(runs))
     width, height = SINGLE if len(runs) == 1 else DOUBLE, LAYER * (data["depth"].max() + 1) + AROUND
-    with new_figure(width, -(-len(runs) // columns) * height, theme) as figure:
+    with style.new_figure(width, -(-len(runs) // columns) * height, theme) as figure:
         figure.data = data
-        panels = panel_grid(figure, len(runs), columns, sharex=True)
+        panels = style.panel_grid(figure, len(runs), columns, sharex=True)
         for axes, (name, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
             _draw_histograms(axes, rows, theme)
-            axes.set(title=shorten(str(name)), ylabel="block")
+            axes.set(title=style.shorten(str(name)), ylabel="block")
         lowest = data[data["share"] > 0]["from"].min()
         figure.axes[0].set_xlim(max(-1.0, np.floor(lowest * 5) / 5), 1.0)
         figure.supxlabel("cos between two patches\n(height: root of the share of pairs; tick: median)", fontsize=8)
@@ -181,7 +168,7 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
     layers = [bars for _, bars in rows.groupby("depth")]
-    colours = depth_colours(theme, len(layers) - 1).to_rgba(np.arange(len(layers)))
+    colours = style.depth_colours(theme, len(layers) - 1).to_rgba(np.arange(len(layers)))
     for depth in range(len(layers) - 1, -1, -1):  # lower layers cover higher ones
         shares = layers[depth]["share"].to_numpy()
         edges = np.append(layers[depth]["from"], layers[depth]["to"].iloc[-1])
@@ -191,8 +178,7 @@ def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
         below = np.append(0, np.cumsum(shares))
         median = np.interp(below[-1] / 2, below, edges)
         axes.plot([median] * 2, [depth, depth + 0.45], color=theme.ink, linewidth=1)
-    names = {depth: str(bars["layer"].iloc[0]).removeprefix("block ") for depth, bars in enumerate(layers)}
-    name_ticks(axes.yaxis, names, len(names), fontsize=6.5)
+    style.name_layers(axes.yaxis, rows["layer"].unique(), len(layers), fontsize=6.5)
     axes.set_ylim(-0.2, len(layers) - 1 + REACH + 0.2)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -213,15 +199,15 @@ def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     shares = shares[shares["metric"] == DC_SHARE]
     columns = min(SPECTRUM_COLUMNS, len(runs)) + 1
     height = -(-len(runs) // (columns - 1))
-    with new_figure(DOUBLE, 2.6 * height + 0.2, theme) as figure:
+    with style.new_figure(DOUBLE, 2.6 * height + 0.2, theme) as figure:
         figure.data = pd.concat([curves, shares.drop(columns=["images", "tokens"])], ignore_index=True)
         grid = figure.subplots(height, columns, squeeze=False)
         panels = grid[:, :-1].ravel()
-        scale = depth_colours(theme, int(curves["depth"].max()))
+        scale = style.depth_colours(theme, int(curves["depth"].max()))
         for axes, (name, rows) in zip(panels, curves.groupby("run", sort=False), strict=False):
             for at, line in rows.groupby("depth"):
                 axes.plot(line["frequency"], line["mean"], color=scale.to_rgba(np.asarray(at)), linewidth=1.1)
-            axes.set(title=shorten(str(name)), xlabel="frequency / π", xlim=(0, 1))
+            axes.set(title=style.shorten(str(name)), xlabel="frequency / π", xlim=(0, 1))
             axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
             if axes is not panels[0]:
                 axes.sharey(panels[0])
@@ -231,7 +217,7 @@ def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         figure.colorbar(scale, ax=list(panels), label="depth", aspect=30, pad=0.02)
         draw_metric(grid[0, -1], shares, DC_SHARE, theme)
         if len(runs) > 1:
-            legend(figure, run_styles(shares, theme))
+            style.legend(figure, run_styles(shares, theme))
         return figure
 
 
@@ -263,7 +249,7 @@ def metrics_of(rows: pd.DataFrame) -> list[str]:
 def run_styles(rows: pd.DataFrame, theme: Theme) -> dict[str, dict[str, Any]]:
     """Return the line style of each run, the same in all panels."""
     names = [str(name) for name in rows["run"].unique()]
-    return dict(zip(names, line_styles(len(names), theme), strict=True))
+    return dict(zip(names, style.line_styles(len(names), theme), strict=True))
 
 
 def differences(tables: Sequence[pd.DataFrame], metric: str) -> pd.DataFrame:
@@ -296,7 +282,7 @@ def _panels(
     layout = [np.repeat([*line, *["."] * (columns - len(line))], 12 // columns) for line in lines]
     layout = [np.repeat(large, 12 // len(large)), *layout] if large else layout
     heights = [LARGE if len(large) > 1 else SINGLE_PANEL] * bool(large) + [SMALL] * len(lines)
-    with new_figure(DOUBLE, sum(heights) + KEY, theme) as figure:
+    with style.new_figure(DOUBLE, sum(heights) + KEY, theme) as figure:
         figure.data = rows
         panels = figure.subplot_mosaic([list(line) for line in layout], height_ratios=heights)
         for name, axes in panels.items():
@@ -304,7 +290,7 @@ def _panels(
                 draw_metric(axes, rows, name, theme, small=name in small)
         for name in small[:-columns]:
             panels[name].set_xlabel("")
-        legend(figure, run_styles(rows, theme), _keys(rows, theme))
+        style.legend(figure, run_styles(rows, theme), _keys(rows, theme))
         yield figure, panels
 
 
@@ -317,15 +303,14 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
     title, (low, high) = METRICS.get(metric, (metric.replace("_", " "), (None, None)))
     sizes: dict[str, Any] = {"linewidth": 1.0, "markersize": 2.2} if small else {}
     for name, line in chosen.groupby("run", sort=False):
-        style = styles[str(name)]
-        axes.plot(line["depth"], line["mean"], **style, **sizes, clip_on=False)
+        axes.plot(line["depth"], line["mean"], **styles[str(name)], **sizes, clip_on=False)
         std = line["std"]
         if metric == NORM:
             over_patches = rows[(rows["run"] == name) & (rows["metric"] == NORM_STD)].set_index("depth")["mean"]
             std = over_patches.reindex(line["depth"]).set_axis(line.index)
         below, above = ((line["mean"] + sign * std.fillna(0)).clip(low, high) for sign in (-1, 1))
-        alpha = min(0.15, 0.3 / len(styles))
-        axes.fill_between(line["depth"], below, above, color=style["color"], alpha=alpha, linewidth=0)
+        paint: dict[str, Any] = {"color": styles[str(name)]["color"], "alpha": min(0.15, 0.3 / len(styles))}
+        axes.fill_between(line["depth"], below, above, linewidth=0, **paint)
     if metric == P:
         for name, line in rows[rows["metric"] == RANDOM].groupby("run", sort=False):
             axes.plot(line["depth"], line["mean"], color=styles[str(name)]["color"], **RANDOM_STYLE)
@@ -374,5 +359,5 @@ def name_depths(axes: Axes, rows: pd.DataFrame, ticks: int = 8) -> None:
     same = rows.groupby("run")["depth"].max().nunique() == 1
     layers = dict(zip(rows["depth"], rows["layer"].astype(str), strict=True))
     names = {at: layers[at] if same or at == 0 else str(at) for at in sorted(layers)}
-    name_ticks(axes.xaxis, {at: name.removeprefix("block ") for at, name in names.items()}, ticks)
+    style.name_ticks(axes.xaxis, {at: name.removeprefix("block ") for at, name in names.items()}, ticks)
     axes.set_xlabel("block" if same else "depth")

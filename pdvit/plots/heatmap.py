@@ -12,8 +12,9 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from pdvit.errors import UserError, closest
+from pdvit.plots import style
 from pdvit.plots.reading import AnalyzedRun, Arrays, read_text_table, reading
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme, name_ticks, new_figure, panel_grid, shorten
+from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme
 
 CKA_COLUMNS = 3
 MAP_DEPTHS = 6
@@ -39,36 +40,35 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     The curves are `cka`: `matrix` and `layers`. Those of `cka_between` are optional: `layers`, and for each other model
     (columns) `matrix/OTHER` and `layers/OTHER`.
     """
-    panels = []  # name, matrix, layers of its rows and columns
-    for run in runs:
-        layers = run.curves["cka"]["layers"].astype(str)
-        panels.append((run.name, run.curves["cka"]["matrix"], layers, layers))
+    panels = {run.name: _cka_matrix(run.curves["cka"]) for run in runs}
     for run in (run for run in runs if "cka_between" in run.curves):
-        between = run.curves["cka_between"]
-        for other, matrix in run.curve("cka_between", "matrix").items():
-            sides = (between["layers"].astype(str), between[f"layers/{other}"].astype(str))
-            if matrix.shape != tuple(map(len, sides)):
-                tip = "measure it again: pdvit analyze --metrics cka"
-                raise UserError(f"CKA with {other} does not fit its layers: cka_between.npz is damaged", run.name, tip)
-            panels.append((f"{run.name} (up), {other}", matrix, *sides))
+        for other in run.curve("cka_between", "matrix"):
+            panels[f"{run.name} (up), {other}"] = _cka_matrix(run.curves["cka_between"], f"/{other}")
     cells = [
-        {"run": name, "layer": np.repeat(up, len(across)), "other": np.tile(across, len(up)), "cka": matrix.ravel()}
-        for name, matrix, up, across in panels
+        matrix.T.melt(var_name="layer", value_name="cka", ignore_index=False).assign(run=name)
+        for name, matrix in panels.items()
     ]
+    data = pd.concat(cells).reset_index(names="other")[["run", "layer", "other", "cka"]]
     columns = min(CKA_COLUMNS, len(panels))
     width, height = SINGLE if len(panels) == 1 else DOUBLE, {1: 3.0, 2: 3.1, 3: 2.5}[columns]
-    with new_figure(width, height * -(-len(panels) // columns), theme) as figure:
-        figure.data = pd.concat(map(pd.DataFrame, cells), ignore_index=True)
-        norm = Normalize(min(0.0, np.floor(10 * figure.data["cka"].min()) / 10), 1)
-        for axes, (name, matrix, *named) in zip(panel_grid(figure, len(panels), columns), panels, strict=True):
-            image = heat_map(axes, matrix, norm, origin="lower")
-            for axis, layers in zip((axes.yaxis, axes.xaxis), named, strict=True):
-                name_ticks(axis, {at: layer.removeprefix("block ") for at, layer in enumerate(layers)}, 8, fontsize=6.5)
-            axes.tick_params(axis="x", rotation=90)
-            axes.set_title(shorten(name, 40), fontsize=7.5)
+    with style.new_figure(width, height * -(-len(panels) // columns), theme) as figure:
+        figure.data = data
+        norm = Normalize(min(0.0, np.floor(10 * data["cka"].min()) / 10), 1)
+        for axes, (name, matrix) in zip(style.panel_grid(figure, len(panels), columns), panels.items(), strict=True):
+            image = heat_map(axes, matrix.to_numpy(), norm, origin="lower")
+            style.name_layers(axes.yaxis, matrix.index, 8, fontsize=6.5)
+            style.name_layers(axes.xaxis, matrix.columns, 8, fontsize=6.5, rotation=90)
+            axes.set_title(style.shorten(name, 40), fontsize=7.5)
             axes.set(xlabel="block", ylabel="block")
         figure.colorbar(image, ax=figure.axes, label="linear CKA", shrink=0.85, aspect=25, pad=0.02)
         return figure
+
+
+def _cka_matrix(arrays: Arrays, other: str = "") -> pd.DataFrame:
+    """Return CKA of layers with those of a model, named by both."""
+    with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again: pdvit analyze --metrics cka"):
+        layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
+        return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
 
 
 def plot_maps(
@@ -99,7 +99,7 @@ def plot_maps(
         parts.append(pd.DataFrame({**where, **places, "cos": grid.ravel()}))
     side = DOUBLE / (len(depths) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(patches) + 0.45
-    with new_figure(DOUBLE, height, theme) as figure:
+    with style.new_figure(DOUBLE, height, theme) as figure:
         grid_of_axes = figure.subplots(len(patches), len(depths) + 1, squeeze=False)
         figure.data = pd.concat(parts, ignore_index=True)
         norm = Normalize(min(0.0, np.floor(5 * figure.data["cos"].min()) / 5), 1)
@@ -111,9 +111,10 @@ def plot_maps(
                 grid, place = maps[patch, at]
                 mesh = heat_map(axes, grid, norm, extent=extent)
                 _frame_patch(axes, place, grid.shape, pixels.shape)
-        for axes, title in zip(figure.axes, [shorten(names[image], 14), *(layers[at] for at in depths)], strict=False):
+        titles = [style.shorten(names[image], 14), *(layers[at] for at in depths)]
+        for axes, title in zip(grid_of_axes[0], titles, strict=True):
             axes.set_title(title, fontsize=7.5, loc="center")
-        figure.suptitle(shorten(name), x=0.005, ha="left", fontsize=8.5)
+        figure.suptitle(style.shorten(name), x=0.005, ha="left", fontsize=8.5)
         figure.colorbar(mesh, ax=figure.axes, label="cos with the framed patch", aspect=25, shrink=0.9, pad=0.01)
         return figure
 
@@ -153,9 +154,9 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
     shown = [label for label in classes if label in drawn]
     largest = wrong[wrong["images"] > 0].sort_values("images", ascending=False, kind="stable").head(LISTED)
     listed = len(shown) > NUMBERED
-    side = 7.0 if listed else max(3.2, 0.36 * len(shown)) + 0.07 * max(len(shorten(label)) for label in shown)
+    side = 7.0 if listed else max(3.2, 0.36 * len(shown)) + 0.07 * max(len(style.shorten(label)) for label in shown)
     widths = (side + 1.2, 4.0)[: 1 + listed]
-    with new_figure(sum(widths), side, theme) as figure:
+    with style.new_figure(sum(widths), side, theme) as figure:
         left, *right = figure.subplots(1, 1 + listed, squeeze=False, width_ratios=widths)[0]
         share = table["images"] / table.groupby("class")["images"].transform("sum").clip(lower=1)
         rows = table.assign(run=name, share=share)[["run", *table.columns, "share"]]
@@ -164,7 +165,7 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
         _draw_matrix(left, rows[inside], shown, theme)
         of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
         correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
-        left.set_title(f"{shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
+        left.set_title(f"{style.shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
         for axes in right:
             _draw_list(axes, largest, theme)
         return figure
@@ -184,7 +185,7 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     size = 9 if len(shown) <= NUMBERED else 6.5 if len(shown) <= NAMED else 7.5
     for axis in (axes.yaxis, axes.xaxis):
-        name_ticks(axis, dict(enumerate(shown)), NAMED if len(shown) <= NAMED else TICKS, fontsize=size)
+        style.name_ticks(axis, dict(enumerate(shown)), NAMED if len(shown) <= NAMED else TICKS, fontsize=size)
     axes.tick_params(axis="x", rotation=90 if max(map(len, shown)) > 2 else 0)
     axes.set(xlabel="predicted", ylabel="class")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
@@ -194,7 +195,7 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
 def _draw_list(axes: Axes, largest: pd.DataFrame, theme: Theme) -> None:
     """Draw the most frequent confusions as bars, the largest on top."""
     pairs = zip(largest["class"], largest["predicted"], strict=True)
-    names = [f"{shorten(label)} → {shorten(predicted)}" for label, predicted in pairs]
+    names = [f"{style.shorten(label)} → {style.shorten(predicted)}" for label, predicted in pairs]
     bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
     axes.bar_label(bars, padding=3, fontsize=7.5)
     axes.set_yticks(range(len(names)), names, fontsize=7.5)

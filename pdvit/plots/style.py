@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -121,6 +121,11 @@ def name_ticks(axis: Axis, names: Mapping[Any, str], ticks: int, **text: Any) ->
     last, step = len(positions) - 1, max(1, -(-len(positions) // ticks))
     shown = [positions[at] for at in range(last) if at % step == 0 and last - at >= step] + positions[last:]
     axis.set_ticks(shown, [shorten(names[at]) for at in shown], **text)
+
+
+def name_layers(axis: Axis, layers: Iterable[str], ticks: int, **text: Any) -> None:
+    """Name about `ticks` layers, from position 0; blocks have their number."""
+    name_ticks(axis, {at: layer.removeprefix("block ") for at, layer in enumerate(layers)}, ticks, **text)
 
 
 def legend(figure: Figure, styles: dict[str, dict[str, Any]], more: Sequence[Line2D] = ()) -> None:

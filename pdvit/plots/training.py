@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from pdvit.plots.reading import reading
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, name_ticks, new_figure, shorten
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, name_layers, new_figure, shorten
 
 # Columns that each type of record needs.
 NEEDED = {"train": {"epoch", "class"}, "eval": {"epoch", "accuracy"}, "similarity": {"epoch", "layers", "similarity"}}
@@ -70,7 +70,7 @@ def _draw_probe(axes: Axes, probe: pd.DataFrame) -> None:
     edges = [0.0, *probe["epoch"]]  # a column reaches from the evaluation before to its own
     heights = [layer - 0.5 for layer in range(len(layers) + 1)]
     image = axes.pcolormesh(edges, heights, grid, vmin=0, vmax=1, cmap="viridis")
-    name_ticks(axes.yaxis, {at: layer.removeprefix("block ") for at, layer in enumerate(layers)}, 8)
+    name_layers(axes.yaxis, layers, 8)
     axes.set(title="P by layer on the probe", xlabel="epoch")
     axes.grid(visible=False)
     axes.figure.colorbar(image, ax=axes, label="P")
