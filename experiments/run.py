@@ -32,19 +32,21 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+import torch
 from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
 
 from pdvit.analysis import analyze
 from pdvit.cli.console import make_console
 from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
+from pdvit.data.loader import eval_batches
+from pdvit.data.sources.split import subsample
 from pdvit.engine.device import visible_gpus
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import UserError
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.sweep import Folder, numbers
-from pdvit.tasks.base import probe_images
 from pdvit.tracking.run_directory import write_file
 
 HERE = Path(__file__).parent
@@ -78,7 +80,8 @@ def measure(run: Path) -> str | None:
         sound = json.loads((run / "summary.json").read_text())["loss"] is not None
         with redirect_stderr(io.StringIO()):  # it would say what it prepares
             began = build_trainer(build(("run.toml", read_toml(run / "run.toml"))), make_console(as_json=True)).task
-        images = probe_images(began.source.splits[began.source.final_split], IMAGES, began.loader)
+        chosen = subsample(began.source.splits[began.source.final_split], IMAGES)
+        images = torch.cat([batch.images for batch in eval_batches(chosen, began.loader)])
         models = {"after": load_model(resolve_checkpoint(run)).model.to(began.device)} if sound else {}
         parts = []
         for when, model in (models | {"before": began.module.inside}).items():

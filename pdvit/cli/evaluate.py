@@ -18,6 +18,7 @@ import typer
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
 from pdvit.errors import UserError, closest
+from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
     from _csv import Writer
@@ -212,12 +213,8 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
         view.add_row(cell(row["class"]), f"{row[count]:,}", *(percent(row[name]) for name in fractions), cell(wrong))
     console.print()
     console.print(view)
-    names = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
-    scores = [f"{text} {percent(numbers[name])}" for name, text in names.items() if numbers.get(name) is not None]
-    names = {"loss": "loss", "calibration_error": "calibration error"}
-    scores += [f"{text} {numbers[name]:.3f}" for name, text in names.items() if name in numbers]
     images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
-    log(console, f"\n{numbers['split']} {', '.join(scores)} ({images})")
+    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})")
     if by == "iou":
         windows = f"windows of {numbers['window']}, {numbers['stride']} apart"
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""

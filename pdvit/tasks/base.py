@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pdvit.data.images import BadImages, describe_bad
 from pdvit.data.loader import Batch, LoaderConfig, eval_batches, steps_per_epoch
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
-from pdvit.data.sources.split import Source, Split, subsample
+from pdvit.data.sources.split import Source, subsample
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
@@ -26,7 +26,8 @@ from pdvit.models.build import patch_size_of
 from pdvit.models.layers import exact_float32, measure_layers
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
 from pdvit.similarity import patch_similarity
-from pdvit.tasks.summary import describe_similarity
+from pdvit.tasks.metrics import Scores
+from pdvit.tasks.summary import describe_metrics, describe_similarity
 
 
 class ImageTask(ABC):
@@ -36,7 +37,8 @@ class ImageTask(ABC):
     best_metric: str
     module: Wrapper
     class_loss: Any = None  # of logits and targets; None: cross-entropy with label smoothing
-    probe_options: ClassVar[Mapping[str, Any]] = {}  # of the network, where only its tokens are read
+    recorded: tuple[str, ...]
+    """Names of the metrics in records and summary."""
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
@@ -79,8 +81,8 @@ class ImageTask(ABC):
         """Yield training batches from step `start` on, without end."""
 
     @abstractmethod
-    def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
-        """Return the metrics of a split, the number of images (each counts once over all ranks) and a text."""
+    def evaluate_split(self, network: nn.Module, split: str) -> Scores:
+        """Return the scores of a split; each image counts once over all ranks."""
 
     @classmethod
     def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
@@ -103,30 +105,23 @@ class ImageTask(ABC):
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure the validation split, and P of every layer on the probe."""
-        numbers, images, text = self.evaluate_split(network, "val")
+        numbers = self._measure(network, "val")
         model: Any = network.inside
         found = measure_layers(model, self.probe, lambda tokens: patch_similarity(tokens).mean(), network)
         names, values = [layer.name for layer in found], torch.stack(list(found.values())).tolist()
-        bad = self._skipped(images, "val")
-        skipped = f"\nskipped, as they do not decode: {bad.pop('skipped')}" if "skipped" in bad else ""
-        records = {
-            "eval": {"split": "val", **numbers, **bad},
-            "similarity": {"images": len(self.probe), "layers": names, "similarity": values},
-        }
-        similarity = describe_similarity(names, values, self.config.run.warn_similarity)
-        return records, f"val {text}  {similarity}{skipped}"
+        skipped = f"\nskipped, as they do not decode: {numbers['skipped']}" if "skipped" in numbers else ""
+        text = describe_similarity(names, values, self.config.run.warn_similarity)
+        similarity = {"images": len(self.probe), "layers": names, "similarity": values}
+        return {"eval": numbers, "similarity": similarity}, f"val {describe_metrics(numbers)}  {text}{skipped}"
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe."""
-        split = self.source.final_split
-        numbers, images, _ = self.evaluate_split(network, split)
+        numbers = self._measure(network, self.source.final_split)
         with torch.no_grad(), exact_float32(self.device):
-            output = network(self.probe, **self.probe_options)
+            output = network(self.probe)
         return {
             "task": self.name,
-            "split": split,
             **numbers,
-            **self._skipped(images, split),
             "similarity_first": float(patch_similarity(output.first).mean()),
             "similarity_last": float(patch_similarity(output.last).mean()),
             "weights": weights,
@@ -135,28 +130,26 @@ class ImageTask(ABC):
     @cached_property
     def probe(self) -> Tensor:
         """Held-out images on which P is measured, all of them on every rank; loaded on first use, when data are."""
-        loader = replace(self.loader, rank=0, processes=1)
-        return probe_images(self.source.splits["val"], self.config.run.probe_images, loader)
+        chosen = subsample(self.source.splits["val"], self.config.run.probe_images)
+        batches = [batch.images for batch in eval_batches(chosen, replace(self.loader, rank=0, processes=1))]
+        if not batches:
+            raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")
+        return torch.cat(batches)
 
-    def _skipped(self, images: int, split: str) -> dict[str, Any]:
-        """Return how many images of a split were skipped, and the names of those that are new, over all ranks."""
+    def _measure(self, network: nn.Module, split: str) -> dict[str, Any]:
+        """Return the metrics of a split, how many of its images were skipped, and the names of those that are new."""
+        network.eval()
+        scores = self.evaluate_split(network, split)
+        numbers = {"split": split} | {name: value for name, value in scores.numbers.items() if name in self.recorded}
         if not self.bad.skip:
-            return {}
+            return numbers
         found: dict[str, str] = {}
         for part in self.ranks.all_gather(self.bad.found):
             found |= part
         new = {name: reason for name, reason in found.items() if name not in self.logged_bad}
         self.logged_bad |= set(new)
-        number = {"bad_images": len(self.source.splits[split]) - images}
-        return number | ({"skipped": describe_bad(new)} if new else {})
-
-
-def probe_images(split: Split, count: int, loader: LoaderConfig) -> Tensor:
-    """Return normalised images, spread evenly over a split; raises UserError if none decodes."""
-    batches = [batch.images for batch in eval_batches(subsample(split, count), loader)]
-    if not batches:
-        raise UserError("none of the probe's images decodes", "run.probe_images", "raise it, or replace them")
-    return torch.cat(batches)
+        numbers["bad_images"] = len(self.source.splits[split]) - scores.images
+        return numbers | ({"skipped": describe_bad(new)} if new else {})
 
 
 def weight_schedules(config: Config, steps_per_epoch: int, batch_size: int) -> list[WeightSchedule]:

@@ -1,7 +1,6 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from pdvit.models.build import build_model, checkpoint_activations, model_argume
 from pdvit.models.checkpoints import export
 from pdvit.models.tokens import DiverseModel, layer_numbers
 from pdvit.tasks.base import ImageTask, describe_terms
-from pdvit.tasks.metrics import ClassificationMetric, evaluate_classification
+from pdvit.tasks.metrics import ClassificationMetric, Scores, evaluate_classification
 
 
 class ClassificationTask(ImageTask):
@@ -29,7 +28,7 @@ class ClassificationTask(ImageTask):
 
     name = "classification"
     best_metric = "accuracy"
-    probe_options: ClassVar = {"patch_logits": False}
+    recorded = ("accuracy", "loss")
     module: DiverseModel
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
@@ -102,10 +101,9 @@ class ClassificationTask(ImageTask):
         accuracy = (output.logits.argmax(1) == labels).float().mean()
         return self.step_output(losses.total, {**losses.parts, "accuracy": accuracy}, batch)
 
-    def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
-        """Return accuracy and loss of a split, the number of images, and the metrics as text."""
-        network.eval()
-        found = evaluate_classification(
+    def evaluate_split(self, network: nn.Module, split: str) -> Scores:
+        """Return the scores of a split."""
+        return evaluate_classification(
             lambda images: network(images, patch_logits=False).logits,
             eval_batches(self.source.splits[split], self.loader),
             ClassificationMetric(len(self.source.classes), self.device),
@@ -113,8 +111,6 @@ class ClassificationTask(ImageTask):
             self.ranks,
             in_lockstep=self.config.run.distribute == "fsdp",
         )
-        numbers = {name: found.numbers[name] for name in ("accuracy", "loss")}
-        return numbers, found.images, "accuracy {accuracy:6.1%}  loss {loss:.3f}".format(**numbers)
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return a timm folder of the bare model, without the patch head."""

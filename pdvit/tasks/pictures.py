@@ -67,7 +67,7 @@ def png(image: Image.Image) -> bytes:
 
 def prediction_pngs(
     network: Network,
-    split: MaskSplit,
+    split: Split,
     source: Source,
     loader: LoaderConfig,
     config: Config,

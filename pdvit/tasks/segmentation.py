@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from pdvit.models.families import family_of
 from pdvit.models.segmentation.heads import resolve_norm
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter, export_segmenter
 from pdvit.tasks.base import ImageTask, describe_terms
-from pdvit.tasks.metrics import SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
+from pdvit.tasks.metrics import Scores, SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
 from pdvit.tasks.pictures import prediction_pngs
 from pdvit.tasks.windows import Network, SlidingWindowConfig
 
@@ -31,6 +31,7 @@ class SegmentationTask(ImageTask):
 
     name = "segmentation"
     best_metric = "miou"
+    recorded = ("miou", "accuracy", "accuracy_mean", "loss", "in_windows")
     module: Segmenter
     class_loss = staticmethod(pixel_loss)
 
@@ -62,22 +63,19 @@ class SegmentationTask(ImageTask):
 
     def describe(self) -> str:
         """Return the model, crops and windows; terms and augmentation; a note if `segment.stride` has no effect."""
-        segment, windows = self.config.segment, self.windows
-        total, backbone = (
-            sum(weight.numel() for weight in part.parameters()) for part in (self.module, self.module.inside)
-        )
+        segment, windows, (low, high) = self.config.segment, self.windows, self.config.segment.jitter
+        parts = (self.module.inside, self.module.head)
+        backbone, head = (sum(weight.numel() for weight in part.parameters()) for part in parts)
         evaluation = "whole images"
         if windows.mode == "slide":
             evaluation = f"windows of {windows.window}, {windows.stride} apart"
         elif segment.stride is not None:
             evaluation += f"\nnote: segment.stride = {segment.stride} has no effect: images are evaluated whole"
-        low, high = segment.jitter
-        colours = ", colours jittered" if segment.photometric else ""
         return (
-            f"{self.config.model.name} with {segment.head} head: {backbone:,} + {total - backbone:,} parameters, "
+            f"{self.config.model.name} with {segment.head} head: {backbone:,} + {head:,} parameters, "
             f"crops of {windows.window}x{windows.window} pixels, patches of {self.patch_size}; "
-            f"evaluated: {evaluation}\n"
-            f"terms: {describe_terms(self.config.diversity)}; augmentation: scaled by {low:g} to {high:g}{colours}"
+            f"evaluated: {evaluation}\nterms: {describe_terms(self.config.diversity)}; "
+            f"augmentation: scaled by {low:g} to {high:g}{', colours jittered' if segment.photometric else ''}"
         )
 
     def load(self, log: Callable[[str], None]) -> None:
@@ -85,46 +83,44 @@ class SegmentationTask(ImageTask):
 
     def training_batches(self, start: int) -> Generator[Batch, None, None]:
         """Yield training batches from step `start` on, without end."""
-        crop, hflip = self.windows.window, self.config.augment.hflip
-        return train_batches(self._split("train"), self.loader, self.config.segment, crop, start, hflip)
+        config, split = self.config, cast(MaskSplit, self.source.splits["train"])
+        return train_batches(split, self.loader, config.segment, self.windows.window, start, config.augment.hflip)
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run forward pass and objective on one batch."""
-        output, targets = network(batch.images), batch.targets
-        output = SegmentOutput(self._at_size_of(targets, output.logits), *output[1:])
+        output, targets, size = network(batch.images), batch.targets, batch.targets.shape[-2:]
+        output = SegmentOutput(self.module.resize(output.logits.float(), size), *output[1:])
         weights = None if batch.weights is None else batch.weights[0]
         tokens: Any = output  # without mixing the objective reads logits and, for terms, first and last
         losses = self.objective(tokens, targets, None, weights)
         total, parts = losses.total, dict(losses.parts)
         if output.aux is not None:
-            parts["aux"] = pixel_loss(self._at_size_of(targets, output.aux), targets)
+            parts["aux"] = pixel_loss(self.module.resize(output.aux.float(), size), targets)
             total = total + self.config.segment.aux * parts["aux"]
         valid = targets != IGNORED
         correct = (output.logits.argmax(1) == targets) & valid
         parts["accuracy"] = (correct.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
         return self.step_output(total, parts, batch)
 
-    def evaluate_split(self, network: nn.Module, split: str) -> tuple[dict[str, Any], int, str]:
-        """Return mIoU, accuracies and loss of a split, the number of images, and the metrics as text."""
-        network.eval()
+    def evaluate_split(self, network: nn.Module, split: str) -> Scores:
+        """Return the scores of a split."""
         self.scores = evaluate_segmentation(
             pixel_network(network),
-            eval_batches(self._split(split), self.loader, self.config.segment),
+            eval_batches(cast(MaskSplit, self.source.splits[split]), self.loader, self.config.segment),
             SegmentationMetric(len(self.source.classes), self.device),
             self.windows,
             self.config.run.precision,
             self.ranks,
             in_lockstep=self.config.run.distribute == "fsdp",
         )
-        text = "mIoU {miou:6.1%}  accuracy {accuracy:6.1%}  loss {loss:.3f}".format(**self.scores.numbers)
-        return self.scores.numbers, self.scores.images, text
+        return self.scores
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
         numbers = super().finish(network, weights)
         assert self.scores.confusion is not None
         table = class_table(self.scores.confusion, unique_names(self.source.classes), pixels=True)
-        split, pixels = self._split(self.source.final_split), pixel_network(network)
+        split, pixels = self.source.splits[self.source.final_split], pixel_network(network)
         pictures = prediction_pngs(pixels, split, self.source, self.loader, self.config, self.windows)
         self.files = {"iou.csv": csv_bytes(table)} | pictures
         return numbers
@@ -133,15 +129,6 @@ class SegmentationTask(ImageTask):
         """Return the weights of backbone and head with their configuration, the table and the pictures."""
         palette, preprocessing = self.source.palette or [], self.preprocessing.as_timm()
         return self.files | export_segmenter(self.module, self.source.classes, palette, preprocessing, weights, state)
-
-    def _split(self, name: str) -> MaskSplit:
-        split = self.source.splits[name]
-        assert isinstance(split, MaskSplit)
-        return split
-
-    def _at_size_of(self, masks: Tensor, logits: Tensor) -> Tensor:
-        height, width = masks.shape[-2:]
-        return self.module.resize(logits.float(), (height, width))
 
 
 def sliding_windows(module: Segmenter, segment: SegmentConfig, batch: int) -> SlidingWindowConfig:
@@ -162,9 +149,4 @@ def sliding_windows(module: Segmenter, segment: SegmentConfig, batch: int) -> Sl
 
 def pixel_network(network: Any) -> Network:
     """Return a segmenter as a function from images `(B, 3, H, W)` to logits of their pixels `(B, C, H, W)`."""
-
-    def logits_of(images: Tensor) -> Tensor:
-        logits: Tensor = network.resize(network(images).logits.float(), tuple(images.shape[-2:]))
-        return logits
-
-    return logits_of
+    return lambda images: network.resize(network(images).logits.float(), images.shape[-2:])

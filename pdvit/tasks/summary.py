@@ -8,22 +8,24 @@ from typing import Any
 BARS = "▁▂▃▄▅▆▇█"
 
 
+def describe_metrics(numbers: Mapping[str, Any]) -> str:
+    """Return the metrics among the numbers of a run or an evaluation, such as `accuracy 97.2%, loss 0.081`."""
+    fractions = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
+    others = {"loss": "loss", "calibration_error": "calibration error"}
+    texts = [f"{text} {numbers[name]:.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
+    return ", ".join(texts + [f"{text} {numbers[name]:.3f}" for name, text in others.items() if name in numbers])
+
+
 def describe_summary(summary: Mapping[str, Any]) -> str:
     """Return the closing metrics, the images that were left out, and P of the first and last tokens."""
-    if summary.get("task") == "segmentation":
-        windows = summary.get("in_windows")
-        note = f" ({windows} images were too large for a single pass and were evaluated in windows)" if windows else ""
-        metrics = (
-            f"mIoU {summary['miou']:.1%}, pixel accuracy {summary['accuracy']:.1%}, "
-            f"mean class accuracy {summary['accuracy_mean']:.1%}, loss {summary['loss']:.3f}{note}"
-        )
-    else:
-        metrics = f"accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}"
-    bad = summary.get("bad_images")
-    left_out = f" ({bad} images do not decode and are left out)" if bad else ""
+    texts = {
+        "in_windows": "images were too large for a single pass and were evaluated in windows",
+        "bad_images": "images do not decode and are left out",
+    }
+    notes = "".join(f" ({summary[name]} {text})" for name, text in texts.items() if summary.get(name))
     named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
     return (
-        f"{summary['split']} {metrics}{left_out}; "
+        f"{summary['split']} {describe_metrics(summary)}{notes}; "
         f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
         f"(0 all different, 1 all alike){named}"
     )

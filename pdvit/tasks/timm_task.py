@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.task import ClassificationTask as TimmTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
@@ -14,13 +15,6 @@ from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import patch_size_of
 from pdvit.models.tokens import DiverseModel
-
-try:
-    from timm.task import ClassificationTask as TimmTask
-
-    TimmTask.get_checkpoint_state  # noqa: B018  (earlier versions of timm's tasks lack it)
-except (ImportError, AttributeError) as error:
-    raise UserError("this timm has no supported timm.task", "pdvit.tasks.timm_task", "use timm 1.0.31") from error
 
 
 class DiversityTask(TimmTask):

@@ -60,8 +60,9 @@ def train_batches(
     flip = split.flip if hflip is None else hflip
     pairs = ImageMaskPairs(split, TrainingTransform(segment, loader.preprocessing, crop, flip, loader.seed))
     for batch in from_workers(pairs, loader, step_indices(len(split), loader, start)):
-        images, targets = normalise_and_pad(batch.images, batch.targets, loader.preprocessing)
-        yield replace(batch, images=images, targets=targets)
+        outside = batch.targets == OUTSIDE
+        images = loader.preprocessing.normalise(batch.images).masked_fill_(outside[:, None], 0.0)
+        yield replace(batch, images=images, targets=batch.targets.long().masked_fill_(outside, IGNORED))
 
 
 def eval_batches(split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig) -> Iterator[Batch]:
@@ -85,9 +86,8 @@ def evaluation_pixels(image: Image.Image, side: int | None, interpolation: str) 
     if side is None:
         return pixels
     height, width = pixels.shape[-2:]
-    short, long = side, side * max(height, width) // min(height, width)
-    if long > (longest := LONGEST * side):
-        short, long = max(1, longest * side // long), longest
+    long, limit = side * max(height, width) // min(height, width), LONGEST * side
+    short, long = (side, long) if long <= limit else (max(1, limit * side // long), limit)
     size = [short, long] if height < width else [long, short]
     resized: Tensor = functional.resize(pixels, size, v2.InterpolationMode(interpolation), antialias=True)
     return resized
@@ -127,22 +127,21 @@ class TrainingTransform:
 
 
 def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, int, int]:
-    """Draw a crop of a mask `(H, W)`, again up to 10 times if one class covers too much: top, left, height, width."""
+    """Draw a crop of a mask `(H, W)`: top, left, height, width.
+
+    It is drawn again, up to 10 times, unless there are two classes or more in it, none with this fraction of the pixels
+    that have a class.
+    """
     rows, columns = mask.shape
     height, width = min(side, rows), min(side, columns)
-    for tries_left in reversed(range(RETRIES + 1)):
+    for _ in range(RETRIES + 1):
         top, left = (int(torch.randint(room + 1, ())) for room in (rows - height, columns - width))
-        if not tries_left or (height, width) == (rows, columns) or max_fraction == 1:
+        if max_fraction == 1 or (height, width) == (rows, columns):
             break
-        if balanced(mask[top : top + height, left : left + width], max_fraction):
+        counts = mask[top : top + height, left : left + width].flatten().bincount()[:OUTSIDE]
+        if (counts > 0).sum() > 1 and counts.max() < max_fraction * counts.sum():
             break
     return top, left, height, width
-
-
-def balanced(mask: Tensor, max_fraction: float) -> bool:
-    """Whether a mask has at least two classes, each below this fraction of the pixels that have a class."""
-    counts = mask.flatten().bincount()[:OUTSIDE]
-    return int((counts > 0).sum()) > 1 and bool(counts.max() < max_fraction * counts.sum())
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
@@ -155,10 +154,3 @@ class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
         """Draw the factors."""
         params: dict[str, Any] = super().make_params(flat_inputs)
         return params | {"channel_permutation": None}
-
-
-def normalise_and_pad(images: Tensor, masks: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """Normalize a batch `(B, 3, H, W)` and make targets `(B, H, W)` of masks: 0 and 255 outside of the images."""
-    outside = masks == OUTSIDE
-    targets = masks.long().masked_fill_(outside, IGNORED)
-    return preprocessing.normalise(images).masked_fill_(outside[:, None], 0.0), targets

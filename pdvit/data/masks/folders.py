@@ -17,23 +17,12 @@ from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad
 from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import Log, MaskFiles, scan_masks
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
-from pdvit.data.sources import printable, source_type
+from pdvit.data.sources import WHERE, printable, source_type
 from pdvit.data.sources.folder import folder_names, list_images
-from pdvit.data.sources.split import (
-    HELD_OUT,
-    TEST_NAMES,
-    TRAIN_NAMES,
-    VALIDATION_NAMES,
-    FileSplit,
-    Source,
-    Split,
-    choose_splits,
-    hold_out,
-)
+from pdvit.data.sources.split import HELD_OUT, SPLIT_NAMES, FileSplit, Source, Split, choose_splits, hold_out
 from pdvit.errors import UserError
 
-WHERE = "data.source (--data)"
-ADE, OBJECTS = "ADEChallengeData2016", "objectInfo150.txt"
+ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
 MASKS, TABLES = ("masks", "annotations", "labels"), ("classes.tsv", "classes.csv")
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
@@ -61,9 +50,9 @@ def open_masks(
         table = infer_table({role: masks for role, (_, masks) in pairs.items()}, data.workers, log)
         notes.append("classes are the ids in the masks; a table (classes.tsv, --classes) gives them names")
     splits: dict[str, Split] = {
-        role: MaskFiles(images.paths, images.labels, masks, table) for role, (images, masks) in pairs.items()
+        role: MaskFiles(images.paths, images.labels, masks.paths, table) for role, (images, masks) in pairs.items()
     }
-    if ignored := [str(value) for value, place in (table.ids or {}).items() if place == IGNORED and value != IGNORED]:
+    if ignored := [str(value) for value, place in table.ids.items() if place == IGNORED and value != IGNORED]:
         notes.append(f"ignored in masks: {', '.join(ignored)}")
     if "val" not in splits:
         splits = hold_out(splits, data.split_seed)
@@ -75,38 +64,42 @@ def open_masks(
 class MaskFolders:
     """A layout: the folder of images and that of masks, with the splits below both, and the class table if known.
 
-    An image and its mask have the same path, except for suffixes and the given endings of their stems.
+    An image and its mask have the same path, except for suffixes and these endings of their stems.
     """
 
     root: Path
     images: str
     masks: str
-    table: ClassTable | None = None
+    table: ClassTable | None
     endings: tuple[str, str] = ("", "")
-    unlabelled: tuple[str, ...] = ()
-    """Splits whose masks are empty."""
 
     def splits(self, data: DataConfig) -> tuple[dict[str, str], list[str]]:
         """Return the folder of each split by role, and notes; without split folders, all is train.
 
         Raises UserError if a configured split is missing.
         """
-        found = {name: folder_names(self.root / name) for name in (self.images, self.masks)}
-        known = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES, data.train_split, data.val_split}
-        folders = [name for name in found[self.images] if name in known]
-        if not folders and not (data.train_split or data.val_split):
+        images, masks = (folder_names(self.root / name) for name in (self.images, self.masks))
+        found = [name for name in images if name in {*SPLIT_NAMES, data.train_split, data.val_split}]
+        if not found and not (data.train_split or data.val_split):
             return {"train": ""}, []
-        usable = [name for name in folders if name in found[self.masks] and name not in self.unlabelled]
+        unlabelled = "test" if self.masks == CITYSCAPES else None  # its masks are empty
+        usable = [name for name in found if name in masks and name != unlabelled]
         chosen = choose_splits(usable, data, f"{self.root}/{self.masks}", LAYOUT, needed=["train"])
-        return chosen, [f"{name} is not used: it has no labels" for name in folders if name not in usable]
+        return chosen, [f"{name} is not used: it has no labels" for name in found if name not in usable]
 
     def pairs(self, split: str, notes: list[str]) -> tuple[FileSplit, FileSplit]:
         """Return images and masks of a split, in the same order; notes masks without image.
 
-        Raises UserError for images without a mask.
+        Raises UserError for images without a mask, and files with the same name but for the suffix.
         """
-        images = self._files(self.images, split, self.endings[0])
-        masks = self._files(self.masks, split, self.endings[1])
+        images, masks = dict[str, Path](), dict[str, Path]()
+        for folder, ending, files in zip((self.images, self.masks), self.endings, (images, masks), strict=True):
+            root = self.root / folder / split
+            for path in list_images(root):
+                stem = str(path.relative_to(root).with_suffix(""))
+                if stem.endswith(ending) and (first := files.setdefault(stem.removesuffix(ending), path)) is not path:
+                    what = f"{first.name} and {path.name} have the same name but for the suffix"
+                    raise UserError(what, str(root), "rename or remove one")
         if not images:
             raise UserError(f"no images in {self.images}/{split}", str(self.root), LAYOUT)
         if missing := {str(path): "no mask" for stem, path in images.items() if stem not in masks}:
@@ -118,20 +111,6 @@ class MaskFolders:
         labels = torch.zeros(len(images), dtype=torch.long)
         return FileSplit(list(images.values()), labels), FileSplit([masks[stem] for stem in images], labels)
 
-    def _files(self, folder: str, split: str, ending: str) -> dict[str, Path]:
-        """Return the image files below a folder by their path without suffix and ending."""
-        root, files = self.root / folder / split, dict[str, Path]()
-        for path in list_images(root):
-            stem = str(path.relative_to(root).with_suffix(""))
-            if not stem.endswith(ending):
-                continue
-            stem = stem.removesuffix(ending)
-            if stem in files:
-                what = f"{files[stem].name} and {path.name} have the same name but for the suffix"
-                raise UserError(what, str(root), "rename or remove one")
-            files[stem] = path
-        return files
-
 
 def find_folders(root: Path) -> MaskFolders:
     """Recognize the layout of a folder; raises UserError if it has no images with masks."""
@@ -139,9 +118,9 @@ def find_folders(root: Path) -> MaskFolders:
         known = folder.resolve().name == ADE or (folder / OBJECTS).is_file()  # other sets may have these folders
         if known and all((folder / name / "training").is_dir() for name in ("images", "annotations")):
             return MaskFolders(folder, "images", "annotations", ade_table(folder))
-    if all((root / name).is_dir() for name in ("leftImg8bit", "gtFine")):
+    if all((root / name).is_dir() for name in ("leftImg8bit", CITYSCAPES)):
         endings = ("_leftImg8bit", "_gtFine_labelIds")
-        return MaskFolders(root, "leftImg8bit", "gtFine", cityscapes_table(), endings, ("test",))
+        return MaskFolders(root, "leftImg8bit", CITYSCAPES, cityscapes_table(), endings)
     masks = next((name for name in MASKS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
         found = ", ".join(folder_names(root)[:6]) or "no folders"

@@ -4,7 +4,7 @@ A scene is a function of its split and its number. It is computed in integers (P
 it is the same on every machine.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
@@ -38,29 +38,25 @@ def read_scenes(data: DataConfig) -> Source:
     for stream, (name, count) in enumerate(COUNTS.items()):
         split = digits[name]
         assert isinstance(split, ArraySplit)
-        splits[name] = Scenes(split.images[:, 0], split.labels, name, stream, torch.arange(count))
+        numbers = torch.arange(count)
+        splits[name] = Scenes(split, name, stream, numbers, torch.zeros_like(numbers))
     palette = default_palette(len(CLASSES) + 1)[1:-1]
     return Source("scenes", CLASSES, splits, palette=[*palette, (0, 0, 0)])
 
 
 @dataclass(frozen=True)
 class Scenes(MaskSplit):
-    """Scenes of 64x64 pixels, made on demand from digits `(D, 32, 32)` uint8 with their values `(D,)`."""
+    """Scenes of 64x64 pixels, made on demand from digits."""
 
-    digits: Tensor
-    values: Tensor
+    digits: ArraySplit
     role: str
     stream: int
     numbers: Tensor
     """The number of each scene, `(N,)`."""
+    labels: Tensor
     cache: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
 
     flip = 0.0  # a mirrored digit is another sign
-
-    @property
-    def labels(self) -> Tensor:  # type: ignore[override]
-        """Zeros."""
-        return torch.zeros_like(self.numbers)
 
     def open(self, index: int) -> Image.Image:
         """Return a scene."""
@@ -76,41 +72,35 @@ class Scenes(MaskSplit):
 
     key = name
 
-    def take(self, chosen: Tensor) -> "Scenes":
-        """Return the scenes at these indices."""
-        return replace(self, numbers=self.numbers[chosen])
-
     def hash(self) -> str:
         """Return a hash of the numbers, the digits, and the pixels of a few scenes."""
-        digest = sha256(self.numbers.numpy().tobytes() + self.digits.numpy().tobytes() + self.values.numpy().tobytes())
+        parts = (self.numbers, self.digits.images[:, 0], self.digits.labels)
+        digest = sha256(b"".join(part.numpy().tobytes() for part in parts))
         for index in range(min(HASHED_SCENES, len(self))):
             digest.update(b"".join(part.tobytes() for part in self.scene(index)))
         return digest.hexdigest()[:16]
 
     def scene(self, index: int) -> tuple[Array, Array]:
         """Return a scene, made on first use: pixels `(64, 64, 3)` and digits `(64, 64)`, uint8."""
-        number = int(self.numbers[index])
-        if number not in self.cache:
-            self.cache[number] = self._make(fold(self.stream, number))
-        return self.cache[number]
-
-    def _make(self, seed: int) -> tuple[Array, Array]:
+        if (number := int(self.numbers[index])) in self.cache:
+            return self.cache[number]
+        seed = fold(self.stream, number)
         pixels, mask = _ground(seed), np.full((SIDE, SIDE), GROUND, np.uint8)
         draws = uniform(seed, torch.arange(DIGITS[1] * TRIES + 1), 7).tolist()
         for place in range(_integer(DIGITS, draws.pop()[0])):
-            for digit, size, down, right, *colour in draws[place * TRIES : (place + 1) * TRIES]:
-                number, side = int(digit * len(self.values)), SIDES[int(size * len(SIDES))]
-                ink = np.array(
-                    Image.fromarray(self.digits[number].numpy()).resize((side, side), Image.Resampling.BILINEAR)
-                )
-                ink = (ink.astype(np.int32) * 3 // 2).clip(max=255)
+            for sample, size, down, right, *colour in draws[place * TRIES : (place + 1) * TRIES]:
+                digit, side = int(sample * len(self.digits)), SIDES[int(size * len(SIDES))]
+                small = Image.fromarray(self.digits.images[digit, 0].numpy())
+                drawn = np.array(small.resize((side, side), Image.Resampling.BILINEAR), np.int32)
+                ink = (drawn * 3 // 2).clip(max=255)
                 top, left = (int(part * ((SIDE - side) // GRID + 1)) * GRID for part in (down, right))
                 box, stroke = (slice(top, top + side), slice(left, left + side)), ink >= INK
                 if (mask[box][stroke] != GROUND).mean() <= MAX_COVERED:
-                    mask[box][stroke] = int(self.values[number])
+                    mask[box][stroke] = int(self.digits.labels[digit])
                     opacity, paint = ink[..., None], np.array([_integer(LIGHT, part) for part in colour])
                     pixels[box] = (pixels[box] * (255 - opacity) + paint * opacity) // 255
                     break
+        self.cache[number] = pixels, mask
         return pixels, mask
 
 

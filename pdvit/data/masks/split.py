@@ -1,19 +1,19 @@
 """Splits whose images have masks, both read or made on demand, and the check of masks before a run."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pdvit.data.images import BadImage, BadMask, attempt, refuse_bad, try_read
-from pdvit.data.loader import leave_signals
 from pdvit.data.masks.table import OUTSIDE, ClassTable
 from pdvit.data.sources import first_names
 from pdvit.data.sources.split import FileSplit, Source, Split, image_size
@@ -22,8 +22,7 @@ from pdvit.errors import UserError
 Pair = tuple[Image.Image, Tensor]
 Log = Callable[[str], None]
 
-# Masks that a worker reads at a time, and masks between two progress messages.
-CHUNK, LOGGED = 64, 4096
+LOGGED = 4096  # masks between two progress messages
 TIP = "mend or remove them; ids or colours outside of the table need a line in it (--classes)"
 
 
@@ -45,24 +44,20 @@ class MaskSplit(Split):
 class MaskFiles(FileSplit, MaskSplit):
     """Image files with mask files, which are read through one class table."""
 
-    masks: FileSplit
+    masks: list[Path]
     table: ClassTable
 
     def mask(self, index: int) -> Tensor:
         """Read the file of a mask."""
-        return self.table.read(self.masks.open(index))
+        return self.table.read(FileSplit(self.masks, self.labels).open(index))
 
     def mask_name(self, index: int) -> str:
         """Return the mask's path."""
-        return self.masks.name(index)
+        return str(self.masks[index])
 
     def key(self, index: int) -> str:
         """Return the file names of image and mask."""
-        return f"{super().key(index)}/{self.masks.key(index)}"
-
-    def take(self, chosen: Tensor) -> "MaskFiles":
-        """Return the pairs at these indices."""
-        return replace(super().take(chosen), masks=self.masks.take(chosen))
+        return f"{super().key(index)}/{self.masks[index].name}"
 
     def hash(self) -> str:
         """Return a hash of the names and the table."""
@@ -106,53 +101,42 @@ def check_masks(
     Raises UserError for masks that do not decode, have values outside of the table or another size than their image,
     and for a held-out split of which no pixel has a class.
     """
-    bad, notes = dict[str, str](), list[str]()
+    bad, notes, classes = dict[str, str](), list[str](), source.classes
     for name, split in source.splits.items():
-        if not isinstance(split, MaskFiles):
-            continue
-        count = len(split) if every or name != "train" else 1
-        read, found = partial(_classes_in, split, every), dict[int, Any]()
-        for part in gather(scan_masks(read, range(share[0], count, share[1]), name, workers if count > 1 else 0, log)):
+        assert isinstance(split, MaskFiles)
+        count, found = len(split) if every or name != "train" else 1, dict[int, Any]()
+        read = partial(_classes_in, split, every)
+        for part in gather(scan_masks(read, range(share[0], count, share[1]), name, workers, log)):
             found |= part
         bad |= {item.name: item.reason for _, item in sorted(found.items()) if isinstance(item, BadMask)}
-        present = frozenset[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
-        absent = [label for place, label in enumerate(source.classes) if place not in present]
-        if every and absent:
-            number = f"{len(absent)} of {len(source.classes)} classes"
-            notes.append(f"{number} are in no mask of {name}: {first_names(absent)}")
-        if name != "train" and found and not present and not bad:
+        present = set[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
+        if every and len(present) < len(classes):
+            absent = [label for place, label in enumerate(classes) if place not in present]
+            notes.append(f"{len(absent)} of {len(classes)} classes are in no mask of {name}: {first_names(absent)}")
+        if name != "train" and not present and not bad:
             what = f"no pixel of the {len(split)} masks of {name} has a class"
             raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
     refuse_bad(bad, TIP, "mask")
     return source.noting("all masks are sound", *notes) if every else source
 
 
-def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | frozenset[int]:
+def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | set[int]:
     """Return the classes in a mask, or its fault; with `labelled` a mask without classes has one."""
     mask = try_mask(split, index, image_size(split, index))
     if isinstance(mask, BadMask):
         return mask
-    classes = frozenset(mask.flatten().bincount()[:OUTSIDE].nonzero().flatten().tolist())
+    classes = set(mask.flatten().bincount()[:OUTSIDE].nonzero().flatten().tolist())
     return classes if classes or not labelled else BadMask(split.mask_name(index), "all of its pixels are ignored")
 
 
 def scan_masks(read: Callable[[int], Any], indices: Sequence[int], name: str, workers: int, log: Log) -> dict[int, Any]:
-    """Return `read(index)` for the masks of a split, by index, computed in worker processes."""
-    loader: Any = DataLoader(
-        indices,  # type: ignore[arg-type]
-        batch_size=CHUNK,
-        num_workers=workers,
-        collate_fn=partial(_read_chunk, read),
-        worker_init_fn=leave_signals,
-        generator=torch.Generator(),  # else it draws from the process generator
-    )
+    """Return `read(index)` for the masks of a split, by index, computed in threads: decoders release the GIL."""
     found: dict[int, Any] = {}
-    for chunk in loader:
-        found |= chunk
-        if len(found) % LOGGED == 0:
-            log(f"read {len(found):,} masks of {name}")
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+        # the filters are global: set out here, this one stays while threads add and take back their own
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for index, result in zip(indices, pool.map(read, indices), strict=True):
+            found[index] = result
+            if len(found) % LOGGED == 0:
+                log(f"read {len(found):,} masks of {name}")
     return found
-
-
-def _read_chunk(read: Callable[[int], Any], indices: list[int]) -> dict[int, Any]:
-    return {index: read(index) for index in indices}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +34,14 @@ class ClassTable:
     Attributes:
         names: name of each class.
         palette: colour of each class.
-        ids: training id by value of a mask, 255 for ignored values; None: masks are read by colour.
-        colours: training id by colour; None: masks with colours are refused.
+        ids: training id by value of a mask, 255 for ignored values; empty: masks are read by colour.
+        colours: training id by colour, 0xrrggbb; empty: masks with colours are refused.
     """
 
     names: list[str]
     palette: list[Colour]
-    ids: Mapping[int, int] | None
-    colours: Mapping[Colour, int] | None = None
+    ids: Mapping[int, int]
+    colours: Mapping[int, int]
 
     @classmethod
     def of_ids(
@@ -49,18 +49,17 @@ class ClassTable:
     ) -> "ClassTable":
         """Return the table of masks whose values are ids (id -> name); 255 is ignored unless it is a class."""
         ids = dict.fromkeys((255, *ignored), IGNORED) | {value: place for place, value in enumerate(names)}
-        return cls(list(names.values()), palette or default_palette(len(names)), ids)
+        return cls(list(names.values()), palette or default_palette(len(names)), ids, {})
 
     def identity(self) -> str:
         """Return what two equal tables share: classes, ids and colours in masks, but not the palette."""
-        ids, colours = (sorted(known.items()) if known else known for known in (self.ids, self.colours))
-        return repr((self.names, ids, colours))
+        return repr((self.names, *(sorted(known.items()) or None for known in (self.ids, self.colours))))
 
     def read(self, image: Image.Image) -> Tensor:
         """Decode an open mask: training ids, uint8 `(H, W)`; raises ValueError for values outside of the table."""
-        coloured = self.colours is not None and (self.ids is None or image.mode in ("RGB", "RGBA"))
+        coloured = bool(self.colours) and (not self.ids or image.mode in ("RGB", "RGBA"))
         values = mask_values(image, coloured)
-        found: Array = (self._lookup_colours if coloured else self._lookup_ids)[values]
+        found: Array = self._lookups[coloured][values]
         if len(outside := np.unique(values[found == OUTSIDE]).tolist()):
             names = [f"#{value:06x}" if coloured else str(value) for value in outside[:10]]
             listed = ", ".join(names) + (", ..." if len(outside) > len(names) else "")
@@ -69,19 +68,13 @@ class ClassTable:
         return torch.from_numpy(found)
 
     @cached_property
-    def _lookup_ids(self) -> Array:
-        return _lookup(IDS, self.ids or {})
-
-    @cached_property
-    def _lookup_colours(self) -> Array:
-        packed = {red << 16 | green << 8 | blue: place for (red, green, blue), place in (self.colours or {}).items()}
-        return _lookup(COLOURS, packed)
-
-
-def _lookup(size: int, places: Mapping[int, int]) -> Array:
-    lookup = np.full(size, OUTSIDE, np.uint8)
-    lookup[list(places)] = list(places.values())
-    return lookup
+    def _lookups(self) -> list[Array]:
+        """The training ids of all ids and of all colours."""
+        lookups = [np.full(IDS if self.ids else 0, OUTSIDE, np.uint8)]
+        lookups.append(np.full(COLOURS if self.colours else 0, OUTSIDE, np.uint8))
+        for lookup, places in zip(lookups, (self.ids, self.colours), strict=True):
+            lookup[list(places)] = list(places.values())
+        return lookups
 
 
 def mask_values(image: Image.Image, coloured: bool = False) -> Array:
@@ -115,12 +108,6 @@ def default_palette(count: int) -> list[Colour]:
     return [(channel(number, 0), channel(number, 1), channel(number, 2)) for number in range(count)]
 
 
-class _Row(NamedTuple):
-    name: str
-    id: int | None
-    colour: Colour | None
-
-
 def read_table(path: Path) -> ClassTable:
     """Read a class table; the columns of a file without header are id, name and optionally colour.
 
@@ -134,48 +121,44 @@ def read_table(path: Path) -> ClassTable:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"the class table can't be read: {error}", str(path), TIP) from error
     try:
-        rows = _parse_rows(lines)
-        classes = [row for row in rows if row.name.casefold() not in IGNORED_NAMES]
-        _check_rows(rows, classes)
+        return _parse(lines)
     except ValueError as error:
         raise UserError(printable(str(error)), str(path), TIP) from error
-    place = {row.name: number for number, row in enumerate(classes)}
-    ids = {row.id: place.get(row.name, IGNORED) for row in rows if row.id is not None}
-    colours = {row.colour: place.get(row.name, IGNORED) for row in rows if row.colour is not None}
-    palette = [row.colour for row in classes if row.colour is not None] or default_palette(len(classes))
-    return ClassTable(list(place), palette, {255: IGNORED} | ids if ids else None, colours or None)
 
 
-def _parse_rows(lines: list[list[str]]) -> list[_Row]:
-    """Return the rows of a table; raises ValueError for a cell that is missing or invalid."""
+def _parse(lines: list[list[str]]) -> ClassTable:
+    """Return the table of these cells; raises ValueError for cells that are missing, invalid or there twice."""
     header = [cell.lower().replace("color", "colour") for cell in lines[0]] if lines else []
-    header, lines = (header, lines[1:]) if "name" in header else (list(COLUMNS), lines)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        cells = dict.fromkeys(COLUMNS, "") | dict(zip(header, line, strict=False))
-        name, value, colour = cells["name"], cells["id"], cells["colour"]
-        if not name:
-            raise ValueError(f"class {number} of the table has no name")
-        if value and not (value.isdecimal() and int(value) < IDS):
-            raise ValueError(f"id '{value}' of '{name}' is not a whole number below {IDS}")
-        levels = [int(level) for level in colour.split()] if re.fullmatch(r"\d{1,3} +\d{1,3} +\d{1,3}", colour) else []
-        if re.fullmatch("#[0-9a-fA-F]{6}", colour):
-            levels = list(bytes.fromhex(colour[1:]))
-        if colour and not (levels and max(levels) < 256):
-            raise ValueError(f"'{colour}' of '{name}' is not a colour such as #804080 or 128 64 128")
-        rows.append(_Row(name, int(value) if value else None, (levels[0], levels[1], levels[2]) if levels else None))
-    return rows
-
-
-def _check_rows(rows: list[_Row], classes: list[_Row]) -> None:
-    """Raise ValueError for too few or many classes, columns with gaps, and values that occur twice."""
-    if not 2 <= len(classes) <= OUTSIDE:
-        raise ValueError(f"the table has {len(classes)} classes that are not ignored, and needs 2 to {OUTSIDE}")
-    for column, checked in (("id", rows), ("colour", rows), ("name", classes)):
-        cells = [getattr(row, column) for row in checked]
-        if None in cells and any(cell is not None for cell in cells):
-            raise ValueError(f"'{checked[cells.index(None)].name}' has no {column}, others have one")
-        if twice := [cell for cell in cells if cell is not None and cells.count(cell) > 1]:
-            raise ValueError(f"two classes have the same {column}: {twice[0]}")
-    if rows[0].id is None and rows[0].colour is None:
+    columns, lines = (header, lines[1:]) if "name" in header else (list(COLUMNS), lines)
+    rows = [dict.fromkeys(COLUMNS, "") | dict(zip(columns, line, strict=False)) for line in lines]
+    names = [row["name"] for row in rows if row["name"].casefold() not in IGNORED_NAMES]
+    if not 2 <= len(names) <= OUTSIDE:
+        raise ValueError(f"the table has {len(names)} classes that are not ignored, and needs 2 to {OUTSIDE}")
+    filled = [column for column in ("id", "colour") if any(row[column] for row in rows)]
+    if not filled:
         raise ValueError("the table has neither ids nor colours")
+    if "" in names:
+        raise ValueError("a class of the table has no name")
+    numbers: dict[str, list[Any]] = {c: [_number(row["name"], c, row[c]) for row in rows] for c in filled}
+    for column, cells in (numbers | {"name": names}).items():
+        if twice := [cell for cell in cells if cells.count(cell) > 1]:
+            raise ValueError(f"two classes have the same {column}: {twice[0]}")
+    place = {name: number for number, name in enumerate(names)}
+    places = [place.get(row["name"], IGNORED) for row in rows]
+    ids, colours = (dict(zip(numbers.get(column, []), places, strict=False)) for column in ("id", "colour"))
+    palette = [(colour >> 16, colour >> 8 & 255, colour & 255) for colour, at in colours.items() if at != IGNORED]
+    return ClassTable(names, palette or default_palette(len(names)), {255: IGNORED} | ids if ids else {}, colours)
+
+
+def _number(name: str, column: str, cell: str) -> int:
+    """Return an id, or a colour as 0xrrggbb; raises ValueError for another cell."""
+    if column == "id":
+        if cell.isdecimal() and int(cell) < IDS:
+            return int(cell)
+        raise ValueError(f"id '{cell}' of '{name}' is not a whole number below {IDS}")
+    if re.fullmatch("#[0-9a-fA-F]{6}", cell):
+        return int(cell[1:], 16)
+    levels = [int(level) for level in cell.split()] if re.fullmatch(r"\d{1,3}( +\d{1,3}){2}", cell) else [256]
+    if max(levels) > 255:
+        raise ValueError(f"colour '{cell}' of '{name}' is not like #804080 or 128 64 128")
+    return int.from_bytes(levels, "big")

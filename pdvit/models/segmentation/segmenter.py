@@ -75,7 +75,7 @@ class Segmenter(Wrapper):
     def _maps(self, images: Tensor) -> list[Tensor]:
         return self.adapter.maps(self.backbone, images)
 
-    def resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Return logits `(B, C, *size)` of images of this size: bilinear (align_corners=False), without the padding."""
         full = F.interpolate(logits, self.adapter.padded(*size), mode="bilinear", align_corners=False)
         return full[..., : size[0], : size[1]]

@@ -44,7 +44,7 @@ def classification(logits: torch.Tensor, targets: torch.Tensor, batch: int = 100
 
 
 def segmentation(scores: torch.Tensor, masks: torch.Tensor) -> SegmentationMetric:
-    metric = SegmentationMetric(scores.shape[1], CPU)
+    metric = SegmentationMetric(scores.shape[1], scores.device)
     for image, mask in zip(scores, masks, strict=True):
         half = len(mask) // 2
         metric.update([(0, image[:, :half], False), (half, image[:, half:], False)], mask)
@@ -63,21 +63,19 @@ def calibration_error_of_a_loop(probabilities: np.ndarray, targets: np.ndarray) 
     return error
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(6, 12), st.floats(0.1, 20), st.integers(1, 40))
 def test_classification_scores_equal_scikit_learn_and_a_plain_loop(seed, images, classes, scale, batch):
     logits, targets = random_logits(images, classes, seed, scale)
     found, labels = classification(logits, targets, batch).compute(), list(range(classes))
     assert found.images == images
-    assert found.numbers["accuracy"] == accuracy_score(targets, logits.argmax(1))
-    assert found.numbers["accuracy_top5"] == pytest.approx(
-        top_k_accuracy_score(targets, logits, k=5, labels=labels), abs=1e-12
-    )
     assert (found.confusion.numpy() == confusion_matrix(targets, logits.argmax(1), labels=labels)).all()
+    assert found.numbers["accuracy"] == accuracy_score(targets, logits.argmax(1))
+    top = top_k_accuracy_score(targets, logits, k=5, labels=labels)
+    assert found.numbers["accuracy_top5"] == pytest.approx(top, abs=1e-12)
     loss = -logits.double().log_softmax(1)[range(images), targets].mean().item()
     assert found.numbers["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
-    probabilities = logits.softmax(1).double().numpy()
-    error = calibration_error_of_a_loop(probabilities, targets.numpy())
+    error = calibration_error_of_a_loop(logits.softmax(1).double().numpy(), targets.numpy())
     assert found.numbers["calibration_error"] == pytest.approx(error, abs=1e-9)
 
 
@@ -107,7 +105,6 @@ def test_scores_of_three_ranks_equal_those_of_one():
     assert torch.equal(several.confusion, one.confusion)
     assert (several.images, several.broken) == (one.images, one.broken)
     assert several.numbers == pytest.approx(one.numbers, rel=1e-6)
-    assert several.numbers["accuracy_top5"] == one.numbers["accuracy_top5"]
 
 
 def test_logits_that_are_not_finite_are_counted():
@@ -123,25 +120,19 @@ def test_a_metric_without_confusion_matrix_needs_no_square_of_the_classes():
     metric = ClassificationMetric(10**6, CPU)
     metric.update(torch.zeros(1, 10**6), torch.tensor([0]))
     assert metric.compute().confusion is None
-    with pytest.raises(UserError, match="none of the images decodes"):
-        ClassificationMetric(5, CPU).compute()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_models_run_in_the_configured_precision_without_gradients(precision):
-    dtypes = []
-
     def network(images: torch.Tensor) -> torch.Tensor:
-        assert not torch.is_grad_enabled()
         logits = images.flatten(1) @ weight
-        dtypes.append(logits.dtype)
+        assert not logits.requires_grad
+        assert logits.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
         return logits
 
     weight = torch.randn(12, 5, requires_grad=True)
-    images, targets = torch.randn(8, 3, 2, 2), torch.arange(8) % 5
-    batches = [Batch(images[i : i + 3], targets[i : i + 3], torch.arange(i, min(i + 3, 8))) for i in (0, 3, 6)]
+    batches = [Batch(torch.randn(n, 3, 2, 2), torch.arange(n) % 5, torch.arange(n)) for n in (3, 3, 2)]
     assert evaluate_classification(network, batches, ClassificationMetric(5, CPU), precision).images == 8
-    assert set(dtypes) == {torch.float32 if precision == "fp32" else torch.bfloat16}
 
 
 def counted_in_a_loop(predicted: np.ndarray, masks: np.ndarray, classes: int):
@@ -161,7 +152,7 @@ def counted_in_a_loop(predicted: np.ndarray, masks: np.ndarray, classes: int):
     return ious, float(np.nanmean(ious)), correct / pixels, float(np.nanmean(recalls))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 7), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 def test_segmentation_scores_equal_a_count_pixel_by_pixel(seed, classes, images, height, width):
     rng = np.random.default_rng(seed)
@@ -186,26 +177,25 @@ def test_pixels_beyond_the_integers_of_float32_are_counted_exactly():
     assert metric.compute().confusion.tolist() == [[2**24 + 1, 0], [1, 2**24]]
 
 
-def test_no_pixel_with_a_class_is_an_error():
-    with pytest.raises(UserError, match="none of the pixels of 1 masks"):
-        segmentation(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 255)).compute()
+def test_a_split_without_images_or_labelled_pixels_is_an_error():
+    with pytest.raises(UserError, match="none of the images decodes"):
+        ClassificationMetric(5, CPU).compute()
     with pytest.raises(UserError, match="no image decodes"):
         SegmentationMetric(2, CPU).compute()
+    with pytest.raises(UserError, match="none of the pixels of 1 masks"):
+        segmentation(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 255)).compute()
 
 
+@pytest.mark.gpu
 def test_deterministic_mode_counts_the_same():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(1, 150, 200, 200, generator=generator)
-    masks = torch.randint(150, (1, 200, 200), generator=generator)
+    """On a GPU torch has no deterministic kernel for the cross-entropy of pixels."""
+    scores, masks = torch.randn(1, 150, 50, 50, device="cuda"), torch.randint(150, (1, 50, 50), device="cuda")
     expected = segmentation(scores, masks).compute()
     torch.use_deterministic_algorithms(True)
     try:
-        found = segmentation(scores, masks).compute()
-        assert torch.are_deterministic_algorithms_enabled()
+        assert segmentation(scores, masks).compute().numbers == expected.numbers
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(found.confusion, expected.confusion)
-    assert found.numbers == expected.numbers
 
 
 def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted(monkeypatch):
@@ -217,8 +207,9 @@ def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted
     def evaluated(mode, *sizes):
         rng.manual_seed(0)
         batches = [Batch(torch.randn(1, 3, *size, generator=rng), masks, torch.zeros(1)) for size in sizes]
-        config = SlidingWindowConfig(mode, 8, 4)
-        return evaluate_segmentation(network, batches, SegmentationMetric(3, CPU), config, "fp32")
+        return evaluate_segmentation(
+            network, batches, SegmentationMetric(3, CPU), SlidingWindowConfig(mode, 8, 4), "fp32"
+        )
 
     rng, masks = torch.Generator(), torch.randint(3, (1, 9, 14), generator=torch.Generator().manual_seed(1))
     large = [(12, 20), (11, 25)]
@@ -246,35 +237,36 @@ class OtherRank(Ranks):
         return 2 * tensor
 
 
-def in_lockstep(ranks: Ranks, image: torch.Tensor):
-    passes, batch = [], Batch(image[None], torch.zeros(1, 8, 8, dtype=torch.long), torch.tensor([0]))
+def in_lockstep(*statuses):
+    """Evaluate one image beside another rank; return its passes and the images, or the error."""
+    passes, ranks = [], OtherRank(*statuses)
+    batch = Batch(torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long), torch.tensor([0]))
     metric, config = SegmentationMetric(3, CPU), SlidingWindowConfig("whole", 4, 4)
 
     def network(images: torch.Tensor) -> torch.Tensor:
-        passes.append(images.shape)
+        passes.append(images.shape[-1])
         return images
 
-    return passes, lambda: evaluate_segmentation(network, [batch], metric, config, "fp32", ranks, in_lockstep=True)
+    try:
+        return passes, evaluate_segmentation(network, [batch], metric, config, "fp32", ranks, in_lockstep=True).images
+    except UserError as error:
+        return passes, error.what
+    finally:
+        assert list(ranks.statuses) == []
 
 
 def test_ranks_that_share_a_model_make_the_same_number_of_passes():
-    passes, evaluate = in_lockstep(OtherRank(True, True, True, False), torch.randn(3, 8, 8))
-    assert evaluate().images == 2
-    assert passes == [(1, 3, 8, 8), (1, 3, 4, 4), (1, 3, 4, 4)]
+    assert in_lockstep(True, True, True, False) == ([8, 4, 4], 2)
 
 
 def test_an_error_of_one_rank_ends_all_that_share_a_model(monkeypatch):
     error = UserError("too large", "an image", "cut it")
-    for statuses, count in (((error,), 0), ((True, error), 1)):  # while this rank has images, and after
-        passes, evaluate = in_lockstep(OtherRank(*statuses), torch.randn(3, 8, 8))
-        with pytest.raises(UserError, match="too large"):
-            evaluate()
-        assert len(passes) == count
+    assert in_lockstep(error) == ([], "too large")  # while this rank has images
+    assert in_lockstep(True, error) == ([8], "too large")  # and after
     monkeypatch.setattr(windows, "MAX_SCORES", 3 * 8 * 8 - 1)
-    ranks = OtherRank(True)
-    with pytest.raises(UserError, match="more than 191 scores"):
-        in_lockstep(ranks, torch.randn(3, 8, 8))[1]()
-    assert list(ranks.statuses) == []  # the other one got the error
+    passes, what = in_lockstep(True)  # the other one gets the error
+    assert passes == []
+    assert "more than 191 scores" in what
 
 
 def test_class_tables_equal_scikit_learn():
@@ -291,13 +283,13 @@ def test_class_tables_equal_scikit_learn():
     assert table["images"].tolist() == support.tolist()
     assert table["confused_with"].dropna().to_dict() == {0: "b", 2: "a"}  # of several the first
     assert table["confused"].tolist() == [2, 0, 4, 0]
+    assert class_table(MATRIX, NAMES, pixels=True).columns.tolist()[:3] == ["class", "pixels", "iou"]
     rows = confusion_table(MATRIX, NAMES).itertuples(index=False)
     assert [tuple(row) for row in rows] == [
         *[("a", "a", 5), ("a", "b", 2), ("a", "c", 2), ("b", "b", 7)],
         *[("c", "a", 4), ("c", "c", 1), ("d", "d", 0)],
     ]
     assert torch.equal(MATRIX, before)
-    assert class_table(MATRIX, NAMES, pixels=True).columns.tolist()[:3] == ["class", "pixels", "iou"]
 
 
 def test_names_that_occur_twice_get_their_index():

@@ -9,7 +9,7 @@ from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.split import MaskFiles
 from pdvit.data.masks.table import ClassTable
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources.split import FileSplit, Source
+from pdvit.data.sources.split import Source
 from pdvit.tasks.pictures import overlay, palette_image, png, prediction_pngs
 from pdvit.tasks.windows import SlidingWindowConfig
 
@@ -38,7 +38,7 @@ def test_pictures_have_the_class_of_the_largest_score_and_are_made_small(tmp_pat
         for path, array in zip(files[name], arrays, strict=True):
             Image.fromarray(array.astype(np.uint8)).save(path)
     labels, table = torch.zeros(2, dtype=torch.long), ClassTable.of_ids({0: "red", 1: "green", 2: "blue"})
-    split = MaskFiles(files["image"], labels, FileSplit(files["mask"], labels), table)
+    split = MaskFiles(files["image"], labels, files["mask"], table)
     preprocessing = Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
     loader, windows = LoaderConfig(1, 0, 0, torch.device("cpu"), preprocessing), SlidingWindowConfig("slide", 512, 400)
     found = prediction_pngs(lambda seen: seen, split, Source("", table.names, {}), loader, Config(), windows)

@@ -31,15 +31,18 @@ def task_of(model: dict, crop: int = 32, diversity: str = "paper", first: str = 
 @pytest.mark.parametrize(
     ("model", "segment", "mode"),
     [
-        (PLAIN, {}, "slide"),
+        (PLAIN, {"stride": 8}, "slide"),
         (PLAIN, {"mode": "whole"}, "whole"),
-        (SWIN, {}, "whole"),
+        (SWIN, {"stride": 8}, "whole"),
         (HIERA, {}, "slide"),  # it takes the crop's size alone
     ],
 )
 def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segment, mode):
-    windows = task_of(model, 64, **segment).windows
-    assert (windows.mode, windows.window, windows.stride) == (mode, 64, 42)
+    task = task_of(model, 64, **segment)
+    stride = segment.get("stride", 42)
+    assert (task.windows.mode, task.windows.window, task.windows.stride) == (mode, 64, stride)
+    note = f"note: segment.stride = {stride} has no effect: images are evaluated whole"
+    assert (note in task.describe().splitlines()) == (mode == "whole" and "stride" in segment)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +71,6 @@ def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too(monkeypat
     expected = float((cosines.sum((1, 2)) - count).mean()) / (count * (count - 1))
     assert summary["similarity_first"] == pytest.approx(expected, abs=1e-6)
     assert summary["similarity_last"] == pytest.approx(similarity["similarity"][-1], abs=1e-6)
-
-
-def test_a_stride_without_effect_is_noted():
-    note = "note: segment.stride = 8 has no effect: images are evaluated whole"
-    assert note in task_of(SWIN, 64, stride=8).describe().splitlines()
-    assert note not in task_of(PLAIN, stride=8).describe().splitlines()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pdvit.errors import UserError
 # The ids that Cityscapes scores, from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle.
 CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 ADE = ["wall", "building", "sky", "floor"]
+GREY = np.zeros((4, 4), np.uint8)
 
 
 def opened(root, classes=None, **data):
@@ -31,25 +33,18 @@ def lengths(source):
     return {name: len(split) for name, split in source.splits.items()}
 
 
-@pytest.fixture
-def stored(load):
-    def read(root, name):
-        (path,) = root.rglob(name)
-        return torch.from_numpy(load(path)).long()
-
-    return read
-
-
-def test_camvids_layout(camvid, stored):
+def test_images_and_masks_are_paired_and_read_through_the_table(camvid, write, load):
+    write(camvid / "images/train/.hidden/1.png", GREY)
+    write(camvid / "images/train/.2.png", GREY)
     source = opened(camvid)
     assert (source.classes, source.final_split) == (["Sky", "Road", "Car"], "test")
     assert lengths(source) == {"train": 7, "val": 3, "test": 2}
     assert "ignored in masks: 3" in source.describe()
-    for split in source.splits.values():
+    for role, split in source.splits.items():
         for index in range(len(split)):
-            expected = stored(camvid / "masks", split.key(index).split("/")[1])
+            expected = torch.from_numpy(load(camvid / "masks" / role / split.key(index).split("/")[1]))
             image, mask = try_pair(split, index)
-            assert torch.equal(mask.long(), torch.where(expected == 3, 255, expected))
+            assert torch.equal(mask, torch.where(expected == 3, 255, expected))
             assert (image.mode, image.size) == ("RGB", tuple(reversed(expected.shape)))
     part = pickle.loads(pickle.dumps(split)).take(torch.tensor([1]))
     assert (len(part), part.name(0), part.mask_name(0)) == (1, split.name(1), split.mask_name(1))
@@ -57,12 +52,18 @@ def test_camvids_layout(camvid, stored):
     assert part.hash() != split.hash()
 
 
-def test_ade20ks_layout_is_recognized_by_its_name_or_its_list_of_objects(ade, tmp_path, monkeypatch, stored):
+def test_ade20ks_layout_is_recognized_by_its_name_or_its_list_of_objects(tmp_path, monkeypatch, write):
+    ade, mask = tmp_path / "ADEChallengeData2016", np.arange(5, dtype=np.uint8)[None]
+    for split, short, count in (("training", "train", 4), ("validation", "val", 2)):
+        for number in range(1, count + 1):
+            name = f"ADE_{short}_{number:08d}"
+            write(ade / "images" / split / f"{name}.jpg", np.zeros((1, 5, 3), np.uint8))
+            write(ade / "annotations" / split / f"{name}.png", mask)
+    rows = ["Idx\tRatio\tTrain\tVal\tName", "1\t0.2\t9\t1\twall", "2\t0.1\t6\t6\tbuilding, edifice", "3\t0\t1\t1\tsky"]
+    (ade / "objectInfo150.txt").write_text("\n".join([*rows, "4\t0.1\t2\t2\tfloor, flooring"]) + "\n")
     for source in (opened(ade), opened(ade.parent)):
         assert (source.classes, lengths(source)) == (ADE, {"train": 4, "val": 2})
-    expected = stored(ade, "ADE_val_00000002.png")
-    assert torch.equal(source.splits["val"].mask(1).long(), torch.where(expected == 0, 255, expected - 1))
-    assert source.splits["train"].name(0).endswith("images/training/ADE_train_00000001.jpg")
+    assert source.splits["val"].mask(1).tolist() == [[255, 0, 1, 2, 3]]
     monkeypatch.chdir(ade)
     assert opened(".").classes == ADE
     (ade / "objectInfo150.txt").rename(tmp_path / "kept")
@@ -75,17 +76,21 @@ def test_ade20ks_layout_is_recognized_by_its_name_or_its_list_of_objects(ade, tm
     assert opened(renamed).classes == ADE
 
 
-def test_cityscapes_layout(cityscapes, stored):
-    source = opened(cityscapes)
+def test_cityscapes_layout(tmp_path, write):
+    values = np.array([[*range(34), 255]], np.uint8)
+    for split, cities in (("train", ("aachen", "ulm")), ("val", ("lindau",)), ("test", ("berlin",))):
+        for name in (f"{city}/{city}_000000_{frame:06d}" for city in cities for frame in range(2)):
+            write(tmp_path / f"leftImg8bit/{split}/{name}_leftImg8bit.png", np.zeros((1, 35, 3), np.uint8))
+            write(tmp_path / f"gtFine/{split}/{name}_gtFine_labelIds.png", values * (split != "test"))
+            write(tmp_path / f"gtFine/{split}/{name}_gtFine_color.png", GREY)
+    source = opened(tmp_path)
     assert lengths(source) == {"train": 4, "val": 2}
     assert "test is not used: it has no labels" in source.describe()
     assert (len(source.classes), source.classes[0], source.classes[-1]) == (19, "road", "bicycle")
     assert source.palette[0] == (128, 64, 128)
-    split = source.splits["train"]
-    for index in range(len(split)):
-        values = stored(cityscapes, split.mask_name(index).rpartition("/")[2]).tolist()
-        expected = [[CITYSCAPES.index(value) if value in CITYSCAPES else 255 for value in row] for row in values]
-        assert split.mask(index).tolist() == expected
+    expected = [CITYSCAPES.index(value) if value in CITYSCAPES else 255 for value in values[0]]
+    for index in range(4):
+        assert source.splits["train"].mask(index).tolist() == [expected]
 
 
 def test_folders_without_splits_hold_out_a_tenth(camvid, tmp_path):
@@ -119,20 +124,20 @@ def test_without_a_table_the_ids_of_all_masks_are_the_classes(camvid, fill, load
     assert opened(camvid).palette == [(index, 7, 255 - index) for index in (0, 1, 2, 3, 9)]
 
 
-def one_id(camvid, write, fill):
+def one_id(camvid, write):
     for file in (camvid / "masks").rglob("*.png"):
-        fill(file, 5)
+        write(file, GREY + 5)
     (camvid / "classes.tsv").unlink()
 
 
-def colours_without_table(camvid, write, fill):
+def colours_without_table(camvid, write):
     write(camvid / "masks/val/8.png", np.zeros((4, 4, 3), np.uint8))
     (camvid / "classes.tsv").unlink()
 
 
-def many_missing(camvid, write, fill):
+def many_missing(camvid, write):
     for number in range(12):
-        write(camvid / f"images/val/more{number:02}.png", np.zeros((4, 4, 3), np.uint8))
+        write(camvid / f"images/val/more{number:02}.png", GREY)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +146,13 @@ def many_missing(camvid, write, fill):
         (one_id, "have 1 ids", "--classes"),
         (colours_without_table, "1 mask can't be used", "8.png (it is RGB"),
         (many_missing, "images without a mask in masks/val: 12", "and 2 more"),
-        (lambda root, *_: shutil.copy(root / "masks/val/8.png", root / "masks/val/8.bmp"), "same name but", "val"),
-        (lambda root, *_: shutil.rmtree(root / "images/val") or (root / "images/val").mkdir(), "no images in", ""),
-        (lambda root, *_: shutil.rmtree(root / "masks"), "has no images/ and masks/", "--data"),
+        (lambda root, _: shutil.copy(root / "masks/val/8.png", root / "masks/val/8.bmp"), "same name but", "val"),
+        (lambda root, _: shutil.rmtree(root / "images/val") or (root / "images/val").mkdir(), "no images in", ""),
+        (lambda root, _: shutil.rmtree(root / "masks"), "has no images/ and masks/", "--data"),
     ],
 )
-def test_folders_that_are_not_complete_are_refused(camvid, write, fill, spoil, message, place):
-    spoil(camvid, write, fill)
+def test_folders_that_are_not_complete_are_refused(camvid, write, spoil, message, place):
+    spoil(camvid, write)
     with pytest.raises(UserError, match=message) as caught:
         opened(camvid)
     assert place in caught.value.where
@@ -169,9 +174,8 @@ def test_other_names_and_files_without_counterpart(camvid, tmp_path):
 
 
 def test_sources_without_masks_are_refused(tmp_path):
-    for source in ("no/such/folder", "torch/cifar100"):
-        with pytest.raises(UserError, match="there is no folder"):
-            opened(source)
+    with pytest.raises(UserError, match="there is no folder"):
+        opened("torch/cifar100")
     with pytest.raises(UserError, match="classes of pixels"):
         open_source(DataConfig(source="scenes"))
     with pytest.raises(UserError, match="their own classes"):
@@ -190,7 +194,7 @@ def test_a_fingerprint_depends_on_tables_and_files_but_not_on_places(camvid, tmp
     assert opened(moved).fingerprint() != ours
 
 
-@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 2)])
+@pytest.mark.parametrize(("workers", "ranks"), [(2, 1), (0, 2)])
 def test_the_check_names_every_fault_over_workers_and_ranks(camvid, write, fill, workers, ranks):
     fill(camvid / "masks/train/1.png", 4)
     write(camvid / "masks/train/2.png", np.zeros((5, 6), np.uint8))
@@ -198,7 +202,7 @@ def test_the_check_names_every_fault_over_workers_and_ranks(camvid, write, fill,
     fill(camvid / "masks/train/4.png", 3)
     fill(camvid / "masks/val/8.png", 255)
     (camvid / "masks/test/11.png").write_bytes(b"torn")
-    before, parts = torch.get_rng_state(), []
+    parts, filters = [], list(warnings.filters)
 
     def gather(found):  # the second rank has the results of the first, for three splits
         parts.append(found)
@@ -207,8 +211,8 @@ def test_the_check_names_every_fault_over_workers_and_ranks(camvid, write, fill,
     for rank in range(ranks):
         with pytest.raises(UserError, match="masks can't be used") as caught:
             check(camvid, workers, share=(rank, ranks), gather=gather)
-    assert torch.equal(torch.get_rng_state(), before)
     assert caught.value.what.startswith("6 masks")
+    assert list(warnings.filters) == filters  # the threads change them
     assert all(index % ranks == number // 3 for number, part in enumerate(parts) for index in part)
     for name, reason in (
         ("train/1.png", "outside of the table of 3 classes: id 4"),
@@ -218,7 +222,7 @@ def test_the_check_names_every_fault_over_workers_and_ranks(camvid, write, fill,
         ("val/8.png", "all of its pixels are ignored"),
         ("test/11.png", "not an image"),
     ):
-        assert any(f"{name} ({reason}" in part for part in caught.value.where.split("; "))
+        assert f"{name} ({reason}" in caught.value.where
 
 
 def test_the_check_of_sound_masks_changes_nothing(camvid):
@@ -241,9 +245,8 @@ def test_held_out_masks_and_the_first_training_mask_are_always_read(camvid, fill
     with pytest.raises(UserError, match="1 mask can't be used") as caught:
         check(camvid, every=False)
     assert f"{mask} (outside of the table of 3 classes: id 4" in caught.value.where
-    for other in (camvid / "masks/val").iterdir():
+    for other in (mask, *(camvid / "masks/val").iterdir()):
         fill(other, 3)
-    fill(mask, 3)
     with pytest.raises(UserError, match="masks of val has a class"):
         check(camvid, every=False)
 

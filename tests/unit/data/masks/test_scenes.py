@@ -18,8 +18,8 @@ def test_scenes_have_the_digits_of_their_split_and_the_ground_as_classes():
     assert "scenes: 11 classes, images: 4,096 train" in SOURCE.describe()
     for name, split in SOURCE.splits.items():
         assert len(split) == scenes.COUNTS[name]
-        assert torch.equal(split.digits, digits[name].images[:, 0])
-        assert torch.equal(split.values, digits[name].labels)
+        assert torch.equal(split.digits.images, digits[name].images)
+        assert torch.equal(split.digits.labels, digits[name].labels)
     found = torch.zeros(11, dtype=torch.long)
     for index in range(60):
         image, mask = SOURCE.splits["train"].open(index), SOURCE.splits["train"].mask(index)

@@ -14,16 +14,13 @@ from pdvit.errors import UserError
 TABLE = ClassTable.of_ids({7: "sky", 3: "road", 9: "car"}, ignored=[0])
 SIXTEEN = ClassTable.of_ids({value: str(value) for value in range(16)})
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-COLOURS = ClassTable(["sky", "road"], [RED, BLUE], None, {RED: 0, BLUE: 1, (9, 9, 9): IGNORED})
+COLOURS = ClassTable(["sky", "road"], [RED, BLUE], {}, {0xFF0000: 0, 0x0000FF: 1, 0x090909: IGNORED})
 
 
-def read(table, path):
-    return table.read(Image.open(path))
-
-
-def mode_of(path):
-    with Image.open(path) as image:
-        return image.mode
+def read(table, path, mode=None):
+    image = Image.open(path)
+    assert mode in (None, image.mode)
+    return table.read(image)
 
 
 @given(
@@ -31,17 +28,16 @@ def mode_of(path):
     st.lists(st.integers(0, 255), min_size=6, max_size=6),
 )
 @settings(max_examples=30, deadline=None)
-def test_ids_equal_a_plain_lookup(tmp_path_factory, known, values):
-    path = tmp_path_factory.mktemp("masks") / "mask.png"
-    Image.fromarray(np.array(values, np.uint8).reshape(2, 3)).save(path)
+def test_ids_equal_a_plain_lookup(known, values):
+    image = Image.fromarray(np.array(values, np.uint8).reshape(2, 3))
     table = ClassTable.of_ids({value: str(value) for value in known})
     outside = sorted({value for value in values if value not in known and value != 255})
     if outside:
         with pytest.raises(ValueError, match=f"outside of .* id {', '.join(map(str, outside))}"):
-            read(table, path)
+            table.read(image)
     else:
         expected = [known.index(value) if value in known else IGNORED for value in values]
-        found = read(table, path)
+        found = table.read(image)
         assert found.dtype == torch.uint8
         assert found.tolist() == [expected[:3], expected[3:]]
 
@@ -50,8 +46,7 @@ def test_palette_16_bit_and_1_bit_masks_hold_ids(write, tmp_path):
     image = Image.fromarray(np.array([[7, 3], [0, 255]], np.uint8)).convert("L")
     image.putpalette([value for index in range(256) for value in (index, 0, 255 - index)])
     image.save(tmp_path / "voc.png")
-    assert mode_of(tmp_path / "voc.png") == "P"
-    assert read(TABLE, tmp_path / "voc.png").tolist() == [[0, 1], [IGNORED, IGNORED]]
+    assert read(TABLE, tmp_path / "voc.png", "P").tolist() == [[0, 1], [IGNORED, IGNORED]]
     assert read(TABLE, write(tmp_path / "a.png", np.array([[9, 7]], np.uint16))).tolist() == [[2, 0]]
     bits = write(tmp_path / "bits.png", np.array([[True, False]]))
     assert read(ClassTable.of_ids({0: "no", 1: "yes"}), bits).tolist() == [[1, 0]]
@@ -69,18 +64,12 @@ def grey_png(bits: int, row: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
 
 
-def grey_tiff(bits: int, rows: list[bytes]) -> bytes:
-    """A TIFF of four pixels a row, without compression: header, strips of a row, their places and lengths, and tags."""
-    count, start, strips = len(rows), 8, b"".join(rows)
-    places = [start + sum(map(len, rows[:at])) for at in range(count)]
-    lists = struct.pack(f"<{2 * count}I", *places, *map(len, rows))
-    at = start + len(strips)
-    numbers = {256: 4, 257: count, 258: bits, 259: 1, 262: 1, 277: 1, 278: 1}  # size, bits, raw, black is zero
-    tags = {tag: (3, 1, value) for tag, value in numbers.items()}
-    tags |= {273: (4, count, at), 279: (4, count, at + 4 * count)}
-    body = b"".join(struct.pack("<HHII", tag, *tags[tag]) for tag in sorted(tags))
-    header = struct.pack("<2sHI", b"II", 42, at + len(lists))
-    return header + strips + lists + struct.pack("<H", len(tags)) + body + struct.pack("<I", 0)
+def grey_tiff(bits: int, row: bytes) -> bytes:
+    """A TIFF of four pixels without compression: header, the row, and tags: size, bits, raw, black is zero, ..."""
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(row)}
+    body = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(row))
+    return header + row + struct.pack("<H", len(tags)) + body + struct.pack("<I", 0)
 
 
 @pytest.mark.parametrize(
@@ -88,23 +77,21 @@ def grey_tiff(bits: int, rows: list[bytes]) -> bytes:
     [
         (grey_png(4, b"\x03\x9f"), [[0, 3, 9, 15]]),
         (grey_png(2, b"\x1b"), [[0, 1, 2, 3]]),
-        (grey_tiff(4, [b"\x03\x9f", b"\xf0\x12"]), [[0, 3, 9, 15], [15, 0, 1, 2]]),
-        (grey_tiff(2, [b"\x1b", b"\xe4"]), [[0, 1, 2, 3], [3, 2, 1, 0]]),
-        (grey_tiff(8, [b"\0\x09\x0f\x01", b"\x0f\x0e\x0d\x0c"]), [[0, 9, 15, 1], [15, 14, 13, 12]]),
+        (grey_tiff(4, b"\x03\x9f"), [[0, 3, 9, 15]]),
+        (grey_tiff(2, b"\xe4"), [[3, 2, 1, 0]]),
+        (grey_tiff(8, b"\0\x09\x0f\x01"), [[0, 9, 15, 1]]),
     ],
 )
 def test_grey_masks_of_2_4_and_8_bits_hold_the_values_of_the_file(tmp_path, content, expected):
     (tmp_path / "grey").write_bytes(content)
-    assert mode_of(tmp_path / "grey") == "L"
-    assert read(SIXTEEN, tmp_path / "grey").tolist() == expected
+    assert read(SIXTEEN, tmp_path / "grey", "L").tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_colours_are_read_through_the_table(tmp_path, mode):
     pixels = np.array([[RED, BLUE], [(9, 9, 9), RED]], np.uint8)
     Image.fromarray(pixels).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / "mask.png")
-    assert mode_of(tmp_path / "mask.png") == mode
-    assert read(COLOURS, tmp_path / "mask.png").tolist() == [[0, 1], [IGNORED, 0]]
+    assert read(COLOURS, tmp_path / "mask.png", mode).tolist() == [[0, 1], [IGNORED, 0]]
 
 
 @pytest.mark.parametrize(
@@ -131,23 +118,22 @@ def test_the_default_colours_are_those_of_pascal_voc():
 
 
 def parsed(tmp_path, text):
-    path = tmp_path / "classes.tsv"
-    path.write_text(text, encoding="utf-8-sig")
-    return read_table(path)
+    (tmp_path / "classes.tsv").write_text(text, encoding="utf-8-sig")
+    return read_table(tmp_path / "classes.tsv")
 
 
 def test_a_table_may_have_a_header_colours_and_ignored_classes(tmp_path):
-    camvid = parsed(tmp_path, "0\tSky\n1\tRoad\n11\tUnlabelled\n")
-    assert (camvid.names, camvid.colours, camvid.palette) == (["Sky", "Road"], None, default_palette(2))
-    assert camvid.ids == {0: 0, 1: 1, 11: IGNORED, 255: IGNORED}
+    ids = {0: 0, 1: 1, 11: IGNORED, 255: IGNORED}
+    assert parsed(tmp_path, "0\tSky\n1\tRoad\n11\tUnlabelled\n") == ClassTable(
+        ["Sky", "Road"], default_palette(2), ids, {}
+    )
     for text in ("id,name,color\n4,a,#0A0b0C\n2,b,1 2 3\n\n", "name,colour,id\na,#0a0b0c,4\nb,1 2 3,2"):
-        found = parsed(tmp_path, text)
-        assert (found.names, found.ids) == (["a", "b"], {255: IGNORED, 4: 0, 2: 1})
-        assert found.colours == {(10, 11, 12): 0, (1, 2, 3): 1}
-        assert found.palette == [(10, 11, 12), (1, 2, 3)]
+        colours = {0x0A0B0C: 0, 0x010203: 1}
+        expected = ClassTable(["a", "b"], [(10, 11, 12), (1, 2, 3)], {255: IGNORED, 4: 0, 2: 1}, colours)
+        assert parsed(tmp_path, text) == expected
     found = parsed(tmp_path, "name\tcolour\nsky\t#ff0000\nvoid\t#e0e0c0\nroad\t#00ff00\nvoid\t#000000\n")
-    assert (found.names, found.ids) == (["sky", "road"], None)
-    assert found.colours == {(255, 0, 0): 0, (224, 224, 192): IGNORED, (0, 255, 0): 1, (0, 0, 0): IGNORED}
+    colours = {0xFF0000: 0, 0xE0E0C0: IGNORED, 0x00FF00: 1, 0x000000: IGNORED}
+    assert found == ClassTable(["sky", "road"], [(255, 0, 0), (0, 255, 0)], {}, colours)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +145,21 @@ def test_a_table_may_have_a_header_colours_and_ignored_classes(tmp_path):
         ("0\ta\n00\tb\n", "same id: 0"),
         ("0\ta\n1\ta\n", "same name: a"),
         ("0\ta\t#000000\n1\tb\t#010101\n2\tvoid\t0 0 0\n", "same colour"),
-        ("0\ta\t#000000\n1\tb\n", "'b' has no colour"),
-        ("0\ta\n1\n", "class 2 of the table has no name"),
+        ("0\ta\t#000000\n1\tb\n", "colour '' of 'b'"),
+        ("0\ta\n1\n", "a class of the table has no name"),
         ("-1\ta\n1\tb\n", "id '-1' of 'a'"),
         ("70000\ta\n1\tb\n", "id '70000'"),
         ("name\na\nb\n", "neither ids nor colours"),
-        ("0\ta\tred\n1\tb\t#000000\n", "'red' of 'a' is not a colour"),
+        ("0\ta\tred\n1\tb\t#000000\n", "colour 'red' of 'a'"),
         ("0\ta\t1 2 256\n1\tb\t#000000\n", "'1 2 256' of 'a'"),
     ],
 )
 def test_a_damaged_table_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         parsed(tmp_path, text)
+
+
+def test_a_table_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "classes.csv").write_bytes(b"\xff\xfe\x00")
     for name in ("classes.csv", "missing.csv"):
         with pytest.raises(UserError, match="can't be read"):
