@@ -63,9 +63,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
     if timm.is_model(text):
         return _read_published(text)
-    tip = "name a run directory, a file, or a model of timm"
-    if os.sep not in text and "." not in text:
-        tip = closest(text, timm.list_models(), shown=3)
+    is_name = os.sep not in text and "." not in text
+    tip = closest(text, timm.list_models(), shown=3) if is_name else "name a run directory, a file, or a model of timm"
     raise UserError("there is no such checkpoint", text, tip)
 
 

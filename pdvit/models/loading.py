@@ -54,10 +54,9 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
 
     Raises UserError if weights and model differ, memory does not suffice, or classes of pixels have no names.
     """
-    where, selected, adapter, segment = checkpoint.where, checkpoint.selected, checkpoint.adapter, checkpoint.segment
+    where, selected, adapter = checkpoint.where, checkpoint.selected, checkpoint.adapter
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
-    if backbone:
-        segment = None
+    segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where)
     match.refuse_difference(where)  # before the model takes memory
     head: dict[str, Tensor] = {}
