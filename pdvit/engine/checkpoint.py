@@ -99,36 +99,32 @@ class Checkpoints:
             raise UserError(what, str(self.folder / damaged), tip) from error
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
-        target = self.folder / f"step-{snapshot.step:08d}"
+        name = f"step-{snapshot.step:08d}"
+        beside, target = self.folder / f".{name}", self.folder / name
         try:
-            if self._read_pointer(LAST) != target.name:  # else it is there, and to replace it would be a risk
-                self._write_folder(snapshot, target)
+            if self._read_pointer(LAST) != name:  # else it is there, and to replace it would be a risk
+                self.folder.mkdir(exist_ok=True)
+                for left in self.folder.glob(".step-*"):  # by a kill, or a disk that was full
+                    shutil.rmtree(left, ignore_errors=True)
+                beside.mkdir()
+                for file, tensors in snapshot.tensors.items():
+                    save_file(tensors, beside / f"{file}{SUFFIX}")
+                sums = {path.name: _checksum(path) for path in beside.glob(f"*{SUFFIX}")}
+                sums[METADATA] = zlib.crc32(to_json(snapshot.metadata).encode())
+                write_file(beside / METADATA, to_json(snapshot.metadata | {"checksums": sums}))
+                for path in (*beside.glob(f"*{SUFFIX}"), beside):
+                    sync(path)
+                shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer was written
+                beside.rename(target)
+                sync(self.folder)
             for pointer in (BEST, LAST) if best else (LAST,):
-                write_file(self.folder / pointer, target.name)
+                write_file(self.folder / pointer, name)
             sync(self.folder)
-            self._remove_old(target.name)
+            self._remove_old(name)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
             raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error
-
-    def _write_folder(self, snapshot: Snapshot, target: Path) -> None:
-        """Write the files beside the target, wait until they are on the disk, and rename their folder."""
-        self.folder.mkdir(exist_ok=True)
-        beside = self.folder / f".{target.name}"
-        for left in self.folder.glob(".step-*"):  # by a kill, or a disk that was full
-            shutil.rmtree(left, ignore_errors=True)
-        beside.mkdir()
-        for file, tensors in snapshot.tensors.items():
-            save_file(tensors, beside / f"{file}{SUFFIX}")
-        sums = {path.name: _checksum(path) for path in beside.glob(f"*{SUFFIX}")}
-        sums[METADATA] = zlib.crc32(to_json(snapshot.metadata).encode())
-        write_file(beside / METADATA, to_json(snapshot.metadata | {"checksums": sums}))
-        for path in (*beside.glob(f"*{SUFFIX}"), beside):
-            sync(path)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer was written
-        beside.rename(target)
-        sync(self.folder)
 
     def _remove_old(self, newest: str) -> None:
         """Remove all but the newest few, the best and the milestones."""

@@ -122,7 +122,8 @@ def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Pat
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with closing(batches):
         yield from islice(batches, traced.start - start)
-        with profile(activities=activities, on_trace_ready=write, record_shapes=True):
+        # There is one cycle only; unless its events are kept, torch 2.11 warns that others would be lost.
+        with profile(activities=activities, on_trace_ready=write, record_shapes=True, acc_events=True):
             for step in traced:
                 with record_function(f"step {step}"):
                     yield next(batches)

@@ -61,6 +61,11 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
     if stop_after is not None and stop_after > total:
         what = f"the run ends after {total} steps, before step {stop_after}"
         raise UserError(what, "run.stop_after (--stop-after)", "shorten it, or leave it out")
+    profile = config.run.profile or ""
+    first, _, end = profile.partition(":")
+    if profile and not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end) <= total + 1):
+        what = f"'{profile}' is not FROM:TO within the {total} steps of the run"
+        raise UserError(what, "run.profile (--profile)", "count steps from 1: 20:25 traces the five steps 20 to 24")
     save_every, save_seconds = length("checkpoint.every")
     return StepSchedule(
         total,
@@ -73,17 +78,8 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
         milestone_every=length("checkpoint.milestones")[0],
         time_limit_seconds=length("run.time_limit")[1],
         stop_after=stop_after,
-        profile=parse_profile_range(config.run.profile, total) if config.run.profile else range(0),
+        profile=range(int(first), int(end)) if profile else range(0),
     )
-
-
-def parse_profile_range(text: str, total: int) -> range:
-    """Parse FROM:TO, the steps FROM to TO - 1; raises UserError for anything else and for steps after the last."""
-    first, _, end = text.partition(":")
-    if first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end) <= total + 1:
-        return range(int(first), int(end))
-    what = f"'{text}' is not FROM:TO within the {total} steps of the run"
-    raise UserError(what, "run.profile (--profile)", "count steps from 1: 20:25 traces five")
 
 
 def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule) -> Scheduler:

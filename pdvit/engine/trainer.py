@@ -110,7 +110,11 @@ class Trainer:
                     if steps.due(progress.step, steps.log_every):
                         self._log(generators)
                     better = steps.due(progress.step, steps.eval_every) and self._evaluate()
-                    stopping, save = any_rank(*self._read_clock(stop))
+                    elapsed = logger.timer.elapsed()
+                    if steps.time_limit_seconds is not None and elapsed >= steps.time_limit_seconds:
+                        stop.reason = stop.reason or "time limit"
+                    overdue = steps.save_seconds is not None and elapsed - self.saved_at >= steps.save_seconds
+                    stopping, save = any_rank(bool(stop), overdue or self.checkpoints.failed())  # to raise its error
                     pausing = progress.step == steps.stop_after
                     due = self.save_owed or steps.due(progress.step, steps.save_every, steps.milestone_every)
                     if stopping or pausing or save or better or due:
@@ -180,14 +184,6 @@ class Trainer:
         if better:
             progress.best, progress.best_step = value, progress.step
         return better and self.config.checkpoint.best
-
-    def _read_clock(self, stop: StopRequest) -> tuple[bool, bool]:
-        """Return whether this rank has to stop, and to save by the clock or to raise the error of the last write."""
-        steps, elapsed = self.steps, self.logger.timer.elapsed()
-        if steps.time_limit_seconds is not None and elapsed >= steps.time_limit_seconds:
-            stop.reason = stop.reason or "time limit"
-        save = steps.save_seconds is not None and elapsed - self.saved_at >= steps.save_seconds
-        return bool(stop), save or self.checkpoints.failed()
 
     def _save(self, better: bool = False) -> None:
         """Start to save, unless the last step was skipped; raises the error of the last write. All ranks take part."""

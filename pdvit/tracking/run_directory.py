@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import secrets
 import shlex
@@ -76,11 +75,7 @@ def to_json(value: Any, indent: int | None = 2) -> str:
 
 def _finite(value: Any) -> Any:
     """Replace numbers that are not finite by None: JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 class RunDirectory:

@@ -29,18 +29,18 @@ def state_of(run: Path) -> dict[str, object]:
     return {name: value.numpy().tobytes() for name, value in tensors.items()} | {"facts": facts}
 
 
-def saving(run: Path) -> bool:
-    """Tell whether a checkpoint is being written this moment."""
-    return any((run / "checkpoints").glob(".step-*"))
-
-
 def disturb(process: subprocess.Popen, run: Path, rng: random.Random, during_save: bool) -> None:
     """Kill the process at a random moment after its first new record, or in the middle of a save."""
     before, deadline = newest_step(run), time.monotonic() + PATIENCE
     while process.poll() is None and newest_step(run) <= before and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.15))
-    while during_save and process.poll() is None and not saving(run) and time.monotonic() < deadline:
+    while (
+        during_save
+        and process.poll() is None
+        and not any((run / "checkpoints").glob(".step-*"))
+        and time.monotonic() < deadline
+    ):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)
@@ -63,12 +63,9 @@ def test_many_kills_change_nothing(tmp_path, tiny, image_folder, records):
             break
         assert process.returncode == -signal.SIGKILL, shown
         kills += 1
-        mid_save += saving(run)
-        lost.append(
-            newest_step(run) - int((run / "checkpoints/last").read_text()[5:])
-            if (run / "checkpoints/last").exists()
-            else 0
-        )
+        mid_save += any((run / "checkpoints").glob(".step-*"))
+        last = run / "checkpoints/last"
+        lost.append(newest_step(run) - int(last.read_text()[5:]) if last.exists() else 0)
     print(f"{kills} kills, {mid_save} of them during a save; steps done again: {lost}")
     assert kills >= KILLS
     assert state_of(run) == state_of(whole)

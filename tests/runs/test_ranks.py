@@ -1,23 +1,32 @@
-"""Several processes on the CPU (gloo) against one: the same recipe, the same total batch."""
+"""Several processes on the CPU (gloo) against one: the same recipe, the same total batch.
+
+As a script (`python -m tests.runs.test_ranks OUT SETTINGS STEPS PRECISION`), one process of `steps`.
+"""
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from pdvit.config import build, resolve
+from pdvit.engine.distributed import init_process_group
+from pdvit.engine.trainer import Trainer
+from pdvit.tasks import task_class
+from pdvit.tasks.classification import ClassificationTask
 from tests.files import read_json
-from tests.runs import spread_steps
 
-STEPS, PATIENCE = 20, 300
+STEPS, PATIENCE, ROOT = 20, 300, Path(__file__).parents[2]
+CPU = torch.device("cpu")
 MODEL = {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}
 SETTINGS = {
     "model": MODEL,
@@ -28,33 +37,63 @@ SETTINGS = {
 }
 
 
-def launch(processes, *arguments):
-    """Run a module or script in so many processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=PATIENCE)
+class Wide(ClassificationTask):
+    """The task in float64, so that what is left are differences of order."""
+
+    def step(self, network, batch):
+        return super().step(network, replace(batch, images=batch.images.double()))
+
+
+def train_steps(out, settings, steps, wide):
+    """Train some steps of a real task in this process, and write its weights and numbers to a folder."""
+    torch.use_deterministic_algorithms(True)
+    config, ranks = resolve(build(("test", settings))), init_process_group()
+    task_type = task_class(config)
+    task = (Wide if wide else task_type)(config, task_type.open_source(config, print), CPU, ranks)
+    for module in task.module.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0  # a head's dropout is drawn by each process for itself
+    if wide:
+        task.module.double()
+    trainer = Trainer(task, config, CPU, ranks)
+    state = trainer.state
+    for step, batch in zip(range(steps), task.batches(0), strict=False):
+        trainer.lr_scheduler.step_update(step)
+        state.metrics.add(*trainer.updater(batch, step + 1))
+        state.progress.step += 1
+    means, _, _ = state.metrics.read(ranks)
+    records = {} if wide else task.evaluate(trainer.evaluated)[0]
+    snapshot = state.state_dict()
+    if ranks.main:
+        out.mkdir(parents=True)
+        for name, tensors in snapshot.tensors.items():
+            save_file(tensors, out / f"{name}.safetensors")
+        (out / "numbers.json").write_text(json.dumps({"train": means} | records))
+    torch.use_deterministic_algorithms(False)
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def steps(out, processes, settings, precision="short", count=STEPS):
-    """Train some steps in so many processes (in this one, if it is one), and return tensors and numbers."""
-    if processes == 1:
-        spread_steps.main(out, settings, count, precision == "wide")
-        torch.use_deterministic_algorithms(False)
+    """Train some steps in so many processes, this one among them, and return tensors and numbers."""
+    here = not settings["run"].get("compile")  # not beside pytest, for which the compiler's warnings are errors
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, spread_steps.__file__, str(out), json.dumps(settings), str(count), precision]
-    started = []
-    for rank in range(processes if processes > 1 else 0):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | meeting | own))
-    for process in started:
-        errors = process.communicate(timeout=PATIENCE)[1]
-        assert process.returncode == 0, errors[-3000:]
-    tensors = {
-        f"{file.stem}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()
-    }
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", __name__, str(out), json.dumps(settings), str(count), precision]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", port), ("WORLD_SIZE", processes)):
+            patch.setenv(name, str(value))
+        others = []
+        for rank in range(here, processes):
+            patch.setenv("RANK", str(rank))
+            others.append(subprocess.Popen(command, cwd=ROOT))
+        patch.setenv("RANK", "0")
+        if here:
+            train_steps(out, settings, count, precision == "wide")
+    assert all(other.wait(PATIENCE) == 0 for other in others)
+    files = {file.stem: load_file(file) for file in out.glob("*.safetensors")}
+    tensors = {f"{file}.{name}": value for file, values in files.items() for name, value in values.items()}
     return tensors, read_json(out / "numbers.json")
 
 
@@ -138,12 +177,19 @@ CLI += ["--log-interval", "5st", "--val-interval", "30st", "--save-every", "5st"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+def launch(processes, *arguments, fails=False):
+    """Run a module or script in so many processes, which all end well, or fail."""
+    command = [*(TORCHRUN if processes > 1 else [sys.executable]), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done
+
+
 @pytest.mark.slow
 def test_the_command_runs_in_several_processes(tmp_path, records):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert launch(1, *CLI, "--epochs", "40st", "--out", str(one)).returncode == 0
-    done = launch(2, *CLI, "--epochs", "40st", "--out", str(two))
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(1, *CLI, "--epochs", "40st", "--out", one)
+    done = launch(2, *CLI, "--epochs", "40st", "--out", two)
     assert done.stdout.count("test accuracy") == 1
     assert "x 2 processes" in done.stdout
     for ours, theirs in zip(records(two), records(one), strict=True):
@@ -159,29 +205,25 @@ def test_the_command_runs_in_several_processes(tmp_path, records):
 def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder):
     """Every labelled pixel once, though three images do not divide by two; what does not decode is left out."""
     run, once = tmp_path / "run", tmp_path / "once"
-    segment = [*CLI[:2], "segment", "--data", str(mask_folder), *CLI[3:11], "--head-width", "8", "--crop", "32"]
+    segment = [*CLI[:2], "segment", "--data", mask_folder, *CLI[3:11], "--head-width", "8", "--crop", "32"]
     segment += ["--batch-size", "4", "--eval-mode", "whole", "--device", "cpu", "--workers", "0"]
-    done = launch(2, *segment, "--epochs", "6st", "--out", str(run))
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, *segment, "--epochs", "6st", "--out", run)
     labelled = sum(int((np.array(Image.open(file)) != 7).sum()) for file in (mask_folder / "masks/val").iterdir())
     assert sum(int(line.split(",")[1]) for line in (run / "iou.csv").read_text().splitlines()[1:]) == labelled
+    evaluate, ended = ["-m", "pdvit", "eval", run, "--device", "cpu", "--out", once], read_json(run / "summary.json")
     for processes in (1, 2):
-        done = launch(processes, "-m", "pdvit", "eval", str(run), "--device", "cpu", "--out", str(once))
-        assert done.returncode == 0, done.stderr[-3000:]
-        found, ended = read_json(once / "eval.json"), read_json(run / "summary.json")
+        launch(processes, *evaluate)
+        found = read_json(once / "eval.json")
         assert (found["processes"], found["images"]) == (processes, 3)
         for name in ("miou", "accuracy", "accuracy_mean"):
             assert found[name] == ended[name]
         assert found["loss"] == pytest.approx(ended["loss"], rel=1e-12)
-        for file in (path.relative_to(run) for path in (run / "predictions").iterdir()):
+        for file in ("iou.csv", *(path.relative_to(run) for path in (run / "predictions").iterdir())):
             assert (once / file).read_bytes() == (run / file).read_bytes()
-        assert (once / "iou.csv").read_bytes() == (run / "iou.csv").read_bytes()
     (mask_folder / "images/val/2.png").write_bytes(b"torn")
-    skip = ["eval", str(run), "--device", "cpu", "--out", str(once), "--on-bad-image", "skip"]
     left = []
     for processes in (1, 2):
-        done = launch(processes, "-m", "pdvit", *skip)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(processes, *evaluate, "--on-bad-image", "skip")
         left.append([read_json(once / "eval.json")[name] for name in ("images", "bad_images", "miou")])
     assert left[0] == left[1]
     assert left[0][:2] == [2, 1]
@@ -196,8 +238,7 @@ def test_two_processes_measure_a_segmentation_as_one_does(tmp_path, mask_folder)
     ],
 )
 def test_an_error_of_all_processes_is_printed_once(tmp_path, flags, message):
-    done = launch(2, *CLI, *flags, "--out", str(tmp_path / "run"))
-    assert done.returncode != 0
+    done = launch(2, *CLI, *flags, "--out", tmp_path / "run", fails=True)
     assert done.stderr.count(f"error: {message}") == 1
     assert not (tmp_path / "run").exists()
 
@@ -210,8 +251,7 @@ def test_an_error_of_one_process_alone_is_in_the_summary(tmp_path):
         "from pdvit.cli import run\n"
         "sys.exit(run(sys.argv[1:] + (['--set', 'optim.lrr=1'] if os.environ['RANK'] == '1' else [])))\n"
     )
-    done = launch(2, str(script), *CLI[2:], "--out", str(tmp_path / "run"))
-    assert done.returncode != 0
+    done = launch(2, script, *CLI[2:], "--out", tmp_path / "run", fails=True)
     assert "UserError: there is no key 'optim.lrr'" in done.stderr.partition("Root Cause")[2]
 
 
@@ -254,15 +294,13 @@ sys.exit(run(sys.argv[1:]))
 def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, records, restarts):
     script, whole, run = tmp_path / "failing.py", tmp_path / "whole", tmp_path / "run"
     script.write_text(FAILING)
-    command = [*TORCHRUN, "--max-restarts", restarts, str(script), *CLI[2:], "--epochs", "40st", "--out", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    flags = [*CLI[2:], "--epochs", "40st", "--out", run]
+    launch(2, "--max-restarts", restarts, script, *flags, fails=restarts == "0")
     if restarts == "0":
-        assert done.returncode != 0
         assert read_json(run / "status.json")["status"] in ("failed", "running")
         assert (run / "checkpoints/last").read_text() == "step-00000015"
-        done = launch(2, "-m", "pdvit", "train", "--resume", str(run))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert launch(2, *CLI, "--epochs", "40st", "--out", str(whole)).returncode == 0
+        launch(2, "-m", "pdvit", "train", "--resume", run)
+    launch(2, *CLI, "--epochs", "40st", "--out", whole)
     assert records(run) == records(whole)
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -271,17 +309,16 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, rec
 @pytest.mark.parametrize(("saved", "resumed"), [(2, 1), (1, 2)])
 def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path, saved, resumed):
     """Sharded weights (FSDP) on two, whole ones on one: the same files."""
-    run = tmp_path / "run"
-    distribute = {1: "ddp", 2: "fsdp"}
-    flags = ["--epochs", "40st", "--model-ema-decay", "0.9", "--out", str(run)]
-    assert launch(saved, *CLI, *flags, "--distribute", distribute[saved], "--time-limit", "0.01s").returncode != 0
-    step = read_json(run / "status.json")["step"]
-    assert 0 < step < 40
+    run, whole, distribute = tmp_path / "run", tmp_path / "whole", {1: "ddp", 2: "fsdp"}
+    flags = [*CLI, "--epochs", "40st", "--model-ema-decay", "0.9", "--out"]
+    launch(saved, *flags, run, "--distribute", distribute[saved], "--time-limit", "0.01s", fails=True)
+    assert 0 < read_json(run / "status.json")["step"] < 40
     changes = ["--change", f"run.distribute={distribute[resumed]}", "--change", "run.time_limit=10min"]
-    done = launch(resumed, "-m", "pdvit", "train", "--resume", str(run), *changes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole = tmp_path / "whole"
-    flags[-1] = str(whole)
-    assert launch(1, *CLI, *flags).returncode == 0
+    launch(resumed, "-m", "pdvit", "train", "--resume", run, *changes)
+    launch(1, *flags, whole)
     ours, theirs = (load_file(path / "model.safetensors") for path in (run, whole))
     assert furthest(ours, theirs) <= 1e-4
+
+
+if __name__ == "__main__":
+    train_steps(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "wide")

@@ -25,13 +25,6 @@ def test_the_recipe_repeats_the_run_bit_for_bit(workplace, tiny, records):
     assert summaries[0] == summaries[1]
 
 
-def test_a_run_before_it_changes_nothing(workplace, tiny, digits_run, records):
-    """`digits_run` was trained in this process, perhaps long ago: its recipe still gives the same weights."""
-    assert pdvit(["train", "--config", str(digits_run / "run.toml"), "--out", "again"]) == 0
-    assert (workplace / "again" / "model.safetensors").read_bytes() == (digits_run / "model.safetensors").read_bytes()
-    assert records(workplace / "again") == records(digits_run)
-
-
 def test_the_same_weights_are_the_same_file():
     model = timm.create_model("test_vit", num_classes=3)
     exports = [export(model, ["a", "b", "c"], {"mean": (0.5, 0.5, 0.5)}, "raw") for _ in range(12)]

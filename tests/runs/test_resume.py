@@ -1,6 +1,5 @@
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,14 +10,28 @@ from pathlib import Path
 import pytest
 
 from pdvit.cli import run as pdvit
+from pdvit.tasks.classification import ClassificationTask
 from tests.files import newest_step, read_json
 
-STEPS = 60
+STEPS, PATIENCE = 60, 120.0
 # Drop path, mixing and shifts draw at random; checkpoints lie neither on log steps nor on evaluations.
 FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "16", "--img-size", "16", "--drop-path", "0.3", "--shift", "2"]
 FLAGS += ["--micro-batch-size", "7", "--model-ema-decay", "0.9"]
 FLAGS += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "45st", "--warmup-epochs", "10st"]
-PATIENCE = 120.0
+
+
+# A program that gets SIGTERM while it imports torch.
+EARLY = """
+import os, signal, sys
+from pdvit.cli import run
+class Early:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Early())
+sys.exit(run(sys.argv[1:]))
+"""
 
 
 def on(device: str) -> list[str]:
@@ -44,7 +57,7 @@ def interrupt(run: Path, flags: list[str], number: signal.Signals, past: int, cl
 
     Returns its exit status and its output.
     """
-    command = [sys.executable, "-m", "pdvit", "train", *flags, "--out", str(run)]
+    command = [sys.executable, "-m", "pdvit", "train", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         if closed:
             getattr(process, closed).close()
@@ -66,35 +79,30 @@ def test_a_killed_run_without_a_reader_goes_on_as_if_nothing_had_happened(
     tmp_path, tiny, uninterrupted, records, device
 ):
     run = tmp_path / "run"
-    status, _ = interrupt(run, [*tiny, *FLAGS, *on(device)], signal.SIGKILL, 20, closed="stdout")
-    assert status == -signal.SIGKILL
+    flags = [*tiny, *FLAGS, *on(device), "--out", str(run)]
+    assert interrupt(run, flags, signal.SIGKILL, 20, closed="stdout")[0] == -signal.SIGKILL
     assert 20 < newest_step(run) < STEPS
     assert not (run / "model.safetensors").exists()
     assert pdvit(["train", "--resume", str(run)]) == 0
     same(run, uninterrupted(device), records)
 
 
-def test_a_stopped_run_says_so_and_goes_on(tmp_path, tiny, uninterrupted, records):
-    run = tmp_path / "run"
-    status, shown = interrupt(run, [*tiny, *FLAGS], signal.SIGTERM, 5)
+@pytest.mark.slow
+def test_a_stopped_run_says_so_and_goes_on_without_a_reader(tmp_path, tiny, uninterrupted, records):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    status, shown = interrupt(run, [*tiny, *FLAGS, "--out", str(run)], signal.SIGTERM, 5)
     assert status == 75
     assert f"pdvit train --resume {run}" in shown
     stopped = read_json(run / "status.json")
     assert (stopped["status"], stopped["reason"]) == ("stopped", "SIGTERM")
     assert 5 < stopped["step"] < STEPS
-    assert pdvit(["train", "--resume", str(run)]) == 0
-    same(run, uninterrupted(), records)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_run_ends_well_without_a_reader(tmp_path, tiny, uninterrupted, records, closed):
-    run = tmp_path / "run"
-    flags = [*tiny, *FLAGS, *(["--json"] if closed == "stderr" else [])]  # JSON that nobody can read is a failure
-    status, shown = interrupt(run, flags, signal.SIGCONT, 0, closed)
-    assert status == 0, shown
-    assert "Traceback" not in shown
-    same(run, uninterrupted(), records)
+    shutil.copytree(run, copy)
+    for path, closed in ((run, "stdout"), (copy, "stderr")):
+        more = ["--json"] if closed == "stderr" else []  # JSON that nobody can read is a failure
+        status, shown = interrupt(path, ["--resume", str(path), *more], signal.SIGCONT, 0, closed)
+        assert status == 0, shown
+        assert "Traceback" not in shown
+        same(path, uninterrupted(), records)
 
 
 @pytest.mark.slow
@@ -106,7 +114,7 @@ def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny
     flags += on(device)
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert pdvit(["train", *flags, "--out", str(whole)]) == 0
-    assert interrupt(run, flags, signal.SIGKILL, 20)[0] == -signal.SIGKILL
+    assert interrupt(run, [*flags, "--out", str(run)], signal.SIGKILL, 20)[0] == -signal.SIGKILL
     assert 20 < newest_step(run) < 60
     assert pdvit(["segment", "--resume", str(run)]) == 0
     same(run, whole, records)
@@ -139,26 +147,16 @@ def test_the_folder_may_have_moved(run_copy, tmp_path, digits_run, records):
     same(moved, digits_run, records)
 
 
-def test_a_signal_before_anything_is_imported_ends_cleanly(tmp_path, tiny):
-    """The signal comes while torch is being imported: the process is stopped at that point by a module of ours."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "class Early:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch':\n"
-        "            sys.meta_path.remove(self)\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.meta_path.insert(0, Early())\n"
-    )
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "pdvit", "train", *tiny, *FLAGS, "--out", str(out)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )
-    assert (done.returncode, done.stderr) == (75, "")
-    assert "stopped before the first step" in done.stdout
-    assert not out.exists()
+@pytest.mark.parametrize("early", ["data", pytest.param("import", marks=pytest.mark.slow)])
+def test_a_signal_before_the_first_step_ends_cleanly(tmp_path, tiny, monkeypatch, capfd, early):
+    """While the data are opened, or, in a process of its own, while torch is imported."""
+    command, load = ["train", *tiny, *FLAGS, "--out", str(tmp_path / "run")], ClassificationTask.load
+    monkeypatch.setattr(ClassificationTask, "load", lambda *a: (signal.raise_signal(signal.SIGTERM), load(*a)))
+    if early == "data":
+        status = pdvit(command)
+    else:
+        status = subprocess.run([sys.executable, "-c", EARLY, *command], timeout=PATIENCE).returncode
+    shown = capfd.readouterr()
+    assert (status, shown.err) == (75, "")
+    assert "stopped before the first step" in shown.out
+    assert not (tmp_path / "run").exists()

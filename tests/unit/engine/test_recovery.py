@@ -14,8 +14,7 @@ def test_the_largest_power_of_two_or_the_limit_that_fits_is_found(limit, memory)
         if images > memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: None)
-    updater = SimpleNamespace(backward=backward, state=SimpleNamespace(optimizer=optimizer))
+    updater = SimpleNamespace(backward=backward)
     batch = SimpleNamespace(repeat=lambda size: size)
     powers = [2**power for power in range(10) if 2**power <= min(limit, memory)]
     assert largest(updater, batch, limit) == (limit if limit <= memory else max(powers, default=0))

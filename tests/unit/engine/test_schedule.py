@@ -75,19 +75,13 @@ def test_warmup_is_linear_from_the_floor_to_the_peak(schedule):
     assert rates(schedule)[:11] == pytest.approx(expected)
 
 
-def test_cosine_goes_from_the_peak_to_the_floor():
-    expected = [FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * done / 90)) / 2 for done in range(91)]
-    assert rates("cosine")[10:] == pytest.approx(expected)
-    assert rates("cosine")[-1] == pytest.approx(FLOOR)
+CURVES = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "poly": lambda x: 1 - x, "constant": lambda x: 1.0}
 
 
-def test_poly_falls_in_a_straight_line_to_the_floor():
-    expected = [FLOOR + (PEAK - FLOOR) * (1 - done / 90) for done in range(91)]
-    assert rates("poly")[10:] == pytest.approx(expected)
-
-
-def test_constant_stays_at_the_peak():
-    assert rates("constant", warmup=0) == pytest.approx([PEAK] * 101)
+@pytest.mark.parametrize("schedule", CURVES)
+def test_the_rate_follows_its_formula_from_the_peak_to_the_floor(schedule):
+    expected = [FLOOR + (PEAK - FLOOR) * CURVES[schedule](done / 90) for done in range(91)]
+    assert rates(schedule)[10:] == pytest.approx(expected)
 
 
 def test_wsd_stays_at_the_peak_then_falls_to_the_floor():

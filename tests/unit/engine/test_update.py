@@ -9,10 +9,10 @@ from torch import nn
 from torch.amp import GradScaler
 
 from pdvit.config.schema import Config, OptimConfig, RunConfig
-from pdvit.engine.distributed import SINGLE_PROCESS
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.state import MetricAccumulator, TrainState
-from pdvit.engine.update import Step, Updater, make_optimizer
+from pdvit.engine.update import Step, Updater, make_optimizer, parallelize
 from pdvit.errors import UserError
 from pdvit.models.tokens import DiverseModel
 
@@ -144,19 +144,24 @@ def test_a_loss_scale_that_overflows_is_halved_and_the_step_skipped(device):
     assert scales == [65536.0 / 2**number for number in range(len(scales))]
 
 
-def test_an_unknown_optimizer_names_the_closest():
-    with pytest.raises(UserError, match="'adamv'") as caught:
-        make_optimizer(network(), OptimConfig(opt="adamv", lr=0.1))
-    assert "--opt" in caught.value.where
-    assert "did you mean 'adam" in caught.value.tip
-
-
-@pytest.mark.parametrize("opt", ["fusedadam", "bnbadamw8bit"])
-def test_an_optimizer_that_needs_what_is_not_there_is_refused(monkeypatch, opt):
+@pytest.mark.parametrize(
+    ("opt", "tip"), [("adamv", "did you mean 'adam"), ("fusedadam", "adamw"), ("bnbadamw8bit", "adamw")]
+)
+def test_an_optimizer_that_is_unknown_or_can_not_run_is_an_error(monkeypatch, opt, tip):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as caught:
         make_optimizer(network(), OptimConfig(opt=opt, lr=0.1))
     assert "--opt" in caught.value.where
+    assert tip in caught.value.tip
+
+
+@pytest.mark.parametrize(
+    ("processes", "compiled", "message"), [(1, False, "several processes"), (2, True, "fetched within the step")]
+)
+def test_fsdp_needs_several_processes_and_does_not_compile(processes, compiled, message):
+    run = RunConfig(distribute="fsdp", compile=compiled)
+    with pytest.raises(UserError, match=message):
+        parallelize(None, None, run, Ranks(0, processes), torch.device("cpu"))
 
 
 # By hand, from timm's VisionTransformer.no_weight_decay: weights of two or more axes, but neither position nor prefix.
