@@ -12,7 +12,7 @@ from pdvit.analysis.verdict import PUBLISHED, verdict
 from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
 from pdvit.cli.console import log, with_progress
 from pdvit.data.images import BadImages
-from pdvit.data.loader import shared_batches
+from pdvit.data.loader import eval_batches
 from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.sources.split import ArraySplit
 from pdvit.engine.device import device_name
@@ -104,7 +104,7 @@ class Analyzer:
 
     def _batches(self, opened: OpenedCheckpoint, images: ImageSet, label: str) -> "Iterator[Tensor]":
         """Yield this rank's batches until a stop is requested, with a progress bar."""
-        batches = shared_batches(images.split, opened.loader)
+        batches = eval_batches(images.split, opened.loader, shared=True)
         shown = with_progress(batches, -(-len(images.split) // self.ranks.world_size), self.console, label)
         return (batch.images for batch in takewhile(lambda _: not self.stop, shown))
 

@@ -19,7 +19,7 @@ from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.config.unused import unused_settings
 from pdvit.data.masks.split import check_masks
-from pdvit.data.sources import absolute_path, as_file_name, source_label, unused_source_settings
+from pdvit.data.sources import absolute_path, run_name, unused_source_settings
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import choose_device, device_name, set_up
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, launch_file
@@ -115,8 +115,8 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
             init, label = config.model.init, config.diversity.preset
             if init is not None:
                 init = name_of(Path(init)) if os.path.exists(init) else init.rpartition("/")[2]
-                label = f"from-{as_file_name(init)}"
-            name = f"{source_label(config.data)}-{label}" if config.run.name is None else config.run.name
+                label = f"from-{init}"
+            name = run_name(config.data.source, label) if config.run.name is None else config.run.name
             text, device = to_toml(config, command_line()), device_name(trainer.device)
             directory = RunDirectory.create(config.run.out, name)
             directory.write("run.toml", text)

@@ -1,32 +1,53 @@
 """Batches by step: the images of step t are a function of the seed and t, so any step is a start of equal cost.
 
-A batch is the same from worker processes and from a resident set.
+A batch is the same from worker processes and from a resident set: image files that are decoded once, and kept on the
+device as uint8 tensors.
 """
 
 import atexit
+import math
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import count, tee
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, TrainingImages, refuse_bad
+from pdvit.data.images import (
+    BadImage,
+    BadImages,
+    FileImages,
+    Keys,
+    Sample,
+    SkipBadImages,
+    TrainingImages,
+    describe_bad,
+    pixels_of,
+    refuse_bad,
+)
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.randomness import epoch_order
-from pdvit.data.sources.split import ArraySplit, Split
+from pdvit.data.randomness import fold
+from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import UserError
 
 # Uint8 images, class indices (of images, or of their pixels), sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
 # Epoch and sample indices of each step.
 Steps = Iterator[tuple[int, Tensor]]
+Size = tuple[int, int]
+
+# A resident set may take this fraction of the memory of the device, or of the machine for the CPU.
+MEMORY_FRACTION = 1 / 8
+DECODE_BATCH = 256
+LOGGED = 32  # batches between two progress messages
+RESIDENT = "data.resident (--resident)"
 
 
 @dataclass(frozen=True)
@@ -114,41 +135,38 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yield this rank's part of steps start, start + 1, ...; an epoch drops its last, incomplete batch."""
     steps, per_epoch = step_indices(len(split), loader, start, mixing), steps_per_epoch(split, loader.batch_size)
+    batches: Iterator[Batch]
     if isinstance(split, ArraySplit) and not augmentation.per_image:
-        batches = _resident(split, loader, augmentation, steps)
+        pixels, labels = split.images.to(loader.device), split.labels.to(loader.device)
+        if not augmentation.config.scale or max(pixels.shape[2:]) > loader.preprocessing.size:  # a crop only scales up
+            pixels = loader.preprocessing.fit(pixels)
+        chosen = ((epoch, index, index.to(loader.device, non_blocking=True)) for epoch, index in steps)
+        batches = (Batch(augmentation.crop(pixels[at], epoch, index), labels[at], index) for epoch, index, at in chosen)
     else:
         batches = from_workers(TrainingImages(split, augmentation), loader, steps)
     part = range(*loader.share(loader.batch_size))
     for step, batch in zip(count(start), batches, strict=False):
-        pixels = augmentation(batch.images, step // per_epoch, batch.index)
-        images, targets, patch_targets = mixing.mix(pixels, batch.targets, loader.seed, step, loader.batch_size, part)
+        images = augmentation(batch.images, step // per_epoch, batch.index)
+        images, targets, patch_targets = mixing.mix(images, batch.targets, loader.seed, step, loader.batch_size, part)
         own = Batch(**{name: value[len(batch) - len(part) :] for name, value in batch.tensors().items()})
         yield replace(own, images=images, targets=targets, patch_targets=patch_targets)
 
 
-def eval_batches(split: Split, loader: LoaderConfig) -> Iterator[Batch]:
+def eval_batches(split: Split, loader: LoaderConfig, shared: bool = False) -> Iterator[Batch]:
     """Yield each image of this rank's part of a split exactly once, in order, without augmentation.
 
-    Images that do not decode are left out if they are skipped. Raises UserError if a batch of several ranks has no
-    image left.
+    With `shared`, ranks take whole batches of a single process in turn, possibly none: for results that depend on the
+    images of a batch, computed by ranks that do not wait for one another. Images that do not decode are left out if
+    they are skipped. Raises UserError if a batch of several ranks that is not shared has no image left.
     """
-    fewest, most = len(split) // loader.processes, -(-len(split) // loader.processes)
-    # the same number of batches on all ranks, as FSDP needs, and none without an image
-    batches = max(1, min(-(-most // loader.per_pass), fewest))
-    yield from _whole(split, loader, torch.arange(*loader.share(len(split))).tensor_split(batches))
-
-
-def shared_batches(split: Split, loader: LoaderConfig) -> Iterator[Batch]:
-    """Yield whole batches of a single process's `eval_batches` in turn over the ranks, possibly none.
-
-    For results that depend on the images of a batch, computed by ranks that do not wait for one another.
-    """
-    chunks = torch.arange(len(split)).tensor_split(max(1, -(-len(split) // loader.batch_size)))
-    yield from _whole(split, replace(loader, rank=0, processes=1), chunks[loader.rank :: loader.processes])
-
-
-def _whole(split: Split, loader: LoaderConfig, chunks: Sequence[Tensor]) -> Iterator[Batch]:
-    """Yield the images of each chunk of indices as a batch."""
+    if shared:
+        chunks = torch.arange(len(split)).tensor_split(max(1, -(-len(split) // loader.batch_size)))
+        chunks, loader = chunks[loader.rank :: loader.processes], replace(loader, rank=0, processes=1)
+    else:
+        fewest, most = len(split) // loader.processes, -(-len(split) // loader.processes)
+        # the same number of batches on all ranks, as FSDP needs, and none without an image
+        batches = max(1, min(-(-most // loader.per_pass), fewest))
+        chunks = torch.arange(*loader.share(len(split))).tensor_split(batches)
     raw: Iterator[Raw]
     if isinstance(split, ArraySplit):
         raw = ((loader.preprocessing.fit(split.images[i].to(loader.device)), split.labels[i], i) for i in chunks)
@@ -165,19 +183,9 @@ def step_indices(size: int, loader: LoaderConfig, start: int, mixing: Mixing | N
     for step in count(start):
         epoch, position = divmod(step, size // batch_size)
         if step == start or not position:
-            order = epoch_order(loader.seed, epoch, size)
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(fold(loader.seed, epoch)))
         whole = order[position * batch_size : (position + 1) * batch_size]
         yield epoch, whole[mixing.held(loader.seed, step, batch_size, part) if mixing else list(part)]
-
-
-def _resident(split: ArraySplit, loader: LoaderConfig, augmentation: Augmentation, steps: Steps) -> Iterator[Batch]:
-    """Yield batches of a set that is on the device as one uint8 tensor."""
-    images, labels = split.images.to(loader.device), split.labels.to(loader.device)
-    if not augmentation.config.scale or max(images.shape[2:]) > loader.preprocessing.size:  # a crop only scales up
-        images = loader.preprocessing.fit(images)
-    for epoch, index in steps:
-        chosen = index.to(loader.device, non_blocking=True)
-        yield Batch(augmentation.crop(images[chosen], epoch, index), labels[chosen], index)
 
 
 def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> Iterator[Batch]:
@@ -242,3 +250,94 @@ def _collate(samples: list[Sample]) -> tuple[Raw | None, list[BadImage]]:
     images, labels, indices = zip(*sound, strict=True)
     targets = torch.stack([torch.as_tensor(label) for label in labels])
     return (torch.stack(images), targets, torch.tensor(indices)), bad
+
+
+def resident(
+    source: Source, loader: LoaderConfig, augmentation: Augmentation, setting: str, log: Callable[[str], None]
+) -> Source:
+    """Return the source with its image files on the device if so decided; log the decision and its reason.
+
+    `setting` is auto, on or off. Held-out images are kept after their evaluation transform, so their pixels are those
+    of the workers. If bad images are skipped, workers decode as before. Raises UserError for bad images that are not
+    skipped, or if `on` is impossible.
+    """
+    by_workers = f"by {loader.workers} worker processes"
+    if isinstance(source.splits["train"], ArraySplit):
+        here = f"in memory, augmented at every step {by_workers}" if augmentation.per_image else f"on {loader.device}"
+        log(f"images: {here}")
+        return source
+    size, reason = (None, "--resident off") if setting == "off" else _choose(source, loader, augmentation, setting)
+    if size is not None:
+        preprocessing, splits = loader.preprocessing, dict[str, Split]()
+        whole = replace(preprocessing, crop_pct=1.0, crop_mode="center").evaluation()
+        stored = whole if size == (preprocessing.size, preprocessing.size) else pixels_of
+        for name, split in source.splits.items():
+            images = _decoded(
+                FileImages(split, stored if name == "train" else preprocessing.evaluation()), loader, name, log
+            )
+            if loader.bad.found:  # skipped: their replacements are chosen step by step
+                break
+            splits[name] = ArraySplit(images.to(loader.device), split.labels.to(loader.device))
+        else:
+            total = sum(split.images.nbytes for split in splits.values())
+            log(f"images: on {loader.device}, {total / 1e6:,.0f} MB ({reason})")
+            return replace(source, splits=splits)
+        if setting == "on":
+            what = f"images that do not decode can't be kept: {describe_bad(loader.bad.found)}"
+            raise UserError(what, RESIDENT, "delete them, or use --resident off")
+        reason = "some do not decode"
+    log(f"images: decoded at every step {by_workers} ({reason})")
+    return source
+
+
+def _choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, setting: str) -> tuple[Size | None, str]:
+    """Return width and height of the training images on the device (None: not there), and the reason.
+
+    auto keeps images on the device if nothing is lost: all training images have one size, at most that of the model,
+    their pixels take at most an eighth of the memory, and no augmentation works on single images.
+    """
+    train, side, device = source.splits["train"], loader.preprocessing.size, loader.device
+    sizes = filter(None, (image_size(train, index) for index in range(len(train))))  # bad images: found by the decoding
+    size = next(sizes, (side, side))
+    small, held_out = max(size) <= side, sum(map(len, source.splits.values())) - len(train)
+    needed = 3 * ((math.prod(size) if small else side * side) * len(train) + side * side * held_out)
+    memory = memory_of(device) // (loader.processes if device.type == "cpu" else 1)
+    limit = memory if setting == "on" else memory * MEMORY_FRACTION
+    if augmentation.per_image:
+        problem = "RandAugment or colour jitter, image by image"
+    elif needed > limit:
+        problem = f"{needed / 1e9:.1f} GB of pixels are more than {limit / 1e9:.1f} GB of memory"
+    elif setting == "on":
+        same = small and all(other == size for other in sizes)
+        return (size, "--resident on") if same else ((side, side), "--resident on, scaled and cropped once")
+    elif not small:
+        problem = f"images of {size[0]}x{size[1]} are larger than the model's {side}x{side}"
+    elif other := next((other for other in sizes if other != size), None):
+        problem = f"sizes differ: {size[0]}x{size[1]} and {other[0]}x{other[1]}"
+    else:
+        return size, f"all are {size[0]}x{size[1]}"
+    if setting == "on":
+        raise UserError(f"the images can't be kept on {device}: {problem}", RESIDENT, "use --resident off")
+    return None, problem
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _decoded(data: FileImages, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:
+    """Decode every image of a split, in order: uint8 `(N, 3, H, W)` on the host; stops at one that does not decode."""
+    keys = [[(-1, int(index)) for index in part] for part in torch.arange(len(data)).split(DECODE_BATCH)]
+    images = torch.empty(0, dtype=torch.uint8)
+    for step, (part, _, index) in enumerate(decode(data, replace(loader, processes=1), keys)):  # every rank reads all
+        if loader.bad.found:
+            break
+        if not step:
+            images = torch.empty(len(data), *part.shape[1:], dtype=torch.uint8)
+        elif step % LOGGED == 0:
+            log(f"decoding {name}: {step * DECODE_BATCH:,} of {len(data):,} images")
+        images[index] = part
+    return images

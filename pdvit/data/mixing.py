@@ -5,7 +5,6 @@ They are drawn from seed and step, so that all ranks draw the same.
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 from pdvit.data.randomness import fold
 from pdvit.errors import UserError
 
-MODES = ("batch", "pair", "elem")
+# Number of images with the same rectangle or Mixup fraction; None: all of a batch.
+MODES = {"batch": None, "pair": 2, "elem": 1}
 WHERE = "patch_cutmix(images, targets, ...)"
 
 
@@ -115,15 +115,19 @@ class Mixing:
             return own, own_targets, None
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
         source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
-        pair = own, own_targets, images[source], targets[source]
         grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
-            fraction = _for_each(lambda: torch.tensor(rng.betavariate(self.mixup, self.mixup)), size, self.mode)[mine]
-            mixed = blend(*pair, fraction.to(images.device, non_blocking=True), math.prod(grid), self.num_classes)
+            group = MODES[self.mode] or size
+            drawn = torch.tensor([rng.betavariate(self.mixup, self.mixup) for _ in range(-(-size // group))])
+            fraction = drawn.repeat_interleave(group)[mine, None].to(images.device, non_blocking=True)
+            soft, weight = _soft(own_targets, targets[source], fraction, self.num_classes), fraction[..., None, None]
+            blended = (1 - weight) * own + weight * images[source]
+            mixed = Mixed(blended, soft, soft[:, None].expand(-1, math.prod(grid), -1))
         else:
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
-            mixed = paste(*pair, pasted.to(images.device, non_blocking=True), self.num_classes)
+            pasted = pasted.to(images.device, non_blocking=True)
+            mixed = paste(own, own_targets, images[source], targets[source], pasted, self.num_classes)
         return mixed if self.labels else (mixed.images, mixed.targets, None)
 
 
@@ -137,24 +141,18 @@ def partners(count: int, mode: str) -> Tensor:
 
 
 def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
-    """Draw which patches of each image are pasted, `(count, rows, columns)`."""
+    """Draw which patches of each image are pasted, `(count, rows, columns)`.
 
-    def draw() -> Tensor:  # a rectangle whose fraction of the grid follows Beta(alpha, alpha)
-        pasted = torch.zeros(rows, columns, dtype=torch.bool)
-        if alpha > 0:
-            side = math.sqrt(rng.betavariate(alpha, alpha))
-            tall, wide = round(rows * side), round(columns * side)
-            top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
-            pasted[top : top + tall, left : left + wide] = True
-        return pasted
-
-    return _for_each(draw, count, mode)
-
-
-def _for_each(draw: Callable[[], Tensor], count: int, mode: str) -> Tensor:
-    """Draw once for each batch, pair or image, and repeat the draws for their images."""
-    size = {"batch": max(1, count), "pair": 2, "elem": 1}[mode]
-    return torch.stack([draw() for _ in range(max(1, -(-count // size)))]).repeat_interleave(size, 0)[:count]
+    They form a rectangle, whose fraction of the grid follows Beta(alpha, alpha).
+    """
+    group = MODES[mode] or max(1, count)
+    drawn = torch.zeros(-(-count // group), rows, columns, dtype=torch.bool)
+    for pasted in drawn if alpha > 0 else ():
+        side = math.sqrt(rng.betavariate(alpha, alpha))
+        tall, wide = round(rows * side), round(columns * side)
+        top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
+        pasted[top : top + tall, left : left + wide] = True
+    return drawn.repeat_interleave(group, 0)[:count]
 
 
 def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pasted: Tensor, num_classes: int) -> Mixed:
@@ -167,19 +165,6 @@ def paste(images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, pas
     patches = pasted.flatten(1) if targets.ndim == 1 else pasted.flatten(1)[..., None]
     patch_targets = torch.where(patches, partner[:, None], targets[:, None])
     return Mixed(images, _soft(targets, partner, fraction, num_classes), patch_targets)
-
-
-def blend(
-    images: Tensor, targets: Tensor, sources: Tensor, partner: Tensor, fraction: Tensor, patches: int, num_classes: int
-) -> Mixed:
-    """Mix each image with a source, pixel by pixel (Mixup, arXiv 1710.09412); every patch has the image's soft target.
-
-    `fraction` `(B,)` is that of the source.
-    """
-    fraction = fraction[:, None].to(images.dtype)
-    soft = _soft(targets, partner, fraction, num_classes)
-    weight = fraction[..., None, None]
-    return Mixed((1 - weight) * images + weight * sources, soft, soft[:, None].expand(-1, patches, -1))
 
 
 def _soft(targets: Tensor, partner: Tensor, fraction: Tensor, num_classes: int) -> Tensor:

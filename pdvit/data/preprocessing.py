@@ -1,7 +1,7 @@
 """Size, crop, interpolation and normalisation of a model's input."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -36,22 +36,18 @@ class Preprocessing:
                 raise UserError(what, flag, f"choose from: {', '.join(known)}")
 
     @classmethod
-    def for_model(cls, model: nn.Module) -> "Preprocessing":
-        """Return the preprocessing in the configuration of a timm model, at the size of the model.
+    def for_model(cls, model: nn.Module, data: DataConfig | None = None) -> "Preprocessing":
+        """Return the preprocessing of a timm model, at its size, with the settings of `data` in place of its own.
 
         Raises UserError if the size is not square, or the interpolation or crop mode is not supported.
         """
         parts: Any = model
-        data = timm.data.resolve_model_data_config(model)
-        height, width = getattr(getattr(parts, "patch_embed", None), "img_size", None) or data["input_size"][1:]
+        own = timm.data.resolve_model_data_config(model)
+        height, width = getattr(getattr(parts, "patch_embed", None), "img_size", None) or own["input_size"][1:]
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
-        values = {name: data[name] for name in MODEL_SETTINGS} | {name: tuple(data[name]) for name in ("mean", "std")}
-        return cls(height, **values)
-
-    def changed(self, data: DataConfig) -> "Preprocessing":
-        """Return it with the settings of the configuration in place of its own."""
-        return replace(self, **{name: value for name in MODEL_SETTINGS if (value := getattr(data, name)) is not None})
+        values = {name: getattr(data, name, None) or own[name] for name in MODEL_SETTINGS}
+        return cls(height, **values | {name: tuple(values[name]) for name in ("mean", "std")})
 
     def as_timm(self) -> dict[str, Any]:
         """Return it as the configuration of a timm model, for an export."""

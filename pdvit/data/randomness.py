@@ -28,12 +28,6 @@ def fold(*numbers: int) -> int:
     return state >> 1
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """Return the order `(count,)` in which an epoch visits the samples."""
-    generator = torch.Generator().manual_seed(fold(seed, epoch))
-    return torch.randperm(count, generator=generator)
-
-
 def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
     """Return `draws` numbers in [0, 1) for each sample: `(len(indices), draws)`, float32, on the device of `indices`.
 

@@ -55,7 +55,7 @@ class ImageTask(ABC):
                 tip = "use --diversity none; of the terms only --mixing trains a head"
                 raise UserError(what, "model.freeze (--freeze)", tip)
         self.patch_size = patch_size_of(self.module.inside)
-        self.preprocessing = Preprocessing.for_model(self.module.inside).changed(config.data)
+        self.preprocessing = Preprocessing.for_model(self.module.inside, config.data)
         self.batch_size = batch_size = config.data.batch_size
         if batch_size % ranks.world_size:
             what = f"a batch of {batch_size} can't be divided evenly among {ranks.world_size} processes"

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from pdvit.config.schema import Config
 from pdvit.data.augment import Augmentation
-from pdvit.data.loader import Batch, eval_batches, train_batches
+from pdvit.data.loader import Batch, eval_batches, resident, train_batches
 from pdvit.data.mixing import Mixing
 from pdvit.data.opening import open_source
-from pdvit.data.resident import resident
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks

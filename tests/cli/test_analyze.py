@@ -242,16 +242,16 @@ def interrupt(monkeypatch):
     """Return a function that sends Ctrl-C so many times after so many batches."""
 
     def prepare(after: int, times: int = 1) -> None:
-        original, numbers = analyze_run.shared_batches, itertools.count()
+        original, numbers = analyze_run.eval_batches, itertools.count()
 
-        def batches(*arguments):
-            for batch in original(*arguments):
+        def batches(*arguments, **options):
+            for batch in original(*arguments, **options):
                 if next(numbers) == after:
                     for _ in range(times):
                         os.kill(os.getpid(), signal.SIGINT)
                 yield batch
 
-        monkeypatch.setattr(analyze_run, "shared_batches", batches)
+        monkeypatch.setattr(analyze_run, "eval_batches", batches)
 
     return prepare
 

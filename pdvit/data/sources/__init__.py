@@ -71,11 +71,11 @@ def absolute_path(source: str) -> str:
     return prefix + os.path.abspath(path) if is_path else source
 
 
-def source_label(data: DataConfig) -> str:
-    """Return a short name of the source for the name of a run."""
-    path = Path(os.path.expanduser(data.source)).resolve()
-    name = path.stem if source_type(data.source) in ("tar", "csv") else path.name
-    return as_file_name(name) or "data"
+def run_name(source: str, label: str) -> str:
+    """Return the default name of a run on a source: letters of any script, digits, dots, dashes and underscores."""
+    path = Path(os.path.expanduser(source)).resolve()
+    name = path.stem if source_type(source) in ("tar", "csv") else path.name
+    return re.sub(r"[^\w.-]", "-", f"{name or 'data'}-{label}")
 
 
 def printable(text: str) -> str:
@@ -86,8 +86,3 @@ def printable(text: str) -> str:
 def first_names(names: list[str], count: int = 5) -> str:
     """Return the first names of a list, printable."""
     return printable(", ".join(names[:count]) + (", ..." if len(names) > count else ""))
-
-
-def as_file_name(text: str) -> str:
-    """Return a text as part of a file name, with letters of any script, digits, dots, dashes and underscores."""
-    return re.sub(r"[^\w.-]", "-", text)

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import WHERE, first_names
-from pdvit.data.sources.split import (
-    SPLIT_NAMES,
-    TEST_NAMES,
-    FileSplit,
-    Source,
-    Split,
-    assemble,
-    choose_splits,
-)
+from pdvit.data.sources.split import SPLIT_NAMES, TEST_NAMES, FileSplit, Source, Split, assemble, choose_splits
 from pdvit.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
