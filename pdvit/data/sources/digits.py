@@ -11,7 +11,7 @@ from pdvit.errors import UserError
 
 
 def read_digits(data: DataConfig) -> Source:
-    """Return 1,200 training, 237 validation and 360 test images, enlarged from 8x8 to 32x32 and divided by `data.split_seed`.
+    """Return 1,200 training, 237 validation and 360 test images of 32x32 pixels, divided by `data.split_seed`.
 
     `digits:A-B` has the images of the digits A to B, in the same splits. Raises UserError for an invalid range.
     """

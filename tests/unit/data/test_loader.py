@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pdvit.data.images import BadImages
-from pdvit.data.loader import _end_workers, eval_batches, shared_batches, steps_per_epoch
+from pdvit.data.loader import _end_workers, eval_batches, steps_per_epoch
 from pdvit.data.mixing import MODES
 from pdvit.data.sources.split import ArraySplit
 from pdvit.errors import UserError
@@ -33,8 +33,8 @@ def split(request):
 
 @pytest.mark.parametrize("start", [1, 3, 7])
 def test_starting_at_a_step_equals_getting_there(split, start):
-    mixing = replace(ON, labels=True)
-    assert same(take(split, 3, start, mixing=mixing, shift=2), take(split, start + 3, mixing=mixing, shift=2)[start:])
+    options = {"mixing": replace(ON, labels=True), "shift": 2}
+    assert same(take(split, 3, start, **options), take(split, start + 3, **options)[start:])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_batch_is_divided_without_loss_and_repeated(size):
 def test_processes_share_the_very_batches_of_one(split, processes):
     whole = list(eval_batches(split, LOADER))
     for rank in range(processes):
-        shared = shared_batches(split, replace(LOADER, rank=rank, processes=processes))
+        shared = eval_batches(split, replace(LOADER, rank=rank, processes=processes), shared=True)
         assert same(list(shared), whole[rank::processes])
 
 
@@ -156,5 +156,5 @@ def test_a_shared_batch_without_a_sound_image_is_left_out(image_files):
     for path in image_files.paths[:3]:
         path.write_text("not an image")
     loader = replace(LOADER, processes=2, bad=BadImages(skip=True))
-    assert sum(len(batch) for batch in shared_batches(image_files, loader)) == 2
+    assert sum(len(batch) for batch in eval_batches(image_files, loader, shared=True)) == 2
     assert len(loader.bad.found) == 3

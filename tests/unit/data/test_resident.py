@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from pdvit.config.schema import AugmentConfig
-from pdvit.data import resident as module
+from pdvit.data import loader as module
 from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
 from pdvit.data.images import BadImages
-from pdvit.data.loader import eval_batches
+from pdvit.data.loader import eval_batches, resident
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.resident import resident
 from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.errors import UserError
 from tests.unit.data import batches

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
-from pdvit.data.sources import source_label
+from pdvit.data.sources import run_name
 from pdvit.errors import UserError
 from tests.unit.data.batches import write_tree
 
@@ -39,7 +39,7 @@ def test_names_may_be_in_any_script(tmp_path):
     source = folder(root)
     assert source.classes == ["žába"]
     assert source.splits["val"].paths[0].name == "δύο.png"
-    assert source_label(DataConfig(source=str(root))) == "zvířata-動物"
+    assert run_name(str(root), "paper") == "zvířata-動物-paper"
 
 
 @pytest.mark.parametrize(

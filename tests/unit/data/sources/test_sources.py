@@ -10,15 +10,18 @@ from pdvit.data.sources import (
     first_names,
     list_source_types,
     printable,
-    source_label,
+    run_name,
     source_type,
     unused_source_settings,
 )
 
 
-@pytest.mark.parametrize(("source", "label"), [("digits", "digits"), ("some/place/my set!", "my-set-")])
-def test_a_label_is_fit_for_a_file_name(source, label):
-    assert source_label(DataConfig(source=source)) == label
+@pytest.mark.parametrize(
+    ("source", "label", "name"),
+    [("digits", "paper", "digits-paper"), ("a/my set!", "from-b:c", "my-set--from-b-c"), ("/", "none", "data-none")],
+)
+def test_the_name_of_a_run_is_fit_for_a_file_name(source, label, name):
+    assert run_name(source, label) == name
 
 
 def test_every_type_has_a_line_and_is_in_the_docs():
