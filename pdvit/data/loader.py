@@ -268,7 +268,7 @@ def resident(
         return source
     size, reason = (None, "--resident off") if setting == "off" else _choose(source, loader, augmentation, setting)
     if size is not None:
-        preprocessing, splits = loader.preprocessing, dict[str, Split]()
+        preprocessing, splits, total = loader.preprocessing, dict[str, Split](), 0
         whole = replace(preprocessing, crop_pct=1.0, crop_mode="center").evaluation()
         stored = whole if size == (preprocessing.size, preprocessing.size) else pixels_of
         for name, split in source.splits.items():
@@ -277,9 +277,9 @@ def resident(
             )
             if loader.bad.found:  # skipped: their replacements are chosen step by step
                 break
+            total += images.nbytes
             splits[name] = ArraySplit(images.to(loader.device), split.labels.to(loader.device))
         else:
-            total = sum(split.images.nbytes for split in splits.values())
             log(f"images: on {loader.device}, {total / 1e6:,.0f} MB ({reason})")
             return replace(source, splits=splits)
         if setting == "on":
