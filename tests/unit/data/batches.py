@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -30,12 +31,22 @@ def save_images(folder, images):
     return FileSplit(paths, torch.arange(len(paths)) % CLASSES)
 
 
+def write(path, pixels, form=None):
+    """Save an array as an image; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, form)
+    return path
+
+
+def fill(path, value):
+    """Give every pixel of an image file the same value."""
+    write(path, np.full_like(np.asarray(Image.open(path)), value))
+
+
 def write_tree(root, names):
     """Write a small image file for each name; return the root."""
     for name in names:
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(file, "PNG")
+        write(root / name, np.zeros((4, 4, 3), np.uint8), "PNG")
     return root
 
 

@@ -27,6 +27,7 @@ from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.errors import UserError
+from tests.unit.data.batches import fill, write
 
 CROP = 16
 PREPROCESSING = Preprocessing(CROP, 1.0, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -117,7 +118,7 @@ def test_ranks_evaluate_every_image_once(splits, camvid, processes, bad):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_mask_is_an_error_even_if_bad_images_are_skipped(splits, camvid, write, fill, workers):
+def test_a_bad_mask_is_an_error_even_if_bad_images_are_skipped(splits, camvid, workers):
     loader = replace(LOADER, bad=BadImages(skip=True), workers=workers)
     fill(camvid / "masks/train/2.png", 9)
     write(camvid / "masks/val/9.png", torch.zeros(3, 4, dtype=torch.uint8).numpy())

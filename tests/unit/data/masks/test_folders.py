@@ -13,6 +13,7 @@ from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks, try_pair
 from pdvit.data.opening import open_source
 from pdvit.errors import UserError
+from tests.unit.data.batches import fill, write
 
 # The ids that Cityscapes scores, from the benchmark's labels.py: road, sidewalk, building, ... motorcycle, bicycle.
 CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -33,7 +34,7 @@ def lengths(source):
     return {name: len(split) for name, split in source.splits.items()}
 
 
-def test_images_and_masks_are_paired_and_read_through_the_table(camvid, write, load):
+def test_images_and_masks_are_paired_and_read_through_the_table(camvid):
     write(camvid / "images/train/.hidden/1.png", GREY)
     write(camvid / "images/train/.2.png", GREY)
     source = opened(camvid)
@@ -42,7 +43,7 @@ def test_images_and_masks_are_paired_and_read_through_the_table(camvid, write, l
     assert "ignored in masks: 3" in source.describe()
     for role, split in source.splits.items():
         for index in range(len(split)):
-            expected = torch.from_numpy(load(camvid / "masks" / role / split.key(index).split("/")[1]))
+            expected = torch.from_numpy(np.array(Image.open(camvid / "masks" / role / split.key(index).split("/")[1])))
             image, mask = try_pair(split, index)
             assert torch.equal(mask, torch.where(expected == 3, 255, expected))
             assert (image.mode, image.size) == ("RGB", tuple(reversed(expected.shape)))
@@ -52,7 +53,7 @@ def test_images_and_masks_are_paired_and_read_through_the_table(camvid, write, l
     assert part.hash() != split.hash()
 
 
-def test_ade20ks_layout_is_recognized_by_its_name_or_its_list_of_objects(tmp_path, monkeypatch, write):
+def test_ade20ks_layout_is_recognized_by_its_name_or_its_list_of_objects(tmp_path, monkeypatch):
     ade, mask = tmp_path / "ADEChallengeData2016", np.arange(5, dtype=np.uint8)[None]
     for split, short, count in (("training", "train", 4), ("validation", "val", 2)):
         for number in range(1, count + 1):
@@ -76,7 +77,7 @@ def test_ade20ks_layout_is_recognized_by_its_name_or_its_list_of_objects(tmp_pat
     assert opened(renamed).classes == ADE
 
 
-def test_cityscapes_layout(tmp_path, write):
+def test_cityscapes_layout(tmp_path):
     values = np.array([[*range(34), 255]], np.uint8)
     for split, cities in (("train", ("aachen", "ulm")), ("val", ("lindau",)), ("test", ("berlin",))):
         for name in (f"{city}/{city}_000000_{frame:06d}" for city in cities for frame in range(2)):
@@ -108,7 +109,7 @@ def test_folders_without_splits_hold_out_a_tenth(camvid, tmp_path):
     assert opened(root).fingerprint() == source.fingerprint() != opened(root, split_seed=3).fingerprint()
 
 
-def test_without_a_table_the_ids_of_all_masks_are_the_classes(camvid, fill, load):
+def test_without_a_table_the_ids_of_all_masks_are_the_classes(camvid):
     (camvid / "classes.tsv").unlink()
     fill(camvid / "masks/test/12.png", 9)
     fill(camvid / "masks/val/10.png", 255)
@@ -118,24 +119,24 @@ def test_without_a_table_the_ids_of_all_masks_are_the_classes(camvid, fill, load
     assert source.splits["val"].mask(0).unique().tolist() == [255]
     assert "a table (classes.tsv, --classes) gives them names" in source.describe()
     for file in (camvid / "masks").rglob("*.png"):
-        image = Image.fromarray(load(file))
+        image = Image.fromarray(np.asarray(Image.open(file)))
         image.putpalette([level for index in range(256) for level in (index, 7, 255 - index)])
         image.save(file)
     assert opened(camvid).palette == [(index, 7, 255 - index) for index in (0, 1, 2, 3, 9)]
 
 
-def one_id(camvid, write):
+def one_id(camvid):
     for file in (camvid / "masks").rglob("*.png"):
         write(file, GREY + 5)
     (camvid / "classes.tsv").unlink()
 
 
-def colours_without_table(camvid, write):
+def colours_without_table(camvid):
     write(camvid / "masks/val/8.png", np.zeros((4, 4, 3), np.uint8))
     (camvid / "classes.tsv").unlink()
 
 
-def many_missing(camvid, write):
+def many_missing(camvid):
     for number in range(12):
         write(camvid / f"images/val/more{number:02}.png", GREY)
 
@@ -146,13 +147,13 @@ def many_missing(camvid, write):
         (one_id, "have 1 ids", "--classes"),
         (colours_without_table, "1 mask can't be used", "8.png (it is RGB"),
         (many_missing, "images without a mask in masks/val: 12", "and 2 more"),
-        (lambda root, _: shutil.copy(root / "masks/val/8.png", root / "masks/val/8.bmp"), "same name but", "val"),
-        (lambda root, _: shutil.rmtree(root / "images/val") or (root / "images/val").mkdir(), "no images in", ""),
-        (lambda root, _: shutil.rmtree(root / "masks"), "has no images/ and masks/", "--data"),
+        (lambda root: shutil.copy(root / "masks/val/8.png", root / "masks/val/8.bmp"), "same name but", "val"),
+        (lambda root: shutil.rmtree(root / "images/val") or (root / "images/val").mkdir(), "no images in", ""),
+        (lambda root: shutil.rmtree(root / "masks"), "has no images/ and masks/", "--data"),
     ],
 )
-def test_folders_that_are_not_complete_are_refused(camvid, write, spoil, message, place):
-    spoil(camvid, write)
+def test_folders_that_are_not_complete_are_refused(camvid, spoil, message, place):
+    spoil(camvid)
     with pytest.raises(UserError, match=message) as caught:
         opened(camvid)
     assert place in caught.value.where
@@ -195,7 +196,7 @@ def test_a_fingerprint_depends_on_tables_and_files_but_not_on_places(camvid, tmp
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(2, 1), (0, 2)])
-def test_the_check_names_every_fault_over_workers_and_ranks(camvid, write, fill, workers, ranks):
+def test_the_check_names_every_fault_over_workers_and_ranks(camvid, workers, ranks):
     fill(camvid / "masks/train/1.png", 4)
     write(camvid / "masks/train/2.png", np.zeros((5, 6), np.uint8))
     write(camvid / "masks/train/3.png", np.zeros((15, 17, 3), np.uint8))
@@ -235,7 +236,7 @@ def test_the_check_of_sound_masks_changes_nothing(camvid):
 
 
 @pytest.mark.parametrize(("split", "index"), [("train", 0), ("val", -1), ("test", 0)])
-def test_held_out_masks_and_the_first_training_mask_are_always_read(camvid, fill, split, index):
+def test_held_out_masks_and_the_first_training_mask_are_always_read(camvid, split, index):
     splits = opened(camvid).splits
     fill(Path(splits["train"].mask_name(1)), 4)  # met only in training
     mask = Path(splits[split].mask_name(range(len(splits[split]))[index]))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pdvit.data.masks.table import IGNORED, OUTSIDE, ClassTable, default_palette, read_table
 from pdvit.errors import UserError
+from tests.unit.data.batches import write
 
 TABLE = ClassTable.of_ids({7: "sky", 3: "road", 9: "car"}, ignored=[0])
 SIXTEEN = ClassTable.of_ids({value: str(value) for value in range(16)})
@@ -42,7 +43,7 @@ def test_ids_equal_a_plain_lookup(known, values):
         assert found.tolist() == [expected[:3], expected[3:]]
 
 
-def test_palette_16_bit_and_1_bit_masks_hold_ids(write, tmp_path):
+def test_palette_16_bit_and_1_bit_masks_hold_ids(tmp_path):
     image = Image.fromarray(np.array([[7, 3], [0, 255]], np.uint8)).convert("L")
     image.putpalette([value for index in range(256) for value in (index, 0, 255 - index)])
     image.save(tmp_path / "voc.png")
@@ -105,7 +106,7 @@ def test_colours_are_read_through_the_table(tmp_path, mode):
         ("mask.tiff", np.array([[-1, 1]], np.int32), TABLE, "not whole numbers"),
     ],
 )
-def test_masks_that_do_not_fit_the_table_are_refused(write, tmp_path, name, pixels, table, message):
+def test_masks_that_do_not_fit_the_table_are_refused(tmp_path, name, pixels, table, message):
     with pytest.raises(ValueError, match=message):
         read(table, write(tmp_path / name, pixels))
 

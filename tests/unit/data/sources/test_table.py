@@ -29,9 +29,9 @@ def test_paths_are_relative_to_the_table_and_classes_those_of_train(tmp_path):
     assert "1 of 2 classes have no image in val: cat" in source.describe()
 
 
-def test_whole_numbers_are_in_the_order_of_numbers(tmp_path):
+def test_whole_numbers_are_in_the_order_of_numbers_and_empty_rows_are_skipped(tmp_path):
     rows = "".join(f"{label}-{copy}.png,{label}\n" for label in (10, 9, 2) for copy in range(10))
-    source = table(tmp_path, "path,label\n" + rows)
+    source = table(tmp_path, f"path,label\n\n,,\n{rows}")
     assert source.classes == ["2", "9", "10"]
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 27, "val": 3}
     assert "split_seed 0" in source.describe()
@@ -73,8 +73,3 @@ def test_a_table_that_is_not_sound_is_refused(tmp_path, text, what):
 def test_a_table_without_splits_has_none_to_name(tmp_path, options):
     with pytest.raises(UserError, match="found: nothing"):
         table(tmp_path, "path,label\na.png,cat\nb.png,cat\n", **options)
-
-
-def test_empty_rows_are_skipped(tmp_path):
-    source = table(tmp_path, "path,label\n1.png,a\n\n,,\n2.png,a\n")
-    assert sum(map(len, source.splits.values())) == 2
