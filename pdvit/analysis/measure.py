@@ -142,9 +142,7 @@ def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
         batch = part if isinstance(part, Tensor) else part[0]
         if batch.ndim != 4:
             what = f"images have four axes (image, channel, height, width), not the shape {tuple(batch.shape)}"
-            raise UserError(
-                what, "analyze(model, images)", "add the missing axis, for example images[None] for one image"
-            )
+            raise UserError(what, "analyze(model, images)", "add an axis, for example images[None] for one image")
         if len(batch):
             yield batch.to(device)
 
@@ -155,7 +153,7 @@ def inference(images: Tensor) -> Iterator[None]:
     try:
         with torch.no_grad(), exact_float32(images.device):
             yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         tip = "choose a smaller --batch-size, fewer --metrics or a larger device"
@@ -200,15 +198,13 @@ class Moments:
         return Moments(total, self.mean + difference * other.count / total, squares)
 
     @property
-    def std(self) -> float | None:
-        """Standard deviation over images (n - 1) of a scalar; None for a single image."""
-        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
+    def std(self) -> float:
+        """Standard deviation over images (n - 1) of a scalar; NaN for a single image."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
 
     @property
-    def ci95(self) -> float | None:
-        """Half-width of the 95 % confidence interval of the mean (Student's t); None for a single image."""
-        if self.std is None:
-            return None
+    def ci95(self) -> float:
+        """Half-width of the 95 % confidence interval of the mean (Student's t); NaN for a single image."""
         return float(stdtrit(self.count - 1, 0.975)) * self.std / math.sqrt(self.count)
 
 
@@ -307,14 +303,13 @@ class LayerMetrics:
             place, moments = (model, layer.name, layer.depth, metric), sums.moments.get((group, metric, layer))
             if metric == "cka_last":
                 value = float(curves["cka"]["matrix"][number, -1])
-                rows.append((*place, value, None, None, sums.cka.images, sums.tokens[layer]))
+                rows.append((*place, value, math.nan, math.nan, sums.cka.images, sums.tokens[layer]))
             elif moments and metric in self.groups[group].columns:
                 spread = (moments.std, moments.ci95)
                 rows.append((*place, float(moments.mean), *spread, moments.count, sums.tokens[layer]))
             elif moments:
                 curves.setdefault(group, {})[f"{metric}/{layer.name}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
-        table = table.astype({"std": float, "ci95": float})  # a missing spread as NaN, not as None
         notes = []
         if self.first_layer is not None:
             notes.append(f"drift is measured from {self.first_layer.name}, at later layers of its grid and width")

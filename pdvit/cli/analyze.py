@@ -18,36 +18,25 @@ if TYPE_CHECKING:
     from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
     from pdvit.engine.terminal import RunConsole
 
+METRIC_NAMES = "similarity, similarity_signed, norms (the default), pairs, drift, rank, spectrum, attention, cka."
+
 
 def analyze(
-    checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="Run directories, timm folders, weight files, names of models.")
-    ] = None,
+    checkpoints: Annotated[list[str] | None, typer.Argument(help="Runs, timm folders, weight files, models.")] = None,
     images: Annotated[
-        list[str] | None,
-        typer.Option("--images", help="Folder, image file or source; repeatable. Unset: the run's held-out images."),
+        list[str] | None, typer.Option(help="Folder, file or source; unset: the run's held-out images.")
     ] = None,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metrics",
-            help="similarity, similarity_signed, norms (the default), pairs, drift, rank, spectrum, attention, cka.",
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of images.")] = 256,
+    metrics: Annotated[list[str] | None, typer.Option(help=METRIC_NAMES)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 256,
     model: Model = None,
     weights: Weights = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results of one checkpoint.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results of one checkpoint.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")] = 2,
     device: Device = "auto",
     on_bad_image: OnBadImage = None,
-    explore: Annotated[
-        bool, typer.Option("--explore", help="Write explorer.html, which shows similar patches in each image.")
-    ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Write report.html, the whole analysis as one page.")
-    ] = False,
+    explore: Annotated[bool, typer.Option("--explore", help="Write explorer.html: similar patches per image.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html, the whole analysis.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Measure how similar a model's patches are, layer by layer.
@@ -68,19 +57,11 @@ def analyze(
         flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
         flags |= {"data_on_bad_image": on_bad_image, "model": model, "weights": weights}
         analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **flags)
-        return _analyze(analyzer, _result_folders(paths, out), explore, report, as_json)
-
-
-def _result_folders(paths: list[str], out: Path | None) -> dict[str, Path]:
-    """Return the folder for the results of each checkpoint; UserError, before any work, if two are the same."""
-    folders: dict[str, Path] = {}
-    for path in paths:
-        folder = results_folder(Path(path), out, "analysis")
-        if folder in folders.values():
-            tip = "analyze them one by one, each with its own --out"
-            raise UserError("one folder can't hold several analyses", str(folder), tip)
-        folders[path] = folder
-    return folders
+        folders = {path: results_folder(Path(path), out, "analysis") for path in paths}
+        if len({*folders.values()}) < len(paths):
+            where, tip = ", ".join(map(str, folders.values())), "analyze them one by one, each with its own --out"
+            raise UserError("one folder can't hold several analyses", where, tip)
+        return _analyze(analyzer, folders, explore, report, as_json)
 
 
 def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, as_json: bool) -> int:

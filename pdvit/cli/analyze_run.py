@@ -126,19 +126,12 @@ class Analyzer:
 
     def _cka_between(self, first: CheckpointAnalysis, opened: OpenedCheckpoint, images: ImageSet) -> "pd.DataFrame":
         """Return the CKA between the layers of the first checkpoint and those of this one; raises UserError."""
-        if not _same_images(first.images, images):
+        one, two = ((it.description, it.split.hash()) for it in (first.images, images))
+        if one != two:
             raise UserError("they were measured on different images", first.path, "name the images: --images")
         other, other_images = self._open(first.path)  # once more, beside this one
         batches = self._batches(other, other_images, "cka"), self._batches(opened, images, "cka")
         return cka_between(other.loaded.model, opened.loaded.model, *batches, self.ranks)
-
-
-def _same_images(first: ImageSet, second: ImageSet) -> bool:
-    one, two = first.split, second.split
-    if isinstance(one, ArraySplit) or isinstance(two, ArraySplit):
-        return isinstance(one, ArraySplit) and isinstance(two, ArraySplit) and one.images.equal(two.images)
-    same = len(one) == len(two) and first.description == second.description
-    return same and all(one.name(index) == two.name(index) for index in range(len(one)))
 
 
 def describe(

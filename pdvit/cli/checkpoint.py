@@ -22,12 +22,10 @@ if TYPE_CHECKING:
     from pdvit.models.loading import LoadedModel
     from pdvit.tasks.windows import SlidingWindowConfig
 
-Model = Annotated[str | None, typer.Option("--model", help="timm's name of the model, if the file does not have it.")]
-Weights = Annotated[str | None, typer.Option("--weights", help="raw or ema, if a file holds both; unset: ema.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-OnBadImage = Annotated[
-    str | None, typer.Option("--on-bad-image", metavar="error|skip", help="Policy for images that do not decode.")
-]
+Model = Annotated[str | None, typer.Option(help="timm's name of the model, if the file does not have it.")]
+Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]
 
 
 @dataclass(frozen=True)

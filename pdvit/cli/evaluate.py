@@ -4,12 +4,10 @@ import csv
 import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from io import TextIOWrapper
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +19,6 @@ from pdvit.errors import UserError, closest
 from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
-    from _csv import Writer
-
     import pandas as pd
 
     from pdvit.data.sources.split import FileSplit
@@ -31,32 +27,24 @@ if TYPE_CHECKING:
     from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass; unset: the run's, else 32.")
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", "-j", min=0, help="Processes that decode image files; unset: the run's.")
-]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
+Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
-# The pictures of a segmentation, see `tasks.pictures.prediction_pngs`, and the classes that the terminal shows.
-PICTURE, WORST = re.compile(r"\d{2,}-(image|truth|prediction)\.png"), 10
-# Number of images up to which the terminal shows the labels, and of skipped images that it names.
-FEW = 20
+# The terminal shows so many classes, the labels of up to so many images, and the names of so many skipped ones.
+WORST, FEW = 10, 20
 
 Row = tuple[str, int, str, float]  # image, rank, label, probability
 
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Option("--data", help="A source; unset: that of the run.")] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="train, val or test; unset: as at the run's end.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="A source; unset: that of the run.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, val or test; unset: as at the run's end.")] = None,
     model: Model = None,
     weights: Weights = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     device: Device = "auto",
     precision: Precision = None,
     batch_size: BatchSize = None,
@@ -64,16 +52,12 @@ def evaluate(
     on_bad_image: OnBadImage = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
-    mode: Annotated[
-        str | None, typer.Option("--eval-mode", metavar="whole|slide", help="Segmentation; unset: the run's.")
+    eval_mode: Annotated[
+        str | None, typer.Option(metavar="whole|slide", help="Segmentation; unset: the run's.")
     ] = None,
-    stride: Annotated[
-        int | None, typer.Option("--stride", help="Segmentation: pixels from window to window; unset: the run's.")
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option("--classes", help="Segmentation: table of the classes of --data, as in pdvit segment.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate the first N images.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Segmentation: pixels from window to window.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Evaluate a checkpoint: accuracy, calibration and the confusion matrix, or the mIoU of a segmentation model."""
@@ -85,8 +69,9 @@ def evaluate(
         ranks = init_process_group()
         flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
         flags |= {"data_on_bad_image": on_bad_image, "run_device": device, "run_precision": precision}
-        flags |= {"segment_mode": mode, "segment_stride": stride, "segment_classes": classes}
-        of_pixels = {"--ms": multi_scale, "--flip": flip, "--eval-mode": mode, "--stride": stride, "--classes": classes}
+        flags |= {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
+        of_pixels = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
+        of_pixels |= {"--stride": stride, "--classes": classes}
         with ranks.raise_on_all_ranks():
             folder = results_folder(path, out, "eval")
             opened = open_checkpoint(path, ranks, model, weights, **flags)
@@ -188,8 +173,8 @@ def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Pa
 
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in (folder / "predictions").glob("*.png"):
-            if PICTURE.fullmatch(picture.name) and f"predictions/{picture.name}" not in files:
+        for part in ("image", "truth", "prediction"):
+            for picture in (folder / "predictions").glob(f"[0-9][0-9]-{part}.png"):
                 picture.unlink()
         for name, content in (files | {"eval.json": f"{to_json(numbers)}\n".encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -210,32 +195,27 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
         view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
     for _, row in table.sort_values(by, kind="stable").head(WORST).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
-        view.add_row(cell(row["class"]), f"{row[count]:,}", *(percent(row[name]) for name in fractions), cell(wrong))
+        percentages = (f"{row[name]:.1%}".replace("nan%", "-") for name in fractions)
+        view.add_row(cell(row["class"]), f"{row[count]:,}", *percentages, cell(wrong))
     console.print()
     console.print(view)
     images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
     log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})")
     if by == "iou":
-        windows = f"windows of {numbers['window']}, {numbers['stride']} apart"
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
-        mode = windows if numbers["mode"] == "slide" else f"whole images{large}"
-        log(console, f"views    {mode}; scales {numbers['scales']}{', mirrored too' if numbers['flip'] else ''}")
+        views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"
+        log(console, f"views    {views}; scales {{scales}}; flip {{flip}}".format(**numbers))
     log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
-
-
-def percent(fraction: float | None) -> str:
-    """Return a fraction as a percentage, a dash if it is missing."""
-    return "-" if fraction is None or math.isnan(fraction) else f"{fraction:.1%}"
 
 
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
-    top: Annotated[int, typer.Option("--top", min=1, help="Labels per image, the most probable first.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Labels per image, the most probable first.")] = 1,
     on_bad_image: OnBadImage = "error",
     model: Model = None,
     weights: Weights = None,
-    out: Annotated[str | None, typer.Option("--out", help="CSV file, - for standard output; folder of masks.")] = None,
+    out: Annotated[str | None, typer.Option(help="CSV file, - for standard output; folder of masks.")] = None,
     device: Device = "auto",
     precision: Precision = None,
     batch_size: BatchSize = None,
@@ -249,6 +229,7 @@ def predict(
     from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import stop_on_signals
+    from pdvit.tracking.run_directory import write_file
 
     files = image_files(images)
     flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
@@ -257,15 +238,21 @@ def predict(
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
     target = _target(path, out, top, masks=windows is not None)
     predictions = _masks(opened, files, target, windows) if windows else _labels(opened, files, top, console)
-    shown: list[Row] = []
-    # SIGTERM too must not leave a partial file.
-    with stop_on_signals() as stop, nullcontext() if windows else _csv_writer(target) as writer:
+    table, shown = StringIO(newline=""), list[Row]()
+    writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(("image", "rank", "label", "probability"))
+    with stop_on_signals() as stop:
         for rows in predictions:
             if stop:
                 raise KeyboardInterrupt
-            if writer:
-                writer.writerows(rows)
+            writer.writerows(rows)
             shown += rows if len(files) <= FEW and target else []
+    content = table.getvalue().encode(errors="surrogateescape")  # names can be of any bytes
+    if target is None:
+        sys.stdout.buffer.write(content)
+    elif windows is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, content)
     _print_labels(shown, len(files), opened.loader.bad.found, console)
     if target:
         log(console, f"written  {target / 'masks' if windows else target}")
@@ -347,23 +334,6 @@ def _mask_names(files: "FileSplit") -> list[Path]:
         what = f"two images would have the mask {twice.with_suffix('.png').name}"
         raise UserError(what, str(twice), "label them one after another, each with its own --out")
     return names
-
-
-@contextmanager
-def _csv_writer(file: Path | None) -> "Iterator[Writer]":
-    """Open a CSV file, which appears when it is complete, or standard output; names of any bytes are kept."""
-    from pdvit.tracking.run_directory import new_file
-
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext(sys.stdout.buffer) if file is None else new_file(file) as stream:
-        text = TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-        try:
-            writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-            writer.writerow(("image", "rank", "label", "probability"))
-            yield writer
-        finally:
-            text.detach()
 
 
 def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:

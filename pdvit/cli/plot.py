@@ -80,14 +80,8 @@ def _check_suffix(out: Path | None) -> Path | None:
 
 Runs = Annotated[list[Path] | None, typer.Argument(help="Run directories, or folders of analyses; unset: the newest.")]
 Run = Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest that has the data.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        callback=_check_suffix,
-        help="File; .png, .svg or .pdf decides the format. Its data go beside it, as CSV.",
-    ),
-]
+OUT = "File; .png, .svg or .pdf decides the format. Its data go beside it, as CSV."
+Out = Annotated[Path | None, typer.Option(callback=_check_suffix, help=OUT)]
 Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark background.")]
 
 
@@ -133,13 +127,8 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 @app.command()
 def maps(
     run: Run = None,
-    image: Annotated[int, typer.Option("--image", min=0, help="Number of the image, from 0.")] = 0,
-    patch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--patch", metavar="ROW,COL", help="Patch of the first layer, from 0,0; repeatable. Unset: three."
-        ),
-    ] = None,
+    image: Annotated[int, typer.Option(min=0, help="Number of the image, from 0.")] = 0,
+    patch: Annotated[list[str] | None, typer.Option(metavar="ROW,COL", help="From 0,0; repeatable.")] = None,
     out: Out = None,
     dark: Dark = False,
 ) -> None:
@@ -181,13 +170,8 @@ def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
 @app.command()
 def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
-    metric: Annotated[
-        str | None, typer.Option("--metric", help="Column of cells.csv. Unset: accuracy, or miou.")
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option("--baseline", metavar="KEY=VALUE", help="Baseline of differences. Unset: the first setting."),
-    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Column of cells.csv. Unset: accuracy, or miou.")] = None,
+    baseline: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Default: the first.")] = None,
     out: Out = None,
     dark: Dark = False,
 ) -> None:
