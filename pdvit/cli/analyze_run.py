@@ -187,11 +187,10 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
         opened = analyzer.open(result.path, SINGLE_PROCESS)
         pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
         models.append(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes))
-    total, images_shown = len(images.split), min(len(maps.names) for maps in models)
-    which = f"{images_shown} of {total:,}, spread evenly" if images_shown < total else f"all {total}"
-    fewer = "; more would make the page larger than 10 MB" if images_shown < len(shown.split) - len(bad.found) else ""
-    broken = f"; {len(bad.found)} left out that do not decode" if bad.found else ""
-    notes = [f"images: {which} ({images.description}){fewer}{broken}"]
+    count, left_out = min(len(maps.names) for maps in models), len(bad.found)
+    fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - left_out else ""
+    broken = f"; {left_out} left out that do not decode" if left_out else ""
+    notes = [f"images: {count} of {len(images.split):,}, spread evenly ({images.description}){fewer}{broken}"]
     page = results[0].folder / "explorer.html"
     with writing("the page", page):
         for result, maps in zip(results, models, strict=True):

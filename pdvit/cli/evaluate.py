@@ -237,7 +237,7 @@ def predict(
     opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
     target = _target(path, out, top, masks=windows is not None)
-    predictions = _masks(opened, files, target, windows) if windows else _labels(opened, files, top, console)
+    predictions = _masks(opened, files, target, windows) if windows and target else _labels(opened, files, top, console)
     table, shown = StringIO(newline=""), list[Row]()
     writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(("image", "rank", "label", "probability"))
@@ -296,21 +296,17 @@ def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "Ru
 
 
 def _masks(
-    opened: OpenedCheckpoint, files: "FileSplit", folder: Path | None, windows: "SlidingWindowConfig"
+    opened: OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig"
 ) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.masks.table import default_palette
-    from pdvit.models.segmentation.segmenter import Segmenter
     from pdvit.tasks.pictures import overlay, palette_image, png, predict_masks
     from pdvit.tasks.segmentation import pixel_network
     from pdvit.tracking.run_directory import write_file
 
-    loaded, names = opened.loaded, _mask_names(files)
-    assert isinstance(loaded.model, Segmenter)
-    assert loaded.classes
-    assert folder is not None
-    count, network = len(loaded.classes), pixel_network(loaded.model)
-    palette = loaded.palette or default_palette(count)
+    model: Any = opened.loaded.model
+    names, network, count = _mask_names(files), pixel_network(model), len(opened.loaded.classes or ())
+    palette = opened.loaded.palette or default_palette(count)
     for index, image, mask in predict_masks(network, files, count, opened.loader, opened.config, windows):
         for part, picture in (("masks", palette_image(mask, palette)), ("overlays", overlay(image, mask, palette))):
             file = folder / part / names[index]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pdvit.errors import UserError
 
@@ -28,24 +28,17 @@ def writing(what: str, where: Path, tip: str = OTHER) -> Iterator[None]:
         raise UserError(f"{what} can't be written: {error.strerror}", str(where), tip) from error
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside its target and rename it at the end; after an error the target is unchanged."""
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file beside its target and rename it; after an OSError the target is unchanged."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with beside.open("wb") as opened:
-            yield opened
+            opened.write(content.encode() if isinstance(content, str) else content)
             opened.flush()
             os.fsync(opened.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file beside its target and rename it; raises OSError."""
-    with new_file(path) as opened:
-        opened.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

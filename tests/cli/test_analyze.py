@@ -24,7 +24,6 @@ from pdvit.data.opening import open_source
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 
-COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -64,7 +63,6 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     monkeypatch.setattr(analyze_run, "PUBLISHED", {("vit_tiny_patch16_224", 2): "P of others"})
     result = analyzed(run_copy, "--limit", 1000)
     table = pd.read_csv(run_copy / "analysis.csv")
-    assert list(table.columns) == COLUMNS
     assert table.groupby("images").size().to_dict() == {360: 28, 32: 4}  # random weights on 32
     facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
     assert (facts["images_measured"], facts["patch_tokens"], facts["prefix_tokens_dropped"]) == (360, 16, 1)

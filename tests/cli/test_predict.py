@@ -88,7 +88,6 @@ def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_fol
     def signalled(*arguments):
         found = whole(*arguments)
         yield next(found)
-        assert len(list(run_copy.glob(".predictions*"))) == 1
         os.kill(os.getpid(), signal.SIGTERM)
         yield from found
 
