@@ -86,7 +86,7 @@ def measure(
                 model(batch)
     sums = MetricSums()
     for part in ranks.all_gather(layer_metrics.sums):
-        sums.merge(part)
+        sums.add(part)
     return layer_metrics.analysis(sums, name)
 
 
@@ -114,10 +114,8 @@ def cka_between(
                     model(batch)
                 with columns.batch(other_batch) as other_grams:
                     other(other_batch)
-                cka.update(grams, other_grams)
-    total = LinearCKA()
-    for part in ranks.all_gather(cka):
-        total.merge(part)
+                cka += LinearCKA.of(grams, other_grams)
+    total = sum(ranks.all_gather(cka), LinearCKA())
     if not total.images:
         raise UserError(f"there are no images, or no batch of {MIN_IMAGES}", "cka_between(...)", "pass larger batches")
     names, other_names = ([layer.name for layer in side.places] for side in (rows, columns))
@@ -217,15 +215,11 @@ class MetricSums:
     tokens: dict[Layer, int] = field(default_factory=dict)
     cka: LinearCKA = field(default_factory=LinearCKA)
 
-    def add(self, moments: dict[Key, Moments]) -> None:
-        """Add the moments of more images."""
-        for key, more in moments.items():
+    def add(self, other: "MetricSums") -> None:
+        """Add the sums over more images."""
+        for key, more in other.moments.items():
             self.moments[key] = self.moments[key] + more if key in self.moments else more
-
-    def merge(self, other: "MetricSums") -> None:
-        """Add the sums of another process."""
-        self.add(other.moments)
-        self.cka.merge(other.cka)
+        self.cka += other.cka
         self.tokens |= other.tokens
         self.images += other.images
 
@@ -258,7 +252,7 @@ class LayerMetrics:
             yield self.grams
         self.sums.images += len(images)
         if self.grams:
-            self.sums.cka.update(self.grams, self.grams)
+            self.sums.cka += LinearCKA.of(self.grams, self.grams)
         self.first = self.previous = None
 
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
@@ -284,7 +278,8 @@ class LayerMetrics:
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
         for values in results.values():
             _check_finite(values, layer)
-        self.sums.add({(group, name, layer): Moments.of(values) for name, values in results.items()})
+        moments = {(group, name, layer): Moments.of(values) for name, values in results.items()}
+        self.sums.add(MetricSums(moments=moments))
 
     def analysis(self, sums: MetricSums, model: str) -> Analysis:
         """Return the metrics of a model of that name; UserError if there were no images."""

@@ -70,7 +70,7 @@ def evaluate(
         flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
         flags |= {"data_on_bad_image": on_bad_image, "run_device": device, "run_precision": precision}
         flags |= {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
-        of_pixels = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
+        of_pixels: dict[str, Any] = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
         of_pixels |= {"--stride": stride, "--classes": classes}
         with ranks.raise_on_all_ranks():
             folder = results_folder(path, out, "eval")

@@ -93,12 +93,6 @@ def test_maps_are_drawn_for_the_patches_that_are_named(workplace, analysis_folde
     assert set(pd.read_csv("figure.csv")["patch"]) == {"0,3", "2,2"}
 
 
-def test_two_checkpoints_are_compared(analyses, capsys):
-    draw(capsys, "compare", *analyses(one=P, two=[0.1, 0.2, 0.2]))
-    apart = pd.read_csv("figure.csv").query("run == 'difference'")
-    assert apart["mean"].tolist() == pytest.approx([-0.1, -0.2, -0.4])
-
-
 SWEEP = """cell,variant,diversity.preset,run.seed,status,seconds,accuracy,similarity_last
 0,,none,0,finished,9,0.50,0.9
 1,,none,1,finished,9,0.60,0.8

@@ -7,6 +7,9 @@ the U-centred Gram matrix (Szekely & Rizzo 2014). So HSIC(K, K) is never negativ
 ways to compute the same sum lose that to rounding.
 """
 
+from dataclasses import dataclass
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -38,28 +41,24 @@ def centred_gram(tokens: Tensor) -> Tensor:
     return centred.fill_diagonal_(0)
 
 
+@dataclass(frozen=True)
 class LinearCKA:
     """CKA between every layer of one model and every layer of another (or the same), summed over batches."""
 
-    def __init__(self) -> None:
-        # n times HSIC of layer pairs, of the layers of the first model and of those of the second
-        self.sums: tuple[Tensor | float, ...] = (0.0, 0.0, 0.0)
-        self.images = 0
+    # n times HSIC of layer pairs, of the layers of the first model and of those of the second
+    sums: tuple[Tensor | float, ...] = (0.0, 0.0, 0.0)
+    images: int = 0
 
-    def update(self, first: list[Tensor], second: list[Tensor]) -> None:
-        """Add a batch: the `centred_gram` of each layer of the first and of the second model, for the same images."""
+    @classmethod
+    def of(cls, first: list[Tensor], second: list[Tensor]) -> "LinearCKA":
+        """Return the sums of a batch, from the `centred_gram` of each layer of both models for the same images."""
         one, two = (torch.stack(grams).flatten(1) for grams in (first, second))
-        batch = LinearCKA()
-        batch.images = len(first[0])
-        batch.sums = tuple(
-            (1 / (batch.images - 3) * value).cpu() for value in (one @ two.T, one.square().sum(1), two.square().sum(1))
-        )
-        self.merge(batch)
+        values, images = (one @ two.T, one.square().sum(1), two.square().sum(1)), len(first[0])
+        return cls(tuple((1 / (images - 3) * value).cpu() for value in values), images)
 
-    def merge(self, other: "LinearCKA") -> None:
-        """Add the sums of other images."""
-        self.sums = tuple(mine + more for mine, more in zip(self.sums, other.sums, strict=True))
-        self.images += other.images
+    def __add__(self, other: "LinearCKA") -> "LinearCKA":
+        """Return the sums with those of other images."""
+        return LinearCKA(tuple(map(add, self.sums, other.sums)), self.images + other.images)
 
     def compute(self) -> Tensor:
         """Return CKA, `(layers, other layers)`, in [-1, 1]; 0 for layers that are equal for all images."""
