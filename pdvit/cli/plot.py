@@ -239,7 +239,7 @@ def _write(figure: "Drawing", name: str, runs: Iterable[str], out: Path | None, 
     with writing("the figure", out):
         for file in texts:  # `--out RUN/analysis.png` must not replace RUN/analysis.csv
             if file.exists() and not file.read_bytes().startswith((b"run,", b"setting,", b"|")):
-                what = f"{file.name} is there, and is not the data of a figure"
+                what = f"{file.name} exists and is not the data of a figure"
                 raise UserError(what, str(file), "choose another --out: a figure's data go beside it, under its name")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, render(figure, out.suffix))

@@ -50,7 +50,7 @@ def run_sweep(
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         tip = "start it without torchrun: each cell gets its own device"
-        raise UserError("a sweep is not for several processes", "the environment", tip)
+        raise UserError("a sweep can't run in several processes", "the environment", tip)
     where = str(file)
     base, table = split(dict(layers)[where], where)
     assert table is not None, "only files with a [sweep] table come here"
@@ -76,7 +76,7 @@ def run_sweep(
         todo = [cell for cell in selected if states[cell.name] not in ("finished", "failed")]
     folder.begin(settings, table, cells)
     folder.write_table()
-    log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to do now")
+    log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
     if todo:
         limit = config.run.time_limit
         seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds

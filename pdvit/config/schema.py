@@ -189,7 +189,7 @@ class SegmentConfig:
     crop: int | None = key(None, "Side of crops and windows in pixels; unset: the image size.", "--crop", minimum=8)
     short_side: int | None = key(None, "Resize images to this short side first; unset: no.", "--short-side", minimum=8)
     jitter: tuple[float, float] = key((0.5, 2.0), "Resize range (min, max).", "--jitter", above=0, maximum=16)
-    max_share: float = key(0.75, "Redraw crops if one class covers more.", "--cat-max-ratio", above=0, maximum=1)
+    max_share: float = key(0.75, "Redraw crops with a larger part of one class.", "--cat-max-ratio", above=0, maximum=1)
     photometric: bool = key(True, "Brightness, contrast, saturation, hue jitter.", "--photometric/--no-photometric")
     mode: str | None = key(None, "Whole images or windows; unset: by model.", "--eval-mode", choices=("whole", "slide"))
     stride: int | None = key(None, "Window stride in pixels; unset: two thirds of a window.", "--stride", minimum=1)
@@ -236,12 +236,12 @@ class RunConfig:
     compile: bool = key(False, "torch.compile the model and the losses.", "--compile")
     deterministic: bool = key(False, "Only deterministic kernels (CPUs have no others).", "--deterministic")
     distribute: str = key("ddp", "Replicate (ddp) or shard (fsdp) the model.", "--distribute", choices=("ddp", "fsdp"))
-    time_limit: str | None = key(None, "Stop, resumable, after 12h.", "--time-limit", above=0, unit="min", clock=True)
-    stop_after: str | None = key(None, "Stop, resumable, after 300ep.", "--stop-after", above=0, unit="ep")
-    log_every: str = key("10st", "Length between training records.", "--log-interval", above=0, unit="st")
-    eval_every: str = key("1ep", "Length between evaluations.", "--val-interval", above=0, unit="ep")
+    time_limit: str | None = key(None, "Stop after 12h, resumable.", "--time-limit", above=0, unit="min", clock=True)
+    stop_after: str | None = key(None, "Stop after 300ep, resumable.", "--stop-after", above=0, unit="ep")
+    log_every: str = key("10st", "Interval of training records.", "--log-interval", above=0, unit="st")
+    eval_every: str = key("1ep", "Interval of evaluations.", "--val-interval", above=0, unit="ep")
     warn_similarity: float = key(
-        0.9, "Warn if P of the last layer is above.", "--warn-similarity", minimum=0, maximum=1
+        0.9, "Warn if P of the last layer is larger.", "--warn-similarity", minimum=0, maximum=1
     )
     track: str | None = key(None, "Also log to tensorboard, wandb or trackio; several with commas.", "--track")
     profile: str | None = key(None, "Write a profiler trace of steps FROM:TO, such as 20:25.", "--profile")
@@ -252,7 +252,7 @@ class RunConfig:
 class CheckpointConfig:
     """Checkpoint."""
 
-    every: str = key("10min", "Length between checkpoints: 1ep, 10min.", "--save-every", above=0, unit="ep", clock=True)
+    every: str = key("10min", "Interval of checkpoints: 1ep, 10min.", "--save-every", above=0, unit="ep", clock=True)
     keep: int = key(1, "Number of recent checkpoints to keep.", "--keep", minimum=1)
     best: bool = key(False, "Also keep the checkpoint with the best evaluation.", "--keep-best")
     milestones: str | None = key(None, "Always keep one every 30ep.", "--milestone-every", above=0, unit="ep")

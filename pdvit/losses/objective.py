@@ -126,7 +126,7 @@ class Objective:
                 raise UserError(what, where, "call the model without patch_targets, and the objective with them")
             if output.smoothing != self.label_smoothing:
                 theirs, ours = f"{output.smoothing:g}", f"{self.label_smoothing:g}"
-                what = f"the model has the mixing term with label smoothing {theirs}, the objective with {ours}"
+                what = f"the mixing term of the model has label smoothing {theirs}, the objective has {ours}"
                 raise UserError(what, where, f"call the model with (images, patch_targets, {ours})")
             return output.mixing
         if patch_targets is None or output.patch_logits is None:

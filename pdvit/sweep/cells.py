@@ -84,7 +84,7 @@ def numbers(text: str, count: int) -> set[int]:
         first = int(match[1]) if match else 0
         last = int(match[3] or count) if match and match[2] else first
         if not 1 <= first <= last <= count:
-            tip = f"give some of 1 to {count}, as 3-7 or 1,4,9-; list shows them, failed tries those again"
+            tip = f"give numbers from 1 to {count}, such as 3-7 or 1,4,9-, or list, or failed"
             raise UserError(f"there are no cells '{part.strip()}'", "--cells", tip)
         found |= set(range(first, last + 1))
     return found

@@ -130,7 +130,7 @@ def test_a_file_of_cells_is_a_sweep_too_and_its_figure_is_named_after_the_folder
         assert capsys.readouterr().out.endswith("figures/sweep-sweep-results.png\n")
     Path("figures", "sweep-sweep-results.md").write_text("# Mine")
     assert pdvit(["plot", "sweep", str(file)]) == 2
-    assert "sweep-sweep-results.md is there" in capsys.readouterr().err
+    assert "sweep-sweep-results.md exists" in capsys.readouterr().err
 
 
 def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):

@@ -75,7 +75,7 @@ def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, cap
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")}
     capsys.readouterr()
     assert pdvit(["train", "--config", "tiny.toml"]) == 0
-    assert "2 cells in runs/tiny, 0 of them to do now" in capsys.readouterr().out
+    assert "2 cells in runs/tiny, 0 of them to run now" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")} == before
 
 

@@ -157,7 +157,7 @@ def test_a_mixing_term_of_the_forward_pass_is_used_unless_it_has_another_form():
     for options, message in (
         ({"variant": "released", "cosine": 0}, "another form of it"),
         ({"multi_label": True}, "another form of it"),
-        ({"label_smoothing": 0.1}, "with label smoothing 0,"),
+        ({"label_smoothing": 0.1}, "has label smoothing 0,"),
     ):
         labels = F.one_hot(targets, CLASSES).float() if "multi_label" in options else targets
         with pytest.raises(UserError, match=message):
