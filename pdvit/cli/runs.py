@@ -121,7 +121,7 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
             directory = RunDirectory.create(config.run.out, name)
             directory.write("run.toml", text)
             environment = describe_environment(device) | {"threads": torch.get_num_threads()}
-            directory.write_json("environment.json", environment)
+            directory.write("environment.json", environment)
             path = directory.path
             if file := launch_file():
                 file.write_text(str(path.resolve()))

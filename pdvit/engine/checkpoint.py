@@ -1,7 +1,6 @@
 """Checkpoints on disk: a thread writes each beside its target and renames it; the pointer to it comes last."""
 
 import json
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,40 +17,34 @@ from safetensors.torch import load_file, save_file
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
-from pdvit.tracking.run_directory import sync, to_json, write_file
+from pdvit.tracking.run_directory import sync, write_file
 
+Check = Callable[[dict[str, Any]], None]  # of metadata; raises UserError
 LAST, BEST = "last", "best"
-METADATA, SUFFIX = "state.json", ".safetensors"
+METADATA, SUFFIX, FOLDERS = "state.json", ".safetensors", "step-" + 8 * "[0-9]"
+JSON: dict[str, Any] = {"indent": 2, "ensure_ascii": False}  # Python reads back numbers that are not finite
 # What damaged files make Python, torch and safetensors raise.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, SafetensorError)
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: the newest `keep`, the best, and multiples of `milestone_every` steps."""
+    """The folder `checkpoints/` of a run: the newest `keep`, the best, and multiples of `milestone_every` steps.
+
+    `writing` is the last write. Its result waits until it is on the disk, and raises UserError if it failed.
+    """
 
     def __init__(self, folder: Path, keep: int = 1, milestone_every: int | None = None) -> None:
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.writing: Future[None] | None = None
+        self.writing: Future[None] = Future()
+        self.writing.set_result(None)
 
     def save(self, snapshot: Snapshot, best: bool = False) -> None:
         """Start to write a snapshot; raises UserError if the last write failed."""
-        self.wait()  # so that at most one waits in memory
+        self.writing.result()  # so that at most one waits in memory
         self.writing = self.writer.submit(self._write, snapshot, best)
 
-    def wait(self) -> None:
-        """Wait until the last write is on the disk; raises UserError if it failed."""
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
-
-    def failed(self) -> bool:
-        """Return, without waiting, whether the last write failed; `wait` then raises its error."""
-        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
-
-    def load(
-        self, state: TrainState, check: Callable[[dict[str, Any]], None], tip: str = "start the run again"
-    ) -> Snapshot | None:
+    def load(self, state: TrainState, check: Check, tip: str = "start the run again") -> Snapshot | None:
         """Load the checkpoint that `last` points to, if there is one, and return it. All ranks take part.
 
         Raises UserError, with `tip` or an older checkpoint, if it is damaged, and what `check` raises for its metadata.
@@ -63,7 +56,7 @@ class Checkpoints:
                 state.load_state_dict(snapshot)
         return snapshot
 
-    def _read(self, ranks: Ranks, check: Callable[[dict[str, Any]], None]) -> Snapshot:
+    def _read(self, ranks: Ranks, check: Check) -> Snapshot:
         """Read a checkpoint; ranks other than 0 read only their own small tensors."""
         source = self.folder / (self.folder / LAST).read_text().strip()
         metadata = json.loads((source / METADATA).read_text())
@@ -72,7 +65,7 @@ class Checkpoints:
             raise UserError(what, str(source), "resume it with the version of pdvit that wrote it, or start a new run")
         sums = metadata.pop("checksums")
         for name, expected in sorted(sums.items()) if ranks.main else ():
-            found = zlib.crc32(to_json(metadata).encode()) if name == METADATA else _checksum(source / name)
+            found = _checksum(metadata if name == METADATA else source / name)
             if found != expected:
                 raise ValueError(f"{name} is not what was written (checksum {found:08x}, not {expected:08x})")
         check(metadata)
@@ -93,12 +86,13 @@ class Checkpoints:
             raise
         except DAMAGE as error:
             damaged = self._read_pointer(LAST)
-            if older := [name for name in self._names() if name < damaged]:
-                tip = f"write {older[-1]}, an older one, into {self.folder / LAST}, or {tip}"
+            if older := [path.name for path in self.folder.glob(FOLDERS) if path.name < damaged]:
+                tip = f"write {max(older)}, an older one, into {self.folder / LAST}, or {tip}"
             what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
             raise UserError(what, str(self.folder / damaged), tip) from error
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
+        """Write a snapshot and its pointers, then remove what is not to be kept."""
         name = f"step-{snapshot.step:08d}"
         beside, target = self.folder / f".{name}", self.folder / name
         try:
@@ -110,8 +104,8 @@ class Checkpoints:
                 for file, tensors in snapshot.tensors.items():
                     save_file(tensors, beside / f"{file}{SUFFIX}")
                 sums = {path.name: _checksum(path) for path in beside.glob(f"*{SUFFIX}")}
-                sums[METADATA] = zlib.crc32(to_json(snapshot.metadata).encode())
-                write_file(beside / METADATA, to_json(snapshot.metadata | {"checksums": sums}))
+                sums[METADATA] = _checksum(snapshot.metadata)
+                write_file(beside / METADATA, json.dumps(snapshot.metadata | {"checksums": sums}, **JSON))
                 for path in (*beside.glob(f"*{SUFFIX}"), beside):
                     sync(path)
                 shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its pointer was written
@@ -120,23 +114,16 @@ class Checkpoints:
             for pointer in (BEST, LAST) if best else (LAST,):
                 write_file(self.folder / pointer, name)
             sync(self.folder)
-            self._remove_old(name)
+            every, names = self.milestone_every, sorted(path.name for path in self.folder.glob(FOLDERS))
+            kept = [older for older in names if older <= name][-self.keep :]
+            for other in {*names} - {*kept, self._read_pointer(BEST)}:
+                # those after the newest are left from before the run was resumed
+                if other > name or not every or int(other.removeprefix("step-")) % every:
+                    shutil.rmtree(self.folder / other, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
             raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error
-
-    def _remove_old(self, newest: str) -> None:
-        """Remove all but the newest few, the best and the milestones."""
-        names, every = self._names(), self.milestone_every
-        kept = [name for name in names if name <= newest][-self.keep :]
-        for name in {*names} - {*kept, self._read_pointer(BEST)}:
-            # those after the newest are left from before the run was resumed
-            if name > newest or not every or int(name.removeprefix("step-")) % every:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-
-    def _names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
 
     def _read_pointer(self, name: str) -> str:
         with suppress(OSError, ValueError):
@@ -144,7 +131,9 @@ class Checkpoints:
         return ""
 
 
-def _checksum(path: Path) -> int:
-    """Return the CRC-32 of a file."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return zlib.crc32(content)
+def _checksum(content: Path | dict[str, Any]) -> int:
+    """Return the CRC-32 of a file, or of metadata as JSON."""
+    if isinstance(content, dict):
+        return zlib.crc32(json.dumps(content, **JSON).encode())
+    with content.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+        return zlib.crc32(mapped)

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import resource
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 
 import torch
 
@@ -25,8 +25,9 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and local_rank is not None:
         if name != "cuda":
-            tip = "use --device cuda: each process uses its own GPU"
-            raise UserError(f"several processes can't share '{name}'", where, tip)
+            raise UserError(
+                f"several processes can't share '{name}'", where, "use --device cuda: each uses its own GPU"
+            )
         name = f"cuda:{local_rank}"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"pdvit does not run on '{name}'", where, "use cpu or cuda")
@@ -50,11 +51,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context of forward passes in `fp32`, `bf16` or `fp16`."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def set_up(device: torch.device, run: RunConfig) -> None:
@@ -80,9 +80,8 @@ def set_up(device: torch.device, run: RunConfig) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that a device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
-    )
+    full = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return full or isinstance(error, torch.OutOfMemoryError)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -67,13 +67,6 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 
 
-def is_lost_rank(error: BaseException) -> bool:
-    """Return whether an error means that another process no longer answers."""
-    return dist.is_initialized() and (
-        isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-    )
-
-
 def launch_file() -> Path | None:
     """Return a path that a launch of torchrun keeps over its restarts; None without torchrun."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LAUNCH/attempt_0/RANK/error.json
@@ -81,18 +74,14 @@ def launch_file() -> Path | None:
 
 
 class AnyRank:
-    """Returns for each flag whether any rank raised it in the call before: that is known without waiting."""
+    """Returns for each flag whether any of several ranks raised it in the call before, so that no rank waits."""
 
-    def __init__(self, ranks: Ranks, flags: int) -> None:
-        self.several = ranks.world_size > 1
-        if self.several:
-            self.group: Any = dist.new_group(backend="gloo")  # of its own, so that a GPU's queue is not waited for
-            self._send((False,) * flags)
+    def __init__(self, flags: int) -> None:
+        self.group: Any = dist.new_group(backend="gloo")  # of its own, so that a GPU's queue is not waited for
+        self._send((False,) * flags)
 
     def __call__(self, *flags: bool) -> tuple[bool, ...]:
         """Send the flags and return the answer."""
-        if not self.several:
-            return flags  # of this call: there is nobody to wait for
         self.pending.wait()
         answer = tuple(map(bool, self.sent.tolist()))
         self._send(flags)

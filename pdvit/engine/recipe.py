@@ -21,6 +21,8 @@ FIXED = frozenset(
     }
 )
 
+HEADS = ("diversity.mixing", "segment.aux")  # zero or not: these add or remove a head
+
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings of two configurations that differ, with both values; None if it is unset."""
@@ -34,9 +36,7 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
 def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
     """Raise UserError for a change `{key: (old, new)}` that needs a new run."""
     for key, (old, new) in changes.items():
-        # these add or remove a head
-        switched = key in ("diversity.mixing", "segment.aux") and bool(old) != bool(new)
-        if key in FIXED or switched:
+        if key in FIXED or (key in HEADS and bool(old) != bool(new)):
             raise UserError(f"{key} can't change from {old} to {new} within a run", where, "start a new run with it")
 
 
@@ -44,15 +44,11 @@ def check_recipe(saved: Mapping[str, Any], config: Mapping[str, Any], recorded: 
     """Raise UserError if the configuration differs from the saved one, except in `recorded` changes."""
     saved, config = (to_dict(resolve(build((where, recipe)))) for recipe in (saved, config))  # fills in defaults
     changes = changed_keys(saved, config).items()
-    differ = {key: values for key, values in changes if not (key in recorded and recorded[key] == values[1])}
+    differ = [(key, old, new) for key, (old, new) in changes if not (key in recorded and recorded[key] == new)]
     if differ:
-        listed = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in differ.items()]
-        key, (old, _) = next(iter(differ.items()))
-        raise UserError(
-            f"the checkpoint is of another recipe: {'; '.join(listed)}",
-            where,
-            f"restore run.toml ({key} = {old!r}); to resume with another setting, --change section.key=value",
-        )
+        what = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in differ)
+        tip = f"restore run.toml ({differ[0][0]} = {differ[0][1]!r}); to resume with another setting, --change"
+        raise UserError(f"the checkpoint is of another recipe: {what}", where, f"{tip} section.key=value")
 
 
 def check_data(saved: Mapping[str, Any], data: Mapping[str, Any], where: str) -> None:
@@ -65,8 +61,5 @@ def check_data(saved: Mapping[str, Any], data: Mapping[str, Any], where: str) ->
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             before, now = old.get("images"), new.get("images")
             what = f"{name} has {now} images, and had {before}" if now != before else f"{name} has changed"
-        raise UserError(
-            f"the data are not those that the run began with: {what}",
-            where,
-            "restore them, or start a new run; moved data are found with --change data.source=PATH",
-        )
+        tip = "restore them, or start a new run; moved data are found with --change data.source=PATH"
+        raise UserError(f"the data are not those that the run began with: {what}", where, tip)

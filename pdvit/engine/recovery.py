@@ -3,15 +3,15 @@
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from pdvit.engine.checkpoint import LAST, Checkpoints
+from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.device import is_out_of_memory
-from pdvit.engine.distributed import is_lost_rank
 from pdvit.engine.protocol import TrainBatch
 from pdvit.engine.recipe import check_data
 from pdvit.engine.state import TrainState, named
@@ -32,15 +32,8 @@ def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor]) 
         shutil.rmtree(run / REPLAY, ignore_errors=True)  # the same step of an earlier attempt would stay
         checkpoints = Checkpoints(run / REPLAY)
         checkpoints.save(snapshot)
-        checkpoints.wait()
+        checkpoints.writing.result()
     state.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
-
-
-def remove_replay(run: Path, step: int) -> None:
-    """Remove the saved state if it is of a step before `step`: a run that saves a later checkpoint has recovered."""
-    with suppress(OSError, ValueError):
-        if (run / REPLAY / LAST).read_text() < f"step-{step:08d}":
-            shutil.rmtree(run / REPLAY)
 
 
 def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[str, float], list[str]]:
@@ -71,7 +64,8 @@ def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[st
 
 def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainBatch | None) -> BaseException:
     """Wrap errors of torch in messages with advice; `batch` is the last one."""
-    if is_lost_rank(error):
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    if lost and dist.is_initialized():
         tip = f"see its own message, then resume with: --resume {run}"
         return RunFailed("another process of the run no longer answers", tip)
     if not is_out_of_memory(error):
@@ -79,13 +73,13 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     traceback.clear_frames(error.__traceback__)  # they hold the step's activations
     ranks = updater.state.ranks.world_size
     images = min(updater.micro_batch, updater.task.batch_size // ranks)
-    size, fits = max(1, images // 2), ""
+    size, found = max(1, images // 2), ""
     if batch is not None and ranks == 1:  # with several ranks, a trial would disturb the collectives of the others
         size = largest(updater, batch, images // 2)
-        fits = f"{size} fit; "
-    tip = "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16"
-    if size:
-        tip = f"{fits}resume the same batches in parts: --resume {run} --change data.micro_batch={size}"
+        found = f"{size} fit; "
+    tip = f"{found}resume the same batches in parts: --resume {run} --change data.micro_batch={size}"
+    if size == 0:
+        tip = "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16"
     return RunFailed(f"{updater.state.device} has no memory for {images} images at a time", tip)
 
 

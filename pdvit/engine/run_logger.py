@@ -3,10 +3,11 @@
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,9 @@ from pdvit.tracking.run_directory import RunDirectory, Status
 from pdvit.tracking.trackers import Trackers
 
 
-class PhaseTimer:
-    """Adds up the seconds of each phase in `seconds`; one phase runs at a time.
-
-    On a GPU the time of a step appears where the host waits for it: in the step that logs.
-    """
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.phase = seconds, ""
-        self.created = self.since = time.perf_counter()
-
-    def start(self, phase: str) -> None:
-        """End the current phase and start another."""
-        now = time.perf_counter()
-        if self.phase:
-            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
-        self.phase, self.since = phase, now
-
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Run a phase in between, then return to the current one."""
-        before = self.phase
-        self.start(phase)
-        try:
-            yield
-        finally:
-            self.start(before)
-
-    def elapsed(self) -> float:
-        """Return the seconds since the timer was made."""
-        return time.perf_counter() - self.created
-
-
 @dataclass
 class RunLogger:
-    """Writes records, status and display of a run."""
+    """Writes records, status and display of a run, and adds up the seconds of its phases."""
 
     directory: RunDirectory
     console: Console
@@ -68,13 +37,20 @@ class RunLogger:
 
     def __post_init__(self) -> None:
         self.display = Display(self.console, self.steps.total, self.progress.step)
-        self.timer = PhaseTimer(self.progress.seconds_by_phase)
+        self.phase, self.created, self.since = "", time.perf_counter(), time.perf_counter()
         self.logged = (self.progress.samples, dict(self.progress.seconds_by_phase))
 
     @property
     def epoch(self) -> float:
         """Epochs done."""
         return round(self.progress.step / self.steps.per_epoch, 4)
+
+    def start(self, phase: str) -> None:
+        """End the current phase and start another. On a GPU the step that logs waits for those before it."""
+        now, seconds = time.perf_counter(), self.progress.seconds_by_phase
+        if self.phase:
+            seconds[self.phase] = seconds.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since = phase, now
 
     def log_train(self, means: Mapping[str, float], skipped: int, lr: float) -> None:
         """Write the means since the last such record, with the rate and the seconds by phase."""
@@ -83,25 +59,19 @@ class RunLogger:
         rate = (progress.samples - samples) / max(passed.get("data", 0.0) + passed.get("step", 0.0), 1e-9)
         self.logged = (progress.samples, dict(progress.seconds_by_phase))
         timing = {"seconds": progress.seconds, "images_per_second": rate, "peak_memory_mb": peak_memory(self.device)}
-        self._record("train", {**means, "skipped": skipped, "lr": lr}, timing | passed)
+        self.log("train", {**means, "skipped": skipped, "lr": lr}, timing | passed)
         metrics = {name: value for name, value in means.items() if name != "grad_norm"}
         metrics |= {"skipped": progress.skipped} if progress.skipped else {}
         epoch = f"epoch {math.ceil(self.epoch)}/{math.ceil(self.steps.total / self.steps.per_epoch)}"
         self.display.show(progress.step, epoch, rate, metrics)
 
-    def log_evaluation(self, records: Mapping[str, Mapping[str, Any]], headline: str) -> None:
-        """Write the records of an evaluation, by type, and print its headline."""
-        for record_type, record in records.items():
-            self._record(record_type, record)
-        self.display.log(f"epoch {self.epoch:>4.4g}  {headline}")
-
     def write_status(self, status: Status, **details: Any) -> None:
         """Write status.json: the step and the best evaluation."""
         best = {self.best_metric: self.progress.best, "step": self.progress.best_step}
-        content = {"status": status, "step": self.progress.step, "best": best, **details}
-        self.directory.write_json("status.json", content)
+        self.directory.write("status.json", {"status": status, "step": self.progress.step, "best": best, **details})
 
-    def _record(self, record_type: str, metrics: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
+    def log(self, record_type: str, metrics: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
+        """Write a record into metrics.jsonl and to the trackers."""
         record = {"kind": record_type, "step": self.progress.step, "epoch": self.epoch, **metrics}
         record |= {"time": timing} if timing else {}  # apart, because it differs between two runs of one recipe
         self.directory.append(record)
@@ -113,11 +83,8 @@ class RunLogger:
 def profile_steps(batches: Generator[Any], start: int, steps: range, folder: Path, suffix: str) -> Generator[Any]:
     """Yield the batches of steps start, start + 1, ... and write a trace of `steps` for a trace viewer."""
     traced = range(max(start, steps.start), steps.stop)
-
-    def write(recorder: profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        recorder.export_chrome_trace(str(folder / f"steps-{traced.start}-{steps.stop}{suffix}.json"))
-
+    folder.mkdir(parents=True, exist_ok=True)
+    write = methodcaller("export_chrome_trace", str(folder / f"steps-{traced.start}-{steps.stop}{suffix}.json"))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library reports harmless events to stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with closing(batches):

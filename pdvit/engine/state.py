@@ -108,6 +108,16 @@ class TrainState:
         own |= {f"generator.{name}": value for name, value in (generators or self.generators()).items()}
         for rank, tensors in enumerate(self.ranks.all_gather(own)):
             rest |= {f"{rank}.{name}": value for name, value in tensors.items()}
+
+        def encode(item: Any) -> dict[str, str]:
+            """Return a reference for what JSON does not have; tensors move to `rest`."""
+            if isinstance(item, Tensor):
+                rest[f"optimizer.{len(rest)}"] = item
+                return {TENSOR: f"optimizer.{len(rest) - 1}"}
+            if isinstance(item, torch.dtype):
+                return {DTYPE: str(item).removeprefix("torch.")}
+            raise TypeError(f"the optimizer has a {type(item).__name__}, which a checkpoint can't hold")
+
         optimizer = get_optimizer_state_dict(self.module, self.optimizer)  # by the names of parameters
         metadata = {
             "version": VERSION,
@@ -117,7 +127,7 @@ class TrainState:
             "progress": asdict(self.progress),
             "metric_names": list(self.metrics.sums),
             "scaler": self.scaler.state_dict(),
-            "optimizer": pack(optimizer, "optimizer", rest),
+            "optimizer": json.loads(json.dumps(optimizer, default=encode)),
         }
         files = {"module": self.module.state_dict(), "state": rest}
         files |= {"ema": self.ema.module.state_dict()} if self.ema else {}
@@ -136,7 +146,13 @@ class TrainState:
         options = StateDictOptions(full_state_dict=several, broadcast_from_rank0=several, strict=False)
         # Groups as this run configures them: their number changes with the layer decay.
         groups: Any = get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
-        saved = unpack(metadata["optimizer"], tensors["state"]) if main else {}
+
+        def decode(item: dict[str, Any]) -> Any:
+            if TENSOR in item:
+                return tensors["state"][item[TENSOR]]
+            return getattr(torch, item[DTYPE]) if DTYPE in item else item
+
+        saved = json.loads(json.dumps(metadata["optimizer"]), object_hook=decode) if main else {}
         if main and len(saved["param_groups"]) == len(groups):
             for group, old in zip(groups, saved["param_groups"], strict=True):
                 group |= {key: value for key, value in old.items() if key not in CONFIGURED}
@@ -153,11 +169,10 @@ class TrainState:
         self.progress = Progress(**metadata["progress"])
         # On more processes than before, the new ones take the means of rank 0 and keep their own generators.
         rest, rank = tensors["state"], self.ranks.rank
-        known = f"{rank}.generator.cpu" in rest or rank == 0
-        prefix = f"{rank if known else 0}.metrics."
-        names = metadata["metric_names"]
-        self.metrics.sums = {name: rest[prefix + name].to(self.device, torch.float64) for name in names}
-        if known:
+        own = rank if f"{rank}.generator.cpu" in rest else 0
+        sums = {name: rest[f"{own}.metrics.{name}"] for name in metadata["metric_names"]}
+        self.metrics.sums = {name: value.to(self.device, torch.float64) for name, value in sums.items()}
+        if own == rank:
             self.set_generators(named(rest, f"{rank}.generator."))
 
     def check_weights(self) -> None:
@@ -171,10 +186,8 @@ class TrainState:
 
     def generators(self) -> dict[str, Tensor]:
         """Return the states of this process's generators, which drop path and dropout use."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
 
     def set_generators(self, states: Mapping[str, Tensor]) -> None:
         """Restore what `generators` returned."""
@@ -186,28 +199,3 @@ class TrainState:
 def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` for JSON, with every tensor in it moved to `tensors`; raises TypeError for other objects."""
-
-    def encode(item: Any) -> dict[str, str]:
-        if isinstance(item, Tensor):
-            tensors[f"{name}.{len(tensors)}"] = item
-            return {TENSOR: f"{name}.{len(tensors) - 1}"}
-        if isinstance(item, torch.dtype):
-            return {DTYPE: str(item).removeprefix("torch.")}
-        raise TypeError(f"{name} has a {type(item).__name__}, which a checkpoint can't hold")
-
-    return json.loads(json.dumps(value, default=encode))
-
-
-def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `pack`; tuples become lists."""
-
-    def decode(item: dict[str, Any]) -> Any:
-        if TENSOR in item:
-            return tensors[item[TENSOR]]
-        return getattr(torch, item[DTYPE]) if DTYPE in item else item
-
-    return json.loads(json.dumps(value), object_hook=decode)

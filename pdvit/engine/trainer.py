@@ -1,16 +1,10 @@
-"""The training loop.
-
-Events of one step, in order:
-    next batch (augmented and mixed on the device)
-    forward pass and objective, backward, part by part
-    clip; update if loss and gradient are finite; moving average
-    if due: log, evaluate, save
-    stop if asked to
-"""
+"""The training loop. `Trainer.run` has the events of a step in their order."""
 
 import math
+import shutil
+import time
 from collections.abc import Generator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -21,11 +15,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
-from pdvit.engine.checkpoint import Checkpoints
+from pdvit.engine.checkpoint import LAST, Checkpoints
 from pdvit.engine.distributed import AnyRank, Ranks
 from pdvit.engine.protocol import Task, TrainBatch
 from pdvit.engine.recipe import check_data, check_recipe
-from pdvit.engine.recovery import remove_replay, save_replay, with_advice
+from pdvit.engine.recovery import REPLAY, save_replay, with_advice
 from pdvit.engine.run_logger import RunLogger, profile_steps
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.engine.state import TrainState
@@ -35,8 +29,7 @@ from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory, Status
 from pdvit.tracking.trackers import Trackers
 
-# Skipped steps in a row after which a run fails.
-# A float16 run first has to find its loss scale: 65,536, halved each time.
+# Skipped steps in a row after which a run fails. A float16 run first halves its loss scale, from 65,536.
 MAX_SKIPPED, MAX_SKIPPED_FP16 = 5, 25
 
 
@@ -47,16 +40,15 @@ class Trainer:
         """Prepare everything that can fail before a run directory exists; raises UserError."""
         self.task, self.config, self.device, self.ranks = task, config, device, ranks
         self.steps = make_step_schedule(config, task.steps_per_epoch, task.batch_size)
-        decay = config.optim.ema_decay
-        ema = None if decay is None else ModelEmaV3(task.module, decay=decay)
+        ema = None if config.optim.ema_decay is None else ModelEmaV3(task.module, decay=config.optim.ema_decay)
         self.weights = "raw" if ema is None else "ema"
         self.evaluated: torch.nn.Module = task.module if ema is None else ema.module
         network = parallelize(task, ema, config.run, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, self.steps)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
-        recipe, data = to_dict(config), dict(task.fingerprint)
-        self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, recipe, data)
+        data = dict(task.fingerprint)
+        self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data)
         self.updater = Updater(task, network, self.state, config)
         self.batch: TrainBatch | None = None
         self.saved_at, self.save_owed = 0.0, False
@@ -93,7 +85,7 @@ class Trainer:
         self.directory, keep = directory, self.config.checkpoint.keep
         self.checkpoints = Checkpoints(directory.path / "checkpoints", keep, steps.milestone_every)
         logger = RunLogger(directory, console, progress, steps, self.task.best_metric, self.device)
-        self.logger, any_rank = logger, AnyRank(self.ranks, flags=2)
+        self.logger, any_rank = logger, AnyRank(flags=2) if self.ranks.world_size > 1 else None
         logger.write_status("running")
         try:
             with logger.display, closing(self._batches()) as batches:
@@ -101,7 +93,7 @@ class Trainer:
                     logger.trackers = Trackers(directory.path, state.config, progress.step, logger.display.log)
                 for batch in batches:
                     self.batch = batch
-                    logger.timer.start("step")
+                    logger.start("step")
                     self.lr_scheduler.step_update(progress.step)
                     generators = state.generators()
                     state.metrics.add(*self.updater(batch, progress.step + 1))
@@ -110,21 +102,26 @@ class Trainer:
                     if steps.due(progress.step, steps.log_every):
                         self._log(generators)
                     better = steps.due(progress.step, steps.eval_every) and self._evaluate()
-                    elapsed = logger.timer.elapsed()
+                    elapsed = time.perf_counter() - logger.created
                     if steps.time_limit_seconds is not None and elapsed >= steps.time_limit_seconds:
                         stop.reason = stop.reason or "time limit"
-                    overdue = steps.save_seconds is not None and elapsed - self.saved_at >= steps.save_seconds
-                    stopping, save = any_rank(bool(stop), overdue or self.checkpoints.failed())  # to raise its error
+                    overdue = (
+                        steps.save_every_seconds is not None and elapsed - self.saved_at >= steps.save_every_seconds
+                    )
+                    writing = self.checkpoints.writing
+                    failed = writing.done() and writing.exception() is not None  # the next save raises its error
+                    flags = bool(stop), overdue or failed
+                    stopping, save = any_rank(*flags) if any_rank else flags
                     pausing = progress.step == steps.stop_after
                     due = self.save_owed or steps.due(progress.step, steps.save_every, steps.milestone_every)
                     if stopping or pausing or save or better or due:
                         self._save(better)
                     if pausing or (stopping and progress.step < steps.total):
-                        self.checkpoints.wait()
+                        self.checkpoints.writing.result()
                         logger.write_status("stopped", reason=stop.reason or ("stop after" if pausing else None))
                         self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
                         return None
-                self.checkpoints.wait()
+                self.checkpoints.writing.result()
                 return self._finish()
         except BaseException as error:
             described = error
@@ -145,11 +142,10 @@ class Trainer:
         batches = self.task.batches(progress.step)
         if progress.step + 1 < steps.profile.stop:
             suffix = f"-rank-{self.ranks.rank}" if self.ranks.world_size > 1 else ""
-            folder = self.directory.path / "profile"
-            batches = profile_steps(batches, progress.step + 1, steps.profile, folder, suffix)
+            batches = profile_steps(batches, progress.step + 1, steps.profile, self.directory.path / "profile", suffix)
         with closing(batches):
             while progress.step < steps.total:
-                self.logger.timer.start("data")
+                self.logger.start("data")
                 try:
                     batch = next(batches)
                 except UserError:
@@ -162,7 +158,7 @@ class Trainer:
         """Write the means since the last record; raise RunFailed if too many steps in a row were skipped."""
         lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in self.state.optimizer.param_groups)
         means, skipped, in_a_row = self.state.metrics.read(self.ranks)
-        self.logger.timer.start("step")  # reading waited for the device, so the timer now has all of its work
+        self.logger.start("step")  # reading waited for the device, so the timer now has all of its work
         self.state.progress.skipped += skipped
         self.logger.log_train(means, skipped, float(lr))
         if in_a_row >= (MAX_SKIPPED_FP16 if self.state.scaler.is_enabled() else MAX_SKIPPED):
@@ -174,11 +170,14 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate the validation images; return whether the result is the best so far, and is to be kept."""
         progress = self.state.progress
-        with self.logger.timer.during("evaluate"):
-            self.state.check_weights()
-            self.ranks.broadcast_buffers(self.evaluated)
-            records, headline = self.task.evaluate(self.evaluated)
-        self.logger.log_evaluation(records, headline)
+        self.logger.start("evaluate")
+        self.state.check_weights()
+        self.ranks.broadcast_buffers(self.evaluated)
+        records, headline = self.task.evaluate(self.evaluated)
+        self.logger.start("step")
+        for record_type, record in records.items():
+            self.logger.log(record_type, record)
+        self.logger.display.log(f"epoch {self.logger.epoch:>4.4g}  {headline}")
         value = records["eval"][self.task.best_metric]
         better = math.isfinite(value) and (progress.best is None or value > progress.best)
         if better:
@@ -190,26 +189,32 @@ class Trainer:
         self.save_owed = bool(self.state.metrics.sums["in_a_row"] > 0)
         if self.save_owed:  # the run may be broken: keep the checkpoint from before, and save once it has recovered
             return
-        with self.logger.timer.during("save"):
-            self.state.check_weights()
-            snapshot = self.state.state_dict()
-            if self.ranks.main:
-                self.checkpoints.save(snapshot, better)
-                remove_replay(self.directory.path, snapshot.step)
-        self.saved_at = self.logger.timer.elapsed()
+        self.logger.start("save")
+        self.state.check_weights()
+        snapshot = self.state.state_dict()
+        if self.ranks.main:
+            self.checkpoints.save(snapshot, better)
+            replayed = self.directory.path / REPLAY
+            with suppress(OSError, ValueError):  # a run that saves a later checkpoint has recovered
+                if (replayed / LAST).read_text() < f"step-{snapshot.step:08d}":
+                    shutil.rmtree(replayed)
+        self.logger.start("step")
+        self.saved_at = time.perf_counter() - self.logger.created
         self.logger.write_status("running")
 
     def _write_failure(self, error: BaseException) -> None:
         """Write into status.json how the run ended; a second error becomes a note of the first."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        status: Status = "stopped" if interrupted else "failed"
-        reason = "interrupted" if interrupted else getattr(error, "what", f"{type(error).__name__}: {error}")
+        status: Status = "failed"
+        reason = getattr(error, "what", f"{type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            status, reason = "stopped", "interrupted"
         # The checkpoint that is being written is from before the error.
-        for action in (self.checkpoints.wait, lambda: self.logger.write_status(status, reason=reason)):
+        for action in (self.checkpoints.writing.result, lambda: self.logger.write_status(status, reason=reason)):
             try:
                 action()
             except UserError as second:
-                error.add_note(f"and {second.what}")
+                if second is not error:
+                    error.add_note(f"and {second.what}")
 
     def _finish(self) -> dict[str, Any]:
         """Export the weights, measure them, and close the run."""
@@ -230,6 +235,6 @@ class Trainer:
             "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 1),
             "seconds_by_phase": {phase: round(value, 3) for phase, value in progress.seconds_by_phase.items()},
         }
-        self.directory.write_json("summary.json", summary)
+        self.directory.write("summary.json", summary)
         self.logger.write_status("finished")
         return summary

@@ -1,7 +1,7 @@
 """The optimizer, the step in one or several processes, and one update of the weights."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         if name not in list_optimizers():
             tip = closest(name, map(str, list_optimizers()))
             raise UserError(f"timm has no optimizer named '{optim.opt}'", where, tip) from error
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{name} can't run here: {reason}", where, "for example adamw") from error
+        what = f"{name} can't run here: {str(error) or type(error).__name__}"
+        raise UserError(what, where, "for example adamw") from error
     assert isinstance(optimizer, Optimizer)
     for group in optimizer.param_groups:  # without weight decay timm includes frozen parameters
         group["params"] = [weight for weight in group["params"] if weight.requires_grad]
@@ -131,9 +131,13 @@ class Updater:
         self.state.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
         parts = batch.split(micro_batch or self.micro_batch)
+        no_sync: Any = getattr(self.network, "no_sync", nullcontext)  # DDP
+        fsdp_sync: Any = getattr(self.task.module, "set_requires_gradient_sync", None)
         for number, part in enumerate(parts, 1):
-            weight = len(part) / len(batch)  # a short last part counts less
-            with self._gradient_sync(number == len(parts)):
+            weight, last = len(part) / len(batch), number == len(parts)  # a short last part counts less
+            if fsdp_sync:
+                fsdp_sync(last)
+            with nullcontext() if last else no_sync():  # ranks add up their gradients only once, with the last part
                 with autocast(self.state.device, self.precision):
                     output = self.network(part)
                 self.state.scaler.scale(output.loss * weight).backward()
@@ -149,12 +153,3 @@ class Updater:
             nn.utils.clip_grads_with_norm_(weights, self.max_norm, norm)
         full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return full.detach()
-
-    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
-        """Let ranks add up their gradients only once, with the last part."""
-        module: Any = self.task.module
-        if hasattr(module, "set_requires_gradient_sync"):  # FSDP
-            module.set_requires_gradient_sync(last)
-        no_sync = getattr(self.network, "no_sync", None)  # DDP
-        context: AbstractContextManager[None] = no_sync() if no_sync and not last else nullcontext()
-        return context

@@ -103,7 +103,7 @@ class Folder:
         run = RunDirectory(self.path / name)
         run.path.mkdir(exist_ok=True)
         known = run.read_json("status.json") if (run.path / "status.json").is_file() else {}
-        run.write_json("status.json", {**known, "status": status, "reason": reason})
+        run.write("status.json", {**known, "status": status, "reason": reason})
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:

@@ -62,13 +62,9 @@ def sync(path: Path) -> None:
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
-    """Return JSON that every reader accepts; raises ValueError for a number that is not finite."""
-    return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that are not finite by None: JSON has no NaN."""
-    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+    """Return JSON that every reader accepts: numbers that are not finite become null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, ensure_ascii=False)
 
 
 class RunDirectory:
@@ -117,16 +113,13 @@ class RunDirectory:
                         raise UserError(what, str(self.path), "stop that one first") from error
             yield
 
-    def write(self, name: str, content: bytes | str) -> None:
-        """Write a file; raises UserError."""
+    def write(self, name: str, content: bytes | str | Mapping[str, Any]) -> None:
+        """Write a file, a table as JSON; raises UserError."""
         if self.writes:
+            content = to_json(content) + "\n" if isinstance(content, Mapping) else content
             with writing(name, self.path, FREE):
                 (self.path / name).parent.mkdir(exist_ok=True)
                 write_file(self.path / name, content)
-
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file; numbers that are not finite become null."""
-        self.write(name, to_json(_finite(value)) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON table; raises UserError if it is missing or damaged."""
@@ -140,7 +133,7 @@ class RunDirectory:
         """Add a record to metrics.jsonl."""
         if self.writes:
             with writing(RECORDS, self.path, FREE), (self.path / RECORDS).open("a", encoding="utf-8") as file:
-                file.write(to_json(_finite(record), indent=None) + "\n")
+                file.write(to_json(record, indent=None) + "\n")
 
     def cut_records(self, step: int) -> int:
         """Drop the records after `step` and a line that a kill left incomplete; return how many are left."""
@@ -163,7 +156,7 @@ class RunDirectory:
         """Record the changes (old, new) that take effect after `step`, and write the configuration as run.toml."""
         entries = [{"step": step, "key": key, "from": old, "to": new} for key, (old, new) in changes.items()]
         # First, because a configuration with changes that are not recorded is refused.
-        self.write_json(CHANGES, {"changes": self._read_changes() + entries})
+        self.write(CHANGES, {"changes": self._read_changes() + entries})
         self.write("run.toml", config)
 
     def _read_changes(self) -> list[dict[str, Any]]:

@@ -13,8 +13,6 @@ from typing import Any
 from pdvit.errors import UserError, closest
 from pdvit.tracking.run_directory import write_file
 
-# The display needs a console that W&B does not capture. What is not sent in a minute stays there, for `wandb sync`.
-WANDB_SETTINGS = {"console": "off", "finish_timeout": 60.0}
 Tracker = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]  # log metrics of a step; finish
 
 
@@ -39,8 +37,9 @@ def start_wandb(package: str, run: Path, config: Mapping[str, Any], _: int) -> T
         sent |= json.loads(file.read_text())
     write_file(file, json.dumps(sent))  # now: a run that is killed before its first record keeps its id
     options: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    if package == "wandb":
-        options = {"id": sent["id"], "resume": "allow", "dir": run, "settings": WANDB_SETTINGS}
+    if package == "wandb":  # The display needs the console. What is not sent in a minute stays, for `wandb sync`.
+        options = {"id": sent["id"], "resume": "allow", "dir": run}
+        options["settings"] = {"console": "off", "finish_timeout": 60.0}
     module, project = importlib.import_module(package), os.environ.get(f"{package.upper()}_PROJECT", "pdvit")
     tracked = module.init(project, name=run.resolve().name, config=dict(config), **options)
     if package == "trackio":  # it resumes by name, which other run directories may have too
@@ -83,9 +82,8 @@ class Trackers:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send the finite numbers of a record of metrics.jsonl as `type/name`, `type/layer` or `time/name`."""
-        record_type = record["kind"]
-        pairs = zip(record["layers"], record[record_type], strict=True) if "layers" in record else record.items()
-        named = {f"{record_type}/{name}": value for name, value in pairs if name != "step"}
+        pairs = zip(record["layers"], record[record["kind"]], strict=True) if "layers" in record else record.items()
+        named = {f"{record['kind']}/{name}": value for name, value in pairs if name != "step"}
         named |= {f"time/{name}": value for name, value in record.get("time", {}).items()}
         metrics = {key: float(x) for key, x in named.items() if isinstance(x, int | float) and isfinite(x)}
         for name, (log, _) in list(self.running.items()):

@@ -61,7 +61,7 @@ def train(state, steps):
 def save(state, folder):
     checkpoints = Checkpoints(folder)
     checkpoints.save(state.state_dict())
-    checkpoints.wait()
+    checkpoints.writing.result()
 
 
 def restore(state, folder):
@@ -105,10 +105,6 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
     train(ours, 3)
     assert identical(ours, theirs)
     assert ours.metrics.read(SINGLE_PROCESS) == theirs.metrics.read(SINGLE_PROCESS)
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def test_nothing_is_pickled(tmp_path):
@@ -156,7 +152,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, fail_to_save, 
     assert all(torch.equal(found[name], before[name]) for name in before)
     save(later, tmp_path)
     assert restore(fresh(), tmp_path)
-    assert checkpoints(tmp_path) == ["step-00000005"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000005"]
 
 
 def test_a_checkpoint_that_no_pointer_reached_does_not_remove_the_newest(tmp_path, fail_to_save):
@@ -222,17 +218,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize("difference", [-1, 1])
-def test_a_checkpoint_of_another_format_is_refused(tmp_path, difference):
+def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path, difference):
     trained(tmp_path)
+    with pytest.raises(UserError, match="damaged"):
+        restore(fresh(module=lambda: nn.Linear(2, 2)), tmp_path)
     change(tmp_path / "step-00000003", lambda metadata: metadata.update(version=metadata["version"] + difference))
     with pytest.raises(UserError, match="has format"):
         restore(fresh(), tmp_path)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    trained(tmp_path)
-    with pytest.raises(UserError):
-        restore(fresh(module=lambda: nn.Linear(2, 2)), tmp_path)
 
 
 @pytest.mark.parametrize("change", ["layer decay", "frozen"])

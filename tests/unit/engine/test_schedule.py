@@ -20,7 +20,7 @@ def rates(schedule="cosine", steps=100, warmup=10, at=None):
     """Return the learning rate at each step, reached one after the other."""
     config = build(("flags", {"optim": {"schedule": schedule, "lr": PEAK, "min_lr": FLOOR}}))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-    scheduler = make_lr_scheduler(optimizer, config, StepSchedule(steps, warmup, 1, 1, 1, PER_EPOCH))
+    scheduler = make_lr_scheduler(optimizer, config, StepSchedule(steps, PER_EPOCH, warmup=warmup))
     found = []
     for step in range(steps + 1) if at is None else [at]:
         scheduler.step_update(step)
@@ -29,18 +29,13 @@ def rates(schedule="cosine", steps=100, warmup=10, at=None):
 
 
 def test_durations_become_steps():
-    plan = plan_of(
-        optim={"epochs": "6ep", "warmup": "5%"},
-        run={"log_every": "10st", "eval_every": "1ep"},
-        checkpoint={"every": "400im"},
-    )
-    assert plan == StepSchedule(total=300, warmup=15, log_every=10, eval_every=50, save_every=100, per_epoch=50)
-
-
-def test_intervals_can_be_a_fraction_of_the_run_and_are_at_least_one_step():
-    intervals = {"log_every": "1%", "eval_every": "50%"}
-    plan = plan_of(optim={"epochs": "200st"}, run=intervals, checkpoint={"every": "0.1st"})
-    assert (plan.log_every, plan.eval_every, plan.save_every) == (2, 100, 1)
+    run, stops = {"log_every": "1%", "eval_every": "1ep"}, {"stop_after": "6ep", "profile": "298:301"}
+    plan = plan_of(optim={"epochs": "6ep", "warmup": "5%"}, run=run | stops, checkpoint={"every": "400im"})
+    intervals = {"log_every": 3, "eval_every": 50, "save_every": 100}
+    assert plan == StepSchedule(300, 50, range(298, 301), warmup=15, stop_after=300, **intervals)
+    assert plan_of(optim={"epochs": "9st"}, checkpoint={"every": "0.1st"}).save_every == 1  # the least
+    plan = plan_of(run={"time_limit": "2min"}, checkpoint={"every": "10s"})
+    assert (plan.time_limit_seconds, plan.save_every_seconds, plan.save_every) == (120, 10, None)
 
 
 @pytest.mark.parametrize(
@@ -64,15 +59,11 @@ def test_lengths_that_do_not_fit_the_run_are_refused(key, value, message):
     assert key in caught.value.where
 
 
-def test_the_last_step_can_be_the_limit():
-    plan = plan_of(optim={"epochs": 2}, run={"stop_after": "2ep", "profile": "98:101"})
-    assert (plan.stop_after, plan.profile) == (100, range(98, 101))
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_warmup_is_linear_from_the_floor_to_the_peak(schedule):
-    expected = [FLOOR + (PEAK - FLOOR) * step / 10 for step in range(11)]
-    assert rates(schedule)[:11] == pytest.approx(expected)
+def test_warmup_is_linear_and_a_rate_does_not_depend_on_the_way_there(schedule):
+    one_by_one = rates(schedule)
+    assert one_by_one[:11] == pytest.approx([FLOOR + (PEAK - FLOOR) * step / 10 for step in range(11)])
+    assert [rates(schedule, at=step)[0] for step in range(0, 101, 7)] == one_by_one[::7]
 
 
 CURVES = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "poly": lambda x: 1 - x, "constant": lambda x: 1.0}
@@ -95,9 +86,3 @@ def test_a_run_too_short_for_a_schedule_is_refused():
     with pytest.raises(UserError) as caught:
         rates("wsd", steps=1, warmup=0)
     assert "optim.schedule" in caught.value.where
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_rate_of_a_step_does_not_depend_on_the_way_there(schedule):
-    one_by_one = rates(schedule)
-    assert [rates(schedule, at=step)[0] for step in range(0, 101, 7)] == one_by_one[::7]

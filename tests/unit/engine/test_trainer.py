@@ -4,6 +4,7 @@ import math
 import signal
 from dataclasses import dataclass
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pdvit.config import build
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.protocol import StepOutput
-from pdvit.engine.recovery import replay
-from pdvit.engine.terminal import stop_on_signals
+from pdvit.engine.recovery import largest, replay
+from pdvit.engine.terminal import STOPPING, stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory
@@ -210,7 +211,7 @@ def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt
     assert all(torch.equal(weights[name], value) for name, value in task.module.state_dict().items())
 
 
-def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoint(whole, tmp_path):
+def test_several_bad_steps_in_a_row_end_the_run_and_can_be_replayed_and_left_behind(whole, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(RunFailed, match="in a row") as caught:
         run(path, LineFit(9, infinite=True, steps=STEPS))
@@ -222,18 +223,7 @@ def test_several_bad_steps_in_a_row_end_the_run_and_keep_the_last_sound_checkpoi
     assert not (path / "model.safetensors").exists()
     assert all("NaN" not in line for line in (path / "metrics.jsonl").read_text().splitlines())
     assert kept(path) == [8]
-    # Resumed without its trouble: the saved step is removed by the first checkpoint after it.
-    assert run(path, LineFit(9, interrupt), resume=True) is None
-    assert (path / "replay").is_dir()
-    run(path, LineFit(), resume=True)
-    assert not (path / "replay").exists()
-    assert read_records(path) == read_records(whole)
-
-
-def test_a_replay_computes_the_saved_step_again(whole, tmp_path):
-    path = tmp_path / "run"
-    with pytest.raises(RunFailed, match="in a row"):
-        run(path, LineFit(9, infinite=True, steps=STEPS))
+    # A replay computes the saved step again.
     bad = trainer_of(LineFit(9, infinite=True, steps=STEPS))
     step, metrics, broken = replay(path, bad.state, bad.updater)
     assert step == 15  # of the record at which five in a row were seen
@@ -250,6 +240,40 @@ def test_a_replay_computes_the_saved_step_again(whole, tmp_path):
     assert metrics["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-6)
     with pytest.raises(UserError, match="no step to replay"):
         replay(whole, clean.state, clean.updater)
+    # Resumed without its trouble: the saved step is removed by the first checkpoint after it.
+    assert run(path, LineFit(9, interrupt), resume=True) is None
+    assert (path / "replay").is_dir()
+    run(path, LineFit(), resume=True)
+    assert not (path / "replay").exists()
+    assert read_records(path) == read_records(whole)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 8, 300])
+@pytest.mark.parametrize("memory", [0, 1, 7, 8, 300])
+def test_the_largest_power_of_two_or_the_limit_that_fits_is_found(limit, memory):
+    def backward(images, micro_batch):
+        assert images == micro_batch <= limit
+        if images > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    updater, batch = SimpleNamespace(backward=backward), SimpleNamespace(repeat=lambda size: size)
+    powers = [2**power for power in range(10) if 2**power <= min(limit, memory)]
+    assert largest(updater, batch, limit) == (limit if limit <= memory else max(powers, default=0))
+    updater.backward = lambda images, micro_batch: torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size"):  # an error that is not about memory
+        largest(updater, batch, limit)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_the_first_signal_asks_and_a_second_sigint_interrupts_at_once(number):
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop
+        signal.raise_signal(number)
+        assert (bool(stop), stop.reason) == (True, number.name)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(number) == before
 
 
 def test_lost_records_are_reported_once(tmp_path):

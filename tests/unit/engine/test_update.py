@@ -185,26 +185,19 @@ def test_norms_biases_positions_and_prefix_tokens_are_not_decayed():
     }
 
 
-def add(metrics, skipped=False, **values):
-    metrics.add({name: torch.tensor(value) for name, value in values.items()}, torch.tensor(skipped))
-
-
-def test_the_accumulator_gives_means_and_starts_anew():
-    metrics = MetricAccumulator(torch.device("cpu"))
-    for loss, accuracy in ((1.0, 0.0), (2.0, 1.0), (6.0, 0.5)):
-        add(metrics, loss=loss, accuracy=accuracy)
-    assert metrics.read(SINGLE_PROCESS) == ({"loss": 3.0, "accuracy": 0.5}, 0, 0)
-    assert metrics.read(SINGLE_PROCESS) == ({}, 0, 0)
-
-
 def test_the_accumulator_leaves_skipped_steps_out_and_counts_them():
     metrics = MetricAccumulator(torch.device("cpu"))
-    for loss in (1.0, float("nan"), 3.0, float("inf"), float("nan")):
-        add(metrics, skipped=not math.isfinite(loss), loss=loss)
-    assert metrics.read(SINGLE_PROCESS) == ({"loss": 2.0}, 3, 2)
-    add(metrics, skipped=True, loss=float("nan"))
-    means, skipped, in_a_row = metrics.read(SINGLE_PROCESS)
+
+    def read_after(*losses):
+        for loss in losses:
+            metrics.add({"loss": torch.tensor(loss)}, torch.tensor(not math.isfinite(loss)))
+        return metrics.read(SINGLE_PROCESS)
+
+    nan = float("nan")
+    assert read_after(1.0, 2.0, 6.0) == ({"loss": 3.0}, 0, 0)
+    assert read_after() == ({}, 0, 0)
+    assert read_after(1.0, nan, 3.0, float("inf"), nan) == ({"loss": 2.0}, 3, 2)
+    means, skipped, in_a_row = read_after(nan)
     assert math.isnan(means["loss"])
     assert (skipped, in_a_row) == (1, 3)  # the row goes on over a reading
-    add(metrics, loss=1.0)
-    assert metrics.read(SINGLE_PROCESS) == ({"loss": 1.0}, 0, 0)
+    assert read_after(1.0) == ({"loss": 1.0}, 0, 0)

@@ -7,10 +7,7 @@ from pdvit.errors import UserError
 from pdvit.tracking.run_directory import RunDirectory, newest, write_file
 from tests.files import read_records
 
-
-@pytest.fixture(autouse=True)
-def inside(workplace):
-    return workplace
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
@@ -67,7 +64,7 @@ def test_json_that_is_missing_or_damaged_is_an_error(directory, content):
 def test_a_file_that_can_not_be_written_is_an_error(directory):
     (directory.path / "summary.json").mkdir()
     with pytest.raises(UserError, match=r"summary\.json can't be written"):
-        directory.write_json("summary.json", {})
+        directory.write("summary.json", {})
     assert [path.name for path in directory.path.iterdir()] == ["summary.json"]
 
 

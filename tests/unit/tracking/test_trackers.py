@@ -132,9 +132,8 @@ trackers.close()
 @pytest.fixture
 def environment(tmp_path):
     """An environment without keys, settings, home or network."""
-    folders = {
-        name: str(tmp_path / name) for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
-    }
+    names = ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
+    folders = {name: str(tmp_path / name) for name in names}
     own = folders | {"HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "store"), "HF_HUB_OFFLINE": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_", "HF_"))}
     return kept | own | {"WANDB_ERROR_REPORTING": "false"}
