@@ -16,7 +16,7 @@ from pdvit.data.loader import eval_batches
 from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.sources.split import ArraySplit
 from pdvit.engine.device import device_name
-from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
+from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest
 from pdvit.errors import UserError
 from pdvit.models.layers import places_of
@@ -88,14 +88,10 @@ class Analyzer:
         """Return whether a stop was requested on any rank."""
         return any(self.ranks.all_gather(bool(self.stop)))
 
-    def open(self, path: str, ranks: Ranks) -> OpenedCheckpoint:
-        """Load a checkpoint to the device; raises UserError."""
-        return open_checkpoint(Path(path), ranks, backbone=True, **self.flags)
-
     def _open(self, path: str) -> tuple[OpenedCheckpoint, ImageSet]:
         """Load a checkpoint and select its images; an error of one rank is raised on all."""
         with self.ranks.raise_on_all_ranks():
-            opened = self.open(path, self.ranks)
+            opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.flags)
             if self.images:
                 images = open_images(self.images)
             else:  # the run's own images, read as the run did
@@ -184,7 +180,7 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     images, bad, models = results[0].images, BadImages(skip=True), []
     shown, max_bytes = images.subsample(MAX_IMAGES), bytes_per_model(len(results))
     for result in results:
-        opened = analyzer.open(result.path, SINGLE_PROCESS)
+        opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.flags)
         pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
         models.append(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes))
     count, left_out = min(len(maps.names) for maps in models), len(bad.found)
