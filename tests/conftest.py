@@ -13,7 +13,6 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import pytest
 
 from pdvit.cli import run as pdvit
-from tests.files import read_records
 
 TINY = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--device", "cpu"]
 COLOURS = {"blue": (40, 60, 200), "green": (30, 160, 60), "red": (200, 40, 30)}
@@ -160,13 +159,6 @@ def refusal(capsys):
         return Refusal(*(line.split(":", 1)[1].strip() for line in lines))
 
     return refuse
-
-
-@pytest.fixture
-def records():
-    """The function that reads metrics.jsonl without the numbers of the clock."""
-
-    return read_records
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import pdvit as library
 import pdvit.config.schema
 import pdvit.data.opening
 from pdvit.cli import run as pdvit
+from tests.files import read_records
 
 KEYS = {"accuracy", "accuracy_top5", "loss", "calibration_error", "split", "images", "model", "weights", "data"}
 FILES = ("eval.csv", "confusion.csv", "eval.json")
@@ -55,13 +56,13 @@ def answers(digits_run):
     return logits.double(), source.splits["test"].labels.numpy()
 
 
-def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated, records):
+def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated):
     summary = json.loads((run_copy / "summary.json").read_text())
     found = evaluated(run_copy)
     assert set(found) >= KEYS
     for key in ("accuracy", "loss", "split", "weights"):
         assert found[key] == summary[key]
-    last = records(run_copy, "eval")[-1]
+    last = read_records(run_copy, "eval")[-1]
     found = evaluated(run_copy, "--split", "val")
     assert (found["accuracy"], found["loss"], found["split"]) == (last["accuracy"], last["loss"], "val")
 

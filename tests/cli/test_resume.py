@@ -15,7 +15,7 @@ from pdvit.cli import run as pdvit
 from pdvit.engine import recovery
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tracking.run_directory import RunDirectory
-from tests.files import read_json, read_recipe
+from tests.files import read_json, read_recipe, read_records
 
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
 SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
@@ -256,7 +256,7 @@ class TestMemory:
 
 
 class TestSwitches:
-    def test_images_on_the_device_train_as_those_of_workers(self, train, image_folder, device, records):
+    def test_images_on_the_device_train_as_those_of_workers(self, train, image_folder, device):
         """Bit for bit, if the crop has nothing to round: batches, metrics and weights."""
         for file in image_folder.rglob("*.png"):
             with Image.open(file) as image:
@@ -265,7 +265,7 @@ class TestSwitches:
         flags += ["--epochs", "6st", "--workers", "0", "--device", device]
         flags += ["--deterministic"] if device == "cuda" else []
         resident, decoded = (train(*flags, "--resident", where) for where in ("on", "off"))
-        assert records(resident) == records(decoded)
+        assert read_records(resident) == read_records(decoded)
         assert same(weights(resident), weights(decoded))
 
     @pytest.mark.slow
@@ -283,14 +283,14 @@ class TestSwitches:
         assert not same(average, {name: raw[name] for name in average})
 
     @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-    def test_low_precision_trains_nearly_alike(self, train, precision, records, device):
+    def test_low_precision_trains_nearly_alike(self, train, precision, device):
         """Within the rounding of 8 bits, up to 0.4%; float16 first skips a step or two."""
         runs = train(), train("--device", device, "--precision", precision)
         expected, found = (read_json(run / "summary.json") for run in runs)
         assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
         for name in ("similarity_first", "similarity_last"):
             assert found[name] == pytest.approx(expected[name], abs=0.02)
-        for ours, theirs in zip(*(records(run, "train") for run in reversed(runs)), strict=True):
+        for ours, theirs in zip(*(read_records(run, "train") for run in reversed(runs)), strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
 
     @pytest.mark.slow

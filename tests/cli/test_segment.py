@@ -19,7 +19,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.recovery import largest
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.segmentation import SegmentationTask
-from tests.files import read_json
+from tests.files import read_json, read_records
 
 CPU = ["--device", "cpu", "--workers", "0"]
 SCORES = ("miou", "accuracy", "accuracy_mean", "loss")
@@ -51,7 +51,7 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_eval_equals_the_end_of_the_run(trained, copy, capsys, records):
+def test_eval_equals_the_end_of_the_run(trained, copy, capsys):
     summary, found = read_json(trained / "summary.json"), evaluated(capsys, copy)
     assert {"similarity_first", "similarity_last", "images_per_second"} <= set(summary)
     assert {name: found[name] for name in (*SCORES, "split")} == {name: summary[name] for name in (*SCORES, "split")}
@@ -60,8 +60,8 @@ def test_eval_equals_the_end_of_the_run(trained, copy, capsys, records):
     assert (copy / "iou.csv").read_bytes() == (trained / "iou.csv").read_bytes()
     names = {path.name for path in (trained / "predictions").iterdir()}
     assert names == {f"{n:02}-{kind}.png" for n in (1, 2, 3) for kind in ("image", "truth", "prediction")}
-    assert {"cosine", "contrastive", "aux", "class"} <= set(records(trained, "train")[0])
-    assert len(records(trained, "similarity")) == 4
+    assert {"cosine", "contrastive", "aux", "class"} <= set(read_records(trained, "train")[0])
+    assert len(read_records(trained, "similarity")) == 4
 
 
 @pytest.mark.gpu

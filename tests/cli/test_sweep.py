@@ -13,7 +13,7 @@ import pytest
 from pdvit.cli import run as pdvit
 from pdvit.cli.sweep import devices_of
 from pdvit.sweep import make_cells
-from tests.files import newest_step, read_csv, read_json
+from tests.files import newest_step, read_csv, read_json, read_records
 
 BASE = """
 [data]
@@ -53,7 +53,7 @@ def weights(run: Path) -> bytes:
     return (run / "model.safetensors").read_bytes()
 
 
-def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, capsys, records):
+def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, capsys):
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--json"]) == 0
     sweep = workplace / "runs" / "tiny"
@@ -65,7 +65,7 @@ def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, cap
     for row, preset in zip(read_csv(sweep / "cells.csv"), ("none", "paper"), strict=True):
         flags = [*tiny, "--img-size", "16", "--batch-size", "16", "--epochs", "2st", "--warmup-epochs", "1st"]
         assert pdvit(["train", *flags, "--log-interval", "1st", "--diversity", preset, "--out", preset]) == 0
-        assert records(sweep / row["name"]) == records(workplace / preset)
+        assert read_records(sweep / row["name"]) == read_records(workplace / preset)
         assert weights(sweep / row["name"]) == weights(workplace / preset)
         summary = read_json(workplace / preset / "summary.json")
         for name in ("accuracy", "loss", "similarity_first", "similarity_last"):
@@ -174,16 +174,16 @@ def undisturbed(tmp_path_factory) -> Path:
     return place / "whole"
 
 
-def same(sweep: Path, other: Path, records) -> None:
+def same(sweep: Path, other: Path) -> None:
     assert statuses(sweep) == ["finished"] * 2
     for name in ("none-seed=0", "paper-seed=0"):
         assert weights(sweep / name) == weights(other / name)
-        assert records(sweep / name) == records(other / name)
+        assert read_records(sweep / name) == read_records(other / name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["everybody", "the sweep", "the cell"])
-def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, records, whom):
+def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, whom):
     write(workplace, steps=STEPS)
     sweep = workplace / "runs" / "tiny"
     process = command()
@@ -202,7 +202,7 @@ def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, records, whom):
     else:
         finish(process, -signal.SIGKILL)
         assert "resuming after step" in finish(command(), 0) + (sweep / "logs" / "none-seed=0.txt").read_text()
-    same(sweep, undisturbed, records)
+    same(sweep, undisturbed)
 
 
 def holder(inode: int) -> int:
@@ -216,7 +216,7 @@ def holder(inode: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["interrupted", "terminated", "time limit"])
-def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, records, how):
+def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, how):
     write(workplace, steps=STEPS)
     sweep = workplace / "runs" / "tiny"
     process = command(*(["--time-limit", "0.1s"] if how == "time limit" else []))
@@ -229,11 +229,11 @@ def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, records, how):
     assert "the same command resumes the sweep" in finish(process, 75)
     assert statuses(sweep)[1] == "waiting"
     finish(command(), 0)
-    same(sweep, undisturbed, records)
+    same(sweep, undisturbed)
 
 
 @pytest.mark.slow
-def test_two_commands_share_one_sweep(workplace, undisturbed, records):
+def test_two_commands_share_one_sweep(workplace, undisturbed):
     write(workplace, steps=STEPS)
     sweep = workplace / "runs" / "tiny"
     processes = [command(), command()]
@@ -244,4 +244,4 @@ def test_two_commands_share_one_sweep(workplace, undisturbed, records):
     for name in ("none-seed=0", "paper-seed=0"):
         assert text.count(f"{name}: finished in") >= 1
         assert (sweep / "logs" / f"{name}.txt").read_text().count("run directory:") == 1
-    same(sweep, undisturbed, records)
+    same(sweep, undisturbed)

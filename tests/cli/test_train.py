@@ -16,7 +16,7 @@ from pdvit.cli import run as pdvit
 from pdvit.config.schema import PRESETS, TERMS
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from tests.files import read_json, read_recipe
+from tests.files import read_json, read_recipe, read_records
 
 SHORT = ["--epochs", "3st", "--batch-size", "16", "--img-size", "24", "--log-interval", "1st", "--mixup-prob", "1"]
 IMAGES = ["--epochs", "2", "--batch-size", "6", "--workers", "0", "--img-size", "16", "--log-interval", "1st"]
@@ -63,19 +63,19 @@ class TestFiles:
         newest = (digits_run / "checkpoints" / "last").read_text().strip()
         assert {path.name for path in (digits_run / "checkpoints").iterdir()} == {".lock", "last", newest}
 
-    def test_summary_and_status_have_the_closing_numbers(self, digits_run, records):
+    def test_summary_and_status_have_the_closing_numbers(self, digits_run):
         summary, status = read_json(digits_run / "summary.json"), read_json(digits_run / "status.json")
         assert set(summary) == {"task", "split", "weights", "images_per_second", "accuracy", "loss", "epochs", "steps",
             "similarity_first", "similarity_last", "seconds", "steps_skipped", "seconds_by_phase"}  # fmt: skip
         assert (summary["task"], summary["split"]) == ("classification", "test")
         assert (summary["epochs"], summary["steps"]) == (2, 2 * (1200 // 128))
         assert all(0 <= summary[name] <= 1 for name in ("accuracy", "similarity_first", "similarity_last"))
-        best = max(record["accuracy"] for record in records(digits_run, "eval"))
+        best = max(record["accuracy"] for record in read_records(digits_run, "eval"))
         assert (status["status"], status["step"], status["best"]["accuracy"]) == ("finished", 18, best)
 
-    def test_every_evaluation_measures_every_layer_and_times_stand_apart(self, digits_run, records):
-        found = records(digits_run, "similarity")
-        assert [r["step"] for r in found] == [r["step"] for r in records(digits_run, "eval")] == [9, 18]
+    def test_every_evaluation_measures_every_layer_and_times_stand_apart(self, digits_run):
+        found = read_records(digits_run, "similarity")
+        assert [r["step"] for r in found] == [r["step"] for r in read_records(digits_run, "eval")] == [9, 18]
         for record in found:
             assert record["layers"] == ["embed", "block 1", "block 2", "norm"]
             assert all(0 < value <= 1 for value in record["similarity"])
@@ -108,10 +108,10 @@ class TestFiles:
 
 class TestTerms:
     @pytest.mark.parametrize("preset", PRESETS)
-    def test_every_preset_trains_its_terms_with_its_weights(self, preset_run, records, preset):
+    def test_every_preset_trains_its_terms_with_its_weights(self, preset_run, preset):
         run = preset_run(preset)
         expected = {name: PRESETS[preset][name] for name in TERMS}
-        for record in records(run, "train"):
+        for record in read_records(run, "train"):
             assert {name for name in TERMS if name in record} == {name for name in TERMS if expected[name]}
             if preset == "diverse-vit":  # 9 patches
                 loss = (record["class"] + 9 * record["mixing"]) / 10 + 0.5 * (record["cosine"] + record["contrastive"])
@@ -122,27 +122,27 @@ class TestTerms:
         has_head = expected["mixing"] > 0 and PRESETS[preset]["patch_head"] == "own"
         assert ("patch_head.weight" in last_state(run)) == has_head
 
-    def test_weights_and_schedules_act_on_the_loss_and_not_on_the_records(self, train, records):
+    def test_weights_and_schedules_act_on_the_loss_and_not_on_the_records(self, train):
         flags = ["--cosine-schedule", "warmup:2st", "--mixing", "0.5", "--mixing-schedule", "until:1st"]
         run = train(*flags, "--contrastive", "0")
-        for step, record in enumerate(records(run, "train")):
+        for step, record in enumerate(read_records(run, "train")):
             assert "contrastive" not in record
             expected = record["class"] + min(1, step / 2) * record["cosine"] + 0.5 * (step < 1) * record["mixing"]
             assert record["loss"] == pytest.approx(expected, rel=1e-5)
 
-    def test_the_control_sees_the_images_of_the_mixing_term(self, preset_run, records):
+    def test_the_control_sees_the_images_of_the_mixing_term(self, preset_run):
         # Before the first update, the class losses differ only if the images do.
-        first = [records(preset_run(name), "train")[0] for name in ("none", "cutmix", "paper")]
+        first = [read_records(preset_run(name), "train")[0] for name in ("none", "cutmix", "paper")]
         none, cutmix, paper = (record["class"] for record in first)
         assert math.isclose(cutmix, paper, rel_tol=1e-6)
         assert not math.isclose(none, cutmix, rel_tol=1e-6)
 
-    def test_patches_learn_which_image_they_are_from(self, workplace, image_folder, records):
+    def test_patches_learn_which_image_they_are_from(self, workplace, image_folder):
         words = f"--data {image_folder} --img-size 16 --batch-size 8 --patch-size 4 --depth 2 --width 48 --heads 3"
         words += " --epochs 60st --val-interval 60st --log-interval 10st"
         words += " --lr 3e-3 --mixup-prob 1 --diversity cutmix --mixing 1 --out run"
         assert pdvit(["train", *words.split()]) == 0
-        last = records(workplace / "run", "train")[-1]
+        last = read_records(workplace / "run", "train")[-1]
         # The class loss can't fall below the entropy of an image's classes, 0.3 on average; nor could the mixing term
         # if a patch learned the classes of its image instead of its own.
         assert last["mixing"] < 0.1 < 0.15 < last["class"]
@@ -187,14 +187,14 @@ class TestSettings:
 
 
 class TestImages:
-    def test_a_folder_of_images_is_learned(self, workplace, tiny, image_folder, records):
+    def test_a_folder_of_images_is_learned(self, workplace, tiny, image_folder):
         flags = [*tiny, *IMAGES, "--data", str(image_folder), "--epochs", "12", "--diversity", "none", "--lr", "1e-2"]
         assert pdvit(["train", *flags]) == 0
         run = workplace / "runs" / "pictures-none"
         assert read_json(run / "config.json")["label_names"] == ["blue", "green", "red"]
         assert read_json(run / "summary.json")["split"] == "val"
         assert read_json(run / "summary.json")["accuracy"] == 1  # the classes are colours
-        assert [record["step"] for record in records(run, "eval")] == list(range(4, 49, 4))
+        assert [record["step"] for record in read_records(run, "eval")] == list(range(4, 49, 4))
 
     def test_image_files_with_every_augmentation_repeat_bit_for_bit(self, train, image_folder, capsys):
         flags = ["--data", image_folder, "--batch-size", "8", "--img-size", "16", "--reprob", "0.5", "--hflip", "0.25"]
@@ -227,20 +227,20 @@ class TestImages:
         assert weights(workplace / "run") == weights(whole)
 
     @pytest.mark.slow
-    def test_bad_images_are_skipped_and_counted(self, workplace, image_folder, tiny, records, capsys):
+    def test_bad_images_are_skipped_and_counted(self, workplace, image_folder, tiny, capsys):
         for name in ("train/green/3.png", "val/red/1.png"):
             (image_folder / name).write_bytes(b"torn")
         flags = [*tiny, *IMAGES, "--data", str(image_folder), "--on-bad-image", "skip", "--save-every", "1st"]
         assert pdvit(["train", *flags, "--out", "whole"]) == 0
         shown, whole, parts = capsys.readouterr().out, workplace / "whole", workplace / "parts"
         assert shown.count("green/3.png (not an image)") == shown.count("red/1.png (not an image)") == 1
-        assert sum(record["bad_images"] for record in records(whole, "train")) == pytest.approx(2)
-        assert [record["bad_images"] for record in records(whole, "eval")] == [1, 1]
+        assert sum(record["bad_images"] for record in read_records(whole, "train")) == pytest.approx(2)
+        assert [record["bad_images"] for record in read_records(whole, "eval")] == [1, 1]
         assert read_json(whole / "summary.json")["accuracy"] * 5 % 1 == pytest.approx(0)  # of the five that decode
         assert pdvit(["train", *flags, "--time-limit", "1e-9min", "--out", "parts"]) == 75
         while pdvit(["train", "--resume", "parts", "--change", "run.time_limit=60min"]) != 0:
             pass
-        assert (weights(parts), records(parts)) == (weights(whole), records(whole))
+        assert (weights(parts), read_records(parts)) == (weights(whole), read_records(whole))
 
     def test_help_lists_the_sources_without_torch(self):
         code = "import sys; from pdvit.cli import run; s = run(sys.argv[1:]); sys.exit(s + ('torch' in sys.modules))"

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import run as script
 import timm
 import torch
 from run import main
@@ -110,24 +109,6 @@ def check_row(row: dict[str, str], run: Path) -> None:
     for name, layer in (("block", "block 2"), ("norm", "norm")):
         assert float(row[f"similarity_{name}"]) == pytest.approx(measured[layer, "similarity"], **close)
         assert float(row[f"rank_{name}"]) == pytest.approx(measured[layer, "effective_rank"], **close)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "words", "expected"),
-    [([], "", 2), ([], "--at-once 1", 1), ([], "--cells 2", 1), (["0"], "", 1), (["0"], "--at-once 2", 2)],
-)
-def test_the_number_of_commands_is_as_requested_and_at_most_that_of_the_cells(
-    workplace, monkeypatch, gpus, words, expected
-):
-    write("cpu", TWO)
-    counts = []
-    monkeypatch.setattr(script, "train", lambda line, count, stop: counts.append(count) or 130)
-    monkeypatch.setattr(script, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)))
-    monkeypatch.setattr(sys, "argv", ["run.py", str(Path("claim").resolve()), *words.split()])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert main() == 130
-    assert counts == [expected]
 
 
 @pytest.mark.parametrize("line", ["nonsense", "segmentation", "digits --cells 99"])

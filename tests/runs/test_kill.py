@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
-from tests.files import newest_step, read_json
+from tests.files import newest_step, read_json, read_records
 
 STEPS, KILLS, PATIENCE = 240, 20, 300.0
 FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "12", "--micro-batch-size", "5", "--img-size", "32"]
@@ -47,7 +47,7 @@ def disturb(process: subprocess.Popen, run: Path, rng: random.Random, during_sav
 
 
 @pytest.mark.slow
-def test_many_kills_change_nothing(tmp_path, tiny, image_folder, records):
+def test_many_kills_change_nothing(tmp_path, tiny, image_folder):
     flags = [*tiny, *FLAGS, "--data", str(image_folder)]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert pdvit(["train", *flags, "--out", str(whole)]) == 0
@@ -69,6 +69,6 @@ def test_many_kills_change_nothing(tmp_path, tiny, image_folder, records):
     print(f"{kills} kills, {mid_save} of them during a save; steps done again: {lost}")
     assert kills >= KILLS
     assert state_of(run) == state_of(whole)
-    assert records(run) == records(whole)
+    assert read_records(run) == read_records(whole)
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert read_json(run / "status.json") == read_json(whole / "status.json")

@@ -23,7 +23,7 @@ from pdvit.engine.distributed import init_process_group
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks import task_class
 from pdvit.tasks.classification import ClassificationTask
-from tests.files import read_json
+from tests.files import read_json, read_records
 
 STEPS, PATIENCE, ROOT = 20, 300, Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -186,13 +186,13 @@ def launch(processes, *arguments, fails=False):
 
 
 @pytest.mark.slow
-def test_the_command_runs_in_several_processes(tmp_path, records):
+def test_the_command_runs_in_several_processes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     launch(1, *CLI, "--epochs", "40st", "--out", one)
     done = launch(2, *CLI, "--epochs", "40st", "--out", two)
     assert done.stdout.count("test accuracy") == 1
     assert "x 2 processes" in done.stdout
-    for ours, theirs in zip(records(two), records(one), strict=True):
+    for ours, theirs in zip(read_records(two), read_records(one), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ("loss", "class", "mixing", "accuracy"):
             if name in theirs:
@@ -291,7 +291,7 @@ sys.exit(run(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", ["0", "1"])
-def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, records, restarts):
+def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, restarts):
     script, whole, run = tmp_path / "failing.py", tmp_path / "whole", tmp_path / "run"
     script.write_text(FAILING)
     flags = [*CLI[2:], "--epochs", "40st", "--out", run]
@@ -301,7 +301,7 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_resumes_it(tmp_path, rec
         assert (run / "checkpoints/last").read_text() == "step-00000015"
         launch(2, "-m", "pdvit", "train", "--resume", run)
     launch(2, *CLI, "--epochs", "40st", "--out", whole)
-    assert records(run) == records(whole)
+    assert read_records(run) == read_records(whole)
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pdvit.cli import run as pdvit
 from pdvit.tasks.classification import ClassificationTask
-from tests.files import newest_step, read_json
+from tests.files import newest_step, read_json, read_records
 
 STEPS, PATIENCE = 60, 120.0
 # Drop path, mixing and shifts draw at random; checkpoints lie neither on log steps nor on evaluations.
@@ -69,26 +69,24 @@ def interrupt(run: Path, flags: list[str], number: signal.Signals, past: int, cl
         return process.wait(timeout=PATIENCE), shown
 
 
-def same(run: Path, other: Path, records) -> None:
-    assert records(run) == records(other)
+def same(run: Path, other: Path) -> None:
+    assert read_records(run) == read_records(other)
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert read_json(run / "status.json") == read_json(other / "status.json")
 
 
-def test_a_killed_run_without_a_reader_goes_on_as_if_nothing_had_happened(
-    tmp_path, tiny, uninterrupted, records, device
-):
+def test_a_killed_run_without_a_reader_goes_on_as_if_nothing_had_happened(tmp_path, tiny, uninterrupted, device):
     run = tmp_path / "run"
     flags = [*tiny, *FLAGS, *on(device), "--out", str(run)]
     assert interrupt(run, flags, signal.SIGKILL, 20, closed="stdout")[0] == -signal.SIGKILL
     assert 20 < newest_step(run) < STEPS
     assert not (run / "model.safetensors").exists()
     assert pdvit(["train", "--resume", str(run)]) == 0
-    same(run, uninterrupted(device), records)
+    same(run, uninterrupted(device))
 
 
 @pytest.mark.slow
-def test_a_stopped_run_says_so_and_goes_on_without_a_reader(tmp_path, tiny, uninterrupted, records):
+def test_a_stopped_run_says_so_and_goes_on_without_a_reader(tmp_path, tiny, uninterrupted):
     run, copy = tmp_path / "run", tmp_path / "copy"
     status, shown = interrupt(run, [*tiny, *FLAGS, "--out", str(run)], signal.SIGTERM, 5)
     assert status == 75
@@ -102,11 +100,11 @@ def test_a_stopped_run_says_so_and_goes_on_without_a_reader(tmp_path, tiny, unin
         status, shown = interrupt(path, ["--resume", str(path), *more], signal.SIGCONT, 0, closed)
         assert status == 0, shown
         assert "Traceback" not in shown
-        same(path, uninterrupted(), records)
+        same(path, uninterrupted())
 
 
 @pytest.mark.slow
-def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny, shapes, records, device):
+def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny, shapes, device):
     """Crops and colours are drawn by worker processes, drop path and dropout in this one."""
     flags = ["--data", str(shapes), "--head", "upernet", "--head-width", "8", "--crop", "32", "--workers", "2"]
     flags += [*tiny, "--batch-size", "4", "--epochs", "60st", "--drop-path", "0.3", "--model-ema-decay", "0.9"]
@@ -117,17 +115,17 @@ def test_a_killed_segmentation_goes_on_as_if_nothing_had_happened(tmp_path, tiny
     assert interrupt(run, [*flags, "--out", str(run)], signal.SIGKILL, 20)[0] == -signal.SIGKILL
     assert 20 < newest_step(run) < 60
     assert pdvit(["segment", "--resume", str(run)]) == 0
-    same(run, whole, records)
+    same(run, whole)
     assert (run / "iou.csv").read_bytes() == (whole / "iou.csv").read_bytes()
 
 
-def test_a_run_without_a_checkpoint_starts_over(tmp_path, digits_run, records):
+def test_a_run_without_a_checkpoint_starts_over(tmp_path, digits_run):
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(digits_run / "run.toml", run)
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 99.0}\n{"kind": "tra')
     assert pdvit(["train", "--resume", str(run)]) == 0
-    same(run, digits_run, records)
+    same(run, digits_run)
 
 
 def test_a_finished_run_stays_as_it_is(run_copy, capsys):
@@ -139,12 +137,12 @@ def test_a_finished_run_stays_as_it_is(run_copy, capsys):
     assert {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()} == before
 
 
-def test_the_folder_may_have_moved(run_copy, tmp_path, digits_run, records):
+def test_the_folder_may_have_moved(run_copy, tmp_path, digits_run):
     moved = run_copy.rename(tmp_path / "moved")
     for name in ("summary.json", "model.safetensors", "config.json"):
         (moved / name).unlink()
     assert pdvit(["train", "--resume", str(moved)]) == 0
-    same(moved, digits_run, records)
+    same(moved, digits_run)
 
 
 @pytest.mark.parametrize("early", ["data", pytest.param("import", marks=pytest.mark.slow)])
