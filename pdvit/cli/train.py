@@ -100,7 +100,7 @@ def launch(
 def train(**values: Any) -> int:
     """Train a vision transformer with the diversity terms.
 
-    Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in under two minutes.
+    Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in about two minutes.
     """
     return launch("train", **values)
 
