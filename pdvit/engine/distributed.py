@@ -103,7 +103,7 @@ def init_process_group() -> Ranks:
         store, rank, size = next(rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         tip = "start with torchrun, or unset RANK and WORLD_SIZE"
-        raise UserError(f"the processes don't find one another: {error}", "the environment", tip) from error
+        raise UserError(f"the processes can't connect: {error}", "the environment", tip) from error
     # torchrun keeps one store over its restarts, which still has the addresses of dead processes
     store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -27,7 +27,7 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
     return (
         f"{summary['split']} {describe_metrics(summary)}{notes}; "
         f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
-        f"(0 all different, 1 all alike){named}"
+        f"(0 orthogonal, 1 parallel){named}"
     )
 
 

@@ -154,5 +154,5 @@ def read_tree(
         splits[role] = make_split([posixpath.join(*path) for path in images], labels)
         others += [posixpath.join(*path) for path in split if path[-1] and not (len(path) > 2 and is_image(path[-1]))]
     count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
-    note = f"{count} not read, being no image by name or in no class folder: {first_names(others)}"
+    note = f"{count} not read (no suffix of an image, or in no class folder): {first_names(others)}"
     return assemble(name, classes, splits, data, [note] if others else [])
