@@ -107,47 +107,48 @@ def try_read(split: Split, index: int) -> Image.Image | BadImage:
     return attempt(split, index, lambda index: read_image(split.open(index)))
 
 
-class FileImages(Dataset[Sample]):
-    """The images of a split as a torch data set, read by batches of keys (epoch, index)."""
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 `(3, H, W)`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.split, self.transform = split, transform
+
+class FileImages(Dataset[Sample]):
+    """The images of a split as a torch data set, read by batches of keys (epoch, index).
+
+    They are transformed to uint8 `(3, size, size)`; with an augmentation they are cropped for training instead, and all
+    keys of a batch are of one epoch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable[[Image.Image], Tensor] = pixels_of,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.split, self.transform, self.augmentation = split, transform, augmentation
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitems__(self, keys: Keys) -> list[Sample]:
         """Return for each key the uint8 image (or its fault), its class and its index."""
-        return [
-            (attempt(self.split, index, read), int(self.split.labels[index]), index)
-            for (_, index), read in zip(keys, self.readers(keys), strict=True)
-        ]
+        labels, indices = self.split.labels, [index for _, index in keys]
+        reads: list[Callable[[int], Tensor]] = [lambda i: self.transform(read_image(self.split.open(i)))] * len(keys)
+        if self.augmentation is not None:
+            (epoch,) = {epoch for epoch, _ in keys}
+            boxes = self.augmentation.crop_boxes(epoch, torch.tensor(indices))
+            reads = [partial(self._crop, self.augmentation, epoch, box) for box in boxes]
+        return [(attempt(self.split, i, read), int(labels[i]), i) for i, read in zip(indices, reads, strict=True)]
 
-    def readers(self, keys: Keys) -> list[Callable[[int], Tensor]]:
-        """Return the functions from the index of each key to its image, uint8 `(3, size, size)`."""
-        return [lambda index: self.transform(read_image(self.split.open(index)))] * len(keys)
-
-
-class TrainingImages(FileImages):
-    """Training images with the augmentation of single images; all keys of a batch are of one epoch."""
-
-    def __init__(self, split: Split, augmentation: Augmentation) -> None:
-        super().__init__(split, pixels_of)
-        self.augmentation = augmentation
-
-    def readers(self, keys: Keys) -> list[Callable[[int], Tensor]]:
-        """Return functions with the draws of their crops."""
-        (epoch,) = {epoch for epoch, _ in keys}
-        boxes = self.augmentation.crop_boxes(epoch, torch.tensor([index for _, index in keys]))
-        return [partial(self._read, epoch, box) for box in boxes]
-
-    def _read(self, epoch: int, crop_box: Callable[[int, int], list[int]], index: int) -> Tensor:
+    def _crop(
+        self, augmentation: Augmentation, epoch: int, crop_box: Callable[[int, int], list[int]], index: int
+    ) -> Tensor:
         """Read an image, crop it and apply timm's transform.
 
         A JPEG whose crop is at least twice, four or eight times the input size is decoded at that fraction of its size;
         the edges of the crop then fall on whole decoded pixels.
         """
-        image, preprocessing = self.split.open(index), self.augmentation.preprocessing
+        image, preprocessing = self.split.open(index), augmentation.preprocessing
         width, height = image.size
         box = crop_box(height, width)
         if (coarser := min(box[2:]) // preprocessing.size) > 1:
@@ -155,7 +156,7 @@ class TrainingImages(FileImages):
         step = round(width / image.size[0])
         pixels, scaled = np.asarray(read_image(image)), [side / step for side in box]
         cropped = crop_pixels(pixels, scaled, preprocessing.size, preprocessing.interpolation)
-        return self.augmentation.transform(cropped, epoch, index)
+        return augmentation.transform(cropped, epoch, index)
 
 
 class SkipBadImages(Dataset[Sample]):
@@ -179,8 +180,3 @@ class SkipBadImages(Dataset[Sample]):
                 bad.append(samples[place])
                 (samples[place],) = self.images.__getitems__([(epoch, (index + tried) % len(self.images))])
         return samples + bad
-
-
-def pixels_of(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 `(3, H, W)`."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -19,18 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import (
-    BadImage,
-    BadImages,
-    FileImages,
-    Keys,
-    Sample,
-    SkipBadImages,
-    TrainingImages,
-    describe_bad,
-    pixels_of,
-    refuse_bad,
-)
+from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, pixels_of, refuse_bad
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
@@ -143,7 +132,7 @@ def train_batches(
         chosen = ((epoch, index, index.to(loader.device, non_blocking=True)) for epoch, index in steps)
         batches = (Batch(augmentation.crop(pixels[at], epoch, index), labels[at], index) for epoch, index, at in chosen)
     else:
-        batches = from_workers(TrainingImages(split, augmentation), loader, steps)
+        batches = from_workers(FileImages(split, augmentation=augmentation), loader, steps)
     part = range(*loader.share(loader.batch_size))
     for step, batch in zip(count(start), batches, strict=False):
         images = augmentation(batch.images, step // per_epoch, batch.index)
@@ -272,9 +261,8 @@ def resident(
         whole = replace(preprocessing, crop_pct=1.0, crop_mode="center").evaluation()
         stored = whole if size == (preprocessing.size, preprocessing.size) else pixels_of
         for name, split in source.splits.items():
-            images = _decoded(
-                FileImages(split, stored if name == "train" else preprocessing.evaluation()), loader, name, log
-            )
+            transform = stored if name == "train" else preprocessing.evaluation()
+            images = _decoded(FileImages(split, transform), loader, name, log)
             if loader.bad.found:  # skipped: their replacements are chosen step by step
                 break
             total += images.nbytes
@@ -283,8 +271,7 @@ def resident(
             log(f"images: on {loader.device}, {total / 1e6:,.0f} MB ({reason})")
             return replace(source, splits=splits)
         if setting == "on":
-            what = f"images that do not decode can't be kept: {describe_bad(loader.bad.found)}"
-            raise UserError(what, RESIDENT, "delete them, or use --resident off")
+            refuse_bad(loader.bad.found, "delete them, or use --resident off")
         reason = "some do not decode"
     log(f"images: decoded at every step {by_workers} ({reason})")
     return source

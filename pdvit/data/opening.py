@@ -53,10 +53,8 @@ class ImageSet:
 
     def subsample(self, limit: int) -> "ImageSet":
         """Return at most `limit` of them, spread evenly."""
-        size = len(self.split)
-        if size <= limit:
-            return self
-        return ImageSet(f"{self.description}, {limit} of {size:,}", subsample(self.split, limit))
+        part = subsample(self.split, limit)
+        return self if part is self.split else ImageSet(f"{self.description}, {limit} of {len(self.split):,}", part)
 
     def pixels(self, preprocessing: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the preprocessed pixels of each image, uint8 `(3, size, size)`; `bad` has the policy."""
@@ -104,6 +102,5 @@ def image_files(names: list[str]) -> FileSplit:
 
 def sample_photographs() -> ImageSet:
     """Return the two photographs of scikit-learn."""
-    folder = files("sklearn.datasets").joinpath("images")
-    names = [str(folder.joinpath(name)) for name in ("china.jpg", "flower.jpg")]
+    names = [str(files("sklearn.datasets") / "images" / name) for name in ("china.jpg", "flower.jpg")]
     return ImageSet("2 sample photographs of scikit-learn", image_files(names))

@@ -74,11 +74,9 @@ class Scenes(MaskSplit):
 
     def hash(self) -> str:
         """Return a hash of the numbers, the digits, and the pixels of a few scenes."""
-        parts = (self.numbers, self.digits.images[:, 0], self.digits.labels)
-        digest = sha256(b"".join(part.numpy().tobytes() for part in parts))
-        for index in range(min(HASHED_SCENES, len(self))):
-            digest.update(b"".join(part.tobytes() for part in self.scene(index)))
-        return digest.hexdigest()[:16]
+        scenes = (part for index in range(min(HASHED_SCENES, len(self))) for part in self.scene(index))
+        parts = (self.numbers, self.digits.images[:, 0], self.digits.labels, *scenes)
+        return sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
     def scene(self, index: int) -> tuple[Array, Array]:
         """Return a scene, made on first use: pixels `(64, 64, 3)` and digits `(64, 64)`, uint8."""

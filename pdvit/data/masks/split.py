@@ -97,9 +97,7 @@ def check_masks(
     `every` reads all masks, refuses those that ignore every pixel, and notes classes without a pixel. Else held-out
     masks are read, since their faults would end the run after the training, and the first training mask, since it shows
     a fault that all have. `share` is rank and number of the processes that divide the work, `gather` their all_gather.
-
-    Raises UserError for masks that do not decode, have values outside of the table or another size than their image,
-    and for a held-out split of which no pixel has a class.
+    Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
     """
     bad, notes, classes = dict[str, str](), list[str](), source.classes
     for name, split in source.splits.items():

@@ -101,11 +101,9 @@ def mask_values(image: Image.Image, coloured: bool = False) -> Array:
 
 def default_palette(count: int) -> list[Colour]:
     """Return distinct colours, those of Pascal VOC: the bits of the class number, spread over the channels."""
-
-    def channel(number: int, offset: int) -> int:
-        return sum((number >> 3 * bit + offset & 1) << 7 - bit for bit in range(8))
-
-    return [(channel(number, 0), channel(number, 1), channel(number, 2)) for number in range(count)]
+    channels = np.arange(count)[:, None] >> np.arange(3)
+    levels = np.sum([(channels >> 3 * bit & 1) << 7 - bit for bit in range(8)], axis=0)
+    return [(red, green, blue) for red, green, blue in levels.tolist()]
 
 
 def read_table(path: Path) -> ClassTable:

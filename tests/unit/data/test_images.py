@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import BadImage, TrainingImages, try_read
+from pdvit.data.images import BadImage, FileImages, try_read
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import FileSplit
 
@@ -103,7 +103,8 @@ def test_no_damage_ends_in_a_traceback(tmp_path, form):
 
 def training_images(paths, seed=3, preprocessing=PLAIN, **settings):
     split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
-    return TrainingImages(split, Augmentation.for_split(split, AugmentConfig(**settings), preprocessing, seed))
+    augmentation = Augmentation.for_split(split, AugmentConfig(**settings), preprocessing, seed)
+    return FileImages(split, augmentation=augmentation)
 
 
 def photograph(form, size):

@@ -122,7 +122,7 @@ def test_a_set_with_images_that_do_not_decode_is_left_to_workers(source):
     assert kept is files
     assert "some do not decode" in log
     assert list(loader.bad.found) == [str(path)]
-    with pytest.raises(UserError, match="can't be kept"):
+    with pytest.raises(UserError, match="1 image does not decode"):
         keep(files, "on", loader)
 
 
