@@ -75,8 +75,6 @@ class Batch:
 
     def split(self, size: int) -> list["Batch"]:
         """Split into batches of `size` images; the last may be smaller."""
-        if size >= len(self):
-            return [self]
         parts = {name: value.split(size) for name, value in self.tensors().items()}
         return [Batch(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 

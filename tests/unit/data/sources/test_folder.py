@@ -2,12 +2,15 @@ import os
 import re
 import tarfile
 from hashlib import sha256
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.images import BadImage, try_read
 from pdvit.data.opening import open_source
 from pdvit.data.sources import run_name
 from pdvit.errors import UserError
@@ -17,8 +20,8 @@ VAL = ["val/ant/9.png", "val/bee/9.png"]
 MANY = [f"{name}/{number:02}.png" for name in ("ant", "bee") for number in range(30)]
 
 
-def folder(root):
-    return open_source(DataConfig(source=str(root)))
+def folder(root, **options):
+    return open_source(DataConfig(source=str(root), **options))
 
 
 @pytest.mark.parametrize("validation", ["val", "validation"])
@@ -77,25 +80,25 @@ def test_the_fingerprint_is_a_hash_of_labels_and_names(tmp_path):
 def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path, seed, prefix):
     extra = ["test/ant/1.png", "test/bee/1.png"] if prefix else []
     root = write_tree(tmp_path, [f"{prefix}{file}" for file in MANY] + extra)
-    source = open_source(DataConfig(source=str(root), split_seed=seed))
+    source = folder(root, split_seed=seed)
     train, val = (set(source.splits[split].paths) for split in ("train", "val"))
     assert not train & val
     assert {path.relative_to(root).as_posix().removeprefix(prefix) for path in train | val} == set(MANY)
     assert source.splits["val"].labels.bincount().tolist() == [3, 3]
     assert source.final_split == ("test" if prefix else "val")
     assert f"split_seed {seed}" in source.describe()
-    again = open_source(DataConfig(source=str(root), split_seed=seed))
-    other = open_source(DataConfig(source=str(root), split_seed=seed + 1))
+    again = folder(root, split_seed=seed)
+    other = folder(root, split_seed=seed + 1)
     assert again.fingerprint() == source.fingerprint()
     assert other.fingerprint()["val"] != source.fingerprint()["val"]
 
 
 def test_splits_of_other_names_are_named(tmp_path):
     root = write_tree(tmp_path, ["fit/ant/1.png", "check/ant/2.png", "val/ant/3.png"])
-    source = open_source(DataConfig(source=str(root), train_split="fit", val_split="check"))
+    source = folder(root, train_split="fit", val_split="check")
     assert [names(source.splits[split]) for split in ("train", "val")] == [["1.png"], ["2.png"]]
     with pytest.raises(UserError, match="no split 'absent'"):
-        open_source(DataConfig(source=str(root), train_split="fit", val_split="absent"))
+        folder(root, train_split="fit", val_split="absent")
 
 
 def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(tmp_path):
@@ -107,10 +110,7 @@ def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(
     assert "3 files are not read" in source.describe()
     assert all(name in source.describe() for name in ("train/ant/notes.txt", "train/loose.png", "val/ant/3.gif"))
     assert (source.classes, names(source.splits["train"])) == (["ant"], ["1.png"])
-    with tarfile.open(tmp_path / "set.tar", "w") as packed:
-        packed.add(tmp_path / "train", "train")
-        packed.add(tmp_path / "val", "val")
-    assert folder(tmp_path / "set.tar").fingerprint() == source.fingerprint()
+    assert folder(pack(tmp_path, tmp_path / "set.tar")).fingerprint() == source.fingerprint()
 
 
 def test_the_description_has_classes_counts_and_sizes(tmp_path):
@@ -152,3 +152,70 @@ def test_only_split_folders_are_walked(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: walked.append(os.path.basename(path)) or real(path))
     assert set(folder(root).splits) == {"train", "val"}
     assert "lost+found" not in walked
+
+
+def pack(folder, file, top=""):
+    """Pack the contents of a folder below a folder `top`."""
+    with tarfile.open(file, "w") as packed:
+        packed.add(folder, top.rstrip("/") or ".")
+    return file
+
+
+def pixels(split):
+    return [np.asarray(split.open(index).convert("RGB")) for index in range(len(split))]
+
+
+@pytest.mark.parametrize("top", ["", "pictures/", "a/b/"])
+def test_an_archive_is_the_folder_that_was_packed(image_folder, tmp_path, top):
+    packed = folder(pack(image_folder, tmp_path / "pictures.tar", top))
+    plain = folder(image_folder)
+    assert packed.classes == plain.classes
+    assert packed.name == "pictures"
+    assert packed.fingerprint() == plain.fingerprint()
+    for name, split in plain.splits.items():
+        assert torch.equal(packed.splits[name].labels, split.labels)
+        assert all(map(np.array_equal, pixels(packed.splits[name]), pixels(split)))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, "members"])
+def test_an_archive_that_is_cut_off_is_refused(image_folder, tmp_path, kept):
+    file = pack(image_folder, tmp_path / "set.tar")
+    content = file.read_bytes()
+    with tarfile.open(file) as packed:
+        last = packed.getmembers()[-1].offset  # a cut between two members is the end for Python's tarfile
+    file.write_bytes(content[: last if kept == "members" else int(len(content) * kept)])
+    with pytest.raises(UserError, match="can't be read") as caught:
+        folder(file)
+    assert str(tmp_path) in caught.value.where
+
+
+def test_hard_links_in_a_tar_are_read_and_symbolic_ones_counted(image_folder, tmp_path):
+    (image_folder / "train/red/hard.png").hardlink_to(image_folder / "train/red/0.png")
+    plain = folder(image_folder)
+    (image_folder / "train/red/soft.png").symlink_to("1.png")
+    source = folder(pack(image_folder, tmp_path / "set.tar"))
+    assert source.fingerprint() == plain.fingerprint()
+    assert all(map(np.array_equal, pixels(source.splits["train"]), pixels(plain.splits["train"])))
+    (note,) = (note for note in source.notes if "links" in note)
+    assert "1 (train/red/soft.png)" in note
+
+
+def test_a_member_that_does_not_decode_is_named(image_folder, tmp_path):
+    (image_folder / "train/green/3.png").write_bytes(b"torn")
+    file = pack(image_folder, tmp_path / "set.tar")
+    split = folder(file).splits["train"]
+    bad = [fault for index in range(len(split)) if isinstance(fault := try_read(split, index), BadImage)]
+    assert [item.name for item in bad] == [f"{file}/train/green/3.png"]
+
+
+def _sums(arguments):
+    split, indices = arguments
+    return [int(np.asarray(split.open(index).convert("RGB")).sum()) for index in indices]
+
+
+def test_processes_read_at_the_same_time(image_folder, tmp_path):
+    split = folder(pack(image_folder, tmp_path / "set.tar")).splits["train"]
+    expected = [int(image.sum()) for image in pixels(split)]  # opened before the fork
+    with get_context("fork").Pool(2) as pool:
+        found = pool.map(_sums, [(split, list(range(24)) * 20)] * 4)
+    assert found == [expected * 20] * 4
