@@ -35,15 +35,9 @@ def test_every_type_has_a_line_and_is_in_the_docs():
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("digits", "digits"),
-        ("some/folder", None),
-        ("DATA/Set.TAR", "tar"),
-        ("a.zip", None),
-        ("a.csv", "csv"),
-        ("torch/cifar100", "torch"),
-        ("HFDS/Owner/Name", "hfds"),
-        ("./torch/cifar100", None),
-        ("", None),
+        *((name, None) for name in ("some/folder", "a.zip", "./torch/cifar100", "")),
+        *(("digits", "digits"), ("DATA/Set.TAR", "tar"), ("a.csv", "csv")),
+        *(("torch/cifar100", "torch"), ("HFDS/Owner/Name", "hfds")),
     ],
 )
 def test_the_text_identifies_the_type(source, name):
