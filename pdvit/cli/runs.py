@@ -18,7 +18,10 @@ from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.config.unused import unused_settings
+from pdvit.data.loader import resident
+from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks
+from pdvit.data.opening import open_source
 from pdvit.data.sources import absolute_path, run_name, unused_source_settings
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import choose_device, device_name, set_up
@@ -32,8 +35,10 @@ from pdvit.errors import UserError
 from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from pdvit.tasks import task_class
-from pdvit.tasks.summary import describe_summary, usage
+from pdvit.models.segmentation.heads import with_norm
+from pdvit.tasks.classification import ClassificationTask
+from pdvit.tasks.segmentation import SegmentationTask
+from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
@@ -41,6 +46,7 @@ from pdvit.tracking.trackers import check_trackers
 if TYPE_CHECKING:
     import torch
 
+TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 # Whether torchrun restarted the processes of this command.
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -71,16 +77,18 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     set_up(device, config.run)
     if ranks.main and config.run.track:
         check_trackers(config.run.track)
-    task_type = task_class(config)
-    source = task_type.open_source(config, partial(log, console))
-    if config.segment.head is not None and config.data.source != "scenes":
+    to_log = partial(log, console)
+    segments = config.segment.head is not None
+    task_type: TaskType = SegmentationTask if segments else ClassificationTask
+    source = open_masks(config.data, config.segment, to_log) if segments else open_source(config.data)
+    if segments and config.data.source != "scenes":
         every, part = config.segment.check_masks, (ranks.rank, ranks.world_size)
-        log(console, f"checking {'all masks' if every else 'the masks that are held out'} ...")
-        source = check_masks(source, every, config.data.workers, partial(log, console), part, ranks.all_gather)
+        to_log(f"checking {'all masks' if every else 'the masks that are held out'} ...")
+        source = check_masks(source, every, config.data.workers, to_log, part, ranks.all_gather)
     if not config.data.batch_size:
-        batch_size = _find_batch_size(config, source, device, ranks)
+        batch_size = _find_batch_size(config, task_type, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=batch_size)))
-    config = task_type.resolve(config, ranks.world_size, device)
+    config = with_norm(config, ranks.world_size, device) if segments else config
     root = None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root))
     # Absolute paths, so that the run can be resumed and analyzed from any folder.
     config = replace(config, data=replace(config.data, source=absolute_path(config.data.source), root=root))
@@ -89,12 +97,12 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.steps.total} steps of {task.batch_size} images on {device_name(device)}{processes}"
-    log(console, f"{source.describe()}\n{task.describe()}; {length}")
+    to_log(f"{source.describe()}\n{task.describe()}; {length}")
     unused = (*unused_settings(config), *unused_source_settings(config.data))
     for note in (*notes, *trainer.notes, *(f"note: {text}" for text in unused)):
-        log(console, note)
-    if load:
-        task.load(partial(log, console))
+        to_log(note)
+    if load and isinstance(task, ClassificationTask):
+        task.source = resident(source, task.loader, task.augmentation, config.data.resident, to_log)
     return trainer
 
 
@@ -249,12 +257,15 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
 
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
     others = [path for path in others if source(path) == source(run)]
+    usage = f"timm: create_model('local-dir:{run}', pretrained=True)"
+    if summary.get("task") == "segmentation":
+        usage = f"pdvit eval, predict and plot segmentation {run}; pictures: {run}/predictions"
     log(
         console,
         f"\n{describe_summary(summary)}\n"
         f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images per second\n"
-        f"weights   {run}/model.safetensors ({usage(summary, run)})\n"
+        f"weights   {run}/model.safetensors ({usage})\n"
         f"records   {run}/metrics.jsonl, summary.json; repeat with --config {run}/run.toml\n"
         f"next      pdvit analyze {' '.join(str(path) for path in [*others[:1], run])}",
     )
@@ -272,14 +283,14 @@ def trial_config(config: Config) -> Config:
     return resolve(trial)
 
 
-def _find_batch_size(config: Config, source: Source, device: "torch.device", ranks: Ranks) -> int:
+def _find_batch_size(config: Config, task_type: TaskType, source: Source, device: "torch.device", ranks: Ranks) -> int:
     """Return the largest total batch that fits, a power of two or all images; raises UserError if none does."""
     where = "data.batch_size (--batch-size)"
     if device.type == "cpu":
         raise UserError("auto needs a GPU: out of memory on a CPU can't be caught", where, "give a number, such as 64")
     trial = trial_config(config)
     # Each process by itself: trials that exchange gradients would wait for each other.
-    task = task_class(trial)(trial, source, device, SINGLE_PROCESS)
+    task = task_type(trial, source, device, SINGLE_PROCESS)
     images = len(source.splits["train"]) // ranks.world_size
     size = largest_batch(Trainer(task, trial, device, SINGLE_PROCESS).updater, task.batches(0), images)
     size = int(min(ranks.all_gather(size))) * ranks.world_size

@@ -10,7 +10,7 @@ from pdvit.errors import UserError, closest
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 EXAMPLES = {"ep": "30ep", "st": "2000st", "im": "1e6im", "%": "5%", "min": "10min", "h": "12h", "s": "300s"}
 WEIGHT_SCHEDULES = ("warmup", "decay", "until")
-_FORM = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(ep|st|im|%|min|h|s)?", re.IGNORECASE)
+_FORM = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(ep|st|im|%|min|h|s)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock
     """
     match = _FORM.fullmatch(text.strip())
     found = (match[2] or unit).lower() if match else ""
-    try:
-        value = float(match[1]) if match else math.nan
-    except ValueError:
-        value = math.nan
+    value = float(match[1]) if match else math.nan
     units = {*SECONDS}
     if unit not in SECONDS:
         units = {"ep", "st", "im"} | ({"%"} if percent else set()) | (units if clock else set())
@@ -65,9 +62,8 @@ def weight_schedule(diversity: DiversityConfig, term: str) -> dict[str, Duration
     for part in [] if text == "constant" else text.split(","):
         name, _, length = (piece.strip() for piece in part.partition(":"))
         if name not in WEIGHT_SCHEDULES:
-            raise UserError(
-                f"'{part.strip()}' is not part of a weight schedule", where, closest(name, WEIGHT_SCHEDULES)
-            )
+            what = f"'{part.strip()}' is not part of a weight schedule"
+            raise UserError(what, where, closest(name, WEIGHT_SCHEDULES))
         if name in lengths:
             raise UserError(f"'{name}' is given twice", where, "give each part once")
         lengths[name] = parse_duration(length, "ep", where)

@@ -77,17 +77,17 @@ def _convert(value: Any, hint: Any, key: Key, at: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(value, str) and value in key.words:
         return key.words[value]
-    if key.unit and (is_number or isinstance(value, str)):
-        length = parse_duration(str(value), key.unit, at, key.percent, key.clock)
-        _check_range(length.value, key, at)
-        return str(value)
+    number: float | None = None
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
         parts = tuple(_convert(part, type_, key, at) for part, type_ in zip(value, get_args(hint), strict=True))
         if len(parts) == 2 and parts[0] > parts[1]:
             what = f"the minimum, {parts[0]:g}, is above the maximum, {parts[1]:g}"
             raise UserError(what, at, "swap the two")
         return parts
-    if (origin is float and is_number) or (origin is str and is_number and isinstance(value, int)):
+    if key.unit and (is_number or isinstance(value, str)):
+        value = str(value)
+        number = parse_duration(value, key.unit, at, key.percent, key.clock).value
+    elif (origin is float and is_number) or (origin is str and is_number and isinstance(value, int)):
         value = origin(value)
     elif origin is dict and isinstance(value, Mapping):
         return dict(value)
@@ -96,15 +96,13 @@ def _convert(value: Any, hint: Any, key: Key, at: str) -> Any:
         raise UserError(f"{value!r} is not {name}", at, key.help)
     if key.choices and value not in key.choices:
         raise UserError(f"'{value}' is not a choice", at, closest(value, key.choices))
-    if origin in (int, float):
-        _check_range(value, key, at)
+    if number is None and origin in (int, float):
+        number = value
+    if number is not None:
+        too_low = (key.minimum is not None and number < key.minimum) or (key.above is not None and number <= key.above)
+        if not math.isfinite(number) or too_low or (key.maximum is not None and number > key.maximum):
+            raise UserError(f"{number} is out of range", at, f"it must be {key.describe_range() or 'finite'}")
     return value
-
-
-def _check_range(value: float, key: Key, at: str) -> None:
-    too_low = (key.minimum is not None and value < key.minimum) or (key.above is not None and value <= key.above)
-    if not math.isfinite(value) or too_low or (key.maximum is not None and value > key.maximum):
-        raise UserError(f"{value} is out of range", at, f"it must be {key.describe_range() or 'finite'}")
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

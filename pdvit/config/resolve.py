@@ -1,5 +1,6 @@
 """Fill in the settings that depend neither on the data nor on the weights."""
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,8 @@ def resolve(config: Config) -> Config:
     for term in TERMS:
         weight_schedule(config.diversity, term)  # raises the error before the run
     policy = config.augment.auto_augment
-    if policy and not _is_rand_augment(policy):
+    numbers = dict(re.findall(r"-([a-z]+)([0-9.]+)", policy)) if RAND_AUGMENT.fullmatch(policy) else {"p": math.inf}
+    if policy and (float(numbers.get("m", 10)) > float(numbers.get("mmax", 10)) or float(numbers.get("p", 1)) > 1):
         tip = "for example rand-m9-mstd0.5-inc1: m is at most mmax (10 by default), p at most 1; n sets the layers"
         raise UserError(f"'{policy}' is not a RandAugment policy of timm", "augment.auto_augment (--aa)", tip)
     for name in ("freeze", "weights") if config.model.init is None else ():
@@ -40,7 +42,22 @@ def resolve(config: Config) -> Config:
             why = ": new weights would never learn" if name == "freeze" else ""
             what = f"model.{name} needs initial weights{why}"
             raise UserError(what, f"model.{name} (--{name})", "name a checkpoint with --init, or leave it out")
-    config = with_crop(_model(_preset(config)))
+    diversity, augment = config.diversity, config.augment
+    values = dict(PRESETS[diversity.preset])
+    values |= {name: getattr(diversity, name) for name in values if getattr(diversity, name) is not None}
+    if values["variant"] == "released" and diversity.cosine is None:
+        values["cosine"] = 0.0  # the variant has no cosine term
+    if config.segment.head is not None:
+        if diversity.mixing:
+            what = "the mixing term needs patches of one class, which pixel labels do not give"
+            raise UserError(what, "diversity.mixing (--mixing)", "leave it out: the other terms work")
+        values["mixing"] = 0.0
+    if augment.cutmix is None:
+        augment = replace(augment, cutmix=float(values["mixing"] > 0 or diversity.preset == "cutmix"))
+    if config.segment.head is not None and (augment.cutmix or augment.mixup):
+        where = "augment.cutmix, augment.mixup (--cutmix, --mixup)"
+        raise UserError("images with masks are not mixed", where, "leave them at 0")
+    config = with_crop(_model(replace(config, diversity=replace(diversity, **values), augment=augment)))
     lr, final = config.optim.lr, config.optim.min_lr
     if lr is not None and final > lr:
         raise UserError(f"the final learning rate {final:g} is above the peak, {lr:g}", "optim.min_lr", "lower it")
@@ -54,26 +71,6 @@ def with_crop(config: Config) -> Config:
     if segment.head is None or crop is None:
         return config
     return replace(config, segment=replace(segment, crop=crop), data=replace(data, img_size=crop))
-
-
-def _preset(config: Config) -> Config:
-    diversity, augment = config.diversity, config.augment
-    segments = config.segment.head is not None
-    values = dict(PRESETS[diversity.preset])
-    values |= {name: getattr(diversity, name) for name in values if getattr(diversity, name) is not None}
-    if values["variant"] == "released" and diversity.cosine is None:
-        values["cosine"] = 0.0  # the variant has no cosine term
-    if segments:
-        if diversity.mixing:
-            what = "the mixing term needs patches of one class, which pixel labels do not give"
-            raise UserError(what, "diversity.mixing (--mixing)", "leave it out: the other terms work")
-        values["mixing"] = 0.0
-    if augment.cutmix is None:
-        augment = replace(augment, cutmix=float(values["mixing"] > 0 or diversity.preset == "cutmix"))
-    if segments and (augment.cutmix or augment.mixup):
-        what = "images with masks are not mixed"
-        raise UserError(what, "augment.cutmix, augment.mixup (--cutmix, --mixup)", "leave them at 0")
-    return replace(config, diversity=replace(diversity, **values), augment=augment)
 
 
 def _model(config: Config) -> Config:
@@ -97,12 +94,3 @@ def _model(config: Config) -> Config:
             lr = FINETUNE_FACTOR * lr
         optim = replace(optim, lr=lr)
     return replace(config, model=model, data=data, optim=optim)
-
-
-def _is_rand_augment(policy: str) -> bool:
-    numbers = dict(re.findall(r"-([a-z]+)([0-9.]+)", policy))
-    return (
-        RAND_AUGMENT.fullmatch(policy) is not None
-        and float(numbers.get("m", 10)) <= float(numbers.get("mmax", 10))
-        and float(numbers.get("p", 1)) <= 1
-    )

@@ -1,6 +1,6 @@
 """Interfaces of tasks and batches: all that the engine needs from them."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,9 +43,6 @@ class Task(Protocol):
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """Description of the training data: a run resumes only on the same data."""
-
-    def load(self, log: Callable[[str], None]) -> None:
-        """Move the data where the steps read them fastest."""
 
     def batches(self, start: int) -> Generator[Any, None, None]:
         """Yield this process's part of steps start, start + 1, ... without end, in constant time for any start."""

@@ -1,6 +1,6 @@
 """The mixing term: after patch-aligned CutMix, every patch predicts the class of its image."""
 
-from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -96,7 +96,11 @@ class _Chunked(torch.autograd.Function):
         ctx.patches = images * patches
         total = weight_grad = bias_grad = at_least_float32(tokens.new_zeros(()))
         token_grads: list[list[Tensor]] = []
-        for image, patch in _chunks(images, patches, len(weight)):
+        # Each chunk has few enough logits; whole images where they fit.
+        patch_step = max(1, min(patches, CHUNK_ENTRIES // len(weight)))
+        image_step = max(1, CHUNK_ENTRIES // (patches * len(weight)))
+        for row, column in product(range(0, images, image_step), range(0, patches, patch_step)):
+            image, patch = slice(row, row + image_step), slice(column, column + patch_step)
             chunk = tokens[image, patch].reshape(-1, width)
             outputs = F.linear(chunk, weight, bias)
             half, logits = outputs.dtype == torch.float16, at_least_float32(outputs)
@@ -111,7 +115,7 @@ class _Chunked(torch.autograd.Function):
             else:
                 weight_grad = weight_grad + grad.T @ chunk
             bias_grad = bias_grad + grad.sum(0)
-            if patch.start == 0:
+            if column == 0:
                 token_grads.append([])
             token_grads[-1].append((grad @ weight).view(*tokens[image, patch].shape))
         if token_grads:
@@ -128,15 +132,6 @@ class _Chunked(torch.autograd.Function):
         scale = grad / ctx.patches
         saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*((tensor * scale).to(dtype) if needed else None for tensor, dtype, needed in saved), None, None)
-
-
-def _chunks(images: int, patches: int, classes: int) -> Iterator[tuple[slice, slice]]:
-    """Divide images and patches so that each chunk has few enough logits; whole images where they fit."""
-    patch_step = max(1, min(patches, CHUNK_ENTRIES // classes))
-    image_step = max(1, CHUNK_ENTRIES // (patches * classes))
-    for image in range(0, images, image_step):
-        for patch in range(0, patches, patch_step):
-            yield slice(image, image + image_step), slice(patch, patch + patch_step)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -106,42 +106,40 @@ class Objective:
         if self.contrastive:
             parts["contrastive"] = contrastive_loss(output.first, output.last, self.variant, grid=self.grid)
         if self.mixing:
-            parts["mixing"] = self._mixing(output, patch_targets)
+            where = f"Objective(variant='{self.variant}', multi_label={self.multi_label})"
+            where += "(output, targets, patch_targets)"
+            if output.mixing is not None:
+                if not self.mixing_is_patchwise:
+                    what = "the model computed mixing patch by patch, and this objective has another form of it"
+                    raise UserError(what, where, "call the model without patch_targets, and the objective with them")
+                if output.smoothing != self.label_smoothing:
+                    theirs, ours = f"{output.smoothing:g}", f"{self.label_smoothing:g}"
+                    what = f"the mixing term of the model has label smoothing {theirs}, the objective has {ours}"
+                    raise UserError(what, where, f"call the model with (images, patch_targets, {ours})")
+                parts["mixing"] = output.mixing
+            elif patch_targets is None or output.patch_logits is None:
+                tip = "pass patch_targets from pdvit.patch_cutmix, keep DiverseModel's patch_head, or set mixing=0"
+                raise UserError("the mixing term needs the class of every patch and a patch head", where, tip)
+            else:
+                parts["mixing"] = mixing_loss(
+                    output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label
+                )
         if self.koleo:
             parts["koleo"] = koleo_loss(output.last)
         if self.spectral:
             parts["spectral"] = spectral_loss(output.last)
-        return Losses(self._total(parts, output, weights), parts)
+        total = parts["class"]
+        factors = {name: getattr(self, name) for name in TERMS if name in parts}
+        if weights is not None:
+            factors = {name: weight * weights[TERMS.index(name)] for name, weight in factors.items()}
+        if self.variant == "diverse-vit" and "mixing" in factors:
+            patch_weight = output.last.shape[1] * factors.pop("mixing")
+            total = (total + patch_weight * parts["mixing"]) / (1 + patch_weight)
+        for name, weight in factors.items():
+            total = total + weight * parts[name]
+        return Losses(total, parts)
 
     @property
     def mixing_is_patchwise(self) -> bool:
         """Whether `DiverseModel` can compute the mixing term: `released` averages patches before it compares."""
         return self.mixing > 0 and self.variant != "released" and not self.multi_label
-
-    def _mixing(self, output: TokenOutput, patch_targets: Tensor | None) -> Tensor:
-        where = f"Objective(variant='{self.variant}', multi_label={self.multi_label})(output, targets, patch_targets)"
-        if output.mixing is not None:
-            if not self.mixing_is_patchwise:
-                what = "the model computed the mixing term patch by patch, and this objective has another form of it"
-                raise UserError(what, where, "call the model without patch_targets, and the objective with them")
-            if output.smoothing != self.label_smoothing:
-                theirs, ours = f"{output.smoothing:g}", f"{self.label_smoothing:g}"
-                what = f"the mixing term of the model has label smoothing {theirs}, the objective has {ours}"
-                raise UserError(what, where, f"call the model with (images, patch_targets, {ours})")
-            return output.mixing
-        if patch_targets is None or output.patch_logits is None:
-            tip = "pass patch_targets from pdvit.patch_cutmix, keep DiverseModel's patch_head, or set mixing=0"
-            raise UserError("the mixing term needs the class of every patch and a patch head", where, tip)
-        return mixing_loss(output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label)
-
-    def _total(self, parts: dict[str, Tensor], output: TokenOutput, factors: Tensor | None) -> Tensor:
-        total = parts["class"]
-        weights = {name: getattr(self, name) for name in TERMS if name in parts}
-        if factors is not None:
-            weights = {name: weight * factors[TERMS.index(name)] for name, weight in weights.items()}
-        if self.variant == "diverse-vit" and "mixing" in weights:
-            patch_weight = output.last.shape[1] * weights.pop("mixing")
-            total = (total + patch_weight * parts["mixing"]) / (1 + patch_weight)
-        for name, weight in weights.items():
-            total = total + weight * parts[name]
-        return total

@@ -12,11 +12,6 @@ class WeightSchedule:
     decay: int = 0  # steps over which it falls linearly from 1 to 0, up to the end of the run
     until: int | None = None  # step from which on it is 0
 
-    @property
-    def constant(self) -> bool:
-        """Whether the factor is always 1."""
-        return not (self.warmup or self.decay) and self.until is None
-
     def __call__(self, step: int) -> float:
         """Return the factor of step 0, 1, ...: the product of the parts."""
         if self.until is not None and step >= self.until:

@@ -81,7 +81,18 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
     if key not in SKETCHES:
         with torch.device("meta"), WithoutClamp():
             model = create_model(name, arguments, where)
-        _check_grid(model, where)
+        places, place = places_of(model, where), f"{where}, with its image size and patch size"
+        if getattr(model, "in_chans", 3) != 3:
+            raise UserError("the model does not take images of three channels", where, "use in_chans=3")
+        (height, width), patch = image_size_of(model), strides_of(model)[-1]
+        if (height, width) == (patch, patch):
+            tip = f"choose a larger image, such as {2 * patch} pixels, or smaller patches"
+            raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
+        whole, last = height % patch == width % patch == 0, list(places)[-1]
+        if not whole or shapes_of(model, {last: places[last]}, where)[last][0] != (height // patch) * (width // patch):
+            near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
+            tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
+            raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)
         if len(SKETCHES) == MAX_SKETCHES:
             SKETCHES.clear()
         SKETCHES[key] = model
@@ -112,10 +123,10 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def patch_size_of(model: Any) -> int:
-    """Return the pixels on a side of the patch of one token in the last layer."""
-    reduction = model.feature_info[-1]["reduction"]
-    return int(reduction if isinstance(reduction, int) else reduction[0])
+def strides_of(model: Any) -> list[int]:
+    """Return the pixels per token of every map; the last is the side of a patch."""
+    reductions = [info["reduction"] for info in model.feature_info]
+    return [int(reduction if isinstance(reduction, int) else reduction[0]) for reduction in reductions]
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -154,19 +165,3 @@ def check_memory(weights: nn.Module | Path, where: str) -> None:
     if size > available and torch.get_default_device().type != "meta":
         what = f"the model is too big for memory: {size / GIB:.1f} GiB of weights, {available / GIB:.1f} GiB available"
         raise UserError(what, where, "use a machine with more memory, or a smaller model or smaller images")
-
-
-def _check_grid(model: Any, where: str) -> None:
-    places = places_of(model, where)
-    if getattr(model, "in_chans", 3) != 3:
-        raise UserError("the model does not take images of three channels", where, "use in_chans=3")
-    (height, width), patch = image_size_of(model), patch_size_of(model)
-    place = f"{where}, with its image size and patch size"
-    if (height, width) == (patch, patch):
-        tip = f"choose a larger image, such as {2 * patch} pixels, or smaller patches"
-        raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
-    whole, last = height % patch == width % patch == 0, list(places)[-1]
-    if not whole or shapes_of(model, {last: places[last]}, where)[last][0] != (height // patch) * (width // patch):
-        near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
-        tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
-        raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)

@@ -103,17 +103,13 @@ def export(
     text = json.dumps(config, indent=2) + "\n"
     tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
     file = save(tensors, metadata={"format": "pt", HEADER_KEY: text})
-    return {CONFIG: text.encode(), WEIGHTS: _with_sorted_metadata(file)}
-
-
-def _with_sorted_metadata(file: bytes) -> bytes:
-    """Return a safetensors file with sorted metadata: the library's own order varies from call to call."""
+    # With sorted metadata: the library's own order varies from call to call.
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])
     header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
-    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # tensors are aligned to 8 bytes
+    return {CONFIG: text.encode(), WEIGHTS: len(head).to_bytes(8, "little") + head + file[8 + size :]}
 
 
 def _read_path(path: Path, name: str | None = None) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from pdvit.errors import UserError
 
@@ -115,12 +115,6 @@ def modules_at(model: nn.Module, path: str) -> list[nn.Module]:
         else:
             found = [child for part in found if isinstance(child := getattr(part, name, None), nn.Module)]
     return [part for part in found if not isinstance(part, nn.Identity)] if path else []
-
-
-def count_at(model: nn.Module, name: str) -> int:
-    """Return the number of prefix tokens in an attribute: a number, tokens `(1, K, D)`, or 0 if it is missing."""
-    value = getattr(model, name, None) if name else None
-    return int(value.shape[1] if isinstance(value, Tensor) else value or 0)
 
 
 def _unsupported(model: nn.Module, names: list[str], where: str) -> UserError:

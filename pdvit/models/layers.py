@@ -11,9 +11,8 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.models.families import count_at, family_of, modules_at
+from pdvit.models.families import family_of, modules_at
 
-T = TypeVar("T")
 K = TypeVar("K")
 MODEL = "model.name (--model)"
 
@@ -61,12 +60,15 @@ def places_of(model: nn.Module, where: str = MODEL) -> dict[Layer, Place]:
     if not blocks:
         raise UserError("the model has no blocks", where, "set a depth of at least 1")
     orders: list[Any] = modules_at(model, family.order)
-    at = partial(Place, prefix=count_at(model, family.prefix), channels_first=family.channels_first)
+    # The number of prefix tokens, or the tokens `(1, K, D)` themselves.
+    attributes = [getattr(model, name, None) if name else None for name in (family.prefix, family.norm_prefix)]
+    prefix, norm_prefix = (int(value.shape[1] if isinstance(value, Tensor) else value or 0) for value in attributes)
+    at = partial(Place, prefix=prefix, channels_first=family.channels_first)
     order = [partial(orders[0], block_idx=index) if orders else None for index in range(len(blocks))]
     places = {Layer("embed", 0): at(blocks[0], entering=True, order=order[0])}
     places |= {Layer(f"block {i + 1}", i + 1): at(block, order=order[i]) for i, block in enumerate(blocks)}
     for norm in modules_at(model, family.norm):
-        places[Layer("norm", len(blocks) + 1)] = at(norm, prefix=count_at(model, family.norm_prefix))
+        places[Layer("norm", len(blocks) + 1)] = at(norm, prefix=norm_prefix)
     return places
 
 
@@ -86,20 +88,6 @@ def watch(places: Mapping[K, Place], visit: Callable[[K, Tensor], None]) -> Iter
         yield
 
 
-def measure_layers(
-    model: nn.Module, images: Tensor, measure: Callable[[Tensor], T], network: nn.Module | None = None
-) -> dict[Layer, T]:
-    """Return `measure(tokens)` of every layer for one batch, without gradients or autocast.
-
-    `network` is called instead of the model if that is a part of it (under FSDP, for example).
-    """
-    results: dict[Layer, T] = {}
-    keep = watch(places_of(model), lambda layer, tokens: results.update({layer: measure(tokens)}))
-    with torch.no_grad(), exact_float32(images.device), keep:
-        (network or model)(images)
-    return results
-
-
 @contextmanager
 def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
     """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block in each forward pass.
@@ -113,9 +101,8 @@ def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) ->
         if layer.name.startswith("block"):
             attentions[layer] = getattr(place.module, name, None) if name else None
             if not isinstance(attentions[layer], nn.Module):
-                what = f"a {type(model).__name__} has no attention probabilities between all patches: {layer.name}, a "
-                what += f"{type(place.module).__name__}, works in windows, on merged keys or on channels, mixes heads, "
-                what += "or has no attention"
+                what = f"{layer.name}, a {type(place.module).__name__}, has no attention between all patches: it works "
+                what += "in windows, on merged keys or on channels, mixes heads, or has none"
                 raise UserError(what, MODEL, "leave out the metric 'attention', or use a plain vision transformer")
 
     def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -4,7 +4,9 @@ import copy
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +124,11 @@ def _palette(colours: Any, count: int, where: str) -> Palette | None:
     """Return the colours of the classes; raises UserError unless there are `count`, of three bytes each."""
     if colours is None:
         return None
-    valid = (
-        isinstance(colours, list)
-        and len(colours) == count
-        and all(
-            isinstance(colour, list)
-            and len(colour) == 3
-            and all(type(value) is int and 0 <= value <= 255 for value in colour)
-            for colour in colours
-        )
-    )
-    if not valid:
-        raise UserError("its palette does not have one colour for each class", where, COPY)
-    return [(red, green, blue) for red, green, blue in colours]
+    with suppress(TypeError, ValueError):  # not a list, or not of triples
+        palette = [(red, green, blue) for red, green, blue in colours]
+        if len(palette) == count and all(type(value) is int and value in range(256) for value in chain(*palette)):
+            return palette
+    raise UserError("its palette does not have one colour for each class", where, COPY)
 
 
 def _model_arguments(config: dict[str, Any], where: str) -> dict[str, Any]:

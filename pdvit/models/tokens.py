@@ -1,6 +1,6 @@
 """The module that training uses: a timm model that also returns the patch tokens which the terms compare."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -48,14 +48,41 @@ class DiverseModel(Wrapper):
         patch_head: "bool | str | nn.Module" = True,
         first: str | int = "block",
         last: str = "norm",
-        cosine_layers: Sequence[int] = (),
+        cosine_layers: Sequence[int | str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.taps = Taps(model, first, last, cosine_layers, head_input=True)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
-        self.patch_head = _patch_head(model, patch_head, self.taps.width)
+        self.patch_head: nn.Module | None = patch_head if isinstance(patch_head, nn.Module) else None
+        if patch_head is False:
+            return
+        bare: Any = model
+        classes, width, like = bare.num_classes, self.taps.width, next(bare.parameters())
+        if isinstance(patch_head, str):
+            classifier, parts = bare.get_classifier(), ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
+            between = [path for path in parts if modules_at(model, path)]
+            if patch_head != "class":
+                what = f"there is no patch head called '{patch_head}'"
+            elif not isinstance(classifier, nn.Linear):
+                what = "the model's classifier can't be the patch head: it is not one linear layer"
+            elif between or classifier.in_features != width:
+                reads = f"the output of {between[0]}" if between else "pooled features"
+                what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
+            else:
+                return
+            raise UserError(what, HEAD, "pass True for a new linear head")
+        if classes < 1:
+            tip = "build it with num_classes=C, or pass patch_head=False and leave the mixing term off"
+            raise UserError("the model has no classes, and the patch head needs them", HEAD, tip)
+        if self.patch_head is None:
+            self.patch_head = head = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        elif isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (classes, width):
+            what = f"the patch head is a {patch_head}, for {classes} classes and tokens of width {width}"
+            raise UserError(what, HEAD, f"pass nn.Linear({width}, {classes}), or True for a new one")
 
     def forward(
         self,
@@ -84,71 +111,11 @@ class DiverseModel(Wrapper):
         return TokenOutput(logits, first, last, patches, tuple(others), mixing, label_smoothing)
 
 
-def _patch_head(model: Any, patch_head: "bool | str | nn.Module", width: int) -> nn.Module | None:
-    """Return the patch head beside the model; raises UserError if this or the model's own classifier does not fit."""
-    if isinstance(patch_head, str):
-        classifier = model.get_classifier()
-        between = [path for path in ("attn_pool", "fc_norm", "head.norm", "head.pre_logits") if modules_at(model, path)]
-        if patch_head != "class":
-            what = f"there is no patch head called '{patch_head}'"
-        elif not isinstance(classifier, nn.Linear):
-            what = "the model's classifier can't be the patch head: it is not one linear layer"
-        elif between or classifier.in_features != width:
-            reads = f"the output of {between[0]}" if between else "pooled features"
-            what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
-        else:
-            return None
-        raise UserError(what, HEAD, "pass True for a new linear head")
-    if patch_head is False:
-        return None
-    if model.num_classes < 1:
-        tip = "build it with num_classes=C, or pass patch_head=False and leave the mixing term off"
-        raise UserError("the model has no classes, and the patch head needs them", HEAD, tip)
-    if isinstance(patch_head, nn.Module):
-        if isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (model.num_classes, width):
-            what = f"the patch head is a {patch_head}, for {model.num_classes} classes and tokens of width {width}"
-            raise UserError(what, HEAD, f"pass nn.Linear({width}, {model.num_classes}), or True for a new one")
-        return patch_head
-    weight = next(model.parameters())
-    head = nn.Linear(width, model.num_classes, device=weight.device, dtype=weight.dtype)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 def _block(number: Any, blocks: list[str], where: str) -> str:
     name = f"block {number}"
     if name not in blocks:
         raise UserError(f"there is no {name}: the model has {len(blocks)}", where, f"choose from 1 to {len(blocks)}")
     return name
-
-
-def _first(first: str | int, last: str, blocks: list[str], shapes: Mapping[str, tuple[int, int]]) -> str:
-    """Return the name of the first layer; raises UserError unless it has the grid and width of last."""
-    if first == "block":
-        alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
-        if not alike:
-            tip = "try --last block or --first embed, or choose a model with two blocks of one grid at its end"
-            raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
-        return alike[0]
-    if first not in EARLY and not str(first).isdecimal():
-        tip = f"choose block, embed, patches, or a number from 1 to {len(blocks)}"
-        raise UserError(f"there is no first called '{first}'", FIRST, tip)
-    name = str(first) if first in EARLY else _block(first, blocks, FIRST)
-    if name == last:
-        raise UserError(f"first and last are both {name}", FIRST, "choose an earlier layer")
-    if shapes.get(name) != shapes[last]:
-        what = f"the shape of {name} is not that of {last}: {shapes.get(name)} against {shapes[last]} (patches, width)"
-        raise UserError(what, FIRST, "use --first block, whatever the preset says")
-    return name
-
-
-def layer_numbers(text: str) -> list[int]:
-    """Parse numbers of blocks, separated by commas; raises UserError."""
-    numbers = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"'{text}' is not a list of blocks", COSINE, "separate their numbers by commas: 6,12")
-    return [int(number) for number in numbers]
 
 
 class Tap:
@@ -174,13 +141,13 @@ class Taps:
     Hooks are registered at construction, because compiled code ignores later ones. They are open during a forward pass
     only, so that gradient checkpointing, which runs blocks again, stores nothing.
 
-    `first`, `last` and `cosine_layers` are those of `DiverseModel`. With `head_input`, the tokens that the model's head
-    reads follow first and last; `width` is theirs. Raises UserError if there are no such layers, or first and last
-    can't be compared.
+    `first`, `last` and `others` are those of `DiverseModel`, with its `cosine_layers` as others. With `head_input`, the
+    tokens that the model's head reads follow first and last; `width` is theirs. Raises UserError if there are no such
+    layers, or first and last can't be compared.
     """
 
     def __init__(
-        self, model: nn.Module, first: str | int, last: str, cosine_layers: Sequence[int], head_input: bool = False
+        self, model: nn.Module, first: str | int, last: str, others: Sequence[int | str], head_input: bool = False
     ) -> None:
         import torch._dynamo  # slow to import
 
@@ -196,8 +163,25 @@ class Taps:
             raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")
         final = "norm" if "norm" in places else blocks[-1]
         last = final if last == "norm" else blocks[-1]
-        others = [_block(number, blocks, COSINE) for number in cosine_layers]
-        self.names = (_first(first, last, blocks, shapes), last, *([final] if head_input else []), *others)
+        more = [_block(number, blocks, COSINE) for number in others]
+        if first == "block":
+            alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
+            if not alike:
+                tip = "try --last block or --first embed, or choose a model with two blocks of one grid at its end"
+                raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
+            first = alike[0]
+        elif first not in EARLY:
+            if not str(first).isdecimal():
+                tip = f"choose block, embed, patches, or a number from 1 to {len(blocks)}"
+                raise UserError(f"there is no first called '{first}'", FIRST, tip)
+            first = _block(first, blocks, FIRST)
+        first = str(first)
+        if first == last:
+            raise UserError(f"first and last are both {first}", FIRST, "choose an earlier layer")
+        if shapes.get(first) != shapes[last]:
+            what = f"the shape of {first} is not that of {last}: {shapes.get(first)} against {shapes[last]}"
+            raise UserError(f"{what} (patches, width)", FIRST, "use --first block, whatever the preset says")
+        self.names = (first, last, *([final] if head_input else []), *more)
         self.width = shapes[final][1]
         self.taps = {name: Tap(places[name]) for name in dict.fromkeys(self.names)}
 

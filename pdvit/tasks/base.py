@@ -1,5 +1,6 @@
-"""The base of tasks on images: construction, batches, the probe, records and the closing numbers."""
+"""The base of tasks on images: construction, the probe, records and the closing numbers."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -22,12 +23,14 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective, WeightSchedule
-from pdvit.models.build import patch_size_of
-from pdvit.models.layers import exact_float32, measure_layers
+from pdvit.models.build import strides_of
+from pdvit.models.layers import exact_float32, places_of, watch
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
 from pdvit.similarity import patch_similarity
 from pdvit.tasks.metrics import Scores
-from pdvit.tasks.summary import describe_metrics, describe_similarity
+from pdvit.tasks.summary import describe_metrics
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 class ImageTask(ABC):
@@ -35,10 +38,9 @@ class ImageTask(ABC):
 
     name: str
     best_metric: str
+    recorded: tuple[str, ...]  # names of the metrics in records and summary
     module: Wrapper
     class_loss: Any = None  # of logits and targets; None: cross-entropy with label smoothing
-    recorded: tuple[str, ...]
-    """Names of the metrics in records and summary."""
 
     def __init__(self, config: Config, source: Source, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
@@ -54,14 +56,18 @@ class ImageTask(ABC):
                 what = f"with a frozen backbone the tokens never change, so these terms do nothing: {terms}"
                 tip = "use --diversity none; of the terms only --mixing trains a head"
                 raise UserError(what, "model.freeze (--freeze)", tip)
-        self.patch_size = patch_size_of(self.module.inside)
+        self.patch_size = strides_of(self.module.inside)[-1]
         self.preprocessing = Preprocessing.for_model(self.module.inside, config.data)
         self.batch_size = batch_size = config.data.batch_size
         if batch_size % ranks.world_size:
             what = f"a batch of {batch_size} can't be divided evenly among {ranks.world_size} processes"
             raise UserError(what, "data.batch_size (--batch-size)", f"choose a multiple of {ranks.world_size}")
-        self.steps_per_epoch = steps_per_epoch(source.splits["train"], batch_size)
-        self.schedules = weight_schedules(config, self.steps_per_epoch, batch_size)
+        self.steps_per_epoch = per_epoch = steps_per_epoch(source.splits["train"], batch_size)
+        total = parse_duration(config.optim.epochs, "ep", "optim.epochs").steps(per_epoch, batch_size)
+        lengths = [weight_schedule(config.diversity, term).items() for term in TERMS]
+        parts = [{name: length.steps(per_epoch, batch_size, total) for name, length in items} for items in lengths]
+        self.schedules = [WeightSchedule(total, **steps) for steps in parts]
+        self.scheduled = any(parts)
         self.bad = BadImages(skip=config.data.on_bad_image == "skip")
         self.logged_bad: set[str] = set()
         data, seed, size = config.data, config.run.seed, ranks.world_size
@@ -77,24 +83,8 @@ class ImageTask(ABC):
         """Return the module to train."""
 
     @abstractmethod
-    def training_batches(self, start: int) -> Generator[Batch, None, None]:
-        """Yield training batches from step `start` on, without end."""
-
-    @abstractmethod
     def evaluate_split(self, network: nn.Module, split: str) -> Scores:
         """Return the scores of a split; each image counts once over all ranks."""
-
-    @classmethod
-    def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
-        """Fill in settings that depend on the number of processes and their device; raises UserError."""
-        return config
-
-    def batches(self, start: int) -> Generator[Batch, None, None]:
-        """Yield training batches from step `start` on, without end, with the factors of scheduled terms."""
-        batches = self.training_batches(start)
-        if all(schedule.constant for schedule in self.schedules):
-            return batches
-        return with_weights(batches, self.schedules, start)
 
     def step_output(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """Return the loss with its parts as detached metrics, and the number of replaced images."""
@@ -106,26 +96,38 @@ class ImageTask(ABC):
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure the validation split, and P of every layer on the probe."""
         numbers = self._measure(network, "val")
+        found: dict[str, Tensor] = {}
         model: Any = network.inside
-        found = measure_layers(model, self.probe, lambda tokens: patch_similarity(tokens).mean(), network)
-        names, values = [layer.name for layer in found], torch.stack(list(found.values())).tolist()
-        skipped = f"\nskipped, as they do not decode: {numbers['skipped']}" if "skipped" in numbers else ""
-        text = describe_similarity(names, values, self.config.run.warn_similarity)
+        places = {layer.name: place for layer, place in places_of(model).items()}
+        measured = watch(places, lambda name, tokens: found.update({name: patch_similarity(tokens).mean()}))
+        with torch.no_grad(), exact_float32(self.device), measured:
+            network(self.probe)
+        names, values = [*found], torch.stack([*found.values()]).tolist()
+        bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
+        text = f"val {describe_metrics(numbers)}  P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
+        if broken := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
+            text += (
+                f"\nwarning: tokens of {', '.join(broken)} are not finite, so P is undefined. Start a new run with a "
+                f"lower --lr, or with --clip-grad 1"
+            )
+        if values[-1] > self.config.run.warn_similarity:
+            text += (
+                f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing. Try a larger "
+                f"--cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
+            )
+        if "skipped" in numbers:
+            text += f"\nskipped, as they do not decode: {numbers['skipped']}"
         similarity = {"images": len(self.probe), "layers": names, "similarity": values}
-        return {"eval": numbers, "similarity": similarity}, f"val {describe_metrics(numbers)}  {text}{skipped}"
+        return {"eval": numbers, "similarity": similarity}, text
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe."""
         numbers = self._measure(network, self.source.final_split)
         with torch.no_grad(), exact_float32(self.device):
             output = network(self.probe)
-        return {
-            "task": self.name,
-            **numbers,
-            "similarity_first": float(patch_similarity(output.first).mean()),
-            "similarity_last": float(patch_similarity(output.last).mean()),
-            "weights": weights,
-        }
+        first, last = (float(patch_similarity(tokens).mean()) for tokens in (output.first, output.last))
+        similarity = {"similarity_first": first, "similarity_last": last}
+        return {"task": self.name, **numbers, **similarity, "weights": weights}
 
     @cached_property
     def probe(self) -> Tensor:
@@ -143,21 +145,11 @@ class ImageTask(ABC):
         numbers = {"split": split} | {name: value for name, value in scores.numbers.items() if name in self.recorded}
         if not self.bad.skip:
             return numbers
-        found: dict[str, str] = {}
-        for part in self.ranks.all_gather(self.bad.found):
-            found |= part
+        found = {name: reason for part in self.ranks.all_gather(self.bad.found) for name, reason in part.items()}
         new = {name: reason for name, reason in found.items() if name not in self.logged_bad}
         self.logged_bad |= set(new)
         numbers["bad_images"] = len(self.source.splits[split]) - scores.images
         return numbers | ({"skipped": describe_bad(new)} if new else {})
-
-
-def weight_schedules(config: Config, steps_per_epoch: int, batch_size: int) -> list[WeightSchedule]:
-    """Return the schedule of each of `TERMS`, in steps; raises UserError for a schedule that can't be parsed."""
-    total = parse_duration(config.optim.epochs, "ep", "optim.epochs").steps(steps_per_epoch, batch_size)
-    lengths = [weight_schedule(config.diversity, term).items() for term in TERMS]
-    steps = [{name: length.steps(steps_per_epoch, batch_size, total) for name, length in parts} for parts in lengths]
-    return [WeightSchedule(total, **parts) for parts in steps]
 
 
 def with_weights(

@@ -1,15 +1,14 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pdvit.config.schema import Config
 from pdvit.data.augment import Augmentation
-from pdvit.data.loader import Batch, eval_batches, resident, train_batches
+from pdvit.data.loader import Batch, eval_batches, train_batches
 from pdvit.data.mixing import Mixing
-from pdvit.data.opening import open_source
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
@@ -17,8 +16,8 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments
 from pdvit.models.checkpoints import export
-from pdvit.models.tokens import DiverseModel, layer_numbers
-from pdvit.tasks.base import ImageTask, describe_terms
+from pdvit.models.tokens import DiverseModel
+from pdvit.tasks.base import ImageTask, describe_terms, with_weights
 from pdvit.tasks.metrics import ClassificationMetric, Scores, evaluate_classification
 
 
@@ -44,11 +43,6 @@ class ClassificationTask(ImageTask):
         train, seed = source.splits["train"], config.run.seed
         self.augmentation = Augmentation.for_split(train, augment, self.preprocessing, seed)
 
-    @staticmethod
-    def open_source(config: Config, log: Callable[[str], None]) -> Source:
-        """Open the data of a configuration; raises UserError."""
-        return open_source(config.data)
-
     def build_module(self) -> DiverseModel:
         """Return a timm model that also returns its tokens, with a patch head if the mixing term is on."""
         config, diversity = self.config, self.config.diversity
@@ -63,7 +57,7 @@ class ClassificationTask(ImageTask):
             patch_head="class" if mixing and diversity.patch_head == "class" else mixing,
             first=diversity.first or "block",
             last=diversity.last or "norm",
-            cosine_layers=layer_numbers(diversity.cosine_layers),
+            cosine_layers=diversity.cosine_layers.replace(",", " ").split(),
         )
 
     def describe(self) -> str:
@@ -81,13 +75,10 @@ class ClassificationTask(ImageTask):
             f"augmentation: {self.augmentation.describe()}"
         )
 
-    def load(self, log: Callable[[str], None]) -> None:
-        """Move small sets of image files onto the device, and log why or why not; raises UserError."""
-        self.source = resident(self.source, self.loader, self.augmentation, self.config.data.resident, log)
-
-    def training_batches(self, start: int) -> Generator[Batch, None, None]:
-        """Yield training batches from step `start` on, without end."""
-        return train_batches(self.source.splits["train"], self.loader, self.augmentation, self.mixing, start)
+    def batches(self, start: int) -> Generator[Batch, None, None]:
+        """Yield training batches from step `start` on, without end, with the factors of scheduled terms."""
+        batches = train_batches(self.source.splits["train"], self.loader, self.augmentation, self.mixing, start)
+        return with_weights(batches, self.schedules, start) if self.scheduled else batches
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run forward pass and objective on one batch."""

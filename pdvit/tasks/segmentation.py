@@ -1,7 +1,6 @@
 """Segmentation: a class for every pixel, with the diversity terms on the patches of the backbone."""
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
+from collections.abc import Generator, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.loader import Batch
 from pdvit.data.masks.batches import eval_batches, train_batches
-from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.sources.split import Source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
@@ -18,9 +16,8 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
-from pdvit.models.segmentation.heads import resolve_norm
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter, export_segmenter
-from pdvit.tasks.base import ImageTask, describe_terms
+from pdvit.tasks.base import ImageTask, describe_terms, with_weights
 from pdvit.tasks.metrics import Scores, SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
 from pdvit.tasks.pictures import prediction_pngs
 from pdvit.tasks.windows import Network, SlidingWindowConfig
@@ -39,20 +36,6 @@ class SegmentationTask(ImageTask):
         super().__init__(config, source, device, ranks)
         self.windows = sliding_windows(self.module, self.module.segment, self.loader.per_pass)
         self.files: dict[str, bytes] = {}
-
-    @staticmethod
-    def open_source(config: Config, log: Callable[[str], None]) -> Source:
-        """Open the images and masks of a configuration; raises UserError."""
-        return open_masks(config.data, config.segment, log)
-
-    @classmethod
-    def resolve(cls, config: Config, world_size: int, device: torch.device) -> Config:
-        """Choose the norm of the head: a batch norm has no statistics of a single image. Raises UserError."""
-        per_rank = max(1, config.data.batch_size // world_size)
-        micro_batch = min(config.data.micro_batch or per_rank, per_rank)
-        smallest = min(micro_batch, per_rank % micro_batch or micro_batch)  # the last part of a batch may be shorter
-        normalised = smallest * world_size if device.type == "cuda" else smallest  # SyncBatchNorm needs GPUs
-        return replace(config, segment=replace(config.segment, norm=resolve_norm(config.segment, normalised)))
 
     def build_module(self) -> Segmenter:
         """Return the backbone with its head; on several GPUs they share the statistics of batch norms."""
@@ -78,13 +61,12 @@ class SegmentationTask(ImageTask):
             f"augmentation: scaled by {low:g} to {high:g}{', colours jittered' if segment.photometric else ''}"
         )
 
-    def load(self, log: Callable[[str], None]) -> None:
-        """Leave the data where they are: images with masks are read on demand."""
-
-    def training_batches(self, start: int) -> Generator[Batch, None, None]:
-        """Yield training batches from step `start` on, without end."""
+    def batches(self, start: int) -> Generator[Batch, None, None]:
+        """Yield training batches from step `start` on, without end, with the factors of scheduled terms."""
         config, split = self.config, cast(MaskSplit, self.source.splits["train"])
-        return train_batches(split, self.loader, config.segment, self.windows.window, start, config.augment.hflip)
+        window, hflip = self.windows.window, config.augment.hflip
+        batches = train_batches(split, self.loader, config.segment, window, start, hflip)
+        return with_weights(batches, self.schedules, start) if self.scheduled else batches
 
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run forward pass and objective on one batch."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pdvit.data.mixing import draw_pasted, grid_of, paste
 from pdvit.errors import UserError
 from pdvit.losses import Objective
-from pdvit.models.build import patch_size_of
+from pdvit.models.build import strides_of
 from pdvit.models.tokens import DiverseModel
 
 
@@ -46,7 +46,8 @@ class DiversityTask(TimmTask):
             raise UserError("timm's classification task has one class per image", "DiversityTask(objective=...)", tip)
         super().__init__(DiverseModel(model, patch_head=objective.mixing > 0), criterion, **kwargs)
         self.objective, self.cutmix, self.prob = objective, cutmix, prob
-        self.patch_size, self.classes = patch_size_of(model), int(unwrap_model(self.trainable_module).model.num_classes)
+        bare: Any = model
+        self.patch_size, self.classes = strides_of(bare)[-1], int(bare.num_classes)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `loss`, `output` (logits) and each part of the loss, for images `(B, C, H, W)` and classes `(B,)`."""

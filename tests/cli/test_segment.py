@@ -15,6 +15,7 @@ from pdvit.cli import run as pdvit
 from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
 from pdvit.config.unused import unused_settings
+from pdvit.data.masks.folders import open_masks
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.recovery import largest
 from pdvit.engine.trainer import Trainer
@@ -238,7 +239,7 @@ def test_the_search_for_a_batch_size_starts_with_one_image(shapes):
     sections |= {"model": {"depth": 2, "width": 16, "heads": 1, "patch_size": 8}}
     config = build(("flags", sections))
     trial, cpu = trial_config(config), torch.device("cpu")
-    task = SegmentationTask(trial, SegmentationTask.open_source(config, print), cpu, SINGLE_PROCESS)
+    task = SegmentationTask(trial, open_masks(config.data, config.segment), cpu, SINGLE_PROCESS)
     updater = Trainer(task, trial, cpu, SINGLE_PROCESS).updater
     with closing(task.batches(0)) as batches:
         batch = next(batches)

@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pdvit.config import build, resolve
+from pdvit.data.masks.folders import open_masks
+from pdvit.data.opening import open_source
 from pdvit.engine.distributed import init_process_group
 from pdvit.engine.trainer import Trainer
-from pdvit.tasks import task_class
 from pdvit.tasks.classification import ClassificationTask
+from pdvit.tasks.segmentation import SegmentationTask
 from tests.files import read_json, read_records
 
 STEPS, PATIENCE, ROOT = 20, 300, Path(__file__).parents[2]
@@ -48,8 +50,10 @@ def train_steps(out, settings, steps, wide):
     """Train some steps of a real task in this process, and write its weights and numbers to a folder."""
     torch.use_deterministic_algorithms(True)
     config, ranks = resolve(build(("test", settings))), init_process_group()
-    task_type = task_class(config)
-    task = (Wide if wide else task_type)(config, task_type.open_source(config, print), CPU, ranks)
+    segments = config.segment.head is not None
+    source = open_masks(config.data, config.segment) if segments else open_source(config.data)
+    task_type = SegmentationTask if segments else Wide if wide else ClassificationTask
+    task = task_type(config, source, CPU, ranks)
     for module in task.module.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0  # a head's dropout is drawn by each process for itself

@@ -16,13 +16,13 @@ from pdvit.config import Config, build, read_toml, resolve
 from pdvit.config.resolve import with_crop
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.errors import UserError
-from pdvit.models.build import model_arguments, patch_size_of, sketch_model
+from pdvit.models.build import model_arguments, sketch_model, strides_of
 from pdvit.models.loading import apply_checkpoint_defaults
 from pdvit.models.matching import SelectedWeights
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
+from pdvit.models.segmentation.heads import with_norm
 from pdvit.models.segmentation.segmenter import build_segmenter
 from pdvit.models.tokens import DiverseModel
-from pdvit.tasks.segmentation import SegmentationTask
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "recipes"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
@@ -219,7 +219,7 @@ def test_the_model_has_the_parameters_of_the_table_as_published(name):
         wrapper = DiverseModel(copy.deepcopy(sketch_model(config.model.name, arguments)))
         assert wrapper.patch_head.out_features == expected.classes
         model = wrapper.model
-        assert patch_size_of(model) == expected.patch
+        assert strides_of(model)[-1] == expected.patch
     found = sum(weight.numel() for weight in model.parameters())
     if expected.parameters is not None:
         assert round(found / 1e6, 0 if expected.parameters in (172, 234) else 2) == expected.parameters
@@ -289,7 +289,7 @@ def test_a_batch_norm_shares_its_statistics_over_gpus(name, alone):
     config, cpu, gpu = recipe(name), torch.device("cpu"), torch.device("cuda")
     unset = replace(config, segment=replace(config.segment, norm=None))
     cases = ((config, 8, gpu), (unset, 8, gpu), (unset, 8, cpu))
-    norms = [SegmentationTask.resolve(*case).segment.norm for case in cases]
+    norms = [with_norm(*case).segment.norm for case in cases]
     assert norms == ["batch", "batch", alone]
     with pytest.raises(UserError, match="one image"):
-        SegmentationTask.resolve(replace(config, data=replace(config.data, micro_batch=1)), 1, gpu)
+        with_norm(replace(config, data=replace(config.data, micro_batch=1)), 1, gpu)

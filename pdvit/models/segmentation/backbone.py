@@ -1,5 +1,6 @@
 """Any timm transformer as a segmentation backbone: feature maps for images of any size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
-from pdvit.models.build import create_model, model_arguments, sketch_model
+from pdvit.models.build import create_model, model_arguments, sketch_model, strides_of
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.layers import MODEL, evaluating, image_size_of
 
@@ -69,7 +70,7 @@ def arguments_of(config: Config) -> dict[str, Any]:
         with torch.device("meta"):
             model = create_model(str(config.model.name), arguments, MODEL)
     parameters = {name for cls in type(model).__mro__ for name in signature(cls.__init__).parameters}  # type: ignore[misc]
-    size = {} if crop is None else {"img_size": crop + -crop % _strides(model)[-1]}
+    size = {} if crop is None else {"img_size": crop + -crop % strides_of(model)[-1]}
     return {option: True for option in OPTIONS if option in parameters} | arguments | size | {"num_classes": 0}
 
 
@@ -84,7 +85,7 @@ def make_adapter(sketch: nn.Module, head: str) -> Adapter:
     if not hasattr(sketch, "forward_intermediates"):
         raise UserError(f"timm returns no feature maps of a {name}", MODEL, "use another model")
     infos: Any = sketch.feature_info
-    strides, count = _strides(sketch), len(infos)
+    strides, count = strides_of(sketch), len(infos)
     if head == LINEAR:
         indices = [count - 1]
     elif family.plain:
@@ -126,40 +127,43 @@ def _takes_any_size(sketch: nn.Module, adapter: Adapter) -> bool:
     return True
 
 
-def _strides(model: Any) -> list[int]:
-    """Return the pixels per token of every map."""
-    reductions = [info["reduction"] for info in model.feature_info]
-    return [int(reduction if isinstance(reduction, int) else reduction[0]) for reduction in reductions]
-
-
-def _padding(block: type[Any], method: str) -> type[nn.Module]:
-    """Return a subclass of a Swin block that pads before it rolls, as the original does.
+def pad_windows(attend: Callable[[Any, Tensor], Tensor], block: Any, tokens: Tensor) -> Tensor:
+    """Return `attend(block, tokens)` of tokens `(B, H, W, D)` that are padded to whole windows before.
 
     timm rolls first. What it pads then lies between two borders of the image, whose tokens would attend to each other.
-    Here the method, attention `(B, H, W, D) -> (B, H, W, D)`, gets whole windows, and timm's mask of shifted windows is
-    then of that size.
+    The original pads before it rolls; timm's mask of shifted windows is then of that size.
     """
-
-    def attend(self: Any, tokens: Tensor) -> Tensor:
-        height, width = tokens.shape[1:3]
-        down, right = -height % self.window_size[0], -width % self.window_size[1]
-        if down or right:
-            tokens = F.pad(tokens, (0, 0, 0, right, 0, down))
-        attended: Tensor = getattr(block, method)(self, tokens)
-        return attended[:, :height, :width]
-
-    return type(f"Padded{block.__name__}", (block,), {method: attend, "__module__": __name__})
+    height, width = tokens.shape[1:3]
+    down, right = -height % block.window_size[0], -width % block.window_size[1]
+    if down or right:
+        tokens = F.pad(tokens, (0, 0, 0, right, 0, down))
+    return attend(block, tokens)[:, :height, :width]
 
 
-PADDING: dict[type[nn.Module], type[nn.Module]] = {
-    block: _padding(block, method)
-    for block, method in (
-        (swin_transformer.SwinTransformerBlock, "_attn"),
-        (swin_transformer_v2.SwinTransformerV2Block, "_attn"),
-        (swin_transformer_v2_cr.SwinTransformerV2CrBlock, "_shifted_window_attn"),
-    )
+class PaddedSwinBlock(swin_transformer.SwinTransformerBlock):
+    """A Swin block that pads before it rolls."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        return pad_windows(swin_transformer.SwinTransformerBlock._attn, self, x)
+
+
+class PaddedSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
+    """A SwinV2 block that pads before it rolls."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        return pad_windows(swin_transformer_v2.SwinTransformerV2Block._attn, self, x)
+
+
+class PaddedSwinV2CrBlock(swin_transformer_v2_cr.SwinTransformerV2CrBlock):
+    """A SwinV2-CR block that pads before it rolls."""
+
+    def _shifted_window_attn(self, x: Tensor) -> Tensor:
+        return pad_windows(swin_transformer_v2_cr.SwinTransformerV2CrBlock._shifted_window_attn, self, x)
+
+
+PADDED: dict[type[nn.Module], type[nn.Module]] = {
+    block.__mro__[1]: block for block in (PaddedSwinBlock, PaddedSwinV2Block, PaddedSwinV2CrBlock)
 }
-globals().update({block.__name__: block for block in PADDING.values()})  # pickle finds classes by their names
 
 
 def pad_before_roll(model: nn.Module) -> None:
@@ -168,5 +172,5 @@ def pad_before_roll(model: nn.Module) -> None:
     A block's class changes and not its method, so that copies of the model are whole.
     """
     for module in model.modules():
-        if type(module) in PADDING:
-            module.__class__ = PADDING[type(module)]
+        if type(module) in PADDED:
+            module.__class__ = PADDED[type(module)]

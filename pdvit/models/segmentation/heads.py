@@ -1,11 +1,12 @@
 """Segmentation heads: feature maps to logits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pdvit.config.schema import SegmentConfig
+from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
 DROPOUT = 0.1
@@ -152,15 +153,19 @@ def replace_modules(module: nn.Module, norm: str) -> None:
             replace_modules(child, norm)
 
 
-def resolve_norm(segment: SegmentConfig, images: int) -> str | None:
-    """Return the norm of a head: the setting, else `batch`, or `group` if statistics would be of one image.
+def with_norm(config: Config, world_size: int, device: torch.device) -> Config:
+    """Return a configuration with the norm of its head: the setting, else `batch`, or `group` if it has no statistics.
 
     UPerNet pools each image to a single token, and a BatchNorm in training needs more than one value per channel.
-    `images` is the smallest number of images in a forward pass. Raises UserError for `batch` with a single one.
+    Raises UserError for `batch` with a single image in a forward pass.
     """
+    segment, per_rank = config.segment, max(1, config.data.batch_size // world_size)
+    micro_batch = min(config.data.micro_batch or per_rank, per_rank)
+    images = min(micro_batch, per_rank % micro_batch or micro_batch)  # the last part of a batch may be shorter
+    images *= world_size if device.type == "cuda" else 1  # SyncBatchNorm needs GPUs
     if segment.head == "linear":
-        return segment.norm
+        return config
     if segment.norm == "batch" and images < 2:
         what = "with one image per forward pass, a BatchNorm of UPerNet's pooled map has nothing to average"
         raise UserError(what, "segment.norm (--head-norm)", "use --head-norm group, or more images")
-    return segment.norm or ("batch" if images > 1 else "group")
+    return replace(config, segment=replace(segment, norm=segment.norm or ("batch" if images > 1 else "group")))

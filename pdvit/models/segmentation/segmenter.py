@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from pdvit.models.checkpoints import export
 from pdvit.models.layers import MODEL, image_size_of
 from pdvit.models.segmentation.backbone import LINEAR, Adapter, arguments_of, make_adapter, prune
 from pdvit.models.segmentation.heads import LinearHead, UPerNetHead
-from pdvit.models.tokens import Taps, layer_numbers
+from pdvit.models.tokens import Taps
 from pdvit.models.wrapper import Wrapper
 
 # Settings in a file: the head, and how images are evaluated.
@@ -48,7 +49,7 @@ class Segmenter(Wrapper):
         adapter: Adapter,
         classes: int,
         segment: SegmentConfig,
-        tokens: tuple[str | int, str, Sequence[int]] | None = None,
+        tokens: tuple[str | int, str, Sequence[int | str]] | None = None,
     ) -> None:
         super().__init__()
         norm = segment.norm or "batch"
@@ -65,15 +66,13 @@ class Segmenter(Wrapper):
         (height, width), (down, right) = images.shape[-2:], self.adapter.padded(*images.shape[-2:])
         if (down, right) != (height, width):
             images = F.pad(images, (0, right - width, 0, down - height))
+        read_maps = partial(self.adapter.maps, self.backbone)
         if self.taps is None:
-            logits, aux = self.head(self._maps(images))
+            logits, aux = self.head(read_maps(images))
             return SegmentOutput(logits, aux, None, None)
-        maps, (first, last, *others) = self.taps.read(self._maps, images)
+        maps, (first, last, *others) = self.taps.read(read_maps, images)
         logits, aux = self.head(maps)
         return SegmentOutput(logits, aux, first, last, tuple(others))
-
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        return self.adapter.maps(self.backbone, images)
 
     def resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Return logits `(B, C, *size)` of images of this size: bilinear (align_corners=False), without the padding."""
@@ -90,7 +89,8 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
     backbone = create_model(name, arguments, MODEL)
     prune(backbone, adapter)
     segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
-    tokens = (diversity.first or "block", diversity.last or "norm", layer_numbers(diversity.cosine_layers))
+    others = diversity.cosine_layers.replace(",", " ").split()
+    tokens = (diversity.first or "block", diversity.last or "norm", others)
     segmenter = Segmenter(backbone, adapter, classes, segment, tokens)
     if config.model.grad_checkpointing:
         checkpoint_activations(backbone)

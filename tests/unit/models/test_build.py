@@ -5,7 +5,7 @@ import torch
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError
 from pdvit.models import build
-from pdvit.models.build import build_model, model_arguments, patch_size_of, sketch_model
+from pdvit.models.build import build_model, model_arguments, sketch_model, strides_of
 from pdvit.models.layers import image_size_of
 from pdvit.models.segmentation.segmenter import build_segmenter
 from tests.unit.models.segmentation.models import config
@@ -119,7 +119,7 @@ def test_a_built_model_is_timms_own_and_a_sketch_takes_no_memory():
     ],
 )
 def test_the_patch_size_is_that_of_the_last_layer(name, arguments, side):
-    assert patch_size_of(sketch_model(name, arguments)) == side
+    assert strides_of(sketch_model(name, arguments))[-1] == side
 
 
 def test_the_image_size_of_a_model_that_takes_any_is_set():

@@ -24,7 +24,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from pdvit.models.families import FAMILIES
-from pdvit.models.layers import measure_layers, places_of
+from pdvit.models.layers import Layer, places_of, watch
 from pdvit.models.tokens import DiverseModel
 from tests.unit.models.support import SMALL, SMALL_SWIN
 
@@ -240,7 +240,9 @@ def test_logits_and_tokens_are_those_of_the_bare_model(name):
     head = wrapper.patch_head
     torch.testing.assert_close(output.patch_logits, torch.einsum("bnd,cd->bnc", last, head.weight) + head.bias)
 
-    layers = measure_layers(model, images, torch.clone)
+    layers: dict[Layer, Tensor] = {}
+    with torch.no_grad(), watch(places_of(model), lambda layer, tokens: layers.update({layer: tokens.clone()})):
+        model(images)
     names = [layer.name for layer in layers]
     blocks = len(names) - (names[-1] == "norm")
     assert list(layers) == list(places_of(model))

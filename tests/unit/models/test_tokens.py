@@ -12,7 +12,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.models.layers import measure_layers, places_of, watch, watch_attention
+from pdvit.models.layers import places_of, watch, watch_attention
 from pdvit.models.tokens import DiverseModel
 from tests.unit.models.support import SMALL, SMALL_SWIN, SWIN
 
@@ -68,8 +68,9 @@ def test_first_can_be_before_the_blocks(first, model, prefix):
 def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, images, options, layers):
     model = build()
     wrapper = DiverseModel(model, **options).eval()
-    measured = measure_layers(model, images, torch.clone)
-    expected = {layer.name: tokens for layer, tokens in measured.items()}
+    expected: dict[str, Tensor] = {}
+    with torch.no_grad(), watch(places_of(model), lambda layer, tokens: expected.update({layer.name: tokens.clone()})):
+        model(images)
     output = wrapper(images)
     torch.testing.assert_close((output.first, output.last, *output.others), tuple(expected[name] for name in layers))
     torch.testing.assert_close(output.patch_logits, wrapper.patch_head(expected["norm"]))
@@ -184,7 +185,8 @@ def test_no_hook_outlives_a_measurement_or_an_error():
         model(IMAGES)
     assert len(during) == 5
     assert not hooks_of(model)
-    assert measure_layers(model, IMAGES, lambda tokens: float(tokens.sum()))
+    with watch(places_of(model), lambda *_: None):
+        model(IMAGES)
     assert not hooks_of(model)
 
 

@@ -3,12 +3,13 @@ from itertools import islice
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from pdvit.config import build, resolve
 from pdvit.data.loader import Batch
 from pdvit.data.opening import open_source
 from pdvit.losses import TERMS, WeightSchedule
-from pdvit.tasks.base import weight_schedules, with_weights
+from pdvit.tasks.base import with_weights
 from pdvit.tasks.classification import ClassificationTask
 
 CPU = torch.device("cpu")
@@ -31,16 +32,15 @@ def take(task: ClassificationTask, start: int, count: int) -> list[Batch]:
     ("text", "parts"),
     [
         ("constant", {}),
-        ("warmup:3ep", {"warmup": 30}),
-        ("decay:50%", {"decay": 100}),
+        ("warmup:0.1ep", {"warmup": 4}),
+        ("decay:50%", {"decay": 4}),
         ("until:640im,warmup:5st", {"until": 20, "warmup": 5}),
     ],
 )
 def test_lengths_become_steps(text, parts):
-    config = build(("flags", {"optim": {"epochs": "20"}, "diversity": {"spectral_schedule": text}}))
-    schedules = dict(zip(TERMS, weight_schedules(config, steps_per_epoch=10, batch_size=32), strict=True))
-    assert schedules.pop("spectral") == WeightSchedule(200, **parts)
-    assert all(schedule.constant for schedule in schedules.values())
+    schedules = dict(zip(TERMS, task_of(spectral_schedule=text).schedules, strict=True))
+    assert schedules.pop("spectral") == WeightSchedule(8, **parts)
+    assert set(schedules.values()) == {WeightSchedule(8)}
 
 
 def test_a_batch_carries_the_factors_of_its_step_for_each_image():
@@ -70,16 +70,11 @@ def test_the_loss_follows_the_factors_and_the_records_do_not():
 def test_the_step_with_factors_compiles_once_and_in_one_piece():
     task = task_of(cosine_schedule="warmup:4st", spectral_schedule="decay:4st")
     torch.compiler.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    step = torch.compile(task.step, fullgraph=True, dynamic=False, backend=count)
+    counter = CompileCounter()
+    step = torch.compile(task.step, fullgraph=True, dynamic=False, backend=counter)
     for batch in take(task, 0, 3):
         torch.testing.assert_close(step(task.module, batch).loss, task.step(task.module, batch).loss)
-    assert len(graphs) <= 2  # class targets are probabilities if images are mixed, else indices
+    assert counter.frame_count <= 2  # class targets are probabilities if images are mixed, else indices
 
 
 def test_closing_the_batches_closes_their_source():

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+from torch import nn
 
 from pdvit.data.loader import Batch
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import windows
+from pdvit.tasks.classification import predict
 from pdvit.tasks.metrics import (
     BINS,
     ClassificationMetric,
@@ -86,7 +88,8 @@ def test_an_edge_belongs_to_the_bin_below_it():
     assert metric.bins[0].nonzero().flatten().tolist() == [3, BINS - 1]
 
 
-def test_fewer_than_five_classes_have_no_top_five():
+def test_few_classes_have_no_top_five_and_many_need_no_square_without_a_confusion_matrix():
+    assert ClassificationMetric(10**6, CPU).confusion is None
     assert classification(*random_logits(20, 4)).compute().numbers["accuracy_top5"] is None
     assert classification(*random_logits(20, 5)).compute().numbers["accuracy_top5"] == 1
 
@@ -116,12 +119,6 @@ def test_logits_that_are_not_finite_are_counted():
     assert segmentation(scores, torch.zeros(3, 2, 2, dtype=torch.long)).compute().broken == 1
 
 
-def test_a_metric_without_confusion_matrix_needs_no_square_of_the_classes():
-    metric = ClassificationMetric(10**6, CPU)
-    metric.update(torch.zeros(1, 10**6), torch.tensor([0]))
-    assert metric.compute().confusion is None
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_models_run_in_the_configured_precision_without_gradients(precision):
     def network(images: torch.Tensor) -> torch.Tensor:
@@ -135,39 +132,27 @@ def test_models_run_in_the_configured_precision_without_gradients(precision):
     assert evaluate_classification(network, batches, ClassificationMetric(5, CPU), precision).images == 8
 
 
-def counted_in_a_loop(predicted: np.ndarray, masks: np.ndarray, classes: int):
-    """The definition, class by class and pixel by pixel: IoU per class, mIoU, pixel and mean accuracy."""
-    ious, recalls, correct, pixels = [], [], 0, 0
-    for c in range(classes):
-        both = present = found = 0
-        for p, t in zip(predicted.ravel(), masks.ravel(), strict=True):
-            if t == 255:
-                continue
-            both += p == c and t == c
-            present += t == c
-            found += p == c
-        ious.append(both / (present + found - both) if present + found else math.nan)
-        recalls.append(both / present if present else math.nan)
-        correct, pixels = correct + both, pixels + present
-    return ious, float(np.nanmean(ious)), correct / pixels, float(np.nanmean(recalls))
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 7), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
-def test_segmentation_scores_equal_a_count_pixel_by_pixel(seed, classes, images, height, width):
+def test_segmentation_scores_equal_the_matrix_of_scikit_learn(seed, classes, images, height, width):
     rng = np.random.default_rng(seed)
     present = rng.integers(0, classes, rng.integers(1, classes + 1))  # some classes occur nowhere
     masks = rng.choice([*present, 255], (images, height, width)).astype(np.int64)
     masks[0, 0, 0] = present[0]
     scores = torch.from_numpy(rng.normal(size=(images, classes, height, width))).float()
     found = segmentation(scores, torch.from_numpy(masks)).compute()
-    ious, *means = counted_in_a_loop(scores.argmax(1).numpy(), masks, classes)
+    labelled = masks != 255
+    matrix = confusion_matrix(masks[labelled], scores.argmax(1).numpy()[labelled], labels=range(classes))
+    both, present = np.diag(matrix), matrix.any(1)
+    unions = matrix.sum(0) + matrix.sum(1) - both
+    ious = [inside / union if union else math.nan for inside, union in zip(both, unions, strict=True)]
+    means = [np.nanmean(ious), both.sum() / labelled.sum(), (both[present] / matrix.sum(1)[present]).mean()]
+    assert np.array_equal(found.confusion, matrix)
     table = class_table(found.confusion, list(map(str, range(classes))), pixels=True)
     assert table["iou"].tolist() == pytest.approx(ious, abs=1e-12, nan_ok=True)
     assert [found.numbers[name] for name in ("miou", "accuracy", "accuracy_mean")] == pytest.approx(means, abs=1e-12)
-    assert int(found.confusion.sum()) == int((masks != 255).sum())
     logs = scores.double().log_softmax(1)
-    losses = [-logs[n, masks[n, y, x], y, x].item() for n, y, x in np.argwhere(masks != 255)]
+    losses = [-logs[n, masks[n, y, x], y, x].item() for n, y, x in np.argwhere(labelled)]
     assert found.numbers["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -290,6 +275,16 @@ def test_class_tables_equal_scikit_learn():
         *[("c", "a", 4), ("c", "c", 1), ("d", "d", 0)],
     ]
     assert torch.equal(MATRIX, before)
+
+
+def test_the_best_classes_come_with_their_probabilities_in_order():
+    logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.2, 0.2, 0.6]]).log()
+    logits[2, 0] = math.nan
+    parts = [(logits[:2], [0, 2]), (logits[2:], [3])]
+    batches = [Batch(part, torch.zeros(len(part)), torch.tensor(index)) for part, index in parts]
+    images, classes, probabilities, finite = zip(*predict(nn.Identity(), batches, 2, "fp32"), strict=True)
+    assert (images, classes[:2], finite) == ((0, 2, 3), ([1, 2], [0, 2]), (True, True, False))
+    torch.testing.assert_close(torch.tensor(probabilities[0]), torch.tensor([0.7, 0.2]))
 
 
 def test_names_that_occur_twice_get_their_index():

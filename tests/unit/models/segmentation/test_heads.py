@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from pdvit.config.schema import SegmentConfig
+from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.segmentation.heads import Neck, Pool, replace_modules, resolve_norm
+from pdvit.models.segmentation.heads import Neck, Pool, replace_modules, with_norm
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("strides", [(16, 16, 16, 16), (8, 16, 16, 16), (4, 8, 16, 32)], ids=["plain", "volo", "swin"])
@@ -33,12 +35,13 @@ def test_the_size_of_the_neck_for_a_base_vit_is_that_of_mmsegmentation():
     ],
 )
 def test_the_norm_is_batch_by_default_except_for_single_images(head, setting, images, norm):
-    assert resolve_norm(SegmentConfig(head=head, norm=setting), images) == norm
+    config = Config(data=DataConfig(batch_size=images), segment=SegmentConfig(head=head, norm=setting))
+    assert with_norm(config, 1, CPU).segment.norm == norm
 
 
 def test_norms_and_strides_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"(?s)one image.*--head-norm group"):
-        resolve_norm(SegmentConfig(head="upernet", norm="batch"), 1)
+        with_norm(Config(data=DataConfig(batch_size=1), segment=SegmentConfig("upernet", norm="batch")), 1, CPU)
     with pytest.raises(UserError, match=r"(?s)scaled by 8.*--head linear"):
         Neck([4] * 4, (32, 16, 16, 16))
 
