@@ -271,7 +271,7 @@ class TestErrors:
             ("--epohs 2", "--epohs", "--epochs"),
             ("--model vit_tny_patch16_224", "vit_tny_patch16_224", "vit_tiny_patch16_224"),
             ("--model resnet18", "ResNet", "transformer of timm"),
-            ("--cosine-layers 2,x", "2,x", "6,12"),
+            ("--cosine-layers 2,x", "no block x", "1 to 8"),
             ("--data digts", "digts", "digits"),
             ("--data ./absent/photos", "absent/photos", "--data help"),
             ("--data torch/cifar100", "", "--data-dir"),
