@@ -1,7 +1,6 @@
 """Size and depth of the code, counted with blank lines and docstrings.
 
-The budgets are the numbers of today and may only fall. The goal: a package of 14,500 lines in 125 files, 17,000 lines
-of tests, 220 functions in 50 files and 6 frames for a training run, 8 frames for an analysis, and no class name twice.
+The budgets may only fall. No name of a public class stands twice.
 """
 
 import ast
@@ -18,8 +17,8 @@ import pdvit
 
 PACKAGE = Path(pdvit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-PACKAGE_LINES, PACKAGE_FILES, TEST_LINES = 14_891, 122, 17_167
-TRAIN_FUNCTIONS, TRAIN_FILES, TRAIN_FRAMES = 259, 51, 6
+PACKAGE_LINES, PACKAGE_FILES, TEST_LINES = 14_500, 125, 17_000
+TRAIN_FUNCTIONS, TRAIN_FILES, TRAIN_FRAMES = 220, 50, 6
 ANALYZE_FRAMES = 8
 
 # Trains for a few steps, analyzes the run, and prints as JSON: our functions that each command called ("file:name",
