@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, DataConfig
 from pdvit.errors import UserError
+from pdvit.models.layers import image_size_of
 
 # Settings that timm's models have and `data` overrides.
 MODEL_SETTINGS = ("crop_pct", "interpolation", "mean", "std", "crop_mode")
@@ -41,9 +42,7 @@ class Preprocessing:
 
         Raises UserError if the size is not square, or the interpolation or crop mode is not supported.
         """
-        parts: Any = model
-        own = timm.data.resolve_model_data_config(model)
-        height, width = getattr(getattr(parts, "patch_embed", None), "img_size", None) or own["input_size"][1:]
+        own, (height, width) = timm.data.resolve_model_data_config(model), image_size_of(model)
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
         values = {name: getattr(data, name, None) or own[name] for name in MODEL_SETTINGS}

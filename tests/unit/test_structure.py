@@ -17,7 +17,7 @@ MAY_IMPORT = {
     **{room: set() for room in ("errors", "version", "similarity", "config", "tracking", "plots")},
     "losses": {"similarity"},
     "models": {"config", "losses.mixing", "losses.objective"},
-    "data": {"config"},
+    "data": {"config", "models.layers"},
     "engine": {"tracking", "config"},
     "tasks": {
         *("models", "losses", "data", "similarity", "config"),
