@@ -13,7 +13,8 @@ from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, name_l
 
 # Columns that each type of record needs.
 NEEDED = {"train": {"epoch", "class"}, "eval": {"epoch", "accuracy"}, "similarity": {"epoch", "layers", "similarity"}}
-TERMS = ("class", "aux", "cosine", "contrastive", "mixing", "koleo", "spectral")
+# Columns of train records that are no part of the loss.
+OTHERS = ("kind", "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "skipped", "bad_images", "time")
 SCORES = {"miou": "mIoU", "accuracy": "accuracy"}  # the first is drawn: evaluations of a segmentation have both
 Records = dict[str, pd.DataFrame]  # by type
 
@@ -41,7 +42,7 @@ def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
         grid = figure.subplots(len(runs), 3, squeeze=False)
         for (loss, score, heat), (name, records) in zip(grid, runs.items(), strict=True):
             train, evaluation, probe = (records[record] for record in NEEDED)
-            terms = [term for term in TERMS if term in train]
+            terms = [name for name in train if name not in OTHERS]
             for term, style in zip(terms, line_styles(len(terms), theme), strict=True):
                 loss.plot(train["epoch"], train[term], label=term, **{**style, "marker": ""})
             loss.set(title=f"{shorten(name, 18)}: loss by term", xlabel="epoch", ylabel="unweighted")

@@ -58,14 +58,14 @@ def test_accuracy_is_in_percent(panels):
 def test_of_a_segmentation_it_is_the_miou(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line |= {"eval": {"miou": line.get("accuracy", 0) / 2}, "train": {"aux": 0.9}}.get(line["kind"], {})
+        line |= {"eval": {"miou": line.get("accuracy", 0) / 2}, "train": {"a new term": 0.9}}.get(line["kind"], {})
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     figure = plot_training({"other": read_records(run), "mine": read_records(run)})
     assert figure.axes[3].get_title(loc="left").startswith("mine")  # a row for each run
     (line,) = figure.axes[1].lines
     assert line.get_ydata().tolist() == [37.5, 25]
     assert "mIoU, % (best 37.5)" in figure.axes[1].get_title(loc="left")
-    assert "aux" in {line.get_label() for line in figure.axes[0].lines}
+    assert "a new term" in {line.get_label() for line in figure.axes[0].lines}
     table = figure.data.query("panel == 'mIoU' and run == 'mine'")
     assert table["value"].tolist() == [0.375, 0.25]
 
