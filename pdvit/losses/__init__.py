@@ -1,12 +1,11 @@
-"""The diversity terms: pure functions of tensors, one file each; `objective` adds them up."""
+"""The diversity terms: pure functions of tensors; `objective` adds them up."""
 
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss
-from pdvit.losses.koleo import koleo_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.losses.objective import TERMS, Losses, Objective
+from pdvit.losses.objective import Losses, Objective
 from pdvit.losses.schedule import WeightSchedule
-from pdvit.losses.spectral import spectral_loss
+from pdvit.losses.terms import TERMS, koleo_loss, spectral_loss
 from pdvit.losses.variants import VARIANTS
 
 __all__ = [

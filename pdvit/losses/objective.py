@@ -11,12 +11,9 @@ from pdvit.errors import UserError
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
-from pdvit.losses.koleo import koleo_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.losses.spectral import spectral_loss
+from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, TermWeights
 from pdvit.losses.variants import VARIANTS, check_variant
-
-TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 
 
 class TokenOutput(NamedTuple):
@@ -39,14 +36,14 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(TermWeights):
     """L = L_class + the weighted sum of the terms; a term of weight 0 is not computed.
 
     Under `diverse-vit` class and patches are averaged as its code does: (L_class + n w L_mix) / (1 + n w), with n
     patches and w the weight of mixing. Its code has w = 1 or 0; values in between are our extension.
 
     Attributes:
-        cosine, contrastive, mixing, koleo, spectral: weights.
+        cosine, contrastive, mixing, ...: the weights of the terms, one for each of `TERMS`.
         variant: form of the first three: `paper`, `v1`, `released` (which has no cosine term) or `diverse-vit`.
         label_smoothing: of the class loss and of the patch targets in the mixing term.
         multi_label: an image may have any number of classes: binary cross-entropy, in class loss and mixing term.
@@ -57,11 +54,6 @@ class Objective:
     or the cosine term is on under `released`.
     """
 
-    cosine: float = 1.0
-    contrastive: float = 1.0
-    mixing: float = 1.0
-    koleo: float = 0.0
-    spectral: float = 0.0
     variant: str = "paper"
     label_smoothing: float = 0.0
     multi_label: bool = False
@@ -124,10 +116,9 @@ class Objective:
                 parts["mixing"] = mixing_loss(
                     output.patch_logits, patch_targets, self.variant, self.label_smoothing, self.multi_label
                 )
-        if self.koleo:
-            parts["koleo"] = koleo_loss(output.last)
-        if self.spectral:
-            parts["spectral"] = spectral_loss(output.last)
+        for name, term in LAST_LAYER_TERMS.items():
+            if getattr(self, name):
+                parts[name] = term(output.last)
         total = parts["class"]
         factors = {name: getattr(self, name) for name in TERMS if name in parts}
         if weights is not None:

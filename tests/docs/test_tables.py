@@ -1,9 +1,11 @@
 """Tables and examples of the docs are those of the code."""
 
+import re
 import tomllib
 
 from pdvit.analysis import METRICS
 from pdvit.config.load import markdown_table
+from pdvit.models.families import FAMILIES
 from pdvit.sweep import make_cells, split
 from tests.docs.pages import blocks, read
 
@@ -12,6 +14,11 @@ FIELDS = ("text", "range", "random", "identical", "bias", "source")
 
 def test_the_table_of_settings_is_the_one_that_the_schema_gives():
     assert markdown_table() in read("docs/train.md")
+
+
+def test_the_docs_have_a_row_for_each_family():
+    rows = re.findall(r"^\| (`[A-Z].*?`) \|", read("docs/losses.md"), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(FAMILIES)
 
 
 def test_the_docs_define_each_metric_as_the_command_prints_it_and_list_each_file_of_curves():

@@ -2,9 +2,11 @@ import pytest
 from timm.data.auto_augment import rand_augment_transform
 
 from pdvit.config import build, resolve
+from pdvit.config.schema import TERMS
 from pdvit.errors import UserError
 
-TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
+PAPER = {"cosine": 1, "contrastive": 1, "mixing": 1}
+TWO = {"contrastive": 1, "mixing": 1}
 DEIT = "deit_small_patch16_224"
 LAYERS = {"released": ("patches", "norm", "own"), "diverse-vit": ("embed", "block", "class")}
 
@@ -16,23 +18,23 @@ def resolved(**sections):
 @pytest.mark.parametrize(
     ("diversity", "variant", "weights", "cutmix"),
     [
-        ({}, "paper", (1, 1, 1, 0, 0), 1),
-        ({"preset": "v1"}, "v1", (1, 1, 1, 0, 0), 1),
-        ({"preset": "released"}, "released", (0, 1, 1, 0, 0), 1),
-        ({"preset": "diverse-vit"}, "diverse-vit", (0.5, 0.5, 1, 0, 0), 1),
-        ({"preset": "koleo"}, "paper", (0, 0, 0, 1, 0), 0),
-        ({"preset": "cutmix"}, "paper", (0, 0, 0, 0, 0), 1),
-        ({"preset": "none"}, "paper", (0, 0, 0, 0, 0), 0),
-        ({"preset": "none", "mixing": 2.0}, "paper", (0, 0, 2, 0, 0), 1),
-        ({"mixing": 0.0}, "paper", (1, 1, 0, 0, 0), 0),
-        ({"preset": "cutmix", "contrastive": 3.0}, "paper", (0, 3, 0, 0, 0), 1),
-        ({"variant": "v1"}, "v1", (1, 1, 1, 0, 0), 1),
-        ({"variant": "released"}, "released", (0, 1, 1, 0, 0), 1),
+        ({}, "paper", PAPER, 1),
+        ({"preset": "v1"}, "v1", PAPER, 1),
+        ({"preset": "released"}, "released", TWO, 1),
+        ({"preset": "diverse-vit"}, "diverse-vit", {"cosine": 0.5, "contrastive": 0.5, "mixing": 1}, 1),
+        ({"preset": "koleo"}, "paper", {"koleo": 1}, 0),
+        ({"preset": "cutmix"}, "paper", {}, 1),
+        ({"preset": "none"}, "paper", {}, 0),
+        ({"preset": "none", "mixing": 2.0}, "paper", {"mixing": 2}, 1),
+        ({"mixing": 0.0}, "paper", {"cosine": 1, "contrastive": 1}, 0),
+        ({"preset": "cutmix", "contrastive": 3.0}, "paper", {"contrastive": 3}, 1),
+        ({"variant": "v1"}, "v1", PAPER, 1),
+        ({"variant": "released"}, "released", TWO, 1),
     ],
 )
 def test_a_preset_gives_weights_and_explicit_settings_win(diversity, variant, weights, cutmix):
     config = resolved(diversity=diversity)
-    assert tuple(getattr(config.diversity, term) for term in TERMS) == weights
+    assert {term: getattr(config.diversity, term) for term in TERMS} == dict.fromkeys(TERMS, 0) | weights
     assert (config.diversity.variant, config.augment.cutmix) == (variant, cutmix)
     layers = (config.diversity.first, config.diversity.last, config.diversity.patch_head)
     assert layers == LAYERS.get(diversity.get("preset"), ("block", "norm", "own"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.losses import VARIANTS, contrastive_loss, cosine_loss, koleo, koleo_loss, spectral_loss
+from pdvit.losses import VARIANTS, contrastive_loss, cosine_loss, koleo_loss, spectral_loss, terms
 
 Tokens = list[list[float]]  # the patches of one image
 WITH_COSINE = [variant for variant in VARIANTS if variant != "released"]
@@ -84,6 +84,10 @@ FORMULAS = {
     "koleo": (koleo_loss, koleo_by_patches),
     "spectral": (spectral_loss, purity),
 }
+
+
+def test_every_term_of_the_last_layer_has_a_formula():
+    assert set(terms.LAST_LAYER_TERMS) <= set(FORMULAS)
 
 
 @pytest.mark.parametrize("form", FORMULAS)
@@ -171,5 +175,5 @@ def test_patches_that_do_not_fill_the_grid_are_refused():
 def test_blocks_of_rows_do_not_change_koleo(monkeypatch):
     last = gaussian(2, 9, 4)[1]
     whole = koleo_loss(last)
-    monkeypatch.setattr(koleo, "BLOCK_ENTRIES", 2 * 9 * 2)
+    monkeypatch.setattr(terms, "BLOCK_ENTRIES", 2 * 9 * 2)
     assert koleo_loss(last) == whole

@@ -9,19 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.errors import UserError
-from pdvit.losses import (
-    TERMS,
-    VARIANTS,
-    Objective,
-    contrastive_loss,
-    cosine_loss,
-    koleo_loss,
-    mixing_loss,
-    spectral_loss,
-)
+from pdvit.losses import TERMS, VARIANTS, Objective, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses.terms import LAST_LAYER_TERMS
 
 CLASSES, GRID = 5, (2, 3)
-WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5, "koleo": 0.2, "spectral": 0.4}
+WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2)
 OFF = dict.fromkeys(TERMS, 0.0)
 
 
@@ -56,8 +48,7 @@ def test_total_is_the_weighted_sum_and_terms_of_weight_zero_are_absent(variant):
         "cosine": None if variant == "released" else cosine_loss(output.last, variant),
         "contrastive": contrastive_loss(output.first, output.last, variant, grid=GRID),
         "mixing": mixing_loss(output.patch_logits, patch_targets, variant),
-        "koleo": koleo_loss(output.last),
-        "spectral": spectral_loss(output.last),
+        **{name: term(output.last) for name, term in LAST_LAYER_TERMS.items()},
     }
     terms = {name: value for name, value in terms.items() if value is not None}
     own = F.cross_entropy(output.logits, targets)
@@ -139,7 +130,7 @@ def test_the_cosine_term_is_the_mean_over_last_and_the_other_layers():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_factors_act_as_other_weights_and_change_no_part(variant):
     output, targets, patch_targets = make()
-    factors = dict(zip(TERMS, (0.5, 0.25, 0.1, 3.0, 0.0), strict=True))
+    factors = dict.fromkeys(TERMS, 3.0) | {"cosine": 0.5, "contrastive": 0.25, "mixing": 0.1, "spectral": 0.0}
     plain = objective_of(variant)
     found = plain(output, targets, patch_targets, torch.tensor(list(factors.values())))
     scaled = {name: getattr(plain, name) * factor for name, factor in factors.items()}

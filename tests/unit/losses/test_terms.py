@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pdvit.config import schema
 from pdvit.errors import UserError
-from pdvit.losses import TERMS, VARIANTS, contrastive_loss, cosine_loss, koleo_loss, mixing_loss, spectral_loss
+from pdvit.losses import TERMS, VARIANTS, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses.terms import LAST_LAYER_TERMS
 
 
 def mixing(last: Tensor, variant: str) -> Tensor:
@@ -25,8 +26,7 @@ FORMS = {
         for v in VARIANTS
     },
     **{f"mixing {v}": lambda first, last, v=v: mixing(last, v) for v in ("paper", "released")},
-    "koleo": lambda first, last: koleo_loss(last),
-    "spectral": lambda first, last: spectral_loss(last),
+    **{name: lambda first, last, term=term: term(last) for name, term in LAST_LAYER_TERMS.items()},
 }
 # The value of a single patch, unless it depends on the tokens.
 ONE_PATCH = {form: 0 for form in FORMS if "mixing" not in form} | {"cosine diverse-vit": 1, "spectral": 1}
@@ -117,7 +117,8 @@ def test_the_released_code_has_no_cosine_term():
         cosine_loss(torch.ones(1, 4, 3), "released")
 
 
-def test_the_configuration_has_the_same_names():
+def test_the_configuration_and_these_tests_have_all_terms():
     assert schema.TERMS == TERMS
+    assert {form.split()[0] for form in FORMS} == set(TERMS)
     assert schema.VARIANTS == VARIANTS
     assert all(preset["variant"] in VARIANTS for preset in schema.PRESETS.values())

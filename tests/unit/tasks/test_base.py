@@ -47,7 +47,8 @@ def test_a_batch_carries_the_factors_of_its_step_for_each_image():
     task = task_of(cosine_schedule="warmup:4st", koleo_schedule="until:6st")
     whole = take(task, 0, 8)
     for step, batch in enumerate(whole):
-        expected = torch.tensor([min(1, step / 4), 1, 1, float(step < 6), 1])
+        factors = {"cosine": min(1, step / 4), "koleo": float(step < 6)}
+        expected = torch.tensor([factors.get(term, 1) for term in TERMS])
         assert torch.equal(batch.weights, expected.expand(len(batch), -1))
         for part in [*batch.split(5), batch.repeat(3)]:
             assert torch.equal(part.weights, expected.expand(len(part), -1))

@@ -1,4 +1,7 @@
-"""The KoLeo term: the distance of every patch from its nearest neighbour."""
+"""The weights of all terms, and the terms that have no variants: they compare the patches of the last layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -7,6 +10,20 @@ from pdvit.similarity import BLOCK_ENTRIES, unit_tokens
 
 # DINOv2's epsilon, added in quadrature to a distance.
 EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """The weight of each term; 0 switches it off."""
+
+    cosine: float = 1.0
+    contrastive: float = 1.0
+    mixing: float = 1.0
+    koleo: float = 0.0
+    spectral: float = 0.0
+
+
+TERMS = tuple(field.name for field in fields(TermWeights))
 
 
 def koleo_loss(last: Tensor) -> Tensor:
@@ -43,3 +60,30 @@ def _nearest(unit: Tensor) -> Tensor:
             cosines.diagonal(offset=start, dim1=1, dim2=2).fill_(-2)  # below any cosine
             found.append(cosines.argmax(-1))
     return torch.cat(found, 1)
+
+
+def spectral_loss(last: Tensor) -> Tensor:
+    """Return the purity tr(K^2) of K = U U^T / n, averaged over the images; U `(n, d)` holds the patches at length 1.
+
+    K has trace 1, so its eigenvalues sum to 1, and the purity is the sum of their squares; 1 / purity, the
+    participation ratio, counts the directions in use. It is also the mean of the squared cosines of all pairs, the
+    diagonal included, and up to constants the soft orthogonality |U U^T - I|^2 of Bansal et al., arXiv 1810.09102. Its
+    use as a diversity term is our choice. |U U^T| = |U^T U|, so the smaller of the two is computed, and no eigenvalue.
+
+    Args:
+        last: patch tokens `(B, N, D)` of the last layer.
+
+    Returns:
+        A scalar in [1 / min(n, d), 1]: 1 if all patches are parallel, and for a single patch (without gradient).
+        Tokens of length 0 lower it, down to 0. Float32 even under autocast (float64 stays).
+    """
+    unit = unit_tokens(last)
+    count, width = unit.shape[1:]
+    across = unit.transpose(1, 2)
+    with torch.autocast(unit.device.type, enabled=False):
+        gram = unit @ across if count <= width else across @ unit
+    return (gram / count).square().sum((1, 2)).mean()
+
+
+# Terms without variants: functions of the patch tokens `(B, N, D)` of the last layer.
+LAST_LAYER_TERMS: dict[str, Callable[[Tensor], Tensor]] = {"koleo": koleo_loss, "spectral": spectral_loss}
