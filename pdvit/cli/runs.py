@@ -23,7 +23,7 @@ from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks
 from pdvit.data.opening import open_source
 from pdvit.data.sources import absolute_path, run_name, unused_source_settings
-from pdvit.data.sources.split import Source
+from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.engine.device import choose_device, device_name, set_up
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, launch_file
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
@@ -98,7 +98,8 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.steps.total} steps of {task.batch_size} images on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
-    unused = (*unused_settings(config), *unused_source_settings(config.data))
+    in_memory = isinstance(source.splits["train"], ArraySplit)
+    unused = (*unused_settings(config, in_memory), *unused_source_settings(config.data))
     for note in (*notes, *trainer.notes, *(f"note: {text}" for text in unused)):
         to_log(note)
     if load and isinstance(task, ClassificationTask):

@@ -5,8 +5,11 @@ from dataclasses import fields
 from pdvit.config.schema import TERMS, AugmentConfig, Config, DataConfig, DiversityConfig, SegmentConfig
 
 
-def unused_settings(config: Config) -> list[str]:
-    """Return a note for each setting of a resolved configuration that differs from its default without effect."""
+def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
+    """Return a note for each setting of a resolved configuration that differs from its default without effect.
+
+    `in_memory`: the source holds its images in memory, so they are not decoded, and not cropped by default.
+    """
     diversity, augment, segment = config.diversity, config.augment, config.segment
     terms = {term for term in TERMS if getattr(diversity, term)}
     # The keys of a condition, whether it holds, and the reason that the note gives.
@@ -19,10 +22,10 @@ def unused_settings(config: Config) -> list[str]:
         ("augment.mixup_switch_prob", bool(augment.cutmix and augment.mixup), "CutMix and Mixup are not both on"),
         ("augment.color_jitter", not augment.auto_augment, "RandAugment has its own colour operations"),
     ]
-    if config.data.source.split(":")[0] == "digits":
+    if in_memory:
         conditions += [
-            ("data.resident crop_pct crop_mode on_bad_image", False, "the digits are in memory"),
-            ("augment.ratio", augment.scale is not None, "the digits are not cropped"),
+            ("data.resident crop_pct crop_mode on_bad_image", False, "the images are in memory"),
+            ("augment.ratio", augment.scale is not None, "images in memory are not cropped by default"),
         ]
     if segment.head is None:
         names = " ".join(item.name for item in fields(SegmentConfig))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,12 +14,9 @@ from pdvit.config.schema import Config, DataConfig
 from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import SOURCE_TYPES, WHERE, printable, source_type
-from pdvit.data.sources.digits import read_digits
-from pdvit.data.sources.folder import list_images, read_folder, read_tar
+from pdvit.data.sources import FILE_TYPES, SOURCE_TYPES, WHERE, printable, source_type
+from pdvit.data.sources.folder import list_images
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source, Split, subsample
-from pdvit.data.sources.table import read_csv
-from pdvit.data.sources.timm_sets import read_hub, read_torchvision
 from pdvit.errors import UserError, closest
 
 
@@ -28,20 +26,20 @@ def open_source(data: DataConfig) -> Source:
     Raises UserError if the name is unknown, a file or package is missing, or the layout is wrong.
     """
     name, path = source_type(data.source), Path(os.path.expanduser(data.source))
-    if os.path.isdir(path) and name in (None, "tar", "csv"):  # os.path, because Path raises for long names
+    if os.path.isdir(path) and name in (None, *FILE_TYPES):  # os.path, because Path raises for long names
         name = "folder"
-    if name == "scenes":
-        what = "digit scenes have classes of pixels, not of images"
-        raise UserError(what, WHERE, "use pdvit segment, or --data digits")
-    if name in ("tar", "csv") and not os.path.isfile(path):
+    if name in FILE_TYPES and not os.path.isfile(path):
         raise UserError(f"there is no file '{data.source}'", WHERE, "check the path")
     if name is None or (name == "folder" and not os.path.isdir(path)):
-        tip = closest(data.source, [item.pattern for item in SOURCE_TYPES if item.pattern.islower()])
+        tip = closest(data.source, [item.pattern for item in SOURCE_TYPES.values() if item.pattern.islower()])
         tip += " (--data help lists the source types; for compressed archives, shards and streams see docs/data.md)"
         raise UserError(f"'{data.source}' is no source, folder or table of images", WHERE, tip)
-    by_name = {"digits": read_digits, "torch": read_torchvision, "hfds": read_hub}
-    by_path = {"folder": read_folder, "tar": read_tar, "csv": read_csv}
-    return by_path[name](path, data) if name in by_path else by_name[name](data)
+    if (reader := SOURCE_TYPES[name].reader) is None:
+        what = f"'{data.source}' has classes of pixels, not of images"
+        raise UserError(what, WHERE, "use pdvit segment, or --data digits")
+    module, _, function = reader.partition(".")
+    source: Source = getattr(import_module(f"pdvit.data.sources.{module}"), function)(data)
+    return source
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Build any timm model, with readable errors."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,10 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
             model = create_model(name, rest, where)
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}  # where timm reads it
             return model  # type: ignore[no-any-return]
-        what = f"timm can't build {name}: {type(error).__name__}: {error}"
-        raise UserError(what, where, "check the model's arguments (--model-kwargs)") from error
+        what, flag = f"timm can't build {name}: {type(error).__name__}: {error}", "--model-kwargs"
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            what, flag = f"{name} has no argument '{unknown[1]}'", FLAGS.get(unknown[1], flag)
+        raise UserError(what, where, f"check the model's arguments ({flag})") from error
     return model  # type: ignore[no-any-return]
 
 

@@ -72,7 +72,6 @@ FAMILIES = {
     "ConvNeXt": MAPS,  # a transformer's block with a convolution for attention: for comparison
 }
 
-MIXED = "its attention sits between convolutions, and pdvit's table has no row for it"
 ENCODER = "it is the encoder of a language model, which can merge patches after its blocks"
 # Transformers that would need more than a row, and why.
 REFUSED = {
@@ -86,8 +85,6 @@ REFUSED = {
     "TinyVit": "it turns from maps to tokens half-way through the blocks",
     "Visformer": "it turns from maps to tokens half-way through the blocks",
     **{f"{name}Vit{part}": ENCODER for name in ("Deepseek", "Qwen3", "Gemma4") for part in ("Classifier", "Encoder")},
-    "EfficientVit": MIXED,
-    "EfficientVitLarge": MIXED,
 }
 
 
@@ -129,9 +126,6 @@ def _unsupported(model: nn.Module, names: list[str], where: str) -> UserError:
         if isinstance(inner, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
             tip = f"pass the bare model, which is its .{attribute}"
             return UserError(f"a {names[0]} is a wrapper around the model", where, tip)
-    reason = next((REFUSED[name] for name in names if name in REFUSED), "")
-    if not reason:
-        mixed = any("attn" in name or "Attention" in type(part).__name__ for name, part in model.named_modules())
-        reason = MIXED if mixed else "a convolutional network has no tokens"
+    reason = next((REFUSED[name] for name in names if name in REFUSED), "pdvit has no layout for its class")
     tip = f"use a transformer of timm of these classes: {', '.join(FAMILIES)}"
     return UserError(f"pdvit can't read the patches of a {names[0]}: {reason}", where, tip)

@@ -99,11 +99,12 @@ class TestFiles:
             assert str(digits_run.parent) not in text
 
     def test_json_prints_only_the_summary_and_unused_settings_are_notes(self, train, capsys):
-        run = train("--json", "--diversity", "none", "--variant", "v1", "--val-split", "nonsense")
+        run = train("--json", "--diversity", "none", "--variant", "v1", "--val-split", "nonsense", "--crop-pct", "0.5")
         shown = capsys.readouterr()
         assert json.loads(shown.out) == read_json(run / "summary.json")
         assert "note: diversity.variant = v1 has no effect" in shown.err
         assert "note: data.val_split = nonsense has no effect" in shown.err
+        assert "note: data.crop_pct = 0.5 has no effect: the images are in memory" in shown.err
 
 
 class TestTerms:
@@ -279,7 +280,8 @@ class TestErrors:
             ("--img-size 30", "30x30", "32"),
             ("--img-size 16 --shift 16", "16 pixels leaves nothing of images of 16x16", "less than 16"),
             ("--width 30 --heads 4", "30", "multiple of 4"),
-            ("--model-kwargs bogus=1", "bogus", "--model-kwargs"),
+            ("--model-kwargs layers=(1,2)", "has no argument 'layers'", "--model-kwargs"),
+            ("--model mixer_s32_224 --depth 2", "has no argument 'depth'", "--depth"),
             ("--model-kwargs qk_norm", "qk_norm", "k"),
             ("--batch-size 1201", "1200", "1200"),
             ("--batch-size auto --device cpu", "needs a GPU", "64"),

@@ -12,11 +12,14 @@ WHERE = "data.source (--data)"
 
 
 class SourceType(NamedTuple):
-    """A type of source: its pattern in `--data`, the glob that identifies it, and the settings that it has."""
+    """A type of source: its pattern in `--data`, the glob that identifies it, and the settings that it has.
 
-    name: str
+    The reader, `module.function` in this package, returns the `Source` of a `DataConfig`. Masks have `open_masks`.
+    """
+
     pattern: str
     glob: str | None
+    reader: str | None
     settings: tuple[str, ...]
     help: str
 
@@ -26,35 +29,39 @@ SETTINGS = ("root", *SPLITS, "input_key", "target_key", "download")
 TORCHVISION = ("root", *SPLITS, "download")
 FOLDERS = "train/CLASS/IMAGE with val/, validation/ or test/; or CLASS/IMAGE alone"
 SCENES = "handwritten numbers on textured grounds, with labelled pixels, built in (pdvit segment)"
-SOURCE_TYPES = (
-    SourceType("digits", "digits", "digits:*", (), "scikit-learn's 1,797 digits, built in; some: digits:0-4"),
-    SourceType("scenes", "scenes", None, (), SCENES),
-    SourceType("folder", "FOLDER", None, SPLITS, FOLDERS),
-    SourceType("tar", "FILE.tar", "*.tar", SPLITS, "the same in a plain tar, read in place"),
-    SourceType("csv", "FILE.csv", "*.csv", SPLITS, "a table with the columns path, label and optionally split"),
-    SourceType("torch", "torch/cifar100", "torch/*", TORCHVISION, "data sets of torchvision, in --data-dir"),
-    SourceType("hfds", "hfds/OWNER/NAME", "hfds/*", SETTINGS, "data sets of Hugging Face (extra hf-data)"),
-)
+TORCH, HUB = "data sets of torchvision, in --data-dir", "data sets of Hugging Face (extra hf-data)"
+DIGITS = "scikit-learn's 1,797 digits, built in; some: digits:0-4"
+CSV = "a table with the columns path, label and optionally split"
+SOURCE_TYPES = {
+    "digits": SourceType("digits", "digits:*", "digits.read_digits", (), DIGITS),
+    "scenes": SourceType("scenes", None, None, (), SCENES),
+    "folder": SourceType("FOLDER", None, "folder.read_folder", SPLITS, FOLDERS),
+    "tar": SourceType("FILE.tar", "*.tar", "folder.read_tar", SPLITS, "the same in a plain tar, read in place"),
+    "csv": SourceType("FILE.csv", "*.csv", "table.read_csv", SPLITS, CSV),
+    "torch": SourceType("torch/cifar100", "torch/*", "timm_sets.read_torchvision", TORCHVISION, TORCH),
+    "hfds": SourceType("hfds/OWNER/NAME", "hfds/*", "timm_sets.read_hub", SETTINGS, HUB),
+}
+FILE_TYPES = [name for name, item in SOURCE_TYPES.items() if item.pattern.startswith("FILE")]
 
 
 def source_type(source: str) -> str | None:
     """Return the name of the type that the text alone identifies; None for a path to be looked up, or unknown."""
-    for item in SOURCE_TYPES:
+    for name, item in SOURCE_TYPES.items():
         if source == item.pattern or (item.glob and fnmatchcase(source.lower(), item.glob)):
-            return item.name
+            return name
     return None
 
 
 def list_source_types() -> str:
     """Return the text of `--data help`."""
-    width = max(len(item.pattern) for item in SOURCE_TYPES)
-    lines = (f"  {item.pattern:{width}}  {item.help}" for item in SOURCE_TYPES)
+    width = max(len(item.pattern) for item in SOURCE_TYPES.values())
+    lines = (f"  {item.pattern:{width}}  {item.help}" for item in SOURCE_TYPES.values())
     return "\n".join(["--data accepts:", *lines, "docs/data.md has more"])
 
 
 def unused_source_settings(data: DataConfig) -> list[str]:
     """Return a note for each changed setting of sources that has no effect on this one."""
-    used = {item.name: item.settings for item in SOURCE_TYPES}[source_type(data.source) or "folder"]
+    used = SOURCE_TYPES[source_type(data.source) or "folder"].settings
     return [
         f"data.{name} = {value} has no effect: '{data.source}' does not have it"
         for name in SETTINGS
@@ -67,14 +74,14 @@ def absolute_path(source: str) -> str:
     name = source_type(source)
     prefix = source[: len("hfds/")] if name == "hfds" else ""
     path = os.path.expanduser(source.removeprefix(prefix))
-    is_path = name in (None, "tar", "csv", "hfds") and os.path.exists(path)
+    is_path = name in (None, "hfds", *FILE_TYPES) and os.path.exists(path)
     return prefix + os.path.abspath(path) if is_path else source
 
 
 def run_name(source: str, label: str) -> str:
     """Return the default name of a run on a source: letters of any script, digits, dots, dashes and underscores."""
     path = Path(os.path.expanduser(source)).resolve()
-    name = path.stem if source_type(source) in ("tar", "csv") else path.name
+    name = path.stem if source_type(source) in FILE_TYPES else path.name
     return re.sub(r"[^\w.-]", "-", f"{name or 'data'}-{label}")
 
 

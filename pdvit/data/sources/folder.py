@@ -27,8 +27,9 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def read_folder(root: Path, data: DataConfig) -> Source:
+def read_folder(data: DataConfig) -> Source:
     """Read a folder on the disk, of its split folders if it has any; raises UserError."""
+    root = Path(os.path.expanduser(data.source))
     names = folder_names(root)
     splits = [name for name in names if name in {*SPLIT_NAMES, data.train_split, data.val_split}]
     below = (path for name in splits or names for path in _walk(root, f"{name}/", depth=1))
@@ -89,11 +90,12 @@ class TarSplit(FileSplit):
         return Image.open(io.BytesIO(content))
 
 
-def read_tar(path: Path, data: DataConfig) -> Source:
+def read_tar(data: DataConfig) -> Source:
     """Read a plain tar like a folder, with a note on its symbolic links and special files, which are not read.
 
     Folders around everything are left out. Raises UserError if the tar is damaged.
     """
+    path = Path(os.path.expanduser(data.source))
     try:
         with tarfile.open(path, "r:") as tar:
             infos = {posixpath.normpath(info.name).lstrip("/"): info for info in tar.getmembers()}

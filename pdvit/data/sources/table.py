@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,12 +18,13 @@ TIP = "name them with --train-split and --val-split; without a split column a te
 Row = dict[str, str]
 
 
-def read_csv(path: Path, data: DataConfig) -> Source:
+def read_csv(data: DataConfig) -> Source:
     """Read a table with a header; paths are relative to it, labels are texts or whole numbers.
 
     Classes are the labels of train, sorted as numbers if all are whole numbers, else as texts. Raises UserError for a
     missing column, an empty or negative label, and a label that train lacks.
     """
+    path = Path(os.path.expanduser(data.source))
     rows = _rows(path)
     counts = Counter(row["split"] for row in rows.values())
     whole = set(counts) == {""} and not (data.train_split or data.val_split)

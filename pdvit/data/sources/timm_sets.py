@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def read_torchvision(data: DataConfig) -> Source:
         what = f"'{data.source}' needs the folder of the data set"
         raise UserError(what, "data.root (--data-dir)", "name the folder with --data-dir")
     if name in ("folder", "image_folder"):
-        return read_folder(Path(os.path.expanduser(data.root)), data)
+        return read_folder(replace(data, source=data.root))
     found = ["train", "test" if name in TRAIN_AND_TEST else "validation", data.train_split, data.val_split]
     chosen = choose_splits(found, data, data.source, TIP)
     for role, split in chosen.items():  # timm would take any other name for the test set

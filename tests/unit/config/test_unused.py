@@ -8,7 +8,8 @@ NONE, UPERNET, LINEAR = {"preset": "none"}, {"head": "upernet"}, {"head": "linea
 
 
 def unused(**sections):
-    return unused_settings(resolve(build(("test", sections))))
+    config = resolve(build(("test", sections)))
+    return unused_settings(config, in_memory=config.data.source == "digits")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -14,7 +14,7 @@ from tests.unit.data.batches import PREPROCESSING, write_tree
     [
         *((name, "no source, folder or table") for name in ("no/such/folder", "FOLDER", "x" * 400, "{}.rar", "wds/a")),
         *((name, "there is no file") for name in ("no/such.tar", "no/such.CSV")),
-        ("scenes", "digit scenes have classes of pixels"),
+        ("scenes", "'scenes' has classes of pixels"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused(tmp_path, source, what):

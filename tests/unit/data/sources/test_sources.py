@@ -27,7 +27,7 @@ def test_the_name_of_a_run_is_fit_for_a_file_name(source, label, name):
 def test_every_type_has_a_line_and_is_in_the_docs():
     lines = list_source_types().splitlines()
     page = (Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
-    for item in SOURCE_TYPES:
+    for item in SOURCE_TYPES.values():
         assert sum(item.pattern in line for line in lines) == 1
         assert item.pattern in page
 
