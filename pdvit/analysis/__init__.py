@@ -1,8 +1,9 @@
 """Analysis of the patches of a checkpoint, layer by layer."""
 
 from pdvit.analysis.measure import Analysis, analyze, cka_between, measure
-from pdvit.analysis.metrics import DEFAULT, DEFINITIONS, METRICS
+from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.tables import write_analysis, write_between
+from pdvit.definitions import DEFAULT, DEFINITIONS
 
 __all__ = [
     "DEFAULT",

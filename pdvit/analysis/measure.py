@@ -12,10 +12,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from pdvit.analysis.metrics import DEFAULT, METRICS
+from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.attention import Attention, patch_rows
 from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, centred_gram
 from pdvit.analysis.metrics.group import MetricGroup, Patches
+from pdvit.definitions import DEFAULT
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
@@ -53,8 +54,7 @@ def analyze(
     Args:
         model: a bare timm model; it is in evaluation mode during the measurement.
         images: normalised images `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one).
-        metrics: names of groups: `similarity` (P), `similarity_signed`, `norms`, `pairs`, `drift`, `rank`,
-            `spectrum`, `attention`, `cka`. docs/analyze.md defines their columns.
+        metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
         name: content of the `model` column.
 
     Returns:

@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 
 from pdvit.analysis.html import data_uri, render_page
-from pdvit.analysis.metrics import DEFINITIONS, METRICS
+from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.tables import layer_column, metric_columns
+from pdvit.definitions import DEFINITIONS
 
 # Entries of analysis.json that stand below the numbers, in order.
 CONDITIONS = (

@@ -15,7 +15,7 @@ from pdvit.analysis.metrics import METRICS
 from pdvit.tracking.run_directory import to_json, write_file, writing
 
 BETWEEN, MAPS = "cka_between.npz", "maps.npz"
-# Groups of metrics that share a table in a terminal of 80 characters, and the width of the bar of P.
+# Groups that share a table in a terminal of 80 characters (others share a last one), and the width of the bar of P.
 TABLES = (("similarity", "similarity_signed", "norms"), ("pairs", "drift", "rank"), ("spectrum", "attention", "cka"))
 BAR = 12
 # Heading and cells, one per layer.
@@ -24,7 +24,8 @@ Columns = list[tuple[str, list[str]]]
 
 def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:
     """Yield an analysis as tables of at most 80 characters: layers down, metrics across, P with a bar."""
-    for groups in TABLES:
+    others = [name for name in METRICS if not any(name in groups for groups in TABLES)]
+    for groups in (*TABLES, others):
         columns = [column for group in groups for column in metric_columns(table, group)]
         heights = table[table["metric"] == "similarity"].sort_values("depth")["mean"].tolist()
         if "similarity" in groups and heights:

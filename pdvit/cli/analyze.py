@@ -10,6 +10,7 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.cli.console import log, make_console, process_group
+from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
     from pdvit.engine.terminal import RunConsole
 
-METRIC_NAMES = "similarity, similarity_signed, norms (the default), pairs, drift, rank, spectrum, attention, cka."
+METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 
 def analyze(
@@ -51,7 +52,6 @@ def analyze(
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
-        from pdvit.analysis import DEFAULT
         from pdvit.cli.analyze_run import Analyzer
 
         flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
@@ -120,7 +120,6 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
     """Print the tables with a bar per layer, the verdict, definitions, and the conditions of the measurement."""
     from rich.markup import escape
 
-    from pdvit.analysis import DEFINITIONS
     from pdvit.analysis.tables import terminal_tables
 
     console.print(f"\n[italic]{escape(facts['model'])}[/italic]", highlight=False)

@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pdvit.analysis import DEFINITIONS, Analysis, cka_between, measure
+from pdvit.analysis import Analysis, cka_between, measure
 from pdvit.analysis.measure import select_metrics
 from pdvit.analysis.verdict import PUBLISHED, verdict
 from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
@@ -15,6 +15,7 @@ from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.sources.split import ArraySplit
+from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
+from pdvit.definitions import DEFINITIONS
 from pdvit.plots import style
 from pdvit.plots.reading import AnalyzedRun
 from pdvit.plots.style import DOUBLE, LIGHT, MARKERS, SINGLE, Drawing, Theme
@@ -27,37 +28,7 @@ HEAD_SHIFT = 0.22  # in depth, between the heads of two runs
 # Heights of a layer's histogram and of what is around all, in inches; in layers, how far a histogram reaches up.
 LAYER, AROUND, REACH = 0.2, 0.75, 1.7
 PAIRS_COLUMNS, SPECTRUM_COLUMNS = 3, 2
-
-# Title and range of the metrics in a figure's order.
-Range = tuple[float | None, float | None]
-COS, SHARE, POSITIVE = (-1, 1), (0, 1), (0, None)
 DC_SHARE = "dc_share"
-METRICS: dict[str, tuple[str, Range]] = {
-    "similarity": ("P, mean |cos|", SHARE),
-    "similarity_signed": ("mean cos, signed", COS),
-    "norm_mean": ("token length ± std", POSITIVE),
-    "norm_std": ("token length, std", POSITIVE),
-    "norm_peak": ("largest length / median", (1, None)),
-    "norm_outliers": ("share of outliers", POSITIVE),
-    "similarity_without_outliers": ("P without outliers", SHARE),
-    "pairs_p05": ("cos of pairs, 5 %", COS),
-    "pairs_p25": ("cos of pairs, 25 %", COS),
-    "pairs_p50": ("cos of pairs, median", COS),
-    "pairs_p75": ("cos of pairs, 75 %", COS),
-    "pairs_p95": ("cos of pairs, 95 %", COS),
-    "drift_cosine": ("cos with first layer", COS),
-    "drift_retrieval": ("found again, share", SHARE),
-    "effective_rank": ("effective rank", POSITIVE),
-    "participation_ratio": ("participation ratio", POSITIVE),
-    DC_SHARE: ("DC share of energy", SHARE),
-    "high_frequency_share": ("high-frequency share", POSITIVE),
-    "log_amplitude": ("Δ log amplitude at π", (None, None)),
-    "attention_entropy": ("attention entropy, nats", POSITIVE),
-    "attention_distance": ("att. distance, patches", POSITIVE),
-    "attention_std": ("attention, row std", POSITIVE),
-    "attention_similarity": ("att. like block before", SHARE),
-    "cka_last": ("CKA with last layer", SHARE),
-}
 
 
 def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
@@ -241,9 +212,10 @@ def stack(runs: Sequence[AnalyzedRun]) -> pd.DataFrame:
 
 
 def metrics_of(rows: pd.DataFrame) -> list[str]:
-    """Return the metrics that get a panel, those of METRICS first; P of random weights is drawn with P."""
+    """Return the metrics that get a panel, in the order of their definitions; P of random weights is drawn with P."""
     names = [str(metric) for metric in rows["metric"].unique() if metric != RANDOM]
-    return sorted(names, key=lambda name: list(METRICS).index(name) if name in METRICS else len(METRICS))
+    order = list(DEFINITIONS)
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def run_styles(rows: pd.DataFrame, theme: Theme) -> dict[str, dict[str, Any]]:
@@ -300,7 +272,9 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
     The deviation is that over images, for token lengths that over patches.
     """
     styles, chosen = run_styles(rows, theme), rows[rows["metric"] == metric]
-    title, (low, high) = METRICS.get(metric, (metric.replace("_", " "), (None, None)))
+    known = DEFINITIONS.get(metric)  # other versions measure other metrics
+    title = (known and known.title) or metric.replace("_", " ")
+    low, high = (known.low, known.high) if known else (None, None)
     sizes: dict[str, Any] = {"linewidth": 1.0, "markersize": 2.2} if small else {}
     for name, line in chosen.groupby("run", sort=False):
         axes.plot(line["depth"], line["mean"], **styles[str(name)], **sizes, clip_on=False)

@@ -1,18 +1,20 @@
-"""Metrics of patch tokens, in groups: functions here, names and definitions in definitions.toml."""
+"""Metrics of patch tokens, in groups.
 
-import tomllib
+A new group is a function in a module here, its row in `_COMPUTE`, and its texts in definitions.toml.
+"""
+
 from collections.abc import Callable
-from importlib.resources import files
 from typing import Any
 
 from torch import Tensor
 
 from pdvit.analysis.metrics.attention import attention_metrics
 from pdvit.analysis.metrics.drift import drift_metrics
-from pdvit.analysis.metrics.group import Definition, MetricGroup
+from pdvit.analysis.metrics.group import MetricGroup
 from pdvit.analysis.metrics.rank import rank_metrics
 from pdvit.analysis.metrics.similarity import norm_metrics, pair_metrics
 from pdvit.analysis.metrics.spectrum import spectrum_metrics
+from pdvit.definitions import DEFINITIONS, GROUPS
 from pdvit.similarity import patch_similarity
 
 _COMPUTE: dict[str, Callable[[Any], dict[str, Tensor]]] = {
@@ -27,15 +29,9 @@ _COMPUTE: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "cka": lambda patches: {},  # of all images of a batch at once: LinearCKA
 }
 
-
-_TABLE = tomllib.loads(files(__name__).joinpath("definitions.toml").read_text(encoding="utf-8"))
 METRICS = {
     name: MetricGroup(
-        compute,
-        {column: Definition(**fields) for column, fields in _TABLE[name]["columns"].items()},
-        _TABLE[name].get("curves", {}),
+        _COMPUTE[name], {column: DEFINITIONS[column] for column in group["columns"]}, group.get("curves", {})
     )
-    for name, compute in _COMPUTE.items()
+    for name, group in GROUPS.items()
 }
-DEFAULT = ("similarity", "similarity_signed", "norms")
-DEFINITIONS: dict[str, Definition] = {name: text for group in METRICS.values() for name, text in group.columns.items()}

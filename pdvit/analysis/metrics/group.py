@@ -1,4 +1,4 @@
-"""The tokens of one layer, which all metrics read, and the definitions of metrics."""
+"""The tokens of one layer, which all metrics read, and groups of metrics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,24 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdvit.definitions import Definition
 from pdvit.errors import UserError
 from pdvit.similarity import at_least_float32, patch_similarity, unit_tokens
 
 # Remainders of float32 tokens below this fraction of the whole are rounding errors and count as zero.
 ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Definition:
-    """The meaning of a column: one row of the table in docs/analyze.md."""
-
-    text: str
-    range: str
-    random: str
-    identical: str
-    bias: str
-    source: str
-    heading: str | None = None  # in a terminal; None for columns that are in the files only
 
 
 @dataclass(frozen=True)
