@@ -5,7 +5,7 @@
 
 import tomllib
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 
@@ -25,7 +25,7 @@ class Definition:
     high: float | None = None
 
 
-_FILE = files("pdvit").joinpath("analysis/metrics/definitions.toml")  # beside the functions
+_FILE = Path(__file__).parent / "analysis" / "metrics" / "definitions.toml"  # beside the functions
 GROUPS: dict[str, dict[str, Any]] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 DEFAULT = ("similarity", "similarity_signed", "norms")
 DEFINITIONS = {column: Definition(**fields) for group in GROUPS.values() for column, fields in group["columns"].items()}
