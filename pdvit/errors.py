@@ -1,4 +1,4 @@
-"""The one kind of error that a user can cause: what went wrong, where, and a tip."""
+"""UserError, which a user can mend; RunFailed; and tips for names that are almost right."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -31,7 +31,7 @@ class RunFailed(Exception):
 
 
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
-    """Say which option `name` was probably meant to be, or else list the options (the first `shown`)."""
+    """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
     names = list(options)
     scores = {option: _likeness(name.lower(), option.lower()) for option in names}
     best = max(names, key=lambda option: scores[option], default=None)

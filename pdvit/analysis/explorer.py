@@ -45,7 +45,7 @@ class Maps:
 
 
 def bytes_per_model(models: int) -> int:
-    """Return the bytes of a page for each of so many models; UserError for more than four."""
+    """Return the bytes of a page that each model may use; raises UserError for more than four models."""
     if models > MAX_MODELS:
         raise UserError(f"{models} checkpoints do not fit side by side", "--explore", f"name at most {MAX_MODELS}")
     return (PAGE_BYTES - CODE_BYTES) // models

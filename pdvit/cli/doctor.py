@@ -43,10 +43,13 @@ def doctor(
     return 1 if broken else 0
 
 
-def _check(probe: Callable[[], str | None], tip: str = "", needed: bool = False) -> dict[str, Any]:
-    """Run a probe, which returns the detail, or None, or raises the reason. Training needs what is `needed`."""
+def _check(check: Callable[[], str | None], tip: str = "", needed: bool = False) -> dict[str, Any]:
+    """Run a check, which returns a detail, or None for a missing package; its error is the reason of a failure.
+
+    `needed`: training needs it.
+    """
     try:
-        found = probe()
+        found = check()
         mark, detail, tip = ("ok", found, "") if found is not None else ("missing", "not installed", tip)
     except Exception as error:  # a broken installation fails anywhere, with any kind of error
         mark = "missing" if isinstance(error, UserError) else "failed"
@@ -83,16 +86,16 @@ def _device(name: str) -> dict[str, dict[str, Any]]:
     """Check a device. A broken GPU blocks training although there is a CPU: `--device auto` takes the GPU."""
     from torch import cuda
 
-    probes: dict[str, Callable[[], str | None]] = {
+    checks: dict[str, Callable[[], str | None]] = {
         "model": lambda: cuda.get_device_name(name),
         "memory": lambda: "{1:.1f} GiB ({0:.1f} free)".format(*(size / GIB for size in cuda.mem_get_info(name))),
         "compute capability": lambda: "{}.{}".format(*cuda.get_device_capability(name)),
     }
     if name == "cpu":
-        probes = {key: partial(str, text) for key, text in describe_cpu().items()}
+        checks = {key: partial(str, text) for key, text in describe_cpu().items()}
     precisions = {precision: partial(_step, name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")}
-    probes |= precisions | {"training step": precisions["fp32"]}
-    return {key: _check(probe, "try another --device", key == "training step") for key, probe in probes.items()}
+    checks |= precisions | {"training step": precisions["fp32"]}
+    return {key: _check(check, "try another --device", key == "training step") for key, check in checks.items()}
 
 
 def _step(device: str, precision: str) -> str:
@@ -110,7 +113,8 @@ def _step(device: str, precision: str) -> str:
     module = DiverseModel(build_model("vit_tiny_patch16_224", sizes)).to(device)
     images, targets = torch.rand(4, 3, 32, 32, device=device), torch.arange(4, device=device)
     mixed = patch_cutmix(images, targets, 8, 4)
-    with autocast(torch.device(device), precision):
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    with autocast(torch.device(device), "fp32" if precision == "tf32" else precision):
         loss = Objective()(module(mixed.images), mixed.targets, mixed.patch_targets).total
     loss.backward()
     torch.optim.SGD(module.parameters(), lr=0.01).step()

@@ -32,8 +32,7 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
-# The terminal shows so many classes, the labels of up to so many images, and the names of so many skipped ones.
-WORST, FEW = 10, 20
+MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
 
 Row = tuple[str, int, str, float]  # image, rank, label, probability
 
@@ -189,11 +188,13 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     from pdvit.data.sources import printable
 
     by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
-    title = f"the {WORST} of {len(table)} classes with the lowest {by}" if len(table) > WORST else "by class"
+    title = (
+        f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}" if len(table) > MAX_CLASSES else "by class"
+    )
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("class", count, *fractions, "most confused with"):
         view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
-    for _, row in table.sort_values(by, kind="stable").head(WORST).iterrows():
+    for _, row in table.sort_values(by, kind="stable").head(MAX_CLASSES).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
         percentages = (f"{row[name]:.1%}".replace("nan%", "-") for name in fractions)
         view.add_row(cell(row["class"]), f"{row[count]:,}", *percentages, cell(wrong))
@@ -246,7 +247,7 @@ def predict(
             if stop:
                 raise KeyboardInterrupt
             writer.writerows(rows)
-            shown += rows if len(files) <= FEW and target else []
+            shown += rows if len(files) <= MAX_IMAGES and target else []
     content = table.getvalue().encode(errors="surrogateescape")  # names can be of any bytes
     if target is None:
         sys.stdout.buffer.write(content)
@@ -346,7 +347,7 @@ def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "R
         for image, rank, label, probability in rows:
             view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
         console.print(view)
-    for name, reason in list(bad.items())[:FEW]:
+    for name, reason in list(bad.items())[:MAX_IMAGES]:
         log(console, printable(f"skipped  {name} ({reason})"))
     count = images - len(bad)
     skipped = f", {len(bad):,} skipped that do not decode" if bad else ""

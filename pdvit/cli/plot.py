@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(invoke_without_command=True)
 
-# Without arguments, the newest runs are drawn, up to these: lines in one panel, or panels.
+# The number of newest runs that are drawn if no run is named: as lines in one panel, or as panels.
 LINES, PANELS = 6, 3
 SUFFIXES = (".png", ".svg", ".pdf")
 

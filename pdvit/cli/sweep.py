@@ -1,7 +1,6 @@
 """A sweep: check its cells, run them, and print their outcomes."""
 
 import json
-import math
 import os
 import statistics
 from collections import Counter
@@ -112,9 +111,8 @@ def _train_cells(
             if state.status == "finished":
                 durations += [seconds] if seconds else []
                 summary = json.loads((folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
-                summary = {name: math.nan if value is None else value for name, value in summary.items()}
-                how = f"in {_duration(seconds)}" if seconds else "by another process"
-                line += f": finished {how}; {describe_summary(summary).splitlines()[0]}"
+                time = f"in {_duration(seconds)}" if seconds else "by another process"
+                line += f": finished {time}; {describe_summary(summary).splitlines()[0]}"
             elif state.status == "running":
                 line += ": another process trains it"
             else:

@@ -111,7 +111,8 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     for key in KEYS.values():
         value = getattr(getattr(config, key.section), key.name)
         if value is not None and (key.section, key.name) not in _PLACES:
-            table[key.section][key.name] = list(value) if isinstance(value, tuple) else value
+            word = next((word for word, number in key.words.items() if number == value), None)
+            table[key.section][key.name] = word or (list(value) if isinstance(value, tuple) else value)
     return table
 
 

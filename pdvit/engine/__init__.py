@@ -1,1 +1,1 @@
-"""One loop for every task; it has never heard of patches, losses or models."""
+"""One loop for every task. The engine imports no model, loss or data."""

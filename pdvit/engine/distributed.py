@@ -46,7 +46,7 @@ class Ranks:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Raise the first UserError inside on all ranks, which would wait for ever; nothing inside may communicate."""
+        """Raise a UserError of one rank on all ranks. Nothing inside may communicate, or ranks wait for ever."""
         error: UserError | None = None
         try:
             yield

@@ -54,11 +54,13 @@ def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[st
     for rank, part in enumerate(parts):
         state.set_generators(named(saved, f"{rank}.generator."))
         found = updater.backward(part)
-        for name, value in (found | {"grad_norm": updater.clip()}).items():
-            metrics[name] = metrics.get(name, 0.0) + float(value) / ranks
         for name, weight in state.module.named_parameters():
             if weight.grad is not None and not bool(weight.grad.isfinite().all()):
                 broken[name] = None
+        state.scaler.unscale_(state.optimizer)
+        for name, value in (found | {"grad_norm": updater.clip()}).items():  # last: it scales the gradient
+            metrics[name] = metrics.get(name, 0.0) + float(value) / ranks
+        state.scaler.update()
     return snapshot.step, metrics, list(broken)
 
 

@@ -44,8 +44,8 @@ class ResolvedCheckpoint:
     image_size: tuple[int, int] | None = None  # height and width in pixels
     classes: list[str] | None = None  # their names
     segment: SegmentConfig | None = None  # of a segmentation model: its head and evaluation; the crop is set
-    adapter: Adapter | None = None  # and how its backbone is read
-    palette: Palette | None = None  # and a colour for each class
+    adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
+    palette: Palette | None = None  # of a segmentation model: a colour for each class
 
 
 def resolve_checkpoint(

@@ -25,8 +25,8 @@ SINGLE_PANEL, LARGE, SMALL, KEY = 2.9, 2.2, 1.35, 0.45  # heights of rows of pan
 RANDOM_STYLE: dict[str, Any] = {"linestyle": (0, (2.5, 2)), "linewidth": 0.8}
 LOG_RATIO = 30  # lengths that differ more than this have a logarithmic axis
 HEAD_SHIFT = 0.22  # in depth, between the heads of two runs
-# Heights of a layer's histogram and of what is around all, in inches; in layers, how far a histogram reaches up.
-LAYER, AROUND, REACH = 0.2, 0.75, 1.7
+LAYER, AROUND = 0.2, 0.75  # heights of a layer's histogram and of the margins, in inches
+REACH = 1.7  # height of the highest histogram, in layers
 PAIRS_COLUMNS, SPECTRUM_COLUMNS = 3, 2
 DC_SHARE = "dc_share"
 

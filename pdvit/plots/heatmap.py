@@ -22,8 +22,9 @@ MAP_DEPTHS = 6
 MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))
 COSINE_SCALE = 127  # maps.npz holds cosines as int8
 FRAME = "#ff3b30"  # visible on light and on dark
-# Classes up to which cells have numbers and all classes names, and the most that are drawn.
-NUMBERED, NAMED, DRAWN = 15, 50, 200
+NUMBERED = 15  # classes up to which cells have numbers
+NAMED = 50  # classes up to which all have names
+DRAWN = 200  # maximum number of classes that are drawn
 LISTED = 15  # confusions beside a matrix without numbers
 TICKS = 20
 

@@ -13,8 +13,9 @@ from PIL import Image
 from pdvit.plots.reading import read_text_table, reading
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
-SHOWN, BARS = 4, 40  # images and bars of classes that are drawn; of more classes, the best and the worst
-NAMED, ACROSS = 19, 4  # classes in the legend, the most frequent of the drawn images, and its columns
+SHOWN = 4  # images
+BARS = 40  # of classes; of more classes, the best and the worst
+NAMED, ACROSS = 19, 4  # classes in the legend and its columns
 COLUMNS = ("image", "truth", "prediction", "errors")
 IGNORED = 255
 Array = np.ndarray[Any, Any]

@@ -1,7 +1,13 @@
 """The numbers of a run as text. No torch: a sweep prints the summary of each of its cells."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+
+def number(value: float | None) -> float:
+    """Return a number of summary.json, where null stands for a number that is not finite."""
+    return math.nan if value is None else value
 
 
 def describe_metrics(numbers: Mapping[str, Any]) -> str:
@@ -9,7 +15,9 @@ def describe_metrics(numbers: Mapping[str, Any]) -> str:
     fractions = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
     others = {"loss": "loss", "calibration_error": "calibration error"}
     texts = [f"{text} {numbers[name]:.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
-    return ", ".join(texts + [f"{text} {numbers[name]:.3f}" for name, text in others.items() if name in numbers])
+    return ", ".join(
+        texts + [f"{text} {number(numbers[name]):.3f}" for name, text in others.items() if name in numbers]
+    )
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
@@ -18,10 +26,11 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         "in_windows": "images were too large for a single pass and were evaluated in windows",
         "bad_images": "images do not decode and are left out",
     }
+    first, last = (number(summary[f"similarity_{layer}"]) for layer in ("first", "last"))
     notes = "".join(f" ({summary[name]} {text})" for name, text in texts.items() if summary.get(name))
     named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
     return (
         f"{summary['split']} {describe_metrics(summary)}{notes}; "
-        f"P of the patches: first {summary['similarity_first']:.2f}, last {summary['similarity_last']:.2f} "
+        f"P of the patches: first {first:.2f}, last {last:.2f} "
         f"(0 orthogonal, 1 parallel){named}"
     )

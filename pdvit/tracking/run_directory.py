@@ -93,11 +93,11 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
+    def open(cls, path: Path) -> "RunDirectory":
         """Open an existing run; raises UserError if the folder is not a run."""
         if not (path / "run.toml").is_file():
             raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
-        return cls(path, writes)
+        return cls(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -90,7 +90,7 @@ class Trackers:
             self._call(name, log, metrics, record["step"])
 
     def close(self) -> None:
-        """Finish all."""
+        """Close the run in every tracker."""
         for name, (_, finish) in list(self.running.items()):
             self._call(name, finish)
 

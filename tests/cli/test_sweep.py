@@ -197,7 +197,7 @@ def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, whom):
     if whom == "the cell":  # a failure like another: passed over, and tried again when asked
         assert "ended by SIGKILL" in finish(process, 1)
         assert statuses(sweep) == ["failed", "finished"]
-        assert "0 of them to do" in finish(command(), 1)
+        assert "0 of them to run now" in finish(command(), 1)
         finish(command("--cells", "failed"), 0)
     else:
         finish(process, -signal.SIGKILL)

@@ -24,8 +24,8 @@ MAY_IMPORT = {
         *("models", "losses", "data", "similarity", "config"),
         *("engine.protocol", "engine.device", "engine.distributed"),
     },
-    "analysis": {"models", "data", "similarity", "engine", "tracking", "definitions"},
-    "sweep": {"config", "tracking", "tasks", "engine"},
+    "analysis": {"models", "similarity", "engine", "tracking", "definitions"},
+    "sweep": {"config", "tracking", "engine"},
     "cli": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"),
         *("sweep", "definitions"),

@@ -36,8 +36,6 @@ def open_masks(
     """
     root = Path(os.path.expanduser(data.source))
     if source_type(data.source) == "scenes":
-        if segment.classes is not None:
-            raise UserError("digit scenes have their own classes", "segment.classes (--classes)", "leave it out")
         return read_scenes(data)
     if not os.path.isdir(root):
         tip = "use --data scenes, or a folder with images/ and masks/"

@@ -1,4 +1,4 @@
-"""Splits whose images have masks, both read or made on demand, and the check of masks before a run."""
+"""Splits of images with masks, which are read or made on demand, and the check of masks before a run."""
 
 import warnings
 from abc import abstractmethod

@@ -47,7 +47,7 @@ FILE_TYPES = [name for name, item in SOURCE_TYPES.items() if item.pattern.starts
 def source_type(source: str) -> str | None:
     """Return the name of the type that the text alone identifies; None for a path to be looked up, or unknown."""
     for name, item in SOURCE_TYPES.items():
-        if source == item.pattern or (item.glob and fnmatchcase(source.lower(), item.glob)):
+        if source.lower() == item.pattern or (item.glob and fnmatchcase(source.lower(), item.glob)):
             return name
     return None
 

@@ -101,7 +101,9 @@ def test_an_error_names_the_mistake_and_the_closest_name(layer, what, tip):
 )
 def test_values_are_converted_to_the_type_of_the_key(key, value, expected):
     section, _, item = key.partition(".")
-    found = getattr(getattr(build(("file", {section: {item: value}})), section), item)
+    config = build(("file", {section: {item: value}}))
+    assert build(("again", to_dict(config))) == config
+    found = getattr(getattr(config, section), item)
     assert found == expected
     assert type(found) is type(expected)
 

@@ -230,6 +230,11 @@ def test_several_bad_steps_in_a_row_end_the_run_and_can_be_replayed_and_left_beh
     assert math.isnan(metrics["loss"])
     assert broken == ["weight", "bias"]
 
+    task = LineFit()
+    task.step = lambda module, _: StepOutput(module.weight.sum() + math.nan * module.bias.sum(), {})
+    clipped = trainer_of(task, optim={"clip_grad": 1.0})
+    assert replay(path, clipped.state, clipped.updater)[2] == ["bias"]
+
     clean = trainer_of(LineFit())  # the same step without its trouble
     _, metrics, broken = replay(path, clean.state, clean.updater)
     assert broken == []

@@ -174,13 +174,11 @@ def test_other_names_and_files_without_counterpart(camvid, tmp_path):
         opened(camvid, val_split="chekc")
 
 
-def test_sources_without_masks_are_refused(tmp_path):
+def test_sources_without_masks_are_refused():
     with pytest.raises(UserError, match="there is no folder"):
         opened("torch/cifar100")
     with pytest.raises(UserError, match="classes of pixels"):
         open_source(DataConfig(source="scenes"))
-    with pytest.raises(UserError, match="their own classes"):
-        opened("scenes", tmp_path / "classes.tsv")
 
 
 def test_a_fingerprint_depends_on_tables_and_files_but_not_on_places(camvid, tmp_path):

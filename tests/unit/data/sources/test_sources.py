@@ -36,7 +36,7 @@ def test_every_type_has_a_line_and_is_in_the_docs():
     ("source", "name"),
     [
         *((name, None) for name in ("some/folder", "a.zip", "./torch/cifar100", "")),
-        *(("digits", "digits"), ("DATA/Set.TAR", "tar"), ("a.csv", "csv")),
+        *(("digits", "digits"), ("DIGITS", "digits"), ("FOLDER", None), ("DATA/Set.TAR", "tar"), ("a.csv", "csv")),
         *(("torch/cifar100", "torch"), ("HFDS/Owner/Name", "hfds")),
     ],
 )
