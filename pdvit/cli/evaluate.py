@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.errors import UserError, closest
+from pdvit.errors import UserError
 from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Row = tuple[str, int, str, float]  # image, rank, label, probability
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="A source; unset: that of the run.")] = None,
-    split: Annotated[str | None, typer.Option(help="train, val or test; unset: as at the run's end.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, val, test or all; unset: as at the run's end.")] = None,
     model: Model = None,
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
@@ -56,7 +57,7 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Segmentation: pixels from window to window.")] = None,
     classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Evaluate a checkpoint: accuracy, calibration and the confusion matrix, or the mIoU of a segmentation model."""
@@ -80,8 +81,10 @@ def evaluate(
                 raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
         if windows and windows.mode == "whole" and stride is not None:
             log(console, "note: --stride has no effect: images are evaluated whole")
-        numbers, table, files = _evaluate(opened, windows, split, limit, console, ranks)
+        numbers, table, files = _evaluate(opened, windows, data is not None, split, limit, console, ranks)
         if ranks.main:
+            if out is None and numbers["part"]:  # the run's own files stay
+                folder /= f"eval-{numbers['part']}"
             file = _write(folder, numbers, files)
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
@@ -95,18 +98,22 @@ def evaluate(
 def _evaluate(
     opened: OpenedCheckpoint,
     windows: "SlidingWindowConfig | None",
+    other: bool,
     split: str | None,
     limit: int | None,
     console: "RunConsole",
     ranks: "Ranks",
 ) -> "tuple[dict[str, Any], pd.DataFrame, dict[str, bytes]]":
-    """Return the numbers of a split, its table by class, and the files to write; only segmentation has `windows`."""
-    import torch
+    """Return the numbers of a split, its table by class, and the files to write; only segmentation has `windows`.
 
+    `other`: the data are not those of the run.
+    """
     from pdvit.data.loader import eval_batches
     from pdvit.data.masks.batches import eval_batches as mask_batches
     from pdvit.data.masks.folders import open_masks
     from pdvit.data.opening import open_source
+    from pdvit.data.sources import printable, run_name
+    from pdvit.data.sources.split import subsample
     from pdvit.engine.device import device_name
     from pdvit.tasks import metrics
     from pdvit.tasks.labels import match_classes
@@ -114,16 +121,21 @@ def _evaluate(
     from pdvit.tasks.segmentation import pixel_network
 
     config, loader, precision, model = opened.config, opened.loader, opened.config.run.precision, opened.loaded.model
+    data = replace(config.data, train_split=None, val_split=None) if other else config.data
     with ranks.raise_on_all_ranks():
-        source = open_masks(config.data, config.segment) if windows else open_source(config.data)
+        is_run, segment = not other, config.segment
+        source = open_masks(data, segment, training=is_run) if windows else open_source(data, training=is_run)
         order, matched = match_classes(opened.loaded, source.classes, source.name)
         split = split or source.final_split
-        if split not in source.splits:
-            raise UserError(f"{source.name} has no split '{split}'", "--split", closest(split, source.splits))
-    images: Any = source.splits[split]
+        whole: Any = source.select(split)
+    images: Any = whole if limit is None else subsample(whole, limit)
+    part = f"{split}-{len(images)}" if len(images) < len(whole) else split
+    partial = part != source.final_split or (other and opened.is_run)
+    name = f"all of {source.name}" if split == "all" else f"the {split} split of {source.name}"
+    spread = "" if images is whole else f" of {len(whole):,}, spread evenly"
+    for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes):
+        log(console, printable(line))
     classes = metrics.unique_names(source.classes)
-    if limit is not None:
-        images = images.take(torch.arange(min(limit, len(images))))
     network: Network = pixel_network(model) if windows else model
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     batches = mask_batches(images, loader, config.segment) if windows else eval_batches(images, loader)
@@ -142,6 +154,7 @@ def _evaluate(
         "weights": opened.loaded.weights,
         "data": source.name,
         "split": split,
+        "part": run_name(source.name, part) if partial else None,
         "images": scores.images,
         "bad_images": len(images) - scores.images,
         "classes": len(classes),

@@ -20,8 +20,8 @@ from pdvit.data.sources.split import ArraySplit, FileSplit, Source, Split, subsa
 from pdvit.errors import UserError, closest
 
 
-def open_source(data: DataConfig) -> Source:
-    """Open a source of labelled images by name or path.
+def open_source(data: DataConfig, training: bool = True) -> Source:
+    """Open a source of labelled images by name or path; not for `training`, with the splits that there are or `all`.
 
     Raises UserError if the name is unknown, a file or package is missing, or the layout is wrong.
     """
@@ -38,7 +38,7 @@ def open_source(data: DataConfig) -> Source:
         what = f"'{data.source}' has classes of pixels, not of images"
         raise UserError(what, WHERE, "use pdvit segment, or --data digits")
     module, _, function = reader.partition(".")
-    source: Source = getattr(import_module(f"pdvit.data.sources.{module}"), function)(data)
+    source: Source = getattr(import_module(f"pdvit.data.sources.{module}"), function)(data, training)
     return source
 
 
@@ -66,18 +66,19 @@ class ImageSet:
                 yield printable(self.split.key(index)), pixels
 
 
-def held_out_images(config: Config) -> ImageSet:
-    """Return the held-out images of a run: its test split, or else validation."""
+def held_out_images(config: Config, training: bool = True) -> ImageSet:
+    """Return the held-out images of a run, or of a source not for `training`: test, or else val, or else all."""
     masks = config.segment.head is not None or config.data.source == "scenes"
-    source = open_masks(config.data, config.segment) if masks else open_source(config.data)
-    return ImageSet(f"{source.name}, {source.final_split} split", source.splits[source.final_split])
+    source = open_masks(config.data, config.segment) if masks else open_source(config.data, training)
+    name = source.final_split
+    return ImageSet(f"{source.name}, {'all images' if name == 'all' else f'{name} split'}", source.select(name))
 
 
 def open_images(names: list[str]) -> ImageSet:
     """Return the images of one source other than a folder, or of any folders and files; raises UserError."""
     sources = [name for name in names if source_type(name) and not os.path.isdir(os.path.expanduser(name))]
     if sources and len(names) == 1:
-        return held_out_images(Config(data=DataConfig(source=names[0])))
+        return held_out_images(Config(data=DataConfig(source=names[0])), training=False)
     if sources:
         what = f"the source '{sources[0]}' can't be mixed with files"
         raise UserError(what, "--images", f"measure it by itself: --images {sources[0]}")

@@ -28,9 +28,12 @@ LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and
 
 
 def open_masks(
-    data: DataConfig, segment: SegmentConfig, log: Log = lambda text: print(text, file=sys.stderr)
+    data: DataConfig,
+    segment: SegmentConfig,
+    log: Log = lambda text: print(text, file=sys.stderr),
+    training: bool = True,
 ) -> Source:
-    """Open a source of images with masks, whose splits are `MaskSplit`s; `log` receives the progress.
+    """Open a source of images with masks, whose splits are `MaskSplit`s, as `open_source`; `log` gets the progress.
 
     Raises UserError for another source or layout, images without masks, and a damaged class table.
     """
@@ -42,7 +45,7 @@ def open_masks(
         raise UserError(f"there is no folder '{data.source}', and other sources have no masks", WHERE, tip)
     folders = find_folders(root)
     table = folders.table if segment.classes is None else read_table(Path(os.path.expanduser(segment.classes)))
-    chosen, notes = folders.splits(data)
+    chosen, notes = folders.splits(data, training)
     pairs = {role: folders.pairs(folder, notes) for role, folder in chosen.items()}
     if table is None:
         table = infer_table({role: masks for role, (_, masks) in pairs.items()}, data.workers, log)
@@ -52,7 +55,7 @@ def open_masks(
     }
     if ignored := [str(value) for value, place in table.ids.items() if place == IGNORED and value != IGNORED]:
         notes.append(f"ignored in masks: {', '.join(ignored)}")
-    if "val" not in splits:
+    if training and "val" not in splits:
         splits = hold_out(splits, data.split_seed)
         notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
@@ -71,18 +74,18 @@ class MaskFolders:
     table: ClassTable | None
     endings: tuple[str, str] = ("", "")
 
-    def splits(self, data: DataConfig) -> tuple[dict[str, str], list[str]]:
-        """Return the folder of each split by role, and notes; without split folders, all is train.
+    def splits(self, data: DataConfig, training: bool) -> tuple[dict[str, str], list[str]]:
+        """Return the folder of each split by role, and notes; without split folders, all is train or `all`.
 
         Raises UserError if a configured split is missing.
         """
         images, masks = (folder_names(self.root / name) for name in (self.images, self.masks))
         found = [name for name in images if name in {*SPLIT_NAMES, data.train_split, data.val_split}]
         if not found and not (data.train_split or data.val_split):
-            return {"train": ""}, []
+            return {"train" if training else "all": ""}, []
         unlabelled = "test" if self.masks == CITYSCAPES else None  # its masks are empty
         usable = [name for name in found if name in masks and name != unlabelled]
-        chosen = choose_splits(usable, data, f"{self.root}/{self.masks}", LAYOUT, needed=["train"])
+        chosen = choose_splits(usable, data, f"{self.root}/{self.masks}", LAYOUT, training, needed=["train"])
         return chosen, [f"{name} is not used: it has no labels" for name in found if name not in usable]
 
     def pairs(self, split: str, notes: list[str]) -> tuple[FileSplit, FileSplit]:
@@ -161,7 +164,7 @@ def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> Clas
     if not 2 <= len(known) <= OUTSIDE:
         what = f"the masks have {len(known)} ids besides {IGNORED}; 2 to {OUTSIDE} can be classes"
         raise UserError(what, "segment.classes (--classes)", TIP)
-    with splits["train"].open(0) as image:
+    with next(iter(splits.values())).open(0) as image:
         levels = image.getpalette("RGB") or []
     colours = list(zip(levels[::3], levels[1::3], levels[2::3], strict=False))
     palette = [colours[value] for value in known] if len(colours) > known[-1] else None

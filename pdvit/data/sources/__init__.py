@@ -14,7 +14,8 @@ WHERE = "data.source (--data)"
 class SourceType(NamedTuple):
     """A type of source: its pattern in `--data`, the glob that identifies it, and the settings that it has.
 
-    The reader, `module.function` in this package, returns the `Source` of a `DataConfig`. Masks have `open_masks`.
+    The reader, `module.function` in this package, returns the `Source` of a `DataConfig`, for training or as it is.
+    Masks have `open_masks`.
     """
 
     pattern: str

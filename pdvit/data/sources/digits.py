@@ -10,7 +10,7 @@ from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.errors import UserError
 
 
-def read_digits(data: DataConfig) -> Source:
+def read_digits(data: DataConfig, training: bool = True) -> Source:
     """Return 1,200 training, 237 validation and 360 test images of 32x32 pixels, divided by `data.split_seed`.
 
     `digits:A-B` has the images of the digits A to B, in the same splits. Raises UserError for an invalid range.

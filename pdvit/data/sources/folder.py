@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.decoding import open_image
 from pdvit.data.sources import WHERE, first_names
 from pdvit.data.sources.split import SPLIT_NAMES, TEST_NAMES, FileSplit, Source, Split, assemble, choose_splits
 from pdvit.errors import UserError
 
+MakeSplit = Callable[[list[str], Tensor], Split]  # of paths and labels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LAYOUT = "lay it out as train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE alone; other names: --val-split NAME"
 
@@ -27,7 +29,7 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def read_folder(data: DataConfig) -> Source:
+def read_folder(data: DataConfig, training: bool = True) -> Source:
     """Read a folder on the disk, of its split folders if it has any; raises UserError."""
     root = Path(os.path.expanduser(data.source))
     names = folder_names(root)
@@ -38,7 +40,7 @@ def read_folder(data: DataConfig) -> Source:
     def make_split(files: list[str], labels: Tensor) -> Split:
         return FileSplit([root / file for file in files], labels)
 
-    return read_tree(root.resolve().name, str(root), paths, make_split, data)
+    return read_tree(root.resolve().name, str(root), paths, make_split, data, training)
 
 
 def folder_names(root: Path) -> list[str]:
@@ -87,10 +89,10 @@ class TarSplit(FileSplit):
             content = os.pread(file.fileno(), size, offset)
         if len(content) < size:
             raise EOFError("the archive ends in the middle of it")
-        return Image.open(io.BytesIO(content))
+        return open_image(io.BytesIO(content))
 
 
-def read_tar(data: DataConfig) -> Source:
+def read_tar(data: DataConfig, training: bool = True) -> Source:
     """Read a plain tar like a folder, with a note on its symbolic links and special files, which are not read.
 
     Folders around everything are left out. Raises UserError if the tar is damaged.
@@ -122,11 +124,11 @@ def read_tar(data: DataConfig) -> Source:
         paths, spans = [path / root / name for name in names], [(info.offset_data, info.size) for info in infos]
         return TarSplit(paths, labels, path, spans)
 
-    return read_tree(path.stem, str(path), paths, make_split, data).noting(note)
+    return read_tree(path.stem, str(path), paths, make_split, data, training).noting(note)
 
 
 def read_tree(
-    name: str, root: str, paths: Iterable[str], make_split: Callable[[list[str], Tensor], Split], data: DataConfig
+    name: str, root: str, paths: Iterable[str], make_split: MakeSplit, data: DataConfig, training: bool
 ) -> Source:
     """Read the splits of a tree, given the paths of its files and (with a final `/`) of its folders.
 
@@ -137,14 +139,14 @@ def read_tree(
     named = SPLIT_NAMES & folders or data.train_split or data.val_split
     with_images = {path[0] for path in tree if len(path) == 2 and is_image(path[1])}
     if len(folders) > 1 and not named and with_images == folders:
-        tree, chosen = [["", *path] for path in tree], {"train": ""}
+        tree, chosen = [["", *path] for path in tree], {"train" if training else "all": ""}
     else:
         labelled = {path[0] for path in tree if len(path) > 2}
-        chosen = choose_splits(sorted(folders - {*TEST_NAMES} | labelled), data, root, LAYOUT)
+        chosen = choose_splits(sorted(folders - {*TEST_NAMES} | labelled), data, root, LAYOUT, training)
     files = {role: [path for path in tree if path[0] == folder] for role, folder in chosen.items()}
     classes = sorted({path[1] for split in files.values() for path in split if len(path) > 2})
     if not classes:
-        raise UserError(f"no class folders in '{root}/{chosen['train']}'", WHERE, LAYOUT)
+        raise UserError(f"no class folders in '{root}/{next(iter(chosen.values()))}'", WHERE, LAYOUT)
     numbers = {label: number for number, label in enumerate(classes)}
     splits, others = dict[str, Split](), list[str]()
     for role, split in files.items():
@@ -157,4 +159,4 @@ def read_tree(
         others += [posixpath.join(*path) for path in split if path[-1] and not (len(path) > 2 and is_image(path[-1]))]
     count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     note = f"{count} not read (no suffix of an image, or in no class folder): {first_names(others)}"
-    return assemble(name, classes, splits, data, [note] if others else [])
+    return assemble(name, classes, splits, data, training).noting(note if others else "")

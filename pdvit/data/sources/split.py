@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.decoding import open_image, upright_size
 from pdvit.data.randomness import fold
 from pdvit.data.sources import WHERE, first_names, printable
-from pdvit.errors import UserError
+from pdvit.errors import UserError, closest
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
@@ -95,7 +97,7 @@ class FileSplit(Split):
         """Open a file as an image."""
         if self.paths[index].is_fifo():
             raise ValueError("it is a pipe, not a file")  # opening it would block
-        return Image.open(self.paths[index])
+        return open_image(self.paths[index])
 
     def name(self, index: int) -> str:
         """Return the path."""
@@ -115,7 +117,7 @@ def image_size(split: Split, index: int) -> tuple[int, int] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with split.open(index) as image:
-                return image.size
+                return upright_size(image)
     except Exception:  # decoders raise nearly anything on a damaged file
         return None
 
@@ -133,8 +135,24 @@ class Source:
 
     @property
     def final_split(self) -> str:
-        """The split of the closing numbers: test if there is one, so that settings are not chosen on it."""
-        return "test" if "test" in self.splits else "val"
+        """The split of the closing numbers: test if there is one, so that settings are not chosen on it; or val."""
+        return next((name for name in ("test", "val") if name in self.splits), "all")
+
+    def select(self, name: str) -> Split:
+        """Return a split, or `all` of them as one; raises UserError if there is none, or they can't be joined."""
+        if name in self.splits:
+            return self.splits[name]
+        if name != "all":
+            raise UserError(f"{self.name} has no split '{name}'", "--split", closest(name, [*self.splits, "all"]))
+        joined: dict[str, Any] = {}
+        for item in fields(first := next(iter(self.splits.values()))):  # type: ignore[arg-type]
+            values = [getattr(split, item.name) for split in self.splits.values()]
+            if isinstance(values[0], Tensor | list):
+                joined[item.name] = torch.cat(values) if isinstance(values[0], Tensor) else [*chain(*values)]
+            elif any(value is not values[0] for value in values):
+                tip = f"measure one after the other: --split {', '.join(self.splits)}"
+                raise UserError(f"the splits of {self.name} are separate data sets", "--split all", tip)
+        return replace(first, **joined)  # type: ignore[type-var]
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a resumed run compares: classes, counts, and a hash of names or pixels by split."""
@@ -159,11 +177,16 @@ class Source:
 
 
 def choose_splits(
-    found: Sequence[str | None], data: DataConfig, where: str, tip: str, needed: Sequence[str] = ("train", "val")
+    found: Sequence[str | None],
+    data: DataConfig,
+    where: str,
+    tip: str,
+    training: bool,
+    needed: Sequence[str] = ("train", "val"),
 ) -> dict[str, str]:
-    """Return the names of the source's splits by role; test may be missing, and val if it is not `needed`.
+    """Return the names of the source's splits by role; those `needed` may be missing if it is not for training.
 
-    A test split is enough instead of val. Raises UserError for a needed or configured split that is not found.
+    A test split is enough instead of val. Raises UserError for a needed or configured split that is not found, or none.
     """
     train, val, test = (
         next((name for name in names if name in found), None) for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
@@ -171,27 +194,26 @@ def choose_splits(
     roles = {"train": data.train_split or train, "val": data.val_split or val}
     roles["test"] = None if test in roles.values() else test
     chosen = {role: name for role, name in roles.items() if name is not None}
-    names = {role: role for role in needed if role != "val" or "test" not in chosen} | chosen
+    names = {role: role for role in needed if training and (role != "val" or "test" not in chosen)} | chosen
+    names = names or {"val": "val"}
     if missing := next((name for name in names.values() if name not in found), None):
         listed = first_names([name for name in found if name]) or "nothing"
         raise UserError(f"there is no split '{printable(missing)}' (found: {listed})", where, tip)
     return chosen
 
 
-def assemble(
-    name: str, classes: list[str], splits: Mapping[str, Split], data: DataConfig, notes: Sequence[str] = ()
-) -> Source:
+def assemble(name: str, classes: list[str], splits: Mapping[str, Split], data: DataConfig, training: bool) -> Source:
     """Return a source of splits by role, with notes on classes that a split lacks.
 
-    Without val, a part of train is held out; raises UserError if that is impossible.
+    For training without val, a part of train is held out; raises UserError if that is impossible.
     """
-    notes = list(notes)
-    if "val" not in splits:
+    notes = []
+    if training and "val" not in splits:
         note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
         note += ": there is no validation split"
         if "test" in splits:
             note += "; test is for the closing numbers (--val-split test evaluates on it and trains on all of train)"
-        splits, notes = hold_out(splits, data.split_seed), [note, *notes]
+        splits, notes = hold_out(splits, data.split_seed), [note]
     for role, split in splits.items():
         present = set(split.labels.tolist())
         if missing := [label for number, label in enumerate(classes) if number not in present]:

@@ -18,18 +18,21 @@ TIP = "name them with --train-split and --val-split; without a split column a te
 Row = dict[str, str]
 
 
-def read_csv(data: DataConfig) -> Source:
+def read_csv(data: DataConfig, training: bool = True) -> Source:
     """Read a table with a header; paths are relative to it, labels are texts or whole numbers.
 
-    Classes are the labels of train, sorted as numbers if all are whole numbers, else as texts. Raises UserError for a
-    missing column, an empty or negative label, and a label that train lacks.
+    Classes are the labels of train, or of all if there is no train, sorted as numbers if all are whole numbers, else as
+    texts. Raises UserError for a missing column, an empty or negative label, and a label that train lacks.
     """
     path = Path(os.path.expanduser(data.source))
     rows = _rows(path)
     counts = Counter(row["split"] for row in rows.values())
     whole = set(counts) == {""} and not (data.train_split or data.val_split)
-    chosen = {"train": ""} if whole else choose_splits([*filter(None, counts)], data, str(path), TIP)
-    labels = {row["label"] for row in rows.values() if row["split"] == chosen["train"]}
+    chosen = {"train" if training else "all": ""}
+    if not whole:
+        chosen = choose_splits([*filter(None, counts)], data, str(path), TIP, training)
+    labelled = [chosen["train"]] if "train" in chosen else [*chosen.values()]
+    labels = {row["label"] for row in rows.values() if row["split"] in labelled}
     classes = sorted(labels, key=int) if all(map(str.isdecimal, labels)) else sorted(labels)
     numbers = {name: number for number, name in enumerate(classes)}
     splits: dict[str, Split] = {}
@@ -43,7 +46,7 @@ def read_csv(data: DataConfig) -> Source:
         splits[role] = FileSplit(files, torch.tensor([numbers[row["label"]] for row in part.values()]))
     unused = [name for name in counts if name not in chosen.values()]
     notes = [f"{counts[name]:,} rows of split '{printable(name)}' are not used" for name in unused]
-    return assemble(path.stem, classes, splits, data, notes)
+    return assemble(path.stem, classes, splits, data, training).noting(*notes)
 
 
 def _rows(path: Path) -> dict[int, Row]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.decoding import open_image
 from pdvit.data.sources import WHERE
 from pdvit.data.sources.folder import read_folder
 from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, Source, Split, assemble, choose_splits
@@ -40,7 +41,7 @@ class ItemSplit(Split):
         if isinstance(found, Image.Image):
             return found
         with found:
-            return Image.open(io.BytesIO(found.read()))
+            return open_image(io.BytesIO(found.read()))
 
     def name(self, index: int) -> str:
         """Return the data set and the number of the item in it."""
@@ -51,25 +52,25 @@ class ItemSplit(Split):
         return str(self.indices[index])
 
 
-def read_torchvision(data: DataConfig) -> Source:
+def read_torchvision(data: DataConfig, training: bool = True) -> Source:
     """Read `torch/NAME`, a data set of torchvision by timm's name, in `data.root`; raises UserError."""
     name = data.source.rpartition("/")[2].lower()
     if data.root is None:
         what = f"'{data.source}' needs the folder of the data set"
         raise UserError(what, "data.root (--data-dir)", "name the folder with --data-dir")
     if name in ("folder", "image_folder"):
-        return read_folder(replace(data, source=data.root))
+        return read_folder(replace(data, source=data.root), training)
     found = ["train", "test" if name in TRAIN_AND_TEST else "validation", data.train_split, data.val_split]
-    chosen = choose_splits(found, data, data.source, TIP)
+    chosen = choose_splits(found, data, data.source, TIP, training=True)
     for role, split in chosen.items():  # timm would take any other name for the test set
         if split not in (TRAIN_NAMES if role == "train" else KNOWN_SPLITS if name in TRAIN_AND_TEST else [split]):
             raise UserError(f"there is no split '{split}' for {role}", data.source, TIP)
     sets = {role: open_timm(data, split) for role, split in chosen.items()}
     labels = {role: _targets(items, data.source) for role, items in sets.items()}
-    return _assemble(name, getattr(sets["train"], "classes", None), labels, sets, chosen, data)
+    return _assemble(name, getattr(sets["train"], "classes", None), labels, sets, chosen, data, training)
 
 
-def read_hub(data: DataConfig) -> Source:
+def read_hub(data: DataConfig, training: bool = True) -> Source:
     """Read `hfds/NAME`: a data set of the Hugging Face hub, or a folder that `datasets` can load; raises UserError."""
     try:
         import datasets
@@ -83,11 +84,11 @@ def read_hub(data: DataConfig) -> Source:
         tip = "check the name; without a network, only sets in the cache or a folder can be opened"
         raise UserError(f"the data set does not open: {_first_line(error)}", data.source, tip) from error
     slices = [data.train_split, data.val_split]  # such as train[:10%]
-    chosen = choose_splits([*found, *slices], data, data.source, TIP, needed=["train"])
+    chosen = choose_splits([*found, *slices], data, data.source, TIP, training=True, needed=["train"])
     readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
     names = list(readers["train"].class_to_idx) or None
     labels = {role: list(reader.iter_targets()) for role, reader in readers.items()}
-    return _assemble(name.rpartition("/")[2], names, labels, readers, chosen, data)
+    return _assemble(name.rpartition("/")[2], names, labels, readers, chosen, data, training)
 
 
 def open_timm(data: DataConfig, split: str) -> Any:
@@ -133,6 +134,7 @@ def _assemble(
     sets: Mapping[str, Any],
     names: Mapping[str, str],
     data: DataConfig,
+    training: bool,
 ) -> Source:
     """Return a source of data sets by role; raises UserError for a label that is not one of the classes.
 
@@ -157,7 +159,7 @@ def _assemble(
         else:
             splits[role] = ItemSplit(items, [*range(len(values))], numbers, f"{data.source} {names[role]}")
     texts = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in classes]  # synonyms: ImageNet
-    return assemble(name, texts, splits, data)
+    return assemble(name, texts, splits, data, training)
 
 
 def _first_line(error: Exception) -> str:
