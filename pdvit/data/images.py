@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pdvit.data.augment import Augmentation, crop_pixels
+from pdvit.data.decoding import upright, upright_size
 from pdvit.data.sources import printable
 from pdvit.data.sources.split import Split
 from pdvit.errors import UserError
@@ -86,20 +88,20 @@ def attempt(split: Split, index: int, read: Callable[[int], Result]) -> Result |
 
 
 def read_image(image: Image.Image) -> Image.Image:
-    """Decode an open image as RGB, with 16-bit grey scaled to 8 bits, and close it.
+    """Decode an open image as RGB, turned as its EXIF says, with grey of 12 and 16 bits scaled to 8, and close it.
 
-    Takes the first frame of an animation, drops transparency and ignores the orientation in EXIF, as timm does. Raises
-    the errors of Pillow's decoders.
+    Takes the first frame of an animation and drops transparency, as timm does. Raises the errors of Pillow's decoders.
     """
     with image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range")
+        image = upright(image)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("pixels of 32 bits, or with a sign, have no known range")
         if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
-            return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()  # instead of `convert`, which would copy it
-        return image
+            tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
+            scale = 255 / (2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1)
+            scale, black = (-scale, 255) if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else (scale, 0)
+            image = image.convert("I").point(lambda value: value * scale + black)
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def try_read(split: Split, index: int) -> Image.Image | BadImage:
@@ -150,7 +152,7 @@ class FileImages(Dataset[Sample]):
         """
         image, preprocessing = self.split.open(index), augmentation.preprocessing
         width, height = image.size
-        box = crop_box(height, width)
+        box = crop_box(*reversed(upright_size(image)))
         if (coarser := min(box[2:]) // preprocessing.size) > 1:
             image.draft(None, (width // coarser, height // coarser))
         step = round(width / image.size[0])

@@ -48,14 +48,14 @@ def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
         for path in sorted((run / "predictions").glob("*-image.png")):
             masks = [path.with_name(path.name.replace("-image.", f"-{name}.")) for name in COLUMNS[1:3]]
             (truth, _), (prediction, palette) = map(_read_mask, masks)
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 pictures.append(SegmentedImage(np.array(image.convert("RGB")), truth, prediction, palette))
     return table, pictures
 
 
 def _read_mask(path: Path) -> tuple[Array, Array]:
     """Return the classes `(H, W)` in a mask, and the colours `(256, 3)` of classes."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         levels = opened.getpalette("RGB")
         if opened.mode != "P" or levels is None:
             raise ValueError(f"{path.name} has no palette")

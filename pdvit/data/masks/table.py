@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
+from pdvit.data.decoding import upright
 from pdvit.data.sources import printable
 from pdvit.errors import UserError
 
@@ -85,15 +87,17 @@ def mask_values(image: Image.Image, coloured: bool = False) -> Array:
     with image:
         if image.format in ("JPEG", "MPO"):
             raise ValueError("it is a JPEG, whose pixels are not exact: save masks as PNG")
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0 and image.mode != "1":
+            raise ValueError("it is a TIFF of which 0 is white, and Pillow turns its values round: save masks as PNG")
         if coloured:
-            return np.array(image.convert("RGB")) @ np.array([2**16, 2**8, 1], np.int32)
+            return np.array(upright(image).convert("RGB")) @ np.array([2**16, 2**8, 1], np.int32)
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise ValueError(f"it is {image.mode}, where ids are expected: there is no table with colours")
         tile: Any = getattr(image, "tile", None)
         packing = tile[0][3] if tile else None  # decoding empties it
         name = packing[0] if isinstance(packing, tuple) else packing  # of TIFF, of PNG
         # Pillow stretches grey values of 2 and 4 bits to 0 to 255
-        values = np.array(image) // {"L;2": 85, "L;4": 17}.get(str(name)[:3], 1)
+        values = np.array(upright(image)) // {"L;2": 85, "L;4": 17}.get(str(name)[:3], 1)
     if image.mode.startswith("I") and (values.min(initial=0) < 0 or values.max(initial=0) >= IDS):
         raise ValueError(f"ids from {values.min()} to {values.max()} are not whole numbers below {IDS}")
     return values.astype(np.uint16) if values.dtype != np.uint8 else values
