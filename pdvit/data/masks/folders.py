@@ -18,12 +18,21 @@ from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import Log, MaskFiles, scan_masks
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
 from pdvit.data.sources import WHERE, printable, source_type
-from pdvit.data.sources.folder import folder_names, list_images
-from pdvit.data.sources.split import HELD_OUT, SPLIT_NAMES, FileSplit, Source, Split, choose_splits, hold_out
+from pdvit.data.sources.folder import MASKS, folder_names, list_images, not_read
+from pdvit.data.sources.split import (
+    HELD_OUT,
+    SPLIT_NAMES,
+    FileSplit,
+    Source,
+    Split,
+    choose_splits,
+    hold_out,
+    repeated_images,
+)
 from pdvit.errors import UserError
 
 ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
-MASKS, TABLES = ("masks", "annotations", "labels"), ("classes.tsv", "classes.csv")
+TABLES = ("classes.tsv", "classes.csv")
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
 
@@ -58,6 +67,7 @@ def open_masks(
     if training and "val" not in splits:
         splits = hold_out(splits, data.split_seed)
         notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
+    notes += repeated_images(splits)
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
 
 
@@ -93,10 +103,10 @@ class MaskFolders:
 
         Raises UserError for images without a mask, and files with the same name but for the suffix.
         """
-        images, masks = dict[str, Path](), dict[str, Path]()
+        images, masks, others = dict[str, Path](), dict[str, Path](), list[str]()
         for folder, ending, files in zip((self.images, self.masks), self.endings, (images, masks), strict=True):
             root = self.root / folder / split
-            for path in list_images(root):
+            for path in list_images(root, others):
                 stem = str(path.relative_to(root).with_suffix(""))
                 if stem.endswith(ending) and (first := files.setdefault(stem.removesuffix(ending), path)) is not path:
                     what = f"{first.name} and {path.name} have the same name but for the suffix"
@@ -107,6 +117,8 @@ class MaskFolders:
             what = f"images without a mask in {self.masks}/{split}: {len(missing)}"
             ending = f" and {self.endings[1]}" if self.endings[1] else ""
             raise UserError(what, describe_bad(missing), f"add a file of the same name{ending} in {self.masks}/")
+        if others:
+            notes.append(f"{split or self.images}: {not_read(others)}")
         if extra := len(masks) - len(images):
             notes.append(f"masks without an image in {self.images}/{split}: {extra:,}")
         labels = torch.zeros(len(images), dtype=torch.long)
@@ -160,9 +172,11 @@ def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> Clas
         found += scan_masks(partial(_ids_in, masks), range(len(masks)), name, workers, log).values()
     bad = {item.name: item.reason for item in found if isinstance(item, BadImage)}
     refuse_bad(bad, f"without a class table masks need ids; else {TIP}", "mask")
-    known = sorted(set[int]().union(*found) - {IGNORED})
+    every = set[int]().union(*found)
+    known = sorted(every - {IGNORED})
+    known = sorted(every) if len(known) == 1 else known  # 0 and 255, as binary masks often are
     if not 2 <= len(known) <= OUTSIDE:
-        what = f"the masks have {len(known)} ids besides {IGNORED}; 2 to {OUTSIDE} can be classes"
+        what = f"the masks have {len(known)} ids; 2 to {OUTSIDE} can be classes"
         raise UserError(what, "segment.classes (--classes)", TIP)
     with next(iter(splits.values())).open(0) as image:
         levels = image.getpalette("RGB") or []

@@ -94,10 +94,10 @@ def check_masks(
 ) -> Source:
     """Read mask files before the run; return the source with notes on them.
 
-    `every` reads all masks, refuses those that ignore every pixel, and notes classes without a pixel. Else held-out
-    masks are read, since their faults would end the run after the training, and the first training mask, since it shows
-    a fault that all have. `share` is rank and number of the processes that divide the work, `gather` their all_gather.
-    Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
+    `every` reads all masks, and refuses those that ignore every pixel. Else held-out masks are read, since their faults
+    would end the run after the training, and the first training mask, since it shows a fault that all have. Classes
+    without a pixel in a split are noted. `share` is rank and number of the processes that divide the work, `gather`
+    their all_gather. Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
     """
     bad, notes, classes = dict[str, str](), list[str](), source.classes
     for name, split in source.splits.items():
@@ -108,14 +108,14 @@ def check_masks(
             found |= part
         bad |= {item.name: item.reason for _, item in sorted(found.items()) if isinstance(item, BadMask)}
         present = set[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
-        if every and len(present) < len(classes):
+        if count == len(split) and len(present) < len(classes):
             absent = [label for place, label in enumerate(classes) if place not in present]
             notes.append(f"{len(absent)} of {len(classes)} classes are in no mask of {name}: {first_names(absent)}")
         if name != "train" and not present and not bad:
             what = f"no pixel of the {len(split)} masks of {name} has a class"
             raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
     refuse_bad(bad, TIP, "mask")
-    return source.noting("all masks are sound", *notes) if every else source
+    return source.noting("all masks are sound" if every else "", *notes)
 
 
 def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | set[int]:

@@ -3,7 +3,9 @@
 import io
 import os
 import posixpath
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,12 +23,13 @@ from pdvit.errors import UserError
 
 MakeSplit = Callable[[list[str], Tensor], Split]  # of paths and labels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MASKS = ("masks", "annotations", "labels")  # folders beside images
 LAYOUT = "lay it out as train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE alone; other names: --val-split NAME"
 
 
 def is_image(name: str) -> bool:
-    """Return whether the suffix is that of an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    """Return whether the suffix is that of an image, and the file is not hidden."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")
 
 
 def read_folder(data: DataConfig, training: bool = True) -> Source:
@@ -35,7 +38,8 @@ def read_folder(data: DataConfig, training: bool = True) -> Source:
     names = folder_names(root)
     splits = [name for name in names if name in {*SPLIT_NAMES, data.train_split, data.val_split}]
     below = (path for name in splits or names for path in _walk(root, f"{name}/", depth=1))
-    paths = [*(f"{name}/" for name in names), *below]
+    files = (entry.name for entry in _entries(root) if entry.name not in names)
+    paths = [*(f"{name}/" for name in names), *files, *below]
 
     def make_split(files: list[str], labels: Tensor) -> Split:
         return FileSplit([root / file for file in files], labels)
@@ -45,20 +49,32 @@ def read_folder(data: DataConfig, training: bool = True) -> Source:
 
 def folder_names(root: Path) -> list[str]:
     """Return the names of the folders in a folder, in order; raises UserError."""
-    return sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    return sorted(entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files below a folder, folder by folder; raises UserError if a folder can't be read."""
-    files = sorted(path.split("/") for path in _walk(folder, depth=2) if is_image(path))
-    return [folder.joinpath(*parts) for parts in files]
+def list_images(folder: Path, others: list[str] | None = None) -> list[Path]:
+    """Return the image files below a folder, folder by folder; what is not read goes to `others`. Raises UserError."""
+    files = sorted(path.split("/") for path in _walk(folder, depth=2) if not path.endswith("/"))
+    if others is not None:
+        others += ["/".join(parts) for parts in files if not is_image(parts[-1])]
+    return [folder.joinpath(*parts) for parts in files if is_image(parts[-1])]
+
+
+def not_read(others: list[str]) -> str:
+    """Return a note on files and hidden folders that are not read, empty if there are none."""
+    count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
+    reasons = "hidden, no suffix of an image, or in no class folder"
+    return f"{count} not read ({reasons}): {first_names(others)}" if others else ""
 
 
 def _walk(root: Path, below: str = "", depth: int = 0) -> Iterator[str]:
-    """Yield the paths below a folder; links to split and class folders are followed, deeper ones are files."""
+    """Yield the paths below a folder; links to split and class folders are followed.
+
+    Deeper links and hidden folders are yielded as files.
+    """
     for entry in _entries(root / below):
         path = f"{below}{entry.name}"
-        if entry.is_dir(follow_symlinks=depth < 2):
+        if entry.is_dir(follow_symlinks=depth < 2) and not entry.name.startswith("."):
             yield f"{path}/"
             yield from _walk(root, f"{path}/", depth + 1)
         else:
@@ -68,7 +84,7 @@ def _walk(root: Path, below: str = "", depth: int = 0) -> Iterator[str]:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return list(entries)
     except OSError as error:
         what = f"the folder can't be read: {error.strerror}"
         raise UserError(what, str(error.filename), "check the path and its permissions") from error
@@ -100,31 +116,35 @@ def read_tar(data: DataConfig, training: bool = True) -> Source:
     path = Path(os.path.expanduser(data.source))
     try:
         with tarfile.open(path, "r:") as tar:
-            infos = {posixpath.normpath(info.name).lstrip("/"): info for info in tar.getmembers()}
+            members = [(posixpath.normpath(info.name).lstrip("/"), info) for info in tar.getmembers()]
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it ends before its last block")  # tarfile takes a cut for the end
     except (tarfile.TarError, EOFError, ValueError, OSError) as error:
         what = f"the archive can't be read: {str(error) or type(error).__name__}"
         raise UserError(what, str(path), "copy or download it again") from error
-    infos = {name: info for name, info in infos.items() if not f"/{name}".count("/.")}
+    infos = {name: info for name, info in members if "/." not in f"/{name}"}
+    hidden = {re.sub(r"((?:^|/)\.[^/]*).*", r"\1", name) for name, _ in members if "/." in f"/{name}" and name != "."}
+    counts = Counter(name for name, info in members if name in infos and not info.isdir())
+    again = [name for name, count in counts.items() if count > 1]
     files = {name: info for name, info in infos.items() if info.isreg() and not info.issparse()}
     for name, info in infos.items():
         if info.islnk() and (target := posixpath.normpath(info.linkname).lstrip("/")) in files:
             files[name] = files[target]
     links = [name for name, info in infos.items() if not (name in files or info.isdir())]
     note = f"links and special files in the tar, not read: {len(links):,} ({first_names(links)})" if links else ""
+    twice = f"files that the tar has twice, read as the last: {len(again):,} ({first_names(again)})" if again else ""
     folders = [f"{name}/" for name, info in infos.items() if info.isdir()]
     common = posixpath.commonpath([posixpath.dirname(name) for name in files] or [""]).split("/")
     root = "".join(f"{folder}/" for folder in takewhile(lambda folder: folder and folder not in SPLIT_NAMES, common))
-    paths = [name.removeprefix(root) for name in (*files, *folders) if name.startswith(root) and name != root]
+    paths = [name.removeprefix(root) for name in (*files, *folders, *hidden) if name.startswith(root) and name != root]
 
     def make_split(names: list[str], labels: Tensor) -> Split:
         infos = [files[root + name] for name in names]
         paths, spans = [path / root / name for name in names], [(info.offset_data, info.size) for info in infos]
         return TarSplit(paths, labels, path, spans)
 
-    return read_tree(path.stem, str(path), paths, make_split, data, training).noting(note)
+    return read_tree(path.stem, str(path), paths, make_split, data, training).noting(note, twice)
 
 
 def read_tree(
@@ -138,7 +158,9 @@ def read_tree(
     folders = {path[0] for path in tree if len(path) > 1}
     named = SPLIT_NAMES & folders or data.train_split or data.val_split
     with_images = {path[0] for path in tree if len(path) == 2 and is_image(path[1])}
-    if len(folders) > 1 and not named and with_images == folders:
+    if not named and ({"leftImg8bit", "gtFine"} <= folders or ("images" in folders and folders & {*MASKS})):
+        raise UserError(f"'{root}' has classes of pixels, not of images", WHERE, "use pdvit segment --data FOLDER")
+    if not named and (not folders or (len(folders) > 1 and with_images == folders)):
         tree, chosen = [["", *path] for path in tree], {"train" if training else "all": ""}
     else:
         labelled = {path[0] for path in tree if len(path) > 2}
@@ -146,9 +168,10 @@ def read_tree(
     files = {role: [path for path in tree if path[0] == folder] for role, folder in chosen.items()}
     classes = sorted({path[1] for split in files.values() for path in split if len(path) > 2})
     if not classes:
-        raise UserError(f"no class folders in '{root}/{next(iter(chosen.values()))}'", WHERE, LAYOUT)
+        place, loose = f"{root}/{next(iter(chosen.values()))}".rstrip("/"), sum(is_image(path[-1]) for path in tree)
+        raise UserError(f"no class folders in '{place}' (loose images: {loose:,})", WHERE, LAYOUT)
     numbers = {label: number for number, label in enumerate(classes)}
-    splits, others = dict[str, Split](), list[str]()
+    splits, others, alike = dict[str, Split](), list[str](), list[str]()
     for role, split in files.items():
         images = [path for path in split if len(path) > 2 and is_image(path[-1])]
         if empty := sorted(set(numbers) - {path[1] for path in images}):
@@ -157,6 +180,7 @@ def read_tree(
         labels = torch.tensor([numbers[path[1]] for path in images])
         splits[role] = make_split([posixpath.join(*path) for path in images], labels)
         others += [posixpath.join(*path) for path in split if path[-1] and not (len(path) > 2 and is_image(path[-1]))]
-    count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
-    note = f"{count} not read (no suffix of an image, or in no class folder): {first_names(others)}"
-    return assemble(name, classes, splits, data, training).noting(note if others else "")
+        stems = Counter(os.path.splitext(posixpath.join(*path))[0] for path in images)
+        alike += [stem for stem, count in stems.items() if count > 1]
+    note = f"files with the same name but for the suffix: {len(alike):,} ({first_names(alike)})" if alike else ""
+    return assemble(name, classes, splits, data, training).noting(note, not_read(others))

@@ -3,13 +3,16 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -218,7 +221,29 @@ def assemble(name: str, classes: list[str], splits: Mapping[str, Split], data: D
         present = set(split.labels.tolist())
         if missing := [label for number, label in enumerate(classes) if number not in present]:
             notes.append(f"{len(missing)} of {len(classes)} classes have no image in {role}: {first_names(missing)}")
-    return Source(name, classes, splits, tuple(notes))
+    return Source(name, classes, splits, (*notes, *repeated_images(splits)))
+
+
+def repeated_images(splits: Mapping[str, Split]) -> list[str]:
+    """Return warnings about images that are there more than once, by resolved folder and name."""
+    resolve, seen = cache(os.path.realpath), defaultdict[str, list[tuple[str, int]]](list)
+
+    def places() -> Iterator[tuple[str, str, int]]:
+        for role, split in splits.items():
+            for index, label in enumerate(split.labels.tolist()):
+                folder, name = os.path.split(split.name(index))
+                yield f"{resolve(folder)}/{name}", role, label
+
+    hashes = np.fromiter((hash(place) for place, _, _ in places()), np.int64)  # little memory for millions of images
+    values, counts = np.unique(hashes, return_counts=True)
+    again = {*values[counts > 1].tolist()}
+    for place, role, label in places() if again else ():
+        if hash(place) in again:
+            seen[place].append((role, label))
+    both = [place for place, found in seen.items() if len({role for role, _ in found}) > 1]
+    labelled = [place for place, found in seen.items() if len({label for _, label in found}) > 1]
+    texts = {"more than once": [*seen], "in two splits": both, "with two labels": labelled}
+    return [f"warning: images {text}: {len(found):,} ({first_names(found)})" for text, found in texts.items() if found]
 
 
 def hold_out(splits: Mapping[str, Split], seed: int) -> dict[str, Split]:

@@ -58,10 +58,14 @@ def _rows(path: Path) -> dict[int, Row]:
         if missing := [name for name in COLUMNS[:2] if name not in header]:
             what = f"the table has no column '{missing[0]}' (it has: {', '.join(header) or 'nothing'})"
             raise UserError(what, str(path), "begin it with the line path,label or path,label,split")
+        if twice := [name for name in COLUMNS if header.count(name) > 1]:
+            raise UserError(f"the table has two columns '{twice[0]}'", str(path), "rename or remove one of them")
         for values in filter(any, lines):
             cells = dict(zip(header, values, strict=False))
             row = rows[lines.line_num] = {name: cells.get(name, "").strip() for name in COLUMNS}
             where, label = f"{path}, line {lines.line_num}", row["label"]
+            if any(values[len(header) :]):
+                raise UserError("a row has more cells than the header", where, 'quote cells with commas: "a, b"')
             if not (row["path"] and label):
                 raise UserError("a row without path or label", where, "fill it in, or remove the row")
             if label.startswith("-") and label[1:].isdecimal():

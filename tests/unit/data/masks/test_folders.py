@@ -125,6 +125,18 @@ def test_without_a_table_the_ids_of_all_masks_are_the_classes(camvid):
     assert opened(camvid).palette == [(index, 7, 255 - index) for index in (0, 1, 2, 3, 9)]
 
 
+def test_binary_masks_of_0_and_255_have_two_classes(camvid):
+    (camvid / "classes.tsv").unlink()
+    for file in (camvid / "masks").rglob("*.png"):
+        write(file, np.where(np.asarray(Image.open(file)) > 1, 255, 0).astype(np.uint8))
+    write(camvid / "images/val/._x.jpg", GREY)
+    source = opened(camvid)
+    assert (source.classes, source.splits["val"].mask(0).unique().tolist()) == (["0", "255"], [0, 1])
+    assert "val: 1 file is not read (hidden" in source.describe()
+    (camvid / "classes.tsv").write_text("0\t0\n255\t255\n7\trare\n")
+    assert "1 of 3 classes are in no mask of val: rare" in check(camvid, every=False).describe()
+
+
 def one_id(camvid):
     for file in (camvid / "masks").rglob("*.png"):
         write(file, GREY + 5)
@@ -239,7 +251,8 @@ def test_held_out_masks_and_the_first_training_mask_are_always_read(camvid, spli
     fill(Path(splits["train"].mask_name(1)), 4)  # met only in training
     mask = Path(splits[split].mask_name(range(len(splits[split]))[index]))
     fill(mask, 3)  # all ignored: it teaches nothing, and does no harm
-    assert check(camvid, every=False).notes == opened(camvid).notes
+    checked = check(camvid, every=False)
+    assert (checked.fingerprint(), "sound" in checked.describe()) == (opened(camvid).fingerprint(), False)
     fill(mask, 4)
     with pytest.raises(UserError, match="1 mask can't be used") as caught:
         check(camvid, every=False)

@@ -48,7 +48,10 @@ def test_names_may_be_in_any_script(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "what"),
     [
-        ([], "no split 'train' (found: nothing)"),
+        ([], "no class folders"),
+        (["1.png", "2.png"], "(loose images: 2)"),
+        (["images/train/1.png", "masks/train/1.png"], "classes of pixels"),
+        (["leftImg8bit/train/a/1.png", "gtFine/train/a/1.png"], "classes of pixels"),
         (["ant/1.png", "bee/2.png"], "none can be held out"),
         (["pictures/ant/1.png"], "found: pictures"),
         (["train/1.png", "val/2.png"], "no class folders"),
@@ -103,14 +106,29 @@ def test_splits_of_other_names_are_named(tmp_path):
 
 def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(tmp_path):
     hidden = ["train/ant/.2.png", "train/ant/.thumbnails/3.png", "train/.cache/1.png", ".git/ant/1.png"]
-    write_tree(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/loose.png", *hidden])
+    write_tree(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/ant/deep/._1.png", "train/loose.png", *hidden])
     for name in ("train/ant/notes.txt", "val/ant/3.gif"):
         (tmp_path / name).write_bytes(b"GIF89a")
     source = folder(tmp_path)
-    assert "3 files are not read" in source.describe()
-    assert all(name in source.describe() for name in ("train/ant/notes.txt", "train/loose.png", "val/ant/3.gif"))
+    (note,) = source.notes
+    assert note.startswith("7 files are not read (hidden")  # a hidden folder counts once; the one outside of the splits
+    assert all(name in note for name in ("train/.cache", "train/ant/.2.png", "train/ant/.thumbnails", "deep/._1.png"))
     assert (source.classes, names(source.splits["train"])) == (["ant"], ["1.png"])
-    assert folder(pack(tmp_path, tmp_path / "set.tar")).fingerprint() == source.fingerprint()
+    packed = folder(pack(tmp_path, tmp_path / "set.tar"))
+    assert (packed.fingerprint(), packed.notes) == (source.fingerprint(), source.notes)
+
+
+def test_repeated_members_mixed_suffixes_and_images_in_two_splits_are_named(tmp_path):
+    write_tree(tmp_path / "set", ["train/ant/1.png", "train/ant/1.jpg", "train/bee/2.png", "val/ant/3.png"])
+    (tmp_path / "set/val/bee").symlink_to(tmp_path / "set/train/bee")
+    notes = folder(tmp_path / "set").describe()
+    assert "same name but for the suffix: 1 (train/ant/1)" in notes
+    assert "warning: images in two splits: 1 (" in notes
+    (tmp_path / "set/val/bee").unlink()
+    write_tree(tmp_path / "set", ["val/bee/4.png"])
+    with tarfile.open(pack(tmp_path / "set", tmp_path / "set.tar"), "a") as packed:
+        packed.add(tmp_path / "set/val/bee/4.png", "val/bee/4.png")
+    assert "the tar has twice, read as the last: 1 (val/bee/4.png)" in folder(tmp_path / "set.tar").describe()
 
 
 def test_the_description_has_classes_counts_and_sizes(tmp_path):

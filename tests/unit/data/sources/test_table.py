@@ -53,6 +53,8 @@ def test_rows_of_splits_that_are_not_used_are_counted(tmp_path):
         ("path,class\n1.png,a\n", "no column 'label'"),
         ("path,label,split\n1.png,a,train\n2.png,a,\n", "no split 'val'"),
         ("path,label\n", "no rows"),
+        ("path,label,label\n1.png,a,b\n", "two columns 'label'"),
+        ("path,label\n1.png,cat, black\n2.png,dog\n", "more cells than the header"),
         ("path,label\n1.png,\n", "without path or label"),
         ("path,label\n1.png\n", "without path or label"),
         ("path,label\n1.png,-1\n2.png,0\n", "label -1 is below 0"),
@@ -67,6 +69,13 @@ def test_a_table_that_is_not_sound_is_refused(tmp_path, text, what):
     with pytest.raises(UserError, match=re.escape(what)) as caught:
         open_source(DataConfig(source=str(tmp_path / "set.csv")))
     assert "set.csv" in caught.value.where
+
+
+def test_one_image_in_two_splits_or_with_two_labels_is_a_warning(tmp_path):
+    source = table(tmp_path, SPLIT + "a/1.png,dog,train\na/./2.png,dog,val\n5.png,cat,train\n5.png,cat,train\n")
+    for text in ("more than once: 3", "in two splits: 1 (", "with two labels: 1 ("):
+        assert f"warning: images {text}" in source.describe()
+    assert "warning" not in table(tmp_path, SPLIT).describe()
 
 
 @pytest.mark.parametrize("options", [{"train_split": "bogus"}, {"val_split": "test"}])
