@@ -39,10 +39,7 @@ class OpenedCheckpoint:
     loader: "LoaderConfig"
 
     def windows(self, flags: Mapping[str, Any]) -> "SlidingWindowConfig | None":
-        """Return the windows and views of a segmentation model; None for a classifier.
-
-        Raises UserError for a classifier with any of the flags, which are those of segmentation.
-        """
+        """Return the windows and views of a segmentation model; None for a classifier; raises UserError."""
         from pdvit.models.segmentation.segmenter import Segmenter
         from pdvit.tasks.segmentation import sliding_windows
         from pdvit.tasks.windows import SCALES
@@ -64,10 +61,7 @@ class OpenedCheckpoint:
 
 
 def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
-    """Return the folder of a checkpoint's results: `out`, the checkpoint's own folder, or runs/PREFIX-NAME.
-
-    Raises UserError if it is not writable, before the work begins.
-    """
+    """Return the folder for results: `out`, the checkpoint's own, or runs/PREFIX-NAME; UserError if not writable."""
     from pdvit.models.checkpoints import name_of
 
     folder = out or (path if path.is_dir() else Path("runs") / f"{prefix}-{name_of(path)}")
@@ -81,10 +75,9 @@ def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
 def open_checkpoint(
     path: Path, ranks: "Ranks", model: str | None, weights: str | None, backbone: bool = False, **flags: Any
 ) -> OpenedCheckpoint:
-    """Load a checkpoint and prepare to run it as its run did, or with `backbone` to measure its timm model.
+    """Load a checkpoint to run it as its run did, or with `backbone` to measure its timm model; raises UserError.
 
-    `flags`, as `section_key`, override the run's settings unless None. Raises UserError if the checkpoint can't be
-    loaded, for weights that are not finite, and for an invalid setting.
+    `flags`, as `section_key`, override the run's settings unless None.
     """
     from pdvit.data.images import BadImages
     from pdvit.data.loader import LoaderConfig

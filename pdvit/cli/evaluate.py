@@ -81,7 +81,7 @@ def evaluate(
                 raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
         if windows and windows.mode == "whole" and stride is not None:
             log(console, "note: --stride has no effect: images are evaluated whole")
-        numbers, table, files = _evaluate(opened, windows, data is not None, split, limit, console, ranks)
+        numbers, table, files = _evaluate(opened, windows, data is None, split, limit, console, ranks)
         if ranks.main:
             if out is None and numbers["part"]:  # the run's own files stay
                 folder /= f"eval-{numbers['part']}"
@@ -98,16 +98,13 @@ def evaluate(
 def _evaluate(
     opened: OpenedCheckpoint,
     windows: "SlidingWindowConfig | None",
-    other: bool,
+    own: bool,
     split: str | None,
     limit: int | None,
     console: "RunConsole",
     ranks: "Ranks",
 ) -> "tuple[dict[str, Any], pd.DataFrame, dict[str, bytes]]":
-    """Return the numbers of a split, its table by class, and the files to write; only segmentation has `windows`.
-
-    `other`: the data are not those of the run.
-    """
+    """Return numbers of a split (`own`: of the run's data), the table by class, and files; masks have `windows`."""
     from pdvit.data.loader import eval_batches
     from pdvit.data.masks.batches import eval_batches as mask_batches
     from pdvit.data.masks.folders import open_masks
@@ -121,16 +118,15 @@ def _evaluate(
     from pdvit.tasks.segmentation import pixel_network
 
     config, loader, precision, model = opened.config, opened.loader, opened.config.run.precision, opened.loaded.model
-    data = replace(config.data, train_split=None, val_split=None) if other else config.data
+    data = config.data if own else replace(config.data, train_split=None, val_split=None)
     with ranks.raise_on_all_ranks():
-        is_run, segment = not other, config.segment
-        source = open_masks(data, segment, training=is_run) if windows else open_source(data, training=is_run)
+        source = open_masks(data, config.segment, training=own) if windows else open_source(data, training=own)
         order, matched = match_classes(opened.loaded, source.classes, source.name)
         split = split or source.final_split
         whole: Any = source.select(split)
     images: Any = whole if limit is None else subsample(whole, limit)
     part = f"{split}-{len(images)}" if len(images) < len(whole) else split
-    partial = part != source.final_split or (other and opened.is_run)
+    partial = part != source.final_split or (opened.is_run and not own)
     name = f"all of {source.name}" if split == "all" else f"the {split} split of {source.name}"
     spread = "" if images is whole else f" of {len(whole):,}, spread evenly"
     for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes):
@@ -330,10 +326,7 @@ def _masks(
 
 
 def _mask_names(files: "FileSplit") -> list[Path]:
-    """Return the name of each image as a PNG, with the folders in which images of the same name differ.
-
-    Raises UserError if two differ in the ending only.
-    """
+    """Return each image's name as a PNG, with the folders in which images of one name differ; raises UserError."""
     paths = [Path(os.path.abspath(path)) for path in files.paths]
     names = [Path(path.stem + ".png") for path in paths]
     if len(set(names)) < len(names):

@@ -88,10 +88,7 @@ def attempt(split: Split, index: int, read: Callable[[int], Result]) -> Result |
 
 
 def read_image(image: Image.Image) -> Image.Image:
-    """Decode an open image as RGB, turned as its EXIF says, with grey of 12 and 16 bits scaled to 8, and close it.
-
-    Takes the first frame of an animation and drops transparency, as timm does. Raises the errors of Pillow's decoders.
-    """
+    """Decode an open image (its first frame) to upright RGB, deep grey scaled to 8 bits; raises Pillow's errors."""
     with image:
         image = upright(image)
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):

@@ -41,25 +41,14 @@ RESIDENT = "data.resident (--resident)"
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on the device.
+    """One batch on the device."""
 
-    Attributes:
-        images: normalised `(B, 3, H, W)`, float32.
-        targets: class indices `(B,)` or, after mixing, probabilities `(B, C)`; in segmentation the class of every pixel
-            `(B, H, W)`, 255 if it has none.
-        index: sample indices in the split, `(B,)`.
-        patch_targets: class of every patch `(B, N)`; None without patch labels.
-        weights: factors on the weights of the terms in this step, `(B, T)`, with equal rows, so that they split like
-            the images; None without schedules.
-        replaced: whether an image replaces one that does not decode, `(B,)`; None if such images are errors.
-    """
-
-    images: Tensor
-    targets: Tensor
-    index: Tensor
-    patch_targets: Tensor | None = None
-    weights: Tensor | None = None
-    replaced: Tensor | None = None
+    images: Tensor  # normalised `(B, 3, H, W)`, float32
+    targets: Tensor  # classes `(B,)`; after mixing probabilities `(B, C)`; of pixels `(B, H, W)`, 255 if one has none
+    index: Tensor  # sample indices in the split, `(B,)`
+    patch_targets: Tensor | None = None  # class of every patch `(B, N)`; None without patch labels
+    weights: Tensor | None = None  # of scheduled terms: factors `(B, T)` with equal rows, so they split like images
+    replaced: Tensor | None = None  # whether an image replaces one that does not decode; None if such images are errors
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,20 +70,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """The settings of the loader of one rank.
+    """The settings of the loader of one rank."""
 
-    Attributes:
-        batch_size: of all ranks together.
-        eval_batch: maximum number of images of a forward pass in evaluation; None: that of a training step.
-        bad: the policy for images that do not decode.
-    """
-
-    batch_size: int
+    batch_size: int  # of all ranks together
     seed: int
     workers: int
     device: torch.device
     preprocessing: Preprocessing
-    eval_batch: int | None = None
+    eval_batch: int | None = None  # maximum of images in a forward pass in evaluation; None: those of a training step
     rank: int = 0
     processes: int = 1
     bad: BadImages = field(default_factory=BadImages)

@@ -21,10 +21,7 @@ from pdvit.errors import UserError, closest
 
 
 def open_source(data: DataConfig, training: bool = True) -> Source:
-    """Open a source of labelled images by name or path; not for `training`, with the splits that there are or `all`.
-
-    Raises UserError if the name is unknown, a file or package is missing, or the layout is wrong.
-    """
+    """Open a source by name or path; not for `training`: with the splits that there are, or `all`. Raises UserError."""
     name, path = source_type(data.source), Path(os.path.expanduser(data.source))
     if os.path.isdir(path) and name in (None, *FILE_TYPES):  # os.path, because Path raises for long names
         name = "folder"

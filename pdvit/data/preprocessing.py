@@ -38,10 +38,7 @@ class Preprocessing:
 
     @classmethod
     def for_model(cls, model: nn.Module, data: DataConfig | None = None) -> "Preprocessing":
-        """Return the preprocessing of a timm model, at its size, with the settings of `data` in place of its own.
-
-        Raises UserError if the size is not square, or the interpolation or crop mode is not supported.
-        """
+        """Return the preprocessing of a timm model, with the settings of `data` before its own; raises UserError."""
         own, (height, width) = timm.data.resolve_model_data_config(model), image_size_of(model)
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
@@ -53,10 +50,7 @@ class Preprocessing:
         return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in MODEL_SETTINGS}
 
     def evaluation(self) -> v2.Compose:
-        """Return the evaluation transform: resize the short side, crop the centre, uint8 `(3, size, size)`.
-
-        With crop mode `squash` both sides are resized, as in timm.
-        """
+        """Return the evaluation transform: resize the short side (`squash`: both), crop the centre, to uint8."""
         side = math.floor(self.size / self.crop_pct)  # rounded as timm does, so that its transform is the same
         sides = (side, side) if self.crop_mode == "squash" else side
         resize = v2.Resize(sides, interpolation=v2.InterpolationMode(self.interpolation), antialias=True)

@@ -19,33 +19,17 @@ from pdvit.data.masks.split import Log, MaskFiles, scan_masks
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
 from pdvit.data.sources import WHERE, printable, source_type
 from pdvit.data.sources.folder import MASKS, folder_names, list_images, not_read
-from pdvit.data.sources.split import (
-    HELD_OUT,
-    SPLIT_NAMES,
-    FileSplit,
-    Source,
-    Split,
-    choose_splits,
-    hold_out,
-    repeated_images,
-)
+from pdvit.data.sources.split import HELD_OUT, SPLIT_NAMES, FileSplit, Source, Split, choose_splits, hold_out
 from pdvit.errors import UserError
 
 ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
 TABLES = ("classes.tsv", "classes.csv")
+to_stderr = partial(print, file=sys.stderr)
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
 
-def open_masks(
-    data: DataConfig,
-    segment: SegmentConfig,
-    log: Log = lambda text: print(text, file=sys.stderr),
-    training: bool = True,
-) -> Source:
-    """Open a source of images with masks, whose splits are `MaskSplit`s, as `open_source`; `log` gets the progress.
-
-    Raises UserError for another source or layout, images without masks, and a damaged class table.
-    """
+def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = to_stderr, training: bool = True) -> Source:
+    """Open a source of images with masks as `open_source`; its splits are `MaskSplit`s, `log` receives the progress."""
     root = Path(os.path.expanduser(data.source))
     if source_type(data.source) == "scenes":
         return read_scenes(data)
@@ -67,28 +51,24 @@ def open_masks(
     if training and "val" not in splits:
         splits = hold_out(splits, data.split_seed)
         notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
-    notes += repeated_images(splits)
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
 
 
 @dataclass(frozen=True)
 class MaskFolders:
-    """A layout: the folder of images and that of masks, with the splits below both, and the class table if known.
-
-    An image and its mask have the same path, except for suffixes and these endings of their stems.
-    """
+    """A layout: the folder of images and that of masks, with the splits below both, and the class table if known."""
 
     root: Path
     images: str
     masks: str
     table: ClassTable | None
-    endings: tuple[str, str] = ("", "")
+    endings: tuple[str, str] = (
+        "",
+        "",
+    )  # of the stems of an image and its mask; but for suffixes, their paths are alike
 
     def splits(self, data: DataConfig, training: bool) -> tuple[dict[str, str], list[str]]:
-        """Return the folder of each split by role, and notes; without split folders, all is train or `all`.
-
-        Raises UserError if a configured split is missing.
-        """
+        """Return the folder of each split by role (without folders train or `all`) and notes; raises UserError."""
         images, masks = (folder_names(self.root / name) for name in (self.images, self.masks))
         found = [name for name in images if name in {*SPLIT_NAMES, data.train_split, data.val_split}]
         if not found and not (data.train_split or data.val_split):
@@ -99,10 +79,7 @@ class MaskFolders:
         return chosen, [f"{name} is not used: it has no labels" for name in found if name not in usable]
 
     def pairs(self, split: str, notes: list[str]) -> tuple[FileSplit, FileSplit]:
-        """Return images and masks of a split, in the same order; notes masks without image.
-
-        Raises UserError for images without a mask, and files with the same name but for the suffix.
-        """
+        """Return images and masks of a split, in the same order; notes masks without image; raises UserError."""
         images, masks, others = dict[str, Path](), dict[str, Path](), list[str]()
         for folder, ending, files in zip((self.images, self.masks), self.endings, (images, masks), strict=True):
             root = self.root / folder / split
@@ -163,18 +140,14 @@ def cityscapes_table() -> ClassTable:
 
 
 def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> ClassTable:
-    """Return the table of the ids in all masks, 255 left out; raises UserError for masks without ids.
-
-    The palette is that of the first mask, if it has a colour for each id.
-    """
+    """Return the table of the ids in all masks, in the colours of the first if it has them all; raises UserError."""
     found = list[Any]()
     for name, masks in splits.items():
         found += scan_masks(partial(_ids_in, masks), range(len(masks)), name, workers, log).values()
     bad = {item.name: item.reason for item in found if isinstance(item, BadImage)}
     refuse_bad(bad, f"without a class table masks need ids; else {TIP}", "mask")
-    every = set[int]().union(*found)
-    known = sorted(every - {IGNORED})
-    known = sorted(every) if len(known) == 1 else known  # 0 and 255, as binary masks often are
+    every = sorted(set[int]().union(*found))
+    known = every if len(every) == 2 else [value for value in every if value != IGNORED]  # binary masks: 0 and 255
     if not 2 <= len(known) <= OUTSIDE:
         what = f"the masks have {len(known)} ids; 2 to {OUTSIDE} can be classes"
         raise UserError(what, "segment.classes (--classes)", TIP)

@@ -51,8 +51,7 @@ class Scenes(MaskSplit):
     digits: ArraySplit
     role: str
     stream: int
-    numbers: Tensor
-    """The number of each scene, `(N,)`."""
+    numbers: Tensor  # of each scene, `(N,)`
     labels: Tensor
     cache: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
 

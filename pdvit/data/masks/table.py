@@ -31,19 +31,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The classes of a set of masks, in the order of their training ids.
-
-    Attributes:
-        names: name of each class.
-        palette: colour of each class.
-        ids: training id by value of a mask, 255 for ignored values; empty: masks are read by colour.
-        colours: training id by colour, 0xrrggbb; empty: masks with colours are refused.
-    """
+    """The classes of a set of masks, in the order of their training ids."""
 
     names: list[str]
     palette: list[Colour]
-    ids: Mapping[int, int]
-    colours: Mapping[int, int]
+    ids: Mapping[int, int]  # training id by value of a mask, 255 for ignored values; empty: masks are read by colour
+    colours: Mapping[int, int]  # training id by colour, 0xrrggbb; empty: masks with colours are refused
 
     @classmethod
     def of_ids(
@@ -80,10 +73,7 @@ class ClassTable:
 
 
 def mask_values(image: Image.Image, coloured: bool = False) -> Array:
-    """Decode an open mask `(H, W)`: its values (of a palette the indices), or its colours, 0xrrggbb.
-
-    Raises ValueError for a JPEG, whose pixels are not exact, and for pixels that are not ids; or the decoder's errors.
-    """
+    """Decode an open mask `(H, W)`: its values (of a palette the indices), or colours, 0xrrggbb; raises ValueError."""
     with image:
         if image.format in ("JPEG", "MPO"):
             raise ValueError("it is a JPEG, whose pixels are not exact: save masks as PNG")

@@ -12,16 +12,12 @@ WHERE = "data.source (--data)"
 
 
 class SourceType(NamedTuple):
-    """A type of source: its pattern in `--data`, the glob that identifies it, and the settings that it has.
-
-    The reader, `module.function` in this package, returns the `Source` of a `DataConfig`, for training or as it is.
-    Masks have `open_masks`.
-    """
+    """A type of source; its reader returns the `Source` of a `DataConfig`, for training or as it is."""
 
     pattern: str
-    glob: str | None
-    reader: str | None
-    settings: tuple[str, ...]
+    glob: str | None  # that identifies it
+    reader: str | None  # `module.function` in this package; masks have `open_masks`
+    settings: tuple[str, ...]  # that have an effect
     help: str
 
 

@@ -11,10 +11,7 @@ from pdvit.errors import UserError
 
 
 def read_digits(data: DataConfig, training: bool = True) -> Source:
-    """Return 1,200 training, 237 validation and 360 test images of 32x32 pixels, divided by `data.split_seed`.
-
-    `digits:A-B` has the images of the digits A to B, in the same splits. Raises UserError for an invalid range.
-    """
+    """Return 1,200 training, 237 validation and 360 test images, or the digits A to B of them; raises UserError."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

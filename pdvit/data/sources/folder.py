@@ -68,10 +68,7 @@ def not_read(others: list[str]) -> str:
 
 
 def _walk(root: Path, below: str = "", depth: int = 0) -> Iterator[str]:
-    """Yield the paths below a folder; links to split and class folders are followed.
-
-    Deeper links and hidden folders are yielded as files.
-    """
+    """Yield the paths below a folder; links are followed to split and class folders, hidden folders are files."""
     for entry in _entries(root / below):
         path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=depth < 2) and not entry.name.startswith("."):
@@ -95,8 +92,7 @@ class TarSplit(FileSplit):
     """A split of members of a plain tar, whose paths begin with that of the tar."""
 
     archive: Path
-    spans: list[tuple[int, int]]
-    """Offset and number of the bytes of each member."""
+    spans: list[tuple[int, int]]  # offset and number of the bytes of each member
 
     def open(self, index: int) -> Image.Image:
         """Open a member as an image; raises EOFError if the tar is cut off."""
@@ -109,10 +105,7 @@ class TarSplit(FileSplit):
 
 
 def read_tar(data: DataConfig, training: bool = True) -> Source:
-    """Read a plain tar like a folder, with a note on its symbolic links and special files, which are not read.
-
-    Folders around everything are left out. Raises UserError if the tar is damaged.
-    """
+    """Read a plain tar like a folder, without the folders around everything; raises UserError."""
     path = Path(os.path.expanduser(data.source))
     try:
         with tarfile.open(path, "r:") as tar:
@@ -125,8 +118,7 @@ def read_tar(data: DataConfig, training: bool = True) -> Source:
         raise UserError(what, str(path), "copy or download it again") from error
     infos = {name: info for name, info in members if "/." not in f"/{name}"}
     hidden = {re.sub(r"((?:^|/)\.[^/]*).*", r"\1", name) for name, _ in members if "/." in f"/{name}" and name != "."}
-    counts = Counter(name for name, info in members if name in infos and not info.isdir())
-    again = [name for name, count in counts.items() if count > 1]
+    again = [name for name, count in Counter(name for name, info in members if info.isreg()).items() if count > 1]
     files = {name: info for name, info in infos.items() if info.isreg() and not info.issparse()}
     for name, info in infos.items():
         if info.islnk() and (target := posixpath.normpath(info.linkname).lstrip("/")) in files:
@@ -150,10 +142,7 @@ def read_tar(data: DataConfig, training: bool = True) -> Source:
 def read_tree(
     name: str, root: str, paths: Iterable[str], make_split: MakeSplit, data: DataConfig, training: bool
 ) -> Source:
-    """Read the splits of a tree, given the paths of its files and (with a final `/`) of its folders.
-
-    Raises UserError if the layout is another, or a class has no image in a split.
-    """
+    """Read the splits of a tree, given the paths of its files and (with a final `/`) its folders; raises UserError."""
     tree = sorted(path.split("/") for path in paths)  # folder by folder, as pathlib does; resume depends on this order
     folders = {path[0] for path in tree if len(path) > 1}
     named = SPLIT_NAMES & folders or data.train_split or data.val_split

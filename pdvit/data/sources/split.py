@@ -4,15 +4,14 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,7 +24,7 @@ from pdvit.errors import UserError, closest
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
-HELD_OUT = 0.1
+NEEDED, HELD_OUT = ("train", "val"), 0.1
 SAMPLED = 32  # images whose sizes are described
 
 
@@ -55,12 +54,9 @@ class Split(ABC):
     def take(self, chosen: Tensor) -> Self:
         """Return the samples at these indices."""
         split: Any = self
-        values = {item.name: getattr(self, item.name) for item in fields(split)}
-        taken: dict[str, Any] = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
-        taken |= {
-            name: [value[i] for i in chosen.tolist()] for name, value in values.items() if isinstance(value, list)
-        }
-        changed: Self = replace(split, **taken)
+        taken: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        lists = {name: value for name, value in vars(self).items() if isinstance(value, list)}
+        changed: Self = replace(split, **taken, **{k: [v[i] for i in chosen.tolist()] for k, v in lists.items()})
         return changed
 
     def hash(self) -> str:
@@ -133,8 +129,7 @@ class Source:
     classes: list[str]
     splits: Mapping[str, Split] = field(repr=False)
     notes: tuple[str, ...] = ()
-    palette: list[tuple[int, int, int]] | None = None
-    """A colour for each class, if pixels are labelled."""
+    palette: list[tuple[int, int, int]] | None = None  # a colour for each class, if pixels are labelled
 
     @property
     def final_split(self) -> str:
@@ -147,15 +142,14 @@ class Source:
             return self.splits[name]
         if name != "all":
             raise UserError(f"{self.name} has no split '{name}'", "--split", closest(name, [*self.splits, "all"]))
-        joined: dict[str, Any] = {}
-        for item in fields(first := next(iter(self.splits.values()))):  # type: ignore[arg-type]
-            values = [getattr(split, item.name) for split in self.splits.values()]
+        parts, joined = [vars(split) for split in self.splits.values()], dict[str, Any]()
+        for key, *values in zip(parts[0], *(part.values() for part in parts), strict=True):
             if isinstance(values[0], Tensor | list):
-                joined[item.name] = torch.cat(values) if isinstance(values[0], Tensor) else [*chain(*values)]
+                joined[key] = torch.cat(values) if isinstance(values[0], Tensor) else [*chain(*values)]
             elif any(value is not values[0] for value in values):
-                tip = f"measure one after the other: --split {', '.join(self.splits)}"
-                raise UserError(f"the splits of {self.name} are separate data sets", "--split all", tip)
-        return replace(first, **joined)  # type: ignore[type-var]
+                tip = f"measure one of them: {', '.join(self.splits)}"
+                raise UserError(f"the splits of {self.name} can't be joined", "--split all", tip)
+        return replace(next(iter(self.splits.values())), **joined)  # type: ignore[type-var]
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a resumed run compares: classes, counts, and a hash of names or pixels by split."""
@@ -171,8 +165,20 @@ class Source:
             widths, heights = zip(*sizes, strict=True)
             least, most = (f"{pick(widths)}x{pick(heights)}" for pick in (min, max))
             text = f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
-        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{text}", *self.notes]
+        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{text}", *self.notes, *self.repeated()]
         return "\n".join(map(printable, lines))
+
+    def repeated(self) -> list[str]:
+        """Return warnings about image files that are there more than once, by resolved folder and name."""
+        resolve, seen, again = cache(os.path.realpath), dict[int, tuple[str, int]](), defaultdict[str, list[str]](list)
+        for role, split in self.splits.items():
+            for index, label in enumerate(split.labels.tolist() if isinstance(split, FileSplit) else []):
+                folder, file = os.path.split(name := split.name(index))
+                first = seen.setdefault(hash((resolve(folder), file)), place := (role, label))
+                if first is not place:
+                    text = "with two labels" if first[1] != label else "repeated"
+                    again["in two splits" if first[0] != role else text].append(name)
+        return [f"warning: images {text}: {len(names):,} ({first_names(names)})" for text, names in again.items()]
 
     def noting(self, *notes: str) -> "Source":
         """Return the source with more notes; empty ones are dropped."""
@@ -180,17 +186,9 @@ class Source:
 
 
 def choose_splits(
-    found: Sequence[str | None],
-    data: DataConfig,
-    where: str,
-    tip: str,
-    training: bool,
-    needed: Sequence[str] = ("train", "val"),
+    found: Sequence[str | None], data: DataConfig, where: str, tip: str, training: bool, needed: Sequence[str] = NEEDED
 ) -> dict[str, str]:
-    """Return the names of the source's splits by role; those `needed` may be missing if it is not for training.
-
-    A test split is enough instead of val. Raises UserError for a needed or configured split that is not found, or none.
-    """
+    """Return the names of splits by role; training needs those `needed` (test does for val); raises UserError."""
     train, val, test = (
         next((name for name in names if name in found), None) for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
     )
@@ -206,10 +204,7 @@ def choose_splits(
 
 
 def assemble(name: str, classes: list[str], splits: Mapping[str, Split], data: DataConfig, training: bool) -> Source:
-    """Return a source of splits by role, with notes on classes that a split lacks.
-
-    For training without val, a part of train is held out; raises UserError if that is impossible.
-    """
+    """Return a source with notes on classes that a split lacks, in training with a val taken from train if needed."""
     notes = []
     if training and "val" not in splits:
         note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
@@ -221,36 +216,11 @@ def assemble(name: str, classes: list[str], splits: Mapping[str, Split], data: D
         present = set(split.labels.tolist())
         if missing := [label for number, label in enumerate(classes) if number not in present]:
             notes.append(f"{len(missing)} of {len(classes)} classes have no image in {role}: {first_names(missing)}")
-    return Source(name, classes, splits, (*notes, *repeated_images(splits)))
-
-
-def repeated_images(splits: Mapping[str, Split]) -> list[str]:
-    """Return warnings about images that are there more than once, by resolved folder and name."""
-    resolve, seen = cache(os.path.realpath), defaultdict[str, list[tuple[str, int]]](list)
-
-    def places() -> Iterator[tuple[str, str, int]]:
-        for role, split in splits.items():
-            for index, label in enumerate(split.labels.tolist()):
-                folder, name = os.path.split(split.name(index))
-                yield f"{resolve(folder)}/{name}", role, label
-
-    hashes = np.fromiter((hash(place) for place, _, _ in places()), np.int64)  # little memory for millions of images
-    values, counts = np.unique(hashes, return_counts=True)
-    again = {*values[counts > 1].tolist()}
-    for place, role, label in places() if again else ():
-        if hash(place) in again:
-            seen[place].append((role, label))
-    both = [place for place, found in seen.items() if len({role for role, _ in found}) > 1]
-    labelled = [place for place, found in seen.items() if len({label for _, label in found}) > 1]
-    texts = {"more than once": [*seen], "in two splits": both, "with two labels": labelled}
-    return [f"warning: images {text}: {len(found):,} ({first_names(found)})" for text, found in texts.items() if found]
+    return Source(name, classes, splits, tuple(notes))
 
 
 def hold_out(splits: Mapping[str, Split], seed: int) -> dict[str, Split]:
-    """Return splits with a val that is taken from train: a tenth of each class, at least one image of two.
-
-    Raises UserError if every class has a single image.
-    """
+    """Return splits with a val taken from train: a tenth of each class, at least one image of two; raises UserError."""
     train = splits["train"]
     held = torch.zeros(len(train), dtype=torch.bool)
     order = train.labels.argsort(stable=True)
