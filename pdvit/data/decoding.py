@@ -17,6 +17,7 @@ def open_image(file: Path | BytesIO) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Decode an open image, and turn it as its EXIF says; EXIF that is damaged is left alone, as viewers do."""
+    image.filename = ""  # type: ignore[attr-defined]  # else Pillow maps the file of a grey TIFF on its side, as noise
     image.load()
     with suppress(Exception):  # Pillow raises nearly anything
         ImageOps.exif_transpose(image, in_place=True)

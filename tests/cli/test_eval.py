@@ -18,7 +18,7 @@ import pdvit as library
 import pdvit.config.schema
 import pdvit.data.opening
 from pdvit.cli import run as pdvit
-from tests.files import read_json, read_records
+from tests.files import read_records
 
 KEYS = {"accuracy", "accuracy_top5", "loss", "calibration_error", "split", "images", "model", "weights", "data"}
 FILES = ("eval.csv", "confusion.csv", "eval.json")
@@ -67,34 +67,27 @@ def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated):
     assert (found["accuracy"], found["loss"], found["split"]) == (last["accuracy"], last["loss"], "val")
 
 
-def write_digits(layout: str) -> str:
-    """Write the test digits as files in a layout that has no train split; return the source."""
-    split = library.data.opening.open_source(library.config.schema.DataConfig()).splits["test"]
-    place, rows = {"flat": "", "table": "", "only val": "val/", "only test": "test/"}[layout], ["path,label"]
-    for index, label in enumerate(split.labels.tolist()):
+@pytest.mark.parametrize(
+    ("data", "place", "split"), [("", "", "all"), (".csv", "", "all"), ("", "val/", "val"), ("", "test/", "test")]
+)
+def test_other_data_are_evaluated_whole_and_parts_keep_the_runs_files(
+    run_copy, workplace, evaluated, data, place, split
+):
+    digits, rows = library.data.opening.open_source(library.config.schema.DataConfig()).splits["test"], ["path,label"]
+    for index, label in enumerate(digits.labels.tolist()):
         file = Path(f"set/{place}{label}/{index}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
-        split.open(index).save(file)
+        digits.open(index).save(file)
         rows.append(f"{file},{label}")
-    Path("digits.csv").write_text("\n".join(rows))
-    return "digits.csv" if layout == "table" else "set"
-
-
-@pytest.mark.parametrize(
-    ("layout", "split"), [("flat", "all"), ("table", "all"), ("only val", "val"), ("only test", "test")]
-)
-def test_other_data_without_splits_for_training_are_evaluated_whole(run_copy, workplace, evaluated, layout, split):
-    found, summary = evaluated(run_copy, "--data", write_digits(layout)), read_json(run_copy / "summary.json")
-    assert (found["images"], found["split"], found["accuracy"]) == (360, split, summary["accuracy"])
-    assert evaluated(run_copy, "--data", "set", "--split", "all")["accuracy"] == summary["accuracy"]
-
-
-def test_parts_are_spread_evenly_and_leave_the_files_of_the_run(run_copy, workplace, evaluated):
-    evaluated(run_copy)
+    Path("set.csv").write_text("\n".join(rows))
+    right = evaluated(run_copy)["accuracy"]
     own = {file: (run_copy / file).read_bytes() for file in FILES}
-    found = evaluated(run_copy, "--data", write_digits("flat"), "--limit", 20)
-    table = pd.read_csv(Path(found["file"]).with_name("eval.csv"))
-    assert table["images"].tolist() == [2] * 10  # the folder is sorted by class
+    for flags in ([], ["--split", "all"]):
+        found = evaluated(run_copy, "--data", f"set{data}", *flags)
+        assert (found["images"], found["accuracy"], found["split"]) == (360, right, "all" if flags else split)
+    file = evaluated(run_copy, "--data", f"set{data}", "--limit", 20)["file"]
+    if data == "":  # sorted by class
+        assert pd.read_csv(Path(file).with_name("eval.csv"))["images"].tolist() == [2] * 10
     parts = [["--limit", 7], ["--split", "val"], ["--split", "all"]]
     assert [evaluated(run_copy, *part)["images"] for part in parts] == [7, 237, 1797]
     assert {file: (run_copy / file).read_bytes() for file in FILES} == own

@@ -1,5 +1,6 @@
 """Small image files and splits, and training batches of them."""
 
+import struct
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -41,6 +42,14 @@ def write(path, pixels, form=None):
 def fill(path, value):
     """Give every pixel of an image file the same value."""
     write(path, np.full_like(np.asarray(Image.open(path)), value))
+
+
+def grey_tiff(bits, row, white=False):
+    """A TIFF of four pixels without compression: header, the row, and tags: size, bits, raw, what 0 is, ..."""
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: int(not white), 273: 8, 277: 1, 278: 1, 279: len(row)}
+    body = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(row))
+    return header + row + struct.pack("<H", len(tags)) + body + struct.pack("<I", 0)
 
 
 def write_tree(root, names):

@@ -3,7 +3,6 @@ import io
 import os
 import random
 import struct
-import tarfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
-from pdvit.config.schema import AugmentConfig, DataConfig
+from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, FileImages, try_read
 from pdvit.data.masks.table import mask_values
-from pdvit.data.opening import open_source
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import FileSplit, image_size
+from tests.unit.data.batches import grey_tiff
 
 PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -67,54 +66,50 @@ def test_sixteen_bits_keep_their_brightness(tmp_path, suffix, value, grey):
     assert colour(read(file)) == pytest.approx([grey] * 3, abs=1)
 
 
+TURNED = {0: lambda p: p, 1: lambda p: p, 2: np.fliplr, 3: lambda p: np.rot90(p, 2), 4: np.flipud}
+TURNED |= {
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: np.rot90(np.flipud(p)),
+    8: np.rot90,
+}
+
+
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff"])
-@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("orientation", TURNED)
 def test_images_and_masks_are_turned_as_their_exif_says(tmp_path, form, orientation):
-    exif, noise, path = Image.Exif(), photograph("PNG", (96, 64)), tmp_path / "turned"
+    noise, path, exif = Image.open(io.BytesIO(photograph("PNG", (96, 64)))), tmp_path / "turned", Image.Exif()
+    noise.save(path, form, lossless=True)
+    expected = Image.fromarray(TURNED[orientation](np.asarray(Image.open(path))))
     exif[ExifTags.Base.Orientation] = orientation
-    Image.open(io.BytesIO(noise)).save(path, form, exif=exif, lossless=True)
-    expected = ImageOps.exif_transpose(Image.open(path))
+    noise.save(path, form, exif=exif, lossless=True)
     assert np.array_equal(read(path), expected)
     assert image_size(FileSplit([path], torch.tensor([0])), 0) == expected.size
     data = training_images([path], preprocessing=replace(PLAIN, size=48), scale=(0.9, 0.9), hflip=0)
     ((crop, _, _),), (box,) = data.__getitems__([(0, 0)]), data.augmentation.crop_boxes(0, torch.arange(1))
     cropped = v2.functional.resized_crop(expected, *box(*expected.size[::-1]), [48, 48])
     assert (v2.functional.pil_to_tensor(cropped).int() - crop).abs().float().mean() < 1
-    if form != "jpeg":
-        Image.open(io.BytesIO(noise)).convert("L").save(path, form, exif=exif, lossless=True)
-        mask = mask_values(Image.open(path)) if form != "webp" else mask_values(Image.open(path), coloured=True) % 256
-        assert np.array_equal(mask, np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("L")))
-
-
-def tiff(values, bits, white=False):
-    """A grey TIFF of four pixels."""
-    row = np.array(values, f"<u{max(bits // 8, 2)}").tobytes()
-    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: int(not white), 273: 8, 277: 1, 278: 1, 279: len(row)}
-    body = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
-    return struct.pack("<2sHI", b"II", 42, 8 + len(row)) + row + struct.pack("<H", len(tags)) + body + bytes(4)
+    if form in ("png", "tiff"):
+        noise.convert("L").save(path, form, exif=exif)
+        assert np.array_equal(mask_values(Image.open(path)), TURNED[orientation](np.asarray(noise.convert("L"))))
 
 
 def test_the_range_of_a_tiff_is_its_own_or_it_is_refused(tmp_path):
     file = tmp_path / "deep.tif"
-    file.write_bytes(tiff([0, 128 * 257, 65535, 257], 16, white=True))
+    file.write_bytes(grey_tiff(16, np.array([0, 128 * 257, 65535, 257], "<u2").tobytes(), white=True))
     assert np.asarray(read(file))[0, :, 0].tolist() == [255, 127, 0, 254]
-    file.write_bytes(tiff([0xF00, 0xFF, 0, 0], 12))  # three bytes for two pixels: 0x00F, 0xFF0
-    assert np.asarray(read(file))[0, :2, 0].tolist() == pytest.approx([0, 0xFF0 // 16], abs=2)
-    file.write_bytes(tiff([0, 100, 255, 70000], 32))
+    with pytest.raises(ValueError, match="0 is white"):
+        mask_values(Image.open(file))
+    file.write_bytes(grey_tiff(12, b"\x00\x0f\xff\x80\x00\x00"))  # 0x000, 0xfff, 0x800, 0x000
+    assert np.asarray(read(file))[0, :, 0].tolist() == pytest.approx([0, 255, 127, 0], abs=1)
+    file.write_bytes(grey_tiff(32, np.array([0, 100, 255, 70000], "<u4").tobytes()))
     assert "no known range" in attempt(file).reason
 
 
-def test_only_formats_of_images_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
-    for folder, name in (("a", "cat.jpg"), ("b", "dog.jpg")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
-        assert attempt(tmp_path / folder / name).reason == "not an image"
-    with tarfile.open(tmp_path / "set.tar", "w") as packed:
-        for folder in ("a", "b"):
-            packed.add(tmp_path / folder, folder)
-    source = open_source(DataConfig(source=str(tmp_path / "set.tar")), training=False)
-    assert try_read(source.select("all"), 0).reason == "not an image"
+def test_renamed_postscript_starts_no_ghostscript(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("it was started"))
+    (tmp_path / "cat.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
+    assert attempt(tmp_path / "cat.jpg").reason == "not an image"
 
 
 def encoded(form, size=(24, 24)):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pdvit.data.masks.table import IGNORED, OUTSIDE, ClassTable, default_palette, read_table
 from pdvit.errors import UserError
-from tests.unit.data.batches import write
+from tests.unit.data.batches import grey_tiff, write
 
 TABLE = ClassTable.of_ids({7: "sky", 3: "road", 9: "car"}, ignored=[0])
 SIXTEEN = ClassTable.of_ids({value: str(value) for value in range(16)})
@@ -63,14 +63,6 @@ def grey_png(bits: int, row: bytes) -> bytes:
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-
-
-def grey_tiff(bits: int, row: bytes) -> bytes:
-    """A TIFF of four pixels without compression: header, the row, and tags: size, bits, raw, black is zero, ..."""
-    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(row)}
-    body = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
-    header = struct.pack("<2sHI", b"II", 42, 8 + len(row))
-    return header + row + struct.pack("<H", len(tags)) + body + struct.pack("<I", 0)
 
 
 @pytest.mark.parametrize(
