@@ -112,10 +112,9 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 class FileImages(Dataset[Sample]):
-    """The images of a split as a torch data set, read by batches of keys (epoch, index).
+    """The images of a split as a torch data set, read by batches of keys (epoch, index): uint8 `(3, size, size)`.
 
-    They are transformed to uint8 `(3, size, size)`; with an augmentation they are cropped for training instead, and all
-    keys of a batch are of one epoch.
+    With an augmentation they are not transformed but cropped for training, and all keys of a batch are of one epoch.
     """
 
     def __init__(

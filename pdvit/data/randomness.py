@@ -29,10 +29,7 @@ def fold(*numbers: int) -> int:
 
 
 def uniform(seed: int, indices: Tensor, draws: int) -> Tensor:
-    """Return `draws` numbers in [0, 1) for each sample: `(len(indices), draws)`, float32, on the device of `indices`.
-
-    Sample i gets the same numbers whichever batch it is in.
-    """
+    """Return `draws` numbers in [0, 1) for each sample: float32 `(len(indices), draws)`, the same in any batch."""
 
     def shift(state: Tensor, bits: int) -> Tensor:  # fills with zeros, where torch copies the sign
         return (state >> bits) & ((1 << (64 - bits)) - 1)
