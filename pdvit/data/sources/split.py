@@ -173,7 +173,7 @@ class Source:
         resolve, seen, again = cache(os.path.realpath), dict[int, tuple[str, int]](), defaultdict[str, list[str]](list)
         for role, split in self.splits.items():
             for index, label in enumerate(split.labels.tolist() if isinstance(split, FileSplit) else []):
-                folder, file = os.path.split(name := split.name(index))
+                folder, _, file = (name := split.name(index)).rpartition("/")
                 first = seen.setdefault(hash((resolve(folder), file)), place := (role, label))
                 if first is not place:
                     text = "with two labels" if first[1] != label else "repeated"
