@@ -47,8 +47,8 @@ def patch_cutmix(
         targets: class indices `(B,)`; or, where an image can have several labels, numbers `(B, num_classes)`.
         patch_size: side of a patch in pixels.
         num_classes: length of the soft class targets.
-        alpha: the fraction of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
-            nothing, and every patch has the class of its image.
+        alpha: the fraction of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches so that
+            both images stay present; 0 pastes nothing, and every patch has the class of its image.
         rng: the generator; unset: seeded by Python's own, so `random.seed` decides.
         mode: `batch`: one rectangle, from the image before; `elem`: a rectangle for each image, from the image before;
             `pair`: two neighbouring images swap a rectangle (the last of an odd number stays unchanged).
@@ -143,13 +143,17 @@ def partners(count: int, mode: str) -> Tensor:
 def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
     """Draw which patches of each image are pasted, `(count, rows, columns)`.
 
-    They form a rectangle, whose fraction of the grid follows Beta(alpha, alpha).
+    They form a rectangle, whose fraction of the grid follows Beta(alpha, alpha): at least a patch, and at most all but
+    one row or column (nothing in a grid of one patch).
     """
     group = MODES[mode] or max(1, count)
     drawn = torch.zeros(-(-count // group), rows, columns, dtype=torch.bool)
     for pasted in drawn if alpha > 0 else ():
         side = math.sqrt(rng.betavariate(alpha, alpha))
-        tall, wide = round(rows * side), round(columns * side)
+        tall, wide = max(1, round(rows * side)), max(1, round(columns * side))
+        if (tall, wide) == (rows, columns):
+            by_row = rows > columns or (rows == columns and rng.random() < 0.5)
+            tall, wide = tall - by_row, wide - (not by_row)
         top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
         pasted[top : top + tall, left : left + wide] = True
     return drawn.repeat_interleave(group, 0)[:count]
