@@ -115,7 +115,6 @@ class Mixing:
             return own, own_targets, None
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
         source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
-        grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
             group = MODES[self.mode] or size
@@ -123,8 +122,10 @@ class Mixing:
             fraction = drawn.repeat_interleave(group)[mine, None].to(images.device, non_blocking=True)
             soft, weight = _soft(own_targets, targets[source], fraction, self.num_classes), fraction[..., None, None]
             blended = (1 - weight) * own + weight * images[source]
-            mixed = Mixed(blended, soft, soft[:, None].expand(-1, math.prod(grid), -1))
+            patches = math.prod(grid_of(*images.shape[-2:], self.patch_size)) if self.labels else 1
+            mixed = Mixed(blended, soft, soft[:, None].expand(-1, patches, -1))
         else:
+            grid = grid_of(*images.shape[-2:], self.patch_size)
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
             pasted = pasted.to(images.device, non_blocking=True)
             mixed = paste(own, own_targets, images[source], targets[source], pasted, self.num_classes)
@@ -181,6 +182,6 @@ def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the patch grid; raises UserError if patches do not fit."""
     if height % patch_size or width % patch_size:
         what = f"patches of {patch_size} pixels do not fit images of {height}x{width}"
-        tip = f"choose an image size that is a multiple of {patch_size}"
+        tip = f"choose a multiple of {patch_size} as image size, or leave out CutMix and mixing (--cutmix 0 --mixing 0)"
         raise UserError(what, "data.img_size and model.patch_size", tip)
     return height // patch_size, width // patch_size
