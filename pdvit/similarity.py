@@ -47,8 +47,7 @@ def unit_tokens(tokens: Tensor) -> Tensor:
 
     A token without direction becomes 0. In float16, tokens below 6e-5 have no gradient, because it would overflow.
     """
-    unit: Tensor = _Unit.apply(tokens)
-    return unit
+    return _Unit.apply(tokens)  # type: ignore[no-any-return]
 
 
 def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:

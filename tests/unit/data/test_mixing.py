@@ -82,10 +82,8 @@ def test_both_images_stay_present(grid, alpha):
     assert fractions.min() > 0
     assert fractions.max() <= 1 - 1 / max(grid) + 1e-6  # at least a row or column stays
     if grid == (4, 4) and alpha == 1.0:  # Beta's upper quarter or so is rounded to 3/4, whichever side stays
-        largest = pasted[fractions == fractions.max()]
-        sides = [(~largest[:, side]).all(1).float().mean().item() for side in (0, -1)]
-        sides += [(~largest[:, :, side]).all(1).float().mean().item() for side in (0, -1)]
-        assert sides == pytest.approx([0.25] * 4, abs=0.06)
+        largest = pasted[fractions == fractions.max()].float().mean(0)
+        assert largest[0].mean().item() == pytest.approx(largest[:, -1].mean().item(), abs=0.06)
         assert fractions.mean().item() == pytest.approx(0.46, abs=0.02)
 
 

@@ -92,7 +92,6 @@ def test_sizes_that_do_not_fit_or_have_another_place_are_refused(config, what, t
         (VIT, {"img_size": 16}, "single patch", "32"),
         ("convnext_atto", {"img_size": 100}, "patches of 32 pixels do not fit images of 100x100", "96 or 128"),
         ("convnext_atto", {"img_size": 56}, "patches of 32 pixels do not fit images of 56x56", "such as 64"),
-        ("hiera_tiny_224", {"img_size": 56}, "patches of 32 pixels do not fit images of 56x56", "such as 64"),
     ],
 )
 def test_patches_that_do_not_fit_the_image_are_refused_with_a_size_that_does(name, arguments, what, tip):
