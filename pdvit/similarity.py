@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from pdvit.errors import UserError
 
-# A shorter token has no direction: its cosines and its gradient are 0.
+# A token without a larger entry has no direction: its cosines and its gradient are 0.
 SHORTEST = 1e-12
 # Entries of the Gram matrix that exist at one moment: 16 MB of float32.
 BLOCK_ENTRIES = 4 * 2**20
@@ -45,22 +45,45 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
 def unit_tokens(tokens: Tensor) -> Tensor:
     """Scale every token of `(..., D)` to length 1, in float32 (float64 stays) even under autocast.
 
-    A token without direction becomes 0. In float16 that begins earlier, where the gradient would overflow.
+    A token without direction becomes 0. In float16, tokens below 6e-5 have no gradient, because it would overflow.
     """
-    return at_least_float32(tokens) * _inverse_length(tokens)
+    return _Unit.apply(tokens)  # type: ignore[no-any-return]
 
 
-def _inverse_length(tokens: Tensor) -> Tensor:
-    """Return what scales each token to length 1, `(..., 1)`; 0 for a token without direction."""
-    shortest = max(SHORTEST, torch.finfo(tokens.dtype).tiny)
-    length = torch.linalg.vector_norm(at_least_float32(tokens), dim=-1, keepdim=True)
-    # with <=, a token that is not a number stays one
-    return torch.where(length <= shortest, 0, 1 / length.clamp_min(shortest))
+def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens at length 1, and what scales the gradient of each, `(..., 1)`: 1 / length, or 0 without one."""
+    wide = at_least_float32(tokens)
+    # The largest entry becomes 1 first: the square of a large or small one is infinite or 0.
+    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    scale = torch.where(largest <= SHORTEST, 0, 1 / largest)  # with <=, a token that is not a number stays one
+    unit = wide * scale
+    scale_to_one = 1 / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1)
+    if tokens.dtype == torch.float16:
+        scale = torch.where(largest < torch.finfo(tokens.dtype).tiny, 0, scale)
+    return unit.mul_(scale_to_one), scale * scale_to_one
 
 
 def at_least_float32(tokens: Tensor) -> Tensor:
     """Return half-precision tensors as float32, others as they are."""
     return tokens if tokens.dtype == torch.float64 else tokens.float()
+
+
+class _Unit(torch.autograd.Function):
+    """Tokens u = h / |h| at length 1; the gradient g of u becomes (g - (g . u) u) / |h|."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> Tensor:
+        unit, scale = _normalize(tokens)
+        ctx.save_for_backward(unit, scale)
+        ctx.dtype = tokens.dtype
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, scale = ctx.saved_tensors
+        along = (grad * unit).sum(-1, keepdim=True)
+        return torch.addcmul(grad, along, unit, value=-1).mul_(scale).to(ctx.dtype)
 
 
 class _AbsoluteCosines(torch.autograd.Function):
@@ -75,8 +98,7 @@ class _AbsoluteCosines(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor) -> Tensor:
         images, count, _ = tokens.shape
         rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
-        scale = _inverse_length(tokens)
-        unit = at_least_float32(tokens) * scale
+        unit, scale = _normalize(tokens)
         total = unit.new_zeros(images)
         slopes = []
         # Autocast would round the cosines to bf16 before they are summed.
@@ -86,20 +108,20 @@ class _AbsoluteCosines(torch.autograd.Function):
                 cosines = block @ unit.transpose(1, 2)
                 cosines.diagonal(offset=start, dim1=1, dim2=2).zero_()
                 if not ctx.needs_input_grad[0]:
-                    total = total + cosines.abs().sum((1, 2))
+                    total = total + cosines.abs_().sum((1, 2))
                     continue
                 pull = cosines.sign_() @ unit
                 along = (pull * block).sum(-1, keepdim=True)
                 total = total + along.sum((1, 2))
                 # no slice of one tensor: torch 2.11 compiles that to a gradient of 0
-                slopes.append(torch.addcmul(pull, along, block, value=-1).mul_(scale[:, start : start + rows]))
+                slopes.append(pull.addcmul_(along, block, value=-1))
         if slopes:
-            ctx.save_for_backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1))
+            ctx.save_for_backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1), 2 * scale)
         ctx.dtype = tokens.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        slope: Tensor = ctx.saved_tensors[0]
-        return (2 * grad[:, None, None] * slope).to(ctx.dtype)
+        slope, scale = ctx.saved_tensors
+        return (slope * (grad[:, None, None] * scale)).to(ctx.dtype)

@@ -47,8 +47,8 @@ def patch_cutmix(
         targets: class indices `(B,)`; or, where an image can have several labels, numbers `(B, num_classes)`.
         patch_size: side of a patch in pixels.
         num_classes: length of the soft class targets.
-        alpha: the fraction of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches; 0 pastes
-            nothing, and every patch has the class of its image.
+        alpha: the fraction of the pasted area is drawn from Beta(alpha, alpha), then rounded to whole patches so that
+            both images stay present; 0 pastes nothing, and every patch has the class of its image.
         rng: the generator; unset: seeded by Python's own, so `random.seed` decides.
         mode: `batch`: one rectangle, from the image before; `elem`: a rectangle for each image, from the image before;
             `pair`: two neighbouring images swap a rectangle (the last of an odd number stays unchanged).
@@ -115,7 +115,6 @@ class Mixing:
             return own, own_targets, None
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
         source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
-        grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
             group = MODES[self.mode] or size
@@ -123,8 +122,10 @@ class Mixing:
             fraction = drawn.repeat_interleave(group)[mine, None].to(images.device, non_blocking=True)
             soft, weight = _soft(own_targets, targets[source], fraction, self.num_classes), fraction[..., None, None]
             blended = (1 - weight) * own + weight * images[source]
-            mixed = Mixed(blended, soft, soft[:, None].expand(-1, math.prod(grid), -1))
+            patches = math.prod(grid_of(*images.shape[-2:], self.patch_size)) if self.labels else 1
+            mixed = Mixed(blended, soft, soft[:, None].expand(-1, patches, -1))
         else:
+            grid = grid_of(*images.shape[-2:], self.patch_size)
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
             pasted = pasted.to(images.device, non_blocking=True)
             mixed = paste(own, own_targets, images[source], targets[source], pasted, self.num_classes)
@@ -143,13 +144,17 @@ def partners(count: int, mode: str) -> Tensor:
 def draw_pasted(count: int, rows: int, columns: int, alpha: float, mode: str, rng: random.Random) -> Tensor:
     """Draw which patches of each image are pasted, `(count, rows, columns)`.
 
-    They form a rectangle, whose fraction of the grid follows Beta(alpha, alpha).
+    They form a rectangle, whose fraction of the grid follows Beta(alpha, alpha): at least a patch, and at most all but
+    one row or column (nothing in a grid of one patch).
     """
     group = MODES[mode] or max(1, count)
     drawn = torch.zeros(-(-count // group), rows, columns, dtype=torch.bool)
     for pasted in drawn if alpha > 0 else ():
         side = math.sqrt(rng.betavariate(alpha, alpha))
-        tall, wide = round(rows * side), round(columns * side)
+        tall, wide = max(1, round(rows * side)), max(1, round(columns * side))
+        if (tall, wide) == (rows, columns):
+            by_row = rows > columns or (rows == columns and rng.random() < 0.5)
+            tall, wide = tall - by_row, wide - (not by_row)
         top, left = rng.randint(0, rows - tall), rng.randint(0, columns - wide)
         pasted[top : top + tall, left : left + wide] = True
     return drawn.repeat_interleave(group, 0)[:count]
@@ -177,6 +182,6 @@ def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Return rows and columns of the patch grid; raises UserError if patches do not fit."""
     if height % patch_size or width % patch_size:
         what = f"patches of {patch_size} pixels do not fit images of {height}x{width}"
-        tip = f"choose an image size that is a multiple of {patch_size}"
+        tip = f"choose a multiple of {patch_size} as image size, or leave out CutMix and mixing (--cutmix 0 --mixing 0)"
         raise UserError(what, "data.img_size and model.patch_size", tip)
     return height // patch_size, width // patch_size

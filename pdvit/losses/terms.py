@@ -1,5 +1,6 @@
 """The weights of all terms, and the terms that have no variants: they compare the patches of the last layer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -31,8 +32,9 @@ def koleo_loss(last: Tensor) -> Tensor:
 
     The differential entropy of points on the sphere after Kozachenko and Leonenko, as a regulariser: Sablayrolles et
     al., arXiv 1806.03198. DINOv2 (arXiv 2304.07193) applies it, with weight 0.1, to class tokens across images; here it
-    compares the patches within an image. Neighbours are found without gradient, as there. A distance r enters as
-    sqrt(r^2 + 1e-16), so that value and gradient stay finite.
+    compares the patches within an image. As there, neighbours are found without gradient, and a patch of length 0 stays
+    0: no neighbour of others unless all their products are negative, and its own is the first of the image, mostly at
+    distance 1. It has no gradient here. A distance r enters as sqrt(r^2 + 1e-16), so value and gradient stay finite.
 
     Args:
         last: patch tokens `(B, N, D)` of the last layer.
@@ -50,16 +52,25 @@ def koleo_loss(last: Tensor) -> Tensor:
 
 
 def _nearest(unit: Tensor) -> Tensor:
-    """Return the index of the nearest other token of the image for each of `(B, N, D)`: `(B, N)`, in blocks of rows."""
+    """Return the index of the nearest other token of the image for each of `(B, N, D)`: `(B, N)`, in blocks of rows.
+
+    With c_i the tokens minus their mean, |u_i - u_j|^2 = |c_i|^2 - 2 (c_i . c_j - |c_j|^2 / 2). The bracket is
+    compared. It does not cancel if the patches are nearly equal, where all products u_i . u_j round to 1.
+    """
     images, count, _ = unit.shape
     rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
+    present = torch.linalg.vector_norm(unit, dim=-1) > 0  # a token of length 0 counts as orthogonal to all
+    centred = unit - unit.mean(1, keepdim=True)
+    halves = (centred.square().sum(-1) / 2 + 0.5 * ~present)[:, None]
     found = []
     with torch.autocast(unit.device.type, enabled=False):
         for start in range(0, count, rows):
-            cosines = unit[:, start : start + rows] @ unit.transpose(1, 2)
-            cosines.diagonal(offset=start, dim1=1, dim2=2).fill_(-2)  # below any cosine
-            found.append(cosines.argmax(-1))
-    return torch.cat(found, 1)
+            block = centred[:, start : start + rows]
+            closeness = torch.baddbmm(halves, block, centred.transpose(1, 2), beta=-1)
+            closeness.diagonal(offset=start, dim1=1, dim2=2).fill_(-math.inf)
+            found.append(closeness.argmax(-1))
+    first = (torch.arange(count, device=unit.device) == 0).long()  # the first other token
+    return torch.where(present, torch.cat(found, 1), first)
 
 
 def spectral_loss(last: Tensor) -> Tensor:

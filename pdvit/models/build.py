@@ -89,9 +89,9 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
         if (height, width) == (patch, patch):
             tip = f"choose a larger image, such as {2 * patch} pixels, or smaller patches"
             raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
-        whole, last = height % patch == width % patch == 0, list(places)[-1]
-        if not whole or shapes_of(model, {last: places[last]}, where)[last][0] != (height // patch) * (width // patch):
-            near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times)
+        last, grid = list(places)[-1], -(-height // patch) * -(-width // patch)
+        if shapes_of(model, {last: places[last]}, where)[last][0] != grid:  # some pad other sizes, as Swin does
+            near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times > 1)
             tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
             raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)
         if len(SKETCHES) == MAX_SKETCHES:

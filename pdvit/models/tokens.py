@@ -34,6 +34,7 @@ class DiverseModel(Wrapper):
             added; or the number of a block, from 1.
         last: `"norm"`, the output of the final norm over tokens if the model has one; `"block"`, of the last block.
         cosine_layers: numbers of more blocks for the cosine term.
+        compared: whether the contrastive term is on. Without it, first may be last, or have another grid or width.
 
     Raises:
         UserError: the model is not supported, first and last can't be compared, there is no such layer, or the patch
@@ -49,10 +50,11 @@ class DiverseModel(Wrapper):
         first: str | int = "block",
         last: str = "norm",
         cosine_layers: Sequence[int | str] = (),
+        compared: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
-        self.taps = Taps(model, first, last, cosine_layers, head_input=True)
+        self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = patch_head if isinstance(patch_head, nn.Module) else None
@@ -141,13 +143,19 @@ class Taps:
     Hooks are registered at construction, because compiled code ignores later ones. They are open during a forward pass
     only, so that gradient checkpointing, which runs blocks again, stores nothing.
 
-    `first`, `last` and `others` are those of `DiverseModel`, with its `cosine_layers` as others. With `head_input`, the
-    tokens that the model's head reads follow first and last; `width` is theirs. Raises UserError if there are no such
-    layers, or first and last can't be compared.
+    `first`, `last`, `others` and `compared` are those of `DiverseModel`, with its `cosine_layers` as others. With
+    `head_input`, the tokens that the model's head reads follow first and last; `width` is theirs. Raises UserError if
+    there are no such layers, or first and last can't be compared.
     """
 
     def __init__(
-        self, model: nn.Module, first: str | int, last: str, others: Sequence[int | str], head_input: bool = False
+        self,
+        model: nn.Module,
+        first: str | int,
+        last: str,
+        others: Sequence[int | str],
+        compared: bool = True,
+        head_input: bool = False,
     ) -> None:
         import torch._dynamo  # slow to import
 
@@ -165,20 +173,19 @@ class Taps:
         last = final if last == "norm" else blocks[-1]
         more = [_block(number, blocks, COSINE) for number in others]
         if first == "block":
-            alike = [name for name in blocks if shapes[name] == shapes[last] and name != last]
-            if not alike:
-                tip = "try --last block or --first embed, or choose a model with two blocks of one grid at its end"
-                raise UserError(f"no block before {last} has its grid and width, so none can be first", FIRST, tip)
-            first = alike[0]
+            first = next((name for name in blocks if shapes[name] == shapes[last]), last)
         elif first not in EARLY:
             if not str(first).isdecimal():
                 tip = f"choose block, embed, patches, or a number from 1 to {len(blocks)}"
                 raise UserError(f"there is no first called '{first}'", FIRST, tip)
             first = _block(first, blocks, FIRST)
         first = str(first)
-        if first == last:
-            raise UserError(f"first and last are both {first}", FIRST, "choose an earlier layer")
-        if shapes.get(first) != shapes[last]:
+        if first == last and compared:
+            tip = (
+                "choose an earlier layer or a model with two blocks at its end, or leave out the term (--contrastive 0)"
+            )
+            raise UserError(f"first and last are both {first}, so the contrastive term compares nothing", FIRST, tip)
+        if first not in shapes or (shapes[first] != shapes[last] and compared):
             what = f"the shape of {first} is not that of {last}: {shapes.get(first)} against {shapes[last]}"
             raise UserError(f"{what} (patches, width)", FIRST, "use --first block, whatever the preset says")
         self.names = (first, last, *([final] if head_input else []), *more)

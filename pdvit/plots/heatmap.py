@@ -115,8 +115,8 @@ def plot_maps(
         titles = [style.shorten(names[image], 14), *(layers[at] for at in depths)]
         for axes, title in zip(grid_of_axes[0], titles, strict=True):
             axes.set_title(title, fontsize=7.5, loc="center")
-        figure.suptitle(style.shorten(name), x=0.005, ha="left", fontsize=8.5)
-        figure.colorbar(mesh, ax=figure.axes, label="cos with the framed patch", aspect=25, shrink=0.9, pad=0.01)
+        figure.suptitle(f"{style.shorten(name)}: cos with the framed patch", x=0.005, ha="left", fontsize=8.5)
+        figure.colorbar(mesh, ax=figure.axes, aspect=25, shrink=0.9, pad=0.01)
         return figure
 
 

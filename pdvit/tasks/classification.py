@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pdvit.config.schema import Config
 from pdvit.data.augment import Augmentation
 from pdvit.data.loader import Batch, eval_batches, train_batches
-from pdvit.data.mixing import Mixing
+from pdvit.data.mixing import Mixing, grid_of
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
@@ -37,6 +37,8 @@ class ClassificationTask(ImageTask):
             raise UserError(what, "augment.shift (--shift)", f"shift by less than {size}, for example {size // 8}")
         cutmix, prob, classes = augment.cutmix or 0.0, augment.mixup_prob, len(source.classes)
         labels = self.objective.mixing > 0
+        if cutmix or labels:
+            grid_of(size, size, self.patch_size)  # raises the error before the run
         self.mixing = Mixing(
             cutmix, prob, self.patch_size, classes, labels, augment.mixup_mode, augment.mixup, augment.mixup_switch_prob
         )
@@ -58,6 +60,7 @@ class ClassificationTask(ImageTask):
             first=diversity.first or "block",
             last=diversity.last or "norm",
             cosine_layers=diversity.cosine_layers.replace(",", " ").split(),
+            compared=self.objective.contrastive > 0,
         )
 
     def describe(self) -> str:

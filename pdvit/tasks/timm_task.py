@@ -44,7 +44,9 @@ class DiversityTask(TimmTask):
         if objective.multi_label:
             tip = "write the loop yourself: docs/extend.md"
             raise UserError("timm's classification task has one class per image", "DiversityTask(objective=...)", tip)
-        super().__init__(DiverseModel(model, patch_head=objective.mixing > 0), criterion, **kwargs)
+        super().__init__(
+            DiverseModel(model, objective.mixing > 0, compared=objective.contrastive > 0), criterion, **kwargs
+        )
         self.objective, self.cutmix, self.prob = objective, cutmix, prob
         bare: Any = model
         self.patch_size, self.classes = strides_of(bare)[-1], int(bare.num_classes)

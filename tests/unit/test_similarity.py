@@ -127,6 +127,20 @@ def test_value_and_gradient_are_finite(device, signed, dtype, autocast, case):
     assert gradient.dtype == dtype
 
 
+LARGE_AND_SMALL = [(torch.float32, 1e20), (torch.float32, 1e37), (torch.bfloat16, 1e30), (torch.float32, 1e-11)]
+LARGE_AND_SMALL += [(torch.float16, 2e4), (torch.float16, 1e-5), (torch.float16, 1e-6)]
+
+
+@SIGNED
+@pytest.mark.parametrize(("dtype", "size"), LARGE_AND_SMALL, ids=str)
+def test_the_size_of_tokens_does_not_matter(signed, dtype, size):
+    """A square of such a size is infinite or 0 in float32; float16 has only a few digits left."""
+    tokens = (gaussian(2, 9, 7).clamp(-3, 3) * size).to(dtype)
+    value, gradient = value_and_gradient(tokens, signed)
+    assert value.tolist() == pytest.approx(literal(tokens.double(), signed), abs=1e-6)
+    assert gradient.isfinite().all()
+
+
 @SIGNED
 @DTYPES
 def test_half_precision_and_autocast_compute_in_float32(device, signed, dtype):

@@ -17,14 +17,14 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     diagonal from frequency 0 to the highest, minus its value at 0; K = min(grid) // 2 + 1. Amplitudes below 1e-6 of
     their channel's largest are rounding and count as that.
     """
-    amplitude: Tensor = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho").abs()
-    power = amplitude.square().double().sum(1)
+    transformed = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho")
+    amplitude = transformed.abs().double()
+    power = amplitude.square().sum(1)
     total = power.sum((1, 2))
     rows, columns = (torch.fft.fftfreq(size, device=tokens.device).abs() for size in grid)
     high = power * torch.maximum(rows[:, None], columns).ge(0.25)
     zero = total == 0
     scale = total.masked_fill(zero, 1)
-    amplitude = amplitude.double()
     floor = ROUNDING * amplitude.amax((2, 3), keepdim=True)
     logarithm = amplitude.maximum(floor).clamp_min(torch.finfo(torch.float32).tiny).log().mean(1)
     side = min(grid)

@@ -77,8 +77,8 @@ class ArraySplit(Split):
         return Image.fromarray(self.images[index].permute(1, 2, 0).cpu().numpy())
 
     def name(self, index: int) -> str:
-        """Return the number of an image."""
-        return f"image {index + 1}"
+        """Return the number of an image, from 0 as everywhere."""
+        return f"image {index}"
 
     def hash(self) -> str:
         """Return a hash of labels and pixels."""

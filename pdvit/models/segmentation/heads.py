@@ -54,6 +54,9 @@ class UPerNetHead(nn.Module):
             raise UserError(what, "segment.head (--head)", tip) from error
         self.neck = Neck(widths, strides)
         self.decoder = UPerNetDecoder([0, 0, *widths], encoder_depth=5, decoder_channels=width)
+        # MMSegmentation normalizes the maps of a Swin, in its backbone, but not those of a plain transformer.
+        if list(self.neck.parameters()):
+            self.decoder.feature_norms = nn.ModuleList([nn.Identity() for _ in widths])
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(width, classes, 1)
         self.aux: nn.Module | None = None

@@ -49,7 +49,7 @@ class Segmenter(Wrapper):
         adapter: Adapter,
         classes: int,
         segment: SegmentConfig,
-        tokens: tuple[str | int, str, Sequence[int | str]] | None = None,
+        tokens: tuple[str | int, str, Sequence[int | str], bool] | None = None,
     ) -> None:
         super().__init__()
         norm = segment.norm or "batch"
@@ -90,7 +90,7 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
     prune(backbone, adapter)
     segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
     others = diversity.cosine_layers.replace(",", " ").split()
-    tokens = (diversity.first or "block", diversity.last or "norm", others)
+    tokens = (diversity.first or "block", diversity.last or "norm", others, bool(diversity.contrastive))
     segmenter = Segmenter(backbone, adapter, classes, segment, tokens)
     if config.model.grad_checkpointing:
         checkpoint_activations(backbone)

@@ -74,6 +74,19 @@ def test_the_fraction_of_the_pasted_area_follows_the_beta_distribution(alpha):
         assert below == pytest.approx(stats.beta(alpha, alpha).cdf(limit), abs=0.04)
 
 
+@pytest.mark.parametrize("grid", [(24, 24), (7, 7), (4, 4), (2, 2), (1, 2), (3, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("alpha", [0.01, 1.0, 20.0])
+def test_both_images_stay_present(grid, alpha):
+    pasted = draw_pasted(2000, *grid, alpha, "elem", random.Random(0))
+    fractions = pasted.float().mean((1, 2))
+    assert fractions.min() > 0
+    assert fractions.max() <= 1 - 1 / max(grid) + 1e-6  # at least a row or column stays
+    if grid == (4, 4) and alpha == 1.0:  # Beta's upper quarter or so is rounded to 3/4, whichever side stays
+        largest = pasted[fractions == fractions.max()].float().mean(0)
+        assert largest[0].mean().item() == pytest.approx(largest[:, -1].mean().item(), abs=0.06)
+        assert fractions.mean().item() == pytest.approx(0.46, abs=0.02)
+
+
 @pytest.mark.parametrize(("mode", "boxes"), [("batch", 1), ("pair", 3), ("elem", 6)])
 def test_the_mode_decides_which_images_have_a_rectangle_in_common(mode, boxes):
     images, _ = make(6, 8, 8, 2)

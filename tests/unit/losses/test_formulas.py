@@ -172,6 +172,24 @@ def test_patches_that_do_not_fill_the_grid_are_refused():
         contrastive_loss(first, last, "released", grid=(2, 4))
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_koleo_finds_the_nearest_of_nearly_equal_patches(spread):
+    tokens = gaussian(1, 1, 64)[0] + spread * gaussian(1, 40, 64)[1]
+    expected = koleo_by_patches([], tokens[0].tolist(), (1, 40))
+    assert koleo_loss(tokens.float()).item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_koleo_takes_zero_tokens_as_dinov2_does():
+    """There the neighbour has the largest product, the first of equal ones, and distances get 1e-8."""
+    for seed, zeros in ((0, [2]), (1, [0, 3]), (2, [1, 2, 3]), (3, [0, 1, 2, 3, 4, 5])):
+        tokens = gaussian(1, 6, 2, seed)[1][0]
+        tokens[zeros] = 0
+        unit = torch.nn.functional.normalize(tokens, dim=-1)
+        nearest = (unit @ unit.T).fill_diagonal_(-2).max(1).indices
+        expected = -((unit - unit[nearest]).norm(dim=1) + 1e-8).log().mean().item()
+        assert koleo_loss(tokens[None]).item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_blocks_of_rows_do_not_change_koleo(monkeypatch):
     last = gaussian(2, 9, 4)[1]
     whole = koleo_loss(last)

@@ -8,6 +8,7 @@ from pdvit.models import build
 from pdvit.models.build import build_model, model_arguments, sketch_model, strides_of
 from pdvit.models.layers import image_size_of
 from pdvit.models.segmentation.segmenter import build_segmenter
+from pdvit.models.tokens import DiverseModel
 from tests.unit.models.segmentation.models import config
 from tests.unit.models.support import SMALL, SWIN, VIT, equal
 
@@ -89,13 +90,22 @@ def test_sizes_that_do_not_fit_or_have_another_place_are_refused(config, what, t
     [
         (VIT, SMALL | {"img_size": 36}, "patches of 8 pixels do not fit images of 36x36", "32 or 40"),
         (VIT, {"img_size": 16}, "single patch", "32"),
-        ("pvt_v2_b0", {"img_size": 100}, "patches of 32 pixels do not fit images of 100x100", "96 or 128"),
+        ("convnext_atto", {"img_size": 100}, "patches of 32 pixels do not fit images of 100x100", "96 or 128"),
+        ("convnext_atto", {"img_size": 56}, "patches of 32 pixels do not fit images of 56x56", "such as 64"),
     ],
 )
 def test_patches_that_do_not_fit_the_image_are_refused_with_a_size_that_does(name, arguments, what, tip):
     with pytest.raises(UserError, match=what) as caught:
         sketch_model(name, arguments)
     assert tip in caught.value.tip
+
+
+@pytest.mark.parametrize("name", [SWIN, "pvt_v2_b0"])
+def test_a_model_that_pads_its_maps_takes_other_sizes(name):
+    tokens = DiverseModel(build_model(name, {"img_size": 56, "depths": (1, 1, 1, 2)}), False)(
+        torch.rand(1, 3, 56, 56)
+    ).last
+    assert tokens.shape[1] == 4
 
 
 def test_a_built_model_is_timms_own_and_a_sketch_takes_no_memory():

@@ -62,6 +62,8 @@ def test_first_can_be_before_the_blocks(first, model, prefix):
         (small, IMAGES, {"first": "2"}, ["block 2", "norm"]),
         (swin, LARGE, {"last": "block"}, ["block 4", "block 5"]),
         (partial(swin, depths=(1, 1, 1, 1)), LARGE, {}, ["block 4", "norm"]),
+        (partial(swin, depths=(1, 1, 1, 1)), LARGE, {"last": "block", "compared": False}, ["block 4", "block 4"]),
+        (swin, LARGE, {"first": 1, "compared": False}, ["block 1", "norm"]),
     ],
 )
 @torch.no_grad()
@@ -93,7 +95,8 @@ def on_meta(name: str) -> nn.Module:
         (small, {"last": "head"}, "no last called 'head'"),
         (small, {"cosine_layers": (1, 9)}, "no block 9"),
         *((swin, {"first": first}, "the shape of") for first in ("embed", "patches", 1)),  # another grid than last
-        (partial(swin, depths=(1, 1, 1, 1)), {"last": "block"}, "none can be first"),
+        (partial(swin, depths=(1, 1, 1, 1)), {"last": "block"}, "first and last are both block 4"),
+        (swin, {"first": "patches", "compared": False}, "the shape of patches"),
         (small, {"patch_head": "linear"}, "no patch head called"),
         (small, {"patch_head": nn.Linear(25, 3)}, "width 24"),
         (small, {"patch_head": nn.Linear(24, 4)}, "3 classes"),

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from pdvit.cli.plot import FIGURES, app, draw_figure
 from pdvit.plots.heatmap import plot_confusion, plot_maps
@@ -41,7 +42,7 @@ def draw(tmp_path_factory, analysis_folder):
             run = read_run(folder, "", needed.group)
             return draw_figure(figure, [replace(run, name=name) for name in names], theme)
         if figure == "maps":
-            return plot_maps(read_arrays(folder / "analysis" / "maps.npz", ""), names[0], theme=theme)
+            return plot_maps(read_arrays(folder / "analysis" / "maps.npz", ""), names[0], 0, [(1, 2)], theme)
         if figure == "training":
             return plot_training(dict.fromkeys(names, records), theme)
         if figure == "confusion":
@@ -59,6 +60,7 @@ def luminance(colour: object) -> float:
 
 
 @pytest.mark.parametrize(("theme", "names"), [(LIGHT, ["one", "two"]), (DARK, HOSTILE)], ids=["light", "dark"])
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 @pytest.mark.parametrize("figure", NAMES)
 def test_letters_can_be_read_in_print_and_hostile_names_are_drawn_as_they_are(draw, figure, theme, names):
     drawing = draw(figure, names, theme)
@@ -77,6 +79,11 @@ def test_letters_can_be_read_in_print_and_hostile_names_are_drawn_as_they_are(dr
         shown = "".join(ElementTree.fromstring(render(drawing, ".svg")).itertext())
         assert "$x_1" in shown
         assert "\x01" not in shown
+    else:  # no title or label is cut off
+        drawing.draw_without_rendering()
+        texts = [text for axes in drawing.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        np.testing.assert_allclose(Bbox.union([drawing.bbox, *boxes]), drawing.bbox, atol=1)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])

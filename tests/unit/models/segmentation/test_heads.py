@@ -4,7 +4,7 @@ from torch import nn
 
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.segmentation.heads import Neck, Pool, replace_modules, with_norm
+from pdvit.models.segmentation.heads import Neck, Pool, UPerNetHead, replace_modules, with_norm
 
 CPU = torch.device("cpu")
 
@@ -24,6 +24,20 @@ def test_the_size_of_the_neck_for_a_base_vit_is_that_of_mmsegmentation():
     with torch.device("meta"):
         neck = Neck([768] * 4, [16] * 4)
     assert round(sum(weight.numel() for weight in neck.parameters()) / 1e6, 2) == 7.08
+
+
+def test_upernet_on_a_plain_model_has_the_layers_of_mmsegmentation_and_no_other():
+    with torch.device("meta"):
+        head = UPerNetHead([768] * 4, [16] * 4, 150, 512, aux=False, norm="batch")
+
+    def convolution(width, side=1):  # with its BatchNorm, to 512 channels
+        return 512 * width * side**2 + 2 * 512
+
+    pooled, laterals, merged = 4 * convolution(768), 3 * convolution(768), 3 * convolution(512, 3)
+    joined = convolution(768 + 4 * 512, 3) + convolution(4 * 512, 3)
+    expected = pooled + laterals + merged + joined + 512 * 150 + 150
+    sizes = {name: weight.numel() for name, weight in head.named_parameters() if not name.startswith("neck.")}
+    assert sum(sizes.values()) == expected
 
 
 @pytest.mark.parametrize(
