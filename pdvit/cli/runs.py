@@ -96,7 +96,8 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
-    length = f"{trainer.steps.total} steps of {task.batch_size} images on {device_name(device)}{processes}"
+    length = f"{trainer.steps.total} steps of {task.batch_size} images at a peak rate of {config.optim.lr:.3g}"
+    length += f" on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
     unused = (*unused_settings(config, in_memory), *unused_source_settings(config.data))

@@ -15,6 +15,7 @@ SMALL_HEAD_WIDTH, SMALL_IMAGE, SMALL_LR = 16, 32, 1e-3
 SCENE = 64  # side of the digit scenes
 # DeiT's learning rate for 512 images per update, and the tenth of it with which the paper's authors finetune.
 LR_PER_512, FINETUNE_FACTOR = 5e-4, 0.1
+MIN_LR_FACTOR = 1e-3
 # Narrower models than timm's finetune with the rate of the small model (docs/finetune.md).
 NARROW = 192
 # The paper's (and MMSegmentation's) for 16 images: the head of a segmentation is new even on a pretrained backbone.
@@ -59,7 +60,7 @@ def resolve(config: Config) -> Config:
         raise UserError("images with masks are not mixed", where, "leave them at 0")
     config = with_crop(_model(replace(config, diversity=replace(diversity, **values), augment=augment)))
     lr, final = config.optim.lr, config.optim.min_lr
-    if lr is not None and final > lr:
+    if lr is not None and final is not None and final > lr:
         raise UserError(f"the final learning rate {final:g} is above the peak, {lr:g}", "optim.min_lr", "lower it")
     return config
 
@@ -85,12 +86,16 @@ def _model(config: Config) -> Config:
         model = replace(model, **shape, heads=model.heads or max(1, shape["width"] // SMALL_HEAD_WIDTH))
         data = replace(data, img_size=data.img_size or (SCENE if segments else SMALL_IMAGE))
     if optim.lr is None:
-        lr = LR_PER_512 * data.batch_size / 512
+        # As timm's script: adaptive optimizers take the square root of the batch.
+        power = 0.5 if any(name in optim.opt.lower() for name in ("ada", "lamb")) else 1
+        lr = LR_PER_512 * (data.batch_size / 512) ** power
         if small or (model.init is not None and model.width is not None and model.width < NARROW):
             lr = SMALL_LR
         elif segments:
-            lr = LR_PER_16 * data.batch_size / 16
+            lr = LR_PER_16 * (data.batch_size / 16) ** power
         elif model.init is not None:
             lr = FINETUNE_FACTOR * lr
         optim = replace(optim, lr=lr)
+    if optim.min_lr is None and optim.lr is not None:
+        optim = replace(optim, min_lr=MIN_LR_FACTOR * optim.lr)
     return replace(config, model=model, data=data, optim=optim)

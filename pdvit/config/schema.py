@@ -202,8 +202,8 @@ class OptimConfig:
     opt: str = key("adamw", "Any timm optimizer.", "--opt")
     lr: float | None = key(
         None,
-        "Peak learning rate; unset: 1e-3, or 5e-4 x batch / 512 with --model (with --init a tenth of it; "
-        "segmentation 6e-5 x batch / 16).",
+        "Peak learning rate; unset: 1e-3, or with --model 5e-4 x sqrt(batch / 512) (with --init a tenth of it; "
+        "segmentation 6e-5 x sqrt(batch / 16); without the root for SGD and others that do not adapt).",
         "--lr",
         above=0,
     )
@@ -220,7 +220,12 @@ class OptimConfig:
         minimum=0,
         maximum=1,
     )
-    min_lr: float = key(1e-6, "Learning rate at the start of warm-up and at the end.", "--min-lr", minimum=0)
+    min_lr: float | None = key(
+        None,
+        "Learning rate at the start of warm-up and at the end; unset: a thousandth of --lr.",
+        "--min-lr",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def set_up(device: torch.device, run: RunConfig) -> None:
     """Choose torch's kernels for a run; raises UserError if the device does not support it."""
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the question below, which is about the current device
         if run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             what = f"{torch.cuda.get_device_name(device)} has no bfloat16"
             raise UserError(what, "run.precision (--precision)", "use --precision fp16 or fp32")
-        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     else:
         with suppress(OSError, AttributeError):  # only glibc has these settings

@@ -54,7 +54,7 @@ class Task(Protocol):
         """Return records of the validation images by type, `eval` among them, and a headline; the same on all ranks."""
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
-        """Return the closing metrics of the weights (`raw` or `ema`)."""
+        """Return the closing metrics of the weights (`raw` or `ema`); the run fails if `loss` is not finite."""
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return the files (name -> content) that hold these weights of the module."""

@@ -85,6 +85,7 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     return RunFailed(f"{updater.state.device} has no memory for {images} images at a time", tip)
 
 
+@torch.compiler.set_stance("force_eager")  # each size would be compiled
 def largest(updater: Updater, batch: TrainBatch, limit: int) -> int:
     """Return the largest power of two, or `limit`, of images whose gradient fits into memory; 0 if none does."""
     fits = 0

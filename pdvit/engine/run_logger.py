@@ -37,7 +37,7 @@ class RunLogger:
 
     def __post_init__(self) -> None:
         self.display = Display(self.console, self.steps.total, self.progress.step)
-        self.phase, self.created, self.since = "", time.perf_counter(), time.perf_counter()
+        self.phase, self.since = "", time.perf_counter()
         self.logged = (self.progress.samples, dict(self.progress.seconds_by_phase))
 
     @property

@@ -84,8 +84,8 @@ def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule)
             num_epochs=steps.total - steps.warmup,
             warmup_epochs=steps.warmup,
             warmup_prefix=True,
-            warmup_lr=optim.min_lr,
-            min_lr=optim.min_lr,
+            warmup_lr=optim.min_lr or 0.0,
+            min_lr=optim.min_lr or 0.0,
             decay_rate=1.0,  # timm reads it as the power of `poly`
             step_on_epochs=False,
             updates_per_epoch=1,  # so that timm's epochs are our steps

@@ -31,7 +31,10 @@ TENSOR, DTYPE = "__tensor__", "__dtype__"  # stand for values that JSON does not
 
 @dataclass
 class Progress:
-    """Steps, images, seconds by phase, skipped steps, the best evaluation, and lines of metrics.jsonl."""
+    """Steps, images, seconds by phase, skipped steps, the best evaluation, lines of metrics.jsonl.
+
+    `evaluation_owed`: an evaluation after `step` was due, and the run was stopped in it.
+    """
 
     step: int = 0
     samples: int = 0
@@ -40,6 +43,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     records: int = 0
+    evaluation_owed: bool = False
 
     @property
     def seconds(self) -> float:

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -72,14 +72,34 @@ class Display:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+class Stopped(BaseException):
+    """Leaves work that can be done again, because the command was asked to stop."""
+
+
 @dataclass
 class StopRequest:
-    """Whether the run was asked to stop, and why: the name of a signal, or the time limit."""
+    """Whether the command was asked to stop, and why: the name of a signal, or the time limit.
+
+    It is made as the command starts, so `created` is the start of the time limit.
+    """
 
     reason: str | None = None
+    created: float = field(default_factory=time.monotonic)
+    leave: bool = False  # whether a signal raises Stopped at once
 
     def __bool__(self) -> bool:
         return self.reason is not None
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise Stopped inside at a signal, or now if there was one. For work that can be left at any line."""
+        self.leave = True
+        try:
+            if self:
+                raise Stopped
+            yield
+        finally:
+            self.leave = False
 
 
 @contextmanager
@@ -90,7 +110,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def handle(number: int, _: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not request and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # not by print, which the signal may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: stopping ...\n".encode())
         request.reason = request.reason or signal.Signals(number).name
+        if request.leave:
+            raise Stopped
 
     handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, handle) for number in handled}

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Mapping
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from pdvit.engine.recovery import REPLAY, save_replay, with_advice
 from pdvit.engine.run_logger import RunLogger, profile_steps
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.engine.state import TrainState
-from pdvit.engine.terminal import StopRequest
+from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.engine.update import Updater, make_optimizer, parallelize
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory, Status
@@ -51,7 +51,7 @@ class Trainer:
         self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data)
         self.updater = Updater(task, network, self.state, config)
         self.batch: TrainBatch | None = None
-        self.saved_at, self.save_owed = 0.0, False
+        self.saved_at, self.save_owed = time.monotonic(), False
         waits = f"note: {config.optim.opt} can't skip a bad step on the device, so every update waits for it once"
         self.notes = [] if optimizer.defaults.get("fused") else [waits]
 
@@ -91,6 +91,8 @@ class Trainer:
             with logger.display, closing(self._batches()) as batches:
                 if self.ranks.main and self.config.run.track:
                     logger.trackers = Trackers(directory.path, state.config, progress.step, logger.display.log)
+                if progress.evaluation_owed and self._evaluate(stop):
+                    self._save(better=True)
                 for batch in batches:
                     self.batch = batch
                     logger.start("step")
@@ -101,28 +103,25 @@ class Trainer:
                     progress.samples += self.task.batch_size
                     if steps.due(progress.step, steps.log_every):
                         self._log(generators)
-                    better = steps.due(progress.step, steps.eval_every) and self._evaluate()
-                    elapsed = time.perf_counter() - logger.created
-                    if steps.time_limit_seconds is not None and elapsed >= steps.time_limit_seconds:
+                    better = steps.due(progress.step, steps.eval_every) and self._evaluate(stop)
+                    now = time.monotonic()
+                    if steps.time_limit_seconds is not None and now - stop.created >= steps.time_limit_seconds:
                         stop.reason = stop.reason or "time limit"
-                    overdue = (
-                        steps.save_every_seconds is not None and elapsed - self.saved_at >= steps.save_every_seconds
-                    )
+                    overdue = steps.save_every_seconds is not None and now - self.saved_at >= steps.save_every_seconds
                     writing = self.checkpoints.writing
                     failed = writing.done() and writing.exception() is not None  # the next save raises its error
                     flags = bool(stop), overdue or failed
                     stopping, save = any_rank(*flags) if any_rank else flags
                     pausing = progress.step == steps.stop_after
                     due = self.save_owed or steps.due(progress.step, steps.save_every, steps.milestone_every)
+                    ending = pausing or (stopping and (progress.step < steps.total or progress.evaluation_owed))
                     if stopping or pausing or save or better or due:
-                        self._save(better)
-                    if pausing or (stopping and progress.step < steps.total):
-                        self.checkpoints.writing.result()
-                        logger.write_status("stopped", reason=stop.reason or ("stop after" if pausing else None))
-                        self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
-                        return None
-                self.checkpoints.writing.result()
-                return self._finish()
+                        self._save(better, ending)
+                    if ending:
+                        return self._stop(stop.reason or ("stop after" if pausing else None))
+                return self._finish(stop)
+        except Stopped:  # of the closing evaluation: the last step is saved
+            return self._stop(stop.reason)
         except BaseException as error:
             described = error
             try:
@@ -135,6 +134,15 @@ class Trainer:
         finally:
             if logger.trackers:
                 logger.trackers.close()
+
+    def _stop(self, reason: str | None) -> None:
+        self.checkpoints.writing.result()
+        self.logger.write_status("stopped", reason=reason)
+        self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
+
+    def _interruptible(self, stop: StopRequest) -> AbstractContextManager[None]:
+        """A signal raises Stopped inside; not with several ranks, which wait for one another."""
+        return stop.interruptible() if self.ranks.world_size == 1 else nullcontext()
 
     def _batches(self) -> Generator[TrainBatch]:
         """Yield the batches of the remaining steps. If an image can't be read, save the steps before it."""
@@ -150,7 +158,7 @@ class Trainer:
                     batch = next(batches)
                 except UserError:
                     if self.ranks.world_size == 1 and progress.step:
-                        self._save()
+                        self._save(ending=True)
                     raise
                 yield batch
 
@@ -167,13 +175,22 @@ class Trainer:
             tip = f"see where: --replay {self.directory.path}; then start a new run with a lower --lr, or --clip-grad 1"
             raise RunFailed(f"{what}, up to step {self.state.progress.step}", tip)
 
-    def _evaluate(self) -> bool:
-        """Evaluate the validation images; return whether the result is the best so far, and is to be kept."""
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Evaluate the validation images; return whether the result is the best so far, and is to be kept.
+
+        If the run is asked to stop, the resumed run evaluates again.
+        """
         progress = self.state.progress
         self.logger.start("evaluate")
         self.state.check_weights()
         self.ranks.broadcast_buffers(self.evaluated)
-        records, headline = self.task.evaluate(self.evaluated)
+        progress.evaluation_owed = True
+        try:
+            with self._interruptible(stop):
+                records, headline = self.task.evaluate(self.evaluated)
+        except Stopped:
+            return False
+        progress.evaluation_owed = False
         self.logger.start("step")
         for record_type, record in records.items():
             self.logger.log(record_type, record)
@@ -184,10 +201,13 @@ class Trainer:
             progress.best, progress.best_step = value, progress.step
         return better and self.config.checkpoint.best
 
-    def _save(self, better: bool = False) -> None:
-        """Start to save, unless the last step was skipped; raises the error of the last write. All ranks take part."""
-        self.save_owed = bool(self.state.metrics.sums["in_a_row"] > 0)
-        if self.save_owed:  # the run may be broken: keep the checkpoint from before, and save once it has recovered
+    def _save(self, better: bool = False, ending: bool = False) -> None:
+        """Start to save; raises the error of the last write. All ranks take part.
+
+        After a skipped step the run may be broken: unless it is `ending`, it is saved once it has recovered.
+        """
+        self.save_owed = not ending and bool(self.state.metrics.sums["in_a_row"] > 0)
+        if self.save_owed:
             return
         self.logger.start("save")
         self.state.check_weights()
@@ -199,7 +219,7 @@ class Trainer:
                 if (replayed / LAST).read_text() < f"step-{snapshot.step:08d}":
                     shutil.rmtree(replayed)
         self.logger.start("step")
-        self.saved_at = time.perf_counter() - self.logger.created
+        self.saved_at = time.monotonic()
         self.logger.write_status("running")
 
     def _write_failure(self, error: BaseException) -> None:
@@ -216,11 +236,19 @@ class Trainer:
                 if second is not error:
                     error.add_note(f"and {second.what}")
 
-    def _finish(self) -> dict[str, Any]:
-        """Export the weights, measure them, and close the run."""
+    def _finish(self, stop: StopRequest) -> dict[str, Any]:
+        """Measure and export the weights, and close the run; raises RunFailed if nothing was learned."""
         progress = self.state.progress
+        self.checkpoints.writing.result()
         self.ranks.broadcast_buffers(self.evaluated)
-        metrics = self.task.finish(self.evaluated, self.weights)
+        with self._interruptible(stop):
+            metrics = self.task.finish(self.evaluated, self.weights)
+        tip = "start a new run: check --mean and --std, lower --lr, or use --clip-grad 1"
+        if 2 * progress.skipped > progress.step:
+            what = f"loss or gradient was infinite or not a number in {progress.skipped} of {progress.step} steps"
+            raise RunFailed(what, tip)
+        if not math.isfinite(loss := metrics.get("loss", 0.0)):
+            raise RunFailed(f"the loss on held-out images is {loss} at the end", tip)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # only rank 0 gets the tensors
         weights: Any = get_model_state_dict(self.evaluated, options=options)
         if self.ranks.main:

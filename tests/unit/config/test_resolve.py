@@ -69,19 +69,25 @@ SMALL_CHECKPOINT = {"name": "vit_tiny_patch16_224", "width": 48, "init": "runs/s
     [
         ({}, None, 64, 1e-3),
         ({"name": DEIT}, None, 512, 5e-4),
-        ({"name": DEIT}, None, 64, 6.25e-5),
-        ({"name": DEIT, "init": DEIT}, None, 512, 5e-5),
+        ({"name": DEIT}, None, 128, 2.5e-4),
+        ({"name": DEIT, "init": DEIT}, None, 8, 6.25e-6),
         (SMALL_CHECKPOINT, None, 64, 1e-3),
         ({}, "upernet", 64, 1e-3),
         (SMALL_CHECKPOINT, "upernet", 64, 1e-3),
-        ({"name": DEIT}, "upernet", 16, 6e-5),
-        ({"name": DEIT, "init": DEIT}, "upernet", 64, 2.4e-4),
+        ({"name": DEIT}, "upernet", 4, 3e-5),
+        ({"name": DEIT, "init": DEIT}, "upernet", 64, 1.2e-4),
     ],
 )
 def test_the_default_learning_rate(model, head, batch, lr):
     segment = {"segment": {"head": head}} if head else {}
     config = resolved(model=model, data={"batch_size": batch}, diversity={"preset": "none"}, **segment)
     assert config.optim.lr == pytest.approx(lr, rel=1e-12)
+    assert config.optim.min_lr == pytest.approx(lr / 1000, rel=1e-12)
+
+
+def test_optimizers_that_do_not_adapt_scale_with_the_batch():
+    config = resolved(model={"name": DEIT}, data={"batch_size": 128}, optim={"opt": "sgd"})
+    assert config.optim.lr == pytest.approx(1.25e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import signal
+import time
 from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from pdvit.config import build
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.protocol import StepOutput
 from pdvit.engine.recovery import largest, replay
-from pdvit.engine.terminal import STOPPING, stop_on_signals
+from pdvit.engine.terminal import STOPPING, StopRequest, stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory
@@ -42,6 +43,9 @@ class Points:
 
     def split(self, size):
         return [Points(*part) for part in zip(*(value.split(size) for value in vars(self).values()), strict=True)]
+
+    def repeat(self, size):
+        return self
 
 
 class LineFit:
@@ -164,6 +168,33 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_pat
     assert read_json(path / "status.json") == read_json(whole / "status.json")
 
 
+@pytest.mark.parametrize(("phase", "call", "step"), [("evaluate", 1, 7), ("evaluate", 3, 20), ("finish", 1, 20)])
+def test_a_signal_leaves_an_evaluation_at_once_and_the_resumed_run_repeats_it(whole, tmp_path, phase, call, step):
+    path, task, calls = tmp_path / "run", LineFit(), count(1)
+    measure = getattr(task, phase)
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            interrupt()
+            pytest.fail("the evaluation goes on")
+        return measure(*arguments)
+
+    setattr(task, phase, interrupted)
+    assert run(path, task) is None
+    status = read_json(path / "status.json")
+    assert (status["status"], status["step"], status["reason"]) == ("stopped", step, "SIGTERM")
+    run(path, LineFit(), resume=True)
+    assert read_records(path) == read_records(whole)
+    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path):
+    stop = StopRequest(created=time.monotonic() - 3600)
+    trainer = trainer_of(LineFit(), run={"time_limit": "1h"})
+    assert trainer.run(RunDirectory(tmp_path), Console(file=io.StringIO()), stop) is None
+    assert (read_json(tmp_path / "status.json")["step"], stop.reason) == (1, "time limit")
+
+
 def crash():
     raise ArithmeticError("struck by lightning")
 
@@ -209,6 +240,35 @@ def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt
             output.loss.backward()
             trainer.state.optimizer.step()
     assert all(torch.equal(weights[name], value) for name, value in task.module.state_dict().items())
+
+
+def test_a_stop_on_a_skipped_step_is_saved(tmp_path):
+    path, whole = tmp_path / "run", tmp_path / "whole"
+    assert run(path, LineFit(10, infinite=True), run={"stop_after": "11st"}) is None
+    assert kept(path) == [11]
+    run(path, LineFit(), resume=True, changed={"run.stop_after": None})
+    run(whole, LineFit(10, infinite=True))
+    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_learned_nothing_fails_however_short(tmp_path):
+    with pytest.raises(RunFailed, match="3 of 4 steps"):
+        run(tmp_path / "skipped", LineFit(0, infinite=True, steps=3), optim={"epochs": "4st"})
+    task = LineFit()
+    task.finish = lambda *_: {"loss": math.nan}
+    with pytest.raises(RunFailed, match="loss on held-out images is nan"):
+        run(tmp_path / "nan", task)
+    for name in ("skipped", "nan"):
+        assert read_json(tmp_path / name / "status.json")["status"] == "failed"
+        assert not (tmp_path / name / "model.safetensors").exists()
+
+
+def test_trials_of_memory_compile_nothing():
+    trainer = trainer_of(LineFit(), run={"compile": True})
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    assert largest(trainer.updater, next(trainer.task.batches(0)), 3) == 3
+    assert not torch._dynamo.utils.counters["frames"]
 
 
 def test_several_bad_steps_in_a_row_end_the_run_and_can_be_replayed_and_left_behind(whole, tmp_path):
