@@ -85,13 +85,13 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     return RunFailed(f"{updater.state.device} has no memory for {images} images at a time", tip)
 
 
-@torch.compiler.set_stance("force_eager")  # each size would be compiled
 def largest(updater: Updater, batch: TrainBatch, limit: int) -> int:
     """Return the largest power of two, or `limit`, of images whose gradient fits into memory; 0 if none does."""
     fits = 0
     for size in sorted({*(2**power for power in range(limit.bit_length())), limit} - {0}):
         try:
-            updater.backward(batch.repeat(size), micro_batch=size)
+            with torch.compiler.set_stance("force_eager"):  # each size would be compiled
+                updater.backward(batch.repeat(size), micro_batch=size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -118,10 +118,12 @@ class Trainer:
                     if stopping or pausing or save or better or due:
                         self._save(better, ending)
                     if ending:
-                        return self._stop(stop.reason or ("stop after" if pausing else None))
+                        self._stop(stop.reason or ("stop after" if pausing else None))
+                        return None
                 return self._finish(stop)
         except Stopped:  # of the closing evaluation: the last step is saved
-            return self._stop(stop.reason)
+            self._stop(stop.reason)
+            return None
         except BaseException as error:
             described = error
             try:
