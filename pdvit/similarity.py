@@ -124,4 +124,5 @@ class _AbsoluteCosines(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         slope, scale = ctx.saved_tensors
-        return (slope * (grad[:, None, None] * scale)).to(ctx.dtype)
+        gradient: Tensor = slope * (grad[:, None, None] * scale)
+        return gradient.to(ctx.dtype)

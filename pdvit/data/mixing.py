@@ -113,6 +113,7 @@ class Mixing:
         own, own_targets = (tensor[len(images) - len(part) :] for tensor in (images, targets))
         if not (method or self.labels):
             return own, own_targets, None
+        height, width = images.shape[-2:]
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
         source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
         # every rank draws for the whole batch, and mixes its own part
@@ -122,10 +123,10 @@ class Mixing:
             fraction = drawn.repeat_interleave(group)[mine, None].to(images.device, non_blocking=True)
             soft, weight = _soft(own_targets, targets[source], fraction, self.num_classes), fraction[..., None, None]
             blended = (1 - weight) * own + weight * images[source]
-            patches = math.prod(grid_of(*images.shape[-2:], self.patch_size)) if self.labels else 1
+            patches = math.prod(grid_of(height, width, self.patch_size)) if self.labels else 1
             mixed = Mixed(blended, soft, soft[:, None].expand(-1, patches, -1))
         else:
-            grid = grid_of(*images.shape[-2:], self.patch_size)
+            grid = grid_of(height, width, self.patch_size)
             pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
             pasted = pasted.to(images.device, non_blocking=True)
             mixed = paste(own, own_targets, images[source], targets[source], pasted, self.num_classes)
