@@ -113,6 +113,7 @@ class Mixing:
         own, own_targets = (tensor[len(images) - len(part) :] for tensor in (images, targets))
         if not (method or self.labels):
             return own, own_targets, None
+        height, width = images.shape[-2:]
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
         source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
         height, width = images.shape[-2:]

@@ -90,7 +90,13 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
             tip = f"choose a larger image, such as {2 * patch} pixels, or smaller patches"
             raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
         last, grid = list(places)[-1], -(-height // patch) * -(-width // patch)
-        if shapes_of(model, {last: places[last]}, where)[last][0] != grid:  # some pad other sizes, as Swin does
+        try:  # some models pad other sizes, as Swin does
+            count = shapes_of(model, {last: places[last]}, where)[last][0]
+        except UserError:
+            if height % patch == width % patch == 0:
+                raise
+            count = 0
+        if count != grid:
             near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times > 1)
             tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
             raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)

@@ -116,3 +116,12 @@ def test_random_tokens_read_as_the_docs_say(gaussian):
     assert float(norms["norm_std"].mean()) == pytest.approx(0.5**0.5, rel=0.05)
     assert float(norms["norm_peak"].max()) < 1.1
     assert float(norms["norm_outliers"].max()) == 0
+
+
+@pytest.mark.parametrize("size", [1e-11, 1e20, 1e36])
+def test_no_metric_depends_on_the_size_of_the_tokens_but_lengths(gaussian, size):
+    tokens = gaussian(2, 16, 8, shift=0.5)
+    for group in ("similarity", "similarity_signed", "norms", "pairs", "rank", "spectrum"):
+        found, expected = (METRICS[group].compute(Patches(each, (4, 4))) for each in (tokens * size, tokens))
+        for name in found.keys() - {"norm_mean", "norm_std"}:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
