@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from pdvit.plots.style import Drawing, Theme
 
 T = TypeVar("T")
-# Images for a model with random weights.
-RANDOM_IMAGES = 32
+RANDOM_IMAGES = 32  # for a model with random weights
 
 
 @dataclass(frozen=True)
@@ -199,10 +198,7 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
 
 
 def write_report(results: Sequence[CheckpointAnalysis], console: RunConsole) -> None:
-    """Write report.html to the first checkpoint's folder: verdicts, figures, numbers, definitions, environment.
-
-    Raises UserError.
-    """
+    """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
     from pdvit.analysis.report import report_page
     from pdvit.plots.style import DARK, LIGHT, render
     from pdvit.tracking.environment import describe_environment

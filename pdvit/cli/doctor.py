@@ -44,10 +44,7 @@ def doctor(
 
 
 def _check(check: Callable[[], str | None], tip: str = "", needed: bool = False) -> dict[str, Any]:
-    """Run a check, which returns a detail, or None for a missing package; its error is the reason of a failure.
-
-    `needed`: training needs it.
-    """
+    """Run a check, which returns a detail, or None for a missing package; its error is the reason of a failure."""
     try:
         found = check()
         mark, detail, tip = ("ok", found, "") if found is not None else ("missing", "not installed", tip)

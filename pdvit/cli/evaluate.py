@@ -197,9 +197,8 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     from pdvit.data.sources import printable
 
     by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
-    title = (
-        f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}" if len(table) > MAX_CLASSES else "by class"
-    )
+    title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}"
+    title = title if len(table) > MAX_CLASSES else "by class"
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("class", count, *fractions, "most confused with"):
         view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")

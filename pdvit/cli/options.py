@@ -11,8 +11,8 @@ from pdvit.config.load import parse_set, read_toml
 from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError
 
-# Values by section and key.
-Layer = Mapping[str, Mapping[str, Any]]
+Layer = Mapping[str, Mapping[str, Any]]  # values by section and key
+NamedLayer = tuple[str, Layer]  # the name is for errors
 
 
 def training_command(
@@ -50,12 +50,12 @@ def _option(key: Key, defaults: Layer) -> inspect.Parameter:
 
 def make_layers(
     file: Path | None, assignments: list[str], values: Mapping[str, Any], defaults: Layer | None = None
-) -> list[tuple[str, Mapping[str, Any]]]:
+) -> list[NamedLayer]:
     """Return the named layers that `build` merges: the command's defaults, the file, the flags, the assignments.
 
     `values` has the flags as `section_key`; those that are not given are None or an empty list.
     """
-    layers: list[tuple[str, Mapping[str, Any]]] = [("the command's defaults", defaults or {})]
+    layers: list[NamedLayer] = [("the command's defaults", defaults or {})]
     if file is not None:
         layers.append((str(file), read_toml(file)))
     flags: dict[str, dict[str, Any]] = {}

@@ -43,8 +43,7 @@ class AnalysisFigure:
 
 P = ("similarity",)
 NORMS = ("norm_mean", "norm_peak", "norm_outliers", "norm_std")
-# In the order of the report.
-FIGURES = {
+FIGURES = {  # in the order of the report
     "similarity": AnalysisFigure(
         "P by layer: mean over images with one standard deviation, stages, random weights.", metrics=P
     ),

@@ -1,7 +1,4 @@
-"""A run from its configuration to its summary: build the trainer, start or resume, train, print the result.
-
-Imports torch, so commands print their first line before they import this module.
-"""
+"""A run from its configuration to its summary. Imports torch, so commands print their first line before this."""
 
 import json
 import os
@@ -48,8 +45,7 @@ if TYPE_CHECKING:
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
-# Whether torchrun restarted the processes of this command.
-RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
 
 
 @dataclass(frozen=True)
@@ -109,10 +105,7 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
 
 
 def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
-    """Prepare a new run; return an exit status if it is stopped before.
-
-    Raises UserError, if possible before the run has a directory.
-    """
+    """Prepare a new run, or return the exit status if it is stopped; UserError, if possible before it has a folder."""
     import torch
 
     trainer = build_trainer(config, console)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pdvit.cli.console import log, make_console
-from pdvit.cli.options import check_initial_weights, merge_layers
+from pdvit.cli.options import NamedLayer, check_initial_weights, merge_layers
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
 from pdvit.config.schema import Config
@@ -23,21 +23,14 @@ if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
     from pdvit.sweep import Cell, Folder
 
-# The imports of a cell, made once for all.
-PRELOADED = ["pdvit.cli.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"]
+PRELOADED = ["pdvit.cli.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"]  # once for all cells
 PRELOADED += ["sklearn.datasets", "sklearn.model_selection"]
-# Settings of the whole sweep, not of its cells.
-OF_THE_SWEEP = ("out", "name", "time_limit")
+OF_THE_SWEEP = ("out", "name", "time_limit")  # keys of the whole sweep, not of its cells
 MAX_FAILURES = 10
 
 
 def run_sweep(
-    command: str,
-    file: Path,
-    layers: Sequence[tuple[str, Mapping[str, Any]]],
-    chosen: str | None,
-    console: "RunConsole",
-    stop: "StopRequest",
+    command: str, file: Path, layers: list[NamedLayer], chosen: str | None, console: "RunConsole", stop: "StopRequest"
 ) -> int:
     """Run the cells of a sweep that are not finished, or those of --cells (`chosen`); return the exit status.
 
@@ -182,7 +175,7 @@ def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | N
     return gpus if several else [None]
 
 
-def _check_not_swept(table: Mapping[str, Any], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def _check_not_swept(table: Mapping[str, Any], layers: Sequence[NamedLayer]) -> None:
     """Raise UserError if the command line sets a key of the sweep."""
     swept = {*table, *(key for variant in table.get("variant", []) for key in variant)}
     for name, layer in layers:

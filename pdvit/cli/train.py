@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pdvit.cli.console import log, make_console, process_group
-from pdvit.cli.options import Layer, check_initial_weights, make_layers, merge_layers, training_command
+from pdvit.cli.options import Layer, NamedLayer, check_initial_weights, make_layers, merge_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
 from pdvit.config.schema import KEYS
@@ -123,7 +123,7 @@ def segment(checkpoint: Checkpoint = None, **values: Any) -> int:
     return launch("segment", checkpoint, **values)
 
 
-def _segment_defaults(layers: list[tuple[str, Any]]) -> Layer:
+def _segment_defaults(layers: list[NamedLayer]) -> Layer:
     """Return the defaults of `segment`, which depend on the data, the head and the model of the other layers."""
     config = build(*((name, {key: layer[key] for key in layer if key != SWEEP_SECTION}) for name, layer in layers))
     if config.data.source != "scenes":

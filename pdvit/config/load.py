@@ -11,10 +11,8 @@ from pdvit.config.duration import parse_duration
 from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, closest
 
-# A table of configuration files that pdvit.sweep reads.
-SWEEP_SECTION = "sweep"
-# run.toml leaves them out, so that the same recipe can run elsewhere.
-_PLACES = {("run", "out"), ("run", "name")}
+SWEEP_SECTION = "sweep"  # a table of configuration files that pdvit.sweep reads
+_PLACES = {("run", "out"), ("run", "name")}  # run.toml leaves them out, so that the same recipe can run elsewhere
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
 
 

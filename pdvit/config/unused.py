@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from pdvit.config.schema import TERMS, AugmentConfig, Config, DataConfig, DiversityConfig, SegmentConfig
+from pdvit.config.schema import TERMS, Config, DiversityConfig, SegmentConfig
 
 
 def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
@@ -41,17 +41,12 @@ def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
             ("segment.width aux norm", upernet, f"the {segment.head} head has none"),
             ("segment.classes check_masks", not made, "the scenes are generated"),
         ]
-    defaults = {
-        "data": DataConfig(),
-        "diversity": DiversityConfig(variant="paper", patch_head="own"),
-        "augment": AugmentConfig(),
-        "segment": SegmentConfig(),
-    }
+    defaults = Config(diversity=DiversityConfig(variant="paper", patch_head="own"))
     notes: dict[str, str] = {}
     for keys, used, reason in conditions:
         section, _, names = keys.partition(".")
         for name in () if used else names.split():
             value = getattr(getattr(config, section), name)
-            if value != getattr(defaults[section], name):
+            if value != getattr(getattr(defaults, section), name):
                 notes[f"{section}.{name}"] = f"{section}.{name} = {value} has no effect: {reason}"
     return list(notes.values())

@@ -28,15 +28,12 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeEr
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: the newest `keep`, the best, and multiples of `milestone_every` steps.
-
-    `writing` is the last write. Its result waits until it is on the disk, and raises UserError if it failed.
-    """
+    """The folder `checkpoints/` of a run: the newest `keep`, the best, and multiples of `milestone_every` steps."""
 
     def __init__(self, folder: Path, keep: int = 1, milestone_every: int | None = None) -> None:
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.writing: Future[None] = Future()
+        self.writing: Future[None] = Future()  # the last write: its result waits for the disk, and raises UserError
         self.writing.set_result(None)
 
     def save(self, snapshot: Snapshot, best: bool = False) -> None:

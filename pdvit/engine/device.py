@@ -11,8 +11,7 @@ from pdvit.config.schema import RunConfig
 from pdvit.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Texts of RuntimeErrors for memory that is full.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in RuntimeErrors
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -25,9 +24,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and local_rank is not None:
         if name != "cuda":
-            raise UserError(
-                f"several processes can't share '{name}'", where, "use --device cuda: each uses its own GPU"
-            )
+            tip = "use --device cuda: each uses its own GPU"
+            raise UserError(f"several processes can't share '{name}'", where, tip)
         name = f"cuda:{local_rank}"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"pdvit does not run on '{name}'", where, "use cpu or cuda")

@@ -72,10 +72,7 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
 
 
 def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule) -> Scheduler:
-    """Return timm's schedule over updates, warm-up first: stateless, so a resumed run needs only the step.
-
-    Raises UserError if the run is too short for the schedule.
-    """
+    """Return timm's schedule, whose state is only the step; raises UserError if the run is too short for it."""
     optim = config.optim
     try:
         scheduler, _ = create_scheduler_v2(

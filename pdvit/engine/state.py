@@ -31,10 +31,7 @@ TENSOR, DTYPE = "__tensor__", "__dtype__"  # stand for values that JSON does not
 
 @dataclass
 class Progress:
-    """Steps, images, seconds by phase, skipped steps, the best evaluation, lines of metrics.jsonl.
-
-    `evaluation_owed`: an evaluation after `step` was due, and the run was stopped in it.
-    """
+    """Steps, images, seconds by phase, skipped steps, the best evaluation, lines of metrics.jsonl."""
 
     step: int = 0
     samples: int = 0
@@ -43,7 +40,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     records: int = 0
-    evaluation_owed: bool = False
+    evaluation_owed: bool = False  # an evaluation after `step` was due, and the run was stopped in it
 
     @property
     def seconds(self) -> float:

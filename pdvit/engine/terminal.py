@@ -78,13 +78,10 @@ class Stopped(BaseException):
 
 @dataclass
 class StopRequest:
-    """Whether the command was asked to stop, and why: the name of a signal, or the time limit.
-
-    It is made as the command starts, so `created` is the start of the time limit.
-    """
+    """Whether the command was asked to stop, and why: the name of a signal, or the time limit."""
 
     reason: str | None = None
-    created: float = field(default_factory=time.monotonic)
+    created: float = field(default_factory=time.monotonic)  # as the command starts: the time limit counts from here
     leave: bool = False  # whether a signal raises Stopped at once
 
     def __bool__(self) -> bool:

@@ -79,9 +79,7 @@ def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks
     step = Step(task, run.compile)
     if ranks.world_size == 1 or run.distribute == "fsdp":
         return step
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
+    return nn.parallel.DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def _shard(module: nn.Module) -> None:

@@ -11,16 +11,12 @@ from pdvit.config.load import SWEEP_SECTION
 from pdvit.errors import UserError
 
 SEED = "run.seed"
-# Keys that the sweep sets for its cells.
-PLACES = ("run.out", "run.name")
-# Names in its folder that no cell can have.
-SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"
+PLACES = ("run.out", "run.name")  # keys that the sweep sets for its cells
+SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"  # names in its folder that no cell can have
 MAX_NAME = 200  # bytes; most file systems allow 255
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
-# Anything else in a value becomes _ in the name of its cell.
-NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")
-# A reference to a value of the cell in other values.
-REFERENCE = re.compile(r"\{([\w.]+)\}")
+NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")  # becomes _ in the name of a cell
+REFERENCE = re.compile(r"\{([\w.]+)\}")  # to a value of the cell, in other values
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pdvit.config import to_dict
 from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
-from pdvit.tracking.run_directory import RunDirectory, Status, hold, write_file
+from pdvit.tracking.run_directory import FREE, OTHER, RunDirectory, Status, hold, write_file, writing
 
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
 CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
@@ -35,8 +35,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Held for a moment. It does not nest: closing a file releases all its locks.
-        self.lock = path / LOGS / ".lock"
+        self.lock = path / LOGS / ".lock"  # held for a moment; does not nest: closing a file releases all its locks
 
     def log(self, name: str) -> Path:
         """Return the file of a cell's output."""
@@ -49,13 +48,13 @@ class Folder:
         """
         text = f"# The settings of the cells here.\n\n{tomli_w.dumps({**base, 'sweep': table})}"
         file = self.path / SWEEP
-        try:
+        with writing("the sweep", self.path, f"{FREE}, or {OTHER}"):
             # Not LOGS, and not a file of a process that starts the same sweep just now.
             names = os.listdir(self.path) if self.path.is_dir() else []
             strange = [name for name in names if name != LOGS and not name.startswith(f".{SWEEP}.")]
             if (strange or self.path.is_file()) and not file.is_file():  # another process may write it meanwhile
                 what = "the folder exists already, and is not that of a sweep"
-                raise UserError(what, str(self.path), "choose another --out")
+                raise UserError(what, str(self.path), OTHER)
             (self.path / LOGS).mkdir(parents=True, exist_ok=True)
             with hold(self.lock, wait=True):
                 if file.is_file():
@@ -63,10 +62,6 @@ class Folder:
                     _check_same(begun, cells, str(self.path))
                 if not file.is_file() or file.read_text(encoding="utf-8") != text:
                     write_file(file, text)
-        except OSError as error:
-            what = f"the sweep can't be written: {error.strerror}"
-            tip = "check free space and permissions, or choose another --out"
-            raise UserError(what, str(self.path), tip) from error
 
     def read_cells(self) -> list[Cell]:
         """Return the cells of sweep.toml; raises UserError if it is damaged."""

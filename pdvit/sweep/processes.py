@@ -26,8 +26,7 @@ from pdvit.errors import RunFailed, UserError
 from pdvit.sweep.cells import Cell
 from pdvit.sweep.folder import CellState, Folder
 
-# Starts or resumes the run of a configuration in a folder; returns the exit status.
-Train = Callable[[Config, Path], int]
+Train = Callable[[Config, Path], int]  # starts or resumes a run in a folder; returns the exit status
 EXIT_ELSEWHERE = 74  # another process trains the cell; no command ends with it
 POLL_SECONDS = 0.5  # between two checks of the clock and of signals
 

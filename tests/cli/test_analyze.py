@@ -94,9 +94,8 @@ def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analy
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     result = analyzed(run_copy, "--images", image_folder, "--device", device)
     assert result["images_measured"] == len(paths) == 30
-    assert json_means(result, "similarity") == pytest.approx(
-        means(library.analyze(model, images), "similarity"), abs=1e-5
-    )
+    expected = means(library.analyze(model, images), "similarity")
+    assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5)
     few = analyzed(run_copy, "--images", image_folder / "val/red/0.png", "--images", image_folder / "train/blue")
     assert few["images_measured"] == 9
     assert str(image_folder / "train/blue") in few["images"]

@@ -46,9 +46,8 @@ def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplac
     assert (written["diversity"]["preset"], written["optim"]["lr"]) == ("none", 1e-3)
     ours, before = load_file(run / "model.safetensors"), make().state_dict()
     frozen = {name for name in before if name in ours and torch.equal(before[name], ours[name])}
-    assert frozen == {
-        name for name in before if name.startswith(("cls_token", "pos_embed", "patch_embed", "blocks.0."))
-    }
+    prefixes = ("cls_token", "pos_embed", "patch_embed", "blocks.0.")
+    assert frozen == {name for name in before if name.startswith(prefixes)}
     # resumed at step 2, without its initial file and by the other command: the same tensors
     again = shutil.copytree(run, workplace / "again")
     (again / "checkpoints" / "last").write_text("step-00000002")

@@ -120,6 +120,10 @@ def test_a_sweep_is_a_table_in_the_terminal_and_in_three_files(sweep, capsys):
     assert table["mean"].tolist() == pytest.approx([0.55, 0.7])
     assert table["left_out"].tolist() == [0, 1]
     assert Path("ablation.md").read_text(encoding="utf-8").startswith("| diversity.preset | n |")
+    named = ["--metric", "similarity_last", "--baseline", "diversity.preset=paper"]
+    assert pdvit(["plot", "sweep", sweep, *named]) == 0
+    table = pd.read_csv("figures/sweep-sweep.csv").set_index("setting")
+    assert table.loc["none", "difference"] == pytest.approx(0.6)
 
 
 def test_a_file_of_cells_is_a_sweep_too_and_its_figure_is_named_after_the_folder(sweep, capsys):
@@ -131,13 +135,6 @@ def test_a_file_of_cells_is_a_sweep_too_and_its_figure_is_named_after_the_folder
     Path("figures", "sweep-sweep-results.md").write_text("# Mine")
     assert pdvit(["plot", "sweep", str(file)]) == 2
     assert "sweep-sweep-results.md exists" in capsys.readouterr().err
-
-
-def test_the_metric_and_the_baseline_of_a_sweep_can_be_named(sweep, capsys):
-    arguments = ["plot", "sweep", sweep, "--metric", "similarity_last", "--baseline", "diversity.preset=paper"]
-    assert pdvit(arguments) == 0
-    table = pd.read_csv("figures/sweep-sweep.csv").set_index("setting")
-    assert table.loc["none", "difference"] == pytest.approx(0.6)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(workplace, analysis_table, capsys):

@@ -188,7 +188,6 @@ def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        (["--diversity", "cutmix"], "not mixed"),
         (["--stride", "33"], "leave gaps"),
         (["--data", "digits"], "have no masks"),
         (["--batch-size", "1", "--head-norm", "batch"], "nothing to average"),

@@ -92,12 +92,7 @@ def test_an_error_names_the_mistake_and_the_closest_name(layer, what, tip):
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
-    [
-        ("optim.lr", 1, 1.0),
-        ("optim.epochs", 36, "36"),
-        ("diversity.first", 3, "3"),
-        ("data.batch_size", "auto", 0),
-    ],
+    [("optim.lr", 1, 1.0), ("optim.epochs", 36, "36"), ("diversity.first", 3, "3"), ("data.batch_size", "auto", 0)],
 )
 def test_values_are_converted_to_the_type_of_the_key(key, value, expected):
     section, _, item = key.partition(".")
@@ -164,10 +159,3 @@ def test_toml_goes_round_and_resolving_twice_changes_nothing(layer):
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 def test_any_command_stays_in_its_comment(command):
     assert tomllib.loads(to_toml(Config(), command)) == to_dict(Config())
-
-
-def test_the_run_file_leaves_out_places_and_unset_values():
-    config = build(("flags", {"run": {"out": "there", "name": "mine"}}))
-    table = tomllib.loads(to_toml(config, "pdvit train"))
-    assert not {"out", "name"} & set(table["run"])
-    assert "lr" not in table["optim"]

@@ -5,11 +5,11 @@ from pdvit.config.schema import KEYS
 from pdvit.engine.recipe import FIXED, check_changes, check_data, check_recipe
 from pdvit.errors import UserError
 
-RECIPE = {"optim": {"lr": 0.1, "opt": "adamw"}, "run": {"seed": 3}}
+RECIPE = {"optim": {"lr": 0.1, "min_lr": 0.0, "opt": "adamw"}, "run": {"seed": 3}}
 
 
 def test_another_recipe_is_refused_by_its_keys():
-    other = to_dict(resolve(build(("here", {"optim": {"lr": 0.2, "opt": "lion"}, "run": {"seed": 3}}))))
+    other = to_dict(resolve(build(("here", {"optim": {"lr": 0.2, "min_lr": 0.0, "opt": "lion"}, "run": {"seed": 3}}))))
     with pytest.raises(UserError, match=r"optim\.lr was 0\.1, is 0\.2; optim\.opt was 'adamw', is 'lion'"):
         check_recipe(RECIPE, other, {}, "here")
     with pytest.raises(UserError, match=r"optim\.opt"):

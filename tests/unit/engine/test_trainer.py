@@ -141,10 +141,6 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
 
 def test_a_finished_run_says_so(whole):
     summary, status = read_json(whole / "summary.json"), read_json(whole / "status.json")
-    assert summary.keys() == {
-        *("task", "weights", "epochs", "steps", "steps_skipped"),
-        *("seconds", "images_per_second", "seconds_by_phase"),
-    }
     assert summary["seconds_by_phase"].keys() == {"data", "step", "evaluate", "save"}
     assert (summary["task"], summary["steps"], summary["epochs"]) == ("line", STEPS, STEPS / PER_EPOCH)
     scores = {record["step"]: record["score"] for record in read_records(whole) if record["kind"] == "eval"}
@@ -195,17 +191,13 @@ def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path):
     assert (read_json(tmp_path / "status.json")["step"], stop.reason) == (1, "time limit")
 
 
-def crash():
-    raise ArithmeticError("struck by lightning")
-
-
 def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
     path = tmp_path / "run"
-    with pytest.raises(ArithmeticError):
-        run(path, LineFit(10, crash))
+    with pytest.raises(ZeroDivisionError):
+        run(path, LineFit(10, lambda: 1 / 0))
     status = read_json(path / "status.json")
     assert (status["status"], status["step"]) == ("failed", 10)
-    assert "struck by lightning" in status["reason"]
+    assert "division by zero" in status["reason"]
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     run(path, LineFit(), resume=True)

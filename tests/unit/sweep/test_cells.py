@@ -118,8 +118,7 @@ def test_the_table_is_no_part_of_the_configuration():
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
-    [("3", {3}), ("3-5", {3, 4, 5}), ("1, 4,6-", {1, 4, 6, 7}), ("2 - 3", {2, 3}), ("7-", {7})],
+    ("text", "found"), [("3", {3}), ("3-5", {3, 4, 5}), ("1, 4,6-", {1, 4, 6, 7}), ("2 - 3", {2, 3}), ("7-", {7})]
 )
 def test_cells_are_chosen_by_number(text, found):
     assert numbers(text, 7) == found
