@@ -111,19 +111,16 @@ def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
 class FileImages(Dataset[Sample]):
     """The images of a split as a torch data set, read by batches of keys (epoch, index): uint8 `(3, size, size)`.
 
     With an augmentation they are not transformed but cropped for training, and all keys of a batch are of one epoch.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        transform: Callable[[Image.Image], Tensor] = pixels_of,
-        augmentation: Augmentation | None = None,
-    ) -> None:
-        self.split, self.transform, self.augmentation = split, transform, augmentation
+    split: Split
+    transform: Callable[[Image.Image], Tensor] = pixels_of
+    augmentation: Augmentation | None = None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -157,6 +154,7 @@ class FileImages(Dataset[Sample]):
         return augmentation.transform(cropped, epoch, index)
 
 
+@dataclass(frozen=True)
 class SkipBadImages(Dataset[Sample]):
     """Training images in which the next sound image replaces one that does not decode.
 
@@ -164,8 +162,7 @@ class SkipBadImages(Dataset[Sample]):
     their size, and a repeated step gets the same images.
     """
 
-    def __init__(self, images: Any) -> None:
-        self.images = images
+    images: Any
 
     def __getitems__(self, keys: Keys) -> list[Sample]:
         """Return a sound image for each key (epoch, index), followed by the bad ones, to be counted."""

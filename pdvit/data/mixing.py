@@ -73,22 +73,16 @@ def patch_cutmix(
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes a fraction `prob` of batches with patch-aligned CutMix or Mixup.
+    """Mixes a fraction `prob` of batches with patch-aligned CutMix or Mixup."""
 
-    Attributes:
-        cutmix, mixup: alphas of the Beta distributions, 0 is off.
-        labels: whether patch targets are needed.
-        switch_prob: fraction of the mixed batches that CutMix takes if both are on.
-    """
-
-    cutmix: float
+    cutmix: float  # alpha of its Beta distribution, 0 is off
     prob: float
     patch_size: int
     num_classes: int
-    labels: bool
+    labels: bool  # whether patch targets are needed
     mode: str = "batch"
-    mixup: float = 0.0
-    switch_prob: float = 0.5
+    mixup: float = 0.0  # alpha, as `cutmix`
+    switch_prob: float = 0.5  # fraction of the mixed batches that CutMix takes if both are on
 
     def draws(self, seed: int, step: int) -> tuple[str | None, random.Random]:
         """Return the method of the batch of a step (`cutmix`, `mixup` or None), and the generator of further draws."""

@@ -58,8 +58,6 @@ class Preprocessing:
 
     def fit(self, images: Tensor) -> Tensor:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
-        if images.shape[-2:] == (self.size, self.size):
-            return images
         mode = v2.InterpolationMode(self.interpolation)
         fitted: Tensor = v2.functional.resize(images, [self.size, self.size], mode, antialias=True)
         return fitted

@@ -3,7 +3,7 @@
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cosine import cosine_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.losses.objective import Losses, Objective
+from pdvit.losses.objective import Objective
 from pdvit.losses.schedule import WeightSchedule
 from pdvit.losses.terms import TERMS, koleo_loss, spectral_loss
 from pdvit.losses.variants import VARIANTS
@@ -11,7 +11,6 @@ from pdvit.losses.variants import VARIANTS
 __all__ = [
     "TERMS",
     "VARIANTS",
-    "Losses",
     "Objective",
     "WeightSchedule",
     "contrastive_loss",

@@ -50,9 +50,7 @@ def contrastive_loss(
     """
     check_variant(variant, VARIANTS, "contrastive_loss(variant=...)")
     count = last.shape[1]
-    if detach_first is None:
-        detach_first = variant != "diverse-vit"
-    if detach_first:
+    if detach_first or (detach_first is None and variant != "diverse-vit"):
         first = first.detach()
     if variant == "diverse-vit":
         first, last = unit_tokens(first), unit_tokens(last)

@@ -46,22 +46,18 @@ def mixing_loss(
     logits = at_least_float32(patch_logits)
     check_targets(tuple(logits.shape), patch_targets, multi_label)
     soft = smooth_targets(patch_targets, logits, label_smoothing, multi_label)
+    if patch_targets.ndim == 2:
+        same = patch_targets[:, :, None] == patch_targets[:, None]
+    else:
+        same = torch.cdist(patch_targets.float(), patch_targets.float(), p=1) == 0
+    regions = same.to(logits.dtype)
     # The mean over patches, each with the logits of its region, weights the regions by area.
-    cross_entropy = cross_entropy_loss(_region_means(logits, patch_targets), soft, 0.0, multi_label)
+    with torch.autocast(logits.device.type, enabled=False):
+        means = (regions / regions.sum(-1, keepdim=True)) @ logits
+    cross_entropy = cross_entropy_loss(means, soft, 0.0, multi_label)
     if multi_label:
         return cross_entropy + (torch.xlogy(soft, soft) + torch.xlogy(1 - soft, 1 - soft)).mean()
     return cross_entropy + torch.xlogy(soft, soft).sum(-1).mean()
-
-
-def _region_means(logits: Tensor, targets: Tensor) -> Tensor:
-    """Give each patch `(B, N, C)` the mean over its region: the patches of the image with the same target."""
-    if targets.ndim == 2:
-        same = targets[:, :, None] == targets[:, None]
-    else:
-        same = torch.cdist(targets.float(), targets.float(), p=1) == 0
-    same = same.to(logits.dtype)
-    with torch.autocast(logits.device.type, enabled=False):
-        return (same / same.sum(-1, keepdim=True)) @ logits
 
 
 def chunked_mixing_loss(

@@ -106,15 +106,11 @@ class ImageTask(ABC):
         bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
         text = f"val {describe_metrics(numbers)}  P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
         if broken := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
-            text += (
-                f"\nwarning: tokens of {', '.join(broken)} are not finite, so P is undefined. Start a new run with a "
-                f"lower --lr, or with --clip-grad 1"
-            )
+            text += f"\nwarning: tokens of {', '.join(broken)} are not finite, so P is undefined. "
+            text += "Start a new run with a lower --lr, or with --clip-grad 1"
         if values[-1] > self.config.run.warn_similarity:
-            text += (
-                f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing. Try a larger "
-                f"--cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
-            )
+            text += f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing. Try a larger "
+            text += "--cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
         if "skipped" in numbers:
             text += f"\nskipped, as they do not decode: {numbers['skipped']}"
         similarity = {"images": len(self.probe), "layers": names, "similarity": values}
@@ -126,8 +122,7 @@ class ImageTask(ABC):
         with torch.no_grad(), exact_float32(self.device):
             output = network(self.probe)
         first, last = (float(patch_similarity(tokens).mean()) for tokens in (output.first, output.last))
-        similarity = {"similarity_first": first, "similarity_last": last}
-        return {"task": self.name, **numbers, **similarity, "weights": weights}
+        return {"task": self.name, **numbers, "similarity_first": first, "similarity_last": last, "weights": weights}
 
     @cached_property
     def probe(self) -> Tensor:

@@ -32,20 +32,14 @@ EDGES = torch.arange(1, BINS, dtype=torch.float64) / BINS
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics of a split.
-
-    Attributes:
-        images: number of images.
-        broken: number of images with logits that are not finite.
-        numbers: metrics by name, for records and summaries: fractions of the images (or of the pixels that have a
-            class), and `loss`, the mean cross-entropy in nats without label smoothing.
-        confusion: images (or pixels) by class (rows) and prediction, `(C, C)` on the CPU; None if not requested.
-    """
+    """The metrics of a split."""
 
     images: int
-    broken: int
+    broken: int  # images with logits that are not finite
+    # By name, for records and summaries: fractions of the images (or of the pixels that have a class), and `loss`, the
+    # mean cross-entropy in nats without label smoothing.
     numbers: dict[str, Any]
-    confusion: Tensor | None
+    confusion: Tensor | None  # images (or pixels) by class (rows) and prediction, `(C, C)` on the CPU, if requested
 
 
 class ClassificationMetric:
@@ -79,13 +73,12 @@ class ClassificationMetric:
         images, correct, in_top, broken = ranks.all_reduce(self.counts).tolist()
         if not images:
             raise UserError("none of the images decodes", "data.source (--data)", "replace them, or take another split")
-        loss = float(ranks.all_reduce(self.loss)) / images
         # Guo et al. 2017 (arXiv 1706.04599), equation 3: the mean over images of |accuracy - confidence| of their bin
         filled, right, confidence = ranks.all_reduce(self.bins)
         numbers = {
             "accuracy": correct / images,
             "accuracy_top5": in_top / images if self.classes >= TOP else None,
-            "loss": loss,
+            "loss": float(ranks.all_reduce(self.loss)) / images,
             "calibration_error": float((right - confidence).abs().sum() / filled.sum()),
         }
         confusion = None if self.confusion is None else ranks.all_reduce(self.confusion).view(self.classes, -1).cpu()

@@ -66,12 +66,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def prediction_pngs(
-    network: Network,
-    split: Split,
-    source: Source,
-    loader: LoaderConfig,
-    config: Config,
-    windows: SlidingWindowConfig,
+    network: Network, split: Split, source: Source, loader: LoaderConfig, config: Config, windows: SlidingWindowConfig
 ) -> dict[str, bytes]:
     """Return small PNG files of image, truth and prediction, for images spread evenly over a split."""
     chosen, classes = subsample(split, PICTURES), len(source.classes)

@@ -15,9 +15,8 @@ def describe_metrics(numbers: Mapping[str, Any]) -> str:
     fractions = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
     others = {"loss": "loss", "calibration_error": "calibration error"}
     texts = [f"{text} {numbers[name]:.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
-    return ", ".join(
-        texts + [f"{text} {number(numbers[name]):.3f}" for name, text in others.items() if name in numbers]
-    )
+    texts += [f"{text} {number(numbers[name]):.3f}" for name, text in others.items() if name in numbers]
+    return ", ".join(texts)
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
@@ -29,8 +28,5 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
     first, last = (number(summary[f"similarity_{layer}"]) for layer in ("first", "last"))
     notes = "".join(f" ({summary[name]} {text})" for name, text in texts.items() if summary.get(name))
     named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
-    return (
-        f"{summary['split']} {describe_metrics(summary)}{notes}; "
-        f"P of the patches: first {first:.2f}, last {last:.2f} "
-        f"(0 orthogonal, 1 parallel){named}"
-    )
+    similarity = f"first {first:.2f}, last {last:.2f} (0 orthogonal, 1 parallel)"
+    return f"{summary['split']} {describe_metrics(summary)}{notes}; P of the patches: {similarity}{named}"

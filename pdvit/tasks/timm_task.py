@@ -44,9 +44,8 @@ class DiversityTask(TimmTask):
         if objective.multi_label:
             tip = "write the loop yourself: docs/extend.md"
             raise UserError("timm's classification task has one class per image", "DiversityTask(objective=...)", tip)
-        super().__init__(
-            DiverseModel(model, objective.mixing > 0, compared=objective.contrastive > 0), criterion, **kwargs
-        )
+        wrapper = DiverseModel(model, objective.mixing > 0, compared=objective.contrastive > 0)
+        super().__init__(wrapper, criterion, **kwargs)
         self.objective, self.cutmix, self.prob = objective, cutmix, prob
         bare: Any = model
         self.patch_size, self.classes = strides_of(bare)[-1], int(bare.num_classes)
@@ -107,8 +106,7 @@ class DiversityTask(TimmTask):
         other, fraction = target.roll(1), pasted[0].float().mean()
         mixed = paste(images, target, images.roll(1, 0), other, pasted, self.classes)
 
-        def class_loss(logits: Tensor, own: Tensor) -> Tensor:
-            loss: Tensor = (1 - fraction) * self.criterion(logits, own) + fraction * self.criterion(logits, other)
-            return loss
+        def class_loss(logits: Tensor, own: Tensor) -> Any:
+            return (1 - fraction) * self.criterion(logits, own) + fraction * self.criterion(logits, other)
 
         return mixed.images, mixed.patch_targets, class_loss

@@ -62,10 +62,8 @@ class MaskFolders:
     images: str
     masks: str
     table: ClassTable | None
-    endings: tuple[str, str] = (
-        "",
-        "",
-    )  # of the stems of an image and its mask; but for suffixes, their paths are alike
+    # Of the stems of an image and its mask; but for suffixes, their paths are alike.
+    endings: tuple[str, str] = ("", "")
 
     def splits(self, data: DataConfig, training: bool) -> tuple[dict[str, str], list[str]]:
         """Return the folder of each split by role (without folders train or `all`) and notes; raises UserError."""

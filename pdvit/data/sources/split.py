@@ -53,11 +53,9 @@ class Split(ABC):
 
     def take(self, chosen: Tensor) -> Self:
         """Return the samples at these indices."""
-        split: Any = self
         taken: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if isinstance(value, Tensor)}
         lists = {name: value for name, value in vars(self).items() if isinstance(value, list)}
-        changed: Self = replace(split, **taken, **{k: [v[i] for i in chosen.tolist()] for k, v in lists.items()})
-        return changed
+        return replace(self, **taken, **{k: [v[i] for i in chosen.tolist()] for k, v in lists.items()})  # type: ignore[type-var]
 
     def hash(self) -> str:
         """Return a hash of labels and names."""

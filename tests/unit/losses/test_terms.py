@@ -55,12 +55,12 @@ def value_and_gradients(form: str, both: Tensor, autocast: bool = False, scale: 
 @every_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_value_and_gradient_are_finite_in_float32(form, dtype, autocast):
+def test_value_and_gradient_are_finite_in_float32(device, form, dtype, autocast):
     scales, shapes = [0, 1e-40, 1e-30, 1e-12, 1e-6, 1, 1e3, 1e6], [(1, 1, 4), (2, 6, 5), (1, 9, 1)]
     if dtype == torch.float16:
         scales, shapes = [0, 1e-7, 1, 1e4], shapes[:2]
     for case, scale, shape in product(("random", "identical", "nearly identical", "one zero"), scales, shapes):
-        loss, *gradients = value_and_gradients(form, (scale * tokens(shape, case)).to(dtype), autocast)
+        loss, *gradients = value_and_gradients(form, (scale * tokens(shape, case)).to(device, dtype), autocast)
         assert loss.dtype == torch.float32
         assert all(tensor.isfinite().all() for tensor in (loss, *gradients)), (case, scale, shape)
 
@@ -110,9 +110,6 @@ def test_an_unknown_variant_is_refused_with_the_closest(term):
     with pytest.raises(UserError, match="papr") as caught:
         term(torch.ones(1, 4, 3), "papr")
     assert "'paper'" in caught.value.tip
-
-
-def test_the_released_code_has_no_cosine_term():
     with pytest.raises(UserError, match="released"):
         cosine_loss(torch.ones(1, 4, 3), "released")
 

@@ -27,7 +27,7 @@ from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import MaskSplit
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.errors import UserError
-from tests.unit.data.batches import fill, write
+from tests.unit.data.batches import fill, same, write
 
 CROP = 16
 PREPROCESSING = Preprocessing(CROP, 1.0, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -64,11 +64,6 @@ def splits(camvid):
 def take(split, count, start=0, loader=LOADER, segment=SEGMENT, crop=CROP, **more):
     with closing(train_batches(split, loader, segment, crop, start, **more)) as batches:
         return list(islice(batches, count))
-
-
-def same(ours, theirs):
-    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=True) for name in a.tensors()]
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_step_is_the_same_from_any_start_with_workers_and_over_ranks(splits):

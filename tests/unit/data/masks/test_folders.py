@@ -11,7 +11,6 @@ from PIL import Image
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks, try_pair
-from pdvit.data.opening import open_source
 from pdvit.errors import UserError
 from tests.unit.data.batches import fill, write
 
@@ -189,8 +188,6 @@ def test_other_names_and_files_without_counterpart(camvid, tmp_path):
 def test_sources_without_masks_are_refused():
     with pytest.raises(UserError, match="there is no folder"):
         opened("torch/cifar100")
-    with pytest.raises(UserError, match="classes of pixels"):
-        open_source(DataConfig(source="scenes"))
 
 
 def test_a_fingerprint_depends_on_tables_and_files_but_not_on_places(camvid, tmp_path):
