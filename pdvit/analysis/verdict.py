@@ -40,13 +40,6 @@ def climb(rows: pd.DataFrame) -> str | None:
     return onset(rows, float(rows["mean"].min()) + MIN_DIFFERENCE)
 
 
-def climbs_beyond_random(table: pd.DataFrame) -> bool:
-    """Return whether P climbs by 0.05 more than that of random weights; without those, whether it climbs."""
-    rows, random = last_stage(table), last_stage(table, "similarity_random")
-    rises = [(found["mean"].tail(1) - found["mean"].min()).sum() for found in (rows, random)]
-    return climb(rows) is not None and bool(rises[0] - rises[1] >= MIN_DIFFERENCE)
-
-
 def against_random(table: pd.DataFrame) -> int | None:
     """Return 1, 0 or -1 if the last layer's P is above, about or below that of random weights; None without them.
 
@@ -72,12 +65,14 @@ def verdict(table: pd.DataFrame, checkpoint: str) -> tuple[str, str]:
         return f"no verdict: P is exactly 0 at {last}, as of patches that are zero", f"to try: {tip}"
     path = shlex.quote(checkpoint)
     train = f"pdvit finetune {path} --data SOURCE --cosine 1"
+    start, high = climb(rows), onset(rows)
+    rise, random_rise = ((found["mean"].tail(1) - found["mean"].min()).sum() for found in (rows, random))
     if value < COLLAPSED and compared == 1:
         found = "no collapse, but patches more alike than with random weights"
         tip = f"where single patches matter, as in segmentation: {train}"
     elif value < COLLAPSED:
         found, tip = "no collapse", "nothing against collapse; --metrics rank,norms,attention show other ways to fail"
-    elif climbs_beyond_random(table) or compared == 1:
+    elif (start and rise - random_rise >= MIN_DIFFERENCE) or compared == 1:
         # random weights leave the patches of plain images alike; a further climb means that they were apart before
         found, tip = "the patches collapse", f"{train}, which trains P down, and analyze again"
     elif compared is None:
@@ -89,7 +84,6 @@ def verdict(table: pd.DataFrame, checkpoint: str) -> tuple[str, str]:
     if value >= COLLAPSED and (part := _part_of_outliers(table)) >= MIN_DIFFERENCE:
         tip = f"a model with register tokens, since patches of outlying length make up {part:.2f} of P"
     stage = "" if len(rows) == (table["metric"] == "similarity").sum() else " in the last stage"
-    start, high = climb(rows), onset(rows)
     course = f"climbs from {start} on" if start else "does not climb with depth"
     if high is not None:
         since = "from the start" if high == rows["layer"].iloc[0] else f"from {high} on"

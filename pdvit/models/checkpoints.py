@@ -36,7 +36,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 MAX_DEPTH, MAX_VALUES = 5, 200_000
 # torch.load raises these on damaged and foreign files.
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
-PRETRAINED_KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "label_names")
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _parse_training_args(content: Mapping[Any, Any]) -> dict[str, Any]:
     extra = args.get("model_kwargs")
     if isinstance(extra, Mapping) and all(isinstance(key, str) for key in extra):
         arguments |= extra
-    data = {key: args[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in args}
+    data = {key: args[key] for key in PREPROCESSING if key in args}
     return config | {"model_args": arguments, "pretrained_cfg": data}
 
 
@@ -243,7 +243,8 @@ def _read_published(name: str) -> Checkpoint:
         model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # of the network, the hub, the cache or the file
         raise _download_error(name, error) from error
-    cfg = {key: model.pretrained_cfg[key] for key in PRETRAINED_KEYS if model.pretrained_cfg.get(key) is not None}
+    keys, published = ("input_size", *PREPROCESSING, "label_names"), model.pretrained_cfg
+    cfg = {key: published[key] for key in keys if published.get(key) is not None}
     cfg = json.loads(json.dumps(cfg))  # as in a config.json: lists for tuples
     config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
     return Checkpoint(name, name, model.state_dict(), config)

@@ -14,29 +14,18 @@ INSIDE = ("model", "module", "_orig_mod")
 
 @dataclass(frozen=True)
 class Family:
-    """Where a timm model keeps its tokens.
+    """Where a timm model keeps its tokens."""
 
-    Attributes:
-        blocks: path of the blocks, in the order of the forward pass; `*` is every child of a list of modules.
-        norm: path of the norm over all tokens after the last block; can be missing, or an identity.
-        channels_first: tokens lie as `(B, D, H, W)`. Otherwise `(B, N, D)`, prefix tokens in front, or `(B, H, W, D)`.
-        prefix: attribute with the prefix tokens of the blocks or their number; if it is missing, there are none.
-        norm_prefix: the same for the norm, if class tokens join the patches after the last block.
-        order: module that brings a block's tokens back into the order of the image.
-        embed: path of the patch embedding.
-        attention: attribute of a block with attention between all tokens, whose `attn_drop` receives the
-            probabilities; empty if attention works in windows, on merged keys or on channels, or mixes its heads.
-        plain: one grid and width throughout.
-    """
-
-    blocks: str = "blocks.*"
-    norm: str = "norm"
-    channels_first: bool = False
-    prefix: str = COUNT
-    norm_prefix: str = COUNT
-    order: str = ""
-    embed: str = "patch_embed"
-    plain: bool = False
+    blocks: str = "blocks.*"  # path of the blocks, in the order of the forward pass; `*` is every child of a list
+    norm: str = "norm"  # path of the norm over all tokens after the last block; can be missing, or an identity
+    channels_first: bool = False  # `(B, D, H, W)`; else `(B, N, D)`, prefix tokens in front, or `(B, H, W, D)`
+    prefix: str = COUNT  # attribute with the prefix tokens of the blocks or their number; if missing, there are none
+    norm_prefix: str = COUNT  # the same for the norm, if class tokens join the patches after the last block
+    order: str = ""  # module that brings a block's tokens back into the order of the image
+    embed: str = "patch_embed"  # path of the patch embedding
+    plain: bool = False  # one grid and width throughout
+    # Attribute of a block with attention between all tokens, whose `attn_drop` receives the probabilities; empty if
+    # attention works in windows, on merged keys or on channels, or mixes its heads.
     attention: str = ""
 
 
@@ -82,8 +71,7 @@ REFUSED = {
     "Nest": "its blocks keep the patches apart by windows, out of the image's order",
     "Levit": "attention computes the tokens of a stage anew, so that no patch keeps its place",
     "VisionTransformerSAM": "its head reads a convolutional neck after the blocks, of another width",
-    "TinyVit": "it turns from maps to tokens half-way through the blocks",
-    "Visformer": "it turns from maps to tokens half-way through the blocks",
+    **dict.fromkeys(("TinyVit", "Visformer"), "it turns from maps to tokens half-way through the blocks"),
     **{f"{name}Vit{part}": ENCODER for name in ("Deepseek", "Qwen3", "Gemma4") for part in ("Classifier", "Encoder")},
 }
 

@@ -175,12 +175,10 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
         raise UserError(what, "model.freeze (--freeze)", "freeze less")
     check_finite(match.tensors, checkpoint.where)
     model.load_state_dict(match.tensors, strict=False)
-    selected = checkpoint.selected
+    selected, weights = checkpoint.selected, model.state_dict()
     label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
     under = f", found under '{selected.prefix}'" if selected.prefix else ""
-    notes = [
-        f"initial weights: {checkpoint.name}{label}: {len(match.tensors)} of {len(model.state_dict())} tensors{under}"
-    ]
+    notes = [f"initial weights: {checkpoint.name}{label}: {len(match.tensors)} of {len(weights)} tensors{under}"]
     if selected.rivals:
         notes.append(f"the file holds others too ({', '.join(selected.rivals)}): choose by --weights raw or ema")
     if selected.outside and checkpoint.segment is None:

@@ -161,8 +161,7 @@ def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, T
 
 def _resampled(name: str, before: Mapping[str, Tensor], after: Tensor) -> bool:
     """Return whether the resolution changed, not only the layout: flattened, or DINOv2's class position cut off."""
-    if not ("pos" in name or "patch_embed" in name):  # other names moved: stages of Swin
-        return False
-    if name not in before or before[name].numel() == after.numel():
+    moved = not ("pos" in name or "patch_embed" in name)  # as the stages of Swin
+    if moved or name not in before or before[name].numel() == after.numel():
         return False
     return not (name == "pos_embed" and "register_tokens" in before and before[name].shape[1] - after.shape[1] == 1)

@@ -17,13 +17,12 @@ from pdvit.config import build
 from pdvit.config.schema import SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import sketch_model
-from pdvit.models.checkpoints import Checkpoint, read_checkpoint
+from pdvit.models.checkpoints import PREPROCESSING, Checkpoint, read_checkpoint
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
-PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 # A centre crop of a smaller fraction would need images too large for memory.
 MIN_CROP = 0.05
 # Sizes in the names of timm's plain vision transformers, by width.
@@ -72,10 +71,13 @@ def resolve_checkpoint(
     selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))
     inferred = {key: value for key, value in _infer(selected.tensors, sketch).items() if key not in arguments}
     arguments |= inferred
-    segment = None if section.get("segment") is None else _segment(section["segment"], where)
     if inferred:
         sketch = sketch_model(architecture, arguments, where)
-    if segment is not None:
+    segment: SegmentConfig | None = None
+    if section.get("segment") is not None:
+        segment = build((where, {"segment": section["segment"]})).segment
+        if segment.head is None or segment.crop is None:
+            raise UserError("its configuration has no head or no crop of a segmentation model", where, COPY)
         sketch = copy.deepcopy(sketch)  # to prune it
     images = _table(config, "pretrained_cfg", where) or config  # old files have these settings at the top
     classes = config.get("label_names") or images.get("label_names")
@@ -110,14 +112,6 @@ def _preprocessing(images: dict[str, Any], where: str) -> dict[str, Any]:
     if data.crop_pct is not None and data.crop_pct <= MIN_CROP:
         raise UserError(f"its crop_pct is {data.crop_pct}", where, COPY)
     return {key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None}
-
-
-def _segment(section: Any, where: str) -> SegmentConfig:
-    """Return the head of a segmentation model, with the checks of pdvit's own configuration."""
-    segment = build((where, {"segment": section})).segment
-    if segment.head is None or segment.crop is None:
-        raise UserError("its configuration has no head or no crop of a segmentation model", where, COPY)
-    return segment
 
 
 def _palette(colours: Any, count: int, where: str) -> Palette | None:

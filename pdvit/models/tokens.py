@@ -181,9 +181,7 @@ class Taps:
             first = _block(first, blocks, FIRST)
         first = str(first)
         if first == last and compared:
-            tip = (
-                "choose an earlier layer or a model with two blocks at its end, or leave out the term (--contrastive 0)"
-            )
+            tip = "choose an earlier layer, a model with two blocks at its end, or no such term (--contrastive 0)"
             raise UserError(f"first and last are both {first}, so the contrastive term compares nothing", FIRST, tip)
         if first not in shapes or (shapes[first] != shapes[last] and compared):
             what = f"the shape of {first} is not that of {last}: {shapes.get(first)} against {shapes[last]}"

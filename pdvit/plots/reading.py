@@ -19,16 +19,11 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class AnalyzedRun:
-    """An analysis to draw.
+    """An analysis to draw."""
 
-    Attributes:
-        name: differs from those of other runs in a figure.
-        table: as analysis.csv.
-        curves: the arrays of analysis/GROUP.npz by group, called `NAME/LAYER`, or `NAME` without layers.
-    """
-
-    name: str
-    table: pd.DataFrame
+    name: str  # differs from those of other runs in a figure
+    table: pd.DataFrame  # as analysis.csv
+    # The arrays of analysis/GROUP.npz by group, called `NAME/LAYER`, or `NAME` without layers.
     curves: Mapping[str, Arrays] = field(default_factory=dict)
 
     def curve(self, group: str, name: str) -> Arrays:

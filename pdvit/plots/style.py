@@ -24,7 +24,6 @@ from matplotlib.lines import Line2D
 SINGLE, DOUBLE = 3.5, 7.2
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-NAME_LENGTH = 28
 LEGEND_COLUMNS = 4
 # Without dates, the same figure gives the same file.
 METADATA: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
@@ -104,7 +103,7 @@ def depth_colours(theme: Theme, deepest: int) -> ScalarMappable:
     return ScalarMappable(Normalize(0, max(1, deepest)), ListedColormap(colours))
 
 
-def shorten(name: str, length: int = NAME_LENGTH) -> str:
+def shorten(name: str, length: int = 28) -> str:
     """Return a name of at most `length` printable letters; a long one loses its middle."""
     name = "".join(letter if letter.isprintable() else "·" for letter in re.sub(r"\s", " ", name))
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"

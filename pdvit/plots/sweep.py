@@ -55,21 +55,15 @@ def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Estimate:
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """A sweep by setting.
+    """A sweep by setting."""
 
-    Attributes:
-        table: one row per setting: `setting`, a column for each of `axes`, n, left_out, mean, std, difference, low and
-            high (95 % confidence), pairs, and the value of each seed (`seed 0`).
-        axes: the swept keys: `variant`, or dotted names of settings.
-        baseline: as KEY=VALUE; empty if there is only one setting.
-        notes: how the numbers were computed, and the cells that are not in them.
-    """
-
+    # One row per setting: `setting`, a column for each of `axes`, n, left_out, mean, std, difference, low and high
+    # (95 % confidence), pairs, and the value of each seed (`seed 0`).
     table: pd.DataFrame
-    axes: list[str]
+    axes: list[str]  # the swept keys: `variant`, or dotted names of settings
     metric: str
-    baseline: str
-    notes: list[str]
+    baseline: str  # as KEY=VALUE; empty if there is only one setting
+    notes: list[str]  # how the numbers were computed, and the cells that are not in them
 
     @property
     def percent(self) -> bool:

@@ -5,22 +5,10 @@ from statistics import mean, stdev
 
 import pandas as pd
 import pytest
-from effects import (
-    CONTROLS,
-    HERE,
-    MEASURES,
-    control_of,
-    effect,
-    effects,
-    markdown,
-    rows_of,
-    summary_of,
-    table_of,
-    written,
-)
+from effects import CONTROLS, HERE, control_of, effect, effects, markdown, rows_of, summary_of, table_of, written
 from scipy import stats
 
-ACCURACY, P, RANK = range(len(MEASURES))
+ACCURACY, P, RANK = range(3)
 
 
 def results(**changed: object) -> pd.DataFrame:

@@ -36,9 +36,8 @@ def test_a_table_has_every_column_of_every_row(tmp_path):
 
 
 def cell(variant, lr, score, seed=0, status="finished", **more):
-    return {"variant": variant, "optim.lr": str(lr), "run.seed": str(seed), "status": status, **more} | (
-        {} if score is None else {"accuracy_val": score}
-    )
+    row = {"variant": variant, "optim.lr": str(lr), "run.seed": str(seed), "status": status, **more}
+    return row if score is None else row | {"accuracy_val": score}
 
 
 def test_the_best_rate_is_that_of_the_highest_mean_and_the_lower_of_equals():

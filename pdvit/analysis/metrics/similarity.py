@@ -31,15 +31,6 @@ def outliers(lengths: Tensor) -> Tensor:
     return lengths > middle + torch.maximum(middle, DEVIATIONS * deviation)
 
 
-def similarity_without(tokens: Tensor, excluded: Tensor) -> Tensor:
-    """Return P `(B,)` of the tokens `(B, N, D)` that are not `excluded` `(B, N)`, of which there are at least two."""
-    count = tokens.shape[1]
-    kept = count - excluded.sum(1)
-    # a token of length 0 adds nothing to the sum of |cos|, so only the number of pairs is corrected
-    similarity = patch_similarity(tokens.masked_fill(excluded[..., None], 0))
-    return similarity * (count * (count - 1) / (kept * (kept - 1)))
-
-
 def _median(values: Tensor) -> Tensor:
     """Return the median of each row, `(B, 1)`; torch's takes the lower of the middle two, this one their mean."""
     ordered = values.sort(-1).values
@@ -49,12 +40,15 @@ def _median(values: Tensor) -> Tensor:
 
 def norm_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of lengths, and P without outliers."""
-    lengths = patches.lengths
+    lengths, count = patches.lengths, patches.lengths.shape[1]
     excluded = outliers(lengths)
     shortest = lengths.new_tensor(SHORTEST)
     rest, affected = patches.similarity.clone(), excluded.any(1)
     if bool(affected.any()):
-        rest[affected] = similarity_without(patches.tokens[affected], excluded[affected])
+        kept = count - excluded[affected].sum(1)
+        # a token of length 0 adds nothing to the sum of |cos|, so only the number of pairs is corrected
+        similarity = patch_similarity(patches.tokens[affected].masked_fill(excluded[affected][..., None], 0))
+        rest[affected] = similarity * (count * (count - 1) / (kept * (kept - 1)))
     return {
         "norm_mean": lengths.mean(1),
         "norm_std": lengths.std(1),

@@ -1,6 +1,7 @@
 """Small models with random weights, their files, and checkpoints in one call."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def refuse(path: str | Path, model_name: str | None = None, weights: str | None 
     with pytest.raises(UserError) as caught:
         load(path, model_name, weights)
     return caught.value
+
+
+def on_meta_only(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Return a factory that fails if a model would take memory."""
+
+    def created(*arguments: Any, **more: Any) -> nn.Module:
+        assert torch.get_default_device().type == "meta"
+        return create(*arguments, **more)
+
+    return created
 
 
 class Touch:

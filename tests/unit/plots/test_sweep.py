@@ -6,18 +6,7 @@ import pytest
 from scipy import stats
 
 from pdvit.errors import UserError
-from pdvit.plots.sweep import (
-    NOTHING,
-    axes_of,
-    estimate,
-    markdown,
-    paired,
-    plot_sweep,
-    read_cells,
-    summarise,
-    table_of,
-    text_of,
-)
+from pdvit.plots.sweep import NOTHING, axes_of, markdown, paired, plot_sweep, read_cells, summarise, table_of, text_of
 
 PRESETS = {"none": [0.50, 0.52, 0.54], "paper": [0.60, 0.61, 0.65]}
 
@@ -62,7 +51,7 @@ def test_a_paired_difference_is_that_of_scipy(count):
 def test_seeds_of_both_are_paired_and_one_pair_has_no_interval():
     found = paired({"0": 1.0, "1": 2.0, "2": 9.0}, {"1": 3.0, "0": 1.5, "7": 100.0})
     assert (found.mean, found.n) == (0.75, 2)
-    one, none = paired({"0": 1.0}, {"0": 2.0}), estimate([])
+    one, none = paired({"0": 1.0}, {"0": 2.0}), paired({}, {})
     assert (one.mean, one.n, none.n) == (1.0, 1, 0)
     assert all(math.isnan(value) for value in (one.std, one.low, one.high, none.mean, none.std, none.low))
 

@@ -27,23 +27,15 @@ def slow(image: np.ndarray, before: np.ndarray, columns: int) -> dict[str, float
         for i, row in enumerate(rows):
             entropies.append(stats.entropy(row))
             spreads.append(np.std(row))
-            distances.append(
-                sum(w * math.dist(divmod(i, columns), divmod(j, columns)) for j, w in enumerate(row)),
-            )
+            distances.append(sum(w * math.dist(divmod(i, columns), divmod(j, columns)) for j, w in enumerate(row)))
         for key in range(len(rows)):
             a, b = [row[key] for row in rows], [row[key] for row in old_rows]
             likeness.append(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
-    return {
-        "attention_entropy": np.mean(entropies),
-        "attention_distance": np.mean(distances),
-        "attention_std": np.mean(spreads),
-        "attention_similarity": np.mean(likeness),
-    }
+    found = {"entropy": entropies, "distance": distances, "std": spreads, "similarity": likeness}
+    return {f"attention_{name}": np.mean(values) for name, values in found.items()}
 
 
-def measure(
-    probabilities: Tensor, before: Tensor | None = None, image: tuple[int, int] = (20, 30)
-) -> dict[str, Tensor]:
+def measure(probabilities: Tensor, before: Tensor | None = None, image=(20, 30)) -> dict[str, Tensor]:
     previous = None if before is None else patch_rows(before, PREFIX)
     return METRICS["attention"].compute(Attention(patch_rows(probabilities, PREFIX), image, previous))
 
