@@ -50,8 +50,6 @@ def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segm
     [
         (HIERA, {"mode": "whole"}, "images of 64x64 pixels alone"),
         (PLAIN, {"stride": 65}, "leave gaps"),
-        # refused before training even without terms
-        ({**SWIN, "args": SWIN["args"] | {"depths": [1, 1, 1, 1]}}, {"diversity": "none"}, "no block before"),
     ],
 )
 def test_models_that_do_not_fit_the_settings_are_refused(model, settings, message):
