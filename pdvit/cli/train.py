@@ -25,7 +25,10 @@ SCENES: Layer = {
     "optim": {"epochs": "1.25"},
 }
 SCENES_UPERNET: Layer = {"segment": {"width": 32, "aux": 0.0}}
-SCENES_MODEL: Layer = {"model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8}, "optim": {"lr": 2e-3}}
+SCENES_MODEL: Layer = {
+    "model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8},
+    "optim": {"lr": 2e-3, "min_lr": 1e-6},
+}
 Checkpoint = Annotated[
     str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
 ]
