@@ -109,10 +109,9 @@ class Folder:
                 if free:
                     stack.enter_context(hold(self.path / LOGS / f".{name}.lock"))
             run = self.path / name
-            # A run that ended before it began leaves files behind, and a new run needs an empty folder.
-            if free and run.is_dir() and not all((run / file).is_file() for file in ("run.toml", "environment.json")):
-                for file in run.iterdir():
-                    file.unlink()
+            if free and not (run / "run.toml").is_file():  # it ended before it began; a new run needs an empty folder
+                for file in (run / "status.json", *run.glob(".run.toml.*"), *run.glob(".status.json.*")):
+                    file.unlink(missing_ok=True)
             yield free
 
     def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, CellState]]:

@@ -97,8 +97,14 @@ def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_t
         assert mine
         assert list((folder.path / A0).iterdir()) == []
     run = put(folder, B0, "failed", facts={"step": 3})
-    with folder.claimed(B0):
-        assert (run / "run.toml").exists()
+    (run / "environment.json").unlink()
+    (folder.path / A0 / "notes.txt").touch()
+    for name in (A0, B0):  # what began, and what is not of pdvit, stays
+        with folder.claimed(name):
+            assert {path.name for path in (folder.path / name).iterdir()} in (
+                {"notes.txt"},
+                {"run.toml", "status.json"},
+            )
     folder.mark(B0, "failed", "again")
     assert json.loads((run / "status.json").read_text()) == {"status": "failed", "step": 3, "reason": "again"}
 
