@@ -1,9 +1,11 @@
 """The command line: the commands, and errors as three lines and an exit status."""
 
+import codecs
+import io
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +29,7 @@ app.command()(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
+PLAIN = dict(zip("▁▂▃▄▅▆▇█·", "_.,-=+*#.", strict=True))
 
 
 @app.callback()
@@ -42,9 +45,18 @@ def pdvit(
         print(context.get_help())
 
 
+def _plain(error: Any) -> tuple[str, int]:
+    """Replace what the output's encoding lacks: bars by characters of about their height, all else by `?`."""
+    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return the exit status: 0 done, 1 a failed run, 2 misuse, 75 stopped on request."""
     # typer's panels take 0.1 s to import; the first screen, `pdvit --help`, is short enough without them.
+    codecs.register_error("pdvit", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="pdvit")
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
     try:
         status = app(arguments, prog_name="pdvit", standalone_mode=False)

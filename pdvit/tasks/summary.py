@@ -5,17 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def number(value: float | None) -> float:
-    """Return a number of summary.json, where null stands for a number that is not finite."""
-    return math.nan if value is None else value
-
-
 def describe_metrics(numbers: Mapping[str, Any]) -> str:
     """Return the metrics among the numbers of a run or an evaluation, such as `accuracy 97.2%, loss 0.081`."""
     fractions = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
     others = {"loss": "loss", "calibration_error": "calibration error"}
     texts = [f"{text} {numbers[name]:.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
-    texts += [f"{text} {number(numbers[name]):.3f}" for name, text in others.items() if name in numbers]
+    texts += [f"{text} {numbers[name]:.3f}" for name, text in others.items() if name in numbers]
     return ", ".join(texts)
 
 
@@ -25,8 +20,10 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         "in_windows": "images were too large for a single pass and were evaluated in windows",
         "bad_images": "images do not decode and are left out",
     }
-    first, last = (number(summary[f"similarity_{layer}"]) for layer in ("first", "last"))
+    can_be_null = ("loss", "calibration_error", "similarity_first", "similarity_last")  # not finite: JSON has null
+    summary = dict(summary) | {name: math.nan for name in can_be_null if summary.get(name, 0) is None}
     notes = "".join(f" ({summary[name]} {text})" for name, text in texts.items() if summary.get(name))
     named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
+    first, last = summary["similarity_first"], summary["similarity_last"]
     similarity = f"first {first:.2f}, last {last:.2f} (0 orthogonal, 1 parallel)"
     return f"{summary['split']} {describe_metrics(summary)}{notes}; P of the patches: {similarity}{named}"

@@ -1,3 +1,4 @@
+import io
 import os
 import re
 import subprocess
@@ -35,6 +36,20 @@ def test_help_imports_nothing_heavy():
     heavy = HEAVY | {"pandas", "matplotlib", "sklearn"}
     assert not packages("--help") & (heavy | {"rich"})
     assert not packages("train --help", "analyze --help", "plot sweep --help") & heavy
+
+
+def test_letters_that_the_output_lacks_are_replaced(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert pdvit(["--version"]) == 0
+    print("▁▅█ é", flush=True)
+    assert stream.buffer.getvalue().decode() == f"pdvit {__version__}\n_=# ?\n"
+
+
+def test_a_notebooks_backend_does_not_reach_the_figures(digits_run, tmp_path):
+    command = (sys.executable, "-m", "pdvit", "plot", "training", str(digits_run), "--out", str(tmp_path / "a.png"))
+    done = process(*command, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_plotting_imports_no_torch(workplace, digits_run, analysis_folder):
