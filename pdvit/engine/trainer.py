@@ -247,8 +247,7 @@ class Trainer:
             metrics = self.task.finish(self.evaluated, self.weights)
         tip = "start a new run: check --mean and --std, lower --lr, or use --clip-grad 1"
         if 2 * progress.skipped > progress.step:
-            what = f"loss or gradient was infinite or not a number in {progress.skipped} of {progress.step} steps"
-            raise RunFailed(what, tip)
+            raise RunFailed(f"loss or gradient was not finite in {progress.skipped} of {progress.step} steps", tip)
         if not math.isfinite(loss := metrics.get("loss", 0.0)):
             raise RunFailed(f"the loss on held-out images is {loss} at the end", tip)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # only rank 0 gets the tensors

@@ -10,8 +10,7 @@ def describe_metrics(numbers: Mapping[str, Any]) -> str:
     fractions = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
     others = {"loss": "loss", "calibration_error": "calibration error"}
     texts = [f"{text} {numbers[name]:.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
-    texts += [f"{text} {numbers[name]:.3f}" for name, text in others.items() if name in numbers]
-    return ", ".join(texts)
+    return ", ".join(texts + [f"{text} {numbers[name]:.3f}" for name, text in others.items() if name in numbers])
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
