@@ -18,14 +18,10 @@ BLOCK_ENTRIES = 4 * 2**20
 
 
 def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
-    """Return P of every image `(B,)`: the mean of |cos| over all pairs of different patches, exact for any N.
+    """Return P of every image `(B,)` from patch tokens `(B, N, D)`: the mean of |cos| over pairs of different patches.
 
-    The N x N cosines are computed in blocks of rows, so memory grows with N * D only. The result is float32 (float64
-    for float64 tokens), in [0, 1], or in [-1/(N-1), 1] if signed; 0 for an image with a single patch.
-
-    Args:
-        tokens: patch tokens `(B, N, D)` of any floating dtype, without prefix tokens; UserError for another shape.
-        signed: average cos instead of |cos| (the measure of v1 of the paper), in O(N D).
+    It is exact for any N; memory grows with N * D only. Float32 (float64 for float64 tokens), in [0, 1]; 0 for a single
+    patch. `signed`: of cos instead of |cos| (the measure of v1 of the paper), in O(N D), in [-1/(N-1), 1].
     """
     if tokens.ndim != 3:
         what = f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}"
@@ -40,6 +36,13 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
     else:
         total = _AbsoluteCosines.apply(tokens)
     return total / (count * (count - 1))
+
+
+def row_blocks(tokens: Tensor) -> list[slice]:
+    """Return slices of the patches of `(B, N, D)`, whose products with all patches have at most `BLOCK_ENTRIES`."""
+    images, count = tokens.shape[:2]
+    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
+    return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
 def unit_tokens(tokens: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ class _Unit(torch.autograd.Function):
 
 
 class _AbsoluteCosines(torch.autograd.Function):
-    """Sum of |u_i . u_j| over i != j, per image, without ever holding the whole N x N matrix.
+    """Sum of |u_i . u_j| over i != j, per image.
 
     With s_ij = sign(u_i . u_j) off the diagonal and p_i = sum over j of s_ij u_j, the sum is that of p_i . u_i, and its
     gradient towards h_i is 2 (p_i - (p_i . u_i) u_i) / |h_i|. Both are computed in the forward pass, where each block
@@ -96,17 +99,14 @@ class _AbsoluteCosines(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> Tensor:
-        images, count, _ = tokens.shape
-        rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
         unit, scale = _normalize(tokens)
-        total = unit.new_zeros(images)
-        slopes = []
+        total, slopes = unit.new_zeros(len(tokens)), []
         # Autocast would round the cosines to bf16 before they are summed.
         with torch.autocast(unit.device.type, enabled=False):
-            for start in range(0, count, rows):
-                block = unit[:, start : start + rows]
+            for rows in row_blocks(tokens):
+                block = unit[:, rows]
                 cosines = block @ unit.transpose(1, 2)
-                cosines.diagonal(offset=start, dim1=1, dim2=2).zero_()
+                cosines.diagonal(offset=rows.start, dim1=1, dim2=2).zero_()
                 if not ctx.needs_input_grad[0]:
                     total = total + cosines.abs_().sum((1, 2))
                     continue

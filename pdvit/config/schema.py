@@ -77,9 +77,7 @@ class DataConfig:
     input_key: str | None = key(None, "Column of the images (hfds/); unset: image.", "--input-key")
     target_key: str | None = key(None, "Column of the labels (hfds/); unset: label.", "--target-key")
     download: bool = key(False, "Download the data set (torch/, hfds/).", "--dataset-download")
-    on_bad_image: str = key(
-        "error", "Stop at a bad image, or skip and count it.", "--on-bad-image", choices=("error", "skip")
-    )
+    on_bad_image: str = key("error", "Stop, or skip and count.", "--on-bad-image", choices=("error", "skip"))
     batch_size: int = key(
         32, "Images per update, in total; auto: all that fit.", "--batch-size", "-b", minimum=1, words={"auto": 0}
     )
@@ -148,18 +146,14 @@ class DiversityConfig:
     )
     last: str | None = key(None, "Last layer: norm or block; unset: the preset's.", "--last", choices=("norm", "block"))
     cosine_layers: str = key("", "More blocks for the cosine term: 6,12.", "--cosine-layers")
-    patch_head: str | None = key(
-        None, "Mixing head: own, or the classifier; unset: the preset's.", "--patch-head", choices=("own", "class")
-    )
+    patch_head: str | None = key(None, "Mixing head; unset: preset's.", "--patch-head", choices=("own", "class"))
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     """Augmentation."""
 
-    cutmix: float | None = key(
-        None, "CutMix alpha; 0 disables it; unset: 1 with the mixing term or preset cutmix.", "--cutmix", minimum=0
-    )
+    cutmix: float | None = key(None, "CutMix alpha; 0: off; unset: 1 for mixing or cutmix.", "--cutmix", minimum=0)
     mixup: float = key(0.0, "Mixup alpha; 0 disables it.", "--mixup", minimum=0)
     mixup_prob: float = key(0.5, "Fraction of batches that are mixed.", "--mixup-prob", minimum=0, maximum=1)
     mixup_switch_prob: float = key(0.5, "CutMix fraction if both are on.", "--mixup-switch-prob", minimum=0, maximum=1)
@@ -214,18 +208,9 @@ class OptimConfig:
     schedule: str = key("cosine", "Learning rate schedule after warm-up.", "--sched", choices=SCHEDULES)
     layer_decay: float | None = key(None, "Learning rate factor per block.", "--layer-decay", above=0, maximum=1)
     ema_decay: float | None = key(
-        None,
-        "Decay of the averaged weights, which are exported; unset: off.",
-        "--model-ema-decay",
-        minimum=0,
-        maximum=1,
+        None, "Decay of averaged weights, which are exported; unset: off.", "--model-ema-decay", minimum=0, maximum=1
     )
-    min_lr: float | None = key(
-        None,
-        "Learning rate at the start of warm-up and at the end; unset: a thousandth of --lr.",
-        "--min-lr",
-        minimum=0,
-    )
+    min_lr: float | None = key(None, "Rate at start of warm-up and end; unset: --lr / 1000.", "--min-lr", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -245,9 +230,7 @@ class RunConfig:
     stop_after: str | None = key(None, "Stop after 300ep, resumable.", "--stop-after", above=0, unit="ep")
     log_every: str = key("10st", "Interval of training records.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Interval of evaluations.", "--val-interval", above=0, unit="ep")
-    warn_similarity: float = key(
-        0.9, "Warn if P of the last layer is larger.", "--warn-similarity", minimum=0, maximum=1
-    )
+    warn_similarity: float = key(0.9, "Warn if P of last is larger.", "--warn-similarity", minimum=0, maximum=1)
     track: str | None = key(None, "Also log to tensorboard, wandb or trackio; several with commas.", "--track")
     profile: str | None = key(None, "Write a profiler trace of steps FROM:TO, such as 20:25.", "--profile")
     probe_images: int = key(64, "Held-out images for P at every evaluation.", minimum=1)

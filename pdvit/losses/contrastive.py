@@ -22,7 +22,7 @@ def contrastive_loss(
     detach_first: bool | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return L_con of arXiv 2104.12753 in one of its forms, averaged over patches and images.
+    """Return L_con of arXiv 2104.12753 in one of its forms, averaged over patches and images, `(B, N, D)`.
 
     With f and l the patches of the first and last layer, and m_i a mean of the last layer's patches:
 
@@ -35,18 +35,12 @@ def contrastive_loss(
       18.42. From ChengyueGongR/PatchVisionTransformer, deit/models.py.
     - `diverse-vit`: as `paper`, with f and l scaled to length 1 (VITA-Group/Diverse-ViT, reg.py).
 
-    Args:
-        first, last: patch tokens `(B, N, D)` of the two layers.
-        variant: one of the above; UserError for another.
-        detach_first: stop the gradient at the first layer. Unset: yes, as the released code does (for `paper` and `v1`
-            our choice), but not under `diverse-vit`.
-        grid: rows and columns of the patches, which only `released` reads; unset: a square. UserError if it has not as
-            many places as there are patches.
+    `detach_first` stops the gradient at the first layer; unset: yes, as the released code does (for `paper` and `v1`
+    our choice), but not under `diverse-vit`. `grid`, the rows and columns of the patches, is read by `released` only;
+    unset: a square. UserError if it has not as many places as there are patches.
 
-    Returns:
-        A scalar >= 0, in float32 even under autocast (float64 stays). If all last patches are equal it is ln 2; under
-        `released` ln 3 for a patch with a whole window, and less at the border. 0 for a single patch. Products are raw
-        except under `diverse-vit`, so `paper` and `v1` have no upper bound.
+    If all last patches are equal, the value is ln 2; under `released` ln 3 for a patch with a whole window, and less at
+    the border. 0 for a single patch. Only `released` and `diverse-vit` have an upper bound.
     """
     check_variant(variant, VARIANTS, "contrastive_loss(variant=...)")
     count = last.shape[1]

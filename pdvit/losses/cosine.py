@@ -7,7 +7,7 @@ from pdvit.similarity import patch_similarity, unit_tokens
 
 
 def cosine_loss(last: Tensor, variant: str = "paper") -> Tensor:
-    """Return the mean cosine of the patches of an image, averaged over the images.
+    """Return the mean cosine of the patches `(B, N, D)` of an image, averaged over the images.
 
     With u_i the patches scaled to length 1:
 
@@ -16,15 +16,8 @@ def cosine_loss(last: Tensor, variant: str = "paper") -> Tensor:
     - `diverse-vit`: 1/n^2 sum over all i, j of u_i . u_j: signed, the diagonal included (VITA-Group/Diverse-ViT,
       reg.py). It is ((n - 1) v1 + 1) / n, and so never negative.
 
-    The released code of the authors has no cosine term.
-
-    Args:
-        last: patch tokens `(B, N, D)` of the last layer.
-        variant: one of the above; UserError for another.
-
-    Returns:
-        A scalar, 1 if all patches are parallel (`paper`) or equal (the others). For a single patch 0, and 1 with its
-        diagonal; no gradient either way. Float32 even under autocast (float64 stays).
+    The released code of the authors has no cosine term. The value is 1 if all patches are parallel (`paper`) or equal
+    (the others); for a single patch 0, and 1 with its diagonal.
     """
     check_variant(variant, ("paper", "v1", "diverse-vit"), "cosine_loss(variant=...)")
     if variant == "diverse-vit":

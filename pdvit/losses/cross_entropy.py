@@ -63,11 +63,8 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Return the cross-entropy summed over the labelled pixels, divided by the number of all pixels.
 
     MMSegmentation divides in the same way: an image whose pixels are mostly ignored counts less. So the loss of a batch
-    does not depend on how it is split, and a batch without labels has loss 0 and gradient 0.
-
-    Args:
-        logits: `(B, C, H, W)`, at the size of the masks.
-        masks: class indices `(B, H, W)`, 255 for pixels without a class.
+    does not depend on how it is split, and a batch without labels has loss 0 and gradient 0. Logits are `(B, C, H, W)`,
+    masks `(B, H, W)`.
     """
     if torch.are_deterministic_algorithms_enabled():  # torch has no deterministic kernel for images on a GPU
         logits, masks = logits.movedim(1, -1).flatten(0, -2), masks.flatten()

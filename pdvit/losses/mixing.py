@@ -32,13 +32,8 @@ def mixing_loss(
       masks. Left out: their dropout of 0.2 before the head, and their 1e-8 inside the logarithm, which a log-softmax
       does not need. From ChengyueGongR/PatchVisionTransformer, deit/models.py. Takes n^2 numbers per image.
 
-    Args:
-        patch_logits: `(B, N, C)`, the output of the shared linear head for each patch of the last layer.
-        patch_targets, label_smoothing, multi_label: as in `cross_entropy_loss`.
-        variant: one of the above; UserError for another.
-
-    Returns:
-        A scalar >= 0, ln C for a uniform prediction (ln 2 with `multi_label`). Float32 even under autocast.
+    `patch_logits` `(B, N, C)` is the output of the shared linear head for each patch of the last layer; the other
+    arguments are as in `cross_entropy_loss`. The value is ln C for a uniform prediction (ln 2 with `multi_label`).
     """
     check_variant(variant, VARIANTS, "mixing_loss(variant=...)")
     if variant != "released":
@@ -66,15 +61,8 @@ def chunked_mixing_loss(
     """Return `mixing_loss(tokens @ weight.T + bias, patch_targets)` without ever holding all the logits.
 
     A head of many classes has more patch logits than fit into memory. The gradients are computed chunk by chunk in the
-    forward pass, where the logits of a chunk exist anyway; so the result can be differentiated only once.
-
-    Args:
-        tokens: input of the head, `(B, N, D)`.
-        weight, bias: of the linear head, `(C, D)` and `(C,)`.
-        patch_targets, label_smoothing: as in `cross_entropy_loss`.
-
-    Returns:
-        A scalar >= 0 in float32 (float64 tokens: float64); under autocast the products have its type.
+    forward pass, where the logits of a chunk exist anyway; so the result can be differentiated only once. Tokens are
+    `(B, N, D)`, weight and bias `(C, D)` and `(C,)`. Under autocast the products have its type, the result is float32.
     """
     check_targets((*tokens.shape[:2], len(weight)), patch_targets, multi_label=False)
     loss: Tensor = _Chunked.apply(tokens, weight, bias, patch_targets, label_smoothing)

@@ -43,15 +43,11 @@ class Objective(TermWeights):
     patches and w the weight of mixing. Its code has w = 1 or 0; values in between are our extension.
 
     Attributes:
-        cosine, contrastive, mixing, ...: the weights of the terms, one for each of `TERMS`.
-        variant: form of the first three: `paper`, `v1`, `released` (which has no cosine term) or `diverse-vit`.
+        variant: form of the first three terms: `paper`, `v1`, `released` (which has no cosine term) or `diverse-vit`.
         label_smoothing: of the class loss and of the patch targets in the mixing term.
         multi_label: an image may have any number of classes: binary cross-entropy, in class loss and mixing term.
-        class_loss: a function of logits and targets in place of the cross-entropy; it does its own label smoothing.
         grid: rows and columns of the patches, which only `released` reads; unset: a square.
-
-    Raises UserError if a weight is negative or not finite, label smoothing is not in [0, 1), the variant is unknown,
-    or the cosine term is on under `released`.
+        class_loss: a function of logits and targets in place of the cross-entropy; it does its own label smoothing.
     """
 
     variant: str = "paper"
@@ -80,13 +76,9 @@ class Objective(TermWeights):
     ) -> Losses:
         """Return the loss of one batch.
 
-        Args:
-            output: the forward pass, as `pdvit.DiverseModel` returns it.
-            targets: class indices `(B,)` or probabilities `(B, C)`; with `multi_label` `(B, C)`, each in [0, 1].
-            patch_targets: `(B, N)` or `(B, N, C)`; needed for the mixing term (`pdvit.patch_cutmix` makes them).
-            weights: factors on the terms' weights, one for each of `TERMS`; unset: 1.
-
-        Raises UserError if patch targets or patch head of the mixing term are missing, or as `check_targets`.
+        `targets` are class indices `(B,)` or probabilities `(B, C)` (with `multi_label` each in [0, 1]). The mixing
+        term needs `patch_targets`, `(B, N)` or `(B, N, C)`, which `pdvit.patch_cutmix` makes. `weights` are factors on
+        the weights of `TERMS`. UserError if patch targets or head are missing, or as `check_targets`.
         """
         if self.class_loss is not None:
             parts = {"class": self.class_loss(output.logits, targets)}
@@ -98,8 +90,7 @@ class Objective(TermWeights):
         if self.contrastive:
             parts["contrastive"] = contrastive_loss(output.first, output.last, self.variant, grid=self.grid)
         if self.mixing:
-            where = f"Objective(variant='{self.variant}', multi_label={self.multi_label})"
-            where += "(output, targets, patch_targets)"
+            where = f"Objective('{self.variant}', multi_label={self.multi_label})(output, targets, patch_targets)"
             if output.mixing is not None:
                 if not self.mixing_is_patchwise:
                     what = "the model computed mixing patch by patch, and this objective has another form of it"

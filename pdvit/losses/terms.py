@@ -1,4 +1,4 @@
-"""The weights of all terms, and the terms that have no variants: they compare the patches of the last layer."""
+"""The weights of all terms, and the terms that have no variants: functions of the last layer's tokens `(B, N, D)`."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pdvit.similarity import BLOCK_ENTRIES, unit_tokens
+from pdvit.similarity import row_blocks, unit_tokens
 
 # DINOv2's epsilon, added in quadrature to a distance.
 EPS = 1e-8
@@ -33,15 +33,10 @@ def koleo_loss(last: Tensor) -> Tensor:
     The differential entropy of points on the sphere after Kozachenko and Leonenko, as a regulariser: Sablayrolles et
     al., arXiv 1806.03198. DINOv2 (arXiv 2304.07193) applies it, with weight 0.1, to class tokens across images; here it
     compares the patches within an image. As there, neighbours are found without gradient, and a patch of length 0 stays
-    0: no neighbour of others unless all their products are negative, and its own is the first of the image, mostly at
-    distance 1. It has no gradient here. A distance r enters as sqrt(r^2 + 1e-16), so value and gradient stay finite.
+    0: no neighbour of others unless all their products are negative, and its own is the first of the image. A distance
+    r enters as sqrt(r^2 + 1e-16), so value and gradient stay finite.
 
-    Args:
-        last: patch tokens `(B, N, D)` of the last layer.
-
-    Returns:
-        A scalar: 18.42 if all patches are equal, -ln sqrt(2) if they are orthogonal, at least -ln 2; 0 for a single
-        patch. Float32 even under autocast (float64 stays).
+    The value is 18.42 if all patches are equal, -ln sqrt(2) if they are orthogonal, at least -ln 2; 0 for a single one.
     """
     unit = unit_tokens(last)
     if last.shape[1] < 2:
@@ -57,19 +52,16 @@ def _nearest(unit: Tensor) -> Tensor:
     With c_i the tokens minus their mean, |u_i - u_j|^2 = |c_i|^2 - 2 (c_i . c_j - |c_j|^2 / 2). The bracket is
     compared. It does not cancel if the patches are nearly equal, where all products u_i . u_j round to 1.
     """
-    images, count, _ = unit.shape
-    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
     present = torch.linalg.vector_norm(unit, dim=-1) > 0  # a token of length 0 counts as orthogonal to all
     centred = unit - unit.mean(1, keepdim=True)
     halves = (centred.square().sum(-1) / 2 + 0.5 * ~present)[:, None]
     found = []
     with torch.autocast(unit.device.type, enabled=False):
-        for start in range(0, count, rows):
-            block = centred[:, start : start + rows]
-            closeness = torch.baddbmm(halves, block, centred.transpose(1, 2), beta=-1)
-            closeness.diagonal(offset=start, dim1=1, dim2=2).fill_(-math.inf)
+        for rows in row_blocks(unit):
+            closeness = torch.baddbmm(halves, centred[:, rows], centred.transpose(1, 2), beta=-1)
+            closeness.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(-math.inf)
             found.append(closeness.argmax(-1))
-    first = (torch.arange(count, device=unit.device) == 0).long()  # the first other token
+    first = (torch.arange(unit.shape[1], device=unit.device) == 0).long()  # the first other token
     return torch.where(present, torch.cat(found, 1), first)
 
 
@@ -81,12 +73,7 @@ def spectral_loss(last: Tensor) -> Tensor:
     diagonal included, and up to constants the soft orthogonality |U U^T - I|^2 of Bansal et al., arXiv 1810.09102. Its
     use as a diversity term is our choice. |U U^T| = |U^T U|, so the smaller of the two is computed, and no eigenvalue.
 
-    Args:
-        last: patch tokens `(B, N, D)` of the last layer.
-
-    Returns:
-        A scalar in [1 / min(n, d), 1]: 1 if all patches are parallel, and for a single patch (without gradient).
-        Tokens of length 0 lower it, down to 0. Float32 even under autocast (float64 stays).
+    The value is in [1 / min(n, d), 1]: 1 if all patches are parallel. Tokens of length 0 lower it, down to 0.
     """
     unit = unit_tokens(last)
     count, width = unit.shape[1:]
@@ -96,5 +83,4 @@ def spectral_loss(last: Tensor) -> Tensor:
     return (gram / count).square().sum((1, 2)).mean()
 
 
-# Terms without variants: functions of the patch tokens `(B, N, D)` of the last layer.
 LAST_LAYER_TERMS: dict[str, Callable[[Tensor], Tensor]] = {"koleo": koleo_loss, "spectral": spectral_loss}

@@ -3,24 +3,22 @@
 from torch import Tensor
 
 from pdvit.analysis.metrics.group import ROUNDING, Patches
-from pdvit.similarity import BLOCK_ENTRIES
+from pdvit.similarity import row_blocks
 
 
 def retrieval(unit: Tensor, first: Tensor) -> Tensor:
     """Return the fraction of patches whose nearest patch of the first layer, by cosine, is their own, `(B,)`.
 
     Patches within 1e-6 of the nearest count as equally near and divide the hit: identical tokens give 1 / N, the
-    chance level. Computed in blocks, so memory grows with N * D only.
+    chance level.
     """
-    images, count, _ = unit.shape
-    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
-    hits = unit.new_zeros(images)
-    for start in range(0, count, rows):
-        cosines = unit[:, start : start + rows] @ first.transpose(1, 2)
+    hits = unit.new_zeros(len(unit))
+    for rows in row_blocks(unit):
+        cosines = unit[:, rows] @ first.transpose(1, 2)
         nearest = cosines >= cosines.amax(-1, keepdim=True) - ROUNDING
-        own = nearest.diagonal(offset=start, dim1=1, dim2=2)
+        own = nearest.diagonal(offset=rows.start, dim1=1, dim2=2)
         hits += (own / nearest.sum(-1)).sum(-1)
-    return hits / count
+    return hits / unit.shape[1]
 
 
 def drift_metrics(patches: Patches) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.group import Patches
-from pdvit.similarity import BLOCK_ENTRIES, SHORTEST, patch_similarity
+from pdvit.similarity import BLOCK_ENTRIES, SHORTEST, patch_similarity, row_blocks
 
 PERCENTILES = (5, 25, 50, 75, 95)
 # Bars of the histogram over [-1, 1].
@@ -60,10 +60,8 @@ def norm_metrics(patches: Patches) -> dict[str, Tensor]:
 
 def pair_cosines(unit: Tensor) -> Iterator[Tensor]:
     """Yield the cosines of all pairs i < j of unit tokens `(B, N, D)`, in blocks `(B, K)`."""
-    images, count, _ = unit.shape
-    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
-    for start in range(0, count - 1, rows):
-        cosines = unit[:, start : start + rows] @ unit[:, start:].transpose(1, 2)
+    for rows in row_blocks(unit):
+        cosines = unit[:, rows] @ unit[:, rows.start :].transpose(1, 2)
         above = torch.ones(cosines.shape[1:], dtype=torch.bool, device=unit.device).triu(1)
         yield cosines[:, above].clamp(-1, 1)
 
@@ -86,7 +84,7 @@ def sampled_cosines(unit: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     fraction = SAMPLED_PAIRS / (len(unit) * (len(unit) - 1) / 2)
     # each block gives its part of the sample, so that no more than a block exists at a time
-    blocks = (cosines[0] for cosines in pair_cosines(unit[None]))
+    blocks = (cosines[0] for cosines in pair_cosines(unit[None]) if cosines.numel())
     return torch.cat(
         [block[torch.randint(len(block), (round(fraction * len(block)),), generator=generator)] for block in blocks]
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pdvit import similarity
 from pdvit.errors import UserError
 from pdvit.losses import VARIANTS, contrastive_loss, cosine_loss, koleo_loss, spectral_loss, terms
 
@@ -193,5 +194,5 @@ def test_koleo_takes_zero_tokens_as_dinov2_does():
 def test_blocks_of_rows_do_not_change_koleo(monkeypatch):
     last = gaussian(2, 9, 4)[1]
     whole = koleo_loss(last)
-    monkeypatch.setattr(terms, "BLOCK_ENTRIES", 2 * 9 * 2)
+    monkeypatch.setattr(similarity, "BLOCK_ENTRIES", 2 * 9 * 2)
     assert koleo_loss(last) == whole

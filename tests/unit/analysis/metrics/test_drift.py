@@ -4,7 +4,8 @@ import torch
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
-from pdvit.analysis.metrics import METRICS, drift
+from pdvit import similarity
+from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.group import Patches
 from pdvit.similarity import unit_tokens
 
@@ -31,7 +32,7 @@ def test_equals_a_search_patch_by_patch_in_blocks_of_any_size(gaussian, monkeypa
     tokens = first + noise * gaussian(4, count, width, seed=1)
     expected = np.array([slow(a, b) for a, b in zip(tokens.numpy(), first.numpy(), strict=True)])
     for entries in (10**6, 60):
-        monkeypatch.setattr(drift, "BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
         np.testing.assert_allclose(measure(tokens, first), expected.T, atol=1e-6)
 
 

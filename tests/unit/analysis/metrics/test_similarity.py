@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from pdvit.analysis.metrics import METRICS, similarity
+from pdvit import similarity
+from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.group import Patches
 from pdvit.analysis.metrics.similarity import PERCENTILES, histogram, outliers, percentiles
 from pdvit.similarity import unit_tokens
