@@ -35,10 +35,7 @@ class Duration:
 
 
 def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock: bool = False) -> Duration:
-    """Read a duration; a bare number is in `unit`.
-
-    If `unit` is a time, only times are valid. Otherwise `percent` allows % and `clock` allows times. Raises UserError.
-    """
+    """Read a duration; bare numbers are in `unit`. In lengths, `percent` allows % and `clock` times. UserError else."""
     match = _FORM.fullmatch(text.strip())
     found = (match[2] or unit).lower() if match else ""
     value = float(match[1]) if match else math.nan

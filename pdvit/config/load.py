@@ -41,11 +41,7 @@ def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
 
 
 def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
-    """Merge layers of {section: {key: value}} into a checked `Config`; later layers override earlier ones.
-
-    Each layer has a name for errors. Raises UserError for unknown sections and keys, wrong types and values out of
-    range.
-    """
+    """Merge layers of {section: {key: value}}, named for errors, into a checked `Config`; later layers override."""
     config = Config()
     for where, layer in layers:
         for section, values in layer.items():

@@ -6,10 +6,7 @@ from pdvit.config.schema import TERMS, Config, DiversityConfig, SegmentConfig
 
 
 def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
-    """Return a note for each setting of a resolved configuration that differs from its default without effect.
-
-    `in_memory`: the source holds its images in memory, so they are not decoded, and not cropped by default.
-    """
+    """Return a note for each setting of a resolved configuration that differs from its default without effect."""
     diversity, augment, segment = config.diversity, config.augment, config.segment
     terms = {term for term in TERMS if getattr(diversity, term)}
     # The keys of a condition, whether it holds, and the reason that the note gives.

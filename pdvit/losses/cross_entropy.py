@@ -12,15 +12,11 @@ IGNORED = 255
 
 
 def cross_entropy_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0, multi_label: bool = False) -> Tensor:
-    """Return the mean cross-entropy over images (and patches); for multi-label targets the binary one.
+    """Return the mean cross-entropy over images (and patches), float32 even under autocast (float64 stays).
 
-    Args:
-        logits: `(..., C)`.
-        targets: class indices `(...)` or probabilities `(..., C)`; with `multi_label` `(..., C)`, each in [0, 1].
-        smoothing: fraction of a target that is distributed evenly over the classes (to one half, with `multi_label`).
-        multi_label: every class is a binary decision, and the loss is the mean over the classes too.
-
-    Returns a scalar >= 0, float32 even under autocast (float64 stays). Raises UserError as `check_targets`.
+    Targets of logits `(..., C)` are class indices `(...)` or probabilities `(..., C)`. With `multi_label`, every class
+    is a binary decision, and the loss is the mean over the classes too. `smoothing` is the fraction of a target that is
+    distributed evenly over the classes (with `multi_label` to one half). Raises UserError as `check_targets`.
     """
     logits = at_least_float32(logits)
     check_targets(tuple(logits.shape), targets, multi_label)

@@ -22,7 +22,8 @@ from pdvit.data.sources.split import Source, subsample
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
-from pdvit.losses import TERMS, Objective, WeightSchedule
+from pdvit.losses import TERMS, Objective
+from pdvit.losses.schedule import WeightSchedule
 from pdvit.models.build import strides_of
 from pdvit.models.layers import exact_float32, places_of, watch
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze

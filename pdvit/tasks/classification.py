@@ -115,10 +115,7 @@ class ClassificationTask(ImageTask):
 def predict(
     model: nn.Module, batches: Iterable[Batch], top: int, precision: str
 ) -> Iterator[tuple[int, list[int], list[float], bool]]:
-    """Yield for each image, in order: index, the `top` most probable classes, their probabilities, whether all finite.
-
-    The model is a bare timm model in evaluation mode.
-    """
+    """Yield for each image: index, the `top` most probable classes, their probabilities, whether all are finite."""
     for batch in batches:
         with autocast(batch.images.device, precision):
             logits = model(batch.images).float()

@@ -9,10 +9,7 @@ TIP = "evaluate it on its own classes, by their names, or train it on these: pdv
 
 
 def label_names(loaded: LoadedModel) -> list[str] | None:
-    """Return the names of a checkpoint's classes, or None if it has no names.
-
-    Raises UserError for a model without classifier, or if the number of names is not that of the classes.
-    """
+    """Return the names of a checkpoint's classes, or None; UserError without a classifier, or for another number."""
     model: Any = loaded.model
     if model.num_classes < 1:
         raise UserError("the model has no classifier", loaded.name, "choose a checkpoint with a classifier")

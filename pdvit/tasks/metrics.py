@@ -1,7 +1,4 @@
-"""Metrics of a split, accumulated on the device: accuracy, calibration, IoU and the confusion matrix.
-
-The interface is torchmetrics': `update` adds images, `compute` adds up the ranks.
-"""
+"""Metrics of a split, accumulated on the device by `update`; `compute` adds up the ranks, as in torchmetrics."""
 
 import csv
 from collections import Counter
@@ -36,8 +33,7 @@ class Scores:
 
     images: int
     broken: int  # images with logits that are not finite
-    # By name, for records and summaries: fractions of the images (or of the pixels that have a class), and `loss`, the
-    # mean cross-entropy in nats without label smoothing.
+    # Fractions of the images (or of the pixels that have a class); `loss` is the cross-entropy without label smoothing.
     numbers: dict[str, Any]
     confusion: Tensor | None  # images (or pixels) by class (rows) and prediction, `(C, C)` on the CPU, if requested
 
@@ -140,10 +136,9 @@ def evaluate_classification(
     ranks: Ranks = SINGLE_PROCESS,
     in_lockstep: bool = False,
 ) -> Scores:
-    """Return the scores of a model, in training, at its end and for `pdvit eval`.
+    """Return the scores of a network from images to logits `(B, C)`; over all ranks, `batches` hold each image once.
 
-    `network` takes images `(B, 3, H, W)` to logits `(B, C)`, in evaluation mode; `batches` hold every image exactly
-    once over all ranks. `in_lockstep`: the model is sharded over the ranks (FSDP), which communicate in each pass.
+    `in_lockstep`: the model is sharded over the ranks (FSDP), which communicate in each pass.
     """
     with nullcontext() if in_lockstep else ranks.raise_on_all_ranks():
         for batch in batches:
@@ -163,10 +158,9 @@ def evaluate_segmentation(
     ranks: Ranks = SINGLE_PROCESS,
     in_lockstep: bool = False,
 ) -> Scores:
-    """Return the scores of a model, in training, at its end and for `pdvit eval`.
+    """Return the scores of a network from images to the logits of their pixels; masks keep their own size.
 
-    Masks keep their own size. `in_lockstep`: the model is sharded over the ranks (FSDP), so all of them have to make
-    the same number of forward passes.
+    `in_lockstep`: the model is sharded over the ranks (FSDP), so all have to make the same number of forward passes.
     """
     raised = False
 
@@ -210,27 +204,19 @@ def class_table(confusion: Tensor, classes: list[str], pixels: bool = False) -> 
     import pandas as pd
 
     correct, present, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    wrong = confusion.clone()
-    wrong.fill_diagonal_(0)
-    counts, indices = (found.tolist() for found in wrong.max(1))
-    columns = {
-        "class": classes,
-        "pixels" if pixels else "images": present.tolist(),
-        **({"iou": class_iou(confusion).tolist()} if pixels else {}),
-        "accuracy": (correct.double() / present).tolist(),
-        "precision": (correct.double() / predicted).tolist(),
-        "confused_with": [classes[index] if count else None for count, index in zip(counts, indices, strict=True)],
-        "confused": counts,
-    }
-    return pd.DataFrame(columns)
+    counts, indices = (found.tolist() for found in (confusion - correct.diag()).max(1))
+    columns: dict[str, Any] = {"class": classes, "pixels" if pixels else "images": present.tolist()}
+    columns |= {"iou": class_iou(confusion).tolist()} if pixels else {}
+    columns |= {"accuracy": (correct.double() / present).tolist(), "precision": (correct.double() / predicted).tolist()}
+    columns["confused_with"] = [classes[at] if count else None for count, at in zip(counts, indices, strict=True)]
+    return pd.DataFrame(columns | {"confused": counts})
 
 
 def confusion_table(confusion: Tensor, classes: list[str]) -> "pd.DataFrame":
     """Return the diagonal and the cells above zero as rows of class, predicted and images: small for many classes."""
     import pandas as pd
 
-    kept = confusion > 0
-    kept.fill_diagonal_(True)
+    kept = (confusion > 0).fill_diagonal_(True)
     rows, columns = (index.tolist() for index in kept.nonzero(as_tuple=True))
     names = {"class": [classes[row] for row in rows], "predicted": [classes[column] for column in columns]}
     return pd.DataFrame(names | {"images": confusion[kept].tolist()})

@@ -20,14 +20,9 @@ from pdvit.models.tokens import DiverseModel
 class DiversityTask(TimmTask):
     """A `timm.task.ClassificationTask` whose loss has the diversity terms. It evaluates and saves the bare timm model.
 
-    Args:
-        model: a bare timm model.
-        criterion: the class loss of logits and class indices; unset: cross-entropy. For an image of two classes it is
-            the mean, weighted by their areas.
-        objective: the terms and their weights.
-        cutmix: alpha of the patch-aligned CutMix; timm's own (`--cutmix`) must be off.
-        prob: the fraction of batches that it mixes.
-        kwargs: `device`, `dtype`, `verbose`, as for timm's task.
+    `criterion` is the class loss of logits and class indices, by default cross-entropy. For an image of two classes it
+    is the mean, weighted by their areas. `cutmix` is the alpha of the patch-aligned CutMix and `prob` the fraction of
+    batches that it mixes; timm's own (`--cutmix`) must be off. `kwargs` are `device`, `dtype`, `verbose` as in timm.
     """
 
     def __init__(

@@ -39,13 +39,9 @@ def score_rows(
 ) -> Iterator[tuple[int, Tensor, bool]]:
     """Yield the first row and the scores `(C, R, W)` of each block of rows of a mask, from top to bottom.
 
-    The third value is whether the image was too large for mode `whole`, and was evaluated in windows.
-
-    The class of a pixel is that of its largest score; `cross_entropy` takes the scores as logits. Scores of one view
-    are logits; of several views, the logarithm of the mean probability (softmax). Maps are resized bilinearly.
-
-    `image` `(1, 3, h, w)` is normalised, `size` is height and width of the mask. Raises UserError if a map would have
-    more than `MAX_SCORES` scores.
+    The third value is whether the image was too large for mode `whole`, and was evaluated in windows. Scores of one
+    view are logits; of several views, the logarithm of the mean probability (softmax). Maps are resized bilinearly.
+    `image` `(1, 3, h, w)` is normalised, `size` is that of the mask. UserError for more than `MAX_SCORES` in a map.
     """
     views = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
     height, width = image.shape[-2:]

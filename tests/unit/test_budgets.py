@@ -79,12 +79,9 @@ def lines(files: list[Path]) -> int:
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
-def test_the_package_keeps_its_budget_of_lines_and_files():
+def test_package_and_tests_keep_their_budgets_of_lines_and_files():
     assert lines(FILES) <= PACKAGE_LINES
     assert len(FILES) <= PACKAGE_FILES
-
-
-def test_the_tests_keep_their_budget_of_lines():
     assert lines(sorted((Path(__file__).parents[1]).rglob("*.py"))) <= TEST_LINES
 
 

@@ -18,9 +18,6 @@ def test_public_names_are_functions_and_classes_with_a_docstring():
         assert callable(found)
         assert found.__name__ == name
         assert found.__doc__
-
-
-def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="cosine_los'"):
         _ = pdvit.cosine_los
 

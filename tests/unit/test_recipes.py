@@ -43,13 +43,9 @@ class Expected(NamedTuple):
     floor: float
     warmup: float  # epochs; for segmentation, steps
     length: float
-
-
-class Resized(NamedTuple):
-    """The images of a segmentation."""
-
-    sides: tuple[float, float]  # short side in training, least and most
-    short_side: int | None  # in evaluation
+    # Of the images of a segmentation:
+    sides: tuple[float, float] = (0, 0)  # short side in training, least and most
+    short_side: int | None = None  # in evaluation
     schedule: str = "poly"
 
 
@@ -98,22 +94,13 @@ CLASSIFICATION = {
     "digits": small((1_200, 10), 32, 4, 1.2, 24),
 }
 SEGMENTATION = {
-    "ade20k-swin-l": Expected(*ADE20K, 512, 4, 234.0, 6e-5, 0, 1500, 160_000),
-    "cityscapes-swin-l": Expected(*CITYSCAPES, 1025, 4, 234.0, 6e-5, 0, 1500, 80_000),
-    "ade20k-vit-b": Expected(*ADE20K, 512, 16, None, 6e-5, 0, 1500, 160_000),
-    "cityscapes-vit-b": Expected(*CITYSCAPES, 768, 16, None, 6e-5, 0, 1500, 80_000),
-    "camvid": Expected(*CAMVID, 224, 16, None, 2e-4, 1e-6, 45, 2250),
-    "camvid-small": Expected(*CAMVID, 160, 8, None, 1e-3, 1e-6, 22, 450),
-    "scenes": Expected(*SCENES, 64, 8, None, 2e-3, 1e-6, 32, 640),
-}
-RESIZED = {
-    "ade20k-swin-l": Resized((512, 2048), 512),
-    "cityscapes-swin-l": Resized((512.5, 2050), 1025),
-    "ade20k-vit-b": Resized((256, 1024), 512),
-    "cityscapes-vit-b": Resized((512.5, 2050), 1025),
-    "camvid": Resized((180, 720), 360, "cosine"),
-    "camvid-small": Resized((135, 270), 180, "cosine"),
-    "scenes": Resized((64, 64), None, "cosine"),
+    "ade20k-swin-l": Expected(*ADE20K, 512, 4, 234.0, 6e-5, 0, 1500, 160_000, (512, 2048), 512),
+    "cityscapes-swin-l": Expected(*CITYSCAPES, 1025, 4, 234.0, 6e-5, 0, 1500, 80_000, (512.5, 2050), 1025),
+    "ade20k-vit-b": Expected(*ADE20K, 512, 16, None, 6e-5, 0, 1500, 160_000, (256, 1024), 512),
+    "cityscapes-vit-b": Expected(*CITYSCAPES, 768, 16, None, 6e-5, 0, 1500, 80_000, (512.5, 2050), 1025),
+    "camvid": Expected(*CAMVID, 224, 16, None, 2e-4, 1e-6, 45, 2250, (180, 720), 360, "cosine"),
+    "camvid-small": Expected(*CAMVID, 160, 8, None, 1e-3, 1e-6, 22, 450, (135, 270), 180, "cosine"),
+    "scenes": Expected(*SCENES, 64, 8, None, 2e-3, 1e-6, 32, 640, (64, 64), None, "cosine"),
 }
 EXPECTED = CLASSIFICATION | SEGMENTATION
 COMMANDS = {name: "finetune" if re.search("-384|vit-l|pets", name) else "train" for name in CLASSIFICATION}
@@ -276,9 +263,9 @@ def test_it_can_begin_with_its_weights(name, monkeypatch):
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_a_segmentation_is_the_same_run_in_train_and_has_the_published_sizes(name, started):
     """`segment` has its own defaults: a file that left one of them unset would be another run in `train`."""
-    config, expected = recipe(name), RESIZED[name]
+    config, expected = recipe(name), EXPECTED[name]
     assert started("segment", "--config", str(FILES[name])) == started("train", "--config", str(FILES[name])) == config
-    assert (config.segment.crop, config.segment.short_side) == (EXPECTED[name].pixels, expected.short_side)
+    assert (config.segment.crop, config.segment.short_side) == (expected.pixels, expected.short_side)
     assert tuple(factor * (config.segment.short_side or 64) for factor in config.segment.jitter) == expected.sides
     assert (config.optim.schedule, config.diversity.preset) == (expected.schedule, "none")
 

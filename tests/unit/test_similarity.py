@@ -11,7 +11,6 @@ from pdvit.errors import UserError
 from pdvit.similarity import patch_similarity
 
 SIGNED = pytest.mark.parametrize("signed", [False, True], ids=["absolute", "signed"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 def gaussian(images: int, count: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -77,13 +76,6 @@ def test_values_worked_by_hand():
     assert patch_similarity(tight).dtype == torch.float64
 
 
-@SIGNED
-@DTYPES
-def test_identical_tokens_give_one(signed, dtype):
-    tokens = gaussian(2, 1, 48).to(dtype).expand(2, 64, 48)
-    assert patch_similarity(tokens, signed).tolist() == pytest.approx([1, 1], abs=1e-5)
-
-
 @pytest.mark.parametrize(("width", "expected"), [(192, 0.0576), (384, 0.0407), (768, 0.0288), (1024, 0.0249)])
 def test_random_tokens_give_the_known_value(width, expected):
     found = patch_similarity(gaussian(4, 196, width, dtype=torch.float32))
@@ -104,6 +96,7 @@ def test_the_size_of_tokens_does_not_matter(signed, dtype, size):
     value, gradient = value_and_gradient(tokens, signed)
     assert value.tolist() == pytest.approx(literal(tokens.double(), signed), abs=1e-6)
     assert gradient.isfinite().all()
+    assert patch_similarity(tokens[:, :1].expand(-1, 64, -1), signed).tolist() == pytest.approx([1, 1], abs=1e-5)
 
 
 @pytest.mark.parametrize("entries", [1, 50, 64, 100, 200])

@@ -50,8 +50,10 @@ def test_a_key_takes_its_units_and_the_tip_names_them(unit, percent, clock, unit
 @pytest.mark.parametrize(
     ("duration", "steps"), [("3ep", 30), ("0.5ep", 5), ("17st", 17), ("80im", 20), ("5%", 10), ("0.26ep", 3)]
 )
-def test_lengths_in_steps_equal_those_by_hand(duration, steps):
+def test_lengths_in_steps_and_times_in_seconds_equal_those_by_hand(duration, steps):
     assert parse_duration(duration, "ep", "here").steps(steps_per_epoch=10, batch_size=4, total=200) == steps
+    times = [parse_duration(text, "min", "here").seconds for text in ("10min", "1.5h", "20s", "3")]
+    assert times == [600, 5400, 20, 180]
 
 
 @settings(max_examples=50)
@@ -63,11 +65,6 @@ def test_any_text_is_a_finite_duration_or_a_user_error(text):
         return
     assert math.isfinite(duration.value)
     assert duration.value >= 0
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("1.5h", 5400), ("20s", 20), ("3", 180)])
-def test_times_are_in_seconds(text, seconds):
-    assert parse_duration(text, "min", "here").seconds == seconds
 
 
 @pytest.mark.parametrize(

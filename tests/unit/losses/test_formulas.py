@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pdvit import similarity
 from pdvit.errors import UserError
-from pdvit.losses import VARIANTS, contrastive_loss, cosine_loss, koleo_loss, spectral_loss, terms
+from pdvit.losses import contrastive_loss, cosine_loss, koleo_loss, spectral_loss, terms
+from pdvit.losses.variants import VARIANTS
 
 Tokens = list[list[float]]  # the patches of one image
 WITH_COSINE = [variant for variant in VARIANTS if variant != "released"]

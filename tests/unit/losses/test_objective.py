@@ -1,7 +1,6 @@
 import math
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,29 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.errors import UserError
-from pdvit.losses import TERMS, VARIANTS, Objective, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses.objective import TokenOutput
 from pdvit.losses.terms import LAST_LAYER_TERMS
+from pdvit.losses.variants import VARIANTS
 
 CLASSES, GRID = 5, (2, 3)
 WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2)
 OFF = dict.fromkeys(TERMS, 0.0)
 
 
-class Output(NamedTuple):
-    logits: Tensor
-    first: Tensor
-    last: Tensor
-    patch_logits: Tensor | None
-    others: tuple[Tensor, ...] = ()
-    mixing: Tensor | None = None
-    smoothing: float = 0.0
-
-
-def make() -> tuple[Output, Tensor, Tensor]:
+def make() -> tuple[TokenOutput, Tensor, Tensor]:
     """Return a forward pass, targets and patch targets."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, CLASSES), (3, 6, 4), (3, 6, 4), (3, 6, CLASSES))
-    output = Output(*(torch.randn(shape, generator=generator) for shape in shapes))
+    output = TokenOutput(*(torch.randn(shape, generator=generator) for shape in shapes))
     return output, *(torch.randint(CLASSES, shape, generator=generator) for shape in ((3,), (3, 6)))
 
 
@@ -78,10 +69,8 @@ def test_the_three_terms_of_the_paper_have_weight_one_by_default():
 
 def test_a_term_that_is_off_cannot_spoil_the_total():
     output, targets, _ = make()
-    broken = Output(output.logits, output.first * math.nan, output.last * math.nan, None)
-    assert Objective(**OFF)(broken, targets).total.item() == pytest.approx(
-        F.cross_entropy(output.logits, targets).item()
-    )
+    broken = TokenOutput(output.logits, output.first * math.nan, output.last * math.nan, None)
+    torch.testing.assert_close(Objective(**OFF)(broken, targets).total, F.cross_entropy(output.logits, targets))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +177,7 @@ def test_compiled_it_gives_the_same_loss_and_gradients(device, variant):
     torch.compiler.reset()
     for call in (objective.__call__, torch.compile(objective.__call__, fullgraph=True, dynamic=False)):
         leaves = [tensor.to(device).requires_grad_() for tensor in output[:4]]
-        losses = call(Output(*leaves), targets, patch_targets)
+        losses = call(TokenOutput(*leaves), targets, patch_targets)
         gradients = torch.autograd.grad(losses.total, leaves, allow_unused=True)
         found.append((losses, [gradient for gradient in gradients if gradient is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.losses import WeightSchedule
+from pdvit.losses.schedule import WeightSchedule
 
 
 @pytest.mark.parametrize(

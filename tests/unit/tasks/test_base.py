@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 from pdvit.config import build, resolve
 from pdvit.data.loader import Batch
 from pdvit.data.opening import open_source
-from pdvit.losses import TERMS, WeightSchedule
+from pdvit.losses import TERMS
+from pdvit.losses.schedule import WeightSchedule
 from pdvit.tasks.base import with_weights
 from pdvit.tasks.classification import ClassificationTask
 
@@ -28,15 +29,11 @@ def take(task: ClassificationTask, start: int, count: int) -> list[Batch]:
         return list(islice(batches, count))
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("constant", {}),
-        ("warmup:0.1ep", {"warmup": 4}),
-        ("decay:50%", {"decay": 4}),
-        ("until:640im,warmup:5st", {"until": 20, "warmup": 5}),
-    ],
-)
+LENGTHS = {"constant": {}, "warmup:0.1ep": {"warmup": 4}, "decay:50%": {"decay": 4}}
+LENGTHS |= {"until:640im,warmup:5st": {"until": 20, "warmup": 5}}
+
+
+@pytest.mark.parametrize(("text", "parts"), LENGTHS.items())
 def test_lengths_become_steps(text, parts):
     schedules = dict(zip(TERMS, task_of(spectral_schedule=text).schedules, strict=True))
     assert schedules.pop("spectral") == WeightSchedule(8, **parts)

@@ -11,18 +11,9 @@ from torch import nn
 from pdvit.data.loader import Batch
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
-from pdvit.tasks import windows
+from pdvit.tasks import metrics, windows
 from pdvit.tasks.classification import predict
-from pdvit.tasks.metrics import (
-    BINS,
-    ClassificationMetric,
-    SegmentationMetric,
-    class_table,
-    confusion_table,
-    evaluate_classification,
-    evaluate_segmentation,
-    unique_names,
-)
+from pdvit.tasks.metrics import BINS, ClassificationMetric, SegmentationMetric
 from pdvit.tasks.windows import SlidingWindowConfig
 
 CPU = torch.device("cpu")
@@ -129,7 +120,7 @@ def test_models_run_in_the_configured_precision_without_gradients(precision):
 
     weight = torch.randn(12, 5, requires_grad=True)
     batches = [Batch(torch.randn(n, 3, 2, 2), torch.arange(n) % 5, torch.arange(n)) for n in (3, 3, 2)]
-    assert evaluate_classification(network, batches, ClassificationMetric(5, CPU), precision).images == 8
+    assert metrics.evaluate_classification(network, batches, ClassificationMetric(5, CPU), precision).images == 8
 
 
 @settings(max_examples=30, deadline=None)
@@ -148,7 +139,7 @@ def test_segmentation_scores_equal_the_matrix_of_scikit_learn(seed, classes, ima
     ious = [inside / union if union else math.nan for inside, union in zip(both, unions, strict=True)]
     means = [np.nanmean(ious), both.sum() / labelled.sum(), (both[present] / matrix.sum(1)[present]).mean()]
     assert np.array_equal(found.confusion, matrix)
-    table = class_table(found.confusion, list(map(str, range(classes))), pixels=True)
+    table = metrics.class_table(found.confusion, list(map(str, range(classes))), pixels=True)
     assert table["iou"].tolist() == pytest.approx(ious, abs=1e-12, nan_ok=True)
     assert [found.numbers[name] for name in ("miou", "accuracy", "accuracy_mean")] == pytest.approx(means, abs=1e-12)
     logs = scores.double().log_softmax(1)
@@ -192,7 +183,7 @@ def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted
     def evaluated(mode, *sizes):
         rng.manual_seed(0)
         batches = [Batch(torch.randn(1, 3, *size, generator=rng), masks, torch.zeros(1)) for size in sizes]
-        return evaluate_segmentation(
+        return metrics.evaluate_segmentation(
             network, batches, SegmentationMetric(3, CPU), SlidingWindowConfig(mode, 8, 4), "fp32"
         )
 
@@ -233,7 +224,8 @@ def in_lockstep(*statuses):
         return images
 
     try:
-        return passes, evaluate_segmentation(network, [batch], metric, config, "fp32", ranks, in_lockstep=True).images
+        scores = metrics.evaluate_segmentation(network, [batch], metric, config, "fp32", ranks, in_lockstep=True)
+        return passes, scores.images
     except UserError as error:
         return passes, error.what
     finally:
@@ -262,14 +254,14 @@ def test_class_tables_equal_scikit_learn():
     precision, recall, _, support = precision_recall_fscore_support(
         targets, predicted, labels=list(range(4)), zero_division=math.nan
     )
-    table = class_table(MATRIX, NAMES)
+    table = metrics.class_table(MATRIX, NAMES)
     assert table["accuracy"].tolist() == pytest.approx(recall.tolist(), nan_ok=True)
     assert table["precision"].tolist() == pytest.approx(precision.tolist(), nan_ok=True)
     assert table["images"].tolist() == support.tolist()
     assert table["confused_with"].dropna().to_dict() == {0: "b", 2: "a"}  # of several the first
     assert table["confused"].tolist() == [2, 0, 4, 0]
-    assert class_table(MATRIX, NAMES, pixels=True).columns.tolist()[:3] == ["class", "pixels", "iou"]
-    rows = confusion_table(MATRIX, NAMES).itertuples(index=False)
+    assert metrics.class_table(MATRIX, NAMES, pixels=True).columns.tolist()[:3] == ["class", "pixels", "iou"]
+    rows = metrics.confusion_table(MATRIX, NAMES).itertuples(index=False)
     assert [tuple(row) for row in rows] == [
         *[("a", "a", 5), ("a", "b", 2), ("a", "c", 2), ("b", "b", 7)],
         *[("c", "a", 4), ("c", "c", 1), ("d", "d", 0)],
@@ -288,4 +280,4 @@ def test_the_best_classes_come_with_their_probabilities_in_order():
 
 
 def test_names_that_occur_twice_get_their_index():
-    assert unique_names(["crane", "dog", "crane"]) == ["crane (0)", "dog", "crane (2)"]
+    assert metrics.unique_names(["crane", "dog", "crane"]) == ["crane (0)", "dog", "crane (2)"]
