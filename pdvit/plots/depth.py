@@ -78,8 +78,7 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw entropy and distance of attention by block: a dot per head, a line for their mean.
 
-    The curves are `attention`: `entropy/LAYER` and `distance/LAYER`, one value per head. Dashed lines mark the largest
-    entropy, ln of the number of patches.
+    Dashed lines mark the largest entropy, ln of the number of patches.
     """
     parts = [
         pd.DataFrame({**place, "curve": curve, "head": range(1, 1 + len(values)), "value": values})
@@ -115,8 +114,8 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
 def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw histograms of cos over all pairs of patches, layer above layer; ticks are medians.
 
-    The curves are `pairs`: `histogram/LAYER`, fractions, and `edges/LAYER`. Heights are square roots of fractions,
-    scaled to the same maximum in each layer: tails stay visible, and a layer with one peak hides no other.
+    Heights are square roots of fractions, scaled to the same maximum in each layer: tails stay visible, and a layer
+    with one peak hides no other.
     """
     parts = [
         pd.DataFrame({**place, "from": edges[:-1], "to": edges[1:], "share": shares})
@@ -158,10 +157,7 @@ def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
 
 
 def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
-    """Draw the relative log-amplitude by frequency, a line per layer; in the last panel the DC share by layer.
-
-    The curves are `spectrum`: `by_frequency/LAYER` and `frequency/LAYER`.
-    """
+    """Draw the relative log-amplitude by frequency, a line per layer; in the last panel the DC share by layer."""
     parts = [
         pd.DataFrame({**place, "metric": "by_frequency", "frequency": frequency, "mean": mean})
         for place, mean, frequency in _layers(runs, "spectrum", "by_frequency", "frequency")
@@ -203,12 +199,9 @@ def _layers(runs: Sequence[AnalyzedRun], group: str, *names: str) -> Iterator[tu
 
 def stack(runs: Sequence[AnalyzedRun]) -> pd.DataFrame:
     """Return analyses as one table with the name of the run in its first column, ordered by depth."""
-    parts = []
-    for run in runs:
-        part = run.table.drop(columns=["model", "run"], errors="ignore").sort_values("depth", kind="stable")
-        part.insert(0, "run", run.name)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    parts = [run.table.assign(run=run.name).sort_values("depth", kind="stable") for run in runs]
+    rows = pd.concat(parts, ignore_index=True).drop(columns="model", errors="ignore")
+    return rows[["run", *rows.columns.drop("run")]]
 
 
 def metrics_of(rows: pd.DataFrame) -> list[str]:
@@ -225,30 +218,21 @@ def run_styles(rows: pd.DataFrame, theme: Theme) -> dict[str, dict[str, Any]]:
 
 
 def differences(tables: Sequence[pd.DataFrame], metric: str) -> pd.DataFrame:
-    """Return second minus first of a metric with Welch's 95 % interval, for each layer that both have by name.
-
-    The tables hold means and spreads over images, so images can't be paired. A single image has no interval.
-    """
-    first, second = (table[table["metric"] == metric].set_index("layer") for table in tables)
-    layers = first.index.intersection(second.index, sort=False)
-    pair = (first.loc[layers], second.loc[layers])
-    change = pair[1]["mean"] - pair[0]["mean"]
-    variances = [side["std"] ** 2 / side["images"] for side in pair]
-    variance = variances[0] + variances[1]
-    freedom = variance**2 / sum(part**2 / (side["images"] - 1) for part, side in zip(variances, pair, strict=True))
-    half = (stdtrit(freedom, LEVEL) * variance**0.5).where(variance > 0, variance)
-    columns = {"mean": change, "low": change - half, "high": change + half}
-    return pair[0][["depth"]].assign(metric=metric, **columns).reset_index()
+    """Return second minus first of a metric with Welch's 95 % interval (images can't be paired), by layer of both."""
+    first, second = (table[table["metric"] == metric] for table in tables)
+    both = first.merge(second, on="layer", suffixes=("", "_2"))
+    change = both["mean_2"] - both["mean"]
+    one, two = both["std"] ** 2 / both["images"], both["std_2"] ** 2 / both["images_2"]
+    freedom = (one + two) ** 2 / (one**2 / (both["images"] - 1) + two**2 / (both["images_2"] - 1))
+    half = (stdtrit(freedom, LEVEL) * (one + two) ** 0.5).where(one + two > 0, one + two)
+    return both[["layer", "depth"]].assign(metric=metric, mean=change, low=change - half, high=change + half)
 
 
 @contextmanager
 def _panels(
     rows: pd.DataFrame, large: Sequence[str], small: Sequence[str], theme: Theme
 ) -> Iterator[tuple[Drawing, dict[str, Axes]]]:
-    """Draw metrics in a row of large panels and rows of small ones below; yield the panels by name.
-
-    The panel of a metric that the rows lack stays empty.
-    """
+    """Draw metrics in a row of large panels and rows of small ones below; yield the panels by name."""
     columns = min(COLUMNS, len(small))
     lines = [small[at : at + columns] for at in range(0, len(small), columns or 1)]
     layout = [np.repeat([*line, *["."] * (columns - len(line))], 12 // columns) for line in lines]
@@ -267,10 +251,7 @@ def _panels(
 
 
 def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small: bool = False) -> None:
-    """Draw a metric of stacked analyses over depth: a line per run, and a band of one standard deviation.
-
-    The deviation is that over images, for token lengths that over patches.
-    """
+    """Draw a metric over depth: a line per run, and a band of the deviation over images (of lengths, over patches)."""
     styles, chosen = run_styles(rows, theme), rows[rows["metric"] == metric]
     known = DEFINITIONS.get(metric)  # other versions measure other metrics
     title = (known and known.title) or metric.replace("_", " ")
@@ -278,19 +259,17 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
     sizes: dict[str, Any] = {"linewidth": 1.0, "markersize": 2.2} if small else {}
     for name, line in chosen.groupby("run", sort=False):
         axes.plot(line["depth"], line["mean"], **styles[str(name)], **sizes, clip_on=False)
-        std = line["std"]
+        own, colour, std = rows[rows["run"] == name], styles[str(name)]["color"], line["std"]
         if metric == NORM:
-            over_patches = rows[(rows["run"] == name) & (rows["metric"] == NORM_STD)].set_index("depth")["mean"]
+            over_patches = own[own["metric"] == NORM_STD].set_index("depth")["mean"]
             std = over_patches.reindex(line["depth"]).set_axis(line.index)
         below, above = ((line["mean"] + sign * std.fillna(0)).clip(low, high) for sign in (-1, 1))
-        paint: dict[str, Any] = {"color": styles[str(name)]["color"], "alpha": min(0.15, 0.3 / len(styles))}
-        axes.fill_between(line["depth"], below, above, linewidth=0, **paint)
-    if metric == P:
-        for name, line in rows[rows["metric"] == RANDOM].groupby("run", sort=False):
-            axes.plot(line["depth"], line["mean"], color=styles[str(name)]["color"], **RANDOM_STYLE)
-        for name, line in chosen.groupby("run", sort=False):
-            if len(stages := _stages(line)):
-                axes.plot(stages["depth"], stages["mean"], **_ring(theme, styles[str(name)]["color"], small))
+        axes.fill_between(line["depth"], below, above, linewidth=0, color=colour, alpha=min(0.15, 0.3 / len(styles)))
+        random, stages = own[own["metric"] == RANDOM], _stages(line)
+        if metric == P and len(random):
+            axes.plot(random["depth"], random["mean"], color=colour, **RANDOM_STYLE)
+        if metric == P and len(stages):
+            axes.plot(stages["depth"], stages["mean"], **_ring(theme, colour, small))
     name_depths(axes, rows, ticks=6 if small else 8)
     axes.set_xlim(rows["depth"].min() - 0.4, rows["depth"].max() + 0.4)
     axes.set_title(title, fontsize=7.5 if small else 8.5)

@@ -38,8 +38,7 @@ def heat_map(axes: Axes, values: np.ndarray, norm: Normalize, cmap: Any = "virid
 def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw linear CKA between layers, one panel per matrix, all on one scale, the first layers at the bottom left.
 
-    The curves are `cka`: `matrix` and `layers`. Those of `cka_between` are optional: `layers`, and for each other model
-    (columns) `matrix/OTHER` and `layers/OTHER`.
+    Files of `cka_between` are optional: `layers`, and for each other model (columns) `matrix/OTHER` and `layers/OTHER`.
     """
     panels = {run.name: _cka_matrix(run.curves["cka"]) for run in runs}
     for run in (run for run in runs if "cka_between" in run.curves):

@@ -37,10 +37,7 @@ class SegmentedImage(NamedTuple):
 
 
 def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
-    """Read iou.csv (the IoU of a class that does not occur is missing) and the images of predictions/.
-
-    Raises UserError.
-    """
+    """Read iou.csv and the images of predictions/; the IoU of a class that does not occur is NaN. Raises UserError."""
     file, pictures = run / "iou.csv", []
     with reading(file, f"measure it again: pdvit eval {run}"):
         table = read_text_table(file)[["class", "pixels", "iou"]].replace({"iou": {"": "nan"}})

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
@@ -25,8 +24,7 @@ MINUS, NOTHING = "\u2212", "\u2013"
 Setting = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Mean and standard deviation (n - 1) of a sample, and the 95 % interval of the mean (Student's t).
 
     What needs more values than there are is NaN.
@@ -41,11 +39,9 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the estimate of a sample."""
-    n = len(values)
-    mean = float(np.mean(values)) if n else math.nan
-    std = float(np.std(values, ddof=1)) if n > 1 else math.nan
-    half = float(stdtrit(n - 1, LEVEL)) * std / math.sqrt(n) if n > 1 else math.nan
-    return Estimate(n, mean, std, mean - half, mean + half)
+    sample = pd.Series(values, dtype=float)
+    mean, half = float(sample.mean()), float(stdtrit(len(sample) - 1, LEVEL) * sample.sem())
+    return Estimate(len(sample), mean, float(sample.std()), mean - half, mean + half)
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Estimate:
@@ -58,9 +54,10 @@ class SweepSummary:
     """A sweep by setting."""
 
     # One row per setting: `setting`, a column for each of `axes`, n, left_out, mean, std, difference, low and high
-    # (95 % confidence), pairs, and the value of each seed (`seed 0`).
+    # (95 % confidence), pairs, and the value of each seed.
     table: pd.DataFrame
     axes: list[str]  # the swept keys: `variant`, or dotted names of settings
+    seeds: list[str]  # columns of single seeds: `seed 0`
     metric: str
     baseline: str  # as KEY=VALUE; empty if there is only one setting
     notes: list[str]  # how the numbers were computed, and the cells that are not in them
@@ -74,11 +71,6 @@ class SweepSummary:
     def heading(self) -> str:
         """The metric with its unit."""
         return self.metric.replace("_", " ") + (", %" if self.percent else "")
-
-    @property
-    def seeds(self) -> list[str]:
-        """Columns of the table that hold the values of single seeds."""
-        return [column for column in map(str, self.table) if column == "seed" or column.startswith("seed ")]
 
     def rows(self) -> list[dict[Any, Any]]:
         """Return the rows of the table, with numbers in the unit that is shown."""
@@ -99,25 +91,23 @@ def read_cells(place: Path) -> pd.DataFrame:
 def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | None = None) -> SweepSummary:
     """Return mean and spread over seeds for each setting, and paired differences from the baseline.
 
-    `metric` is a column of numbers, by default accuracy or miou. `baseline` is KEY=VALUE, several separated by commas,
-    or a value of the first axis alone; by default the first value of the first axis. Each setting is compared with the
-    setting that has these values and is like it otherwise. Raises UserError, also if two cells have the same setting
-    and seed.
+    `baseline` is KEY=VALUE, several separated by commas, or a value of the first axis alone; by default the first value
+    of the first axis. Each setting is compared with the one that has these values and is like it otherwise. Raises
+    UserError, also if two cells have the same setting and seed.
     """
     metric = _metric(cells, metric)
     axes = axes_of(cells)
     base = _baseline(cells, axes, baseline)
     values: dict[Setting, dict[str, float]] = {}  # by seed
-    left_out: list[str] = []
-    skipped: Counter[Setting] = Counter()
+    left_out, counts = list[str](), Counter[Setting]()
     for cell in cells.to_dict("records"):
         setting = tuple(cell[axis] for axis in axes)
-        own, seed, value = values.setdefault(setting, {}), cell.get(SEED, ""), _number(cell[metric])
+        own, seed, value = values.setdefault(setting, {}), f"seed {cell.get(SEED, '')}".strip(), _number(cell[metric])
+        counts[setting] += 1
         if cell["status"] != FINISHED or math.isnan(value):
             left_out.append(f"cell {cell['cell']} ({cell['status'] if cell['status'] != FINISHED else f'no {metric}'})")
-            skipped[setting] += 1
         elif seed in own:
-            what = f"two cells have the setting {_key_values(axes, setting)} and the seed '{seed}'"
+            what = f"two cells have the setting {_key_values(axes, setting)} and {seed}"
             raise UserError(what, CELLS, "keep one of them, or give them different seeds (run.seed)")
         else:
             own[seed] = value
@@ -127,9 +117,9 @@ def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | No
         partner = tuple(base.get(axis, value) for axis, value in zip(axes, setting, strict=True))
         mean, change = estimate(list(own.values())), paired({} if partner == setting else values.get(partner, {}), own)
         row: dict[str, object] = {"setting": _label(axes, setting), **dict(zip(axes, setting, strict=True))}
-        row |= {"n": mean.n, "left_out": skipped[setting], "mean": mean.mean, "std": mean.std}
+        row |= {"n": mean.n, "left_out": counts[setting] - mean.n, "mean": mean.mean, "std": mean.std}
         row |= {"difference": change.mean, "low": change.low, "high": change.high, "pairs": change.n}
-        rows.append(row | {f"seed {seed}".strip(): own.get(seed, math.nan) for seed in seeds})
+        rows.append(row | {seed: own.get(seed, math.nan) for seed in seeds})
     name = _key_values(base, base.values())
     notes = ["mean ± standard deviation (n - 1) over seeds"]
     if name:
@@ -139,15 +129,15 @@ def summarise(cells: pd.DataFrame, metric: str | None = None, baseline: str | No
         more = f" and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
         named = ", ".join(left_out[:MAX_NAMED])
         notes.append(f"{len(left_out)} of {len(cells)} cells are not in these numbers: {named}{more}")
-    return SweepSummary(pd.DataFrame(rows), axes, metric, name, notes)
+    return SweepSummary(pd.DataFrame(rows), axes, seeds, metric, name, notes)
 
 
 def axes_of(cells: pd.DataFrame) -> list[str]:
     """Return the swept keys: the variant, and dotted settings that differ within a variant."""
-    dotted = [name for name in cells.columns if "." in name and name != SEED and cells[name].nunique() > 1]
-    if VARIANT not in cells or cells[VARIANT].nunique() == 1:
-        return dotted
-    return [VARIANT] + [name for name in dotted if cells.groupby(VARIANT)[name].nunique().max() > 1]
+    variants = cells.get(VARIANT, pd.Series("", cells.index))
+    dotted = [name for name in cells.columns if "." in name and name != SEED]
+    varied = [name for name in dotted if cells[name].groupby(variants).nunique().max() > 1]
+    return [VARIANT] * (variants.nunique() > 1) + varied
 
 
 def _label(axes: list[str], setting: Setting) -> str:
@@ -221,8 +211,8 @@ def text_of(sweep: SweepSummary) -> str:
     """Return the table and its notes for a terminal."""
     table = table_of(sweep)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join(line.rstrip() for line in [*lines, *sweep.notes])
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join([*lines, *sweep.notes])
 
 
 def markdown(sweep: SweepSummary) -> str:

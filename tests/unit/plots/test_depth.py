@@ -8,17 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
-from pdvit.plots.depth import (
-    ATTENTION,
-    differences,
-    plot_attention,
-    plot_compare,
-    plot_metrics,
-    plot_norms,
-    plot_pairs,
-    plot_similarity,
-    plot_spectrum,
-)
+from pdvit.plots import depth as plots
+from pdvit.plots.depth import ATTENTION, differences
 from pdvit.plots.reading import AnalyzedRun, read_run
 from pdvit.plots.style import LIGHT
 
@@ -57,7 +48,7 @@ def tick_names(axes) -> list[str]:
 
 def test_lines_are_means_in_order_of_depth_bands_one_standard_deviation_and_p_runs_from_0_to_1(analysis_table):
     table = analysis_table([0.1, 0.2, 0.3, 0.4], std=0.05).sample(frac=1, random_state=0)
-    axes = plot_similarity(named(table)).axes[0]
+    axes = plots.plot_similarity(named(table)).axes[0]
     assert axes.lines[0].get_xydata().ravel().tolist() == pytest.approx([0, 0.1, 1, 0.2, 2, 0.3, 3, 0.4])
     assert band(axes, 2) == pytest.approx([0.25, 0.35])
     assert axes.get_ylim() == (0, 1)
@@ -66,7 +57,7 @@ def test_lines_are_means_in_order_of_depth_bands_one_standard_deviation_and_p_ru
 
 def test_a_single_image_has_a_line_without_a_band_and_runs_of_other_depths_have_numbers(analysis_table):
     single = analysis_table([0.2, 0.4, 0.6], std=math.nan, images=1)
-    figure = plot_similarity(named(single, single.iloc[:4]))
+    figure = plots.plot_similarity(named(single, single.iloc[:4]))
     axes = figure.axes[0]
     assert band(axes, 1) == [0.4, 0.4]
     assert tick_names(axes) == ["embed", "1", "2"]
@@ -75,7 +66,7 @@ def test_a_single_image_has_a_line_without_a_band_and_runs_of_other_depths_have_
 
 @pytest.mark.parametrize("blocks", [12, 48])
 def test_tick_labels_of_deep_models_do_not_overlap(analysis_table, blocks):
-    figure = plot_similarity(named(analysis_table(np.linspace(0.2, 0.9, blocks + 2).tolist())))
+    figure = plots.plot_similarity(named(analysis_table(np.linspace(0.2, 0.9, blocks + 2).tolist())))
     FigureCanvasAgg(figure).draw()
     boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels()]
     assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
@@ -85,7 +76,7 @@ def test_random_weights_are_thin_and_dashed_and_stages_have_rings(analysis_table
     table = analysis_table([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     table["tokens"] = table["depth"].map(dict(enumerate([64, 64, 16, 16, 4, 4])))
     random = table[table["metric"] == "similarity"].assign(metric="similarity_random", mean=0.7)
-    figure = plot_similarity(named(pd.concat([table, random])))
+    figure = plots.plot_similarity(named(pd.concat([table, random])))
     line, dashed, rings = figure.axes[0].lines
     assert (dashed.get_ydata() == 0.7).all()
     assert dashed.get_linestyle() == "--"
@@ -96,7 +87,7 @@ def test_random_weights_are_thin_and_dashed_and_stages_have_rings(analysis_table
 
 def test_every_metric_has_a_panel_with_a_line_per_run_that_has_it(tables):
     less = tables[0][tables[0]["metric"] != "norm_peak"]
-    found = panels(plot_metrics(named(less, tables[1])))
+    found = panels(plots.plot_metrics(named(less, tables[1])))
     # P of random weights is drawn with P, and an unknown metric under its name
     assert len(found) == tables[0]["metric"].nunique() - 1
     assert "new metric" in found
@@ -113,7 +104,7 @@ def test_every_metric_has_a_panel_with_a_line_per_run_that_has_it(tables):
 def test_bands_and_axes_end_where_the_metric_does(tables):
     wide = tables[0].assign(std=5.0)
     wide.loc[wide["metric"] == "norm_outliers", ["mean", "std"]] = 0
-    found = panels(plot_metrics(named(wide)))
+    found = panels(plots.plot_metrics(named(wide)))
     assert band(found["P, mean |cos|"], 1) == [0, 1]
     assert band(found["mean cos, signed"], 1) == [-1, 1]
     assert band(found["token length, std"], 1)[0] == 0
@@ -122,13 +113,13 @@ def test_bands_and_axes_end_where_the_metric_does(tables):
 
 def test_norms_are_length_with_spread_over_patches_peak_and_outliers(tables):
     table = tables[0]
-    figure = plot_norms(named(table))
+    figure = plots.plot_norms(named(table))
     for axes, metric in zip(figure.axes, ("norm_mean", "norm_peak", "norm_outliers"), strict=True):
         assert axes.lines[0].get_ydata().tolist() == values(table, metric)
     for depth, (mean, std) in enumerate(zip(values(table, "norm_mean"), values(table, "norm_std"), strict=True)):
         assert band(figure.axes[0], depth) == pytest.approx([max(0, mean - std), mean + std])
     assert set(figure.data["metric"]) == {"norm_mean", "norm_std", "norm_peak", "norm_outliers"}
-    axes = plot_norms(named(table.assign(mean=10.0 ** table["depth"]))).axes[0]
+    axes = plots.plot_norms(named(table.assign(mean=10.0 ** table["depth"]))).axes[0]
     assert axes.get_yscale() == "log"
     FigureCanvasAgg(axes.figure).draw()
     assert {"1", "100"} <= {text.get_text() for text in axes.get_yticklabels()}
@@ -153,12 +144,12 @@ def test_layers_are_compared_by_name_and_single_images_have_no_interval(analysis
     assert found["layer"].tolist() == ["embed", "block 1", "norm"]
     assert found["mean"].tolist() == pytest.approx([0, 0, 0.5])
     assert found["low"].isna().all()
-    plot_compare(named(shallow, deep))
+    plots.plot_compare(named(shallow, deep))
 
 
 def test_two_analyses_are_compared_in_p_its_difference_and_all_metrics_of_both(tables):
     first, second = tables[0], tables[1][tables[1]["metric"] != "norm_peak"]
-    figure = plot_compare(named(first, second))
+    figure = plots.plot_compare(named(first, second))
     change = differences([first, second], "similarity")
     assert figure.axes[0].lines[0].get_ydata().tolist() == values(first, "similarity")
     assert figure.axes[1].containers[0].lines[0].get_ydata().tolist() == change["mean"].tolist()
@@ -170,7 +161,7 @@ def test_two_analyses_are_compared_in_p_its_difference_and_all_metrics_of_both(t
 
 def test_every_head_is_a_dot_their_mean_a_line_and_uniform_attention_is_marked(folders):
     run = read_run(folders[0], "one", "attention")
-    figure = plot_attention([run, replace(run, name="two")])
+    figure = plots.plot_attention([run, replace(run, name="two")])
     for axes, curve in zip(figure.axes, ATTENTION, strict=True):
         heads, mean, others = axes.lines[:3]
         expected = np.array([run.curve("attention", curve)[f"block {block}"] for block in (1, 2, 3)])
@@ -188,7 +179,7 @@ def test_every_layer_has_its_histogram_of_square_roots_with_the_median(folders):
     run = read_run(folders[0], "one", "pairs")
     samples = np.random.default_rng(0).normal(0.3, 0.1, 10_000)
     run.curves["pairs"]["histogram/embed"] = np.histogram(samples, run.curves["pairs"]["edges/embed"])[0] / 10_000
-    figure = plot_pairs([run])
+    figure = plots.plot_pairs([run])
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["embed", "1", "2", "3", "norm"]
     filled = sorted((patch for patch in axes.patches if patch.get_fill()), key=lambda patch: patch.get_data().baseline)
@@ -208,12 +199,12 @@ def test_layers_whose_pairs_are_all_alike_are_drawn(folders):
     run = read_run(folders[0], "one", "pairs")
     for name in [name for name in run.curves["pairs"] if name.startswith("histogram")]:
         run.curves["pairs"][name] = np.eye(20)[19]
-    assert plot_pairs([run, replace(run, name="two")]).axes[0].get_xlim() == (0.8, 1.0)
+    assert plots.plot_pairs([run, replace(run, name="two")]).axes[0].get_xlim() == (0.8, 1.0)
 
 
 def test_every_spectrum_is_a_line_and_the_dc_share_the_last_panel(folders):
     run = read_run(folders[0], "run", "spectrum")
-    figure = plot_spectrum([replace(run, name=f"run-{number}") for number in range(3)])
+    figure = plots.plot_spectrum([replace(run, name=f"run-{number}") for number in range(3)])
     found = panels(figure)
     for number in range(3):
         lines = found[f"run-{number}"].lines

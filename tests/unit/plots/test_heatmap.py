@@ -32,19 +32,14 @@ def maps(tmp_path, analysis_folder):
     return read_arrays(folder / "analysis" / "maps.npz", "")
 
 
-def test_cka_is_drawn_with_the_first_layer_at_the_bottom_left(cka):
-    axes = plot_cka([cka]).axes[0]
-    np.testing.assert_allclose(image(axes), cka.curves["cka"]["matrix"])
-    assert axes.images[0].origin == "lower"
-    for axis in (axes.xaxis, axes.yaxis):
-        assert tick_names(axis) == ["embed", "1", "2", "3", "norm"]
-
-
-def test_cka_between_models_has_a_panel_of_its_own_on_the_same_scale(cka):
+def test_cka_has_the_first_layer_at_the_bottom_left_and_between_models_a_panel_on_the_same_scale(cka):
     matrix = np.arange(6).reshape(2, 3) / 6
     between = {"matrix/other": matrix, "layers/other": LAYERS, "layers": LAYERS[:2]}
     figure = plot_cka([replace(cka, curves=cka.curves | {"cka_between": between})])
     own, other = figure.axes[:2]
+    np.testing.assert_allclose(image(own), cka.curves["cka"]["matrix"])
+    assert own.images[0].origin == "lower"
+    assert tick_names(own.xaxis) == tick_names(own.yaxis) == ["embed", "1", "2", "3", "norm"]
     np.testing.assert_allclose(image(other), matrix)
     assert (tick_names(other.xaxis), tick_names(other.yaxis)) == (["embed", "1", "norm"], ["embed", "1"])
     assert own.images[0].get_clim() == other.images[0].get_clim()
@@ -146,20 +141,3 @@ def test_names_of_classes_stay_as_they_are(tmp_path):
     table.to_csv(text, index=False, quoting=csv.QUOTE_NONNUMERIC)
     (tmp_path / "confusion.csv").write_text(text.getvalue())
     pd.testing.assert_frame_equal(read_confusion(tmp_path), table, check_dtype=False)
-
-
-HEAD = "class,predicted,images\n"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *("", HEAD, "a,b\n1,2\n", HEAD + "a,a,x\n", HEAD + "a,a,1\na,a,2\n", HEAD + "a,a,-1\n", HEAD + "a,a\n"),
-        *(HEAD + "a,b,1\n", HEAD + 'a,"a,1\n', "\0" * 9),
-    ],
-)
-def test_a_damaged_matrix_is_named(tmp_path, content):
-    (tmp_path / "confusion.csv").write_text(content)
-    with pytest.raises(UserError) as caught:
-        read_confusion(tmp_path)
-    assert f"pdvit eval {tmp_path}" in caught.value.tip

@@ -1,8 +1,27 @@
+import io
+import pickle
+
 import numpy as np
 import pytest
 
 from pdvit.errors import UserError
+from pdvit.plots.heatmap import read_confusion
 from pdvit.plots.reading import checkpoint_of, read_run
+from pdvit.plots.segmentation import read_segmentation
+from pdvit.plots.sweep import read_cells
+
+MATRIX, CELLS = "class,predicted,images\n", "cell,status\n"
+TABLES = [
+    *((read_segmentation, "iou.csv", text) for text in ("", "a,b\n1,2\n", "class,pixels,iou\nx,many,0.5\n")),
+    *(
+        (read_confusion, "confusion.csv", MATRIX + rows)
+        for rows in ("", "a,a,x\n", "a,a,1\na,a,2\n", "a,a,-1\n", "a,a\n")
+    ),
+    *((read_confusion, "confusion.csv", text) for text in ("", "a,b\n1,2\n", "\0" * 9)),
+    *((read_confusion, "confusion.csv", MATRIX + rows) for rows in ("a,a\n", "a,b,1\n", 'a,"a,1\n')),
+    *((read_cells, "cells.csv", text) for text in ("", "cell\n0\n", CELLS, "cell,status,a\n0\n")),
+    *((read_cells, "cells.csv", CELLS + rows) for rows in ("0,1,2\n", '0,"x\n')),
+]
 
 
 def test_an_analysis_is_read_with_its_curves_by_layer(tmp_path, analysis_folder):
@@ -18,17 +37,20 @@ def test_a_model_called_na_keeps_its_name_and_the_checkpoint_is_the_run(tmp_path
     assert checkpoint_of(tmp_path) == str(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"no archive", b"\x80\x04."])
-def test_a_damaged_file_of_curves_is_named(tmp_path, analysis_folder, content):
-    run = analysis_folder(tmp_path / "run")
-    (run / "analysis" / "pairs.npz").write_bytes(content)
+def test_a_damaged_file_of_curves_is_named_and_one_with_objects_is_not_executed(tmp_path, analysis_folder):
+    run, objects = analysis_folder(tmp_path / "run"), io.BytesIO()
+    np.savez(objects, histogram=np.array([{}], dtype=object))
+    for content in (b"", b"PK", b"no archive", pickle.dumps({}), objects.getvalue()):
+        (run / "analysis" / "pairs.npz").write_bytes(content)
+        with pytest.raises(UserError, match="damaged") as caught:
+            read_run(run, "one", "pairs")
+        assert f"pdvit analyze {run}.safetensors --metrics pairs" in caught.value.tip
+
+
+@pytest.mark.parametrize(("read", "name", "content"), TABLES)
+def test_a_damaged_table_is_named_with_the_command_that_makes_it(tmp_path, read, name, content):
+    (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="damaged") as caught:
-        read_run(run, "one", "pairs")
-    assert f"pdvit analyze {run}.safetensors --metrics pairs" in caught.value.tip
-
-
-def test_a_file_with_objects_is_not_executed(tmp_path, analysis_folder):
-    run = analysis_folder(tmp_path / "run")
-    np.savez(run / "analysis" / "pairs.npz", histogram=np.array([{}], dtype=object))
-    with pytest.raises(UserError, match="damaged"):
-        read_run(run, "one", "pairs")
+        read(tmp_path)
+    assert caught.value.where == str(tmp_path / name)
+    assert ("folder of a sweep" if read is read_cells else f"pdvit eval {tmp_path}") in caught.value.tip

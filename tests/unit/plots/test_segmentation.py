@@ -47,16 +47,9 @@ def test_a_row_of_four_for_each_picture_a_bar_for_each_class_and_a_legend_of_the
 
 
 def test_of_many_classes_the_legend_has_the_most_frequent(tmp_path):
-    run = write(tmp_path / "run", classes=150)
+    table, (picture, _) = read_segmentation(write(tmp_path / "run", classes=150))
     mask = np.repeat(np.arange(0, 60, dtype=np.uint8), np.arange(60))[None]  # 59 is the most frequent
-    for name in ("truth", "prediction"):
-        with Image.open(run / "predictions" / f"01-{name}.png") as image:
-            palette = image.getpalette()
-        image = Image.fromarray(mask)
-        image.putpalette(palette)
-        image.save(run / "predictions" / f"01-{name}.png")
-    table, pictures = read_segmentation(run)
-    (legend,) = plot_segmentation(table, pictures[:1], "run").legends
+    (legend,) = plot_segmentation(table, [picture._replace(truth=mask, prediction=mask)], "run").legends
     assert [text.get_text() for text in legend.texts] == [f"class {n}" for n in range(60 - NAMED, 60)]
 
 
@@ -68,10 +61,8 @@ def test_nothing_leaves_the_figure_and_no_number_lies_under_the_line_of_the_mean
     figure = plot_segmentation(table, pictures, "a-run-whose-name-is-long-enough-for-two")
     FigureCanvasAgg(figure).draw()
     drawn = figure.get_tightbbox()
-    assert drawn.x0 >= 0
-    assert drawn.y0 >= 0
-    assert drawn.x1 <= figure.get_figwidth()
-    assert drawn.y1 <= figure.get_figheight()
+    assert min(drawn.x0, drawn.y0) >= 0
+    assert (drawn.max <= figure.get_size_inches()).all()
     bars = figure.axes[-1]
     assert all(text.get_zorder() > bars.lines[0].get_zorder() and text.get_bbox_patch() for text in bars.texts)
 
@@ -82,15 +73,6 @@ def test_of_many_classes_the_best_and_the_worst(tmp_path):
     widths = [bar.get_width() for bar in bars]
     assert len(widths) == BARS
     assert (max(widths), min(widths)) == (table["iou"].max(), table["iou"].min())
-
-
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", '"class","pixels","iou"\n"x","many","0.5"\n'])
-def test_a_damaged_table_is_an_error_that_names_the_command(tmp_path, text):
-    run = write(tmp_path / "run")
-    (run / "iou.csv").write_text(text)
-    with pytest.raises(UserError, match="damaged") as caught:
-        read_segmentation(run)
-    assert "pdvit eval" in caught.value.tip
 
 
 @pytest.mark.parametrize("damage", ["missing", "no palette"])

@@ -148,16 +148,6 @@ def test_values_stay_as_they_are_written(tmp_path):
     assert summarise(read_cells(tmp_path)).table["setting"].tolist() == ["1e-3", "NA"]
 
 
-@pytest.mark.parametrize(
-    "content", ["", "cell\n0\n", "cell,status\n", "cell,status,a\n0\n", "cell,status\n0,1,2\n", 'cell,status\n0,"x\n']
-)
-def test_a_damaged_table_is_named(tmp_path, content):
-    (tmp_path / "cells.csv").write_text(content)
-    with pytest.raises(UserError) as caught:
-        read_cells(tmp_path)
-    assert "cells.csv" in caught.value.where
-
-
 def test_dots_are_seeds_and_marks_their_means():
     figure = plot_sweep(summary(), "mine")
     left, right = figure.axes

@@ -33,7 +33,7 @@ def panels(run):
     return figure.axes[:3]
 
 
-def test_every_term_has_its_line(panels):
+def test_every_term_has_its_line_and_accuracy_is_in_percent(panels):
     lines = {line.get_label(): line for line in panels[0].lines}
     assert set(lines) == {"class", "cosine", "mixing"}
     dashes = {(line.get_linestyle(), tuple(np.atleast_1d(line._dash_pattern[1]))) for line in panels[0].lines}
@@ -41,9 +41,6 @@ def test_every_term_has_its_line(panels):
     for name, line in lines.items():
         assert line.get_xdata().tolist() == [0.5, 1.0, 2.0]
         assert line.get_ydata().tolist() == [record[name] for record in TRAIN]
-
-
-def test_accuracy_is_in_percent(panels):
     (line,) = panels[1].lines
     assert line.get_xdata().tolist() == [1, 2]
     assert line.get_ydata().tolist() == [75, 50]
