@@ -173,17 +173,8 @@ def analysis_table():
 
         layers = ["embed", *(f"block {i}" for i in range(1, len(similarity) - 1)), "norm"]
         rows = [
-            {
-                "model": "made",
-                "layer": layer,
-                "depth": depth,
-                "metric": metric,
-                "mean": sign * value,
-                "std": std,
-                "ci95": std,
-                "images": images,
-                "tokens": 16,
-            }
+            {"model": "made", "layer": layer, "depth": depth, "metric": metric, "mean": sign * value, "std": std}
+            | {"ci95": std, "images": images, "tokens": 16}
             for depth, (layer, value) in enumerate(zip(layers, similarity, strict=True))
             for metric, sign in (("similarity", 1), ("similarity_signed", 0.5))
         ]

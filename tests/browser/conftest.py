@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from sklearn.metrics.pairwise import cosine_similarity
 
 from pdvit.analysis.explorer import Maps, explorer_page
 
@@ -98,53 +99,29 @@ def open_page(browser, tmp_path) -> Iterator:
         assert tab.wrong == []
 
 
-@dataclass
-class Made:
-    """Maps of random tokens, and their cosines by numpy."""
-
-    maps: Maps
-    cosines: list[dict[str, np.ndarray]]
-
-    def others(self, image: int, layer: str, patch: int) -> np.ndarray:
-        return np.delete(self.cosines[image][layer][patch], patch)
-
-    def similarity(self, image: int, layer: str) -> float:
-        values = np.abs(self.cosines[image][layer])
-        return float(values[~np.eye(len(values), dtype=bool)].mean())
-
-
 @pytest.fixture(scope="session")
 def made():
     """Return a function that makes maps of images of one grey: a map's colours are then those of the legend exactly."""
 
-    def make(
-        model: str, grids: dict[str, tuple[int, int]], images: int = 2, seed: int = 0, depths: list[int] | None = None
-    ) -> Made:
-        rng = np.random.default_rng(seed)
-        cosines = []
+    def make(model: str, grids: dict[str, tuple[int, int]], images: int = 2, seed: int = 0) -> Maps:
+        rng, levels, similarity = np.random.default_rng(seed), [], []
         for _ in range(images):
-            by_layer = {}
-            for layer, (rows, columns) in grids.items():
-                tokens = rng.normal(size=(rows * columns, 5)) + 0.5
-                tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
-                by_layer[layer] = tokens @ tokens.T
-            cosines.append(by_layer)
-        levels = [{layer: (127 * it).round().astype(np.int8) for layer, it in image.items()} for image in cosines]
+            tokens = [rng.normal(size=(rows * columns, 5)) + 0.5 for rows, columns in grids.values()]
+            exact = [cosine_similarity(part) for part in tokens]
+            levels.append({layer: (127 * it).round().astype(np.int8) for layer, it in zip(grids, exact, strict=True)})
+            similarity.append([float(np.abs(it[~np.eye(len(it), dtype=bool)]).mean()) for it in exact])
         shown = [np.full((PIXELS, PIXELS, 3), 90 + 40 * number, dtype=np.uint8) for number in range(images)]
-        names, depths = [f"{n}.png" for n in range(images)], depths or list(range(len(grids)))
-        found = Made(Maps(model, names, shown, grids, levels, [], [], depths, depths[-1]), cosines)
-        similarity = [[found.similarity(image, layer) for layer in grids] for image in range(images)]
-        found.maps.similarity.extend(similarity)
-        return found
+        names, depths = [f"{n}.png" for n in range(images)], list(range(len(grids)))
+        return Maps(model, names, shown, grids, levels, similarity, [], depths, depths[-1])
 
     return make
 
 
 @pytest.fixture(scope="session")
-def one(made) -> Made:
+def one(made) -> Maps:
     return made("one", dict.fromkeys(("embed", "block 1", "block 2", "norm"), (4, 4)))
 
 
 @pytest.fixture(scope="session")
 def page_of_one(one) -> str:
-    return explorer_page([one.maps], ["images: all 2"])
+    return explorer_page([one], ["images: all 2"])

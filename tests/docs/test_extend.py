@@ -13,11 +13,8 @@ import torch
 PAGE = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python([^\n]*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 CASES = [pytest.param("cpu", *case, id=name) for name, *case in EXAMPLES]
-CASES += [
-    pytest.param("cuda", *case, id=f"{name} on a GPU", marks=pytest.mark.gpu)
-    for name, *case in EXAMPLES
-    if "cuda" in case[1]
-]
+ON_GPU = [(name, *case) for name, *case in EXAMPLES if "cuda" in case[1]]
+CASES += [pytest.param("cuda", *case, id=f"{name} on a GPU", marks=pytest.mark.gpu) for name, *case in ON_GPU]
 # In place of timm's script.
 TRAIN = "import timm.task\nassert timm.task.ClassificationTask.func.__name__ == 'DiversityTask'\n"
 

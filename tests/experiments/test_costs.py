@@ -11,10 +11,10 @@ PUBLISHED = {"deit-s12-224": 4.6, "swin-t-224": 4.5}
 LARGE = {"swin-s-224": 8.7, "swin-b-224": 15.4, "swin-l-384": 103.9}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "published"),
-    [*PUBLISHED.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items())],
-)
+SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items()]
+
+
+@pytest.mark.parametrize(("recipe", "published"), [*PUBLISHED.items(), *SLOW])
 def test_a_forward_pass_takes_what_is_published(recipe, published):
     config = resolve(build(("recipe", read_toml(HERE / "recipes" / f"{recipe}.toml"))))
     assert operations_of(config, 1000) / 2e9 == pytest.approx(published, abs=0.06)
@@ -35,14 +35,9 @@ def test_the_hours_are_those_of_the_measured_steps():
         assert (table[name] * rate * 3600).tolist() == pytest.approx(table["operations"].tolist(), rel=1e-3)
 
 
-def write_rounds(file, rounds):
-    """Write a table of training steps: rounds of DeiT-S, but for what is said."""
+def test_each_hardware_counts_by_its_fastest_setting(tmp_path):
     usual = {"model": MEASURED, "model_kwargs": "", "img_size": 224, "classes": 1000, "device": "cpu", "threads": 1}
     usual |= {"precision": "fp32", "compile": False, "batch_size": 8, "hardware": "small", "commit": "a"}
-    pd.DataFrame([usual | row for row in rounds]).to_csv(file, index=False)
-
-
-def test_each_hardware_counts_by_its_fastest_setting(tmp_path):
     gpu = {"device": "cuda", "hardware": "large", "batch_size": 256}
     compiled = gpu | {"precision": "bf16", "compile": True}
     rounds = [
@@ -54,7 +49,7 @@ def test_each_hardware_counts_by_its_fastest_setting(tmp_path):
         *(compiled | {"paper": 1e6} | other for other in ({"img_size": 512}, {"classes": 10}, {"model": "test_vit"})),
         {"paper": 1e6, "threads": 2},
     ]
-    write_rounds(tmp_path / "steps.csv", rounds)
+    pd.DataFrame([usual | row for row in rounds]).to_csv(tmp_path / "steps.csv", index=False)
     # README_deit.md of DeiT: 4.6 thousand million multiplications of a forward pass; a step is three.
     step = 3 * 2 * 4.6e9
     assert rates(tmp_path / "steps.csv") == {

@@ -26,9 +26,7 @@ def results(**changed: object) -> pd.DataFrame:
 
 def test_each_variant_has_its_best_rate_on_validation_and_its_test_accuracy_at_that():
     rows = {row.variant: row for row in rows_of(results())}
-    assert {name: row.rate for name, row in rows.items()} == {
-        **{"none": 0.001, "cutmix": 0.002, "paper": 0.002, "cosine-plain": 0.002}
-    }
+    assert [row.rate for row in rows.values()] == [0.001, 0.002, 0.002, 0.002]
     assert rows["paper"].values[ACCURACY] == pytest.approx({"1": 71.1, "2": 74.1, "3": 79.1})
 
 
@@ -65,17 +63,11 @@ def test_the_table_and_the_figure_are_those_of_the_results():
     assert markdown(summary_of(written)) in (HERE / "README.md").read_text(encoding="utf-8")
 
 
-TABLES = [
-    *(f"ablation/results{part}" for part in ("", "-mixing", "-long", "-photos")),
-    *("depth/results", "depth/results-widths", "digits/results", "remedies/results"),
-    *("transfer/results", "transfer/results-pretrain"),
-]
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_the_pages_have_the_tables_of_their_results(table):
-    file = HERE / f"{table}.csv"
-    assert markdown(table_of(pd.read_csv(file))) in file.with_name("README.md").read_text(encoding="utf-8")
+def test_the_pages_have_the_tables_of_their_results():
+    names = [*(f"ablation/results{part}" for part in ("", "-mixing", "-long", "-photos")), "depth/results-widths"]
+    names += ["depth/results", "digits/results", "remedies/results", "transfer/results", "transfer/results-pretrain"]
+    for file in (HERE / f"{name}.csv" for name in names):
+        assert markdown(table_of(pd.read_csv(file))) in file.with_name("README.md").read_text(encoding="utf-8"), file
 
 
 def test_the_front_page_has_the_numbers_of_the_smoke_test():

@@ -17,20 +17,11 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*/*.toml"))
 RECIPES = "recipes"  # the folder of those of one run each
 # Sweeps of which each variant has the rate, or one of its rates, that a table of tuning says.
-RATES = {
-    "ablation/cpu": "ablation/tuning",
-    "digits/cpu": "digits/tuning",
-    "remedies/cpu": "remedies/tuning",
-    "transfer/pretrain": "ablation/tuning",
-}
+RATES = {f"{name}/cpu": f"{name}/tuning" for name in ("ablation", "digits", "remedies")}
+RATES |= {"transfer/pretrain": "ablation/tuning"}
 # The recipes for a GPU, in the order of their chains, and what makes them small.
-CHAINS = (
-    ["ablation/gpu-tuning"],
-    ["depth/gpu"],
-    ["remedies/gpu"],
-    ["ablation/gpu", "transfer/gpu"],
-    ["segmentation/gpu-backbones", "segmentation/gpu"],
-)
+CHAINS = (["ablation/gpu-tuning"], ["depth/gpu"], ["remedies/gpu"], ["ablation/gpu", "transfer/gpu"])
+CHAINS += (["segmentation/gpu-backbones", "segmentation/gpu"],)
 SHORT = ["--epochs", "2st", "--warmup-epochs", "1st", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 SMALL = ["--set", "segment.crop=64", "--set", "segment.short_side=72"]
 

@@ -125,9 +125,8 @@ def test_a_folder_is_run_measured_and_written(workplace):
     write("cpu", TWO + BROKEN)
     finish(start(), 1)
     found, sweep = rows("results.csv"), workplace / "runs" / "claim-cpu"
-    assert [(row["variant"], row["status"]) for row in found] == [
-        *(("none", "finished"), ("paper", "finished"), ("diverging", "failed"))
-    ]
+    assert [row["variant"] for row in found] == ["none", "paper", "diverging"]
+    assert [row["status"] for row in found] == ["finished", "finished", "failed"]
     before = similarity_at_start(seed=3)
     for row in found[:2]:
         check_row(row, sweep / row["name"])

@@ -14,19 +14,19 @@ def tokens(token_of):
     return torch.stack([torch.stack([token_of(image, place) for place in range(2)]) for image in range(4)])
 
 
-@pytest.mark.parametrize(
-    ("name", "token_of"),
-    [
-        ("all", lambda image, place: 3 * RIGHT),
-        ("class", lambda image, place: UP if image < 2 else -UP),
-        ("image", lambda image, place: UP if image % 2 else -2 * UP),
-        ("place", lambda image, place: UP if place else -UP),
-        ("rest", lambda image, place: UP if (image + place) % 2 else -UP),
-    ],
-)
-def test_each_share_is_found_alone(load, name, token_of):
-    found = load(SHARES).shares(tokens(token_of), torch.tensor([0, 0, 1, 1]))
-    assert found == pytest.approx({**dict.fromkeys(("all", "class", "image", "place", "rest"), 0), name: 1})
+ALONE = {
+    "all": lambda image, place: 3 * RIGHT,
+    "class": lambda image, place: UP if image < 2 else -UP,
+    "image": lambda image, place: UP if image % 2 else -2 * UP,
+    "place": lambda image, place: UP if place else -UP,
+    "rest": lambda image, place: UP if (image + place) % 2 else -UP,
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_share_is_found_alone(load, name):
+    found = load(SHARES).shares(tokens(ALONE[name]), torch.tensor([0, 0, 1, 1]))
+    assert found == pytest.approx(dict.fromkeys(ALONE, 0) | {name: 1})
 
 
 def test_the_first_three_make_up_the_mean_cosine(load):

@@ -29,10 +29,8 @@ def test_numbers_have_five_digits_and_texts_no_folders_of_the_machine(name, valu
 
 def test_a_table_has_every_column_of_every_row(tmp_path):
     write_table(tmp_path / "x.csv", [{"cell": 1, "loss": 0.5}, {"cell": 2, "rank": 1.5}])
-    assert read_csv(tmp_path / "x.csv") == [
-        {"cell": "1", "loss": "0.5", "rank": ""},
-        {"cell": "2", "loss": "", "rank": "1.5"},
-    ]
+    rows = [{"cell": "1", "loss": "0.5", "rank": ""}, {"cell": "2", "loss": "", "rank": "1.5"}]
+    assert read_csv(tmp_path / "x.csv") == rows
 
 
 def cell(variant, lr, score, seed=0, status="finished", **more):
@@ -46,8 +44,6 @@ def test_the_best_rate_is_that_of_the_highest_mean_and_the_lower_of_equals():
     # A rate at which a seed failed is none.
     rows += [cell("c", 0.001, 0.4), cell("c", 0.002, 0.9, status="failed"), cell("c", 0.004, None)]
     assert best_rates(rows) == {"a": (0.002, 0.5, False), "b": (0.002, 0.6, True), "c": (0.001, 0.4, True)}
-
-
-def test_what_else_was_crossed_has_a_rate_of_its_own():
+    # What else was crossed has a rate of its own.
     rows = [cell("a", 0.001 * depth, depth / 100, **{"model.depth": str(depth)}) for depth in (6, 12)]
     assert best_rates(rows) == {"a, model.depth=6": (0.006, 0.06, True), "a, model.depth=12": (0.012, 0.12, True)}

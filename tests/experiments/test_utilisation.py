@@ -13,13 +13,9 @@ TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--batch-size", "
 TINY += ["--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3", "patch_size=8", "--sizes", "32", "64"]
 
 
-def test_a_round_counts_three_forward_passes_against_the_fastest_product():
-    row = row_of(100.0, 10**10, {512: 4e12, 1024: 6e12, 2048: 5e12})
-    rates = {"images_s": 100.0, "step_tflops": 3.0, "matrix_tflops": 6.0}
-    assert row == rates | {"utilisation": 0.5, "matrix_size": 1024}
-
-
-def test_runs_append_their_rounds_and_write_a_profile(monkeypatch, tmp_path):
+def test_rounds_count_operations_are_appended_and_have_a_profile(monkeypatch, tmp_path):
+    rates = {"images_s": 100.0, "step_tflops": 3.0, "matrix_tflops": 6.0, "utilisation": 0.5, "matrix_size": 1024}
+    assert row_of(100.0, 10**10, {512: 4e12, 1024: 6e12, 2048: 5e12}) == rates  # three passes, the fastest product
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     places = ["--csv", str(tmp_path / "found.csv"), "--profile", str(tmp_path / "profile.txt")]
     for count, more in ((2, places[:2]), (1, places)):

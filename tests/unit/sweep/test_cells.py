@@ -61,20 +61,12 @@ def test_seeds_that_are_added_come_last():
     assert after[: len(before)] == before
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "name"),
-    [
-        ("run.tf32", "true", "tf32=true"),
-        ("data.source", '"~/some where/x.tar"', "source=some_where_x.tar"),
-        ("optim.warmup", '"5%"', "warmup=5%"),
-        ("augment.scale", "[0.5, 1]", "scale=0.5_1"),
-    ],
-)
-def test_names_can_be_read_and_are_folders(key, value, name):
-    assert [cell.name for cell in cells_of(f'[sweep]\n"{key}" = [{value}]\n')] == [name]
-
-
-def test_names_have_the_section_if_two_keys_are_alike():
+def test_names_can_be_read_are_folders_and_have_the_section_if_two_keys_are_alike():
+    values = {"run.tf32": "true", "data.source": '"~/some where/x.tar"', "optim.warmup": '"5%"'}
+    values |= {"augment.scale": "[0.5, 1]"}
+    cells = [cells_of(f'[sweep]\n"{key}" = [{value}]\n') for key, value in values.items()]
+    names = ["tf32=true", "source=some_where_x.tar", "warmup=5%", "scale=0.5_1"]
+    assert [cell.name for (cell,) in cells] == names
     (cell,) = cells_of('[sweep]\n"model.width" = [16]\n"segment.width" = [32]\n"optim.lr" = [1]\n')
     assert cell.name == "model.width=16-segment.width=32-lr=1"
 
@@ -117,15 +109,9 @@ def test_the_table_is_no_part_of_the_configuration():
             split({"sweep": table}, "f")
 
 
-@pytest.mark.parametrize(
-    ("text", "found"), [("3", {3}), ("3-5", {3, 4, 5}), ("1, 4,6-", {1, 4, 6, 7}), ("2 - 3", {2, 3}), ("7-", {7})]
-)
-def test_cells_are_chosen_by_number(text, found):
-    assert numbers(text, 7) == found
-
-
-@pytest.mark.parametrize("text", ["8", "0-3", "5-3", "6-9", "", "a", "3-4-5", "-3", "1,,2"])
-def test_cells_that_are_not_there_are_refused(text):
-    with pytest.raises(UserError) as caught:
-        numbers(text, 7)
-    assert caught.value.where == "--cells"
+def test_cells_are_chosen_by_number_and_those_that_are_not_there_are_refused():
+    found = {"3": {3}, "3-5": {3, 4, 5}, "1, 4,6-": {1, 4, 6, 7}, "2 - 3": {2, 3}, "7-": {7}}
+    assert {text: numbers(text, 7) for text in found} == found
+    for text in ("8", "0-3", "5-3", "6-9", "", "a", "3-4-5", "-3", "1,,2"):
+        with pytest.raises(UserError, match="where: --cells"):
+            numbers(text, 7)

@@ -65,10 +65,8 @@ def test_the_table_says_what_the_run_directories_say(folder):
     put(folder, B0, "failed", facts={"reason": "loss was infinite"}, environment={"device": "GPU Y"})
     put(folder, A1, "running")
     rows = table(folder)
-    assert list(rows[0]) == [
-        *("cell", "name", "variant", "run.seed", "status", "reason", "seconds", "commit", "hardware"),
-        *("accuracy", "loss"),
-    ]
+    columns = ["cell", "name", "variant", "run.seed", "status", "reason", "seconds", "commit", "hardware"]
+    assert list(rows[0]) == [*columns, "accuracy", "loss"]
     assert [row["cell"] for row in rows] == ["1", "2", "3", "4"]
     assert [row["status"] for row in rows] == ["finished", "failed", "stopped", "waiting"]
     assert rows[0] | {"accuracy": "0.5", "seconds": "3.5", "commit": "abc", "hardware": "CPU X, 4 cores"} == rows[0]
@@ -99,12 +97,10 @@ def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_t
     run = put(folder, B0, "failed", facts={"step": 3})
     (run / "environment.json").unlink()
     (folder.path / A0 / "notes.txt").touch()
-    for name in (A0, B0):  # what began, and what is not of pdvit, stays
+    # what began, and what is not of pdvit, stays
+    for name, left in ((A0, {"notes.txt"}), (B0, {"run.toml", "status.json"})):
         with folder.claimed(name):
-            assert {path.name for path in (folder.path / name).iterdir()} in (
-                {"notes.txt"},
-                {"run.toml", "status.json"},
-            )
+            assert {path.name for path in (folder.path / name).iterdir()} == left
     folder.mark(B0, "failed", "again")
     assert json.loads((run / "status.json").read_text()) == {"status": "failed", "step": 3, "reason": "again"}
 

@@ -119,9 +119,8 @@ def test_failures_are_recorded_and_passed_over(tmp_path, work):
     assert [state.status for state in states] == ["failed"] * 5 + ["finished"]
     reasons = ["the disk is full", "not finite", "ValueError: a bug", "ended by SIGKILL", "ended with status 3", ""]
     assert [state.reason for state in states] == reasons
-    assert [(cell.number, state.status) for cell, state, _ in reports[:4]] == [
-        *((1, "running"), (1, "failed"), (2, "running"), (2, "failed"))
-    ]
+    begins = [(1, "running"), (1, "failed"), (2, "running"), (2, "failed")]
+    assert [(cell.number, state.status) for cell, state, _ in reports[:4]] == begins
     assert "this is cell 0\nerror: the disk is full" in folder.log("seed=0").read_text()
     assert "ValueError" in folder.log("seed=2").read_text()
 
@@ -140,9 +139,8 @@ def test_a_stop_stops_the_cells_without_a_failure_and_begins_no_other(tmp_path, 
     (folder, cells), stop = sweep(tmp_path, 3), StopRequest()
     with once_begun(folder, 2, lambda: setattr(stop, "reason", "SIGINT")):
         reports = train(work, folder, cells, ["slow", "breaks when stopped", "slow"], ["0", "1"], stop)
-    assert sorted((cell.number, state.status) for cell, state, _ in reports) == [
-        *((1, "running"), (1, "waiting"), (2, "running"), (2, "stopped"))
-    ]
+    expected = [(1, "running"), (1, "waiting"), (2, "running"), (2, "stopped")]
+    assert sorted((cell.number, state.status) for cell, state, _ in reports) == expected
 
 
 def test_a_cell_that_outlives_the_helper_has_not_failed(tmp_path, work):
