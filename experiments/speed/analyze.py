@@ -18,7 +18,8 @@ import torch
 from rounds import append
 
 from pdvit import analyze
-from pdvit.analysis import DEFAULT, METRICS
+from pdvit.analysis import METRICS
+from pdvit.definitions import DEFAULT
 from pdvit.engine.device import device_name
 from pdvit.models.layers import evaluating, exact_float32
 from pdvit.tracking.environment import describe_environment

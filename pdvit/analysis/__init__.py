@@ -3,16 +3,5 @@
 from pdvit.analysis.measure import Analysis, analyze, cka_between, measure
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.tables import write_analysis, write_between
-from pdvit.definitions import DEFAULT, DEFINITIONS
 
-__all__ = [
-    "DEFAULT",
-    "DEFINITIONS",
-    "METRICS",
-    "Analysis",
-    "analyze",
-    "cka_between",
-    "measure",
-    "write_analysis",
-    "write_between",
-]
+__all__ = ["METRICS", "Analysis", "analyze", "cka_between", "measure", "write_analysis", "write_between"]

@@ -58,15 +58,11 @@ def read_maps(
     name: str = "model",
     max_bytes: int = PAGE_BYTES,
 ) -> Maps:
-    """Compute the cosines between all patches of each image at each layer, one image at a time.
+    """Compute the cosines between all patches of each image at each layer of a bare timm model, image by image.
 
-    Args:
-        model: a bare timm model on its device.
-        images: names, and pixels, uint8 `(3, H, W)`; at most 8 are read, and no more than fit into `max_bytes`.
-        normalise: turns pixels into the model's input `(B, 3, H, W)`.
-        name: name of the model.
-        max_bytes: size of maps and images in a page. Layers of more than 2,048 patches are left out; if the rest does
-            not fit for one image, layers are left out evenly. UserError if not even two fit.
+    `images` are names and pixels, uint8 `(3, H, W)`; `normalise` turns them into the model's input. At most 8 are read,
+    and no more than fit into `max_bytes` of a page. Layers of more than 2,048 patches are left out; if the rest does
+    not fit for one image, layers are left out evenly. UserError if not even two fit.
     """
     places, found = places_of(model), dict[Layer, Patches]()
     counts = {layer: count for layer, (count, _) in shapes_of(model, places).items()}
@@ -88,9 +84,8 @@ def read_maps(
                 model(batch)
             maps.names.append(label)
             maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())
-            cosines = {layer.name: (it.unit[0] @ it.unit[0].T).clamp(-1, 1) for layer, it in found.items()}
-            levels = {layer: (LEVELS * part).round().to(torch.int8) for layer, part in cosines.items()}
-            maps.cosines.append({layer: part.cpu().numpy() for layer, part in levels.items()})
+            levels = {layer.name: LEVELS * (it.unit[0] @ it.unit[0].T).clamp(-1, 1) for layer, it in found.items()}
+            maps.cosines.append({layer: part.round().to(torch.int8).cpu().numpy() for layer, part in levels.items()})
             maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
             maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
     if not maps.names:

@@ -24,7 +24,7 @@ from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, sha
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 BATCH_SIZE = 32  # if images come as one tensor
-Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
+Images, Names = Tensor | Iterable[Tensor | Sequence[Tensor]], str | Iterable[str]
 Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 
@@ -46,13 +46,11 @@ class Analysis:
         return replace(self, table=pd.concat([self.table, rows], ignore_index=True))
 
 
-def analyze(
-    model: nn.Module, images: Images, metrics: str | Iterable[str] = DEFAULT, name: str = "model"
-) -> pd.DataFrame:
-    """Measure the patch tokens of every layer of a timm vision transformer.
+def analyze(model: nn.Module, images: Images, metrics: Names = DEFAULT, name: str = "model") -> pd.DataFrame:
+    """Measure the patch tokens of every layer of a bare timm vision transformer, in evaluation mode.
 
     Args:
-        model: a bare timm model; it is in evaluation mode during the measurement.
+        model: a bare timm model.
         images: normalised images `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one).
         metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
         name: content of the `model` column.
@@ -60,20 +58,13 @@ def analyze(
     Returns:
         A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for the input of the first
         block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single image), images,
-        and tokens (patches per image). Prefix tokens are left out. Metrics are computed in float32, sums that need it
-        in float64. A metric that is not defined at a layer has no row there.
-
-    Raises UserError for an unknown metric, and for a model or images that can't be measured.
+        and tokens (patches per image, without prefix tokens). A metric that a layer does not have has no row there.
     """
     return measure(model, images, metrics, name).table
 
 
 def measure(
-    model: nn.Module,
-    images: Images,
-    metrics: str | Iterable[str] = DEFAULT,
-    name: str = "model",
-    ranks: Ranks = SINGLE_PROCESS,
+    model: nn.Module, images: Images, metrics: Names = DEFAULT, name: str = "model", ranks: Ranks = SINGLE_PROCESS
 ) -> Analysis:
     """Measure like `analyze`, and return curves and notes too.
 
@@ -122,7 +113,7 @@ def cka_between(
     return pd.DataFrame(total.compute().numpy(), index=names, columns=other_names)
 
 
-def select_metrics(metrics: str | Iterable[str]) -> dict[str, MetricGroup]:
+def select_metrics(metrics: Names) -> dict[str, MetricGroup]:
     """Return groups by name; a name may be several, separated by commas."""
     listed = [metrics] if isinstance(metrics, str) else metrics
     names = [name.strip() for part in listed for name in part.split(",")]
@@ -276,10 +267,9 @@ class LayerMetrics:
         self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
-        for values in results.values():
+        for name, values in results.items():
             _check_finite(values, layer)
-        moments = {(group, name, layer): Moments.of(values) for name, values in results.items()}
-        self.sums.add(MetricSums(moments=moments))
+            self.sums.add(MetricSums(moments={(group, name, layer): Moments.of(values)}))
 
     def analysis(self, sums: MetricSums, model: str) -> Analysis:
         """Return the metrics of a model of that name; UserError if there were no images."""

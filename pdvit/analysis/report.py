@@ -22,10 +22,9 @@ def report_page(
     figures: Sequence[tuple[str, bytes, bytes]],
     environment: dict[str, Any],
 ) -> str:
-    """Return the report as HTML.
+    """Return the report as HTML, from the table and analysis.json of each checkpoint.
 
-    `analyses` are the table of `analyze` and the content of analysis.json for each checkpoint, `figures` a caption, and
-    SVGs for light and for dark pages.
+    `figures` are captions, and SVGs for light and for dark pages.
     """
     names = ", ".join(facts["model"] for _, facts in analyses)
     return render_page(

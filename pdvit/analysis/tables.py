@@ -70,7 +70,7 @@ def _cells(values: pd.Series, signed: bool = False) -> list[str]:
 def write_analysis(folder: Path, analysis: Analysis, facts: dict[str, Any]) -> Path:
     """Write analysis.csv, analysis/analysis.json and one .npz for each group with curves; return the first.
 
-    Arrays of an earlier analysis are deleted, since they may be of other images. UserError if the write fails.
+    Arrays of an earlier analysis, which may be of other images, are deleted. UserError if the write fails.
     """
     table, arrays = folder / "analysis.csv", folder / "analysis"
     with writing("the analysis", folder):

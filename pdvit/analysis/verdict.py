@@ -19,10 +19,7 @@ PUBLISHED = {
 
 
 def last_stage(table: pd.DataFrame, metric: str = "similarity") -> pd.DataFrame:
-    """Return the rows of a metric by depth, of the last layers that have the same number of patches.
-
-    Those are all layers of a plain model. P of other grids and widths is another scale.
-    """
+    """Return the rows of a metric by depth, of the last layers with one number of patches: all, in a plain model."""
     rows = table[table["metric"] == metric].sort_values("depth")
     start = rows.loc[rows["tokens"].diff().fillna(0) != 0, "depth"].max()  # NaN if the number never changes
     stage: pd.DataFrame = rows[~(rows["depth"] < start)]
@@ -54,10 +51,7 @@ def against_random(table: pd.DataFrame) -> int | None:
 
 
 def verdict(table: pd.DataFrame, checkpoint: str) -> tuple[str, str]:
-    """Return two sentences: whether the patches collapse, compared with random weights; and what to try.
-
-    `checkpoint` is the path on the command line.
-    """
+    """Return two sentences: whether the patches collapse, compared with random weights; and what to try."""
     rows, random, compared = last_stage(table), last_stage(table, "similarity_random"), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
     if value == 0:  # tokens that have a direction are never all orthogonal to the last bit

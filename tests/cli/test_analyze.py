@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pdvit as library
-from pdvit.analysis import DEFINITIONS
 from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
+from pdvit.definitions import DEFINITIONS
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 

@@ -20,8 +20,8 @@ ROUNDING = 1e-6
 class MetricGroup:
     """Metrics that are computed together, with the definitions of columns and the descriptions of curves.
 
-    `compute` maps `Patches` (or the `Attention` of a block) to named values: one per image, `(B,)`, for a column of the
-    table, or a curve per image, `(B, K)`, whose mean over images goes to a file.
+    `compute` maps `Patches` (or `Attention`) to named values: one per image, `(B,)`, for a column of the table, or a
+    curve per image, `(B, K)`, whose mean over images goes to a file.
     """
 
     compute: Callable[[Any], dict[str, Tensor]]

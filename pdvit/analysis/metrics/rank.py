@@ -9,8 +9,7 @@ from pdvit.analysis.metrics.group import ROUNDING, Patches
 def effective_rank(tokens: Tensor) -> Tensor:
     """Return exp of the entropy of sigma / sum of sigma for an image's tokens `(N, D)`, float64 (Roy & Vetterli 2007).
 
-    The tokens are neither centred nor scaled, and sigma is not squared. Singular values below 1e-6 of the largest count
-    as 0. Zero tokens give 0.
+    Tokens are not centred. Singular values below 1e-6 of the largest count as 0. Zero tokens give 0.
     """
     values = _squared_singular_values(tokens.double()).sqrt()
     values = values[values > ROUNDING * values[-1]]

@@ -1,6 +1,7 @@
 """Lengths of the tokens, P without outliers, and the distribution of the cosines of all pairs of patches."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,10 +68,7 @@ def pair_cosines(unit: Tensor) -> Iterator[Tensor]:
 
 
 def percentiles(unit: Tensor) -> Tensor:
-    """Return the `PERCENTILES` of the cosines of all pairs of unit tokens `(B, N, D)`: `(B, 5)`, float64.
-
-    Linear between neighbouring values, like numpy's default.
-    """
+    """Return the `PERCENTILES` of the cosines of all pairs of unit tokens `(B, N, D)`: `(B, 5)`, float64, linear."""
     count = unit.shape[1]
     fractions = torch.tensor(PERCENTILES, dtype=torch.float64, device=unit.device) / 100
     if count > MAX_EXACT_PATCHES:
@@ -85,9 +83,8 @@ def sampled_cosines(unit: Tensor) -> Tensor:
     fraction = SAMPLED_PAIRS / (len(unit) * (len(unit) - 1) / 2)
     # each block gives its part of the sample, so that no more than a block exists at a time
     blocks = (cosines[0] for cosines in pair_cosines(unit[None]) if cosines.numel())
-    return torch.cat(
-        [block[torch.randint(len(block), (round(fraction * len(block)),), generator=generator)] for block in blocks]
-    )
+    draw = partial(torch.randint, generator=generator)
+    return torch.cat([block[draw(len(block), (round(fraction * len(block)),))] for block in blocks])
 
 
 def histogram(unit: Tensor, bins: int = BINS) -> Tensor:

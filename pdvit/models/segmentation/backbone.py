@@ -58,8 +58,7 @@ class Adapter:
 def arguments_of(config: Config) -> dict[str, Any]:
     """Return timm's arguments of a resolved configuration's model; raises UserError as `model_arguments`.
 
-    A segmentation backbone has no classifier. Its size is the crop (`segment.crop`, else the image size, else the
-    model's own), padded to whole patches.
+    A segmentation backbone has no classifier. Its size is the crop, else the image size, padded to whole patches.
     """
     side = config.data.img_size
     if config.segment.head is None:
@@ -75,11 +74,10 @@ def arguments_of(config: Config) -> dict[str, Any]:
 
 
 def make_adapter(sketch: nn.Module, head: str) -> Adapter:
-    """Return how a head reads a model on the meta device, and prune that model.
+    """Return how a head reads a model on the meta device, and prune that model; UserError if it can't be read.
 
     `upernet` reads four maps: the ends of the last four stages, or of the four quarters of a plain model's blocks.
-    `linear` reads the last map, after the final norm over tokens if there is one. Raises UserError if the family is not
-    supported, or has fewer than four maps.
+    `linear` reads the last map, after the final norm over tokens if there is one.
     """
     family, name = family_of(sketch), type(sketch).__name__
     if not hasattr(sketch, "forward_intermediates"):
@@ -127,42 +125,35 @@ def _takes_any_size(sketch: nn.Module, adapter: Adapter) -> bool:
     return True
 
 
-def pad_windows(attend: Callable[[Any, Tensor], Tensor], block: Any, tokens: Tensor) -> Tensor:
-    """Return `attend(block, tokens)` of tokens `(B, H, W, D)` that are padded to whole windows before.
+def pad_windows(attend: Callable[[Tensor], Tensor], block: Any, tokens: Tensor) -> Tensor:
+    """Return `attend(tokens)` of tokens `(B, H, W, D)` that are padded to whole windows before, as in the original.
 
     timm rolls first. What it pads then lies between two borders of the image, whose tokens would attend to each other.
-    The original pads before it rolls; timm's mask of shifted windows is then of that size.
     """
     height, width = tokens.shape[1:3]
     down, right = -height % block.window_size[0], -width % block.window_size[1]
     if down or right:
         tokens = F.pad(tokens, (0, 0, 0, right, 0, down))
-    return attend(block, tokens)[:, :height, :width]
+    return attend(tokens)[:, :height, :width]
 
 
-class PaddedSwinBlock(swin_transformer.SwinTransformerBlock):
-    """A Swin block that pads before it rolls."""
-
+class _PaddedSwin(swin_transformer.SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
-        return pad_windows(swin_transformer.SwinTransformerBlock._attn, self, x)
+        return pad_windows(super()._attn, self, x)
 
 
-class PaddedSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
-    """A SwinV2 block that pads before it rolls."""
-
+class _PaddedSwinV2(swin_transformer_v2.SwinTransformerV2Block):
     def _attn(self, x: Tensor) -> Tensor:
-        return pad_windows(swin_transformer_v2.SwinTransformerV2Block._attn, self, x)
+        return pad_windows(super()._attn, self, x)
 
 
-class PaddedSwinV2CrBlock(swin_transformer_v2_cr.SwinTransformerV2CrBlock):
-    """A SwinV2-CR block that pads before it rolls."""
-
+class _PaddedSwinV2Cr(swin_transformer_v2_cr.SwinTransformerV2CrBlock):
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        return pad_windows(swin_transformer_v2_cr.SwinTransformerV2CrBlock._shifted_window_attn, self, x)
+        return pad_windows(super()._shifted_window_attn, self, x)
 
 
 PADDED: dict[type[nn.Module], type[nn.Module]] = {
-    block.__mro__[1]: block for block in (PaddedSwinBlock, PaddedSwinV2Block, PaddedSwinV2CrBlock)
+    block.__mro__[1]: block for block in (_PaddedSwin, _PaddedSwinV2, _PaddedSwinV2Cr)
 }
 
 

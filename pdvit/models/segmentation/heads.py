@@ -19,8 +19,7 @@ MAX_GROUPS, MIN_CHANNELS = 32, 4
 class LinearHead(nn.Module):
     """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none.
 
-    It keeps torch's initialisation. With MMSegmentation's standard deviation of 0.01, a small model trained from
-    scratch did not separate the classes for hundreds of steps (docs/segment.md).
+    It keeps torch's initialisation; docs/segment.md says why.
     """
 
     def __init__(self, width: int, classes: int, norm: bool) -> None:
@@ -38,8 +37,7 @@ class LinearHead(nn.Module):
 class UPerNetHead(nn.Module):
     """UPerNet (arXiv 1807.10221) with MMSegmentation's layers: dropout before the classifier, an FCN beside it.
 
-    `widths` and `strides` are those of the four maps, `width` is that of the decoder. `aux` adds an auxiliary head on
-    the third map, in training. The norm is `batch` or `group`.
+    `widths` and `strides` are those of the four maps, `width` is that of the decoder. The norm is `batch` or `group`.
     """
 
     def __init__(
@@ -83,15 +81,14 @@ class UPerNetHead(nn.Module):
 class Neck(nn.Module):
     """Scales four maps to the strides s/4, s/2, s and 2s, where s is the stride of the third.
 
-    The maps of plain transformers all have one stride. Transposed convolutions enlarge and max-pooling reduces them, as
-    in MMSegmentation's Feature2Pyramid. Maps with these strides stay as they are.
+    Transposed convolutions enlarge and max-pooling reduces the maps of plain transformers, which all have one stride,
+    as in MMSegmentation's Feature2Pyramid.
     """
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int]) -> None:
         super().__init__()
-        pyramid = (strides[2] / 4, strides[2] / 2, strides[2], strides[2] * 2)
-        factors = [stride / target for stride, target in zip(strides, pyramid, strict=True)]
-        self.scales = nn.ModuleList([self._scale(width, factor) for width, factor in zip(widths, factors, strict=True)])
+        factors = [stride / strides[2] / size for stride, size in zip(strides, (1 / 4, 1 / 2, 1, 2), strict=True)]
+        self.scales = nn.ModuleList(map(self._scale, widths, factors))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the maps `(B, D, h, w)` at those strides, finest first."""
@@ -113,10 +110,7 @@ class Neck(nn.Module):
 
 
 class Pool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling, as matrix products if only deterministic kernels are allowed.
-
-    torch has no deterministic gradient of its own pooling on GPUs.
-    """
+    """Adaptive average pooling; as matrix products if kernels must be deterministic, which torch's on GPUs are not."""
 
     output_size: int
 
@@ -140,10 +134,7 @@ class Pool(nn.AdaptiveAvgPool2d):
 
 
 def replace_modules(module: nn.Module, norm: str) -> None:
-    """Replace square adaptive average poolings by `Pool`, and for the norm `group` BatchNorms by GroupNorms.
-
-    A GroupNorm has the most groups that divide its channels.
-    """
+    """Replace square adaptive poolings by `Pool`, and for the norm `group` BatchNorms by GroupNorms of most groups."""
     for name, child in module.named_children():
         if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
             setattr(module, name, Pool(child.output_size))
@@ -157,10 +148,9 @@ def replace_modules(module: nn.Module, norm: str) -> None:
 
 
 def with_norm(config: Config, world_size: int, device: torch.device) -> Config:
-    """Return a configuration with the norm of its head: the setting, else `batch`, or `group` if it has no statistics.
+    """Return a configuration with the norm of its head: the setting, else `batch`, or `group` for one image per pass.
 
     UPerNet pools each image to a single token, and a BatchNorm in training needs more than one value per channel.
-    Raises UserError for `batch` with a single image in a forward pass.
     """
     segment, per_rank = config.segment, max(1, config.data.batch_size // world_size)
     micro_batch = min(config.data.micro_batch or per_rank, per_rank)

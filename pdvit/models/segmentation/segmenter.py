@@ -36,9 +36,8 @@ class SegmentOutput(NamedTuple):
 class Segmenter(Wrapper):
     """A timm backbone, pruned by `backbone.prune`, with a segmentation head.
 
-    `segment` has the head's type, width, norm and auxiliary head; `tokens` first, last and more layers, as in
-    `DiverseModel`, of a model that is trained. Last is after the final norm only if the linear head is. Raises
-    UserError if the maps do not fit the head, or the layers can't be compared.
+    `tokens` are first, last and more layers, as in `DiverseModel`, of a model that is trained. Last is after the final
+    norm only if the linear head is. Raises UserError if the maps do not fit the head, or the layers can't be compared.
     """
 
     inner = "backbone"
@@ -91,10 +90,9 @@ def build_segmenter(config: Config, classes: int) -> Segmenter:
     segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
     others = diversity.cosine_layers.replace(",", " ").split()
     tokens = (diversity.first or "block", diversity.last or "norm", others, bool(diversity.contrastive))
-    segmenter = Segmenter(backbone, adapter, classes, segment, tokens)
     if config.model.grad_checkpointing:
         checkpoint_activations(backbone)
-    return segmenter
+    return Segmenter(backbone, adapter, classes, segment, tokens)
 
 
 def export_segmenter(
@@ -105,10 +103,7 @@ def export_segmenter(
     weights: str,
     state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, bytes]:
-    """Return the files of a segmentation model: see `checkpoints.export`.
-
-    Weights are named `backbone.*` and `head.*`. timm itself can't load them.
-    """
+    """Return the files of a segmentation model, which timm can't load: see `checkpoints.export`."""
     settings = {key: value for key, value in asdict(segmenter.segment).items() if key in SETTINGS and value is not None}
     metadata: dict[str, Any] = {"segment": settings} | ({"palette": palette} if palette else {})
     return export(segmenter.backbone, classes, data_config, weights, state or segmenter.state_dict(), metadata)

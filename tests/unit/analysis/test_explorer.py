@@ -10,7 +10,7 @@ import torch
 
 from pdvit.analysis.explorer import Maps, bytes_per_model, explorer_page, map_size, picture_size, read_maps
 from pdvit.errors import UserError
-from pdvit.models.layers import places_of, watch
+from tests.unit.analysis.test_families import tokens_of
 
 SIDE = 32
 HOSTILE = "</script><img src=x onerror=alert(1)>&{{data}}'\""
@@ -39,21 +39,13 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def tokens_of(model, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    found = {}
-    model.eval()
-    with torch.no_grad(), watch(places_of(model), lambda layer, tokens: found.update({layer.name: tokens[0]})):
-        model(normalise(image[None]))
-    return found
-
-
 @pytest.mark.parametrize(("name", "grids"), [("plain", [(4, 4)] * 6), ("staged", [(8, 8)] * 3 + [(4, 4)] * 3)])
 def test_maps_are_the_cosines_of_the_tokens_at_each_layer(request, name, grids):
     model = request.getfixturevalue(name)
     maps = read_maps(model, pictures(2), normalise, "made")
     assert list(maps.grids.values()) == grids
     for number, (label, pixels) in enumerate(pictures(2)):
-        expected = tokens_of(model, pixels)
+        expected = {layer.name: tokens[0] for layer, tokens in tokens_of(model, normalise(pixels[None])).items()}
         assert maps.names[number] == label
         assert list(maps.cosines[number]) == list(expected) == list(maps.grids)
         assert (maps.images[number] == pixels.permute(1, 2, 0).numpy()).all()

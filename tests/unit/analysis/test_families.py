@@ -1,8 +1,5 @@
 """All metrics of every family, on those that have what they measure."""
 
-import itertools
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +9,7 @@ from pdvit.analysis import METRICS, measure
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, places_of, watch
 from tests.unit.models.test_families import CASES, all_families, make, pictures
+from tests.unit.test_similarity import literal
 
 # Attention is read between patches, of plain models whose softmax is all that mixes them.
 ATTENTION = {
@@ -26,13 +24,6 @@ def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
     with torch.no_grad(), evaluating(model), watch(places_of(model), found.__setitem__):
         model(images)
     return found
-
-
-def plain_similarity(tokens: Tensor) -> tuple[float, float]:
-    """P of one image's tokens `(N, D)`, absolute and signed: a loop over pairs."""
-    rows = [[x / math.sqrt(math.fsum(y * y for y in row)) for x in row] for row in tokens.double().tolist()]
-    cosines = [math.fsum(x * y for x, y in zip(*pair, strict=True)) for pair in itertools.combinations(rows, 2)]
-    return math.fsum(map(abs, cosines)) / len(cosines), math.fsum(cosines) / len(cosines)
 
 
 @all_families
@@ -53,8 +44,8 @@ def test_p_is_that_of_a_plain_loop_and_every_group_is_finite_or_refused_with_the
     assert few
     for layer in few:
         assert rows.loc[("similarity", layer.name), "tokens"] == seen[layer].shape[1]
-        values = np.array([plain_similarity(image) for image in seen[layer]])
-        for metric, expected in zip(("similarity", "similarity_signed"), values.T, strict=True):
+        for metric in ("similarity", "similarity_signed"):
+            expected = np.array(literal(seen[layer].double(), metric == "similarity_signed"))
             mean_std = tuple(rows.loc[(metric, layer.name), ["mean", "std"]])
             assert mean_std == pytest.approx((expected.mean(), expected.std(ddof=1)), abs=1e-5)
     if name not in ATTENTION:

@@ -1,6 +1,7 @@
 import copy
 import gc
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,9 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pdvit.analysis import DEFAULT, METRICS, analyze, cka_between, measure
+from pdvit.analysis import METRICS, analyze, cka_between, measure
 from pdvit.analysis.measure import Moments
+from pdvit.definitions import DEFAULT
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 
@@ -46,7 +48,7 @@ def tokens_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def test_equals_plain_hooks_and_scikit_learn(device):
     model, images = build(reg_tokens=3), pictures()
-    table = analyze(copy.deepcopy(model).to(device), images, ["similarity", "similarity_signed"])
+    table = analyze(copy.deepcopy(model).to(device), images, ["similarity", "similarity_signed", "drift"])
     rows, seen = table.set_index(["layer", "metric"]), tokens_of(model, images)
     assert set(table["layer"]) == set(seen)
     assert set(table["tokens"]) == {16}
@@ -56,6 +58,9 @@ def test_equals_plain_hooks_and_scikit_learn(device):
             expected = (values.mean(1).mean(), values.mean(1).std(ddof=1))
             found = tuple(rows.loc[(layer, metric), ["mean", "std"]])
             assert found == pytest.approx(expected, abs={"cpu": 1e-6, "cuda": 1e-5}[device])
+        if layer != "embed":  # drift is measured from block 1
+            expected = torch.cosine_similarity(tokens, seen["block 1"], dim=-1).mean()
+            assert rows.loc[(layer, "drift_cosine"), "mean"] == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.mark.gpu
@@ -80,7 +85,7 @@ def test_spreads_are_those_of_scipy_however_the_images_are_cut(values, cuts):
     assert moments.ci95 == pytest.approx((high - low) / 2, rel=1e-6)
 
 
-def test_table_is_tidy():
+def test_the_table_is_tidy_and_has_the_metrics_that_are_chosen():
     table = analyze(build(), pictures(), name="mine")
     assert list(table.columns) == ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
     one = table[table["metric"] == "similarity"]
@@ -89,9 +94,14 @@ def test_table_is_tidy():
     assert len(table) == 7 * len(one)
     assert (set(table["model"]), set(table["images"])) == ({"mine"}, {5})
     assert table.notna().all(axis=None)
-    single = analyze(build(), pictures(1))
+    single = analyze(build(), pictures(1), DEFAULT)
     assert single[["std", "ci95"]].isna().all(axis=None)
     assert single["mean"].notna().all()
+    both = analyze(build(), pictures(2), metrics=["rank, drift", "similarity_signed"])
+    names = ["effective_rank", "participation_ratio", "drift_cosine", "drift_retrieval", "similarity_signed"]
+    assert list(dict.fromkeys(both["metric"])) == names
+    with pytest.raises(UserError, match="did you mean 'similarity'"):
+        analyze(build(), pictures(), metrics=["similarty"])
 
 
 def test_ways_to_pass_images_agree():
@@ -109,15 +119,6 @@ def test_ways_to_pass_images_agree():
     assert set(analyze(sizes, pictures(2, size=48))["tokens"]) == {36}
 
 
-def test_metrics_can_be_chosen():
-    both = analyze(build(), pictures(2), metrics=["rank, drift", "similarity_signed"])
-    names = ["effective_rank", "participation_ratio", "drift_cosine", "drift_retrieval", "similarity_signed"]
-    assert list(dict.fromkeys(both["metric"])) == names
-    pd.testing.assert_frame_equal(analyze(build(), pictures(2)), analyze(build(), pictures(2), metrics=DEFAULT))
-    with pytest.raises(UserError, match="did you mean 'similarity'"):
-        analyze(build(), pictures(), metrics=["similarty"])
-
-
 def test_a_model_in_training_is_measured_without_dropout_and_stays_as_it_was():
     model = build(proj_drop_rate=0.5, pos_drop_rate=0.5)
     expected_table = analyze(model.eval(), pictures())
@@ -133,20 +134,12 @@ def test_a_model_in_training_is_measured_without_dropout_and_stays_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("images", "patch_size", "error"),
-    [
-        (pictures(0), 8, "no images"),
-        ([], 8, "no images"),
-        ([pictures(0)], 8, "no images"),
-        (pictures(), 32, "at least two patches, not 1"),
-        (pictures()[0], 8, "four axes"),
-    ],
-    ids=["empty tensor", "no batch", "empty batch", "single patch", "no batch axis"],
-)
-def test_images_that_can_not_be_measured(images, patch_size, error):
-    with pytest.raises(UserError, match=error):
-        analyze(build(patch_size=patch_size), images)
+def test_images_that_can_not_be_measured():
+    cases = [(images, 8, "no images") for images in (pictures(0), [], [pictures(0)])]
+    cases += [(pictures(), 32, "at least two patches, not 1"), (pictures()[0], 8, "four axes")]
+    for images, patch_size, error in cases:
+        with pytest.raises(UserError, match=error):
+            analyze(build(patch_size=patch_size), images)
 
 
 def test_every_group_measures_every_layer_however_images_are_cut():
@@ -166,16 +159,6 @@ def test_every_group_measures_every_layer_however_images_are_cut():
         for name, array in arrays.items():
             if group != "cka":  # depends on the batches
                 np.testing.assert_allclose(array, whole[group][name], atol=1e-5, err_msg=name)
-
-
-def test_drift_is_measured_from_the_first_block():
-    model, images = build(), pictures()
-    table = analyze(model, images, "drift")
-    seen = tokens_of(model.eval(), images)
-    rows = table[table["metric"] == "drift_cosine"].set_index("layer")["mean"]
-    for layer in ("block 1", "block 3", "norm"):
-        expected = torch.cosine_similarity(seen[layer], seen["block 1"], dim=-1).mean()
-        assert rows[layer] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_drift_in_stages_begins_where_the_last_grid_does():
@@ -276,12 +259,8 @@ def test_an_error_of_one_process_is_raised_on_all():
 
 
 def test_no_memory_for_a_batch_is_an_error_with_advice(monkeypatch):
-    model = build()
-
-    def full(images):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(model, "forward", full)
+    model, error = build(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(model, "forward", Mock(side_effect=error))
     with pytest.raises(UserError, match="no memory for a batch of 5") as found:
         analyze(model, pictures(), "similarity")
     assert "--batch-size" in found.value.tip
@@ -290,8 +269,7 @@ def test_no_memory_for_a_batch_is_an_error_with_advice(monkeypatch):
 
 
 def test_fused_attention_is_off_for_the_metrics_of_attention_only():
-    model = build()
-    seen = []
+    model, seen = build(), []
     model.blocks[0].attn.attn_drop.register_forward_pre_hook(lambda *_: seen.append(1))
     analyze(model, pictures(2), [name for name in METRICS if name not in ("attention", "cka")])
     assert not seen

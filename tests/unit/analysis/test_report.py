@@ -2,8 +2,8 @@ import base64
 
 import pytest
 
-from pdvit.analysis import DEFINITIONS
 from pdvit.analysis.report import CONDITIONS, report_page
+from pdvit.definitions import DEFINITIONS
 
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ title }}'\""
 ENVIRONMENT = {"packages": {"torch": "2.15", "none": None}, "commit": None, "started": "2026-01-02T03:04"}
@@ -30,8 +30,8 @@ def test_the_report_has_verdict_numbers_definitions_and_environment(report):
     assert page.texts[page.texts.index("started") + 1] == "2026-01-02T03:04"
     assert "commit" not in page.texts
     assert sum(tag == "details" for tag, _ in page.found) == 2
-    for name in ("similarity", "similarity_signed"):
-        assert {DEFINITIONS[name].text, DEFINITIONS[name].bias, DEFINITIONS[name].source} <= set(page.texts)
+    for definition in (DEFINITIONS["similarity"], DEFINITIONS["similarity_signed"]):
+        assert {definition.text, definition.bias, definition.source} <= set(page.texts)
     assert "no verdict: P was not measured" in report(verdict=None).texts
 
 

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pdvit.analysis import DEFAULT, DEFINITIONS, METRICS, Analysis, write_analysis, write_between
+from pdvit.analysis import METRICS, Analysis, write_analysis, write_between
 from pdvit.analysis.measure import COLUMNS
 from pdvit.analysis.metrics.group import MetricGroup
 from pdvit.analysis.tables import terminal_tables
+from pdvit.definitions import DEFAULT, DEFINITIONS
 from pdvit.errors import UserError
 
 LAYERS = ["embed", *(f"block {i}" for i in range(1, 13)), "norm"]
@@ -88,11 +89,8 @@ def test_files_of_an_analysis_replace_those_of_an_earlier_one(tmp_path):
         assert {name: arrays[name].tolist() for name in arrays} == {"by_frequency/block 1": [0, 1, 2]}
     write_between(tmp_path, {"one": pd.DataFrame([[1.0, 0.5]], ["embed"], ["embed", "norm"])})
     with np.load(tmp_path / "analysis" / "cka_between.npz") as arrays:
-        assert {name: arrays[name].tolist() for name in arrays} == {
-            "matrix/one": [[1.0, 0.5]],
-            "layers/one": ["embed", "norm"],
-            "layers": ["embed"],
-        }
+        expected = {"matrix/one": [[1.0, 0.5]], "layers/one": ["embed", "norm"], "layers": ["embed"]}
+        assert {name: arrays[name].tolist() for name in arrays} == expected
     (tmp_path / "analysis" / "maps.npz").touch()
     again = analysis("similarity", curves={"cka": {"matrix": np.eye(3)}})
     write_analysis(tmp_path, again, {"images_measured": 7})

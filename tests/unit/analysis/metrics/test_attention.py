@@ -54,17 +54,14 @@ def test_equals_a_count_query_by_query(sharp):
 
 def test_uniform_and_one_hot_attention():
     uniform = torch.full((1, 1, 6 + PREFIX, 6 + PREFIX), 1 / 8)
-    found = measure(uniform, uniform)
-    assert found["attention_entropy"].item() == pytest.approx(math.log(6), abs=1e-6)
-    assert found["attention_std"].item() == pytest.approx(0, abs=1e-6)
-    assert found["attention_similarity"].item() == pytest.approx(1, abs=1e-6)
+    names = [f"attention_{name}" for name in ("entropy", "std", "similarity", "distance")]
+    found = [measure(uniform, uniform)[name].item() for name in names[:3]]
+    assert found == pytest.approx([math.log(6), 0, 1], abs=1e-6)
     uniform = torch.full((1, 1, 198, 198), 1 / 198)  # docs/analyze.md
     assert measure(uniform, image=(224, 224))["attention_distance"].item() == pytest.approx(7.28, abs=0.005)
     own = torch.eye(8)[None, None]
-    found = measure(own, own)
-    assert found["attention_entropy"].item() == 0
-    assert found["attention_distance"].item() == 0
-    assert found["attention_std"].item() == pytest.approx(math.sqrt(5) / 6, abs=1e-6)
+    found = [measure(own, own)[name].item() for name in names]
+    assert found == pytest.approx([0, math.sqrt(5) / 6, 1, 0], abs=1e-6)
 
 
 def test_a_patch_that_looks_at_prefix_tokens_only_counts_as_zeros():

@@ -60,12 +60,8 @@ def test_parts_of_the_tokens_change_nothing(gaussian, monkeypatch):
 
 @pytest.mark.parametrize("images", [4, 5, 30])
 def test_never_nan_and_never_beyond_one(gaussian, images):
-    layers = [
-        gaussian(images, 2, 3),
-        torch.zeros(images, 2, 3),
-        torch.full((images, 4, 2), 0.1),
-        1e-15 * gaussian(images, 1, 2),
-    ]
+    layers = [gaussian(images, 2, 3), torch.zeros(images, 2, 3), torch.full((images, 4, 2), 0.1)]
+    layers += [1e-15 * gaussian(images, 1, 2)]
     layers += [gaussian(1, 7, 3, seed=1).expand(images, 7, 3) * (1 + 1e-7 * gaussian(images, 7, 3))]
     matrix = add_up([layers])
     assert matrix.isfinite().all()

@@ -18,18 +18,13 @@ def slow_norms(tokens: np.ndarray) -> dict[str, float]:
     median = statistics.median(lengths)
     deviation = statistics.median(abs(length - median) for length in lengths)
     kept = [t for t, n in zip(tokens, lengths, strict=True) if n <= median + max(median, 5 * 1.4826 * deviation)]
-    cosines = [
-        abs(float(np.dot(a, b)) / (np.linalg.norm(a) * np.linalg.norm(b))) if a.any() and b.any() else 0.0
-        for i, a in enumerate(kept)
-        for j, b in enumerate(kept)
-        if i != j
-    ]
+    cosines = abs(cosine_similarity(kept))[~np.eye(len(kept), dtype=bool)]
     return {
         "norm_mean": statistics.mean(lengths),
         "norm_std": statistics.stdev(lengths),
         "norm_peak": max(max(lengths), 1e-12) / max(median, 1e-12),
         "norm_outliers": 1 - len(kept) / len(tokens),
-        "similarity_without_outliers": statistics.mean(cosines),
+        "similarity_without_outliers": cosines.mean(),
     }
 
 

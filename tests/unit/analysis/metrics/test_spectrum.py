@@ -14,13 +14,10 @@ from pdvit.errors import UserError
 def slow(image: np.ndarray, rows: int, columns: int) -> tuple[float, float, list[float]]:
     """Both fractions and the curve of one image `(N, D)`, frequency by frequency."""
     found = np.fft.fft2(image.astype(np.float64).reshape(rows, columns, -1), axes=(0, 1))
-    power = (abs(found) ** 2).sum(-1)
-    high = 0.0
-    for u in range(rows):
-        for v in range(columns):
-            # a frequency and its mirror image are the same wave
-            if max(min(u, rows - u) / rows, min(v, columns - v) / columns) >= 0.25:
-                high += power[u, v]
+    power, high = (abs(found) ** 2).sum(-1), 0.0
+    for u, v in np.ndindex(rows, columns):  # a frequency and its mirror image are the same wave
+        if max(min(u, rows - u) / rows, min(v, columns - v) / columns) >= 0.25:
+            high += power[u, v]
     floor = 1e-6 * abs(found).max((0, 1))
     logs = np.log(np.maximum(abs(found), floor)).mean(-1)
     least = min(rows, columns)

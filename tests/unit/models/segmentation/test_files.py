@@ -61,13 +61,10 @@ def change_file(folder, change):
     return file
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"crop": 33, "head": "linear", "short_side": 48, "norm": "group", "mode": "slide", "stride": 21},
-        {"crop": 64, "head": "upernet", "name": SWIN, "aux": 0.0},
-    ],
-)
+LINEAR = {"crop": 33, "head": "linear", "short_side": 48, "norm": "group", "mode": "slide", "stride": 21}
+
+
+@pytest.mark.parametrize("options", [LINEAR, {"crop": 64, "head": "upernet", "name": SWIN, "aux": 0.0}])
 @torch.no_grad()
 def test_a_file_alone_gives_the_same_logits_and_settings(tmp_path, options):
     segmenter = make(**options)

@@ -1,6 +1,7 @@
 """Swin's attention against a plain one, written with loops: pad, roll, and a mask by regions."""
 
 import copy
+from itertools import product
 
 import pytest
 import timm
@@ -38,22 +39,20 @@ def plain_attention(block, x):
 
     attn, out = block.attn, torch.zeros_like(x)
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
-    for top in range(0, full[0], window):
-        for left in range(0, full[1], window):
-            cells = [(top + i, left + j) for i in range(window) for j in range(window)]
-            for row, column in cells:
-                query = qkv[:, row, column, 0] * attn.scale
-                scores = []
-                for other_row, other_column in cells:
-                    score = (query * qkv[:, other_row, other_column, 1]).sum(-1)
-                    offset = (row - other_row + window - 1) * (2 * window - 1) + column - other_column + window - 1
-                    score = score + attn.relative_position_bias_table[offset]
-                    ours = (region(row, full[0]), region(column, full[1]))
-                    theirs = (region(other_row, full[0]), region(other_column, full[1]))
-                    scores.append(score - 100.0 * (shift > 0 and ours != theirs))
-                weights = torch.stack(scores, -1).softmax(-1)
-                values = torch.stack([qkv[:, r, c, 2] for r, c in cells], -2)
-                out[:, row, column] = attn.proj((weights.unsqueeze(-1) * values).sum(-2).flatten(1))
+    for top, left in product(range(0, full[0], window), range(0, full[1], window)):
+        cells = [(top + i, left + j) for i in range(window) for j in range(window)]
+        regions = {cell: tuple(map(region, cell, full)) for cell in cells}
+        for row, column in cells:
+            query, scores = qkv[:, row, column, 0] * attn.scale, []
+            for other_row, other_column in cells:
+                score = (query * qkv[:, other_row, other_column, 1]).sum(-1)
+                offset = (row - other_row + window - 1) * (2 * window - 1) + column - other_column + window - 1
+                score = score + attn.relative_position_bias_table[offset]
+                apart = regions[row, column] != regions[other_row, other_column]
+                scores.append(score - 100.0 * (shift > 0 and apart))
+            weights = torch.stack(scores, -1).softmax(-1)
+            values = torch.stack([qkv[:, r, c, 2] for r, c in cells], -2)
+            out[:, row, column] = attn.proj((weights.unsqueeze(-1) * values).sum(-2).flatten(1))
     return torch.roll(out, (shift, shift), (1, 2))[:, :height, :width]
 
 
