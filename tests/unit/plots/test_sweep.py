@@ -123,23 +123,13 @@ def test_another_metric_can_be_named_and_miou_is_compared_where_there_is_no_accu
     assert summarise(cells(presets("miou"))).metric == "miou"
 
 
-@pytest.mark.parametrize(
-    ("named", "tip"),
-    [
-        ({"metric": "accurac"}, "accuracy"),
-        ({"baseline": "diversity.preset=papr"}, "paper"),
-        ({"baseline": "model.depth=3"}, "diversity.preset"),
-        ({"baseline": "papr"}, "paper"),
-    ],
-)
-def test_a_metric_or_baseline_that_is_not_there_is_refused(named, tip):
-    with pytest.raises(UserError) as caught:
-        summarise(cells(presets()), **named)
-    assert tip in caught.value.tip
-
-
-def test_two_cells_of_one_setting_and_seed_are_refused():
-    with pytest.raises(UserError, match=r"diversity\.preset=none"):
+def test_a_metric_or_baseline_that_is_not_there_and_two_cells_of_one_setting_and_seed_are_refused():
+    for baseline, tip in (("diversity.preset=papr", "paper"), ("model.depth=3", "diversity.preset"), ("papr", "paper")):
+        with pytest.raises(UserError, match=f"tip: .*{tip}"):
+            summarise(cells(presets()), baseline=baseline)
+    with pytest.raises(UserError, match=r"tip: .*accuracy"):
+        summarise(cells(presets()), "accurac")
+    with pytest.raises(UserError, match=r"diversity\.preset=none and seed 0"):
         summarise(cells([*presets(), presets()[0]]))
 
 
