@@ -16,7 +16,7 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
 from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
@@ -194,8 +194,6 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     """Print the classes of lowest accuracy or IoU, and the metrics."""
     from rich.table import Table
 
-    from pdvit.data.sources import printable
-
     by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
     title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}"
     title = title if len(table) > MAX_CLASSES else "by class"
@@ -341,8 +339,6 @@ def _mask_names(files: "FileSplit") -> list[Path]:
 def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
     """Print the labels of a few images, the skipped images, and the number of images."""
     from rich.table import Table
-
-    from pdvit.data.sources import printable
 
     if rows:
         view = Table(box=None, pad_edge=False, header_style="bold")

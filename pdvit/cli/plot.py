@@ -1,7 +1,8 @@
 """`pdvit plot FIGURE`: the figures, the run directories to draw, and the files to write."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pdvit.errors import UserError, closest
+from pdvit.files import reading
 
 if TYPE_CHECKING:
     from pdvit.plots.reading import AnalyzedRun
@@ -106,7 +108,8 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
         for run in analyses:
             if not figure.fits(run):
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], command)
-        _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
+        with _drawing(found, command):
+            _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
 
 
 for _name, _figure in FIGURES.items():
@@ -120,7 +123,8 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 
     found = _find(runs, "metrics.jsonl", "pdvit train", 1)
     records = {name: read_records(folder) for name, folder in found.items()}
-    _write(plot_training(records, _theme(dark)), "training", found, out)
+    with _drawing(found, "pdvit train --resume {}"):
+        _write(plot_training(records, _theme(dark)), "training", found, out)
 
 
 @app.command()
@@ -216,6 +220,12 @@ def _not_measured(what: str, folder: Path, command: str) -> UserError:
 def _name_of(folder: Path) -> str:
     name = folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
     return name.encode(errors="replace").decode()  # pandas on pyarrow has no text for other file names
+
+
+def _drawing(found: Mapping[str, Path], command: str) -> AbstractContextManager[None]:
+    """Raise UserError if what was read can't be drawn: files can have tables of any shape."""
+    folder = next(iter(found.values()))
+    return reading(folder, f"run {command.format(folder)} again", "its files do not fit the figure")
 
 
 def _theme(dark: bool) -> "Theme":

@@ -1,10 +1,9 @@
 """Reads the files that figures are drawn from. Errors name the command that makes them."""
 
 import csv
-import json
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from pdvit.errors import UserError
+from pdvit.files import read_json, reading
 
+MAX_ARRAYS = 2**30  # bytes of a group when unpacked; maps.npz, the largest, has some ten million
 TYPES = {"layer": str, "depth": int, "metric": str, "mean": float, "std": float, "ci95": float, "images": int}
 Arrays = Mapping[str, np.ndarray]
 
@@ -30,15 +31,6 @@ class AnalyzedRun:
         """Return the arrays `NAME/LAYER` of a group by layer, in the order in which they were measured."""
         start = f"{name}/"
         return {key.removeprefix(start): array for key, array in self.curves[group].items() if key.startswith(start)}
-
-
-@contextmanager
-def reading(file: Path, tip: str) -> Iterator[None]:
-    """Raise a UserError with the tip if a file is missing, damaged or of another format."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, csv.Error) as error:
-        raise UserError(f"{file.name} is missing or damaged: {error}", str(file), tip) from error
 
 
 def read_text_table(file: Path) -> pd.DataFrame:
@@ -69,7 +61,9 @@ def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
 
 def read_arrays(file: Path, tip: str) -> Arrays:
     """Read the arrays of a .npz file, without unpickling. Raises UserError with the tip, also for a missing array."""
-    with reading(file, tip), np.load(file, allow_pickle=False) as opened:
+    with reading(file, tip), zipfile.ZipFile(file) as archive, np.load(file, allow_pickle=False) as opened:
+        if sum(item.file_size for item in archive.infolist()) > MAX_ARRAYS:
+            raise ValueError(f"it unpacks to more than {MAX_ARRAYS >> 30} GiB")
         return _Arrays(file, tip, opened)
 
 
@@ -84,8 +78,6 @@ class _Arrays(dict[str, np.ndarray]):
 
 def checkpoint_of(folder: Path) -> str:
     """Return the analyzed checkpoint: the one that analysis.json names, or the run itself."""
-    try:
-        metadata = json.loads((folder / "analysis" / "analysis.json").read_text(encoding="utf-8"))
-        return str(metadata["checkpoint"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return str(folder)
+    with suppress(Exception):  # missing or damaged
+        return str(read_json(folder / "analysis" / "analysis.json")["checkpoint"])
+    return str(folder)

@@ -17,10 +17,10 @@ from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad
 from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import Log, MaskFiles, scan_masks
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
-from pdvit.data.sources import WHERE, printable, source_type
+from pdvit.data.sources import WHERE, source_type
 from pdvit.data.sources.folder import MASKS, folder_names, list_images, not_read
 from pdvit.data.sources.split import HELD_OUT, SPLIT_NAMES, FileSplit, Source, Split, choose_splits, hold_out
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
 
 ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
 TABLES = ("classes.tsv", "classes.csv")

@@ -16,8 +16,7 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from pdvit.data.decoding import upright
-from pdvit.data.sources import printable
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
 
 # Training ids of pixels without a class: ignored in loss and metrics; or outside of the table, or of the image.
 IGNORED, OUTSIDE = 255, 254

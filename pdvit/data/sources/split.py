@@ -19,8 +19,8 @@ from torch import Tensor
 from pdvit.config.schema import DataConfig
 from pdvit.data.decoding import open_image, upright_size
 from pdvit.data.randomness import fold
-from pdvit.data.sources import WHERE, first_names, printable
-from pdvit.errors import UserError, closest
+from pdvit.data.sources import WHERE, first_names
+from pdvit.errors import UserError, closest, printable
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}

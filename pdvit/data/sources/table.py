@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import printable
 from pdvit.data.sources.split import FileSplit, Source, Split, assemble, choose_splits
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
 
 COLUMNS = ("path", "label", "split")
 TIP = "name them with --train-split and --val-split; without a split column a tenth of each class is held out"

@@ -1,0 +1,54 @@
+"""Reads files that others may have written: with bounds, and every error becomes a UserError."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pdvit.errors import UserError
+
+MAX_TEXT = 2**24  # bytes; config.json and summary.json of 21,841 classes have one or two million
+
+
+@contextmanager
+def reading(file: Path, tip: str, what: str = "") -> Iterator[None]:
+    """Turn any error inside into a UserError that begins with `what`: damaged files make parsers raise anything."""
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception as error:
+        what = what or f"{file.name} is missing or damaged"
+        raise UserError(f"{what}: {reason_of(error)}", str(file), tip) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's text, or its type: the values that an error holds can be of any size."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    small = all(isinstance(value, str | bytes | int) for value in error.args)
+    text = str(error).strip().partition("\n")[0] if small else ""
+    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".strip()
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file; raises OSError, or ValueError if it is too large or not UTF-8."""
+    with file.open("rb") as opened:
+        content = opened.read(MAX_TEXT + 1)  # some files have no end
+    if len(content) > MAX_TEXT:
+        raise ValueError(f"it is larger than {MAX_TEXT >> 20} MiB")
+    return content.decode()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the table in a JSON file; for use in `reading`."""
+    return parse_table(read_text(file))
+
+
+def parse_table(text: str) -> dict[str, Any]:
+    """Return the table in a JSON text; for use in `reading`."""
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise TypeError(f"it holds a {type(table).__name__}, not a table")
+    return table
