@@ -109,7 +109,7 @@ def _evaluate(
     from pdvit.data.masks.batches import eval_batches as mask_batches
     from pdvit.data.masks.folders import open_masks
     from pdvit.data.opening import open_source
-    from pdvit.data.sources import printable, run_name
+    from pdvit.data.sources import run_name
     from pdvit.data.sources.split import subsample
     from pdvit.engine.device import device_name
     from pdvit.tasks import metrics

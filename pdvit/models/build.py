@@ -1,6 +1,7 @@
 """Build any timm model, with readable errors."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import psutil  # type: ignore[import-untyped]
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from pdvit.config.schema import ModelConfig
@@ -31,6 +33,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 # Checked models on the meta device: to build one can take a second, and a run needs the same ones again.
 SKETCHES: dict[str, nn.Module] = {}
 MAX_SKETCHES = 16
+# Limits of a model: its arguments may be from a file. The largest of timm has 5,000 modules.
+MAX_SIZE, MAX_MODULES = 10**6, 20_000
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
@@ -51,8 +55,12 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
     width, heads = model.width, model.heads
     if width is not None or heads is not None:
         sketch: Any = sketch_model(model.name, {})
+        own_heads = getattr(getattr(sketch.blocks[0], "attn", None), "num_heads", None)
+        if own_heads is None:
+            where = "model.width, model.heads (--width, --heads)"
+            raise UserError(f"{model.name} has a fixed width and no attention heads", where, "name another model")
         width = width or int(sketch.embed_dim)
-        heads = heads or max(1, width // (sketch.embed_dim // sketch.blocks[0].attn.num_heads))
+        heads = heads or max(1, width // (sketch.embed_dim // own_heads))
         if width % heads:
             tip = f"choose a width that is a multiple of {heads}, or another number of heads"
             raise UserError(f"{heads} heads do not divide a width of {width}", "model.width, model.heads", tip)
@@ -78,9 +86,11 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
         raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
     if taken := sorted(RESERVED & arguments.keys()):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
+    if any(value > MAX_SIZE for value in numbers_in(arguments)):
+        raise UserError(f"an argument of the model is above {MAX_SIZE:,}", where, "choose a smaller one")
     key = f"{name} {arguments}"
     if key not in SKETCHES:
-        with torch.device("meta"), WithoutClamp():
+        with torch.device("meta"), WithoutClamp(), register_module_module_registration_hook(ModuleLimit()):
             model = create_model(name, arguments, where)
         places, place = places_of(model, where), f"{where}, with its image size and patch size"
         if getattr(model, "in_chans", 3) != 3:
@@ -106,6 +116,27 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
     return SKETCHES[key]
 
 
+def numbers_in(value: Any) -> Iterator[float]:
+    """Yield the numbers in a value of TOML or JSON."""
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+class ModuleLimit:
+    """A hook that ends the construction of a model with more than MAX_MODULES: arguments can ask for any depth."""
+
+    count = 0
+
+    def __call__(self, *_: Any) -> None:
+        """Count a module."""
+        self.count += 1
+        if self.count > MAX_MODULES:
+            raise ValueError(f"it has more than {MAX_MODULES:,} modules")
+
+
 class WithoutClamp(TorchFunctionMode):
     """Skips the end of timm's truncated normal: on the meta device it takes milliseconds for each weight."""
 
@@ -126,8 +157,9 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}  # where timm reads it
             return model  # type: ignore[no-any-return]
         what, flag = f"timm can't build {name}: {type(error).__name__}: {error}", "--model-kwargs"
-        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-            what, flag = f"{name} has no argument '{unknown[1]}'", FLAGS.get(unknown[1], flag)
+        if wrong := re.search(r"(unexpected|multiple values for) keyword argument '(\w+)'", str(error)):
+            problem = "has no argument" if wrong[1] == "unexpected" else "has a fixed"
+            what, flag = f"{name} {problem} '{wrong[2]}'", FLAGS.get(wrong[2], flag)
         raise UserError(what, where, f"check the model's arguments ({flag})") from error
     return model  # type: ignore[no-any-return]
 
