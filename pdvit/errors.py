@@ -44,7 +44,7 @@ def printable(text: str) -> str:
 
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
-    names = list(options)
+    name, names = name[:100], list(options)  # the comparison takes the square of the length
     scores = {option: _likeness(name.lower(), option.lower()) for option in names}
     best = max(names, key=lambda option: scores[option], default=None)
     if best is not None and scores[best] >= LIKELY:
