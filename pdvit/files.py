@@ -12,14 +12,17 @@ MAX_TEXT = 2**24  # bytes; config.json and summary.json of 21,841 classes have o
 
 
 @contextmanager
-def reading(file: Path, tip: str, what: str = "") -> Iterator[None]:
-    """Turn any error inside into a UserError that begins with `what`: damaged files make parsers raise anything."""
+def reading(file: Path | str, tip: str, what: str = "") -> Iterator[None]:
+    """Turn any error inside into a UserError that begins with `what`: damaged files make parsers raise anything.
+
+    `file` is where it happened, also the name of something else than a file.
+    """
     try:
         yield
     except (UserError, BrokenPipeError):
         raise
     except Exception as error:
-        what = what or f"{file.name} is missing or damaged"
+        what = what or f"{Path(file).name} is missing or damaged"
         raise UserError(f"{what}: {reason_of(error)}", str(file), tip) from error
 
 
@@ -33,12 +36,12 @@ def reason_of(error: Exception) -> str:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file; raises OSError, or ValueError if it is too large or not UTF-8."""
+    """Return the text of a file; raises OSError, or ValueError if it is too large or not UTF-8 (a mark is left out)."""
     with file.open("rb") as opened:
         content = opened.read(MAX_TEXT + 1)  # some files have no end
     if len(content) > MAX_TEXT:
         raise ValueError(f"it is larger than {MAX_TEXT >> 20} MiB")
-    return content.decode()
+    return content.decode("utf-8-sig")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,13 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
         raise UserError(f"an argument of the model is above {MAX_SIZE:,}", where, "choose a smaller one")
     key = f"{name} {arguments}"
     if key not in SKETCHES:
-        with torch.device("meta"), WithoutClamp(), register_module_module_registration_hook(ModuleLimit()):
+        modules = count(1)
+
+        def limit(*_: Any) -> None:  # arguments can ask for any depth
+            if next(modules) > MAX_MODULES:
+                raise ValueError(f"it has more than {MAX_MODULES:,} modules")
+
+        with torch.device("meta"), WithoutClamp(), register_module_module_registration_hook(limit):
             model = create_model(name, arguments, where)
         places, place = places_of(model, where), f"{where}, with its image size and patch size"
         if getattr(model, "in_chans", 3) != 3:
@@ -101,12 +108,12 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
             raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
         last, grid = list(places)[-1], -(-height // patch) * -(-width // patch)
         try:  # some models pad other sizes, as Swin does
-            count = shapes_of(model, {last: places[last]}, where)[last][0]
+            tokens = shapes_of(model, {last: places[last]}, where)[last][0]
         except UserError:
             if height % patch == width % patch == 0:
                 raise
-            count = 0
-        if count != grid:
+            tokens = 0
+        if tokens != grid:
             near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times > 1)
             tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
             raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)
@@ -123,18 +130,6 @@ def numbers_in(value: Any) -> Iterator[float]:
             yield from numbers_in(part)
     elif isinstance(value, int | float):
         yield value
-
-
-class ModuleLimit:
-    """A hook that ends the construction of a model with more than MAX_MODULES: arguments can ask for any depth."""
-
-    count = 0
-
-    def __call__(self, *_: Any) -> None:
-        """Count a module."""
-        self.count += 1
-        if self.count > MAX_MODULES:
-            raise ValueError(f"it has more than {MAX_MODULES:,} modules")
 
 
 class WithoutClamp(TorchFunctionMode):

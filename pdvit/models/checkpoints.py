@@ -295,15 +295,13 @@ def _downloading(where: str) -> Iterator[None]:
     """Turn any error into a UserError. If the hub does not answer, use its cache alone: it would try for a minute."""
     from huggingface_hub import constants, get_session
 
-    before, unreachable = constants.HF_HUB_OFFLINE, None
+    before, what = constants.HF_HUB_OFFLINE, "the weights can't be downloaded"
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_ANSWER)
     except Exception as error:
-        constants.HF_HUB_OFFLINE, unreachable = True, error
+        constants.HF_HUB_OFFLINE, what = True, f"{what}: {reason_of(error)}"
     try:
-        yield
-    except Exception as error:
-        what = f"the weights can't be downloaded: {reason_of(unreachable or error)}"
-        raise UserError(what, where, "check the network, or name a downloaded folder") from error
+        with reading(where, "check the network, or name a downloaded folder", what):
+            yield
     finally:
         constants.HF_HUB_OFFLINE = before

@@ -57,7 +57,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     where, selected, adapter = checkpoint.where, checkpoint.selected, checkpoint.adapter
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
-    match = match_state_dict(selected.tensors, checkpoint.sketch, where)
+    match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
     match.refuse_difference(where)  # before the model takes memory
     head: dict[str, Tensor] = {}
     if segment is not None and adapter is not None:
@@ -196,12 +196,11 @@ def _load_head(segmenter: Segmenter, checkpoint: ResolvedCheckpoint, classes: Se
     own = segmenter.head.state_dict()
     theirs = {name.removeprefix(HEAD): value for name, value in checkpoint.selected.outside.items()}
     match = compare(theirs, own, checkpoint.where)  # it can lack the auxiliary head
-    tensors = match.tensors
     if checkpoint.segment.head != segmenter.segment.head or match.mismatched:
         return f"head: fresh, because the file has another {checkpoint.segment.head} head"
-    check_finite(tensors, checkpoint.where)
-    segmenter.head.load_state_dict(tensors, strict=False)
-    return f"head: {len(tensors)} of {len(own)} tensors from the file"
+    check_finite(match.tensors, checkpoint.where)
+    segmenter.head.load_state_dict(match.tensors, strict=False)
+    return f"head: {len(match.tensors)} of {len(own)} tensors from the file"
 
 
 def _match_backbone(

@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
+from pdvit.files import reading
 from pdvit.models.families import family_of
 
 # A prefix that begins with one of these leads to the weights of the last step.
@@ -131,9 +132,7 @@ def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where
     return StateDictMatch(fitting, sorted(missing), sorted(mismatched), sorted(unexpected))
 
 
-def match_state_dict(
-    tensors: Mapping[str, Tensor], model: nn.Module, where: str, source: nn.Module | None = None
-) -> StateDictMatch:
+def match_state_dict(tensors: Mapping[str, Tensor], model: nn.Module, where: str, source: nn.Module) -> StateDictMatch:
     """Compare a file's tensors with a model (on the meta device, perhaps), after timm's own filter for its family.
 
     The filter renames the layouts in which the model was published, and resamples position embeddings, tables of
@@ -142,7 +141,7 @@ def match_state_dict(
     """
     masked = any(name.startswith(DECODER[:2]) for name in tensors)  # else a mask_token is the model's own
     encoder = {name: value for name, value in tensors.items() if not (masked and name.startswith(DECODER))}
-    square = encoder if source is None else _resample_grid(encoder, source, model, where)
+    square = _resample_grid(encoder, source, model, where)
     match = compare(_filtered(square, model, where), model.state_dict(), where)
     resampled = {name for name, value in match.tensors.items() if _resampled(name, encoder, value)}
     return replace(match, resampled=sorted(resampled if square is encoder else {*resampled, POSITIONS}))
@@ -175,13 +174,10 @@ def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, T
     marks = {name: Tensor() for name in MARKS if own and name not in tensors}
     scaled = any(name.endswith(".ls1.gamma") for name, _ in model.named_parameters())
     options = {"adapt_layer_scale": True} if scaled and any(".gamma_" in name for name in tensors) else {}  # DeiT-III
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about timm's interpolation
-            adapted: dict[str, Tensor] = checkpoint_filter(tensors | marks, model, **options)
-    except Exception as error:  # odd names and shapes fail anywhere in there
-        what = f"its weights can't be converted to a {type(model).__name__}: {type(error).__name__}: {error}"
-        raise UserError(what, where, OTHER_MODEL) from error
+    what = f"its weights can't be converted to a {type(model).__name__}"
+    with reading(where, OTHER_MODEL, what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about timm's interpolation
+        adapted: dict[str, Tensor] = checkpoint_filter(tensors | marks, model, **options)
     return {name: value for name, value in adapted.items() if name not in marks}
 
 

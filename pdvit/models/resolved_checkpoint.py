@@ -65,16 +65,10 @@ def resolve_checkpoint(
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
     if sum(numbers_in([arguments.get("depth"), arguments.get("depths")])) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
-    if arguments:
-        sketch = sketch_model(architecture, arguments, where)
-    section = config.get("pdvit")
-    section = section if isinstance(section, dict) else {}
+    sketch, section = sketch_model(architecture, arguments, where), _table(config, "pdvit", where)
     selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))
-    inferred = _infer(selected.tensors, sketch, where)
-    inferred = {key: value for key, value in inferred.items() if key not in arguments}
-    arguments |= inferred
-    if inferred:
-        sketch = sketch_model(architecture, arguments, where)
+    arguments |= {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
+    sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None
     if section.get("segment") is not None:
         segment = build((where, {"segment": section["segment"]})).segment

@@ -197,7 +197,7 @@ def choose_splits(
     names = names or {"val": "val"}
     if missing := next((name for name in names.values() if name not in found), None):
         listed = first_names([name for name in found if name]) or "nothing"
-        raise UserError(f"there is no split '{printable(missing)}' (found: {listed})", where, tip)
+        raise UserError(f"there is no split '{missing}' (found: {listed})", where, tip)
     return chosen
 
 

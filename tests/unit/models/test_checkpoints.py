@@ -3,7 +3,6 @@
 import argparse
 import io
 import pathlib
-import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pdvit.models import checkpoints
 from pdvit.models.checkpoints import name_of, read_checkpoint
+from tests.unit.data.batches import tar_without_end
 from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, write
 
 
@@ -178,14 +178,6 @@ def pickled(code):
     return file.getvalue()
 
 
-def tar_without_end():
-    """Return a header of size -512, at which older readers of tar files stay for ever."""
-    header = bytearray(tarfile.TarInfo("storages").tobuf())
-    header[124:136], header[148:156] = b"\xff" * 10 + b"\xfe\x00", b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) * 2
-
-
 SHARED = ["x"]  # 2^60 texts in few bytes
 for _ in range(60):
     SHARED = [SHARED, SHARED]
@@ -199,7 +191,7 @@ for _ in range(60):
         *map(torch_file, (3, [1], {}, {"model": {"weight": "text"}}, {3: torch.zeros(2)})),
         *(torch_file({"weight": torch.zeros(9)}, False)[:end] for end in (1, 3, 40, -9)),
         *(torch_file(table) for table in ({"a." * 9999: torch.zeros(1)}, {"args": {"img_size": 1, "mean": SHARED}})),
-        tar_without_end(),
+        tar_without_end("storages"),
         pickled(b"cbuiltins\nbytearray\n\x8a\x05" + (2**36).to_bytes(5, "little") + b"\x85R."),
     ],
 )
@@ -261,7 +253,7 @@ def test_without_a_network_the_error_is_about_the_network_and_comes_at_once(monk
     begun = time.monotonic()
     error = refuse(name)
     assert time.monotonic() - begun < 10  # the hub's functions alone take 48 s
-    assert error.what == "the weights can't be downloaded: [Errno 111] Connection refused"
+    assert error.what.startswith("the weights can't be downloaded: [Errno 111] Connection refused")
     assert "network" in error.tip
 
 
