@@ -13,10 +13,7 @@ MAX_TEXT = 2**24  # bytes; config.json and summary.json of 21,841 classes have o
 
 @contextmanager
 def reading(file: Path | str, tip: str, what: str = "") -> Iterator[None]:
-    """Turn any error inside into a UserError that begins with `what`: damaged files make parsers raise anything.
-
-    `file` is where it happened, also the name of something else than a file.
-    """
+    """Turn any error inside into a UserError at `file` (a path, or another name): parsers raise nearly anything."""
     try:
         yield
     except (UserError, BrokenPipeError):
@@ -44,14 +41,9 @@ def read_text(file: Path) -> str:
     return content.decode("utf-8-sig")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the table in a JSON file; for use in `reading`."""
-    return parse_table(read_text(file))
-
-
-def parse_table(text: str) -> dict[str, Any]:
-    """Return the table in a JSON text; for use in `reading`."""
-    table = json.loads(text)
+def read_json(source: Path | str) -> dict[str, Any]:
+    """Return the table in a JSON file, or in a text; for use in `reading`."""
+    table = json.loads(read_text(source) if isinstance(source, Path) else source)
     if not isinstance(table, dict):
         raise TypeError(f"it holds a {type(table).__name__}, not a table")
     return table

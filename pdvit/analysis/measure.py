@@ -141,13 +141,11 @@ def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
     parts: Any = images.split(BATCH_SIZE) if isinstance(images, Tensor) else images
     for part in parts if isinstance(parts, Iterable) else [parts]:
         batch = part[0] if isinstance(part, list | tuple) and part else part
-        if not (isinstance(batch, Tensor) and batch.is_floating_point()):
-            found = batch.dtype if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
-            tip = "read and normalise the images first; pdvit analyze CKPT --images FOLDER does both"
-            raise UserError(f"images are floating-point tensors, not {found}", WHERE, tip)
-        if batch.ndim != 4:
-            what = f"images have four axes (image, channel, height, width), not the shape {tuple(batch.shape)}"
-            raise UserError(what, WHERE, "add an axis, for example images[None] for one image")
+        if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == 4):
+            found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+            what = f"images are floating-point tensors (image, channel, height, width), not {found}"
+            tip = "normalise them (pdvit analyze CKPT --images FOLDER does); a single image is images[None]"
+            raise UserError(what, WHERE, tip)
         if len(batch):
             yield batch.to(device)
 

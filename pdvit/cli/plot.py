@@ -1,8 +1,7 @@
 """`pdvit plot FIGURE`: the figures, the run directories to draw, and the files to write."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +21,7 @@ app = typer.Typer(invoke_without_command=True)
 # The number of newest runs that are drawn if no run is named: as lines in one panel, or as panels.
 LINES, PANELS = 6, 3
 SUFFIXES = (".png", ".svg", ".pdf")
+UNFIT = "its files do not fit the figure"  # tables of files can have any shape
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
         for run in analyses:
             if not figure.fits(run):
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], command)
-        with _drawing(found, command):
+        folder = next(iter(found.values()))
+        with reading(folder, f"run {command.format(folder)} again", UNFIT):
             _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
 
 
@@ -123,7 +124,8 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 
     found = _find(runs, "metrics.jsonl", "pdvit train", 1)
     records = {name: read_records(folder) for name, folder in found.items()}
-    with _drawing(found, "pdvit train --resume {}"):
+    folder = next(iter(found.values()))
+    with reading(folder, f"run pdvit train --resume {folder} again", UNFIT):
         _write(plot_training(records, _theme(dark)), "training", found, out)
 
 
@@ -220,12 +222,6 @@ def _not_measured(what: str, folder: Path, command: str) -> UserError:
 def _name_of(folder: Path) -> str:
     name = folder.resolve().name.removeprefix("analysis-").removeprefix("eval-")
     return name.encode(errors="replace").decode()  # pandas on pyarrow has no text for other file names
-
-
-def _drawing(found: Mapping[str, Path], command: str) -> AbstractContextManager[None]:
-    """Raise UserError if what was read can't be drawn: files can have tables of any shape."""
-    folder = next(iter(found.values()))
-    return reading(folder, f"run {command.format(folder)} again", "its files do not fit the figure")
 
 
 def _theme(dark: bool) -> "Theme":

@@ -15,6 +15,7 @@ MIXUP_MODES = ("batch", "pair", "elem")
 # The modes of timm that its vision transformers use and torch can do on bytes.
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # settings of `data` that a model has too
 
 
 @dataclass(frozen=True)

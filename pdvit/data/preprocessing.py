@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, DataConfig
+from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, PREPROCESSING, DataConfig
 from pdvit.errors import UserError
 from pdvit.models.layers import image_size_of
-
-# Settings that timm's models have and `data` overrides.
-MODEL_SETTINGS = ("crop_pct", "interpolation", "mean", "std", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,12 @@ class Preprocessing:
         own, (height, width) = timm.data.resolve_model_data_config(model), image_size_of(model)
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
-        values = {name: getattr(data, name, None) or own[name] for name in MODEL_SETTINGS}
+        values = {name: getattr(data, name, None) or own[name] for name in PREPROCESSING}
         return cls(height, **values | {name: tuple(values[name]) for name in ("mean", "std")})
 
     def as_timm(self) -> dict[str, Any]:
         """Return it as the configuration of a timm model, for an export."""
-        return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in MODEL_SETTINGS}
+        return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in PREPROCESSING}
 
     def evaluation(self) -> v2.Compose:
         """Return the evaluation transform: resize the short side (`squash`: both), crop the centre, to uint8."""

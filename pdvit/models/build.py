@@ -1,7 +1,6 @@
 """Build any timm model, with readable errors."""
 
 import re
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 # Checked models on the meta device: to build one can take a second, and a run needs the same ones again.
 SKETCHES: dict[str, nn.Module] = {}
 MAX_SKETCHES = 16
-# Limits of a model: its arguments may be from a file. The largest of timm has 5,000 modules.
-MAX_SIZE, MAX_MODULES = 10**6, 20_000
+# Limits of a model, whose arguments may be from a file: whole numbers of seven digits, and modules (timm's have 5,000).
+TOO_LARGE, MAX_MODULES = r"(?<![\d.])\d{7,}", 20_000
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
-    """Return timm's arguments of a resolved configuration.
-
-    If only the width is set, the number of heads keeps the named model's width per head. Raises UserError.
-    """
+    """Return timm's arguments of a resolved configuration; a width alone keeps the width per head. Raises UserError."""
     assert model.name is not None, "resolve the configuration first"
     extra = model.args or {}
     sizes = {name: size for name, key in SIZES.items() if (size := getattr(model, key)) is not None}
@@ -79,17 +75,15 @@ def build_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.
 def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.Module:
     """Build a model on the meta device, where it takes no memory. Calls share it: copy it before a change.
 
-    Raises:
-        UserError: the name is unknown, timm refuses an argument, the family is not supported, or the patches do not
-            fit the image.
+    Raises UserError if timm refuses name or arguments, the family is not supported, or patches do not fit the image.
     """
     if not timm.is_model(name):
         raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
     if taken := sorted(RESERVED & arguments.keys()):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
-    if any(value > MAX_SIZE for value in numbers_in(arguments)):
-        raise UserError(f"an argument of the model is above {MAX_SIZE:,}", where, "choose a smaller one")
     key = f"{name} {arguments}"
+    if large := re.search(TOO_LARGE, key):
+        raise UserError(f"an argument of the model is too large: {large[0]}", where, "choose a smaller one")
     if key not in SKETCHES:
         modules = count(1)
 
@@ -123,15 +117,6 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
     return SKETCHES[key]
 
 
-def numbers_in(value: Any) -> Iterator[float]:
-    """Yield the numbers in a value of TOML or JSON."""
-    if isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from numbers_in(part)
-    elif isinstance(value, int | float):
-        yield value
-
-
 class WithoutClamp(TorchFunctionMode):
     """Skips the end of timm's truncated normal: on the meta device it takes milliseconds for each weight."""
 
@@ -144,15 +129,15 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     try:
         model: Any = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
-        if "img_size" in arguments and "unexpected keyword arg" in str(error) and "'img_size'" in str(error):
-            rest = {key: value for key, value in arguments.items() if key != "img_size"}
+        wrong = re.search(r"(unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+        if wrong and wrong.groups() == ("unexpected", "img_size"):
             size = arguments["img_size"]
             height, width = size if isinstance(size, tuple) else (size, size)
-            model = create_model(name, rest, where)
+            model = create_model(name, {key: value for key, value in arguments.items() if key != "img_size"}, where)
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}  # where timm reads it
             return model  # type: ignore[no-any-return]
         what, flag = f"timm can't build {name}: {type(error).__name__}: {error}", "--model-kwargs"
-        if wrong := re.search(r"(unexpected|multiple values for) keyword argument '(\w+)'", str(error)):
+        if wrong:
             problem = "has no argument" if wrong[1] == "unexpected" else "has a fixed"
             what, flag = f"{name} {problem} '{wrong[2]}'", FLAGS.get(wrong[2], flag)
         raise UserError(what, where, f"check the model's arguments ({flag})") from error

@@ -1,7 +1,4 @@
-"""Checkpoints as files: read from a path, the Hugging Face hub or timm, and written as a timm folder.
-
-Nothing from a file is executed.
-"""
+"""Checkpoints as files: read from a path, the hub or timm, and written as a timm folder. Nothing is executed."""
 
 import argparse
 import io
@@ -26,8 +23,9 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from pdvit.config.schema import PREPROCESSING
 from pdvit.errors import UserError, closest
-from pdvit.files import parse_table, read_text, reading, reason_of
+from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -46,7 +44,6 @@ SPARE_MEMORY = 2**29
 COPY = "copy or download it again"
 ZIP = b"PK\3\4"
 SECONDS_TO_ANSWER = 5.0  # for the hub
-PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     beside = file.parent / CONFIG
     if not config.get("architecture") and beside.is_file():
         with reading(beside, COPY, "its configuration is not a table in JSON"):
-            config = parse_table(read_text(beside))
+            config = read_json(beside)
     return Checkpoint(name or name_of(path), str(file), tensors, config)
 
 
@@ -161,7 +158,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     with reading(file, COPY, "its configuration is not a table in JSON"):
-        return tensors, parse_table(header.get(HEADER_KEY, "{}"))
+        return tensors, read_json(header.get(HEADER_KEY, "{}"))
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -255,7 +252,8 @@ def _is_small(value: Any, nesting: int = MAX_NESTING) -> bool:
         value = [*value, *value.values()]
     if isinstance(value, list | tuple):
         return nesting >= 0 and len(value) <= MAX_ITEMS and all(_is_small(part, nesting - 1) for part in value)
-    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= MAX_NAME)
+    short = isinstance(value, str | int) and len(str(value)) <= MAX_NAME
+    return short or value is None or isinstance(value, float)
 
 
 def _read_published(name: str) -> Checkpoint:

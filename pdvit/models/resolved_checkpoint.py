@@ -14,10 +14,10 @@ import timm
 from torch import Tensor, nn
 
 from pdvit.config import build
-from pdvit.config.schema import SegmentConfig
+from pdvit.config.schema import PREPROCESSING, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.build import numbers_in, sketch_model
-from pdvit.models.checkpoints import PREPROCESSING, Checkpoint, read_checkpoint
+from pdvit.models.build import sketch_model
+from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.families import family_of
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
@@ -63,7 +63,8 @@ def resolve_checkpoint(
     architecture = model_name or str(config["architecture"])
     sketch = sketch_model(architecture, {}, where)  # an unsupported family is refused before its arguments are used
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
-    if sum(numbers_in([arguments.get("depth"), arguments.get("depths")])) > len(tensors):
+    blocks = re.findall(r"\d+", f"{arguments.get('depth')} {arguments.get('depths')}")
+    if sum(map(int, blocks)) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch, section = sketch_model(architecture, arguments, where), _table(config, "pdvit", where)
     selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))

@@ -44,10 +44,7 @@ def read_text_table(file: Path) -> pd.DataFrame:
 
 
 def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
-    """Read analysis.csv of a run directory or of an analysis, and the arrays of a group if it has some.
-
-    Raises UserError.
-    """
+    """Read analysis.csv of a run or of an analysis, and the arrays of a group if it has some; raises UserError."""
     table_file, arrays = folder / "analysis.csv", {}
     tip = f"measure it again: pdvit analyze {checkpoint_of(folder)}"
     with reading(table_file, tip):

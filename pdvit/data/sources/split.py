@@ -29,10 +29,7 @@ SAMPLED = 32  # images whose sizes are described
 
 
 class Split(ABC):
-    """Images with their classes, which any process opens by index.
-
-    Subclasses are data classes; each of their lists and tensors has one item for each image.
-    """
+    """Images with their classes, opened by any process; a data class, whose lists and tensors have an item for each."""
 
     labels: Tensor
 

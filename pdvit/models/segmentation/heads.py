@@ -113,10 +113,7 @@ class Neck(nn.Module):
 
 
 class Pool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling, as matrix products if only deterministic kernels are allowed.
-
-    torch has no deterministic gradient of its own pooling on GPUs.
-    """
+    """Adaptive average pooling; as matrix products if kernels must be deterministic: torch's gradient of it is not."""
 
     output_size: int
 
@@ -129,10 +126,7 @@ class Pool(nn.AdaptiveAvgPool2d):
         return down @ input @ across.mT
 
     def _weights(self, side: int, like: Tensor) -> Tensor:
-        """Return the weight of each place in the mean of each part, `(parts, side)`.
-
-        Part i reaches from floor(i side / parts) to ceil((i + 1) side / parts), so parts can overlap.
-        """
+        """Return the weight of each place in the mean of each part, `(parts, side)`; parts can overlap."""
         parts = self.output_size
         part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(side, device=like.device)
         inside = (place >= part * side // parts) & (place < ((part + 1) * side + parts - 1) // parts)
@@ -140,10 +134,7 @@ class Pool(nn.AdaptiveAvgPool2d):
 
 
 def replace_modules(module: nn.Module, norm: str) -> None:
-    """Replace square adaptive average poolings by `Pool`, and for the norm `group` BatchNorms by GroupNorms.
-
-    A GroupNorm has the most groups that divide its channels.
-    """
+    """Replace poolings by `Pool`, and for the norm `group` BatchNorms by GroupNorms of the most groups that fit."""
     for name, child in module.named_children():
         if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
             setattr(module, name, Pool(child.output_size))

@@ -105,10 +105,7 @@ def export_segmenter(
     weights: str,
     state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, bytes]:
-    """Return the files of a segmentation model: see `checkpoints.export`.
-
-    Weights are named `backbone.*` and `head.*`. timm itself can't load them.
-    """
+    """Return the files of `checkpoints.export`, with weights `backbone.*` and `head.*`, which timm can't load."""
     settings = {key: value for key, value in asdict(segmenter.segment).items() if key in SETTINGS and value is not None}
     metadata: dict[str, Any] = {"segment": settings} | ({"palette": palette} if palette else {})
     return export(segmenter.backbone, classes, data_config, weights, state or segmenter.state_dict(), metadata)
