@@ -147,8 +147,10 @@ def maps(
             raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
         patches.append((int(found[1]), int(found[2])))
     ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
-    arrays = read_arrays(folder / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore")
-    _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
+    file, tip = folder / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore"
+    arrays = read_arrays(file, tip)
+    with reading(file, tip, UNFIT):
+        _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
 
 
 @app.command()

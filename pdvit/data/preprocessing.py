@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, PREPROCESSING, DataConfig
+from pdvit.config import build
+from pdvit.config.schema import PREPROCESSING, DataConfig
 from pdvit.errors import UserError
 from pdvit.models.layers import image_size_of
 
@@ -26,13 +27,6 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_mode: str = "center"
 
-    def __post_init__(self) -> None:
-        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-            if (value := getattr(self, name)) not in known:
-                flag = f"data.{name} (--{name.replace('_', '-')})"
-                what = f"the {name} '{value}' of the model is not supported"
-                raise UserError(what, flag, f"choose from: {', '.join(known)}")
-
     @classmethod
     def for_model(cls, model: nn.Module, data: DataConfig | None = None) -> "Preprocessing":
         """Return the preprocessing of a timm model, with the settings of `data` before its own; raises UserError."""
@@ -40,7 +34,8 @@ class Preprocessing:
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
         values = {name: getattr(data, name, None) or own[name] for name in PREPROCESSING}
-        return cls(height, **values | {name: tuple(values[name]) for name in ("mean", "std")})
+        checked = build(("of the model", {"data": values})).data
+        return cls(height, **{name: getattr(checked, name) for name in PREPROCESSING})
 
     def as_timm(self) -> dict[str, Any]:
         """Return it as the configuration of a timm model, for an export."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pdvit.errors import UserError
 from pdvit.files import read_json, reading
 
 MAX_ARRAYS = 2**30  # bytes of a group when unpacked; maps.npz, the largest, has some ten million
@@ -57,20 +56,11 @@ def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
 
 
 def read_arrays(file: Path, tip: str) -> Arrays:
-    """Read the arrays of a .npz file, without unpickling. Raises UserError with the tip, also for a missing array."""
+    """Read the arrays of a .npz file, without unpickling. Raises UserError with the tip."""
     with reading(file, tip), zipfile.ZipFile(file) as archive, np.load(file, allow_pickle=False) as opened:
         if sum(item.file_size for item in archive.infolist()) > MAX_ARRAYS:
             raise ValueError(f"it unpacks to more than {MAX_ARRAYS >> 30} GiB")
-        return _Arrays(file, tip, opened)
-
-
-class _Arrays(dict[str, np.ndarray]):
-    def __init__(self, file: Path, tip: str, arrays: Arrays) -> None:
-        super().__init__(arrays)
-        self.file, self.tip = file, tip
-
-    def __missing__(self, name: str) -> np.ndarray:
-        raise UserError(f"{self.file.name} has no array '{name}'", str(self.file), self.tip)
+        return dict(opened)
 
 
 def checkpoint_of(folder: Path) -> str:
