@@ -5,6 +5,8 @@ from difflib import SequenceMatcher
 
 # From here on two names count as alike (0: nothing in common, 1: equal).
 LIKELY = 0.6
+# Letters in a line of an error.
+LONGEST = 2000
 
 
 class UserError(Exception):
@@ -15,8 +17,7 @@ class UserError(Exception):
         self.what, self.where, self.tip = what, where, tip
 
     def __str__(self) -> str:
-        what, where, tip = (" ".join(text.split()) for text in (self.what, self.where, self.tip))
-        return f"{what}\n  where: {where}\n  tip:   {tip}"
+        return f"{one_line(self.what)}\n  where: {one_line(self.where)}\n  tip:   {one_line(self.tip)}"
 
 
 class RunFailed(Exception):
@@ -27,12 +28,23 @@ class RunFailed(Exception):
         self.what, self.tip = what, tip
 
     def __str__(self) -> str:
-        return f"{self.what}\n  tip:   {self.tip}"
+        return f"{one_line(self.what)}\n  tip:   {one_line(self.tip)}"
+
+
+def one_line(text: str) -> str:
+    """Return a text on one printable line, cut in the middle if it is very long: it may be from a file."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Escape what is not printable: names and files may hold any bytes, terminal commands among them."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
-    names = list(options)
+    name, names = name[:100], list(options)  # the comparison takes the square of the length
     scores = {option: _likeness(name.lower(), option.lower()) for option in names}
     best = max(names, key=lambda option: scores[option], default=None)
     if best is not None and scores[best] >= LIKELY:

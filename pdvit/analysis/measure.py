@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product, tee
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,11 @@ from pdvit.definitions import DEFAULT
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
+from pdvit.files import reason_of
 from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch, watch_attention
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
+WHERE = "analyze(model, images)"
 BATCH_SIZE = 32  # if images come as one tensor
 Images, Names = Tensor | Iterable[Tensor | Sequence[Tensor]], str | Iterable[str]
 Key = tuple[str, str, Layer]  # metric group, column or curve, layer
@@ -125,26 +128,29 @@ def select_metrics(metrics: Names) -> dict[str, MetricGroup]:
 
 
 def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
-    """Yield batches of images on the device; UserError unless they have four axes."""
-    parts: Iterable[Tensor | Sequence[Tensor]] = images.split(BATCH_SIZE) if isinstance(images, Tensor) else images
-    for part in parts:
-        batch = part if isinstance(part, Tensor) else part[0]
-        if batch.ndim != 4:
-            what = f"images have four axes (image, channel, height, width), not the shape {tuple(batch.shape)}"
-            raise UserError(what, "analyze(model, images)", "add an axis, for example images[None] for one image")
+    """Yield batches of images on the device; UserError unless they are floating-point and have four axes."""
+    parts: Any = images.split(BATCH_SIZE) if isinstance(images, Tensor) else images
+    for part in parts if isinstance(parts, Iterable) else [parts]:
+        batch = part[0] if isinstance(part, list | tuple) and part else part
+        if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == 4):
+            found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+            what = f"images are floating-point tensors (image, channel, height, width), not {found}"
+            tip = "normalise them (pdvit analyze CKPT --images FOLDER does); a single image is images[None]"
+            raise UserError(what, WHERE, tip)
         if len(batch):
             yield batch.to(device)
 
 
 @contextmanager
 def inference(images: Tensor) -> Iterator[None]:
-    """Compute in exact float32 without gradients; UserError if the device is out of memory."""
+    """Compute in exact float32 without gradients; UserError for images of a wrong size, or if memory is too small."""
     try:
         with torch.no_grad(), exact_float32(images.device):
             yield
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         if not is_out_of_memory(error):
-            raise
+            what = f"the model can't take images of the shape {tuple(images.shape)}: {reason_of(error)}"
+            raise UserError(what, WHERE, "pass images of the size that the model was built for") from error
         tip = "choose a smaller --batch-size, fewer --metrics or a larger device"
         raise UserError(f"there is no memory for a batch of {len(images)}", str(images.device), tip) from error
 
@@ -154,7 +160,7 @@ def check_tokens(patches: Patches, layer: Layer) -> None:
     count = patches.tokens.shape[1]
     if count < 2:
         what = f"similarity needs at least two patches, not {count}"
-        raise UserError(what, f"{layer.name}, analyze(model, images)", "use larger images or smaller patches")
+        raise UserError(what, f"{layer.name}, {WHERE}", "use larger images or smaller patches")
     _check_finite(patches.lengths, layer)
 
 
@@ -274,7 +280,7 @@ class LayerMetrics:
     def analysis(self, sums: MetricSums, model: str) -> Analysis:
         """Return the metrics of a model of that name; UserError if there were no images."""
         if not sums.images:
-            raise UserError("there are no images to measure", "analyze(model, images)", "pass at least one image")
+            raise UserError("there are no images to measure", WHERE, "pass at least one image")
         curves: dict[str, dict[str, np.ndarray]] = {}
         rows: list[tuple[object, ...]] = []
         layers = [layer.name for layer in self.places]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from pdvit.errors import RunFailed, UserError
+from pdvit.errors import RunFailed, UserError, printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -27,7 +27,8 @@ def make_console(as_json: bool) -> "RunConsole":
 
 
 def log(console: "RunConsole", text: str) -> None:
-    """Print text without markup, highlighting or wrapping."""
+    """Print text without markup, highlighting, wrapping or control characters."""
+    text = "\n".join(map(printable, text.split("\n")))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -46,8 +47,6 @@ def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole
 def cell(text: str) -> "Text":
     """Return a name as a table cell: on one line, without markup or control characters."""
     from rich.text import Text
-
-    from pdvit.data.sources import printable
 
     return Text(printable(text))
 

@@ -16,7 +16,7 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
 from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _evaluate(
     from pdvit.data.masks.batches import eval_batches as mask_batches
     from pdvit.data.masks.folders import open_masks
     from pdvit.data.opening import open_source
-    from pdvit.data.sources import printable, run_name
+    from pdvit.data.sources import run_name
     from pdvit.data.sources.split import subsample
     from pdvit.engine.device import device_name
     from pdvit.tasks import metrics
@@ -193,8 +193,6 @@ def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Pa
 def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
     """Print the classes of lowest accuracy or IoU, and the metrics."""
     from rich.table import Table
-
-    from pdvit.data.sources import printable
 
     by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
     title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}"
@@ -341,8 +339,6 @@ def _mask_names(files: "FileSplit") -> list[Path]:
 def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
     """Print the labels of a few images, the skipped images, and the number of images."""
     from rich.table import Table
-
-    from pdvit.data.sources import printable
 
     if rows:
         view = Table(box=None, pad_edge=False, header_style="bold")

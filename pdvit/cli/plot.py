@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pdvit.errors import UserError, closest
+from pdvit.files import reading
 
 if TYPE_CHECKING:
     from pdvit.plots.reading import AnalyzedRun
@@ -20,6 +21,7 @@ app = typer.Typer(invoke_without_command=True)
 # The number of newest runs that are drawn if no run is named: as lines in one panel, or as panels.
 LINES, PANELS = 6, 3
 SUFFIXES = (".png", ".svg", ".pdf")
+UNFIT = "its files do not fit the figure"  # tables of files can have any shape
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
         for run in analyses:
             if not figure.fits(run):
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], command)
-        _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
+        folder = next(iter(found.values()))
+        with reading(folder, f"run {command.format(folder)} again", UNFIT):
+            _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
 
 
 for _name, _figure in FIGURES.items():
@@ -120,7 +124,9 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 
     found = _find(runs, "metrics.jsonl", "pdvit train", 1)
     records = {name: read_records(folder) for name, folder in found.items()}
-    _write(plot_training(records, _theme(dark)), "training", found, out)
+    folder = next(iter(found.values()))
+    with reading(folder, f"run pdvit train --resume {folder} again", UNFIT):
+        _write(plot_training(records, _theme(dark)), "training", found, out)
 
 
 @app.command()
@@ -141,8 +147,10 @@ def maps(
             raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
         patches.append((int(found[1]), int(found[2])))
     ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
-    arrays = read_arrays(folder / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore")
-    _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
+    file, tip = folder / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore"
+    arrays = read_arrays(file, tip)
+    with reading(file, tip, UNFIT):
+        _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
 
 
 @app.command()

@@ -157,7 +157,8 @@ def resume(name: str, change: list[str], console: RunConsole) -> Run | int:
         if change:
             raise UserError("the run is finished, so nothing can change", where, "start a new run")
         log(console, f"{path} is finished")
-        print_summary(path, directory.read_json("summary.json"), console)
+        with directory.reading("summary.json"):
+            print_summary(path, directory.read_json("summary.json"), console)
         return 0
     saved, config = saved_config(path, []), saved_config(path, change)
     if config.run.out is not None or config.run.name is not None:
@@ -246,7 +247,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         return
 
     def source(path: Path) -> object:
-        with suppress(UserError):  # another run may be damaged
+        with suppress(Exception):  # another run may be damaged
             return read_toml(path / "run.toml").get("data", {}).get("source")
         return None
 

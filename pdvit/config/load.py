@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 from pdvit.config.duration import parse_duration
 from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, closest
+from pdvit.files import read_text, reading
 
 SWEEP_SECTION = "sweep"  # a table of configuration files that pdvit.sweep reads
 _PLACES = {("run", "out"), ("run", "name")}  # run.toml leaves them out, so that the same recipe can run elsewhere
@@ -18,13 +19,8 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "t
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a configuration file; raises UserError if it is missing or not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the configuration can't be read: {error.strerror}", str(path), "check --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        tip = "see docs/train.md for an example"
-        raise UserError(f"the configuration is not TOML: {error}", str(path), tip) from error
+    with reading(path, "check --config; docs/train.md has an example", "the configuration can't be read"):
+        return tomllib.loads(read_text(path))
 
 
 def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
@@ -35,7 +31,7 @@ def parse_set(text: str, flag: str = "--set") -> dict[str, Any]:
         raise UserError(f"'{text}' is not section.key=value", flag, f"for example {flag} optim.lr=1e-3")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value.strip()
     return {section: {item: parsed}}
 
@@ -71,6 +67,8 @@ def _convert(value: Any, hint: Any, key: Key, at: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(value, str) and value in key.words:
         return key.words[value]
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise UserError(f"a whole number of {value.bit_length()} bits is out of range", at, key.help)
     number: float | None = None
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
         parts = tuple(_convert(part, type_, key, at) for part, type_ in zip(value, get_args(hint), strict=True))

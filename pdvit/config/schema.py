@@ -15,6 +15,7 @@ MIXUP_MODES = ("batch", "pair", "elem")
 # The modes of timm that its vision transformers use and torch can do on bytes.
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # settings of `data` that a model has too
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class DataConfig:
     crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0, maximum=2)
     interpolation: str | None = key(None, "Resize interpolation.", "--interpolation", choices=INTERPOLATIONS)
     crop_mode: str | None = key(None, "Crop or squash images in evaluation.", "--crop-mode", choices=CROP_MODES)
-    workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0)
+    workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0, maximum=1000)
     resident: str = key("auto", "Keep images on the device; auto: if few.", "--resident", choices=("auto", "on", "off"))
     split_seed: int = key(0, "Seed of the held-out images of a source without splits.", minimum=0, maximum=2**32 - 1)
 
@@ -102,7 +103,7 @@ class ModelConfig:
     weights: str | None = key(None, "Weights of --init; unset: ema, else raw.", "--weights", choices=("raw", "ema"))
     init_hash: str | None = key(None, "Hash of the weights of --init; set by the run, which rejects others.")
     freeze: str | None = key(None, "Freeze the embedding and N blocks, or the backbone.", "--freeze")
-    depth: int | None = key(None, "Number of blocks.", "--depth", minimum=1)
+    depth: int | None = key(None, "Number of blocks.", "--depth", minimum=1, maximum=1000)
     width: int | None = key(None, "Embedding dimension.", "--width", minimum=1)
     heads: int | None = key(None, "Attention heads per block.", "--heads", minimum=1)
     patch_size: int | None = key(None, "Side of a patch in pixels.", "--patch-size", minimum=1)

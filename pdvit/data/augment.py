@@ -145,10 +145,7 @@ def crop_box(draws: Sequence[float], scale: Range, ratio: Range, height: int, wi
 
 
 def erase_box(draws: Sequence[float], probability: float, height: int, width: int) -> list[int] | None:
-    """Return the rectangle to erase in an image (arXiv 1708.04896), if any: top, left, height, width.
-
-    `draws` are 23 numbers in [0, 1).
-    """
+    """Return the rectangle to erase (arXiv 1708.04896), if any: top, left, height, width; by 23 draws in [0, 1)."""
     for tall, wide in _tries(draws[3:], height * width, ERASED_AREA, ERASED_RATIO):
         if tall < height and wide < width and draws[0] < probability:
             return [int(draws[1] * (height - tall + 1)), int(draws[2] * (width - wide + 1)), tall, wide]
@@ -164,10 +161,7 @@ def _tries(draws: Sequence[float], area: int, scale: Range, ratio: Range) -> Ite
 
 
 def crop_pixels(pixels: Any, box: Sequence[float], size: int, mode: str) -> Tensor:
-    """Crop a uint8 array `(H, W, 3)` and resample it to `(3, size, size)`, uint8.
-
-    `box` is top, left, height and width; edges between pixels are rounded. `mode` is bilinear or bicubic.
-    """
+    """Resample a box (top, left, height, width; rounded) of a uint8 array `(H, W, 3)` to `(3, size, size)`, uint8."""
     top, left = round(box[0]), round(box[1])
     bottom, right = max(top + 1, round(box[0] + box[2])), max(left + 1, round(box[1] + box[3]))
     cut = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
@@ -212,10 +206,7 @@ def _resampling_weights(start: Tensor, length: Tensor, side: int, size: int, mod
 
 
 def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
-    """Move each image of `(B, C, H, W)` by -max_shift to max_shift pixels down and right, repeating the border.
-
-    `draws` `(B, 2)`, numbers in [0, 1), decide the shift of each image.
-    """
+    """Move images `(B, C, H, W)` by up to max_shift pixels, as `draws` `(B, 2)` in [0, 1) decide; borders repeat."""
     height, width = images.shape[-2:]
     offset = (draws * (2 * max_shift + 1)).long() - max_shift
     rows = (torch.arange(height, device=images.device) - offset[:, :1]).clamp(0, height - 1)
@@ -225,10 +216,7 @@ def shift_images(images: Tensor, max_shift: int, draws: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, boxes: Sequence[Sequence[int] | None], seed: int, index: Tensor) -> None:
-    """Fill rectangles of normalised images `(B, C, H, W)` with normal noise, in place.
-
-    The noise is a function of the seed and the sample indices `(B,)`, which are on the host.
-    """
+    """Fill rectangles of normalised images `(B, C, H, W)` in place, with noise of the seed and the host's `index`."""
     erased = {row: box for row, box in enumerate(boxes) if box}
     index = index[list(erased)].to(images.device, non_blocking=True)
     noise = normal(seed, index, images[0].numel()).view(len(index), *images.shape[1:])

@@ -16,9 +16,8 @@ from torch.utils.data import Dataset
 
 from pdvit.data.augment import Augmentation, crop_pixels
 from pdvit.data.decoding import upright, upright_size
-from pdvit.data.sources import printable
 from pdvit.data.sources.split import Split
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
 
 NAMED = 10  # images named in a message; the others are counted
 RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --change data.on_bad_image=skip)"

@@ -1,7 +1,4 @@
-"""CutMix of whole patches, which gives every patch exactly one label, and Mixup.
-
-They are drawn from seed and step, so that all ranks draw the same.
-"""
+"""CutMix of whole patches, so that each has one label, and Mixup; drawn from seed and step, alike on all ranks."""
 
 import math
 import random
@@ -110,7 +107,6 @@ class Mixing:
         height, width = images.shape[-2:]
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
         source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
-        height, width = images.shape[-2:]
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
             group = MODES[self.mode] or size

@@ -14,10 +14,10 @@ from pdvit.config.schema import Config, DataConfig
 from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources import FILE_TYPES, SOURCE_TYPES, WHERE, printable, source_type
+from pdvit.data.sources import FILE_TYPES, SOURCE_TYPES, WHERE, source_type
 from pdvit.data.sources.folder import list_images
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source, Split, subsample
-from pdvit.errors import UserError, closest
+from pdvit.errors import UserError, closest, printable
 
 
 def open_source(data: DataConfig, training: bool = True) -> Source:
@@ -87,8 +87,8 @@ def image_files(names: list[str]) -> FileSplit:
     paths: dict[Path, None] = {}
     for path in (Path(os.path.expanduser(name)) for name in names):
         if not os.path.isdir(path) and not os.path.isfile(path):  # os.path, because Path raises for long names
-            tip = closest(str(path), ["digits"])
-            raise UserError("there is no such image, folder or source", f"--images {path}", tip)
+            tip = "check the path; pdvit analyze also takes a source, such as digits"
+            raise UserError("there is no such image or folder", str(path), tip)
         found = list_images(path) if os.path.isdir(path) else [path]
         if not found:
             raise UserError("the folder has no images", str(path), "name a folder with image files")

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from pdvit.config.schema import CROP_MODES, INTERPOLATIONS, DataConfig
+from pdvit.config import build
+from pdvit.config.schema import PREPROCESSING, DataConfig
 from pdvit.errors import UserError
 from pdvit.models.layers import image_size_of
-
-# Settings that timm's models have and `data` overrides.
-MODEL_SETTINGS = ("crop_pct", "interpolation", "mean", "std", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -29,25 +27,19 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_mode: str = "center"
 
-    def __post_init__(self) -> None:
-        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-            if (value := getattr(self, name)) not in known:
-                flag = f"data.{name} (--{name.replace('_', '-')})"
-                what = f"the {name} '{value}' of the model is not supported"
-                raise UserError(what, flag, f"choose from: {', '.join(known)}")
-
     @classmethod
     def for_model(cls, model: nn.Module, data: DataConfig | None = None) -> "Preprocessing":
         """Return the preprocessing of a timm model, with the settings of `data` before its own; raises UserError."""
         own, (height, width) = timm.data.resolve_model_data_config(model), image_size_of(model)
         if height != width:
             raise UserError(f"the model takes {height}x{width} images", "model.args", "use a square img_size")
-        values = {name: getattr(data, name, None) or own[name] for name in MODEL_SETTINGS}
-        return cls(height, **values | {name: tuple(values[name]) for name in ("mean", "std")})
+        values = {name: getattr(data, name, None) or own[name] for name in PREPROCESSING}
+        checked = build(("of the model", {"data": values})).data
+        return cls(height, **{name: getattr(checked, name) for name in PREPROCESSING})
 
     def as_timm(self) -> dict[str, Any]:
         """Return it as the configuration of a timm model, for an export."""
-        return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in MODEL_SETTINGS}
+        return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in PREPROCESSING}
 
     def evaluation(self) -> v2.Compose:
         """Return the evaluation transform: resize the short side (`squash`: both), crop the centre, to uint8."""

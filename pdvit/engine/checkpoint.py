@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
+from pdvit.files import read_json, reason_of
 from pdvit.tracking.run_directory import sync, write_file
 
 Check = Callable[[dict[str, Any]], None]  # of metadata; raises UserError
 LAST, BEST = "last", "best"
 METADATA, SUFFIX, FOLDERS = "state.json", ".safetensors", "step-" + 8 * "[0-9]"
 JSON: dict[str, Any] = {"indent": 2, "ensure_ascii": False}  # Python reads back numbers that are not finite
-# What damaged files make Python, torch and safetensors raise.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, SafetensorError)
 
 
 class Checkpoints:
@@ -56,7 +55,7 @@ class Checkpoints:
     def _read(self, ranks: Ranks, check: Check) -> Snapshot:
         """Read a checkpoint; ranks other than 0 read only their own small tensors."""
         source = self.folder / (self.folder / LAST).read_text().strip()
-        metadata = json.loads((source / METADATA).read_text())
+        metadata = read_json(source / METADATA)
         if metadata["version"] != VERSION:
             what = f"the checkpoint has format {metadata['version']}, this version of pdvit reads format {VERSION}"
             raise UserError(what, str(source), "resume it with the version of pdvit that wrote it, or start a new run")
@@ -79,13 +78,13 @@ class Checkpoints:
         """Turn what damaged files raise into a UserError."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (UserError, torch.OutOfMemoryError):
             raise
-        except DAMAGE as error:
+        except Exception as error:  # of Python, torch and safetensors
             damaged = self._read_pointer(LAST)
             if older := [path.name for path in self.folder.glob(FOLDERS) if path.name < damaged]:
                 tip = f"write {max(older)}, an older one, into {self.folder / LAST}, or {tip}"
-            what = f"the checkpoint is damaged: {type(error).__name__}: {error}"
+            what = f"the checkpoint is damaged: {type(error).__name__}: {reason_of(error)}"
             raise UserError(what, str(self.folder / damaged), tip) from error
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:

@@ -1,6 +1,7 @@
 """The training state: everything that a resumed run needs, as JSON and named tensors. Nothing is pickled."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -41,6 +42,13 @@ class Progress:
     best_step: int | None = None
     records: int = 0
     evaluation_owed: bool = False  # an evaluation after `step` was due, and the run was stopped in it
+
+    def __post_init__(self) -> None:
+        counts = (self.step, self.samples, self.skipped, self.records)
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise ValueError("its progress is not in whole numbers")
+        if not math.isfinite(sum(self.seconds_by_phase.values(), self.best or 0.0)):
+            raise ValueError("its times or its best evaluation are not finite")
 
     @property
     def seconds(self) -> float:

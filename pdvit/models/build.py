@@ -1,6 +1,7 @@
 """Build any timm model, with readable errors."""
 
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import psutil  # type: ignore[import-untyped]
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from pdvit.config.schema import ModelConfig
@@ -31,13 +33,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 # Checked models on the meta device: to build one can take a second, and a run needs the same ones again.
 SKETCHES: dict[str, nn.Module] = {}
 MAX_SKETCHES = 16
+# Limits of a model, whose arguments may be from a file: whole numbers of seven digits, and modules (timm's have 5,000).
+TOO_LARGE, MAX_MODULES = r"(?<![\d.])\d{7,}", 20_000
 
 
 def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
-    """Return timm's arguments of a resolved configuration.
-
-    If only the width is set, the number of heads keeps the named model's width per head. Raises UserError.
-    """
+    """Return timm's arguments of a resolved configuration; a width alone keeps the width per head. Raises UserError."""
     assert model.name is not None, "resolve the configuration first"
     extra = model.args or {}
     sizes = {name: size for name, key in SIZES.items() if (size := getattr(model, key)) is not None}
@@ -51,8 +52,12 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
     width, heads = model.width, model.heads
     if width is not None or heads is not None:
         sketch: Any = sketch_model(model.name, {})
+        own_heads = getattr(getattr(sketch.blocks[0], "attn", None), "num_heads", None)
+        if own_heads is None:
+            where = "model.width, model.heads (--width, --heads)"
+            raise UserError(f"{model.name} has a fixed width and no attention heads", where, "name another model")
         width = width or int(sketch.embed_dim)
-        heads = heads or max(1, width // (sketch.embed_dim // sketch.blocks[0].attn.num_heads))
+        heads = heads or max(1, width // (sketch.embed_dim // own_heads))
         if width % heads:
             tip = f"choose a width that is a multiple of {heads}, or another number of heads"
             raise UserError(f"{heads} heads do not divide a width of {width}", "model.width, model.heads", tip)
@@ -70,17 +75,23 @@ def build_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.
 def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn.Module:
     """Build a model on the meta device, where it takes no memory. Calls share it: copy it before a change.
 
-    Raises:
-        UserError: the name is unknown, timm refuses an argument, the family is not supported, or the patches do not
-            fit the image.
+    Raises UserError if timm refuses name or arguments, the family is not supported, or patches do not fit the image.
     """
     if not timm.is_model(name):
         raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
     if taken := sorted(RESERVED & arguments.keys()):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     key = f"{name} {arguments}"
+    if large := re.search(TOO_LARGE, key):
+        raise UserError(f"an argument of the model is too large: {large[0]}", where, "choose a smaller one")
     if key not in SKETCHES:
-        with torch.device("meta"), WithoutClamp():
+        modules = count(1)
+
+        def limit(*_: Any) -> None:  # arguments can ask for any depth
+            if next(modules) > MAX_MODULES:
+                raise ValueError(f"it has more than {MAX_MODULES:,} modules")
+
+        with torch.device("meta"), WithoutClamp(), register_module_module_registration_hook(limit):
             model = create_model(name, arguments, where)
         places, place = places_of(model, where), f"{where}, with its image size and patch size"
         if getattr(model, "in_chans", 3) != 3:
@@ -91,12 +102,12 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
             raise UserError("the image is a single patch, so there are no two patches to compare", place, tip)
         last, grid = list(places)[-1], -(-height // patch) * -(-width // patch)
         try:  # some models pad other sizes, as Swin does
-            count = shapes_of(model, {last: places[last]}, where)[last][0]
+            tokens = shapes_of(model, {last: places[last]}, where)[last][0]
         except UserError:
             if height % patch == width % patch == 0:
                 raise
-            count = 0
-        if count != grid:
+            tokens = 0
+        if tokens != grid:
             near = " or ".join(str(times * patch) for times in (height // patch, height // patch + 1) if times > 1)
             tip = f"choose an image size that is a multiple of {patch}, such as {near}, or the model's own sizes"
             raise UserError(f"square patches of {patch} pixels do not fit images of {height}x{width}", place, tip)
@@ -118,16 +129,17 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
     try:
         model: Any = timm.create_model(name, **arguments)
     except Exception as error:  # odd arguments fail anywhere inside timm, with any kind of error
-        if "img_size" in arguments and "unexpected keyword arg" in str(error) and "'img_size'" in str(error):
-            rest = {key: value for key, value in arguments.items() if key != "img_size"}
+        wrong = re.search(r"(unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+        if wrong and wrong.groups() == ("unexpected", "img_size"):
             size = arguments["img_size"]
             height, width = size if isinstance(size, tuple) else (size, size)
-            model = create_model(name, rest, where)
+            model = create_model(name, {key: value for key, value in arguments.items() if key != "img_size"}, where)
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}  # where timm reads it
             return model  # type: ignore[no-any-return]
         what, flag = f"timm can't build {name}: {type(error).__name__}: {error}", "--model-kwargs"
-        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-            what, flag = f"{name} has no argument '{unknown[1]}'", FLAGS.get(unknown[1], flag)
+        if wrong:
+            problem = "has no argument" if wrong[1] == "unexpected" else "has a fixed"
+            what, flag = f"{name} {problem} '{wrong[2]}'", FLAGS.get(wrong[2], flag)
         raise UserError(what, where, f"check the model's arguments ({flag})") from error
     return model  # type: ignore[no-any-return]
 

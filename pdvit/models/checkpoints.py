@@ -1,28 +1,31 @@
-"""Checkpoints as files: read from a path, the Hugging Face hub or timm, and written as a timm folder.
-
-Nothing from a file is executed.
-"""
+"""Checkpoints as files: read from a path, the hub or timm, and written as a timm folder. Nothing is executed."""
 
 import argparse
+import io
 import json
 import os
 import pickle
 import re
+import resource
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from pdvit.config.schema import PREPROCESSING
 from pdvit.errors import UserError, closest
+from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -32,11 +35,15 @@ HEADER_KEY = "config.json"
 PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 FOLDER_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
-# Limits for nested tables, because a pickled table can contain itself.
-MAX_DEPTH, MAX_VALUES = 5, 200_000
-# torch.load raises these on damaged and foreign files.
-LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
-PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+# Limits for nested tables, because a pickled table can contain itself, and for the letters of a tensor's name.
+MAX_DEPTH, MAX_VALUES, MAX_NAME = 5, 200_000, 500
+# A setting in a pickle is at most this deep, with so many values in each list or table.
+MAX_NESTING, MAX_ITEMS = 3, 100
+# Bytes that a torch file may take beside twice its size: a small pickle can unpack to any size.
+SPARE_MEMORY = 2**29
+COPY = "copy or download it again"
+ZIP = b"PK\3\4"
+SECONDS_TO_ANSWER = 5.0  # for the hub
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_path(Path(source if exists else rest).expanduser())
     if scheme.lower() in ("hf-hub", "hf_hub"):
         return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
-    if timm.is_model(text):
+    if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
     is_name = os.sep not in text and "." not in text
     tip = closest(text, timm.list_models(), shown=3) if is_name else "name a run directory, a file, or a model of timm"
@@ -123,9 +130,12 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     tensors, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     if not tensors:
         raise UserError("it holds no weights", str(file), "name a file with a state_dict")
+    if longest := next((name for name in tensors if len(name) > MAX_NAME), None):
+        raise UserError(f"a tensor has a name of {len(longest):,} letters", str(file), COPY)
     beside = file.parent / CONFIG
     if not config.get("architecture") and beside.is_file():
-        config = _parse_config(beside.read_bytes().decode("utf-8", errors="replace"), beside)
+        with reading(beside, COPY, "its configuration is not a table in JSON"):
+            config = read_json(beside)
     return Checkpoint(name or name_of(path), str(file), tensors, config)
 
 
@@ -143,47 +153,50 @@ def _find_weights(folder: Path) -> Path:
     return files[0]
 
 
-def _parse_config(text: str, where: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-        if isinstance(config, dict):
-            return config
-        reason = f"a {type(config).__name__}"
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise UserError(f"its configuration is not a table in JSON: {reason}", str(where), "copy the file again")
-
-
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        what = f"the safetensors file is damaged: {error}"
-        raise UserError(what, str(file), "copy or download it again") from error
-    return tensors, _parse_config(header.get(HEADER_KEY, "{}"), file)
+    with reading(file, COPY, "the safetensors file is damaged"), safe_open(file, framework="pt") as opened:
+        header = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    with reading(file, COPY, "its configuration is not a table in JSON"):
+        return tensors, read_json(header.get(HEADER_KEY, "{}"))
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of torch.save with tensors, plain values and argparse's namespaces only."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols and storages
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *LOAD_ERRORS) as error:
-        text, tip = str(error), "copy or download it again"
-        reason = text.partition("\n")[0] or type(error).__name__
-        what = f"the torch file is damaged: {reason}"
-        if isinstance(error, pickle.UnpicklingError) and not re.search("Unsupported operand|invalid load key", text):
-            found = re.search(r"GLOBAL (\S+)", text)
+    with reading(file, COPY, "the torch file is damaged"), limited_memory(2 * file.stat().st_size + SPARE_MEMORY):
+        # From memory, torch does not try the tar files of its first years, whose reader may never end.
+        with file.open("rb") as opened:
+            source = file if opened.read(4) == ZIP else io.BytesIO(file.read_bytes())
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols and storages
+                content = torch.load(source, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if re.search("Unsupported operand|invalid load key", str(error)):
+                raise
+            found = re.search(r"GLOBAL (\S+)", str(error))
             held = f" ({found[1]})" if found else ""
             what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
             tip = "if you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')"
-        raise UserError(what, str(file), tip) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"it holds a {type(content).__name__}, not a table of weights", str(file), "save a state_dict")
-    return dict(_named_tensors(content, file)), _parse_training_args(content)
+            raise UserError(what, str(file), tip) from error
+        if not isinstance(content, Mapping):
+            raise TypeError(f"it holds a {type(content).__name__}, not a table of weights")
+        tensors = dict(_named_tensors(content, file))
+        if sum(tensor.nbytes for tensor in tensors.values()) > 4 * file.stat().st_size:
+            raise ValueError("its tensors claim more numbers than it holds")
+        return tensors, _parse_training_args(content)
+
+
+@contextmanager
+def limited_memory(size: int) -> Iterator[None]:
+    """Let this process take at most `size` more bytes; beyond that, allocations fail."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + size
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _named_tensors(content: Mapping[Any, Any], file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -193,7 +206,7 @@ def _named_tensors(content: Mapping[Any, Any], file: Path) -> Iterator[tuple[str
     while waiting:
         name, value, depth = waiting.pop()
         values += 1
-        if values > MAX_VALUES:
+        if values > MAX_VALUES or len(name) > MAX_NAME * MAX_DEPTH:
             raise UserError("it holds more values than a state_dict does", str(file), "save the state_dict alone")
         if isinstance(value, Tensor) and _is_plain(value):
             yield name, value.detach()
@@ -204,7 +217,7 @@ def _named_tensors(content: Mapping[Any, Any], file: Path) -> Iterator[tuple[str
 
 def _is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is dense and stores all its numbers: an expanded shape can claim any size."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
@@ -228,7 +241,19 @@ def _parse_training_args(content: Mapping[Any, Any]) -> dict[str, Any]:
     if isinstance(extra, Mapping) and all(isinstance(key, str) for key in extra):
         arguments |= extra
     data = {key: args[key] for key in PREPROCESSING if key in args}
+    if not _is_small([arguments, data]):
+        raise ValueError("its args hold more than plain settings")
     return config | {"model_args": arguments, "pretrained_cfg": data}
+
+
+def _is_small(value: Any, nesting: int = MAX_NESTING) -> bool:
+    """Return whether a value is plain, with few parts: lists that share lists can be written in no memory."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return nesting >= 0 and len(value) <= MAX_ITEMS and all(_is_small(part, nesting - 1) for part in value)
+    short = isinstance(value, str | int) and len(str(value)) <= MAX_NAME
+    return short or value is None or isinstance(value, float)
 
 
 def _read_published(name: str) -> Checkpoint:
@@ -239,10 +264,8 @@ def _read_published(name: str) -> Checkpoint:
     if not known or (tag and name not in known):
         tip = closest(name, known, shown=3) if known else "name a file, or train from scratch: --model"
         raise UserError(f"timm publishes no weights of {name}", name, tip)
-    try:
+    with _downloading(name):
         model: Any = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of the network, the hub, the cache or the file
-        raise _download_error(name, error) from error
     keys, published = ("input_size", *PREPROCESSING, "label_names"), model.pretrained_cfg
     cfg = {key: published[key] for key in keys if published.get(key) is not None}
     cfg = json.loads(json.dumps(cfg))  # as in a config.json: lists for tuples
@@ -257,19 +280,26 @@ def _download(repository: str) -> Path:
 
     owner_and_name, _, revision = repository.partition("@")
     where = f"hf-hub:{repository}"
-    try:
+    with _downloading(where):
         hf_hub_download(owner_and_name, CONFIG, revision=revision or None)
         for name in PREFERRED:
-            try:
+            with suppress(EntryNotFoundError):
                 return Path(hf_hub_download(owner_and_name, name, revision=revision or None)).parent
-            except EntryNotFoundError:
-                continue
-    except Exception as error:
-        raise _download_error(where, error) from error
     raise UserError(f"it holds none of {', '.join(PREFERRED)}", where, "name a repository in timm's format")
 
 
-def _download_error(where: str, error: Exception) -> UserError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    tip = "check the network, or name a downloaded folder"
-    return UserError(f"the weights can't be downloaded: {reason}", where, tip)
+@contextmanager
+def _downloading(where: str) -> Iterator[None]:
+    """Turn any error into a UserError. If the hub does not answer, use its cache alone: it would try for a minute."""
+    from huggingface_hub import constants, get_session
+
+    before, what = constants.HF_HUB_OFFLINE, "the weights can't be downloaded"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_ANSWER)
+    except Exception as error:
+        constants.HF_HUB_OFFLINE, what = True, f"{what}: {reason_of(error)}"
+    try:
+        with reading(where, "check the network, or name a downloaded folder", what):
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

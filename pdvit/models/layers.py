@@ -11,6 +11,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
+from pdvit.files import reading
 from pdvit.models.families import family_of, modules_at
 
 K = TypeVar("K")
@@ -123,13 +124,9 @@ def shapes_of(model: nn.Module, places: Mapping[K, Place], where: str = MODEL) -
     keep = watch(places, lambda key, tokens: shapes.update({key: (tokens.shape[1], tokens.shape[2])}))
     height, width = image_size_of(model)
     weight = next(model.parameters())
-    with torch.no_grad(), evaluating(model), keep:
-        try:
-            model(weight.new_zeros(1, getattr(model, "in_chans", 3), height, width))
-        except Exception as error:  # timm and torch raise nearly anything if sizes do not fit
-            what = f"the model can't take images of {height}x{width}: {type(error).__name__}: {error}"
-            tip = "choose another image size, for example the model's own"
-            raise UserError(what, f"{where}, with its image size", tip) from error
+    what, tip = f"the model can't take images of {height}x{width}", "choose another image size, such as the model's own"
+    with torch.no_grad(), evaluating(model), keep, reading(f"{where}, with its image size", tip, what):
+        model(weight.new_zeros(1, getattr(model, "in_chans", 3), height, width))
     return shapes
 
 

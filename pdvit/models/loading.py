@@ -57,7 +57,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     where, selected, adapter = checkpoint.where, checkpoint.selected, checkpoint.adapter
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
-    match = match_state_dict(selected.tensors, checkpoint.sketch, where)
+    match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
     match.refuse_difference(where)  # before the model takes memory
     head: dict[str, Tensor] = {}
     if segment is not None and adapter is not None:
@@ -65,7 +65,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
             raise UserError("its configuration does not name its classes", where, COPY)
         with torch.device("meta"):
             sketch = Segmenter(checkpoint.sketch, adapter, len(classes), segment).head.state_dict(prefix=HEAD)
-        head_match = compare(selected.outside, sketch)
+        head_match = compare(selected.outside, sketch, where)
         head_match.refuse_difference(where)
         head = {name.removeprefix(HEAD): value for name, value in head_match.tensors.items()}
     check_memory(checkpoint.sketch, where)
@@ -195,20 +195,19 @@ def _load_head(segmenter: Segmenter, checkpoint: ResolvedCheckpoint, classes: Se
         return "head: fresh, because the file has other classes"
     own = segmenter.head.state_dict()
     theirs = {name.removeprefix(HEAD): value for name, value in checkpoint.selected.outside.items()}
-    tensors = {name: value for name, value in theirs.items() if name in own}  # it can lack the auxiliary head
-    same_shapes = all(value.shape == own[name].shape for name, value in tensors.items())
-    if checkpoint.segment.head != segmenter.segment.head or not same_shapes:
+    match = compare(theirs, own, checkpoint.where)  # it can lack the auxiliary head
+    if checkpoint.segment.head != segmenter.segment.head or match.mismatched:
         return f"head: fresh, because the file has another {checkpoint.segment.head} head"
-    check_finite(tensors, checkpoint.where)
-    segmenter.head.load_state_dict(tensors, strict=False)
-    return f"head: {len(tensors)} of {len(own)} tensors from the file"
+    check_finite(match.tensors, checkpoint.where)
+    segmenter.head.load_state_dict(match.tensors, strict=False)
+    return f"head: {len(match.tensors)} of {len(own)} tensors from the file"
 
 
 def _match_backbone(
     checkpoint: ResolvedCheckpoint, model: nn.Module, pruned: frozenset[str] = frozenset()
 ) -> StateDictMatch:
     """Match weights and model; raises UserError if too little of the backbone is in the file, or too much else."""
-    match = match_state_dict(checkpoint.selected.tensors, model, checkpoint.where)
+    match = match_state_dict(checkpoint.selected.tensors, model, checkpoint.where, checkpoint.sketch)
     heads = (*HEADS, *(f"{name}." for name in classifiers_of(model)))
     backbone = [name for name in model.state_dict() if not name.startswith(heads)]
     lacking = [name for name in (*match.missing, *match.mismatched) if not name.startswith(heads)]

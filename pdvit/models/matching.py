@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
+from pdvit.files import reading
+from pdvit.models.families import family_of
 
 # A prefix that begins with one of these leads to the weights of the last step.
 RAW = frozenset({"state_dict", "model", "student"})
@@ -18,6 +21,7 @@ RAW = frozenset({"state_dict", "model", "student"})
 RIVAL_FRACTION = 0.5
 # timm's filters recognise their own layout by these names, which a backbone without a head lacks.
 MARKS = ("head.fc.weight", "head.norm.weight")
+POSITIONS = "pos_embed"
 OTHER_MODEL = "the file has another architecture; name the right one with --model"
 # Names in an error or a note.
 LISTED = 5
@@ -115,26 +119,47 @@ def classifiers_of(model: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> StateDictMatch:
-    """Compare names and shapes of tensors with those of a model's state."""
+def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> StateDictMatch:
+    """Compare names and shapes of tensors with those of a model's state; UserError for integers in place of floats."""
     both = tensors.keys() & expected.keys()
+    floats = {name for name in both if expected[name].is_floating_point()}
+    if odd := sorted(name for name in floats if not tensors[name].is_floating_point()):
+        what = f"{odd[0]} and {len(odd) - 1} more weights are {tensors[odd[0]].dtype}, not floating-point numbers"
+        raise UserError(what, where, "save the weights as floats: a quantised file lacks its scales here")
     mismatched = {name for name in both if tensors[name].shape != expected[name].shape}
     fitting = {name: tensors[name] for name in expected if name in both - mismatched}
     missing, unexpected = expected.keys() - both, tensors.keys() - both
     return StateDictMatch(fitting, sorted(missing), sorted(mismatched), sorted(unexpected))
 
 
-def match_state_dict(tensors: Mapping[str, Tensor], model: nn.Module, where: str) -> StateDictMatch:
+def match_state_dict(tensors: Mapping[str, Tensor], model: nn.Module, where: str, source: nn.Module) -> StateDictMatch:
     """Compare a file's tensors with a model (on the meta device, perhaps), after timm's own filter for its family.
 
     The filter renames the layouts in which the model was published, and resamples position embeddings, tables of
-    relative positions and patch embeddings. Raises UserError if it fails.
+    relative positions and patch embeddings. It takes every grid for a square: that of `source`, the model of the
+    tensors, need not be one. Raises UserError if positions can't be converted.
     """
     masked = any(name.startswith(DECODER[:2]) for name in tensors)  # else a mask_token is the model's own
     encoder = {name: value for name, value in tensors.items() if not (masked and name.startswith(DECODER))}
-    match = compare(_filtered(encoder, model, where), model.state_dict())
-    resampled = sorted(name for name, value in match.tensors.items() if _resampled(name, encoder, value))
-    return replace(match, resampled=resampled)
+    square = _resample_grid(encoder, source, model, where)
+    match = compare(_filtered(square, model, where), model.state_dict(), where)
+    resampled = {name for name, value in match.tensors.items() if _resampled(name, encoder, value)}
+    return replace(match, resampled=sorted(resampled if square is encoder else {*resampled, POSITIONS}))
+
+
+def _resample_grid(tensors: dict[str, Tensor], source: nn.Module, model: nn.Module, where: str) -> dict[str, Tensor]:
+    """Resample the position embeddings of a grid that is not square to the grid of the model."""
+    before, after = (getattr(getattr(net, "patch_embed", None), "grid_size", None) for net in (source, model))
+    if not before or not after or before[0] == before[1] or tuple(before) == tuple(after):
+        return tensors
+    if family_of(source).plain and any("relative_position_bias_table" in name for name in tensors):
+        what = f"its relative positions are those of {before[0]}x{before[1]} patches, and can't be resampled"
+        raise UserError(what, where, "name a checkpoint of square images")
+    positions = tensors.get(POSITIONS)
+    if positions is None or positions.ndim != 3:
+        return tensors
+    prefix = positions.shape[1] - before[0] * before[1]
+    return tensors | {POSITIONS: resample_abs_pos_embed(positions, after, before, prefix)}
 
 
 def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, Tensor]:
@@ -149,13 +174,10 @@ def _filtered(tensors: dict[str, Tensor], model: Any, where: str) -> dict[str, T
     marks = {name: Tensor() for name in MARKS if own and name not in tensors}
     scaled = any(name.endswith(".ls1.gamma") for name, _ in model.named_parameters())
     options = {"adapt_layer_scale": True} if scaled and any(".gamma_" in name for name in tensors) else {}  # DeiT-III
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about timm's interpolation
-            adapted: dict[str, Tensor] = checkpoint_filter(tensors | marks, model, **options)
-    except Exception as error:  # odd names and shapes fail anywhere in there
-        what = f"its weights can't be converted to a {type(model).__name__}: {type(error).__name__}: {error}"
-        raise UserError(what, where, OTHER_MODEL) from error
+    what = f"its weights can't be converted to a {type(model).__name__}"
+    with reading(where, OTHER_MODEL, what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about timm's interpolation
+        adapted: dict[str, Tensor] = checkpoint_filter(tensors | marks, model, **options)
     return {name: value for name, value in adapted.items() if name not in marks}
 
 
@@ -164,4 +186,4 @@ def _resampled(name: str, before: Mapping[str, Tensor], after: Tensor) -> bool:
     moved = not ("pos" in name or "patch_embed" in name)  # as the stages of Swin
     if moved or name not in before or before[name].numel() == after.numel():
         return False
-    return not (name == "pos_embed" and "register_tokens" in before and before[name].shape[1] - after.shape[1] == 1)
+    return not (name == POSITIONS and "register_tokens" in before and before[name].shape[1] - after.shape[1] == 1)

@@ -14,10 +14,11 @@ import timm
 from torch import Tensor, nn
 
 from pdvit.config import build
-from pdvit.config.schema import SegmentConfig
+from pdvit.config.schema import PREPROCESSING, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import sketch_model
-from pdvit.models.checkpoints import PREPROCESSING, Checkpoint, read_checkpoint
+from pdvit.models.checkpoints import Checkpoint, read_checkpoint
+from pdvit.models.families import family_of
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
@@ -62,17 +63,13 @@ def resolve_checkpoint(
     architecture = model_name or str(config["architecture"])
     sketch = sketch_model(architecture, {}, where)  # an unsupported family is refused before its arguments are used
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
-    if isinstance(arguments.get("depth"), int) and arguments["depth"] > len(tensors):
+    blocks = re.findall(r"\d+", f"{arguments.get('depth')} {arguments.get('depths')}")
+    if sum(map(int, blocks)) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
-    if arguments:
-        sketch = sketch_model(architecture, arguments, where)
-    section = config.get("pdvit")
-    section = section if isinstance(section, dict) else {}
+    sketch, section = sketch_model(architecture, arguments, where), _table(config, "pdvit", where)
     selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))
-    inferred = {key: value for key, value in _infer(selected.tensors, sketch).items() if key not in arguments}
-    arguments |= inferred
-    if inferred:
-        sketch = sketch_model(architecture, arguments, where)
+    arguments |= {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
+    sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None
     if section.get("segment") is not None:
         segment = build((where, {"segment": section["segment"]})).segment
@@ -145,7 +142,7 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
     return sides[-2], sides[-1]
 
 
-def _infer(tensors: Mapping[str, Tensor], sketch: Any) -> dict[str, Any]:
+def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, Any]:
     """Return num_classes by the shape of the classifier, and img_size by that of square position embeddings."""
     names = (*classifiers_of(sketch), "head")
     heads = [tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors]
@@ -153,9 +150,14 @@ def _infer(tensors: Mapping[str, Tensor], sketch: Any) -> dict[str, Any]:
     own, theirs = getattr(sketch, "pos_embed", None), tensors.get("pos_embed")
     grid = getattr(getattr(sketch, "patch_embed", None), "grid_size", None)
     if isinstance(own, Tensor) and theirs is not None and grid and own.ndim == theirs.ndim == 3:
-        patches = theirs.shape[1] - (own.shape[1] - grid[0] * grid[1])
+        prefix = own.shape[1] - grid[0] * grid[1]
+        prefix += not prefix and "register_tokens" in tensors  # DINOv2's class position, which timm's filter removes
+        patches = theirs.shape[1] - prefix
         side = math.isqrt(max(0, patches))
-        if side * side == patches > 0 and theirs.shape[1] != own.shape[1]:
+        if patches != grid[0] * grid[1] and family_of(sketch).plain and side * side != patches:
+            what = f"its position embeddings are those of {patches} patches, which are no square"
+            raise UserError(what, where, "put its config.json beside it, with img_size in model_args: [height, width]")
+        if side * side == patches > 0 and patches != grid[0] * grid[1]:
             arguments["img_size"] = side * int(sketch.patch_embed.patch_size[0])
     return arguments
 

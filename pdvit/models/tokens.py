@@ -121,10 +121,7 @@ def _block(number: Any, blocks: list[str], where: str) -> str:
 
 
 class Tap:
-    """A hook that stores the output (or input) of a layer while it is open.
-
-    It is an object instead of a closure, so a deep copy of the model has its own.
-    """
+    """A hook that stores a layer's output (or input) while it is open; an object, so a copied model has its own."""
 
     def __init__(self, place: Place) -> None:
         self.place, self.open = place, False

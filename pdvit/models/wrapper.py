@@ -41,10 +41,7 @@ class Wrapper(nn.Module):
         return {f"{self.inner}.{name}" for name in getattr(self.inside, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's rules that map parameters to layers, for layer decay.
-
-        No rule matches the heads. timm puts them after the last block, with the whole learning rate.
-        """
+        """Return timm's rules from parameters to layers, for layer decay; heads match none, and keep the whole rate."""
         model: Any = self.inside
         if not hasattr(model, "group_matcher"):
             what = f"timm has no layer groups for a {type(model).__name__}"

@@ -12,8 +12,9 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from pdvit.errors import UserError, closest
+from pdvit.files import reading
 from pdvit.plots import style
-from pdvit.plots.reading import AnalyzedRun, Arrays, read_text_table, reading
+from pdvit.plots.reading import AnalyzedRun, Arrays, read_text_table
 from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme
 
 CKA_COLUMNS = 3

@@ -1,18 +1,18 @@
 """Reads the files that figures are drawn from. Errors name the command that makes them."""
 
 import csv
-import json
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from pdvit.errors import UserError
+from pdvit.files import read_json, reading
 
+MAX_ARRAYS = 2**30  # bytes of a group when unpacked; maps.npz, the largest, has some ten million
 TYPES = {"layer": str, "depth": int, "metric": str, "mean": float, "std": float, "ci95": float, "images": int}
 Arrays = Mapping[str, np.ndarray]
 
@@ -32,15 +32,6 @@ class AnalyzedRun:
         return {key.removeprefix(start): array for key, array in self.curves[group].items() if key.startswith(start)}
 
 
-@contextmanager
-def reading(file: Path, tip: str) -> Iterator[None]:
-    """Raise a UserError with the tip if a file is missing, damaged or of another format."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, csv.Error) as error:
-        raise UserError(f"{file.name} is missing or damaged: {error}", str(file), tip) from error
-
-
 def read_text_table(file: Path) -> pd.DataFrame:
     """Read a CSV file, all cells as text: a class may be called NA or 1. Raises ValueError or csv.Error."""
     with file.open(encoding="utf-8", errors="replace", newline="") as opened:
@@ -52,10 +43,7 @@ def read_text_table(file: Path) -> pd.DataFrame:
 
 
 def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
-    """Read analysis.csv of a run directory or of an analysis, and the arrays of a group if it has some.
-
-    Raises UserError.
-    """
+    """Read analysis.csv of a run or of an analysis, and the arrays of a group if it has some; raises UserError."""
     table_file, arrays = folder / "analysis.csv", {}
     tip = f"measure it again: pdvit analyze {checkpoint_of(folder)}"
     with reading(table_file, tip):
@@ -68,24 +56,15 @@ def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
 
 
 def read_arrays(file: Path, tip: str) -> Arrays:
-    """Read the arrays of a .npz file, without unpickling. Raises UserError with the tip, also for a missing array."""
-    with reading(file, tip), np.load(file, allow_pickle=False) as opened:
-        return _Arrays(file, tip, opened)
-
-
-class _Arrays(dict[str, np.ndarray]):
-    def __init__(self, file: Path, tip: str, arrays: Arrays) -> None:
-        super().__init__(arrays)
-        self.file, self.tip = file, tip
-
-    def __missing__(self, name: str) -> np.ndarray:
-        raise UserError(f"{self.file.name} has no array '{name}'", str(self.file), self.tip)
+    """Read the arrays of a .npz file, without unpickling. Raises UserError with the tip."""
+    with reading(file, tip), zipfile.ZipFile(file) as archive, np.load(file, allow_pickle=False) as opened:
+        if sum(item.file_size for item in archive.infolist()) > MAX_ARRAYS:
+            raise ValueError(f"it unpacks to more than {MAX_ARRAYS >> 30} GiB")
+        return dict(opened)
 
 
 def checkpoint_of(folder: Path) -> str:
     """Return the analyzed checkpoint: the one that analysis.json names, or the run itself."""
-    try:
-        metadata = json.loads((folder / "analysis" / "analysis.json").read_text(encoding="utf-8"))
-        return str(metadata["checkpoint"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return str(folder)
+    with suppress(Exception):  # missing or damaged
+        return str(read_json(folder / "analysis" / "analysis.json")["checkpoint"])
+    return str(folder)

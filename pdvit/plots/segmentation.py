@@ -10,7 +10,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from PIL import Image
 
-from pdvit.plots.reading import read_text_table, reading
+from pdvit.files import reading
+from pdvit.plots.reading import read_text_table
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 SHOWN = 4  # images

@@ -11,7 +11,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from pdvit.errors import UserError, closest
-from pdvit.plots.reading import read_text_table, reading
+from pdvit.files import reading
+from pdvit.plots.reading import read_text_table
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 CELLS, SEED, VARIANT, FINISHED = "cells.csv", "run.seed", "variant", "finished"

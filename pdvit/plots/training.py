@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from pdvit.plots.reading import reading
+from pdvit.files import reading
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, name_layers, new_figure, shorten
 
 # Columns that each type of record needs.

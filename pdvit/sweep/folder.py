@@ -15,6 +15,7 @@ import tomli_w
 from pdvit.config import to_dict
 from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
+from pdvit.files import read_text, reading
 from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
 from pdvit.tracking.run_directory import FREE, OTHER, RunDirectory, Status, hold, write_file, writing
 
@@ -66,12 +67,9 @@ class Folder:
     def read_cells(self) -> list[Cell]:
         """Return the cells of sweep.toml; raises UserError if it is damaged."""
         file = self.path / SWEEP
-        try:
-            base, table = split(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
-        except (OSError, ValueError) as error:
-            tip = "restore it, or choose another --out"
-            raise UserError(f"the sweep can't be read: {error}", str(file), tip) from error
-        return make_cells(base, table or {}, str(file))
+        with reading(file, "restore it, or choose another --out", "the sweep can't be read"):
+            base, table = split(tomllib.loads(read_text(file)), str(file))
+            return make_cells(base, table or {}, str(file))
 
     def state(self, name: str) -> CellState:
         """Return the state of a cell. If its status is running and nobody holds its lock, it was interrupted."""

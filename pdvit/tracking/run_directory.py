@@ -6,12 +6,13 @@ import os
 import secrets
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from pdvit.errors import UserError
+from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
 RECORDS, CHANGES = "metrics.jsonl", "changes.json"
@@ -123,11 +124,12 @@ class RunDirectory:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON table; raises UserError if it is missing or damaged."""
-        try:
-            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            tip = "the run is damaged; start another"
-            raise UserError(f"{name} can't be read: {error}", str(self.path / name), tip) from error
+        with self.reading(name):
+            return read_json(self.path / name)
+
+    def reading(self, name: str) -> AbstractContextManager[None]:
+        """Raise UserError if a file of the run is missing, damaged or of another format."""
+        return reading(self.path / name, "the run is damaged; start another", f"{name} can't be read")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record to metrics.jsonl."""
@@ -142,7 +144,7 @@ class RunDirectory:
             return 0
         kept = []
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError, LookupError, TypeError):
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         self.write(RECORDS, "".join(kept))
@@ -150,7 +152,8 @@ class RunDirectory:
 
     def changes(self) -> dict[str, Any]:
         """Return the settings that were changed since the run began, `{section.key: value}`."""
-        return {entry["key"]: entry["to"] for entry in self._read_changes()}
+        with self.reading(CHANGES):
+            return {entry["key"]: entry["to"] for entry in self._read_changes()}
 
     def record_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]], config: str) -> None:
         """Record the changes (old, new) that take effect after `step`, and write the configuration as run.toml."""

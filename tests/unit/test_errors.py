@@ -6,6 +6,8 @@ from pdvit.errors import RunFailed, UserError, closest
 def test_errors_are_lines_with_labels():
     lines = str(UserError("no such thing", "over there", "look elsewhere")).splitlines()
     assert [line.strip() for line in lines] == ["no such thing", "where: over there", "tip:   look elsewhere"]
+    hostile = str(UserError("a\x1b[31m\udcff", "b\n" * 9, "c" * 10**6))
+    assert [line.isprintable() and len(line) < 3000 for line in hostile.splitlines()] == [True] * 3
     lines = str(RunFailed("it broke", "repair it")).splitlines()
     assert [line.strip() for line in lines] == ["it broke", "tip:   repair it"]
 

@@ -17,10 +17,11 @@ from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad
 from pdvit.data.masks.scenes import read_scenes
 from pdvit.data.masks.split import Log, MaskFiles, scan_masks
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
-from pdvit.data.sources import WHERE, printable, source_type
+from pdvit.data.sources import WHERE, source_type
 from pdvit.data.sources.folder import MASKS, folder_names, list_images, not_read
 from pdvit.data.sources.split import HELD_OUT, SPLIT_NAMES, FileSplit, Source, Split, choose_splits, hold_out
 from pdvit.errors import UserError
+from pdvit.files import read_text, reading
 
 ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
 TABLES = ("classes.tsv", "classes.csv")
@@ -112,7 +113,7 @@ def find_folders(root: Path) -> MaskFolders:
     masks = next((name for name in MASKS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
         found = ", ".join(folder_names(root)[:6]) or "no folders"
-        raise UserError(f"'{root}' has no images/ and masks/ (found: {printable(found)})", WHERE, LAYOUT)
+        raise UserError(f"'{root}' has no images/ and masks/ (found: {found})", WHERE, LAYOUT)
     file = next((root / name for name in TABLES if (root / name).is_file()), None)
     return MaskFolders(root, "images", masks, read_table(file) if file else None)
 
@@ -120,12 +121,9 @@ def find_folders(root: Path) -> MaskFolders:
 def ade_table(folder: Path) -> ClassTable:
     """Return ADE20K's 150 classes, by the first of their names in objectInfo150.txt; 0 is ignored."""
     file = folder / OBJECTS
-    try:
-        rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    with reading(file, "it comes with the images: unpack the whole archive", "the names of classes can't be read"):
+        rows = [line.split("\t") for line in read_text(file).splitlines()[1:]]
         names = {int(row[0]): row[4].split(",")[0].strip() for row in rows if any(row)}
-    except (OSError, IndexError, ValueError) as error:
-        what = f"{OBJECTS}, which names the classes, can't be read: {error}"
-        raise UserError(what, str(folder), "it comes with the images: unpack the whole archive") from error
     return ClassTable.of_ids(names, ignored=[0])
 
 

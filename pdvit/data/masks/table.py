@@ -16,8 +16,7 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from pdvit.data.decoding import upright
-from pdvit.data.sources import printable
-from pdvit.errors import UserError
+from pdvit.files import read_text, reading
 
 # Training ids of pixels without a class: ignored in loss and metrics; or outside of the table, or of the image.
 IGNORED, OUTSIDE = 255, 254
@@ -106,16 +105,10 @@ def read_table(path: Path) -> ClassTable:
     A table without ids is for masks that are colours. Classes named Unlabelled, Void or Ignored are ignored, and so is
     the value 255 unless it is a class. Raises UserError for a file that is not such a table.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
+    with reading(path, TIP, "the class table can't be read"):
+        text = read_text(path)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text else ",")
-        lines = [[cell.strip() for cell in line] for line in reader if any(line)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the class table can't be read: {error}", str(path), TIP) from error
-    try:
-        return _parse(lines)
-    except ValueError as error:
-        raise UserError(printable(str(error)), str(path), TIP) from error
+        return _parse([[cell.strip() for cell in line] for line in reader if any(line)])
 
 
 def _parse(lines: list[list[str]]) -> ClassTable:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pdvit.config.schema import DataConfig
+from pdvit.errors import printable
 
 WHERE = "data.source (--data)"
 
@@ -80,11 +81,6 @@ def run_name(source: str, label: str) -> str:
     path = Path(os.path.expanduser(source)).resolve()
     name = path.stem if source_type(source) in FILE_TYPES else path.name
     return re.sub(r"[^\w.-]", "-", f"{name or 'data'}-{label}")
-
-
-def printable(text: str) -> str:
-    """Escape what is not printable: file names may hold any bytes, terminal commands among them."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def first_names(names: list[str], count: int = 5) -> str:

@@ -20,6 +20,7 @@ from pdvit.data.decoding import open_image
 from pdvit.data.sources import WHERE, first_names
 from pdvit.data.sources.split import SPLIT_NAMES, TEST_NAMES, FileSplit, Source, Split, assemble, choose_splits
 from pdvit.errors import UserError
+from pdvit.files import reading
 
 MakeSplit = Callable[[list[str], Tensor], Split]  # of paths and labels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -79,12 +80,9 @@ def _walk(root: Path, below: str = "", depth: int = 0) -> Iterator[str]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        what = f"the folder can't be read: {error.strerror}"
-        raise UserError(what, str(error.filename), "check the path and its permissions") from error
+    problem = "the folder can't be read"
+    with reading(folder, "check the path and its permissions", problem), os.scandir(folder) as entries:
+        return list(entries)
 
 
 @dataclass(frozen=True)
@@ -107,15 +105,16 @@ class TarSplit(FileSplit):
 def read_tar(data: DataConfig, training: bool = True) -> Source:
     """Read a plain tar like a folder, without the folders around everything; raises UserError."""
     path = Path(os.path.expanduser(data.source))
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = [(posixpath.normpath(info.name).lstrip("/"), info) for info in tar.getmembers()]
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError("it ends before its last block")  # tarfile takes a cut for the end
-    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
-        what = f"the archive can't be read: {str(error) or type(error).__name__}"
-        raise UserError(what, str(path), "copy or download it again") from error
+    problem = "the archive can't be read"
+    with reading(path, "copy or download it again", problem), tarfile.open(path, "r:") as tar:
+        members = []
+        for info in tar:
+            if info.size < 0:
+                raise tarfile.ReadError("a file in it has a negative size")  # tarfile would read it for ever
+            members.append((posixpath.normpath(info.name).lstrip("/"), info))
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise tarfile.ReadError("it ends before its last block")  # tarfile takes a cut for the end
     infos = {name: info for name, info in members if "/." not in f"/{name}"}
     hidden = {re.sub(r"((?:^|/)\.[^/]*).*", r"\1", name) for name, _ in members if "/." in f"/{name}" and name != "."}
     again = [name for name, count in Counter(name for name, info in members if info.isreg()).items() if count > 1]

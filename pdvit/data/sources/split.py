@@ -19,8 +19,8 @@ from torch import Tensor
 from pdvit.config.schema import DataConfig
 from pdvit.data.decoding import open_image, upright_size
 from pdvit.data.randomness import fold
-from pdvit.data.sources import WHERE, first_names, printable
-from pdvit.errors import UserError, closest
+from pdvit.data.sources import WHERE, first_names
+from pdvit.errors import UserError, closest, printable
 
 TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
@@ -29,10 +29,7 @@ SAMPLED = 32  # images whose sizes are described
 
 
 class Split(ABC):
-    """Images with their classes, which any process opens by index.
-
-    Subclasses are data classes; each of their lists and tensors has one item for each image.
-    """
+    """Images with their classes, opened by any process; a data class, whose lists and tensors have an item for each."""
 
     labels: Tensor
 
@@ -197,7 +194,7 @@ def choose_splits(
     names = names or {"val": "val"}
     if missing := next((name for name in names.values() if name not in found), None):
         listed = first_names([name for name in found if name]) or "nothing"
-        raise UserError(f"there is no split '{printable(missing)}' (found: {listed})", where, tip)
+        raise UserError(f"there is no split '{missing}' (found: {listed})", where, tip)
     return chosen
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.sources import printable
 from pdvit.data.sources.split import FileSplit, Source, Split, assemble, choose_splits
-from pdvit.errors import UserError
+from pdvit.errors import UserError, printable
+from pdvit.files import reading
 
 COLUMNS = ("path", "label", "split")
 TIP = "name them with --train-split and --val-split; without a split column a tenth of each class is held out"
@@ -39,8 +39,7 @@ def read_csv(data: DataConfig, training: bool = True) -> Source:
     for role, name in chosen.items():
         part = {line: row for line, row in rows.items() if row["split"] == name}
         if unknown := next((line for line, row in part.items() if row["label"] not in numbers), None):
-            label = printable(rows[unknown]["label"])
-            what = f"label '{label}' of {role} is none of the {len(classes)} labels of train"
+            what = f"label '{rows[unknown]['label']}' of {role} is none of the {len(classes)} labels of train"
             raise UserError(what, f"{path}, line {unknown}", "add it to train, or remove its rows")
         files = [path.parent / row["path"] for row in part.values()]
         splits[role] = FileSplit(files, torch.tensor([numbers[row["label"]] for row in part.values()]))
@@ -52,7 +51,7 @@ def read_csv(data: DataConfig, training: bool = True) -> Source:
 def _rows(path: Path) -> dict[int, Row]:
     """Return the cells of each row by its line number; raises UserError if the table is malformed."""
     rows: dict[int, Row] = {}
-    try:
+    with reading(path, "save it as CSV in UTF-8", "the table can't be read"):
         lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
         header = [name.strip().lower() for name in next(lines, [])]
         if missing := [name for name in COLUMNS[:2] if name not in header]:
@@ -70,8 +69,6 @@ def _rows(path: Path) -> dict[int, Row]:
                 raise UserError("a row without path or label", where, "fill it in, or remove the row")
             if label.startswith("-") and label[1:].isdecimal():
                 raise UserError(f"label {label} is below 0", where, "number classes from 0, or remove the row")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the table can't be read: {error}", str(path), "save it as CSV in UTF-8") from error
     if not rows:
         raise UserError("the table has no rows", str(path), "add a line for each image")
     return rows

@@ -19,6 +19,7 @@ from pdvit.data.sources import WHERE
 from pdvit.data.sources.folder import read_folder
 from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, Source, Split, assemble, choose_splits
 from pdvit.errors import UserError
+from pdvit.files import reading
 
 # torchvision has no validation split of these: `train=False` is the published test set.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
@@ -78,11 +79,9 @@ def read_hub(data: DataConfig, training: bool = True) -> Source:
         what = f"'{data.source}' needs the package datasets, which is not installed"
         raise UserError(what, WHERE, "pip install 'pdvit[hf-data]'") from error
     name = data.source.partition("/")[2]
-    try:
+    tip = "check the name; without a network, only sets in the cache or a folder can be opened"
+    with reading(data.source, tip, "the data set does not open"):
         found = datasets.get_dataset_split_names(os.path.expanduser(name))
-    except Exception as error:  # of the network, the hub, the files
-        tip = "check the name; without a network, only sets in the cache or a folder can be opened"
-        raise UserError(f"the data set does not open: {_first_line(error)}", data.source, tip) from error
     slices = [data.train_split, data.val_split]  # such as train[:10%]
     chosen = choose_splits([*found, *slices], data, data.source, TIP, training=True, needed=["train"])
     readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
@@ -98,13 +97,10 @@ def open_timm(data: DataConfig, split: str) -> Any:
     options: dict[str, Any] = {"input_key": data.input_key, "target_key": data.target_key}
     options = {key: value for key, value in options.items() if value is not None}
     root = None if data.root is None else os.path.expanduser(data.root)
-    try:
-        # `datasets`, which needs no root, has locks of its own
-        with _lock(root) if data.download and root else nullcontext():
-            return create_dataset(data.source, root=root, split=split, download=data.download, **options)
-    except Exception as error:  # timm, torchvision and the hubs raise nearly anything
-        tip = "--data-dir names its folder, --dataset-download downloads it, --train-split and --val-split name splits"
-        raise UserError(f"split '{split}' does not open: {_first_line(error)}", data.source, tip) from error
+    tip = "--data-dir names its folder, --dataset-download downloads it, --train-split and --val-split name splits"
+    lock = _lock(root) if data.download and root else nullcontext()  # `datasets`, which needs no root, has its own
+    with reading(data.source, tip, f"split '{split}' does not open"), lock:
+        return create_dataset(data.source, root=root, split=split, download=data.download, **options)
 
 
 @contextmanager
@@ -160,7 +156,3 @@ def _assemble(
             splits[role] = ItemSplit(items, [*range(len(values))], numbers, f"{data.source} {names[role]}")
     texts = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in classes]  # synonyms: ImageNet
     return assemble(name, texts, splits, data, training)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

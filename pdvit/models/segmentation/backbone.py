@@ -158,10 +158,7 @@ PADDED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def pad_before_roll(model: nn.Module) -> None:
-    """Let every block of a Swin, SwinV2 or SwinV2-CR pad before it rolls; other models stay as they are.
-
-    A block's class changes and not its method, so that copies of the model are whole.
-    """
+    """Let Swin, SwinV2 and SwinV2-CR pad before they roll: by the class of their blocks, so that copies are whole."""
     for module in model.modules():
         if type(module) in PADDED:
             module.__class__ = PADDED[type(module)]

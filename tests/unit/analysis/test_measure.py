@@ -1,5 +1,6 @@
 import copy
 import gc
+from pathlib import Path
 from typing import ClassVar
 from unittest.mock import Mock
 
@@ -134,12 +135,24 @@ def test_a_model_in_training_is_measured_without_dropout_and_stays_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+ODD_TYPES = (pictures().byte(), {"x": pictures()}, Path("a.png"), 3)
+ODD_SHAPES = (pictures(size=40), pictures()[:, :1])
+
+
 def test_images_that_can_not_be_measured():
     cases = [(images, 8, "no images") for images in (pictures(0), [], [pictures(0)])]
     cases += [(pictures(), 32, "at least two patches, not 1"), (pictures()[0], 8, "four axes")]
+    cases += [(odd, 8, "floating-point tensors") for odd in ODD_TYPES]
+    cases += [(odd, 8, r"can't take images of the shape \(5, ") for odd in ODD_SHAPES]
     for images, patch_size, error in cases:
         with pytest.raises(UserError, match=error):
             analyze(build(patch_size=patch_size), images)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", Path("x.safetensors"), {"head.weight": torch.zeros(1)}])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(UserError, match="can't read the patches of a "):
+        analyze(model, pictures())
 
 
 def test_every_group_measures_every_layer_however_images_are_cut():

@@ -1,5 +1,6 @@
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
@@ -77,6 +78,8 @@ def test_later_layers_win_key_by_key():
         ({"optim": {"epochs": "0ep"}}, "out of range", ""),
         # torch.manual_seed and scikit-learn's random_state fail on larger seeds
         ({"run": {"seed": 2**64}}, "out of range", ""),
+        *(({name: {key: 10**400}}, "out of range", "") for name, key in (("optim", "lr"), ("data", "source"))),
+        *(({"data": {"workers": 10**5}}, "out of range", ""), ({"model": {"depth": 10**6}}, "out of range", "")),
         ({"data": {"split_seed": 2**32}}, "out of range", ""),
         ({"augment": {"scale": [0.5, 1.5]}}, "out of range", ""),
         ({"augment": {"scale": [0.9, 0.1]}}, "above the maximum", "swap"),
@@ -114,12 +117,14 @@ def test_set_reads_toml_or_plain_text_and_needs_section_key_and_value():
             parse_set(text)
 
 
-@pytest.mark.parametrize("content", [None, b"[optim", b"\xff\xfe", b"[optim]\nlr = 1\nlr = 2\n"])
+@pytest.mark.parametrize("content", [None, b"[optim", b"\xff\xfe", b"[optim]\nlr = 1\nlr = 2\n", b"a = " + b"[" * 9999])
 def test_a_file_that_is_missing_or_not_toml_is_an_error(tmp_path, content):
+    with pytest.raises(UserError, match="larger than"):
+        read_toml(Path("/dev/zero"))
     file = tmp_path / "run.toml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match="can't be read" if content is None else "not TOML") as caught:
+    with pytest.raises(UserError, match="can't be read") as caught:
         read_toml(file)
     assert caught.value.where == str(file)
 

@@ -75,6 +75,10 @@ def test_a_width_alone_keeps_the_width_per_head_and_heads_alone_the_width(name, 
         ),
         (ModelConfig(name=VIT, args={"embed_dim": 64}), "can't be given here", "--width"),
         (ModelConfig(name=VIT, args={"num_classes": 64}), "can't be given here", "data"),
+        *(
+            (ModelConfig(name="mixer_s32_224", **{key: 96}), "fixed width and no attention heads", "")
+            for key in ("width", "heads")
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_or_have_another_place_are_refused(config, what, tip):
@@ -90,9 +94,13 @@ def test_sizes_that_do_not_fit_or_have_another_place_are_refused(config, what, t
         (VIT, {"img_size": 16}, "single patch", "32"),
         ("convnext_atto", {"img_size": 100}, "patches of 32 pixels do not fit images of 100x100", "96 or 128"),
         ("convnext_atto", {"img_size": 56}, "patches of 32 pixels do not fit images of 56x56", "such as 64"),
+        ("mixer_s32_224", {"patch_size": 8}, "has a fixed 'patch_size'", "--patch-size"),
+        (VIT, {"depth": 10**10}, "too large: 10000000000", "smaller"),
+        (VIT, {"depth": 10**5, "embed_dim": 8, "num_heads": 1}, "more than 500 modules", ""),
     ],
 )
-def test_patches_that_do_not_fit_the_image_are_refused_with_a_size_that_does(name, arguments, what, tip):
+def test_sizes_that_make_no_model_are_refused_with_those_that_do(monkeypatch, name, arguments, what, tip):
+    monkeypatch.setattr(build, "MAX_MODULES", 500)
     with pytest.raises(UserError, match=what) as caught:
         sketch_model(name, arguments)
     assert tip in caught.value.tip

@@ -110,7 +110,7 @@ def test_the_weights_of_an_export_are_raw_or_ema_as_declared(tmp_path, weights):
     assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
 
 
-@pytest.mark.parametrize("metadata", [3, None, {"weights": "foo"}, {"weights": ["ema"]}])
+@pytest.mark.parametrize("metadata", [None, {"weights": "foo"}, {"weights": ["ema"]}])
 def test_without_a_valid_declaration_the_weights_are_unknown(tmp_path, config, metadata):
     assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "unknown"
 

@@ -110,6 +110,20 @@ def test_images_that_are_not_square_need_a_size(tmp_path):
     assert configured(path, data={"img_size": 32}).data.img_size == 32
 
 
+def test_positions_of_a_grid_that_is_not_square_are_resampled_from_it_or_refused(tmp_path):
+    model = make(img_size=(16, 64))  # as many patches as 32x32
+    path = saved(tmp_path / "wide", model)
+    ours, notes = begin(path, data={"img_size": 32})
+    grid = model.pos_embed[:, 1:].reshape(1, 2, 8, 24).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True)
+    assert torch.allclose(ours.pos_embed[:, 1:], grid.flatten(2).transpose(1, 2), atol=1e-6)
+    assert torch.equal(ours.pos_embed[:, :1], model.pos_embed[:, :1])
+    assert "resampled: 1 (pos_embed)" in notes
+    torch.save(make(img_size=(16, 32)).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="those of 8 patches, which are no square"):
+        resolve_checkpoint(tmp_path / "x.pth", VIT)
+
+
 def test_a_crop_need_not_be_a_multiple_of_the_patches(source):
     config = build(("here", {"segment": {"head": "linear", "crop": 33}, "diversity": {"preset": "none"}}))
     config = resolve(with_defaults(with_crop(replace(config, model=replace(config.model, init=str(source))))))

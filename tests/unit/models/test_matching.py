@@ -69,7 +69,7 @@ def test_differences_are_named():
     model = make(VIT)
     state = model.state_dict() | {"head.bias": torch.zeros(4), "more": torch.zeros(1)}
     del state["norm.weight"]
-    found = match_state_dict(state, model, "file")
+    found = match_state_dict(state, model, "file", model)
     assert (found.missing, found.mismatched, found.unexpected) == (["norm.weight"], ["head.bias"], ["more"])
     assert found.resampled == []
     assert set(found.tensors) == set(model.state_dict()) - {"norm.weight", "head.bias"}
@@ -93,7 +93,7 @@ def test_another_resolution_is_resampled_as_timm_does(tmp_path, name, before, af
         warnings.simplefilter("ignore")  # of how timm interpolates
         theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **before | after)
     ours = build_model(name, before | after)
-    found = match_state_dict(source.state_dict(), ours, "file")
+    found = match_state_dict(source.state_dict(), ours, "file", source)
     assert (found.missing, found.mismatched, found.unexpected) == ([], [], [])
     assert found.resampled
     assert all(any(part in name for part in resampled) for name in found.resampled)
@@ -104,4 +104,4 @@ def test_another_resolution_is_resampled_as_timm_does(tmp_path, name, before, af
 def test_weights_that_timms_filter_fails_on_are_refused():
     model = make(VIT)
     with pytest.raises(UserError, match="can't be converted to a VisionTransformer"):
-        match_state_dict(model.state_dict() | {"patch_embed.proj.weight": torch.zeros(5)}, model, "file")
+        match_state_dict(model.state_dict() | {"patch_embed.proj.weight": torch.zeros(5)}, model, "file", model)

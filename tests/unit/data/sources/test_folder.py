@@ -14,7 +14,7 @@ from pdvit.data.images import BadImage, try_read
 from pdvit.data.opening import open_source
 from pdvit.data.sources import run_name
 from pdvit.errors import UserError
-from tests.unit.data.batches import write_tree
+from tests.unit.data.batches import tar_without_end, write_tree
 
 VAL = ["val/ant/9.png", "val/bee/9.png"]
 MANY = [f"{name}/{number:02}.png" for name in ("ant", "bee") for number in range(30)]
@@ -194,13 +194,14 @@ def test_an_archive_is_the_folder_that_was_packed(image_folder, tmp_path, top):
         assert all(map(np.array_equal, pixels(packed.splits[name]), pixels(split)))
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, "members"])
-def test_an_archive_that_is_cut_off_is_refused(image_folder, tmp_path, kept):
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, "members", "loop"])
+def test_an_archive_that_is_cut_off_or_without_end_is_refused(image_folder, tmp_path, kept):
     file = pack(image_folder, tmp_path / "set.tar")
     content = file.read_bytes()
     with tarfile.open(file) as packed:
         last = packed.getmembers()[-1].offset  # a cut between two members is the end for Python's tarfile
-    file.write_bytes(content[: last if kept == "members" else int(len(content) * kept)])
+    start = content[: int(len(content) * kept) if isinstance(kept, float) else last]
+    file.write_bytes(start + tar_without_end("train/red/x.png") if kept == "loop" else start)
     with pytest.raises(UserError, match="can't be read") as caught:
         folder(file)
     assert str(tmp_path) in caught.value.where

@@ -1,0 +1,130 @@
+"""Damaged and foreign files: whatever they hold, the outcome is success or a UserError, in bounded time and memory."""
+
+import io
+import json
+import random
+import resource
+import time
+import tomllib
+from collections import Counter
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import load, save
+
+from pdvit.cli import run as pdvit
+from pdvit.cli.console import make_console
+from pdvit.cli.runs import build_trainer, saved_config
+from pdvit.config import build, read_toml, resolve
+from pdvit.engine.checkpoint import METADATA, _checksum
+from pdvit.errors import UserError
+from pdvit.models.loading import apply_checkpoint_defaults, load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
+from pdvit.plots.reading import read_run
+from pdvit.sweep.folder import Folder
+from pdvit.tracking.run_directory import RunDirectory
+from tests.unit.models.support import CLASSES, TINY, VIT, make
+
+SECONDS, MIB = 20, 1500  # at most: for a case, and for all of them beyond the memory before the first
+ODD = [-1, 0, 1e300, 10**400, "x", "\x1b[31m", "a" * 5000, [], [[]], {}, {"a": {}}, True, [0] * 300]
+CONFIG = {"architecture": VIT, "model_args": TINY | {"img_size": 32}, "label_names": CLASSES}
+
+
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """Cut, flip, splice or repeat some bytes."""
+    at, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    length, other, flipped = rng.choice((1, 2, 8, 100)), rng.randrange(len(content)), bytearray(content)
+    for place in rng.choices(range(len(content)), k=length):
+        flipped[place] ^= 1 << rng.randrange(8)
+    spliced = content[:at] + content[other : other + length] + content[at + length * rng.randrange(2) :]
+    return rng.choice((content[:at], bytes(flipped), spliced, content[:end] + content[at:]))
+
+
+def distort(table, rng: random.Random):
+    """Replace or remove a value somewhere in a table."""
+    key, parent = rng.choice(list(table)), table
+    while isinstance(parent[key], dict | list) and parent[key] and rng.random() < 0.8:
+        parent = parent[key]
+        key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+    if rng.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = rng.choice(ODD)
+    return table
+
+
+def distort_file(content: bytes, rng: random.Random, suffix: str) -> bytes:
+    """Distort what a sound file holds."""
+    file = io.BytesIO()
+    if suffix == ".toml":
+        return tomli_w.dumps(distort(tomllib.loads(content.decode()), rng)).encode()
+    if suffix == ".safetensors":
+        return save(load(content), {"config.json": json.dumps(distort(json.loads(json.dumps(CONFIG)), rng))})
+    if suffix == ".npz":
+        arrays = distort(dict(np.load(io.BytesIO(content))), rng)
+        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+    elif suffix == ".pth":
+        zipped = content.startswith(b"PK")
+        table = distort(torch.load(io.BytesIO(content)), rng)
+        torch.save(table, file, _use_new_zipfile_serialization=zipped)
+    else:
+        table = distort(json.loads(content), rng)
+        sums = table.pop("checksums", None)
+        sums = sums | {METADATA: _checksum(table)} if isinstance(sums, dict) else sums
+        return json.dumps(table | ({} if sums is None else {"checksums": sums})).encode()
+    return file.getvalue()
+
+
+@pytest.mark.slow
+def test_a_file_of_any_content_is_read_or_refused(run_copy, analysis_folder, tmp_path, capsys):
+    rng, failures, counts, longest = random.Random(0), [], Counter(), 0.0
+    run, step = RunDirectory(run_copy), run_copy / "checkpoints" / (run_copy / "checkpoints" / "last").read_text()
+    trainer = build_trainer(saved_config(run_copy, []), make_console(as_json=True), resumed=True)
+    figures = analysis_folder(tmp_path / "figures")
+    data, table = figures / "analysis" / "pairs.npz", {"model": make().state_dict(), "args": {"model": VIT, "lr": [0]}}
+    table["args"] |= {"img_size": 32, "model_kwargs": TINY}
+    (tmp_path / "x.safetensors").write_bytes(save(table["model"], {"config.json": json.dumps(CONFIG)}))
+    for name, zipped in (("zip.pth", True), ("legacy.pth", False)):
+        torch.save(table, tmp_path / name, _use_new_zipfile_serialization=zipped)
+
+    def begin(path):
+        load_model(checkpoint := resolve_checkpoint(path))
+        apply_checkpoint_defaults(build(("here", {"model": {"init": str(path)}})), checkpoint)
+
+    def command(*arguments):
+        assert pdvit([str(argument) for argument in arguments]) in (0, 2)
+
+    targets = [
+        *((tmp_path / name, 700, begin) for name in ("x.safetensors", "zip.pth", "legacy.pth")),
+        (run_copy / "run.toml", 700, lambda file: resolve(build(("here", read_toml(file))))),
+        (run_copy / "summary.json", 200, lambda _: command("train", "--resume", run_copy)),
+        (run_copy / "status.json", 200, lambda _: Folder(tmp_path).written(run_copy.name)),
+        (step / METADATA, 400, lambda _: trainer.restore(run, {})),
+        (data, 300, lambda _: read_run(figures, "made", "pairs")),
+        (data, 40, lambda _: command("plot", "pairs", figures, "--out", tmp_path / "x.png")),
+    ]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for file, cases, read in targets:
+        sound = file.read_bytes()
+        for case in range(cases):
+            content = damage(sound, rng) if case % 2 else distort_file(sound, rng, file.suffix)
+            file.write_bytes(content)
+            begun = time.monotonic()
+            try:
+                read(file)
+                counts[file.name, "read"] += 1
+            except UserError as error:
+                counts[file.name, "refused"] += 1
+                if len(str(error)) > 7000 or not str(error).replace("\n", "").isprintable():
+                    failures.append(f"{file.name}, case {case}: {str(error)[:200]}")
+            except Exception as error:
+                failures.append(f"{file.name}, case {case}: {error!r}"[:300])
+            longest = max(longest, time.monotonic() - begun)
+        file.write_bytes(sound)
+    with capsys.disabled():
+        print(f"\n{sum(counts.values())} files: {dict(counts)}; longest {longest:.1f} s; failures {len(failures)}")
+    assert failures == []
+    assert longest < SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MIB * 1024
