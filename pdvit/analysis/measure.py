@@ -27,7 +27,8 @@ from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, sha
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 WHERE = "analyze(model, images)"
 BATCH_SIZE = 32  # if images come as one tensor
-Images, Names = Tensor | Iterable[Tensor | Sequence[Tensor]], str | Iterable[str]
+Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
+Names = str | Iterable[str]
 Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 
