@@ -58,8 +58,7 @@ class Adapter:
 def arguments_of(config: Config) -> dict[str, Any]:
     """Return timm's arguments of a resolved configuration's model; raises UserError as `model_arguments`.
 
-    A segmentation backbone has no classifier. Its size is the crop (`segment.crop`, else the image size, else the
-    model's own), padded to whole patches.
+    A segmentation backbone has no classifier. Its size is the crop (or the image size, or its own), in whole patches.
     """
     side = config.data.img_size
     if config.segment.head is None:

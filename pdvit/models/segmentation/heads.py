@@ -19,8 +19,7 @@ MAX_GROUPS, MIN_CHANNELS = 32, 4
 class LinearHead(nn.Module):
     """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none.
 
-    It keeps torch's initialisation. With MMSegmentation's standard deviation of 0.01, a small model trained from
-    scratch did not separate the classes for hundreds of steps (docs/segment.md).
+    It keeps torch's initialisation: with MMSegmentation's, small models did not separate the classes (docs/segment.md).
     """
 
     def __init__(self, width: int, classes: int, norm: bool) -> None:
@@ -150,8 +149,7 @@ def replace_modules(module: nn.Module, norm: str) -> None:
 def with_norm(config: Config, world_size: int, device: torch.device) -> Config:
     """Return a configuration with the norm of its head: the setting, else `batch`, or `group` if it has no statistics.
 
-    UPerNet pools each image to a single token, and a BatchNorm in training needs more than one value per channel.
-    Raises UserError for `batch` with a single image in a forward pass.
+    UPerNet pools an image to one token, and a BatchNorm needs more. Raises UserError for `batch` with single images.
     """
     segment, per_rank = config.segment, max(1, config.data.batch_size // world_size)
     micro_batch = min(config.data.micro_batch or per_rank, per_rank)

@@ -71,6 +71,8 @@ def test_a_batch_without_a_sound_image_is_passed_over_only_in_the_evaluation_of_
     bad, loader = split.take(torch.tensor(BAD)), replace(skipping(), batch_size=1)
     assert [numbers(batch.images) for batch in eval_batches(split.take(torch.tensor([BAD[0], 1])), loader)] == [[1]]
     assert list(eval_batches(bad, loader)) == []
+    shared = eval_batches(split.take(torch.tensor([*BAD, 0])), replace(loader, processes=2, rank=1), shared=True)
+    assert [numbers(batch.images) for batch in shared] == [[0]]
     with pytest.raises(UserError, match="not decode"):
         list(eval_batches(bad, skipping(processes=2)))
     with pytest.raises(UserError, match="3 images do not decode"):

@@ -89,12 +89,6 @@ def test_without_mixing_every_patch_has_the_class_of_its_image(split):
         assert torch.equal(batch.targets.argmax(1), expected)
 
 
-@pytest.mark.parametrize(("prob", "low", "high"), [(0.0, 0, 0), (0.3, 20, 50), (1.0, 120, 120)])
-def test_the_fraction_of_mixed_batches_is_the_probability(prob, low, high):
-    batches = take(arrays(), 120, mixing=replace(ON, prob=prob))
-    assert low <= sum(batch.targets.ndim == 2 for batch in batches) <= high
-
-
 def test_workers_that_an_error_left_end_without_another(image_files):
     before = signal.getsignal(signal.SIGCHLD)
     batches = eval_batches(image_files, replace(LOADER, workers=2))
@@ -149,14 +143,6 @@ def test_processes_share_the_very_batches_of_one(split, processes):
     for rank in range(processes):
         shared = eval_batches(split, replace(LOADER, rank=rank, processes=processes), shared=True)
         assert same(list(shared), whole[rank::processes])
-
-
-def test_a_shared_batch_without_a_sound_image_is_left_out(image_files):
-    for path in image_files.paths[:3]:
-        path.write_text("not an image")
-    loader = replace(LOADER, processes=2, bad=BadImages(skip=True))
-    assert sum(len(batch) for batch in eval_batches(image_files, loader, shared=True)) == 2
-    assert len(loader.bad.found) == 3
 
 
 LARGER = replace(LOADER, batch_size=4, preprocessing=Preprocessing(16, 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3))

@@ -154,10 +154,11 @@ def test_fractions_follow_the_beta_distribution():
     assert stats.kstest(fraction.numpy(), stats.beta(0.4, 0.4).cdf).pvalue > 0.01
 
 
-@pytest.mark.parametrize(("switch_prob", "low", "high"), [(0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)])
-def test_cutmix_and_mixup_take_turns(switch_prob, low, high):
-    mixing = replace(MIXUP, cutmix=1.0, switch_prob=switch_prob)
-    assert low <= sum(mixing.draws(0, step)[0] == "cutmix" for step in range(400)) <= high
+@pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)])
+def test_cutmix_and_mixup_take_turns_in_a_fraction_of_the_batches(fraction, low, high):
+    for change in ({"switch_prob": fraction}, {"mixup": 0.0, "prob": fraction}):
+        mixing = replace(MIXUP, cutmix=1.0, **change)
+        assert low <= sum(mixing.draws(0, step)[0] == "cutmix" for step in range(400)) <= high
 
 
 @pytest.mark.parametrize("mode", MODES)

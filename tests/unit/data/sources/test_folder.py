@@ -107,11 +107,12 @@ def test_splits_of_other_names_are_named(tmp_path):
 def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(tmp_path):
     hidden = ["train/ant/.2.png", "train/ant/.thumbnails/3.png", "train/.cache/1.png", ".git/ant/1.png"]
     write_tree(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/ant/deep/._1.png", "train/loose.png", *hidden])
-    for name in ("train/ant/notes.txt", "val/ant/3.gif"):
+    for name in ("train/ant/notes\x1b[31m.txt", "val/ant/3.gif"):
         (tmp_path / name).write_bytes(b"GIF89a")
     source = folder(tmp_path)
     (note,) = source.notes
     assert note.startswith("7 files are not read (hidden")  # a hidden folder counts once; the one outside of the splits
+    assert "\x1b" not in source.describe()  # a command to the terminal
     assert all(name in note for name in ("train/.cache", "train/ant/.2.png", "train/ant/.thumbnails", "deep/._1.png"))
     assert (source.classes, names(source.splits["train"])) == (["ant"], ["1.png"])
     packed = folder(pack(tmp_path, tmp_path / "set.tar"))
