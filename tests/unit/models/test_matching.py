@@ -49,18 +49,12 @@ def test_a_declaration_counts_if_there_is_one_set_and_the_prefix_is_neutral(decl
     assert select_weights(tensors("net.", "ema_net."), NAMES, "raw", "file", declared).prefix == "net."
 
 
-def test_few_tensors_under_another_prefix_are_no_rivals():
+def test_few_others_are_no_rivals_and_a_model_may_be_deeper_or_of_another_layout():
     found = select_weights(tensors("model.") | tensors("decoder.", names=NAMES[:1]), NAMES, None, "file")
     assert (found.prefix, found.rivals, len(found.outside)) == ("model.", (), 1)
-
-
-def test_the_named_model_may_be_deeper_than_the_files():
     names = [f"blocks.{block}.weight" for block in range(12)]
     found = select_weights(tensors("state_dict.model.", names=names[:2]) | {"more": torch.zeros(1)}, names, None, "x")
     assert (found.prefix, len(found.outside)) == ("state_dict.model.", 1)
-
-
-def test_another_layout_is_left_to_the_models_filter():
     found = select_weights(tensors("state_dict.", names=["x.weight", "y.z.bias"]), NAMES, None, "file")
     assert sorted(found.tensors) == ["x.weight", "y.z.bias"]
 
