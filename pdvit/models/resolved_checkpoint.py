@@ -60,7 +60,7 @@ def resolve_checkpoint(
         raise _unknown_architecture(checkpoint)
     architecture = model_name or str(config["architecture"])
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
-    blocks = re.findall(r"\d+", f"{arguments.get('depth')} {arguments.get('depths')}")
+    blocks = re.findall(r"\d{1,9}", f"{arguments.get('depth')} {arguments.get('depths')}")
     if sum(map(int, blocks)) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch, section = sketch_model(architecture, arguments, where), _table(config, "pdvit", where)

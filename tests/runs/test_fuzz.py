@@ -68,10 +68,8 @@ def distort_file(content: bytes, rng: random.Random, suffix: str) -> bytes:
             table |= {"checksums": sums | {METADATA: _checksum(table)}}
         return json.dumps(table).encode()
     if suffix == ".npz":
-        np.savez(
-            file,
-            **{name: np.asarray(value) for name, value in distort(dict(np.load(io.BytesIO(content))), rng).items()},
-        )
+        arrays = distort(dict(np.load(io.BytesIO(content))), rng)
+        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
     else:
         table = distort(torch.load(io.BytesIO(content)), rng)
         torch.save(table, file, _use_new_zipfile_serialization=content.startswith(b"PK"))

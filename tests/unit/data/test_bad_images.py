@@ -51,14 +51,6 @@ def test_a_step_is_the_same_whenever_it_is_run(split, workers):
         assert same(take(split, 6 - start, start, skipping(workers=workers), MIXING), through[start:])
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair"])
-def test_the_parts_of_several_processes_make_up_the_batch(split, mode):
-    mixing = replace(MIXING, mode=mode)
-    parts = [take(split, 6, loader=skipping(rank=rank, processes=2), mixing=mixing) for rank in range(2)]
-    for batch, own in zip(take(split, 6, loader=skipping(), mixing=mixing), zip(*parts, strict=True), strict=True):
-        assert all(torch.equal(join(own)[name], value) for name, value in batch.tensors().items())
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_them_out(split, workers):
     found = join(list(eval_batches(split, skipping(workers=workers))))

@@ -101,17 +101,13 @@ def test_a_file_without_a_header_takes_the_configuration_beside_it(tmp_path, fil
     assert "config.json" in refuse(folder).where
 
 
-@pytest.mark.parametrize("weights", ["raw", "ema"])
-def test_the_weights_of_an_export_are_raw_or_ema_as_declared(tmp_path, weights):
-    folder = write(tmp_path, export(make(), CLASSES, DATA, weights))
-    assert load(folder).weights == weights
-    other = {"raw": "ema", "ema": "raw"}[weights]
-    assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
-
-
-@pytest.mark.parametrize("metadata", [None, {"weights": "foo"}, {"weights": ["ema"]}])
-def test_without_a_valid_declaration_the_weights_are_unknown(tmp_path, config, metadata):
-    assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "unknown"
+def test_the_weights_of_an_export_are_raw_or_ema_as_declared_or_unknown(tmp_path, config):
+    for weights, other in (("raw", "ema"), ("ema", "raw")):
+        folder = write(tmp_path / weights, export(make(), CLASSES, DATA, weights))
+        assert load(folder).weights == weights
+        assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
+    for metadata in (None, {"weights": "foo"}, {"weights": ["ema"]}):
+        assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "unknown"
 
 
 def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, files):

@@ -183,7 +183,6 @@ def test_without_a_crop_the_size_is_the_image_size_or_the_models_own():
     ("options", "what"),
     [
         ({"name": "resnet18"}, "no layout for its class"),
-        ({"name": "crossvit_tiny_240"}, "no layout for its class"),
         ({"name": "pit_ti_224", "crop": 224}, "3 maps of different sizes.*--head linear"),
         ({"name": "vit_of_nobody"}, "no model named"),
     ],
