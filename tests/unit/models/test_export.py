@@ -84,17 +84,14 @@ def test_an_export_depends_on_neither_place_nor_process_and_leaves_the_model(tmp
     assert equal(model, make())
 
 
-def test_the_lone_file_is_enough(tmp_path, files, config):
+def test_the_lone_file_is_enough_or_a_bare_one_beside_the_configuration(tmp_path, files, config):
     alone = write(tmp_path, {"best.safetensors": files["model.safetensors"]}) / "best.safetensors"
     found = load(alone)
     assert (found.name, found.weights, found.classes) == ("best", "raw", config["label_names"])
     assert equal(found.model, make())
     assert not found.model.training
-
-
-def test_a_file_without_a_header_takes_the_configuration_beside_it(tmp_path, files):
-    bare = save(make().state_dict())
-    folder = write(tmp_path, {"model.safetensors": bare, "config.json": files["config.json"]})
+    bare = save(make().state_dict())  # without a header
+    folder = write(tmp_path / "bare", {"model.safetensors": bare, "config.json": files["config.json"]})
     for path in (folder, folder / "model.safetensors"):
         assert equal(load(path).model, make())
     write(folder, {"config.json": b"\xff{"})
