@@ -86,7 +86,7 @@ class DataConfig:
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
     mean: tuple[float, float, float] | None = key(None, "Channel means; unset, like the next 4: the model's.", "--mean")
     std: tuple[float, float, float] | None = key(None, "Channel standard deviations.", "--std", above=0)
-    crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0, maximum=2)
+    crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0.05, maximum=2)
     interpolation: str | None = key(None, "Resize interpolation.", "--interpolation", choices=INTERPOLATIONS)
     crop_mode: str | None = key(None, "Crop or squash images in evaluation.", "--crop-mode", choices=CROP_MODES)
     workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0, maximum=1000)

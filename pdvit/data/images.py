@@ -112,10 +112,7 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class FileImages(Dataset[Sample]):
-    """The images of a split as a torch data set, read by batches of keys (epoch, index): uint8 `(3, size, size)`.
-
-    With an augmentation they are not transformed but cropped for training, and all keys of a batch are of one epoch.
-    """
+    """The images of a split, by batches of keys (epoch, index); an augmentation crops them, in batches of one epoch."""
 
     split: Split
     transform: Callable[[Image.Image], Tensor] = pixels_of
@@ -139,8 +136,7 @@ class FileImages(Dataset[Sample]):
     ) -> Tensor:
         """Read an image, crop it and apply timm's transform.
 
-        A JPEG whose crop is at least twice, four or eight times the input size is decoded at that fraction of its size;
-        the edges of the crop then fall on whole decoded pixels.
+        A JPEG with a crop of two, four or eight times the input is decoded that much smaller; edges are rounded to it.
         """
         image, preprocessing = self.split.open(index), augmentation.preprocessing
         width, height = image.size
@@ -157,8 +153,7 @@ class FileImages(Dataset[Sample]):
 class SkipBadImages(Dataset[Sample]):
     """Training images in which the next sound image replaces one that does not decode.
 
-    The replacement is a function of the index, and its augmentation of seed, epoch and its own index; so batches keep
-    their size, and a repeated step gets the same images.
+    It is a function of the index, and its augmentation of seed, epoch and its own index, so steps can be repeated.
     """
 
     images: Any

@@ -1,7 +1,4 @@
-"""Random numbers as a function of (seed, epoch or step, sample index) alone.
-
-They do not depend on the rank, the worker, the batch or earlier draws, and a run resumes at any step without a replay.
-"""
+"""Random numbers as a function of (seed, epoch or step, sample index) alone: not of rank, worker or earlier draws."""
 
 import math
 import random

@@ -44,11 +44,10 @@ class Progress:
     evaluation_owed: bool = False  # an evaluation after `step` was due, and the run was stopped in it
 
     def __post_init__(self) -> None:
-        counts = (self.step, self.samples, self.skipped, self.records)
-        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
-            raise ValueError("its progress is not in whole numbers")
-        if not math.isfinite(sum(self.seconds_by_phase.values(), self.best or 0.0)):
-            raise ValueError("its times or its best evaluation are not finite")
+        counts, times = (self.step, self.samples, self.skipped, self.records), self.seconds_by_phase.values()
+        whole = all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        if not (whole and math.isfinite(sum(times, self.best or 0.0))):
+            raise ValueError("its progress is not in whole numbers, or its times or best evaluation are not finite")
 
     @property
     def seconds(self) -> float:

@@ -61,20 +61,6 @@ FAMILIES = {
     "ConvNeXt": MAPS,  # a transformer's block with a convolution for attention: for comparison
 }
 
-ENCODER = "it is the encoder of a language model, which can merge patches after its blocks"
-# Transformers that would need more than a row, and why.
-REFUSED = {
-    "CrossVit": "it keeps two grids of patches side by side",
-    "CoaT": "it keeps several grids of patches side by side",
-    "TNT": "it keeps tokens of pixels beside those of patches",
-    "ConVit": "its class token joins the patches half-way through the blocks",
-    "Nest": "its blocks keep the patches apart by windows, out of the image's order",
-    "Levit": "attention computes the tokens of a stage anew, so that no patch keeps its place",
-    "VisionTransformerSAM": "its head reads a convolutional neck after the blocks, of another width",
-    **dict.fromkeys(("TinyVit", "Visformer"), "it turns from maps to tokens half-way through the blocks"),
-    **{f"{name}Vit{part}": ENCODER for name in ("Deepseek", "Qwen3", "Gemma4") for part in ("Classifier", "Encoder")},
-}
-
 
 def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     """Return a timm model's family; raises UserError with the reason if pdvit can't read its tokens."""
@@ -103,17 +89,11 @@ def modules_at(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _unsupported(model: nn.Module, names: list[str], where: str) -> UserError:
-    """Return the error of a model without a row.
-
-    The line is drawn at attention. In networks without it, maps after a ReLU have no negative entries and are alike
-    (|cos| near 1) without having collapsed. ConvNeXt, MetaFormer and MLP-Mixer are exceptions: their blocks are a
-    transformer's with something else in the place of attention.
-    """
+    """Return the error of a model without a row: docs/losses.md has the line that the table draws."""
     for attribute in INSIDE:
         inner = getattr(model, attribute, None)
         if isinstance(inner, nn.Module) and any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
             tip = f"pass the bare model, which is its .{attribute}"
             return UserError(f"a {names[0]} is a wrapper around the model", where, tip)
-    reason = next((REFUSED[name] for name in names if name in REFUSED), "pdvit has no layout for its class")
-    tip = f"use a transformer of timm of these classes: {', '.join(FAMILIES)}"
-    return UserError(f"pdvit can't read the patches of a {names[0]}: {reason}", where, tip)
+    tip = f"use a transformer of timm of these classes: {', '.join(FAMILIES)} (others: docs/losses.md has the reasons)"
+    return UserError(f"pdvit can't read the patches of a {names[0]}: it has no layout for its class", where, tip)

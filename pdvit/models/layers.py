@@ -53,8 +53,7 @@ class Place:
 def places_of(model: nn.Module, where: str = MODEL) -> dict[Layer, Place]:
     """Return the place of every layer; raises UserError if the family is not supported.
 
-    The layers are `embed` (input of the first block: patch embedding plus position), `block 1` ... `block L`, and
-    `norm` if there is a final norm over tokens.
+    They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
     """
     family = family_of(model, where)
     blocks = modules_at(model, family.blocks)

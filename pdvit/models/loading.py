@@ -50,10 +50,7 @@ class LoadedModel:
 
 
 def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> LoadedModel:
-    """Build a checkpoint's model with its weights; with `backbone`, the timm model alone of a segmentation model.
-
-    Raises UserError if weights and model differ, memory does not suffice, or classes of pixels have no names.
-    """
+    """Build a checkpoint's model with its weights (with `backbone`, the timm model alone); UserError if they differ."""
     where, selected, adapter = checkpoint.where, checkpoint.selected, checkpoint.adapter
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
@@ -156,9 +153,8 @@ def _data_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> DataConfig
 def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: Sequence[str]) -> list[str]:
     """Load a checkpoint's weights into the timm model of a network; return notes for the log.
 
-    The classifier stays fresh if number or names of classes differ. A segmentation model keeps the file's head if both
-    have the same head and classes. Raises UserError if weights and model differ too much, weights are not finite, or
-    fresh weights would be frozen.
+    The classifier stays fresh if the classes differ, the head of a segmentation model also if the heads do. Raises
+    UserError if weights and model differ too much, weights are not finite, or fresh weights would be frozen.
     """
     model = network.inside
     pruned = network.adapter.pruned if isinstance(network, Segmenter) else frozenset()

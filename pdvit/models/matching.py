@@ -135,9 +135,8 @@ def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where
 def match_state_dict(tensors: Mapping[str, Tensor], model: nn.Module, where: str, source: nn.Module) -> StateDictMatch:
     """Compare a file's tensors with a model (on the meta device, perhaps), after timm's own filter for its family.
 
-    The filter renames the layouts in which the model was published, and resamples position embeddings, tables of
-    relative positions and patch embeddings. It takes every grid for a square: that of `source`, the model of the
-    tensors, need not be one. Raises UserError if positions can't be converted.
+    The filter renames published layouts, and resamples positions and patch embeddings, of grids that it takes for
+    squares; that of `source`, the model of the tensors, need not be one. Raises UserError if this fails.
     """
     masked = any(name.startswith(DECODER[:2]) for name in tensors)  # else a mask_token is the model's own
     encoder = {name: value for name, value in tensors.items() if not (masked and name.startswith(DECODER))}

@@ -24,8 +24,6 @@ from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
-# A centre crop of a smaller fraction would need images too large for memory.
-MIN_CROP = 0.05
 # Sizes in the names of timm's plain vision transformers, by width.
 VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
@@ -61,9 +59,8 @@ def resolve_checkpoint(
     if model_name is None and not isinstance(config.get("architecture"), str):
         raise _unknown_architecture(checkpoint)
     architecture = model_name or str(config["architecture"])
-    sketch = sketch_model(architecture, {}, where)  # an unsupported family is refused before its arguments are used
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
-    blocks = re.findall(r"\d+", f"{arguments.get('depth')} {arguments.get('depths')}")
+    blocks = re.findall(r"\d{1,9}", f"{arguments.get('depth')} {arguments.get('depths')}")
     if sum(map(int, blocks)) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch, section = sketch_model(architecture, arguments, where), _table(config, "pdvit", where)
@@ -106,8 +103,6 @@ def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 def _preprocessing(images: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the preprocessing in a config.json, with the checks of pdvit's own configuration."""
     data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
-    if data.crop_pct is not None and data.crop_pct <= MIN_CROP:
-        raise UserError(f"its crop_pct is {data.crop_pct}", where, COPY)
     return {key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None}
 
 

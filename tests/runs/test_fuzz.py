@@ -62,18 +62,17 @@ def distort_file(content: bytes, rng: random.Random, suffix: str) -> bytes:
         return tomli_w.dumps(distort(tomllib.loads(content.decode()), rng)).encode()
     if suffix == ".safetensors":
         return save(load(content), {"config.json": json.dumps(distort(json.loads(json.dumps(CONFIG)), rng))})
+    if suffix == ".json":
+        table = distort(json.loads(content), rng)
+        if isinstance(sums := table.pop("checksums", None), dict):
+            table |= {"checksums": sums | {METADATA: _checksum(table)}}
+        return json.dumps(table).encode()
     if suffix == ".npz":
         arrays = distort(dict(np.load(io.BytesIO(content))), rng)
         np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
-    elif suffix == ".pth":
-        zipped = content.startswith(b"PK")
-        table = distort(torch.load(io.BytesIO(content)), rng)
-        torch.save(table, file, _use_new_zipfile_serialization=zipped)
     else:
-        table = distort(json.loads(content), rng)
-        sums = table.pop("checksums", None)
-        sums = sums | {METADATA: _checksum(table)} if isinstance(sums, dict) else sums
-        return json.dumps(table | ({} if sums is None else {"checksums": sums})).encode()
+        table = distort(torch.load(io.BytesIO(content)), rng)
+        torch.save(table, file, _use_new_zipfile_serialization=content.startswith(b"PK"))
     return file.getvalue()
 
 
@@ -83,11 +82,10 @@ def test_a_file_of_any_content_is_read_or_refused(run_copy, analysis_folder, tmp
     run, step = RunDirectory(run_copy), run_copy / "checkpoints" / (run_copy / "checkpoints" / "last").read_text()
     trainer = build_trainer(saved_config(run_copy, []), make_console(as_json=True), resumed=True)
     figures = analysis_folder(tmp_path / "figures")
-    data, table = figures / "analysis" / "pairs.npz", {"model": make().state_dict(), "args": {"model": VIT, "lr": [0]}}
-    table["args"] |= {"img_size": 32, "model_kwargs": TINY}
-    (tmp_path / "x.safetensors").write_bytes(save(table["model"], {"config.json": json.dumps(CONFIG)}))
-    for name, zipped in (("zip.pth", True), ("legacy.pth", False)):
-        torch.save(table, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    state, args = make().state_dict(), {"model": VIT, "lr": [0], "img_size": 32, "model_kwargs": TINY}
+    (tmp_path / "x.safetensors").write_bytes(save(state, {"config.json": json.dumps(CONFIG)}))
+    for name in ("zip.pth", "legacy.pth"):
+        torch.save({"model": state, "args": args}, tmp_path / name, _use_new_zipfile_serialization=name == "zip.pth")
 
     def begin(path):
         load_model(checkpoint := resolve_checkpoint(path))
@@ -102,25 +100,24 @@ def test_a_file_of_any_content_is_read_or_refused(run_copy, analysis_folder, tmp
         (run_copy / "summary.json", 200, lambda _: command("train", "--resume", run_copy)),
         (run_copy / "status.json", 200, lambda _: Folder(tmp_path).written(run_copy.name)),
         (step / METADATA, 400, lambda _: trainer.restore(run, {})),
-        (data, 300, lambda _: read_run(figures, "made", "pairs")),
-        (data, 40, lambda _: command("plot", "pairs", figures, "--out", tmp_path / "x.png")),
+        (figures / "analysis/pairs.npz", 300, lambda _: read_run(figures, "made", "pairs")),
+        (figures / "analysis/pairs.npz", 40, lambda _: command("plot", "pairs", figures, "--out", tmp_path / "x.png")),
+        (figures / "analysis/maps.npz", 40, lambda _: command("plot", "maps", figures, "--out", tmp_path / "x.png")),
     ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for file, cases, read in targets:
         sound = file.read_bytes()
         for case in range(cases):
-            content = damage(sound, rng) if case % 2 else distort_file(sound, rng, file.suffix)
-            file.write_bytes(content)
-            begun = time.monotonic()
+            file.write_bytes(damage(sound, rng) if case % 2 else distort_file(sound, rng, file.suffix))
+            begun, outcome = time.monotonic(), "read"
             try:
                 read(file)
-                counts[file.name, "read"] += 1
-            except UserError as error:
-                counts[file.name, "refused"] += 1
-                if len(str(error)) > 7000 or not str(error).replace("\n", "").isprintable():
-                    failures.append(f"{file.name}, case {case}: {str(error)[:200]}")
             except Exception as error:
-                failures.append(f"{file.name}, case {case}: {error!r}"[:300])
+                outcome = "refused"
+                unreadable = len(str(error)) > 7000 or not str(error).replace("\n", "").isprintable()
+                if unreadable or not isinstance(error, UserError):
+                    failures.append(f"{file.name}, case {case}: {error!r}"[:300])
+            counts[file.name, outcome] += 1
             longest = max(longest, time.monotonic() - begun)
         file.write_bytes(sound)
     with capsys.disabled():

@@ -129,8 +129,7 @@ class TrainingTransform:
 def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, int, int]:
     """Draw a crop of a mask `(H, W)`: top, left, height, width.
 
-    It is drawn again, up to 10 times, unless there are two classes or more in it, none with this fraction of the pixels
-    that have a class.
+    It is drawn up to 11 times, until it has two classes or more, none with this fraction of the labelled pixels.
     """
     rows, columns = mask.shape
     height, width = min(side, rows), min(side, columns)

@@ -1,7 +1,6 @@
 """Digit scenes: handwritten digits on textured grounds, with the digit that every pixel belongs to.
 
-A scene is a function of its split and its number. It is computed in integers (Pillow resamples bytes with them too), so
-it is the same on every machine.
+A scene is a function of its split and its number, in integers (also in Pillow), so it is the same on every machine.
 """
 
 from dataclasses import dataclass, field

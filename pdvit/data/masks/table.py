@@ -100,10 +100,9 @@ def default_palette(count: int) -> list[Colour]:
 
 
 def read_table(path: Path) -> ClassTable:
-    """Read a class table; the columns of a file without header are id, name and optionally colour.
+    """Read a class table; the columns of a file without header are id, name and optionally colour. Raises UserError.
 
-    A table without ids is for masks that are colours. Classes named Unlabelled, Void or Ignored are ignored, and so is
-    the value 255 unless it is a class. Raises UserError for a file that is not such a table.
+    Without ids it is for masks that are colours. Unlabelled, Void, Ignored and 255 (unless it is a class) are ignored.
     """
     with reading(path, TIP, "the class table can't be read"):
         text = read_text(path)

@@ -80,8 +80,7 @@ def _walk(root: Path, below: str = "", depth: int = 0) -> Iterator[str]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    problem = "the folder can't be read"
-    with reading(folder, "check the path and its permissions", problem), os.scandir(folder) as entries:
+    with reading(folder, "check its path and permissions", "the folder can't be read"), os.scandir(folder) as entries:
         return list(entries)
 
 
@@ -105,8 +104,7 @@ class TarSplit(FileSplit):
 def read_tar(data: DataConfig, training: bool = True) -> Source:
     """Read a plain tar like a folder, without the folders around everything; raises UserError."""
     path = Path(os.path.expanduser(data.source))
-    problem = "the archive can't be read"
-    with reading(path, "copy or download it again", problem), tarfile.open(path, "r:") as tar:
+    with reading(path, "copy or download it again", "the archive can't be read"), tarfile.open(path, "r:") as tar:
         members = []
         for info in tar:
             if info.size < 0:

@@ -51,14 +51,6 @@ def test_a_step_is_the_same_whenever_it_is_run(split, workers):
         assert same(take(split, 6 - start, start, skipping(workers=workers), MIXING), through[start:])
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair"])
-def test_the_parts_of_several_processes_make_up_the_batch(split, mode):
-    mixing = replace(MIXING, mode=mode)
-    parts = [take(split, 6, loader=skipping(rank=rank, processes=2), mixing=mixing) for rank in range(2)]
-    for batch, own in zip(take(split, 6, loader=skipping(), mixing=mixing), zip(*parts, strict=True), strict=True):
-        assert all(torch.equal(join(own)[name], value) for name, value in batch.tensors().items())
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_them_out(split, workers):
     found = join(list(eval_batches(split, skipping(workers=workers))))
@@ -71,6 +63,8 @@ def test_a_batch_without_a_sound_image_is_passed_over_only_in_the_evaluation_of_
     bad, loader = split.take(torch.tensor(BAD)), replace(skipping(), batch_size=1)
     assert [numbers(batch.images) for batch in eval_batches(split.take(torch.tensor([BAD[0], 1])), loader)] == [[1]]
     assert list(eval_batches(bad, loader)) == []
+    shared = eval_batches(split.take(torch.tensor([*BAD, 0])), replace(loader, processes=2, rank=1), shared=True)
+    assert [numbers(batch.images) for batch in shared] == [[0]]
     with pytest.raises(UserError, match="not decode"):
         list(eval_batches(bad, skipping(processes=2)))
     with pytest.raises(UserError, match="3 images do not decode"):

@@ -102,7 +102,7 @@ def test_the_mode_decides_which_images_have_a_rectangle_in_common(mode, boxes):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_image_may_have_several_labels(mode):
+def test_an_image_may_have_several_labels_and_a_batch_no_image(mode):
     images, _ = make(4, 4, 4, 2)
     labels = torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0]])
     mixed = patch_cutmix(images, labels, 2, 3, rng=random.Random(1), mode=mode)
@@ -110,6 +110,8 @@ def test_an_image_may_have_several_labels(mode):
     assert torch.equal(mixed.images, single.images)
     assert torch.equal(mixed.patch_targets, labels[single.patch_targets])
     torch.testing.assert_close(mixed.targets, mixed.patch_targets.mean(1))
+    empty = patch_cutmix(images[:0], labels[:0], 2, 3, mode=mode)
+    assert [len(part) for part in empty] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -154,13 +156,8 @@ def test_fractions_follow_the_beta_distribution():
     assert stats.kstest(fraction.numpy(), stats.beta(0.4, 0.4).cdf).pvalue > 0.01
 
 
-@pytest.mark.parametrize(("switch_prob", "low", "high"), [(0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)])
-def test_cutmix_and_mixup_take_turns(switch_prob, low, high):
-    mixing = replace(MIXUP, cutmix=1.0, switch_prob=switch_prob)
-    assert low <= sum(mixing.draws(0, step)[0] == "cutmix" for step in range(400)) <= high
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_batch_without_images_stays_empty(mode):
-    mixed = patch_cutmix(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.long), 4, num_classes=3, mode=mode)
-    assert [len(part) for part in mixed] == [0, 0, 0]
+@pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)])
+def test_cutmix_and_mixup_take_turns_in_a_fraction_of_the_batches(fraction, low, high):
+    for change in ({"switch_prob": fraction}, {"mixup": 0.0, "prob": fraction}):
+        mixing = replace(MIXUP, cutmix=1.0, **change)
+        assert low <= sum(mixing.draws(0, step)[0] == "cutmix" for step in range(400)) <= high

@@ -39,9 +39,8 @@ def test_held_out_images_are_validation_where_there_is_no_test_split(tmp_path):
 
 
 def test_held_out_images_of_a_segmentation_are_its_images_without_the_masks(tmp_path):
-    write_tree(
-        tmp_path, [f"{folder}/{name}.png" for folder in ("images", "masks") for name in ("train/1", "val/2", "test/3")]
-    )
+    files = ("train/1.png", "val/2.png", "test/3.png")
+    write_tree(tmp_path, [f"{folder}/{file}" for folder in ("images", "masks") for file in files])
     (tmp_path / "classes.tsv").write_text("0\tground\n1\tdisc\n")
     images = held_out_images(Config(data=DataConfig(source=str(tmp_path)), segment=SegmentConfig(head="linear")))
     assert [images.split.name(index) for index in range(len(images.split))] == [str(tmp_path / "images/test/3.png")]

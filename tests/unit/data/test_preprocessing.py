@@ -23,13 +23,10 @@ def test_preprocessing_is_the_models_except_for_what_the_configuration_sets():
     assert changed == replace(found, mean=(0.1, 0.2, 0.3), crop_mode="squash")
 
 
-def test_a_model_without_patch_embed_has_the_size_that_it_was_built_for():
+def test_the_size_is_the_one_that_the_model_was_built_for_and_not_square_is_refused():
     with torch.device("meta"):
         model = timm.create_model("mixer_s16_224", img_size=64)
     assert Preprocessing.for_model(model).size == 64
-
-
-def test_images_that_are_not_square_are_refused():
     with pytest.raises(UserError, match="32x16"):
         Preprocessing.for_model(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(32, 16), patch_size=8))
 

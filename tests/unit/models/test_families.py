@@ -1,6 +1,5 @@
 """Every family of the table, as a small instance, against views of its blocks that are written here by hand."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -303,17 +302,3 @@ def test_a_patch_of_the_image_changes_its_own_token_most(name):
     own = torch.arange(rows * columns)
     off = torch.maximum((most // columns - own // columns).abs(), (most % columns - own % columns).abs())
     assert not off.any() or (name in OVERLAPPING and rows >= 4 and off.max() <= 1)
-
-
-@torch.no_grad()
-def test_a_deep_copy_reads_its_own_tokens():
-    case = CASES["swin"]
-    wrapper, images = DiverseModel(make(case)).eval(), pictures(case)
-    wrapper(images)
-    twin = copy.deepcopy(wrapper)
-    for weight in twin.parameters():
-        weight.mul_(1.5)
-    found, expected = twin(images), DiverseModel(twin.model).eval()(images)
-    assert torch.equal(found.first, expected.first)
-    assert torch.equal(found.last, expected.last)
-    assert not torch.equal(found.last, wrapper(images).last)

@@ -49,23 +49,17 @@ def test_a_declaration_counts_if_there_is_one_set_and_the_prefix_is_neutral(decl
     assert select_weights(tensors("net.", "ema_net."), NAMES, "raw", "file", declared).prefix == "net."
 
 
-def test_few_tensors_under_another_prefix_are_no_rivals():
+def test_few_others_are_no_rivals_and_a_model_may_be_deeper_or_of_another_layout():
     found = select_weights(tensors("model.") | tensors("decoder.", names=NAMES[:1]), NAMES, None, "file")
     assert (found.prefix, found.rivals, len(found.outside)) == ("model.", (), 1)
-
-
-def test_the_named_model_may_be_deeper_than_the_files():
     names = [f"blocks.{block}.weight" for block in range(12)]
     found = select_weights(tensors("state_dict.model.", names=names[:2]) | {"more": torch.zeros(1)}, names, None, "x")
     assert (found.prefix, len(found.outside)) == ("state_dict.model.", 1)
-
-
-def test_another_layout_is_left_to_the_models_filter():
     found = select_weights(tensors("state_dict.", names=["x.weight", "y.z.bias"]), NAMES, None, "file")
     assert sorted(found.tensors) == ["x.weight", "y.z.bias"]
 
 
-def test_differences_are_named():
+def test_differences_are_named_and_what_timms_filter_fails_on_is_refused():
     model = make(VIT)
     state = model.state_dict() | {"head.bias": torch.zeros(4), "more": torch.zeros(1)}
     del state["norm.weight"]
@@ -73,6 +67,8 @@ def test_differences_are_named():
     assert (found.missing, found.mismatched, found.unexpected) == (["norm.weight"], ["head.bias"], ["more"])
     assert found.resampled == []
     assert set(found.tensors) == set(model.state_dict()) - {"norm.weight", "head.bias"}
+    with pytest.raises(UserError, match="can't be converted to a VisionTransformer"):
+        match_state_dict(model.state_dict() | {"patch_embed.proj.weight": torch.zeros(5)}, model, "file", model)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +95,3 @@ def test_another_resolution_is_resampled_as_timm_does(tmp_path, name, before, af
     assert all(any(part in name for part in resampled) for name in found.resampled)
     ours.load_state_dict(found.tensors)
     assert equal(ours, theirs)
-
-
-def test_weights_that_timms_filter_fails_on_are_refused():
-    model = make(VIT)
-    with pytest.raises(UserError, match="can't be converted to a VisionTransformer"):
-        match_state_dict(model.state_dict() | {"patch_embed.proj.weight": torch.zeros(5)}, model, "file", model)

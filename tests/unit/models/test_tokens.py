@@ -36,26 +36,14 @@ plain_and_stages = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("first", ["embed", "patches"])
-@pytest.mark.parametrize(("model", "prefix"), [("vit_tiny_patch16_224", 1), ("cait_xxs24_224", 0)])
-@torch.no_grad()
-def test_first_can_be_before_the_blocks(first, model, prefix):
-    model, seen = small(model), []
-    plain, wrapper = DiverseModel(model)(IMAGES), DiverseModel(model, first=first).eval()
-    if first == "embed":
-        model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, prefix:]))
-    else:
-        model.patch_embed.register_forward_hook(lambda _, __, output: seen.append(output.reshape(3, 16, 24)))
-    output = wrapper(IMAGES)
-    assert torch.equal(output.first, seen[0])
-    assert torch.equal(output.logits, model(IMAGES))
-    torch.testing.assert_close(output.last, plain.last)
-    assert not torch.equal(output.first, plain.first)
-
-
 @pytest.mark.parametrize(
     ("build", "images", "options", "layers"),
     [
+        *(
+            (build, IMAGES, {"first": first}, [first, "norm"])
+            for build in (small, partial(small, "cait_xxs24_224"))
+            for first in ("embed", "patches")
+        ),
         (small, IMAGES, {}, ["block 1", "norm"]),
         (small, IMAGES, {"last": "block"}, ["block 1", "block 3"]),
         (small, IMAGES, {"first": 2, "cosine_layers": (3, 1)}, ["block 2", "norm", "block 3", "block 1"]),
@@ -73,6 +61,9 @@ def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, imag
     expected: dict[str, Tensor] = {}
     with torch.no_grad(), watch(places_of(model), lambda layer, tokens: expected.update({layer.name: tokens.clone()})):
         model(images)
+    block = next(part for name, part in model.named_modules() if name.endswith("blocks.0"))
+    block.register_forward_pre_hook(lambda _, inputs: expected.update(embed=inputs[0][:, -16:].clone()))
+    model.patch_embed.register_forward_hook(lambda _, __, output: expected.update(patches=output.clone()))
     output = wrapper(images)
     torch.testing.assert_close((output.first, output.last, *output.others), tuple(expected[name] for name in layers))
     torch.testing.assert_close(output.patch_logits, wrapper.patch_head(expected["norm"]))
@@ -169,7 +160,9 @@ def test_checkpointed_and_compiled_as_one_graph_it_has_the_same_gradients(
         total(output).backward()
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close({name: weight.grad for name, weight in wrapper.named_parameters()}, gradients)
-    copy.deepcopy(wrapper)  # a forward pass leaves no activations behind
+    twin = copy.deepcopy(wrapper)  # a forward pass leaves no activations behind
+    wrapper.requires_grad_(False).apply(lambda part: [weight.zero_() for weight in part.parameters(recurse=False)])
+    torch.testing.assert_close(twin(images), expected)  # a copy reads its own tokens
     torch._dynamo.reset()
 
 

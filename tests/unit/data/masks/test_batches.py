@@ -1,5 +1,5 @@
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -24,7 +24,8 @@ from pdvit.data.masks.batches import (
     train_batches,
 )
 from pdvit.data.masks.folders import open_masks
-from pdvit.data.masks.split import MaskSplit
+from pdvit.data.masks.split import MaskFiles
+from pdvit.data.masks.table import ClassTable
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.errors import UserError
 from tests.unit.data.batches import fill, same, write
@@ -35,25 +36,6 @@ LOADER = LoaderConfig(3, 5, 0, torch.device("cpu"), PREPROCESSING)
 SEGMENT = SegmentConfig()
 SCENES = open_masks(DataConfig(source="scenes"), SEGMENT).splits
 PLAIN = SegmentConfig(jitter=(1.0, 1.0), max_share=1.0, photometric=False)
-
-
-@dataclass(frozen=True)
-class OnePair(MaskSplit):
-    """A split of one image with its mask."""
-
-    image: Image.Image
-    values: torch.Tensor
-    flip = 0.0
-    labels = torch.zeros(1, dtype=torch.long)
-
-    def open(self, index):
-        return self.image
-
-    def mask(self, index):
-        return self.values
-
-    def name(self, index):
-        return "the image"
 
 
 @pytest.fixture
@@ -169,10 +151,15 @@ def test_crops_are_balanced_as_in_mmsegmentation(limit):
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 6), (8, 3), (9, 8), (8, 8), (4, 16)])
-def test_image_and_mask_stay_aligned_and_are_padded_right_and_bottom(height, width):
+def test_image_and_mask_stay_aligned_and_are_padded_right_and_bottom(tmp_path, height, width):
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
-    split = OnePair(Image.fromarray(np.stack([rows, columns, rows * 0], 2)), torch.from_numpy(rows * 16 + columns))
-    (batch,) = take(split, 1, loader=replace(LOADER, batch_size=1), segment=PLAIN, crop=8)
+    image = write(tmp_path / "image.png", np.stack([rows, columns, rows * 0], 2))
+    table, mask = (
+        ClassTable.of_ids(dict.fromkeys(range(200), "")),
+        write(tmp_path / "mask.png", rows * 16 + columns),
+    )
+    split = MaskFiles([image], torch.zeros(1, dtype=torch.long), [mask], table)
+    (batch,) = take(split, 1, loader=replace(LOADER, batch_size=1), segment=PLAIN, crop=8, hflip=0.0)
     images, targets = batch.images[0], batch.targets[0]
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[: min(8, height), : min(8, width)] = True

@@ -183,9 +183,6 @@ def test_other_names_and_files_without_counterpart(camvid, tmp_path):
     assert "masks without an image in images/check: 1" in source.describe()
     with pytest.raises(UserError, match="no split 'chekc'"):
         opened(camvid, val_split="chekc")
-
-
-def test_sources_without_masks_are_refused():
     with pytest.raises(UserError, match="there is no folder"):
         opened("torch/cifar100")
 

@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.opening import open_source
 from pdvit.data.sources import (
     SOURCE_TYPES,
     absolute_path,
@@ -83,11 +82,3 @@ def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
 def test_text_that_a_terminal_would_obey_or_refuse_is_escaped(name, shown):
     assert printable(name) == shown
     assert first_names([name, "b"]) == f"{shown}, b"
-
-
-def test_no_line_that_describes_a_source_holds_a_command_to_the_terminal(image_folder):
-    (image_folder / "train/red/\x1b[31m.txt").touch()
-    root = image_folder.rename(image_folder.with_name("pic\x1btures"))
-    source = open_source(DataConfig(source=str(root)))
-    assert "\x1b" not in source.describe()
-    assert source.describe().count("\\x1b") == 2

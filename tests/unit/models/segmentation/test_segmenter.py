@@ -176,7 +176,7 @@ def test_without_a_crop_the_size_is_the_image_size_or_the_models_own():
     assert build(crop=33).adapter.size == (40, 40)  # what its patches fit
 
 
-REASONS = {"resnet18": "no layout for its class", "crossvit_tiny_240": "two grids", "vit_of_nobody": "no model named"}
+REASONS = {"resnet18": "no layout for its class", "vit_of_nobody": "no model named"}
 REASONS |= {"pit_ti_224": "3 maps of different sizes.*--head linear"}
 
 
