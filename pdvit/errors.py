@@ -1,5 +1,6 @@
-"""UserError, which a user can mend; RunFailed; and tips for names that are almost right."""
+"""UserError, which a user can mend; RunFailed; tips for names that are almost right, and commands to copy."""
 
+import shlex
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
@@ -28,6 +29,11 @@ class RunFailed(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  tip:   {self.tip}"
+
+
+def command(*words: object) -> str:
+    """Return a pdvit command, quoted for the shell. It ends a printed line, so that it can be copied."""
+    return shlex.join(["pdvit", *map(str, words)])
 
 
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:

@@ -84,5 +84,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: UserError | RunFailed) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
     return EXIT_FAILED if isinstance(error, RunFailed) else EXIT_MISUSED

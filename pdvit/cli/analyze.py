@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.cli.console import log, make_console, process_group
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,7 +101,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
         return EXIT_STOPPED
     if not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
-        log(console, f"next     pdvit plot {figure} {shlex.join(map(str, folders.values()))}")
+        log(console, f"next     {command('plot', figure, *folders.values())}", "cyan")
     return 0
 
 

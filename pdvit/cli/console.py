@@ -26,9 +26,9 @@ def make_console(as_json: bool) -> "RunConsole":
     return RunConsole(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
 
 
-def log(console: "RunConsole", text: str) -> None:
-    """Print text without markup, highlighting or wrapping."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def log(console: "RunConsole", text: str, style: str | None = None) -> None:
+    """Print text without markup, highlighting or wrapping; in a terminal with rich's `style`."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":

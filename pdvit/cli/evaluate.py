@@ -16,7 +16,7 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def evaluate(
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
             log(console, f"written  {file}, {names}")
-            log(console, f"next     pdvit plot {'segmentation' if windows else 'confusion'} {folder}")
+            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "cyan")
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0

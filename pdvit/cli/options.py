@@ -9,7 +9,7 @@ import typer
 
 from pdvit.config.load import parse_set, read_toml
 from pdvit.config.schema import KEYS, SECTIONS, Config, Key
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 
 Layer = Mapping[str, Mapping[str, Any]]  # values by section and key
 NamedLayer = tuple[str, Layer]  # the name is for errors
@@ -90,5 +90,5 @@ def check_initial_weights(config: Config) -> None:
         from pdvit.tracking.run_directory import newest
 
         runs = newest("model.safetensors")
-        tip = f"name a run, a weight file or a model of timm, for example pdvit finetune {runs[0] if runs else 'RUN'}"
-        raise UserError("no checkpoint to start from", "CKPT", tip)
+        example = f"for example {command('finetune', runs[0])}" if runs else f"or train one first: {command('train')}"
+        raise UserError("no checkpoint to start from", "CKPT", f"name a run, a file or a model of timm, {example}")

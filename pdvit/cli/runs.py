@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,9 +25,9 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, 
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
 from pdvit.engine.recovery import largest_batch
 from pdvit.engine.recovery import replay as replay_step
-from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, StopRequest
+from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, StopRequest, describe_rate
 from pdvit.engine.trainer import Trainer
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
+SAME_DATA = ("source", "train_split", "val_split", "split_seed")  # settings of runs that can be compared
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
 
 
@@ -191,7 +191,8 @@ def _with_change(error: UserError, run: Path) -> UserError:
     if key == "data.source":
         tip = "restore it, or give its new place: --change data.source=PATH (the same images)"
     elif key in FIXED:
-        tip = f"this can't change within a run: restore what it needs, or start a new run: --config {run}/run.toml"
+        new = command("train", "--config", run / "run.toml")
+        tip = f"this can't change within a run: restore what it needs, or start a new run: {new}"
     return UserError(error.what, f"{key} of {run}", tip)
 
 
@@ -208,7 +209,7 @@ def train_to_end(run: Run, console: RunConsole, stop: StopRequest) -> int:
             if run.changes:
                 directory.record_changes(step, dict(run.changes), to_toml(trainer.config, command_line()))
         log(console, f"run directory: {directory.path}")
-        again = f"resume with: pdvit train --resume {shlex.quote(str(directory.path))}"
+        again = f"resume with: {command('train', '--resume', directory.path)}"
         try:
             summary = trainer.run(directory, console, stop)
         except UserError as error:
@@ -245,25 +246,27 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         print(json.dumps(summary, indent=2))
         return
 
-    def source(path: Path) -> object:
+    def task(path: Path) -> object:
         with suppress(UserError):  # another run may be damaged
-            return read_toml(path / "run.toml").get("data", {}).get("source")
+            config = build((str(path), read_toml(path / "run.toml")))
+            return config.segment.head is None, *(getattr(config.data, name) for name in SAME_DATA)
         return None
 
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
-    others = [path for path in others if source(path) == source(run)]
-    usage = f"timm: create_model('local-dir:{run}', pretrained=True)"
-    if summary.get("task") == "segmentation":
-        usage = f"pdvit eval, predict and plot segmentation {run}; pictures: {run}/predictions"
+    alike = [path for path in others if task(path) == task(run)]
+    log(console, f"\n{describe_summary(summary)}", "bold green")
     log(
         console,
-        f"\n{describe_summary(summary)}\n"
-        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, "
-        f"{summary['images_per_second']:,.0f} images per second\n"
-        f"weights   {run}/model.safetensors ({usage})\n"
-        f"records   {run}/metrics.jsonl, summary.json; repeat with --config {run}/run.toml\n"
-        f"next      pdvit analyze {' '.join(str(path) for path in [*others[:1], run])}",
+        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
+        f"weights   {run}/model.safetensors\n"
+        f"records   {run}/metrics.jsonl, summary.json\n"
+        f"repeat    {command('train', '--config', run / 'run.toml')}",
     )
+    if summary.get("task") == "segmentation":
+        log(console, f"pictures  {command('plot', 'segmentation', run)}")
+    else:
+        log(console, f"timm      timm.create_model({f'local-dir:{run}'!r}, pretrained=True)")
+    log(console, f"next      {command('analyze', *alike[:1], run)}", "cyan")
 
 
 def trial_config(config: Config) -> Config:

@@ -2,9 +2,10 @@
 
 import csv
 import json
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,9 +84,8 @@ class _Arrays(dict[str, np.ndarray]):
 
 
 def checkpoint_of(folder: Path) -> str:
-    """Return the analyzed checkpoint: the one that analysis.json names, or the run itself."""
-    try:
-        metadata = json.loads((folder / "analysis" / "analysis.json").read_text(encoding="utf-8"))
-        return str(metadata["checkpoint"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return str(folder)
+    """Return the checkpoint of a folder of results, quoted for the shell: the one that its JSON names, or the run."""
+    for file in ("analysis/analysis.json", "eval.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            return shlex.quote(str(json.loads((folder / file).read_text(encoding="utf-8"))["checkpoint"]))
+    return shlex.quote(str(folder))

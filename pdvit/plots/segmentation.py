@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from PIL import Image
 
-from pdvit.plots.reading import read_text_table, reading
+from pdvit.plots.reading import checkpoint_of, read_text_table, reading
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 SHOWN = 4  # images
@@ -42,7 +42,7 @@ def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
     Raises UserError.
     """
     file, pictures = run / "iou.csv", []
-    with reading(file, f"measure it again: pdvit eval {run}"):
+    with reading(file, f"measure it again: pdvit eval {checkpoint_of(run)}"):
         table = read_text_table(file)[["class", "pixels", "iou"]].replace({"iou": {"": "nan"}})
         table = table.astype({"pixels": int, "iou": float})
         for path in sorted((run / "predictions").glob("*-image.png")):

@@ -4,14 +4,13 @@ import fcntl
 import json
 import os
 import secrets
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 
 RUNS = Path("runs")
 RECORDS, CHANGES = "metrics.jsonl", "changes.json"
@@ -87,7 +86,7 @@ class RunDirectory:
                     path.mkdir(exist_ok=out is not None and path.is_dir() and not any(path.iterdir()))
                     break
             if out is not None:
-                again = f", or resume that run: pdvit train --resume {shlex.quote(out)}" if path.is_dir() else ""
+                again = f", or resume that run: {command('train', '--resume', path)}" if is_run(path) else ""
                 raise UserError("the path exists already", str(path), OTHER + again)
             path = RUNS / f"{name}-{number}"
         return cls(path)
@@ -95,7 +94,7 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """Open an existing run; raises UserError if the folder is not a run."""
-        if not (path / "run.toml").is_file():
+        if not is_run(path):
             raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
         return cls(path)
 
@@ -161,6 +160,11 @@ class RunDirectory:
 
     def _read_changes(self) -> list[dict[str, Any]]:
         return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run directory."""
+    return os.path.isfile(path / "run.toml")
 
 
 def newest(marker: str) -> list[Path]:

@@ -184,7 +184,7 @@ class TestRefused:
         ],
     )
     def test_what_was_not_measured_names_the_command(self, refusal, workplace, analysis_table, figure, command):
-        assert "pdvit analyze RUN" in refusal("plot", figure).tip
+        assert "pdvit train" in refusal("plot", figure).tip
         folder = Path("runs/one")
         (folder / "analysis").mkdir(parents=True)
         Path(folder, "analysis", "analysis.json").write_text('{"checkpoint": "one.safetensors"}')

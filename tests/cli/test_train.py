@@ -281,6 +281,7 @@ class TestErrors:
             ("--model-kwargs layers=(1,2)", "has no argument 'layers'", "--model-kwargs"),
             ("--model mixer_s32_224 --depth 2", "has no argument 'depth'", "--depth"),
             ("--model-kwargs qk_norm", "qk_norm", "k"),
+            ("--model-kwargs global_pool=", "not a logit for each of 10 classes", "leave global_pool out"),
             ("--batch-size 1201", "1200", "1200"),
             ("--batch-size auto --device cpu", "needs a GPU", "64"),
             ("--device cuda:99", "cuda:99", "cpu"),
@@ -291,7 +292,7 @@ class TestErrors:
             ("--resume auto", "no run to resume", "start one"),
             ("--resume run --lr 1", "keeps its saved configuration, so --lr", "--change"),
             ("--resume run --set optim.lr=1", "keeps its saved configuration, so --set", "--change"),
-            ("--out /proc", "exists", "--resume /proc"),
+            ("--out /proc", "exists", "another --out"),
         ],
     )
     def test_bad_input_is_named(self, refusal, arguments, what, tip):
