@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli import analyze, doctor, evaluate, plot, train
+from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, train
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
 
@@ -25,6 +25,7 @@ app.command()(train.segment)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.predict)
 app.command()(analyze.analyze)
+app.command()(list_runs.runs)
 app.command()(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 

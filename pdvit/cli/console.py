@@ -52,6 +52,13 @@ def cell(text: str) -> "Text":
     return Text(printable(text))
 
 
+def duration(seconds: float) -> str:
+    """Return a time as text."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Leave the process group at the end. Rank 0 prints its errors; those of other ranks are in torchrun's summary."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 from pdvit.config.load import parse_set, read_toml
-from pdvit.config.schema import KEYS, SECTIONS, Config, Key
+from pdvit.config.schema import KEYS, PRESETS, SECTIONS, TERMS, Config, DiversityConfig, Key
 from pdvit.errors import UserError, command
 
 Layer = Mapping[str, Mapping[str, Any]]  # values by section and key
@@ -46,6 +46,14 @@ def _option(key: Key, defaults: Layer) -> inspect.Parameter:
     annotation = Annotated[option_type | None, option]
     name, keyword = f"{key.section}_{key.name}", inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+
+
+def terms_of(diversity: DiversityConfig) -> str:
+    """Return the preset and the terms with another weight than its: `paper`, `cosine`, `paper-mixing=0.5`."""
+    own = PRESETS[diversity.preset]
+    weights = {term: value for term in TERMS if (value := getattr(diversity, term)) not in (None, own[term])}
+    changed = [term if value == 1 else f"{term}={value:g}" for term, value in weights.items()]
+    return "-".join(changed if changed and diversity.preset == "none" else [diversity.preset, *changed])
 
 
 def make_layers(

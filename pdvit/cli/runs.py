@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.console import log
+from pdvit.cli.options import Layer, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
@@ -32,6 +33,7 @@ from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.heads import with_norm
+from pdvit.sweep.cells import text_in_name
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
+MAX_LABEL = 60  # letters of a run's default name after the source
+# What can stand in it, beside initial weights and terms.
+NAMED_SECTIONS = ("model", "augment", "segment", "optim")
+NAMED_KEYS = ("data.batch_size", "data.img_size", "diversity.variant", "diversity.first", "diversity.last", "run.seed")
 SAME_DATA = ("source", "train_split", "val_split", "split_seed")  # settings of runs that can be compared
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
 
@@ -104,22 +110,25 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     return trainer
 
 
-def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
+def start(
+    config: Config,
+    console: RunConsole,
+    stop: StopRequest,
+    recipe_defaults: Callable[[Config], Layer] = lambda _: {},
+) -> Run | int:
     """Prepare a new run, or return the exit status if it is stopped; UserError, if possible before it has a folder."""
     import torch
 
-    trainer = build_trainer(config, console)
+    asked, trainer = config, build_trainer(config, console)
     ranks, config, path = trainer.ranks, trainer.config, None
     if any(ranks.all_gather(bool(stop))):
         log(console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
     with ranks.raise_on_all_ranks():
         if ranks.main:
-            init, label = config.model.init, config.diversity.preset
-            if init is not None:
-                init = name_of(Path(init)) if os.path.exists(init) else init.rpartition("/")[2]
-                label = f"from-{init}"
-            name = run_name(config.data.source, label) if config.run.name is None else config.run.name
+            name = config.run.name
+            if name is None:
+                name = "run" if config.run.out is not None else default_name(asked, recipe_defaults(config))
             text, device = to_toml(config, command_line()), device_name(trainer.device)
             directory = RunDirectory.create(config.run.out, name)
             directory.write("run.toml", text)
@@ -129,6 +138,25 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
             if file := launch_file():
                 file.write_text(str(path.resolve()))
     return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
+
+
+def default_name(config: Config, defaults: Layer) -> str:
+    """Return source, initial weights, terms, and the settings that differ from a recipe's defaults, as many as fit."""
+    init, terms = config.model.init, terms_of(config.diversity)
+    parts = [terms] if init is None or terms != "none" else []
+    if init is not None:
+        parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
+    base = resolve(build(("defaults", defaults), ("data", {"data": {"source": config.data.source}})))
+    for key in KEYS.values():
+        value, default = (getattr(getattr(it, key.section), key.name) for it in (config, base))
+        named = key.section in NAMED_SECTIONS or f"{key.section}.{key.name}" in NAMED_KEYS
+        if init is not None and key.section == "model":  # the rest is the checkpoint's
+            named = key.name == "freeze"
+        if named and value not in (None, default):
+            parts.append(text_in_name(value) if key.name == "name" else f"{key.name}={text_in_name(value)}")
+    while len("-".join(parts)) > MAX_LABEL and len(parts) > 1:
+        parts.pop()
+    return run_name(config.data.source, "-".join(parts))
 
 
 def run_before_restart() -> str | None:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from pdvit.cli.console import log, make_console, process_group
-from pdvit.cli.options import Layer, NamedLayer, check_initial_weights, make_layers, merge_layers, training_command
+from pdvit.cli.options import Layer, check_initial_weights, make_layers, merge_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
-from pdvit.config.schema import KEYS
+from pdvit.config.schema import KEYS, SECTIONS, Config
 from pdvit.data.sources import list_source_types
 from pdvit.errors import UserError
 
@@ -74,7 +74,8 @@ def launch(
         if opened is None:
             layers = make_layers(file, assign or [], values, DEFAULTS[command])
             if command == "segment":
-                layers[0] = (layers[0][0], _segment_defaults(layers))
+                config = build(*((name, {key: layer[key] for key in layer if key in SECTIONS}) for name, layer in layers))
+                layers[0] = (layers[0][0], recipe_defaults(config))
             if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
                 return run_sweep(command, file, layers, cells, console, stop)
             config = build(*layers)
@@ -95,7 +96,7 @@ def launch(
         name = resume
         if name is None and runs.RESTARTED:
             name = runs.run_before_restart()
-        run = runs.start(config, console, stop) if name is None else runs.resume(name, change or [], console)
+        run = runs.start(config, console, stop, recipe_defaults) if name is None else runs.resume(name, change or [], console)
         return run if isinstance(run, int) else runs.train_to_end(run, console, stop)
 
 
@@ -126,9 +127,10 @@ def segment(checkpoint: Checkpoint = None, **values: Any) -> int:
     return launch("segment", checkpoint, **values)
 
 
-def _segment_defaults(layers: list[NamedLayer]) -> Layer:
-    """Return the defaults of `segment`, which depend on the data, the head and the model of the other layers."""
-    config = build(*((name, {key: layer[key] for key in layer if key != SWEEP_SECTION}) for name, layer in layers))
+def recipe_defaults(config: Config) -> Layer:
+    """Return the defaults of the command that a configuration is for; of `segment` by data, head and model."""
+    if config.segment.head is None:
+        return {} if config.model.init is None else FINETUNE
     if config.data.source != "scenes":
         return SEGMENT
     upernet = SCENES_UPERNET if config.segment.head == "upernet" else {}

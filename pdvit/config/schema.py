@@ -233,7 +233,7 @@ class RunConfig:
     """Run."""
 
     out: str | None = key(None, "Run directory; unset: runs/NAME, with a suffix if taken.", "--out")
-    name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET, or SOURCE-from-INIT.", "--name")
+    name: str | None = key(None, "Name under runs/; unset: from the source, --init, the terms and what else differs.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
     precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16", "fp16"))

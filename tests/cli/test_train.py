@@ -190,8 +190,8 @@ class TestSettings:
 class TestImages:
     def test_a_folder_of_images_is_learned(self, workplace, tiny, image_folder):
         flags = [*tiny, *IMAGES, "--data", str(image_folder), "--epochs", "12", "--diversity", "none", "--lr", "1e-2"]
-        assert pdvit(["train", *flags]) == 0
-        run = workplace / "runs" / "pictures-none"
+        assert pdvit(["train", *flags, "--name", "run"]) == 0
+        run = workplace / "runs" / "run"
         assert read_json(run / "config.json")["label_names"] == ["blue", "green", "red"]
         assert read_json(run / "summary.json")["split"] == "val"
         assert read_json(run / "summary.json")["accuracy"] == 1  # the classes are colours
