@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import make_layers
+from pdvit.cli.options import make_layers, timm_models
 from pdvit.config.load import build
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pdvit.models.loading import LoadedModel
     from pdvit.tasks.windows import SlidingWindowConfig
 
-Model = Annotated[str | None, typer.Option(help="timm's name of the model, if the file does not have it.")]
+MODEL = typer.Option(autocompletion=timm_models, help="timm's name of the model, if the file does not have it.")
+Model = Annotated[str | None, MODEL]
 Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]

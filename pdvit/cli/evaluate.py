@@ -16,6 +16,8 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
+from pdvit.cli.options import completing
+from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command
 from pdvit.tasks.summary import describe_metrics
 
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
+PRECISIONS = KEYS["run.precision"].choices
+PRECISION = typer.Option(autocompletion=completing(PRECISIONS), help="fp32, bf16 or fp16; unset: the run's, else fp32.")
+Precision = Annotated[str | None, PRECISION]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
@@ -60,7 +64,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
-    """Evaluate a checkpoint: accuracy, calibration and the confusion matrix, or the mIoU of a segmentation model."""
+    """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         log(console, f"opening {checkpoint} ...")
@@ -232,7 +236,7 @@ def predict(
     multi_scale: MultiScale = False,
     flip: Flip = False,
 ) -> int:
-    """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
+    """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.opening import image_files

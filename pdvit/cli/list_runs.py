@@ -20,7 +20,7 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds runs, at any depth.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON and nothing else.")] = False,
 ) -> None:
-    """List runs: their status, data, model, terms, accuracy or mIoU, P and time."""
+    """List runs: status, data, model, terms, accuracy, P, time."""
     from rich.table import Table
 
     paths = sorted(place for place, _, files in os.walk(folder) if {"run.toml", "status.json"} & {*files})

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pdvit.cli.options import Group, add
 from pdvit.errors import UserError, closest, command
 
 if TYPE_CHECKING:
     from pdvit.plots.reading import AnalyzedRun
     from pdvit.plots.style import Drawing, Theme
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, cls=Group)
 
 # The number of newest runs that are drawn if no run is named: as lines in one panel, or as panels.
 LINES, PANELS = 6, 3
@@ -45,12 +46,8 @@ class AnalysisFigure:
 P = ("similarity",)
 NORMS = ("norm_mean", "norm_peak", "norm_outliers", "norm_std")
 FIGURES = {  # in the order of the report
-    "similarity": AnalysisFigure(
-        "P by layer: mean over images with one standard deviation, stages, random weights.", metrics=P
-    ),
-    "compare": AnalysisFigure(
-        "Two checkpoints: P of both, their difference with a 95 % interval, all other metrics.", metrics=P
-    ),
+    "similarity": AnalysisFigure("P by layer, with standard deviation and random weights.", metrics=P),
+    "compare": AnalysisFigure("Two checkpoints: P, its difference, all other metrics.", metrics=P),
     "metrics": AnalysisFigure("All metrics by layer."),
     "norms": AnalysisFigure("Lengths of the tokens: mean, spread and outliers.", "norms", NORMS),
     "pairs": AnalysisFigure("Cosines of pairs of patches, by layer.", "pairs", (), ("histogram", "edges")),
@@ -87,13 +84,15 @@ Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark backgr
 
 @app.callback()
 def plot(context: typer.Context) -> None:
-    """Draw figures from run directories, each with its data as CSV beside it."""
+    """Draw figures of runs, each with its data as CSV."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 def _add_command(name: str, figure: AnalysisFigure) -> None:
-    @app.command(name, help=figure.help)
+    runs = "runs/digits-none runs/digits-paper" if name == "compare" else "runs/digits-paper"
+
+    @add(app, f"pdvit plot {name} {runs}", name=name, help=figure.help)
     def draw(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
         from pdvit.plots.reading import read_run
 
@@ -114,9 +113,9 @@ for _name, _figure in FIGURES.items():
     _add_command(_name, _figure)
 
 
-@app.command()
+@add(app, "pdvit plot training runs/digits-none runs/digits-paper --dark")
 def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Loss by term, accuracy or mIoU, and P over epoch and layer, one row per run."""
+    """Loss by term, accuracy or mIoU, and P, over the epochs."""
     from pdvit.plots.training import plot_training, read_records
 
     found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1)
@@ -124,7 +123,7 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     _write(plot_training(records, _theme(dark)), "training", found, out)
 
 
-@app.command()
+@add(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
 def maps(
     run: Run = None,
     image: Annotated[int, typer.Option(min=0, help="Number of the image, from 0.")] = 0,
@@ -132,7 +131,7 @@ def maps(
     out: Out = None,
     dark: Dark = False,
 ) -> None:
-    """Similarity of single patches to all others of an image, at several depths."""
+    """Similarity of single patches to all others, by depth."""
     from pdvit.plots.heatmap import plot_maps
     from pdvit.plots.reading import checkpoint_of, read_arrays
 
@@ -147,7 +146,7 @@ def maps(
     _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
 
 
-@app.command()
+@add(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
 def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     """Confusion matrix of an evaluation."""
     from pdvit.plots.heatmap import plot_confusion, read_confusion
@@ -159,9 +158,9 @@ def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     _write(plot_confusion(read_confusion(folder), name, _theme(dark)), "confusion", [name], out)
 
 
-@app.command()
+@add(app, "pdvit plot segmentation runs/scenes-none")
 def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
-    """Image, truth, prediction and errors side by side, and the IoU of every class."""
+    """Image, truth, prediction and errors; IoU of every class."""
     from pdvit.plots.segmentation import plot_segmentation, read_segmentation
 
     if run and (run / "confusion.csv").is_file():
@@ -170,7 +169,7 @@ def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     _write(plot_segmentation(*read_segmentation(folder), name, _theme(dark)), "segmentation", [name], out)
 
 
-@app.command()
+@add(app, "pdvit plot sweep runs/comparison --metric loss")
 def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
     metric: Annotated[str | None, typer.Option(help="Column of cells.csv. Unset: accuracy, or miou.")] = None,
@@ -178,7 +177,7 @@ def sweep(
     out: Out = None,
     dark: Dark = False,
 ) -> None:
-    """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
+    """Ablation: mean, spread and paired differences over seeds."""
     from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise, text_of
 
     summary = summarise(read_cells(folder), metric, baseline)

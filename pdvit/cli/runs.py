@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.console import log
-from pdvit.cli.options import Layer, terms_of
+from pdvit.cli.options import recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
@@ -110,12 +110,7 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     return trainer
 
 
-def start(
-    config: Config,
-    console: RunConsole,
-    stop: StopRequest,
-    recipe_defaults: Callable[[Config], Layer] = lambda _: {},
-) -> Run | int:
+def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
     """Prepare a new run, or return the exit status if it is stopped; UserError, if possible before it has a folder."""
     import torch
 
@@ -128,7 +123,7 @@ def start(
         if ranks.main:
             name = config.run.name
             if name is None:
-                name = "run" if config.run.out is not None else default_name(asked, recipe_defaults(config))
+                name = "run" if config.run.out is not None else default_name(asked)
             text, device = to_toml(config, command_line()), device_name(trainer.device)
             directory = RunDirectory.create(config.run.out, name)
             directory.write("run.toml", text)
@@ -140,13 +135,13 @@ def start(
     return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
 
 
-def default_name(config: Config, defaults: Layer) -> str:
-    """Return source, initial weights, terms, and the settings that differ from a recipe's defaults, as many as fit."""
+def default_name(config: Config) -> str:
+    """Return source, initial weights, terms, and settings other than the command's defaults, as many as fit."""
     init, terms = config.model.init, terms_of(config.diversity)
     parts = [terms] if init is None or terms != "none" else []
     if init is not None:
         parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
-    base = resolve(build(("defaults", defaults), ("data", {"data": {"source": config.data.source}})))
+    base = resolve(build(("defaults", recipe_defaults(config)), ("data", {"data": {"source": config.data.source}})))
     for key in KEYS.values():
         value, default = (getattr(getattr(it, key.section), key.name) for it in (config, base))
         named = key.section in NAMED_SECTIONS or f"{key.section}.{key.name}" in NAMED_KEYS

@@ -71,7 +71,7 @@ def run_sweep(
     log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
     if todo:
         limit = config.run.time_limit
-        seconds = None if limit is None else parseduration(limit, "min", "run.time_limit").seconds
+        seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
         _train_cells(folder, todo, len(cells), seconds, console, stop)
     return _print_outcomes(folder, selected, console)
 

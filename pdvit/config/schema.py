@@ -12,6 +12,8 @@ TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 MIXUP_MODES = ("batch", "pair", "elem")
+# Some of timm's. Known here, because their completion must not wait for the import of timm.
+OPTIMIZERS = ("adamw", "adam", "nadamw", "radamw", "lamb", "lars", "lion", "adan", "muon", "adafactorbv", "sgd")
 # The modes of timm that its vision transformers use and torch can do on bytes.
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
@@ -31,6 +33,7 @@ class Key:
     maximum: float | None = None
     above: float | None = None  # an exclusive minimum
     choices: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()  # some of many values, for the shell's completion
     unit: str = ""  # of a bare number, if the key is a duration
     percent: bool = True  # whether a duration may be a percentage of the run
     clock: bool = False  # whether a duration may be a time, such as 10min
@@ -199,7 +202,7 @@ class SegmentConfig:
 class OptimConfig:
     """Optimization."""
 
-    opt: str = key("adamw", "Any timm optimizer.", "--opt")
+    opt: str = key("adamw", "Any timm optimizer.", "--opt", examples=OPTIMIZERS)
     lr: float | None = key(
         None,
         "Peak learning rate; unset: 1e-3, or with --model 5e-4 x sqrt(batch / 512) (with --init a tenth of it; "
@@ -233,7 +236,7 @@ class RunConfig:
     """Run."""
 
     out: str | None = key(None, "Run directory; unset: runs/NAME, with a suffix if taken.", "--out")
-    name: str | None = key(None, "Name under runs/; unset: from the source, --init, the terms and what else differs.", "--name")
+    name: str | None = key(None, "Name under runs/; unset: source, --init, terms, other changes.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
     precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16", "fp16"))

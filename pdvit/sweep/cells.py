@@ -152,6 +152,7 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
 
 
 def text_in_name(value: Any) -> str:
+    """Return a value as part of a folder's name."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
