@@ -57,6 +57,10 @@ def parse(arguments: list[str]) -> None:
 
 
 DOCUMENTED = [(page, arguments) for page in PAGES for arguments in commands(read(page))]
+LEAVES = [
+    leaf for command in COMMAND.commands.values() for leaf in getattr(command, "commands", {"": command}).values()
+]
+EXAMPLES = [example for leaf in LEAVES for example in leaf.epilog.splitlines()[1:]]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,11 @@ DOCUMENTED = [(page, arguments) for page in PAGES for arguments in commands(read
 )
 def test_a_documented_command_is_one_that_pdvit_takes(arguments):
     parse(arguments)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str.strip)
+def test_an_example_in_the_help_is_a_command_that_pdvit_takes(example):
+    parse(shlex.split(example)[1:])
 
 
 @pytest.mark.parametrize(
