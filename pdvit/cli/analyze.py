@@ -9,7 +9,6 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.cli.console import log, make_console, process_group
-from pdvit.cli.options import completing
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command
 
@@ -27,7 +26,7 @@ def analyze(
     images: Annotated[
         list[str] | None, typer.Option(help="Folder, file or source; unset: the run's held-out images.")
     ] = None,
-    metrics: Annotated[list[str] | None, typer.Option(autocompletion=completing(GROUPS), help=METRIC_NAMES)] = None,
+    metrics: Annotated[list[str] | None, typer.Option(autocompletion=lambda: GROUPS, help=METRIC_NAMES)] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 256,
     model: Model = None,
     weights: Weights = None,

@@ -46,7 +46,7 @@ def runs(
 
 def _read(path: Path) -> dict[str, Any]:
     """Return what the files of a run hold; if one is damaged, its status is unreadable."""
-    directory, row = RunDirectory(path), {"status": "started"}
+    directory, row = RunDirectory(path), dict[str, Any](status="started")
     try:
         if (path / "run.toml").is_file():
             config = build((str(path), read_toml(path / "run.toml")))

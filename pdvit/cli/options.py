@@ -31,23 +31,19 @@ SCENES_MODEL: Layer = {
 }
 
 
-class WithoutTypes:
-    """A command or group whose help shows no type for switches, not even for --help."""
-
+class _Plain:  # shows no type for switches in the help, not even for --help
     def get_params(self, ctx: typer.Context) -> list[Any]:
-        """Return the parameters."""
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
-            if getattr(parameter, "is_flag", False):
-                parameter.metavar = ""
+            parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.metavar
         return parameters
 
 
-class Command(WithoutTypes, typer.core.TyperCommand):
+class Command(_Plain, typer.core.TyperCommand):  # type: ignore[misc]
     """A command."""
 
 
-class Group(WithoutTypes, typer.core.TyperGroup):
+class Group(_Plain, typer.core.TyperGroup):  # type: ignore[misc]
     """A command with subcommands."""
 
 
@@ -64,11 +60,6 @@ def timm_models() -> list[str]:
 
     modules = {name: vars(sys.modules[timm.model_entrypoint(name).__module__]) for name in timm.list_models()}
     return [name for name, content in modules.items() if FAMILIES.keys() & content.keys()]
-
-
-def completing(values: Iterable[str]) -> Callable[[], list[str]]:
-    """Return what typer calls to complete a value."""
-    return lambda: list(values)
 
 
 def training_command(
@@ -97,7 +88,7 @@ def _option(key: Key, defaults: Layer) -> inspect.Parameter:
         show_default=False,  # the option's own default, None, means that the flag is not given
         rich_help_panel=SECTIONS[key.section].__doc__.rstrip("."),
         metavar="|".join(key.choices) or None,
-        autocompletion=timm_models if name == "model_name" else completing(key.choices or key.examples),
+        autocompletion=timm_models if name == "model_name" else lambda: key.choices or key.examples,
     )
     option_type: Any = str if key.words else list[str] if get_origin(key.type) is dict else key.type
     annotation = Annotated[option_type | None, option]

@@ -47,10 +47,8 @@ if TYPE_CHECKING:
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
-# What can stand in it, beside initial weights and terms.
-NAMED_SECTIONS = ("model", "augment", "segment", "optim")
-NAMED_KEYS = ("data.batch_size", "data.img_size", "diversity.variant", "diversity.first", "diversity.last", "run.seed")
-SAME_DATA = ("source", "train_split", "val_split", "split_seed")  # settings of runs that can be compared
+# Settings that can stand in it, beside initial weights and terms.
+NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "diversity.variant")
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
 
 
@@ -121,9 +119,8 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
         return EXIT_STOPPED
     with ranks.raise_on_all_ranks():
         if ranks.main:
-            name = config.run.name
-            if name is None:
-                name = "run" if config.run.out is not None else default_name(asked)
+            out, name = config.run.out, config.run.name
+            name = default_name(asked) if name is None and out is None else name or ""
             text, device = to_toml(config, command_line()), device_name(trainer.device)
             directory = RunDirectory.create(config.run.out, name)
             directory.write("run.toml", text)
@@ -142,13 +139,11 @@ def default_name(config: Config) -> str:
     if init is not None:
         parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
     base = resolve(build(("defaults", recipe_defaults(config)), ("data", {"data": {"source": config.data.source}})))
-    for key in KEYS.values():
-        value, default = (getattr(getattr(it, key.section), key.name) for it in (config, base))
-        named = key.section in NAMED_SECTIONS or f"{key.section}.{key.name}" in NAMED_KEYS
-        if init is not None and key.section == "model":  # the rest is the checkpoint's
-            named = key.name == "freeze"
-        if named and value not in (None, default):
-            parts.append(text_in_name(value) if key.name == "name" else f"{key.name}={text_in_name(value)}")
+    for key, (_, value) in changed_keys(to_dict(base), to_dict(config)).items():
+        of_checkpoint = init is not None and key.startswith("model.") and key != "model.freeze"
+        if key.startswith(NAMED) and value is not None and not of_checkpoint:
+            name = "" if key == "model.name" else f"{key.partition('.')[2]}="
+            parts.append(name + text_in_name(value))
     while len("-".join(parts)) > MAX_LABEL and len(parts) > 1:
         parts.pop()
     return run_name(config.data.source, "-".join(parts))
@@ -269,26 +264,26 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         print(json.dumps(summary, indent=2))
         return
 
+    same = ("source", "train_split", "val_split", "split_seed")
+
     def task(path: Path) -> object:
         with suppress(UserError):  # another run may be damaged
             config = build((str(path), read_toml(path / "run.toml")))
-            return config.segment.head is None, *(getattr(config.data, name) for name in SAME_DATA)
+            return config.segment.head is None, *(getattr(config.data, name) for name in same)
         return None
 
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
     alike = [path for path in others if task(path) == task(run)]
+    use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
     log(console, f"\n{describe_summary(summary)}", "bold green")
     log(
         console,
         f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
-        f"weights   {run}/model.safetensors\n"
         f"records   {run}/metrics.jsonl, summary.json\n"
+        f"weights   {run}/model.safetensors\n"
+        f"use       {command('plot', 'segmentation', run) if summary.get('task') == 'segmentation' else use}\n"
         f"repeat    {command('train', '--config', run / 'run.toml')}",
     )
-    if summary.get("task") == "segmentation":
-        log(console, f"pictures  {command('plot', 'segmentation', run)}")
-    else:
-        log(console, f"timm      timm.create_model({f'local-dir:{run}'!r}, pretrained=True)")
     log(console, f"next      {command('analyze', *alike[:1], run)}", "cyan")
 
 

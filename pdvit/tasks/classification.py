@@ -56,8 +56,8 @@ class ClassificationTask(ImageTask):
         with torch.no_grad(), evaluating(sketch):
             logits = sketch(torch.empty(1, 3, *image_size_of(sketch), device="meta"))
         if logits.shape != (1, classes):
-            what = f"the model returns {tuple(logits.shape)}, not a logit for each of {classes} classes of an image"
-            raise UserError(what, "model.args (--model-kwargs)", "leave global_pool out; for pixels use pdvit segment")
+            what = f"the model returns {tuple(logits.shape)}, not a logit for each of {classes} classes"
+            raise UserError(what, "model.args (--model-kwargs)", "leave global_pool out; pixels need --head")
         model = build_model(config.model.name, arguments)
         if config.model.grad_checkpointing:
             checkpoint_activations(model)

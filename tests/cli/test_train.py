@@ -281,7 +281,7 @@ class TestErrors:
             ("--model-kwargs layers=(1,2)", "has no argument 'layers'", "--model-kwargs"),
             ("--model mixer_s32_224 --depth 2", "has no argument 'depth'", "--depth"),
             ("--model-kwargs qk_norm", "qk_norm", "k"),
-            ("--model-kwargs global_pool=", "not a logit for each of 10 classes", "leave global_pool out"),
+            ("--model-kwargs global_pool=", "not a logit", "global_pool"),
             ("--batch-size 1201", "1200", "1200"),
             ("--batch-size auto --device cpu", "needs a GPU", "64"),
             ("--device cuda:99", "cuda:99", "cpu"),
