@@ -16,7 +16,7 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.config.schema import KEYS
+from pdvit.config.schema import PRECISIONS
 from pdvit.errors import UserError, command
 from pdvit.tasks.summary import describe_metrics
 
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-PRECISION = typer.Option(
-    autocompletion=lambda: KEYS["run.precision"].choices, help="fp32, bf16 or fp16; unset: the run's."
-)
-Precision = Annotated[str | None, PRECISION]
+Precision = Annotated[
+    str | None, typer.Option(autocompletion=lambda: PRECISIONS, help="fp32, bf16 or fp16; unset: run's.")
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]

@@ -264,12 +264,10 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         print(json.dumps(summary, indent=2))
         return
 
-    same = ("source", "train_split", "val_split", "split_seed")
-
     def task(path: Path) -> object:
         with suppress(UserError):  # another run may be damaged
             config = build((str(path), read_toml(path / "run.toml")))
-            return config.segment.head is None, *(getattr(config.data, name) for name in same)
+            return config.segment.head is None, config.data.source, config.data.val_split, config.data.split_seed
         return None
 
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
 MIXUP_MODES = ("batch", "pair", "elem")
 # Some of timm's. Known here, because their completion must not wait for the import of timm.
 OPTIMIZERS = ("adamw", "adam", "nadamw", "radamw", "lamb", "lars", "lion", "adan", "muon", "adafactorbv", "sgd")
@@ -239,7 +240,7 @@ class RunConfig:
     name: str | None = key(None, "Name under runs/; unset: source, --init, terms, other changes.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
-    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16", "fp16"))
+    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=PRECISIONS)
     tf32: bool = key(True, "TF32 for float32 matrix products in training on a GPU.", "--tf32/--no-tf32")
     compile: bool = key(False, "torch.compile the model and the losses.", "--compile")
     deterministic: bool = key(False, "Only deterministic kernels (CPUs have no others).", "--deterministic")

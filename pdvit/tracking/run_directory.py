@@ -86,7 +86,7 @@ class RunDirectory:
                     path.mkdir(exist_ok=out is not None and path.is_dir() and not any(path.iterdir()))
                     break
             if out is not None:
-                again = f", or resume that run: {command('train', '--resume', path)}" if is_run(path) else ""
+                again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
                 raise UserError("the path exists already", str(path), OTHER + again)
             path = RUNS / f"{name}-{number}"
         return cls(path)
@@ -94,7 +94,7 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """Open an existing run; raises UserError if the folder is not a run."""
-        if not is_run(path):
+        if not (path / "run.toml").is_file():
             raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
         return cls(path)
 
@@ -160,11 +160,6 @@ class RunDirectory:
 
     def _read_changes(self) -> list[dict[str, Any]]:
         return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
-
-
-def is_run(path: Path) -> bool:
-    """Return whether a folder is a run directory."""
-    return os.path.isfile(path / "run.toml")
 
 
 def newest(marker: str) -> list[Path]:

@@ -65,3 +65,15 @@ def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, wor
     assert row.split()[-3] == f"{summary['similarity_last']:.2f}"
     assert pdvit(["runs", "runs/sweep"]) == 0
     assert "\ncell " in capsys.readouterr().out
+
+
+def test_the_next_command_compares_runs_of_one_task_on_the_same_data(digits_run, workplace, capsys):
+    other = {"own": "", "a like one": "", "newer": 'source = "digits:0-4"', "newest": '[segment]\nhead = "linear"'}
+    for name, text in other.items():
+        recipe = shutil.copytree(digits_run, workplace / "runs" / name) / "run.toml"
+        before = 'source = "digits"' if "source" in text else "[segment]"
+        recipe.write_text(recipe.read_text().replace(before, text or before))
+        if text:
+            (recipe.parent / "summary.json").touch()
+    assert pdvit(["train", "--resume", "runs/own"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next      pdvit analyze 'runs/a like one' runs/own"
