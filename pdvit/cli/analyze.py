@@ -127,7 +127,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
         console.print()
     for name, label in (("stopped", "stopped: "), ("verdict", ""), ("advice", ""), ("published", "published: ")):
         if facts[name]:
-            log(console, f"{label}{facts[name]}")
+            log(console, f"{label}{facts[name]}", {"verdict": "bold green", "advice": "cyan"}.get(name))
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name

@@ -212,7 +212,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     console.print()
     console.print(view)
     images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
-    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})")
+    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold green")
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
         views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"
