@@ -1,5 +1,6 @@
-"""UserError, which a user can mend; RunFailed; and tips for names that are almost right."""
+"""UserError, which a user can mend; RunFailed; tips for names that are almost right, and commands to copy."""
 
+import shlex
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
@@ -40,6 +41,11 @@ def one_line(text: str) -> str:
 def printable(text: str) -> str:
     """Escape what is not printable: names and files may hold any bytes, terminal commands among them."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def command(*words: object) -> str:
+    """Return a pdvit command, quoted for the shell. It ends a printed line, so that it can be copied."""
+    return shlex.join(["pdvit", *map(str, words)])
 
 
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:

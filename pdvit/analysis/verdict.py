@@ -1,7 +1,5 @@
 """The verdict on an analysis: whether the patches collapse, from which layer on, and what to try."""
 
-import shlex
-
 import pandas as pd
 
 # Our choices, not the paper's. From 0.5 on, the average pair of patches is nearer to parallel than to orthogonal.
@@ -50,31 +48,33 @@ def against_random(table: pd.DataFrame) -> int | None:
     return 0 if abs(difference) < max(MIN_DIFFERENCE, width) else 1 if difference > 0 else -1
 
 
-def verdict(table: pd.DataFrame, checkpoint: str) -> tuple[str, str]:
-    """Return two sentences: whether the patches collapse, compared with random weights; and what to try."""
+def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
+    """Return two sentences: whether the patches collapse, compared with random weights; and what to try.
+
+    `analyze` and `train` are the commands that measure the checkpoint again and that train P down; they end an advice.
+    """
     rows, random, compared = last_stage(table), last_stage(table, "similarity_random"), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
     if value == 0:  # tokens that have a direction are never all orthogonal to the last bit
-        tip = "--metrics norms, which shows how long the patches are; the checkpoint may be broken"
+        tip = f"the lengths of the patches, since the checkpoint may be broken: {analyze} --metrics norms"
         return f"no verdict: P is exactly 0 at {last}, as of patches that are zero", f"to try: {tip}"
-    path = shlex.quote(checkpoint)
-    train = f"pdvit finetune {path} --data SOURCE --cosine 1"
     start, high = climb(rows), onset(rows)
     rise, random_rise = ((found["mean"].tail(1) - found["mean"].min()).sum() for found in (rows, random))
     if value < COLLAPSED and compared == 1:
         found = "no collapse, but patches more alike than with random weights"
         tip = f"where single patches matter, as in segmentation: {train}"
     elif value < COLLAPSED:
-        found, tip = "no collapse", "nothing against collapse; --metrics rank,norms,attention show other ways to fail"
+        found = "no collapse"
+        tip = f"nothing against collapse; other ways to fail: {analyze} --metrics rank,norms,attention"
     elif (start and rise - random_rise >= MIN_DIFFERENCE) or compared == 1:
         # random weights leave the patches of plain images alike; a further climb means that they were apart before
-        found, tip = "the patches collapse", f"{train}, which trains P down, and analyze again"
+        found, tip = "the patches collapse", f"train P down, and analyze again: {train}"
     elif compared is None:
         found = "the patches are alike (not compared with random weights)"
-        tip = f"pdvit analyze {path} to the end, since untrained patches may be as alike"
+        tip = f"the whole analysis, since untrained patches may be as alike: {analyze}"
     else:
         found = f"the patches are alike, but {'no more' if compared == 0 else 'less'} than with random weights"
-        tip = f"other --images, which may be more varied, or {train}"
+        tip = f"other --images, which may be more varied, or train P down: {train}"
     if value >= COLLAPSED and (part := _part_of_outliers(table)) >= MIN_DIFFERENCE:
         tip = f"a model with register tokens, since patches of outlying length make up {part:.2f} of P"
     stage = "" if len(rows) == (table["metric"] == "similarity").sum() else " in the last stage"

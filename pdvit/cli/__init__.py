@@ -9,23 +9,26 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli import analyze, doctor, evaluate, plot, train
+from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, train
+from pdvit.cli.options import Group, add
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
 
 app = typer.Typer(
     name="pdvit",
+    cls=Group,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train.train)
-app.command()(train.finetune)
-app.command()(train.segment)
-app.command("eval")(evaluate.evaluate)
-app.command()(evaluate.predict)
-app.command()(analyze.analyze)
-app.command()(doctor.doctor)
+add(app, "pdvit train --diversity none --cosine 1", "pdvit train --data help")(train.train)
+add(app, "pdvit finetune runs/digits-0-4-paper", "pdvit finetune last.pth.tar --data photos/")(train.finetune)
+add(app, "pdvit segment runs/digits-paper --head linear", "pdvit segment --data CamVid/ --crop 224")(train.segment)
+add(app, "pdvit eval runs/digits-paper", "pdvit eval a.pth --data photos/", name="eval")(evaluate.evaluate)
+add(app, "pdvit predict runs/digits-paper photos/ --top 3 --out labels.csv")(evaluate.predict)
+add(app, "pdvit analyze runs/digits-none runs/digits-paper", "pdvit analyze a.pth --images photos/")(analyze.analyze)
+add(app, "pdvit runs", "pdvit runs runs/comparison --json")(list_runs.runs)
+add(app, "pdvit doctor")(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -84,5 +87,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: UserError | RunFailed) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
     return EXIT_FAILED if isinstance(error, RunFailed) else EXIT_MISUSED

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.cli.console import log, make_console, process_group
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +26,7 @@ def analyze(
     images: Annotated[
         list[str] | None, typer.Option(help="Folder, file or source; unset: the run's held-out images.")
     ] = None,
-    metrics: Annotated[list[str] | None, typer.Option(help=METRIC_NAMES)] = None,
+    metrics: Annotated[list[str] | None, typer.Option(autocompletion=lambda: GROUPS, help=METRIC_NAMES)] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 256,
     model: Model = None,
     weights: Weights = None,
@@ -102,7 +101,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
         return EXIT_STOPPED
     if not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
-        log(console, f"next     pdvit plot {figure} {shlex.join(map(str, folders.values()))}")
+        log(console, f"next     {command('plot', figure, *folders.values())}", "cyan")
     return 0
 
 
@@ -128,7 +127,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
         console.print()
     for name, label in (("stopped", "stopped: "), ("verdict", ""), ("advice", ""), ("published", "published: ")):
         if facts[name]:
-            log(console, f"{label}{facts[name]}")
+            log(console, f"{label}{facts[name]}", {"verdict": "bold green", "advice": "cyan"}.get(name))
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name

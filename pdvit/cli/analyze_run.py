@@ -19,7 +19,7 @@ from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
 from pdvit.engine.terminal import RunConsole, StopRequest
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 from pdvit.models.layers import places_of
 from pdvit.tracking.run_directory import write_file, writing
 
@@ -139,7 +139,7 @@ def describe(
     """
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
-    found, advice = verdict(table, str(opened.path)) if has_p else (None, None)
+    found, advice = verdict(table, *_commands(opened)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
@@ -167,6 +167,22 @@ def describe(
         "advice": advice,
         "published": PUBLISHED.get((loaded.architecture.partition(".")[0], blocks)),
     }
+
+
+def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
+    """Return the commands that measure a checkpoint again, and that train P down.
+
+    A run is repeated with the cosine term, or with twice its weight. Others, and runs from a checkpoint, are finetuned.
+    """
+    config, names = opened.config, [str(opened.path), *opened.options]
+    if opened.is_run and config.model.init is None:
+        train = ["train", "--config", str(opened.path / "run.toml")]
+        train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
+        train += ["--variant", "paper"] if config.diversity.variant == "released" else []  # it has no cosine term
+    else:
+        source = config.data.source if opened.is_run else "FOLDER"
+        train = ["segment" if opened.segments else "finetune", *names, "--data", source, "--cosine", "1"]
+    return command("analyze", *names), command(*train)
 
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import make_layers
+from pdvit.cli.options import make_layers, timm_models
 from pdvit.config.load import build
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pdvit.models.loading import LoadedModel
     from pdvit.tasks.windows import SlidingWindowConfig
 
-Model = Annotated[str | None, typer.Option(help="timm's name of the model, if the file does not have it.")]
+Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm's model, if the file names none.")]
 Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]
@@ -37,6 +37,8 @@ class OpenedCheckpoint:
     loaded: "LoadedModel"
     config: Config
     loader: "LoaderConfig"
+    options: tuple[str, ...] = ()  # with which it is opened again
+    segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
 
     def windows(self, flags: Mapping[str, Any]) -> "SlidingWindowConfig | None":
         """Return the windows and views of a segmentation model; None for a classifier; raises UserError."""
@@ -92,7 +94,8 @@ def open_checkpoint(
     # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
     defaults = {} if is_run else {"run": {"tf32": False}}
     config = build(*make_layers(recipe if is_run else None, [], flags, defaults=defaults))
-    loaded = load_model(resolve_checkpoint(path, model, weights), backbone)
+    checkpoint = resolve_checkpoint(path, model, weights)
+    loaded = load_model(checkpoint, backbone)
     if loaded.segment is not None:
         own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
         if flags.get("data_source") is None:  # the run's table of classes is for the run's data
@@ -109,7 +112,8 @@ def open_checkpoint(
     images = data.micro_batch if flags.get("data_batch_size") is None else None
     seed, size = config.run.seed, ranks.world_size
     loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
-    return OpenedCheckpoint(path, is_run, loaded, config, loader)
+    options = (*(("--model", model) if model else ()), *(("--weights", weights) if weights else ()))
+    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None)
 
 
 def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":

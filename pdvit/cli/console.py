@@ -26,10 +26,10 @@ def make_console(as_json: bool) -> "RunConsole":
     return RunConsole(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
 
 
-def log(console: "RunConsole", text: str) -> None:
-    """Print text without markup, highlighting, wrapping or control characters."""
+def log(console: "RunConsole", text: str, style: str | None = None) -> None:
+    """Print text without markup, highlighting, wrapping or control characters; in a terminal with rich's `style`."""
     text = "\n".join(map(printable, text.split("\n")))
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":
@@ -49,6 +49,13 @@ def cell(text: str) -> "Text":
     from rich.text import Text
 
     return Text(printable(text))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

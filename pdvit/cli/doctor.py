@@ -25,7 +25,7 @@ EXTRAS, GIB = ("tensorboard", "wandb", "trackio"), 2**30
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
 ) -> int:
-    """Check this machine: versions, devices and their precisions, a small training step, optional packages, disk."""
+    """Check this machine: versions, devices, a training step, disk."""
     found = _examine()
     items = [(topic, name, *item.values()) for topic, group in found.items() for name, item in group.items()]
     broken = [f"{topic} {name}" for topic, name, mark, _, _, needed in items if needed and mark != "ok"]

@@ -16,7 +16,8 @@ import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
 from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.errors import UserError, printable
+from pdvit.config.schema import PRECISIONS
+from pdvit.errors import UserError, command, printable
 from pdvit.tasks.summary import describe_metrics
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from pdvit.tasks.windows import Network, SlidingWindowConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset: the run's, else fp32.")]
+Precision = Annotated[
+    str | None, typer.Option(autocompletion=lambda: PRECISIONS, help="fp32, bf16 or fp16; unset: run's.")
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
@@ -60,7 +63,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
-    """Evaluate a checkpoint: accuracy, calibration and the confusion matrix, or the mIoU of a segmentation model."""
+    """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         log(console, f"opening {checkpoint} ...")
@@ -89,7 +92,7 @@ def evaluate(
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
             log(console, f"written  {file}, {names}")
-            log(console, f"next     pdvit plot {'segmentation' if windows else 'confusion'} {folder}")
+            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "cyan")
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
@@ -207,7 +210,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     console.print()
     console.print(view)
     images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
-    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})")
+    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold green")
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
         views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"
@@ -230,7 +233,7 @@ def predict(
     multi_scale: MultiScale = False,
     flip: Flip = False,
 ) -> int:
-    """Label images with their most probable classes, as CSV; or every pixel, as PNG masks."""
+    """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.opening import image_files

@@ -1,6 +1,7 @@
 """Options of the commands that train: one for each key of the configuration that has a flag."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
@@ -8,11 +9,57 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 from pdvit.config.load import parse_set, read_toml
-from pdvit.config.schema import KEYS, SECTIONS, Config, Key
-from pdvit.errors import UserError
+from pdvit.config.schema import KEYS, PRESETS, SECTIONS, TERMS, Config, DiversityConfig, Key
+from pdvit.errors import UserError, command
 
 Layer = Mapping[str, Mapping[str, Any]]  # values by section and key
 NamedLayer = tuple[str, Layer]  # the name is for errors
+# docs/finetune.md and docs/segment.md give the reasons.
+FINETUNE: Layer = {"data": {"source": "digits:5-9"}, "diversity": {"preset": "none"}, "optim": {"epochs": "12"}}
+SEGMENT: Layer = {"data": {"source": "scenes"}, "diversity": {"preset": "none"}, "segment": {"head": "upernet"}}
+DEFAULTS: dict[str, Layer] = {"train": {}, "finetune": FINETUNE, "segment": SEGMENT}
+# Scenes are small and never repeat.
+SCENES: Layer = {
+    "data": {"batch_size": 8},
+    "segment": {"jitter": (1.0, 1.0), "photometric": False},
+    "optim": {"epochs": "1.25"},
+}
+SCENES_UPERNET: Layer = {"segment": {"width": 32, "aux": 0.0}}
+SCENES_MODEL: Layer = {
+    "model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8},
+    "optim": {"lr": 2e-3, "min_lr": 1e-6},
+}
+
+
+class _Plain:  # shows no type for switches in the help, not even for --help
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.metavar
+        return parameters
+
+
+class Command(_Plain, typer.core.TyperCommand):  # type: ignore[misc]
+    """A command."""
+
+
+class Group(_Plain, typer.core.TyperGroup):  # type: ignore[misc]
+    """A command with subcommands."""
+
+
+def add(app: typer.Typer, *examples: str, name: str | None = None, help: str | None = None) -> Callable[..., Any]:
+    """Add a command whose help ends with examples."""
+    return app.command(name, help=help, epilog="\n  ".join(["Examples:", *examples]), cls=Command)
+
+
+def timm_models() -> list[str]:
+    """Return the names of timm's models that pdvit can read, for completion; it imports timm, which takes seconds."""
+    import timm
+
+    from pdvit.models.families import FAMILIES
+
+    modules = {name: vars(sys.modules[timm.model_entrypoint(name).__module__]) for name in timm.list_models()}
+    return [name for name, content in modules.items() if FAMILIES.keys() & content.keys()]
 
 
 def training_command(
@@ -34,18 +81,26 @@ def training_command(
 
 def _option(key: Key, defaults: Layer) -> inspect.Parameter:
     default = defaults.get(key.section, {}).get(key.name, key.default)
-    values = default if isinstance(default, tuple) else (default,)
+    values, name = default if isinstance(default, tuple) else (default,), f"{key.section}_{key.name}"
     option = typer.Option(
         *key.flags,
-        help=key.help if default is None else f"{key.help} (default: {' '.join(map(str, values))})",
+        help=key.help if default is None or default is False else f"{key.help} (default: {' '.join(map(str, values))})",
         show_default=False,  # the option's own default, None, means that the flag is not given
         rich_help_panel=SECTIONS[key.section].__doc__.rstrip("."),
         metavar="|".join(key.choices) or None,
+        autocompletion=timm_models if name == "model_name" else lambda: key.choices or key.examples,
     )
     option_type: Any = str if key.words else list[str] if get_origin(key.type) is dict else key.type
     annotation = Annotated[option_type | None, option]
-    name, keyword = f"{key.section}_{key.name}", inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def terms_of(diversity: DiversityConfig) -> str:
+    """Return the preset and the terms with another weight than its: `paper`, `cosine`, `paper-mixing=0.5`."""
+    own = PRESETS[diversity.preset]
+    weights = {term: value for term in TERMS if (value := getattr(diversity, term)) not in (None, own[term])}
+    changed = [term if value == 1 else f"{term}={value:g}" for term, value in weights.items()]
+    return "-".join(changed if changed and diversity.preset == "none" else [diversity.preset, *changed])
 
 
 def make_layers(
@@ -84,11 +139,22 @@ def merge_layers(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
     return merged
 
 
+def recipe_defaults(config: Config) -> Layer:
+    """Return the defaults of the command that a configuration is for; of `segment` by data, head and model."""
+    if config.segment.head is None:
+        return {} if config.model.init is None else FINETUNE
+    if config.data.source != "scenes":
+        return SEGMENT
+    upernet = SCENES_UPERNET if config.segment.head == "upernet" else {}
+    small = SCENES_MODEL if config.model.init is None and config.model.name is None else {}
+    return merge_layers([SEGMENT, SCENES, upernet, small])
+
+
 def check_initial_weights(config: Config) -> None:
     """Raise UserError without a checkpoint to start from."""
     if config.model.init is None:
         from pdvit.tracking.run_directory import newest
 
         runs = newest("model.safetensors")
-        tip = f"name a run, a weight file or a model of timm, for example pdvit finetune {runs[0] if runs else 'RUN'}"
-        raise UserError("no checkpoint to start from", "CKPT", tip)
+        example = f"for example {command('finetune', runs[0])}" if runs else f"or train one first: {command('train')}"
+        raise UserError("no checkpoint to start from", "CKPT", f"name a run, a file or a model of timm, {example}")

@@ -1,6 +1,7 @@
 """`pdvit plot FIGURE`: the figures, the run directories to draw, and the files to write."""
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pdvit.errors import UserError, closest
+from pdvit.cli.options import Group, add
+from pdvit.errors import UserError, closest, command
 from pdvit.files import reading
 
 if TYPE_CHECKING:
     from pdvit.plots.reading import AnalyzedRun
     from pdvit.plots.style import Drawing, Theme
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, cls=Group)
 
 # The number of newest runs that are drawn if no run is named: as lines in one panel, or as panels.
 LINES, PANELS = 6, 3
@@ -46,21 +48,13 @@ class AnalysisFigure:
 P = ("similarity",)
 NORMS = ("norm_mean", "norm_peak", "norm_outliers", "norm_std")
 FIGURES = {  # in the order of the report
-    "similarity": AnalysisFigure(
-        "P by layer: mean over images with one standard deviation, stages, random weights.", metrics=P
-    ),
-    "compare": AnalysisFigure(
-        "Two checkpoints: P of both, their difference with a 95 % interval, all other metrics.", metrics=P
-    ),
+    "similarity": AnalysisFigure("P by layer, with standard deviation and random weights.", metrics=P),
+    "compare": AnalysisFigure("Two checkpoints: P, its difference, all other metrics.", metrics=P),
     "metrics": AnalysisFigure("All metrics by layer."),
     "norms": AnalysisFigure("Lengths of the tokens: mean, spread and outliers.", "norms", NORMS),
     "pairs": AnalysisFigure("Cosines of pairs of patches, by layer.", "pairs", (), ("histogram", "edges")),
-    "spectrum": AnalysisFigure(
-        "Amplitude by spatial frequency.", "spectrum", ("dc_share",), ("by_frequency", "frequency")
-    ),
-    "attention": AnalysisFigure(
-        "Entropy and distance of attention, by head.", "attention", (), ("entropy", "distance")
-    ),
+    "spectrum": AnalysisFigure("Amplitude by frequency.", "spectrum", ("dc_share",), ("by_frequency", "frequency")),
+    "attention": AnalysisFigure("Entropy and distance of attention.", "attention", (), ("entropy", "distance")),
     "cka": AnalysisFigure("Linear CKA between layers.", "cka", (), ("matrix", "layers"), "heatmap"),
 }
 
@@ -88,28 +82,30 @@ Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark backgr
 
 @app.callback()
 def plot(context: typer.Context) -> None:
-    """Draw figures from run directories, each with its data as CSV beside it."""
+    """Draw figures of runs, each with its data as CSV."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 def _add_command(name: str, figure: AnalysisFigure) -> None:
-    @app.command(name, help=figure.help)
-    def command(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-        from pdvit.plots.reading import read_run
+    runs = "runs/digits-none runs/digits-paper" if name == "compare" else "runs/digits-paper"
+
+    @add(app, f"pdvit plot {name} {runs}", name=name, help=figure.help)
+    def draw(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+        from pdvit.plots.reading import checkpoint_of, read_run
 
         if name == "compare" and len(runs or ()) != 2:
             tip = "name two run directories; differences are second minus first"
             raise UserError("this figure needs two analyses", "pdvit plot compare", tip)
         file, count = (f"analysis/{figure.group}.npz", PANELS) if figure.curves else ("analysis.csv", LINES)
-        command = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
-        found = _find(runs, file, command, count)
+        again = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
+        found = _find(runs, file, again, count)
         analyses = [read_run(folder, run, figure.group) for run, folder in found.items()]
         for run in analyses:
             if not figure.fits(run):
-                raise _not_measured("the analysis lacks numbers of this figure", found[run.name], command)
+                raise _not_measured("the analysis lacks numbers of this figure", found[run.name], again)
         folder = next(iter(found.values()))
-        with reading(folder, f"run {command.format(folder)} again", UNFIT):
+        with reading(folder, f"measure again: {again.format(checkpoint_of(folder))}", UNFIT):
             _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
 
 
@@ -117,19 +113,19 @@ for _name, _figure in FIGURES.items():
     _add_command(_name, _figure)
 
 
-@app.command()
+@add(app, "pdvit plot training runs/digits-none runs/digits-paper --dark")
 def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
-    """Loss by term, accuracy or mIoU, and P over epoch and layer, one row per run."""
+    """Loss by term, accuracy or mIoU, and P, over the epochs."""
     from pdvit.plots.training import plot_training, read_records
 
-    found = _find(runs, "metrics.jsonl", "pdvit train", 1)
+    found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1)
     records = {name: read_records(folder) for name, folder in found.items()}
     folder = next(iter(found.values()))
-    with reading(folder, f"run pdvit train --resume {folder} again", UNFIT):
+    with reading(folder, f"go on with the run: {command('train', '--resume', folder)}", UNFIT):
         _write(plot_training(records, _theme(dark)), "training", found, out)
 
 
-@app.command()
+@add(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
 def maps(
     run: Run = None,
     image: Annotated[int, typer.Option(min=0, help="Number of the image, from 0.")] = 0,
@@ -137,9 +133,9 @@ def maps(
     out: Out = None,
     dark: Dark = False,
 ) -> None:
-    """Similarity of single patches to all others of an image, at several depths."""
+    """Similarity of single patches to all others, by depth."""
     from pdvit.plots.heatmap import plot_maps
-    from pdvit.plots.reading import read_arrays
+    from pdvit.plots.reading import checkpoint_of, read_arrays
 
     patches = []
     for text in patch or []:
@@ -147,34 +143,36 @@ def maps(
             raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
         patches.append((int(found[1]), int(found[2])))
     ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
-    file, tip = folder / "analysis" / "maps.npz", "make them again: pdvit analyze RUN --explore"
-    arrays = read_arrays(file, tip)
-    with reading(file, tip, UNFIT):
+    file, again = folder / "analysis" / "maps.npz", f"make them again: pdvit analyze {checkpoint_of(folder)} --explore"
+    arrays = read_arrays(file, again)
+    with reading(file, again, UNFIT):
         _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
 
 
-@app.command()
+@add(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
 def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     """Confusion matrix of an evaluation."""
     from pdvit.plots.heatmap import plot_confusion, read_confusion
 
     if run and (run / "iou.csv").is_file():
-        tip = f"draw IoU by class and pictures: pdvit plot segmentation {run}"
+        tip = f"draw IoU by class and pictures: {command('plot', 'segmentation', run)}"
         raise UserError("a run of segmentation has no confusion matrix", str(run), tip)
     ((name, folder),) = _find([run] if run else None, "confusion.csv", "pdvit eval {}", 1).items()
     _write(plot_confusion(read_confusion(folder), name, _theme(dark)), "confusion", [name], out)
 
 
-@app.command()
+@add(app, "pdvit plot segmentation runs/scenes-none")
 def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
-    """Image, truth, prediction and errors side by side, and the IoU of every class."""
+    """Image, truth, prediction and errors; IoU of every class."""
     from pdvit.plots.segmentation import plot_segmentation, read_segmentation
 
+    if run and (run / "confusion.csv").is_file():
+        raise UserError("the model labels images", str(run), f"draw the matrix: {command('plot', 'confusion', run)}")
     ((name, folder),) = _find([run] if run else None, "iou.csv", "pdvit eval {}", 1).items()
     _write(plot_segmentation(*read_segmentation(folder), name, _theme(dark)), "segmentation", [name], out)
 
 
-@app.command()
+@add(app, "pdvit plot sweep runs/comparison --metric loss")
 def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
     metric: Annotated[str | None, typer.Option(help="Column of cells.csv. Unset: accuracy, or miou.")] = None,
@@ -182,7 +180,7 @@ def sweep(
     out: Out = None,
     dark: Dark = False,
 ) -> None:
-    """Ablation: mean and spread over seeds, paired differences; table, figure, CSV, Markdown."""
+    """Ablation: mean, spread and paired differences over seeds."""
     from pdvit.plots.sweep import markdown, plot_sweep, read_cells, summarise, text_of
 
     summary = summarise(read_cells(folder), metric, baseline)
@@ -193,32 +191,34 @@ def sweep(
     _write(plot_sweep(summary, name, _theme(dark)), "sweep", [name], out, markdown(summary))
 
 
-def _find(runs: list[Path] | None, file: str, command: str, count: int) -> dict[str, Path]:
+def _find(runs: list[Path] | None, file: str, again: str, count: int) -> dict[str, Path]:
     """Return the run directories to draw by name: those given, or the newest that have the file.
 
-    If it is missing, the UserError names the command that makes it; `{}` in it stands for the run.
+    If it is missing, the UserError names the command that makes it, `again`; `{}` in it stands for the run.
     """
     from pdvit.plots.style import unique
     from pdvit.tracking.run_directory import newest
 
     folders = runs or newest(file)[:count]
     if not folders:
-        raise UserError(f"no run here has {file} yet", "runs/", f"run {command.format('RUN')} first")
+        trained = newest("model.safetensors")
+        first = again.format(shlex.quote(str(trained[0]))) if trained else command("train")
+        raise UserError(f"no run here has {file} yet", "runs/", f"run first: {first}")
     for folder in folders:
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
         if not (folder / file).is_file():
-            raise _not_measured(f"the run has no {file}", folder, command)
+            raise _not_measured(f"the run has no {file}", folder, again)
     names = [_name_of(folder) for folder in folders]
     longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, names, strict=True)]
     names = unique([long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)])
     return dict(zip(names, folders, strict=True))
 
 
-def _not_measured(what: str, folder: Path, command: str) -> UserError:
+def _not_measured(what: str, folder: Path, again: str) -> UserError:
     from pdvit.plots.reading import checkpoint_of
 
-    return UserError(what, str(folder), f"run {command.format(checkpoint_of(folder))} first")
+    return UserError(what, str(folder), f"run first: {again.format(checkpoint_of(folder))}")
 
 
 def _name_of(folder: Path) -> str:

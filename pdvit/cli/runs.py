@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.console import log
+from pdvit.cli.options import recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
@@ -26,13 +26,14 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, 
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
 from pdvit.engine.recovery import largest_batch
 from pdvit.engine.recovery import replay as replay_step
-from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, StopRequest
+from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, StopRequest, describe_rate
 from pdvit.engine.trainer import Trainer
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.heads import with_norm
+from pdvit.sweep.cells import text_in_name
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
+MAX_LABEL = 60  # letters of a run's default name after the source
+# Settings that can stand in it, beside initial weights and terms.
+NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "diversity.variant")
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
 
 
@@ -108,18 +112,15 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
     """Prepare a new run, or return the exit status if it is stopped; UserError, if possible before it has a folder."""
     import torch
 
-    trainer = build_trainer(config, console)
+    asked, trainer = config, build_trainer(config, console)
     ranks, config, path = trainer.ranks, trainer.config, None
     if any(ranks.all_gather(bool(stop))):
         log(console, "stopped before the first step; nothing was written")
         return EXIT_STOPPED
     with ranks.raise_on_all_ranks():
         if ranks.main:
-            init, label = config.model.init, config.diversity.preset
-            if init is not None:
-                init = name_of(Path(init)) if os.path.exists(init) else init.rpartition("/")[2]
-                label = f"from-{init}"
-            name = run_name(config.data.source, label) if config.run.name is None else config.run.name
+            out, name = config.run.out, config.run.name
+            name = default_name(asked) if name is None and out is None else name or ""
             text, device = to_toml(config, command_line()), device_name(trainer.device)
             directory = RunDirectory.create(config.run.out, name)
             directory.write("run.toml", text)
@@ -129,6 +130,23 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
             if file := launch_file():
                 file.write_text(str(path.resolve()))
     return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
+
+
+def default_name(config: Config) -> str:
+    """Return source, initial weights, terms, and settings other than the command's defaults, as many as fit."""
+    init, terms = config.model.init, terms_of(config.diversity)
+    parts = [terms] if init is None or terms != "none" else []
+    if init is not None:
+        parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
+    base = resolve(build(("defaults", recipe_defaults(config)), ("data", {"data": {"source": config.data.source}})))
+    for key, (_, value) in changed_keys(to_dict(base), to_dict(config)).items():
+        of_checkpoint = init is not None and key.startswith("model.") and key != "model.freeze"
+        if key.startswith(NAMED) and value is not None and not of_checkpoint:
+            name = "" if key == "model.name" else f"{key.partition('.')[2]}="
+            parts.append(name + text_in_name(value))
+    while len("-".join(parts)) > MAX_LABEL and len(parts) > 1:
+        parts.pop()
+    return run_name(config.data.source, "-".join(parts))
 
 
 def run_before_restart() -> str | None:
@@ -192,7 +210,8 @@ def _with_change(error: UserError, run: Path) -> UserError:
     if key == "data.source":
         tip = "restore it, or give its new place: --change data.source=PATH (the same images)"
     elif key in FIXED:
-        tip = f"this can't change within a run: restore what it needs, or start a new run: --config {run}/run.toml"
+        new = command("train", "--config", run / "run.toml")
+        tip = f"this can't change within a run: restore what it needs, or start a new run: {new}"
     return UserError(error.what, f"{key} of {run}", tip)
 
 
@@ -209,7 +228,7 @@ def train_to_end(run: Run, console: RunConsole, stop: StopRequest) -> int:
             if run.changes:
                 directory.record_changes(step, dict(run.changes), to_toml(trainer.config, command_line()))
         log(console, f"run directory: {directory.path}")
-        again = f"resume with: pdvit train --resume {shlex.quote(str(directory.path))}"
+        again = f"resume with: {command('train', '--resume', directory.path)}"
         try:
             summary = trainer.run(directory, console, stop)
         except UserError as error:
@@ -246,25 +265,25 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         print(json.dumps(summary, indent=2))
         return
 
-    def source(path: Path) -> object:
+    def task(path: Path) -> object:
         with suppress(Exception):  # another run may be damaged
-            return read_toml(path / "run.toml").get("data", {}).get("source")
+            config = build((str(path), read_toml(path / "run.toml")))
+            return config.segment.head is None, config.data.source, config.data.val_split, config.data.split_seed
         return None
 
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
-    others = [path for path in others if source(path) == source(run)]
-    usage = f"timm: create_model('local-dir:{run}', pretrained=True)"
-    if summary.get("task") == "segmentation":
-        usage = f"pdvit eval, predict and plot segmentation {run}; pictures: {run}/predictions"
+    alike = [path for path in others if task(path) == task(run)]
+    use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
+    log(console, f"\n{describe_summary(summary)}", "bold green")
     log(
         console,
-        f"\n{describe_summary(summary)}\n"
-        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, "
-        f"{summary['images_per_second']:,.0f} images per second\n"
-        f"weights   {run}/model.safetensors ({usage})\n"
-        f"records   {run}/metrics.jsonl, summary.json; repeat with --config {run}/run.toml\n"
-        f"next      pdvit analyze {' '.join(str(path) for path in [*others[:1], run])}",
+        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
+        f"records   {run}/metrics.jsonl, summary.json\n"
+        f"weights   {run}/model.safetensors\n"
+        f"use       {command('plot', 'segmentation', run) if summary.get('task') == 'segmentation' else use}\n"
+        f"repeat    {command('train', '--config', run / 'run.toml')}",
     )
+    log(console, f"next      {command('analyze', *alike[:1], run)}", "cyan")
 
 
 def trial_config(config: Config) -> Config:

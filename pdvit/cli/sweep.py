@@ -11,7 +11,7 @@ from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pdvit.cli.console import log, make_console
+from pdvit.cli.console import duration, log, make_console
 from pdvit.cli.options import NamedLayer, check_initial_weights, merge_layers
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
@@ -104,14 +104,14 @@ def _train_cells(
             if state.status == "finished":
                 durations += [seconds] if seconds else []
                 summary = json.loads((folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
-                time = f"in {_duration(seconds)}" if seconds else "by another process"
+                time = f"in {duration(seconds)}" if seconds else "by another process"
                 line += f": finished {time}; {describe_summary(summary).splitlines()[0]}"
             elif state.status == "running":
                 line += ": another process trains it"
             else:
                 line += f": {state.status}{': ' if state.reason else ''}{state.reason}"
             if left > 0 and durations:
-                line += f"; about {_duration(statistics.mean(durations) * left / len(devices))} left"
+                line += f"; about {duration(statistics.mean(durations) * left / len(devices))} left"
             log(console, line)
 
 
@@ -202,9 +202,3 @@ def _naming(cell: "Cell") -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(error.what, f"{error.where}, cell {cell.number} ({cell.name})", error.tip) from error
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -7,28 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from pdvit.cli.console import log, make_console, process_group
-from pdvit.cli.options import Layer, NamedLayer, check_initial_weights, make_layers, merge_layers, training_command
+from pdvit.cli.options import DEFAULTS, check_initial_weights, make_layers, recipe_defaults, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
-from pdvit.config.schema import KEYS
+from pdvit.config.schema import KEYS, SECTIONS
 from pdvit.data.sources import list_source_types
 from pdvit.errors import UserError
 
-# docs/finetune.md and docs/segment.md give the reasons.
-FINETUNE: Layer = {"data": {"source": "digits:5-9"}, "diversity": {"preset": "none"}, "optim": {"epochs": "12"}}
-SEGMENT: Layer = {"data": {"source": "scenes"}, "diversity": {"preset": "none"}, "segment": {"head": "upernet"}}
-DEFAULTS: dict[str, Layer] = {"train": {}, "finetune": FINETUNE, "segment": SEGMENT}
-# Scenes are small and never repeat.
-SCENES: Layer = {
-    "data": {"batch_size": 8},
-    "segment": {"jitter": (1.0, 1.0), "photometric": False},
-    "optim": {"epochs": "1.25"},
-}
-SCENES_UPERNET: Layer = {"segment": {"width": 32, "aux": 0.0}}
-SCENES_MODEL: Layer = {
-    "model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8},
-    "optim": {"lr": 2e-3, "min_lr": 1e-6},
-}
 Checkpoint = Annotated[
     str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
 ]
@@ -74,7 +59,8 @@ def launch(
         if opened is None:
             layers = make_layers(file, assign or [], values, DEFAULTS[command])
             if command == "segment":
-                layers[0] = (layers[0][0], _segment_defaults(layers))
+                sections = ((name, {key: layer[key] for key in layer if key in SECTIONS}) for name, layer in layers)
+                layers[0] = (layers[0][0], recipe_defaults(build(*sections)))
             if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
                 return run_sweep(command, file, layers, cells, console, stop)
             config = build(*layers)
@@ -108,7 +94,7 @@ def train(**values: Any) -> int:
     return launch("train", **values)
 
 
-@partial(training_command, launch=launch, defaults=FINETUNE)
+@partial(training_command, launch=launch, defaults=DEFAULTS["finetune"])
 def finetune(checkpoint: Checkpoint = None, **values: Any) -> int:
     """Finetune a checkpoint: on other classes, images or resolutions.
 
@@ -117,20 +103,10 @@ def finetune(checkpoint: Checkpoint = None, **values: Any) -> int:
     return launch("finetune", checkpoint, **values)
 
 
-@partial(training_command, launch=launch, defaults=SEGMENT)
+@partial(training_command, launch=launch, defaults=DEFAULTS["segment"])
 def segment(checkpoint: Checkpoint = None, **values: Any) -> int:
-    """Train a vision transformer to label every pixel; CKPT is its backbone.
+    """Train a vision transformer that labels every pixel.
 
-    Without arguments: a small one on scenes of handwritten digits, in a few minutes.
+    CKPT is its backbone. Without arguments: a small one on scenes of handwritten digits, in a few minutes.
     """
     return launch("segment", checkpoint, **values)
-
-
-def _segment_defaults(layers: list[NamedLayer]) -> Layer:
-    """Return the defaults of `segment`, which depend on the data, the head and the model of the other layers."""
-    config = build(*((name, {key: layer[key] for key in layer if key != SWEEP_SECTION}) for name, layer in layers))
-    if config.data.source != "scenes":
-        return SEGMENT
-    upernet = SCENES_UPERNET if config.segment.head == "upernet" else {}
-    small = SCENES_MODEL if config.model.init is None and config.model.name is None else {}
-    return merge_layers([SEGMENT, SCENES, upernet, small])

@@ -11,7 +11,10 @@ from typing import Any, get_args, get_type_hints
 TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
 MIXUP_MODES = ("batch", "pair", "elem")
+# Some of timm's. Known here, because their completion must not wait for the import of timm.
+OPTIMIZERS = ("adamw", "adam", "nadamw", "radamw", "lamb", "lars", "lion", "adan", "muon", "adafactorbv", "sgd")
 # The modes of timm that its vision transformers use and torch can do on bytes.
 INTERPOLATIONS = ("bilinear", "bicubic")
 CROP_MODES = ("center", "squash")
@@ -32,6 +35,7 @@ class Key:
     maximum: float | None = None
     above: float | None = None  # an exclusive minimum
     choices: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()  # some of many values, for the shell's completion
     unit: str = ""  # of a bare number, if the key is a duration
     percent: bool = True  # whether a duration may be a percentage of the run
     clock: bool = False  # whether a duration may be a time, such as 10min
@@ -194,7 +198,7 @@ class SegmentConfig:
 class OptimConfig:
     """Optimization."""
 
-    opt: str = key("adamw", "Any timm optimizer.", "--opt")
+    opt: str = key("adamw", "Any timm optimizer.", "--opt", examples=OPTIMIZERS)
     lr: float | None = key(
         None,
         "Peak learning rate; unset: 1e-3, or with --model 5e-4 x sqrt(batch / 512) (with --init a tenth of it; "
@@ -219,10 +223,10 @@ class RunConfig:
     """Run."""
 
     out: str | None = key(None, "Run directory; unset: runs/NAME, with a suffix if taken.", "--out")
-    name: str | None = key(None, "Name under runs/; unset: SOURCE-PRESET, or SOURCE-from-INIT.", "--name")
+    name: str | None = key(None, "Name under runs/; unset: source, --init, terms, other changes.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
-    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=("fp32", "bf16", "fp16"))
+    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=PRECISIONS)
     tf32: bool = key(True, "TF32 for float32 matrix products in training on a GPU.", "--tf32/--no-tf32")
     compile: bool = key(False, "torch.compile the model and the losses.", "--compile")
     deterministic: bool = key(False, "Only deterministic kernels (CPUs have no others).", "--deterministic")

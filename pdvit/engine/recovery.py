@@ -16,7 +16,7 @@ from pdvit.engine.protocol import TrainBatch
 from pdvit.engine.recipe import check_data
 from pdvit.engine.state import TrainState, named
 from pdvit.engine.update import Updater
-from pdvit.errors import RunFailed, UserError
+from pdvit.errors import RunFailed, UserError, command
 
 REPLAY = "replay"
 SPARE_MEMORY = 0.1  # fraction of the memory: no two steps need exactly the same
@@ -41,7 +41,7 @@ def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[st
 
     One process computes the parts of all ranks, one by one. Raises UserError if there is no such step.
     """
-    tip = f"a run that stops after several bad steps has one; resume this one with: --resume {run}"
+    tip = f"a run that stops after several bad steps has one; resume this one: {command('train', '--resume', run)}"
     snapshot = Checkpoints(run / REPLAY).load(state, lambda saved: check_data(saved["data"], state.data, str(run)), tip)
     if snapshot is None:
         raise UserError("the run has no step to replay", str(run / REPLAY), tip)
@@ -68,7 +68,7 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     """Wrap errors of torch in messages with advice; `batch` is the last one."""
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
     if lost and dist.is_initialized():
-        tip = f"see its own message, then resume with: --resume {run}"
+        tip = f"see its own message, then resume: {command('train', '--resume', run)}"
         return RunFailed("another process of the run no longer answers", tip)
     if not is_out_of_memory(error):
         return error
@@ -79,7 +79,8 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
     if batch is not None and ranks == 1:  # with several ranks, a trial would disturb the collectives of the others
         size = largest(updater, batch, images // 2)
         found = f"{size} fit; "
-    tip = f"{found}resume the same batches in parts: --resume {run} --change data.micro_batch={size}"
+    parts = command("train", "--resume", run, "--change", f"data.micro_batch={size}")
+    tip = f"{found}resume the same batches in parts: {parts}"
     if size == 0:
         tip = "no single image fits: use a smaller model or image, --grad-checkpointing or --precision bf16"
     return RunFailed(f"{updater.state.device} has no memory for {images} images at a time", tip)

@@ -11,9 +11,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no progress bar
 EXIT_STOPPED = 75  # the conventional status for "try again later"
+BAR = 20  # columns of the bar
+BESIDE = BAR + len(" 100% ") + len(" 100:00:00 ") + 2  # columns of all that has a fixed width in the progress line
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm sends the last before its time limit
 
 
@@ -40,8 +43,9 @@ class Display:
     def __init__(self, console: Console, total: int, start: int = 0, unit: str = "step") -> None:
         self.console, self.total, self.start, self.unit = console, total, start, unit
         self.started = self.last_line = time.monotonic()
-        texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[rate]", "fields[metrics]")]
-        columns = texts[0], BarColumn(bar_width=20), TaskProgressColumn(), texts[1], TimeRemainingColumn(), texts[2]
+        fields = ("task.description", "task.fields[rate]", "task.fields[metrics]")
+        texts = [TextColumn(f"{{{name}}}", table_column=Column(no_wrap=True)) for name in fields]
+        columns = texts[0], BarColumn(BAR), TaskProgressColumn(), texts[1], TimeRemainingColumn(), texts[2]
         self.bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
         if self.bar:
             self.task = self.bar.add_task("starting", total=total, completed=start, rate="", metrics="")
@@ -57,19 +61,31 @@ class Display:
                 self.bar.stop()
 
     def show(self, step: int, epoch: str, rate: float, metrics: Mapping[str, float]) -> None:
-        """Show the step, images per second, and the latest means."""
-        text, rate_text = " ".join(f"{name} {value:.3g}" for name, value in metrics.items()), f"{rate:,.0f} img/s"
+        """Show the step, images per second, and the latest means; in a narrow terminal fewer of the terms."""
+        names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))  # the terms go first
+        texts, speed = [f"{name} {metrics[name]:.3g}" for name in names], describe_rate(rate)
         if self.bar:
-            self.bar.update(self.task, completed=step, description=epoch, rate=rate_text, metrics=text)
+            epoch = epoch[: max(0, self.console.width - BESIDE - len(speed))]
+            room = self.console.width - BESIDE - len(epoch) - len(speed)
+            while len(" ".join(texts)) > room and texts:
+                texts.pop()
+            self.bar.update(self.task, completed=step, description=epoch, rate=speed, metrics=" ".join(texts))
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             left = (self.last_line - self.started) / max(1, step - self.start) * (self.total - step)
-            suffix = f", {text}" if text else ""
-            self.log(f"{epoch} {self.unit} {step}/{self.total}, {rate_text}, {left:.0f} s left{suffix}")
+            suffix = f", {' '.join(texts)}" if texts else ""
+            self.log(f"{epoch} {self.unit} {step}/{self.total}, {speed}, {left:.0f} s left{suffix}")
 
-    def log(self, line: str) -> None:
-        """Print a line that stays."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def log(self, text: str) -> None:
+        """Print lines that stay, warnings in colour."""
+        for line in text.split("\n"):
+            style = "yellow" if line.startswith("warning") else None
+            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_rate(rate: float) -> str:
+    """Return images per second as text; below one, seconds per image."""
+    return f"{1 / rate:,.1f} s/img" if 0 < rate < 1 else f"{rate:,.{0 if rate >= 10 else 1}f} img/s"
 
 
 class Stopped(BaseException):

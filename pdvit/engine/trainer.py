@@ -25,7 +25,7 @@ from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.engine.state import TrainState
 from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.engine.update import Updater, make_optimizer, parallelize
-from pdvit.errors import RunFailed, UserError
+from pdvit.errors import RunFailed, UserError, command
 from pdvit.tracking.run_directory import RunDirectory, Status
 from pdvit.tracking.trackers import Trackers
 
@@ -174,7 +174,8 @@ class Trainer:
         if in_a_row >= (MAX_SKIPPED_FP16 if self.state.scaler.is_enabled() else MAX_SKIPPED):
             save_replay(self.directory.path, self.state, generators)
             what = f"loss or gradient was infinite or not a number in {in_a_row} steps in a row"
-            tip = f"see where: --replay {self.directory.path}; then start a new run with a lower --lr, or --clip-grad 1"
+            replay = command("train", "--replay", self.directory.path)
+            tip = f"start a new run with a lower --lr, or --clip-grad 1; to see where: {replay}"
             raise RunFailed(f"{what}, up to step {self.state.progress.step}", tip)
 
     def _evaluate(self, stop: StopRequest) -> bool:
@@ -261,7 +262,7 @@ class Trainer:
             "steps": progress.step,
             "steps_skipped": progress.skipped,
             "seconds": round(progress.seconds, 3),
-            "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 1),
+            "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 3),
             "seconds_by_phase": {phase: round(value, 3) for phase, value in progress.seconds_by_phase.items()},
         }
         self.directory.write("summary.json", summary)

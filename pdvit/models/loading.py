@@ -16,7 +16,7 @@ from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
 from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, compare, listed, match_state_dict
 from pdvit.models.resolved_checkpoint import COPY, Palette, ResolvedCheckpoint
-from pdvit.models.segmentation.backbone import arguments_of, prune
+from pdvit.models.segmentation.backbone import OPTIONS, arguments_of, prune
 from pdvit.models.segmentation.segmenter import HEAD, Segmenter
 from pdvit.models.wrapper import Wrapper
 
@@ -25,6 +25,8 @@ MAX_DIFFERENCE = 0.1
 # Modules between tokens and classes beside the classifier, and the norms among them.
 HEADS = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
 POOLED_NORMS = ("fc_norm.", "head.norm.")
+# timm's arguments that differ in the backbone of a segmentation model.
+PRUNED = (*OPTIONS, "global_pool", "fc_norm")
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,12 @@ def fingerprint(checkpoint: ResolvedCheckpoint) -> str:
 def _model_defaults(model: ModelConfig, checkpoint: ResolvedCheckpoint) -> ModelConfig:
     """Return the model section with the checkpoint's architecture, unless the user names another."""
     # The data set the number of classes, data.img_size the size; unset values and three channels are the defaults.
+    # A segmentation backbone was built for any size and pruned of its pooling: `arguments_of` sets these again.
+    left_out = ("num_classes", "img_size", *(PRUNED if checkpoint.segment is not None else ()))
     arguments = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in checkpoint.arguments.items()
-        if not (value is None or key in ("num_classes", "img_size") or (key, value) == ("in_chans", 3))
+        if not (value is None or key in left_out or (key, value) == ("in_chans", 3))
     }
     drop_path = arguments.pop("drop_path_rate", None)
     if isinstance(drop_path, int | float) and model.drop_path is None:

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from pdvit.errors import UserError, closest
 from pdvit.files import reading
 from pdvit.plots import style
-from pdvit.plots.reading import AnalyzedRun, Arrays, read_text_table
+from pdvit.plots.reading import AnalyzedRun, Arrays, checkpoint_of, read_text_table
 from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme
 
 CKA_COLUMNS = 3
@@ -67,7 +67,7 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 def _cka_matrix(arrays: Arrays, other: str = "") -> pd.DataFrame:
     """Return CKA of layers with those of a model, named by both."""
-    with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again: pdvit analyze --metrics cka"):
+    with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again, with --metrics cka"):
         layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
         return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
 
@@ -138,7 +138,7 @@ def _frame_patch(axes: Axes, patch: tuple[int, int], grid: Sequence[int], shape:
 def read_confusion(run: Path) -> pd.DataFrame:
     """Read confusion.csv: class, predicted and images. Raises UserError."""
     file = run / "confusion.csv"
-    with reading(file, f"measure it again: pdvit eval {run}"):
+    with reading(file, f"measure it again: pdvit eval {checkpoint_of(run)}"):
         table = read_text_table(file)[["class", "predicted", "images"]].astype({"images": int})
         unknown = set(table["predicted"]) - set(table["class"])
         if table["images"].min() < 0 or table.duplicated(["class", "predicted"]).any() or unknown:

@@ -1,6 +1,7 @@
 """Reads the files that figures are drawn from. Errors name the command that makes them."""
 
 import csv
+import shlex
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -64,7 +65,8 @@ def read_arrays(file: Path, tip: str) -> Arrays:
 
 
 def checkpoint_of(folder: Path) -> str:
-    """Return the analyzed checkpoint: the one that analysis.json names, or the run itself."""
-    with suppress(Exception):  # missing or damaged
-        return str(read_json(folder / "analysis" / "analysis.json")["checkpoint"])
-    return str(folder)
+    """Return the checkpoint of a folder of results, quoted for the shell: the one that its JSON names, or the run."""
+    for file in ("analysis/analysis.json", "eval.json"):
+        with suppress(Exception):  # missing or damaged
+            return shlex.quote(str(read_json(folder / file)["checkpoint"]))
+    return shlex.quote(str(folder))

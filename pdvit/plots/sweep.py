@@ -158,7 +158,7 @@ def _metric(cells: pd.DataFrame, metric: str | None) -> str:
     numbers = [name for name in columns if cells[name].map(_number).notna().any()]
     found = metric or next((name for name in METRICS if name in numbers), METRICS[0])
     if found not in numbers:
-        tip = closest(found, numbers) if numbers else "resume with pdvit train --config, then plot"
+        tip = closest(found, numbers) if numbers else "resume the sweep, then plot"
         raise UserError(f"the cells have no numbers '{found}'", "--metric", tip)
     return found
 

@@ -61,7 +61,7 @@ def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], 
     for values in product(*(axes[key] for key in outer), variants or {"": {}}, *(axes[key] for key in inner)):
         chosen = dict(zip([*outer, "variant", *inner], values, strict=True))
         variant = chosen.pop("variant")
-        named = [f"{short[key]}={_text(chosen[key])}" for key in [*inner, *outer]]
+        named = [f"{short[key]}={text_in_name(chosen[key])}" for key in [*inner, *outer]]
         name = "-".join([*([variant] if variant else []), *named])
         number, chosen = len(cells) + 1, {key: chosen[key] for key in axes}
         words = {"variant": variant, **chosen}
@@ -151,11 +151,12 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
     return config
 
 
-def _text(value: Any) -> str:
+def text_in_name(value: Any) -> str:
+    """Return a value as part of a folder's name."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
-        return "_".join(_text(item) for item in value)
+    if isinstance(value, list | tuple):
+        return "_".join(text_in_name(item) for item in value)
     return NOT_IN_NAMES.sub("_", str(value)).strip("_")
 
 

@@ -14,8 +14,9 @@ from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
-from pdvit.models.build import build_model, checkpoint_activations, model_arguments
+from pdvit.models.build import build_model, checkpoint_activations, model_arguments, sketch_model
 from pdvit.models.checkpoints import export
+from pdvit.models.layers import evaluating, image_size_of
 from pdvit.models.tokens import DiverseModel
 from pdvit.tasks.base import ImageTask, describe_terms, with_weights
 from pdvit.tasks.metrics import ClassificationMetric, Scores, evaluate_classification
@@ -49,7 +50,14 @@ class ClassificationTask(ImageTask):
         """Return a timm model that also returns its tokens, with a patch head if the mixing term is on."""
         config, diversity = self.config, self.config.diversity
         assert config.model.name is not None, "resolve the configuration first"
-        arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": len(self.source.classes)}
+        classes = len(self.source.classes)
+        arguments = model_arguments(config.model, config.data.img_size) | {"num_classes": classes}
+        sketch = sketch_model(config.model.name, arguments)
+        with torch.no_grad(), evaluating(sketch):
+            logits = sketch(torch.empty(1, 3, *image_size_of(sketch), device="meta"))
+        if logits.shape != (1, classes):
+            what = f"the model returns {tuple(logits.shape)}, not a logit for each of {classes} classes"
+            raise UserError(what, "model.args (--model-kwargs)", "leave global_pool out; pixels need --head")
         model = build_model(config.model.name, arguments)
         if config.model.grad_checkpointing:
             checkpoint_activations(model)

@@ -4,14 +4,13 @@ import fcntl
 import json
 import os
 import secrets
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from pdvit.errors import UserError
+from pdvit.errors import UserError, command
 from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
@@ -88,7 +87,7 @@ class RunDirectory:
                     path.mkdir(exist_ok=out is not None and path.is_dir() and not any(path.iterdir()))
                     break
             if out is not None:
-                again = f", or resume that run: pdvit train --resume {shlex.quote(out)}" if path.is_dir() else ""
+                again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
                 raise UserError("the path exists already", str(path), OTHER + again)
             path = RUNS / f"{name}-{number}"
         return cls(path)

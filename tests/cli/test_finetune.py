@@ -81,7 +81,7 @@ def test_a_linear_probe_leaves_the_backbone_as_it_was(workplace):
 @pytest.mark.parametrize(
     ("arguments", "what", "tip"),
     [
-        ("", "no checkpoint to start from", "pdvit finetune RUN"),
+        ("", "no checkpoint to start from", "pdvit train"),
         ("a.pth --init b.pth", "two checkpoints", "one of them"),
         ("a.pth --resume run", "keeps its saved configuration, so --init", "--change"),
         ("last.pth.tar --depth 8", "30 of the backbone's 102 weights are in the file", ""),

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from pdvit import __version__
+from pdvit.cli import app
 from pdvit.cli import run as pdvit
 
 # Runs several commands in one process and prints the packages that they imported.
@@ -93,7 +95,34 @@ def test_the_module_runs_like_the_command(capsys):
     assert "Traceback" not in done.stderr
 
 
-def test_the_installed_command_completes_words():
-    words = {"_PDVIT_COMPLETE": "complete_bash", "COMP_WORDS": "pdvit an", "COMP_CWORD": "1"}
-    done = process(str(Path(sys.executable).with_name("pdvit")), **words)
-    assert (done.returncode, done.stdout.split()) == (0, ["analyze"])
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("an", "analyze"),
+        ("train --diversity p", "paper"),
+        ("eval --precision b", "bf16"),
+        ("finetune --opt adamw", "adamw"),
+        ("plot sp", "spectrum"),
+        ("predict --model deit3_small_patch16_2", "deit3_small_patch16_224"),
+    ],
+)
+def test_the_shell_completes_words_and_only_names_of_models_import_torch(words, found):
+    code = "import sys; from pdvit.__main__ import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    protocol = {"COMP_WORDS": f"pdvit {words}", "COMP_CWORD": str(len(words.split()))}
+    done = process(sys.executable, "-c", code, _PDVIT_COMPLETE="complete_bash", **protocol)
+    assert (done.returncode, done.stdout.split()) == (0, [found, str("--model" in words)])
+
+
+def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    commands = typer.main.get_command(app).commands
+    for words in (["--help"], ["plot"]):
+        assert pdvit(words) == 0
+        lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+        for name, command in (commands if words != ["plot"] else commands["plot"].commands).items():
+            first = " ".join(command.help.split("\n\n")[0].split())
+            assert any(re.fullmatch(rf"{name} +{re.escape(first)}", line) for line in lines), name
+    for name in commands:
+        assert pdvit([name, "--help"]) == 0
+        assert "bool" not in capsys.readouterr().out

@@ -174,24 +174,6 @@ def test_names_are_drawn_as_they_are(analyses, capsys):
 
 
 class TestRefused:
-    @pytest.mark.parametrize(
-        ("figure", "command"),
-        [
-            ("similarity", ""),
-            ("norms", " --metrics norms"),
-            ("maps", " --explore"),
-            *((name, f" --metrics {name}") for name in ("pairs", "spectrum", "attention", "cka")),
-        ],
-    )
-    def test_what_was_not_measured_names_the_command(self, refusal, workplace, analysis_table, figure, command):
-        assert "pdvit analyze RUN" in refusal("plot", figure).tip
-        folder = Path("runs/one")
-        (folder / "analysis").mkdir(parents=True)
-        Path(folder, "analysis", "analysis.json").write_text('{"checkpoint": "one.safetensors"}')
-        if figure == "norms":
-            analysis_table(P).to_csv(folder / "analysis.csv", index=False)
-        assert f"pdvit analyze one.safetensors{command}" in refusal("plot", figure, folder).tip
-
     @pytest.mark.parametrize("patch", ["3", "a,b", "1,2,3", "99,0"])
     def test_a_patch_that_is_none(self, refusal, workplace, analysis_folder, patch):
         analysis_folder(workplace / "runs" / "one")

@@ -190,8 +190,8 @@ class TestSettings:
 class TestImages:
     def test_a_folder_of_images_is_learned(self, workplace, tiny, image_folder):
         flags = [*tiny, *IMAGES, "--data", str(image_folder), "--epochs", "12", "--diversity", "none", "--lr", "1e-2"]
-        assert pdvit(["train", *flags]) == 0
-        run = workplace / "runs" / "pictures-none"
+        assert pdvit(["train", *flags, "--name", "run"]) == 0
+        run = workplace / "runs" / "run"
         assert read_json(run / "config.json")["label_names"] == ["blue", "green", "red"]
         assert read_json(run / "summary.json")["split"] == "val"
         assert read_json(run / "summary.json")["accuracy"] == 1  # the classes are colours
@@ -281,6 +281,7 @@ class TestErrors:
             ("--model-kwargs layers=(1,2)", "has no argument 'layers'", "--model-kwargs"),
             ("--model mixer_s32_224 --depth 2", "has no argument 'depth'", "--depth"),
             ("--model-kwargs qk_norm", "qk_norm", "k"),
+            ("--model-kwargs global_pool=", "not a logit", "global_pool"),
             ("--batch-size 1201", "1200", "1200"),
             ("--batch-size auto --device cpu", "needs a GPU", "64"),
             ("--device cuda:99", "cuda:99", "cpu"),
@@ -291,7 +292,7 @@ class TestErrors:
             ("--resume auto", "no run to resume", "start one"),
             ("--resume run --lr 1", "keeps its saved configuration, so --lr", "--change"),
             ("--resume run --set optim.lr=1", "keeps its saved configuration, so --set", "--change"),
-            ("--out /proc", "exists", "--resume /proc"),
+            ("--out /proc", "exists", "another --out"),
         ],
     )
     def test_bad_input_is_named(self, refusal, arguments, what, tip):

@@ -93,6 +93,14 @@ def test_every_command_is_documented_and_every_documented_flag_exists():
         assert set(re.findall(r"`(--[a-z][a-z0-9-]*)", read(page))) <= known, page
 
 
+def test_every_help_has_examples_that_pdvit_takes():
+    for command in walk(COMMAND):
+        examples = (command.epilog or "").splitlines()[1:]
+        assert examples or hasattr(command, "commands"), command.name
+        for example in examples:
+            parse(shlex.split(example)[1:])
+
+
 def walk(command) -> Iterator[typer.core.TyperCommand]:
     yield command
     for inner in getattr(command, "commands", {}).values():

@@ -48,7 +48,7 @@ def test_in_stages_only_the_last_one_counts():
     rows = table(0.01, 0.02, 0.6, 0.4, 0.62, norm=True, tokens=[64, 64, 16, 16, 16])
     assert last_stage(rows)["layer"].tolist() == ["block 2", "block 3", "norm"]
     sentence = "the patches collapse: P in the last stage climbs from norm on, is at or above 0.5 from norm on, and is"
-    assert verdict(rows, "run")[0] == f"{sentence} 0.620 at norm"
+    assert verdict(rows, "measure", "train")[0] == f"{sentence} 0.620 at norm"
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def test_a_difference_from_random_weights_has_to_be_large_and_certain(ours, rand
     assert against_random(table(0.1, ours)) is None
 
 
-COLLAPSE, FINETUNE = "the patches collapse: P ", "pdvit finetune 'my run' --data SOURCE --cosine 1, which trains P down"
+COLLAPSE, TRAIN = "the patches collapse: P ", "analyze again: train"
 SIMILAR = "the patches are alike, but no more than with random weights: P "
 
 
 @pytest.mark.parametrize(
     ("rows", "begins", "advised"),
     [
-        (compared([0.1, 0.8], [0.1, 0.3]), f"{COLLAPSE}climbs from block 1 on, is at or above 0.5 from bl", FINETUNE),
-        (compared([0.3, 0.6], [0.7, 0.7]), f"{COLLAPSE}climbs from block 1", FINETUNE),
+        (compared([0.1, 0.8], [0.1, 0.3]), f"{COLLAPSE}climbs from block 1 on, is at or above 0.5 from bl", TRAIN),
+        (compared([0.3, 0.6], [0.7, 0.7]), f"{COLLAPSE}climbs from block 1", TRAIN),
         (compared([0.8, 0.8], [0.3, 0.3]), f"{COLLAPSE}does not climb with depth, is at or above 0.5 from the s", ""),
         (compared([0.1, 0.8], [0.1, 0.9]), "the patches are alike, but less than with random weights: P climbs", ""),
         (compared([0.1, 0.8], [0.1, 0.8]), f"{SIMILAR}climbs", "other --images"),
@@ -83,15 +83,15 @@ SIMILAR = "the patches are alike, but no more than with random weights: P "
         (compared([0.1, 0.3], [0.1, 0.1]), "no collapse, but patches more alike than with random", "segmentation"),
         (compared([0.1, 0.3], [0.1, 0.6]), "no collapse: P climbs", "nothing against collapse"),
         (outliers(0.8, 0.5), COLLAPSE, "register tokens, since patches of outlying length make up 0.30 of P"),
-        (outliers(0.8, 0.79), COLLAPSE, FINETUNE),
-        (table(0.1, 0.6, 0.55, 0.777), f"{COLLAPSE}climbs from block 1 on", FINETUNE),
+        (outliers(0.8, 0.79), COLLAPSE, TRAIN),
+        (table(0.1, 0.6, 0.55, 0.777), f"{COLLAPSE}climbs from block 1 on", TRAIN),
         # of an analysis that was stopped
-        (table(0.6, 0.62), "the patches are alike (not compared with random", "pdvit analyze 'my run' to the end"),
+        (table(0.6, 0.62), "the patches are alike (not compared with random", "may be as alike: measure"),
         (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0 at block 1", "--metrics norms"),
     ],
 )
 def test_verdict_and_advice(rows, begins, advised):
-    found, advice = verdict(rows, "my run")
+    found, advice = verdict(rows, "measure", "train")
     assert found.startswith(begins)
     assert advice.startswith("to try")
     assert advised in advice

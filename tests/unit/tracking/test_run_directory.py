@@ -12,9 +12,10 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
     (workplace / "a run").mkdir()
-    (workplace / "a run/file").touch()
+    (workplace / "a run/run.toml").touch()
+    (workplace / "file").touch()
     (workplace / "link").symlink_to(workplace / "nowhere")
-    for out, tip in (("a run", "--resume 'a run'"), ("a run/file", "--out"), ("link", "--out")):
+    for out, tip in (("a run", "--resume 'a run'"), (".", "--out"), ("file", "--out"), ("link", "--out")):
         with pytest.raises(UserError, match="exists") as caught:
             RunDirectory.create(out, "unused")
         assert caught.value.tip.endswith(tip)
