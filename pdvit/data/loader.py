@@ -7,16 +7,25 @@ device as uint8 tensors.
 import atexit
 import math
 import multiprocessing
+import os
+import resource
+import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
 from itertools import count, tee
+from multiprocessing.queues import Queue
+from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, pixels_of, refuse_bad
@@ -24,7 +33,7 @@ from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
-from pdvit.errors import UserError
+from pdvit.errors import RunFailed, UserError
 
 # Uint8 images, class indices (of images, or of their pixels), sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
@@ -37,6 +46,10 @@ MEMORY_FRACTION = 1 / 8
 DECODE_BATCH = 256
 LOGGED = 32  # batches between two progress messages
 RESIDENT = "data.resident (--resident)"
+# Files that this process holds open for a worker (pipes), for the batches that it shares, and for everything else.
+PIPES, SHARED_BATCHES, OTHER_FILES = 4, 4, 16
+OTHER_SHARED = 2**19  # bytes of /dev/shm
+SHARED_BYTES = 2**16  # smaller arrays go through a pipe, which is faster
 
 
 @dataclass(frozen=True)
@@ -171,29 +184,80 @@ def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> I
 
 
 def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
-    """Yield decoded batches for the keys; raises a UserError with the names of images that do not decode."""
+    """Yield decoded batches for the keys; raises a UserError with the names of images that do not decode.
+
+    Raises RunFailed if a worker process fails or dies.
+    """
+    with _worker_errors() if loader.workers else nullcontext():
+        batches = _start_workers(data, loader, keys)
+        try:
+            for batch, bad in batches:
+                loader.bad.add(bad)
+                if batch is not None:
+                    if isinstance(batch[0], np.ndarray) and batch[0].nbytes >= SHARED_BYTES:
+                        _note("batches go through pipes, slower: /dev/shm or the limit of open files is small")
+                    images, labels, index = map(torch.as_tensor, batch)
+                    yield images, labels, index
+                elif loader.processes > 1 or isinstance(data, SkipBadImages):
+                    # ranks must run the same number of batches, and training needs every one
+                    refuse_bad(loader.bad.found, "too many to skip: replace them")
+        finally:
+            del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
+
+
+def _start_workers(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
+    """Return torch's iterator over batches, with as many workers as open files and /dev/shm allow, or none."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
+    workers = max(0, min(loader.workers, files // PIPES)) if _shared_memory() > 0 else 0
+    if workers < loader.workers:
+        _note("fewer workers than --workers, or none: /dev/shm or the limit of open files (ulimit -n) is small")
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         data_loader = DataLoader(
             data,
             batch_sampler=keys,
-            num_workers=loader.workers,
-            collate_fn=_collate,
-            worker_init_fn=leave_signals,
+            num_workers=workers,
+            collate_fn=partial(_collate, share=files >= workers * (PIPES + SHARED_BATCHES)),
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
             pin_memory=loader.device.type == "cuda",
         )
         batches = iter(data_loader)
+    watch: Any = signal.getsignal(signal.SIGCHLD)
+    if getattr(watch, "__module__", "").startswith("torch."):  # raises where a worker died
+
+        def handle(*arguments: Any) -> None:
+            with _worker_errors():
+                watch(*arguments)
+
+        with suppress(ValueError):  # only the main thread can
+            signal.signal(signal.SIGCHLD, handle)
+    return batches
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Turn the error or the death of a worker, as torch raises it, into a RunFailed."""
     try:
-        for batch, bad in batches:
-            loader.bad.add(bad)
-            if batch is not None:
-                yield batch
-            elif loader.processes > 1 or isinstance(data, SkipBadImages):
-                # ranks must run the same number of batches, and training needs every one
-                refuse_bad(loader.bad.found, "too many to skip: replace them")
-    finally:
-        del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
+        yield
+    except (RuntimeError, OSError, MemoryError) as error:
+        what = f"a process that decodes images failed: {str(error).strip().rpartition(chr(10))[2]}"
+        tip = "use fewer --workers (in a run: --change data.workers=1): the kernel ends processes if memory runs out"
+        raise RunFailed(what, tip) from error
+
+
+@cache
+def _note(text: str) -> None:
+    """Print a note, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _shared_memory() -> int:
+    """Return the bytes of shared memory that are free, less a part for what processes themselves need."""
+    with suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free - OTHER_SHARED
+    return 0
 
 
 @atexit.register
@@ -205,21 +269,38 @@ def _end_workers() -> None:
             child.kill()
 
 
-def leave_signals(_: int) -> None:
-    """Ignore signals to the whole process group: the main process handles them, and torch ends its workers."""
+def _begin_worker(_: int) -> None:
+    """Ignore signals to the whole process group: the main process handles them, and torch ends its workers.
+
+    A batch that can't be sent ends the worker, and so the run, which would wait for it for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def end(error: Exception, _: object) -> None:
+        print(f"a batch can't be sent: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
-def _collate(samples: list[Sample]) -> tuple[Raw | None, list[BadImage]]:
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
+def _collate(samples: list[Sample], share: bool) -> tuple[Any, list[BadImage]]:
     """Stack the images of a batch that decode, if any, and list those that do not."""
     bad = [image for image, _, _ in samples if isinstance(image, BadImage)]
     sound = [(image, label, index) for image, label, index in samples if isinstance(image, Tensor)]
     if not sound:
         return None, bad
     images, labels, indices = zip(*sound, strict=True)
-    targets = torch.stack([torch.as_tensor(label) for label in labels])
-    return (torch.stack(images), targets, torch.tensor(indices)), bad
+    stacked = torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels]), torch.tensor(indices)
+    return (tuple(_to_send(tensor, share) for tensor in stacked) if get_worker_info() else stacked), bad
+
+
+def _to_send(tensor: Tensor, share: bool) -> Tensor | np.ndarray:
+    """Move a worker's tensor to shared memory, half of which is left to others; else return it as an array."""
+    with suppress(RuntimeError):  # another process was faster
+        if share and SHARED_BYTES <= tensor.nbytes < _shared_memory() / 2:
+            return tensor.share_memory_()
+    return tensor.numpy()
 
 
 def resident(

@@ -95,8 +95,6 @@ class Checkpoints:
         try:
             if self._read_pointer(LAST) != name:  # else it is there, and to replace it would be a risk
                 self.folder.mkdir(exist_ok=True)
-                for left in self.folder.glob(".step-*"):  # by a kill, or a disk that was full
-                    shutil.rmtree(left, ignore_errors=True)
                 beside.mkdir()
                 for file, tensors in snapshot.tensors.items():
                     save_file(tensors, beside / f"{file}{SUFFIX}")
@@ -118,6 +116,7 @@ class Checkpoints:
                 if other > name or not every or int(other.removeprefix("step-")) % every:
                     shutil.rmtree(self.folder / other, ignore_errors=True)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
             raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error

@@ -1,19 +1,22 @@
+import errno
 import multiprocessing
+import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import loader as module
 from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
-from pdvit.data.images import BadImages
-from pdvit.data.loader import _end_workers, eval_batches, resident, steps_per_epoch
+from pdvit.data.images import BadImage, BadImages
+from pdvit.data.loader import _end_workers, decode, eval_batches, resident, steps_per_epoch
 from pdvit.data.mixing import MODES
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import ArraySplit, Source
-from pdvit.errors import UserError
+from pdvit.errors import RunFailed, UserError
 from tests.unit.data.batches import CLASSES, LOADER, OFF, ON, join, same, save_images, take
 
 COUNT = 10
@@ -108,6 +111,41 @@ def test_workers_that_an_error_left_end_without_another(image_files):
         assert not any(worker.is_alive() for worker in workers)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+DIED = r"worker \(pid.* (killed|exited)"
+
+
+@dataclass
+class Failing(Dataset):
+    """Images whose second batch fails; numbers, in place of images, are bad ones with that name."""
+
+    fault: object
+
+    def __getitems__(self, keys):
+        if keys[0][1]:
+            return self.fault()
+        return [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0)]
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_files():
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def not_to_be_sent():
+    return [(BadImage(lambda: None, ""), 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(killed, DIED), (out_of_files, "many open files"), (not_to_be_sent, DIED)]
+)
+def test_a_worker_that_dies_or_fails_ends_the_wait_with_its_reason(fault, reason):
+    with pytest.raises(RunFailed, match=reason):
+        list(decode(Failing(fault), replace(LOADER, workers=2), [[(0, index)] for index in range(9)]))
 
 
 @pytest.mark.parametrize("processes", [2, 4])
