@@ -184,10 +184,7 @@ def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> I
 
 
 def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
-    """Yield decoded batches for the keys; raises a UserError with the names of images that do not decode.
-
-    Raises RunFailed if a worker process fails or dies.
-    """
+    """Yield decoded batches; UserError with the names of images that do not decode, RunFailed if a worker fails."""
     with _worker_errors() if loader.workers else nullcontext():
         batches = _start_workers(data, loader, keys)
         try:
@@ -223,15 +220,10 @@ def _start_workers(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[K
             pin_memory=loader.device.type == "cuda",
         )
         batches = iter(data_loader)
-    watch: Any = signal.getsignal(signal.SIGCHLD)
-    if getattr(watch, "__module__", "").startswith("torch."):  # raises where a worker died
-
-        def handle(*arguments: Any) -> None:
-            with _worker_errors():
-                watch(*arguments)
-
+    watch = signal.getsignal(signal.SIGCHLD)  # torch's raises where a worker died
+    if callable(watch) and not hasattr(watch, "__wrapped__"):
         with suppress(ValueError):  # only the main thread can
-            signal.signal(signal.SIGCHLD, handle)
+            signal.signal(signal.SIGCHLD, _worker_errors()(watch))
     return batches
 
 
@@ -270,14 +262,11 @@ def _end_workers() -> None:
 
 
 def _begin_worker(_: int) -> None:
-    """Ignore signals to the whole process group: the main process handles them, and torch ends its workers.
-
-    A batch that can't be sent ends the worker, and so the run, which would wait for it for ever.
-    """
+    """Ignore signals to the whole process group: the main process handles them, and torch ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def end(error: Exception, _: object) -> None:
+    def end(error: Exception, _: object) -> None:  # else the run waits for ever for a batch that can't be sent
         print(f"a batch can't be sent: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -16,17 +16,7 @@ from pdvit.config import to_dict
 from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
-from pdvit.tracking.run_directory import (
-    CHECKPOINTS,
-    FREE,
-    OTHER,
-    RunDirectory,
-    Status,
-    held,
-    hold,
-    write_file,
-    writing,
-)
+from pdvit.tracking.run_directory import FREE, OTHER, RunDirectory, Status, held, hold, write_file, writing
 
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
 CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
@@ -123,7 +113,7 @@ class Folder:
                 for file in (run / "status.json", *run.glob(".run.toml.*"), *run.glob(".status.json.*")):
                     file.unlink(missing_ok=True)
                 with suppress(OSError):
-                    (run / CHECKPOINTS).rmdir()
+                    (run / "checkpoints").rmdir()
             yield free
 
     def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, CellState]]:
@@ -161,7 +151,7 @@ class Folder:
 
     def _held(self, name: str) -> bool:
         """Return whether a process trains the cell, for the sweep or with --resume."""
-        return held(self.path / LOGS / f".{name}.lock") or held(self.path / name / CHECKPOINTS / ".lock")
+        return held(self.path / LOGS / f".{name}.lock") or held(self.path / name / "checkpoints" / ".lock")
 
 
 def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None:
