@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache
 from itertools import count, tee
 from multiprocessing.queues import Queue
 from typing import Any
@@ -46,9 +46,8 @@ MEMORY_FRACTION = 1 / 8
 DECODE_BATCH = 256
 LOGGED = 32  # batches between two progress messages
 RESIDENT = "data.resident (--resident)"
-# Files that this process holds open for a worker (pipes), for the batches that it shares, and for everything else.
-PIPES, SHARED_BATCHES, OTHER_FILES = 4, 4, 16
-OTHER_SHARED = 2**19  # bytes of /dev/shm
+# Open files for each worker (pipes and shared batches), and for everything else; bytes of /dev/shm that are left.
+FILES_PER_WORKER, OTHER_FILES, OTHER_SHARED = 8, 16, 2**19
 SHARED_BYTES = 2**16  # smaller arrays go through a pipe, which is faster
 
 
@@ -192,7 +191,7 @@ def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) ->
                 loader.bad.add(bad)
                 if batch is not None:
                     if isinstance(batch[0], np.ndarray) and batch[0].nbytes >= SHARED_BYTES:
-                        _note("batches go through pipes, slower: /dev/shm or the limit of open files is small")
+                        _note("batches go through pipes, which is slower: /dev/shm is too small")
                     images, labels, index = map(torch.as_tensor, batch)
                     yield images, labels, index
                 elif loader.processes > 1 or isinstance(data, SkipBadImages):
@@ -203,18 +202,18 @@ def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) ->
 
 
 def _start_workers(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
-    """Return torch's iterator over batches, with as many workers as open files and /dev/shm allow, or none."""
+    """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
-    workers = max(0, min(loader.workers, files // PIPES)) if _shared_memory() > 0 else 0
-    if workers < loader.workers:
-        _note("fewer workers than --workers, or none: /dev/shm or the limit of open files (ulimit -n) is small")
+    few = files < loader.workers * FILES_PER_WORKER or _shared_memory() <= 0
+    if few and loader.workers:
+        _note("images are decoded without workers: /dev/shm or the limit of open files (ulimit -n) is too small")
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         data_loader = DataLoader(
             data,
             batch_sampler=keys,
-            num_workers=workers,
-            collate_fn=partial(_collate, share=files >= workers * (PIPES + SHARED_BATCHES)),
+            num_workers=0 if few else loader.workers,
+            collate_fn=_collate,
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
             pin_memory=loader.device.type == "cuda",
@@ -273,7 +272,7 @@ def _begin_worker(_: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
-def _collate(samples: list[Sample], share: bool) -> tuple[Any, list[BadImage]]:
+def _collate(samples: list[Sample]) -> tuple[Any, list[BadImage]]:
     """Stack the images of a batch that decode, if any, and list those that do not."""
     bad = [image for image, _, _ in samples if isinstance(image, BadImage)]
     sound = [(image, label, index) for image, label, index in samples if isinstance(image, Tensor)]
@@ -281,14 +280,15 @@ def _collate(samples: list[Sample], share: bool) -> tuple[Any, list[BadImage]]:
         return None, bad
     images, labels, indices = zip(*sound, strict=True)
     stacked = torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels]), torch.tensor(indices)
-    return (tuple(_to_send(tensor, share) for tensor in stacked) if get_worker_info() else stacked), bad
+    return tuple(map(_to_send, stacked)) if get_worker_info() else stacked, bad
 
 
-def _to_send(tensor: Tensor, share: bool) -> Tensor | np.ndarray:
+def _to_send(tensor: Tensor) -> Tensor | np.ndarray:
     """Move a worker's tensor to shared memory, half of which is left to others; else return it as an array."""
     with suppress(RuntimeError):  # another process was faster
-        if share and SHARED_BYTES <= tensor.nbytes < _shared_memory() / 2:
-            return tensor.share_memory_()
+        if SHARED_BYTES <= tensor.nbytes < _shared_memory() / 2:
+            tensor.share_memory_()
+            return tensor
     return tensor.numpy()
 
 

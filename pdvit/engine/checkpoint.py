@@ -32,14 +32,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 1, milestone_every: int | None = None) -> None:
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] = Future()  # the last write: its result waits for the disk, and raises UserError
         self.writing.set_result(None)
 
     def save(self, snapshot: Snapshot, best: bool = False) -> None:
         """Start to write a snapshot; raises UserError if the last write failed."""
         self.writing.result()  # so that at most one waits in memory
-        self.writing = self.writer.submit(self._write, snapshot, best)
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing = writer.submit(self._write, snapshot, best)
+        writer.shutdown(wait=False)  # it ends with the write
 
     def load(self, state: TrainState, check: Check, tip: str = "start the run again") -> Snapshot | None:
         """Load the checkpoint that `last` points to, if there is one, and return it. All ranks take part.

@@ -43,7 +43,7 @@ def private(script: str) -> str:
 @pytest.mark.parametrize("size", ["64k", "1m", "64m", None])
 def test_little_shared_memory_or_few_open_files_are_enough(tmp_path, tiny, image_folder, size):
     limit = private(f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"') if size else 'ulimit -n 40; exec "$@"'
-    more = ["--data", image_folder, "--resident", "off", "--workers", "5", "--img-size", "448"]
+    more = ["--data", image_folder, "--resident", "off", "--workers", "5", "--img-size", "224", "--patch-size", "32"]
     done = shell(limit, "train", *tiny, *SHORT, *more, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "note: " in done.stderr or size == "64m"
