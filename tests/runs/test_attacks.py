@@ -1,7 +1,6 @@
 """Real runs on machines with little: of shared memory, of open files, of disk; and several commands on one run."""
 
 import json
-import shlex
 import subprocess
 import sys
 
@@ -25,26 +24,20 @@ SHORT = [
 pytestmark = pytest.mark.slow
 
 
-def shell(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in which "$@" is pdvit with the arguments."""
-    command = ["bash", "-c", script, "bash", sys.executable, "-m", "pdvit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-
-
-def private(script: str) -> str:
-    """Return a script with mounts of its own, which nobody else sees; skips where that is not allowed."""
-    try:
-        subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
+def shell(script: str, *arguments: object, mounts: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script in which "$@" is pdvit with the arguments, by default with `mounts` of its own, or skip the test."""
+    unshare = ["unshare", "-m"] if mounts else []
+    if mounts and subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
         pytest.skip("needs a user that may mount (root), for file systems of its own")
-    return f"exec unshare -m bash -c {shlex.quote(script)} bash " + '"$@"'
+    command = [*unshare, "bash", "-c", script, "bash", sys.executable, "-m", "pdvit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("size", ["64k", "1m", "64m", None])
 def test_little_shared_memory_or_few_open_files_are_enough(tmp_path, tiny, image_folder, size):
-    limit = private(f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"') if size else 'ulimit -n 40; exec "$@"'
+    limit = f"mount -t tmpfs -o size={size} tmpfs /dev/shm" if size else "ulimit -n 40"
     more = ["--data", image_folder, "--resident", "off", "--workers", "5", "--img-size", "224", "--patch-size", "32"]
-    done = shell(limit, "train", *tiny, *SHORT, *more, "--out", tmp_path / "run")
+    done = shell(f'{limit} && exec "$@"', "train", *tiny, *SHORT, *more, "--out", tmp_path / "run", mounts=bool(size))
     assert done.returncode == 0, done.stderr
     assert "note: " in done.stderr or size == "64m"
 
@@ -60,7 +53,7 @@ dd if=/dev/zero of={tmp_path}/filler bs=1k status=none
 wait $trained
 echo "ended with $?, $(cat {run}/status.json | tr -d '\n')" $(find {run} -name ".*.*")
 rm {tmp_path}/filler; {resume} && cat {run}/status.json"""
-    done = shell(private(script), "train", *tiny, "--epochs", "300st", *SHORT[2:], "--out", run)
+    done = shell(script, "train", *tiny, "--epochs", "300st", *SHORT[2:], "--out", run)
     assert done.returncode == 0, done.stderr
     failed = next(line for line in done.stdout.splitlines() if line.startswith("ended with"))
     assert failed.startswith('ended with 2, {  "status": "failed"')
