@@ -6,10 +6,9 @@ import sys
 import pytest
 
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import RunDirectory, held, newest, write_file
+from pdvit.tracking.run_directory import RunDirectory, newest, write_file
 from tests.files import read_records
 
-LOCK = "checkpoints/.lock"
 pytestmark = pytest.mark.usefixtures("workplace")
 
 
@@ -93,15 +92,10 @@ def test_what_a_killed_process_left_is_removed_when_the_run_goes_on(directory):
     for path in kept:
         path.touch()
     with directory.locked():
-        assert {*directory.path.rglob("*")} == {*kept, *(directory.path / at for at in ("checkpoints", LOCK))}
-
-
-def test_a_lock_is_seen_without_being_taken(directory):
-    script = "from pdvit.tracking.run_directory import held, Path; print(held(Path('run/checkpoints/.lock')))"
-    with directory.locked():
-        assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "True\n"
-    assert not held(directory.path / LOCK)
-    assert not held(directory.path / "absent")
+        assert {*directory.path.rglob("*")} == {
+            *kept,
+            *(directory.path / at for at in ("checkpoints", "checkpoints/.lock")),
+        }
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[1]", b"3"])
