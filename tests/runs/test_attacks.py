@@ -48,10 +48,10 @@ def test_a_full_disk_is_a_failure_and_the_run_goes_on_when_there_is_room(tmp_pat
     script = f"""
 mount -t tmpfs -o size=4m tmpfs {tmp_path}
 "$@" & trained=$!
-until [ -s {run}/checkpoints/last ]; do sleep 0.05; done
+until [ -s {run}/checkpoints/last ] || ! kill -0 $trained; do sleep 0.05; done
 dd if=/dev/zero of={tmp_path}/filler bs=1k status=none
 wait $trained
-echo "ended with $?, $(cat {run}/status.json | tr -d '\n')" $(find {run} -name ".*.*")
+echo "ended with $?, $(cat {run}/status.json | tr -d '\n')" $(find {run} -name ".[!l]*")
 rm {tmp_path}/filler; {resume} && cat {run}/status.json"""
     done = shell(script, "train", *tiny, "--epochs", "300st", *SHORT[2:], "--out", run)
     assert done.returncode == 0, done.stderr
