@@ -1,14 +1,16 @@
 """`python -m pdvit` and the `pdvit` command."""
 
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    try:
-        from pdvit.cli import run
-    except KeyboardInterrupt:  # before anything has begun
-        sys.exit(130)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # Ends the imports, which an exception can leave half done; `with_progress` and `stop_on_signals` change it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from pdvit.cli import run
+
     sys.exit(run(sys.argv[1:]))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +17,7 @@ from pdvit.data.sources.split import ArraySplit
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
-from pdvit.engine.terminal import RunConsole, StopRequest
+from pdvit.engine.terminal import RunConsole, Stopped, StopRequest
 from pdvit.errors import UserError, command
 from pdvit.models.layers import places_of
 from pdvit.tracking.run_directory import write_file, writing
@@ -58,16 +57,17 @@ class Analyzer:
         self.console, self.images, self.metrics, self.limit = console, images, metrics, limit
         if images and flags.get("data_on_bad_image") is None:  # the run's policy is for its own images
             flags["data_on_bad_image"] = "error"
-        self.flags, self.stop, self.ranks = flags, StopRequest(), init_process_group()
+        self.flags, self.ranks = flags, init_process_group(StopRequest())
+        self.stop = self.ranks.stop
 
     def measure(self, path: str, folder: Path, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
         groups = select_metrics(self.metrics)  # an error for an unknown name, before anything is loaded
-        opened, images = self._open(path)
-        name, between = opened.loaded.name, None
         try:
+            opened, images = self._open(path)
+            name, between = opened.loaded.name, None
             analysis = measure(opened.loaded.model, self._batches(opened, images, name), groups, name, self.ranks)
-        except UserError:
+        except (UserError, Stopped):
             if self.stopped():
                 return None
             raise
@@ -89,8 +89,8 @@ class Analyzer:
         return any(self.ranks.all_gather(bool(self.stop)))
 
     def _open(self, path: str) -> tuple[OpenedCheckpoint, ImageSet]:
-        """Load a checkpoint and select its images; an error of one rank is raised on all."""
-        with self.ranks.raise_on_all_ranks():
+        """Load a checkpoint and select its images; an error of one rank is raised on all, and Stopped."""
+        with self.ranks.interruptible():
             opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.flags)
             if self.images:
                 images = open_images(self.images)
@@ -102,20 +102,20 @@ class Analyzer:
         """Yield this rank's batches until a stop is requested, with a progress bar."""
         batches = eval_batches(images.split, opened.loader, shared=True)
         shown = with_progress(batches, -(-len(images.split) // self.ranks.world_size), self.console, label)
-        return (batch.images for batch in takewhile(lambda _: not self.stop, shown))
+        return (batch.images for batch in self.stop.until(shown))
 
     def _attempt(self, compute: Callable[[], T]) -> tuple[T | None, str]:
         """Return the result of an additional measurement, or None and the reason."""
         try:
             result, reason = compute(), ""
-        except UserError as error:
-            result, reason = None, error.what
+        except (UserError, Stopped) as error:
+            result, reason = None, getattr(error, "what", "")
         return (None, "it was stopped before") if self.stopped() else (result, reason)
 
     def _measure_random(self, opened: OpenedCheckpoint, images: ImageSet) -> Analysis:
         """Return P of the same model with random weights on some of the same images."""
         loaded = opened.loaded
-        with self.ranks.raise_on_all_ranks():
+        with self.ranks.interruptible():
             model = to_device(loaded.with_random_weights(), opened.loader.device, loaded.architecture)
         batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
         return measure(model, batches, "similarity", ranks=self.ranks)

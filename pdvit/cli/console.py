@@ -1,6 +1,7 @@
 """Where a command prints: standard output, or standard error if JSON goes to standard output."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole
     """Yield batches, and show the number of images done, their rate and the time left."""
     from pdvit.engine.terminal import Display
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since the start of the command: now there is work to end
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     done, begun = 0, monotonic()
     with Display(console, total, unit="image") as display:
         for batch in batches:

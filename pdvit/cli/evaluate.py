@@ -252,11 +252,11 @@ def predict(
     writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(("image", "rank", "label", "probability"))
     with stop_on_signals() as stop:
-        for rows in predictions:
-            if stop:
-                raise KeyboardInterrupt
+        for rows in stop.until(predictions):
             writer.writerows(rows)
             shown += rows if len(files) <= MAX_IMAGES and target else []
+        if stop:
+            raise KeyboardInterrupt
     content = table.getvalue().encode(errors="surrogateescape")  # names can be of any bytes
     if target is None:
         sys.stdout.buffer.write(content)

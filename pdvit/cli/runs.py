@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, 
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
 from pdvit.engine.recovery import largest_batch
 from pdvit.engine.recovery import replay as replay_step
-from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, StopRequest, describe_rate
+from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, Stopped, StopRequest, describe_rate
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import UserError, command
 from pdvit.models.checkpoints import name_of
@@ -38,7 +38,7 @@ from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
-from pdvit.tracking.run_directory import RunDirectory, newest
+from pdvit.tracking.run_directory import RESTARTED, RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
 # Settings that can stand in it, beside initial weights and terms.
 NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "diversity.variant")
-RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,13 @@ class Run:
     changes: Mapping[str, tuple[Any, Any]] | None = None
 
 
-def build_trainer(config: Config, console: RunConsole, resumed: bool = False, load: bool = True) -> Trainer:
+def build_trainer(
+    config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
+) -> Trainer:
     """Open the data, build task and trainer, print what is trained, and `load` a resident set; raises UserError.
 
-    A resumed run loads its own checkpoint and no longer needs the file of `model.init`.
+    Raises Stopped, on all ranks, if it is to stop. A resumed run loads its own checkpoint and no longer needs the file
+    of `model.init`.
     """
     checkpoint = None
     if config.model.init is not None and not resumed:
@@ -72,7 +74,7 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
         config = apply_checkpoint_defaults(with_crop(config), checkpoint)
     config = resolve(config) if config.data.batch_size else config
-    ranks = init_process_group()
+    ranks = init_process_group(stop)
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(device, config.run)
     if ranks.main and config.run.track:
@@ -80,11 +82,12 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     to_log = partial(log, console)
     segments = config.segment.head is not None
     task_type: TaskType = SegmentationTask if segments else ClassificationTask
-    source = open_masks(config.data, config.segment, to_log) if segments else open_source(config.data)
+    with ranks.interruptible():
+        source = open_masks(config.data, config.segment, to_log) if segments else open_source(config.data)
     if segments and config.data.source != "scenes":
         every, part = config.segment.check_masks, (ranks.rank, ranks.world_size)
         to_log(f"checking {'all masks' if every else 'the masks that are held out'} ...")
-        source = check_masks(source, every, config.data.workers, to_log, part, ranks.all_gather)
+        source = check_masks(source, every, config.data.workers, to_log, part, ranks.gather)
     if not config.data.batch_size:
         batch_size = _find_batch_size(config, task_type, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=batch_size)))
@@ -103,27 +106,24 @@ def build_trainer(config: Config, console: RunConsole, resumed: bool = False, lo
     unused = (*unused_settings(config, in_memory), *unused_source_settings(config.data))
     for note in (*notes, *trainer.notes, *(f"note: {text}" for text in unused)):
         to_log(note)
-    if load and isinstance(task, ClassificationTask):
-        task.source = resident(source, task.loader, task.augmentation, config.data.resident, to_log)
+    with ranks.interruptible():
+        if load and isinstance(task, ClassificationTask):
+            task.source = resident(source, task.loader, task.augmentation, config.data.resident, to_log)
     return trainer
 
 
-def start(config: Config, console: RunConsole, stop: StopRequest) -> Run | int:
-    """Prepare a new run, or return the exit status if it is stopped; UserError, if possible before it has a folder."""
+def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
+    """Prepare a new run; UserError and Stopped, if possible before it has a folder."""
     import torch
 
-    asked, trainer = config, build_trainer(config, console)
+    asked, trainer = config, build_trainer(config, console, stop)
     ranks, config, path = trainer.ranks, trainer.config, None
-    if any(ranks.all_gather(bool(stop))):
-        log(console, "stopped before the first step; nothing was written")
-        return EXIT_STOPPED
     with ranks.raise_on_all_ranks():
         if ranks.main:
             out, name = config.run.out, config.run.name
             name = default_name(asked) if name is None and out is None else name or ""
             text, device = to_toml(config, command_line()), device_name(trainer.device)
-            directory = RunDirectory.create(config.run.out, name)
-            directory.write("run.toml", text)
+            directory = RunDirectory.create(config.run.out, name, text)
             environment = describe_environment(device) | {"threads": torch.get_num_threads()}
             directory.write("environment.json", environment)
             path = directory.path
@@ -156,8 +156,8 @@ def run_before_restart() -> str | None:
     return found
 
 
-def resume(name: str, change: list[str], console: RunConsole) -> Run | int:
-    """Prepare the run `name`, or the newest for `auto`, to resume; raises UserError if it can't be resumed.
+def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest) -> Run | int:
+    """Prepare the run `name`, or the newest for `auto`, to resume; raises Stopped, or UserError if it can't be resumed.
 
     Returns an exit status if there is nothing to do: the run is finished, or torchrun restarted the command after the
     run was stopped on purpose.
@@ -183,7 +183,7 @@ def resume(name: str, change: list[str], console: RunConsole) -> Run | int:
         raise UserError("a run keeps its folder", f"{where} --change run.out, run.name", "move the folder instead")
     check_changes(changed_keys(to_dict(saved), to_dict(config)), f"{where} --change")
     try:
-        trainer = build_trainer(config, console, resumed=(path / "checkpoints" / "last").is_file())
+        trainer = build_trainer(config, console, stop, resumed=(path / "checkpoints" / "last").is_file())
     except UserError as error:
         raise _with_change(error, path) from None
     changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
@@ -215,8 +215,15 @@ def _with_change(error: UserError, run: Path) -> UserError:
     return UserError(error.what, f"{key} of {run}", tip)
 
 
-def train_to_end(run: Run, console: RunConsole, stop: StopRequest) -> int:
-    """Train, print the summary, and return the exit status; raises UserError and RunFailed."""
+def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: StopRequest) -> int:
+    """Prepare a run and train, print the summary, and return the exit status; raises UserError and RunFailed."""
+    try:
+        run = prepare(console, stop)
+    except Stopped:
+        log(console, "stopped before the first step; nothing was written")
+        return EXIT_STOPPED
+    if isinstance(run, int):
+        return run
     trainer, directory = run.trainer, run.directory
     with directory.locked():
         if run.changes is not None:
@@ -241,11 +248,11 @@ def train_to_end(run: Run, console: RunConsole, stop: StopRequest) -> int:
     return 0
 
 
-def replay(run: Path, console: RunConsole) -> int:
+def replay(run: Path, console: RunConsole, stop: StopRequest) -> int:
     """Repeat the step at which a run broke down, and print what is not finite; raises UserError if there is none."""
     config = saved_config(RunDirectory.open(run).path, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
-    trainer = build_trainer(config, console, resumed=True)
+    trainer = build_trainer(config, console, stop, resumed=True)
     step, found, broken = replay_step(run, trainer.state, trainer.updater)
     metrics = {name: value if abs(value) < float("inf") else None for name, value in found.items()}
     if console.stderr:

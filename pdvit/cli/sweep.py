@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -147,11 +148,9 @@ def train_cell(config: Config, run: Path) -> int:
 
     console = make_console(as_json=False)
     with stop_on_signals() as stop:
-        if (run / "run.toml").is_file():
-            prepared = resume(str(run), [], console)
-        else:
-            prepared = start(replace(config, run=replace(config.run, out=str(run))), console, stop)
-        return prepared if isinstance(prepared, int) else train_to_end(prepared, console, stop)
+        new = partial(start, replace(config, run=replace(config.run, out=str(run))))
+        prepare = partial(resume, str(run), []) if (run / "run.toml").is_file() else new
+        return train_to_end(prepare, console, stop)
 
 
 def _check(cells: Sequence["Cell"]) -> list[str]:

@@ -13,6 +13,7 @@ from pdvit.config.load import SWEEP_SECTION, build
 from pdvit.config.schema import KEYS, SECTIONS
 from pdvit.data.sources import list_source_types
 from pdvit.errors import UserError
+from pdvit.tracking.run_directory import RESTARTED, refuse_taken
 
 Checkpoint = Annotated[
     str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
@@ -72,17 +73,19 @@ def launch(
             if config.data.source == "help":
                 print(list_source_types())
                 return 0
+            if not RESTARTED:
+                refuse_taken(config.run.out)
             opened = config.data.source
         log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
         from pdvit.cli import runs
 
         if replay is not None:
-            return runs.replay(replay, console)
+            return runs.replay(replay, console, stop)
         name = resume
-        if name is None and runs.RESTARTED:
+        if name is None and RESTARTED:
             name = runs.run_before_restart()
-        run = runs.start(config, console, stop) if name is None else runs.resume(name, change or [], console)
-        return run if isinstance(run, int) else runs.train_to_end(run, console, stop)
+        prepare = partial(runs.start, config) if name is None else partial(runs.resume, name, change or [])
+        return runs.train_to_end(prepare, console, stop)
 
 
 @partial(training_command, launch=launch)

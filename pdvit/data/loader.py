@@ -7,16 +7,25 @@ device as uint8 tensors.
 import atexit
 import math
 import multiprocessing
+import os
+import resource
+import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import count, tee
+from multiprocessing.queues import Queue
+from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, pixels_of, refuse_bad
@@ -24,7 +33,7 @@ from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
-from pdvit.errors import UserError
+from pdvit.errors import RunFailed, UserError
 
 # Uint8 images, class indices (of images, or of their pixels), sample indices.
 Raw = tuple[Tensor, Tensor, Tensor]
@@ -37,6 +46,9 @@ MEMORY_FRACTION = 1 / 8
 DECODE_BATCH = 256
 LOGGED = 32  # batches between two progress messages
 RESIDENT = "data.resident (--resident)"
+# Open files for each worker (pipes and shared batches), and for everything else; bytes of /dev/shm that are left.
+FILES_PER_WORKER, OTHER_FILES, OTHER_SHARED = 8, 16, 2**19
+SHARED_BYTES = 2**16  # smaller arrays go through a pipe, which is faster
 
 
 @dataclass(frozen=True)
@@ -171,29 +183,72 @@ def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> I
 
 
 def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
-    """Yield decoded batches for the keys; raises a UserError with the names of images that do not decode."""
+    """Yield decoded batches; UserError with the names of images that do not decode, RunFailed if a worker fails."""
+    with _worker_errors() if loader.workers else nullcontext():
+        batches = _start_workers(data, loader, keys)
+        try:
+            for batch, bad in batches:
+                loader.bad.add(bad)
+                if batch is not None:
+                    if isinstance(batch[0], np.ndarray) and batch[0].nbytes >= SHARED_BYTES:
+                        _note("batches go through pipes, which is slower: /dev/shm is too small")
+                    images, labels, index = map(torch.as_tensor, batch)
+                    yield images, labels, index
+                elif loader.processes > 1 or isinstance(data, SkipBadImages):
+                    # ranks must run the same number of batches, and training needs every one
+                    refuse_bad(loader.bad.found, "too many to skip: replace them")
+        finally:
+            del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
+
+
+def _start_workers(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
+    """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
+    few = files < loader.workers * FILES_PER_WORKER or _shared_memory() <= 0
+    if few and loader.workers:
+        _note("images are decoded without workers: /dev/shm or the limit of open files (ulimit -n) is too small")
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         data_loader = DataLoader(
             data,
             batch_sampler=keys,
-            num_workers=loader.workers,
+            num_workers=0 if few else loader.workers,
             collate_fn=_collate,
-            worker_init_fn=leave_signals,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
             pin_memory=loader.device.type == "cuda",
         )
         batches = iter(data_loader)
+    watch = signal.getsignal(signal.SIGCHLD)  # torch's raises where a worker died
+    if callable(watch) and not hasattr(watch, "__wrapped__"):
+        with suppress(ValueError):  # only the main thread can
+            signal.signal(signal.SIGCHLD, _worker_errors()(watch))
+    return batches
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Turn the error or the death of a worker, as torch raises it, into a RunFailed."""
     try:
-        for batch, bad in batches:
-            loader.bad.add(bad)
-            if batch is not None:
-                yield batch
-            elif loader.processes > 1 or isinstance(data, SkipBadImages):
-                # ranks must run the same number of batches, and training needs every one
-                refuse_bad(loader.bad.found, "too many to skip: replace them")
-    finally:
-        del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
+        yield
+    except (RuntimeError, OSError, MemoryError) as error:
+        what = f"a process that decodes images failed: {str(error).strip().rpartition(chr(10))[2]}"
+        tip = "use fewer --workers (in a run: --change data.workers=1): the kernel ends processes if memory runs out"
+        raise RunFailed(what, tip) from error
+
+
+@cache
+def _note(text: str) -> None:
+    """Print a note, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _shared_memory() -> int:
+    """Return the bytes of shared memory that are free, less a part for what processes themselves need."""
+    with suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free - OTHER_SHARED
+    return 0
 
 
 @atexit.register
@@ -205,21 +260,36 @@ def _end_workers() -> None:
             child.kill()
 
 
-def leave_signals(_: int) -> None:
+def _begin_worker(_: int) -> None:
     """Ignore signals to the whole process group: the main process handles them, and torch ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def end(error: Exception, _: object) -> None:  # else the run waits for ever for a batch that can't be sent
+        print(f"a batch can't be sent: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
-def _collate(samples: list[Sample]) -> tuple[Raw | None, list[BadImage]]:
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
+def _collate(samples: list[Sample]) -> tuple[Any, list[BadImage]]:
     """Stack the images of a batch that decode, if any, and list those that do not."""
     bad = [image for image, _, _ in samples if isinstance(image, BadImage)]
     sound = [(image, label, index) for image, label, index in samples if isinstance(image, Tensor)]
     if not sound:
         return None, bad
     images, labels, indices = zip(*sound, strict=True)
-    targets = torch.stack([torch.as_tensor(label) for label in labels])
-    return (torch.stack(images), targets, torch.tensor(indices)), bad
+    stacked = torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels]), torch.tensor(indices)
+    return tuple(map(_to_send, stacked)) if get_worker_info() else stacked, bad
+
+
+def _to_send(tensor: Tensor) -> Tensor | np.ndarray:
+    """Move a worker's tensor to shared memory, half of which is left to others; else return it as an array."""
+    with suppress(RuntimeError):  # another process was faster
+        if SHARED_BYTES <= tensor.nbytes < _shared_memory() / 2:
+            tensor.share_memory_()
+            return tensor
+    return tensor.numpy()
 
 
 def resident(

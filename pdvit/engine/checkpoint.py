@@ -31,14 +31,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 1, milestone_every: int | None = None) -> None:
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] = Future()  # the last write: its result waits for the disk, and raises UserError
         self.writing.set_result(None)
 
     def save(self, snapshot: Snapshot, best: bool = False) -> None:
         """Start to write a snapshot; raises UserError if the last write failed."""
         self.writing.result()  # so that at most one waits in memory
-        self.writing = self.writer.submit(self._write, snapshot, best)
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing = writer.submit(self._write, snapshot, best)
+        writer.shutdown(wait=False)  # it ends with the write
 
     def load(self, state: TrainState, check: Check, tip: str = "start the run again") -> Snapshot | None:
         """Load the checkpoint that `last` points to, if there is one, and return it. All ranks take part.
@@ -94,8 +95,6 @@ class Checkpoints:
         try:
             if self._read_pointer(LAST) != name:  # else it is there, and to replace it would be a risk
                 self.folder.mkdir(exist_ok=True)
-                for left in self.folder.glob(".step-*"):  # by a kill, or a disk that was full
-                    shutil.rmtree(left, ignore_errors=True)
                 beside.mkdir()
                 for file, tensors in snapshot.tensors.items():
                     save_file(tensors, beside / f"{file}{SUFFIX}")
@@ -117,6 +116,7 @@ class Checkpoints:
                 if other > name or not every or int(other.removeprefix("step-")) % every:
                     shutil.rmtree(self.folder / other, ignore_errors=True)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
             raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error

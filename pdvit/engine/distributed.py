@@ -1,11 +1,11 @@
 """Several processes as one run: collectives, and the process group of torchrun."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)  # of the command
 
     @property
     def main(self) -> bool:
@@ -46,14 +50,33 @@ class Ranks:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Raise a UserError of one rank on all ranks. Nothing inside may communicate, or ranks wait for ever."""
-        error: UserError | None = None
+        """Raise a UserError of one rank, or Stopped, on all ranks. Nothing inside may communicate."""
+        error: UserError | Stopped | None = None
         try:
             yield
-        except UserError as found:
+        except (UserError, Stopped) as found:
             error = found
-        for first in filter(None, self.all_gather(error)):
-            raise first
+        self.exchange(error, leaving=False)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A signal also raises Stopped inside, at any line, and then on all ranks."""
+        with self.raise_on_all_ranks(), self.stop.interruptible():
+            yield
+
+    def exchange(self, status: Any, leaving: bool = True) -> list[Any]:
+        """Return each rank's status; raises on all ranks the first UserError or Stopped: of a stop, if `leaving`."""
+        statuses = self.all_gather(Stopped() if leaving and self.stop else status)
+        for error in statuses:
+            if isinstance(error, UserError | Stopped):
+                raise error
+        return statuses
+
+    def gather(self, compute: Callable[[], T]) -> list[T]:
+        """Return what every rank computes, which a signal ends."""
+        with self.interruptible():
+            value = compute()
+        return self.all_gather(value)
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Copy rank 0's buffers to the others: each computes its own running statistics of a BatchNorm."""
@@ -92,12 +115,14 @@ class AnyRank:
         self.pending: Any = dist.all_reduce(self.sent, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
 
-def init_process_group() -> Ranks:
+def init_process_group(stop: StopRequest | None = None) -> Ranks:
     """Join the processes that torchrun started; raises UserError if its variables are not valid."""
+    stop = StopRequest() if stop is None else stop
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return Ranks()
+        return Ranks(stop=stop)
     try:
-        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+        rank, size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        ranks = Ranks(rank, size, local, stop)
         if ranks.world_size == 1 or dist.is_initialized():
             return ranks
         store, rank, size = next(rendezvous("env://"))

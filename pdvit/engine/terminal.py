@@ -3,11 +3,11 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ EXIT_STOPPED = 75  # the conventional status for "try again later"
 BAR = 20  # columns of the bar
 BESIDE = BAR + len(" 100% ") + len(" 100:00:00 ") + 2  # columns of all that has a fixed width in the progress line
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm sends the last before its time limit
+T = TypeVar("T")
 
 
 class RunConsole(Console):
@@ -106,19 +107,28 @@ class StopRequest:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Raise Stopped inside at a signal, or now if there was one. For work that can be left at any line."""
-        self.leave = True
+        before, self.leave = self.leave, True
         try:
             if self:
                 raise Stopped
             yield
         finally:
-            self.leave = False
+            self.leave = before
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield items until there is a request, which also ends the wait for the next."""
+        waiting = iter(items)
+        with suppress(Stopped, StopIteration):
+            while True:
+                with self.interruptible():
+                    item = next(waiting)
+                yield item
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGINT, SIGUSR1 and a closed terminal (SIGHUP) into a request; a second SIGINT ends at once."""
-    request = StopRequest()
+    request = StopRequest() if request is None else request
 
     def handle(number: int, _: FrameType | None) -> None:
         if request and number == signal.SIGINT:

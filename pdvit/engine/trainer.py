@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -86,12 +86,14 @@ class Trainer:
         self.checkpoints = Checkpoints(directory.path / "checkpoints", keep, steps.milestone_every)
         logger = RunLogger(directory, console, progress, steps, self.task.best_metric, self.device)
         self.logger, any_rank = logger, AnyRank(flags=2) if self.ranks.world_size > 1 else None
+        # A signal raises Stopped inside; not with several ranks, which wait for one another.
+        self.interruptible: Any = nullcontext if any_rank else stop.interruptible
         logger.write_status("running")
         try:
-            with logger.display, closing(self._batches()) as batches:
+            with suppress(Stopped), logger.display, closing(self._batches()) as batches:
                 if self.ranks.main and self.config.run.track:
                     logger.trackers = Trackers(directory.path, state.config, progress.step, logger.display.log)
-                if progress.evaluation_owed and self._evaluate(stop):
+                if progress.evaluation_owed and self._evaluate():
                     self._save(better=True)
                 for batch in batches:
                     self.batch = batch
@@ -103,7 +105,7 @@ class Trainer:
                     progress.samples += self.task.batch_size
                     if steps.due(progress.step, steps.log_every):
                         self._log(generators)
-                    better = steps.due(progress.step, steps.eval_every) and self._evaluate(stop)
+                    better = steps.due(progress.step, steps.eval_every) and self._evaluate()
                     now = time.monotonic()
                     if steps.time_limit_seconds is not None and now - stop.created >= steps.time_limit_seconds:
                         stop.reason = stop.reason or "time limit"
@@ -120,8 +122,9 @@ class Trainer:
                     if ending:
                         self._stop(stop.reason or ("stop after" if pausing else None))
                         return None
-                return self._finish(stop)
-        except Stopped:  # of the closing evaluation: the last step is saved
+                return self._finish()
+            if progress.step:  # Stopped in a wait for images, or on all ranks in an evaluation, which is then repeated
+                self._save(ending=True)
             self._stop(stop.reason)
             return None
         except BaseException as error:
@@ -142,12 +145,8 @@ class Trainer:
         self.logger.write_status("stopped", reason=reason)
         self.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
 
-    def _interruptible(self, stop: StopRequest) -> AbstractContextManager[None]:
-        """A signal raises Stopped inside; not with several ranks, which wait for one another."""
-        return stop.interruptible() if self.ranks.world_size == 1 else nullcontext()
-
     def _batches(self) -> Generator[TrainBatch]:
-        """Yield the batches of the remaining steps. If an image can't be read, save the steps before it."""
+        """Yield the batches of the remaining steps. If there is no next one, save the steps before it."""
         progress, steps = self.state.progress, self.steps
         batches = self.task.batches(progress.step)
         if progress.step + 1 < steps.profile.stop:
@@ -157,8 +156,9 @@ class Trainer:
             while progress.step < steps.total:
                 self.logger.start("data")
                 try:
-                    batch = next(batches)
-                except UserError:
+                    with self.interruptible():
+                        batch = next(batches)
+                except (UserError, RunFailed):  # an image can't be read, or a worker died
                     if self.ranks.world_size == 1 and progress.step:
                         self._save(ending=True)
                     raise
@@ -178,21 +178,18 @@ class Trainer:
             tip = f"start a new run with a lower --lr, or --clip-grad 1; to see where: {replay}"
             raise RunFailed(f"{what}, up to step {self.state.progress.step}", tip)
 
-    def _evaluate(self, stop: StopRequest) -> bool:
+    def _evaluate(self) -> bool:
         """Evaluate the validation images; return whether the result is the best so far, and is to be kept.
 
-        If the run is asked to stop, the resumed run evaluates again.
+        Raises Stopped if the run is asked to stop; the resumed run evaluates again.
         """
         progress = self.state.progress
         self.logger.start("evaluate")
         self.state.check_weights()
         self.ranks.broadcast_buffers(self.evaluated)
         progress.evaluation_owed = True
-        try:
-            with self._interruptible(stop):
-                records, headline = self.task.evaluate(self.evaluated)
-        except Stopped:
-            return False
+        with self.interruptible():
+            records, headline = self.task.evaluate(self.evaluated)
         progress.evaluation_owed = False
         self.logger.start("step")
         for record_type, record in records.items():
@@ -213,6 +210,7 @@ class Trainer:
         if self.save_owed:
             return
         self.logger.start("save")
+        self.directory.check()
         self.state.check_weights()
         snapshot = self.state.state_dict()
         if self.ranks.main:
@@ -235,16 +233,16 @@ class Trainer:
         for action in (self.checkpoints.writing.result, lambda: self.logger.write_status(status, reason=reason)):
             try:
                 action()
-            except UserError as second:
+            except (UserError, RunFailed) as second:
                 if second is not error:
                     error.add_note(f"and {second.what}")
 
-    def _finish(self, stop: StopRequest) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """Measure and export the weights, and close the run; raises RunFailed if nothing was learned."""
         progress = self.state.progress
         self.checkpoints.writing.result()
         self.ranks.broadcast_buffers(self.evaluated)
-        with self._interruptible(stop):
+        with self.interruptible():
             metrics = self.task.finish(self.evaluated, self.weights)
         tip = "start a new run: check --mean and --std, lower --lr, or use --clip-grad 1"
         if 2 * progress.skipped > progress.step:

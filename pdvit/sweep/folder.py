@@ -17,7 +17,7 @@ from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.files import read_text, reading
 from pdvit.sweep.cells import LOGS, SWEEP, TABLE, Cell, make_cells, split
-from pdvit.tracking.run_directory import FREE, OTHER, RunDirectory, Status, hold, write_file, writing
+from pdvit.tracking.run_directory import FREE, OTHER, RunDirectory, Status, held, hold, write_file, writing
 
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
 CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
@@ -110,6 +110,8 @@ class Folder:
             if free and not (run / "run.toml").is_file():  # it ended before it began; a new run needs an empty folder
                 for file in (run / "status.json", *run.glob(".run.toml.*"), *run.glob(".status.json.*")):
                     file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    (run / "checkpoints").rmdir()
             yield free
 
     def write_table(self, begun: Container[str] = ()) -> list[tuple[Cell, CellState]]:
@@ -147,14 +149,7 @@ class Folder:
 
     def _held(self, name: str) -> bool:
         """Return whether a process trains the cell, for the sweep or with --resume."""
-        for lock in (self.path / LOGS / f".{name}.lock", self.path / name / "checkpoints" / ".lock"):
-            if lock.exists():
-                try:
-                    with hold(lock):
-                        pass
-                except BlockingIOError:
-                    return True
-        return False
+        return held(self.path / LOGS / f".{name}.lock") or held(self.path / name / "checkpoints" / ".lock")
 
 
 def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None:

@@ -140,8 +140,10 @@ def evaluate_classification(
 
     `in_lockstep`: the model is sharded over the ranks (FSDP), which communicate in each pass.
     """
-    with nullcontext() if in_lockstep else ranks.raise_on_all_ranks():
+    with nullcontext() if in_lockstep else ranks.interruptible():
         for batch in batches:
+            if in_lockstep:
+                ranks.exchange(None)
             with autocast(batch.images.device, precision):
                 logits = network(batch.images).float()
             metric.update(logits, batch.targets)
@@ -167,11 +169,11 @@ def evaluate_segmentation(
     def exchange(status: bool | UserError) -> bool:
         """Exchange whether there is a pass to make, or an error that all raise; return whether any rank has a pass."""
         nonlocal raised
-        statuses = ranks.all_gather(status)
-        if error := next((item for item in statuses if isinstance(item, UserError)), None):
+        try:
+            return any(ranks.exchange(status))
+        except UserError:
             raised = True
-            raise error
-        return any(statuses)
+            raise
 
     def forward(images: Tensor) -> Tensor:
         if in_lockstep:
@@ -180,7 +182,7 @@ def evaluate_segmentation(
             return network(images)
 
     try:
-        with nullcontext() if in_lockstep else ranks.raise_on_all_ranks():
+        with nullcontext() if in_lockstep else ranks.interruptible():
             for batch in batches:
                 for image, mask in zip(batch.images, batch.targets, strict=True):
                     size = (mask.shape[0], mask.shape[1])

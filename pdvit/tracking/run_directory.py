@@ -4,17 +4,21 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from pdvit.errors import UserError, command
+from pdvit.errors import RunFailed, UserError, command
 from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
-RECORDS, CHANGES = "metrics.jsonl", "changes.json"
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
+RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
+TEMPORARY = ".*." + 8 * "[0-9a-f]"
 FREE, OTHER = "check free space and permissions", "choose another --out"
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -42,14 +46,23 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def hold(path: Path, wait: bool = False) -> Iterator[None]:
+def hold(path: Path, wait: bool = False) -> Iterator[IO[str]]:
     """Lock a file against other processes; raises OSError, BlockingIOError if it is locked, unless `wait` is set.
 
     The lock ends with this process; worker processes do not inherit it.
     """
     with path.open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        yield file
+
+
+def held(path: Path) -> bool:
+    """Return whether another process holds the lock of a file, without taking it."""
+    lock = struct.Struct("hhqqi")  # `struct flock` of Linux
+    with suppress(FileNotFoundError), path.open("r+") as file:
+        found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
+    return False
 
 
 def sync(path: Path) -> None:
@@ -72,10 +85,11 @@ class RunDirectory:
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
+        self.lock: IO[str] | None = None  # while this process trains the run
 
     @classmethod
-    def create(cls, out: str | None, name: str) -> "RunDirectory":
-        """Make an empty run directory: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
+    def create(cls, out: str | None, name: str, config: str) -> "RunDirectory":
+        """Make a run directory with run.toml: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
         text = name if out is None else out
         if text == "" or (out is None and (name == ".." or Path(name).name != name)):
             raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
@@ -85,12 +99,18 @@ class RunDirectory:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(FileExistsError):
                     path.mkdir(exist_ok=out is not None and path.is_dir() and not any(path.iterdir()))
+                    (path / CHECKPOINTS).mkdir()  # of several commands, one has made it
                     break
-            if out is not None:
-                again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
-                raise UserError("the path exists already", str(path), OTHER + again)
-            path = RUNS / f"{name}-{number}"
-        return cls(path)
+            refuse_taken(out)
+            path = RUNS / f"{name}-{number}" if out is None else path
+        directory = cls(path)
+        try:
+            directory.write("run.toml", config)
+        except UserError:
+            for folder in (path / CHECKPOINTS, path):
+                folder.rmdir()
+            raise
+        return directory
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -105,21 +125,45 @@ class RunDirectory:
         with ExitStack() as stack:
             if self.writes:
                 with writing("checkpoints/.lock", self.path, FREE):
-                    (self.path / "checkpoints").mkdir(exist_ok=True)
+                    (self.path / CHECKPOINTS).mkdir(exist_ok=True)
                     try:
-                        stack.enter_context(hold(self.path / "checkpoints" / ".lock"))
+                        self.lock = stack.enter_context(hold(self.path / CHECKPOINTS / ".lock"))
                     except BlockingIOError as error:
                         what = "another process is training this run"
                         raise UserError(what, str(self.path), "stop that one first") from error
-            yield
+                    for left in self.path.rglob(TEMPORARY):  # by a process that was killed
+                        left.unlink(missing_ok=True)
+                    for folder in (self.path / CHECKPOINTS).glob(".step-*"):
+                        shutil.rmtree(folder, ignore_errors=True)
+            try:
+                yield
+            finally:
+                self.lock = None
+
+    def check(self) -> None:
+        """Raise RunFailed if the folder that this process trains is gone, or another one is in its place."""
+        if self.lock is not None:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / CHECKPOINTS / ".lock")):
+                    return
+            tip = "if it was moved, resume it where it is now: pdvit train --resume PATH"
+            raise RunFailed(f"the run directory is gone or is another folder now: {self.path}", tip)
 
     def write(self, name: str, content: bytes | str | Mapping[str, Any]) -> None:
         """Write a file, a table as JSON; raises UserError."""
         if self.writes:
-            content = to_json(content) + "\n" if isinstance(content, Mapping) else content
+            self.check()
+            content, file = to_json(content) + "\n" if isinstance(content, Mapping) else content, self.path / name
             with writing(name, self.path, FREE):
-                (self.path / name).parent.mkdir(exist_ok=True)
-                write_file(self.path / name, content)
+                file.parent.mkdir(exist_ok=True)
+                try:
+                    write_file(file, content)
+                except OSError:
+                    if name != STATUS or not file.is_file():
+                        raise
+                    with file.open("r+") as opened:  # a full disk still has the room that the file takes
+                        opened.write(str(content))
+                        opened.truncate()
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON table; raises UserError if it is missing or damaged."""
@@ -133,6 +177,7 @@ class RunDirectory:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record to metrics.jsonl."""
         if self.writes:
+            self.check()
             with writing(RECORDS, self.path, FREE), (self.path / RECORDS).open("a", encoding="utf-8") as file:
                 file.write(to_json(record, indent=None) + "\n")
 
@@ -163,6 +208,14 @@ class RunDirectory:
 
     def _read_changes(self) -> list[dict[str, Any]]:
         return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
+
+
+def refuse_taken(out: str | None) -> None:
+    """Raise UserError if a new run can't be made in the folder `out`."""
+    path = Path(os.path.expanduser(out or ""))
+    if out and os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
+        raise UserError("the path exists already", str(path), OTHER + again)
 
 
 def newest(marker: str) -> list[Path]:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.distributed import Ranks
+from pdvit.engine.terminal import Stopped
 from pdvit.errors import UserError
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
@@ -194,7 +196,8 @@ def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder,
         def all_gather(self, value):
             return [value, value]
 
-    monkeypatch.setattr(analyze_run, "init_process_group", Twice)  # an image that several read is counted once
+    # an image that several read is counted once
+    monkeypatch.setattr(analyze_run, "init_process_group", lambda stop: Twice(stop=stop))
     options = ["--on-bad-image", "skip", "--metrics", "similarity_signed"]
     assert "; 1 left out that do not decode" in analyzed(run_copy, "--images", image_folder, *options)["images"]
 
@@ -244,8 +247,9 @@ def interrupt(monkeypatch):
         def batches(*arguments, **options):
             for batch in original(*arguments, **options):
                 if next(numbers) == after:
-                    for _ in range(times):
-                        os.kill(os.getpid(), signal.SIGINT)
+                    for left in reversed(range(times)):
+                        with suppress(Stopped) if left else nullcontext():
+                            os.kill(os.getpid(), signal.SIGINT)
                 yield batch
 
         monkeypatch.setattr(analyze_run, "eval_batches", batches)

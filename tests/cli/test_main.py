@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,17 @@ for command in sys.argv[1:]:
         assert run(command.split()) == 0, command
 print(*{name.partition(".")[0] for name in sys.modules})
 """
+# A command that is interrupted as soon as it imports torch.
+INTERRUPTED = """
+import os, signal, sys
+class Early:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Early())
+from pdvit.__main__ import main
+main()
+"""
 HEAVY = {"torch", "torchvision", "timm", "safetensors"}
 
 
@@ -38,6 +50,20 @@ def test_help_imports_nothing_heavy():
     heavy = HEAVY | {"pandas", "matplotlib", "sklearn"}
     assert not packages("--help") & (heavy | {"rich"})
     assert not packages("train --help", "analyze --help", "plot sweep --help") & heavy
+
+
+@pytest.mark.parametrize("command", ["predict", "analyze", "eval"])
+def test_ctrl_c_ends_the_imports_quietly(digits_run, command):
+    done = process(
+        sys.executable, "-c", INTERRUPTED, command, str(digits_run), *(["."] if command == "predict" else [])
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_folder_that_is_taken_is_refused_before_the_slow_imports(workplace):
+    (workplace / "file").touch()
+    script = "import sys; from pdvit.cli import run; print(run(['train', '--out', '.']), 'torch' in sys.modules)"
+    assert process(sys.executable, "-c", script).stdout == "2 False\n"
 
 
 def test_letters_that_the_output_lacks_are_replaced(monkeypatch):

@@ -25,7 +25,7 @@ from pdvit.engine.distributed import init_process_group
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
-from tests.files import read_json, read_records
+from tests.files import newest_step, read_json, read_records
 
 STEPS, PATIENCE, ROOT = 20, 300, Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -275,6 +275,29 @@ def test_the_signal_of_slurm_stops_all_processes_and_the_run_goes_on(tmp_path):
     assert (status["status"], status["reason"]) == ("stopped", "SIGUSR1"), errors[-3000:]
     assert f"pdvit train --resume {run}" in shown
     assert (run / "checkpoints/last").read_text() == f"step-{status['step']:08d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distribute", ["ddp", "fsdp"])
+def test_a_signal_ends_an_evaluation_of_several_processes_within_a_batch(tmp_path, distribute):
+    run, folder = tmp_path / "run", tmp_path / "images"
+    for part, count in (("train", 16), ("val", 3000)):
+        for number in range(count):
+            (folder / part / str(number % 2)).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (300, 300)).save(folder / part / str(number % 2) / f"{number}.jpg")
+    command = [*TORCHRUN, *CLI, "--epochs", "100st", "--val-interval", "5st", "--resident", "off", "--workers", "0"]
+    command += ["--data", str(folder), "--distribute", distribute, "--out", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + PATIENCE
+        while newest_step(run) < 5 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        sent, errors = time.time(), process.communicate(timeout=PATIENCE)[1]
+    print(f"{distribute}: saved {(run / 'status.json').stat().st_mtime - sent:.1f} s after the signal")
+    status = read_json(run / "status.json")
+    assert (status["status"], status["step"]) == ("stopped", 5), errors[-3000:]
+    assert "SIGTERM: stopping ..." in errors
+    assert read_json(run / "checkpoints/step-00000005/state.json")["progress"]["evaluation_owed"]
 
 
 FAILING = """

@@ -90,21 +90,21 @@ def check_masks(
     workers: int,
     log: Log,
     share: tuple[int, int] = (0, 1),
-    gather: Callable[[dict[int, Any]], list[dict[int, Any]]] = lambda found: [found],
+    gather: Callable[[Callable[[], Any]], list[dict[int, Any]]] = lambda scan: [scan()],
 ) -> Source:
     """Read mask files before the run; return the source with notes on them.
 
     `every` reads all masks, and refuses those that ignore every pixel. Else held-out masks are read, since their faults
     would end the run after the training, and the first training mask, since it shows a fault that all have. Classes
     without a pixel in a split are noted. `share` is rank and number of the processes that divide the work, `gather`
-    their all_gather. Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
+    `Ranks.gather`. Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
     """
     bad, notes, classes = dict[str, str](), list[str](), source.classes
     for name, split in source.splits.items():
         assert isinstance(split, MaskFiles)
         count, found = len(split) if every or name != "train" else 1, dict[int, Any]()
         read = partial(_classes_in, split, every)
-        for part in gather(scan_masks(read, range(share[0], count, share[1]), name, workers, log)):
+        for part in gather(partial(scan_masks, read, range(share[0], count, share[1]), name, workers, log)):
             found |= part
         bad |= {item.name: item.reason for _, item in sorted(found.items()) if isinstance(item, BadMask)}
         present = set[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
@@ -133,8 +133,11 @@ def scan_masks(read: Callable[[int], Any], indices: Sequence[int], name: str, wo
     with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
         # the filters are global: set out here, this one stays while threads add and take back their own
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for index, result in zip(indices, pool.map(read, indices), strict=True):
-            found[index] = result
-            if len(found) % LOGGED == 0:
-                log(f"read {len(found):,} masks of {name}")
+        try:
+            for index, result in zip(indices, pool.map(read, indices), strict=True):
+                found[index] = result
+                if len(found) % LOGGED == 0:
+                    log(f"read {len(found):,} masks of {name}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # a stop or an error does not wait for the others
     return found

@@ -1,19 +1,21 @@
 import multiprocessing
+import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import loader as module
 from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
-from pdvit.data.images import BadImages
-from pdvit.data.loader import _end_workers, eval_batches, resident, steps_per_epoch
+from pdvit.data.images import BadImage, BadImages
+from pdvit.data.loader import _end_workers, decode, eval_batches, resident, steps_per_epoch
 from pdvit.data.mixing import MODES
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source
-from pdvit.errors import UserError
+from pdvit.errors import RunFailed, UserError
 from tests.unit.data.batches import CLASSES, LOADER, OFF, ON, join, same, save_images, take
 
 COUNT = 10
@@ -93,6 +95,29 @@ def test_workers_that_an_error_left_end_without_another(image_files):
         assert not any(worker.is_alive() for worker in workers)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+@dataclass
+class Failing(Dataset):
+    """Images whose second batch fails."""
+
+    fault: object
+
+    def __getitems__(self, keys):
+        return self.fault() if keys[0][1] else [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"worker \(pid.* (killed|exited)"),
+        (lambda: os.open("/", os.O_WRONLY), "Is a directory"),
+        (lambda: [(BadImage(lambda: None, "a name that can't be sent"), 0, 0)], r"worker \(pid.* exited"),
+    ],
+)
+def test_a_worker_that_dies_or_fails_ends_the_wait_with_its_reason(fault, reason):
+    with pytest.raises(RunFailed, match=reason):
+        list(decode(Failing(fault), replace(LOADER, workers=2), [[(0, index)] for index in range(9)]))
 
 
 @pytest.mark.parametrize("processes", [2, 4])

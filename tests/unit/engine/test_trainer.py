@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +179,23 @@ def test_a_signal_leaves_an_evaluation_at_once_and_the_resumed_run_repeats_it(wh
     assert run(path, task) is None
     status = read_json(path / "status.json")
     assert (status["status"], status["step"], status["reason"]) == ("stopped", step, "SIGTERM")
+    run(path, LineFit(), resume=True)
+    assert read_records(path) == read_records(whole)
+    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_signal_ends_the_wait_for_images(whole, tmp_path):
+    path, task = tmp_path / "run", LineFit()
+
+    def batches(start):
+        yield from islice(LineFit.batches(task, start), 7 - start)
+        interrupt()
+        pytest.fail("it still waits")
+
+    task.batches = batches
+    assert run(path, task) is None
+    status = read_json(path / "status.json")
+    assert (status["status"], status["step"], status["reason"]) == ("stopped", 7, "SIGTERM")
     run(path, LineFit(), resume=True)
     assert read_records(path) == read_records(whole)
     assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -9,6 +9,7 @@ import pytest
 
 from pdvit.errors import UserError
 from pdvit.sweep import CellState, Folder, make_cells
+from pdvit.tracking.run_directory import RunDirectory
 from tests.files import read_csv
 
 BASE = {"optim": {"epochs": "3st"}}
@@ -72,6 +73,17 @@ def test_the_table_says_what_the_run_directories_say(folder):
     assert rows[0] | {"accuracy": "0.5", "seconds": "3.5", "commit": "abc", "hardware": "CPU X, 4 cores"} == rows[0]
     assert (rows[1]["reason"], rows[1]["hardware"], rows[1]["accuracy"]) == ("loss was infinite", "GPU Y", "")
     assert (rows[3]["variant"], rows[3]["run.seed"], rows[3]["commit"]) == ("b", "1", "")
+
+
+def test_a_look_at_a_cell_never_keeps_others_from_training_it(folder):
+    (put(folder, A0) / "checkpoints").mkdir()
+    code = "import sys; from pathlib import Path; from pdvit.sweep import Folder; folder = Folder(Path(sys.argv[1]))\n"
+    code += f"while True: folder.state('{A0}'); print(flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE) as looking:
+        for _ in range(1000):
+            with RunDirectory(folder.path / A0).locked():
+                looking.stdout.readline()
+        looking.kill()
 
 
 def test_a_run_that_was_killed_is_told_from_one_that_runs(folder):

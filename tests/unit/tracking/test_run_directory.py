@@ -1,9 +1,11 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from pdvit.errors import UserError
+from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory, newest, write_file
 from tests.files import read_records
 
@@ -17,20 +19,34 @@ def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
     (workplace / "link").symlink_to(workplace / "nowhere")
     for out, tip in (("a run", "--resume 'a run'"), (".", "--out"), ("file", "--out"), ("link", "--out")):
         with pytest.raises(UserError, match="exists") as caught:
-            RunDirectory.create(out, "unused")
+            RunDirectory.create(out, "unused", "")
         assert caught.value.tip.endswith(tip)
     assert not (workplace / "nowhere").exists()
 
 
+def test_of_two_commands_one_gets_an_empty_folder(workplace):
+    """Both have seen that it is empty."""
+    (workplace / "out").mkdir()
+    script = "import sys; from pdvit.tracking.run_directory import RunDirectory; sys.stdin.read(1); "
+    script += "RunDirectory.create('out', '', sys.argv[1])"
+    commands = [[sys.executable, "-c", script, str(number)] for number in range(8)]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) for command in commands]
+    for process in started:
+        process.stdin.close()
+    ended = [process.wait(60) for process in started]
+    assert sorted(ended) == [0] + 7 * [1]
+    assert (workplace / "out/run.toml").read_text() == str(ended.index(0))
+
+
 def test_default_names_get_a_suffix():
-    paths = [RunDirectory.create(None, "digits-paper").path.as_posix() for _ in range(3)]
+    paths = [RunDirectory.create(None, "digits-paper", "").path.as_posix() for _ in range(3)]
     assert paths == ["runs/digits-paper", "runs/digits-paper-2", "runs/digits-paper-3"]
 
 
 @pytest.mark.parametrize(("out", "name"), [("", "unused"), (None, ""), (None, ".."), (None, "a/b")])
 def test_a_name_that_is_none_is_an_error(out, name):
     with pytest.raises(UserError, match="not a name"):
-        RunDirectory.create(out, name)
+        RunDirectory.create(out, name, "")
 
 
 @pytest.mark.parametrize("out", ["file/run", "/proc/run", "x" * 300, None])
@@ -38,7 +54,7 @@ def test_a_path_that_can_not_be_written_is_an_error(workplace, out):
     (workplace / "file").touch()
     (workplace / "runs").symlink_to(workplace / "nowhere")
     with pytest.raises(UserError, match="run directory can't be written") as caught:
-        RunDirectory.create(out, "name")
+        RunDirectory.create(out, "name", "")
     assert "--out" in caught.value.tip
 
 
@@ -51,7 +67,36 @@ def test_only_a_run_can_be_opened(workplace):
 
 @pytest.fixture
 def directory():
-    return RunDirectory.create("run", "unused")
+    return RunDirectory.create("run", "unused", "")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_disappears_gets_no_ghost(directory, replaced):
+    with directory.locked():
+        directory.write("status.json", {"step": 1})
+        directory.path.rename("moved")
+        if replaced:
+            directory.path.mkdir()
+        for write in (lambda: directory.write("status.json", {}), lambda: directory.append({"step": 2})):
+            with pytest.raises(RunFailed, match="gone or is another folder"):
+                write()
+    assert [*directory.path.glob("*")] == []
+    assert directory.path.exists() == replaced
+
+
+def test_what_a_killed_process_left_is_removed_when_the_run_goes_on(directory):
+    left = [directory.path / name for name in (".status.json.0123abcd", "checkpoints/.last.00000000")]
+    for path in left:
+        path.write_text("torn")
+    (directory.path / "checkpoints/.step-00000003").mkdir()
+    kept = [directory.path / ".notes", directory.path / "run.toml", directory.path / ".step-00000003"]
+    for path in kept:
+        path.touch()
+    with directory.locked():
+        assert {*directory.path.rglob("*")} == {
+            *kept,
+            *(directory.path / at for at in ("checkpoints", "checkpoints/.lock")),
+        }
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[1]", b"3"])
@@ -66,7 +111,7 @@ def test_a_file_that_can_not_be_written_is_an_error(directory):
     (directory.path / "summary.json").mkdir()
     with pytest.raises(UserError, match=r"summary\.json can't be written"):
         directory.write("summary.json", {})
-    assert [path.name for path in directory.path.iterdir()] == ["summary.json"]
+    assert {path.name for path in directory.path.iterdir()} == {"summary.json", "run.toml", "checkpoints"}
 
 
 def test_a_record_is_one_line_and_numbers_that_are_not_finite_are_null(directory):

@@ -209,9 +209,9 @@ def test_the_check_names_every_fault_over_workers_and_ranks(camvid, workers, ran
     (camvid / "masks/test/11.png").write_bytes(b"torn")
     parts, filters = [], list(warnings.filters)
 
-    def gather(found):  # the second rank has the results of the first, for three splits
-        parts.append(found)
-        return [found] if len(parts) < 4 else [parts[len(parts) - 4], found]
+    def gather(scan):  # the second rank has the results of the first, for three splits
+        parts.append(scan())
+        return parts[-1:] if len(parts) < 4 else [parts[-4], parts[-1]]
 
     for rank in range(ranks):
         with pytest.raises(UserError, match="masks can't be used") as caught:
