@@ -31,7 +31,8 @@ def values_of(key):
     if get_origin(key.type) is tuple:
         count = len(get_args(key.type))
         return st.lists(st.floats(0.01, 1), min_size=count, max_size=count).map(sorted).map(tuple)
-    by_type = {bool: st.booleans(), int: st.integers(8, 1000), float: st.floats(0.001, 0.9), str: WORDS, dict: TABLES}
+    floats = st.floats(max(0.001, key.above or 0), 0.9, exclude_min=True)
+    by_type = {bool: st.booleans(), int: st.integers(8, 1000), float: floats, str: WORDS, dict: TABLES}
     return by_type[get_origin(key.type) or key.type]
 
 
