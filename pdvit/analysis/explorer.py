@@ -118,11 +118,6 @@ def explorer_page(models: list[Maps], notes: list[str]) -> str:
 
 
 def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
-    # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
-    cosines = [
-        [base64.b64encode(levels[np.triu_indices(len(levels), 1)].tobytes()).decode() for levels in by_layer.values()]
-        for by_layer in maps.cosines[:count]
-    ]
     return {
         "name": maps.model,
         "layers": list(maps.grids),
@@ -131,7 +126,11 @@ def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
         "grids": list(maps.grids.values()),
         "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
         "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
-        "cosines": cosines,
+        # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
+        "cosines": [
+            [base64.b64encode(levels[np.triu_indices(len(levels), 1)].tobytes()).decode() for levels in layers.values()]
+            for layers in maps.cosines[:count]
+        ],
     }
 
 

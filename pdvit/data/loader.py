@@ -45,7 +45,6 @@ Size = tuple[int, int]
 MEMORY_FRACTION = 1 / 8
 DECODE_BATCH = 256
 LOGGED = 32  # batches between two progress messages
-RESIDENT = "data.resident (--resident)"
 # Open files for each worker (pipes and shared batches), and for everything else; bytes of /dev/shm that are left.
 FILES_PER_WORKER, OTHER_FILES, OTHER_SHARED = 8, 16, 2**19
 SHARED_BYTES = 2**16  # smaller arrays go through a pipe, which is faster
@@ -246,9 +245,7 @@ def _note(text: str) -> None:
 
 def _shared_memory() -> int:
     """Return the bytes of shared memory that are free, less a part for what processes themselves need."""
-    with suppress(OSError):
-        return shutil.disk_usage("/dev/shm").free - OTHER_SHARED
-    return 0
+    return shutil.disk_usage("/dev/shm").free - OTHER_SHARED if os.path.isdir("/dev/shm") else 0
 
 
 @atexit.register
@@ -287,8 +284,7 @@ def _to_send(tensor: Tensor) -> Tensor | np.ndarray:
     """Move a worker's tensor to shared memory, half of which is left to others; else return it as an array."""
     with suppress(RuntimeError):  # another process was faster
         if SHARED_BYTES <= tensor.nbytes < _shared_memory() / 2:
-            tensor.share_memory_()
-            return tensor
+            return tensor.share_memory_()
     return tensor.numpy()
 
 
@@ -355,7 +351,9 @@ def _choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, se
     else:
         return size, f"all are {size[0]}x{size[1]}"
     if setting == "on":
-        raise UserError(f"the images can't be kept on {device}: {problem}", RESIDENT, "use --resident off")
+        raise UserError(
+            f"the images can't be kept on {device}: {problem}", "data.resident (--resident)", "use --resident off"
+        )
     return None, problem
 
 

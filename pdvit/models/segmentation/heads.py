@@ -110,7 +110,7 @@ class Neck(nn.Module):
 
 
 class Pool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling; as matrix products if kernels must be deterministic, which torch's on GPUs are not."""
+    """Adaptive average pooling; axis by axis if kernels must be deterministic, which torch's on GPUs are not."""
 
     output_size: int
 
@@ -119,18 +119,12 @@ class Pool(nn.AdaptiveAvgPool2d):
         if not torch.are_deterministic_algorithms_enabled():
             pooled: Tensor = super().forward(input)
             return pooled
-        down, across = (self._weights(side, input) for side in input.shape[2:])
-        return down @ input @ across.mT
-
-    def _weights(self, side: int, like: Tensor) -> Tensor:
-        """Return the weight of each place in the mean of each part, `(parts, side)`.
-
-        Part i reaches from floor(i side / parts) to ceil((i + 1) side / parts), so parts can overlap.
-        """
         parts = self.output_size
-        part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(side, device=like.device)
-        inside = (place >= part * side // parts) & (place < ((part + 1) * side + parts - 1) // parts)
-        return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+        for axis in (2, 3):  # parts can overlap
+            side = input.shape[axis]
+            ends = [(part * side // parts, -(-(part + 1) * side // parts)) for part in range(parts)]
+            input = torch.stack([input.narrow(axis, start, end - start).mean(axis) for start, end in ends], axis)
+        return input
 
 
 def replace_modules(module: nn.Module, norm: str) -> None:
