@@ -238,7 +238,6 @@ def _worker_errors() -> Iterator[None]:
 
 @cache
 def _note(text: str) -> None:
-    """Print a note, once."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -284,7 +283,8 @@ def _to_send(tensor: Tensor) -> Tensor | np.ndarray:
     """Move a worker's tensor to shared memory, half of which is left to others; else return it as an array."""
     with suppress(RuntimeError):  # another process was faster
         if SHARED_BYTES <= tensor.nbytes < _shared_memory() / 2:
-            return tensor.share_memory_()
+            tensor.share_memory_()
+            return tensor
     return tensor.numpy()
 
 

@@ -66,7 +66,6 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 
 def _cka_matrix(arrays: Arrays, other: str = "") -> pd.DataFrame:
-    """Return CKA of layers with those of a model, named by both."""
     with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again, with --metrics cka"):
         layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
         return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
@@ -94,10 +93,9 @@ def plot_maps(
     maps = {(patch, at): _map(arrays, image, patch, layers[at]) for patch in patches for at in depths}
     parts = []
     for (patch, at), (grid, _) in maps.items():
-        down, across = np.indices(grid.shape)
-        places = {"row": down.ravel(), "column": across.ravel()}
+        down, across = np.indices(grid.shape).reshape(2, -1)
         where = {"run": name, "image": image, "patch": f"{patch[0]},{patch[1]}", "layer": layers[at]}
-        parts.append(pd.DataFrame({**where, **places, "cos": grid.ravel()}))
+        parts.append(pd.DataFrame({**where, "row": down, "column": across, "cos": grid.ravel()}))
     side = DOUBLE / (len(depths) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(patches) + 0.45
     with style.new_figure(DOUBLE, height, theme) as figure:
@@ -194,7 +192,6 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
 
 
 def _draw_list(axes: Axes, largest: pd.DataFrame, theme: Theme) -> None:
-    """Draw the most frequent confusions as bars, the largest on top."""
     pairs = zip(largest["class"], largest["predicted"], strict=True)
     names = [f"{style.shorten(label)} → {style.shorten(predicted)}" for label, predicted in pairs]
     bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)

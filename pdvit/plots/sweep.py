@@ -164,7 +164,6 @@ def _metric(cells: pd.DataFrame, metric: str | None) -> str:
 
 
 def _baseline(cells: pd.DataFrame, axes: list[str], baseline: str | None) -> dict[str, str]:
-    """Return the values of the baseline, by axis."""
     if baseline is None:
         return {axis: cells[axis].iloc[0] for axis in axes[:1]}
     values = {}
