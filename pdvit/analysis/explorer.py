@@ -21,12 +21,9 @@ from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, image_size_of, places_of, shapes_of, watch
 from pdvit.version import __version__
 
-# A map of 2,048 patches takes 2.8 MB of a page.
-MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4
-# Bytes of a page, and the part of its own code and names.
-PAGE_BYTES, CODE_BYTES = 10**7, 200_000
-# A cosine is stored as an integer from -127 to 127.
-LEVELS = 127
+MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4  # a map of 2,048 patches takes 2.8 MB of a page
+PAGE_BYTES, CODE_BYTES = 10**7, 200_000  # bytes of a page, and the part of its own code and names
+LEVELS = 127  # a cosine is stored as an integer from -127 to 127
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ BETWEEN, MAPS = "cka_between.npz", "maps.npz"
 # Groups that share a table in a terminal of 80 characters (others share a last one), and the width of the bar of P.
 TABLES = (("similarity", "similarity_signed", "norms"), ("pairs", "drift", "rank"), ("spectrum", "attention", "cka"))
 BAR = 12
-# Heading and cells, one per layer.
-Columns = list[tuple[str, list[str]]]
+Columns = list[tuple[str, list[str]]]  # heading and cells, one per layer
 
 
 def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:

@@ -4,8 +4,7 @@ import pandas as pd
 
 # Our choices, not the paper's. From 0.5 on, the average pair of patches is nearer to parallel than to orthogonal.
 COLLAPSED = 0.5
-# The smallest difference in P that counts, between layers or from random weights.
-MIN_DIFFERENCE = 0.05
+MIN_DIFFERENCE = 0.05  # the smallest difference in P that counts, between layers or from random weights
 # Published values by timm's name without tag and number of blocks; other papers show figures only.
 PUBLISHED = {
     ("deit_base_patch16_224", 24): "P above 0.7 at the last layer (arXiv 2104.12753 v3, as told by a later article; "

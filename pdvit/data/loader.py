@@ -35,10 +35,8 @@ from pdvit.data.randomness import fold
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import RunFailed, UserError
 
-# Uint8 images, class indices (of images, or of their pixels), sample indices.
-Raw = tuple[Tensor, Tensor, Tensor]
-# Epoch and sample indices of each step.
-Steps = Iterator[tuple[int, Tensor]]
+Raw = tuple[Tensor, Tensor, Tensor]  # uint8 images, class indices (of images, or of their pixels), sample indices
+Steps = Iterator[tuple[int, Tensor]]  # epoch and sample indices of each step
 Size = tuple[int, int]
 
 # A resident set may take this fraction of the memory of the device, or of the machine for the CPU.

@@ -25,8 +25,7 @@ MAX_DIFFERENCE = 0.1
 # Modules between tokens and classes beside the classifier, and the norms among them.
 HEADS = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
 POOLED_NORMS = ("fc_norm.", "head.norm.")
-# timm's arguments that differ in the backbone of a segmentation model.
-PRUNED = (*OPTIONS, "global_pool", "fc_norm")
+PRUNED = (*OPTIONS, "global_pool", "fc_norm")  # timm's arguments that differ in the backbone of a segmentation model
 
 
 @dataclass(frozen=True)

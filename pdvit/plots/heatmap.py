@@ -19,8 +19,7 @@ from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme
 
 CKA_COLUMNS = 3
 MAP_DEPTHS = 6
-# Default patches, as fractions of height and width.
-MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))
+MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))  # default patches, as fractions of height and width
 COSINE_SCALE = 127  # maps.npz holds cosines as int8
 FRAME = "#ff3b30"  # visible on light and on dark
 NUMBERED = 15  # classes up to which cells have numbers

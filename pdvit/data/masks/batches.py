@@ -25,8 +25,7 @@ from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 
-# Longest side as a multiple of the short side; MMSegmentation: 2048 to 512.
-LONGEST = 4
+LONGEST = 4  # longest side as a multiple of the short side; MMSegmentation: 2048 to 512
 RETRIES = 10
 
 
