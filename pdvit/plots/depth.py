@@ -261,8 +261,7 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
         axes.plot(line["depth"], line["mean"], **styles[str(name)], **sizes, clip_on=False)
         own, colour, std = rows[rows["run"] == name], styles[str(name)]["color"], line["std"]
         if metric == NORM:
-            over_patches = own[own["metric"] == NORM_STD].set_index("depth")["mean"]
-            std = over_patches.reindex(line["depth"]).set_axis(line.index)
+            std = own[own["metric"] == NORM_STD].set_index("depth")["mean"].reindex(line["depth"]).set_axis(line.index)
         below, above = ((line["mean"] + sign * std.fillna(0)).clip(low, high) for sign in (-1, 1))
         axes.fill_between(line["depth"], below, above, linewidth=0, color=colour, alpha=min(0.15, 0.3 / len(styles)))
         random, stages = own[own["metric"] == RANDOM], _stages(line)

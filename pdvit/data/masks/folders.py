@@ -108,8 +108,7 @@ def find_folders(root: Path) -> MaskFolders:
         if known and all((folder / name / "training").is_dir() for name in ("images", "annotations")):
             return MaskFolders(folder, "images", "annotations", ade_table(folder))
     if all((root / name).is_dir() for name in ("leftImg8bit", CITYSCAPES)):
-        endings = ("_leftImg8bit", "_gtFine_labelIds")
-        return MaskFolders(root, "leftImg8bit", CITYSCAPES, cityscapes_table(), endings)
+        return MaskFolders(root, "leftImg8bit", CITYSCAPES, cityscapes_table(), ("_leftImg8bit", "_gtFine_labelIds"))
     masks = next((name for name in MASKS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
         found = ", ".join(folder_names(root)[:6]) or "no folders"
