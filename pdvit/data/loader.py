@@ -1,7 +1,6 @@
 """Batches by step: the images of step t are a function of the seed and t, so any step is a start of equal cost.
 
-A batch is the same from worker processes and from a resident set: image files that are decoded once, and kept on the
-device as uint8 tensors.
+A batch is the same from worker processes and from a resident set: image files decoded once, on the device as uint8.
 """
 
 import atexit
@@ -292,8 +291,7 @@ def resident(
     """Return the source with its image files on the device if so decided; log the decision and its reason.
 
     `setting` is auto, on or off. Held-out images are kept after their evaluation transform, so their pixels are those
-    of the workers. If bad images are skipped, workers decode as before. Raises UserError for bad images that are not
-    skipped, or if `on` is impossible.
+    of the workers. Workers decode if bad images are skipped; else these, or an impossible `on`, raise UserError.
     """
     by_workers = f"by {loader.workers} worker processes"
     if isinstance(source.splits["train"], ArraySplit):

@@ -114,8 +114,7 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
 def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw histograms of cos over all pairs of patches, layer above layer; ticks are medians.
 
-    Heights are square roots of fractions, scaled to the same maximum in each layer: tails stay visible, and a layer
-    with one peak hides no other.
+    Heights are square roots of fractions, so that tails stay visible, with the same maximum in each layer.
     """
     parts = [
         pd.DataFrame({**place, "from": edges[:-1], "to": edges[1:], "share": shares})

@@ -164,8 +164,16 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
         of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
         correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
         left.set_title(f"{style.shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
-        for axes in right:
-            _draw_list(axes, largest, theme)
+        names = [f"{style.shorten(label)} → {style.shorten(other)}" for label, other, _ in largest.to_numpy()]
+        for axes in right:  # the most frequent confusions as bars, the largest on top
+            bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
+            axes.bar_label(bars, padding=3, fontsize=7.5)
+            axes.set_yticks(range(len(names)), names, fontsize=7.5)
+            axes.invert_yaxis()
+            axes.grid(visible=False)
+            axes.set_xticks([])
+            axes.spines["bottom"].set_visible(False)
+            axes.set_title("most frequent confusions, images" if names else "no confusions")
         return figure
 
 
@@ -188,16 +196,3 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
     axes.set(xlabel="predicted", ylabel="class")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
     bar.set_ticks([0, 0.01, 0.05, 0.25, 1], labels=["0", "1 %", "5 %", "25 %", "100 %"])
-
-
-def _draw_list(axes: Axes, largest: pd.DataFrame, theme: Theme) -> None:
-    pairs = zip(largest["class"], largest["predicted"], strict=True)
-    names = [f"{style.shorten(label)} → {style.shorten(predicted)}" for label, predicted in pairs]
-    bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
-    axes.bar_label(bars, padding=3, fontsize=7.5)
-    axes.set_yticks(range(len(names)), names, fontsize=7.5)
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.set_title("most frequent confusions, images" if names else "no confusions")

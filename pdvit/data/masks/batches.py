@@ -1,7 +1,6 @@
 """Training and evaluation batches of images with masks, with MMSegmentation's chain made of torchvision's transforms.
 
-Scale, crop, flip, colours, in this order. Images smaller than the crop are padded right and bottom; the padding is set
-after the normalization, to 0.
+Scale, crop, flip, colours, in this order. Images smaller than the crop are padded right and bottom: 0, if normalized.
 """
 
 from collections.abc import Callable, Generator, Iterator

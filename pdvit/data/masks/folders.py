@@ -63,8 +63,7 @@ class MaskFolders:
     images: str
     masks: str
     table: ClassTable | None
-    # Of the stems of an image and its mask; but for suffixes, their paths are alike.
-    endings: tuple[str, str] = ("", "")
+    endings: tuple[str, str] = ("", "")  # of the stems of an image and its mask, whose paths are alike but for suffixes
 
     def splits(self, data: DataConfig, training: bool) -> tuple[dict[str, str], list[str]]:
         """Return the folder of each split by role (without folders train or `all`) and notes; raises UserError."""

@@ -17,16 +17,13 @@ MAX_GROUPS, MIN_CHANNELS = 32, 4
 
 
 class LinearHead(nn.Module):
-    """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none.
-
-    It keeps torch's initialisation; docs/segment.md says why.
-    """
+    """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none."""
 
     def __init__(self, width: int, classes: int, norm: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.dropout = nn.Dropout2d(DROPOUT)
-        self.classifier = nn.Conv2d(width, classes, 1)
+        self.classifier = nn.Conv2d(width, classes, 1)  # with torch's initialisation; docs/segment.md says why
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, None]:
         """Return the logits `(B, C, h, w)` of the last map."""
@@ -81,8 +78,7 @@ class UPerNetHead(nn.Module):
 class Neck(nn.Module):
     """Scales four maps to the strides s/4, s/2, s and 2s, where s is the stride of the third.
 
-    Transposed convolutions enlarge and max-pooling reduces the maps of plain transformers, which all have one stride,
-    as in MMSegmentation's Feature2Pyramid.
+    As in MMSegmentation's Feature2Pyramid, transposed convolutions enlarge and max-pooling reduces the maps.
     """
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int]) -> None:
