@@ -134,8 +134,8 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
 
 def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, Any]:
     """Return num_classes by the shape of the classifier, and img_size by that of square position embeddings."""
-    names = (*classifiers_of(sketch), "head")
-    heads = [tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors]
+    names = [f"{name}.weight" for name in (*classifiers_of(sketch), "head")]
+    heads = [tensors[name] for name in names if name in tensors]
     arguments: dict[str, Any] = {"num_classes": next((len(head) for head in heads if head.ndim in (2, 4)), 0)}
     own, theirs = getattr(sketch, "pos_embed", None), tensors.get("pos_embed")
     grid = getattr(getattr(sketch, "patch_embed", None), "grid_size", None)

@@ -76,10 +76,7 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 
 def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
-    """Draw entropy and distance of attention by block: a dot per head, a line for their mean.
-
-    Dashed lines mark the largest entropy, ln of the number of patches.
-    """
+    """Draw entropy and distance of attention by block: a dot per head, a line for their mean; dashed: uniform."""
     parts = [
         pd.DataFrame({**place, "curve": curve, "head": range(1, 1 + len(values)), "value": values})
         for run in runs
@@ -129,8 +126,7 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         for axes, (name, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
             _draw_histograms(axes, rows, theme)
             axes.set(title=style.shorten(str(name)), ylabel="block")
-        lowest = data[data["share"] > 0]["from"].min()
-        figure.axes[0].set_xlim(max(-1.0, np.floor(lowest * 5) / 5), 1.0)
+        figure.axes[0].set_xlim(max(-1.0, np.floor(data[data["share"] > 0]["from"].min() * 5) / 5), 1.0)
         figure.supxlabel("cos between two patches\n(height: root of the share of pairs; tick: median)", fontsize=8)
         return figure
 

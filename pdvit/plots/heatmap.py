@@ -164,7 +164,7 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
         of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
         correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
         left.set_title(f"{style.shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
-        names = [f"{style.shorten(label)} → {style.shorten(other)}" for label, other, _ in largest.to_numpy()]
+        names = [" → ".join(pair) for pair in largest[["class", "predicted"]].map(style.shorten).to_numpy()]
         for axes in right:  # the most frequent confusions as bars, the largest on top
             bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
             axes.bar_label(bars, padding=3, fontsize=7.5)

@@ -26,10 +26,7 @@ Setting = tuple[str, ...]
 
 
 class Estimate(NamedTuple):
-    """Mean and standard deviation (n - 1) of a sample, and the 95 % interval of the mean (Student's t).
-
-    What needs more values than there are is NaN.
-    """
+    """Mean, standard deviation (n - 1) and 95 % interval (Student's t) of a sample; NaN if it has too few values."""
 
     n: int
     mean: float
