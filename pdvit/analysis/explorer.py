@@ -21,12 +21,9 @@ from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, image_size_of, places_of, shapes_of, watch
 from pdvit.version import __version__
 
-# A map of 2,048 patches takes 2.8 MB of a page.
-MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4
-# Bytes of a page, and the part of its own code and names.
-PAGE_BYTES, CODE_BYTES = 10**7, 200_000
-# A cosine is stored as an integer from -127 to 127.
-LEVELS = 127
+MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4  # a map of 2,048 patches takes 2.8 MB of a page
+PAGE_BYTES, CODE_BYTES = 10**7, 200_000  # bytes of a page, and the part of its own code and names
+LEVELS = 127  # a cosine is stored as an integer from -127 to 127
 
 
 @dataclass(frozen=True)
@@ -118,11 +115,6 @@ def explorer_page(models: list[Maps], notes: list[str]) -> str:
 
 
 def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
-    # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
-    cosines = [
-        [base64.b64encode(levels[np.triu_indices(len(levels), 1)].tobytes()).decode() for levels in by_layer.values()]
-        for by_layer in maps.cosines[:count]
-    ]
     return {
         "name": maps.model,
         "layers": list(maps.grids),
@@ -131,7 +123,11 @@ def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
         "grids": list(maps.grids.values()),
         "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
         "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
-        "cosines": cosines,
+        # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
+        "cosines": [
+            [base64.b64encode(levels[np.triu_indices(len(levels), 1)].tobytes()).decode() for levels in layers.values()]
+            for layers in maps.cosines[:count]
+        ],
     }
 
 

@@ -269,8 +269,7 @@ class LayerMetrics:
 
     def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
         rows = patch_rows(probabilities, self.places[layer].prefix)
-        block = Attention(rows, self.image_size, self.previous)
-        self._add("attention", layer, self.groups["attention"].compute(block))
+        self._add("attention", layer, self.groups["attention"].compute(Attention(rows, self.image_size, self.previous)))
         self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:

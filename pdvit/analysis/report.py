@@ -22,10 +22,7 @@ def report_page(
     figures: Sequence[tuple[str, bytes, bytes]],
     environment: dict[str, Any],
 ) -> str:
-    """Return the report as HTML, from the table and analysis.json of each checkpoint.
-
-    `figures` are captions, and SVGs for light and for dark pages.
-    """
+    """Return the report as HTML, from tables, analysis.json and figures (captions, SVGs for light and dark pages)."""
     names = ", ".join(facts["model"] for _, facts in analyses)
     return render_page(
         "report.html",

@@ -18,8 +18,7 @@ BETWEEN, MAPS = "cka_between.npz", "maps.npz"
 # Groups that share a table in a terminal of 80 characters (others share a last one), and the width of the bar of P.
 TABLES = (("similarity", "similarity_signed", "norms"), ("pairs", "drift", "rank"), ("spectrum", "attention", "cka"))
 BAR = 12
-# Heading and cells, one per layer.
-Columns = list[tuple[str, list[str]]]
+Columns = list[tuple[str, list[str]]]  # heading and cells, one per layer
 
 
 def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:
@@ -35,8 +34,7 @@ def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:
         view = Table(box=None, pad_edge=False, header_style="bold")
         columns.insert(0, layer_column(table))
         for heading, _ in columns:
-            is_text = heading == "layer" or "·" in heading
-            view.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+            view.add_column(heading, justify="left" if heading == "layer" or "·" in heading else "right", no_wrap=True)
         for row in zip(*(cells for _, cells in columns), strict=True):
             view.add_row(*map(escape, row))
         yield view

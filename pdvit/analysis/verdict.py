@@ -4,8 +4,7 @@ import pandas as pd
 
 # Our choices, not the paper's. From 0.5 on, the average pair of patches is nearer to parallel than to orthogonal.
 COLLAPSED = 0.5
-# The smallest difference in P that counts, between layers or from random weights.
-MIN_DIFFERENCE = 0.05
+MIN_DIFFERENCE = 0.05  # the smallest difference in P that counts, between layers or from random weights
 # Published values by timm's name without tag and number of blocks; other papers show figures only.
 PUBLISHED = {
     ("deit_base_patch16_224", 24): "P above 0.7 at the last layer (arXiv 2104.12753 v3, as told by a later article; "
@@ -75,7 +74,10 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     else:
         found = f"the patches are alike, but {'no more' if compared == 0 else 'less'} than with random weights"
         tip = f"other --images, which may be more varied, or train P down: {train}"
-    if value >= COLLAPSED and (part := _part_of_outliers(table)) >= MIN_DIFFERENCE:
+    blocks = table[table["layer"] != "norm"]  # a final norm would hide outliers
+    lasts = [last_stage(blocks, f"similarity{name}")["mean"].tail(1) for name in ("", "_without_outliers")]
+    part = float(lasts[0].sum() - lasts[1].sum()) if len(lasts[1]) else 0.0
+    if value >= COLLAPSED and part >= MIN_DIFFERENCE:
         tip = f"a model with register tokens, since patches of outlying length make up {part:.2f} of P"
     stage = "" if len(rows) == (table["metric"] == "similarity").sum() else " in the last stage"
     course = f"climbs from {start} on" if start else "does not climb with depth"
@@ -84,10 +86,3 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
         course += f", is at or above {COLLAPSED} {since}"
     beside = "" if random.empty else f" (random weights on the same images: {random['mean'].iloc[-1]:.3f})"
     return f"{found}: P{stage} {course}, and is {value:.3f} at {last}{beside}", f"to try: {tip}"
-
-
-def _part_of_outliers(table: pd.DataFrame) -> float:
-    """Return how much P falls at the last block without its outliers; a final norm would hide them."""
-    blocks = table[table["layer"] != "norm"]
-    with_all, without = (last_stage(blocks, f"similarity{name}")["mean"] for name in ("", "_without_outliers"))
-    return 0.0 if without.empty else float(with_all.iloc[-1] - without.iloc[-1])

@@ -14,13 +14,13 @@ from pdvit.cli.options import recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
-from pdvit.config.unused import unused_settings
 from pdvit.data.loader import resident
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.masks.split import check_masks
 from pdvit.data.opening import open_source
-from pdvit.data.sources import absolute_path, run_name, unused_source_settings
+from pdvit.data.sources import absolute_path, run_name
 from pdvit.data.sources.split import ArraySplit, Source
+from pdvit.data.unused import unused_settings
 from pdvit.engine.device import choose_device, device_name, set_up
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, launch_file
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
@@ -103,8 +103,8 @@ def build_trainer(
     length += f" on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
-    unused = (*unused_settings(config, in_memory), *unused_source_settings(config.data))
-    for note in (*notes, *trainer.notes, *(f"note: {text}" for text in unused)):
+    unused = (f"note: {text}" for text in unused_settings(config, in_memory))
+    for note in (*notes, *trainer.notes, *unused):
         to_log(note)
     with ranks.interruptible():
         if load and isinstance(task, ClassificationTask):

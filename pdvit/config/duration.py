@@ -30,8 +30,7 @@ class Duration:
         if self.unit == "%":
             assert total is not None, "a percentage needs the length of the run"
             return round(self.value / 100 * total)
-        per_unit = {"ep": float(steps_per_epoch), "st": 1.0, "im": 1 / batch_size}[self.unit]
-        return round(self.value * per_unit)
+        return round(self.value * {"ep": float(steps_per_epoch), "st": 1.0, "im": 1 / batch_size}[self.unit])
 
 
 def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock: bool = False) -> Duration:

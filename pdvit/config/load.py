@@ -73,8 +73,7 @@ def _convert(value: Any, hint: Any, key: Key, at: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
         parts = tuple(_convert(part, type_, key, at) for part, type_ in zip(value, get_args(hint), strict=True))
         if len(parts) == 2 and parts[0] > parts[1]:
-            what = f"the minimum, {parts[0]:g}, is above the maximum, {parts[1]:g}"
-            raise UserError(what, at, "swap the two")
+            raise UserError(f"the minimum, {parts[0]:g}, is above the maximum, {parts[1]:g}", at, "swap the two")
         return parts
     if key.unit and (is_number or isinstance(value, str)):
         value = str(value)

@@ -16,8 +16,7 @@ SCENE = 64  # side of the digit scenes
 # DeiT's learning rate for 512 images per update, and the tenth of it with which the paper's authors finetune.
 LR_PER_512, FINETUNE_FACTOR = 5e-4, 0.1
 MIN_LR_FACTOR = 1e-3
-# Narrower models than timm's finetune with the rate of the small model (docs/finetune.md).
-NARROW = 192
+NARROW = 192  # narrower models than timm's finetune with the rate of the small model (docs/finetune.md)
 # The paper's (and MMSegmentation's) for 16 images: the head of a segmentation is new even on a pretrained backbone.
 LR_PER_16 = 6e-5
 

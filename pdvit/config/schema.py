@@ -15,8 +15,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MIXUP_MODES = ("batch", "pair", "elem")
 # Some of timm's. Known here, because their completion must not wait for the import of timm.
 OPTIMIZERS = ("adamw", "adam", "nadamw", "radamw", "lamb", "lars", "lion", "adan", "muon", "adafactorbv", "sgd")
-# The modes of timm that its vision transformers use and torch can do on bytes.
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bilinear", "bicubic")  # the modes of timm that its vision transformers use and torch can do on bytes
 CROP_MODES = ("center", "squash")
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # settings of `data` that a model has too
 

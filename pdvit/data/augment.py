@@ -24,10 +24,8 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold, normal, seeded, uniform
 from pdvit.data.sources.split import ArraySplit, Split
 
-# Defaults for image files.
-DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5
-# Attempts to draw a box that fits.
-TRIES = 10
+DEFAULT_SCALE, DEFAULT_HFLIP = (0.35, 1.0), 0.5  # defaults for image files
+TRIES = 10  # attempts to draw a box that fits
 CROP_DRAWS, ERASE_DRAWS = 2 * TRIES + 2, 2 * TRIES + 3
 # Of erased boxes: fraction of the area, and ratio of height to width, (min, max) as in timm.
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)

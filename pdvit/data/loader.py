@@ -1,7 +1,6 @@
 """Batches by step: the images of step t are a function of the seed and t, so any step is a start of equal cost.
 
-A batch is the same from worker processes and from a resident set: image files that are decoded once, and kept on the
-device as uint8 tensors.
+A batch is the same from worker processes and from a resident set: image files decoded once, on the device as uint8.
 """
 
 import atexit
@@ -35,17 +34,14 @@ from pdvit.data.randomness import fold
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import RunFailed, UserError
 
-# Uint8 images, class indices (of images, or of their pixels), sample indices.
-Raw = tuple[Tensor, Tensor, Tensor]
-# Epoch and sample indices of each step.
-Steps = Iterator[tuple[int, Tensor]]
+Raw = tuple[Tensor, Tensor, Tensor]  # uint8 images, class indices (of images, or of their pixels), sample indices
+Steps = Iterator[tuple[int, Tensor]]  # epoch and sample indices of each step
 Size = tuple[int, int]
 
 # A resident set may take this fraction of the memory of the device, or of the machine for the CPU.
 MEMORY_FRACTION = 1 / 8
 DECODE_BATCH = 256
 LOGGED = 32  # batches between two progress messages
-RESIDENT = "data.resident (--resident)"
 # Open files for each worker (pipes and shared batches), and for everything else; bytes of /dev/shm that are left.
 FILES_PER_WORKER, OTHER_FILES, OTHER_SHARED = 8, 16, 2**19
 SHARED_BYTES = 2**16  # smaller arrays go through a pipe, which is faster
@@ -239,16 +235,13 @@ def _worker_errors() -> Iterator[None]:
 
 @cache
 def _note(text: str) -> None:
-    """Print a note, once."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
 
 def _shared_memory() -> int:
     """Return the bytes of shared memory that are free, less a part for what processes themselves need."""
-    with suppress(OSError):
-        return shutil.disk_usage("/dev/shm").free - OTHER_SHARED
-    return 0
+    return shutil.disk_usage("/dev/shm").free - OTHER_SHARED if os.path.isdir("/dev/shm") else 0
 
 
 @atexit.register
@@ -298,8 +291,7 @@ def resident(
     """Return the source with its image files on the device if so decided; log the decision and its reason.
 
     `setting` is auto, on or off. Held-out images are kept after their evaluation transform, so their pixels are those
-    of the workers. If bad images are skipped, workers decode as before. Raises UserError for bad images that are not
-    skipped, or if `on` is impossible.
+    of the workers. Workers decode if bad images are skipped; else these, or an impossible `on`, raise UserError.
     """
     by_workers = f"by {loader.workers} worker processes"
     if isinstance(source.splits["train"], ArraySplit):
@@ -355,7 +347,9 @@ def _choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, se
     else:
         return size, f"all are {size[0]}x{size[1]}"
     if setting == "on":
-        raise UserError(f"the images can't be kept on {device}: {problem}", RESIDENT, "use --resident off")
+        raise UserError(
+            f"the images can't be kept on {device}: {problem}", "data.resident (--resident)", "use --resident off"
+        )
     return None, problem
 
 

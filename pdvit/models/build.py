@@ -21,8 +21,7 @@ from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of
 RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
 )
-# timm's arguments with a key of their own in the configuration: sizes, of which hierarchical models have one for each
-# stage, and the flags of all.
+# timm's arguments with a key in the configuration: sizes (hierarchical models have one per stage), and flags of all.
 SIZES = {"depth": "depth", "embed_dim": "width", "num_heads": "heads", "patch_size": "patch_size"}
 FLAGS = {
     argument: f"--{key.replace('_', '-')}"

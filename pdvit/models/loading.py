@@ -25,8 +25,7 @@ MAX_DIFFERENCE = 0.1
 # Modules between tokens and classes beside the classifier, and the norms among them.
 HEADS = ("head.", "fc_norm.", "attn_pool.", "pre_logits.")
 POOLED_NORMS = ("fc_norm.", "head.norm.")
-# timm's arguments that differ in the backbone of a segmentation model.
-PRUNED = (*OPTIONS, "global_pool", "fc_norm")
+PRUNED = (*OPTIONS, "global_pool", "fc_norm")  # timm's arguments that differ in the backbone of a segmentation model
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,13 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
     match.refuse_difference(where)  # before the model takes memory
-    head: dict[str, Tensor] = {}
     if segment is not None and adapter is not None:
         if not classes:
             raise UserError("its configuration does not name its classes", where, COPY)
         with torch.device("meta"):
             sketch = Segmenter(checkpoint.sketch, adapter, len(classes), segment).head.state_dict(prefix=HEAD)
-        head_match = compare(selected.outside, sketch, where)
-        head_match.refuse_difference(where)
-        head = {name.removeprefix(HEAD): value for name, value in head_match.tensors.items()}
+        head = compare(selected.outside, sketch, where)
+        head.refuse_difference(where)
     check_memory(checkpoint.sketch, where)
     model: Any = create_model(architecture, arguments, where)
     if adapter is not None:
@@ -76,7 +73,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     model.pretrained_cfg = model.pretrained_cfg | checkpoint.preprocessing | size
     if segment is not None and adapter is not None:
         model = Segmenter(model, adapter, len(classes or ()), segment)
-        model.head.load_state_dict(head)
+        model.load_state_dict(head.tensors, strict=False)
     weights, palette = selected.weights, checkpoint.palette
     return LoadedModel(model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette)
 
@@ -101,8 +98,7 @@ def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) ->
     model = replace(config.model, weights=None if weights == "unknown" else weights)
     config = replace(config, model=_model_defaults(model, checkpoint), data=_data_defaults(config, checkpoint))
     build((checkpoint.where, to_dict(config)))
-    sketch = sketch_model(str(config.model.name), arguments_of(config), checkpoint.where)
-    _match_backbone(checkpoint, sketch)
+    _match_backbone(checkpoint, sketch_model(str(config.model.name), arguments_of(config), checkpoint.where))
     return config
 
 

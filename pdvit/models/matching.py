@@ -23,8 +23,7 @@ RIVAL_FRACTION = 0.5
 MARKS = ("head.fc.weight", "head.norm.weight")
 POSITIONS = "pos_embed"
 OTHER_MODEL = "the file has another architecture; name the right one with --model"
-# Names in an error or a note.
-LISTED = 5
+LISTED = 5  # names in an error or a note
 # The decoder of a masked autoencoder, which is not a part of the model.
 DECODER = ("decoder_", "decoder.", "mask_token")
 

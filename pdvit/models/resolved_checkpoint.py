@@ -77,6 +77,7 @@ def resolve_checkpoint(
     classes = config.get("label_names") or images.get("label_names")
     if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
         raise UserError("its label_names are not a list of names", where, "correct its config.json")
+    data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
     return ResolvedCheckpoint(
         name=checkpoint.name,
         where=where,
@@ -84,7 +85,7 @@ def resolve_checkpoint(
         arguments=arguments,
         sketch=sketch,
         selected=selected,
-        preprocessing=_preprocessing(images, where),
+        preprocessing={key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None},
         image_size=_checked_size(images.get("input_size"), "input_size", where, channels=True),
         classes=classes,
         segment=segment,
@@ -98,12 +99,6 @@ def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError(f"its {key} is not a table", where, COPY)
     return table
-
-
-def _preprocessing(images: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the preprocessing in a config.json, with the checks of pdvit's own configuration."""
-    data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
-    return {key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None}
 
 
 def _palette(colours: Any, count: int, where: str) -> Palette | None:
@@ -139,8 +134,8 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
 
 def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, Any]:
     """Return num_classes by the shape of the classifier, and img_size by that of square position embeddings."""
-    names = (*classifiers_of(sketch), "head")
-    heads = [tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors]
+    names = [f"{name}.weight" for name in (*classifiers_of(sketch), "head")]
+    heads = [tensors[name] for name in names if name in tensors]
     arguments: dict[str, Any] = {"num_classes": next((len(head) for head in heads if head.ndim in (2, 4)), 0)}
     own, theirs = getattr(sketch, "pos_embed", None), tensors.get("pos_embed")
     grid = getattr(getattr(sketch, "patch_embed", None), "grid_size", None)

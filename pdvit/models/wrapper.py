@@ -95,15 +95,6 @@ def weights_up_to_block(model: nn.Module, count: int) -> set[nn.Parameter]:
     blocks = modules_at(model, family_of(model).blocks)
     if count > len(blocks):
         raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", FREEZE, f"or use {BACKBONE}")
-    order = _call_order(model)
-    end = order.index(blocks[count - 1]) + 1 if count else order.index(blocks[0])
-    before = {weight for module in order[:end] for weight in module.parameters(recurse=False)}
-    inside = [{*block.parameters()} for block in blocks]
-    return before.union(*inside[:count]).difference(*inside[count:])
-
-
-def _call_order(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in the order in which a forward pass first calls them."""
     called: dict[nn.Module, None] = {}
     hooks = [part.register_forward_pre_hook(lambda part, _: called.setdefault(part)) for part in model.modules()]
     try:
@@ -112,4 +103,8 @@ def _call_order(model: nn.Module) -> list[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    return list(called)
+    order = list(called)  # in which a forward pass first calls the modules
+    end = order.index(blocks[count - 1]) + 1 if count else order.index(blocks[0])
+    before = {weight for module in order[:end] for weight in module.parameters(recurse=False)}
+    inside = [{*block.parameters()} for block in blocks]
+    return before.union(*inside[:count]).difference(*inside[count:])

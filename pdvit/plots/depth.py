@@ -76,10 +76,7 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 
 def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
-    """Draw entropy and distance of attention by block: a dot per head, a line for their mean.
-
-    Dashed lines mark the largest entropy, ln of the number of patches.
-    """
+    """Draw entropy and distance of attention by block: a dot per head, a line for their mean; dashed: uniform."""
     parts = [
         pd.DataFrame({**place, "curve": curve, "head": range(1, 1 + len(values)), "value": values})
         for run in runs
@@ -114,8 +111,7 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
 def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw histograms of cos over all pairs of patches, layer above layer; ticks are medians.
 
-    Heights are square roots of fractions, scaled to the same maximum in each layer: tails stay visible, and a layer
-    with one peak hides no other.
+    Heights are square roots of fractions, so that tails stay visible, with the same maximum in each layer.
     """
     parts = [
         pd.DataFrame({**place, "from": edges[:-1], "to": edges[1:], "share": shares})
@@ -130,8 +126,7 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         for axes, (name, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
             _draw_histograms(axes, rows, theme)
             axes.set(title=style.shorten(str(name)), ylabel="block")
-        lowest = data[data["share"] > 0]["from"].min()
-        figure.axes[0].set_xlim(max(-1.0, np.floor(lowest * 5) / 5), 1.0)
+        figure.axes[0].set_xlim(max(-1.0, np.floor(data[data["share"] > 0]["from"].min() * 5) / 5), 1.0)
         figure.supxlabel("cos between two patches\n(height: root of the share of pairs; tick: median)", fontsize=8)
         return figure
 
@@ -261,8 +256,7 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
         axes.plot(line["depth"], line["mean"], **styles[str(name)], **sizes, clip_on=False)
         own, colour, std = rows[rows["run"] == name], styles[str(name)]["color"], line["std"]
         if metric == NORM:
-            over_patches = own[own["metric"] == NORM_STD].set_index("depth")["mean"]
-            std = over_patches.reindex(line["depth"]).set_axis(line.index)
+            std = own[own["metric"] == NORM_STD].set_index("depth")["mean"].reindex(line["depth"]).set_axis(line.index)
         below, above = ((line["mean"] + sign * std.fillna(0)).clip(low, high) for sign in (-1, 1))
         axes.fill_between(line["depth"], below, above, linewidth=0, color=colour, alpha=min(0.15, 0.3 / len(styles)))
         random, stages = own[own["metric"] == RANDOM], _stages(line)

@@ -19,8 +19,7 @@ from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme
 
 CKA_COLUMNS = 3
 MAP_DEPTHS = 6
-# Default patches, as fractions of height and width.
-MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))
+MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))  # default patches, as fractions of height and width
 COSINE_SCALE = 127  # maps.npz holds cosines as int8
 FRAME = "#ff3b30"  # visible on light and on dark
 NUMBERED = 15  # classes up to which cells have numbers
@@ -66,7 +65,6 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 
 def _cka_matrix(arrays: Arrays, other: str = "") -> pd.DataFrame:
-    """Return CKA of layers with those of a model, named by both."""
     with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again, with --metrics cka"):
         layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
         return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
@@ -94,10 +92,9 @@ def plot_maps(
     maps = {(patch, at): _map(arrays, image, patch, layers[at]) for patch in patches for at in depths}
     parts = []
     for (patch, at), (grid, _) in maps.items():
-        down, across = np.indices(grid.shape)
-        places = {"row": down.ravel(), "column": across.ravel()}
+        down, across = np.indices(grid.shape).reshape(2, -1)
         where = {"run": name, "image": image, "patch": f"{patch[0]},{patch[1]}", "layer": layers[at]}
-        parts.append(pd.DataFrame({**where, **places, "cos": grid.ravel()}))
+        parts.append(pd.DataFrame({**where, "row": down, "column": across, "cos": grid.ravel()}))
     side = DOUBLE / (len(depths) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(patches) + 0.45
     with style.new_figure(DOUBLE, height, theme) as figure:
@@ -167,8 +164,16 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
         of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
         correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")
         left.set_title(f"{style.shorten(name)}\n{correct} of {images:,} images correctly classified{of}")
-        for axes in right:
-            _draw_list(axes, largest, theme)
+        names = [" → ".join(pair) for pair in largest[["class", "predicted"]].map(style.shorten).to_numpy()]
+        for axes in right:  # the most frequent confusions as bars, the largest on top
+            bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
+            axes.bar_label(bars, padding=3, fontsize=7.5)
+            axes.set_yticks(range(len(names)), names, fontsize=7.5)
+            axes.invert_yaxis()
+            axes.grid(visible=False)
+            axes.set_xticks([])
+            axes.spines["bottom"].set_visible(False)
+            axes.set_title("most frequent confusions, images" if names else "no confusions")
         return figure
 
 
@@ -191,17 +196,3 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
     axes.set(xlabel="predicted", ylabel="class")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")
     bar.set_ticks([0, 0.01, 0.05, 0.25, 1], labels=["0", "1 %", "5 %", "25 %", "100 %"])
-
-
-def _draw_list(axes: Axes, largest: pd.DataFrame, theme: Theme) -> None:
-    """Draw the most frequent confusions as bars, the largest on top."""
-    pairs = zip(largest["class"], largest["predicted"], strict=True)
-    names = [f"{style.shorten(label)} → {style.shorten(predicted)}" for label, predicted in pairs]
-    bars = axes.barh(range(len(names)), largest["images"].tolist(), color=theme.colours[0], height=0.7)
-    axes.bar_label(bars, padding=3, fontsize=7.5)
-    axes.set_yticks(range(len(names)), names, fontsize=7.5)
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.set_title("most frequent confusions, images" if names else "no confusions")

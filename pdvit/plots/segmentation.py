@@ -116,7 +116,6 @@ def _legend(pictures: list[SegmentedImage], names: list[str], theme: Theme) -> l
 
 
 def _draw_bars(axes: Axes, classes: pd.DataFrame, count: int, theme: Theme) -> None:
-    """Draw a bar for each class, the best on top."""
     names = [shorten(label, 24) for label in classes["class"]]
     bars = axes.barh(range(len(names)), classes["iou"].tolist(), color=theme.colours[0], height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=7 if len(names) <= 20 else 5)

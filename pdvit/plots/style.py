@@ -20,8 +20,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Widths of one and two columns of a paper, in inches; text has 7 to 9 points at that size.
-SINGLE, DOUBLE = 3.5, 7.2
+SINGLE, DOUBLE = 3.5, 7.2  # widths of one and two columns of a paper, in inches; text has 7 to 9 points at that size
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEGEND_COLUMNS = 4

@@ -26,10 +26,7 @@ Setting = tuple[str, ...]
 
 
 class Estimate(NamedTuple):
-    """Mean and standard deviation (n - 1) of a sample, and the 95 % interval of the mean (Student's t).
-
-    What needs more values than there are is NaN.
-    """
+    """Mean, standard deviation (n - 1) and 95 % interval (Student's t) of a sample; NaN if it has too few values."""
 
     n: int
     mean: float
@@ -164,7 +161,6 @@ def _metric(cells: pd.DataFrame, metric: str | None) -> str:
 
 
 def _baseline(cells: pd.DataFrame, axes: list[str], baseline: str | None) -> dict[str, str]:
-    """Return the values of the baseline, by axis."""
     if baseline is None:
         return {axis: cells[axis].iloc[0] for axis in axes[:1]}
     values = {}

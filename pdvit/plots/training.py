@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from pdvit.files import reading
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, name_layers, new_figure, shorten
@@ -52,7 +51,14 @@ def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
             score.plot(evaluation["epoch"], evaluation[key] * 100, marker=".", color=theme.ink)
             title = f"validation {SCORES[key]}, % (best {evaluation[key].max() * 100:.1f})"
             score.set(title=title, xlabel="epoch", ylim=(0, 100))
-            _draw_probe(heat, probe)
+            edges = [0.0, *probe["epoch"]]  # a column reaches from the evaluation before to its own
+            names, values = probe["layers"].iloc[-1], pd.DataFrame(probe["similarity"].tolist()).T
+            heights = [layer - 0.5 for layer in range(len(names) + 1)]
+            image = heat.pcolormesh(edges, heights, values, vmin=0, vmax=1, cmap="viridis")  # monotone in grey
+            name_layers(heat.yaxis, names, 8)
+            heat.set(title="P by layer on the probe", xlabel="epoch")
+            heat.grid(visible=False)
+            figure.colorbar(image, ax=heat, label="P")
             layers = probe[["epoch", "layers", "similarity"]].explode(["layers", "similarity"])
             data += [
                 train.melt("epoch", terms, "of", "value").assign(run=name, panel="loss"),
@@ -62,16 +68,3 @@ def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
         figure.data = pd.concat(data, ignore_index=True)[["run", "panel", "of", "epoch", "value"]]
         figure.data = figure.data.astype({"value": float})
         return figure
-
-
-def _draw_probe(axes: Axes, probe: pd.DataFrame) -> None:
-    """Draw P on the probe: epochs across, layers upwards, 0 to 1 in a map that is monotone in grey."""
-    layers = probe["layers"].iloc[-1]
-    grid = pd.DataFrame(probe["similarity"].tolist()).T
-    edges = [0.0, *probe["epoch"]]  # a column reaches from the evaluation before to its own
-    heights = [layer - 0.5 for layer in range(len(layers) + 1)]
-    image = axes.pcolormesh(edges, heights, grid, vmin=0, vmax=1, cmap="viridis")
-    name_layers(axes.yaxis, layers, 8)
-    axes.set(title="P by layer on the probe", xlabel="epoch")
-    axes.grid(visible=False)
-    axes.figure.colorbar(image, ax=axes, label="P")

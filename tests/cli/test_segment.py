@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from pdvit.cli import run as pdvit
 from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
-from pdvit.config.unused import unused_settings
 from pdvit.data.masks.folders import open_masks
+from pdvit.data.unused import unused_settings
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.recovery import largest
 from pdvit.engine.trainer import Trainer

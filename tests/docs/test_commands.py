@@ -11,7 +11,6 @@ import typer
 from pdvit.cli import app
 from pdvit.cli.options import make_layers
 from pdvit.config import build
-from pdvit.errors import UserError
 from tests.docs.pages import PAGES, blocks, page_id, read
 
 COMMAND = typer.main.get_command(app)
@@ -64,20 +63,6 @@ DOCUMENTED = [(page, arguments) for page in PAGES for arguments in commands(read
 )
 def test_a_documented_command_is_one_that_pdvit_takes(arguments):
     parse(arguments)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("pdvit train --epohs 3", "pdvit trian", "pdvit plot similarit", "pdvit plot training --metric x"),
-        *("pdvit train --lr fast", "pdvit train --diversity papr", "pdvit train --set optim.lrr=1"),
-        *("pip install . && .venv/bin/pdvit analyse", "python -m pdvit train surplus"),
-    ],
-)
-def test_a_command_that_pdvit_does_not_take_is_found(line):
-    (arguments,) = commands(f"```sh\n{line}  # a comment\n```\n")
-    with pytest.raises((typer.TyperException, UserError)):
-        parse(arguments)
 
 
 def test_every_command_is_documented_and_every_documented_flag_exists():

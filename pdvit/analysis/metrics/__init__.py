@@ -1,7 +1,4 @@
-"""Metrics of patch tokens, in groups.
-
-A new group is a function in a module here, its row in `_COMPUTE`, and its texts in definitions.toml.
-"""
+"""Metrics of patch tokens: a new group is a function here, its row in `_COMPUTE`, and its texts in definitions.toml."""
 
 from collections.abc import Callable
 from typing import Any

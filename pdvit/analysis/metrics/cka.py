@@ -16,8 +16,7 @@ from torch import Tensor
 from pdvit.analysis.metrics.group import ROUNDING
 from pdvit.similarity import BLOCK_ENTRIES
 
-# The unbiased estimator divides by n - 3.
-MIN_IMAGES = 4
+MIN_IMAGES = 4  # the unbiased estimator divides by n - 3
 
 
 def centred_gram(tokens: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from pdvit.definitions import Definition
 from pdvit.errors import UserError
 from pdvit.similarity import at_least_float32, patch_similarity, unit_tokens
 
-# Remainders of float32 tokens below this fraction of the whole are rounding errors and count as zero.
-ROUNDING = 1e-6
+ROUNDING = 1e-6  # remainders of float32 tokens below this fraction of the whole are rounding errors and count as zero
 
 
 @dataclass(frozen=True)

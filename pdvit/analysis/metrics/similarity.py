@@ -10,15 +10,12 @@ from pdvit.analysis.metrics.group import Patches
 from pdvit.similarity import BLOCK_ENTRIES, SHORTEST, patch_similarity, row_blocks
 
 PERCENTILES = (5, 25, 50, 75, 95)
-# Bars of the histogram over [-1, 1].
-BINS = 100
+BINS = 100  # bars of the histogram over [-1, 1]
 # Percentiles are exact up to this number of patches; above it, they come from a random sample of so many pairs.
 MAX_EXACT_PATCHES, SAMPLED_PAIRS = 2048, 2**20
 
-# Our choice: a token is an outlier above twice the median and five robust standard deviations beyond it.
-DEVIATIONS = 5
-# Standard deviation of a normal distribution over its median absolute deviation.
-NORMAL = 1.4826
+DEVIATIONS = 5  # our choice: a token is an outlier above twice the median and five robust standard deviations beyond it
+NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
 def outliers(lengths: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     diagonal from frequency 0 to the highest, minus its value at 0; K = min(grid) // 2 + 1. Amplitudes below 1e-6 of
     their channel's largest are rounding and count as that.
     """
-    transformed = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho")
-    amplitude = transformed.abs().double()
+    amplitude = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho").abs().double()
     power = amplitude.square().sum(1)
     total = power.sum((1, 2))
     rows, columns = (torch.fft.fftfreq(size, device=tokens.device).abs() for size in grid)

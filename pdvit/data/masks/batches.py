@@ -1,7 +1,6 @@
 """Training and evaluation batches of images with masks, with MMSegmentation's chain made of torchvision's transforms.
 
-Scale, crop, flip, colours, in this order. Images smaller than the crop are padded right and bottom; the padding is set
-after the normalization, to 0.
+Scale, crop, flip, colours, in this order. Images smaller than the crop are padded right and bottom: 0, if normalized.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -25,8 +24,7 @@ from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 
-# Longest side as a multiple of the short side; MMSegmentation: 2048 to 512.
-LONGEST = 4
+LONGEST = 4  # longest side as a multiple of the short side; MMSegmentation: 2048 to 512
 RETRIES = 10
 
 

@@ -63,8 +63,7 @@ class MaskFolders:
     images: str
     masks: str
     table: ClassTable | None
-    # Of the stems of an image and its mask; but for suffixes, their paths are alike.
-    endings: tuple[str, str] = ("", "")
+    endings: tuple[str, str] = ("", "")  # of the stems of an image and its mask, whose paths are alike but for suffixes
 
     def splits(self, data: DataConfig, training: bool) -> tuple[dict[str, str], list[str]]:
         """Return the folder of each split by role (without folders train or `all`) and notes; raises UserError."""
@@ -108,8 +107,7 @@ def find_folders(root: Path) -> MaskFolders:
         if known and all((folder / name / "training").is_dir() for name in ("images", "annotations")):
             return MaskFolders(folder, "images", "annotations", ade_table(folder))
     if all((root / name).is_dir() for name in ("leftImg8bit", CITYSCAPES)):
-        endings = ("_leftImg8bit", "_gtFine_labelIds")
-        return MaskFolders(root, "leftImg8bit", CITYSCAPES, cityscapes_table(), endings)
+        return MaskFolders(root, "leftImg8bit", CITYSCAPES, cityscapes_table(), ("_leftImg8bit", "_gtFine_labelIds"))
     masks = next((name for name in MASKS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
         found = ", ".join(folder_names(root)[:6]) or "no folders"

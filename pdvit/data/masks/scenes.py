@@ -21,11 +21,9 @@ from pdvit.data.sources.split import ArraySplit, Source
 SIDE, GROUND = 64, 10
 CLASSES = [*map(str, range(10)), "ground"]
 COUNTS = {"train": 4096, "val": 128, "test": 256}
-# Digits per scene (min, max), sides of a digit in pixels, and the grid of its corner: with a grid a small model learns
-# more in two minutes.
+# Digits per scene (min, max), sides of a digit in pixels, and the grid of its corner, which helps a small model.
 DIGITS, SIDES, GRID = (3, 4), (28, 32, 36), 8
-# Levels of red, green and blue of ink and ground (min, max).
-LIGHT, DARK = (200, 255), (20, 155)
+LIGHT, DARK = (200, 255), (20, 155)  # levels of red, green and blue of ink and ground (min, max)
 # Ink from which a pixel belongs to the digit; the fraction of a digit that may cover others, else it is placed again.
 INK, MAX_COVERED, TRIES = 64, 0.1, 6
 HASHED_SCENES = 4

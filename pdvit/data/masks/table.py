@@ -64,10 +64,10 @@ class ClassTable:
     @cached_property
     def _lookups(self) -> list[Array]:
         """The training ids of all ids and of all colours."""
-        lookups = [np.full(IDS if self.ids else 0, OUTSIDE, np.uint8)]
-        lookups.append(np.full(COLOURS if self.colours else 0, OUTSIDE, np.uint8))
-        for lookup, places in zip(lookups, (self.ids, self.colours), strict=True):
-            lookup[list(places)] = list(places.values())
+        lookups = list[Array]()
+        for size, places in ((IDS, self.ids), (COLOURS, self.colours)):
+            lookups.append(np.full(size if places else 0, OUTSIDE, np.uint8))
+            lookups[-1][list(places)] = list(places.values())
         return lookups
 
 

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from pdvit.config.schema import DataConfig
 from pdvit.errors import printable
 
 WHERE = "data.source (--data)"
@@ -55,16 +54,6 @@ def list_source_types() -> str:
     width = max(len(item.pattern) for item in SOURCE_TYPES.values())
     lines = (f"  {item.pattern:{width}}  {item.help}" for item in SOURCE_TYPES.values())
     return "\n".join(["--data accepts:", *lines, "docs/data.md has more"])
-
-
-def unused_source_settings(data: DataConfig) -> list[str]:
-    """Return a note for each changed setting of sources that has no effect on this one."""
-    used = SOURCE_TYPES[source_type(data.source) or "folder"].settings
-    return [
-        f"data.{name} = {value} has no effect: '{data.source}' does not have it"
-        for name in SETTINGS
-        if name not in used and (value := getattr(data, name)) != getattr(DataConfig(), name)
-    ]
 
 
 def absolute_path(source: str) -> str:

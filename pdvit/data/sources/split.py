@@ -153,18 +153,15 @@ class Source:
         }
 
     def describe(self) -> str:
-        """Return a line with classes, images and the sizes of some of them, then a line for each note."""
+        """Return a line with classes, images and sizes of some, then the notes, and warnings about repeated files."""
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         sample, text = subsample(self.splits["train"], SAMPLED), ""
         if sizes := [size for index in range(len(sample)) if (size := image_size(sample, index))]:
             widths, heights = zip(*sizes, strict=True)
             least, most = (f"{pick(widths)}x{pick(heights)}" for pick in (min, max))
             text = f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
-        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{text}", *self.notes, *self.repeated()]
-        return "\n".join(map(printable, lines))
-
-    def repeated(self) -> list[str]:
-        """Return warnings about image files that are there more than once, by resolved folder and name."""
+        lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{text}", *self.notes]
+        # files that are there more than once, by resolved folder and name
         resolve, seen, again = cache(os.path.realpath), dict[int, tuple[str, int]](), defaultdict[str, list[str]](list)
         for role, split in self.splits.items():
             for index, label in enumerate(split.labels.tolist() if isinstance(split, FileSplit) else []):
@@ -173,7 +170,8 @@ class Source:
                 if first is not place:
                     text = "with two labels" if first[1] != label else "repeated"
                     again["in two splits" if first[0] != role else text].append(name)
-        return [f"warning: images {text}: {len(names):,} ({first_names(names)})" for text, names in again.items()]
+        lines += [f"warning: images {text}: {len(names):,} ({first_names(names)})" for text, names in again.items()]
+        return "\n".join(map(printable, lines))
 
     def noting(self, *notes: str) -> "Source":
         """Return the source with more notes; empty ones are dropped."""

@@ -3,7 +3,7 @@
 import fcntl
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +67,7 @@ def read_torchvision(data: DataConfig, training: bool = True) -> Source:
         if split not in (TRAIN_NAMES if role == "train" else KNOWN_SPLITS if name in TRAIN_AND_TEST else [split]):
             raise UserError(f"there is no split '{split}' for {role}", data.source, TIP)
     sets = {role: open_timm(data, split) for role, split in chosen.items()}
-    labels = {role: _targets(items, data.source) for role, items in sets.items()}
-    return _assemble(name, getattr(sets["train"], "classes", None), labels, sets, chosen, data, training)
+    return _assemble(name, getattr(sets["train"], "classes", None), sets, chosen, data, training)
 
 
 def read_hub(data: DataConfig, training: bool = True) -> Source:
@@ -86,8 +85,7 @@ def read_hub(data: DataConfig, training: bool = True) -> Source:
     chosen = choose_splits([*found, *slices], data, data.source, TIP, training=True, needed=["train"])
     readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
     names = list(readers["train"].class_to_idx) or None
-    labels = {role: list(reader.iter_targets()) for role, reader in readers.items()}
-    return _assemble(name.rpartition("/")[2], names, labels, readers, chosen, data, training)
+    return _assemble(name.rpartition("/")[2], names, readers, chosen, data, training)
 
 
 def open_timm(data: DataConfig, split: str) -> Any:
@@ -112,23 +110,24 @@ def _lock(root: str) -> Iterator[None]:
         yield
 
 
-def _targets(items: Any, source: str) -> list[int]:
-    """Return the labels of a set of torchvision, without reading an image."""
+def _targets(items: Any, source: str) -> list[Any]:
+    """Return the labels of a set of torchvision or of a reader of timm, without reading an image."""
+    if hasattr(items, "iter_targets"):
+        return list(items.iter_targets())
     targets = getattr(items, "targets", None)
     if targets is None and hasattr(items, "index"):  # of iNaturalist
         targets = [label for label, _ in items.index]
     if targets is None:
         raise UserError("the data set has no list of labels", source, "use it as a folder of images")
-    labels: list[int] = torch.as_tensor(targets).reshape(len(targets), -1)[:, 0].tolist()  # QMNIST: first of eight
+    labels: list[Any] = torch.as_tensor(targets).reshape(len(targets), -1)[:, 0].tolist()  # QMNIST: first of eight
     return labels
 
 
 def _assemble(
     name: str,
     classes: Sequence[Any] | None,
-    labels: Mapping[str, Sequence[Any]],
-    sets: Mapping[str, Any],
-    names: Mapping[str, str],
+    sets: dict[str, Any],
+    names: dict[str, str],
     data: DataConfig,
     training: bool,
 ) -> Source:
@@ -136,6 +135,7 @@ def _assemble(
 
     Whole numbers are indices of `classes`, or of as many classes as train counts up to; texts are class names, sorted.
     """
+    labels = {role: _targets(items, data.source) for role, items in sets.items()}
     if classes is None and all(isinstance(label, str) for label in labels["train"]):
         classes = sorted(set(labels["train"]))
         known = {text: index for index, text in enumerate(classes)}

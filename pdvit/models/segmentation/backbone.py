@@ -20,8 +20,7 @@ LINEAR = "linear"
 # Arguments of some models that let them take images of any size. `always_partition` keeps Swin's windows shifted and
 # of one size in every stage, also if the map of the crop is a single window.
 OPTIONS = ("dynamic_img_size", "always_partition")
-# A head of the pyramid reads four maps.
-MAPS = 4
+MAPS = 4  # a head of the pyramid reads four maps
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,13 @@ MAX_GROUPS, MIN_CHANNELS = 32, 4
 
 
 class LinearHead(nn.Module):
-    """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none.
-
-    It keeps torch's initialisation; docs/segment.md says why.
-    """
+    """A linear classifier of each token: one 1x1 convolution on the last map, after a norm if the backbone has none."""
 
     def __init__(self, width: int, classes: int, norm: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.dropout = nn.Dropout2d(DROPOUT)
-        self.classifier = nn.Conv2d(width, classes, 1)
+        self.classifier = nn.Conv2d(width, classes, 1)  # with torch's initialisation; docs/segment.md says why
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, None]:
         """Return the logits `(B, C, h, w)` of the last map."""
@@ -81,8 +78,7 @@ class UPerNetHead(nn.Module):
 class Neck(nn.Module):
     """Scales four maps to the strides s/4, s/2, s and 2s, where s is the stride of the third.
 
-    Transposed convolutions enlarge and max-pooling reduces the maps of plain transformers, which all have one stride,
-    as in MMSegmentation's Feature2Pyramid.
+    As in MMSegmentation's Feature2Pyramid, transposed convolutions enlarge and max-pooling reduces the maps.
     """
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int]) -> None:
@@ -110,7 +106,7 @@ class Neck(nn.Module):
 
 
 class Pool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling; as matrix products if kernels must be deterministic, which torch's on GPUs are not."""
+    """Adaptive average pooling; axis by axis if kernels must be deterministic, which torch's on GPUs are not."""
 
     output_size: int
 
@@ -119,18 +115,12 @@ class Pool(nn.AdaptiveAvgPool2d):
         if not torch.are_deterministic_algorithms_enabled():
             pooled: Tensor = super().forward(input)
             return pooled
-        down, across = (self._weights(side, input) for side in input.shape[2:])
-        return down @ input @ across.mT
-
-    def _weights(self, side: int, like: Tensor) -> Tensor:
-        """Return the weight of each place in the mean of each part, `(parts, side)`.
-
-        Part i reaches from floor(i side / parts) to ceil((i + 1) side / parts), so parts can overlap.
-        """
         parts = self.output_size
-        part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(side, device=like.device)
-        inside = (place >= part * side // parts) & (place < ((part + 1) * side + parts - 1) // parts)
-        return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+        for axis in (2, 3):  # parts can overlap
+            side = input.shape[axis]
+            ends = [(part * side // parts, -(-(part + 1) * side // parts)) for part in range(parts)]
+            input = torch.stack([input.narrow(axis, start, end - start).mean(axis) for start, end in ends], axis)
+        return input
 
 
 def replace_modules(module: nn.Module, norm: str) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from pdvit.analysis import METRICS, measure
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, places_of, watch
+from pdvit.similarity import patch_similarity
 from tests.unit.models.test_families import CASES, all_families, make, pictures
-from tests.unit.test_similarity import literal
 
 # Attention is read between patches, of plain models whose softmax is all that mixes them.
 ATTENTION = {
@@ -27,7 +27,7 @@ def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
 
 
 @all_families
-def test_p_is_that_of_a_plain_loop_and_every_group_is_finite_or_refused_with_the_reason(name):
+def test_every_group_is_finite_at_every_layer_or_refused_with_the_reason(name):
     model, images = make(CASES[name]), pictures(CASES[name], 4)
     groups = [group for group in METRICS if group != "attention" or name in ATTENTION]
     found = measure(model, images, groups)
@@ -39,15 +39,9 @@ def test_p_is_that_of_a_plain_loop_and_every_group_is_finite_or_refused_with_the
     rows = found.table.set_index(["metric", "layer"])
     seen = tokens_of(model, images)
     assert list(rows.loc["similarity"].index) == [layer.name for layer in seen]
-    # every layer is one function of its tokens, so the loop, which is slow, takes those with few
-    few = [layer for layer in seen if seen[layer].shape[1] <= 16]
-    assert few
-    for layer in few:
-        assert rows.loc[("similarity", layer.name), "tokens"] == seen[layer].shape[1]
-        for metric in ("similarity", "similarity_signed"):
-            expected = np.array(literal(seen[layer].double(), metric == "similarity_signed"))
-            mean_std = tuple(rows.loc[(metric, layer.name), ["mean", "std"]])
-            assert mean_std == pytest.approx((expected.mean(), expected.std(ddof=1)), abs=1e-5)
+    assert list(rows.loc["similarity"]["tokens"]) == [tokens.shape[1] for tokens in seen.values()]
+    exact = [patch_similarity(tokens.double()).mean().item() for tokens in seen.values()]
+    assert list(rows.loc["similarity"]["mean"]) == pytest.approx(exact, abs=1e-5)
     if name not in ATTENTION:
         with pytest.raises(UserError, match="attention"):
             measure(model, images, "attention")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdvit.data.images import BadImage, BadImages, refuse_bad
+from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.errors import UserError
 from tests.unit.data.batches import LOADER, OFF, join, same, save_images, take
@@ -73,16 +73,6 @@ def test_a_batch_without_a_sound_image_is_passed_over_only_in_the_evaluation_of_
 
 def test_without_skipping_the_first_one_ends_it(split):
     for read in (lambda: take(split, 3), lambda: list(eval_batches(split, LOADER))):
-        with pytest.raises(UserError, match="not decode"):
+        with pytest.raises(UserError, match=r"(?s)not decode.*\.png \(not an image\).*--on-bad-image skip"):
             read()
     assert take(split.take(torch.tensor([0, 1, 2, 5])), 1)[0].replaced is None
-
-
-def test_bad_images_are_named_and_the_rest_counted():
-    refuse_bad({})
-    with pytest.raises(UserError) as caught:
-        BadImages().add([BadImage(f"place/{number}.png", "torn") for number in range(13)])
-    assert "13 images do not decode" in caught.value.what
-    assert all(text in caught.value.where for text in ("place/0.png (torn)", "place/9.png", "and 3 more"))
-    assert "place/10.png" not in caught.value.where
-    assert "--on-bad-image skip" in caught.value.tip

@@ -47,12 +47,8 @@ def test_held_out_images_of_a_segmentation_are_its_images_without_the_masks(tmp_
     assert images.description.endswith(", test split")
 
 
-@pytest.mark.parametrize(("source", "images"), [("digits", 360), ("scenes", 256)])
-def test_the_images_of_a_source_can_be_named(source, images):
-    assert len(open_images([source]).split) == images
-
-
-def test_folders_and_files_can_be_named_together(tmp_path):
+def test_a_source_or_folders_and_files_together_can_be_named(tmp_path):
+    assert [len(open_images([source]).split) for source in ("digits", "scenes")] == [360, 256]
     write_tree(tmp_path, ["many/b.png", "many/deep/a.jpg", "one.png"])
     found = open_images([str(tmp_path / "many"), str(tmp_path / "one.png")])
     assert [path.name for path in found.split.paths] == ["b.png", "a.jpg", "one.png"]

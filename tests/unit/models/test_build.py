@@ -5,7 +5,7 @@ import torch
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError
 from pdvit.models import build
-from pdvit.models.build import build_model, model_arguments, sketch_model, strides_of
+from pdvit.models.build import build_model, model_arguments, sketch_model
 from pdvit.models.layers import image_size_of
 from pdvit.models.segmentation.segmenter import build_segmenter
 from pdvit.models.tokens import DiverseModel
@@ -116,22 +116,6 @@ def test_a_built_model_is_timms_own_and_a_sketch_takes_no_memory():
     torch.manual_seed(0)
     assert equal(model, timm.create_model(VIT, **SMALL))
     assert {weight.device.type for weight in sketch_model(VIT, SMALL).parameters()} == {"meta"}
-
-
-# A token of the last stage stands for 32 pixels in Swin, PVT and ConvNeXt (5 halvings), 16 in VOLO (4).
-@pytest.mark.parametrize(
-    ("name", "arguments", "side"),
-    [
-        (VIT, SMALL, 8),
-        ("vit_small_patch14_dinov2", {"depth": 1}, 14),
-        (SWIN, STAGES, 32),
-        pytest.param("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 32, marks=pytest.mark.slow),
-        ("convnext_atto", {"depths": (1, 1, 1, 1)}, 32),
-        pytest.param("volo_d1_224", {}, 16, marks=pytest.mark.slow),
-    ],
-)
-def test_the_patch_size_is_that_of_the_last_layer(name, arguments, side):
-    assert strides_of(sketch_model(name, arguments))[-1] == side
 
 
 @pytest.mark.parametrize(("drop_path", "rate"), [(0.0, 0.0), (0.3, 0.3), (None, 0.1)])

@@ -13,11 +13,8 @@ from pdvit.plots.sweep import read_cells
 MATRIX, CELLS = "class,predicted,images\n", "cell,status\n"
 TABLES = [
     *((read_segmentation, "iou.csv", text) for text in ("", "a,b\n1,2\n", "class,pixels,iou\nx,many,0.5\n")),
-    *(
-        (read_confusion, "confusion.csv", MATRIX + rows)
-        for rows in ("", "a,a,x\n", "a,a,1\na,a,2\n", "a,a,-1\n", "a,a\n")
-    ),
-    *((read_confusion, "confusion.csv", text) for text in ("", "a,b\n1,2\n", "\0" * 9)),
+    *((read_confusion, "confusion.csv", text) for text in ("", "a,b\n1,2\n", "\0" * 9, MATRIX)),
+    *((read_confusion, "confusion.csv", MATRIX + rows) for rows in ("a,a,x\n", "a,a,1\na,a,2\n", "a,a,-1\n")),
     *((read_confusion, "confusion.csv", MATRIX + rows) for rows in ("a,a\n", "a,b,1\n", 'a,"a,1\n')),
     *((read_cells, "cells.csv", text) for text in ("", "cell\n0\n", CELLS, "cell,status,a\n0\n")),
     *((read_cells, "cells.csv", CELLS + rows) for rows in ("0,1,2\n", '0,"x\n')),

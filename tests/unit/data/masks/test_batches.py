@@ -154,10 +154,7 @@ def test_crops_are_balanced_as_in_mmsegmentation(limit):
 def test_image_and_mask_stay_aligned_and_are_padded_right_and_bottom(tmp_path, height, width):
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     image = write(tmp_path / "image.png", np.stack([rows, columns, rows * 0], 2))
-    table, mask = (
-        ClassTable.of_ids(dict.fromkeys(range(200), "")),
-        write(tmp_path / "mask.png", rows * 16 + columns),
-    )
+    table, mask = ClassTable.of_ids(dict.fromkeys(range(200), "")), write(tmp_path / "mask.png", rows * 16 + columns)
     split = MaskFiles([image], torch.zeros(1, dtype=torch.long), [mask], table)
     (batch,) = take(split, 1, loader=replace(LOADER, batch_size=1), segment=PLAIN, crop=8, hflip=0.0)
     images, targets = batch.images[0], batch.targets[0]

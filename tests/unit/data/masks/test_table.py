@@ -116,10 +116,8 @@ def parsed(tmp_path, text):
 
 
 def test_a_table_may_have_a_header_colours_and_ignored_classes(tmp_path):
-    ids = {0: 0, 1: 1, 11: IGNORED, 255: IGNORED}
-    assert parsed(tmp_path, "0\tSky\n1\tRoad\n11\tUnlabelled\n") == ClassTable(
-        ["Sky", "Road"], default_palette(2), ids, {}
-    )
+    expected = ClassTable(["Sky", "Road"], default_palette(2), {0: 0, 1: 1, 11: IGNORED, 255: IGNORED}, {})
+    assert parsed(tmp_path, "0\tSky\n1\tRoad\n11\tUnlabelled\n") == expected
     for text in ("id,name,color\n4,a,#0A0b0C\n2,b,1 2 3\n\n", "name,colour,id\na,#0a0b0c,4\nb,1 2 3,2"):
         colours = {0x0A0B0C: 0, 0x010203: 1}
         expected = ClassTable(["a", "b"], [(10, 11, 12), (1, 2, 3)], {255: IGNORED, 4: 0, 2: 1}, colours)

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from pdvit.config.schema import DataConfig
 from pdvit.data.sources import (
     SOURCE_TYPES,
     absolute_path,
@@ -11,7 +10,6 @@ from pdvit.data.sources import (
     printable,
     run_name,
     source_type,
-    unused_source_settings,
 )
 
 
@@ -41,22 +39,6 @@ def test_every_type_has_a_line_and_is_in_the_docs():
 )
 def test_the_text_identifies_the_type(source, name):
     assert source_type(source) == name
-
-
-@pytest.mark.parametrize(
-    ("source", "setting"),
-    [
-        ("digits", {"val_split": "nonsense"}),
-        ("digits:0-4", {"root": "data"}),
-        ("some/folder", {"input_key": "img"}),
-        ("a.tar", {"download": True}),
-        ("a.csv", {"target_key": "class"}),
-        ("torch/cifar100", {"input_key": "img"}),
-    ],
-)
-def test_a_setting_without_effect_is_noted(source, setting):
-    (note,) = unused_source_settings(DataConfig(source=source, **setting))
-    assert note.startswith(f"data.{next(iter(setting))} = ")
 
 
 @pytest.mark.parametrize("prefix", ["", "hfds/", "HFDS/"])

@@ -3,12 +3,14 @@
 from dataclasses import fields
 
 from pdvit.config.schema import TERMS, Config, DiversityConfig, SegmentConfig
+from pdvit.data.sources import SETTINGS, SOURCE_TYPES, source_type
 
 
 def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
     """Return a note for each setting of a resolved configuration that differs from its default without effect."""
     diversity, augment, segment = config.diversity, config.augment, config.segment
-    terms = {term for term in TERMS if getattr(diversity, term)}
+    terms, source = {term for term in TERMS if getattr(diversity, term)}, config.data.source
+    source_settings = SOURCE_TYPES[source_type(source) or "folder"].settings
     # The keys of a condition, whether it holds, and the reason that the note gives.
     conditions: list[tuple[str, bool, str]] = [
         *((f"diversity.{term}_schedule", term in terms, f"the {term} term is off") for term in TERMS),
@@ -18,6 +20,7 @@ def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
         ("augment.mixup_prob mixup_mode", bool(augment.cutmix or augment.mixup), "no images are mixed"),
         ("augment.mixup_switch_prob", bool(augment.cutmix and augment.mixup), "CutMix and Mixup are not both on"),
         ("augment.color_jitter", not augment.auto_augment, "RandAugment has its own colour operations"),
+        *((f"data.{name}", name in source_settings, f"'{source}' does not have it") for name in SETTINGS),
     ]
     if in_memory:
         conditions += [
@@ -28,7 +31,7 @@ def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
         names = " ".join(item.name for item in fields(SegmentConfig))
         conditions.append((f"segment.{names}", False, "segment.head is unset"))
     else:
-        upernet, made = segment.head == "upernet", config.data.source == "scenes"
+        upernet, made = segment.head == "upernet", source == "scenes"
         own = "segmentation augments with segment.jitter, max_share, photometric and augment.hflip"
         crops = "segmentation crops with segment.crop; this one is for the probe of P only"
         conditions += [

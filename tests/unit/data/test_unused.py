@@ -2,7 +2,7 @@ import pytest
 
 from pdvit.config import build, resolve
 from pdvit.config.schema import PRESETS
-from pdvit.config.unused import unused_settings
+from pdvit.data.unused import unused_settings
 
 NONE, UPERNET, LINEAR = {"preset": "none"}, {"head": "upernet"}, {"head": "linear"}
 
@@ -44,6 +44,11 @@ def test_settings_with_an_effect_are_not_named(sections):
         ("augment.ratio", {"augment": {"ratio": (1.0, 1.0)}}),
         ("data.resident", {"data": {"resident": "off"}}),
         ("data.crop_pct", {"data": {"crop_pct": 0.5}}),
+        ("data.root", {"data": {"source": "digits:0-4", "root": "data"}}),
+        ("data.input_key", {"data": {"source": "some/folder", "input_key": "img"}}),
+        ("data.download", {"data": {"source": "a.tar", "download": True}}),
+        ("data.target_key", {"data": {"source": "a.csv", "target_key": "class"}}),
+        ("data.input_key", {"data": {"source": "torch/cifar100", "input_key": "img"}}),
         ("segment.width", {"segment": {"width": 64}}),
         ("segment.norm", {"segment": {**LINEAR, "norm": "group"}, "diversity": NONE}),
         ("augment.smoothing", {"segment": UPERNET, "augment": {"smoothing": 0.1}, "diversity": NONE}),
