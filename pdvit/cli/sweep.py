@@ -33,11 +33,7 @@ MAX_FAILURES = 10
 def run_sweep(
     command: str, file: Path, layers: list[NamedLayer], chosen: str | None, console: "RunConsole", stop: "StopRequest"
 ) -> int:
-    """Run the cells of a sweep that are not finished, or those of --cells (`chosen`); return the exit status.
-
-    `file` has the [sweep] table; `layers` are those of one run. Raises UserError before the first cell starts, and
-    RunFailed if the check itself fails.
-    """
+    """Run the cells of the [sweep] in `file` that are not finished, or those of --cells; return the exit status."""
     from pdvit.sweep import Folder, make_cells, numbers, split
     from pdvit.tracking.run_directory import RUNS
 

@@ -15,10 +15,7 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STA
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device of a name; `auto` is a GPU if there is one. Raises UserError if it is not there.
-
-    Several processes on one machine, counted by `local_rank`, use one GPU each.
-    """
+    """Return a device, for `auto` a GPU if there is one; several processes here use the GPU of their `local_rank`."""
     where = "run.device (--device)"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
