@@ -113,7 +113,6 @@ def _train_cells(
 
 
 def _print_outcomes(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> int:
-    """Write the table, print the outcomes, and return the exit status."""
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.sweep.folder import CellStatus
 
@@ -171,7 +170,6 @@ def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | N
 
 
 def _check_not_swept(table: Mapping[str, Any], layers: Sequence[NamedLayer]) -> None:
-    """Raise UserError if the command line sets a key of the sweep."""
     swept = {*table, *(key for variant in table.get("variant", []) for key in variant)}
     for name, layer in layers:
         for key in (f"{section}.{key}" for section, values in layer.items() for key in values):
@@ -192,7 +190,6 @@ def _list(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> i
 
 @contextmanager
 def _naming(cell: "Cell") -> Iterator[None]:
-    """Add the cell to the UserError inside."""
     try:
         yield
     except UserError as error:

@@ -73,7 +73,6 @@ class Checkpoints:
 
     @contextmanager
     def _report_damage(self, tip: str) -> Iterator[None]:
-        """Turn what damaged files raise into a UserError."""
         try:
             yield
         except (UserError, torch.OutOfMemoryError):
