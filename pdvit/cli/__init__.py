@@ -56,6 +56,7 @@ def run(arguments: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="pdvit")
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
+    arguments = [*arguments, "--help"] if arguments in ([], ["plot"]) else arguments
     try:
         status = app(arguments, prog_name="pdvit", standalone_mode=False)
     except (UserError, RunFailed) as error:

@@ -44,11 +44,7 @@ class Command(_Plain, typer.core.TyperCommand):  # type: ignore[misc]
 
 
 class Group(_Plain, typer.core.TyperGroup):  # type: ignore[misc]
-    """A command with subcommands; without one it shows its help."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Ask for help if there are no words."""
-        return super().parse_args(ctx, args or ["--help"])
+    """A command with subcommands."""
 
 
 def add(app: typer.Typer, *examples: str, name: str | None = None, help: str | None = None) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from pdvit.data.opening import open_source
 from pdvit.data.sources import absolute_path, run_name, unused_source_settings
 from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.engine.device import choose_device, device_name, set_up
-from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, launch_file
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
 from pdvit.engine.recovery import largest_batch
 from pdvit.engine.recovery import replay as replay_step
@@ -38,7 +38,7 @@ from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
-from pdvit.tracking.run_directory import RESTARTED, RunDirectory, newest
+from pdvit.tracking.run_directory import LAUNCH_FILE, RESTARTED, RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
             environment = describe_environment(device_name(trainer.device)) | {"threads": torch.get_num_threads()}
             directory.write("environment.json", environment)
             path = directory.path
-            if file := launch_file():
-                file.write_text(str(path.resolve()))
+            if LAUNCH_FILE:
+                LAUNCH_FILE.write_text(str(path.resolve()))
     return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
 
 
@@ -146,8 +146,8 @@ def default_name(config: Config) -> str:
 
 def run_before_restart() -> str | None:
     """Return the run that this command created before torchrun restarted its processes, if there is one."""
-    ranks, file = init_process_group(), launch_file()
-    found: str | None = ranks.all_gather(file.read_text() if ranks.main and file and file.is_file() else None)[0]
+    written = LAUNCH_FILE.read_text() if LAUNCH_FILE is not None and LAUNCH_FILE.is_file() else None
+    found: str | None = init_process_group().all_gather(written)[0]
     return found
 
 

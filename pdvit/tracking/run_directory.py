@@ -17,6 +17,8 @@ from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
+ERROR_FILE = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of torchrun: LAUNCH/attempt_0/RANK/error.json
+LAUNCH_FILE = Path(ERROR_FILE).parents[2] / "run-directory" if ERROR_FILE else None  # stays over its restarts
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
 TEMPORARY = ".*." + 8 * "[0-9a-f]"
 FREE, OTHER = "check free space and permissions", "choose another --out"
