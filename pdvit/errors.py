@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from operator import itemgetter
 
 # From here on two names count as alike (0: nothing in common, 1: equal).
 LIKELY = 0.6
@@ -50,18 +51,14 @@ def command(*words: object) -> str:
 
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
-    name, names = name[:100], list(options)  # the comparison takes the square of the length
-    scores = {option: _likeness(name.lower(), option.lower()) for option in names}
-    best = max(names, key=lambda option: scores[option], default=None)
-    if best is not None and scores[best] >= LIKELY:
+    name, names = name[:100].lower(), list(options)  # the comparison takes the square of the length
+    # Also with an option's beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`.
+    texts = [(option, text) for option in names for text in (option.lower(), option.lower()[: len(name) + 1])]
+    scores = [(SequenceMatcher(None, name, text, autojunk=False).ratio(), option) for option, text in texts]
+    likeness, best = max(scores, key=itemgetter(0), default=(0.0, ""))
+    if likeness >= LIKELY:
         return f"did you mean '{best}'?"
     if not names:
         return "there are none"
     listed = ", ".join(names[:shown])
     return f"choose from: {listed}{', ...' if len(names) > shown else ''}"
-
-
-def _likeness(name: str, option: str) -> float:
-    """Compare with the whole option or with its beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`."""
-    beginning = option[: len(name) + 1]
-    return max(SequenceMatcher(None, name, text, autojunk=False).ratio() for text in (option, beginning))

@@ -36,16 +36,11 @@ PLAIN = dict(zip("▁▂▃▄▅▆▇█·", "_.,-=+*#.", strict=True))
 
 
 @app.callback()
-def pdvit(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
-) -> None:
+def pdvit(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """See whether a vision transformer's patches collapse into one another, and train ones whose patches don't."""
     if version:
         print(f"pdvit {__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 def _plain(error: Any) -> tuple[str, int]:
@@ -61,6 +56,7 @@ def run(arguments: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="pdvit")
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
+    arguments = [*arguments, "--help"] if arguments in ([], ["plot"]) else arguments
     try:
         status = app(arguments, prog_name="pdvit", standalone_mode=False)
     except (UserError, RunFailed) as error:
@@ -71,10 +67,7 @@ def run(arguments: list[str]) -> int:
         what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
         tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
         return _explain(UserError(what, command, tip))
-    except typer.Abort:
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of the output has ended (`pdvit analyze | head`): no more output, not even at exit.

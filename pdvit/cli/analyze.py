@@ -72,7 +72,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
 
     console, main, results = analyzer.console, analyzer.ranks.main, list["CheckpointAnalysis"]()
     bytes_per_model(len(folders) if explore else 1)  # an error if they are too many for a page
-    with stop_on_signals(analyzer.stop):
+    with stop_on_signals(analyzer.ranks.stop):
         for path, folder in folders.items():
             result = None if analyzer.stopped() else analyzer.measure(path, folder, results[0] if results else None)
             if result is None:

@@ -17,7 +17,7 @@ from pdvit.data.sources.split import ArraySplit
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
-from pdvit.engine.terminal import RunConsole, Stopped, StopRequest
+from pdvit.engine.terminal import RunConsole, Stopped
 from pdvit.errors import UserError, command
 from pdvit.models.layers import places_of
 from pdvit.tracking.run_directory import write_file, writing
@@ -46,10 +46,7 @@ class CheckpointAnalysis:
 
 
 class Analyzer:
-    """Measures checkpoints one after the other with the same options, each on all ranks, until a stop is requested.
-
-    `images` are the names of `--images`, `flags` the arguments of `open_checkpoint`.
-    """
+    """Measures checkpoints in turn, each on all ranks, until a stop; `flags` are arguments of `open_checkpoint`."""
 
     def __init__(
         self, console: RunConsole, images: list[str], metrics: Sequence[str], limit: int, **flags: Any
@@ -57,8 +54,7 @@ class Analyzer:
         self.console, self.images, self.metrics, self.limit = console, images, metrics, limit
         if images and flags.get("data_on_bad_image") is None:  # the run's policy is for its own images
             flags["data_on_bad_image"] = "error"
-        self.flags, self.ranks = flags, init_process_group(StopRequest())
-        self.stop = self.ranks.stop
+        self.flags, self.ranks = flags, init_process_group()
 
     def measure(self, path: str, folder: Path, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
@@ -86,7 +82,7 @@ class Analyzer:
 
     def stopped(self) -> bool:
         """Return whether a stop was requested on any rank."""
-        return any(self.ranks.all_gather(bool(self.stop)))
+        return any(self.ranks.all_gather(bool(self.ranks.stop)))
 
     def _open(self, path: str) -> tuple[OpenedCheckpoint, ImageSet]:
         """Load a checkpoint and select its images; an error of one rank is raised on all, and Stopped."""
@@ -102,7 +98,7 @@ class Analyzer:
         """Yield this rank's batches until a stop is requested, with a progress bar."""
         batches = eval_batches(images.split, opened.loader, shared=True)
         shown = with_progress(batches, -(-len(images.split) // self.ranks.world_size), self.console, label)
-        return (batch.images for batch in self.stop.until(shown))
+        return (batch.images for batch in self.ranks.stop.until(shown))
 
     def _attempt(self, compute: Callable[[], T]) -> tuple[T | None, str]:
         """Return the result of an additional measurement, or None and the reason."""
@@ -133,10 +129,7 @@ class Analyzer:
 def describe(
     analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None
 ) -> dict[str, Any]:
-    """Return the content of analysis.json: the exact conditions of the measurement, and the verdict.
-
-    `bad` images did not decode. `stopped` is the reason why the measurement ended before the last image, if it did.
-    """
+    """Return the content of analysis.json; `bad` images did not decode, `stopped` is why the last were not measured."""
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
     found, advice = verdict(table, *_commands(opened)) if has_p else (None, None)
@@ -170,10 +163,7 @@ def describe(
 
 
 def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
-    """Return the commands that measure a checkpoint again, and that train P down.
-
-    A run is repeated with the cosine term, or with twice its weight. Others, and runs from a checkpoint, are finetuned.
-    """
+    """Return the commands that measure a checkpoint again, and that train P down: of a run, or by finetuning."""
     config, names = opened.config, [str(opened.path), *opened.options]
     if opened.is_run and config.model.init is None:
         train = ["train", "--config", str(opened.path / "run.toml")]
@@ -186,10 +176,7 @@ def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
 
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
-    """Write explorer.html to the first checkpoint's folder, and analysis/maps.npz to each; print what they show.
-
-    Checkpoints are loaded once more, one at a time, so that all get the same images. Raises UserError.
-    """
+    """Write explorer.html for the first folder and maps.npz for each, of the same images; checkpoints load again."""
     from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
     from pdvit.analysis.tables import MAPS
 

@@ -77,10 +77,7 @@ def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
 def open_checkpoint(
     path: Path, ranks: "Ranks", model: str | None, weights: str | None, backbone: bool = False, **flags: Any
 ) -> OpenedCheckpoint:
-    """Load a checkpoint to run it as its run did, or with `backbone` to measure its timm model; raises UserError.
-
-    `flags`, as `section_key`, override the run's settings unless None.
-    """
+    """Load a checkpoint to run as its run did, except for `flags` (`section_key`); or as timm's model, `backbone`."""
     from pdvit.data.images import BadImages
     from pdvit.data.loader import LoaderConfig
     from pdvit.data.preprocessing import Preprocessing

@@ -194,7 +194,6 @@ def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Pa
 
 
 def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
-    """Print the classes of lowest accuracy or IoU, and the metrics."""
     from rich.table import Table
 
     by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
@@ -340,7 +339,6 @@ def _mask_names(files: "FileSplit") -> list[Path]:
 
 
 def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
-    """Print the labels of a few images, the skipped images, and the number of images."""
     from rich.table import Table
 
     if rows:

@@ -51,11 +51,9 @@ def _read(path: Path) -> dict[str, Any]:
         if (path / "run.toml").is_file():
             config = build((str(path), read_toml(path / "run.toml")))
             row |= {"data": config.data.source, "model": config.model.name, "terms": terms_of(config.diversity)}
-        if (path / "status.json").is_file():
-            row["status"] = str(directory.read_json("status.json").get("status"))
-        if (path / "summary.json").is_file():
-            summary = directory.read_json("summary.json")
-            row |= {name: summary[name] for name in NUMBERS if type(summary.get(name)) in (int, float)}
+        row["status"] = str(directory.read_json("status.json", optional=True).get("status", "started"))
+        summary = directory.read_json("summary.json", optional=True)
+        row |= {name: summary[name] for name in NUMBERS if type(summary.get(name)) in (int, float)}
     except UserError as error:
         row |= {"status": "unreadable", "reason": error.what}
     return row

@@ -65,10 +65,7 @@ def timm_models() -> list[str]:
 def training_command(
     command: Callable[..., Any], launch: Callable[..., int], defaults: Layer | None = None
 ) -> Callable[..., Any]:
-    """Replace the `**values` of a command by the options of `launch` and the flags of the configuration.
-
-    A flag of the configuration arrives as `section_key`. The help shows `defaults`, which are the command's own.
-    """
+    """Replace `**values` of a command by the options of `launch` and a flag `section_key` for each key that has one."""
     hints = get_type_hints(launch, include_extras=True) | get_type_hints(command, include_extras=True)
     own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
     of_run = [item for item in inspect.signature(launch).parameters.values() if item.kind is item.KEYWORD_ONLY]
@@ -106,10 +103,7 @@ def terms_of(diversity: DiversityConfig) -> str:
 def make_layers(
     file: Path | None, assignments: list[str], values: Mapping[str, Any], defaults: Layer | None = None
 ) -> list[NamedLayer]:
-    """Return the named layers that `build` merges: the command's defaults, the file, the flags, the assignments.
-
-    `values` has the flags as `section_key`; those that are not given are None or an empty list.
-    """
+    """Return the layers for `build`: defaults, file, flags (`section_key`; None or [] if not given), assignments."""
     layers: list[NamedLayer] = [("the command's defaults", defaults or {})]
     if file is not None:
         layers.append((str(file), read_toml(file)))

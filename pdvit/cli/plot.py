@@ -2,8 +2,9 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pdvit.plots.reading import AnalyzedRun
     from pdvit.plots.style import Drawing, Theme
 
-app = typer.Typer(invoke_without_command=True, cls=Group)
+app = typer.Typer(cls=Group, help="Draw figures of runs, each with its data as CSV.")
 
 # The number of newest runs that are drawn if no run is named: as lines in one panel, or as panels.
 LINES, PANELS = 6, 3
@@ -28,12 +29,9 @@ UNFIT = "its files do not fit the figure"  # tables of files can have any shape
 
 @dataclass(frozen=True)
 class AnalysisFigure:
-    """A figure of analyses, drawn by `plot_NAME` of a module in pdvit.plots.
+    """A figure of pdvit.plots, `plot_NAME`, from `metrics` in analysis.csv and `curves` in analysis/GROUP.npz."""
 
-    It needs `metrics` in analysis.csv and `curves` in analysis/GROUP.npz. `help` is also the caption in the report.
-    """
-
-    help: str
+    help: str  # also the caption in the report
     group: str = "similarity"
     metrics: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
@@ -66,7 +64,6 @@ def draw_figure(name: str, runs: Sequence["AnalyzedRun"], theme: "Theme") -> "Dr
 
 
 def _check_suffix(out: Path | None) -> Path | None:
-    """Reject an unknown format before any work is done."""
     if out is not None and out.suffix.lower() not in SUFFIXES:
         what = f"'{out.suffix or out.name}' is not a format of figures"
         raise UserError(what, f"--out {out}", closest(out.suffix, SUFFIXES))
@@ -78,13 +75,6 @@ Run = Annotated[Path | None, typer.Argument(help="Run directory; unset: the newe
 OUT = "File; .png, .svg or .pdf decides the format. Its data go beside it, as CSV."
 Out = Annotated[Path | None, typer.Option(callback=_check_suffix, help=OUT)]
 Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark background.")]
-
-
-@app.callback()
-def plot(context: typer.Context) -> None:
-    """Draw figures of runs, each with its data as CSV."""
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 def _add_command(name: str, figure: AnalysisFigure) -> None:
@@ -106,7 +96,7 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], again)
         folder = next(iter(found.values()))
         with reading(folder, f"measure again: {again.format(checkpoint_of(folder))}", UNFIT):
-            _write(draw_figure(name, analyses, _theme(dark)), name, found, out)
+            _write(partial(draw_figure, name, analyses), dark, name, found, out)
 
 
 for _name, _figure in FIGURES.items():
@@ -122,7 +112,7 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     records = {name: read_records(folder) for name, folder in found.items()}
     folder = next(iter(found.values()))
     with reading(folder, f"go on with the run: {command('train', '--resume', folder)}", UNFIT):
-        _write(plot_training(records, _theme(dark)), "training", found, out)
+        _write(partial(plot_training, records), dark, "training", found, out)
 
 
 @add(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
@@ -146,7 +136,7 @@ def maps(
     file, again = folder / "analysis" / "maps.npz", f"make them again: pdvit analyze {checkpoint_of(folder)} --explore"
     arrays = read_arrays(file, again)
     with reading(file, again, UNFIT):
-        _write(plot_maps(arrays, name, image, patches, _theme(dark)), "maps", [name], out)
+        _write(partial(plot_maps, arrays, name, image, patches), dark, "maps", [name], out)
 
 
 @add(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
@@ -158,7 +148,7 @@ def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
         tip = f"draw IoU by class and pictures: {command('plot', 'segmentation', run)}"
         raise UserError("a run of segmentation has no confusion matrix", str(run), tip)
     ((name, folder),) = _find([run] if run else None, "confusion.csv", "pdvit eval {}", 1).items()
-    _write(plot_confusion(read_confusion(folder), name, _theme(dark)), "confusion", [name], out)
+    _write(partial(plot_confusion, read_confusion(folder), name), dark, "confusion", [name], out)
 
 
 @add(app, "pdvit plot segmentation runs/scenes-none")
@@ -169,7 +159,7 @@ def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     if run and (run / "confusion.csv").is_file():
         raise UserError("the model labels images", str(run), f"draw the matrix: {command('plot', 'confusion', run)}")
     ((name, folder),) = _find([run] if run else None, "iou.csv", "pdvit eval {}", 1).items()
-    _write(plot_segmentation(*read_segmentation(folder), name, _theme(dark)), "segmentation", [name], out)
+    _write(partial(plot_segmentation, *read_segmentation(folder), name), dark, "segmentation", [name], out)
 
 
 @add(app, "pdvit plot sweep runs/comparison --metric loss")
@@ -188,14 +178,11 @@ def sweep(
     name = _name_of(folder)
     if folder.is_file():  # experiments/digits/results.csv is digits-results
         name = f"{folder.resolve().parent.name}-{folder.stem}"
-    _write(plot_sweep(summary, name, _theme(dark)), "sweep", [name], out, markdown(summary))
+    _write(partial(plot_sweep, summary, name), dark, "sweep", [name], out, markdown(summary))
 
 
 def _find(runs: list[Path] | None, file: str, again: str, count: int) -> dict[str, Path]:
-    """Return the run directories to draw by name: those given, or the newest that have the file.
-
-    If it is missing, the UserError names the command that makes it, `again`; `{}` in it stands for the run.
-    """
+    """Return the runs to draw by name: those given, or the newest that have the file, which `again` makes of a run."""
     from pdvit.plots.style import unique
     from pdvit.tracking.run_directory import newest
 
@@ -226,17 +213,14 @@ def _name_of(folder: Path) -> str:
     return name.encode(errors="replace").decode()  # pandas on pyarrow has no text for other file names
 
 
-def _theme(dark: bool) -> "Theme":
-    from pdvit.plots.style import DARK, LIGHT
-
-    return DARK if dark else LIGHT
-
-
-def _write(figure: "Drawing", name: str, runs: Iterable[str], out: Path | None, page: str | None = None) -> None:
+def _write(
+    draw: Callable[["Theme"], "Drawing"], dark: bool, name: str, runs: Iterable[str], out: Path | None, page: str = ""
+) -> None:
     """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
-    from pdvit.plots.style import render
+    from pdvit.plots.style import DARK, LIGHT, render
     from pdvit.tracking.run_directory import write_file, writing
 
+    figure = draw(DARK if dark else LIGHT)
     if out is None:
         parts = [name, *(re.sub(r"[^\w.-]", "-", run)[:40] for run in runs)]
         more = f"-{len(parts) - 4}-more" if len(parts) > 4 else ""

@@ -22,7 +22,7 @@ from pdvit.data.sources import absolute_path, run_name
 from pdvit.data.sources.split import ArraySplit, Source
 from pdvit.data.unused import unused_settings
 from pdvit.engine.device import choose_device, device_name, set_up
-from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group, launch_file
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
 from pdvit.engine.recipe import FIXED, changed_keys, check_changes
 from pdvit.engine.recovery import largest_batch
 from pdvit.engine.recovery import replay as replay_step
@@ -38,7 +38,7 @@ from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
-from pdvit.tracking.run_directory import RESTARTED, RunDirectory, newest
+from pdvit.tracking.run_directory import LAUNCH_FILE, RESTARTED, RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -63,13 +63,9 @@ class Run:
 def build_trainer(
     config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
 ) -> Trainer:
-    """Open the data, build task and trainer, print what is trained, and `load` a resident set; raises UserError.
-
-    Raises Stopped, on all ranks, if it is to stop. A resumed run loads its own checkpoint and no longer needs the file
-    of `model.init`.
-    """
+    """Open the data, build task and trainer, and `load` a resident set; raises UserError, and Stopped on all ranks."""
     checkpoint = None
-    if config.model.init is not None and not resumed:
+    if config.model.init is not None and not resumed:  # a resumed run loads its own checkpoint
         log(console, f"reading {config.model.init} ...")
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
         config = apply_checkpoint_defaults(with_crop(config), checkpoint)
@@ -122,13 +118,12 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
         if ranks.main:
             out, name = config.run.out, config.run.name
             name = default_name(asked) if name is None and out is None else name or ""
-            text, device = to_toml(config, command_line()), device_name(trainer.device)
-            directory = RunDirectory.create(config.run.out, name, text)
-            environment = describe_environment(device) | {"threads": torch.get_num_threads()}
+            directory = RunDirectory.create(out, name, to_toml(config, command_line()))
+            environment = describe_environment(device_name(trainer.device)) | {"threads": torch.get_num_threads()}
             directory.write("environment.json", environment)
             path = directory.path
-            if file := launch_file():
-                file.write_text(str(path.resolve()))
+            if LAUNCH_FILE:
+                LAUNCH_FILE.write_text(str(path.resolve()))
     return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
 
 
@@ -151,23 +146,19 @@ def default_name(config: Config) -> str:
 
 def run_before_restart() -> str | None:
     """Return the run that this command created before torchrun restarted its processes, if there is one."""
-    ranks, file = init_process_group(), launch_file()
-    found: str | None = ranks.all_gather(file.read_text() if ranks.main and file and file.is_file() else None)[0]
+    written = LAUNCH_FILE.read_text() if LAUNCH_FILE is not None and LAUNCH_FILE.is_file() else None
+    found: str | None = init_process_group().all_gather(written)[0]
     return found
 
 
 def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest) -> Run | int:
-    """Prepare the run `name`, or the newest for `auto`, to resume; raises Stopped, or UserError if it can't be resumed.
-
-    Returns an exit status if there is nothing to do: the run is finished, or torchrun restarted the command after the
-    run was stopped on purpose.
-    """
+    """Prepare a run, or the newest for `auto`, to resume; or return the exit status if there is nothing to do."""
     runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
     if not runs:
         raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
     path, where = runs[0], f"--resume {runs[0]}"
     directory = RunDirectory.open(path)
-    status = directory.read_json("status.json").get("status") if (path / "status.json").is_file() else None
+    status = directory.read_json("status.json", optional=True).get("status")
     if status == "stopped" and RESTARTED:
         log(console, f"{path} was stopped, and is not resumed by a restart")
         return EXIT_STOPPED
@@ -227,7 +218,8 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
     trainer, directory = run.trainer, run.directory
     with directory.locked():
         if run.changes is not None:
-            changed = directory.changes() | {key: new for key, (_, new) in run.changes.items()}
+            changed = {change["key"]: change["to"] for change in directory.changes()}
+            changed |= {key: new for key, (_, new) in run.changes.items()}
             for note in trainer.restore(directory, changed):
                 log(console, note)
             step = trainer.state.progress.step
@@ -274,7 +266,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
 
     def task(path: Path) -> object:
         with suppress(Exception):  # another run may be damaged
-            config = build((str(path), read_toml(path / "run.toml")))
+            config = saved_config(path, [])
             return config.segment.head is None, config.data.source, config.data.val_split, config.data.split_seed
         return None
 

@@ -33,11 +33,7 @@ MAX_FAILURES = 10
 def run_sweep(
     command: str, file: Path, layers: list[NamedLayer], chosen: str | None, console: "RunConsole", stop: "StopRequest"
 ) -> int:
-    """Run the cells of a sweep that are not finished, or those of --cells (`chosen`); return the exit status.
-
-    `file` has the [sweep] table; `layers` are those of one run. Raises UserError before the first cell starts, and
-    RunFailed if the check itself fails.
-    """
+    """Run the cells of the [sweep] in `file` that are not finished, or those of --cells; return the exit status."""
     from pdvit.sweep import Folder, make_cells, numbers, split
     from pdvit.tracking.run_directory import RUNS
 
@@ -117,7 +113,6 @@ def _train_cells(
 
 
 def _print_outcomes(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> int:
-    """Write the table, print the outcomes, and return the exit status."""
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.sweep.folder import CellStatus
 
@@ -175,7 +170,6 @@ def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | N
 
 
 def _check_not_swept(table: Mapping[str, Any], layers: Sequence[NamedLayer]) -> None:
-    """Raise UserError if the command line sets a key of the sweep."""
     swept = {*table, *(key for variant in table.get("variant", []) for key in variant)}
     for name, layer in layers:
         for key in (f"{section}.{key}" for section, values in layer.items() for key in values):
@@ -196,7 +190,6 @@ def _list(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> i
 
 @contextmanager
 def _naming(cell: "Cell") -> Iterator[None]:
-    """Add the cell to the UserError inside."""
     try:
         yield
     except UserError as error:

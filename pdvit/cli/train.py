@@ -33,10 +33,7 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,
     **values: Any,
 ) -> int:
-    """Start, resume or replay a run, or run a sweep; return the exit status. Raises UserError and RunFailed.
-
-    `values` has the flags of the configuration as `section_key`.
-    """
+    """Start, resume or replay a run, or run a sweep; return the exit status. `values` has the flags `section_key`."""
     from pdvit.engine.terminal import stop_on_signals
 
     if checkpoint is not None:
@@ -81,9 +78,7 @@ def launch(
 
         if replay is not None:
             return runs.replay(replay, console, stop)
-        name = resume
-        if name is None and RESTARTED:
-            name = runs.run_before_restart()
+        name = runs.run_before_restart() if resume is None and RESTARTED else resume
         prepare = partial(runs.start, config) if name is None else partial(runs.resume, name, change or [])
         return runs.train_to_end(prepare, console, stop)
 

@@ -38,14 +38,11 @@ class Checkpoints:
         """Start to write a snapshot; raises UserError if the last write failed."""
         self.writing.result()  # so that at most one waits in memory
         writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.writing = writer.submit(self._write, snapshot, best)
+        self.writing = writer.submit(self.write, snapshot, best)
         writer.shutdown(wait=False)  # it ends with the write
 
     def load(self, state: TrainState, check: Check, tip: str = "start the run again") -> Snapshot | None:
-        """Load the checkpoint that `last` points to, if there is one, and return it. All ranks take part.
-
-        Raises UserError, with `tip` or an older checkpoint, if it is damaged, and what `check` raises for its metadata.
-        """
+        """Load what `last` points to, if there is any; a UserError names an older one or `tip`. All ranks take part."""
         with state.ranks.raise_on_all_ranks(), self._report_damage(tip):
             snapshot = self._read(state.ranks, check) if (self.folder / LAST).is_file() else None
         if snapshot is not None:
@@ -76,7 +73,6 @@ class Checkpoints:
 
     @contextmanager
     def _report_damage(self, tip: str) -> Iterator[None]:
-        """Turn what damaged files raise into a UserError."""
         try:
             yield
         except (UserError, torch.OutOfMemoryError):
@@ -88,8 +84,8 @@ class Checkpoints:
             what = f"the checkpoint is damaged: {type(error).__name__}: {reason_of(error)}"
             raise UserError(what, str(self.folder / damaged), tip) from error
 
-    def _write(self, snapshot: Snapshot, best: bool) -> None:
-        """Write a snapshot and its pointers, then remove what is not to be kept."""
+    def write(self, snapshot: Snapshot, best: bool = False) -> None:
+        """Write a snapshot and its pointers, then remove what is not to be kept; raises UserError."""
         name = f"step-{snapshot.step:08d}"
         beside, target = self.folder / f".{name}", self.folder / name
         try:

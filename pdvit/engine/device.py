@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 from contextlib import suppress
 
 import torch
@@ -15,10 +14,7 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STA
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device of a name; `auto` is a GPU if there is one. Raises UserError if it is not there.
-
-    Several processes on one machine, counted by `local_rank`, use one GPU each.
-    """
+    """Return a device, for `auto` a GPU if there is one; several processes here use the GPU of their `local_rank`."""
     where = "run.device (--device)"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,10 +76,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that a device has no memory left."""
     full = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
     return full or isinstance(error, torch.OutOfMemoryError)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the most memory in use so far, in MiB: of the GPU, or else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

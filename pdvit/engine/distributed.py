@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -88,12 +87,6 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
-
-
-def launch_file() -> Path | None:
-    """Return a path that a launch of torchrun keeps over its restarts; None without torchrun."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LAUNCH/attempt_0/RANK/error.json
-    return Path(error_file).parents[2] / "run-directory" if error_file else None
 
 
 class AnyRank:

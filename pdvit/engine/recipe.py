@@ -7,20 +7,15 @@ from pdvit.config import build, resolve, to_dict
 from pdvit.errors import UserError
 
 # With another value of these, batches, their order or the weights would not fit the checkpoint.
-FIXED = frozenset(
-    {
-        *(f"data.{name}" for name in ("batch_size", "split_seed", "img_size")),
-        *(f"data.{name}" for name in ("mean", "std", "crop_pct", "interpolation", "crop_mode")),
-        *(f"model.{name}" for name in ("name", "depth", "width", "heads", "patch_size", "args")),
-        *(f"model.{name}" for name in ("init", "weights", "init_hash", "freeze")),
-        *(f"segment.{name}" for name in ("head", "width", "norm", "classes", "crop", "short_side")),
-        "diversity.preset",  # the weights stand in the configuration, and can change
-        "diversity.patch_head",
-        "optim.opt",
-        "run.seed",
-    }
-)
-
+OF_SECTIONS = {
+    "data": "batch_size split_seed img_size mean std crop_pct interpolation crop_mode",
+    "model": "name depth width heads patch_size args init weights init_hash freeze",
+    "segment": "head width norm classes crop short_side",
+    "diversity": "preset patch_head",  # the weights stand in the configuration, and can change
+    "optim": "opt",
+    "run": "seed",
+}
+FIXED = frozenset(f"{section}.{name}" for section, names in OF_SECTIONS.items() for name in names.split())
 HEADS = ("diversity.mixing", "segment.aux")  # zero or not: these add or remove a head
 
 

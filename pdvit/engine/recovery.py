@@ -30,17 +30,12 @@ def save_replay(run: Path, state: TrainState, generators: Mapping[str, Tensor]) 
         if scaler:  # the step was computed with the scale before it was lowered
             scaler["scale"] /= scaler["backoff_factor"]
         shutil.rmtree(run / REPLAY, ignore_errors=True)  # the same step of an earlier attempt would stay
-        checkpoints = Checkpoints(run / REPLAY)
-        checkpoints.save(snapshot)
-        checkpoints.writing.result()
+        Checkpoints(run / REPLAY).write(snapshot)
     state.ranks.all_gather(None)  # torchrun ends the others as soon as one is done
 
 
 def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[str, float], list[str]]:
-    """Compute the saved step again, without an update, and return its number, metrics and weights of broken gradients.
-
-    One process computes the parts of all ranks, one by one. Raises UserError if there is no such step.
-    """
+    """Compute the saved step of all ranks again, without an update: its number, metrics, weights of bad gradients."""
     tip = f"a run that stops after several bad steps has one; resume this one: {command('train', '--resume', run)}"
     snapshot = Checkpoints(run / REPLAY).load(state, lambda saved: check_data(saved["data"], state.data, str(run)), tip)
     if snapshot is None:
@@ -102,10 +97,7 @@ def largest(updater: Updater, batch: TrainBatch, limit: int) -> int:
 
 
 def largest_batch(updater: Updater, batches: Iterator[TrainBatch], limit: int) -> int:
-    """Return how many images a GPU can hold in one update with `SPARE_MEMORY` left; 0 if not even one.
-
-    It makes an update first, because the optimizer needs memory too: discard the weights afterwards.
-    """
+    """Return how many images a GPU holds in an update with `SPARE_MEMORY` left, at least 0; it changes the weights."""
     device = updater.state.device
     torch.cuda.set_per_process_memory_fraction(1 - SPARE_MEMORY, device)
     try:

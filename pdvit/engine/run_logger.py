@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -15,7 +16,6 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pdvit.engine.device import peak_memory
 from pdvit.engine.schedule import StepSchedule
 from pdvit.engine.state import Progress
 from pdvit.engine.terminal import Display
@@ -58,7 +58,10 @@ class RunLogger:
         passed = {phase: value - seconds.get(phase, 0.0) for phase, value in progress.seconds_by_phase.items()}
         rate = (progress.samples - samples) / max(passed.get("data", 0.0) + passed.get("step", 0.0), 1e-9)
         self.logged = (progress.samples, dict(progress.seconds_by_phase))
-        timing = {"seconds": progress.seconds, "images_per_second": rate, "peak_memory_mb": peak_memory(self.device)}
+        # So far, of the GPU or else of this process, which Linux counts in KiB.
+        on_gpu, process = self.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF)
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if on_gpu else process.ru_maxrss / 2**10
+        timing = {"seconds": progress.seconds, "images_per_second": rate, "peak_memory_mb": peak}
         self.log("train", {**means, "skipped": skipped, "lr": lr}, timing | passed)
         metrics = {name: value for name, value in means.items() if name != "grad_norm"}
         metrics |= {"skipped": progress.skipped} if progress.skipped else {}

@@ -39,10 +39,7 @@ class StepSchedule:
 
 
 def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) -> StepSchedule:
-    """Convert the configuration's durations to steps; an interval is at least one step.
-
-    Raises UserError if the run has no step or only warm-up, or if it is to stop or to be traced after its end.
-    """
+    """Convert durations to steps, intervals to at least one; raises UserError if they do not fit the run."""
     total = parse_duration(config.optim.epochs, "ep", "optim.epochs").steps(steps_per_epoch, batch_size)
     if total < 1:
         raise UserError("the run has no step", "optim.epochs (--epochs)", "make it longer")

@@ -56,10 +56,7 @@ class Trainer:
         self.notes = [] if optimizer.defaults.get("fused") else [waits]
 
     def restore(self, directory: RunDirectory, changed: Mapping[str, Any]) -> list[str]:
-        """Load the last checkpoint of a run, if there is one and it fits, and return notes; raises UserError.
-
-        `changed` holds the settings that were changed on purpose since the checkpoint, with their values.
-        """
+        """Load the last checkpoint, if there is one; its recipe may differ in what was `changed`. Returns notes."""
 
         def check(metadata: dict[str, Any]) -> None:
             check_recipe(metadata["config"], self.state.config, changed, str(directory.path))
@@ -77,10 +74,7 @@ class Trainer:
         return [f"warning: metrics.jsonl was cut short: {lost}; the weights are not affected"]
 
     def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
-        """Train to the end and return the summary, or None if the run was stopped.
-
-        Raises UserError or RunFailed; the run directory then has the status `failed`, and can be resumed.
-        """
+        """Train to the end and return the summary, or None if the run was stopped; after an error it can be resumed."""
         steps, state, progress = self.steps, self.state, self.state.progress
         self.directory, keep = directory, self.config.checkpoint.keep
         self.checkpoints = Checkpoints(directory.path / "checkpoints", keep, steps.milestone_every)
@@ -179,10 +173,7 @@ class Trainer:
             raise RunFailed(f"{what}, up to step {self.state.progress.step}", tip)
 
     def _evaluate(self) -> bool:
-        """Evaluate the validation images; return whether the result is the best so far, and is to be kept.
-
-        Raises Stopped if the run is asked to stop; the resumed run evaluates again.
-        """
+        """Return whether an evaluation is the best so far, and to be kept; a stopped one is repeated when resumed."""
         progress = self.state.progress
         self.logger.start("evaluate")
         self.state.check_weights()
@@ -202,10 +193,7 @@ class Trainer:
         return better and self.config.checkpoint.best
 
     def _save(self, better: bool = False, ending: bool = False) -> None:
-        """Start to save; raises the error of the last write. All ranks take part.
-
-        After a skipped step the run may be broken: unless it is `ending`, it is saved once it has recovered.
-        """
+        """Start to save, on all ranks; unless it is `ending`, a run that skipped its last step is first to recover."""
         self.save_owed = not ending and bool(self.state.metrics.sums["in_a_row"] > 0)
         if self.save_owed:
             return

@@ -23,10 +23,7 @@ FUSED_FSDP = ("adamw", "adam")  # torch has no such kernel of SGD for sharded we
 
 
 def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
-    """Build a timm optimizer; norms, biases, position and prefix tokens have no weight decay, as in timm's models.
-
-    Raises UserError for an unknown name, or an optimizer that can't run here.
-    """
+    """Build a timm optimizer; norms, biases, position and prefix tokens have no weight decay, as in timm's models."""
     name, where = optim.opt.lower(), "optim.opt (--opt)"
     sharded = any(hasattr(weight, "placements") for weight in module.parameters())
     fused: dict[str, Any] = {"fused": True} if name in (FUSED_FSDP if sharded else FUSED) else {}

@@ -95,7 +95,7 @@ class Folder:
         """Write how a cell ended, if its run could not; raises UserError if the write fails."""
         run = RunDirectory(self.path / name)
         run.path.mkdir(exist_ok=True)
-        known = run.read_json("status.json") if (run.path / "status.json").is_file() else {}
+        known = run.read_json("status.json", optional=True)
         run.write("status.json", {**known, "status": status, "reason": reason})
 
     @contextmanager

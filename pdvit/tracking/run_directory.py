@@ -17,6 +17,8 @@ from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
+ERROR_FILE = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of torchrun: LAUNCH/attempt_0/RANK/error.json
+LAUNCH_FILE = Path(ERROR_FILE).parents[2] / "run-directory" if ERROR_FILE else None  # stays over its restarts
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
 TEMPORARY = ".*." + 8 * "[0-9a-f]"
 FREE, OTHER = "check free space and permissions", "choose another --out"
@@ -47,10 +49,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def hold(path: Path, wait: bool = False) -> Iterator[IO[str]]:
-    """Lock a file against other processes; raises OSError, BlockingIOError if it is locked, unless `wait` is set.
-
-    The lock ends with this process; worker processes do not inherit it.
-    """
+    """Lock a file until this process ends, not for its workers; BlockingIOError if it is locked, unless `wait`."""
     with path.open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield file
@@ -165,10 +164,10 @@ class RunDirectory:
                         opened.write(str(content))
                         opened.truncate()
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON table; raises UserError if it is missing or damaged."""
+    def read_json(self, name: str, optional: bool = False) -> dict[str, Any]:
+        """Read a JSON table; raises UserError if it is damaged, or missing and not `optional`."""
         with self.reading(name):
-            return read_json(self.path / name)
+            return {} if optional and not (self.path / name).is_file() else read_json(self.path / name)
 
     def reading(self, name: str) -> AbstractContextManager[None]:
         """Raise UserError if a file of the run is missing, damaged or of another format."""
@@ -194,20 +193,18 @@ class RunDirectory:
         self.write(RECORDS, "".join(kept))
         return len(kept)
 
-    def changes(self) -> dict[str, Any]:
-        """Return the settings that were changed since the run began, `{section.key: value}`."""
+    def changes(self) -> list[dict[str, Any]]:
+        """Return the changes of settings since the run began, each with its `step`, `key`, `from` and `to`."""
         with self.reading(CHANGES):
-            return {entry["key"]: entry["to"] for entry in self._read_changes()}
+            found = self.read_json(CHANGES, optional=True).get("changes", [])
+            return [{name: entry[name] for name in ("step", "key", "from", "to")} for entry in found]
 
     def record_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]], config: str) -> None:
         """Record the changes (old, new) that take effect after `step`, and write the configuration as run.toml."""
         entries = [{"step": step, "key": key, "from": old, "to": new} for key, (old, new) in changes.items()]
         # First, because a configuration with changes that are not recorded is refused.
-        self.write(CHANGES, {"changes": self._read_changes() + entries})
+        self.write(CHANGES, {"changes": self.changes() + entries})
         self.write("run.toml", config)
-
-    def _read_changes(self) -> list[dict[str, Any]]:
-        return list(self.read_json(CHANGES)["changes"]) if (self.path / CHANGES).is_file() else []
 
 
 def refuse_taken(out: str | None) -> None:

@@ -197,7 +197,7 @@ def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder,
             return [value, value]
 
     # an image that several read is counted once
-    monkeypatch.setattr(analyze_run, "init_process_group", lambda stop: Twice(stop=stop))
+    monkeypatch.setattr(analyze_run, "init_process_group", Twice)
     options = ["--on-bad-image", "skip", "--metrics", "similarity_signed"]
     assert "; 1 left out that do not decode" in analyzed(run_copy, "--images", image_folder, *options)["images"]
 

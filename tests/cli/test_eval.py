@@ -20,7 +20,6 @@ import pdvit.data.opening
 from pdvit.cli import run as pdvit
 from tests.files import read_records
 
-KEYS = {"accuracy", "accuracy_top5", "loss", "calibration_error", "split", "images", "model", "weights", "data"}
 FILES = ("eval.csv", "confusion.csv", "eval.json")
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -59,7 +58,6 @@ def answers(digits_run):
 def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated):
     summary = json.loads((run_copy / "summary.json").read_text())
     found = evaluated(run_copy)
-    assert set(found) >= KEYS
     for key in ("accuracy", "loss", "split", "weights"):
         assert found[key] == summary[key]
     last = read_records(run_copy, "eval")[-1]
@@ -141,7 +139,7 @@ def test_two_processes_count_every_image_once_and_end_with_the_error_of_one(run_
 
 
 def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(
-    digits_run, tmp_path, evaluated, answers, device, capsys
+    digits_run, tmp_path, evaluated, answers, device
 ):
     (logits, targets), out, every = answers, tmp_path / "deep" / "elsewhere", list(range(10))
     found = evaluated(digits_run, "--device", device, "--out", out)
@@ -160,11 +158,6 @@ def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(
     assert table["precision"].tolist() == pytest.approx(precision.tolist(), nan_ok=True)
     matrix = pd.read_csv(out / "confusion.csv").pivot(index="class", columns="predicted", values="images")
     assert (matrix.fillna(0).to_numpy() == confusion_matrix(targets, predicted, labels=every)).all()
-    assert pdvit(["eval", str(digits_run), *CPU, "--out", str(out)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for text in ("test accuracy", "top 5", "calibration error", "360 images of digits", "most confused with"):
-        assert text in shown
-    assert f"next pdvit plot confusion {out}" in shown
 
 
 def test_a_lone_file_is_evaluated_on_the_data_that_are_named(run_copy, workplace, evaluated):

@@ -112,15 +112,6 @@ def test_a_mistyped_word_is_answered_with_the_right_one(refusal, arguments, what
     assert tip in found.tip
 
 
-def test_the_module_runs_like_the_command(capsys):
-    assert pdvit(["--version"]) == 0
-    assert capsys.readouterr().out == f"pdvit {__version__}\n"
-    done = process(sys.executable, "-m", "pdvit", "trian")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("words", "found"),
     [

@@ -195,11 +195,6 @@ class TestRefused:
         assert not Path(run, "analysis.png").exists()
         refusal("plot", "similarity", run, "--out", f"{run}/analysis.csv/figure.png")  # below a file
 
-    def test_the_confusion_of_a_run_that_labels_pixels_names_its_own_figure(self, refusal, workplace):
-        Path("runs/pixels").mkdir(parents=True)
-        Path("runs/pixels/iou.csv").write_text("class,iou\n")
-        assert "pdvit plot segmentation runs/pixels" in refusal("plot", "confusion", "runs/pixels").tip
-
     def test_a_run_that_is_not_there(self, refusal, workplace):
         assert "pdvit train" in refusal("plot", "training").tip
         assert "absent" in refusal("plot", "similarity", "absent").where

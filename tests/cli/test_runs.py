@@ -22,21 +22,15 @@ from tests.files import read_json
         ("finetune a/b.pth", "digits-5-9-from-b.pth"),
         ("finetune a/b.pth --cosine 0.5 --freeze 4 --depth 2", "digits-5-9-from-b.pth-cosine=0.5-freeze=4"),
         ("segment --head linear --cosine 1", "scenes-cosine-head=linear"),
+        ("train --config RUN/run.toml --epochs 24 -b 32", "digits-paper-depth=2-heads=1-patch_size=8-width=16"),
         ("train --model-kwargs qk_norm=true --ratio 1 1.5", "digits-paper-ratio=1.0_1.5-args=qk_norm_True"),
     ],
 )
-def test_a_run_is_named_by_what_differs_from_its_command(monkeypatch, arguments, name):
+def test_a_run_is_named_by_what_differs_from_its_command(digits_run, monkeypatch, arguments, name):
     begun = []
     monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
-    assert pdvit(arguments.split()) == 0
+    assert pdvit(arguments.replace("RUN", str(digits_run)).split()) == 0
     assert default_name(begun[0]) == name
-
-
-def test_a_repeated_run_has_the_name_of_the_first(digits_run, monkeypatch):
-    begun = []
-    monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
-    assert pdvit(["train", "--config", str(digits_run / "run.toml"), "--epochs", "24", "-b", "32"]) == 0
-    assert default_name(begun[0]) == "digits-paper-depth=2-heads=1-patch_size=8-width=16"
 
 
 def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, workplace, capsys, monkeypatch, refusal):

@@ -199,10 +199,13 @@ class TestImages:
 
     def test_image_files_with_every_augmentation_repeat_bit_for_bit(self, train, image_folder, capsys):
         flags = ["--data", image_folder, "--batch-size", "8", "--img-size", "16", "--reprob", "0.5", "--hflip", "0.25"]
+        flags += ["--drop-path", "0.3", "--set", "run.seed=3", "--cosine", "0.5"]
         run = train(*flags, "--scale", "0.5", "1", "--ratio", "0.8", "1.25", "--resident", "on")
         assert "augmentation: crop of 50% to 100%, flip 25%" in capsys.readouterr().out
         assert pdvit(["train", "--config", "run/run.toml", "--out", "again"]) == 0
-        assert weights(run.with_name("again")) == weights(run)
+        again = run.with_name("again")
+        for read in (weights, read_records, read_recipe, lambda path: read_json(path / "config.json")):
+            assert read(again) == read(run)
 
     @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
     def test_workers_change_nothing(self, train, image_folder, workers):

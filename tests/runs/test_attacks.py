@@ -1,4 +1,4 @@
-"""Real runs on machines with little: of shared memory, of open files, of disk; and several commands on one run."""
+"""Real runs on machines with little: of shared memory, of open files, of disk."""
 
 import json
 import subprocess
@@ -6,21 +6,9 @@ import sys
 
 import pytest
 
-from pdvit.cli import run as pdvit
-
 PATIENCE = 300.0
-SHORT = [
-    "--epochs",
-    "12st",
-    "--batch-size",
-    "8",
-    "--log-interval",
-    "3st",
-    "--val-interval",
-    "6st",
-    "--save-every",
-    "3st",
-]
+SHORT = ["--epochs", "12st", "--batch-size", "8", "--log-interval", "3st", "--val-interval", "6st"]
+SHORT += ["--save-every", "3st"]
 pytestmark = pytest.mark.slow
 
 
@@ -59,13 +47,3 @@ rm {tmp_path}/filler; {resume} && cat {run}/status.json"""
     assert failed.startswith('ended with 2, {  "status": "failed"')
     assert failed.endswith("}")
     assert json.loads(done.stdout[done.stdout.rindex("\n{") :])["status"] == "finished"
-
-
-def test_of_two_commands_with_one_folder_one_is_refused(tmp_path, tiny):
-    (tmp_path / "run").mkdir()
-    command = [sys.executable, "-m", "pdvit", "train", *tiny, *SHORT, "--out", str(tmp_path / "run")]
-    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    refused = "".join(process.communicate(timeout=PATIENCE)[1] for process in started)
-    assert sorted(process.returncode for process in started) == [0, 2]
-    assert "the path exists already" in refused
-    assert pdvit(["train", "--resume", str(tmp_path / "run")]) == 0

@@ -32,15 +32,14 @@ def state_of(run: Path) -> dict[str, object]:
 def disturb(process: subprocess.Popen, run: Path, rng: random.Random, during_save: bool) -> None:
     """Kill the process at a random moment after its first new record, or in the middle of a save."""
     before, deadline = newest_step(run), time.monotonic() + PATIENCE
-    while process.poll() is None and newest_step(run) <= before and time.monotonic() < deadline:
+
+    def waiting() -> bool:
+        return process.poll() is None and time.monotonic() < deadline
+
+    while waiting() and newest_step(run) <= before:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.15))
-    while (
-        during_save
-        and process.poll() is None
-        and not any((run / "checkpoints").glob(".step-*"))
-        and time.monotonic() < deadline
-    ):
+    while during_save and waiting() and not any((run / "checkpoints").glob(".step-*")):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)

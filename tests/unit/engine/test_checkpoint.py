@@ -60,9 +60,7 @@ def train(state, steps):
 
 
 def save(state, folder):
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(state.state_dict())
-    checkpoints.writing.result()
+    Checkpoints(folder).write(state.state_dict())
 
 
 def restore(state, folder):

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +105,16 @@ def interrupt(number=signal.SIGTERM):
     signal.raise_signal(number)
 
 
+def ended(path):
+    status = read_json(path / "status.json")
+    return status["status"], status["step"], status.get("reason")
+
+
+def same(path, whole):
+    assert read_records(path) == read_records(whole)
+    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing disturbed."""
@@ -153,52 +163,36 @@ def test_a_finished_run_says_so(whole):
 def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_path, at):
     path = tmp_path / "run"
     assert run(path, LineFit(at, interrupt)) is None
-    status = read_json(path / "status.json")
-    assert (status["status"], status["step"], status["reason"]) == ("stopped", at + 1, "SIGTERM")
+    assert ended(path) == ("stopped", at + 1, "SIGTERM")
     assert not (path / "summary.json").exists()
 
     torch.manual_seed(99)
     assert run(path, LineFit(), resume=True)["steps"] == STEPS
-    assert read_records(path) == read_records(whole)
-    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    same(path, whole)
     assert read_json(path / "status.json") == read_json(whole / "status.json")
 
 
-@pytest.mark.parametrize(("phase", "call", "step"), [("evaluate", 1, 7), ("evaluate", 3, 20), ("finish", 1, 20)])
-def test_a_signal_leaves_an_evaluation_at_once_and_the_resumed_run_repeats_it(whole, tmp_path, phase, call, step):
+@pytest.mark.parametrize(
+    ("phase", "call", "step"), [("batches", 8, 7), ("evaluate", 1, 7), ("evaluate", 3, 20), ("finish", 1, 20)]
+)
+def test_a_signal_leaves_a_wait_or_an_evaluation_at_once_and_the_resumed_run_repeats_it(
+    whole, tmp_path, phase, call, step
+):
     path, task, calls = tmp_path / "run", LineFit(), count(1)
-    measure = getattr(task, phase)
+    plain = getattr(task, phase)
 
     def interrupted(*arguments):
         if next(calls) == call:
             interrupt()
-            pytest.fail("the evaluation goes on")
-        return measure(*arguments)
+            pytest.fail("it goes on")
+        return arguments[0] if phase == "batches" else plain(*arguments)
 
-    setattr(task, phase, interrupted)
+    waiting = lambda start: (interrupted(batch) for batch in plain(start))  # noqa: E731
+    setattr(task, phase, waiting if phase == "batches" else interrupted)
     assert run(path, task) is None
-    status = read_json(path / "status.json")
-    assert (status["status"], status["step"], status["reason"]) == ("stopped", step, "SIGTERM")
+    assert ended(path) == ("stopped", step, "SIGTERM")
     run(path, LineFit(), resume=True)
-    assert read_records(path) == read_records(whole)
-    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-def test_a_signal_ends_the_wait_for_images(whole, tmp_path):
-    path, task = tmp_path / "run", LineFit()
-
-    def batches(start):
-        yield from islice(LineFit.batches(task, start), 7 - start)
-        interrupt()
-        pytest.fail("it still waits")
-
-    task.batches = batches
-    assert run(path, task) is None
-    status = read_json(path / "status.json")
-    assert (status["status"], status["step"], status["reason"]) == ("stopped", 7, "SIGTERM")
-    run(path, LineFit(), resume=True)
-    assert read_records(path) == read_records(whole)
-    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    same(path, whole)
 
 
 def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path):
@@ -212,14 +206,11 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(ZeroDivisionError):
         run(path, LineFit(10, lambda: 1 / 0))
-    status = read_json(path / "status.json")
-    assert (status["status"], status["step"]) == ("failed", 10)
-    assert "division by zero" in status["reason"]
+    assert ended(path) == ("failed", 10, "ZeroDivisionError: division by zero")
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     run(path, LineFit(), resume=True)
-    assert read_records(path) == read_records(whole)
-    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    same(path, whole)
 
 
 def test_a_second_sigint_leaves_a_stopped_run(tmp_path):
@@ -376,8 +367,7 @@ def test_a_checkpoint_that_can_not_be_written_fails_the_run(tmp_path):
 def test_a_run_stops_after_a_length_once_and_can_then_be_longer(whole, tmp_path, after, step, epochs):
     path = tmp_path / "run"
     assert run(path, LineFit(), run={"stop_after": after}) is None
-    status = read_json(path / "status.json")
-    assert (status["status"], status["step"], status["reason"]) == ("stopped", step, "stop after")
+    assert ended(path) == ("stopped", step, "stop after")
     more = {"optim": {"epochs": epochs}, "run": {"stop_after": after}}
     run(path, LineFit(), resume=True, changed={"optim.epochs": epochs}, **more)
     assert read_json(path / "summary.json")["steps"] == int(epochs[:2])

@@ -1,12 +1,11 @@
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import RunDirectory, newest, write_file
+from pdvit.tracking.run_directory import RunDirectory, write_file
 from tests.files import read_records
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -136,16 +135,6 @@ def test_cutting_drops_a_line_that_is_no_record(directory, torn):
     assert directory.cut_records(1) == 1
     directory.append({"kind": "eval", "step": 2})
     assert read_records(directory.path) == [{"kind": "eval", "step": step} for step in (1, 2)]
-
-
-def test_the_newest_come_first(workplace):
-    for name, age in (("old", 100), ("new", 300), ("middle", 200)):
-        file = workplace / "runs" / name / "analysis.csv"
-        file.parent.mkdir(parents=True)
-        file.touch()
-        os.utime(file, (age, age))
-    (workplace / "runs/odd/analysis.csv").mkdir(parents=True)
-    assert [path.name for path in newest("analysis.csv")] == ["new", "middle", "old"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(workplace):
