@@ -77,7 +77,7 @@ def read_maps(
         for label, pixels in islice(images, max_images):
             batch = normalise(pixels[None].to(device))
             image_size = (batch.shape[-2], batch.shape[-1])
-            with inference(batch):
+            with inference(model, batch):
                 model(batch)
             maps.names.append(label)
             maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())

@@ -22,7 +22,16 @@ from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.files import reason_of
-from pdvit.models.layers import Layer, evaluating, exact_float32, places_of, shapes_of, watch, watch_attention
+from pdvit.models.layers import (
+    Layer,
+    evaluating,
+    exact_float32,
+    image_size_of,
+    places_of,
+    shapes_of,
+    watch,
+    watch_attention,
+)
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 WHERE = "analyze(model, images)"
@@ -143,13 +152,15 @@ def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
 
 
 @contextmanager
-def inference(images: Tensor) -> Iterator[None]:
+def inference(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Compute in exact float32 without gradients; UserError for images of a wrong size, or if memory is too small."""
     try:
         with torch.no_grad(), exact_float32(images.device):
             yield
     except (RuntimeError, AssertionError) as error:
         if not is_out_of_memory(error):
+            if images.shape[1:] == (3, *image_size_of(model)):
+                raise
             what = f"the model can't take images of the shape {tuple(images.shape)}: {reason_of(error)}"
             raise UserError(what, WHERE, "pass images of the size that the model was built for") from error
         tip = "choose a smaller --batch-size, fewer --metrics or a larger device"
@@ -246,7 +257,7 @@ class LayerMetrics:
         self.image_size, self.grams = (images.shape[-2], images.shape[-1]), []
         attention = "attention" in self.groups
         watching = watch_attention(self.model, self._visit_attention) if attention else nullcontext()
-        with inference(images), watch(self.places, self._visit), watching:
+        with inference(self.model, images), watch(self.places, self._visit), watching:
             yield self.grams
         self.sums.images += len(images)
         if self.grams:

@@ -200,15 +200,15 @@ def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) ->
 def _start_workers(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
     """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
-    few = files < loader.workers * FILES_PER_WORKER or _shared_memory() <= 0
-    if few and loader.workers:
-        _note("images are decoded without workers: /dev/shm or the limit of open files (ulimit -n) is too small")
+    workers = min(loader.workers, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
+    if workers < loader.workers:
+        _note(f"{workers} workers decode images: /dev/shm or the limit of open files (ulimit -n) is too small for more")
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         data_loader = DataLoader(
             data,
             batch_sampler=keys,
-            num_workers=0 if few else loader.workers,
+            num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every iteration draws from the process generator, which drop path uses
@@ -227,7 +227,9 @@ def _worker_errors() -> Iterator[None]:
     """Turn the error or the death of a worker, as torch raises it, into a RunFailed."""
     try:
         yield
-    except (RuntimeError, OSError, MemoryError) as error:
+    except Exception as error:
+        if not ("DataLoader worker" in str(error) or isinstance(error, OSError | MemoryError)):
+            raise
         what = f"a process that decodes images failed: {str(error).strip().rpartition(chr(10))[2]}"
         tip = "use fewer --workers (in a run: --change data.workers=1): the kernel ends processes if memory runs out"
         raise RunFailed(what, tip) from error
@@ -240,8 +242,8 @@ def _note(text: str) -> None:
 
 
 def _shared_memory() -> int:
-    """Return the bytes of shared memory that are free, less a part for what processes themselves need."""
-    return shutil.disk_usage("/dev/shm").free - OTHER_SHARED if os.path.isdir("/dev/shm") else 0
+    """Return the free bytes of shared memory, less what processes need; macOS has no such limit."""
+    return shutil.disk_usage("/dev/shm").free - OTHER_SHARED if os.path.isdir("/dev/shm") else 2**62
 
 
 @atexit.register
@@ -259,7 +261,7 @@ def _begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def end(error: Exception, _: object) -> None:  # else the run waits for ever for a batch that can't be sent
-        print(f"a batch can't be sent: {error}", file=sys.stderr, flush=True)
+        print(f"error: a batch can't be sent: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
     Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]

@@ -10,10 +10,10 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
@@ -75,9 +75,11 @@ class Checkpoints:
     def _report_damage(self, tip: str) -> Iterator[None]:
         try:
             yield
-        except (UserError, torch.OutOfMemoryError):
+        except UserError:
             raise
         except Exception as error:  # of Python, torch and safetensors
+            if is_out_of_memory(error):
+                raise
             damaged = self._read_pointer(LAST)
             if older := [path.name for path in self.folder.glob(FOLDERS) if path.name < damaged]:
                 tip = f"write {max(older)}, an older one, into {self.folder / LAST}, or {tip}"

@@ -104,7 +104,9 @@ def largest_batch(updater: Updater, batches: Iterator[TrainBatch], limit: int) -
         batch = next(batches)
         updater(batch, 1)
         return largest(updater, batch, limit)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -182,7 +182,8 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(content, Mapping):
             raise TypeError(f"it holds a {type(content).__name__}, not a table of weights")
         tensors = dict(_named_tensors(content, file))
-        if sum(tensor.nbytes for tensor in tensors.values()) > 4 * file.stat().st_size:
+        stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+        if sum(stored.values()) > 4 * file.stat().st_size:
             raise ValueError("its tensors claim more numbers than it holds")
         return tensors, _parse_training_args(content)
 

@@ -123,7 +123,7 @@ def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where
     both = tensors.keys() & expected.keys()
     floats = {name for name in both if expected[name].is_floating_point()}
     if odd := sorted(name for name in floats if not tensors[name].is_floating_point()):
-        what = f"{odd[0]} and {len(odd) - 1} more weights are {tensors[odd[0]].dtype}, not floating-point numbers"
+        what = f"{len(odd)} weights are not floating-point numbers: {odd[0]} is {tensors[odd[0]].dtype}"
         raise UserError(what, where, "save the weights as floats: a quantised file lacks its scales here")
     mismatched = {name for name in both if tensors[name].shape != expected[name].shape}
     fitting = {name: tensors[name] for name in expected if name in both - mismatched}

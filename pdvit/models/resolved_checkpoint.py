@@ -146,7 +146,8 @@ def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, 
         side = math.isqrt(max(0, patches))
         if patches != grid[0] * grid[1] and family_of(sketch).plain and side * side != patches:
             what = f"its position embeddings are those of {patches} patches, which are no square"
-            raise UserError(what, where, "put its config.json beside it, with img_size in model_args: [height, width]")
+            tip = "put its config.json beside it, with img_size in model_args: [height, width], or name another --model"
+            raise UserError(what, where, tip)
         if side * side == patches > 0 and patches != grid[0] * grid[1]:
             arguments["img_size"] = side * int(sketch.patch_embed.patch_size[0])
     return arguments

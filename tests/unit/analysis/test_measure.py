@@ -139,6 +139,13 @@ ODD_TYPES = (pictures().byte(), {"x": pictures()}, Path("a.png"), 3)
 ODD_SHAPES = (pictures(size=40), pictures()[:, :1])
 
 
+def test_an_error_of_ours_is_not_blamed_on_the_images(monkeypatch):
+    model = build()
+    monkeypatch.setattr(model, "forward", Mock(side_effect=RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        analyze(model, pictures())
+
+
 def test_images_that_can_not_be_measured():
     cases = [(images, 8, "no images") for images in (pictures(0), [], [pictures(0)])]
     cases += [(pictures(), 32, "at least two patches, not 1"), (pictures()[0], 8, r"not torch.float32 \(3, ")]
