@@ -207,11 +207,11 @@ def _with_change(error: UserError, run: Path) -> UserError:
 
 
 def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: StopRequest) -> int:
-    """Prepare a run and train, print the summary, and return the exit status; raises UserError and RunFailed."""
+    """Prepare a run (for a replay, that is all) and train, print the summary, and return the exit status; raises UserError and RunFailed."""
     try:
         run = prepare(console, stop)
     except Stopped:
-        log(console, "stopped before the first step; nothing was written")
+        log(console, "stopped before training began; no file was written or changed")
         return EXIT_STOPPED
     if isinstance(run, int):
         return run
