@@ -94,9 +94,9 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
         for run in analyses:
             if not figure.fits(run):
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], again)
-        folder = next(iter(found.values()))
-        with reading(folder, f"measure again: {again.format(checkpoint_of(folder))}", UNFIT):
-            _write(partial(draw_figure, name, analyses), dark, name, found, out)
+        tip = f"measure again: {again.format(' '.join(map(checkpoint_of, found.values())))}"
+        checked = reading(", ".join(map(str, found.values())), tip, UNFIT)
+        _write(checked(partial(draw_figure, name, analyses)), dark, name, found, out)
 
 
 for _name, _figure in FIGURES.items():
@@ -110,9 +110,9 @@ def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
 
     found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1)
     records = {name: read_records(folder) for name, folder in found.items()}
-    folder = next(iter(found.values()))
-    with reading(folder, f"go on with the run: {command('train', '--resume', folder)}", UNFIT):
-        _write(partial(plot_training, records), dark, "training", found, out)
+    again = " or ".join(command("train", "--resume", folder) for folder in found.values())
+    checked = reading(", ".join(map(str, found.values())), f"go on with the run: {again}", UNFIT)
+    _write(checked(partial(plot_training, records)), dark, "training", found, out)
 
 
 @add(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
@@ -135,8 +135,8 @@ def maps(
     ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
     file, again = folder / "analysis" / "maps.npz", f"make them again: pdvit analyze {checkpoint_of(folder)} --explore"
     arrays = read_arrays(file, again)
-    with reading(file, again, UNFIT):
-        _write(partial(plot_maps, arrays, name, image, patches), dark, "maps", [name], out)
+    draw = reading(file, again, UNFIT)(partial(plot_maps, arrays, name, image, patches))
+    _write(draw, dark, "maps", [name], out)
 
 
 @add(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
@@ -217,9 +217,11 @@ def _write(
     draw: Callable[["Theme"], "Drawing"], dark: bool, name: str, runs: Iterable[str], out: Path | None, page: str = ""
 ) -> None:
     """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
+    from pdvit.engine.terminal import raise_on_ctrl_c
     from pdvit.plots.style import DARK, LIGHT, render
     from pdvit.tracking.run_directory import write_file, writing
 
+    raise_on_ctrl_c()
     figure = draw(DARK if dark else LIGHT)
     if out is None:
         parts = [name, *(re.sub(r"[^\w.-]", "-", run)[:40] for run in runs)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pdvit.cli.console import log
 from pdvit.cli.options import recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
+from pdvit.config.load import RESTORE
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
@@ -184,10 +185,9 @@ def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest)
 def saved_config(run: Path, changes: list[str]) -> Config:
     """Return the configuration in run.toml with changes; raises UserError."""
     file = run / "run.toml"
-    saved = read_toml(file)
+    saved = read_toml(file, RESTORE)
     if not saved:
-        tip = "restore it from state.json of a checkpoint, which has its values under config"
-        raise UserError("run.toml is empty", str(file), tip)
+        raise UserError("run.toml is empty", str(file), RESTORE)
     assigned = [(f"--change {text}", parse_set(text, "--change")) for text in changes]
     return build((str(file), saved), *assigned)
 
@@ -207,7 +207,7 @@ def _with_change(error: UserError, run: Path) -> UserError:
 
 
 def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: StopRequest) -> int:
-    """Prepare a run (for a replay, that is all) and train, print the summary, and return the exit status; raises UserError and RunFailed."""
+    """Prepare (a replay is done then) and train a run; return the exit status; raises UserError and RunFailed."""
     try:
         run = prepare(console, stop)
     except Stopped:

@@ -229,7 +229,7 @@ def _worker_errors() -> Iterator[None]:
         yield
     except (RuntimeError, OSError, MemoryError) as error:
         what = f"a process that decodes images failed: {str(error).strip().rpartition(chr(10))[2]}"
-        tip = "use fewer --workers (in a run: --change data.workers=1): the kernel ends processes if memory runs out"
+        tip = "use fewer --workers: the kernel ends processes if memory runs out"
         raise RunFailed(what, tip) from error
 
 
@@ -259,7 +259,7 @@ def _begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def end(error: Exception, _: object) -> None:  # else the run waits for ever for a batch that can't be sent
-        print(f"a batch can't be sent: {error}", file=sys.stderr, flush=True)
+        print(f"error: a batch can't be sent: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
     Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]

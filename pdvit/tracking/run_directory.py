@@ -163,7 +163,8 @@ class RunDirectory:
                 except OSError:
                     if name != STATUS or not file.is_file():
                         raise
-                    with file.open("r+", encoding="utf-8") as opened:  # a full disk still has the room that the file takes
+                    # A full disk still has the room that the file takes.
+                    with file.open("r+", encoding="utf-8") as opened:
                         opened.write(str(content))
                         opened.truncate()
 
