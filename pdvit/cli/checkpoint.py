@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pdvit.models.loading import LoadedModel
     from pdvit.tasks.windows import SlidingWindowConfig
 
-Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm's model, if the file names none.")]
+Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")]
 Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]
