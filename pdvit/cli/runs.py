@@ -49,7 +49,7 @@ TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
 # Settings that can stand in it, beside initial weights and terms.
-NAMED = tuple("model. augment. segment. optim. data.batch_size data.img run.seed run.precision".split())
+NAMED = tuple(["model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "run.precision"])
 NAMED += tuple(name for name in KEYS if name.startswith("diversity.") and name.partition(".")[2] not in IN_TERMS)
 
 
