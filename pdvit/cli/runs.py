@@ -49,8 +49,8 @@ TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
 # Settings that can stand in it, beside initial weights and terms.
-NAMED = tuple(["model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "run.precision"])
-NAMED += tuple(name for name in KEYS if name.startswith("diversity.") and name.partition(".")[2] not in IN_TERMS)
+NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "run.precision")
+OF_DIVERSITY = tuple(key for key in KEYS if key.startswith("diversity.") and key.partition(".")[2] not in IN_TERMS)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def default_name(config: Config) -> str:
     if init is not None:
         parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
     same = {"data": {"source": config.data.source}, "diversity": {"preset": config.diversity.preset}}
-    names = NAMED if init is None else ("model.freeze", *NAMED[1:])  # the rest of the model is the checkpoint's
+    names = (*OF_DIVERSITY, "model." if init is None else "model.freeze", *NAMED[1:])  # a checkpoint has a model
     found = []
     for defaults in ({}, recipe_defaults(config)):  # `train` can have those of another command, by flags or a file
         base = resolve(build(("defaults", defaults), ("the same", same)))
