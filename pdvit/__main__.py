@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line and exit with its status."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        # Ends the imports, which an exception can leave half done; `with_progress` and `stop_on_signals` change it.
+        # Ends the imports, which an exception can leave half done. `raise_on_ctrl_c` changes it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from pdvit.cli import run
 

@@ -50,7 +50,7 @@ def against_random(table: pd.DataFrame) -> int | None:
 def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     """Return two sentences: whether the patches collapse, compared with random weights; and what to try.
 
-    `analyze` and `train` are the commands that measure the checkpoint again and that train P down; they end an advice.
+    `analyze` and `train` are the commands that measure the checkpoint again and that reduce P; they end an advice.
     """
     rows, random, compared = last_stage(table), last_stage(table, "similarity_random"), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
@@ -67,13 +67,13 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
         tip = f"nothing against collapse; other ways to fail: {analyze} --metrics rank,norms,attention"
     elif (start and rise - random_rise >= MIN_DIFFERENCE) or compared == 1:
         # random weights leave the patches of plain images alike; a further climb means that they were apart before
-        found, tip = "the patches collapse", f"train P down, and analyze again: {train}"
+        found, tip = "the patches collapse", f"reduce P, and analyze again: {train}"
     elif compared is None:
         found = "the patches are alike (not compared with random weights)"
         tip = f"the whole analysis, since untrained patches may be as alike: {analyze}"
     else:
         found = f"the patches are alike, but {'no more' if compared == 0 else 'less'} than with random weights"
-        tip = f"other --images, which may be more varied, or train P down: {train}"
+        tip = f"other --images, which may be more varied, or reduce P: {train}"
     blocks = table[table["layer"] != "norm"]  # a final norm would hide outliers
     lasts = [last_stage(blocks, f"similarity{name}")["mean"].tail(1) for name in ("", "_without_outliers")]
     part = float(lasts[0].sum() - lasts[1].sum()) if len(lasts[1]) else 0.0

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, train
-from pdvit.cli.options import Group, add
+from pdvit.cli.options import Group, add_command
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
 
@@ -21,14 +21,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-add(app, "pdvit train --diversity none --cosine 1", "pdvit train --data help")(train.train)
-add(app, "pdvit finetune runs/digits-0-4-paper", "pdvit finetune last.pth.tar --data photos/")(train.finetune)
-add(app, "pdvit segment runs/digits-paper --head linear", "pdvit segment --data CamVid/ --crop 224")(train.segment)
-add(app, "pdvit eval runs/digits-paper", "pdvit eval a.pth --data photos/", name="eval")(evaluate.evaluate)
-add(app, "pdvit predict runs/digits-paper photos/ --top 3 --out labels.csv")(evaluate.predict)
-add(app, "pdvit analyze runs/digits-none runs/digits-paper", "pdvit analyze a.pth --images photos/")(analyze.analyze)
-add(app, "pdvit runs", "pdvit runs runs/comparison --json")(list_runs.runs)
-add(app, "pdvit doctor")(doctor.doctor)
+add_command(app, "pdvit train --diversity none --cosine 1", "pdvit train --data help")(train.train)
+add_command(app, "pdvit finetune runs/digits-0-4-paper", "pdvit finetune last.pth.tar --data photos/")(train.finetune)
+add_command(app, "pdvit segment runs/digits-paper --head linear", "pdvit segment --data CamVid/ --crop 224")(
+    train.segment
+)
+add_command(app, "pdvit eval runs/digits-paper", "pdvit eval a.pth --data photos/", name="eval")(evaluate.evaluate)
+add_command(app, "pdvit predict runs/digits-paper photos/ --top 3 --out labels.csv")(evaluate.predict)
+add_command(app, "pdvit analyze runs/digits-none runs/digits-paper", "pdvit analyze a.pth --images photos/")(
+    analyze.analyze
+)
+add_command(app, "pdvit runs", "pdvit runs runs/comparison --json")(list_runs.runs)
+add_command(app, "pdvit doctor")(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130

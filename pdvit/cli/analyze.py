@@ -10,7 +10,7 @@ import typer
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.cli.console import log, make_console, process_group
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
-from pdvit.errors import UserError, command
+from pdvit.errors import UserError, command, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +121,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
 
     from pdvit.analysis.tables import terminal_tables
 
-    console.print(f"\n[italic]{escape(facts['model'])}[/italic]", highlight=False)
+    console.print(f"\n[italic]{escape(printable(facts['model']))}[/italic]", highlight=False)
     for view in terminal_tables(table):
         console.print(view)
         console.print()
@@ -144,4 +144,4 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
     }
     for name, text in conditions.items():
         if text:
-            console.print(f"[dim]{name:8}[/dim] {escape(text)}", highlight=False, soft_wrap=True)
+            console.print(f"[dim]{name:8}[/dim] {escape(printable(text))}", highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from pdvit.analysis.measure import select_metrics
 from pdvit.analysis.verdict import PUBLISHED, verdict
 from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
 from pdvit.cli.console import log, with_progress
+from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
@@ -163,7 +164,7 @@ def describe(
 
 
 def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
-    """Return the commands that measure a checkpoint again, and that train P down: of a run, or by finetuning."""
+    """Return the commands that measure a checkpoint again, and that reduce P: of a run, or by finetuning."""
     config, names = opened.config, [str(opened.path), *opened.options]
     if opened.is_run and config.model.init is None:
         train = ["train", "--config", str(opened.path / "run.toml")]
@@ -171,7 +172,11 @@ def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
         train += ["--variant", "paper"] if config.diversity.variant == "released" else []  # it has no cosine term
     else:
         source = config.data.source if opened.is_run else "FOLDER"
-        train = ["segment" if opened.segments else "finetune", *names, "--data", source, "--cosine", "1"]
+        train = ["segment" if opened.segments else "finetune", *names, "--data", source]
+        for name in ("root", "train_split", "val_split", "input_key", "target_key"):
+            value = getattr(config.data, name)
+            train += [] if value is None else [KEYS[f"data.{name}"].flags[0], value]
+        train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
     return command("analyze", *names), command(*train)
 
 

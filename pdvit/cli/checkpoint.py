@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.options import make_layers, timm_models
-from pdvit.config.load import build
+from pdvit.config.load import RESTORE, build, read_toml
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pdvit.models.loading import LoadedModel
     from pdvit.tasks.windows import SlidingWindowConfig
 
-Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm's model, if the file names none.")]
+Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")]
 Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]
@@ -90,7 +90,8 @@ def open_checkpoint(
     is_run = os.path.isdir(path) and recipe.is_file()
     # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
     defaults = {} if is_run else {"run": {"tf32": False}}
-    config = build(*make_layers(recipe if is_run else None, [], flags, defaults=defaults))
+    saved = read_toml(recipe, RESTORE) if is_run else {}
+    config = build(("the command's defaults", defaults), (str(recipe), saved), *make_layers(None, [], flags))
     checkpoint = resolve_checkpoint(path, model, weights)
     loaded = load_model(checkpoint, backbone)
     if loaded.segment is not None:

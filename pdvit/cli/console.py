@@ -1,7 +1,6 @@
 """Where a command prints: standard output, or standard error if JSON goes to standard output."""
 
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -35,10 +34,9 @@ def log(console: "RunConsole", text: str, style: str | None = None) -> None:
 
 def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":
     """Yield batches, and show the number of images done, their rate and the time left."""
-    from pdvit.engine.terminal import Display
+    from pdvit.engine.terminal import Display, raise_on_ctrl_c
 
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since the start of the command: now there is work to end
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_on_ctrl_c()
     done, begun = 0, monotonic()
     with Display(console, total, unit="image") as display:
         for batch in batches:

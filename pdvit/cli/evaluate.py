@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
 Precision = Annotated[
-    str | None, typer.Option(autocompletion=lambda: PRECISIONS, help="fp32, bf16 or fp16; unset: run's.")
+    str | None, typer.Option(autocompletion=lambda: PRECISIONS, help="fp32, bf16 or fp16; unset: the run's.")
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]

@@ -11,9 +11,10 @@ from pdvit.cli.console import cell, duration, make_console
 from pdvit.cli.options import terms_of
 from pdvit.config.load import build, read_toml
 from pdvit.errors import UserError, command
-from pdvit.tracking.run_directory import RUNS, RunDirectory
+from pdvit.tracking.run_directory import CHECKPOINTS, RUNS, RunDirectory, held
 
 NUMBERS = ("accuracy", "miou", "similarity_last", "seconds")  # in the summary of a finished run
+LARGEST = 1e12  # of a number that is shown
 
 
 def runs(
@@ -53,7 +54,10 @@ def _read(path: Path) -> dict[str, Any]:
             row |= {"data": config.data.source, "model": config.model.name, "terms": terms_of(config.diversity)}
         row["status"] = str(directory.read_json("status.json", optional=True).get("status", "started"))
         summary = directory.read_json("summary.json", optional=True)
-        row |= {name: summary[name] for name in NUMBERS if type(summary.get(name)) in (int, float)}
+        numbers = {name: summary[name] for name in NUMBERS if type(summary.get(name)) in (int, float)}
+        row |= {name: value for name, value in numbers.items() if abs(value) < LARGEST}  # NaN fails too
+        if row["status"] == "running" and not held(path / CHECKPOINTS / ".lock"):  # it was killed
+            row["status"] = "stopped"
     except UserError as error:
         row |= {"status": "unreadable", "reason": error.what}
     return row

@@ -31,6 +31,9 @@ SCENES_MODEL: Layer = {
 }
 
 
+IN_TERMS = ("preset", "variant", *TERMS)  # what `terms_of` names
+
+
 class _Plain:  # shows no type for switches in the help, not even for --help
     def get_params(self, ctx: typer.Context) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
@@ -47,7 +50,9 @@ class Group(_Plain, typer.core.TyperGroup):  # type: ignore[misc]
     """A command with subcommands."""
 
 
-def add(app: typer.Typer, *examples: str, name: str | None = None, help: str | None = None) -> Callable[..., Any]:
+def add_command(
+    app: typer.Typer, *examples: str, name: str | None = None, help: str | None = None
+) -> Callable[..., Any]:
     """Add a command whose help ends with examples."""
     return app.command(name, help=help, epilog="\n  ".join(["Examples:", *examples]), cls=Command)
 
@@ -93,10 +98,13 @@ def _option(key: Key, defaults: Layer) -> inspect.Parameter:
 
 
 def terms_of(diversity: DiversityConfig) -> str:
-    """Return the preset and the terms with another weight than its: `paper`, `cosine`, `paper-mixing=0.5`."""
-    own = PRESETS[diversity.preset]
+    """Return the preset and what differs from it: `paper`, `cosine`, `paper-mixing=0.5`, `paper-released`."""
+    own, variant = PRESETS[diversity.preset], diversity.variant
     weights = {term: value for term in TERMS if (value := getattr(diversity, term)) not in (None, own[term])}
+    if variant == "released" and weights.get("cosine") == 0:  # it has no such term
+        del weights["cosine"]
     changed = [term if value == 1 else f"{term}={value:g}" for term, value in weights.items()]
+    changed += [variant] if variant not in (None, own["variant"]) else []
     return "-".join(changed if changed and diversity.preset == "none" else [diversity.preset, *changed])
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pdvit.cli.options import Group, add
+from pdvit.cli.options import Group, add_command
 from pdvit.errors import UserError, closest, command
 from pdvit.files import reading
 
@@ -80,7 +80,7 @@ Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark backgr
 def _add_command(name: str, figure: AnalysisFigure) -> None:
     runs = "runs/digits-none runs/digits-paper" if name == "compare" else "runs/digits-paper"
 
-    @add(app, f"pdvit plot {name} {runs}", name=name, help=figure.help)
+    @add_command(app, f"pdvit plot {name} {runs}", name=name, help=figure.help)
     def draw(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
         from pdvit.plots.reading import checkpoint_of, read_run
 
@@ -94,28 +94,28 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
         for run in analyses:
             if not figure.fits(run):
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], again)
-        folder = next(iter(found.values()))
-        with reading(folder, f"measure again: {again.format(checkpoint_of(folder))}", UNFIT):
-            _write(partial(draw_figure, name, analyses), dark, name, found, out)
+        tip = f"measure again: {again.format(' '.join(map(checkpoint_of, found.values())))}"
+        checked = reading(", ".join(map(str, found.values())), tip, UNFIT)
+        _write(checked(partial(draw_figure, name, analyses)), dark, name, found, out)
 
 
 for _name, _figure in FIGURES.items():
     _add_command(_name, _figure)
 
 
-@add(app, "pdvit plot training runs/digits-none runs/digits-paper --dark")
+@add_command(app, "pdvit plot training runs/digits-none runs/digits-paper --dark")
 def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
     """Loss by term, accuracy or mIoU, and P, over the epochs."""
     from pdvit.plots.training import plot_training, read_records
 
     found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1)
     records = {name: read_records(folder) for name, folder in found.items()}
-    folder = next(iter(found.values()))
-    with reading(folder, f"go on with the run: {command('train', '--resume', folder)}", UNFIT):
-        _write(partial(plot_training, records), dark, "training", found, out)
+    again = " or ".join(command("train", "--resume", folder) for folder in found.values())
+    checked = reading(", ".join(map(str, found.values())), f"go on with the run: {again}", UNFIT)
+    _write(checked(partial(plot_training, records)), dark, "training", found, out)
 
 
-@add(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
+@add_command(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
 def maps(
     run: Run = None,
     image: Annotated[int, typer.Option(min=0, help="Number of the image, from 0.")] = 0,
@@ -135,11 +135,11 @@ def maps(
     ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
     file, again = folder / "analysis" / "maps.npz", f"make them again: pdvit analyze {checkpoint_of(folder)} --explore"
     arrays = read_arrays(file, again)
-    with reading(file, again, UNFIT):
-        _write(partial(plot_maps, arrays, name, image, patches), dark, "maps", [name], out)
+    draw = reading(file, again, UNFIT)(partial(plot_maps, arrays, name, image, patches))
+    _write(draw, dark, "maps", [name], out)
 
 
-@add(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
+@add_command(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
 def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     """Confusion matrix of an evaluation."""
     from pdvit.plots.heatmap import plot_confusion, read_confusion
@@ -151,7 +151,7 @@ def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     _write(partial(plot_confusion, read_confusion(folder), name), dark, "confusion", [name], out)
 
 
-@add(app, "pdvit plot segmentation runs/scenes-none")
+@add_command(app, "pdvit plot segmentation runs/scenes-none")
 def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     """Image, truth, prediction and errors; IoU of every class."""
     from pdvit.plots.segmentation import plot_segmentation, read_segmentation
@@ -162,7 +162,7 @@ def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
     _write(partial(plot_segmentation, *read_segmentation(folder), name), dark, "segmentation", [name], out)
 
 
-@add(app, "pdvit plot sweep runs/comparison --metric loss")
+@add_command(app, "pdvit plot sweep runs/comparison --metric loss")
 def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
     metric: Annotated[str | None, typer.Option(help="Column of cells.csv. Unset: accuracy, or miou.")] = None,
@@ -217,9 +217,11 @@ def _write(
     draw: Callable[["Theme"], "Drawing"], dark: bool, name: str, runs: Iterable[str], out: Path | None, page: str = ""
 ) -> None:
     """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
+    from pdvit.engine.terminal import raise_on_ctrl_c
     from pdvit.plots.style import DARK, LIGHT, render
     from pdvit.tracking.run_directory import write_file, writing
 
+    raise_on_ctrl_c()
     figure = draw(DARK if dark else LIGHT)
     if out is None:
         parts = [name, *(re.sub(r"[^\w.-]", "-", run)[:40] for run in runs)]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdvit.cli.console import log
-from pdvit.cli.options import recipe_defaults, terms_of
+from pdvit.cli.options import IN_TERMS, recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
+from pdvit.config.load import RESTORE
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
@@ -48,7 +49,8 @@ TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
 # Settings that can stand in it, beside initial weights and terms.
-NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "diversity.variant")
+NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "run.precision")
+OF_DIVERSITY = tuple(key for key in KEYS if key.startswith("diversity.") and key.partition(".")[2] not in IN_TERMS)
 
 
 @dataclass(frozen=True)
@@ -128,17 +130,21 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
 
 
 def default_name(config: Config) -> str:
-    """Return source, initial weights, terms, and settings other than the command's defaults, as many as fit."""
+    """Return source, initial weights, terms, and settings other than the defaults, as many as fit."""
     init, terms = config.model.init, terms_of(config.diversity)
     parts = [terms] if init is None or terms != "none" else []
     if init is not None:
         parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
-    base = resolve(build(("defaults", recipe_defaults(config)), ("data", {"data": {"source": config.data.source}})))
-    for key, (_, value) in changed_keys(to_dict(base), to_dict(config)).items():
-        of_checkpoint = init is not None and key.startswith("model.") and key != "model.freeze"
-        if key.startswith(NAMED) and value is not None and not of_checkpoint:
-            name = "" if key == "model.name" else f"{key.partition('.')[2]}="
-            parts.append(name + text_in_name(value))
+    same = {"data": {"source": config.data.source}, "diversity": {"preset": config.diversity.preset}}
+    names = (*OF_DIVERSITY, "model." if init is None else "model.freeze", *NAMED[1:])  # a checkpoint has a model
+    found = []
+    for defaults in ({}, recipe_defaults(config)):  # `train` can have those of another command, by flags or a file
+        base = resolve(build(("defaults", defaults), ("the same", same)))
+        changes = changed_keys(to_dict(base), to_dict(config)).items()
+        found.append([(key, new) for key, (_, new) in changes if key.startswith(names) and new is not None])
+    for key, value in min(found, key=len):
+        name = "" if key == "model.name" else f"{key.partition('.')[2]}="
+        parts.append(name + text_in_name(value))
     while len("-".join(parts)) > MAX_LABEL and len(parts) > 1:
         parts.pop()
     return run_name(config.data.source, "-".join(parts))
@@ -184,10 +190,9 @@ def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest)
 def saved_config(run: Path, changes: list[str]) -> Config:
     """Return the configuration in run.toml with changes; raises UserError."""
     file = run / "run.toml"
-    saved = read_toml(file)
+    saved = read_toml(file, RESTORE)
     if not saved:
-        tip = "restore it from state.json of a checkpoint, which has its values under config"
-        raise UserError("run.toml is empty", str(file), tip)
+        raise UserError("run.toml is empty", str(file), RESTORE)
     assigned = [(f"--change {text}", parse_set(text, "--change")) for text in changes]
     return build((str(file), saved), *assigned)
 
@@ -207,11 +212,11 @@ def _with_change(error: UserError, run: Path) -> UserError:
 
 
 def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: StopRequest) -> int:
-    """Prepare a run and train, print the summary, and return the exit status; raises UserError and RunFailed."""
+    """Prepare (a replay is done then) and train a run; return the exit status; raises UserError and RunFailed."""
     try:
         run = prepare(console, stop)
     except Stopped:
-        log(console, "stopped before the first step; nothing was written")
+        log(console, "stopped before training began; no file was written or changed")
         return EXIT_STOPPED
     if isinstance(run, int):
         return run

@@ -77,7 +77,7 @@ def launch(
         from pdvit.cli import runs
 
         if replay is not None:
-            return runs.replay(replay, console, stop)
+            return runs.train_to_end(partial(runs.replay, replay), console, stop)
         name = runs.run_before_restart() if resume is None and RESTARTED else resume
         prepare = partial(runs.start, config) if name is None else partial(runs.resume, name, change or [])
         return runs.train_to_end(prepare, console, stop)

@@ -34,7 +34,7 @@ class Duration:
 
 
 def parse_duration(text: str, unit: str, where: str, percent: bool = True, clock: bool = False) -> Duration:
-    """Read a duration; bare numbers are in `unit`. In lengths, `percent` allows % and `clock` times. UserError else."""
+    """Read a duration; bare numbers are in `unit`; `percent` allows %, `clock` times. Raises UserError otherwise."""
     match = _FORM.fullmatch(text.strip())
     found = (match[2] or unit).lower() if match else ""
     value = float(match[1]) if match else math.nan

@@ -12,14 +12,15 @@ from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, closest
 from pdvit.files import read_text, reading
 
+RESTORE = "restore it from state.json of a checkpoint, which has its values under config"  # run.toml
 SWEEP_SECTION = "sweep"  # a table of configuration files that pdvit.sweep reads
 _PLACES = {("run", "out"), ("run", "name")}  # run.toml leaves them out, so that the same recipe can run elsewhere
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, tip: str = "check --config; docs/train.md has an example") -> dict[str, Any]:
     """Read a configuration file; raises UserError if it is missing or not TOML."""
-    with reading(path, "check --config; docs/train.md has an example", "the configuration can't be read"):
+    with reading(path, tip, "the configuration can't be read"):
         return tomllib.loads(read_text(path))
 
 

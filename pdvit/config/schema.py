@@ -81,7 +81,9 @@ class DataConfig:
     input_key: str | None = key(None, "Column of the images (hfds/); unset: image.", "--input-key")
     target_key: str | None = key(None, "Column of the labels (hfds/); unset: label.", "--target-key")
     download: bool = key(False, "Download the data set (torch/, hfds/).", "--dataset-download")
-    on_bad_image: str = key("error", "Stop, or skip and count.", "--on-bad-image", choices=("error", "skip"))
+    on_bad_image: str = key(
+        "error", "Policy for images that do not decode.", "--on-bad-image", choices=("error", "skip")
+    )
     batch_size: int = key(
         32, "Images per update, in total; auto: all that fit.", "--batch-size", "-b", minimum=1, words={"auto": 0}
     )
@@ -150,7 +152,9 @@ class DiversityConfig:
     )
     last: str | None = key(None, "Last layer: norm or block; unset: the preset's.", "--last", choices=("norm", "block"))
     cosine_layers: str = key("", "More blocks for the cosine term: 6,12.", "--cosine-layers")
-    patch_head: str | None = key(None, "Mixing head; unset: preset's.", "--patch-head", choices=("own", "class"))
+    patch_head: str | None = key(
+        None, "Head of the mixing term; unset: the preset's.", "--patch-head", choices=("own", "class")
+    )
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ class OptimConfig:
     ema_decay: float | None = key(
         None, "Decay of averaged weights, which are exported; unset: off.", "--model-ema-decay", minimum=0, maximum=1
     )
-    min_lr: float | None = key(None, "Rate at start of warm-up and end; unset: --lr / 1000.", "--min-lr", minimum=0)
+    min_lr: float | None = key(None, "Least learning rate; unset: --lr / 1000.", "--min-lr", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,9 @@ class RunConfig:
     stop_after: str | None = key(None, "Stop after 300ep, resumable.", "--stop-after", above=0, unit="ep")
     log_every: str = key("10st", "Interval of training records.", "--log-interval", above=0, unit="st")
     eval_every: str = key("1ep", "Interval of evaluations.", "--val-interval", above=0, unit="ep")
-    warn_similarity: float = key(0.9, "Warn if P of last is larger.", "--warn-similarity", minimum=0, maximum=1)
+    warn_similarity: float = key(
+        0.9, "Warn if P of the last layer exceeds this.", "--warn-similarity", minimum=0, maximum=1
+    )
     track: str | None = key(None, "Also log to tensorboard, wandb or trackio; several with commas.", "--track")
     profile: str | None = key(None, "Write a profiler trace of steps FROM:TO, such as 20:25.", "--profile")
     probe_images: int = key(64, "Held-out images for P at every evaluation.", minimum=1)

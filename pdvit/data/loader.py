@@ -233,7 +233,7 @@ def _worker_errors() -> Iterator[None]:
         if not ("DataLoader worker" in str(error) or isinstance(error, OSError | MemoryError)):
             raise
         what = f"a process that decodes images failed: {str(error).strip().rpartition(chr(10))[2]}"
-        tip = "use fewer --workers (in a run: --change data.workers=1): the kernel ends processes if memory runs out"
+        tip = "use fewer --workers: the kernel ends processes if memory runs out"
         raise RunFailed(what, tip) from error
 
 

@@ -55,7 +55,7 @@ class Ranks:
             yield
         except (UserError, Stopped) as found:
             error = found
-        self.exchange(error, leaving=False)
+        self.exchange(error, stoppable=False)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -63,9 +63,9 @@ class Ranks:
         with self.raise_on_all_ranks(), self.stop.interruptible():
             yield
 
-    def exchange(self, status: Any, leaving: bool = True) -> list[Any]:
-        """Return each rank's status; raises on all ranks the first UserError or Stopped: of a stop, if `leaving`."""
-        statuses = self.all_gather(Stopped() if leaving and self.stop else status)
+    def exchange(self, status: Any, stoppable: bool = True) -> list[Any]:
+        """Return each rank's status; raises on all ranks the first UserError or Stopped: of a stop, if `stoppable`."""
+        statuses = self.all_gather(Stopped() if stoppable and self.stop else status)
         for error in statuses:
             if isinstance(error, UserError | Stopped):
                 raise error

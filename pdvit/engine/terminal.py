@@ -63,7 +63,7 @@ class Display:
 
     def show(self, step: int, epoch: str, rate: float, metrics: Mapping[str, float]) -> None:
         """Show the step, images per second, and the latest means; in a narrow terminal fewer of the terms."""
-        names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))  # the terms go first
+        names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))  # terms are dropped first
         texts, speed = [f"{name} {metrics[name]:.3g}" for name in names], describe_rate(rate)
         if self.bar:
             epoch = epoch[: max(0, self.console.width - BESIDE - len(speed))]
@@ -125,10 +125,17 @@ class StopRequest:
                 yield item
 
 
+def raise_on_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt: there is work to clean up. Since the command's start it ended the process."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGINT, SIGUSR1 and a closed terminal (SIGHUP) into a request; a second SIGINT ends at once."""
     request = StopRequest() if request is None else request
+    raise_on_ctrl_c()  # from the end of this context on
 
     def handle(number: int, _: FrameType | None) -> None:
         if request and number == signal.SIGINT:

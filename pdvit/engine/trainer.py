@@ -152,10 +152,14 @@ class Trainer:
                 try:
                     with self.interruptible():
                         batch = next(batches)
-                except (UserError, RunFailed):  # an image can't be read, or a worker died
+                except (UserError, RunFailed) as error:  # an image can't be read, or a worker died
                     if self.ranks.world_size == 1 and progress.step:
                         self._save(ending=True)
-                    raise
+                    if isinstance(error, UserError):
+                        raise
+                    change = f"data.workers={int(self.config.data.workers > 1)}"
+                    again = command("train", "--resume", self.directory.path, "--change", change)
+                    raise RunFailed(error.what, f"{error.tip}; resume with: {again}") from error
                 yield batch
 
     def _log(self, generators: dict[str, torch.Tensor]) -> None:

@@ -20,7 +20,8 @@ RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether 
 ERROR_FILE = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of torchrun: LAUNCH/attempt_0/RANK/error.json
 LAUNCH_FILE = Path(ERROR_FILE).parents[2] / "run-directory" if ERROR_FILE else None  # stays over its restarts
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
-TEMPORARY = ".*." + 8 * "[0-9a-f]"
+WRITTEN = ("run.toml", STATUS, RECORDS, CHANGES, "summary.json", "config.json", "model.safetensors")  # by training
+POINTERS = (f"{CHECKPOINTS}/last", f"{CHECKPOINTS}/best")
 FREE, OTHER = "check free space and permissions", "choose another --out"
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -58,7 +59,7 @@ def hold(path: Path, wait: bool = False) -> Iterator[IO[str]]:
 def held(path: Path) -> bool:
     """Return whether another process holds the lock of a file, without taking it."""
     lock = struct.Struct("hhqqi")  # `struct flock` of Linux
-    with suppress(FileNotFoundError), path.open("r+") as file:
+    with suppress(FileNotFoundError), path.open("rb") as file:
         found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
     return False
@@ -130,9 +131,11 @@ class RunDirectory:
                     except BlockingIOError as error:
                         what = "another process is training this run"
                         raise UserError(what, str(self.path), "stop that one first") from error
-                    for left in self.path.rglob(TEMPORARY):  # by a process that was killed
-                        left.unlink(missing_ok=True)
-                    for folder in (self.path / CHECKPOINTS).glob(".step-*"):
+                    for file in map(self.path.joinpath, WRITTEN + POINTERS):
+                        for left in file.parent.glob(f".{file.name}.{8 * '[0-9a-f]'}"):  # by a process that was killed
+                            if left.is_file():
+                                left.unlink(missing_ok=True)
+                    for folder in (self.path / CHECKPOINTS).glob(f".step-{8 * '[0-9]'}"):
                         shutil.rmtree(folder, ignore_errors=True)
             try:
                 yield
@@ -160,7 +163,8 @@ class RunDirectory:
                 except OSError:
                     if name != STATUS or not file.is_file():
                         raise
-                    with file.open("r+") as opened:  # a full disk still has the room that the file takes
+                    # A full disk still has the room that the file takes.
+                    with file.open("r+", encoding="utf-8") as opened:
                         opened.write(str(content))
                         opened.truncate()
 

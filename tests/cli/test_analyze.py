@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import pdvit as library
 from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
+from pdvit.cli.checkpoint import OpenedCheckpoint
+from pdvit.config import build
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
 from pdvit.definitions import DEFINITIONS
@@ -235,6 +237,15 @@ def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, an
     result = analyzed(run_copy, "--limit", 6)
     assert "random weights were not measured: the model is too big for memory" in result["notes"]
     assert "random weights on" not in result["verdict"]
+
+
+def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
+    data = {"source": "torch/cifar10", "root": "d", "train_split": "a", "val_split": "b"}
+    data |= {"input_key": "i", "target_key": "t"}
+    config = build(("", {"data": data, "model": {"init": "x"}, "diversity": {"cosine": 1.0}}))
+    _, train = analyze_run._commands(OpenedCheckpoint(Path("a"), True, None, config, None))
+    flags = "--data-dir d --train-split a --val-split b --input-key i --target-key t"
+    assert train == f"pdvit finetune a --data torch/cifar10 {flags} --cosine 2"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -175,7 +176,7 @@ class TestChanging:
 
 class TestGuards:
     @pytest.mark.usefixtures("bad_images")
-    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, train, digits_run, refusal, capsys):
+    def test_a_run_whose_loss_is_not_finite_can_be_replayed(self, train, digits_run, refusal, capsys, monkeypatch):
         broken = train(status=1)
         status = read_json(broken / "status.json")
         assert (status["status"], "not a number" in status["reason"]) == ("failed", True)
@@ -188,6 +189,10 @@ class TestGuards:
         assert pdvit(["train", "--replay", str(broken), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["step"], found["metrics"]["class"]) == (9, None)
+        with monkeypatch.context() as patched:  # a signal while the data are read
+            patched.setattr("pdvit.cli.runs.open_source", lambda _: signal.raise_signal(signal.SIGTERM))
+            for way in ("--replay", "--resume"):
+                assert pdvit(["train", way, str(broken)]) == 75
         assert "no step to replay" in refusal("train", "--replay", digits_run).what
         (broken / "replay/last").write_bytes(b"x")
         assert "damaged" in refusal("train", "--replay", broken).what

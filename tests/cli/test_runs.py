@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +24,10 @@ from tests.files import read_json
         ("finetune a/b.pth", "digits-5-9-from-b.pth"),
         ("finetune a/b.pth --cosine 0.5 --freeze 4 --depth 2", "digits-5-9-from-b.pth-cosine=0.5-freeze=4"),
         ("segment --head linear --cosine 1", "scenes-cosine-head=linear"),
+        ("train --data scenes --diversity none --set segment.head=linear", "scenes-none-head=linear"),
+        ("train --init a/b.pth", "digits-from-b.pth-paper"),
+        ("train --variant released --precision bf16", "digits-paper-released-precision=bf16"),
+        ("train --first embed --warmup-epochs 10% --seed 3", "digits-paper-first=embed-warmup=10%-seed=3"),
         ("train --config RUN/run.toml --epochs 24 -b 32", "digits-paper-depth=2-heads=1-patch_size=8-width=16"),
         ("train --model-kwargs qk_norm=true --ratio 1 1.5", "digits-paper-ratio=1.0_1.5-args=qk_norm_True"),
     ],
@@ -33,15 +39,25 @@ def test_a_run_is_named_by_what_differs_from_its_command(digits_run, monkeypatch
     assert default_name(begun[0]) == name
 
 
+LOCK = "import sys; from pdvit.tracking.run_directory import *; from pathlib import Path\n"
+LOCK += "with RunDirectory(Path('runs/locked')).locked(): print(flush=True); sys.stdin.read()"
+
+
 def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, workplace, capsys, monkeypatch, refusal):
     assert "pdvit train" in refusal("runs").tip
-    for name in ("a long name of a run that needs more than a line", "sweep/cell", "cut", "new"):
+    for name in ("a long name of a run that needs more than a line", "sweep/cell", "cut", "new", "locked", "killed"):
         shutil.copytree(digits_run, workplace / "runs" / name)
     (workplace / "runs/cut/run.toml").write_text("[data")
     for file in ("status.json", "summary.json"):
         (workplace / "runs/new" / file).unlink()
+    for name in ("locked", "killed"):
+        (workplace / "runs" / name / "status.json").write_text('{"status": "running"}')
+        (workplace / "runs" / name / "summary.json").write_text(f'{{"accuracy": NaN, "seconds": 1{400 * "0"}}}')
     capsys.readouterr()
-    assert pdvit(["runs", "--json"]) == 0
+    with subprocess.Popen([sys.executable, "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as training:
+        training.stdout.readline()
+        assert pdvit(["runs", "--json"]) == 0
+        training.stdin.close()
     found = {run["run"]: run for run in json.loads(capsys.readouterr().out)}
     summary = read_json(digits_run / "summary.json")
     facts = {"status": "finished", "data": "digits", "model": "vit_tiny_patch16_224", "terms": "paper"}
@@ -49,6 +65,8 @@ def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, wor
     assert found.pop("runs/sweep/cell") == {"run": "runs/sweep/cell"} | facts | numbers
     assert found.pop("runs/new") == {"run": "runs/new"} | facts | {"status": "started"}
     assert found.pop("runs/cut")["status"] == "unreadable"
+    assert found.pop("runs/locked") == {"run": "runs/locked"} | facts | {"status": "running"}
+    assert found.pop("runs/killed") == {"run": "runs/killed"} | facts | {"status": "stopped"}
     assert len(found) == 1
     monkeypatch.setenv("COLUMNS", "80")
     assert pdvit(["runs"]) == 0

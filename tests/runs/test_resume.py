@@ -156,5 +156,5 @@ def test_a_signal_before_the_first_step_ends_cleanly(tmp_path, tiny, monkeypatch
         status = subprocess.run([sys.executable, "-c", EARLY, *command], timeout=PATIENCE).returncode
     shown = capfd.readouterr()
     assert (status, shown.err.strip()) == (75, "SIGTERM: stopping ...")
-    assert "stopped before the first step" in shown.out
+    assert "stopped before training began" in shown.out
     assert not (tmp_path / "run").exists()

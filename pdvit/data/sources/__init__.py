@@ -66,10 +66,10 @@ def absolute_path(source: str) -> str:
 
 
 def run_name(source: str, label: str) -> str:
-    """Return the default name of a run on a source: letters of any script, digits and ._=- only."""
+    """Return the default name of a run on a source: letters of any script, digits and ._=%- only."""
     path = Path(os.path.expanduser(source)).resolve()
     name = path.stem if source_type(source) in FILE_TYPES else path.name
-    return re.sub(r"[^\w.=-]", "-", f"{name or 'data'}-{label}")
+    return re.sub(r"[^\w.=%-]", "-", f"{name or 'data'}-{label}")
 
 
 def first_names(names: list[str], count: int = 5) -> str:

@@ -88,9 +88,10 @@ def test_what_a_killed_process_left_is_removed_when_the_run_goes_on(directory):
     for path in left:
         path.write_text("torn")
     (directory.path / "checkpoints/.step-00000003").mkdir()
-    kept = [directory.path / ".notes", directory.path / "run.toml", directory.path / ".step-00000003"]
+    names = (".notes", "run.toml", ".step-00000003", ".backup.20240115", ".report.html.0123abcd", "analysis")
+    kept = [directory.path / name for name in (*names, ".status.json.01234567", "analysis/.status.json.0123abcd")]
     for path in kept:
-        path.touch()
+        path.mkdir() if path.name in ("analysis", ".status.json.01234567") else path.touch()
     with directory.locked():
         assert {*directory.path.rglob("*")} == {
             *kept,
