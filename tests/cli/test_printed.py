@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 
+import pytest
 import typer
 
 from pdvit.cli import app
@@ -40,6 +41,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_printed_command_works(workplace, tiny, shapes, capsys):
     def start(text: str) -> tuple[int, str]:
         words = [part for word in shlex.split(text) for part in (tiny if word == "TINY" else [word])]
