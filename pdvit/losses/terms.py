@@ -55,13 +55,14 @@ def _nearest(unit: Tensor) -> Tensor:
     present = torch.linalg.vector_norm(unit, dim=-1) > 0  # a token of length 0 counts as orthogonal to all
     centred = unit - unit.mean(1, keepdim=True)
     halves = (centred.square().sum(-1) / 2 + 0.5 * ~present)[:, None]
-    found = []
+    columns, found = torch.arange(unit.shape[1], device=unit.device), []
     with torch.autocast(unit.device.type, enabled=False):
         for rows in row_blocks(unit):
             closeness = torch.baddbmm(halves, centred[:, rows], centred.transpose(1, 2), beta=-1)
-            closeness.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(-math.inf)
+            # not in place on the diagonal: torch 2.11 compiles that to an argmax of the values before
+            closeness = closeness.masked_fill(columns[rows, None] == columns, -math.inf)
             found.append(closeness.argmax(-1))
-    first = (torch.arange(unit.shape[1], device=unit.device) == 0).long()  # the first other token
+    first = (columns == 0).long()  # the first other token
     return torch.where(present, torch.cat(found, 1), first)
 
 
