@@ -286,7 +286,8 @@ def _download(repository: str) -> Path:
         for name in PREFERRED:
             with suppress(EntryNotFoundError):
                 return Path(hf_hub_download(owner_and_name, name, revision=revision or None)).parent
-    raise UserError(f"it holds none of {', '.join(PREFERRED)}", where, "name a repository in timm's format")
+    what = f"none of {', '.join(PREFERRED)} is there, or in the cache if there is no network"
+    raise UserError(what, where, "check the network, or name a repository in timm's format")
 
 
 @contextmanager
