@@ -44,10 +44,6 @@ class Tab:
         """Return the number under a map."""
         return float(self.text(".reading .value", pane).replace("\u2212", "-"))
 
-    def image(self) -> str:
-        """Return the name of the image that is shown."""
-        return self.text("#image-name option:checked")
-
     def settle(self) -> None:
         """Wait until what was asked for is drawn."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
