@@ -69,7 +69,7 @@ def build_trainer(
     config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
 ) -> Trainer:
     """Open the data, build task and trainer, and `load` a resident set; raises UserError, and Stopped on all ranks."""
-    checkpoint = None
+    checkpoint, default = None, config.optim.head_lr is None
     if config.model.init is not None and not resumed:  # a resumed run loads its own checkpoint
         log(console, f"reading {config.model.init} ...")
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
@@ -96,12 +96,15 @@ def build_trainer(
     root = None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root))
     # Absolute paths, so that the run can be resumed and analyzed from any folder.
     config = replace(config, data=replace(config.data, source=absolute_path(config.data.source), root=root))
+    if default and checkpoint is not None and checkpoint.keeps_classifier(source.classes):  # it is not fresh
+        config = replace(config, optim=replace(config.optim, head_lr=None))
     task = task_type(config, source, device, ranks)
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.steps.total} steps of {task.batch_size} images at a peak rate of {config.optim.lr:.3g}"
-    length += f" on {device_name(device)}{processes}"
+    heads = f" ({rate:.3g} for heads)" if (rate := config.optim.head_lr) else ""
+    length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
     unused = (f"note: {text}" for text in unused_settings(config, in_memory))

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -44,6 +44,10 @@ class ResolvedCheckpoint:
     segment: SegmentConfig | None = None  # of a segmentation model: its head and evaluation; the crop is set
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
+
+    def keeps_classifier(self, classes: Sequence[str]) -> bool:
+        """Return whether the file's classifier is for these classes, as far as the file says."""
+        return self.arguments.get("num_classes") == len(classes) and self.classes in (None, list(classes))
 
 
 def resolve_checkpoint(
