@@ -36,8 +36,6 @@ import torch
 from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
 
 from pdvit.analysis import analyze
-from pdvit.cli.console import make_console
-from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.data.loader import eval_batches
 from pdvit.data.sources.split import subsample
@@ -48,6 +46,8 @@ from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.sweep import Folder, numbers
 from pdvit.tracking.run_directory import write_file
+from pdvit.workflows.console import make_console
+from pdvit.workflows.runs import build_trainer
 
 HERE = Path(__file__).parent
 IMAGES = 256

@@ -26,9 +26,12 @@ MAY_IMPORT = {
     },
     "analysis": {"models", "similarity", "engine", "tracking", "definitions"},
     "sweep": {"config", "tracking", "engine"},
+    "workflows": {
+        *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "sweep", "definitions"),
+    },
     "cli": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"),
-        *("sweep", "definitions"),
+        *("sweep", "definitions", "workflows"),
     },
     "__main__": {"cli"},
 }
