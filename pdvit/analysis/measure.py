@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from html import escape
 from itertools import product, tee
 from typing import Any
 
@@ -17,6 +18,7 @@ from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.attention import Attention, patch_rows
 from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, centred_gram
 from pdvit.analysis.metrics.group import MetricGroup, Patches
+from pdvit.analysis.verdict import verdict
 from pdvit.definitions import DEFAULT
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
@@ -45,11 +47,11 @@ Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 @dataclass(frozen=True)
 class Analysis:
-    """The metrics of one model: the table of `analyze`, the number of images, and the names of all layers in order."""
+    """The metrics of one model. A notebook shows verdict and numbers; names of the table work on the analysis too."""
 
-    table: pd.DataFrame
-    images: int
-    layers: list[str]
+    table: pd.DataFrame  # one row per layer and metric: `pdvit.analyze` has the columns
+    images: int  # their number
+    layers: list[str]  # all names, in order
     curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by group, arrays by `name/layer`
     notes: list[str] = field(default_factory=list)  # values that are missing in the table, and why
 
@@ -60,35 +62,35 @@ class Analysis:
         rows = rows.assign(metric="similarity_random", model=self.table["model"].iloc[0])
         return replace(self, table=pd.concat([self.table, rows], ignore_index=True))
 
+    @property
+    def random(self) -> pd.DataFrame:
+        """The rows of P of random weights; none if these were not measured."""
+        return self.table[self.table["metric"] == "similarity_random"]
 
-def analyze(
-    model: nn.Module,
-    images: Images,
-    metrics: Names = DEFAULT,
-    name: str = "model",
-    blocks: str | Sequence[nn.Module] | None = None,
-    prefix_tokens: int = 0,
-    norm: str = "",
-) -> pd.DataFrame:
-    """Measure the patch tokens of every layer of a vision transformer, in evaluation mode.
+    @property
+    def verdict(self) -> str:
+        """Whether the patches collapse, compared with random weights; empty if P was not measured."""
+        return verdict(self.table, "", "")[0] if (self.table["metric"] == "similarity").any() else ""
 
-    Args:
-        model: a model of timm, transformers, torchvision or open_clip, wrapped perhaps; or any other, with `blocks`.
-        images: normalised images `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one, or
-            of tables with `pixel_values`).
-        metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
-        name: content of the `model` column.
-        blocks: the blocks of another model, as a list or the path of one, such as `encoder.layers`. They return tokens
-            `(B, T, D)`, the first tensor of this shape if they return several.
-        prefix_tokens: number of tokens in front of the patches (class, registers), with `blocks`.
-        norm: path of the norm over all tokens after the last block, with `blocks`.
+    def plot(self, ax: Any = None) -> Any:
+        """Draw P by layer on matplotlib's axes, by default new ones, and return them; see `pdvit.plots.similarity`."""
+        from pdvit.plots.depth import similarity  # imports matplotlib
 
-    Returns:
-        A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for the input of the first
-        block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single image), images,
-        and tokens (patches per image, without prefix tokens). A metric that a layer does not have has no row there.
-    """
-    return measure(model, images, metrics, name, blocks=blocks, prefix_tokens=prefix_tokens, norm=norm).table
+        return similarity(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        from pdvit.analysis.tables import layer_column, metric_columns
+
+        columns = dict([layer_column(self.table), *(it for name in METRICS for it in metric_columns(self.table, name))])
+        return f"<p>{escape(self.verdict)}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.table[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "table" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.table, name)
 
 
 def measure(
@@ -99,7 +101,10 @@ def measure(
     ranks: Ranks = SINGLE_PROCESS,
     **layout: Any,
 ) -> Analysis:
-    """Measure like `analyze`, with its `layout` (blocks, prefix_tokens, norm), and return curves and notes too.
+    """Measure the patch tokens of every layer of a model, in evaluation mode, by `metrics`, names of groups.
+
+    `images` are normalised `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one, or of
+    tables with `pixel_values`). `name` goes to the column `model`, `layout` is that of `find_layers`.
 
     Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """

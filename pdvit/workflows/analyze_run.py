@@ -11,7 +11,7 @@ from pdvit.analysis.verdict import PUBLISHED, verdict
 from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
-from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
+from pdvit.data.opening import ImageSet, open_images
 from pdvit.data.sources.split import ArraySplit
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
@@ -88,10 +88,7 @@ class Analyzer:
         """Load a checkpoint and select its images; an error of one rank is raised on all, and Stopped."""
         with self.ranks.interruptible():
             opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.flags)
-            if self.images:
-                images = open_images(self.images)
-            else:  # the run's own images, read as the run did
-                images = held_out_images(opened.config) if opened.is_run else sample_photographs()
+            images = open_images(self.images) if self.images else opened.images
         return opened, images.subsample(self.limit)
 
     def _batches(self, opened: OpenedCheckpoint, images: ImageSet, label: str) -> "Iterator[Tensor]":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pdvit.config.recipes import merge_layers
 from pdvit.config.schema import Config
 from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig
+from pdvit.data.opening import ImageSet, held_out_images, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device, is_out_of_memory, set_up
 from pdvit.engine.distributed import Ranks
@@ -37,6 +39,21 @@ class OpenedCheckpoint:
     loader: LoaderConfig
     options: tuple[str, ...] = ()  # with which it is opened again
     segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in evaluation mode."""
+        return self.loaded.model
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Size, crop and normalisation of the model's images."""
+        return self.loader.preprocessing
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The run's held-out images, to be read as the run did; without a run, two sample photographs."""
+        return held_out_images(self.config) if self.is_run else sample_photographs()
 
     def windows(self, flags: Mapping[str, Any]) -> SlidingWindowConfig | None:
         """Return the windows and views of a segmentation model; None for a classifier; raises UserError."""

@@ -61,6 +61,16 @@ class Run:
     directory: RunDirectory
     changes: Mapping[str, tuple[Any, Any]] | None = None
 
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory.path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The closing numbers; empty if the run was stopped."""
+        return self.directory.read_json("summary.json", optional=True)
+
 
 def build_trainer(
     config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
