@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
 
-from pdvit.analysis import analyze
+from pdvit import analyze
 from pdvit.config import build, read_toml
 from pdvit.data.loader import eval_batches
 from pdvit.data.sources.split import subsample
@@ -85,7 +85,7 @@ def measure(run: Path) -> str | None:
         models = {"after": load_model(resolve_checkpoint(run)).model.to(began.device)} if sound else {}
         parts = []
         for when, model in (models | {"before": began.module.inside}).items():
-            table = analyze(model, images, ["similarity", "rank"])
+            table = analyze(model, images, ["similarity", "rank"]).table
             wide = table.pivot(index=["depth", "layer"], columns="metric", values="mean").reset_index()
             parts.append(wide[["layer", "depth", *NUMBERS]].assign(when=when))
         write_file(run / LAYERS, pd.concat(parts).to_csv(index=False))

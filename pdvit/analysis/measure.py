@@ -108,9 +108,8 @@ def measure(
 
     Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """
-    groups = select_metrics(metrics)
-    model, places = find_layers(model, **layout, where=WHERE)
-    layer_metrics = LayerMetrics(model, groups, places)
+    layer_metrics = LayerMetrics(*find_layers(model, **layout, where=WHERE), select_metrics(metrics))
+    model = layer_metrics.model
     with ranks.raise_on_all_ranks(), evaluating(model):
         for batch in batches(images, next(model.parameters())):
             with layer_metrics.batch(batch):
@@ -134,9 +133,9 @@ def cka_between(
     batches as the other model takes them, if that differs. Ranks as in `measure`. UserError if no batch is left.
     """
     cka, weight = LinearCKA(), next(model.parameters())
-    (model, places), (other, other_places) = (find_layers(each, where=WHERE) for each in (model, other))
-    rows = LayerMetrics(model, select_metrics("cka"), places)
-    columns = LayerMetrics(other, rows.groups, other_places)
+    groups = select_metrics("cka")
+    rows, columns = (LayerMetrics(*find_layers(each, where=WHERE), groups) for each in (model, other))
+    model, other = rows.model, columns.model
     own, others = tee(batches(images, weight))
     if other_images is not None:
         others = batches(other_images, weight)
@@ -271,7 +270,7 @@ class MetricSums:
 class LayerMetrics:
     """Metrics of the layers of a model at some places, updated by hooks during forward passes."""
 
-    def __init__(self, model: nn.Module, groups: dict[str, MetricGroup], places: dict[Layer, Place]) -> None:
+    def __init__(self, model: nn.Module, places: dict[Layer, Place], groups: dict[str, MetricGroup]) -> None:
         self.model = model
         self.groups = groups
         self.places = places

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ class Family:
     # Attribute of a block with attention between all tokens, whose `attn_drop` receives the probabilities; empty if
     # attention works in windows, on merged keys or on channels, or mixes its heads.
     attention: str = ""
-    refused: tuple[str, str] | None = None  # why such a model can't be read, and what to do
 
 
 PLAIN = Family(plain=True, attention="attn")
@@ -71,32 +71,26 @@ TRANSFORMERS = Family(
     "layernorm,norm,post_layernorm",
     prefix="embeddings.cls_token,embeddings.distillation_token,embeddings.register_tokens",
 )
-# The norm of CLIP is over the class token alone.
-CLIP = replace(TRANSFORMERS, norm="", prefix="embeddings.class_embedding")
 SWIN = Family("encoder.layers.*.blocks.*", "layernorm", prefix=0)
 OPEN_CLIP = Family("transformer.resblocks.*", "ln_post", prefix="class_embedding")
-RANDOM_PATCHES = "it drops and shuffles patches at random, also in evaluation mode"
-PACKED = "it takes packed patches, not images"
+PLAIN_TRANSFORMERS = (
+    *("ViT", "DeiT", "Beit", "Data2VecVision", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViTMSN", "IJepa"),
+    "SiglipVision",
+)
 # By package and class name of the model or of a parent. The packages are never imported.
-OTHER_LIBRARIES = {
-    "transformers.ViTModel": TRANSFORMERS,
-    "transformers.DeiTModel": TRANSFORMERS,
-    "transformers.BeitModel": TRANSFORMERS,
-    "transformers.Data2VecVisionModel": TRANSFORMERS,
-    "transformers.Dinov2Model": TRANSFORMERS,
-    "transformers.Dinov2WithRegistersModel": TRANSFORMERS,
-    "transformers.DINOv3ViTModel": TRANSFORMERS,
-    "transformers.ViTMSNModel": TRANSFORMERS,
-    "transformers.IJepaModel": TRANSFORMERS,
-    "transformers.SiglipVisionModel": TRANSFORMERS,
-    "transformers.CLIPVisionModel": CLIP,
+OTHER_LIBRARIES = {f"transformers.{name}Model": TRANSFORMERS for name in PLAIN_TRANSFORMERS} | {
+    # the norm is over the class token alone
+    "transformers.CLIPVisionModel": replace(TRANSFORMERS, norm="", prefix="embeddings.class_embedding"),
     "transformers.SwinModel": SWIN,
     "transformers.Swinv2Model": SWIN,
-    "transformers.ViTMAEModel": Family(refused=(RANDOM_PATCHES, "load its weights as a ViTModel")),
-    "transformers.Siglip2VisionModel": Family(refused=(PACKED, "use SigLIP 2 of a fixed size, a SiglipVisionModel")),
     "torchvision.VisionTransformer": Family("encoder.layers.*", "encoder.ln", prefix="class_token"),
     "torchvision.SwinTransformer": Family("features.1.*,features.3.*,features.5.*,features.7.*", prefix=0),
     "open_clip.VisionTransformer": OPEN_CLIP,
+}
+# Models that can't be read in memory: the reason, and what to do.
+REFUSED = {
+    "transformers.ViTMAEModel": ("it shuffles patches, also in evaluation mode", "load its weights as a ViTModel"),
+    "transformers.Siglip2VisionModel": ("it takes packed patches", "use SigLIP 2 of a fixed size, a SiglipVisionModel"),
 }
 TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
@@ -111,7 +105,7 @@ INSIDE = WRAPPERS | {
 def image_model_of(model: nn.Module, packages: Collection[str] = INSIDE.keys()) -> nn.Module:
     """Return the model of the table inside wrappers and models of some packages; if none is, the innermost model."""
     names = _names(model)
-    if not any(name in TABLE for name in names):
+    if not any(name in TABLE or name in REFUSED for name in names):
         for package in [package for name in names if (package := name.partition(".")[0]) in packages]:
             for inner in (getattr(model, attribute, None) for attribute in INSIDE[package]):
                 if isinstance(inner, nn.Module) and inner is not model:
@@ -121,10 +115,12 @@ def image_model_of(model: nn.Module, packages: Collection[str] = INSIDE.keys()) 
 
 def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     """Return a model's family; raises UserError with the reason if pdvit can't read its tokens."""
-    family = next((TABLE[name] for name in _names(model) if name in TABLE), None)
-    if family is None or family.refused:
+    names = _names(model)
+    family = next((TABLE[name] for name in names if name in TABLE), None)
+    if family is None:
         tip = "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"
-        reason, tip = (family and family.refused) or ("it has no layout for its class", tip)
+        reasons = [REFUSED[name] for name in names if name in REFUSED]
+        reason, tip = reasons[0] if reasons else ("it has no layout for its class", tip)
         raise UserError(f"pdvit can't read the patches of a {type(model).__name__}: {reason}", where, tip)
     drops = (getattr(getattr(model, name, None), "prob", 0) for name in ("patch_drop", "patch_dropout"))
     if max(*drops, getattr(model, "patch_drop_rate", 0)) > 0:
@@ -142,26 +138,20 @@ def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens
     the path of a norm over all tokens after the last block. Raises UserError if a path leads to no modules.
     """
     found = (blocks if "*" in blocks else f"{blocks}.*") if isinstance(blocks, str) else tuple(blocks)
-    for name, path in (("blocks", found), ("norm", norm)):
-        if (path or name == "blocks") and not modules_at(model, path):
-            lists = [at for at, part in model.named_modules() if isinstance(part, LISTS) and len(part) > 1]
-            options = lists if name == "blocks" else [at for at, part in model.named_modules() if "norm" in at.lower()]
-            what = f"a {type(model).__name__} has no modules at '{blocks if name == 'blocks' else norm}'"
-            raise UserError(what, f"{name}=...", closest(str(path), options))
+    for path in (found, norm) if norm else (found,):
+        if not modules_at(model, path):
+            what, names = f"a {type(model).__name__} has no modules at '{path}'", dict(model.named_modules())
+            raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
     return Family(found, norm, None, prefix_tokens)
 
 
-def count_prefix(model: nn.Module, prefix: str | int) -> int:
+def count_prefix(model: Any, prefix: str | int) -> int:
     """Return the number of prefix tokens: the number itself, or that of tokens `(1, K, D)` or `(D,)` at attributes."""
     if isinstance(prefix, int):
         return prefix
-    count = 0
-    for path in prefix.split(","):
-        value: Any = model
-        for name in path.split("."):
-            value = getattr(value, name, None)
-        count += value.shape[1:-1].numel() if isinstance(value, Tensor) else int(value or 0)
-    return count
+    paths = [path.split(".") for path in prefix.split(",")]
+    values = [reduce(lambda part, name: getattr(part, name, None), path, model) for path in paths]
+    return sum(it.shape[1:-1].numel() if isinstance(it, Tensor) else int(it or 0) for it in values)
 
 
 def modules_at(model: nn.Module, path: Modules) -> list[nn.Module]:

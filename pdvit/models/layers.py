@@ -1,6 +1,6 @@
 """The layers of a model: where tokens and attention are, and hooks that read them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +12,7 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.files import reading
-from pdvit.models.families import (
-    WRAPPERS,
-    Family,
-    count_prefix,
-    family_at,
-    family_of,
-    image_model_of,
-    modules_at,
-)
+from pdvit.models.families import WRAPPERS, Family, count_prefix, family_at, family_of, image_model_of, modules_at
 
 K = TypeVar("K")
 MODEL = "model.name (--model)"
@@ -75,23 +67,17 @@ def _find_tokens(value: Any, maps: bool) -> Tensor | None:
 
 
 def find_layers(
-    model: nn.Module,
-    blocks: str | Sequence[nn.Module] | None = None,
-    prefix_tokens: int = 0,
-    norm: str = "",
-    where: str = MODEL,
+    model: nn.Module, blocks: Any = None, prefix_tokens: int = 0, norm: str = "", where: str = MODEL
 ) -> tuple[nn.Module, dict[Layer, Place]]:
     """Return the image model without wrappers and heads, and the places of its layers; see `families.family_at`.
 
-    With `blocks`, only wrappers of torch are removed. Raises UserError if the tokens can't be read.
+    With `blocks`, only wrappers are removed. Raises UserError if the tokens can't be read.
     """
-    if blocks is not None:
-        model = image_model_of(model, WRAPPERS)
-        return model, places_of(model, where, family_at(model, blocks, prefix_tokens, norm))
-    if prefix_tokens or norm:
+    if blocks is None and (prefix_tokens or norm):
         raise UserError("prefix_tokens and norm belong to the blocks", where, "name them too: blocks='encoder.layers'")
-    model = image_model_of(model)
-    return model, places_of(model, where)
+    model = image_model_of(model) if blocks is None else image_model_of(model, WRAPPERS)
+    family = None if blocks is None else family_at(model, blocks, prefix_tokens, norm)
+    return model, places_of(model, where, family)
 
 
 def places_of(model: nn.Module, where: str = MODEL, family: Family | None = None) -> dict[Layer, Place]:
@@ -145,9 +131,7 @@ def watch_attention(places: Mapping[Layer, Place], visit: Callable[[Layer, Tenso
             if not isinstance(attentions[layer], nn.Module):
                 what = f"the attention of {layer.name}, a {type(place.module).__name__}, can't be read: it works in "
                 what += "windows, on merged keys or on channels, mixes heads, or is not timm's"
-                raise UserError(
-                    what, MODEL, "leave out the metric 'attention', or use a plain vision transformer of timm"
-                )
+                raise UserError(what, MODEL, "leave out the metric 'attention', or use a plain model of timm")
 
     def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         visit(layer, inputs[0])
@@ -178,7 +162,7 @@ def shapes_of(
         channels = getattr(model, "in_chans", 3)
         image = next(model.parameters()).new_zeros(1, channels, *image_size_of(model))
     height, width = image.shape[-2:]
-    what, tip = f"the model can't take images of {height}x{width}", "choose another image size, such as the model's own"
+    what, tip = f"the model can't take images of {height}x{width}", "choose the model's own image size"
     opened = reading(f"{where}, with its image size", tip, what)
     with torch.no_grad(), evaluating(model), watch(places, visit), opened:
         model(image)

@@ -36,8 +36,8 @@ class DiverseModel(Wrapper):
         last: `"norm"`, the output of the final norm over tokens if the model has one; `"block"`, of the last block.
         cosine_layers: numbers of more blocks for the cosine term.
         compared: whether the contrastive term is on. Without it, first may be last, or have another grid or width.
-        blocks, prefix_tokens, norm: where the tokens of another model are, as in `pdvit.analyze`.
-        img_size: side of the images in pixels, if the model does not say.
+        layout: `blocks`, `prefix_tokens` and `norm` of another model, as in `pdvit.analyze`. The attribute
+            `image_size` of such a model is the side of its images, by default 224.
 
     Raises:
         UserError: the model is not supported, first and last can't be compared, there is no such layer, or the patch
@@ -54,18 +54,14 @@ class DiverseModel(Wrapper):
         last: str = "norm",
         cosine_layers: Sequence[int | str] = (),
         compared: bool = True,
-        blocks: str | Sequence[nn.Module] | None = None,
-        prefix_tokens: int = 0,
-        norm: str = "",
-        img_size: int | None = None,
+        **layout: Any,
     ) -> None:
         super().__init__()
         if image_model_of(model, WRAPPERS) is not model:
             tip = "pass the model inside it, and wrap the DiverseModel instead"
             raise UserError(f"a {type(model).__name__} is a wrapper around the model", "DiverseModel(model)", tip)
         self.model = model
-        layout = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
-        self.taps = Taps(model, first, last, cosine_layers, compared, True, img_size, **layout)
+        self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True, **layout)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = patch_head if isinstance(patch_head, nn.Module) else None
@@ -75,15 +71,13 @@ class DiverseModel(Wrapper):
         classes = int(getattr(bare, "num_classes", getattr(bare, "num_labels", 0)))  # the second of transformers
         width, like = self.taps.width, next(bare.parameters())
         if isinstance(patch_head, str):
-            classifier = bare.get_classifier() if hasattr(bare, "get_classifier") else None
             parts = ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
+            classifier = getattr(bare, "get_classifier", lambda: None)()  # other libraries have no such method
             between = [path for path in parts if modules_at(model, path)]
             if patch_head != "class":
                 what = f"there is no patch head called '{patch_head}'"
-            elif classifier is None:
-                what = "only the classifier of a timm model can be the patch head"
             elif not isinstance(classifier, nn.Linear):
-                what = "the model's classifier can't be the patch head: it is not one linear layer"
+                what = "the model's classifier can't be the patch head: it is not one linear layer of a timm model"
             elif between or classifier.in_features != width:
                 reads = f"the output of {between[0]}" if between else "pooled features"
                 what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
@@ -98,7 +92,7 @@ class DiverseModel(Wrapper):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         elif isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (
-            classes or len(patch_head.weight),
+            classes or patch_head.out_features,
             width,
         ):
             what = f"the patch head is a {patch_head}, for {classes} classes and tokens of width {width}"
@@ -121,9 +115,7 @@ class DiverseModel(Wrapper):
         logits = getattr(output, "logits", output)  # of transformers
         if not isinstance(logits, Tensor):
             what = f"a {type(self.model).__name__} returns no logits, but a {type(output).__name__}"
-            raise UserError(
-                what, "DiverseModel(model)", "use a model with a classifier, such as ViTForImageClassification"
-            )
+            raise UserError(what, "DiverseModel(model)", "use a model with a classifier")
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
         patches = mixing = None
         if head is not None and patch_logits:
@@ -177,7 +169,6 @@ class Taps:
         others: Sequence[int | str],
         compared: bool = True,
         head_input: bool = False,
-        img_size: int | None = None,
         **layout: Any,
     ) -> None:
         import torch._dynamo  # slow to import
@@ -188,8 +179,7 @@ class Taps:
         places = {layer.name: place for layer, place in layers.items()}
         if not layout.get("blocks") and (family := family_of(bare)).plain and (embed := modules_at(bare, family.embed)):
             places["patches"] = Place(embed[0])
-        image = None if img_size is None else next(model.parameters()).new_zeros(1, 3, img_size, img_size)
-        shapes = shapes_of(model, places, image=image)
+        shapes = shapes_of(model, places)
         blocks = [name for name in places if name.startswith("block")]
         if last not in ("norm", "block"):
             raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -42,23 +43,21 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
         return figure
 
 
-def similarity(*analyses: Any, ax: Axes | None = None, theme: Theme = LIGHT) -> Axes:
+def similarity(*analyses: Any, ax: Axes | None = None) -> Axes:
     """Draw P by layer of analyses, or of their tables, on axes, by default new ones of pyplot; return the axes."""
     tables = [getattr(analysis, "table", analysis) for analysis in analyses]
     names = style.unique([str(table["model"].iloc[0]) for table in tables])
     rows = stack([AnalyzedRun(name, table) for name, table in zip(names, tables, strict=True)])
-    rows = rows[rows["metric"].isin([P, RANDOM])]
-    with style.themed(theme):
+    with mpl.rc_context(style.RC):
         if ax is None:
-            import matplotlib.pyplot as plt  # opens windows, or shows figures in a notebook
+            import matplotlib.pyplot as plt  # shows figures in a notebook
 
             ax = plt.subplots(figsize=(1.4 * SINGLE, SINGLE_PANEL), layout="constrained")[1]
-        draw_metric(ax, rows, P, theme)
+        draw_metric(ax, rows, P, LIGHT)
         ax.set(ylabel="P, patch similarity", title="")
-        name_depths(ax, rows, ticks=12)
-        lines = [Line2D([], [], label=style.shorten(name), **line) for name, line in run_styles(rows, theme).items()]
-        ax.legend(handles=[*lines, *_keys(rows, theme)])
-        return ax
+        lines = [Line2D([], [], label=name, **line) for name, line in run_styles(rows, LIGHT).items()]
+        ax.legend(handles=[*lines, *_keys(rows, LIGHT)])
+    return ax
 
 
 def plot_metrics(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -62,18 +62,13 @@ class Drawing(Figure):
     data: pd.DataFrame
 
 
-def themed(theme: Theme) -> AbstractContextManager[None]:
-    """Return a context with matplotlib's settings of a theme."""
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    colours = dict.fromkeys(inked, theme.ink) | dict.fromkeys(paper, theme.paper) | {"grid.color": theme.muted}
-    return mpl.rc_context(RC | colours)
-
-
 @contextmanager
 def new_figure(width: float, height: float, theme: Theme = LIGHT) -> Iterator[Drawing]:
     """Open a figure of a size in inches, to draw on inside the context."""
-    with themed(theme):
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    colours = dict.fromkeys(inked, theme.ink) | dict.fromkeys(paper, theme.paper) | {"grid.color": theme.muted}
+    with mpl.rc_context(RC | colours):
         yield Drawing(figsize=(width, height), layout="constrained")
 
 

@@ -18,7 +18,6 @@ from pdvit.analysis.explorer import MAX_IMAGES, explorer_page, read_maps
 from pdvit.analysis.measure import BATCH_SIZE, WHERE, Names, batches, inference
 from pdvit.analysis.metrics.group import Patches
 from pdvit.config.load import build, read_toml, to_dict
-from pdvit.config.recipes import merge_layers
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.images import BadImages
 from pdvit.data.opening import ImageSet, open_images, sample_photographs
@@ -64,21 +63,20 @@ def analyze(
 
     Args:
         model: a checkpoint, a model of timm, transformers, torchvision or open_clip, or any other with `blocks`.
-        images: normalised images `(B, 3, H, W)`; a loader of such batches, alone, first in a tuple, or in a table as
-            `pixel_values`; for a checkpoint or a timm model also images of Pillow, files, folders or a source. By
-            default those of the checkpoint, or two photographs.
+        images: normalised images `(B, 3, H, W)`, or a loader of them (in tuples, or tables with `pixel_values`);
+            for a checkpoint or timm model also images of Pillow, files, folders or a source. By default those of the
+            checkpoint, or two photographs.
         metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
         name: content of the `model` column.
-        blocks: the blocks of another model, as a list or the path of one, such as `encoder.layers`. They return tokens
-            `(B, T, D)`, the first tensor of this shape if they return several.
+        blocks: the blocks, as a list or the path of one, such as `encoder.layers`. The first tensor `(B, T, D)` that
+            they return has the tokens.
         prefix_tokens: number of tokens in front of the patches (class, registers), with `blocks`.
         norm: path of the norm over all tokens after the last block, with `blocks`.
 
     Returns:
         An analysis. Its `table` has a row per layer and metric, with the columns model, layer, depth (0 for the input
         of the first block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single
-        image), images, and tokens (patches per image). P of random weights is added for a checkpoint, except with
-        images as tensors.
+        image), images, and tokens (patches per image). If a checkpoint reads its images, P of random weights is added.
     """
     layout: dict[str, Any] = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
     network, images, loaded = _open(model, images)
@@ -139,10 +137,12 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
     `config` is a configuration, its table or TOML file; settings are called as the flags: `batch_size=64, cosine=1`.
     Raises UserError before anything is written, and RunFailed.
     """
-    flags = {key.flags[0].lstrip("-").replace("-", "_"): key for key in KEYS.values() if key.flags}
-    if unknown := [name for name in settings if name not in flags]:
-        raise UserError(f"there is no setting '{unknown[0]}'", "pdvit.train(...)", closest(unknown[0], flags))
-    given = merge_layers({flags[name].section: {flags[name].name: value}} for name, value in settings.items())
+    flags = {key.flags[0].partition("/")[0].lstrip("-").replace("-", "_"): key for key in KEYS.values() if key.flags}
+    given: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if name not in flags:
+            raise UserError(f"there is no setting '{name}'", "pdvit.train(...)", closest(name, flags))
+        given.setdefault(flags[name].section, {})[flags[name].name] = str(value) if isinstance(value, Path) else value
     base = read_toml(Path(config)) if isinstance(config, str | Path) else config or {}
     base = to_dict(base) if isinstance(base, Config) else base
     with stop_on_signals() as stop:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
         *("models", "losses", "data", "similarity", "config"),
         *("engine.protocol", "engine.device", "engine.distributed"),
     },
-    "analysis": {"models", "similarity", "engine", "tracking", "definitions"},
+    "analysis": {"models", "similarity", "engine", "tracking", "definitions", "plots"},
     "sweep": {"config", "tracking", "engine"},
     "workflows": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "sweep", "definitions"),
