@@ -45,7 +45,7 @@ Names = str | Iterable[str]
 Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """The metrics of one model. A notebook shows verdict and numbers; names of the table work on the analysis too."""
 
@@ -77,6 +77,9 @@ class Analysis:
         from pdvit.plots.depth import similarity  # imports matplotlib
 
         return similarity(self, ax=ax)
+
+    def __repr__(self) -> str:
+        return f"{self.verdict}\n{self.table}"
 
     def _repr_html_(self) -> str:
         from pdvit.analysis.tables import layer_column, metric_columns

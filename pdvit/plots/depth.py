@@ -48,11 +48,12 @@ def similarity(*analyses: Any, ax: Axes | None = None) -> Axes:
     tables = [getattr(analysis, "table", analysis) for analysis in analyses]
     names = style.unique([str(table["model"].iloc[0]) for table in tables])
     rows = stack([AnalyzedRun(name, table) for name, table in zip(names, tables, strict=True)])
-    with mpl.rc_context(style.RC):
-        if ax is None:
-            import matplotlib.pyplot as plt  # shows figures in a notebook
+    if ax is None:
+        import matplotlib.pyplot as plt  # shows figures in a notebook; it sets up its backend outside the context
 
-            ax = plt.subplots(figsize=(1.4 * SINGLE, SINGLE_PANEL), layout="constrained")[1]
+        figure = plt.figure(figsize=(1.4 * SINGLE, SINGLE_PANEL), layout="constrained")
+    with mpl.rc_context(style.RC):
+        ax = figure.subplots() if ax is None else ax
         draw_metric(ax, rows, P, LIGHT)
         ax.set(ylabel="P, patch similarity", title="")
         lines = [Line2D([], [], label=name, **line) for name, line in run_styles(rows, LIGHT).items()]

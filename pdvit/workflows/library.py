@@ -25,14 +25,13 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import PillowSplit
 from pdvit.definitions import DEFAULT
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.terminal import stop_on_signals
+from pdvit.engine.terminal import RunConsole, stop_on_signals
 from pdvit.errors import UserError, closest
 from pdvit.models.families import WRAPPERS, image_model_of
 from pdvit.models.layers import Layer, evaluating, find_layers, watch
 from pdvit.models.loading import LoadedModel
 from pdvit.workflows.analyze_run import RANDOM_IMAGES
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
-from pdvit.workflows.console import make_console
 from pdvit.workflows.runs import Run, start, train_to_end
 
 LIMIT = 256  # images that are read from files or a source, as in `pdvit analyze`
@@ -146,7 +145,8 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
     base = read_toml(Path(config)) if isinstance(config, str | Path) else config or {}
     base = to_dict(base) if isinstance(base, Config) else base
     with stop_on_signals() as stop:
-        console = make_console(as_json=False)
+        # plain lines, one output of a notebook's cell
+        console = RunConsole(force_jupyter=False, quiet=os.environ.get("RANK", "0") != "0")
         run = start(build(("config", base), ("pdvit.train(...)", given)), console, stop)
         train_to_end(lambda *_: run, console, stop)
     return run
