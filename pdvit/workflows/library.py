@@ -98,9 +98,10 @@ class ExplorerPage:
         return f'<iframe srcdoc="{escape(self.html)}" width="100%" height="780" style="border: 0"></iframe>'
 
 
-def explore(model: Model, images: Any = None, name: str = "model", **layout: Any) -> ExplorerPage:
+def explore(model: Model, images: Any = None, name: str = "", **layout: Any) -> ExplorerPage:
     """Return the patch explorer for up to 8 images, with the arguments of `analyze`."""
-    network, images, _ = _open(model, images, MAX_IMAGES)
+    network, images, loaded = _open(model, images, MAX_IMAGES)
+    name = name or (loaded.name if loaded else "model")
     if isinstance(images, ImageSet):
         own = _preprocessing_of(network)
         maps = read_maps(network, images.pixels(own, BadImages()), own.normalise, name, **layout)
