@@ -94,7 +94,7 @@ REFUSED = {
 }
 TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
-WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model",)}
+WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model", "backbone")}
 INSIDE = WRAPPERS | {
     "peft": ("base_model", "model"),
     "transformers": ("vision_model", "timm_model", "base_model"),

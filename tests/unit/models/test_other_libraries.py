@@ -1,6 +1,5 @@
 """Models of other libraries in memory, against the tokens that these libraries return themselves."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -58,12 +57,16 @@ def check(model: nn.Module, expected: dict[str, Tensor], **layout: Any) -> None:
         assert means[layer] == pytest.approx(mean_similarity(tokens), abs=1e-5), layer
 
 
+def transformers_model(name: str, **settings: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra hf)")
+    config, _, _ = name.partition("For")
+    return getattr(transformers, name)(getattr(transformers, f"{config.removesuffix('Model')}Config")(**settings))
+
+
 @pytest.mark.parametrize(("name", "prefix", "more"), PLAIN)
 @torch.no_grad()
 def test_tokens_of_transformers_are_its_hidden_states(name, prefix, more):
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra zoo)")
-    config = getattr(transformers, f"{name}Config")(**SIZES, **more)
-    model = perturbed(getattr(transformers, f"{name}Model")(config))
+    model = perturbed(transformers_model(f"{name}Model", **SIZES, **more))
     output = model(pictures(), output_hidden_states=True)
     layers = ["embed", "block 1", "block 2", "block 3"]
     expected = {layer: tokens[:, prefix:] for layer, tokens in zip(layers, output.hidden_states, strict=True)}
@@ -75,8 +78,7 @@ def test_tokens_of_transformers_are_its_hidden_states(name, prefix, more):
 @pytest.mark.parametrize("name", ["Swin", "Swinv2"])
 @torch.no_grad()
 def test_tokens_of_stages_of_transformers(name):
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra zoo)")
-    model = perturbed(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**STAGES)))
+    model = perturbed(transformers_model(f"{name}Model", **STAGES))
     output = model(pictures(), output_hidden_states=True)
     embed, last = output.hidden_states[0], output.hidden_states[-1]
     check(model, {"embed": embed, "block 3": last, "norm": output.last_hidden_state})
@@ -161,74 +163,45 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     check(torch.compile(model), expected, blocks="encoder.layers.*", prefix_tokens=2)
 
 
-def whole_clip() -> tuple[nn.Module, nn.Module]:
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra zoo)")
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=SIZES))
-    return model, model.vision_model
+def adapted() -> nn.Module:
+    peft = pytest.importorskip("peft", reason="needs peft (extra zoo)")
+    model = transformers_model("ViTForImageClassification", **SIZES)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "query"]))
 
 
-def whole_open_clip() -> tuple[nn.Module, nn.Module]:
+def whole_open_clip() -> nn.Module:
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch (extra zoo)")
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
-    vision = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "head_width": 12}
-    model = open_clip.CLIP(8, vision, text)
-    return model, model.visual
+    return open_clip.CLIP(8, {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "head_width": 12}, text)
 
 
-def classifier() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra zoo)")
-    return perturbed(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, num_labels=4)))
+NO_SIZE = {name: value for name, value in SIZES.items() if name != "image_size"}
+TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+wrapped = partial(timm.create_model, "vit_tiny_patch16_224", **SMALL | {"depth": 3})
+INSIDE = {
+    "model": lambda: pdvit.DiverseModel(wrapped()),
+    "module": lambda: torch.optim.swa_utils.AveragedModel(nn.DataParallel(wrapped())),
+    "_orig_mod": lambda: torch.compile(wrapped(), backend="eager"),
+    "vision_model": lambda: transformers_model("CLIPModel", text_config=TEXT, vision_config=SIZES),
+    "base_model": adapted,
+    "visual": whole_open_clip,
+}
 
 
-def with_adapter() -> tuple[nn.Module, nn.Module]:
-    peft = pytest.importorskip("peft", reason="needs peft (extra zoo)")
-    model = classifier()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "query"]))
-    return adapted, model.vit
-
-
-def small() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", **SMALL | {"depth": 3})
-
-
-def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, nn.Module]:
-    model = small()
-    outer = wrap(model)
-    return outer, outer.module if isinstance(outer, torch.optim.swa_utils.AveragedModel) else model  # it has a copy
-
-
-WRAPPERS = [
-    pdvit.DiverseModel,
-    nn.DataParallel,
-    torch.optim.swa_utils.AveragedModel,
-    partial(torch.compile, backend="eager"),
-]
-
-
-@pytest.mark.parametrize(
-    "build", [*(partial(wrapped, wrap) for wrap in WRAPPERS), whole_clip, whole_open_clip, with_adapter]
-)
+@pytest.mark.parametrize("attribute", INSIDE)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
-def test_wrappers_heads_and_towers_are_removed(build):
-    outer, inner = build()
-    perturbed(outer)
-    found, expected = (pdvit.analyze(model, pictures()).table for model in (outer, inner))
+def test_wrappers_heads_and_towers_are_removed(attribute):
+    outer = perturbed(INSIDE[attribute]())
+    found, expected = (pdvit.analyze(model, pictures()).table for model in (outer, getattr(outer, attribute)))
     assert found.equals(expected)
     assert len(found) == 7 * found["layer"].nunique()
-
-
-def refused(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra zoo)")
-    sizes = {name: value for name, value in SIZES.items() if name != "image_size"}
-    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
 
 
 @pytest.mark.parametrize(
     ("build", "layout", "what"),
     [
-        (partial(refused, "ViTMAE"), {}, "shuffles patches"),
-        (partial(refused, "Siglip2Vision"), {}, "packed patches"),
+        (partial(transformers_model, "ViTMAEModel", **NO_SIZE), {}, "shuffles patches"),
+        (partial(transformers_model, "Siglip2VisionModel", **NO_SIZE), {}, "packed patches"),
         (Research, {}, "can't read the patches of a Research.*blocks="),
         (Research, {"prefix_tokens": 1}, "belong to the blocks"),
         (
@@ -250,7 +223,7 @@ def test_models_that_can_not_be_read_are_refused_with_the_reason(build, layout, 
 @pytest.mark.parametrize(
     ("build", "layout"),
     [
-        (classifier, {}),
+        (partial(transformers_model, "ViTForImageClassification", **SIZES, num_labels=4), {}),
         (partial(torchvision.models.VisionTransformer, **TORCHVISION, num_classes=4), {}),
         (Research, RESEARCH | {"patch_head": nn.Linear(24, 4)}),
     ],
