@@ -146,8 +146,9 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
     base = read_toml(Path(config)) if isinstance(config, str | Path) else config or {}
     base = to_dict(base) if isinstance(base, Config) else base
     with stop_on_signals() as stop:
-        # plain lines, one output of a notebook's cell
-        console = RunConsole(force_jupyter=False, quiet=os.environ.get("RANK", "0") != "0")
+        forced = False if RunConsole().is_jupyter else None  # lines without a bar and colours, in one output of a cell
+        quiet = os.environ.get("RANK", "0") != "0"
+        console = RunConsole(force_jupyter=forced, force_terminal=forced, quiet=quiet)
         run = start(build(("config", base), ("pdvit.train(...)", given)), console, stop)
         train_to_end(lambda *_: run, console, stop)
     return run
