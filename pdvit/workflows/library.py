@@ -184,7 +184,5 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     bare = image_model_of(model, WRAPPERS)
     if not hasattr(bare, "pretrained_cfg"):
         what = f"a {type(model).__name__} does not say how its images are prepared"
-        raise UserError(
-            what, WHERE, "pass tensors: processor(images, return_tensors='pt'), or torchvision's transforms"
-        )
+        raise UserError(what, WHERE, "pass tensors, such as processor(images, return_tensors='pt')")
     return Preprocessing.for_model(bare)
