@@ -1,8 +1,8 @@
 """The patch explorer: cosines between all patches of a few images, layer by layer, as one HTML file."""
 
 import base64
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ class Maps:
     notes: list[str]  # missing layers, and why
     depths: list[int]  # of the layers, from 0 (the input of the first block)
     deepest: int  # depth of the model's last layer
+    random: Mapping[str, float] = field(default_factory=dict)  # by layer, P of the same model with random weights
 
 
 def bytes_per_model(models: int) -> int:
@@ -125,6 +126,7 @@ def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
         "deepest": maps.deepest,
         "grids": list(maps.grids.values()),
         "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
+        "random": [maps.random.get(layer) for layer in maps.grids],
         "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
         # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
         "cosines": [

@@ -69,7 +69,7 @@ class Analysis:
 
     @property
     def verdict(self) -> str:
-        """Whether the patches collapse, compared with random weights; empty if P was not measured."""
+        """Whether the patches are alike and P climbs, beside random weights; empty if P was not measured."""
         return verdict(self.table, "", "")[0] if (self.table["metric"] == "similarity").any() else ""
 
     def plot(self, ax: Any = None) -> Any:
@@ -85,7 +85,8 @@ class Analysis:
         from pdvit.analysis.tables import layer_column, metric_columns
 
         columns = dict([layer_column(self.table), *(it for name in METRICS for it in metric_columns(self.table, name))])
-        return f"<p>{escape(self.verdict)}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
+        lines = escape(self.verdict).replace("\n", "<br>")
+        return f"<p>{lines}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
 
     def __getitem__(self, key: Any) -> Any:
         return self.table[key]

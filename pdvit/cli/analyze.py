@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pdvit.plots.style import Drawing, Theme
     from pdvit.workflows.analyze_run import Analyzer, CheckpointAnalysis
 
+VERBOSE = "Print also definitions, conditions and files; or nothing. Unset: table and verdict."
 METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 
@@ -39,6 +40,9 @@ def analyze(
     on_bad_image: OnBadImage = None,
     explore: Annotated[bool, typer.Option("--explore", help="Write explorer.html: similar patches per image.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write report.html, the whole analysis.")] = False,
+    verbose: Annotated[
+        bool | None, typer.Option("--verbose/--quiet", "-v/-q", show_default=False, help=VERBOSE)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> int:
     """Measure how similar a model's patches are, layer by layer.
@@ -48,7 +52,7 @@ def analyze(
     from pdvit.tracking.run_directory import newest
 
     with process_group():
-        console = make_console(as_json)
+        console = make_console(as_json, quiet=verbose is False)
         paths = [os.path.expanduser(path) for path in checkpoints or map(str, newest("model.safetensors")[:1])]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
@@ -62,10 +66,12 @@ def analyze(
         if len({*folders.values()}) < len(paths):
             where, tip = ", ".join(map(str, folders.values())), "analyze them one by one, each with its own --out"
             raise UserError("one folder can't hold several analyses", where, tip)
-        return _analyze(analyzer, folders, explore, report, as_json)
+        return _analyze(analyzer, folders, explore, report, bool(verbose), as_json)
 
 
-def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, as_json: bool) -> int:
+def _analyze(
+    analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, verbose: bool, as_json: bool
+) -> int:
     """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
     from pdvit.analysis import write_analysis, write_between
     from pdvit.analysis.explorer import bytes_per_model
@@ -88,7 +94,9 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
                     names = unique([name for name, _ in tables])  # runs in different folders can have the same name
                     write_between(results[0].folder, dict(zip(names, (table for _, table in tables), strict=True)))
                 print_analysis(result.analysis.table, result.facts, console)
-                log(console, f"written  {file}")
+                if verbose:
+                    print_conditions(result.analysis.table, result.facts, console)
+                    log(console, f"written  {file}")
         stopped = analyzer.stopped()
     if main and explore and not stopped:
         write_explorer(results, analyzer)
@@ -101,7 +109,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
         left = ", ".join(list(folders)[len(results) :]) or "none is left"
         log(console, f"stopped; not measured: {left}{'; no page was written' if explore or report else ''}")
         return EXIT_STOPPED
-    if not as_json:
+    if verbose and not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
         log(console, f"next     {command('plot', figure, *folders.values())}", "cyan")
     return 0
@@ -118,7 +126,7 @@ def _as_json(result: "CheckpointAnalysis") -> dict[str, Any]:
 
 
 def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
-    """Print the tables with a bar per layer, the verdict, definitions, and the conditions of the measurement."""
+    """Print the tables with a bar per layer, the verdict, and notes."""
     from rich.markup import escape
 
     from pdvit.analysis.tables import terminal_tables
@@ -127,13 +135,21 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
     for view in terminal_tables(table):
         console.print(view)
         console.print()
-    for name, label in (("stopped", "stopped: "), ("verdict", ""), ("advice", ""), ("published", "published: ")):
-        if facts[name]:
-            log(console, f"{label}{facts[name]}", {"verdict": "bold green", "advice": "cyan"}.get(name))
+    if facts["verdict"]:
+        log(console, facts["verdict"], "bold", words=True)
+        log(console, facts["advice"], "cyan")
+    if facts["stopped"]:
+        log(console, f"stopped: {facts['stopped']}", "yellow")
+    for note in facts["notes"]:
+        log(console, f"note: {note}", words=True)
+
+
+def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
+    """Print published values, definitions, and the conditions of the measurement."""
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name
-        console.print(f"[dim]measured[/dim] {label}: {escape(text)}", highlight=False, soft_wrap=True)
+        log(console, f"measured {label}: {text}", words=True)
     first, last = table["tokens"].iloc[0], table["tokens"].iloc[-1]
     patches = str(last) if first == last else f"{first} at {table['layer'].iloc[0]} to {last} at the end:"
     conditions = {
@@ -142,11 +158,11 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
         "spread": facts["spread"],
-        "note": "; ".join(facts["notes"]),
+        "published": facts["published"],
     }
     for name, text in conditions.items():
         if text:
-            console.print(f"[dim]{name:8}[/dim] {escape(printable(text))}", highlight=False, soft_wrap=True)
+            log(console, f"{name:9} {text}", words=True)
 
 
 def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:

@@ -239,7 +239,7 @@ def predict(
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
-    from pdvit.engine.terminal import stop_on_signals
+    from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
     from pdvit.tracking.run_directory import write_file
     from pdvit.workflows.checkpoint import open_checkpoint
 
@@ -258,7 +258,9 @@ def predict(
             writer.writerows(rows)
             shown += rows if len(files) <= MAX_IMAGES and target else []
         if stop:
-            raise KeyboardInterrupt
+            kept = f"the masks until then are in {target / 'masks'}" if windows and target else "no file was written"
+            log(console, f"stopped; {kept}")
+            return EXIT_STOPPED
     content = table.getvalue().encode(errors="surrogateescape")  # names can be of any bytes
     if target is None:
         sys.stdout.buffer.write(content)
@@ -342,16 +344,10 @@ def _mask_names(files: "FileSplit") -> list[Path]:
 
 
 def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
-    from rich.table import Table
-
-    if rows:
-        view = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("image", "label"):
-            view.add_column(name, overflow="fold")  # whole names, even in a narrow terminal
-        view.add_column("probability", justify="right")
-        for image, rank, label, probability in rows:
-            view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
-        console.print(view)
+    for image, rank, label, probability in rows:  # on lines of their own, names stay whole in a narrow terminal
+        if rank == 1:
+            log(console, printable(image))
+        log(console, printable(f"{probability:8.1%}  {label}"), words=True)
     for name, reason in list(bad.items())[:MAX_IMAGES]:
         log(console, printable(f"skipped  {name} ({reason})"))
     count = images - len(bad)

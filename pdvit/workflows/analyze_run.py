@@ -186,7 +186,9 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     for result in results:
         opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.flags)
         pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
-        models.append(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes))
+        rows = result.analysis.random
+        random = dict(zip(rows["layer"], rows["mean"], strict=True))
+        models.append(replace(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes), random=random))
     count, left_out = min(len(maps.names) for maps in models), len(bad.found)
     fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - left_out else ""
     broken = f"; {left_out} left out that do not decode" if left_out else ""

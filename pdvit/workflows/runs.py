@@ -49,7 +49,10 @@ TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
 # Settings that can stand in it, beside initial weights and terms.
-NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "run.precision")
+NAMED = (
+    *("model.", "augment.", "segment.", "optim."),
+    *("data.batch_size", "data.img", "data.mean", "data.std", "run.seed", "run.precision"),
+)
 OF_DIVERSITY = tuple(key for key in KEYS if key.startswith("diversity.") and key.partition(".")[2] not in IN_TERMS)
 
 

@@ -88,7 +88,7 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     random = timm.create_model(config["architecture"], **config["model_args"])
     expected = library.analyze(random, images[torch.linspace(0, 359, 32).round().long()], "similarity")
     assert json_means(result, "similarity_random") == pytest.approx(expected["mean"].tolist(), abs=1e-5)
-    assert f"(random weights on the same images: {expected['mean'].iloc[-1]:.3f})" in result["verdict"]
+    assert f"(random weights: {expected['mean'].iloc[-1]:.3f}, " in result["verdict"]
 
 
 def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analyzed, device):
@@ -143,21 +143,26 @@ def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyz
     assert analyzed("--limit", 4)["checkpoint"] == "runs/newest"
 
 
-def test_the_terminal_shows_numbers_definitions_and_conditions(run_copy, tmp_path, capsys):
+def test_the_terminal_shows_table_and_verdict_or_all_or_nothing(run_copy, tmp_path, capsys):
     run = run_copy.rename(tmp_path / "my run")
-    options = ["--limit", "12", "--metrics", "similarity,drift"]
-    assert pdvit(["analyze", str(run), *CPU, *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = {}
+    for flags in ([], ["--verbose"], ["--quiet"], ["--quiet", "--json"]):
+        assert pdvit(["analyze", str(run), *CPU, "--limit", "12", "--metrics", "similarity,drift", *flags]) == 0
+        printed[" ".join(flags)] = capsys.readouterr()
+    assert (*printed["--quiet"], printed["--quiet --json"].err) == ("", "", "")
+    facts = json.loads(printed["--quiet --json"].out)
+    short, lines = (printed[flags].out.splitlines() for flags in ("", "--verbose"))
+    assert short == lines[: len(short)]
+    assert short[-4:] == [*facts["verdict"].splitlines(), facts["advice"], f"note: {facts['notes'][0]}"]
     for line in (
         f"measured similarity (P): {DEFINITIONS['similarity'].text}",
         f"measured drift_cosine (own): {DEFINITIONS['drift_cosine'].text}",
-        "images   12 (digits, test split, 12 of 360; RGB, resized to 32x32 px)",
-        "tokens   16 patches per image; prefix tokens dropped: 1",
-        "weights  raw; float32 on cpu",
+        "images    12 (digits, test split, 12 of 360; RGB, resized to 32x32 px)",
+        "tokens    16 patches per image; prefix tokens dropped: 1",
+        "weights   raw; float32 on cpu",
         f"written  {run / 'analysis.csv'}",
     ):
-        assert any(shown.startswith(line) for shown in lines), line
-    assert any(line.startswith("note     drift is measured from block 1") for line in lines)
+        assert any(shown.startswith(line) for shown in lines[len(short) :]), line
     assert lines[-1] == f"next     pdvit plot similarity '{run}'"
     rows = [line for line in lines if line.startswith(tuple(LAYERS))]
     (width,) = [line.split()[-1].count("·") + 2 for line in lines if line.startswith("layer  ") and "P" in line]
@@ -236,7 +241,7 @@ def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, an
     monkeypatch.setattr("pdvit.models.loading.LoadedModel.with_random_weights", full)
     result = analyzed(run_copy, "--limit", 6)
     assert "random weights were not measured: the model is too big for memory" in result["notes"]
-    assert "random weights on" not in result["verdict"]
+    assert "(not compared with random weights)" in result["verdict"]
 
 
 def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
@@ -274,7 +279,7 @@ def test_an_interrupt_prints_and_writes_what_was_measured(run_copy, tmp_path, in
     capsys.readouterr()
     assert pdvit(["analyze", str(run_copy), str(other), "--limit", "40", "-b", "5", *CPU]) == 75
     shown = " ".join(capsys.readouterr().out.split())
-    for text in ("stopped: on request, after 15 of 40 images", f"stopped; not measured: {other}", "images 15 ("):
+    for text in ("stopped: on request, after 15 of 40 images", f"stopped; not measured: {other}"):
         assert text in shown
     table = pd.read_csv(run_copy / "analysis.csv")
     assert (table["images"] == 15).all()
@@ -312,7 +317,7 @@ def test_several_processes_measure_what_one_does(run_copy, tmp_path):
     one, several = (pd.read_csv(tmp_path / count / "analysis.csv") for count in ("1", "3"))
     pd.testing.assert_frame_equal(several, one, rtol=2e-6)
     assert (one["images"].unique() == [50, 32]).all()
-    assert shown[3].count("written") == 1
+    assert shown[3].count("to try: ") == 1
     with np.load(tmp_path / "1" / "analysis" / "cka.npz") as whole, np.load(tmp_path / "3/analysis/cka.npz") as parts:
         np.testing.assert_allclose(parts["matrix"], whole["matrix"], atol=1e-9)
 
