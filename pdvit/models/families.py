@@ -67,10 +67,11 @@ FAMILIES = {
 }
 
 TRANSFORMERS = Family(
-    "layers.*,encoder.layer.*,encoder.layers.*,model.layer.*",  # versions differ
-    "layernorm,norm,post_layernorm",
+    "layers.*,layer.*,encoder.layer.*,encoder.layers.*,model.layer.*,vision_model.encoder.layers.*",  # versions differ
+    "layernorm,norm,post_layernorm,vision_model.post_layernorm",
     prefix="embeddings.cls_token,embeddings.distillation_token,embeddings.register_tokens",
 )
+CLASS_OF_CLIP = "embeddings.class_embedding,vision_model.embeddings.class_embedding"
 SWIN = Family("encoder.layers.*.blocks.*", "layernorm", prefix=0)
 OPEN_CLIP = Family("transformer.resblocks.*", "ln_post", prefix="class_embedding")
 PLAIN_TRANSFORMERS = (
@@ -80,7 +81,7 @@ PLAIN_TRANSFORMERS = (
 # By package and class name of the model or of a parent. The packages are never imported.
 OTHER_LIBRARIES = {f"transformers.{name}Model": TRANSFORMERS for name in PLAIN_TRANSFORMERS} | {
     # the norm is over the class token alone
-    "transformers.CLIPVisionModel": replace(TRANSFORMERS, norm="", prefix="embeddings.class_embedding"),
+    "transformers.CLIPVisionModel": replace(TRANSFORMERS, norm="", prefix=CLASS_OF_CLIP),
     "transformers.SwinModel": SWIN,
     "transformers.Swinv2Model": SWIN,
     "torchvision.VisionTransformer": Family("encoder.layers.*", "encoder.ln", prefix="class_token"),
