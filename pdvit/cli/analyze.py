@@ -2,21 +2,23 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.console import log, make_console, process_group
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command, printable
+from pdvit.workflows.console import log, make_console, process_group
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
     from pdvit.engine.terminal import RunConsole
+    from pdvit.plots.style import Drawing, Theme
+    from pdvit.workflows.analyze_run import Analyzer, CheckpointAnalysis
 
 VERBOSE = "Print also definitions, conditions and files; or nothing. Unset: table and verdict."
 METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
@@ -55,7 +57,7 @@ def analyze(
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
-        from pdvit.cli.analyze_run import Analyzer
+        from pdvit.workflows.analyze_run import Analyzer
 
         flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
         flags |= {"data_on_bad_image": on_bad_image, "model": model, "weights": weights}
@@ -73,8 +75,8 @@ def _analyze(
     """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
     from pdvit.analysis import write_analysis, write_between
     from pdvit.analysis.explorer import bytes_per_model
-    from pdvit.cli.analyze_run import write_explorer, write_report
     from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
+    from pdvit.workflows.analyze_run import write_explorer
 
     console, main, results = analyzer.console, analyzer.ranks.main, list["CheckpointAnalysis"]()
     bytes_per_model(len(folders) if explore else 1)  # an error if they are too many for a page
@@ -161,3 +163,41 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
     for name, text in conditions.items():
         if text:
             log(console, f"{name:9} {text}", words=True)
+
+
+def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:
+    """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
+    from pdvit.analysis.report import report_page
+    from pdvit.plots.style import DARK, LIGHT, render
+    from pdvit.tracking.environment import describe_environment
+    from pdvit.tracking.run_directory import write_file, writing
+
+    light, dark = (_report_figures(results, theme) for theme in (LIGHT, DARK))
+    figures = [(caption, render(light[caption], ".svg"), render(dark[caption], ".svg")) for caption in light]
+    file = results[0].folder / "report.html"
+    analyses = [(result.analysis.table, result.facts) for result in results]
+    with writing("the page", file):
+        write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
+    log(console, f"written  {file}")
+
+
+def _report_figures(results: "Sequence[CheckpointAnalysis]", theme: "Theme") -> "dict[str, Drawing]":
+    """Return the figures of everything that was measured, by caption."""
+    from pdvit.cli.plot import FIGURES, draw_figure
+    from pdvit.plots.reading import AnalyzedRun
+    from pdvit.plots.style import unique
+    from pdvit.plots.training import plot_training, read_records
+
+    analyses = zip(unique([result.name for result in results]), (result.analysis for result in results), strict=True)
+    runs = [AnalyzedRun(name, analysis.table, analysis.curves) for name, analysis in analyses]
+    two = sum(FIGURES["similarity"].fits(run) for run in runs) == 2
+    drawings: dict[str, Drawing] = {}
+    for name, figure in FIGURES.items():
+        fitting = [run for run in runs if figure.fits(run)]
+        if fitting and name != ("metrics" if two else "compare"):
+            drawings[figure.help.removesuffix(".")] = draw_figure(name, fitting, theme)
+    if trained := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
+        caption = "Training: loss by term, validation accuracy, and P by layer over the epochs"
+        records = zip(unique([run.resolve().name for run in trained]), map(read_records, trained), strict=True)
+        drawings[caption] = plot_training(dict(records), theme)
+    return drawings

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
-from pdvit.cli.console import cell, log, make_console, process_group, with_progress
+from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.config.schema import PRECISIONS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks.summary import describe_metrics
+from pdvit.workflows.console import cell, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pdvit.engine.distributed import Ranks
     from pdvit.engine.terminal import RunConsole
     from pdvit.tasks.windows import Network, SlidingWindowConfig
+    from pdvit.workflows.checkpoint import OpenedCheckpoint
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
 Precision = Annotated[
@@ -68,6 +69,7 @@ def evaluate(
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         log(console, f"opening {checkpoint} ...")
         from pdvit.engine.distributed import init_process_group
+        from pdvit.workflows.checkpoint import open_checkpoint
 
         ranks = init_process_group()
         flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
@@ -99,7 +101,7 @@ def evaluate(
 
 
 def _evaluate(
-    opened: OpenedCheckpoint,
+    opened: "OpenedCheckpoint",
     windows: "SlidingWindowConfig | None",
     own: bool,
     split: str | None,
@@ -239,6 +241,7 @@ def predict(
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
     from pdvit.tracking.run_directory import write_file
+    from pdvit.workflows.checkpoint import open_checkpoint
 
     files = image_files(images)
     flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
@@ -286,7 +289,7 @@ def _target(path: Path, out: str | None, top: int, masks: bool) -> Path | None:
     return place or folder / "predictions.csv"
 
 
-def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
+def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
     """Yield the most probable classes of each image with their probabilities."""
     from pdvit.data.loader import eval_batches
     from pdvit.tasks import classification
@@ -307,7 +310,7 @@ def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "Ru
 
 
 def _masks(
-    opened: OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig"
+    opened: "OpenedCheckpoint", files: "FileSplit", folder: Path, windows: "SlidingWindowConfig"
 ) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.masks.table import default_palette

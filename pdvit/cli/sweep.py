@@ -12,19 +12,20 @@ from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pdvit.cli.console import duration, log, make_console
-from pdvit.cli.options import NamedLayer, check_initial_weights, merge_layers
+from pdvit.cli.options import check_initial_weights
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
+from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config
 from pdvit.errors import UserError
 from pdvit.tasks.summary import describe_summary
+from pdvit.workflows.console import duration, log, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
     from pdvit.sweep import Cell, Folder
 
-PRELOADED = ["pdvit.cli.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"]  # once for all cells
+PRELOADED = ["pdvit.workflows.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"]  # once for all cells
 PRELOADED += ["sklearn.datasets", "sklearn.model_selection"]
 OF_THE_SWEEP = ("out", "name", "time_limit")  # keys of the whole sweep, not of its cells
 MAX_FAILURES = 10
@@ -138,8 +139,8 @@ def _print_outcomes(folder: "Folder", cells: Sequence["Cell"], console: "RunCons
 
 def train_cell(config: Config, run: Path) -> int:
     """Start or resume the run of a cell; return the exit status, and raise UserError and RunFailed."""
-    from pdvit.cli.runs import resume, start, train_to_end
     from pdvit.engine.terminal import stop_on_signals
+    from pdvit.workflows.runs import resume, start, train_to_end
 
     console = make_console(as_json=False)
     with stop_on_signals() as stop:
@@ -150,8 +151,8 @@ def train_cell(config: Config, run: Path) -> int:
 
 def _check(cells: Sequence["Cell"]) -> list[str]:
     """Build the trainer of every configuration, once for all seeds; raises UserError; returns the visible GPUs."""
-    from pdvit.cli.runs import build_trainer
     from pdvit.engine.device import visible_gpus
+    from pdvit.workflows.runs import build_trainer
 
     checked: list[dict[str, Any]] = []
     for cell in cells:

@@ -17,9 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pdvit as library
-from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
-from pdvit.cli.checkpoint import OpenedCheckpoint
 from pdvit.config import build
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
@@ -27,6 +25,8 @@ from pdvit.definitions import DEFINITIONS
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.terminal import Stopped
 from pdvit.errors import UserError
+from pdvit.workflows import analyze_run
+from pdvit.workflows.checkpoint import OpenedCheckpoint
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 CPU = ["--device", "cpu", "--workers", "0"]

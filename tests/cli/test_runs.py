@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs import default_name
+from pdvit.workflows.runs import default_name
 from tests.files import read_json
 
 
@@ -35,7 +35,7 @@ from tests.files import read_json
 )
 def test_a_run_is_named_by_what_differs_from_its_command(digits_run, monkeypatch, arguments, name):
     begun = []
-    monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: begun.append(config) or 0)
     assert pdvit(arguments.replace("RUN", str(digits_run)).split()) == 0
     assert default_name(begun[0]) == name
 

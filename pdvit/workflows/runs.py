@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdvit.cli.console import log
-from pdvit.cli.options import IN_TERMS, recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.load import RESTORE
+from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
@@ -41,6 +40,7 @@ from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import LAUNCH_FILE, RESTARTED, RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
+from pdvit.workflows.console import log
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,16 @@ class Run:
     trainer: Trainer
     directory: RunDirectory
     changes: Mapping[str, tuple[Any, Any]] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory.path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The closing numbers; empty if the run was stopped."""
+        return self.directory.read_json("summary.json", optional=True)
 
 
 def build_trainer(
