@@ -31,6 +31,7 @@ SCENES_MODEL: Layer = {
 }
 
 
+KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
 IN_TERMS = ("preset", "variant", *TERMS)  # what `terms_of` names
 
 
@@ -123,8 +124,9 @@ def make_layers(
         if isinstance(value, list):
             for text in value:
                 if "=" not in text:
-                    raise UserError(f"'{text}' is not k=v", "--model-kwargs", "for example --model-kwargs qk_norm=true")
-            value = merge_layers(parse_set(f"model.{text}") for text in value)["model"]
+                    flag = KEYS[f"{section}.{item}"].flags[0]
+                    raise UserError(f"'{text}' is not k=v", flag, f"for example {flag} {KEYWORDS[section]}")
+            value = merge_layers(parse_set(f"{section}.{text}") for text in value)[section]
         elif isinstance(value, str) and value.isdecimal() and name == "data_batch_size":
             value = int(value)  # the flag takes numbers and words
         flags.setdefault(section, {})[item] = value
