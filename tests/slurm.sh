@@ -40,7 +40,7 @@ SlurmctldPort=${ports% *}
 SlurmdPort=${ports#* }
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.socket
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
@@ -60,7 +60,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=2,requeue_delay=0
 JobRequeue=1
-KillWait=15
+KillWait=5
 MinJobAge=600
 ReturnToService=2
 GresTypes=gpu

@@ -1,6 +1,7 @@
 """Runs as jobs: what a job does, and one run as a job. Imports no torch."""
 
 import json
+import os
 import secrets
 import socket
 import time
@@ -79,7 +80,8 @@ def launch_run(
             launcher, id_ = jobs.ids()[RUN]
             tip = f"wait for it, or cancel it: {end_of_job(launcher, id_)}"
             raise UserError(f"job {id_} of this run has not ended", str(path), tip)
-        jobs.submit(config.launch, f"pdvit-{path.name}", {RUN: RunJob(train_job, config, path.resolve(), (*change,))})
+        job = RunJob(train_job, config, path.resolve(), (*change,), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        jobs.submit(config.launch, f"pdvit-{path.name}", {RUN: job})
     launcher, id_ = jobs.ids()[RUN]
     if console.stderr:
         print(json.dumps({"run": str(path), "launcher": launcher, "job": id_, "log": str(jobs.log(RUN))}, indent=2))

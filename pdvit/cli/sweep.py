@@ -71,11 +71,11 @@ def run_sweep(
     jobs, launch = Jobs(folder.path), config.launch
     if chosen == "list":
         return _list(folder, cells, jobs, console)
+    named = set(range(1, len(cells) + 1)) if chosen in (None, "failed") else numbers(chosen, len(cells))
     folder.begin(settings, table, cells)
     with jobs.locked():
         live = jobs.states()
         states = {cell.name: state.status for cell, state in folder.write_table(live)}
-        named = set(range(1, len(cells) + 1)) if chosen in (None, "failed") else numbers(chosen, len(cells))
         selected = [cell for cell in cells if cell.number in named]
         if chosen == "failed":
             selected = [cell for cell in cells if states[cell.name] == "failed"]

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from submitit import LocalExecutor, SlurmExecutor
+from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError
 
 from pdvit.config.duration import parse_duration
@@ -32,7 +32,7 @@ class Jobs:
 
     def __init__(self, owner: Path) -> None:
         self.folder = owner.resolve() / JOBS
-        self.started: list[Any] = []  # submitit's; without them, ended local jobs would stay zombies
+        self.children: list[LocalJob[Any]] = []  # submitit's jobs of this machine that this process started
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -57,12 +57,14 @@ class Jobs:
     def states(self) -> dict[str, str]:
         """Return the states of the jobs that have not ended, such as PENDING or RUNNING; raises UserError."""
         ids, found = self.ids(), {}
+        self.children = [job for job in self.children if not job.done()]
         if any(launcher == "slurm" for launcher, _ in ids.values()):
             listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
             found = dict(line.split(maxsplit=1) for line in listed.splitlines())
-        for launcher, id_ in ids.values():
+        found |= {job.job_id: "RUNNING" for job in self.children}
+        for _, id_ in (job for job in ids.values() if job[0] == "local"):  # also those of a command that was killed
             with suppress(OSError):
-                if launcher == "local" and os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
+                if os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
                     found[id_] = "RUNNING"
         return {name: found[id_] for name, (_, id_) in ids.items() if id_ in found}
 
@@ -75,7 +77,7 @@ class Jobs:
                 what = str(error).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
                 tip = "check the settings of [launch]; sinfo lists the partitions"
                 raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
-            self.started += started
+            self.children += [job for job in started if isinstance(job, LocalJob)]
             new = {name: [launch.launcher, job.job_id] for name, job in zip(jobs, started, strict=True)}
             write_file(self.folder / FILE, json.dumps({**self.ids(), **new}, indent=2))
 

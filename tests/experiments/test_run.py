@@ -153,7 +153,7 @@ def test_a_folder_is_run_measured_and_written(workplace):
 
     # Runs that go on from these begin with their weights.
     write("gpu", TWO, steps=2, size="", model='init = "runs/claim-cpu/{variant}-seed={run.seed}"')
-    finish(start("gpu", "--at-once", "1"), 0)
+    finish(start("gpu", "--parallel", "1"), 0)
     for row, first in zip(rows("results-gpu.csv"), found, strict=False):
         for name in ("similarity_block", "rank_block", "similarity_norm", "rank_norm"):
             assert row[f"{name}_before"] == first[name]

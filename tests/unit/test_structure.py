@@ -25,10 +25,11 @@ MAY_IMPORT = {
         *("engine.protocol", "engine.device", "engine.distributed"),
     },
     "analysis": {"models", "similarity", "engine", "tracking", "definitions"},
+    "launch": {"config", "tracking", "engine"},
     "sweep": {"config", "tracking", "engine"},
     "cli": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"),
-        *("sweep", "definitions"),
+        *("launch", "sweep", "definitions"),
     },
     "__main__": {"cli"},
 }
@@ -40,6 +41,7 @@ LIBRARIES = {
     "tracking": set(),
     "similarity": {"torch"},
     "losses": {"torch"},
+    "launch": {"submitit"},
     "sweep": {"tomli_w"},
     "plots": {"pandas", "matplotlib", "numpy", "scipy", "PIL"},
     "engine": {"torch", "timm", "safetensors", "rich"},
