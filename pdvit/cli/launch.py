@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from pdvit.cli.console import log, process_group
 from pdvit.config.resolve import resolve
 from pdvit.config.schema import Config
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import JOBS, STATUS, RunDirectory, clear, reserve, write_file
+from pdvit.tracking.run_directory import JOBS, STATUS, RunDirectory, reserve, write_file
 
 if TYPE_CHECKING:
     from pdvit.engine.distributed import Ranks
@@ -37,8 +38,6 @@ def train_job(config: Config, run: Path, change: tuple[str, ...], stop: "StopReq
         console = RunConsole(quiet=not ranks.main)
         if (run / "run.toml").is_file():
             return train_to_end(partial(resume, str(run), [*change]), console, stop)
-        if ranks.main:
-            clear(run)
         new = replace(config, run=replace(config.run, out=str(run)))
         return train_to_end(partial(start, new), console, stop)
 
@@ -77,12 +76,12 @@ def launch_run(
     jobs = Jobs(path)
     with jobs.locked():
         if jobs.states():
-            launcher, id_ = jobs.ids()[RUN]
+            launcher, id_, _ = jobs.ids()[RUN]
             tip = f"wait for it, or cancel it: {end_of_job(launcher, id_)}"
             raise UserError(f"job {id_} of this run has not ended", str(path), tip)
-        job = RunJob(train_job, config, path.resolve(), (*change,), os.environ.get("CUDA_VISIBLE_DEVICES"))
-        jobs.submit(config.launch, f"pdvit-{path.name}", {RUN: job})
-    launcher, id_ = jobs.ids()[RUN]
+        job = RunJob(train_job, config, path.resolve(), (*change,))
+        jobs.start(config.launch, f"pdvit-{path.name}", {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
+    launcher, id_, _ = jobs.ids()[RUN]
     if console.stderr:
         print(json.dumps({"run": str(path), "launcher": launcher, "job": id_, "log": str(jobs.log(RUN))}, indent=2))
     log(console, f"job            {launcher} {id_}\nlog            {jobs.log(RUN)}\nrun directory  {path}")
@@ -94,21 +93,18 @@ def _follow(jobs: "Jobs", run: Path, console: "RunConsole", stop: "StopRequest")
     """Print the output of a job until it ends; return the exit status of its run. A signal leaves the job alone."""
     from pdvit.engine.terminal import EXIT_STOPPED
 
-    (launcher, _), file, shown = jobs.ids()[RUN], jobs.log(RUN), 0
-    while not stop:
-        ended = RUN not in jobs.states()
-        if file.is_file():
-            with file.open("rb") as opened:
-                opened.seek(shown)
-                text = opened.read()
-            shown += len(text)
-            log(console, text.decode(errors="replace").removesuffix("\n")) if text else None
-        if ended:
-            if not shown:
-                tip = "the machines of Slurm may not see it: choose an --out on a disk that all share"
-                raise RunFailed(f"the job ended without output in {file.parent}", tip)
-            status = RunDirectory(run).read_json(STATUS, optional=True).get("status", "")
-            return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)
-        time.sleep(POLL_SECONDS[launcher])
-    log(console, f"the job continues; its log: {file}")
-    return EXIT_STOPPED
+    file, seconds = jobs.log(RUN), POLL_SECONDS[jobs.ids()[RUN][0]]
+    out = 2 if console.stderr else None
+    with subprocess.Popen(["tail", "-n", "+1", "-F", file], stdout=out, stderr=subprocess.DEVNULL) as tail:
+        while RUN in jobs.states() and not stop:
+            time.sleep(seconds)
+        time.sleep(1)  # it looks once a second
+        tail.terminate()
+    if stop:
+        log(console, f"the job continues; its log: {file}")
+        return EXIT_STOPPED
+    if not file.is_file():
+        tip = "the machines of Slurm may not see it: choose an --out on a disk that all share"
+        raise RunFailed(f"the job ended without output in {file.parent}", tip)
+    status = RunDirectory(run).read_json(STATUS, optional=True).get("status", "")
+    return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)

@@ -1,14 +1,16 @@
 """A sweep: check its cells, run them, and print their outcomes."""
 
 import json
+import math
 import os
 import statistics
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -45,7 +47,7 @@ def run_sweep(
 ) -> int:
     """Run the cells of the [sweep] in `file` that are not finished, or those of --cells; return the exit status."""
     from pdvit.engine.terminal import EXIT_STOPPED
-    from pdvit.launch import Jobs
+    from pdvit.launch import Jobs, RunJob
     from pdvit.sweep import Folder, make_cells, numbers, split
     from pdvit.tracking.run_directory import RUNS
 
@@ -68,33 +70,33 @@ def run_sweep(
             check_initial_weights(cell.config)
     out = config.run.out
     folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or file.stem))
-    jobs, launch = Jobs(folder.path), config.launch
+    launch = replace(config.launch, launcher="slurm" if config.launch.launcher == "slurm" else "local")
+    jobs = Jobs(folder.path)
     if chosen == "list":
         return _list(folder, cells, jobs, console)
     named = set(range(1, len(cells) + 1)) if chosen in (None, "failed") else numbers(chosen, len(cells))
     folder.begin(settings, table, cells)
     with jobs.locked():
-        live = jobs.states()
-        states = {cell.name: state.status for cell, state in folder.write_table(live)}
-        selected = [cell for cell in cells if cell.number in named]
+        states = {cell.name: state.status for cell, state in folder.write_table(jobs.states())}
         if chosen == "failed":
-            selected = [cell for cell in cells if states[cell.name] == "failed"]
-        ended = ("finished",) if chosen == "failed" else ("finished", "failed")
-        todo = [cell for cell in selected if states[cell.name] not in ended and cell.name not in live]
+            selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
+        else:
+            selected = [cell for cell in cells if cell.number in named]
+            todo = [cell for cell in selected if states[cell.name] in ("waiting", "stopped")]
+        todo = [cell for cell in todo if cell.name not in jobs.states()]
         log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
-        if launch.launcher == "slurm":
-            if todo:
-                jobs.submit(launch, f"pdvit-{folder.path.name}", {cell.name: _job(folder, cell) for cell in todo})
-                log(console, f"job array {jobs.ids()[todo[0].name][1].partition('_')[0]}; logs in {jobs.folder}")
-        elif todo or live:
-            launch = replace(launch, launcher="local")
-            slots = _check_apart(folder, todo, launch, console)
+        waiting = {cell.name: RunJob(train_job, cell.config, (folder.path / cell.name).resolve()) for cell in todo}
+        watch = partial(_watch, folder, jobs, cells, launch, waiting, console, stop)
+        if launch.launcher == "local" and (todo or jobs.states()):
             limit = config.run.time_limit
             seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
-            _watch(folder, jobs, cells, launch, console, stop, deque(todo), slots, seconds)
+            watch(_check_apart(folder, todo, launch, console), seconds or math.inf)
+        elif todo:
+            jobs.start(launch, f"pdvit-{folder.path.name}", waiting)
+            log(console, f"submitted; logs in {jobs.folder}")
     if launch.launcher == "slurm":
         if follow:
-            _watch(folder, jobs, cells, launch, console, stop)
+            watch()
         log(console, f"follow with  {command('sweep', 'status', folder.path)}")
         log(console, f"cancel with  {command('sweep', 'cancel', folder.path)}")
         if stop or not follow:
@@ -102,66 +104,48 @@ def run_sweep(
     return _print_outcomes(folder, jobs, selected, console)
 
 
-def _job(folder: "Folder", cell: "Cell", devices: str | None = None) -> "RunJob":
-    from pdvit.launch import RunJob
-
-    return RunJob(train_job, cell.config, (folder.path / cell.name).resolve(), devices=devices)
-
-
 def _watch(
     folder: "Folder",
     jobs: "Jobs",
     cells: Sequence["Cell"],
     launch: LaunchConfig,
+    waiting: dict[str, "RunJob"],
     console: "RunConsole",
     stop: "StopRequest",
-    waiting: "deque[Cell] | None" = None,
-    slots: "deque[str | None] | None" = None,
-    limit: float | None = None,
+    devices: Sequence[str | None] = (),
+    limit: float = math.inf,
 ) -> None:
-    """Log the cells that have jobs until these have ended; start a job here for each of `waiting` as a slot is free.
-
-    `slots` are the CUDA_VISIBLE_DEVICES of the jobs. A stop, also after `limit` seconds, ends jobs here, resumable.
-    """
-    waiting, slots, durations = waiting or deque(), slots or deque(), list[float]()
-    here, begun, told, total = launch.launcher == "local", time.monotonic(), False, len(cells)
-    lines = {cell.name: f"cell {cell.number} of {total}: {cell.name}" for cell in cells}
-    live = [name for name in jobs.states() if name in lines]  # some may be those of a command that was killed
-    running = {name: (slots.popleft() if slots else None, begun) for name in live}
-    at_once, left = len(slots) + len(running), len(waiting) + len(running)
+    """Log the cells as their jobs end; here, start those that wait, and end all at a stop or after `limit` seconds."""
+    here, told, begun, durations = launch.launcher == "local", False, time.monotonic(), list[float]()
+    lines = {cell.name: f"cell {cell.number} of {len(cells)}: {cell.name}" for cell in cells}
+    running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
-            while waiting and slots and not stop:
-                cell, device = waiting.popleft(), slots.popleft()
-                jobs.submit(launch, cell.name, {cell.name: _job(folder, cell, device)})
-                running[cell.name] = device, time.monotonic()
-                log(console, f"{lines[cell.name]} ...")
+            for name in jobs.start(launch, folder.path.name, waiting, devices) if waiting and not stop else ():
+                running[name] = time.monotonic()
+                log(console, f"{lines[name]} ...")
             states = jobs.states()
-            ended = [name for name in running if name not in states]
-            for name in ended:
-                device, since = running.pop(name)
-                slots.append(device)
-                left -= 1
+            for name in [name for name in running if name not in states]:
+                seconds = time.monotonic() - running.pop(name)
                 if here and not stop and folder.written(name).status in ("running", "waiting"):
-                    RunDirectory(folder.path / name).mark(
-                        "failed", f"its process ended; its output is in {jobs.log(name)}"
-                    )
+                    reason = f"its process ended; its output is in {jobs.log(name)}"
+                    RunDirectory(folder.path / name).mark("failed", reason)
                 state = folder.state(name, states)
                 line = f"{lines[name]}: {state.status}{': ' if state.reason else ''}{state.reason}"
                 if state.status == "finished":
-                    durations.append(time.monotonic() - since)
+                    durations.append(seconds)
                     summary = RunDirectory(folder.path / name).read_json("summary.json")
-                    line += f" in {duration(durations[-1])}; {describe_summary(summary).splitlines()[0]}"
-                if left and durations:
-                    line += f"; about {duration(statistics.mean(durations) * left / at_once)} left"
+                    line += f" in {duration(seconds)}; {describe_summary(summary).splitlines()[0]}"
+                if durations and (left := len(running) + len(waiting)):
+                    rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
+                    line += f"; about {duration(rest)} left"
                 log(console, line)
-            if ended:
                 folder.write_table(states)
-            if limit is not None and time.monotonic() - begun >= limit:
+            if time.monotonic() - begun >= limit:
                 stop.reason = stop.reason or "time limit"
+            if stop and not here:
+                return
             if stop and not told:
-                if not here:
-                    return
                 jobs.cancel()  # each run finishes its step and saves
                 told = True
             time.sleep(POLL_SECONDS[launch.launcher])
@@ -172,14 +156,14 @@ def _watch(
 
 def _check_apart(
     folder: "Folder", cells: Sequence["Cell"], launch: LaunchConfig, console: "RunConsole"
-) -> "deque[str | None]":
-    """Check the configurations of new cells in a process of its own; return the devices of each job at a time."""
+) -> list[str | None]:
+    """Check the configurations of new cells in a process of its own; return the devices of jobs at the same time."""
     log(console, "checking their configurations ...")
     new = [cell for cell in cells if not (folder.path / cell.name / "run.toml").is_file()]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         gpus = pool.submit(_check, new).result()
     devices = devices_of(cells, gpus, launch.gpus or 1)
-    return deque(devices[number % len(devices)] for number in range(launch.parallel or len(devices)))
+    return [devices[number % len(devices)] for number in range(launch.parallel or len(devices))]
 
 
 def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], console: "RunConsole") -> int:

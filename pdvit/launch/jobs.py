@@ -6,8 +6,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from pdvit.files import read_json, reading
 from pdvit.launch.job import RunJob
 from pdvit.tracking.run_directory import JOBS, hold, write_file, writing
 
-FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id]}
+FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
 UNLIMITED = 10**6  # times that a job may be queued again, and minutes of a local job
 RANKS_APART = 60  # seconds that Slurm lets a run continue after its first process has ended
 
@@ -46,40 +48,50 @@ class Jobs:
             what = "another command runs this, or submits its jobs"
             raise UserError(what, str(self.folder.parent), "stop that one first, or wait for it") from error
 
-    def ids(self) -> dict[str, tuple[str, str]]:
-        """Return launcher and id of the last job of each name."""
+    def ids(self) -> dict[str, tuple[str, str, str | None]]:
+        """Return launcher, id and devices of the last job of each name."""
         file = self.folder / FILE
         if not file.is_file():
             return {}
         with reading(file, "delete it, if no job runs"):
-            return {str(name): (str(launcher), str(id_)) for name, (launcher, id_) in read_json(file).items()}
+            return {name: (str(job[0]), str(job[1]), job[2]) for name, job in read_json(file).items()}
 
     def states(self) -> dict[str, str]:
         """Return the states of the jobs that have not ended, such as PENDING or RUNNING; raises UserError."""
         ids, found = self.ids(), {}
         self.children = [job for job in self.children if not job.done()]
-        if any(launcher == "slurm" for launcher, _ in ids.values()):
+        if any(launcher == "slurm" for launcher, *_ in ids.values()):
             listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
             found = dict(line.split(maxsplit=1) for line in listed.splitlines())
         found |= {job.job_id: "RUNNING" for job in self.children}
-        for _, id_ in (job for job in ids.values() if job[0] == "local"):  # also those of a command that was killed
-            with suppress(OSError):
-                if os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
+        for launcher, id_, _ in ids.values():
+            with suppress(OSError):  # also those of a command that was killed
+                if launcher == "local" and os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
                     found[id_] = "RUNNING"
-        return {name: found[id_] for name, (_, id_) in ids.items() if id_ in found}
+        return {name: found[id_] for name, (_, id_, _) in ids.items() if id_ in found}
 
-    def submit(self, launch: LaunchConfig, title: str, jobs: Mapping[str, RunJob]) -> None:
-        """Submit jobs by name: to Slurm as one array, or start them here at once. Raises UserError."""
-        with writing("jobs", self.folder), _ignored(signal.SIGINT, signal.SIGHUP):
-            try:
-                started = _executor(self.folder, launch, title).submit_array([*jobs.values()])
-            except FailedJobError as error:
-                what = str(error).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
-                tip = "check the settings of [launch]; sinfo lists the partitions"
-                raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
-            self.children += [job for job in started if isinstance(job, LocalJob)]
-            new = {name: [launch.launcher, job.job_id] for name, job in zip(jobs, started, strict=True)}
-            write_file(self.folder / FILE, json.dumps({**self.ids(), **new}, indent=2))
+    def start(
+        self, launch: LaunchConfig, title: str, waiting: dict[str, RunJob], devices: Sequence[str | None] = ()
+    ) -> list[str]:
+        """Submit jobs by name, take them out of `waiting`, and return their names; raises UserError.
+
+        To Slurm all of them, as one array; here one for each of `devices` that has no job.
+        """
+        taken = dict(waiting)
+        if launch.launcher == "local":
+            free = Counter(devices) - Counter(self.ids()[name][2] for name in self.states())
+            pairs = zip(waiting.items(), free.elements(), strict=False)
+            taken = {name: replace(job, devices=device) for (name, job), device in pairs}
+        if taken:
+            with writing("jobs", self.folder), _ignored(signal.SIGINT, signal.SIGHUP):
+                started = _submit(_executor(self.folder, launch, title), [*taken.values()])
+                self.children += [job for job in started if isinstance(job, LocalJob)]
+                jobs = zip(taken.items(), started, strict=True)
+                new = {name: [launch.launcher, found.job_id, job.devices] for (name, job), found in jobs}
+                write_file(self.folder / FILE, json.dumps({**self.ids(), **new}, indent=2))
+        for name in taken:
+            del waiting[name]
+        return [*taken]
 
     def log(self, name: str) -> Path:
         """Return the file of a job's output, that of rank 0."""
@@ -88,13 +100,22 @@ class Jobs:
     def cancel(self) -> list[str]:
         """Cancel the jobs that have not ended and return their names; runs save first."""
         names = [*self.states()]
-        for launcher, id_ in map(self.ids().__getitem__, names):
+        for launcher, id_, _ in map(self.ids().__getitem__, names):
             if launcher == "slurm":
                 _slurm("scancel", id_)
             else:
                 with suppress(ProcessLookupError):
                     os.kill(int(id_), signal.SIGTERM)
         return names
+
+
+def _submit(executor: LocalExecutor | SlurmExecutor, jobs: list[RunJob]) -> list[Any]:
+    try:
+        return executor.submit_array(jobs)
+    except FailedJobError as error:
+        what = str(error).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
+        tip = "check the settings of [launch]; sinfo lists the partitions"
+        raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
 
 
 def end_of_job(launcher: str, id_: str) -> str:

@@ -220,15 +220,6 @@ def reserve(out: str | None, name: str, inner: str) -> Path:
     return path
 
 
-def clear(path: Path) -> None:
-    """Remove what an attempt left that ended before it wrote run.toml: a new run needs an empty folder."""
-    left = (file for name in (".run.toml.*", f".{STATUS}.*", ".token-*") for file in path.glob(name))
-    for file in (path / STATUS, *left):
-        file.unlink(missing_ok=True)
-    with suppress(OSError):
-        (path / CHECKPOINTS).rmdir()
-
-
 def refuse_taken(out: str | None) -> None:
     """Raise UserError if a new run can't be made in the folder `out`."""
     path = Path(os.path.expanduser(out or ""))
@@ -238,7 +229,8 @@ def refuse_taken(out: str | None) -> None:
 
 
 def _is_free(path: Path) -> bool:
-    return path.is_dir() and {*os.listdir(path)} <= {JOBS}
+    """Return whether a folder holds nothing, or what a job left that ended before its run began."""
+    return path.is_dir() and {name for name in os.listdir(path) if not name.startswith(".")} <= {JOBS, STATUS}
 
 
 def newest(marker: str) -> list[Path]:

@@ -67,7 +67,9 @@ SETTINGS = LaunchConfig("slurm", 2, 8, 6, "64G", "4h", "5min", "gpu", "lab", "a1
 def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm, workplace):
     found = Jobs(workplace / "sweep")
     with found.locked():
-        found.submit(SETTINGS, "pdvit-sweep", jobs(workplace, a="one", b="two", c="three"))
+        waiting = jobs(workplace, a="one", b="two", c="three")
+        assert found.start(SETTINGS, "pdvit-sweep", waiting) == ["a", "b", "c"]
+        assert not waiting
     sent = Path("sent.sh").read_text()
     for option in (
         *("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--mem=64G", "--time=240"),
@@ -76,7 +78,7 @@ def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm
     ):
         assert f"#SBATCH {option}\n" in sent
     assert "--wait=60 --cpus-per-task=6" in sent
-    assert found.ids() == {name: ("slurm", f"12_{number}") for number, name in enumerate("abc")}
+    assert found.ids() == {name: ("slurm", f"12_{number}", None) for number, name in enumerate("abc")}
     assert found.states() == {"a": "RUNNING", "b": "PENDING"}
     assert found.log("c").name == "12_2_0_log.out"
     assert found.cancel() == ["a", "b"]
@@ -105,7 +107,7 @@ def test_what_can_not_be_submitted_is_an_error_and_leaves_no_job(slurm, workplac
     elif broken:
         (slurm / broken[0]).unlink()
     with found.locked(), pytest.raises(UserError) as caught:
-        found.submit(launch, "run", jobs(workplace, run="one")) or found.states()
+        found.start(launch, "run", jobs(workplace, run="one"), [None]) and found.states()
     assert caught.value.what == what
     assert not found.ids() or broken[0] == "squeue"
 
@@ -151,13 +153,16 @@ def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # of `train`, which is pickled by its name
     found = Jobs(workplace / "sweep")
     with found.locked():
-        found.submit(LaunchConfig("local"), "sweep", jobs(workplace, a="well"))
-    deadline = time.monotonic() + 60
-    while found.states():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert (workplace / "well" / "environment").read_text() == "None 0"
-    assert found.ids()["a"][0] == "local"
+        waiting, started = jobs(workplace, a="well", b="good", c="fine"), []
+        deadline = time.monotonic() + 60
+        while waiting or found.states():
+            started.append(found.start(LaunchConfig("local"), "sweep", waiting, ["7", None]))
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert started[0] == ["a", "b"]
+    texts = {name: (workplace / name / "environment").read_text() for name in ("well", "good", "fine")}
+    assert (texts["well"], texts["good"]) == ("7 0", "None 0")
+    assert found.ids()["c"][0] == "local"
     assert found.cancel() == []
     assert "Starting with JobEnvironment" in found.log("a").read_text()
     assert read_json(workplace / "well" / "status.json")["step"] == 3
