@@ -70,7 +70,7 @@ def test_every_command_is_documented_and_every_documented_flag_exists():
     names = [[name, *inner] for name, group in groups.items() for inner in ([[]] if group is None else zip(group))]
     for name in names:
         assert any(arguments[: len(name)] == name for _, arguments in DOCUMENTED), name
-    known = {"--help", "--max-restarts"}  # the second is torchrun's
+    known = {"--help", "--requeue", "--array"}  # the last two are sbatch's
     for command in walk(COMMAND):
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}

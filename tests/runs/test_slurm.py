@@ -63,11 +63,11 @@ def cluster(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         yield
-        scontrol("scancel", "--user=root")
+        run("scancel", "--user=root")
     subprocess.run([SCRIPT, "stop", folder], check=True)
 
 
-def scontrol(*command: object) -> str:
+def run(*command: object) -> str:
     return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -76,11 +76,14 @@ def start(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def pdvit(*words: object, status: int = 0) -> str:
-    process = start(*words)
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     shown = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == status, shown
     return shown
+
+
+def pdvit(*words: object, status: int = 0) -> str:
+    return finish(start(*words), status)
 
 
 def launch(*words: object) -> str:
@@ -89,20 +92,20 @@ def launch(*words: object) -> str:
 
 
 def job(number: str, name: str) -> str:
-    return re.search(rf"\b{name}=(\S+)", scontrol("scontrol", "show", "job", number))[1]
+    return re.search(rf"\b{name}=(\S+)", run("scontrol", "show", "job", number))[1]
 
 
-def wait(condition: Callable[[], bool], what: object) -> None:
+def wait(condition: Callable[[], object], what: object) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
 
 
-def end_of(number: str, run: Path) -> str:
+def end_of(number: str) -> str:
     """Wait for the end of a job and return its state."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait(lambda: job(number, "JobState") in ended, run)
+    wait(lambda: job(number, "JobState") in ended, number)
     return job(number, "JobState")
 
 
@@ -136,7 +139,7 @@ def test_a_run_that_hits_its_time_limit_three_times_has_the_tensors_of_an_undist
     steps = int(140 * read_json(whole / "summary.json")["steps"] / read_json(whole / "summary.json")["seconds"])
     words = ["--config", "tiny.toml", "--epochs", f"{steps}st", "--out"]
     number = launch(*words, "limited", "--time", "1min", "--grace", "10s")
-    assert end_of(number, place / "limited") == "COMPLETED"
+    assert end_of(number) == "COMPLETED"
     assert int(job(number, "Restarts")) >= 3
     pdvit("train", *words, "undisturbed")
     same(place / "limited", place / "undisturbed")
@@ -154,33 +157,33 @@ DISTURBANCES = {
 
 @pytest.mark.parametrize("how", DISTURBANCES)
 def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(place, whole, how):
-    run = place / how.replace(" ", "-")
-    number = launch("--config", "tiny.toml", "--out", run)
-    wait(lambda: written(run), run)
+    folder = place / how.replace(" ", "-")
+    number = launch("--config", "tiny.toml", "--out", folder)
+    wait(lambda: written(folder), folder)
     for command in DISTURBANCES[how]:
-        scontrol(*(word.format(number) for word in command))
-    wait(lambda: job(number, "Restarts") == "1", run)
-    assert end_of(number, run) == "COMPLETED"
-    assert "resuming after step" in (run / "jobs" / f"{number}_0_log.out").read_text()
-    same(run, whole)
+        run(*(word.format(number) for word in command))
+    wait(lambda: job(number, "Restarts") == "1", number)
+    assert end_of(number) == "COMPLETED"
+    assert "resuming after step" in (folder / "jobs" / f"{number}_0_log.out").read_text()
+    same(folder, whole)
 
 
 def test_a_cancelled_run_is_saved_and_can_be_resumed(place, whole):
-    run = place / "cancelled"
-    again = ["--config", "tiny.toml", "--out", run]
+    folder = place / "cancelled"
+    again = ["--config", "tiny.toml", "--out", folder]
     number = launch(*again, "--sbatch", "hold=true")
     refused = pdvit("train", *again, *SLURM, status=2)
     assert f"job {number} of this run has not ended" in refused
     assert f"scancel {number}" in refused
-    scontrol("scontrol", "release", number)
-    wait(lambda: written(run), run)
-    scontrol("scancel", number)
-    assert end_of(number, run) == "CANCELLED"
-    status = read_json(run / "status.json")
+    run("scontrol", "release", number)
+    wait(lambda: written(folder), folder)
+    run("scancel", number)
+    assert end_of(number) == "CANCELLED"
+    status = read_json(folder / "status.json")
     assert (status["status"], status["reason"]) == ("stopped", "SIGTERM")
-    assert (run / "checkpoints" / "last").read_text() == f"step-{status['step']:08d}"
-    assert "test accuracy" in pdvit("train", "--resume", run, *SLURM, "--follow")
-    same(run, whole)
+    assert (folder / "checkpoints" / "last").read_text() == f"step-{status['step']:08d}"
+    assert "test accuracy" in pdvit("train", "--resume", folder, *SLURM, "--follow")
+    same(folder, whole)
 
 
 def test_two_tasks_are_two_ranks(place):
@@ -200,30 +203,22 @@ def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
     listed = pdvit("sweep", "status", "runs/six")
     assert "none-seed=0  running  job " in listed
     assert "paper-seed=1  waiting  job " in listed
-    shown = following.communicate(timeout=PATIENCE)[0]
-    assert following.returncode == 1, shown
-    assert "6 cells: 4 finished, 2 failed" in shown
-    statuses = {row["name"]: row["status"] for row in read_csv(place / "runs/six/cells.csv")}
-    assert statuses == {
-        f"{name}-seed={seed}": "failed" if name == "late" else "finished"
-        for name in ("none", "paper", "late")
-        for seed in (0, 1)
-    }
+    assert "6 cells: 4 finished, 2 failed" in finish(following, 1)
+    rows = read_csv(place / "runs/six/cells.csv")
+    assert [row["status"] for row in rows] == ["finished", "finished", "failed"] * 2
     same(place / "runs/six/paper-seed=0", whole)
 
 
 def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
     (place / "long.toml").write_text(TINY.format(steps=100_000) + SWEEP)
     process = start("train", "--config", "long.toml", *SLURM, "--follow", "--cells", "1-2")
-    run = place / "runs/long/none-seed=0"
-    wait(lambda: written(run), run)
+    folder = place / "runs/long/none-seed=0"
+    wait(lambda: written(folder), folder)
     process.send_signal(signal.SIGINT)
-    shown = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 75, shown
-    assert "pdvit sweep cancel runs/long" in shown
+    assert "pdvit sweep cancel runs/long" in finish(process, 75)
     assert "running  job" in pdvit("sweep", "status", "runs/long")
     assert "2 jobs end" in pdvit("sweep", "cancel", "runs/long")
-    wait(lambda: "job" not in pdvit("sweep", "status", "runs/long"), run)
+    wait(lambda: "job" not in pdvit("sweep", "status", "runs/long"), folder)
     assert "none-seed=0  stopped  SIGTERM" in pdvit("sweep", "status", "runs/long")
 
 
@@ -235,9 +230,9 @@ def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
     ],
 )
 def test_what_slurm_refuses_is_an_error_and_the_same_command_works_afterwards(place, words, what):
-    run = place / words[-1]
-    assert what in pdvit("train", "--config", "tiny.toml", "--out", run, *SLURM, *words, status=2)
-    assert end_of(launch("--config", "tiny.toml", "--epochs", "2st", "--out", run), run) == "COMPLETED"
+    folder = place / words[-1]
+    assert what in pdvit("train", "--config", "tiny.toml", "--out", folder, *SLURM, *words, status=2)
+    assert end_of(launch("--config", "tiny.toml", "--epochs", "2st", "--out", folder)) == "COMPLETED"
 
 
 def test_a_folder_that_the_machines_do_not_share_is_named(place, monkeypatch):

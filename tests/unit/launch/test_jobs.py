@@ -1,7 +1,9 @@
 """Jobs with commands in the place of Slurm's that write down what they are asked, and runs that take no time."""
 
 import os
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pdvit.config.schema import LaunchConfig
 from pdvit.errors import RunFailed, UserError
 from pdvit.launch import Jobs, RunJob
 from pdvit.tracking.run_directory import RunDirectory
+from tests.docs.pages import read
 from tests.files import read_json
 
 PROGRAMS = {
@@ -83,6 +86,15 @@ def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm
     assert found.log("c").name == "12_2_0_log.out"
     assert found.cancel() == ["a", "b"]
     assert Path("cancelled").read_text() == "12_0\n12_1\n"
+
+
+def test_the_docs_show_the_file_that_is_made(slurm, workplace):
+    found, launch = Jobs(workplace / "big"), LaunchConfig("slurm", 2, 8, 12, "400G", "24h", partition="gpu")
+    with found.locked():
+        found.start(launch, "pdvit-big", jobs(workplace, run="big"))
+    sent = Path("sent.sh").read_text().replace(str(workplace / "big"), "/shared/runs/big")
+    shown = re.search(r"```\n(#!/bin/bash.*?)```", read("docs/cluster.md"), re.DOTALL)[1]
+    assert sent.strip() == shown.replace("/home/me/env/bin/python", sys.executable).strip()
 
 
 @pytest.mark.parametrize(
