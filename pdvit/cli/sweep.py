@@ -121,11 +121,13 @@ def _watch(
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
-            for name in jobs.start(launch, folder.path.name, waiting, devices) if waiting and not stop else ():
+            started = jobs.start(launch, folder.path.name, waiting, devices) if waiting and not stop else []
+            for name in started:
                 running[name] = time.monotonic()
                 log(console, f"{lines[name]} ...")
             states = jobs.states()
-            for name in [name for name in running if name not in states]:
+            ended = [name for name in running if name not in states]
+            for name in ended:
                 seconds = time.monotonic() - running.pop(name)
                 if here and not stop and folder.written(name).status in ("running", "waiting"):
                     reason = f"its process ended; its output is in {jobs.log(name)}"
@@ -140,6 +142,7 @@ def _watch(
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
                     line += f"; about {duration(rest)} left"
                 log(console, line)
+            if started or ended:
                 folder.write_table(states)
             if time.monotonic() - begun >= limit:
                 stop.reason = stop.reason or "time limit"

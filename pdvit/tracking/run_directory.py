@@ -209,28 +209,25 @@ def reserve(out: str | None, name: str, inner: str) -> Path:
         raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
     path = RUNS / name if out is None else Path(os.path.expanduser(out))
     for number in count(2):
+        refuse_taken(out)
         with writing("the run directory", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                path.mkdir(exist_ok=out is not None and _is_free(path))
+                path.mkdir(exist_ok=out is not None)
                 (path / inner).mkdir(exist_ok=inner == JOBS)  # of several commands, one has made it
                 break
-        refuse_taken(out)
         path = RUNS / f"{name}-{number}" if out is None else path
     return path
 
 
 def refuse_taken(out: str | None) -> None:
-    """Raise UserError if a new run can't be made in the folder `out`."""
+    """Raise UserError if a new run can't be made in the folder `out`: a job leaves JOBS and STATUS before it begins."""
     path = Path(os.path.expanduser(out or ""))
-    if out and os.path.lexists(path) and not _is_free(path):
-        again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
-        raise UserError("the path exists already", str(path), OTHER + again)
-
-
-def _is_free(path: Path) -> bool:
-    """Return whether a folder holds nothing, or what a job left that ended before its run began."""
-    return path.is_dir() and {name for name in os.listdir(path) if not name.startswith(".")} <= {JOBS, STATUS}
+    if out and os.path.lexists(path):
+        names = [name for name in os.listdir(path) if not name.startswith(".")] if path.is_dir() else [""]
+        if not {*names} <= {JOBS, STATUS}:
+            again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
+            raise UserError("the path exists already", str(path), OTHER + again)
 
 
 def newest(marker: str) -> list[Path]:

@@ -112,11 +112,11 @@ def check_row(row: dict[str, str], run: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["nonsense", "segmentation", "digits --cells 99"])
-def test_a_folder_table_or_cell_that_does_not_exist_is_refused(line, workplace, monkeypatch, capsys):
+def test_a_folder_table_or_cell_that_does_not_exist_is_refused(line, workplace, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main() == 2
-    assert line.split()[-1] in "".join(capsys.readouterr())
+    assert line.split()[-1] in "".join(capfd.readouterr())
     assert not Path("runs").exists()
 
 
