@@ -16,22 +16,11 @@ from pdvit.sweep import make_cells
 from tests.files import newest_step, read_csv, read_json, read_records
 
 BASE = """
-[data]
-img_size = 16
-batch_size = 16
-[model]
-depth = 2
-width = 16
-heads = 1
-patch_size = 8
-[optim]
-epochs = "{steps}st"
-warmup = "1st"
-[checkpoint]
-every = "5st"
-[run]
-device = "cpu"
-log_every = "1st"
+data = { img_size = 16, batch_size = 16 }
+model = { depth = 2, width = 16, heads = 1, patch_size = 8 }
+optim = { epochs = "STEPSst", warmup = "1st" }
+checkpoint = { every = "5st" }
+run = { device = "cpu", log_every = "1st" }
 [sweep]
 """
 TWO = '"run.seed" = [0]\n[[sweep.variant]]\nname = "none"\n"diversity.preset" = "none"\n'
@@ -41,7 +30,7 @@ PATIENCE, STEPS = 240.0, 150
 
 def write(place: Path, sweep: str = TWO, steps: int = 2) -> Path:
     file = place / "tiny.toml"
-    file.write_text(BASE.format(steps=steps) + sweep)
+    file.write_text(BASE.replace("STEPS", str(steps)) + sweep)
     return file
 
 

@@ -20,34 +20,16 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "slurm.sh"
 TINY = """
-[data]
-img_size = 16
-batch_size = 16
-[model]
-depth = 2
-width = 16
-heads = 1
-patch_size = 8
-[optim]
-epochs = "{steps}st"
-warmup = "1st"
-[checkpoint]
-every = "50st"
-[run]
-log_every = "50st"
-eval_every = "1000st"
+data = { img_size = 16, batch_size = 16 }
+model = { depth = 2, width = 16, heads = 1, patch_size = 8 }
+optim = { epochs = "STEPSst", warmup = "1st" }
+checkpoint = { every = "50st" }
+run = { log_every = "50st", eval_every = "1000st" }
 """
 SWEEP = """
 [sweep]
 "run.seed" = [0, 1]
-[[sweep.variant]]
-name = "none"
-"diversity.preset" = "none"
-[[sweep.variant]]
-name = "paper"
-[[sweep.variant]]
-name = "late"
-"diversity.cosine" = 0.5
+variant = [{ name = "none", "diversity.preset" = "none" }, { name = "paper" }, { name = "third", THIRD }]
 """
 STEPS, PATIENCE = 2000, 500.0
 SLURM = ("--launcher", "slurm")
@@ -123,7 +105,7 @@ def place(tmp_path_factory, cluster) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("work")
         patch.chdir(place)
-        (place / "tiny.toml").write_text(TINY.format(steps=STEPS))
+        (place / "tiny.toml").write_text(TINY.replace("STEPS", str(STEPS)))
         yield place
 
 
@@ -194,7 +176,9 @@ def test_two_tasks_are_two_ranks(place):
 
 
 def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
-    (place / "six.toml").write_text(TINY.format(steps=STEPS) + SWEEP.replace('cosine" = 0.5', 'koleo" = 1e38'))
+    (place / "six.toml").write_text(
+        TINY.replace("STEPS", str(STEPS)) + SWEEP.replace("THIRD", '"diversity.koleo" = 1e38')
+    )
     first = ["train", "--config", "six.toml", *SLURM, "--parallel", "2"]
     following = start(*first, "--follow")
     wait((place / "runs/six/jobs/jobs.json").is_file, "six")
@@ -210,7 +194,7 @@ def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
 
 
 def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
-    (place / "long.toml").write_text(TINY.format(steps=100_000) + SWEEP)
+    (place / "long.toml").write_text(TINY.replace("STEPS", "100000") + SWEEP.replace("THIRD", '"optim.lr" = 1'))
     process = start("train", "--config", "long.toml", *SLURM, "--follow", "--cells", "1-2")
     folder = place / "runs/long/none-seed=0"
     wait(lambda: written(folder), folder)
@@ -222,17 +206,11 @@ def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
     assert "none-seed=0  stopped  SIGTERM" in pdvit("sweep", "status", "runs/long")
 
 
-@pytest.mark.parametrize(
-    ("words", "what"),
-    [
-        (["--partition", "nowhere"], "sbatch: Batch job submission failed: Invalid partition name specified"),
-        (["--time", "1min"], "a job of 1min has no time for a checkpoint"),
-    ],
-)
-def test_what_slurm_refuses_is_an_error_and_the_same_command_works_afterwards(place, words, what):
-    folder = place / words[-1]
-    assert what in pdvit("train", "--config", "tiny.toml", "--out", folder, *SLURM, *words, status=2)
-    assert end_of(launch("--config", "tiny.toml", "--epochs", "2st", "--out", folder)) == "COMPLETED"
+def test_what_slurm_refuses_is_an_error_and_the_same_command_works_afterwards(place):
+    words = ["--config", "tiny.toml", "--epochs", "2st", "--out", place / "refused"]
+    refused = pdvit("train", *words, *SLURM, "--partition", "nowhere", status=2)
+    assert "sbatch: Batch job submission failed: Invalid partition name specified" in refused
+    assert end_of(launch(*words)) == "COMPLETED"
 
 
 def test_a_folder_that_the_machines_do_not_share_is_named(place, monkeypatch):
