@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import time
@@ -80,7 +81,12 @@ def launch_run(
             tip = f"wait for it, or cancel it: {end_of_job(launcher, id_)}"
             raise UserError(f"job {id_} of this run has not ended", str(path), tip)
         job = RunJob(train_job, config, path.resolve(), (*change,))
-        jobs.start(config.launch, f"pdvit-{path.name}", {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
+        try:
+            jobs.start(config.launch, f"pdvit-{path.name}", {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
+        except UserError:
+            if name is None and not jobs.ids():
+                shutil.rmtree(path)
+            raise
     launcher, id_, _ = jobs.ids()[RUN]
     if console.stderr:
         print(json.dumps({"run": str(path), "launcher": launcher, "job": id_, "log": str(jobs.log(RUN))}, indent=2))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -113,7 +114,7 @@ def _submit(executor: LocalExecutor | SlurmExecutor, jobs: list[RunJob]) -> list
     try:
         return executor.submit_array(jobs)
     except FailedJobError as error:
-        what = str(error).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
+        what = re.sub(r"^sbatch: (error|fatal): ", "", str(error).strip().rpartition("\n")[2])
         tip = "check the settings of [launch]; sinfo lists the partitions"
         raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
 
