@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +25,7 @@ from pdvit.cli.options import Group, NamedLayer, add_command, check_initial_weig
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
 from pdvit.config.schema import LaunchConfig
-from pdvit.errors import UserError, command
+from pdvit.errors import RunFailed, UserError, command
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
 
@@ -116,6 +118,8 @@ def _watch(
     limit: float = math.inf,
 ) -> None:
     """Log the cells as their jobs end; here, start those that wait, and end all at a stop or after `limit` seconds."""
+    from pdvit.sweep import CellState
+
     here, told, begun, durations = launch.launcher == "local", False, time.monotonic(), list[float]()
     lines = {cell.name: f"cell {cell.number} of {len(cells)}: {cell.name}" for cell in cells}
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
@@ -142,6 +146,8 @@ def _watch(
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
                     line += f"; about {duration(rest)} left"
                 log(console, line)
+                if here and state == CellState("stopped", "SIGTERM"):  # by pdvit sweep cancel
+                    stop.reason = stop.reason or "SIGTERM"
             if started or ended:
                 folder.write_table(states)
             if time.monotonic() - begun >= limit:
@@ -161,10 +167,17 @@ def _check_apart(
     folder: "Folder", cells: Sequence["Cell"], launch: LaunchConfig, console: "RunConsole"
 ) -> list[str | None]:
     """Check the configurations of new cells in a process of its own; return the devices of jobs at the same time."""
+    from pdvit.launch import ignored
+
     log(console, "checking their configurations ...")
     new = [cell for cell in cells if not (folder.path / cell.name / "run.toml").is_file()]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        gpus = pool.submit(_check, new).result()
+        with ignored(signal.SIGINT, signal.SIGHUP):
+            checked = pool.submit(_check, new)
+        try:
+            gpus = checked.result()
+        except BrokenProcessPool as error:
+            raise RunFailed("the process that checks the cells was killed", "see whether memory is enough") from error
     devices = devices_of(cells, gpus, launch.gpus or 1)
     return [devices[number % len(devices)] for number in range(launch.parallel or len(devices))]
 

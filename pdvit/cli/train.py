@@ -44,8 +44,10 @@ def launch(
         values["model_init"] = checkpoint
     if resume is not None and replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
+    settings = [key for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
+    of_jobs = [key.flags[0] for key in settings if key.section == "launch" and key.name != "launcher"]
+    of_jobs += ["--follow"] if follow else []
     if resume is not None or replay is not None:
-        settings = [key for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
         flags = [key.flags[0] for key in settings if replay is not None or key.section != "launch"]
         flags += [flag for flag, given in (("--set", assign), ("--config", file), ("--cells", cells)) if given]
         if flags:
@@ -65,8 +67,9 @@ def launch(
             return run_sweep(command, file, layers, cells, follow, console, stop)
         config = build(*layers)  # of a resumed run, only [launch] matters
         launched = config.launch.launcher != "none"
-        if follow and not launched:
-            raise UserError("only a job can be followed", "--follow", "add --launcher local or slurm, or leave it out")
+        if of_jobs and not launched:
+            what = f"{of_jobs[0]} is for jobs, and the run is trained in this command"
+            raise UserError(what, of_jobs[0], "add --launcher local or slurm, or leave it out")
         if opened is None:
             if cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"

@@ -34,7 +34,7 @@ class RunJob:
         """Train the run and exit with its status."""
         begun, launch, slurm = time.monotonic(), self.config.launch, os.environ["SUBMITIT_EXECUTOR"] == "slurm"
         if not slurm:  # submitit hides the GPUs
-            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             os.environ |= {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
         os.environ |= {} if launch.cpus is None else {"OMP_NUM_THREADS": str(launch.cpus)}
         main = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank == 0
@@ -50,10 +50,10 @@ class RunJob:
                 print(f"error: no step was saved in {launch.time}\n  tip:   a longer --time", file=sys.stderr)
                 RunDirectory(self.run, main).mark("failed", f"no step was saved in a job of {launch.time}")
                 sys.exit(1)
-            signal.raise_signal(signal.SIGUSR2)  # submitit calls `checkpoint` and queues the job again
-        elif status == EXIT_STOPPED and slurm:
+            signal.raise_signal(signal.SIGUSR2)  # submitit calls `checkpoint` and queues the job again, in rank 0
+        if status == EXIT_STOPPED and slurm and stop.reason in ("SIGUSR2", "SIGTERM"):
             # Slurm cancels, preempts or requeues. A job that exits before it is preempted would not be queued again.
-            time.sleep(KILL_SECONDS if stop.reason == "SIGTERM" else 0)
+            time.sleep(KILL_SECONDS)
         sys.exit(status)
 
     def checkpoint(self) -> DelayedSubmission:

@@ -84,7 +84,7 @@ class Jobs:
             pairs = zip(waiting.items(), free.elements(), strict=False)
             taken = {name: replace(job, devices=device) for (name, job), device in pairs}
         if taken:
-            with writing("jobs", self.folder), _ignored(signal.SIGINT, signal.SIGHUP):
+            with writing("jobs", self.folder), ignored(signal.SIGINT, signal.SIGHUP):
                 started = _submit(_executor(self.folder, launch, title), [*taken.values()])
                 self.children += [job for job in started if isinstance(job, LocalJob)]
                 jobs = zip(taken.items(), started, strict=True)
@@ -176,7 +176,7 @@ def _slurm(*command: str) -> str:
 
 
 @contextmanager
-def _ignored(*numbers: signal.Signals) -> Iterator[None]:
+def ignored(*numbers: signal.Signals) -> Iterator[None]:
     """Ignore signals inside, and in the processes that are started there: a terminal's are for this command alone."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

@@ -232,7 +232,7 @@ def test_a_second_command_is_refused_while_the_first_runs(workplace, undisturbed
 
 @pytest.mark.slow
 def test_cells_run_at_the_same_time_and_can_be_cancelled(workplace, capsys):
-    write(workplace, steps=100_000)
+    write(workplace, TWO.replace("[0]", "[0, 1]"), steps=100_000)
     sweep = workplace / "runs" / "tiny"
     process = command("--parallel", "2", "--cpus", "1")
     for name in ("none-seed=0", "paper-seed=0"):
@@ -243,4 +243,4 @@ def test_cells_run_at_the_same_time_and_can_be_cancelled(workplace, capsys):
     assert pdvit(["sweep", "cancel", str(sweep)]) == 0
     assert capsys.readouterr().out == "2 jobs end\n"
     assert "the same command resumes the sweep" in finish(process, 75)
-    assert statuses(sweep) == ["stopped", "stopped"]
+    assert statuses(sweep) == ["stopped", "stopped", "waiting", "waiting"]
