@@ -2,7 +2,8 @@
 
     python experiments/run.py ablation           # the sweep of experiments/ablation/cpu.toml
     python experiments/run.py ablation tuning    # tuning.toml: prints the best learning rates on validation
-    python experiments/run.py ablation gpu --at-once 4 --set data.source=../cifar100
+    python experiments/run.py ablation gpu --parallel 4 --set data.source=../cifar100
+    python experiments/run.py ablation gpu --launcher slurm --follow --gpus 1 --time 2h
 
 It trains the cells of the sweep, and measures P and effective rank of every layer of each finished one on 256 images of
 the split that the run ended with: with its final weights and with those that it began from. Then it writes
@@ -12,9 +13,9 @@ measured). README.md tells the columns. Where words change the recipe, or some c
 the folder of the sweep.
 
 What is finished is skipped: the same command goes on, also after Ctrl-C (status 75). One cell runs at a time on each
-GPU, or as many as --at-once says; without a GPU as many as there are cores in all, with one thread each.
-CUDA_VISIBLE_DEVICES= hides the GPUs. The exit status is that of pdvit train, or 1 where a finished run could not be
-measured.
+GPU, or as many as --parallel says; without a GPU as many as there are cores in all, with one thread each.
+CUDA_VISIBLE_DEVICES= hides the GPUs. With --launcher slurm the cells are jobs, and --follow waits for them. The exit
+status is that of pdvit train, or 1 where a finished run could not be measured.
 """
 
 import io
@@ -37,14 +38,16 @@ from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, writ
 
 from pdvit import analyze
 from pdvit.config import build, read_toml
+from pdvit.config.schema import KEYS
 from pdvit.data.loader import eval_batches
 from pdvit.data.sources.split import subsample
 from pdvit.engine.device import visible_gpus
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import UserError
+from pdvit.launch import Jobs
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from pdvit.sweep import Folder, numbers
+from pdvit.sweep import Folder
 from pdvit.tracking.run_directory import write_file
 from pdvit.workflows.console import make_console
 from pdvit.workflows.runs import build_trainer
@@ -53,22 +56,15 @@ HERE = Path(__file__).parent
 IMAGES = 256
 
 
-def train(line: Sequence[str], count: int, stop: StopRequest) -> int:
-    """Run the same command so many times at once: they share the cells. Returns the exit status that says most."""
-    running = [subprocess.Popen(line, process_group=0) for _ in range(count)]  # a terminal's Ctrl-C reaches us alone
-    asked = False
-    try:
-        while any(process.poll() is None for process in running):
-            time.sleep(0.2)
-            if stop and not asked:
-                asked = True
-                for process in running:
-                    process.terminate()  # each cell finishes its step and saves
-    finally:
-        for process in running:
-            process.send_signal(signal.SIGINT)  # to one that has ended it does nothing
-            process.wait()
-    return max((process.returncode for process in running), key=abs)
+def train(line: Sequence[str], stop: StopRequest) -> int:
+    """Run the command; return its exit status. A stop is handed on: the cells finish their steps and save."""
+    process = subprocess.Popen(line, process_group=0)  # a terminal's Ctrl-C reaches this process alone
+    while process.poll() is None:
+        time.sleep(0.2)
+        if stop:
+            process.terminate()
+            return process.wait()
+    return process.returncode
 
 
 def measure(run: Path) -> str | None:
@@ -108,7 +104,7 @@ def measure_all(runs: Sequence[Path], count: int, stop: StopRequest) -> bool:
     return done
 
 
-def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop: StopRequest) -> int:
+def run(kind: str, folder: Path, words: Sequence[str], stop: StopRequest) -> int:
     """Train, measure and write the tables of one sweep; return the exit status."""
     line = [sys.executable, "-m", "pdvit", "train", "--config", str(folder / f"{kind}.toml"), *words]
     if {"list", "--help"} & {*words}:
@@ -116,40 +112,33 @@ def run(kind: str, folder: Path, at_once: int | None, words: Sequence[str], stop
     listed = subprocess.run([*line, "--cells", "list", "--json"], stdout=subprocess.PIPE, text=True)
     if listed.returncode:
         return listed.returncode
-    there = json.loads(listed.stdout)
-    sweep, most = Path(there["sweep"]), at_once or 1
-    if not visible_gpus():
+    sweep, given = Path(json.loads(listed.stdout)["sweep"]), dict(pairwise(words))
+    at_once = int(given.get("--parallel", 1))
+    if not visible_gpus() and "--launcher" not in given:
         os.environ["OMP_NUM_THREADS"] = "1"
-        most = at_once or len(os.sched_getaffinity(0))
-    chosen = chosen_of(words, len(there["cells"]))
-    count = min(most, len(chosen))
-    status = train(line, count, stop)
+        at_once = int(given.get("--parallel", len(os.sched_getaffinity(0))))
+        line += ["--parallel", str(at_once)]
+    status = train(line, stop)
     if stop or status not in (0, 1, EXIT_STOPPED):
         return status or EXIT_STOPPED
-    states = Folder(sweep).write_table()
-    reached = [state.status for cell, state in states if cell.number in chosen]
-    if status == EXIT_STOPPED and all(state in ENDED for state in reached):  # of one of several commands
-        status = int("failed" in reached)
+    states = Folder(sweep).write_table(Jobs(sweep).states())
     finished = [cell for cell, state in states if state.status == "finished"]
     # Of pixels mIoU is the measure: the backbones' layers are in the tables of the runs that made them.
     measured = [sweep / cell.name for cell in finished if "tuning" not in kind and cell.config.segment.head is None]
     todo = [run for run in measured if not (run / LAYERS).is_file()]
-    if todo and not measure_all(todo, count, stop):
+    if todo and not measure_all(todo, at_once, stop):
         status = EXIT_STOPPED if stop else status or 1
     whole = all(state.status in ENDED for _, state in states)
     write(kind, folder if whole and same(words) else sweep, sweep)
     return status
 
 
-def chosen_of(words: Sequence[str], count: int) -> set[int]:
-    """Return the numbers of the cells that the words choose; of `--cells failed` it may be any of all."""
-    said = next((value for name, value in pairwise(words) if name == "--cells"), "failed")
-    return set(range(1, count + 1)) if said == "failed" else numbers(said, count)
-
-
 def same(words: Sequence[str]) -> bool:
-    """Tell whether the recipe was run as it is: the only word that changes nothing of it is where the images are."""
-    return not words or (len(words) == 2 and words[1].startswith("data.source="))
+    """Tell whether the recipe was run as it is: where the images are and where it runs changes nothing of it."""
+    flags = {flag for key in KEYS.values() if key.section == "launch" for flag in key.flags}
+    pairs = zip(["", *words], [*words, ""], strict=True)
+    rest = [word for before, word in pairs if word and not {before, word} & {*flags, "--follow"}]
+    return not rest or (len(rest) == 2 and rest[1].startswith("data.source="))
 
 
 def write(kind: str, folder: Path, sweep: Path) -> None:
@@ -165,24 +154,18 @@ def write(kind: str, folder: Path, sweep: Path) -> None:
         print(f'"optim.lr" = {rate:g}  # {setting}: {score:.4f} on validation{", at the edge" if edge else ""}')
 
 
-def understand(words: Sequence[str]) -> tuple[str, str, int | None, list[str]]:
-    """Return folder, file, --at-once and the words for pdvit train; ValueError where there is no folder or number."""
+def understand(words: Sequence[str]) -> tuple[str, str, list[str]]:
+    """Return folder, file and the words for pdvit train; ValueError where there is no folder."""
     folder, *rest = words
     if folder.startswith("-"):
         raise ValueError(folder)
     kind = rest.pop(0) if rest and not rest[0].startswith("-") else "cpu"
-    if "--at-once" not in rest:
-        return folder, kind, None, rest
-    place = rest.index("--at-once")
-    (count,) = map(int, rest[place + 1 : place + 2])
-    if count < 1:
-        raise ValueError(count)
-    return folder, kind, count, rest[:place] + rest[place + 2 :]
+    return folder, kind, rest
 
 
 def main() -> int:
     try:
-        folder, kind, at_once, words = understand(sys.argv[1:])
+        folder, kind, words = understand(sys.argv[1:])
     except ValueError:
         print(__doc__)
         return 2
@@ -193,7 +176,7 @@ def main() -> int:
         return 2
     with stop_on_signals() as stop:
         try:
-            return run(kind, HERE / folder, at_once, words, stop)
+            return run(kind, HERE / folder, words, stop)
         except UserError as error:
             print(error, file=sys.stderr)
             return 2

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, train
+from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, sweep, train
 from pdvit.cli.options import Group, add_command
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
@@ -34,6 +34,7 @@ add_command(app, "pdvit analyze runs/digits-none runs/digits-paper", "pdvit anal
 add_command(app, "pdvit runs", "pdvit runs runs/comparison --json")(list_runs.runs)
 add_command(app, "pdvit doctor")(doctor.doctor)
 app.add_typer(plot.app, name="plot")
+app.add_typer(sweep.app, name="sweep")
 
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 PLAIN = dict(zip("▁▂▃▄▅▆▇█·", "_.,-=+*#.", strict=True))
@@ -60,7 +61,7 @@ def run(arguments: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="pdvit")
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
-    arguments = [*arguments, "--help"] if arguments in ([], ["plot"]) else arguments
+    arguments = [*arguments, "--help"] if arguments in ([], ["plot"], ["sweep"]) else arguments
     try:
         status = app(arguments, prog_name="pdvit", standalone_mode=False)
     except (UserError, RunFailed) as error:

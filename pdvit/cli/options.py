@@ -13,6 +13,8 @@ from pdvit.config.recipes import Layer, NamedLayer, merge_layers
 from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
 
+KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
+
 
 class _Plain:  # shows no type for switches in the help, not even for --help
     def get_params(self, ctx: typer.Context) -> list[Any]:
@@ -92,8 +94,9 @@ def make_layers(
         if isinstance(value, list):
             for text in value:
                 if "=" not in text:
-                    raise UserError(f"'{text}' is not k=v", "--model-kwargs", "for example --model-kwargs qk_norm=true")
-            value = merge_layers(parse_set(f"model.{text}") for text in value)["model"]
+                    flag = KEYS[f"{section}.{item}"].flags[0]
+                    raise UserError(f"'{text}' is not k=v", flag, f"for example {flag} {KEYWORDS[section]}")
+            value = merge_layers(parse_set(f"{section}.{text}") for text in value)[section]
         elif isinstance(value, str) and value.isdecimal() and name == "data_batch_size":
             value = int(value)  # the flag takes numbers and words
         flags.setdefault(section, {})[item] = value

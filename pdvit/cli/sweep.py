@@ -1,40 +1,56 @@
 """A sweep: check its cells, run them, and print their outcomes."""
 
 import json
+import math
 import os
+import signal
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from multiprocessing import set_forkserver_preload
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from pdvit.cli.options import check_initial_weights
+import typer
+
+from pdvit.cli.launch import POLL_SECONDS, train_job
+from pdvit.cli.options import Group, add_command, check_initial_weights
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build, to_dict
 from pdvit.config.recipes import NamedLayer, merge_layers
-from pdvit.config.schema import Config
-from pdvit.errors import UserError
+from pdvit.config.schema import LaunchConfig
+from pdvit.errors import RunFailed, UserError, command
 from pdvit.tasks.summary import describe_summary
+from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import duration, log, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
+    from pdvit.launch import Jobs, RunJob
     from pdvit.sweep import Cell, Folder
 
-PRELOADED = ["pdvit.workflows.runs", "pdvit.tasks.classification", "pdvit.tasks.segmentation"]  # once for all cells
-PRELOADED += ["sklearn.datasets", "sklearn.model_selection"]
 OF_THE_SWEEP = ("out", "name", "time_limit")  # keys of the whole sweep, not of its cells
 MAX_FAILURES = 10
 
 
 def run_sweep(
-    command: str, file: Path, layers: list[NamedLayer], chosen: str | None, console: "RunConsole", stop: "StopRequest"
+    name: str,
+    file: Path,
+    layers: list[NamedLayer],
+    chosen: str | None,
+    follow: bool,
+    console: "RunConsole",
+    stop: "StopRequest",
 ) -> int:
     """Run the cells of the [sweep] in `file` that are not finished, or those of --cells; return the exit status."""
+    from pdvit.engine.terminal import EXIT_STOPPED
+    from pdvit.launch import Jobs, RunJob
     from pdvit.sweep import Folder, make_cells, numbers, split
     from pdvit.tracking.run_directory import RUNS
 
@@ -48,76 +64,130 @@ def run_sweep(
     config = build(*merged)
     settings = merge_layers(layer for _, layer in merged)
     settings["run"] = {key: value for key, value in settings.get("run", {}).items() if key not in OF_THE_SWEEP}
+    settings.pop("launch", None)
     cells = make_cells(settings, table, where)
+    cells = [replace(cell, config=replace(cell.config, launch=config.launch)) for cell in cells]
     _check_not_swept(table, merged[merged.index((where, base)) + 1 :])
-    for cell in cells if command == "finetune" else ():
+    for cell in cells if name == "finetune" else ():
         with _naming(cell):
             check_initial_weights(cell.config)
     out = config.run.out
     folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or file.stem))
+    launch = replace(config.launch, launcher="slurm" if config.launch.launcher == "slurm" else "local")
+    jobs = Jobs(folder.path)
     if chosen == "list":
-        return _list(folder, cells, console)
-    states = {cell.name: folder.written(cell.name).status for cell in cells}
-    if chosen == "failed":
-        selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
-    else:
-        named = set(range(1, len(cells) + 1)) if chosen is None else numbers(chosen, len(cells))
-        selected = [cell for cell in cells if cell.number in named]
-        todo = [cell for cell in selected if states[cell.name] not in ("finished", "failed")]
+        return _list(folder, cells, jobs, console)
+    named = set(range(1, len(cells) + 1)) if chosen in (None, "failed") else numbers(chosen, len(cells))
     folder.begin(settings, table, cells)
-    folder.write_table()
-    log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
-    if todo:
-        limit = config.run.time_limit
-        seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
-        _train_cells(folder, todo, len(cells), seconds, console, stop)
-    return _print_outcomes(folder, selected, console)
+    with jobs.locked():
+        states = {cell.name: state.status for cell, state in folder.write_table(jobs.states())}
+        if chosen == "failed":
+            selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
+        else:
+            selected = [cell for cell in cells if cell.number in named]
+            todo = [cell for cell in selected if states[cell.name] in ("waiting", "stopped")]
+        todo = [cell for cell in todo if cell.name not in jobs.states()]
+        log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
+        waiting = {cell.name: RunJob(train_job, cell.config, (folder.path / cell.name).resolve()) for cell in todo}
+        watch = partial(_watch, folder, jobs, cells, launch, waiting, console, stop)
+        if launch.launcher == "local" and (todo or jobs.states()):
+            limit = config.run.time_limit
+            seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
+            watch(_check_apart(folder, todo, launch, console), seconds or math.inf)
+        elif todo:
+            jobs.start(launch, f"pdvit-{folder.path.name}", waiting)
+            log(console, f"submitted; logs in {jobs.folder}")
+    if launch.launcher == "slurm":
+        if follow:
+            watch()
+        log(console, f"follow with  {command('sweep', 'status', folder.path)}")
+        log(console, f"cancel with  {command('sweep', 'cancel', folder.path)}")
+        if stop or not follow:
+            return EXIT_STOPPED if stop else 0
+    return _print_outcomes(folder, jobs, selected, console)
 
 
-def _train_cells(
+def _watch(
     folder: "Folder",
+    jobs: "Jobs",
     cells: Sequence["Cell"],
-    total: int,
-    limit: float | None,
+    launch: LaunchConfig,
+    waiting: dict[str, "RunJob"],
     console: "RunConsole",
     stop: "StopRequest",
+    devices: Sequence[str | None] = (),
+    limit: float = math.inf,
 ) -> None:
-    """Check the cells and train them, for at most `limit` seconds."""
-    from pdvit.sweep import run_apart, run_cells
+    """Log the cells as their jobs end; here, start those that wait, and end all at a stop or after `limit` seconds."""
+    from pdvit.sweep import CellState
 
-    set_forkserver_preload(PRELOADED)
+    here, told, begun, durations = launch.launcher == "local", False, time.monotonic(), list[float]()
+    lines = {cell.name: f"cell {cell.number} of {len(cells)}: {cell.name}" for cell in cells}
+    running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
+    try:
+        while running or (waiting and not stop):
+            started = jobs.start(launch, folder.path.name, waiting, devices) if waiting and not stop else []
+            for name in started:
+                running[name] = time.monotonic()
+                log(console, f"{lines[name]} ...")
+            states = jobs.states()
+            ended = [name for name in running if name not in states]
+            for name in ended:
+                seconds = time.monotonic() - running.pop(name)
+                if here and not stop and folder.written(name).status in ("running", "waiting"):
+                    reason = f"its process ended; its output is in {jobs.log(name)}"
+                    RunDirectory(folder.path / name).mark("failed", reason)
+                state = folder.state(name, states)
+                line = f"{lines[name]}: {state.status}{': ' if state.reason else ''}{state.reason}"
+                if state.status == "finished":
+                    durations.append(seconds)
+                    summary = RunDirectory(folder.path / name).read_json("summary.json")
+                    line += f" in {duration(seconds)}; {describe_summary(summary).splitlines()[0]}"
+                if durations and (left := len(running) + len(waiting)):
+                    rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
+                    line += f"; about {duration(rest)} left"
+                log(console, line)
+                if here and state == CellState("stopped", "SIGTERM"):  # by pdvit sweep cancel
+                    stop.reason = stop.reason or "SIGTERM"
+            if started or ended:
+                folder.write_table(states)
+            if time.monotonic() - begun >= limit:
+                stop.reason = stop.reason or "time limit"
+            if stop and not here:
+                return
+            if stop and not told:
+                jobs.cancel()  # each run finishes its step and saves
+                told = True
+            time.sleep(POLL_SECONDS[launch.launcher])
+    finally:
+        if here:
+            jobs.cancel()
+
+
+def _check_apart(
+    folder: "Folder", cells: Sequence["Cell"], launch: LaunchConfig, console: "RunConsole"
+) -> list[str | None]:
+    """Check the configurations of new cells in a process of its own; return the devices of jobs at the same time."""
+    from pdvit.launch import ignored
+
     log(console, "checking their configurations ...")
     new = [cell for cell in cells if not (folder.path / cell.name / "run.toml").is_file()]
-    devices = devices_of(cells, run_apart(_check, folder.log("check"), stop, new) or [])
-    left, running, durations = len(cells), set[str](), list[float]()
-    with closing(run_cells(folder, cells, train_cell, devices, stop, limit)) as events:
-        for cell, state, seconds in events:
-            running ^= {cell.name}
-            folder.write_table(running)
-            line = f"cell {cell.number} of {total}: {cell.name}"
-            if cell.name in running:
-                log(console, f"{line} ...")
-                continue
-            left -= 1
-            if state.status == "finished":
-                durations += [seconds] if seconds else []
-                summary = json.loads((folder.path / cell.name / "summary.json").read_text(encoding="utf-8"))
-                time = f"in {duration(seconds)}" if seconds else "by another process"
-                line += f": finished {time}; {describe_summary(summary).splitlines()[0]}"
-            elif state.status == "running":
-                line += ": another process trains it"
-            else:
-                line += f": {state.status}{': ' if state.reason else ''}{state.reason}"
-            if left > 0 and durations:
-                line += f"; about {duration(statistics.mean(durations) * left / len(devices))} left"
-            log(console, line)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ignored(signal.SIGINT, signal.SIGHUP):
+            checked = pool.submit(_check, new)
+        try:
+            gpus = checked.result()
+        except BrokenProcessPool as error:
+            raise RunFailed("the process that checks the cells was killed", "see whether memory is enough") from error
+    devices = devices_of(cells, gpus, launch.gpus or 1)
+    return [devices[number % len(devices)] for number in range(launch.parallel or len(devices))]
 
 
-def _print_outcomes(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> int:
+def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], console: "RunConsole") -> int:
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.sweep.folder import CellStatus
 
-    states = {cell.name: state for cell, state in folder.write_table()}
+    states = {cell.name: state for cell, state in folder.write_table(jobs.states())}
     states = {cell.name: states[cell.name] for cell in cells}
     counts = Counter(state.status for state in states.values())
     if console.stderr:
@@ -130,28 +200,17 @@ def _print_outcomes(folder: "Folder", cells: Sequence["Cell"], console: "RunCons
         log(console, line)
     if failed:
         more = f"and {len(failed) - MAX_FAILURES} more; " if len(failed) > MAX_FAILURES else ""
-        log(console, f"{more}logs in {folder.path}/logs; to run them again: --cells failed")
+        log(console, f"{more}logs in {jobs.folder}; to run them again: --cells failed")
     if counts["stopped"] or counts["waiting"] or counts["running"]:
         log(console, "the same command resumes the sweep")
         return EXIT_STOPPED
     return 1 if failed else 0
 
 
-def train_cell(config: Config, run: Path) -> int:
-    """Start or resume the run of a cell; return the exit status, and raise UserError and RunFailed."""
-    from pdvit.engine.terminal import stop_on_signals
-    from pdvit.workflows.runs import resume, start, train_to_end
-
-    console = make_console(as_json=False)
-    with stop_on_signals() as stop:
-        new = partial(start, replace(config, run=replace(config.run, out=str(run))))
-        prepare = partial(resume, str(run), []) if (run / "run.toml").is_file() else new
-        return train_to_end(prepare, console, stop)
-
-
 def _check(cells: Sequence["Cell"]) -> list[str]:
     """Build the trainer of every configuration, once for all seeds; raises UserError; returns the visible GPUs."""
     from pdvit.engine.device import visible_gpus
+    from pdvit.engine.terminal import RunConsole
     from pdvit.workflows.runs import build_trainer
 
     checked: list[dict[str, Any]] = []
@@ -160,14 +219,15 @@ def _check(cells: Sequence["Cell"]) -> list[str]:
         if settings not in checked:
             checked.append(settings)
             with _naming(cell):
-                build_trainer(cell.config, make_console(as_json=False), load=False)
+                build_trainer(cell.config, RunConsole(quiet=True), load=False)
     return visible_gpus()
 
 
-def devices_of(cells: Sequence["Cell"], gpus: Sequence[str]) -> Sequence[str | None]:
-    """Return the CUDA_VISIBLE_DEVICES of each process: one per GPU, unless a cell names its device."""
-    several = len(gpus) > 1 and all(cell.config.run.device in ("auto", "cuda") for cell in cells)
-    return gpus if several else [None]
+def devices_of(cells: Sequence["Cell"], gpus: Sequence[str], each: int) -> list[str | None]:
+    """Return the CUDA_VISIBLE_DEVICES of jobs that run at the same time, with `each` GPUs, unless a cell names one."""
+    if len(gpus) > 1 and all(cell.config.run.device in ("auto", "cuda") for cell in cells):
+        return [",".join(gpus[first : first + each]) for first in range(0, len(gpus) - each + 1, each)]
+    return [os.environ.get("CUDA_VISIBLE_DEVICES")]
 
 
 def _check_not_swept(table: Mapping[str, Any], layers: Sequence[NamedLayer]) -> None:
@@ -178,14 +238,17 @@ def _check_not_swept(table: Mapping[str, Any], layers: Sequence[NamedLayer]) -> 
                 raise UserError(f"the sweep sets {key}, so it can't be given", name, "leave it out, or choose --cells")
 
 
-def _list(folder: "Folder", cells: Sequence["Cell"], console: "RunConsole") -> int:
-    listed = [{"cell": cell.number, "name": cell.name, "status": folder.state(cell.name).status} for cell in cells]
+def _list(folder: "Folder", cells: Sequence["Cell"], jobs: "Jobs", console: "RunConsole") -> int:
+    live, ids = jobs.states(), jobs.ids()
+    listed = [{"cell": cell.number, "name": cell.name} | vars(folder.state(cell.name, live)) for cell in cells]
+    listed = [row | ({"job": ids[row["name"]][1]} if row["name"] in live else {}) for row in listed]
     if console.stderr:
         print(json.dumps({"sweep": str(folder.path), "cells": listed}, indent=2))
         return 0
     print(f"{len(cells)} cells, in {folder.path}")
-    for cell in listed:
-        print(f"{cell['cell']:>5}  {cell['name']}  {cell['status']}")
+    for row in listed:
+        job = f"job {row['job']}" if "job" in row else row["reason"]
+        print(f"{row['cell']:>5}  {row['name']}  {row['status']}  {job}".rstrip())
     return 0
 
 
@@ -195,3 +258,28 @@ def _naming(cell: "Cell") -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(error.what, f"{error.where}, cell {cell.number} ({cell.name})", error.tip) from error
+
+
+Place = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep.")]
+app = typer.Typer(cls=Group, help="Look after the jobs of a sweep.")
+
+
+@add_command(app, "pdvit sweep status runs/comparison")
+def status(sweep: Place, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> int:
+    """Print the state of each cell, and write cells.csv anew."""
+    from pdvit.launch import Jobs
+    from pdvit.sweep import Folder
+
+    folder, jobs = Folder(sweep), Jobs(sweep)
+    cells = [cell for cell, _ in folder.write_table(jobs.states())]
+    return _list(folder, cells, jobs, make_console(as_json))
+
+
+@add_command(app, "pdvit sweep cancel runs/comparison")
+def cancel(sweep: Place) -> None:
+    """End the jobs of a sweep; their runs save first, and the sweep can be resumed."""
+    from pdvit.launch import Jobs
+    from pdvit.sweep import Folder
+
+    Folder(sweep).read_cells()
+    print(f"{len(Jobs(sweep).cancel())} jobs end")

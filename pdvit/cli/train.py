@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pdvit.cli.launch import launch_run
 from pdvit.cli.options import check_initial_weights, make_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
@@ -13,7 +14,7 @@ from pdvit.config.recipes import DEFAULTS, recipe_defaults
 from pdvit.config.schema import KEYS, SECTIONS
 from pdvit.data.sources import list_source_types
 from pdvit.errors import UserError
-from pdvit.tracking.run_directory import RESTARTED, refuse_taken
+from pdvit.tracking.run_directory import refuse_taken
 from pdvit.workflows.console import log, make_console, process_group
 
 Checkpoint = Annotated[
@@ -31,6 +32,7 @@ def launch(
     resume: Annotated[str | None, typer.Option("--resume", help="Resume this run as saved; auto: the newest.")] = None,
     change: Annotated[list[str] | None, typer.Option("--change", help="Resume with section.key=value.")] = None,
     replay: Annotated[Path | None, typer.Option("--replay", help="Repeat the non-finite step of this run.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show a job's output until it ends.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,
     **values: Any,
 ) -> int:
@@ -43,8 +45,11 @@ def launch(
         values["model_init"] = checkpoint
     if resume is not None and replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
+    settings = [key for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
+    of_jobs = [key.flags[0] for key in settings if key.section == "launch" and key.name != "launcher"]
+    of_jobs += ["--follow"] if follow else []
     if resume is not None or replay is not None:
-        flags = [key.flags[0] for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
+        flags = [key.flags[0] for key in settings if replay is not None or key.section != "launch"]
         flags += [flag for flag, given in (("--set", assign), ("--config", file), ("--cells", cells)) if given]
         if flags:
             tip = "leave it out, change a setting with --change section.key=value, or start a new run"
@@ -55,14 +60,18 @@ def launch(
     with stop_on_signals() as stop, process_group():  # before the slow imports
         console = make_console(as_json)
         opened = resume if replay is None else replay
+        layers = make_layers(file, assign or [], values, DEFAULTS[command])
+        if command == "segment":
+            sections = ((name, {key: layer[key] for key in layer if key in SECTIONS}) for name, layer in layers)
+            layers[0] = (layers[0][0], recipe_defaults(build(*sections)))
+        if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
+            return run_sweep(command, file, layers, cells, follow, console, stop)
+        config = build(*layers)  # of a resumed run, only [launch] matters
+        launched = config.launch.launcher != "none"
+        if of_jobs and not launched:
+            what = f"{of_jobs[0]} is for jobs, and the run is trained in this command"
+            raise UserError(what, of_jobs[0], "add --launcher local or slurm, or leave it out")
         if opened is None:
-            layers = make_layers(file, assign or [], values, DEFAULTS[command])
-            if command == "segment":
-                sections = ((name, {key: layer[key] for key in layer if key in SECTIONS}) for name, layer in layers)
-                layers[0] = (layers[0][0], recipe_defaults(build(*sections)))
-            if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
-                return run_sweep(command, file, layers, cells, console, stop)
-            config = build(*layers)
             if cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
                 raise UserError("only a sweep has cells", "--cells", tip)
@@ -71,16 +80,16 @@ def launch(
             if config.data.source == "help":
                 print(list_source_types())
                 return 0
-            if not RESTARTED:
-                refuse_taken(config.run.out)
+            refuse_taken(config.run.out)
             opened = config.data.source
         log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
+        if launched and replay is None:
+            return launch_run(config, resume, change or [], follow, console, stop)
         from pdvit.workflows import runs
 
         if replay is not None:
             return runs.train_to_end(partial(runs.replay, replay), console, stop)
-        name = runs.run_before_restart() if resume is None and RESTARTED else resume
-        prepare = partial(runs.start, config) if name is None else partial(runs.resume, name, change or [])
+        prepare = partial(runs.start, config) if resume is None else partial(runs.resume, resume, change or [])
         return runs.train_to_end(prepare, console, stop)
 
 

@@ -17,6 +17,8 @@ MIXUP_MODES = ("batch", "pair", "elem")
 OPTIMIZERS = ("adamw", "adam", "nadamw", "radamw", "lamb", "lars", "lion", "adan", "muon", "adafactorbv", "sgd")
 INTERPOLATIONS = ("bilinear", "bicubic")  # the modes of timm that its vision transformers use and torch can do on bytes
 CROP_MODES = ("center", "squash")
+LAUNCHERS = ("none", "local", "slurm")
+MINUTES = {"above": 0, "unit": "min", "clock": True}  # limits of a key that is a time
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # settings of `data` that a model has too
 
 
@@ -263,6 +265,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """Launch."""
+
+    launcher: str = key("none", "Train in this command, or in jobs: local or slurm.", "--launcher", choices=LAUNCHERS)
+    nodes: int = key(1, "Machines of a run.", "--nodes", minimum=1)
+    gpus: int | None = key(None, "GPUs per machine, one process for each; unset: one process.", "--gpus", minimum=1)
+    cpus: int | None = key(None, "CPU cores and threads per process.", "--cpus", minimum=1)
+    mem: str | None = key(None, "Memory per machine, such as 64G.", "--mem")
+    time: str = key("1h", "Limit of a Slurm job: 90, 4h; the run continues in the next.", "--time", **MINUTES)
+    grace: str = key("2min", "Time before the limit at which a run is saved.", "--grace", **MINUTES)
+    partition: str | None = key(None, "Slurm's partition; unset: its default.", "--partition")
+    account: str | None = key(None, "Slurm's account.", "--account")
+    constraint: str | None = key(None, "Features of the machines, such as a100.", "--constraint")
+    parallel: int | None = key(
+        None, "Cells of a sweep at a time; unset: all (slurm), one per GPU, or one.", "--parallel", minimum=1
+    )
+    sbatch: dict[str, object] | None = key(None, "Another option of sbatch, k=v; repeatable.", "--sbatch")
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections; the attribute names are the TOML tables."""
 
@@ -274,6 +296,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
 
 
 def _keys() -> dict[str, Key]:

@@ -258,9 +258,9 @@ def _end_workers() -> None:
 
 
 def _begin_worker(_: int) -> None:
-    """Ignore signals to the whole process group: the main process handles them, and torch ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ignore signals to all processes of a terminal or a job: the main one handles them, and torch ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     def end(error: Exception, _: object) -> None:  # else the run waits for ever for a batch that can't be sent
         print(f"error: a batch can't be sent: {error}", file=sys.stderr, flush=True)

@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.errors import UserError
@@ -109,21 +107,16 @@ class AnyRank:
 
 
 def init_process_group(stop: StopRequest | None = None) -> Ranks:
-    """Join the processes that torchrun started; raises UserError if its variables are not valid."""
+    """Join the processes that torchrun or a job started; raises UserError if its variables are not valid."""
     stop = StopRequest() if stop is None else stop
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks(stop=stop)
     try:
         rank, size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         ranks = Ranks(rank, size, local, stop)
-        if ranks.world_size == 1 or dist.is_initialized():
-            return ranks
-        store, rank, size = next(rendezvous("env://"))
+        if ranks.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as error:
         tip = "start with torchrun, or unset RANK and WORLD_SIZE"
         raise UserError(f"the processes can't connect: {error}", "the environment", tip) from error
-    # torchrun keeps one store over its restarts, which still has the addresses of dead processes
-    store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ranks

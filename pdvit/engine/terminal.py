@@ -17,7 +17,8 @@ PLAIN_SECONDS = 10.0  # between two lines where there is no progress bar
 EXIT_STOPPED = 75  # the conventional status for "try again later"
 BAR = 20  # columns of the bar
 BESIDE = BAR + len(" 100% ") + len(" 100:00:00 ") + 2  # columns of all that has a fixed width in the progress line
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm sends the last before its time limit
+# Slurm can send one of the last two before its time limit; submitit asks for SIGUSR2, as NCCL may use the other.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 T = TypeVar("T")
 
 
@@ -133,7 +134,7 @@ def raise_on_ctrl_c() -> None:
 
 @contextmanager
 def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT, SIGUSR1 and a closed terminal (SIGHUP) into a request; a second SIGINT ends at once."""
+    """Turn the signals in STOPPING into a request; a second SIGINT ends at once."""
     request = StopRequest() if request is None else request
     raise_on_ctrl_c()  # from the end of this context on
 

@@ -9,10 +9,11 @@ from typing import Any
 from pdvit.config import Config, build, resolve
 from pdvit.config.load import SWEEP_SECTION
 from pdvit.errors import UserError
+from pdvit.tracking.run_directory import JOBS
 
 SEED = "run.seed"
-PLACES = ("run.out", "run.name")  # keys that the sweep sets for its cells
-SWEEP, TABLE, LOGS = "sweep.toml", "cells.csv", "logs"  # names in its folder that no cell can have
+PLACES = ("run.out", "run.name", "launch.")  # keys of the whole sweep
+SWEEP, TABLE = "sweep.toml", "cells.csv"  # names in its folder that no cell can have, beside JOBS
 MAX_NAME = 200  # bytes; most file systems allow 255
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
 NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")  # becomes _ in the name of a cell
@@ -132,8 +133,8 @@ def _check_key(key: str, value: Any, where: str) -> None:
             raise UserError(f"'{key}' is a section, not a key", where, f"put the whole key in quotes: {inner} = ...")
         tip = f"write section.key, for example {EXAMPLE}, or [[sweep.variant]]"
         raise UserError(f"'{key}' is not section.key", where, tip)
-    if key in PLACES:
-        raise UserError(f"'{key}' can't be swept", where, "each cell has a folder of its own under the sweep's --out")
+    if key.startswith(PLACES):
+        raise UserError(f"'{key}' can't be swept", where, "set it for the whole sweep, outside of [sweep]")
 
 
 def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], where: str) -> Config:
@@ -163,7 +164,7 @@ def text_in_name(value: Any) -> str:
 def _check_names(names: Sequence[str], where: str) -> None:
     tip = "make [[sweep.variant]] bundles of these values, with names of their own"
     for number, name in enumerate(names):
-        if name in ("", SWEEP, TABLE, LOGS):
+        if name in ("", SWEEP, TABLE, JOBS):
             what = f"a cell would be named '{name}', as a file of the sweep" if name else "a cell would have no name"
             raise UserError(what, where, "name each [[sweep.variant]] otherwise, or cross a key such as run.seed")
         if name in names[:number]:

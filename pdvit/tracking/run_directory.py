@@ -16,12 +16,10 @@ from pdvit.errors import RunFailed, UserError, command
 from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
-RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # whether torchrun restarted this process
-ERROR_FILE = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of torchrun: LAUNCH/attempt_0/RANK/error.json
-LAUNCH_FILE = Path(ERROR_FILE).parents[2] / "run-directory" if ERROR_FILE else None  # stays over its restarts
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
 WRITTEN = ("run.toml", STATUS, RECORDS, CHANGES, "summary.json", "config.json", "model.safetensors")  # by training
 POINTERS = (f"{CHECKPOINTS}/last", f"{CHECKPOINTS}/best")
+JOBS = "jobs"  # of a launcher: it makes this folder before the run begins
 FREE, OTHER = "check free space and permissions", "choose another --out"
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -89,20 +87,8 @@ class RunDirectory:
 
     @classmethod
     def create(cls, out: str | None, name: str, config: str) -> "RunDirectory":
-        """Make a run directory with run.toml: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
-        text = name if out is None else out
-        if text == "" or (out is None and (name == ".." or Path(name).name != name)):
-            raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
-        path = RUNS / name if out is None else Path(os.path.expanduser(out))
-        for number in count(2):
-            with writing("the run directory", path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileExistsError):
-                    path.mkdir(exist_ok=out is not None and path.is_dir() and not any(path.iterdir()))
-                    (path / CHECKPOINTS).mkdir()  # of several commands, one has made it
-                    break
-            refuse_taken(out)
-            path = RUNS / f"{name}-{number}" if out is None else path
+        """Make a run directory with run.toml, as `reserve` does; raises UserError."""
+        path = reserve(out, name, CHECKPOINTS)
         directory = cls(path)
         try:
             directory.write("run.toml", config)
@@ -168,6 +154,11 @@ class RunDirectory:
                         opened.write(str(content))
                         opened.truncate()
 
+    def mark(self, status: Status, reason: str) -> None:
+        """Write how a run ended that could not write it, or that never began; raises UserError."""
+        self.path.mkdir(exist_ok=True)
+        self.write(STATUS, {**self.read_json(STATUS, optional=True), "status": status, "reason": reason})
+
     def read_json(self, name: str, optional: bool = False) -> dict[str, Any]:
         """Read a JSON table; raises UserError if it is damaged, or missing and not `optional`."""
         with self.reading(name):
@@ -211,12 +202,32 @@ class RunDirectory:
         self.write("run.toml", config)
 
 
+def reserve(out: str | None, name: str, inner: str) -> Path:
+    """Make a folder with an `inner` one: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
+    text = name if out is None else out
+    if text == "" or (out is None and (name == ".." or Path(name).name != name)):
+        raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
+    path = RUNS / name if out is None else Path(os.path.expanduser(out))
+    for number in count(2):
+        refuse_taken(out)
+        with writing("the run directory", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                path.mkdir(exist_ok=out is not None)
+                (path / inner).mkdir(exist_ok=inner == JOBS)  # of several commands, one has made it
+                break
+        path = RUNS / f"{name}-{number}" if out is None else path
+    return path
+
+
 def refuse_taken(out: str | None) -> None:
-    """Raise UserError if a new run can't be made in the folder `out`."""
+    """Raise UserError if a new run can't be made in the folder `out`: a job leaves JOBS and STATUS before it begins."""
     path = Path(os.path.expanduser(out or ""))
-    if out and os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
-        raise UserError("the path exists already", str(path), OTHER + again)
+    if out and os.path.lexists(path):
+        names = [name for name in os.listdir(path) if not name.startswith(".")] if path.is_dir() else [""]
+        if not {*names} <= {JOBS, STATUS}:
+            again = f", or resume it: {command('train', '--resume', path)}" if (path / "run.toml").is_file() else ""
+            raise UserError("the path exists already", str(path), OTHER + again)
 
 
 def newest(marker: str) -> list[Path]:

@@ -38,7 +38,7 @@ from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
-from pdvit.tracking.run_directory import LAUNCH_FILE, RESTARTED, RunDirectory, newest
+from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
 from pdvit.workflows.console import log
 
@@ -140,8 +140,6 @@ def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
             environment = describe_environment(device_name(trainer.device)) | {"threads": torch.get_num_threads()}
             directory.write("environment.json", environment)
             path = directory.path
-            if LAUNCH_FILE:
-                LAUNCH_FILE.write_text(str(path.resolve()))
     return Run(trainer, RunDirectory(ranks.all_gather(path)[0], ranks.main))
 
 
@@ -166,24 +164,11 @@ def default_name(config: Config) -> str:
     return run_name(config.data.source, "-".join(parts))
 
 
-def run_before_restart() -> str | None:
-    """Return the run that this command created before torchrun restarted its processes, if there is one."""
-    written = LAUNCH_FILE.read_text() if LAUNCH_FILE is not None and LAUNCH_FILE.is_file() else None
-    found: str | None = init_process_group().all_gather(written)[0]
-    return found
-
-
 def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest) -> Run | int:
     """Prepare a run, or the newest for `auto`, to resume; or return the exit status if there is nothing to do."""
-    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
-    if not runs:
-        raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
-    path, where = runs[0], f"--resume {runs[0]}"
-    directory = RunDirectory.open(path)
+    path = find_run(name)
+    directory, where = RunDirectory(path), f"--resume {path}"
     status = directory.read_json("status.json", optional=True).get("status")
-    if status == "stopped" and RESTARTED:
-        log(console, f"{path} was stopped, and is not resumed by a restart")
-        return EXIT_STOPPED
     if status == "finished" and (path / "summary.json").is_file():
         if change:
             raise UserError("the run is finished, so nothing can change", where, "start a new run")
@@ -201,6 +186,14 @@ def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest)
         raise _with_change(error, path) from None
     changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
     return Run(trainer, RunDirectory(path, trainer.ranks.main), changes)
+
+
+def find_run(name: str) -> Path:
+    """Return the run directory of --resume, the newest for `auto`; raises UserError."""
+    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
+    if not runs:
+        raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
+    return RunDirectory.open(runs[0]).path
 
 
 def saved_config(run: Path, changes: list[str]) -> Config:

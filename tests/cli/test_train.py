@@ -292,6 +292,7 @@ class TestErrors:
             ("--name a/b", "a/b", ""),
             ("--change optim.lr=1", "only a resumed run", "--resume"),
             ("--cells 1", "only a sweep has cells", "docs/sweep.md"),
+            ("--gpus 2", "--gpus is for jobs", "--launcher"),
             ("--resume auto", "no run to resume", "start one"),
             ("--resume run --lr 1", "keeps its saved configuration, so --lr", "--change"),
             ("--resume run --set optim.lr=1", "keeps its saved configuration, so --set", "--change"),

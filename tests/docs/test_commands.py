@@ -15,7 +15,7 @@ from tests.docs.pages import PAGES, blocks, page_id, read
 
 COMMAND = typer.main.get_command(app)
 # Arguments of the commands that train, beside the settings of the configuration.
-OWN = {"checkpoint", "file", "assign", "cells", "resume", "change", "replay", "as_json"}
+OWN = {"checkpoint", "file", "assign", "cells", "resume", "change", "replay", "follow", "as_json"}
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -66,11 +66,11 @@ def test_a_documented_command_is_one_that_pdvit_takes(arguments):
 
 
 def test_every_command_is_documented_and_every_documented_flag_exists():
-    names = [[name] for name in COMMAND.commands if name != "plot"]
-    names += [["plot", figure] for figure in COMMAND.commands["plot"].commands]
+    groups = {name: getattr(command, "commands", None) for name, command in COMMAND.commands.items()}
+    names = [[name, *inner] for name, group in groups.items() for inner in ([[]] if group is None else zip(group))]
     for name in names:
         assert any(arguments[: len(name)] == name for _, arguments in DOCUMENTED), name
-    known = {"--help", "--max-restarts"}  # the second is torchrun's
+    known = {"--help", "--requeue", "--array"}  # the last two are sbatch's
     for command in walk(COMMAND):
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}

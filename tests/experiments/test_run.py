@@ -23,27 +23,15 @@ from tests.files import read_csv, read_json, read_records
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
 BASE = """
-[data]
-source = "digits"
-batch_size = 16
-{size}
-[model]
-{model}
-[optim]
-opt = "sgd"
-lr = 1e-2
-epochs = "{steps}st"
-warmup = "1st"
-[run]
-device = "cpu"
-log_every = "1st"
-name = "{name}"
+data = {{ source = "digits", batch_size = 16, {size} }}
+model = {{ {model} }}
+optim = {{ opt = "sgd", lr = 1e-2, epochs = "{steps}st", warmup = "1st" }}
+run = {{ device = "cpu", log_every = "1st", name = "{name}" }}
 [sweep]
 "run.seed" = [3]
 {sweep}
 """
-SIZE = "img_size = 16"
-MODEL = "depth = 2\nwidth = 16\nheads = 1\npatch_size = 8"
+SIZE, MODEL = "img_size = 16", "depth = 2, width = 16, heads = 1, patch_size = 8"
 TWO = '[[sweep.variant]]\nname = "none"\n"diversity.preset" = "none"\n[[sweep.variant]]\nname = "paper"\n'
 BROKEN = '[[sweep.variant]]\nname = "diverging"\n"optim.lr" = 1e30\n'
 PATIENCE = 280.0
@@ -112,11 +100,11 @@ def check_row(row: dict[str, str], run: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["nonsense", "segmentation", "digits --cells 99"])
-def test_a_folder_table_or_cell_that_does_not_exist_is_refused(line, workplace, monkeypatch, capsys):
+def test_a_folder_table_or_cell_that_does_not_exist_is_refused(line, workplace, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main() == 2
-    assert line.split()[-1] in "".join(capsys.readouterr())
+    assert line.split()[-1] in "".join(capfd.readouterr())
     assert not Path("runs").exists()
 
 
@@ -152,8 +140,8 @@ def test_a_folder_is_run_measured_and_written(workplace):
     assert pdvit(["plot", "sweep", "claim/results.csv", "--metric", "rank_block"]) == 0
 
     # Runs that go on from these begin with their weights.
-    write("gpu", TWO, steps=2, size="", model='init = "runs/claim-cpu/{variant}-seed={run.seed}"')
-    finish(start("gpu", "--at-once", "1"), 0)
+    write("gpu", TWO, steps=2, size="workers = 2", model='init = "runs/claim-cpu/{variant}-seed={run.seed}"')
+    finish(start("gpu", "--parallel", "1"), 0)
     for row, first in zip(rows("results-gpu.csv"), found, strict=False):
         for name in ("similarity_block", "rank_block", "similarity_norm", "rank_norm"):
             assert row[f"{name}_before"] == first[name]

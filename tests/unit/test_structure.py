@@ -25,13 +25,14 @@ MAY_IMPORT = {
         *("engine.protocol", "engine.device", "engine.distributed"),
     },
     "analysis": {"models", "similarity", "engine", "tracking", "definitions", "plots"},
+    "launch": {"config", "tracking", "engine"},
     "sweep": {"config", "tracking", "engine"},
     "workflows": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "sweep", "definitions"),
     },
     "cli": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"),
-        *("sweep", "definitions", "workflows"),
+        *("launch", "sweep", "definitions", "workflows"),
     },
     "__main__": {"cli"},
 }
@@ -43,6 +44,7 @@ LIBRARIES = {
     "tracking": set(),
     "similarity": {"torch"},
     "losses": {"torch"},
+    "launch": {"submitit"},
     "sweep": {"tomli_w"},
     "plots": {"pandas", "matplotlib", "numpy", "scipy", "PIL"},
     "engine": {"torch", "timm", "safetensors", "rich"},

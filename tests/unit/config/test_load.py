@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pdvit.config import Config, build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.duration import SECONDS
-from pdvit.config.schema import KEYS, SECTIONS
+from pdvit.config.schema import KEYS, SECTIONS, LaunchConfig
 from pdvit.errors import UserError
 
 WORDS = st.text(max_size=8)
@@ -43,7 +43,7 @@ def layers():
 
 
 def without_places(config):
-    return replace(config, run=replace(config.run, out=None, name=None))
+    return replace(config, run=replace(config.run, out=None, name=None), launch=LaunchConfig())
 
 
 def test_later_layers_win_key_by_key():

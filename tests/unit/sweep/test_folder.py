@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ def put(folder: Folder, name: str, status: str | None = None, **files: dict) -> 
 
 
 def table(folder: Folder) -> list[dict[str, str]]:
-    folder.write_table()
+    folder.write_table({})
     return read_csv(folder.path / "cells.csv")
 
 
@@ -60,8 +59,8 @@ def held_elsewhere(lock: Path):
 
 
 def test_the_table_says_what_the_run_directories_say(folder):
-    states = {cell.name: state.status for cell, state in folder.write_table({B0})}
-    assert states == {A0: "waiting", B0: "running", A1: "waiting", B1: "waiting"}  # this process has begun one
+    states = {cell.name: state.status for cell, state in folder.write_table({B0: "RUNNING", A1: "PENDING"})}
+    assert states == {A0: "waiting", B0: "running", A1: "waiting", B1: "waiting"}
     put(folder, A0, "finished", summary={"similarity_last": None, "skipped": "x.png"})
     put(folder, B0, "failed", facts={"reason": "loss was infinite"}, environment={"device": "GPU Y"})
     put(folder, A1, "running")
@@ -78,7 +77,7 @@ def test_the_table_says_what_the_run_directories_say(folder):
 def test_a_look_at_a_cell_never_keeps_others_from_training_it(folder):
     (put(folder, A0) / "checkpoints").mkdir()
     code = "import sys; from pathlib import Path; from pdvit.sweep import Folder; folder = Folder(Path(sys.argv[1]))\n"
-    code += f"while True: folder.state('{A0}'); print(flush=True)"
+    code += f"while True: folder.state('{A0}', {{}}); print(flush=True)"
     with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE) as looking:
         for _ in range(1000):
             with RunDirectory(folder.path / A0).locked():
@@ -89,32 +88,14 @@ def test_a_look_at_a_cell_never_keeps_others_from_training_it(folder):
 def test_a_run_that_was_killed_is_told_from_one_that_runs(folder):
     run = put(folder, A0, "running")
     put(folder, B0)  # killed before its first status
-    assert folder.state(A0) == folder.state(B0) == CellState("stopped", "interrupted")
+    assert folder.state(A0, {}) == folder.state(B0, {}) == CellState("stopped", "interrupted")
     (run / "checkpoints").mkdir()
-    for lock in (run / "checkpoints" / ".lock", folder.path / "logs" / f".{A0}.lock"):
-        with held_elsewhere(lock):
-            assert folder.state(A0) == CellState("running")
-            with folder.claimed(A0) as mine:
-                assert not mine
-        assert folder.state(A0).status == "stopped"
-
-
-def test_a_cell_that_failed_before_it_began_leaves_an_empty_folder_to_the_next_try(folder):
-    folder.mark(A0, "failed", "no memory")
-    assert folder.state(A0) == CellState("failed", "no memory")
-    (folder.path / A0 / ".run.toml.1234").touch()  # a kill while the first file was written
-    with folder.claimed(A0) as mine:
-        assert mine
-        assert list((folder.path / A0).iterdir()) == []
-    run = put(folder, B0, "failed", facts={"step": 3})
-    (run / "environment.json").unlink()
-    (folder.path / A0 / "notes.txt").touch()
-    # what began, and what is not of pdvit, stays
-    for name, left in ((A0, {"notes.txt"}), (B0, {"run.toml", "status.json"})):
-        with folder.claimed(name):
-            assert {path.name for path in (folder.path / name).iterdir()} == left
-    folder.mark(B0, "failed", "again")
-    assert json.loads((run / "status.json").read_text()) == {"status": "failed", "step": 3, "reason": "again"}
+    with held_elsewhere(run / "checkpoints" / ".lock"):
+        assert folder.state(A0, {}) == CellState("running")
+    assert folder.state(A0, {A0: "RUNNING"}) == CellState("running")
+    assert folder.state(A0, {A0: "PENDING"}) == CellState("waiting")
+    put(folder, B0, "finished")
+    assert folder.state(B0, {B0: "COMPLETING"}) == CellState("finished")
 
 
 def test_a_sweep_that_goes_on_may_have_more_cells(folder):
@@ -122,7 +103,7 @@ def test_a_sweep_that_goes_on_may_have_more_cells(folder):
     assert folder.read_cells() == make_cells(BASE, TABLE, "x.toml")
     assert len(begin(folder.path, table=more).read_cells()) == 9
     assert begin(folder.path, table=more).read_cells() == folder.read_cells()
-    assert len(table(folder)) == 9  # also by a process that began with fewer
+    assert len(table(folder)) == 9
 
 
 def test_of_cells_that_never_began_a_mistake_can_be_mended(folder):
@@ -137,7 +118,7 @@ def test_damaged_files_fail_a_cell_or_leave_its_columns_empty(folder):
     (put(folder, A1, "finished") / "summary.json").write_text("{")
     rows = table(folder)
     assert [(row["accuracy"], row["commit"]) for row in rows[:2]] == [("0.5", ""), ("0.5", "abc")]
-    assert folder.state(A1).status == "failed"
+    assert folder.state(A1, {}).status == "failed"
 
 
 @pytest.mark.parametrize(
@@ -167,25 +148,5 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         with pytest.raises(UserError, match="not that of a sweep"):
             begin(tmp_path / name)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["x"]
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "jobs").mkdir(parents=True)  # of a command that ended before it wrote sweep.toml
     begin(tmp_path / "empty")
-
-
-def test_another_process_may_begin_the_same_sweep_at_the_same_time(tmp_path, monkeypatch):
-    """Its sweep.toml may be half-written, or may appear, with all that follows, while the folder is looked at."""
-    half = tmp_path / "half"
-    (half / "logs").mkdir(parents=True)
-    (half / ".sweep.toml.12ab34cd").write_text("")
-    begin(half)
-
-    listed, path = os.listdir, tmp_path / "now"
-
-    def meanwhile(folder):
-        monkeypatch.undo()
-        begin(path).write_table()
-        return listed(folder)
-
-    (path / "logs").mkdir(parents=True)
-    monkeypatch.setattr(os, "listdir", meanwhile)
-    begin(path)
-    assert (path / "cells.csv").is_file()

@@ -1,0 +1,186 @@
+"""The jobs of a run or a sweep: submit, look up, cancel."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from submitit import LocalExecutor, LocalJob, SlurmExecutor
+from submitit.core.utils import FailedJobError
+
+from pdvit.config.duration import parse_duration
+from pdvit.config.schema import LaunchConfig
+from pdvit.errors import UserError
+from pdvit.files import read_json, reading
+from pdvit.launch.job import RunJob
+from pdvit.tracking.run_directory import JOBS, hold, write_file, writing
+
+FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
+UNLIMITED = 10**6  # times that a job may be queued again, and minutes of a local job
+RANKS_APART = 60  # seconds that Slurm lets a run continue after its first process has ended
+
+
+class Jobs:
+    """The folder `jobs/` of a run or a sweep: what submitit writes there, and the ids of the jobs by name."""
+
+    def __init__(self, owner: Path) -> None:
+        self.folder = owner.resolve() / JOBS
+        self.children: list[LocalJob[Any]] = []  # submitit's jobs of this machine that this process started
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other commands from submitting jobs; raises UserError if one does."""
+        with writing("jobs", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with hold(self.folder / ".lock"):
+                yield
+        except BlockingIOError as error:
+            what = "another command runs this, or submits its jobs"
+            raise UserError(what, str(self.folder.parent), "stop that one first, or wait for it") from error
+
+    def ids(self) -> dict[str, tuple[str, str, str | None]]:
+        """Return launcher, id and devices of the last job of each name."""
+        file = self.folder / FILE
+        if not file.is_file():
+            return {}
+        with reading(file, "delete it, if no job runs"):
+            return {name: (str(job[0]), str(job[1]), job[2]) for name, job in read_json(file).items()}
+
+    def states(self) -> dict[str, str]:
+        """Return the states of the jobs that have not ended, such as PENDING or RUNNING; raises UserError."""
+        ids, found = self.ids(), {}
+        self.children = [job for job in self.children if not job.done()]
+        if any(launcher == "slurm" for launcher, *_ in ids.values()):
+            listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
+            found = dict(line.split(maxsplit=1) for line in listed.splitlines())
+        found |= {job.job_id: "RUNNING" for job in self.children}
+        for launcher, id_, _ in ids.values():
+            with suppress(OSError):  # also those of a command that was killed
+                if launcher == "local" and os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
+                    found[id_] = "RUNNING"
+        return {name: found[id_] for name, (_, id_, _) in ids.items() if id_ in found}
+
+    def start(
+        self, launch: LaunchConfig, title: str, waiting: dict[str, RunJob], devices: Sequence[str | None] = ()
+    ) -> list[str]:
+        """Submit jobs by name, take them out of `waiting`, and return their names; raises UserError.
+
+        To Slurm all of them, as one array; here one for each of `devices` that has no job.
+        """
+        taken = dict(waiting)
+        if launch.launcher == "local":
+            free = Counter(devices) - Counter(self.ids()[name][2] for name in self.states())
+            pairs = zip(waiting.items(), free.elements(), strict=False)
+            taken = {name: replace(job, devices=device) for (name, job), device in pairs}
+        if taken:
+            with writing("jobs", self.folder), ignored(signal.SIGINT, signal.SIGHUP):
+                started = _submit(_executor(self.folder, launch, title), [*taken.values()])
+                self.children += [job for job in started if isinstance(job, LocalJob)]
+                jobs = zip(taken.items(), started, strict=True)
+                new = {name: [launch.launcher, found.job_id, job.devices] for (name, job), found in jobs}
+                write_file(self.folder / FILE, json.dumps({**self.ids(), **new}, indent=2))
+        for name in taken:
+            del waiting[name]
+        return [*taken]
+
+    def log(self, name: str) -> Path:
+        """Return the file of a job's output, that of rank 0."""
+        return self.folder / f"{self.ids()[name][1]}_0_log.out"
+
+    def cancel(self) -> list[str]:
+        """Cancel the jobs that have not ended and return their names; runs save first."""
+        names = [*self.states()]
+        for launcher, id_, _ in map(self.ids().__getitem__, names):
+            if launcher == "slurm":
+                _slurm("scancel", id_)
+            else:
+                with suppress(ProcessLookupError):
+                    os.kill(int(id_), signal.SIGTERM)
+        return names
+
+
+def _submit(executor: LocalExecutor | SlurmExecutor, jobs: list[RunJob]) -> list[Any]:
+    try:
+        return executor.submit_array(jobs)
+    except FailedJobError as error:
+        what = re.sub(r"^sbatch: (error|fatal): ", "", str(error).strip().rpartition("\n")[2])
+        tip = "check the settings of [launch]; sinfo lists the partitions"
+        raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
+
+
+def end_of_job(launcher: str, id_: str) -> str:
+    """Return the command that cancels a job."""
+    return shlex.join(["scancel", id_] if launcher == "slurm" else ["kill", id_])
+
+
+def _executor(folder: Path, launch: LaunchConfig, title: str) -> LocalExecutor | SlurmExecutor:
+    processes = launch.gpus or 1
+    if launch.launcher == "local":
+        if launch.nodes > 1:
+            raise UserError("this machine is one node", "launch.nodes (--nodes)", "use --launcher slurm")
+        local = LocalExecutor(folder, max_num_timeout=UNLIMITED)
+        local.update_parameters(tasks_per_node=processes, timeout_min=UNLIMITED, stderr_to_stdout=True)
+        return local
+    for program in ("sbatch", "srun", "squeue"):
+        if shutil.which(program) is None:
+            tip = "start it on a login node of the cluster, or use --launcher local"
+            raise UserError(f"Slurm's {program} is not here", "launch.launcher (--launcher)", tip)
+    limit, grace = (parse_duration(text, "min", "launch.time").seconds or 0 for text in (launch.time, launch.grace))
+    if limit < max(60, grace):
+        what = f"a job of {launch.time} has no time for a checkpoint"
+        tip = f"Slurm counts minutes, and {launch.grace} are for saving: a longer --time, or a shorter --grace"
+        raise UserError(what, "launch.time (--time)", tip)
+    optional = {
+        "cpus_per_task": launch.cpus,
+        "gpus_per_node": launch.gpus,
+        "mem": launch.mem,
+        "partition": launch.partition,
+        "account": launch.account,
+        "constraint": launch.constraint,
+        "array_parallelism": launch.parallel,
+    }
+    slurm = SlurmExecutor(folder, max_num_timeout=UNLIMITED)
+    slurm.update_parameters(
+        **{name: value for name, value in optional.items() if value is not None},
+        job_name=title,
+        nodes=launch.nodes,
+        ntasks_per_node=processes,
+        time=ceil(limit / 60),
+        signal_delay_s=int(grace),
+        stderr_to_stdout=True,
+        # srun has not taken over --cpus-per-task since Slurm 22.05.
+        srun_args=[f"--wait={RANKS_APART}", *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else [])],
+        additional_parameters={"requeue": True, **(launch.sbatch or {})},
+    )
+    return slurm
+
+
+def _slurm(*command: str) -> str:
+    """Return the output of one of Slurm's commands; raises UserError."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        what = str(getattr(error, "stderr", "") or error).strip().rpartition("\n")[2]
+        raise UserError(what, shlex.join(command), "jobs continue without this command: try it again") from error
+
+
+@contextmanager
+def ignored(*numbers: signal.Signals) -> Iterator[None]:
+    """Ignore signals inside, and in the processes that are started there: a terminal's are for this command alone."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
