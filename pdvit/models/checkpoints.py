@@ -28,8 +28,7 @@ from pdvit.errors import UserError, closest
 from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
 from pdvit.models.layouts import jax, to_timm
-from pdvit.models.layouts.containers import refuse_container
-from pdvit.models.layouts.folders import DISTRIBUTED, INDEX, files_of, read_distributed
+from pdvit.models.layouts.formats import DISTRIBUTED, INDEX, files_of, read_distributed, refuse_container
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
@@ -133,7 +132,7 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
         parts = files_of(file)
         check_memory(parts, str(file))
     if parts == [file]:
-        refuse_container(file, str(file))
+        refuse_container(file)
     if not file.name.endswith((".safetensors", ".npz", INDEX, DISTRIBUTED, *TORCH_SUFFIXES)):
         tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)

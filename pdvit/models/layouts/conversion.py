@@ -1,16 +1,25 @@
-"""Names of tensors: sets of weights by their prefix, renames by regular expression, joined projections."""
+"""What layouts share: renames by regular expression, joined projections, and a plain model's sizes by its tensors."""
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 # Regular expression -> replacement, applied in order to every name; None removes the tensors that match.
 Rules = Sequence[tuple[str, str | None]]
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+# Sizes in the names of timm's plain models by width, and the heads of widths where these are not width / 64.
+VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+VIT_HEADS = {1280: 16, 1408: 16, 1664: 16}
+TOKENS = ("cls_token", "reg_token", "pos_embed")
 IN_MEMORY = "measure the model in memory, in Python: pdvit.analyze(model, images, blocks='encoder.layers')"
 
 
@@ -26,7 +35,7 @@ class Converted:
 def convert_each(
     tensors: Mapping[str, Tensor], anchor: str, convert: Callable[[Tensors, str], Converted | None]
 ) -> Converted | None:
-    """Convert each set of weights in a file: `convert(tensors, prefix)`, names without the prefix; None if none is known.
+    """Convert each set of weights in a file by `convert(tensors, prefix)`; None if none is known.
 
     A prefix is the text before the name `anchor` (a regular expression). Other tensors stay as they are.
     """
@@ -57,9 +66,9 @@ def rename(tensors: Mapping[str, Tensor], rules: Rules) -> Tensors:
 
 
 def join_qkv(tensors: Tensors, split_bias: bool = False) -> None:
-    """Join `attn.q`, `attn.k` and `attn.v` in place: to `attn.qkv`, or with `split_bias` the biases to `q_bias`, `v_bias`.
+    """Join `attn.q`, `attn.k` and `attn.v` to `attn.qkv`, in place. A missing bias is zero if another one exists.
 
-    A missing bias is zero if another one of the three exists.
+    With `split_bias`, biases become timm's `q_bias` and `v_bias`.
     """
     for name in [name for name in tensors if name.endswith("attn.q.weight")]:
         stem = name.removesuffix("q.weight")
@@ -72,8 +81,79 @@ def join_qkv(tensors: Tensors, split_bias: bool = False) -> None:
             tensors[f"{stem}qkv.bias"] = torch.cat([biases.get(part, zero) for part in "qkv"])
 
 
-def fold_position(tensors: Tensors) -> None:
-    """Add the class token's position to it, in place, if there are registers: these have no position (DINOv2)."""
-    if "reg_token" in tensors:
+def depth_of(tensors: Iterable[str], pattern: str = r"blocks\.(\d+)\.") -> int:
+    """Return the number of blocks (or of what else `pattern` counts from 0) in the names of tensors."""
+    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+
+
+def ratio(whole: int, part: int) -> float:
+    """Return a quotient q with `int(part * q) == whole`: rounding can make whole / part too small."""
+    exact = whole / part
+    return exact if int(part * exact) == whole else (whole + 0.5) / part
+
+
+def image_settings(normalisation: Mapping[str, Any], interpolation: str, size: int, resized: int) -> dict[str, Any]:
+    """Return the settings of a centre crop of `size` pixels out of `resized`, as in config.json."""
+    crop = size / resized
+    crop = crop if math.floor(size / crop) == resized else size / (resized + 0.5)  # timm rounds size / crop_pct down
+    return {**normalisation, "interpolation": interpolation, "crop_pct": crop, "crop_mode": "center"}
+
+
+def plain_vit(
+    tensors: Mapping[str, Tensor], heads: int | None = None, act: str = "gelu", eps: float = 1e-6, size: Any = None
+) -> Converted:
+    """Return a model of timm's VisionTransformer, by its tensors under timm's names.
+
+    `act` is timm's name of the activation, `eps` that of the norms, `size` the side of the images in pixels, or height
+    and width. Without `size`, the patches are a square; without `heads`, there is a note if their number is a guess.
+    """
+    patches, fc1, notes = tensors["patch_embed.proj.weight"], tensors["blocks.0.mlp.fc1.weight"], list[str]()
+    width, patch, head = int(patches.shape[0]), int(patches.shape[-1]), tensors.get("head.weight")
+    tensors = {name: value.reshape(1, -1, width) if name in TOKENS else value for name, value in tensors.items()}
+    if any("pre_logits" in name for name in tensors) or (head is not None and head.shape[1] != width):
+        tensors = rename(tensors, ((r"^head\.|pre_logits", None),))
+        notes.append("its head has no counterpart in timm (a hidden layer, or two tokens): left out")
+    class_token, scaled, pooled = (name in tensors for name in ("cls_token", "blocks.0.ls1.gamma", "attn_pool.latent"))
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    if registers and math.isqrt(tensors["pos_embed"].shape[1] - 1) ** 2 == tensors["pos_embed"].shape[1] - 1:
+        # DINOv2's registers have no position, and timm then adds the class token's to the token itself
         tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+    if not {"patch_embed.proj.bias", "norm_pre.weight"} & tensors.keys():
+        tensors["patch_embed.proj.bias"] = torch.zeros(width)
+    gated = fc1.shape[0] != tensors["blocks.0.mlp.fc2.weight"].shape[1]
+    # timm's norms have an epsilon of 1e-6, those of CLIP 1e-5. Smaller ones change tokens by less than 1e-4.
+    family = "clip_224" if eps > 3e-6 else "siglip_224" if pooled else "dinov2" if scaled else "224"
+    family = f"{'reg4_' * (family == 'dinov2' and registers > 0)}{family}"
+    names = [f"vit_{VIT_SIZES.get(width)}_patch{patch}", "vit_base_patch16", "vit_base_patch14"]
+    architecture = next(filter(timm.is_model, (f"{name}_{family}" for name in names)))
+    arguments: dict[str, Any] = {
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth_of(tensors),
+        "num_heads": heads or VIT_HEADS.get(width) or max(1, width // 64),
+        "mlp_ratio": ratio(fc1.shape[0], width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "class_token": class_token,
+        "reg_tokens": registers,
+        "pre_norm": "norm_pre.weight" in tensors,
+        "final_norm": "norm.weight" in tensors,
+        "global_pool": "token" if class_token else "map" if pooled else "avg",
+        "fc_norm": False,
+        "act_layer": "silu" if gated else act,
+        "init_values": 1e-5 if scaled else None,
+    }
+    if heads is None and not (width in VIT_SIZES or width in VIT_HEADS):
+        notes.append(f"the number of heads is not in the file: {arguments['num_heads']}, width / 64")
+    if "pos_embed" in tensors:
+        places = tensors["pos_embed"].shape[1]
+        counts = {places - class_token - registers: False, places: True}  # prefix tokens have positions, or none
+        sides = [[side // patch for side in (size if isinstance(size, list) else [size or 0] * 2)]]
+        sides += [[math.isqrt(max(0, count))] * 2 for count in counts]
+        grid = next((grid for grid in sides if math.prod(grid) in counts), [0, 0])
+        arguments["no_embed_class"] = counts.get(math.prod(grid), False)
+        if any(grid):  # else a later check names the number of patches
+            arguments["img_size"] = grid[0] * patch if grid[0] == grid[1] else [side * patch for side in grid]
+    # timm has no argument for SwiGLU, which this model has
+    architecture = f"vit_giant_patch14_{family}" if gated else architecture
+    return Converted(tensors, {"architecture": architecture, "model_args": arguments}, notes)

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Rules, Tensors, join_qkv, rename
-from pdvit.models.layouts.sizes import HALF, plain_vit
+from pdvit.models.layouts.conversion import (
+    HALF,
+    IN_MEMORY,
+    Converted,
+    Rules,
+    Tensors,
+    image_settings,
+    join_qkv,
+    plain_vit,
+    rename,
+)
 
 BLOCK = "Transformer/encoderblock_0/"
 RULES: Rules = (
     (r"^(?:opt/target|params)/", ""),
-    (r"^pre_logits/", None),
     (r"^embedding/", "patch_embed/proj/"),
     (r"^cls$", "cls_token"),
     (r"^(?:Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
@@ -47,16 +55,12 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     renamed = rename(tensors, RULES)
     heads = renamed["blocks.0.attn.q.weight"].shape[1]
     renamed = {name: _transposed(name, value) for name, value in renamed.items()}
-    notes = ["GELU is timm's, exact; that of Flax is the tanh approximation"]
-    notes += [
-        "a file of JAX does not contain its preprocessing: mean and std 0.5, bicubic, a crop of 0.9 as for AugReg"
-    ]
-    if any("pre_logits/" in name for name in tensors):
-        renamed = rename(renamed, ((r"^head\.", None),))
-        notes.append("its head has a hidden layer, as none of timm: left out")
     join_qkv(renamed)
-    images = HALF | {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
-    return Converted(renamed, plain_vit(renamed, heads=heads).config | {"pretrained_cfg": images}, notes)
+    found = plain_vit(renamed, heads)
+    notes = ["a file of JAX does not contain its preprocessing: mean and std 0.5, bicubic, a crop of 0.9 as for AugReg"]
+    notes += ["GELU is timm's, exact; that of Flax is the tanh approximation", *found.notes]
+    images = image_settings(HALF, "bicubic", 9, 10)
+    return Converted(found.tensors, found.config | {"pretrained_cfg": images}, notes)
 
 
 def _transposed(name: str, value: Tensor) -> Tensor:

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading
-from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Rules, Tensors, convert_each, rename
-from pdvit.models.layouts.sizes import CLIP, plain_vit
+from pdvit.models.layouts.conversion import (
+    CLIP,
+    IN_MEMORY,
+    Converted,
+    Rules,
+    Tensors,
+    convert_each,
+    image_settings,
+    plain_vit,
+    rename,
+)
 
 CONFIG = "open_clip_config.json"
 COPY = "copy the whole folder, or download it again"
@@ -37,23 +45,23 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     if any(name.endswith("visual.layer1.0.conv1.weight") for name in tensors):
         raise UserError("the visual tower of this CLIP is a ResNet, which has no patches", where, "use a ViT")
     file, table, notes = folder / CONFIG, dict[str, Any](), list[str]()
-    own = any(re.search(r"(?:^|\.)class_embedding$", name) for name in tensors)
+    native = any(re.search(r"(?:^|\.)class_embedding$", name) for name in tensors)
     if file.is_file():
         with reading(file, COPY):
             table = {**read_json(file)["model_cfg"], "images": read_json(file).get("preprocess_cfg")}
-    elif own:
+    elif native:
         notes = [f"no {CONFIG} beside it: mean, std and crop are those of OpenAI's CLIP"]
     else:
         return None
     with reading(file if table else where, IN_MEMORY, "its visual tower can't be converted to a model of timm"):
         vision, images = table.get("vision_cfg") or {}, table.get("images") or {}
-        anchor, tower = ("class_embedding", _vit) if own else (r"trunk\.patch_embed\.proj\.weight", _timm)
+        anchor, tower = ("class_embedding", _vit) if native else (r"trunk\.patch_embed\.proj\.weight", _timm)
         found = convert_each(tensors, anchor, lambda inside, _: tower(inside, vision, table))
         mode = images.get("resize_mode") or "shortest"
         if mode == "longest":
             notes.append("open_clip pads images that are not square, and pdvit crops them: see --crop-mode")
-        data = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash" if mode == "squash" else "center"}
-        data |= {**CLIP, **{key: images[key] for key in ("mean", "std", "interpolation") if images.get(key)}}
+        own = {key: images[key] for key in ("mean", "std", "interpolation") if images.get(key)}
+        data = image_settings(CLIP, "bicubic", 1, 1) | own | ({"crop_mode": mode} if mode == "squash" else {})
     return found and Converted(found.tensors, {**found.config, "pretrained_cfg": data}, found.notes + notes)
 
 
@@ -70,27 +78,19 @@ def _vit(tensors: Tensors, vision: Mapping[str, Any], table: Mapping[str, Any]) 
     """Return open_clip's own VisionTransformer, or OpenAI's."""
     pooled = any(name.startswith("attn_pool") for name in tensors)
     tensors = rename(tensors, RULES)
-    for name in ("cls_token", "pos_embed"):
-        tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
-    width = tensors["cls_token"].shape[-1]
-    if "norm_pre.weight" not in tensors:
-        tensors["patch_embed.proj.bias"] = torch.zeros(width)
+    if pooled or vision.get("final_ln_after_pool"):  # the norm is not over tokens
+        tensors = rename(tensors, ((r"^norm\.", None),))
     tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
     found = plain_vit(
         tensors,
-        heads=width // vision.get("head_width", 64) if table else None,
-        act="gelu_tanh" if tanh else "quick_gelu" if table.get("quick_gelu") else "gelu",
-        eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
-        size=vision.get("image_size"),
+        len(tensors["patch_embed.proj.weight"]) // vision.get("head_width", 64) if table else None,
+        "gelu_tanh" if tanh else "quick_gelu" if table.get("quick_gelu") else "gelu",
+        (vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        vision.get("image_size"),
     )
-    notes = found.notes
-    if pooled or vision.get("final_ln_after_pool"):  # the norm is not over tokens
-        found.config["model_args"]["final_norm"] = False
-        tensors = rename(tensors, ((r"^norm\.", None),))
-    if pooled:
-        notes.append("its attention pooling has no counterpart in timm: left out")
+    notes = [*found.notes, *(["its attention pooling has no counterpart in timm: left out"] if pooled else [])]
     if not table:
         quick = found.config["architecture"].replace("_clip_", "_clip_quickgelu_")
         tip = f": --model {quick}" if timm.is_model(quick) else ""
         notes.append(f"the file does not contain its activation: GELU here; OpenAI's and DFN's have QuickGELU{tip}")
-    return Converted(tensors, found.config, notes)
+    return Converted(found.tensors, found.config, notes)

@@ -5,8 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pdvit.models.layouts.conversion import Converted, Rules, Tensors, convert_each, rename
-from pdvit.models.layouts.sizes import IMAGENET, crop_fraction, depth_of, plain_vit, ratio
+from pdvit.models.layouts.conversion import (
+    IMAGENET,
+    Converted,
+    Rules,
+    Tensors,
+    convert_each,
+    depth_of,
+    image_settings,
+    plain_vit,
+    ratio,
+    rename,
+)
 
 VIT: Rules = (
     (r"^class_token$", "cls_token"),
@@ -43,21 +53,15 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
 
 
 def _vit(tensors: Tensors, prefix: str) -> Converted:
-    hidden = any(name.startswith("heads.pre_logits") for name in tensors)
-    tensors = rename(tensors, ((r"^heads\.", None), *VIT) if hidden else VIT)
-    found = plain_vit(tensors)
+    found = plain_vit(rename(tensors, VIT))
     size, width, patch = (found.config["model_args"].get(key) for key in ("img_size", "embed_dim", "patch_size"))
     if size == 224:  # SWAG's of this size have no border, which the file does not show
         resized = 242 if (width, patch) == (1024, 16) else 256
-        images = {"crop_pct": crop_fraction(224, resized), "interpolation": "bilinear", "crop_mode": "center"}
-        notes = [
-            NOTE.format(f"224 of {resized} pixels, bilinear,", "IMAGENET1K_V1; SWAG_LINEAR has all of 224, bicubic")
-        ]
+        images = image_settings(IMAGENET, "bilinear", 224, resized)
+        note = NOTE.format(f"224 of {resized} pixels, bilinear,", "IMAGENET1K_V1; SWAG_LINEAR has all of 224, bicubic")
     else:
-        images = {"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}
-        notes = [NOTE.format("no border, bicubic,", "IMAGENET1K_SWAG_E2E_V1")]
-    notes += ["its head has a hidden layer, as none of timm: left out"] if hidden else []
-    return Converted(tensors, found.config | {"pretrained_cfg": IMAGENET | images}, found.notes + notes)
+        images, note = image_settings(IMAGENET, "bicubic", 1, 1), NOTE.format("no border, bicubic,", "SWAG_E2E_V1")
+    return Converted(found.tensors, found.config | {"pretrained_cfg": images}, [*found.notes, note])
 
 
 def _swin(tensors: Tensors, prefix: str) -> Converted:
@@ -85,7 +89,7 @@ def _swin(tensors: Tensors, prefix: str) -> Converted:
         "mlp_ratio": ratio(len(tensors["layers.0.blocks.0.mlp.fc1.weight"]), width),
     }
     resized = SWIN_RESIZED.get((width, sum(depths)), (size, size))[second]
-    images = {"crop_pct": crop_fraction(size, resized), "interpolation": "bicubic", "crop_mode": "center"}
+    images = image_settings(IMAGENET, "bicubic", size, resized)
     architecture = "swinv2_tiny_window8_256" if second else "swin_tiny_patch4_window7_224"
-    config = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": IMAGENET | images}
+    config = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": images}
     return Converted(tensors, config, [NOTE.format(f"{size} of {resized} pixels, bicubic,", "IMAGENET1K_V1")])

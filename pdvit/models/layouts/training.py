@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pdvit.errors import UserError
-from pdvit.models.layouts.conversion import Converted, Rules, Tensors, convert_each, fold_position, rename
-from pdvit.models.layouts.sizes import IMAGENET, plain_vit
+from pdvit.models.layouts.conversion import IMAGENET, Converted, Rules, Tensors, convert_each, plain_vit, rename
 
 # Modules in the middle of a name: of torch.compile, FSDP and activation checkpointing.
 WRAPPERS: Rules = ((r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),)
@@ -43,20 +42,18 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     jepa = any("target_encoder." in name for name in tensors)
 
     def convert_one(inside: Tensors, prefix: str) -> Converted | None:
-        inside, known = _without_chunks(inside), dict[str, Any]()
+        inside, heads = _without_chunks(inside), None
         if prefix.endswith(("base_encoder.", "momentum_encoder.")):
             code, rules = "MoCo v3", MOCO
-            known["heads"] = MOCO_HEADS.get(len(inside["patch_embed.proj.weight"]))
+            heads = MOCO_HEADS.get(len(inside["patch_embed.proj.weight"]))
         elif {"mask_token", "blocks.0.ls1.gamma"} <= inside.keys():
             code, rules = "DINOv2", DINOV2
         elif jepa and "cls_token" not in inside:
             code, rules = "I-JEPA", ()
         else:
             return None
-        inside = rename(inside, rules)
-        fold_position(inside)
-        found = plain_vit(inside, **known)
-        return Converted(inside, found.config, [*found.notes, NOTE.format(code)])
+        found = plain_vit(rename(inside, rules), heads)
+        return Converted(found.tensors, found.config, [*found.notes, NOTE.format(code)])
 
     found = convert_each(tensors, r"patch_embed\.proj\.weight", convert_one)
     if found is None or "architecture" in config:

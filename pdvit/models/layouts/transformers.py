@@ -12,16 +12,21 @@ from torch.nn import functional as F
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading
 from pdvit.models.layouts.conversion import (
+    CLIP,
+    HALF,
+    IMAGENET,
     IN_MEMORY,
     Converted,
     Rules,
     Tensors,
     convert_each,
-    fold_position,
+    depth_of,
+    image_settings,
     join_qkv,
+    plain_vit,
+    ratio,
     rename,
 )
-from pdvit.models.layouts.sizes import CLIP, HALF, IMAGENET, crop_fraction, depth_of, plain_vit, ratio
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second is that of a whole CLIP
 COPY = "copy the whole folder, or download it again"
@@ -70,9 +75,7 @@ RULES: Rules = (
 
 def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     """Return a model of timm's VisionTransformer."""
-    kind, notes = config["model_type"], list[str]()
-    for name in tensors.keys() & {"cls_token", "pos_embed"}:
-        tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
+    kind, size, notes = config["model_type"], config["image_size"], list[str]()
     if (patches := tensors["patch_embed.proj.weight"]).ndim == 2:  # SigLIP 2 multiplies patches with channels last
         side = isqrt(patches.shape[1] // 3)
         tensors["patch_embed.proj.weight"] = patches.reshape(len(patches), side, side, 3).permute(0, 3, 1, 2)
@@ -83,26 +86,22 @@ def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     for name in [name for name in tensors if ".mlp.fc1_g." in name]:
         halves = [tensors.pop(name), tensors.pop(name.replace("fc1_g", "fc1_x"))]
         tensors[name.replace("fc1_g", "fc1")] = torch.cat(halves)
-    size = config["image_size"]
     if kind.startswith("dinov2"):
         size = config["size"] or size
         _resample_positions(tensors, size // patches.shape[-1])
-        fold_position(tensors)
-        if "head.weight" in tensors:
-            tensors = rename(tensors, ((r"^head\.", None),))
-            notes.append("its classifier reads the class token and the mean of the patches, as none of timm: left out")
+    by_patches = "head.weight" in tensors and kind.startswith(("clip", "siglip"))
+    if by_patches:  # the classifier reads the mean of the patches, CLIP's before the norm
+        unused = r"^(?:attn_pool|norm)\." if kind.startswith("clip") else r"^attn_pool\."
+        tensors = rename(tensors, ((unused, None),))
     join_qkv(tensors)
-    settings = {"heads": config["num_attention_heads"], "act": ACTIVATIONS[config["hidden_act"]], "size": size}
-    found = plain_vit(tensors, **settings, eps=config["layer_norm_eps"], label="deit" if kind == "deit" else "vit")
-    arguments = found.config["model_args"]
+    activation, eps = ACTIVATIONS[config["hidden_act"]], config["layer_norm_eps"]
+    found = plain_vit(tensors, config["num_attention_heads"], activation, eps, size)
+    if by_patches:
+        found.config["model_args"]["global_pool"] = "avg"
     if "head_dist.weight" in tensors:
-        tensors["dist_token"] = tensors.pop("reg_token")
-        found.config["architecture"], arguments["reg_tokens"] = "deit_base_distilled_patch16_224", 0
-    if "head.weight" in tensors and kind.startswith(("clip", "siglip")):  # classifiers read the mean of the patches
-        openai = kind.startswith("clip")
-        arguments |= {"global_pool": "avg", "final_norm": not openai}
-        tensors = rename(tensors, ((r"^attn_pool\.|^norm\." if openai else r"^attn_pool\.", None),))
-    return Converted(tensors, found.config, notes)
+        found.tensors["dist_token"] = found.tensors.pop("reg_token")
+        found.config["architecture"], found.config["model_args"]["reg_tokens"] = "deit_base_distilled_patch16_224", 0
+    return Converted(found.tensors, found.config, found.notes + notes)
 
 
 def _resample_positions(tensors: Tensors, side: int) -> None:
@@ -148,14 +147,12 @@ def _dinov3(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
 def _swin(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     second = config["model_type"] == "swinv2"
     join_qkv(tensors, split_bias=second)
-    if config.get("use_absolute_embeddings"):
-        raise ValueError("timm's Swin has no absolute positions")
     keys = ["patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"]
     keys += ["pretrained_window_sizes" if second else "qkv_bias"]
     arguments = {key: config[key] for key in keys} | {"img_size": config["size"] or config["image_size"]}
+    tensors = rename(tensors, ((r"^head\.", "head.fc."),))
     for stage in reversed(range(len(config["depths"]))):  # timm's stages begin with the merging of patches
-        old, new = rf"^layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample."
-        tensors = rename(tensors, ((old, new), (r"^head\.(?!fc)", "head.fc.")))
+        tensors = rename(tensors, ((rf"^layers\.{stage}\.downsample", f"layers.{stage + 1}.downsample"),))
     architecture = "swinv2_tiny_window8_256" if second else "swin_tiny_patch4_window7_224"
     return _with_gelu(tensors, config, architecture, arguments)
 
@@ -188,9 +185,8 @@ MODEL_TYPES = {
     **dict.fromkeys(("deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers"), ModelType(_plain)),
     "vit": ModelType(_plain, HALF),
     **dict.fromkeys(("clip", "clip_vision_model"), ModelType(_plain, CLIP, OPENAI)),
-    **dict.fromkeys(
-        ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"), ModelType(_plain, HALF, SIGLIP)
-    ),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), ModelType(_plain, HALF, SIGLIP)),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), ModelType(_plain, HALF, SIGLIP)),
     **dict.fromkeys(("beit", "data2vec-vision"), ModelType(_beit, HALF)),
     "dinov3_vit": ModelType(_dinov3),
     **dict.fromkeys(("swin", "swinv2"), ModelType(_swin)),
@@ -238,20 +234,17 @@ def _image_processor(folder: Path) -> tuple[dict[str, Any], int | None, list[str
         # Pixels are divided by 255 before mean and std; another factor, or none, moves into these.
         factor = 255 * table.get("rescale_factor", 1 / 255) if table.get("do_rescale", True) else 255
         mean, std = (table["image_mean"], table["image_std"]) if table.get("do_normalize", True) else ([0] * 3, [1] * 3)
-        images: dict[str, Any] = {"mean": [value / factor for value in mean], "std": [value / factor for value in std]}
-        notes, number = [], table.get("resample")
-        if number in RESAMPLE:
-            images["interpolation"] = RESAMPLE[number]
-        elif number is not None:
-            notes.append(
-                f"resample {number} of {file.name} (of Pillow) is not supported, and timm's default replaces it"
-            )
+        images = {"mean": [value / factor for value in mean], "std": [value / factor for value in std]}
         edges, crop = table.get("size") or {}, table.get("crop_size") if table.get("do_center_crop") else None
         if isinstance(edges, int):  # of version 4.20 and before: CLIP's is the short side
             edges = {"shortest_edge" if "CLIP" in str(table) else "height": edges}
         resized = edges.get("shortest_edge") or edges.get("height")
         size = (crop["height"] if isinstance(crop, dict) else crop) or resized
-        if size and resized:
-            mode = "squash" if "height" in edges else "center"
-            images |= {"crop_pct": crop_fraction(size, resized), "crop_mode": mode}
+        if resized:
+            images = image_settings(images, "bicubic", size, resized)
+            images["crop_mode"] = "squash" if "height" in edges else "center"
+        number = table.get("resample", 3)
+        images["interpolation"] = RESAMPLE.get(number, "bicubic")
+        known = number in RESAMPLE
+        notes = [] if known else [f"resample {number} of {file.name} (of Pillow) is not supported: bicubic is used"]
         return images, size, notes
