@@ -27,8 +27,10 @@ from pdvit.config.schema import PREPROCESSING
 from pdvit.errors import UserError, closest
 from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
-from pdvit.models.layouts import jax, to_timm
+from pdvit.models.layouts import jax
+from pdvit.models.layouts.conversion import Converted
 from pdvit.models.layouts.formats import DISTRIBUTED, INDEX, files_of, read_distributed, refuse_container
+from pdvit.models.layouts.libraries import to_timm
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
@@ -136,30 +138,31 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     if not file.name.endswith((".safetensors", ".npz", INDEX, DISTRIBUTED, *TORCH_SUFFIXES)):
         tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
-    tensors, config = _read_parts(file, parts)
-    if not tensors:
+    read = _read_parts(file, parts)
+    if not read.tensors:
         raise UserError("it holds no weights", str(file), "name a file with a state_dict")
-    if longest := next((name for name in tensors if len(name) > MAX_NAME), None):
+    if longest := next((name for name in read.tensors if len(name) > MAX_NAME), None):
         raise UserError(f"a tensor has a name of {len(longest):,} letters", str(file), COPY)
-    beside = file.parent / CONFIG
+    beside, config = file.parent / CONFIG, read.config
     if not config.get("architecture") and beside.is_file():
         with reading(beside, COPY, "its configuration is not a table in JSON"):
             config = read_json(beside)
-    found = to_timm(tensors, config, file.parent, str(file))
-    return Checkpoint(name or name_of(path), str(file), found.tensors, found.config, tuple(found.notes))
+    found = to_timm(read.tensors, config, file.parent, str(file))
+    notes = (*read.notes, *found.notes)
+    return Checkpoint(name or name_of(path), str(file), found.tensors, found.config, notes)
 
 
-def _read_parts(file: Path, parts: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of weights, or all that an index or torch's `.metadata` lists."""
+def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
+    """Read a file of weights, or all files that an index or torch's `.metadata` lists."""
     if file.suffix == ".npz" or file.name == DISTRIBUTED:
-        size = sum(part.stat().st_size for part in parts)
-        with reading(file, COPY, "the checkpoint is damaged"), limited_memory(2 * size + SPARE_MEMORY):
-            return (jax.read(file) if file.suffix == ".npz" else read_distributed(file)), {}
+        limit = 2 * sum(part.stat().st_size for part in parts) + SPARE_MEMORY
+        with reading(file, COPY, "the checkpoint is damaged, or of another layout"), limited_memory(limit):
+            return jax.read(file) if file.suffix == ".npz" else Converted(read_distributed(file))
     tensors, config = dict[str, Tensor](), dict[str, Any]()
     for part in parts:
         found, config = _read_safetensors(part) if part.suffix == ".safetensors" else _read_torch(part)
         tensors |= found
-    return tensors, config
+    return Converted(tensors, config)
 
 
 def _find_weights(folder: Path) -> Path:

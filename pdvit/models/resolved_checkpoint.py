@@ -44,6 +44,7 @@ class ResolvedCheckpoint:
     segment: SegmentConfig | None = None  # of a segmentation model: its head and evaluation; the crop is set
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
+    notes: tuple[str, ...] = ()  # what the file leaves open
 
 
 def resolve_checkpoint(
@@ -91,6 +92,7 @@ def resolve_checkpoint(
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
+        notes=checkpoint.notes,
     )
 
 

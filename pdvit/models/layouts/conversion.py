@@ -92,6 +92,10 @@ def ratio(whole: int, part: int) -> float:
     return exact if int(part * exact) == whole else (whole + 0.5) / part
 
 
+def _is_square(count: int) -> bool:
+    return count >= 0 and math.isqrt(count) ** 2 == count
+
+
 def image_settings(normalisation: Mapping[str, Any], interpolation: str, size: int, resized: int) -> dict[str, Any]:
     """Return the settings of a centre crop of `size` pixels out of `resized`, as in config.json."""
     crop = size / resized
@@ -104,8 +108,8 @@ def plain_vit(
 ) -> Converted:
     """Return a model of timm's VisionTransformer, by its tensors under timm's names.
 
-    `act` is timm's name of the activation, `eps` that of the norms, `size` the side of the images in pixels, or height
-    and width. Without `size`, the patches are a square; without `heads`, there is a note if their number is a guess.
+    `act` is timm's name of the activation, `eps` that of the norms, `size` the images' height and width in
+    pixels if these differ. Without `heads`, there is a note if their number is a guess.
     """
     patches, fc1, notes = tensors["patch_embed.proj.weight"], tensors["blocks.0.mlp.fc1.weight"], list[str]()
     width, patch, head = int(patches.shape[0]), int(patches.shape[-1]), tensors.get("head.weight")
@@ -115,12 +119,13 @@ def plain_vit(
         notes.append("its head has no counterpart in timm (a hidden layer, or two tokens): left out")
     class_token, scaled, pooled = (name in tensors for name in ("cls_token", "blocks.0.ls1.gamma", "attn_pool.latent"))
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
-    if registers and math.isqrt(tensors["pos_embed"].shape[1] - 1) ** 2 == tensors["pos_embed"].shape[1] - 1:
-        # DINOv2's registers have no position, and timm then adds the class token's to the token itself
+    places = tensors["pos_embed"].shape[1]
+    if registers and _is_square(places - 1):  # DINOv2: registers have no positions, and in timm no prefix token has
         tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
-        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+        tensors["pos_embed"], places = tensors["pos_embed"][:, 1:], places - 1
     if not {"patch_embed.proj.bias", "norm_pre.weight"} & tensors.keys():
         tensors["patch_embed.proj.bias"] = torch.zeros(width)
+    side = math.isqrt(places if _is_square(places) else max(0, places - class_token - registers))
     gated = fc1.shape[0] != tensors["blocks.0.mlp.fc2.weight"].shape[1]
     # timm's norms have an epsilon of 1e-6, those of CLIP 1e-5. Smaller ones change tokens by less than 1e-4.
     family = "clip_224" if eps > 3e-6 else "siglip_224" if pooled else "dinov2" if scaled else "224"
@@ -142,18 +147,11 @@ def plain_vit(
         "fc_norm": False,
         "act_layer": "silu" if gated else act,
         "init_values": 1e-5 if scaled else None,
+        "no_embed_class": _is_square(places),  # else prefix tokens have positions
+        "img_size": size if isinstance(size, list) else side * patch,
     }
     if heads is None and not (width in VIT_SIZES or width in VIT_HEADS):
         notes.append(f"the number of heads is not in the file: {arguments['num_heads']}, width / 64")
-    if "pos_embed" in tensors:
-        places = tensors["pos_embed"].shape[1]
-        counts = {places - class_token - registers: False, places: True}  # prefix tokens have positions, or none
-        sides = [[side // patch for side in (size if isinstance(size, list) else [size or 0] * 2)]]
-        sides += [[math.isqrt(max(0, count))] * 2 for count in counts]
-        grid = next((grid for grid in sides if math.prod(grid) in counts), [0, 0])
-        arguments["no_embed_class"] = counts.get(math.prod(grid), False)
-        if any(grid):  # else a later check names the number of patches
-            arguments["img_size"] = grid[0] * patch if grid[0] == grid[1] else [side * patch for side in grid]
     # timm has no argument for SwiGLU, which this model has
     architecture = f"vit_giant_patch14_{family}" if gated else architecture
     return Converted(tensors, {"architecture": architecture, "model_args": arguments}, notes)

@@ -1,74 +1,39 @@
-"""Vision transformers of Google's JAX code, the original and AugReg, in `.npz` files of NumPy."""
+"""Vision transformers of Google's JAX code, the original and AugReg: `.npz` files, which timm reads."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+import timm
 
-from pdvit.errors import UserError
-from pdvit.models.layouts.conversion import (
-    HALF,
-    IN_MEMORY,
-    Converted,
-    Rules,
-    Tensors,
-    image_settings,
-    join_qkv,
-    plain_vit,
-    rename,
-)
+from pdvit.models.layouts import conversion
+from pdvit.models.layouts.conversion import Converted
 
-BLOCK = "Transformer/encoderblock_0/"
-RULES: Rules = (
-    (r"^(?:opt/target|params)/", ""),
-    (r"^embedding/", "patch_embed/proj/"),
-    (r"^cls$", "cls_token"),
-    (r"^(?:Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
-    (r"^Transformer/encoder_norm/", "norm/"),
-    (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
-    (r"/LayerNorm_0/", "/norm1/"),
-    (r"/LayerNorm_[12]/", "/norm2/"),
-    (r"/MultiHeadDotProductAttention_\d/(q|k|v)(?:uery|ey|alue)/", r"/attn/\1/"),
-    (r"/MultiHeadDotProductAttention_\d/out/", "/attn/proj/"),
-    (r"/MlpBlock_\d/Dense_0/", "/mlp/fc1/"),
-    (r"/MlpBlock_\d/Dense_1/", "/mlp/fc2/"),
-    (r"/(?:kernel|scale)$", "/weight"),
-    (r"/", "."),
-)
+HEADS = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
+NOTES = [
+    "a file of JAX does not contain its preprocessing: mean and std 0.5, bicubic, a crop of 0.9 as for AugReg",
+    "GELU is timm's, exact; that of Flax is the tanh approximation",
+]
 
 
-def read(file: Path) -> Tensors:
-    """Return the arrays of an `.npz` file; any error of NumPy, and ValueError for arrays of pickled objects."""
+def read(file: Path) -> Converted:
+    """Return the model of an `.npz` file; any error of NumPy and timm, also if an array holds pickled objects."""
     with np.load(file, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "f"}
-
-
-def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: str) -> Converted | None:
-    """Return a model of Google's code under timm's names; None if it is none. Raises UserError for a hybrid."""
-    if not any(BLOCK in name for name in tensors):
-        return None
-    if any("conv_root/" in name for name in tensors):
-        raise UserError("a vision transformer on a ResNet, of JAX, can't be converted here", where, IN_MEMORY)
-    renamed = rename(tensors, RULES)
-    heads = renamed["blocks.0.attn.q.weight"].shape[1]
-    renamed = {name: _transposed(name, value) for name, value in renamed.items()}
-    join_qkv(renamed)
-    found = plain_vit(renamed, heads)
-    notes = ["a file of JAX does not contain its preprocessing: mean and std 0.5, bicubic, a crop of 0.9 as for AugReg"]
-    notes += ["GELU is timm's, exact; that of Flax is the tanh approximation", *found.notes]
-    images = image_settings(HALF, "bicubic", 9, 10)
-    return Converted(found.tensors, found.config | {"pretrained_cfg": images}, notes)
-
-
-def _transposed(name: str, value: Tensor) -> Tensor:
-    """Return an array of Flax in torch's order: outputs before inputs, and the heads of attention joined."""
-    if name.endswith((".q.weight", ".k.weight", ".v.weight")):  # (inputs, heads, outputs of each)
-        value = value.flatten(1)
-    elif name.endswith(".proj.weight") and value.ndim == 3:  # (heads, inputs of each, outputs)
-        value = value.flatten(0, 1)
-    elif name.endswith(".bias"):
-        return value.flatten()
-    return value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T if value.ndim == 2 else value
+        prefix = next(name for name in arrays.files if name.endswith(HEADS)).removesuffix(HEADS)
+        side, _, _, width = arrays[f"{prefix}embedding/kernel"].shape
+        places = arrays[f"{prefix}Transformer/posembed_input/pos_embedding"].shape[1]
+        hidden = arrays[f"{prefix}{HEADS.partition('Multi')[0]}MlpBlock_3/Dense_0/bias"].shape[0]
+        arguments: dict[str, Any] = {
+            "img_size": round((places - 1) ** 0.5) * side,
+            "patch_size": side,
+            "embed_dim": width,
+            "depth": conversion.depth_of(arrays.files, rf"{prefix}Transformer/encoderblock_(\d+)/"),
+            "num_heads": arrays[f"{prefix}{HEADS}"].shape[1],
+            "mlp_ratio": conversion.ratio(hidden, width),
+            "num_classes": len(arrays[f"{prefix}head/bias"]) if f"{prefix}head/bias" in arrays.files else 0,
+        }
+    model: Any = timm.create_model("vit_base_patch16_224", **arguments)
+    model.load_pretrained(file)
+    images = conversion.image_settings(conversion.HALF, "bicubic", 9, 10)
+    config = {"architecture": "vit_base_patch16_224", "model_args": arguments, "pretrained_cfg": images}
+    return Converted(model.state_dict(), config, NOTES)

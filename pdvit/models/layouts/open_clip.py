@@ -9,17 +9,8 @@ import timm
 
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading
-from pdvit.models.layouts.conversion import (
-    CLIP,
-    IN_MEMORY,
-    Converted,
-    Rules,
-    Tensors,
-    convert_each,
-    image_settings,
-    plain_vit,
-    rename,
-)
+from pdvit.models.layouts import conversion
+from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Rules, Tensors, rename
 
 CONFIG = "open_clip_config.json"
 COPY = "copy the whole folder, or download it again"
@@ -56,12 +47,13 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     with reading(file if table else where, IN_MEMORY, "its visual tower can't be converted to a model of timm"):
         vision, images = table.get("vision_cfg") or {}, table.get("images") or {}
         anchor, tower = ("class_embedding", _vit) if native else (r"trunk\.patch_embed\.proj\.weight", _timm)
-        found = convert_each(tensors, anchor, lambda inside, _: tower(inside, vision, table))
+        found = conversion.convert_each(tensors, anchor, lambda inside, _: tower(inside, vision, table))
         mode = images.get("resize_mode") or "shortest"
         if mode == "longest":
             notes.append("open_clip pads images that are not square, and pdvit crops them: see --crop-mode")
-        own = {key: images[key] for key in ("mean", "std", "interpolation") if images.get(key)}
-        data = image_settings(CLIP, "bicubic", 1, 1) | own | ({"crop_mode": mode} if mode == "squash" else {})
+        data = conversion.image_settings(conversion.CLIP, "bicubic", 1, 1)
+        data |= {key: images[key] for key in ("mean", "std", "interpolation") if images.get(key)}
+        data["crop_mode"] = "squash" if mode == "squash" else "center"
     return found and Converted(found.tensors, {**found.config, "pretrained_cfg": data}, found.notes + notes)
 
 
@@ -81,7 +73,7 @@ def _vit(tensors: Tensors, vision: Mapping[str, Any], table: Mapping[str, Any]) 
     if pooled or vision.get("final_ln_after_pool"):  # the norm is not over tokens
         tensors = rename(tensors, ((r"^norm\.", None),))
     tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
-    found = plain_vit(
+    found = conversion.plain_vit(
         tensors,
         len(tensors["patch_embed.proj.weight"]) // vision.get("head_width", 64) if table else None,
         "gelu_tanh" if tanh else "quick_gelu" if table.get("quick_gelu") else "gelu",

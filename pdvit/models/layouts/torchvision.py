@@ -5,18 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pdvit.models.layouts.conversion import (
-    IMAGENET,
-    Converted,
-    Rules,
-    Tensors,
-    convert_each,
-    depth_of,
-    image_settings,
-    plain_vit,
-    ratio,
-    rename,
-)
+from pdvit.models.layouts import conversion
+from pdvit.models.layouts.conversion import Converted, Rules, Tensors, convert_each, rename
 
 VIT: Rules = (
     (r"^class_token$", "cls_token"),
@@ -53,21 +43,24 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
 
 
 def _vit(tensors: Tensors, prefix: str) -> Converted:
-    found = plain_vit(rename(tensors, VIT))
-    size, width, patch = (found.config["model_args"].get(key) for key in ("img_size", "embed_dim", "patch_size"))
-    if size == 224:  # SWAG's of this size have no border, which the file does not show
+    found = conversion.plain_vit(rename(tensors, VIT))
+    (_, places, width), patch = found.tensors["pos_embed"].shape, found.config["model_args"]["patch_size"]
+    if math.isqrt(places - 1) * patch == 224:  # SWAG's of this size have no border, which the file does not show
         resized = 242 if (width, patch) == (1024, 16) else 256
-        images = image_settings(IMAGENET, "bilinear", 224, resized)
+        images = conversion.image_settings(conversion.IMAGENET, "bilinear", 224, resized)
         note = NOTE.format(f"224 of {resized} pixels, bilinear,", "IMAGENET1K_V1; SWAG_LINEAR has all of 224, bicubic")
     else:
-        images, note = image_settings(IMAGENET, "bicubic", 1, 1), NOTE.format("no border, bicubic,", "SWAG_E2E_V1")
+        images, note = (
+            conversion.image_settings(conversion.IMAGENET, "bicubic", 1, 1),
+            NOTE.format("no border, bicubic,", "SWAG_E2E_V1"),
+        )
     return Converted(found.tensors, found.config | {"pretrained_cfg": images}, [*found.notes, note])
 
 
 def _swin(tensors: Tensors, prefix: str) -> Converted:
     second = "features.1.0.attn.logit_scale" in tensors
     window = math.isqrt(math.isqrt(tensors["features.1.0.attn.relative_position_index"].numel()))
-    stages = depth_of(tensors, r"features\.(\d+)\.") // 2
+    stages = conversion.depth_of(tensors, r"features\.(\d+)\.") // 2
     tensors = rename(tensors, SWIN)
     for stage in range(stages):
         blocks, merging = (rf"^features\.{2 * stage + place}\." for place in (1, 2))
@@ -75,7 +68,7 @@ def _swin(tensors: Tensors, prefix: str) -> Converted:
     for name in [name for name in tensors if second and name.endswith("attn.qkv.bias")]:
         query, _, value = tensors.pop(name).chunk(3)  # torchvision sets the bias of keys to zero in each pass
         tensors |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
-    depths = [depth_of(tensors, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)]
+    depths = [conversion.depth_of(tensors, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)]
     tables = [tensors[f"layers.{stage}.blocks.0.attn.{HEADS[second][0]}"] for stage in range(stages)]
     width, *_, patch = tensors["patch_embed.proj.weight"].shape
     size = patch * 2 ** (stages - 1) * window
@@ -86,10 +79,10 @@ def _swin(tensors: Tensors, prefix: str) -> Converted:
         "depths": depths,
         "num_heads": [table.shape[HEADS[second][1]] for table in tables],
         "window_size": window,
-        "mlp_ratio": ratio(len(tensors["layers.0.blocks.0.mlp.fc1.weight"]), width),
+        "mlp_ratio": conversion.ratio(len(tensors["layers.0.blocks.0.mlp.fc1.weight"]), width),
     }
     resized = SWIN_RESIZED.get((width, sum(depths)), (size, size))[second]
-    images = image_settings(IMAGENET, "bicubic", size, resized)
+    images = conversion.image_settings(conversion.IMAGENET, "bicubic", size, resized)
     architecture = "swinv2_tiny_window8_256" if second else "swin_tiny_patch4_window7_224"
     config = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": images}
     return Converted(tensors, config, [NOTE.format(f"{size} of {resized} pixels, bicubic,", "IMAGENET1K_V1")])

@@ -11,24 +11,10 @@ from torch.nn import functional as F
 
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading
-from pdvit.models.layouts.conversion import (
-    CLIP,
-    HALF,
-    IMAGENET,
-    IN_MEMORY,
-    Converted,
-    Rules,
-    Tensors,
-    convert_each,
-    depth_of,
-    image_settings,
-    join_qkv,
-    plain_vit,
-    ratio,
-    rename,
-)
+from pdvit.models.layouts import conversion
+from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Rules, Tensors, join_qkv, rename
 
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second is that of a whole CLIP
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second is that of a whole conversion.CLIP
 COPY = "copy the whole folder, or download it again"
 ANCHOR = r"embeddings\.patch_embeddings?\.(?:projection\.)?weight"
 ACTIVATIONS = {
@@ -95,7 +81,7 @@ def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
         tensors = rename(tensors, ((unused, None),))
     join_qkv(tensors)
     activation, eps = ACTIVATIONS[config["hidden_act"]], config["layer_norm_eps"]
-    found = plain_vit(tensors, config["num_attention_heads"], activation, eps, size)
+    found = conversion.plain_vit(tensors, config["num_attention_heads"], activation, eps, size)
     if by_patches:
         found.config["model_args"]["global_pool"] = "avg"
     if "head_dist.weight" in tensors:
@@ -121,7 +107,7 @@ def _beit(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
         "use_abs_pos_emb": "pos_embed" in tensors,
         "use_rel_pos_bias": any(name.startswith("blocks.") for name in tables),
         "use_shared_rel_pos_bias": any(name.startswith("rel_pos_bias.") for name in tables),
-        "init_values": 0.1 if "blocks.0.gamma_1" in tensors else None,
+        "init_values": 0.1 * ("blocks.0.gamma_1" in tensors),
         "global_pool": "token" if "norm.weight" in tensors else "avg",
     }
     if not tensors.keys() & {"norm.weight", "fc_norm.weight"}:  # after the pooling, so that no token changes
@@ -135,6 +121,7 @@ def _dinov3(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     tensors = rename(tensors, ((r"\.ls(\d)\.gamma$", r".gamma_\1"), (r"\.fc1_x\.", ".fc1_x." if gated else ".fc1.")))
     arguments = _sizes(tensors, config) | {
         "swiglu_mlp": gated,
+        "swiglu_align_to": 8 * gated,
         "qkv_bias": "blocks.0.attn.q_bias" in tensors,
         "num_reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         "rope_temperature": config["rope_theta"],
@@ -160,8 +147,8 @@ def _swin(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
 def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
     width, *_, patch = tensors["patch_embed.proj.weight"].shape
     sizes = {"img_size": config["size"] or config["image_size"], "patch_size": patch, "embed_dim": width}
-    sizes |= {"depth": depth_of(tensors), "num_heads": config["num_attention_heads"]}
-    return sizes | {"mlp_ratio": ratio(tensors["blocks.0.mlp.fc2.weight"].shape[1], width)}
+    sizes |= {"depth": conversion.depth_of(tensors), "num_heads": config["num_attention_heads"]}
+    return sizes | {"mlp_ratio": conversion.ratio(tensors["blocks.0.mlp.fc2.weight"].shape[1], width)}
 
 
 def _with_gelu(tensors: Tensors, config: Mapping[str, Any], name: str, arguments: dict[str, Any]) -> Converted:
@@ -175,7 +162,7 @@ class ModelType(NamedTuple):
     """A family of models of transformers."""
 
     convert: Callable[[Tensors, Mapping[str, Any]], Converted]
-    images: Mapping[str, Any] = IMAGENET  # mean and std of its published models
+    images: Mapping[str, Any] = conversion.IMAGENET  # mean and std of its published models
     defaults: Mapping[str, Any] = {}  # of settings that a config.json may leave out
 
 
@@ -183,11 +170,11 @@ SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_attent
 OPENAI = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 MODEL_TYPES = {
     **dict.fromkeys(("deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers"), ModelType(_plain)),
-    "vit": ModelType(_plain, HALF),
-    **dict.fromkeys(("clip", "clip_vision_model"), ModelType(_plain, CLIP, OPENAI)),
-    **dict.fromkeys(("siglip", "siglip_vision_model"), ModelType(_plain, HALF, SIGLIP)),
-    **dict.fromkeys(("siglip2", "siglip2_vision_model"), ModelType(_plain, HALF, SIGLIP)),
-    **dict.fromkeys(("beit", "data2vec-vision"), ModelType(_beit, HALF)),
+    "vit": ModelType(_plain, conversion.HALF),
+    **dict.fromkeys(("clip", "clip_vision_model"), ModelType(_plain, conversion.CLIP, OPENAI)),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), ModelType(_plain, conversion.HALF, SIGLIP)),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), ModelType(_plain, conversion.HALF, SIGLIP)),
+    **dict.fromkeys(("beit", "data2vec-vision"), ModelType(_beit, conversion.HALF)),
     "dinov3_vit": ModelType(_dinov3),
     **dict.fromkeys(("swin", "swinv2"), ModelType(_swin)),
 }
@@ -211,11 +198,14 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     settings = {"image_size": None, **defaults, **config}
     with reading(where, IN_MEMORY, f"this '{name}' of transformers can't be converted to a model of timm"):
         settings |= {**(config.get("vision_config") or {}), "model_type": name, "size": size}
-        for anchor in anchors:  # a classifier stands beside the model
+        for anchor in anchors:  # a classifier stands beside the model, and in version 5 the blocks of some files too
             prefix = re.sub(rf"{ANCHOR}$", "", anchor)
             outer = re.escape(re.sub(r"[^.]+\.$", "", prefix))
-            tensors = rename(tensors, ((rf"^{outer}((?:cls_|distillation_)?classifier\.)", rf"{prefix}\1"),))
-        found = convert_each(tensors, ANCHOR, lambda inside, _: convert(rename(inside, RULES), settings))
+            tensors = rename(
+                tensors, ((rf"^{outer}((?:cls_|distillation_)?classifier\.|encoder\.layer\.)", rf"{prefix}\1"),)
+            )
+        tensors = {key: value for key, value in tensors.items() if value.numel()}  # DINOv3 without registers
+        found = conversion.convert_each(tensors, ANCHOR, lambda inside, _: convert(rename(inside, RULES), settings))
     table = config.get("id2label") or {}
     labels = [table.get(str(index)) for index in range(len(table))]
     invented = labels == [f"LABEL_{index}" for index in range(len(labels))]
@@ -241,7 +231,7 @@ def _image_processor(folder: Path) -> tuple[dict[str, Any], int | None, list[str
         resized = edges.get("shortest_edge") or edges.get("height")
         size = (crop["height"] if isinstance(crop, dict) else crop) or resized
         if resized:
-            images = image_settings(images, "bicubic", size, resized)
+            images = conversion.image_settings(images, "bicubic", size, resized)
             images["crop_mode"] = "squash" if "height" in edges else "center"
         number = table.get("resample", 3)
         images["interpolation"] = RESAMPLE.get(number, "bicubic")

@@ -1,0 +1,24 @@
+"""Finds the library of a checkpoint, and gives its tensors timm's names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pdvit.models.layouts import open_clip, torchvision, training, transformers
+from pdvit.models.layouts.conversion import Converted, Tensors, rename
+
+LIBRARIES = (transformers, open_clip, torchvision, training)
+
+
+def to_timm(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: str) -> Converted:
+    """Return a checkpoint with timm's names, converted if it is of another library.
+
+    `config` is the table of config.json, `folder` where files beside the weights are. Raises UserError if timm has no
+    such model, a file beside the weights is missing, or the weights are quantised or an adapter.
+    """
+    training.refuse_unmerged(tensors, where)
+    tensors = rename(tensors, training.WRAPPERS)
+    for library in LIBRARIES:
+        if (converted := library.convert(tensors, config, folder, where)) is not None:
+            return converted
+    return Converted(tensors, dict(config))
