@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from pdvit.config.schema import PREPROCESSING
 from pdvit.errors import UserError, closest
 from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
-from pdvit.models.layouts import jax
+from pdvit.models.layouts import jax, open_clip, transformers
 from pdvit.models.layouts.conversion import Converted
 from pdvit.models.layouts.formats import DISTRIBUTED, INDEX, files_of, read_distributed, refuse_container
 from pdvit.models.layouts.libraries import to_timm
@@ -36,9 +37,9 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
 HEADER_KEY = "config.json"
 # timm's order in a folder: these names, then a single file with one of these suffixes.
-PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-PREFERRED += ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 INDEXES = (f"{WEIGHTS}{INDEX}", f"pytorch_model.bin{INDEX}")  # of weights in several files
+PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth", *OPEN_CLIP, *INDEXES)
 FOLDER_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".npz")
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 # Limits for nested tables, because a pickled table can contain itself, and for the letters of a tensor's name.
@@ -166,7 +167,7 @@ def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
 
 
 def _find_weights(folder: Path) -> Path:
-    files = [folder / name for name in (*PREFERRED, *INDEXES, DISTRIBUTED) if (folder / name).is_file()][:1]
+    files = [folder / name for name in (*PREFERRED, DISTRIBUTED) if (folder / name).is_file()][:1]
     is_run = (folder / "run.toml").exists()
     for suffix in () if is_run else FOLDER_SUFFIXES:
         files = files or sorted(folder.glob(f"*{suffix}"))
@@ -307,11 +308,20 @@ def _download(repository: str) -> Path:
 
     owner_and_name, _, revision = repository.partition("@")
     where = f"hf-hub:{repository}"
+    fetch = partial(hf_hub_download, owner_and_name, revision=revision or None)
     with _downloading(where):
-        hf_hub_download(owner_and_name, CONFIG, revision=revision or None)
+        try:
+            fetch(CONFIG)
+        except EntryNotFoundError:
+            fetch(open_clip.CONFIG)
+        with suppress(EntryNotFoundError):
+            fetch(transformers.PROCESSORS[0])
         for name in PREFERRED:
             with suppress(EntryNotFoundError):
-                return Path(hf_hub_download(owner_and_name, name, revision=revision or None)).parent
+                file = Path(fetch(name))
+                for part in set(files_of(file)) - {file}:
+                    fetch(part.name)
+                return file.parent
     what = f"none of {', '.join(PREFERRED)} is there, or in the cache if there is no network"
     raise UserError(what, where, "check the network, or name a repository in timm's format")
 

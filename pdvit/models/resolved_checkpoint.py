@@ -19,13 +19,12 @@ from pdvit.errors import UserError
 from pdvit.models.build import sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.families import family_of
+from pdvit.models.layouts.conversion import VIT_SIZES
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
-# Sizes in the names of timm's plain vision transformers, by width.
-VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
 @dataclass(frozen=True)

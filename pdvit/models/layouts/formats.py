@@ -17,8 +17,8 @@ from pdvit.models.layouts.conversion import Tensors
 
 INDEX, DISTRIBUTED = ".index.json", ".metadata"
 # torch's records in the metadata of a distributed checkpoint.
-RECORDS = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")
-RECORDS += ("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
+RECORDS = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"}
+RECORDS |= {"TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"}
 OPTIMIZER = re.compile(r"(?:^|\.)optim\w*\.")
 # Regular expression for the first bytes, or for a name in a zip -> what the file is, and what to do.
 STARTS = {

@@ -19,7 +19,10 @@ NOTES = [
 def read(file: Path) -> Converted:
     """Return the model of an `.npz` file; any error of NumPy and timm, also if an array holds pickled objects."""
     with np.load(file, allow_pickle=False) as arrays:
-        prefix = next(name for name in arrays.files if name.endswith(HEADS)).removesuffix(HEADS)
+        names = [name for name in arrays.files if name.endswith(HEADS)]
+        if not names or any("conv_root/" in name for name in arrays.files):
+            raise ValueError("it is no plain vision transformer of Google's JAX code")
+        prefix = names[0].removesuffix(HEADS)
         side, _, _, width = arrays[f"{prefix}embedding/kernel"].shape
         places = arrays[f"{prefix}Transformer/posembed_input/pos_embedding"].shape[1]
         hidden = arrays[f"{prefix}{HEADS.partition('Multi')[0]}MlpBlock_3/Dense_0/bias"].shape[0]

@@ -7,7 +7,7 @@ from typing import Any
 from pdvit.models.layouts import open_clip, torchvision, training, transformers
 from pdvit.models.layouts.conversion import Converted, Tensors, rename
 
-LIBRARIES = (transformers, open_clip, torchvision, training)
+CONVERSIONS = (transformers.convert, open_clip.convert, torchvision.convert, training.convert)
 
 
 def to_timm(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: str) -> Converted:
@@ -18,7 +18,7 @@ def to_timm(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     """
     training.refuse_unmerged(tensors, where)
     tensors = rename(tensors, training.WRAPPERS)
-    for library in LIBRARIES:
-        if (converted := library.convert(tensors, config, folder, where)) is not None:
+    for convert in CONVERSIONS:
+        if (converted := convert(tensors, config, folder, where)) is not None:
             return converted
     return Converted(tensors, dict(config))

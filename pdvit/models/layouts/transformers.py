@@ -112,7 +112,7 @@ def _beit(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     }
     if not tensors.keys() & {"norm.weight", "fc_norm.weight"}:  # after the pooling, so that no token changes
         tensors |= {"fc_norm.weight": torch.ones(width := arguments["embed_dim"]), "fc_norm.bias": torch.zeros(width)}
-    return _with_gelu(tensors, config, "beit_base_patch16_224", arguments)
+    return _checked(tensors, config, "beit_base_patch16_224", arguments)
 
 
 def _dinov3(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
@@ -127,8 +127,7 @@ def _dinov3(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
         "rope_temperature": config["rope_theta"],
         "global_pool": "token",
     }
-    activation = "gelu" if gated else config["hidden_act"]  # SwiGLU has its own
-    return _with_gelu(tensors, {"hidden_act": activation}, "vit_base_patch16_dinov3_qkvb", arguments)
+    return _checked(tensors, config, "vit_base_patch16_dinov3_qkvb", arguments, "silu" if gated else "gelu")
 
 
 def _swin(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
@@ -141,7 +140,7 @@ def _swin(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     for stage in reversed(range(len(config["depths"]))):  # timm's stages begin with the merging of patches
         tensors = rename(tensors, ((rf"^layers\.{stage}\.downsample", f"layers.{stage + 1}.downsample"),))
     architecture = "swinv2_tiny_window8_256" if second else "swin_tiny_patch4_window7_224"
-    return _with_gelu(tensors, config, architecture, arguments)
+    return _checked(tensors, config, architecture, arguments)
 
 
 def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,9 +150,11 @@ def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
     return sizes | {"mlp_ratio": conversion.ratio(tensors["blocks.0.mlp.fc2.weight"].shape[1], width)}
 
 
-def _with_gelu(tensors: Tensors, config: Mapping[str, Any], name: str, arguments: dict[str, Any]) -> Converted:
-    """Return a model of which timm has GELU only; raises ValueError for another activation."""
-    if config["hidden_act"] != "gelu":
+def _checked(
+    tensors: Tensors, config: Mapping[str, Any], name: str, arguments: dict[str, Any], activation: str = "gelu"
+) -> Converted:
+    """Return a model of timm that has this activation only; raises ValueError for another."""
+    if config["hidden_act"] != activation:
         raise ValueError(f"timm has no such model with hidden_act {config['hidden_act']}")
     return Converted(tensors, {"architecture": name, "model_args": arguments})
 
@@ -224,13 +225,13 @@ def _image_processor(folder: Path) -> tuple[dict[str, Any], int | None, list[str
         # Pixels are divided by 255 before mean and std; another factor, or none, moves into these.
         factor = 255 * table.get("rescale_factor", 1 / 255) if table.get("do_rescale", True) else 255
         mean, std = (table["image_mean"], table["image_std"]) if table.get("do_normalize", True) else ([0] * 3, [1] * 3)
-        images = {"mean": [value / factor for value in mean], "std": [value / factor for value in std]}
+        images: dict[str, Any] = {"mean": [value / factor for value in mean], "std": [value / factor for value in std]}
         edges, crop = table.get("size") or {}, table.get("crop_size") if table.get("do_center_crop") else None
         if isinstance(edges, int):  # of version 4.20 and before: CLIP's is the short side
             edges = {"shortest_edge" if "CLIP" in str(table) else "height": edges}
         resized = edges.get("shortest_edge") or edges.get("height")
         size = (crop["height"] if isinstance(crop, dict) else crop) or resized
-        if resized:
+        if resized and size:
             images = conversion.image_settings(images, "bicubic", size, resized)
             images["crop_mode"] = "squash" if "height" in edges else "center"
         number = table.get("resample", 3)

@@ -33,7 +33,11 @@ MODELS: list[tuple[str, dict[str, Any], int]] = [
     ("Dinov2WithRegistersModel", RATIO, 5),
     ("Dinov2WithRegistersForImageClassification", RATIO | {"use_swiglu_ffn": True}, 5),
     ("DINOv3ViTModel", MLP | {"num_register_tokens": 2, "rope_theta": 50.0}, 3),
-    ("DINOv3ViTModel", MLP | {"use_gated_mlp": True, "query_bias": False, "value_bias": False}, 1),
+    (
+        "DINOv3ViTModel",
+        MLP | {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False},
+        1,
+    ),
     ("ViTMAEModel", MLP | {"mask_ratio": 0.0}, 1),
     ("ViTMAEForPreTraining", MLP | {"mask_ratio": 0.0}, 1),
     ("ViTMSNModel", MLP, 1),
