@@ -74,7 +74,7 @@ def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
         tensors[name.replace("fc1_g", "fc1")] = torch.cat(halves)
     if kind.startswith("dinov2"):
         size = config["size"] or size
-        _resample_positions(tensors, size // patches.shape[-1])
+        _resample_positions(tensors, size // patches.shape[-1], antialias="registers" in kind)
     by_patches = "head.weight" in tensors and kind.startswith(("clip", "siglip"))
     if by_patches:  # the classifier reads the mean of the patches, CLIP's before the norm
         unused = r"^(?:attn_pool|norm)\." if kind.startswith("clip") else r"^attn_pool\."
@@ -90,13 +90,13 @@ def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     return Converted(found.tensors, found.config, found.notes + notes)
 
 
-def _resample_positions(tensors: Tensors, side: int) -> None:
-    """Resample the positions of the patches as DINOv2 does in its forward pass, without antialiasing."""
+def _resample_positions(tensors: Tensors, side: int, antialias: bool) -> None:
+    """Resample the positions of the patches as transformers does in each forward pass of DINOv2."""
     positions = tensors["pos_embed"]
-    old = round((positions.shape[1] - 1) ** 0.5)
+    old = isqrt(positions.shape[1] - 1)
     if old != side:
         grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", align_corners=False).to(grid.dtype)
+        grid = F.interpolate(grid.float(), (side, side), mode="bicubic", antialias=antialias).to(grid.dtype)
         tensors["pos_embed"] = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
@@ -230,12 +230,16 @@ def _image_processor(folder: Path) -> tuple[dict[str, Any], int | None, list[str
         if isinstance(edges, int):  # of version 4.20 and before: CLIP's is the short side
             edges = {"shortest_edge" if "CLIP" in str(table) else "height": edges}
         resized = edges.get("shortest_edge") or edges.get("height")
+        if edges.get("width", resized) != resized:
+            raise ValueError(f"it makes images of {resized}x{edges['width']}, and pdvit takes squares")
         size = (crop["height"] if isinstance(crop, dict) else crop) or resized
-        if resized and size:
-            images = conversion.image_settings(images, "bicubic", size, resized)
-            images["crop_mode"] = "squash" if "height" in edges else "center"
+        images = conversion.image_settings(images, "bicubic", size or 1, resized or size or 1)
+        images["crop_mode"] = "squash" if "height" in edges else "center"
         number = table.get("resample", 3)
         images["interpolation"] = RESAMPLE.get(number, "bicubic")
-        known = number in RESAMPLE
-        notes = [] if known else [f"resample {number} of {file.name} (of Pillow) is not supported: bicubic is used"]
+        notes = (
+            []
+            if number in RESAMPLE
+            else [f"resample {number} of {file.name} (of Pillow) is not supported: bicubic is used"]
+        )
         return images, size, notes

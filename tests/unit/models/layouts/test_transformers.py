@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.models.layouts.compare import PHOTO, check, modules_named, perturbed, prepared, random_images
-from tests.unit.models.support import load
+from tests.unit.models.support import load, refuse
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 MLP = VIT | {"intermediate_size": 64}
@@ -124,3 +124,27 @@ def test_images_are_prepared_as_by_the_image_processor(transformers, tmp_path, n
     theirs = processor(PHOTO, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(prepared(loaded), theirs, rtol=0, atol=1e-5)
     assert loaded.notes == ()
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel"])
+def test_positions_of_dinov2_are_resampled_to_the_size_of_the_image_processor(transformers, tmp_path, name):
+    model = save(transformers, name, RATIO | {"image_size": 56}, tmp_path)
+    sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    transformers.BitImageProcessorPil(**sizes).save_pretrained(tmp_path)
+    check(tmp_path, modules_named(model, BLOCKS), random_images(32), model, 5 if "Registers" in name else 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it
+def test_an_adapter_of_peft_is_refused_and_the_step_of_the_tip_merges_it(transformers, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'pdvit[zoo]'")
+    base = save(transformers, "ViTForImageClassification", MLP | {"num_labels": 3}, tmp_path / "base")
+    adapter = perturbed(peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)))
+    adapter.save_pretrained(tmp_path / "ADAPTER")
+    torch.save(adapter.state_dict(), tmp_path / "adapter.pth")
+    assert "not merged" in refuse(tmp_path / "adapter.pth").what
+    monkeypatch.chdir(tmp_path)
+    names = {"PeftModel": peft.PeftModel, "ADAPTER": "ADAPTER", "FOLDER": "merged"}
+    names["base"] = transformers.ViTForImageClassification.from_pretrained("base")
+    exec(refuse("ADAPTER").tip.partition("with peft: ")[2], names)
+    merged = transformers.ViTForImageClassification.from_pretrained("merged").eval()
+    check(tmp_path / "merged", modules_named(merged, BLOCKS), random_images(32), merged, 1)
