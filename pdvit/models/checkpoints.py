@@ -131,11 +131,11 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     file = _find_weights(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
-    with reading(file, COPY, "the list of its files is damaged"):
+    with reading(file, COPY):
         parts = files_of(file)
         check_memory(parts, str(file))
-    if parts == [file]:
-        refuse_container(file)
+        if parts == [file]:
+            refuse_container(file)
     if not file.name.endswith((".safetensors", ".npz", INDEX, DISTRIBUTED, *TORCH_SUFFIXES)):
         tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)

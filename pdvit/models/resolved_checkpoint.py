@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -91,8 +91,17 @@ def resolve_checkpoint(
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
     )
+
+
+def _normalisations(name: str) -> Iterator[str]:
+    """Yield a note if timm's weights of a model, which the file does not tell apart, have several normalisations."""
+    published = reversed(timm.list_pretrained(f"{name}.*"))
+    tags = {cfg.mean[0]: full for full in published if (cfg := timm.get_pretrained_cfg(full)) is not None}
+    if len(tags) > 1:
+        listed = ", or ".join(f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items()))
+        yield f"the file does not contain its normalisation, here that of {name}; weights of timm have {listed}"
 
 
 def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:

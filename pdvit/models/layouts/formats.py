@@ -4,8 +4,8 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import is_dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -16,9 +16,13 @@ from pdvit.files import read_json
 from pdvit.models.layouts.conversion import Tensors
 
 INDEX, DISTRIBUTED = ".index.json", ".metadata"
-# torch's records in the metadata of a distributed checkpoint.
-RECORDS = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"}
-RECORDS |= {"TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"}
+# What the metadata of a distributed checkpoint consists of, by module and name.
+RECORDS = {(metadata.__name__, name): value for name, value in vars(metadata).items() if is_dataclass(value)} | {
+    (metadata.__name__, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda _: torch.strided,
+}
 OPTIMIZER = re.compile(r"(?:^|\.)optim\w*\.")
 # Regular expression for the first bytes, or for a name in a zip -> what the file is, and what to do.
 STARTS = {
@@ -51,32 +55,29 @@ def refuse_container(file: Path) -> None:
 
 
 def files_of(file: Path) -> list[Path]:
-    """Return the files that hold the tensors of a checkpoint; ValueError if an index names one in another folder."""
+    """Return the files that hold the tensors of a checkpoint; ValueError if one is missing or in another folder."""
     if file.name == DISTRIBUTED:
         return sorted(file.parent.glob("*.distcp"))
-    return _beside(file, read_json(file)["weight_map"].values()) if file.name.endswith(INDEX) else [file]
+    names = set(read_json(file)["weight_map"].values()) if file.name.endswith(INDEX) else {file.name}
+    return [_beside(file, name) for name in sorted(names)]
 
 
-def _beside(file: Path, names: Iterable[str]) -> list[Path]:
-    if elsewhere := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"it names a file outside its folder: {elsewhere[0]}")
-    return [file.parent / name for name in sorted(set(names))]
+def _beside(file: Path, name: str) -> Path:
+    if Path(name).name != name or not (file.parent / name).is_file():
+        raise ValueError(f"it names a file that is not in its folder: {name}")
+    return file.parent / name
 
 
 class _Records(pickle.Unpickler):
     """Reads pickles that consist of torch's records of a distributed checkpoint, and executes nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == metadata.__name__ and name in RECORDS:
-            return getattr(metadata, name)
-        if (module, name) == (filesystem.__name__, "_StorageInfo"):
-            return filesystem._StorageInfo
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return lambda _: torch.strided
+        if (module, name) in RECORDS:
+            return RECORDS[module, name]
         if module.startswith("pathlib") and name.endswith("Path"):  # the place where it was saved
-            return lambda *parts: "/".join(parts)
+            return PurePosixPath
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
         raise pickle.UnpicklingError(f"it holds a {module}.{name}, which could run code")
 
 
@@ -94,7 +95,7 @@ def read_distributed(file: Path) -> Tensors:
         tensors[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             place = table.storage_data[metadata.MetadataIndex(name, chunk.offsets)]
-            with _beside(file, [place.relative_path])[0].open("rb") as opened:
+            with _beside(file, place.relative_path).open("rb") as opened:
                 opened.seek(place.offset)
                 part = torch.load(io.BytesIO(opened.read(place.length)), map_location="cpu", weights_only=True)
             at = tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True))
