@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 
+from pdvit.models.build import build_model
 from pdvit.models.layouts import conversion
 from pdvit.models.layouts.conversion import Converted
 
@@ -35,7 +35,7 @@ def read(file: Path) -> Converted:
             "mlp_ratio": conversion.ratio(hidden, width),
             "num_classes": len(arrays[f"{prefix}head/bias"]) if f"{prefix}head/bias" in arrays.files else 0,
         }
-    model: Any = timm.create_model("vit_base_patch16_224", **arguments)
+    model: Any = build_model("vit_base_patch16_224", arguments, str(file))
     model.load_pretrained(file)
     images = conversion.image_settings(conversion.HALF, "bicubic", 9, 10)
     config = {"architecture": "vit_base_patch16_224", "model_args": arguments, "pretrained_cfg": images}

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pdvit.files import reading
 from pdvit.models.layouts import open_clip, torchvision, training, transformers
-from pdvit.models.layouts.conversion import Converted, Tensors, rename
+from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Tensors, rename
 
 CONVERSIONS = (transformers.convert, open_clip.convert, torchvision.convert, training.convert)
 
@@ -18,7 +19,8 @@ def to_timm(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     """
     training.refuse_unmerged(tensors, where)
     tensors = rename(tensors, training.WRAPPERS)
-    for convert in CONVERSIONS:
-        if (converted := convert(tensors, config, folder, where)) is not None:
-            return converted
+    with reading(where, IN_MEMORY, "its weights can't be converted to a model of timm"):
+        for convert in CONVERSIONS:
+            if (converted := convert(tensors, config, folder, where)) is not None:
+                return converted
     return Converted(tensors, dict(config))

@@ -10,7 +10,7 @@ import timm
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading
 from pdvit.models.layouts import conversion
-from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Rules, Tensors, rename
+from pdvit.models.layouts.conversion import Converted, Rules, Tensors, rename
 
 CONFIG = "open_clip_config.json"
 COPY = "copy the whole folder, or download it again"
@@ -36,7 +36,9 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     if any(name.endswith("visual.layer1.0.conv1.weight") for name in tensors):
         raise UserError("the visual tower of this CLIP is a ResNet, which has no patches", where, "use a ViT")
     file, table, notes = folder / CONFIG, dict[str, Any](), list[str]()
-    native = any(re.search(r"(?:^|\.)class_embedding$", name) for name in tensors)
+    prefixes = [match[1] for name in tensors if (match := re.fullmatch(r"((?:.+\.)?)class_embedding", name))]
+    # Meta's Perception Encoder, which timm converts, has a probe, or no projection.
+    native = any(f"{it}proj" in tensors and f"{it}attn_pool.probe" not in tensors for it in prefixes)
     if file.is_file():
         with reading(file, COPY):
             table = {**read_json(file)["model_cfg"], "images": read_json(file).get("preprocess_cfg")}
@@ -44,16 +46,15 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
         notes = [f"no {CONFIG} beside it: mean, std and crop are those of OpenAI's CLIP"]
     else:
         return None
-    with reading(file if table else where, IN_MEMORY, "its visual tower can't be converted to a model of timm"):
-        vision, images = table.get("vision_cfg") or {}, table.get("images") or {}
-        anchor, tower = ("class_embedding", _vit) if native else (r"trunk\.patch_embed\.proj\.weight", _timm)
-        found = conversion.convert_each(tensors, anchor, lambda inside, _: tower(inside, vision, table))
-        mode = images.get("resize_mode") or "shortest"
-        if mode == "longest":
-            notes.append("open_clip pads images that are not square, and pdvit crops them: see --crop-mode")
-        data = conversion.image_settings(conversion.CLIP, "bicubic", 1, 1)
-        data |= {key: images[key] for key in ("mean", "std", "interpolation") if images.get(key)}
-        data["crop_mode"] = "squash" if mode == "squash" else "center"
+    vision, images = table.get("vision_cfg") or {}, table.get("images") or {}
+    anchor, tower = ("class_embedding", _vit) if native else (r"trunk\.patch_embed\.proj\.weight", _timm)
+    found = conversion.convert_each(tensors, anchor, lambda inside, _: tower(inside, vision, table))
+    mode = images.get("resize_mode") or "shortest"
+    if mode == "longest":
+        notes.append("open_clip pads images that are not square, and pdvit crops them: see --crop-mode")
+    data = conversion.image_settings(conversion.CLIP, "bicubic", 1, 1)
+    data |= {key: images[key] for key in ("mean", "std", "interpolation") if images.get(key)}
+    data["crop_mode"] = "squash" if mode == "squash" else "center"
     return found and Converted(found.tensors, {**found.config, "pretrained_cfg": data}, found.notes + notes)
 
 

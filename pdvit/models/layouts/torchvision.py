@@ -37,9 +37,8 @@ NOTE = "a file of torchvision does not contain its preprocessing: {} as for torc
 
 def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: str) -> Converted | None:
     """Return a model of torchvision under timm's names; None if it is none."""
-    return convert_each(tensors, r"conv_proj\.weight", _vit) or convert_each(
-        tensors, r"features\.1\.0\.attn\.qkv\.weight", _swin
-    )
+    found = convert_each(tensors, r"conv_proj\.weight", _vit)
+    return found or convert_each(tensors, r"features\.1\.0\.attn\.qkv\.weight", _swin)
 
 
 def _vit(tensors: Tensors, prefix: str) -> Converted:
@@ -50,10 +49,8 @@ def _vit(tensors: Tensors, prefix: str) -> Converted:
         images = conversion.image_settings(conversion.IMAGENET, "bilinear", 224, resized)
         note = NOTE.format(f"224 of {resized} pixels, bilinear,", "IMAGENET1K_V1; SWAG_LINEAR has all of 224, bicubic")
     else:
-        images, note = (
-            conversion.image_settings(conversion.IMAGENET, "bicubic", 1, 1),
-            NOTE.format("no border, bicubic,", "SWAG_E2E_V1"),
-        )
+        images = conversion.image_settings(conversion.IMAGENET, "bicubic", 1, 1)
+        note = NOTE.format("no border, bicubic,", "IMAGENET1K_SWAG_E2E_V1")
     return Converted(found.tensors, found.config | {"pretrained_cfg": images}, [*found.notes, note])
 
 

@@ -28,9 +28,7 @@ def refuse_unmerged(tensors: Tensors, where: str) -> None:
     """Raise UserError if the tensors are those of an adapter, or quantised."""
     if name := next(filter(ADAPTERS.search, tensors), None):
         tip = "merge it, with peft: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
-        raise UserError(
-            f"it holds an adapter (LoRA or the like) that is not merged into its weights: {name}", where, tip
-        )
+        raise UserError(f"it holds an adapter (LoRA or the like) that is not merged: {name}", where, tip)
     narrow = (name for name, value in tensors.items() if value.is_floating_point() and value.element_size() == 1)
     if name := next(filter(QUANTISED.search, tensors), None) or next(narrow, None):
         tip = "dequantise it: in transformers, model.dequantize().save_pretrained(FOLDER); or use the original weights"
@@ -46,7 +44,7 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
         if prefix.endswith(("base_encoder.", "momentum_encoder.")):
             code, rules = "MoCo v3", MOCO
             heads = MOCO_HEADS.get(len(inside["patch_embed.proj.weight"]))
-        elif {"mask_token", "blocks.0.ls1.gamma"} <= inside.keys():
+        elif {"mask_token", "blocks.0.ls1.gamma", "pos_embed"} <= inside.keys():  # DINOv3 has no positions
             code, rules = "DINOv2", DINOV2
         elif jepa and "cls_token" not in inside:
             code, rules = "I-JEPA", ()

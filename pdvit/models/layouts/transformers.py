@@ -196,17 +196,16 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     if not images:
         images = dict(published)
         notes = [f"no {PROCESSORS[0]} beside it: mean and std are those of published '{name}' models, the rest timm's"]
-    settings = {"image_size": None, **defaults, **config}
-    with reading(where, IN_MEMORY, f"this '{name}' of transformers can't be converted to a model of timm"):
-        settings |= {**(config.get("vision_config") or {}), "model_type": name, "size": size}
-        for anchor in anchors:  # a classifier stands beside the model, and in version 5 the blocks of some files too
-            prefix = re.sub(rf"{ANCHOR}$", "", anchor)
-            outer = re.escape(re.sub(r"[^.]+\.$", "", prefix))
-            tensors = rename(
-                tensors, ((rf"^{outer}((?:cls_|distillation_)?classifier\.|encoder\.layer\.)", rf"{prefix}\1"),)
-            )
-        tensors = {key: value for key, value in tensors.items() if value.numel()}  # DINOv3 without registers
-        found = conversion.convert_each(tensors, ANCHOR, lambda inside, _: convert(rename(inside, RULES), settings))
+    settings = {"image_size": None, **defaults, **config, **(config.get("vision_config") or {})}
+    settings |= {"model_type": name, "size": size}
+    for anchor in anchors:  # a classifier stands beside the model, and in version 5 the blocks of some files too
+        prefix = re.sub(rf"{ANCHOR}$", "", anchor)
+        outer = re.escape(re.sub(r"[^.]+\.$", "", prefix))
+        tensors = rename(
+            tensors, ((rf"^{outer}((?:cls_|distillation_)?classifier\.|encoder\.layer\.)", rf"{prefix}\1"),)
+        )
+    tensors = {key: value for key, value in tensors.items() if value.numel()}  # DINOv3 without registers
+    found = conversion.convert_each(tensors, ANCHOR, lambda inside, _: convert(rename(inside, RULES), settings))
     table = config.get("id2label") or {}
     labels = [table.get(str(index)) for index in range(len(table))]
     invented = labels == [f"LABEL_{index}" for index in range(len(labels))]
