@@ -134,7 +134,7 @@ def _evaluate(
     partial = part != source.final_split or (opened.is_run and not own)
     name = f"all of {source.name}" if split == "all" else f"the {split} split of {source.name}"
     spread = "" if images is whole else f" of {len(whole):,}, spread evenly"
-    for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes):
+    for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes, *opened.loaded.notes):
         log(console, printable(line))
     classes = metrics.unique_names(source.classes)
     network: Network = pixel_network(model) if windows else model
@@ -247,6 +247,8 @@ def predict(
     flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
     flags |= {"run_device": device, "run_precision": precision}
     opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
+    for note in opened.loaded.notes:
+        log(console, printable(note))
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
     target = _target(path, out, top, masks=windows is not None)
     predictions = _masks(opened, files, target, windows) if windows and target else _labels(opened, files, top, console)

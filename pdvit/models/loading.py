@@ -40,6 +40,7 @@ class LoadedModel:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # timm's
     segment: SegmentConfig | None = None  # of a Segmenter: the head and the run's evaluation; the crop is set
     palette: Palette | None = None  # a colour (0 to 255) for each class, if the file has them
+    notes: tuple[str, ...] = ()  # what the file leaves open
 
     def with_random_weights(self, seed: int = 0) -> nn.Module:
         """Return the timm model with timm's initialisation, on the CPU; torch's generators keep their state."""
@@ -74,8 +75,10 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     if segment is not None and adapter is not None:
         model = Segmenter(model, adapter, len(classes or ()), segment)
         model.load_state_dict(head.tensors, strict=False)
-    weights, palette = selected.weights, checkpoint.palette
-    return LoadedModel(model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette)
+    weights, palette, notes = selected.weights, checkpoint.palette, checkpoint.notes
+    return LoadedModel(
+        model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette, notes
+    )
 
 
 def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:
@@ -175,6 +178,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
     label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
     under = f", found under '{selected.prefix}'" if selected.prefix else ""
     notes = [f"initial weights: {checkpoint.name}{label}: {len(match.tensors)} of {len(weights)} tensors{under}"]
+    notes += checkpoint.notes
     if selected.rivals:
         notes.append(f"the file holds others too ({', '.join(selected.rivals)}): choose by --weights raw or ema")
     if selected.outside and checkpoint.segment is None:

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,13 +19,12 @@ from pdvit.errors import UserError
 from pdvit.models.build import sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.families import family_of
+from pdvit.models.layouts.conversion import VIT_SIZES
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
-# Sizes in the names of timm's plain vision transformers, by width.
-VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class ResolvedCheckpoint:
     segment: SegmentConfig | None = None  # of a segmentation model: its head and evaluation; the crop is set
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
+    notes: tuple[str, ...] = ()  # what the file leaves open
 
     def keeps_classifier(self, classes: Sequence[str]) -> bool:
         """Return whether the file's classifier is for these classes, as far as the file says."""
@@ -95,7 +95,17 @@ def resolve_checkpoint(
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
+        notes=(*checkpoint.notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
     )
+
+
+def _normalisations(name: str) -> Iterator[str]:
+    """Yield a note if timm's weights of a model, which the file does not tell apart, have several normalisations."""
+    published = reversed(timm.list_pretrained(f"{name}.*"))
+    tags = {cfg.mean[0]: full for full in published if (cfg := timm.get_pretrained_cfg(full)) is not None}
+    if len(tags) > 1:
+        listed = ", or ".join(f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items()))
+        yield f"the file does not contain its normalisation, here that of {name}; weights of timm have {listed}"
 
 
 def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:

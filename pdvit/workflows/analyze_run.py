@@ -148,7 +148,11 @@ def describe(
         "layers": "embed is the input of block 1 (with position); blocks are read before the final norm; the last row "
         f"is {last}{stages}",
         "metrics": {name: DEFINITIONS[name].text for name in dict.fromkeys(table["metric"])},
-        "notes": [*analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])],
+        "notes": [
+            *loaded.notes,
+            *analysis.notes,
+            *([] if has_p else ["no verdict, which needs P: --metrics similarity"]),
+        ],
         "stopped": stopped,
         "spread": "std and ci95 (half-width, Student's t) over images",
         "precision": "float32",

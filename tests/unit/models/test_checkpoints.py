@@ -229,7 +229,7 @@ def test_places_without_weights_are_refused(tmp_path):
     (tmp_path / "run.toml").touch()
     assert "resume" in refuse(tmp_path).tip
     np.savez(tmp_path / "x.npz", a=np.zeros(3))  # of JAX
-    assert "'.npz' is not supported" in refuse(tmp_path / "x.npz", VIT).what
+    assert "no plain vision transformer of Google's" in refuse(tmp_path / "x.npz", VIT).what
 
 
 # Names, and the network.
@@ -270,7 +270,7 @@ def test_a_folder_of_the_hub_is_read_like_any_other(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     found = load("hf-hub:somebody/model@main")
     assert (found.name, equal(found.model, make())) == ("model", True)
-    names = ["config.json", "model.safetensors", "pytorch_model.bin"]
+    names = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
     assert requests == [("somebody/model", name, "main") for name in names]
 
 
