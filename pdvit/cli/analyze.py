@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
+from pdvit.cli.options import checkpoint_command, checkpoint_settings
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command, printable
 from pdvit.workflows.console import log, make_console, process_group
@@ -24,6 +25,7 @@ VERBOSE = "Print also definitions, conditions and files; or nothing. Unset: tabl
 METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 
+@checkpoint_command
 def analyze(
     checkpoints: Annotated[list[str] | None, typer.Argument(help="Runs, timm folders, weight files, models.")] = None,
     images: Annotated[
@@ -44,6 +46,7 @@ def analyze(
         bool | None, typer.Option("--verbose/--quiet", "-v/-q", show_default=False, help=VERBOSE)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    **settings: Any,
 ) -> int:
     """Measure how similar a model's patches are, layer by layer.
 
@@ -60,7 +63,12 @@ def analyze(
         from pdvit.workflows.analyze_run import Analyzer
 
         flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
-        flags |= {"data_on_bad_image": on_bad_image, "model": model, "weights": weights}
+        flags |= {
+            "data_on_bad_image": on_bad_image,
+            "model": model,
+            "weights": weights,
+            **checkpoint_settings(settings),
+        }
         analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **flags)
         folders = {path: results_folder(Path(path), out, "analysis") for path in paths}
         if len({*folders.values()}) < len(paths):
@@ -154,6 +162,7 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
     patches = str(last) if first == last else f"{first} at {table['layer'].iloc[0]} to {last} at the end:"
     conditions = {
         "images": f"{facts['images_measured']} ({facts['images']})",
+        "input": "; ".join(f"{', '.join(texts)} ({origin})" for origin, texts in facts["input"].items()),
         "tokens": f"{patches} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.config.schema import PRECISIONS
+from pdvit.cli.options import checkpoint_command, checkpoint_settings
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks.summary import describe_metrics
 from pdvit.workflows.console import cell, log, make_console, process_group, with_progress
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from pdvit.workflows.checkpoint import OpenedCheckpoint
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-Precision = Annotated[
-    str | None, typer.Option(autocompletion=lambda: PRECISIONS, help="fp32, bf16 or fp16; unset: the run's.")
-]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
@@ -42,6 +39,7 @@ MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
 Row = tuple[str, int, str, float]  # image, rank, label, probability
 
 
+@checkpoint_command
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="A source; unset: that of the run.")] = None,
@@ -50,7 +48,6 @@ def evaluate(
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     device: Device = "auto",
-    precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     on_bad_image: OnBadImage = None,
@@ -63,6 +60,7 @@ def evaluate(
     classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    **settings: Any,
 ) -> int:
     """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
@@ -73,7 +71,7 @@ def evaluate(
 
         ranks = init_process_group()
         flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
-        flags |= {"data_on_bad_image": on_bad_image, "run_device": device, "run_precision": precision}
+        flags |= {"data_on_bad_image": on_bad_image, "run_device": device, **checkpoint_settings(settings)}
         flags |= {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
         of_pixels: dict[str, Any] = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
         of_pixels |= {"--stride": stride, "--classes": classes}
@@ -219,6 +217,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
 
 
+@checkpoint_command
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
@@ -228,11 +227,11 @@ def predict(
     weights: Weights = None,
     out: Annotated[str | None, typer.Option(help="CSV file, - for standard output; folder of masks.")] = None,
     device: Device = "auto",
-    precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
+    **settings: Any,
 ) -> int:
     """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
@@ -245,7 +244,7 @@ def predict(
 
     files = image_files(images)
     flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
-    flags |= {"run_device": device, "run_precision": precision}
+    flags |= {"run_device": device, **checkpoint_settings(settings)}
     opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
     for note in opened.loaded.notes:
         log(console, printable(note))

@@ -13,6 +13,10 @@ from pdvit.config.recipes import Layer, NamedLayer, merge_layers
 from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
 
+OF_CHECKPOINTS = (
+    *("data.img_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation"),
+    *("model.depth", "model.width", "model.patch_size", "model.args", "run.precision"),
+)
 KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
 
 
@@ -53,11 +57,28 @@ def training_command(
     command: Callable[..., Any], launch: Callable[..., int], defaults: Layer | None = None
 ) -> Callable[..., Any]:
     """Replace `**values` of a command by the options of `launch` and a flag `section_key` for each key that has one."""
-    hints = get_type_hints(launch, include_extras=True) | get_type_hints(command, include_extras=True)
-    own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
     of_run = [item for item in inspect.signature(launch).parameters.values() if item.kind is item.KEYWORD_ONLY]
-    named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in (*own, *of_run)]
-    parameters = named + [_option(key, defaults or {}) for key in KEYS.values() if key.flags]
+    hints = get_type_hints(launch, include_extras=True)
+    named = [item.replace(annotation=hints[item.name]) for item in of_run]
+    return _with_options(command, *named, *(_option(key, defaults or {}) for key in KEYS.values() if key.flags))
+
+
+def checkpoint_command(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace `**values` of a command by a flag for each setting of a checkpoint's model and its input."""
+    return _with_options(command, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+
+
+def checkpoint_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `checkpoint_command` as arguments of `open_checkpoint`; raises UserError."""
+    layer = dict(make_layers(None, [], values))["the command line"]
+    return {f"{section}_{name}": value for section, settings in layer.items() for name, value in settings.items()}
+
+
+def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> Callable[..., Any]:
+    hints = get_type_hints(command, include_extras=True)
+    own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
+    named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in own]
+    parameters = [*named, *options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
     return command

@@ -57,6 +57,10 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
+    notes = checkpoint.notes
+    if checkpoint.resized:
+        notes += tuple(f"{text}, for the image size" for text in listed({"resampled": match.resampled}))
+        match = replace(match, resampled=[])
     match.refuse_difference(where)  # before the model takes memory
     if segment is not None and adapter is not None:
         if not classes:
@@ -75,7 +79,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     if segment is not None and adapter is not None:
         model = Segmenter(model, adapter, len(classes or ()), segment)
         model.load_state_dict(head.tensors, strict=False)
-    weights, palette, notes = selected.weights, checkpoint.palette, checkpoint.notes
+    weights, palette = selected.weights, checkpoint.palette
     return LoadedModel(
         model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette, notes
     )

@@ -109,7 +109,8 @@ class Analyzer:
         """Return P of the same model with random weights on some of the same images."""
         loaded = opened.loaded
         with self.ranks.interruptible():
-            model = to_device(loaded.with_random_weights(), opened.loader.device, loaded.architecture)
+            model = loaded.with_random_weights().to(next(loaded.model.parameters()).dtype)
+            to_device(model, opened.loader.device, loaded.architecture)
         batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
         return measure(model, batches, "similarity", ranks=self.ranks)
 
@@ -155,7 +156,8 @@ def describe(
         ],
         "stopped": stopped,
         "spread": "std and ci95 (half-width, Student's t) over images",
-        "precision": "float32",
+        "input": opened.origins,
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "device": device_name(opened.loader.device),
         "verdict": found,
         "advice": advice,

@@ -1,8 +1,9 @@
 """A checkpoint that is opened to be run, with the preprocessing and the images of its run."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from pdvit.engine.device import choose_device, is_out_of_memory, set_up
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.models.loading import LoadedModel, check_finite, load_model
-from pdvit.models.resolved_checkpoint import resolve_checkpoint
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
 from pdvit.models.segmentation.segmenter import Segmenter
 from pdvit.models.wrapper import Wrapper
 from pdvit.tasks.segmentation import sliding_windows
 from pdvit.tasks.windows import SCALES, SlidingWindowConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class OpenedCheckpoint:
     loader: LoaderConfig
     options: tuple[str, ...] = ()  # with which it is opened again
     segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
+    origins: Mapping[str, list[str]] = field(default_factory=dict)  # what decides the tokens, by where it is from
 
     @property
     def model(self) -> nn.Module:
@@ -85,7 +89,8 @@ def open_checkpoint(
     defaults = {} if is_run else {"run": {"tf32": False}}
     saved = read_toml(recipe, RESTORE) if is_run else {}
     config = build(("the command's defaults", defaults), (str(recipe), saved), ("the command line", given))
-    checkpoint = resolve_checkpoint(path, model, weights)
+    own_settings = build(("the command line", given))
+    checkpoint = resolve_checkpoint(path, model, weights, own_settings.model, own_settings.data.img_size)
     loaded = load_model(checkpoint, backbone)
     if loaded.segment is not None:
         own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
@@ -98,13 +103,40 @@ def open_checkpoint(
     if not backbone:  # `analyze` measures in exact float32
         set_up(device, config.run)
     to_device(loaded.model, device, str(path))
-    preprocessing = Preprocessing.for_model(loaded.model.inside if isinstance(loaded.model, Wrapper) else loaded.model)
+    bare = loaded.model.inside if isinstance(loaded.model, Wrapper) else loaded.model
+    if backbone and (precision := given.get("run", {}).get("precision")):
+        loaded.model.to(DTYPES[precision])
+    preprocessing = Preprocessing.for_model(bare, own_settings.data)
     data, bad = config.data, BadImages(skip=config.data.on_bad_image == "skip")
     images = data.micro_batch if flags.get("data_batch_size") is None else None
     seed, size = config.run.seed, ranks.world_size
     loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
     options = (*(("--model", model) if model else ()), *(("--weights", weights) if weights else ()))
-    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None)
+    origins = _origins(checkpoint, bare, preprocessing, own_settings, model)
+    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None, origins)
+
+
+def _origins(
+    checkpoint: ResolvedCheckpoint, model: nn.Module, images: Preprocessing, given: Config, name: str | None
+) -> dict[str, list[str]]:
+    """Return what decides the tokens, as text, by where it is from: the options, the file, or timm's default."""
+    default, found = f"timm's default for {checkpoint.architecture}", dict[str, list[str]]()
+    from_file = {*checkpoint.preprocessing, *(["img_size"] if checkpoint.arguments.get("img_size") else [])}
+    from_file |= {"img_size"} if checkpoint.image_size else set()
+    found["--model" if name else "the file"] = [checkpoint.architecture]
+    texts = {"img_size": f"{images.size} px", "interpolation": images.interpolation}
+    texts |= {key: f"{key} {' '.join(f'{value:g}' for value in getattr(images, key))}" for key in ("mean", "std")}
+    texts |= {"crop_pct": f"crop {images.crop_pct:g}"}
+    for key, text in texts.items():
+        option = getattr(given.data, key) is not None
+        found.setdefault("the options" if option else "the file" if key in from_file else default, []).append(text)
+    types = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.selected.tensors.values())
+    found.setdefault("the file", []).append(f"weights in {types.most_common(1)[0][0]}")
+    activation = next((part for path, part in model.named_modules() if path.endswith(".act")), None)
+    if activation is not None:
+        where = "the file" if "act_layer" in checkpoint.arguments else default
+        found.setdefault(where, []).append(type(activation).__name__)
+    return found
 
 
 def to_device(model: nn.Module, device: torch.device, where: str) -> nn.Module:

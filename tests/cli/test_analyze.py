@@ -134,6 +134,29 @@ def test_foreign_weights_need_the_name_of_their_model(workplace, analyzed, refus
     refusal("analyze", "foreign.safetensors", "--model", "test_vit2")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_options_come_before_the_settings_of_the_file(workplace, image_folder, analyzed, precision):
+    """Another size, normalisation and type: P of timm's own model, which resamples its positions, by the library."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, img_size=64)
+    torch.nn.init.normal_(model.pos_embed)
+    timm.models.save_for_hf(model, "saved", model_args={"img_size": 64}, safe_serialization=True)
+    flags = ["--img-size", "96", "--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7", "--precision", precision]
+    result = analyzed("saved", "--images", image_folder, *flags)
+    at_96 = timm.create_model("test_vit", num_classes=3, img_size=96)
+    at_96.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(model.state_dict(), at_96))
+    at_96.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "input_size": (3, 96, 96)}
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(at_96))
+    files = sorted(path for path in Path(image_folder).rglob("*") if path.suffix in (".png", ".jpg"))
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    at_96.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    expected = means(library.analyze(at_96, images).table, "similarity")
+    assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 1e-2)
+    assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7"]
+    assert result["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    assert result["notes"] == ["resampled: 1 (pos_embed), for the image size"]
+
+
 def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyzed, refusal):
     assert "pdvit train" in refusal("analyze").tip
     for name, age in (("old", 300), ("newest", 100), ("middle", 200)):
