@@ -154,7 +154,8 @@ def shapes_of(
         channels = getattr(model, "in_chans", 3)
         image = next(model.parameters()).new_zeros(1, channels, *image_size_of(model))
     height, width = image.shape[-2:]
-    what, tip = f"the model can't take images of {height}x{width}", "choose the model's own image size"
+    tip = "choose the model's own image size; of another library, set its attribute image_size"
+    what = f"the model can't take images of {height}x{width}"
     keep = watch(places, lambda key, tokens: shapes.update({key: tokens.shape}))
     with torch.no_grad(), evaluating(model), keep, reading(f"{where}, with its image size", tip, what):
         model(image)
