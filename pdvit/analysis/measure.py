@@ -25,9 +25,10 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.files import reason_of
 from pdvit.models.layers import (
+    BATCH_FIRST,
+    NOT_IMAGES,
     Layer,
     Place,
-    check_batch,
     evaluating,
     exact_float32,
     find_layers,
@@ -305,7 +306,8 @@ class LayerMetrics:
         self.first = self.previous = None
 
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
-        check_batch(tokens, self.images, f"{layer.name}, {WHERE}")
+        if len(tokens) != self.images:
+            raise UserError(NOT_IMAGES.format(tuple(tokens.shape), self.images), f"{layer.name}, {WHERE}", BATCH_FIRST)
         patches = Patches(tokens, self.image_size)
         check_tokens(patches, layer)
         self.sums.tokens[layer] = tokens.shape[1]

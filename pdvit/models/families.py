@@ -119,7 +119,7 @@ def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     names = _names(model)
     family = next((TABLE[name] for name in names if name in TABLE), None)
     if family is None:
-        tip = "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"
+        tip = "use a transformer of timm, as in docs/losses.md; or, in Python, name the blocks: blocks='encoder.layers'"
         reasons = [REFUSED[name] for name in names if name in REFUSED]
         reason, tip = reasons[0] if reasons else ("it has no layout for its class", tip)
         raise UserError(f"pdvit can't read the patches of a {type(model).__name__}: {reason}", where, tip)

@@ -16,6 +16,8 @@ from pdvit.models.families import WRAPPERS, Family, count_prefix, family_at, fam
 
 K = TypeVar("K")
 MODEL = "model.name (--model)"
+NOT_IMAGES = "the first axis of the tokens is not that of the images: {} for {}"
+BATCH_FIRST = "name blocks with tokens (images, tokens, width); torch's need batch_first=True"
 
 
 class Layer(NamedTuple):
@@ -44,7 +46,13 @@ class Place:
 
     def tokens(self, inputs: tuple[Any, ...], more: Any) -> Tensor:
         """Return the patch tokens `(B, N, D)` in the order of the image, row by row, from what a hook receives."""
-        value = _find_tokens((inputs, more) if self.entering else more, maps=self.channels_first is not None)
+        value, waiting = None, [inputs, more] if self.entering else [more]
+        while waiting and value is None:  # the first tensor with three axes, or four of a map
+            part = waiting.pop(0)
+            if isinstance(part, Tensor) and (part.ndim == 3 or (part.ndim == 4 and self.channels_first is not None)):
+                value = part
+            elif isinstance(part, tuple | list | Mapping):
+                waiting[:0] = part.values() if isinstance(part, Mapping) else part
         if value is None:
             what = f"a {type(self.module).__name__} has no {'input' if self.entering else 'output'} of the shape"
             raise UserError(f"{what} (images, tokens, width)", "blocks=..., norm=...", "name modules with such tokens")
@@ -53,17 +61,6 @@ class Place:
         if value.ndim == 4:
             value = value.flatten(2).transpose(1, 2) if self.channels_first else value.flatten(1, 2)
         return value[:, self.prefix :]
-
-
-def _find_tokens(value: Any, maps: bool) -> Tensor | None:
-    """Return the first tensor with three axes (or four, for maps) among inputs or outputs."""
-    if isinstance(value, Tensor):
-        return value if value.ndim == 3 or (maps and value.ndim == 4) else None
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    for part in parts:
-        if (found := _find_tokens(part, maps)) is not None:
-            return found
-    return None
 
 
 def find_layers(
@@ -152,28 +149,19 @@ def shapes_of(
 
     `image` is `(1, C, H, W)`, by default zeros of the size that the model was built for.
     """
-    shapes: dict[K, tuple[int, int]] = {}
-
-    def visit(key: K, tokens: Tensor) -> None:
-        check_batch(tokens, 1, where)
-        shapes[key] = tokens.shape[1], tokens.shape[2]
-
+    shapes: dict[K, torch.Size] = {}
     if image is None:
         channels = getattr(model, "in_chans", 3)
         image = next(model.parameters()).new_zeros(1, channels, *image_size_of(model))
     height, width = image.shape[-2:]
-    what, tip = f"the model can't take images of {height}x{width}", "choose the model's own image size"
-    opened = reading(f"{where}, with its image size", tip, what)
-    with torch.no_grad(), evaluating(model), watch(places, visit), opened:
+    tip = "choose the model's own image size; of another library, set its attribute image_size"
+    what = f"the model can't take images of {height}x{width}"
+    keep = watch(places, lambda key, tokens: shapes.update({key: tokens.shape}))
+    with torch.no_grad(), evaluating(model), keep, reading(f"{where}, with its image size", tip, what):
         model(image)
-    return shapes
-
-
-def check_batch(tokens: Tensor, images: int, where: str) -> None:
-    """Raise UserError unless the first axis of tokens is that of the images."""
-    if len(tokens) != images:
-        what = f"the first axis of the tokens is not that of the images: it has {len(tokens)} entries for {images}"
-        raise UserError(what, where, "name blocks with tokens (images, tokens, width); torch's need batch_first=True")
+    if wrong := [shape for shape in shapes.values() if shape[0] != 1]:
+        raise UserError(NOT_IMAGES.format(tuple(wrong[0]), 1), where, BATCH_FIRST)
+    return {key: (shape[1], shape[2]) for key, shape in shapes.items()}
 
 
 def image_size_of(model: Any) -> tuple[int, int]:

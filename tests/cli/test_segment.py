@@ -163,7 +163,7 @@ def test_a_trained_backbone_is_taken_with_frozen_weights(shapes, digits_run, tmp
 
 
 def test_analyze_takes_the_runs_own_images(copy, capsys):
-    assert pdvit(["analyze", str(copy), *CPU]) == 0  # the table too: the backbone has no final norm
+    assert pdvit(["analyze", str(copy), "--verbose", *CPU]) == 0  # the table too: the backbone has no final norm
     assert "3 (shapes, val split" in capsys.readouterr().out
     found = read_json(copy / "analysis" / "analysis.json")
     assert (found["images_measured"], found["weights"]) == (3, "raw")
