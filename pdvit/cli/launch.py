@@ -82,7 +82,7 @@ def launch_run(
             raise UserError(f"job {id_} of this run has not ended", str(path), tip)
         job = RunJob(train_job, config, path.resolve(), (*change,))
         try:
-            jobs.start(config.launch, f"pdvit-{path.name}", {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
+            jobs.start(config.launch, {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
         except UserError:
             if name is None and not jobs.ids():
                 shutil.rmtree(path)

@@ -3,17 +3,13 @@
 import json
 import math
 import os
-import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -22,10 +18,10 @@ import typer
 from pdvit.cli.launch import POLL_SECONDS, train_job
 from pdvit.cli.options import Group, add_command, check_initial_weights
 from pdvit.config.duration import parse_duration
-from pdvit.config.load import build, to_dict
+from pdvit.config.load import build
 from pdvit.config.recipes import NamedLayer, merge_layers
-from pdvit.config.schema import LaunchConfig
-from pdvit.errors import RunFailed, UserError, command
+from pdvit.config.schema import Config, LaunchConfig
+from pdvit.errors import UserError, command
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import duration, log, make_console
@@ -93,9 +89,11 @@ def run_sweep(
         if launch.launcher == "local" and (todo or jobs.states()):
             limit = config.run.time_limit
             seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
-            watch(_check_apart(folder, todo, launch, console), seconds or math.inf)
+            log(console, "checking their configurations ...")
+            devices = devices_of(todo, _check(folder, todo), launch)
+            watch(devices, seconds or math.inf)
         elif todo:
-            jobs.start(launch, f"pdvit-{folder.path.name}", waiting)
+            jobs.start(launch, waiting)
             log(console, f"submitted; logs in {jobs.folder}")
     if launch.launcher == "slurm":
         if follow:
@@ -126,7 +124,7 @@ def _watch(
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
-            started = jobs.start(launch, folder.path.name, waiting, devices) if waiting and not stop else []
+            started = jobs.start(launch, waiting, devices) if waiting and not stop else []
             for name in started:
                 running[name] = time.monotonic()
                 log(console, f"{lines[name]} ...")
@@ -164,25 +162,6 @@ def _watch(
             jobs.cancel()
 
 
-def _check_apart(
-    folder: "Folder", cells: Sequence["Cell"], launch: LaunchConfig, console: "RunConsole"
-) -> list[str | None]:
-    """Check the configurations of new cells in a process of its own; return the devices of jobs at the same time."""
-    from pdvit.launch import ignored
-
-    log(console, "checking their configurations ...")
-    new = [cell for cell in cells if not (folder.path / cell.name / "run.toml").is_file()]
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with ignored(signal.SIGINT, signal.SIGHUP):
-            checked = pool.submit(_check, new)
-        try:
-            gpus = checked.result()
-        except BrokenProcessPool as error:
-            raise RunFailed("the process that checks the cells was killed", "see whether memory is enough") from error
-    devices = devices_of(cells, gpus, launch.gpus or 1)
-    return [devices[number % len(devices)] for number in range(launch.parallel or len(devices))]
-
-
 def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], console: "RunConsole") -> int:
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.sweep.folder import CellStatus
@@ -207,27 +186,33 @@ def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], con
     return 1 if failed else 0
 
 
-def _check(cells: Sequence["Cell"]) -> list[str]:
-    """Build the trainer of every configuration, once for all seeds; raises UserError; returns the visible GPUs."""
+def _check(folder: "Folder", cells: Sequence["Cell"]) -> list[str]:
+    """Build the trainer of every new configuration, once for all seeds; raises UserError; returns the visible GPUs.
+
+    On the CPU, so that this process holds no memory of a GPU while the cells run.
+    """
     from pdvit.engine.device import visible_gpus
     from pdvit.engine.terminal import RunConsole
     from pdvit.workflows.runs import build_trainer
 
-    checked: list[dict[str, Any]] = []
+    checked = list[Config]()
     for cell in cells:
-        settings = to_dict(replace(cell.config, run=replace(cell.config.run, seed=0)))
-        if settings not in checked:
-            checked.append(settings)
+        data = replace(cell.config.data, batch_size=cell.config.data.batch_size or 1)  # auto is found in the job
+        run = replace(cell.config.run, seed=0, device="cpu", distribute="ddp", deterministic=False)
+        config = replace(cell.config, data=data, run=run)
+        if config not in checked and not (folder.path / cell.name / "run.toml").is_file():
+            checked.append(config)
             with _naming(cell):
-                build_trainer(cell.config, RunConsole(quiet=True), load=False)
+                build_trainer(config, RunConsole(quiet=True), load=False)
     return visible_gpus()
 
 
-def devices_of(cells: Sequence["Cell"], gpus: Sequence[str], each: int) -> list[str | None]:
-    """Return the CUDA_VISIBLE_DEVICES of jobs that run at the same time, with `each` GPUs, unless a cell names one."""
+def devices_of(cells: Sequence["Cell"], gpus: Sequence[str], launch: LaunchConfig) -> list[str | None]:
+    """Return the CUDA_VISIBLE_DEVICES of jobs that run at the same time: --gpus for each, unless a cell names one."""
+    devices, each = [os.environ.get("CUDA_VISIBLE_DEVICES")], launch.gpus or 1
     if len(gpus) > 1 and all(cell.config.run.device in ("auto", "cuda") for cell in cells):
-        return [",".join(gpus[first : first + each]) for first in range(0, len(gpus) - each + 1, each)]
-    return [os.environ.get("CUDA_VISIBLE_DEVICES")]
+        devices = [",".join(gpus[first : first + each]) for first in range(0, len(gpus) - each + 1, each)] or devices
+    return [devices[number % len(devices)] for number in range(launch.parallel or len(devices))]
 
 
 def _check_not_swept(table: Mapping[str, Any], layers: Sequence[NamedLayer]) -> None:

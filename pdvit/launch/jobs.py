@@ -71,9 +71,7 @@ class Jobs:
                     found[id_] = "RUNNING"
         return {name: found[id_] for name, (_, id_, _) in ids.items() if id_ in found}
 
-    def start(
-        self, launch: LaunchConfig, title: str, waiting: dict[str, RunJob], devices: Sequence[str | None] = ()
-    ) -> list[str]:
+    def start(self, launch: LaunchConfig, waiting: dict[str, RunJob], devices: Sequence[str | None] = ()) -> list[str]:
         """Submit jobs by name, take them out of `waiting`, and return their names; raises UserError.
 
         To Slurm all of them, as one array; here one for each of `devices` that has no job.
@@ -84,8 +82,8 @@ class Jobs:
             pairs = zip(waiting.items(), free.elements(), strict=False)
             taken = {name: replace(job, devices=device) for (name, job), device in pairs}
         if taken:
-            with writing("jobs", self.folder), ignored(signal.SIGINT, signal.SIGHUP):
-                started = _submit(_executor(self.folder, launch, title), [*taken.values()])
+            with writing("jobs", self.folder), _ignored(signal.SIGINT, signal.SIGHUP):
+                started = _submit(_executor(self.folder, launch), [*taken.values()])
                 self.children += [job for job in started if isinstance(job, LocalJob)]
                 jobs = zip(taken.items(), started, strict=True)
                 new = {name: [launch.launcher, found.job_id, job.devices] for (name, job), found in jobs}
@@ -124,7 +122,7 @@ def end_of_job(launcher: str, id_: str) -> str:
     return shlex.join(["scancel", id_] if launcher == "slurm" else ["kill", id_])
 
 
-def _executor(folder: Path, launch: LaunchConfig, title: str) -> LocalExecutor | SlurmExecutor:
+def _executor(folder: Path, launch: LaunchConfig) -> LocalExecutor | SlurmExecutor:
     processes = launch.gpus or 1
     if launch.launcher == "local":
         if launch.nodes > 1:
@@ -153,7 +151,7 @@ def _executor(folder: Path, launch: LaunchConfig, title: str) -> LocalExecutor |
     slurm = SlurmExecutor(folder, max_num_timeout=UNLIMITED)
     slurm.update_parameters(
         **{name: value for name, value in optional.items() if value is not None},
-        job_name=title,
+        job_name=f"pdvit-{folder.parent.name}",
         nodes=launch.nodes,
         ntasks_per_node=processes,
         time=ceil(limit / 60),
@@ -176,7 +174,7 @@ def _slurm(*command: str) -> str:
 
 
 @contextmanager
-def ignored(*numbers: signal.Signals) -> Iterator[None]:
+def _ignored(*numbers: signal.Signals) -> Iterator[None]:
     """Ignore signals inside, and in the processes that are started there: a terminal's are for this command alone."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

@@ -94,7 +94,8 @@ class RunDirectory:
             directory.write("run.toml", config)
         except UserError:
             for folder in (path / CHECKPOINTS, path):
-                folder.rmdir()
+                with suppress(OSError):  # a job's folder stays
+                    folder.rmdir()
             raise
         return directory
 

@@ -12,6 +12,7 @@ import pytest
 
 from pdvit.cli import run as pdvit
 from pdvit.cli.sweep import devices_of
+from pdvit.config.schema import LaunchConfig
 from pdvit.sweep import make_cells
 from tests.files import newest_step, read_csv, read_json, read_records
 
@@ -128,7 +129,8 @@ def test_what_does_not_go_with_a_sweep_is_refused(workplace, refusal, monkeypatc
 def test_there_is_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus, processes, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     cells = make_cells({}, {"run.device": devices}, "x.toml")
-    assert {each: devices_of(cells, gpus, each) for each in processes} == processes
+    assert {each: devices_of(cells, gpus, LaunchConfig(gpus=each)) for each in processes} == processes
+    assert devices_of(cells, gpus, LaunchConfig(parallel=4)) == (4 * processes[1])[:4]
 
 
 def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:

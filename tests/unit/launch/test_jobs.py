@@ -71,7 +71,7 @@ def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm
     found = Jobs(workplace / "sweep")
     with found.locked():
         waiting = jobs(workplace, a="one", b="two", c="three")
-        assert found.start(SETTINGS, "pdvit-sweep", waiting) == ["a", "b", "c"]
+        assert found.start(SETTINGS, waiting) == ["a", "b", "c"]
         assert not waiting
     sent = Path("sent.sh").read_text()
     for option in (
@@ -91,7 +91,7 @@ def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm
 def test_the_docs_show_the_file_that_is_made(slurm, workplace):
     found, launch = Jobs(workplace / "big"), LaunchConfig("slurm", 2, 8, 12, "400G", "24h", partition="gpu")
     with found.locked():
-        found.start(launch, "pdvit-big", jobs(workplace, run="big"))
+        found.start(launch, jobs(workplace, run="big"))
     sent = Path("sent.sh").read_text().replace(str(workplace / "big"), "/shared/runs/big")
     shown = re.search(r"```\n(#!/bin/bash.*?)```", read("docs/cluster.md"), re.DOTALL)[1]
     assert sent.strip() == shown.replace("/home/me/env/bin/python", sys.executable).strip()
@@ -119,7 +119,7 @@ def test_what_can_not_be_submitted_is_an_error_and_leaves_no_job(slurm, workplac
     elif broken:
         (slurm / broken[0]).unlink()
     with found.locked(), pytest.raises(UserError) as caught:
-        found.start(launch, "run", jobs(workplace, run="one"), [None]) and found.states()
+        found.start(launch, jobs(workplace, run="one"), [None]) and found.states()
     assert caught.value.what == what
     assert not found.ids() or broken[0] == "squeue"
 
@@ -168,7 +168,7 @@ def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
         waiting, started = jobs(workplace, a="well", b="good", c="fine"), []
         deadline = time.monotonic() + 60
         while waiting or found.states():
-            started.append(found.start(LaunchConfig("local"), "sweep", waiting, ["7", None]))
+            started.append(found.start(LaunchConfig("local"), waiting, ["7", None]))
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert started[0] == ["a", "b"]
