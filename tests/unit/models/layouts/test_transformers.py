@@ -79,6 +79,7 @@ def transformers():
 
 def save(transformers: Any, name: str, settings: dict[str, Any], folder: Path) -> Any:
     cls = getattr(transformers, name)
+    torch.manual_seed(0)
     model = perturbed(cls(cls.config_class(**settings)))
     model.save_pretrained(folder)
     return model
