@@ -127,6 +127,14 @@ def test_images_are_prepared_as_by_the_image_processor(transformers, tmp_path, n
     assert loaded.notes == ()
 
 
+def test_names_of_classes_and_an_epsilon_that_timm_lacks(transformers, tmp_path):
+    labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
+    save(transformers, "ViTForImageClassification", MLP | labels | {"layer_norm_eps": 1e-3}, tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.classes == ["ant", "bee"]
+    assert any("epsilon of its norms is 0.001, and that of timm's model 1e-05" in note for note in loaded.notes)
+
+
 @pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel"])
 def test_positions_of_dinov2_are_resampled_to_the_size_of_the_image_processor(transformers, tmp_path, name):
     model = save(transformers, name, RATIO | {"image_size": 56}, tmp_path)
