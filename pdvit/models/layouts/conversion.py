@@ -92,6 +92,13 @@ def ratio(whole: int, part: int) -> float:
     return exact if int(part * exact) == whole else (whole + 0.5) / part
 
 
+def sizes_of(tensors: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
+    """Return timm's arguments for the sizes of a model with blocks of one width."""
+    width, *_, patch = tensors["patch_embed.proj.weight"].shape
+    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth_of(tensors), "num_heads": heads}
+    return sizes | {"mlp_ratio": ratio(tensors["blocks.0.mlp.fc2.weight"].shape[1], width)}
+
+
 def _is_square(count: int) -> bool:
     return count >= 0 and math.isqrt(count) ** 2 == count
 
@@ -126,18 +133,18 @@ def plain_vit(
     if not {"patch_embed.proj.bias", "norm_pre.weight"} & tensors.keys():
         tensors["patch_embed.proj.bias"] = torch.zeros(width)
     side = math.isqrt(places if _is_square(places) else max(0, places - class_token - registers))
+    sizes = sizes_of(tensors, heads or VIT_HEADS.get(width) or max(1, width // 64))
     gated = fc1.shape[0] != tensors["blocks.0.mlp.fc2.weight"].shape[1]
     # timm's norms have an epsilon of 1e-6, those of CLIP 1e-5. Smaller ones change tokens by less than 1e-4.
-    family = "clip_224" if eps > 3e-6 else "siglip_224" if pooled else "dinov2" if scaled else "224"
+    used = 1e-5 if eps > 3e-6 else 1e-6
+    if abs(eps - used) > 1e-6:
+        notes.append(f"the epsilon of its norms is {eps:g}, and that of timm's model {used:g}: P can differ")
+    family = "clip_224" if used > 1e-6 else "siglip_224" if pooled else "dinov2" if scaled else "224"
     family = f"{'reg4_' * (family == 'dinov2' and registers > 0)}{family}"
     names = [f"vit_{VIT_SIZES.get(width)}_patch{patch}", "vit_base_patch16", "vit_base_patch14"]
     architecture = next(filter(timm.is_model, (f"{name}_{family}" for name in names)))
-    arguments: dict[str, Any] = {
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth_of(tensors),
-        "num_heads": heads or VIT_HEADS.get(width) or max(1, width // 64),
-        "mlp_ratio": ratio(fc1.shape[0], width),
+    arguments: dict[str, Any] = sizes | {
+        "mlp_ratio": ratio(fc1.shape[0], width),  # of SwiGLU both halves
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "class_token": class_token,
         "reg_tokens": registers,

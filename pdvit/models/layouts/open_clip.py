@@ -85,5 +85,7 @@ def _vit(tensors: Tensors, vision: Mapping[str, Any], table: Mapping[str, Any]) 
     if not table:
         quick = found.config["architecture"].replace("_clip_", "_clip_quickgelu_")
         tip = f": --model {quick}" if timm.is_model(quick) else ""
-        notes.append(f"the file does not contain its activation: GELU here; OpenAI's and DFN's have QuickGELU{tip}")
+        notes.append(
+            f"the file does not contain its activation: GELU by default, OpenAI's and DFN's have QuickGELU{tip}"
+        )
     return Converted(found.tensors, found.config, notes)

@@ -49,11 +49,9 @@ RULES: Rules = (
     (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.lambda_(\d)$", r".gamma_\1"),
-    (r"^head\.probe$", "attn_pool.latent"),
-    (r"^head\.attention\.in_", "attn_pool.in_"),
-    (r"^head\.attention\.out_", "attn_pool."),
-    (r"^head\.layernorm\.", "attn_pool.norm."),
-    (r"^head\.", "attn_pool."),
+    (r"^head\.(?:attention\.(?:out_)?)?", "attn_pool."),
+    (r"^attn_pool\.probe$", "attn_pool.latent"),
+    (r"^attn_pool\.layernorm\.", "attn_pool.norm."),
     (r"^(?:cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
 )
@@ -103,7 +101,8 @@ def _resample_positions(tensors: Tensors, side: int, antialias: bool) -> None:
 def _beit(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     join_qkv(tensors, split_bias=True)
     tables = [name for name in tensors if name.endswith("relative_position_bias_table")]
-    arguments = _sizes(tensors, config) | {
+    arguments = conversion.sizes_of(tensors, config["num_attention_heads"]) | {
+        "img_size": config["size"] or config["image_size"],
         "use_abs_pos_emb": "pos_embed" in tensors,
         "use_rel_pos_bias": any(name.startswith("blocks.") for name in tables),
         "use_shared_rel_pos_bias": any(name.startswith("rel_pos_bias.") for name in tables),
@@ -119,7 +118,8 @@ def _dinov3(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     join_qkv(tensors, split_bias=True)
     gated = "blocks.0.mlp.fc1_g.weight" in tensors
     tensors = rename(tensors, ((r"\.ls(\d)\.gamma$", r".gamma_\1"), (r"\.fc1_x\.", ".fc1_x." if gated else ".fc1.")))
-    arguments = _sizes(tensors, config) | {
+    arguments = conversion.sizes_of(tensors, config["num_attention_heads"]) | {
+        "img_size": config["size"] or config["image_size"],
         "swiglu_mlp": gated,
         "swiglu_align_to": 8 * gated,
         "qkv_bias": "blocks.0.attn.q_bias" in tensors,
@@ -141,13 +141,6 @@ def _swin(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
         tensors = rename(tensors, ((rf"^layers\.{stage}\.downsample", f"layers.{stage + 1}.downsample"),))
     architecture = "swinv2_tiny_window8_256" if second else "swin_tiny_patch4_window7_224"
     return _checked(tensors, config, architecture, arguments)
-
-
-def _sizes(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
-    width, *_, patch = tensors["patch_embed.proj.weight"].shape
-    sizes = {"img_size": config["size"] or config["image_size"], "patch_size": patch, "embed_dim": width}
-    sizes |= {"depth": conversion.depth_of(tensors), "num_heads": config["num_attention_heads"]}
-    return sizes | {"mlp_ratio": conversion.ratio(tensors["blocks.0.mlp.fc2.weight"].shape[1], width)}
 
 
 def _checked(

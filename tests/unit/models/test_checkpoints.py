@@ -18,6 +18,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pdvit.models import checkpoints
 from pdvit.models.checkpoints import name_of, read_checkpoint
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.data.batches import tar_without_end
 from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, write
 
@@ -141,6 +142,9 @@ def test_a_lone_file_takes_the_model_that_is_named(save):
         small = timm.create_model("vit_small_patch16_224", num_classes=0, depth=1)
     small = {name: torch.zeros(value.shape) for name, value in small.state_dict().items()}
     assert "like vit_small_patch16_224" in refuse(save(small)).tip
+    (note,) = resolve_checkpoint(save(small), "vit_small_patch16_224").notes  # weights of timm have several means
+    assert "0.485, ...: --model vit_small_patch16_224.dino, or mean 0.5" in note
+    assert resolve_checkpoint(save(small), "vit_small_patch16_224.dino").notes == ()
 
 
 # Refused files.

@@ -29,6 +29,7 @@ PLAIN = {"img_size": 32, "patch_size": 8, "depth": 2}
 
 @pytest.fixture(scope="module")
 def open_clip():
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'pdvit[zoo]'")

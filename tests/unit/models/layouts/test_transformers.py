@@ -79,6 +79,7 @@ def transformers():
 
 def save(transformers: Any, name: str, settings: dict[str, Any], folder: Path) -> Any:
     cls = getattr(transformers, name)
+    torch.manual_seed(0)
     model = perturbed(cls(cls.config_class(**settings)))
     model.save_pretrained(folder)
     return model
@@ -124,6 +125,14 @@ def test_images_are_prepared_as_by_the_image_processor(transformers, tmp_path, n
     theirs = processor(PHOTO, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(prepared(loaded), theirs, rtol=0, atol=1e-5)
     assert loaded.notes == ()
+
+
+def test_names_of_classes_and_an_epsilon_that_timm_lacks(transformers, tmp_path):
+    labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
+    save(transformers, "ViTForImageClassification", MLP | labels | {"layer_norm_eps": 1e-3}, tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.classes == ["ant", "bee"]
+    assert any("epsilon of its norms is 0.001, and that of timm's model 1e-05" in note for note in loaded.notes)
 
 
 @pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel"])
