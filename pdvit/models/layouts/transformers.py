@@ -177,12 +177,12 @@ MODEL_TYPES = {
 def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: str) -> Converted | None:
     """Return a model of transformers under timm's names; None if it is none. Raises UserError if timm has no such."""
     name, anchors = config.get("model_type"), [name for name in tensors if re.search(rf"(?:^|\.){ANCHOR}$", name)]
-    if "architecture" in config or not (anchors or name):
-        return None
+    if "architecture" in config or not (anchors or (name and name not in MODEL_TYPES)):
+        return None  # also another library's file beside a config.json of transformers
     if name is None:
         what = "its tensors have the names of transformers, whose config.json is not beside it"
         raise UserError(what, where, "put the model's config.json and preprocessor_config.json in the same folder")
-    if name not in MODEL_TYPES or not anchors:
+    if name not in MODEL_TYPES:
         raise UserError(f"a '{name}' of transformers can't be converted to a model of timm", where, IN_MEMORY)
     images, size, notes = _image_processor(folder)
     convert, published, defaults = MODEL_TYPES[name]

@@ -54,6 +54,7 @@ def test_a_folder_or_a_training_file_of_open_clip(open_clip, tmp_path, tower, mo
     loaded = check(tmp_path, blocks, images, clip.visual, 1)
     preprocess = open_clip.transform.image_transform(32, False, **PREPROCESS)
     torch.testing.assert_close(prepared(loaded), preprocess(PHOTO), rtol=0, atol=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))  # as the hub's folders have it too
     parallel = {f"module.{name}": value for name, value in clip.state_dict().items()}
     torch.save({"epoch": 3, "name": "run", "state_dict": parallel, "optimizer": {}}, tmp_path / "epoch_3.pt")
     check(tmp_path / "epoch_3.pt", blocks, images, clip.visual, 1)
