@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -82,7 +82,7 @@ class Jobs:
             pairs = zip(waiting.items(), free.elements(), strict=False)
             taken = {name: replace(job, devices=device) for (name, job), device in pairs}
         if taken:
-            with writing("jobs", self.folder), _ignored(signal.SIGINT, signal.SIGHUP):
+            with writing("jobs", self.folder), _detached():
                 started = _submit(_executor(self.folder, launch), [*taken.values()])
                 self.children += [job for job in started if isinstance(job, LocalJob)]
                 jobs = zip(taken.items(), started, strict=True)
@@ -174,11 +174,14 @@ def _slurm(*command: str) -> str:
 
 
 @contextmanager
-def _ignored(*numbers: signal.Signals) -> Iterator[None]:
-    """Ignore signals inside, and in the processes that are started there: a terminal's are for this command alone."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
+def _detached() -> Iterator[None]:
+    """Keep signals and output of the terminal from processes that are started inside; a pipe would wait for them."""
+    with ExitStack() as stack, open(os.devnull, "wb") as null:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+        for stream in (1, 2):
+            kept = os.dup(stream)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, stream)
+            os.dup2(null.fileno(), stream)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -165,13 +165,14 @@ def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # of `train`, which is pickled by its name
     found = Jobs(workplace / "sweep")
     with found.locked():
-        waiting, started = jobs(workplace, a="well", b="good", c="fine"), []
-        deadline = time.monotonic() + 60
+        waiting, deadline = jobs(workplace, a="well", b="good", c="fine"), time.monotonic() + 60
+        assert found.start(LaunchConfig("local"), waiting, ["7", None]) == ["a", "b"]
+        # a job must not hold the output of the command: a pipe after it would wait for the job
+        assert os.readlink(f"/proc/{found.ids()['a'][1]}/fd/1") == os.devnull
         while waiting or found.states():
-            started.append(found.start(LaunchConfig("local"), waiting, ["7", None]))
+            found.start(LaunchConfig("local"), waiting, ["7", None])
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    assert started[0] == ["a", "b"]
     texts = {name: (workplace / name / "environment").read_text() for name in ("well", "good", "fine")}
     assert (texts["well"], texts["good"]) == ("7 0", "None 0")
     assert found.ids()["c"][0] == "local"
