@@ -201,7 +201,7 @@ def inference(model: nn.Module, images: Tensor) -> Iterator[None]:
             if images.shape[1:] == (3, *image_size_of(model)):
                 raise
             what = f"the model can't take images of the shape {tuple(images.shape)}: {reason_of(error)}"
-            raise UserError(what, WHERE, "pass images of the size that the model was built for") from error
+            raise UserError(what, WHERE, "pass images of the shape that the model was built for") from error
         tip = "choose a smaller --batch-size, fewer --metrics or a larger device"
         raise UserError(f"there is no memory for a batch of {len(images)}", str(images.device), tip) from error
 

@@ -10,13 +10,9 @@ import typer
 
 from pdvit.config.load import parse_set, read_toml
 from pdvit.config.recipes import Layer, NamedLayer, merge_layers
-from pdvit.config.schema import KEYS, SECTIONS, Config, Key
+from pdvit.config.schema import KEYS, OF_CHECKPOINTS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
 
-OF_CHECKPOINTS = (
-    *("data.img_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation"),
-    *("model.depth", "model.width", "model.patch_size", "model.args", "run.precision"),
-)
 KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
 
 

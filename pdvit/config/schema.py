@@ -20,6 +20,10 @@ CROP_MODES = ("center", "squash")
 LAUNCHERS = ("none", "local", "slurm")
 MINUTES = {"above": 0, "unit": "min", "clock": True}  # limits of a key that is a time
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # settings of `data` that a model has too
+OF_CHECKPOINTS = (  # settings with which a checkpoint is opened
+    *("data.img_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation"),
+    *("model.depth", "model.width", "model.heads", "model.patch_size", "model.args", "run.precision"),
+)
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
-    is_name = os.sep not in text and "." not in text
-    tip = closest(text, timm.list_models(), shown=3) if is_name else "name a run directory, a file, or a model of timm"
+    guess = "" if os.sep in text or "." in text else closest(text, timm.list_models())
+    tip = guess if guess.startswith("did") else "name a run directory, a file, or a model of timm"
     raise UserError("there is no such checkpoint", text, tip)
 
 

@@ -119,7 +119,7 @@ def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     names = _names(model)
     family = next((TABLE[name] for name in names if name in TABLE), None)
     if family is None:
-        tip = "use a transformer of timm, as in docs/losses.md; or, in Python, name the blocks: blocks='encoder.layers'"
+        tip = "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"
         reasons = [REFUSED[name] for name in names if name in REFUSED]
         reason, tip = reasons[0] if reasons else ("it has no layout for its class", tip)
         raise UserError(f"pdvit can't read the patches of a {type(model).__name__}: {reason}", where, tip)
@@ -141,7 +141,7 @@ def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens
     found = (blocks if "*" in blocks else f"{blocks}.*") if isinstance(blocks, str) else tuple(blocks)
     for path in (found, norm) if norm else (found,):
         if not modules_at(model, path):
-            what, names = f"a {type(model).__name__} has no modules at '{path}'", dict(model.named_modules())
+            what, names = f"a {type(model).__name__} has no modules at '{path}'", list(dict(model.named_modules()))[1:]
             raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
     return Family(found, norm, None, prefix_tokens)
 

@@ -154,7 +154,7 @@ def shapes_of(
         channels = getattr(model, "in_chans", 3)
         image = next(model.parameters()).new_zeros(1, channels, *image_size_of(model))
     height, width = image.shape[-2:]
-    tip = "choose the model's own image size; of another library, set its attribute image_size"
+    tip = "pass an image model, and images of its size; of another library, set its attribute image_size"
     what = f"the model can't take images of {height}x{width}"
     keep = watch(places, lambda key, tokens: shapes.update({key: tokens.shape}))
     with torch.no_grad(), evaluating(model), keep, reading(f"{where}, with its image size", tip, what):

@@ -220,7 +220,7 @@ def _match_backbone(
         return match
     groups = {"missing": match.missing, "of another shape": match.mismatched, "unexpected": unexpected}
     what = f"{len(backbone) - len(lacking)} of the backbone's {len(backbone)} weights are in the file"
-    raise UserError(f"{what} ({'; '.join(listed(groups))})", checkpoint.where, f"{OTHER_MODEL}, --depth, --width")
+    raise UserError(f"{what} ({'; '.join(listed(groups))})", checkpoint.where, OTHER_MODEL)
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

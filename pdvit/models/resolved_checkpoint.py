@@ -188,6 +188,6 @@ def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
     if patches and depth:
         width, side = patches[0].shape[0], patches[0].shape[-1]
         guess = f"vit_{VIT_SIZES.get(width)}_patch{side}_224"
-        like = f", like {guess}" if timm.is_model(guess) else ""
+        like = f", like {guess}" if timm.is_model(guess) else f": --depth {depth} --width {width} --patch-size {side}"
         tip += f". It has {depth} blocks of width {width}, patches of {side} pixels{like}"
     return UserError(what, checkpoint.where, tip)

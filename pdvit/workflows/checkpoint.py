@@ -1,8 +1,9 @@
 """A checkpoint that is opened to be run, with the preprocessing and the images of its run."""
 
+import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from pdvit.config.load import RESTORE, build, read_toml
 from pdvit.config.recipes import merge_layers
-from pdvit.config.schema import Config
+from pdvit.config.schema import KEYS, OF_CHECKPOINTS, Config
 from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.opening import ImageSet, held_out_images, sample_photographs
@@ -40,7 +41,7 @@ class OpenedCheckpoint:
     loaded: LoadedModel
     config: Config
     loader: LoaderConfig
-    options: tuple[str, ...] = ()  # with which it is opened again
+    options: Sequence[str] = ()  # with which it is opened again
     segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
     origins: Mapping[str, list[str]] = field(default_factory=dict)  # what decides the tokens, by where it is from
 
@@ -111,7 +112,12 @@ def open_checkpoint(
     images = data.micro_batch if flags.get("data_batch_size") is None else None
     seed, size = config.run.seed, ranks.world_size
     loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
-    options = (*(("--model", model) if model else ()), *(("--weights", weights) if weights else ()))
+    options: list[str] = []
+    own = {KEYS[name].flags[0]: flags.get(name.replace(".", "_", 1)) for name in OF_CHECKPOINTS}
+    for option, value in {"--model": model, "--weights": weights, **own}.items():
+        pairs = [f"{key}={json.dumps(item)}" for key, item in value.items()] if isinstance(value, dict) else [value]
+        for item in [] if value is None else pairs:
+            options += [option, *map(str, item if isinstance(item, tuple | list) else [item])]
     origins = _origins(checkpoint, bare, preprocessing, own_settings, model)
     return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None, origins)
 

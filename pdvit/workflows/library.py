@@ -128,6 +128,8 @@ def token_maps(model: Model, images: Any = None, **layout: Any) -> dict[str, Ten
         for batch in _batches(network, images):
             with inference(network, batch):
                 network(batch)
+    if not all(maps.values()):
+        raise UserError("there are no images", WHERE, "pass at least one image")
     return {layer: torch.cat(parts) for layer, parts in maps.items()}
 
 

@@ -141,7 +141,7 @@ def test_options_come_before_the_settings_of_the_file(workplace, image_folder, a
     model = timm.create_model("test_vit", num_classes=3, img_size=64)
     torch.nn.init.normal_(model.pos_embed)
     timm.models.save_for_hf(model, "saved", model_args={"img_size": 64}, safe_serialization=True)
-    flags = ["--img-size", "96", "--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7", "--precision", precision]
+    flags = f"--img-size 96 --mean 0.1 0.2 0.3 --std 0.5 0.6 0.7 --heads 2 --precision {precision}".split()
     result = analyzed("saved", "--images", image_folder, *flags)
     at_96 = timm.create_model("test_vit", num_classes=3, img_size=96)
     at_96.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(model.state_dict(), at_96))
@@ -153,8 +153,9 @@ def test_options_come_before_the_settings_of_the_file(workplace, image_folder, a
     expected = means(library.analyze(at_96, images).table, "similarity")
     assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 1e-2)
     assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7"]
-    assert result["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    assert result["precision"] == str(at_96.pos_embed.dtype).removeprefix("torch.")
     assert result["notes"] == ["resampled: 1 (pos_embed), for the image size"]
+    assert " ".join(["saved", *flags]) in result["advice"]
 
 
 def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyzed, refusal):

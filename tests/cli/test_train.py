@@ -273,7 +273,7 @@ class TestErrors:
         ("arguments", "what", "tip"),
         [
             ("--model vit_tny_patch16_224", "vit_tny_patch16_224", "vit_tiny_patch16_224"),
-            ("--model resnet18", "ResNet", "transformer of timm"),
+            ("--model resnet18", "ResNet", "docs/losses.md"),
             ("--cosine-layers 2,x", "no block x", "1 to 8"),
             ("--data digts", "digts", "digits"),
             ("--data ./absent/photos", "absent/photos", "--data help"),
