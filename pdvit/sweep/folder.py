@@ -17,17 +17,7 @@ from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.files import read_text, reading
 from pdvit.sweep.cells import SWEEP, TABLE, Cell, make_cells, split
-from pdvit.tracking.run_directory import (
-    CHECKPOINTS,
-    FREE,
-    JOBS,
-    OTHER,
-    STATUS,
-    RunDirectory,
-    held,
-    write_file,
-    writing,
-)
+from pdvit.tracking.run_directory import CHECKPOINTS, FREE, JOBS, OTHER, STATUS, RunDirectory, held, write_file, writing
 
 FACTS = ("status", "reason", "seconds", "commit", "hardware")
 CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]

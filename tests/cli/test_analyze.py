@@ -153,7 +153,7 @@ def test_options_come_before_the_settings_of_the_file(workplace, image_folder, a
     expected = means(library.analyze(at_96, images).table, "similarity")
     assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 1e-2)
     assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7"]
-    assert result["precision"] == str(at_96.pos_embed.dtype).removeprefix("torch.")
+    assert result["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
     assert result["notes"] == ["resampled: 1 (pos_embed), for the image size"]
     assert " ".join(["saved", *flags]) in result["advice"]
 

@@ -167,15 +167,13 @@ def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     with found.locked():
         waiting, deadline = jobs(workplace, a="well", b="good", c="fine"), time.monotonic() + 60
         assert found.start(LaunchConfig("local"), waiting, ["7", None]) == ["a", "b"]
-        # a job must not hold the output of the command: a pipe after it would wait for the job
-        assert os.readlink(f"/proc/{found.ids()['a'][1]}/fd/1") == os.devnull
+        assert os.readlink(f"/proc/{found.ids()['a'][1]}/fd/1") == os.devnull  # a pipe would wait for the job
         while waiting or found.states():
             found.start(LaunchConfig("local"), waiting, ["7", None])
             assert time.monotonic() < deadline
             time.sleep(0.05)
     texts = {name: (workplace / name / "environment").read_text() for name in ("well", "good", "fine")}
     assert (texts["well"], texts["good"]) == ("7 0", "None 0")
-    assert found.ids()["c"][0] == "local"
-    assert found.cancel() == []
+    assert (found.ids()["c"][0], found.cancel()) == ("local", [])
     assert "Starting with JobEnvironment" in found.log("a").read_text()
     assert read_json(workplace / "well" / "status.json")["step"] == 3

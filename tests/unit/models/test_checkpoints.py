@@ -281,9 +281,8 @@ def test_a_folder_of_the_hub_is_read_like_any_other(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("resnet18", "can't read the patches"),
         *((name, "no such checkpoint") for name in ("resnet18.pth", "vit_tiny_patch16_224.safetensors")),
-        ("test_vit.no_such_tag", "no_such_tag"),
+        *(("resnet18", "can't read the patches"), ("test_vit.no_such_tag", "no_such_tag")),
         ("vit_base_patch16_plus_240", "publishes no weights"),
         *(("vit_tiny_patch16_22", "did you mean 'vit_tiny_patch16_224'"), ("nosuch", "name a run directory")),
     ],
