@@ -68,7 +68,8 @@ def run(arguments: list[str]) -> int:
         return _explain(error)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
-        command = context.command_path if context else " ".join(["pdvit", *arguments[:1]])
+        words = arguments[: 2 if arguments[0] in ("plot", "sweep") else 1]  # typer's parser has no context
+        command = context.command_path if context else " ".join(["pdvit", *words])
         what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
         tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
         return _explain(UserError(what, command, tip))

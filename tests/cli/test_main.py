@@ -100,7 +100,7 @@ def test_no_command_shows_help_and_no_error(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "what", "tip"),
     [
-        ("trian", "trian", "train"),
+        *(("trian", "trian", "train"), ("plot similarity --labels", "an argument", "pdvit plot similarity --help")),
         ("plot similarit", "similarit", "similarity"),
         ("--versoin", "--versoin", "--version"),
         ("plot training --ouut x.png", "--ouut", "--out"),
