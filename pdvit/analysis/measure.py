@@ -179,7 +179,7 @@ def batches(images: Images, weight: Tensor) -> Iterator[Tensor]:
         if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == 4):
             found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
             what = f"images are floating-point tensors (image, channel, height, width), not {found}"
-            tip = "normalise them (pdvit analyze CKPT --images FOLDER does); a single image is images[None]"
+            tip = "normalise and stack them: torch.stack(images), or images[None] for a single image"
             raise UserError(what, WHERE, tip)
         if len(batch):
             yield batch.to(weight)

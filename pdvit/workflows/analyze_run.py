@@ -77,7 +77,7 @@ class Analyzer:
             found = f"was left out: {reason}" if reason else f"is in analysis/cka_between.npz of {first.name}"
             analysis = replace(analysis, notes=[*analysis.notes, f"cka between {first.name} and {name} {found}"])
         bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
-        facts = describe(analysis, opened, images, len(bad), stopped)
+        facts = describe(analysis, opened, images, len(bad), stopped, self.images)
         return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
@@ -125,12 +125,12 @@ class Analyzer:
 
 
 def describe(
-    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None
+    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, named: list[str]
 ) -> dict[str, Any]:
-    """Return the content of analysis.json; `bad` images did not decode, `stopped` is why the last were not measured."""
+    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed, `named` --images."""
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
-    found, advice = verdict(table, *_commands(opened)) if has_p else (None, None)
+    found, advice = verdict(table, *_commands(opened, named)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
@@ -165,7 +165,7 @@ def describe(
     }
 
 
-def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
+def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str, str]:
     """Return the commands that measure a checkpoint again, and that reduce P: of a run, or by finetuning."""
     config, names = opened.config, [str(opened.path), *opened.options]
     if opened.is_run and config.model.init is None:
@@ -179,7 +179,7 @@ def _commands(opened: OpenedCheckpoint) -> tuple[str, str]:
             value = getattr(config.data, name)
             train += [] if value is None else [KEYS[f"data.{name}"].flags[0], value]
         train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
-    return command("analyze", *names), command(*train)
+    return command("analyze", *names, *(word for name in images for word in ("--images", name))), command(*train)
 
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
