@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pdvit.cli.launch import check_shared
 from pdvit.config import Config
 from pdvit.config.schema import LaunchConfig
+from pdvit.engine.distributed import Ranks
 from pdvit.errors import RunFailed, UserError
 from pdvit.launch import Jobs, RunJob
 from pdvit.tracking.run_directory import RunDirectory
@@ -178,3 +180,10 @@ def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     assert found.cancel() == []
     assert "Starting with JobEnvironment" in found.log("a").read_text()
     assert read_json(workplace / "well" / "status.json")["step"] == 3
+
+
+def test_a_process_that_does_not_see_what_rank_0_writes_is_named(workplace):
+    check_shared(workplace / "run", Ranks())
+    assert list((workplace / "run").iterdir()) == []
+    with pytest.raises(UserError, match="does not see the run directory"):
+        check_shared(workplace / "run", Ranks(rank=1))  # rank 0 wrote into a folder of another machine
