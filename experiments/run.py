@@ -36,9 +36,7 @@ import pandas as pd
 import torch
 from tables import ENDED, LAYERS, NUMBERS, best_rates, cells_of, layers_of, write_table
 
-from pdvit.analysis import analyze
-from pdvit.cli.console import make_console
-from pdvit.cli.runs import build_trainer
+from pdvit import analyze
 from pdvit.config import build, read_toml
 from pdvit.config.schema import KEYS
 from pdvit.data.loader import eval_batches
@@ -51,6 +49,8 @@ from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.sweep import Folder
 from pdvit.tracking.run_directory import write_file
+from pdvit.workflows.console import make_console
+from pdvit.workflows.runs import build_trainer
 
 HERE = Path(__file__).parent
 IMAGES = 256
@@ -81,7 +81,7 @@ def measure(run: Path) -> str | None:
         models = {"after": load_model(resolve_checkpoint(run)).model.to(began.device)} if sound else {}
         parts = []
         for when, model in (models | {"before": began.module.inside}).items():
-            table = analyze(model, images, ["similarity", "rank"])
+            table = analyze(model, images, ["similarity", "rank"]).table
             wide = table.pivot(index=["depth", "layer"], columns="metric", values="mean").reset_index()
             parts.append(wide[["layer", "depth", *NUMBERS]].assign(when=when))
         write_file(run / LAYERS, pd.concat(parts).to_csv(index=False))

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any
 from pdvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pdvit.analysis import analyze
+    from pdvit import plots as plots
     from pdvit.data.mixing import patch_cutmix
     from pdvit.losses import Objective, contrastive_loss, cosine_loss, koleo_loss, mixing_loss, spectral_loss
     from pdvit.models.tokens import DiverseModel
     from pdvit.similarity import patch_similarity
+    from pdvit.workflows.library import analyze, explore, load, token_maps, train
 
 # The modules of the public names; torch is imported only when one of them is first used.
 _MODULES = {
     "DiverseModel": "pdvit.models.tokens",
-    "analyze": "pdvit.analysis",
     "patch_cutmix": "pdvit.data.mixing",
     "patch_similarity": "pdvit.similarity",
+    **dict.fromkeys(("analyze", "explore", "load", "token_maps", "train"), "pdvit.workflows.library"),
 }
 __all__ = [
     "DiverseModel",
@@ -25,15 +26,21 @@ __all__ = [
     "analyze",
     "contrastive_loss",
     "cosine_loss",
+    "explore",
     "koleo_loss",
+    "load",
     "mixing_loss",
     "patch_cutmix",
     "patch_similarity",
     "spectral_loss",
+    "token_maps",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return import_module("pdvit.plots")
     if name not in __all__:
         raise AttributeError(f"module 'pdvit' has no attribute '{name}'")
     return getattr(import_module(_MODULES.get(name, "pdvit.losses")), name)

@@ -21,6 +21,9 @@ class UserError(Exception):
     def __str__(self) -> str:
         return f"{one_line(self.what)}\n  where: {one_line(self.where)}\n  tip:   {one_line(self.tip)}"
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in place of a traceback
+        return str(self).split("\n")
+
 
 class RunFailed(Exception):
     """A run that broke down although its input was sound; the command line exits with 1."""
@@ -31,6 +34,9 @@ class RunFailed(Exception):
 
     def __str__(self) -> str:
         return f"{one_line(self.what)}\n  tip:   {one_line(self.tip)}"
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).split("\n")
 
 
 def one_line(text: str) -> str:

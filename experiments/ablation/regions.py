@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from pdvit import DiverseModel
-from pdvit.cli.console import make_console
-from pdvit.cli.runs import build_trainer
 from pdvit.config import build, read_toml
 from pdvit.data.loader import eval_batches
 from pdvit.data.mixing import paste
@@ -28,6 +26,8 @@ from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.similarity import unit_tokens
 from pdvit.tasks.base import ImageTask
+from pdvit.workflows.console import make_console
+from pdvit.workflows.runs import build_trainer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

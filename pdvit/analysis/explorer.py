@@ -1,8 +1,8 @@
 """The patch explorer: cosines between all patches of a few images, layer by layer, as one HTML file."""
 
 import base64
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from pdvit.analysis.measure import check_tokens, inference
 from pdvit.analysis.metrics.group import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, evaluating, image_size_of, places_of, shapes_of, watch
+from pdvit.models.layers import Layer, evaluating, find_layers, shapes_of, watch
 from pdvit.version import __version__
 
 MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4  # a map of 2,048 patches takes 2.8 MB of a page
@@ -39,6 +39,7 @@ class Maps:
     notes: list[str]  # missing layers, and why
     depths: list[int]  # of the layers, from 0 (the input of the first block)
     deepest: int  # depth of the model's last layer
+    random: Mapping[str, float] = field(default_factory=dict)  # by layer, P of the same model with random weights
 
 
 def bytes_per_model(models: int) -> int:
@@ -54,19 +55,24 @@ def read_maps(
     normalise: Callable[[Tensor], Tensor],
     name: str = "model",
     max_bytes: int = PAGE_BYTES,
+    **layout: Any,
 ) -> Maps:
-    """Compute the cosines between all patches of each image at each layer of a bare timm model, image by image.
+    """Compute the cosines between all patches of each image at each layer of a model, image by image.
 
     `images` are names and pixels, uint8 `(3, H, W)`; `normalise` turns them into the model's input. At most 8 are read,
     and no more than fit into `max_bytes` of a page. Layers of more than 2,048 patches are left out; if the rest does
-    not fit for one image, layers are left out evenly. UserError if not even two fit.
+    not fit for one image, layers are left out evenly. UserError if not even two fit. `layout` is that of `find_layers`.
     """
-    places, found = places_of(model), dict[Layer, Patches]()
-    counts = {layer: count for layer, (count, _) in shapes_of(model, places).items()}
-    layers, max_images = _fitting(counts, picture_size(*image_size_of(model)), max_bytes)
+    shown, found = list(islice(images, MAX_IMAGES)), dict[Layer, Patches]()
+    if not shown:
+        raise UserError("there is no image to explore", "--images", "name at least one image that decodes")
+    (model, places), device = find_layers(model, **layout), next(model.parameters()).device
+    first = normalise(shown[0][1][None].to(device))
+    counts = {layer: count for layer, (count, _) in shapes_of(model, places, image=first).items()}
+    layers, max_images = _fitting(counts, picture_size(first.shape[-2], first.shape[-1]), max_bytes)
     missing = [layer.name for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
-    depths, device = [layer.depth for layer in layers], next(model.parameters()).device
+    depths = [layer.depth for layer in layers]
     maps = Maps(name, [], [], {}, [], [], notes, depths, max(layer.depth for layer in counts))
 
     def visit(layer: Layer, tokens: Tensor) -> None:
@@ -74,7 +80,7 @@ def read_maps(
         check_tokens(found[layer], layer)
 
     with evaluating(model), watch({layer: places[layer] for layer in layers}, visit):
-        for label, pixels in islice(images, max_images):
+        for label, pixels in shown[:max_images]:
             batch = normalise(pixels[None].to(device))
             image_size = (batch.shape[-2], batch.shape[-1])
             with inference(model, batch):
@@ -85,8 +91,6 @@ def read_maps(
             maps.cosines.append({layer: part.round().to(torch.int8).cpu().numpy() for layer, part in levels.items()})
             maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
             maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
-    if not maps.names:
-        raise UserError("there is no image to explore", "--images", "name at least one image that decodes")
     return maps
 
 
@@ -122,6 +126,7 @@ def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
         "deepest": maps.deepest,
         "grids": list(maps.grids.values()),
         "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
+        "random": [maps.random.get(layer) for layer in maps.grids],
         "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
         # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
         "cosines": [

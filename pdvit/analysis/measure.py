@@ -1,9 +1,10 @@
 """Metrics of every layer of a model, streamed over images: memory does not grow with their number."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from html import escape
 from itertools import product, tee
 from typing import Any
 
@@ -17,17 +18,21 @@ from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.attention import Attention, patch_rows
 from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, centred_gram
 from pdvit.analysis.metrics.group import MetricGroup, Patches
+from pdvit.analysis.verdict import verdict
 from pdvit.definitions import DEFAULT
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
 from pdvit.files import reason_of
 from pdvit.models.layers import (
+    BATCH_FIRST,
+    NOT_IMAGES,
     Layer,
+    Place,
     evaluating,
     exact_float32,
+    find_layers,
     image_size_of,
-    places_of,
     shapes_of,
     watch,
     watch_attention,
@@ -36,18 +41,18 @@ from pdvit.models.layers import (
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 WHERE = "analyze(model, images)"
 BATCH_SIZE = 32  # if images come as one tensor
-Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
+Images = Tensor | Iterable[Tensor | Sequence[Tensor] | Mapping[str, Tensor]] | Mapping[str, Tensor]
 Names = str | Iterable[str]
 Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
-    """The metrics of one model: the table of `analyze`, the number of images, and the names of all layers in order."""
+    """The metrics of one model. A notebook shows verdict and numbers; names of the table work on the analysis too."""
 
-    table: pd.DataFrame
-    images: int
-    layers: list[str]
+    table: pd.DataFrame  # one row per layer and metric: `pdvit.analyze` has the columns
+    images: int  # their number
+    layers: list[str]  # all names, in order
     curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by group, arrays by `name/layer`
     notes: list[str] = field(default_factory=list)  # values that are missing in the table, and why
 
@@ -58,34 +63,60 @@ class Analysis:
         rows = rows.assign(metric="similarity_random", model=self.table["model"].iloc[0])
         return replace(self, table=pd.concat([self.table, rows], ignore_index=True))
 
+    @property
+    def random(self) -> pd.DataFrame:
+        """The rows of P of random weights; none if these were not measured."""
+        return self.table[self.table["metric"] == "similarity_random"]
 
-def analyze(model: nn.Module, images: Images, metrics: Names = DEFAULT, name: str = "model") -> pd.DataFrame:
-    """Measure the patch tokens of every layer of a bare timm vision transformer, in evaluation mode.
+    @property
+    def verdict(self) -> str:
+        """Whether the patches are alike and P climbs, beside random weights; empty if P was not measured."""
+        return verdict(self.table, "", "")[0] if (self.table["metric"] == "similarity").any() else ""
 
-    Args:
-        model: a bare timm model.
-        images: normalised images `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one).
-        metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
-        name: content of the `model` column.
+    def plot(self, ax: Any = None) -> Any:
+        """Draw P by layer on matplotlib's axes, by default new ones, and return them; see `pdvit.plots.similarity`."""
+        from pdvit.plots.depth import similarity  # imports matplotlib
 
-    Returns:
-        A tidy table, one row per layer and metric, with the columns model, layer, depth (0 for the input of the first
-        block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single image), images,
-        and tokens (patches per image, without prefix tokens). A metric that a layer does not have has no row there.
-    """
-    return measure(model, images, metrics, name).table
+        return similarity(self, ax=ax)
+
+    def __repr__(self) -> str:
+        return f"{self.verdict}\n{self.table}"
+
+    def _repr_html_(self) -> str:
+        from pdvit.analysis.tables import layer_column, metric_columns
+
+        columns = dict([layer_column(self.table), *(it for name in METRICS for it in metric_columns(self.table, name))])
+        lines = escape(self.verdict).replace("\n", "<br>")
+        return f"<p>{lines}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.table[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "table" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.table, name)
 
 
 def measure(
-    model: nn.Module, images: Images, metrics: Names = DEFAULT, name: str = "model", ranks: Ranks = SINGLE_PROCESS
+    model: nn.Module,
+    images: Images,
+    metrics: Names = DEFAULT,
+    name: str = "model",
+    ranks: Ranks = SINGLE_PROCESS,
+    **layout: Any,
 ) -> Analysis:
-    """Measure like `analyze`, and return curves and notes too.
+    """Measure the patch tokens of every layer of a model, in evaluation mode, by `metrics`, names of groups.
+
+    `images` are normalised `(B, 3, H, W)`, or an iterable of such batches (or of tuples that begin with one, or of
+    tables with `pixel_values`). `name` goes to the column `model`, `layout` is that of `find_layers`.
 
     Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """
-    layer_metrics = LayerMetrics(model, select_metrics(metrics))
+    layer_metrics = LayerMetrics(*find_layers(model, **layout, where=WHERE), select_metrics(metrics))
+    model = layer_metrics.model
     with ranks.raise_on_all_ranks(), evaluating(model):
-        for batch in batches(images, next(model.parameters()).device):
+        for batch in batches(images, next(model.parameters())):
             with layer_metrics.batch(batch):
                 model(batch)
     sums = MetricSums()
@@ -101,16 +132,18 @@ def cka_between(
     other_images: Images | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> pd.DataFrame:
-    """Return the linear CKA between the layers of a timm model (rows) and of another on the same device (columns).
+    """Return the linear CKA between the layers of a model (rows) and of another on the same device (columns).
 
     `images` are those of `analyze`, in batches of at least 4; smaller ones are left out. `other_images` are the same
     batches as the other model takes them, if that differs. Ranks as in `measure`. UserError if no batch is left.
     """
-    cka, device = LinearCKA(), next(model.parameters()).device
-    rows, columns = (LayerMetrics(each, select_metrics("cka")) for each in (model, other))
-    own, others = tee(batches(images, device))
+    cka, weight = LinearCKA(), next(model.parameters())
+    groups = select_metrics("cka")
+    rows, columns = (LayerMetrics(*find_layers(each, where=WHERE), groups) for each in (model, other))
+    model, other = rows.model, columns.model
+    own, others = tee(batches(images, weight))
     if other_images is not None:
-        others = batches(other_images, device)
+        others = batches(other_images, weight)
     with ranks.raise_on_all_ranks(), evaluating(model), evaluating(other):
         for batch, other_batch in zip(own, others, strict=False):
             if len(batch) >= MIN_IMAGES:
@@ -137,18 +170,24 @@ def select_metrics(metrics: Names) -> dict[str, MetricGroup]:
     return {name: METRICS[name] for name in names}
 
 
-def batches(images: Images, device: torch.device) -> Iterator[Tensor]:
-    """Yield batches of images on the device; UserError unless they are floating-point and have four axes."""
+def batches(images: Images, weight: Tensor) -> Iterator[Tensor]:
+    """Yield batches with the device and type of a weight; UserError unless they are floating-point with four axes."""
+    images = _pixel_values(images)
     parts: Any = images.split(BATCH_SIZE) if isinstance(images, Tensor) else images
     for part in parts if isinstance(parts, Iterable) else [parts]:
-        batch = part[0] if isinstance(part, list | tuple) and part else part
+        batch = _pixel_values(part[0] if isinstance(part, list | tuple) and part else part)
         if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == 4):
             found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
             what = f"images are floating-point tensors (image, channel, height, width), not {found}"
             tip = "normalise them (pdvit analyze CKPT --images FOLDER does); a single image is images[None]"
             raise UserError(what, WHERE, tip)
         if len(batch):
-            yield batch.to(device)
+            yield batch.to(weight)
+
+
+def _pixel_values(images: Any) -> Any:
+    """Return the images of a table, as the processors of transformers return it."""
+    return images.get("pixel_values", images) if isinstance(images, Mapping) else images
 
 
 @contextmanager
@@ -157,7 +196,7 @@ def inference(model: nn.Module, images: Tensor) -> Iterator[None]:
     try:
         with torch.no_grad(), exact_float32(images.device):
             yield
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         if not is_out_of_memory(error):
             if images.shape[1:] == (3, *image_size_of(model)):
                 raise
@@ -234,18 +273,15 @@ class MetricSums:
 
 
 class LayerMetrics:
-    """Metrics of every layer of a bare timm model, updated by hooks during forward passes."""
+    """Metrics of the layers of a model at some places, updated by hooks during forward passes."""
 
-    def __init__(self, model: nn.Module, groups: dict[str, MetricGroup]) -> None:
+    def __init__(self, model: nn.Module, places: dict[Layer, Place], groups: dict[str, MetricGroup]) -> None:
         self.model = model
         self.groups = groups
-        self.places = places_of(model)
+        self.places = places
         self.sums = MetricSums()
         self.first_layer: Layer | None = None
-        if "drift" in groups:  # the losses' first: the first block whose grid and width are those of the last layer
-            shapes = shapes_of(model, self.places)
-            last = shapes[list(self.places)[-1]]
-            self.first_layer = next(layer for layer in self.places if layer.depth > 0 and shapes[layer] == last)
+        self.images = 0  # in the batch
         self.image_size = (0, 0)
         self.first: Tensor | None = None  # unit tokens of `first_layer`
         self.previous: Tensor | None = None  # attention of the previous block
@@ -254,9 +290,14 @@ class LayerMetrics:
     @contextmanager
     def batch(self, images: Tensor) -> Iterator[list[Tensor]]:
         """Read every layer during the forward pass of a batch `(B, C, H, W)`; yield the Gram matrices for CKA."""
-        self.image_size, self.grams = (images.shape[-2], images.shape[-1]), []
+        self.image_size, self.images, self.grams = (images.shape[-2], images.shape[-1]), len(images), []
+        if "drift" in self.groups and self.first_layer is None:
+            # the losses' first: the first block whose grid and width are those of the last layer
+            shapes = shapes_of(self.model, self.places, WHERE, images[:1])
+            last = shapes[list(self.places)[-1]]
+            self.first_layer = next(layer for layer in self.places if layer.depth > 0 and shapes[layer] == last)
         attention = "attention" in self.groups
-        watching = watch_attention(self.model, self._visit_attention) if attention else nullcontext()
+        watching = watch_attention(self.places, self._visit_attention) if attention else nullcontext()
         with inference(self.model, images), watch(self.places, self._visit), watching:
             yield self.grams
         self.sums.images += len(images)
@@ -265,6 +306,8 @@ class LayerMetrics:
         self.first = self.previous = None
 
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
+        if len(tokens) != self.images:
+            raise UserError(NOT_IMAGES.format(tuple(tokens.shape), self.images), f"{layer.name}, {WHERE}", BATCH_FIRST)
         patches = Patches(tokens, self.image_size)
         check_tokens(patches, layer)
         self.sums.tokens[layer] = tokens.shape[1]
@@ -313,8 +356,9 @@ class LayerMetrics:
                 curves.setdefault(group, {})[f"{metric}/{layer.name}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
         notes = []
-        if self.first_layer is not None:
-            notes.append(f"drift is measured from {self.first_layer.name}, at later layers of its grid and width")
+        if "drift" in self.groups:
+            start = next(layer.name for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)
+            notes.append(f"drift is measured from {start}, at later layers of its grid and width")
         if "attention" in self.groups:
             notes.append("attention was computed without fused kernels, between patches only, at blocks only")
         if "cka" in self.groups and (left := sums.images - sums.cka.images):

@@ -1,4 +1,4 @@
-"""The verdict on an analysis: whether the patches collapse, from which layer on, and what to try."""
+"""The verdict on an analysis: whether the patches end alike, whether P climbs with depth, and what to try."""
 
 import pandas as pd
 
@@ -48,9 +48,10 @@ def against_random(table: pd.DataFrame) -> int | None:
 
 
 def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
-    """Return two sentences: whether the patches collapse, compared with random weights; and what to try.
+    """Return two statements on two lines, each beside random weights, and what to try.
 
-    `analyze` and `train` are the commands that measure the checkpoint again and that reduce P; they end an advice.
+    The first is whether the patches are alike at the end, the second whether P climbs with depth. `analyze` and
+    `train` are the commands that measure the checkpoint again and that reduce P; they end an advice.
     """
     rows, random, compared = last_stage(table), last_stage(table, "similarity_random"), against_random(table)
     last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
@@ -58,31 +59,31 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
         tip = f"the lengths of the patches, since the checkpoint may be broken: {analyze} --metrics norms"
         return f"no verdict: P is exactly 0 at {last}, as of patches that are zero", f"to try: {tip}"
     start, high = climb(rows), onset(rows)
-    rise, random_rise = ((found["mean"].tail(1) - found["mean"].min()).sum() for found in (rows, random))
-    if value < COLLAPSED and compared == 1:
-        found = "no collapse, but patches more alike than with random weights"
+    rise, random_rise = (float((found["mean"].tail(1) - found["mean"].min()).sum()) for found in (rows, random))
+    change = 0 if abs(rise - random_rise) < MIN_DIFFERENCE else 1 if rise > random_rise else -1
+    if high is None and compared == 1:
         tip = f"where single patches matter, as in segmentation: {train}"
-    elif value < COLLAPSED:
-        found = "no collapse"
-        tip = f"nothing against collapse; other ways to fail: {analyze} --metrics rank,norms,attention"
-    elif (start and rise - random_rise >= MIN_DIFFERENCE) or compared == 1:
+    elif high is None:
+        tip = f"nothing against similar patches; other faults: {analyze} --metrics rank,norms,attention"
+    elif (start and change == 1) or compared == 1:
         # random weights leave the patches of plain images alike; a further climb means that they were apart before
-        found, tip = "the patches collapse", f"reduce P, and analyze again: {train}"
+        tip = f"reduce P, and analyze again: {train}"
     elif compared is None:
-        found = "the patches are alike (not compared with random weights)"
         tip = f"the whole analysis, since untrained patches may be as alike: {analyze}"
     else:
-        found = f"the patches are alike, but {'no more' if compared == 0 else 'less'} than with random weights"
         tip = f"other --images, which may be more varied, or reduce P: {train}"
     blocks = table[table["layer"] != "norm"]  # a final norm would hide outliers
     lasts = [last_stage(blocks, f"similarity{name}")["mean"].tail(1) for name in ("", "_without_outliers")]
     part = float(lasts[0].sum() - lasts[1].sum()) if len(lasts[1]) else 0.0
-    if value >= COLLAPSED and part >= MIN_DIFFERENCE:
+    if high is not None and part >= MIN_DIFFERENCE:
         tip = f"a model with register tokens, since patches of outlying length make up {part:.2f} of P"
-    stage = "" if len(rows) == (table["metric"] == "similarity").sum() else " in the last stage"
-    course = f"climbs from {start} on" if start else "does not climb with depth"
-    if high is not None:
-        since = "from the start" if high == rows["layer"].iloc[0] else f"from {high} on"
-        course += f", is at or above {COLLAPSED} {since}"
-    beside = "" if random.empty else f" (random weights on the same images: {random['mean'].iloc[-1]:.3f})"
-    return f"{found}: P{stage} {course}, and is {value:.3f} at {last}{beside}", f"to try: {tip}"
+    stage = "" if len(rows) == (table["metric"] == "similarity").sum() else "in the last stage, "
+    since = {None: "not alike at the end", rows["layer"].iloc[0]: "alike at every layer", last: "alike at the end"}
+    of_level, of_climb = " (not compared with random weights)", ""
+    if compared is not None:
+        of_level = f" (random weights: {random['mean'].iloc[-1]:.3f}, {('about as high', 'lower', 'higher')[compared]})"
+        of_climb = f" (random weights: {random_rise:.3f}, {('about as much', 'less', 'more')[change]})"
+    level = f"{stage}the patches are {since.get(high, f'alike from {high} to the end')}: P is {value:.3f} at {last}"
+    course = f"climbs from {start} on" if start else "does not climb"
+    course = f"{stage}P {course}: it ends {rise:.3f} above its minimum"
+    return f"{level}{of_level}\n{course}{of_climb}", f"to try: {tip}"

@@ -2,25 +2,30 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.console import log, make_console, process_group
+from pdvit.cli.options import checkpoint_command, checkpoint_settings
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command, printable
+from pdvit.workflows.console import log, make_console, process_group
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pdvit.cli.analyze_run import Analyzer, CheckpointAnalysis
     from pdvit.engine.terminal import RunConsole
+    from pdvit.plots.style import Drawing, Theme
+    from pdvit.workflows.analyze_run import Analyzer, CheckpointAnalysis
 
+VERBOSE = "Print also definitions, conditions and files; or nothing. Unset: table and verdict."
 METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 
+@checkpoint_command
 def analyze(
     checkpoints: Annotated[list[str] | None, typer.Argument(help="Runs, timm folders, weight files, models.")] = None,
     images: Annotated[
@@ -37,7 +42,11 @@ def analyze(
     on_bad_image: OnBadImage = None,
     explore: Annotated[bool, typer.Option("--explore", help="Write explorer.html: similar patches per image.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write report.html, the whole analysis.")] = False,
+    verbose: Annotated[
+        bool | None, typer.Option("--verbose/--quiet", "-v/-q", show_default=False, help=VERBOSE)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    **settings: Any,
 ) -> int:
     """Measure how similar a model's patches are, layer by layer.
 
@@ -46,29 +55,36 @@ def analyze(
     from pdvit.tracking.run_directory import newest
 
     with process_group():
-        console = make_console(as_json)
+        console = make_console(as_json, quiet=verbose is False)
         paths = [os.path.expanduser(path) for path in checkpoints or map(str, newest("model.safetensors")[:1])]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
-        from pdvit.cli.analyze_run import Analyzer
+        from pdvit.workflows.analyze_run import Analyzer
 
         flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
-        flags |= {"data_on_bad_image": on_bad_image, "model": model, "weights": weights}
+        flags |= {
+            "data_on_bad_image": on_bad_image,
+            "model": model,
+            "weights": weights,
+            **checkpoint_settings(settings),
+        }
         analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **flags)
         folders = {path: results_folder(Path(path), out, "analysis") for path in paths}
         if len({*folders.values()}) < len(paths):
             where, tip = ", ".join(map(str, folders.values())), "analyze them one by one, each with its own --out"
             raise UserError("one folder can't hold several analyses", where, tip)
-        return _analyze(analyzer, folders, explore, report, as_json)
+        return _analyze(analyzer, folders, explore, report, bool(verbose), as_json)
 
 
-def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, as_json: bool) -> int:
+def _analyze(
+    analyzer: "Analyzer", folders: dict[str, Path], explore: bool, report: bool, verbose: bool, as_json: bool
+) -> int:
     """Measure the checkpoints, write and print results and pages on rank 0, and return the exit status."""
     from pdvit.analysis import write_analysis, write_between
     from pdvit.analysis.explorer import bytes_per_model
-    from pdvit.cli.analyze_run import write_explorer, write_report
     from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
+    from pdvit.workflows.analyze_run import write_explorer
 
     console, main, results = analyzer.console, analyzer.ranks.main, list["CheckpointAnalysis"]()
     bytes_per_model(len(folders) if explore else 1)  # an error if they are too many for a page
@@ -86,7 +102,9 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
                     names = unique([name for name, _ in tables])  # runs in different folders can have the same name
                     write_between(results[0].folder, dict(zip(names, (table for _, table in tables), strict=True)))
                 print_analysis(result.analysis.table, result.facts, console)
-                log(console, f"written  {file}")
+                if verbose:
+                    print_conditions(result.analysis.table, result.facts, console)
+                    log(console, f"written  {file}")
         stopped = analyzer.stopped()
     if main and explore and not stopped:
         write_explorer(results, analyzer)
@@ -99,7 +117,7 @@ def _analyze(analyzer: "Analyzer", folders: dict[str, Path], explore: bool, repo
         left = ", ".join(list(folders)[len(results) :]) or "none is left"
         log(console, f"stopped; not measured: {left}{'; no page was written' if explore or report else ''}")
         return EXIT_STOPPED
-    if not as_json:
+    if verbose and not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
         log(console, f"next     {command('plot', figure, *folders.values())}", "cyan")
     return 0
@@ -116,7 +134,7 @@ def _as_json(result: "CheckpointAnalysis") -> dict[str, Any]:
 
 
 def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
-    """Print the tables with a bar per layer, the verdict, definitions, and the conditions of the measurement."""
+    """Print the tables with a bar per layer, the verdict, and notes."""
     from rich.markup import escape
 
     from pdvit.analysis.tables import terminal_tables
@@ -125,23 +143,70 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
     for view in terminal_tables(table):
         console.print(view)
         console.print()
-    for name, label in (("stopped", "stopped: "), ("verdict", ""), ("advice", ""), ("published", "published: ")):
-        if facts[name]:
-            log(console, f"{label}{facts[name]}", {"verdict": "bold green", "advice": "cyan"}.get(name))
+    if facts["verdict"]:
+        log(console, facts["verdict"], "bold", words=True)
+        log(console, facts["advice"], "cyan")
+    if facts["stopped"]:
+        log(console, f"stopped: {facts['stopped']}", "yellow")
+    for note in facts["notes"]:
+        log(console, f"note: {note}", words=True)
+
+
+def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
+    """Print published values, definitions, and the conditions of the measurement."""
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name
-        console.print(f"[dim]measured[/dim] {label}: {escape(text)}", highlight=False, soft_wrap=True)
+        log(console, f"measured {label}: {text}", words=True)
     first, last = table["tokens"].iloc[0], table["tokens"].iloc[-1]
     patches = str(last) if first == last else f"{first} at {table['layer'].iloc[0]} to {last} at the end:"
     conditions = {
         "images": f"{facts['images_measured']} ({facts['images']})",
+        "input": "; ".join(f"{', '.join(texts)} ({origin})" for origin, texts in facts["input"].items()),
         "tokens": f"{patches} patches per image; prefix tokens dropped: {facts['prefix_tokens_dropped']}",
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
         "spread": facts["spread"],
-        "note": "; ".join(facts["notes"]),
+        "published": facts["published"],
     }
     for name, text in conditions.items():
         if text:
-            console.print(f"[dim]{name:8}[/dim] {escape(printable(text))}", highlight=False, soft_wrap=True)
+            log(console, f"{name:9} {text}", words=True)
+
+
+def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:
+    """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
+    from pdvit.analysis.report import report_page
+    from pdvit.plots.style import DARK, LIGHT, render
+    from pdvit.tracking.environment import describe_environment
+    from pdvit.tracking.run_directory import write_file, writing
+
+    light, dark = (_report_figures(results, theme) for theme in (LIGHT, DARK))
+    figures = [(caption, render(light[caption], ".svg"), render(dark[caption], ".svg")) for caption in light]
+    file = results[0].folder / "report.html"
+    analyses = [(result.analysis.table, result.facts) for result in results]
+    with writing("the page", file):
+        write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
+    log(console, f"written  {file}")
+
+
+def _report_figures(results: "Sequence[CheckpointAnalysis]", theme: "Theme") -> "dict[str, Drawing]":
+    """Return the figures of everything that was measured, by caption."""
+    from pdvit.cli.plot import FIGURES, draw_figure
+    from pdvit.plots.reading import AnalyzedRun
+    from pdvit.plots.style import unique
+    from pdvit.plots.training import plot_training, read_records
+
+    analyses = zip(unique([result.name for result in results]), (result.analysis for result in results), strict=True)
+    runs = [AnalyzedRun(name, analysis.table, analysis.curves) for name, analysis in analyses]
+    two = sum(FIGURES["similarity"].fits(run) for run in runs) == 2
+    drawings: dict[str, Drawing] = {}
+    for name, figure in FIGURES.items():
+        fitting = [run for run in runs if figure.fits(run)]
+        if fitting and name != ("metrics" if two else "compare"):
+            drawings[figure.help.removesuffix(".")] = draw_figure(name, fitting, theme)
+    if trained := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
+        caption = "Training: loss by term, validation accuracy, and P by layer over the epochs"
+        records = zip(unique([run.resolve().name for run in trained]), map(read_records, trained), strict=True)
+        drawings[caption] = plot_training(dict(records), theme)
+    return drawings

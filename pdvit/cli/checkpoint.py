@@ -1,65 +1,18 @@
 """Options and helpers shared by the commands that use a trained checkpoint."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pdvit.cli.options import make_layers, timm_models
-from pdvit.config.load import RESTORE, build, read_toml
-from pdvit.config.schema import Config
+from pdvit.cli.options import timm_models
 from pdvit.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from pdvit.data.loader import LoaderConfig
-    from pdvit.engine.distributed import Ranks
-    from pdvit.models.loading import LoadedModel
-    from pdvit.tasks.windows import SlidingWindowConfig
 
 Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")]
 Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]
-
-
-@dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A model on its device, the configuration of its run (else the defaults), and the settings of its loader."""
-
-    path: Path
-    is_run: bool  # a run directory
-    loaded: "LoadedModel"
-    config: Config
-    loader: "LoaderConfig"
-    options: tuple[str, ...] = ()  # with which it is opened again
-    segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
-
-    def windows(self, flags: Mapping[str, Any]) -> "SlidingWindowConfig | None":
-        """Return the windows and views of a segmentation model; None for a classifier; raises UserError."""
-        from pdvit.models.segmentation.segmenter import Segmenter
-        from pdvit.tasks.segmentation import sliding_windows
-        from pdvit.tasks.windows import SCALES
-
-        if isinstance(self.loaded.model, Segmenter):
-            windows = sliding_windows(self.loaded.model, self.config.segment, self.loader.per_pass)
-            return replace(windows, scales=SCALES if flags["--ms"] else (1.0,), flip=flags["--flip"])
-        if used := [flag for flag, value in flags.items() if value not in (None, False)]:
-            tip = "leave it out: it is for segmentation"
-            raise UserError("the checkpoint labels images, not pixels", ", ".join(used), tip)
-        return None
-
-    def not_finite(self, images: str) -> UserError:
-        """Return the error of a model whose finite weights gave logits that are not finite for some images."""
-        precision, tip = self.config.run.precision, "the checkpoint is broken, or it is of another model"
-        if precision != "fp32":
-            tip = f"{precision} may be too narrow for it: try --precision fp32"
-        return UserError(f"the model's logits are infinite or not numbers for {images}", str(self.path), tip)
 
 
 def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
@@ -72,56 +25,3 @@ def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
         what = f"the results can't be written: {there} is not a folder, or not writable"
         raise UserError(what, str(folder), "choose another --out")
     return folder
-
-
-def open_checkpoint(
-    path: Path, ranks: "Ranks", model: str | None, weights: str | None, backbone: bool = False, **flags: Any
-) -> OpenedCheckpoint:
-    """Load a checkpoint to run as its run did, except for `flags` (`section_key`); or as timm's model, `backbone`."""
-    from pdvit.data.images import BadImages
-    from pdvit.data.loader import LoaderConfig
-    from pdvit.data.preprocessing import Preprocessing
-    from pdvit.engine.device import choose_device, set_up
-    from pdvit.models.loading import check_finite, load_model
-    from pdvit.models.resolved_checkpoint import resolve_checkpoint
-    from pdvit.models.wrapper import Wrapper
-
-    recipe = path / "run.toml"
-    is_run = os.path.isdir(path) and recipe.is_file()
-    # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
-    defaults = {} if is_run else {"run": {"tf32": False}}
-    saved = read_toml(recipe, RESTORE) if is_run else {}
-    config = build(("the command's defaults", defaults), (str(recipe), saved), *make_layers(None, [], flags))
-    checkpoint = resolve_checkpoint(path, model, weights)
-    loaded = load_model(checkpoint, backbone)
-    if loaded.segment is not None:
-        own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
-        if flags.get("data_source") is None:  # the run's table of classes is for the run's data
-            own["classes"] = config.segment.classes
-        segment = replace(loaded.segment, **{name: value for name, value in own.items() if value is not None})
-        config = replace(config, segment=segment)
-    check_finite(loaded.model.state_dict(), str(path))
-    device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
-    if not backbone:  # `analyze` measures in exact float32
-        set_up(device, config.run)
-    to_device(loaded.model, device, str(path))
-    preprocessing = Preprocessing.for_model(loaded.model.inside if isinstance(loaded.model, Wrapper) else loaded.model)
-    data, bad = config.data, BadImages(skip=config.data.on_bad_image == "skip")
-    images = data.micro_batch if flags.get("data_batch_size") is None else None
-    seed, size = config.run.seed, ranks.world_size
-    loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
-    options = (*(("--model", model) if model else ()), *(("--weights", weights) if weights else ()))
-    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None)
-
-
-def to_device(model: "nn.Module", device: "torch.device", where: str) -> "nn.Module":
-    """Move a model to the device; UserError if it does not fit."""
-    from pdvit.engine.device import is_out_of_memory
-
-    try:
-        return model.to(device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        tip = "choose another --device, or end what else runs on it"
-        raise UserError(f"the model does not fit in the memory of {device}", where, tip) from error

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import Device, Model, OnBadImage, OpenedCheckpoint, Weights, open_checkpoint, results_folder
-from pdvit.cli.console import cell, log, make_console, process_group, with_progress
-from pdvit.config.schema import PRECISIONS
+from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
+from pdvit.cli.options import checkpoint_command, checkpoint_settings
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks.summary import describe_metrics
+from pdvit.workflows.console import cell, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from pdvit.engine.distributed import Ranks
     from pdvit.engine.terminal import RunConsole
     from pdvit.tasks.windows import Network, SlidingWindowConfig
+    from pdvit.workflows.checkpoint import OpenedCheckpoint
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-Precision = Annotated[
-    str | None, typer.Option(autocompletion=lambda: PRECISIONS, help="fp32, bf16 or fp16; unset: the run's.")
-]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
@@ -41,6 +39,7 @@ MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
 Row = tuple[str, int, str, float]  # image, rank, label, probability
 
 
+@checkpoint_command
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="A source; unset: that of the run.")] = None,
@@ -49,7 +48,6 @@ def evaluate(
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     device: Device = "auto",
-    precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     on_bad_image: OnBadImage = None,
@@ -62,16 +60,18 @@ def evaluate(
     classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    **settings: Any,
 ) -> int:
     """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
         log(console, f"opening {checkpoint} ...")
         from pdvit.engine.distributed import init_process_group
+        from pdvit.workflows.checkpoint import open_checkpoint
 
         ranks = init_process_group()
         flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
-        flags |= {"data_on_bad_image": on_bad_image, "run_device": device, "run_precision": precision}
+        flags |= {"data_on_bad_image": on_bad_image, "run_device": device, **checkpoint_settings(settings)}
         flags |= {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
         of_pixels: dict[str, Any] = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
         of_pixels |= {"--stride": stride, "--classes": classes}
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def _evaluate(
-    opened: OpenedCheckpoint,
+    opened: "OpenedCheckpoint",
     windows: "SlidingWindowConfig | None",
     own: bool,
     split: str | None,
@@ -132,7 +132,7 @@ def _evaluate(
     partial = part != source.final_split or (opened.is_run and not own)
     name = f"all of {source.name}" if split == "all" else f"the {split} split of {source.name}"
     spread = "" if images is whole else f" of {len(whole):,}, spread evenly"
-    for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes):
+    for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes, *opened.loaded.notes):
         log(console, printable(line))
     classes = metrics.unique_names(source.classes)
     network: Network = pixel_network(model) if windows else model
@@ -217,6 +217,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
 
 
+@checkpoint_command
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
@@ -226,24 +227,27 @@ def predict(
     weights: Weights = None,
     out: Annotated[str | None, typer.Option(help="CSV file, - for standard output; folder of masks.")] = None,
     device: Device = "auto",
-    precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
+    **settings: Any,
 ) -> int:
     """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
-    from pdvit.engine.terminal import stop_on_signals
+    from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
     from pdvit.tracking.run_directory import write_file
+    from pdvit.workflows.checkpoint import open_checkpoint
 
     files = image_files(images)
     flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
-    flags |= {"run_device": device, "run_precision": precision}
+    flags |= {"run_device": device, **checkpoint_settings(settings)}
     opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
+    for note in opened.loaded.notes:
+        log(console, printable(note))
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
     target = _target(path, out, top, masks=windows is not None)
     predictions = _masks(opened, files, target, windows) if windows and target else _labels(opened, files, top, console)
@@ -255,7 +259,9 @@ def predict(
             writer.writerows(rows)
             shown += rows if len(files) <= MAX_IMAGES and target else []
         if stop:
-            raise KeyboardInterrupt
+            kept = f"the masks until then are in {target / 'masks'}" if windows and target else "no file was written"
+            log(console, f"stopped; {kept}")
+            return EXIT_STOPPED
     content = table.getvalue().encode(errors="surrogateescape")  # names can be of any bytes
     if target is None:
         sys.stdout.buffer.write(content)
@@ -284,7 +290,7 @@ def _target(path: Path, out: str | None, top: int, masks: bool) -> Path | None:
     return place or folder / "predictions.csv"
 
 
-def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
+def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
     """Yield the most probable classes of each image with their probabilities."""
     from pdvit.data.loader import eval_batches
     from pdvit.tasks import classification
@@ -305,7 +311,7 @@ def _labels(opened: OpenedCheckpoint, files: "FileSplit", top: int, console: "Ru
 
 
 def _masks(
-    opened: OpenedCheckpoint, files: "FileSplit", folder: Path, windows: "SlidingWindowConfig"
+    opened: "OpenedCheckpoint", files: "FileSplit", folder: Path, windows: "SlidingWindowConfig"
 ) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.masks.table import default_palette
@@ -339,16 +345,10 @@ def _mask_names(files: "FileSplit") -> list[Path]:
 
 
 def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "RunConsole") -> None:
-    from rich.table import Table
-
-    if rows:
-        view = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("image", "label"):
-            view.add_column(name, overflow="fold")  # whole names, even in a narrow terminal
-        view.add_column("probability", justify="right")
-        for image, rank, label, probability in rows:
-            view.add_row(cell(image) if rank == 1 else "", cell(label), f"{probability:.1%}")
-        console.print(view)
+    for image, rank, label, probability in rows:  # on lines of their own, names stay whole in a narrow terminal
+        if rank == 1:
+            log(console, printable(image))
+        log(console, printable(f"{probability:8.1%}  {label}"), words=True)
     for name, reason in list(bad.items())[:MAX_IMAGES]:
         log(console, printable(f"skipped  {name} ({reason})"))
     count = images - len(bad)

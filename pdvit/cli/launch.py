@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdvit.cli.console import log, process_group
 from pdvit.config.resolve import resolve
 from pdvit.config.schema import Config
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import JOBS, STATUS, RunDirectory, reserve, write_file
+from pdvit.workflows.console import log, process_group
 
 if TYPE_CHECKING:
     from pdvit.engine.distributed import Ranks
@@ -29,9 +29,9 @@ POLL_SECONDS = {"local": 0.2, "slurm": 5.0}  # between two looks at the jobs
 
 def train_job(config: Config, run: Path, change: tuple[str, ...], stop: "StopRequest") -> int:
     """Start or resume the run of a job; return the exit status, and raise UserError and RunFailed."""
-    from pdvit.cli.runs import resume, start, train_to_end
     from pdvit.engine.distributed import init_process_group
     from pdvit.engine.terminal import RunConsole
+    from pdvit.workflows.runs import resume, start, train_to_end
 
     with process_group():
         ranks = init_process_group(stop)
@@ -63,8 +63,8 @@ def launch_run(
     config: Config, name: str | None, change: list[str], follow: bool, console: "RunConsole", stop: "StopRequest"
 ) -> int:
     """Submit a run as a job, a new one or that of --resume `name`; return the exit status."""
-    from pdvit.cli import runs
     from pdvit.launch import Jobs, RunJob, end_of_job
+    from pdvit.workflows import runs
 
     if name is not None:
         path = runs.find_run(name)

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.console import cell, duration, make_console
-from pdvit.cli.options import terms_of
 from pdvit.config.load import build, read_toml
+from pdvit.config.recipes import terms_of
 from pdvit.errors import UserError, command
 from pdvit.tracking.run_directory import CHECKPOINTS, RUNS, RunDirectory, held
+from pdvit.workflows.console import cell, duration, make_console
 
 NUMBERS = ("accuracy", "miou", "similarity_last", "seconds")  # in the summary of a finished run
 LARGEST = 1e12  # of a number that is shown

@@ -2,37 +2,22 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from pdvit.config.load import parse_set, read_toml
-from pdvit.config.schema import KEYS, PRESETS, SECTIONS, TERMS, Config, DiversityConfig, Key
+from pdvit.config.recipes import Layer, NamedLayer, merge_layers
+from pdvit.config.schema import KEYS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
 
-Layer = Mapping[str, Mapping[str, Any]]  # values by section and key
-NamedLayer = tuple[str, Layer]  # the name is for errors
-# docs/finetune.md and docs/segment.md give the reasons.
-FINETUNE: Layer = {"data": {"source": "digits:5-9"}, "diversity": {"preset": "none"}, "optim": {"epochs": "12"}}
-SEGMENT: Layer = {"data": {"source": "scenes"}, "diversity": {"preset": "none"}, "segment": {"head": "upernet"}}
-DEFAULTS: dict[str, Layer] = {"train": {}, "finetune": FINETUNE, "segment": SEGMENT}
-# Scenes are small and never repeat.
-SCENES: Layer = {
-    "data": {"batch_size": 8},
-    "segment": {"jitter": (1.0, 1.0), "photometric": False},
-    "optim": {"epochs": "1.25"},
-}
-SCENES_UPERNET: Layer = {"segment": {"width": 32, "aux": 0.0}}
-SCENES_MODEL: Layer = {
-    "model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8},
-    "optim": {"lr": 2e-3, "min_lr": 1e-6},
-}
-
-
+OF_CHECKPOINTS = (
+    *("data.img_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation"),
+    *("model.depth", "model.width", "model.patch_size", "model.args", "run.precision"),
+)
 KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
-IN_TERMS = ("preset", "variant", *TERMS)  # what `terms_of` names
 
 
 class _Plain:  # shows no type for switches in the help, not even for --help
@@ -72,11 +57,28 @@ def training_command(
     command: Callable[..., Any], launch: Callable[..., int], defaults: Layer | None = None
 ) -> Callable[..., Any]:
     """Replace `**values` of a command by the options of `launch` and a flag `section_key` for each key that has one."""
-    hints = get_type_hints(launch, include_extras=True) | get_type_hints(command, include_extras=True)
-    own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
     of_run = [item for item in inspect.signature(launch).parameters.values() if item.kind is item.KEYWORD_ONLY]
-    named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in (*own, *of_run)]
-    parameters = named + [_option(key, defaults or {}) for key in KEYS.values() if key.flags]
+    hints = get_type_hints(launch, include_extras=True)
+    named = [item.replace(annotation=hints[item.name]) for item in of_run]
+    return _with_options(command, *named, *(_option(key, defaults or {}) for key in KEYS.values() if key.flags))
+
+
+def checkpoint_command(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace `**values` of a command by a flag for each setting of a checkpoint's model and its input."""
+    return _with_options(command, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+
+
+def checkpoint_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `checkpoint_command` as arguments of `open_checkpoint`; raises UserError."""
+    layer = dict(make_layers(None, [], values))["the command line"]
+    return {f"{section}_{name}": value for section, settings in layer.items() for name, value in settings.items()}
+
+
+def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> Callable[..., Any]:
+    hints = get_type_hints(command, include_extras=True)
+    own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
+    named = [item.replace(kind=item.KEYWORD_ONLY, annotation=hints[item.name]) for item in own]
+    parameters = [*named, *options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
     return command
@@ -96,17 +98,6 @@ def _option(key: Key, defaults: Layer) -> inspect.Parameter:
     option_type: Any = str if key.words else list[str] if get_origin(key.type) is dict else key.type
     annotation = Annotated[option_type | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def terms_of(diversity: DiversityConfig) -> str:
-    """Return the preset and what differs from it: `paper`, `cosine`, `paper-mixing=0.5`, `paper-released`."""
-    own, variant = PRESETS[diversity.preset], diversity.variant
-    weights = {term: value for term in TERMS if (value := getattr(diversity, term)) not in (None, own[term])}
-    if variant == "released" and weights.get("cosine") == 0:  # it has no such term
-        del weights["cosine"]
-    changed = [term if value == 1 else f"{term}={value:g}" for term, value in weights.items()]
-    changed += [variant] if variant not in (None, own["variant"]) else []
-    return "-".join(changed if changed and diversity.preset == "none" else [diversity.preset, *changed])
 
 
 def make_layers(
@@ -132,26 +123,6 @@ def make_layers(
         flags.setdefault(section, {})[item] = value
     layers.append(("the command line", flags))
     return layers + [(f"--set {text}", parse_set(text)) for text in assignments]
-
-
-def merge_layers(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
-    """Return the layers as one; later layers override earlier ones."""
-    merged: dict[str, dict[str, Any]] = {}
-    for layer in layers:
-        for section, values in layer.items():
-            merged[section] = merged.get(section, {}) | dict(values)
-    return merged
-
-
-def recipe_defaults(config: Config) -> Layer:
-    """Return the defaults of the command that a configuration is for; of `segment` by data, head and model."""
-    if config.segment.head is None:
-        return {} if config.model.init is None else FINETUNE
-    if config.data.source != "scenes":
-        return SEGMENT
-    upernet = SCENES_UPERNET if config.segment.head == "upernet" else {}
-    small = SCENES_MODEL if config.model.init is None and config.model.name is None else {}
-    return merge_layers([SEGMENT, SCENES, upernet, small])
 
 
 def check_initial_weights(config: Config) -> None:

@@ -75,13 +75,17 @@ Run = Annotated[Path | None, typer.Argument(help="Run directory; unset: the newe
 OUT = "File; .png, .svg or .pdf decides the format. Its data go beside it, as CSV."
 Out = Annotated[Path | None, typer.Option(callback=_check_suffix, help=OUT)]
 Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark background.")]
+Labels = Annotated[str | None, typer.Option(metavar="A,B", help="Names in the figure, for those of the runs.")]
+Title = Annotated[bool, typer.Option("--title/--no-title", help="The title of the figure or its only panel.")]
 
 
 def _add_command(name: str, figure: AnalysisFigure) -> None:
     runs = "runs/digits-none runs/digits-paper" if name == "compare" else "runs/digits-paper"
 
     @add_command(app, f"pdvit plot {name} {runs}", name=name, help=figure.help)
-    def draw(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+    def draw(
+        runs: Runs = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False
+    ) -> None:
         from pdvit.plots.reading import checkpoint_of, read_run
 
         if name == "compare" and len(runs or ()) != 2:
@@ -89,14 +93,14 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
             raise UserError("this figure needs two analyses", "pdvit plot compare", tip)
         file, count = (f"analysis/{figure.group}.npz", PANELS) if figure.curves else ("analysis.csv", LINES)
         again = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
-        found = _find(runs, file, again, count)
+        found = _find(runs, file, again, count, labels)
         analyses = [read_run(folder, run, figure.group) for run, folder in found.items()]
         for run in analyses:
             if not figure.fits(run):
                 raise _not_measured("the analysis lacks numbers of this figure", found[run.name], again)
         tip = f"measure again: {again.format(' '.join(map(checkpoint_of, found.values())))}"
         checked = reading(", ".join(map(str, found.values())), tip, UNFIT)
-        _write(checked(partial(draw_figure, name, analyses)), dark, name, found, out)
+        _write(checked(partial(draw_figure, name, analyses)), dark, title, name, found, out)
 
 
 for _name, _figure in FIGURES.items():
@@ -104,15 +108,17 @@ for _name, _figure in FIGURES.items():
 
 
 @add_command(app, "pdvit plot training runs/digits-none runs/digits-paper --dark")
-def training(runs: Runs = None, out: Out = None, dark: Dark = False) -> None:
+def training(
+    runs: Runs = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False
+) -> None:
     """Loss by term, accuracy or mIoU, and P, over the epochs."""
     from pdvit.plots.training import plot_training, read_records
 
-    found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1)
+    found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1, labels)
     records = {name: read_records(folder) for name, folder in found.items()}
     again = " or ".join(command("train", "--resume", folder) for folder in found.values())
     checked = reading(", ".join(map(str, found.values())), f"go on with the run: {again}", UNFIT)
-    _write(checked(partial(plot_training, records)), dark, "training", found, out)
+    _write(checked(partial(plot_training, records)), dark, title, "training", found, out)
 
 
 @add_command(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
@@ -120,6 +126,8 @@ def maps(
     run: Run = None,
     image: Annotated[int, typer.Option(min=0, help="Number of the image, from 0.")] = 0,
     patch: Annotated[list[str] | None, typer.Option(metavar="ROW,COL", help="From 0,0; repeatable.")] = None,
+    labels: Labels = None,
+    title: Title = True,
     out: Out = None,
     dark: Dark = False,
 ) -> None:
@@ -132,34 +140,37 @@ def maps(
         if not (found := re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)):
             raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
         patches.append((int(found[1]), int(found[2])))
-    ((name, folder),) = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1).items()
+    folders = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1, labels)
+    ((name, folder),) = folders.items()
     file, again = folder / "analysis" / "maps.npz", f"make them again: pdvit analyze {checkpoint_of(folder)} --explore"
     arrays = read_arrays(file, again)
     draw = reading(file, again, UNFIT)(partial(plot_maps, arrays, name, image, patches))
-    _write(draw, dark, "maps", [name], out)
+    _write(draw, dark, title, "maps", folders, out)
 
 
 @add_command(app, "pdvit plot confusion runs/digits-paper --out confusion.pdf")
-def confusion(run: Run = None, out: Out = None, dark: Dark = False) -> None:
+def confusion(run: Run = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False) -> None:
     """Confusion matrix of an evaluation."""
     from pdvit.plots.heatmap import plot_confusion, read_confusion
 
     if run and (run / "iou.csv").is_file():
         tip = f"draw IoU by class and pictures: {command('plot', 'segmentation', run)}"
         raise UserError("a run of segmentation has no confusion matrix", str(run), tip)
-    ((name, folder),) = _find([run] if run else None, "confusion.csv", "pdvit eval {}", 1).items()
-    _write(partial(plot_confusion, read_confusion(folder), name), dark, "confusion", [name], out)
+    ((name, folder),) = _find([run] if run else None, "confusion.csv", "pdvit eval {}", 1, labels).items()
+    _write(partial(plot_confusion, read_confusion(folder), name), dark, title, "confusion", [name], out)
 
 
 @add_command(app, "pdvit plot segmentation runs/scenes-none")
-def segmentation(run: Run = None, out: Out = None, dark: Dark = False) -> None:
+def segmentation(
+    run: Run = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False
+) -> None:
     """Image, truth, prediction and errors; IoU of every class."""
     from pdvit.plots.segmentation import plot_segmentation, read_segmentation
 
     if run and (run / "confusion.csv").is_file():
         raise UserError("the model labels images", str(run), f"draw the matrix: {command('plot', 'confusion', run)}")
-    ((name, folder),) = _find([run] if run else None, "iou.csv", "pdvit eval {}", 1).items()
-    _write(partial(plot_segmentation, *read_segmentation(folder), name), dark, "segmentation", [name], out)
+    ((name, folder),) = _find([run] if run else None, "iou.csv", "pdvit eval {}", 1, labels).items()
+    _write(partial(plot_segmentation, *read_segmentation(folder), name), dark, title, "segmentation", [name], out)
 
 
 @add_command(app, "pdvit plot sweep runs/comparison --metric loss")
@@ -167,6 +178,7 @@ def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
     metric: Annotated[str | None, typer.Option(help="Column of cells.csv. Unset: accuracy, or miou.")] = None,
     baseline: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Default: the first.")] = None,
+    title: Title = True,
     out: Out = None,
     dark: Dark = False,
 ) -> None:
@@ -178,11 +190,11 @@ def sweep(
     name = _name_of(folder)
     if folder.is_file():  # experiments/digits/results.csv is digits-results
         name = f"{folder.resolve().parent.name}-{folder.stem}"
-    _write(partial(plot_sweep, summary, name), dark, "sweep", [name], out, markdown(summary))
+    _write(partial(plot_sweep, summary, name), dark, title, "sweep", [name], out, markdown(summary))
 
 
-def _find(runs: list[Path] | None, file: str, again: str, count: int) -> dict[str, Path]:
-    """Return the runs to draw by name: those given, or the newest that have the file, which `again` makes of a run."""
+def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: str | None) -> dict[str, Path]:
+    """Return the runs to draw by name or label: those given, or the newest with the file, which `again` makes."""
     from pdvit.plots.style import unique
     from pdvit.tracking.run_directory import newest
 
@@ -196,6 +208,12 @@ def _find(runs: list[Path] | None, file: str, again: str, count: int) -> dict[st
             raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
         if not (folder / file).is_file():
             raise _not_measured(f"the run has no {file}", folder, again)
+    if labels is not None:
+        names = labels.split(",")
+        if len(names) != len(folders):
+            what = f"labels and runs differ in number: {len(names)} and {len(folders)}"
+            raise UserError(what, f"--labels {labels}", f"name {len(folders)} labels, with commas between them")
+        return dict(zip(unique(names), folders, strict=True))
     names = [_name_of(folder) for folder in folders]
     longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, names, strict=True)]
     names = unique([long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)])
@@ -214,15 +232,23 @@ def _name_of(folder: Path) -> str:
 
 
 def _write(
-    draw: Callable[["Theme"], "Drawing"], dark: bool, name: str, runs: Iterable[str], out: Path | None, page: str = ""
+    draw: Callable[["Theme"], "Drawing"],
+    dark: bool,
+    title: bool,
+    name: str,
+    runs: Iterable[str],
+    out: Path | None,
+    page: str = "",
 ) -> None:
     """Write the figure, its data as CSV, and `page` as Markdown; print the path of the figure."""
     from pdvit.engine.terminal import raise_on_ctrl_c
-    from pdvit.plots.style import DARK, LIGHT, render
+    from pdvit.plots.style import DARK, LIGHT, remove_title, render
     from pdvit.tracking.run_directory import write_file, writing
 
     raise_on_ctrl_c()
     figure = draw(DARK if dark else LIGHT)
+    if not title:
+        remove_title(figure)
     if out is None:
         parts = [name, *(re.sub(r"[^\w.-]", "-", run)[:40] for run in runs)]
         more = f"-{len(parts) - 4}-more" if len(parts) > 4 else ""

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from pdvit.cli.console import duration, log, make_console
 from pdvit.cli.launch import POLL_SECONDS, train_job
-from pdvit.cli.options import Group, NamedLayer, add_command, check_initial_weights, merge_layers
+from pdvit.cli.options import Group, add_command, check_initial_weights
 from pdvit.config.duration import parse_duration
 from pdvit.config.load import build
+from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, command
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
+from pdvit.workflows.console import duration, log, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
@@ -190,9 +191,9 @@ def _check(folder: "Folder", cells: Sequence["Cell"]) -> list[str]:
 
     On the CPU, so that this process holds no memory of a GPU while the cells run.
     """
-    from pdvit.cli.runs import build_trainer
     from pdvit.engine.device import visible_gpus
     from pdvit.engine.terminal import RunConsole
+    from pdvit.workflows.runs import build_trainer
 
     checked = list[Config]()
     for cell in cells:

@@ -6,15 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from pdvit.cli.console import log, make_console, process_group
 from pdvit.cli.launch import launch_run
-from pdvit.cli.options import DEFAULTS, check_initial_weights, make_layers, recipe_defaults, training_command
+from pdvit.cli.options import check_initial_weights, make_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build
+from pdvit.config.recipes import DEFAULTS, recipe_defaults
 from pdvit.config.schema import KEYS, SECTIONS
 from pdvit.data.sources import list_source_types
 from pdvit.errors import UserError
 from pdvit.tracking.run_directory import refuse_taken
+from pdvit.workflows.console import log, make_console, process_group
 
 Checkpoint = Annotated[
     str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
@@ -84,7 +85,7 @@ def launch(
         log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
         if launched and replay is None:
             return launch_run(config, resume, change or [], follow, console, stop)
-        from pdvit.cli import runs
+        from pdvit.workflows import runs
 
         if replay is not None:
             return runs.train_to_end(partial(runs.replay, replay), console, stop)

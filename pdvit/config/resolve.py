@@ -12,6 +12,7 @@ from pdvit.errors import UserError
 # The small vision transformer of `pdvit train` without --model: 64 tokens of width 48.
 SMALL: dict[str, Any] = {"name": "vit_tiny_patch16_224", "depth": 8, "width": 48, "patch_size": 4}
 SMALL_HEAD_WIDTH, SMALL_IMAGE, SMALL_LR = 16, 32, 1e-3
+HEAD_LR = 1e-3  # of a fresh classifier on pretrained weights (docs/finetune.md)
 SCENE = 64  # side of the digit scenes
 # DeiT's learning rate for 512 images per update, and the tenth of it with which the paper's authors finetune.
 LR_PER_512, FINETUNE_FACTOR = 5e-4, 0.1
@@ -94,6 +95,7 @@ def _model(config: Config) -> Config:
             lr = LR_PER_16 * (data.batch_size / 16) ** power
         elif model.init is not None:
             lr = FINETUNE_FACTOR * lr
+            optim = replace(optim, head_lr=optim.head_lr or HEAD_LR)
         optim = replace(optim, lr=lr)
     if optim.min_lr is None and optim.lr is not None:
         optim = replace(optim, min_lr=MIN_LR_FACTOR * optim.lr)

@@ -217,6 +217,12 @@ class OptimConfig:
     warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
     schedule: str = key("cosine", "Learning rate schedule after warm-up.", "--sched", choices=SCHEDULES)
     layer_decay: float | None = key(None, "Learning rate factor per block.", "--layer-decay", above=0, maximum=1)
+    head_lr: float | None = key(
+        None,
+        "Peak learning rate of classifier and heads; unset: --lr, or 1e-3 for --init without --lr.",
+        "--head-lr",
+        above=0,
+    )
     ema_decay: float | None = key(
         None, "Decay of averaged weights, which are exported; unset: off.", "--model-ema-decay", minimum=0, maximum=1
     )

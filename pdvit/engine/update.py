@@ -40,6 +40,15 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     assert isinstance(optimizer, Optimizer)
     for group in optimizer.param_groups:  # without weight decay timm includes frozen parameters
         group["params"] = [weight for weight in group["params"] if weight.requires_grad]
+    if optim.head_lr is not None:
+        heads = module.head_weights()  # type: ignore[operator]
+        for group in list(optimizer.param_groups):  # timm's schedules multiply the rate of a group by its lr_scale
+            own = [weight for weight in group["params"] if weight in heads]
+            group["params"] = [weight for weight in group["params"] if weight not in heads]
+            optimizer.param_groups.append(
+                {**group, "params": own, "lr_scale": optim.head_lr / (optim.lr or optim.head_lr)}
+            )
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"{name} needs second derivatives", where, "for example adamw")
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:

@@ -1,6 +1,7 @@
 """Build any timm model, with readable errors."""
 
 import re
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,12 @@ def available_memory() -> int:
     return available
 
 
-def check_memory(weights: nn.Module | Path, where: str) -> None:
-    """Raise UserError if a model (on the meta device, perhaps) or a file of weights exceeds the available memory."""
-    if isinstance(weights, Path):
-        size = weights.stat().st_size
-    else:
+def check_memory(weights: nn.Module | Sequence[Path], where: str) -> None:
+    """Raise UserError if a model (on the meta device, perhaps) or files of weights exceed the available memory."""
+    if isinstance(weights, nn.Module):
         size = sum(tensor.numel() * tensor.element_size() for tensor in weights.state_dict().values())
+    else:
+        size = sum(file.stat().st_size for file in weights)
     available = available_memory()
     if size > available and torch.get_default_device().type != "meta":
         what = f"the model is too big for memory: {size / GIB:.1f} GiB of weights, {available / GIB:.1f} GiB available"

@@ -8,9 +8,10 @@ import pickle
 import re
 import resource
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,13 +28,19 @@ from pdvit.config.schema import PREPROCESSING
 from pdvit.errors import UserError, closest
 from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
+from pdvit.models.layouts import jax, open_clip, transformers
+from pdvit.models.layouts.conversion import Converted
+from pdvit.models.layouts.formats import DISTRIBUTED, INDEX, files_of, read_distributed, refuse_container
+from pdvit.models.layouts.libraries import to_timm
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
 HEADER_KEY = "config.json"
 # timm's order in a folder: these names, then a single file with one of these suffixes.
-PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-FOLDER_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+INDEXES = (f"{WEIGHTS}{INDEX}", f"pytorch_model.bin{INDEX}")  # of weights in several files
+PREFERRED = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth", *OPEN_CLIP, *INDEXES)
+FOLDER_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".npz")
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 # Limits for nested tables, because a pickled table can contain itself, and for the letters of a tensor's name.
 MAX_DEPTH, MAX_VALUES, MAX_NAME = 5, 200_000, 500
@@ -54,6 +61,7 @@ class Checkpoint:
     where: str  # its place in error messages
     tensors: dict[str, Tensor]  # all tensors; those in nested tables have dotted names
     config: dict[str, Any]  # the model and its images in the form of timm's config.json; can be empty
+    notes: tuple[str, ...] = ()  # what the file leaves open
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -123,24 +131,43 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
     file = _find_weights(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
-    if file.suffix not in (".safetensors", *TORCH_SUFFIXES):
+    with reading(file, COPY):
+        parts = files_of(file)
+        check_memory(parts, str(file))
+        if parts == [file]:
+            refuse_container(file)
+    if not file.name.endswith((".safetensors", ".npz", INDEX, DISTRIBUTED, *TORCH_SUFFIXES)):
         tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
-    check_memory(file, str(file))
-    tensors, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    if not tensors:
+    read = _read_parts(file, parts)
+    if not read.tensors:
         raise UserError("it holds no weights", str(file), "name a file with a state_dict")
-    if longest := next((name for name in tensors if len(name) > MAX_NAME), None):
+    if longest := next((name for name in read.tensors if len(name) > MAX_NAME), None):
         raise UserError(f"a tensor has a name of {len(longest):,} letters", str(file), COPY)
-    beside = file.parent / CONFIG
+    beside, config = file.parent / CONFIG, read.config
     if not config.get("architecture") and beside.is_file():
         with reading(beside, COPY, "its configuration is not a table in JSON"):
             config = read_json(beside)
-    return Checkpoint(name or name_of(path), str(file), tensors, config)
+    found = to_timm(read.tensors, config, file.parent, str(file))
+    notes = (*read.notes, *found.notes)
+    return Checkpoint(name or name_of(path), str(file), found.tensors, found.config, notes)
+
+
+def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
+    """Read a file of weights, or all files that an index or torch's `.metadata` lists."""
+    if file.suffix == ".npz" or file.name == DISTRIBUTED:
+        limit = 2 * sum(part.stat().st_size for part in parts) + SPARE_MEMORY
+        with reading(file, COPY, "the checkpoint is damaged, or of another layout"), limited_memory(limit):
+            return jax.read(file) if file.suffix == ".npz" else Converted(read_distributed(file))
+    tensors, config = dict[str, Tensor](), dict[str, Any]()
+    for part in parts:
+        found, config = _read_safetensors(part) if part.suffix == ".safetensors" else _read_torch(part)
+        tensors |= found
+    return Converted(tensors, config)
 
 
 def _find_weights(folder: Path) -> Path:
-    files = [folder / name for name in PREFERRED if (folder / name).is_file()][:1]
+    files = [folder / name for name in (*PREFERRED, DISTRIBUTED) if (folder / name).is_file()][:1]
     is_run = (folder / "run.toml").exists()
     for suffix in () if is_run else FOLDER_SUFFIXES:
         files = files or sorted(folder.glob(f"*{suffix}"))
@@ -281,11 +308,20 @@ def _download(repository: str) -> Path:
 
     owner_and_name, _, revision = repository.partition("@")
     where = f"hf-hub:{repository}"
+    fetch = partial(hf_hub_download, owner_and_name, revision=revision or None)
     with _downloading(where):
-        hf_hub_download(owner_and_name, CONFIG, revision=revision or None)
+        try:
+            fetch(CONFIG)
+        except EntryNotFoundError:
+            fetch(open_clip.CONFIG)
+        with suppress(EntryNotFoundError):
+            fetch(transformers.PROCESSORS[0])
         for name in PREFERRED:
             with suppress(EntryNotFoundError):
-                return Path(hf_hub_download(owner_and_name, name, revision=revision or None)).parent
+                file = Path(fetch(name))
+                for part in set(files_of(file)) - {file}:
+                    fetch(part.name)
+                return file.parent
     what = f"none of {', '.join(PREFERRED)} is there, or in the cache if there is no network"
     raise UserError(what, where, "check the network, or name a repository in timm's format")
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.files import reading
-from pdvit.models.families import family_of, modules_at
+from pdvit.models.families import WRAPPERS, Family, count_prefix, family_at, family_of, image_model_of, modules_at
 
 K = TypeVar("K")
 MODEL = "model.name (--model)"
+NOT_IMAGES = "the first axis of the tokens is not that of the images: {} for {}"
+BATCH_FIRST = "name blocks with tokens (images, tokens, width); torch's need batch_first=True"
 
 
 class Layer(NamedTuple):
@@ -31,39 +33,63 @@ class Place:
 
     module: nn.Module
     prefix: int = 0
-    channels_first: bool = False
+    channels_first: bool | None = False
     entering: bool = False
     order: Callable[[Tensor], Tensor] | None = None
+    attention: str = ""
 
     def register(self, hook: Callable[..., None]) -> torch.utils.hooks.RemovableHandle:
-        """Register `hook(module, inputs, output=None)` on the module."""
-        return (self.module.register_forward_pre_hook if self.entering else self.module.register_forward_hook)(hook)
+        """Register `hook(module, inputs, more)` on the module: more are named inputs, if entering, or the output."""
+        if self.entering:
+            return self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        return self.module.register_forward_hook(hook)
 
-    def tokens(self, value: Any) -> Tensor:
-        """Return the patch tokens `(B, N, D)` in the order of the image, row by row."""
-        value = value[0] if isinstance(value, tuple) else value  # some blocks add the size of the grid
+    def tokens(self, inputs: tuple[Any, ...], more: Any) -> Tensor:
+        """Return the patch tokens `(B, N, D)` in the order of the image, row by row, from what a hook receives."""
+        value, waiting = None, [inputs, more] if self.entering else [more]
+        while waiting and value is None:  # the first tensor with three axes, or four of a map
+            part = waiting.pop(0)
+            if isinstance(part, Tensor) and (part.ndim == 3 or (part.ndim == 4 and self.channels_first is not None)):
+                value = part
+            elif isinstance(part, tuple | list | Mapping):
+                waiting[:0] = part.values() if isinstance(part, Mapping) else part
+        if value is None:
+            what = f"a {type(self.module).__name__} has no {'input' if self.entering else 'output'} of the shape"
+            raise UserError(f"{what} (images, tokens, width)", "blocks=..., norm=...", "name modules with such tokens")
         if self.order is not None:
             value = self.order(value)
         if value.ndim == 4:
             value = value.flatten(2).transpose(1, 2) if self.channels_first else value.flatten(1, 2)
-        tokens: Tensor = value[:, self.prefix :]
-        return tokens
+        return value[:, self.prefix :]
 
 
-def places_of(model: nn.Module, where: str = MODEL) -> dict[Layer, Place]:
-    """Return the place of every layer; raises UserError if the family is not supported.
+def find_layers(
+    model: nn.Module, blocks: Any = None, prefix_tokens: int = 0, norm: str = "", where: str = MODEL
+) -> tuple[nn.Module, dict[Layer, Place]]:
+    """Return the image model without wrappers and heads, and the places of its layers; see `families.family_at`.
+
+    With `blocks`, only wrappers are removed. Raises UserError if the tokens can't be read.
+    """
+    if blocks is None and (prefix_tokens or norm):
+        raise UserError("prefix_tokens and norm belong to the blocks", where, "name them too: blocks='encoder.layers'")
+    model = image_model_of(model) if blocks is None else image_model_of(model, WRAPPERS)
+    family = None if blocks is None else family_at(model, blocks, prefix_tokens, norm)
+    return model, places_of(model, where, family)
+
+
+def places_of(model: nn.Module, where: str = MODEL, family: Family | None = None) -> dict[Layer, Place]:
+    """Return the place of every layer; raises UserError if the family, by default that of the table, has none.
 
     They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
     """
-    family = family_of(model, where)
+    family = family or family_of(model, where)
     blocks = modules_at(model, family.blocks)
     if not blocks:
         raise UserError("the model has no blocks", where, "set a depth of at least 1")
     orders: list[Any] = modules_at(model, family.order)
-    # The number of prefix tokens, or the tokens `(1, K, D)` themselves.
-    attributes = [getattr(model, name, None) if name else None for name in (family.prefix, family.norm_prefix)]
-    prefix, norm_prefix = (int(value.shape[1] if isinstance(value, Tensor) else value or 0) for value in attributes)
-    at = partial(Place, prefix=prefix, channels_first=family.channels_first)
+    prefix = count_prefix(model, family.prefix)
+    norm_prefix = prefix if family.norm_prefix is None else count_prefix(model, family.norm_prefix)
+    at = partial(Place, prefix=prefix, channels_first=family.channels_first, attention=family.attention)
     order = [partial(orders[0], block_idx=index) if orders else None for index in range(len(blocks))]
     places = {Layer("embed", 0): at(blocks[0], entering=True, order=order[0])}
     places |= {Layer(f"block {i + 1}", i + 1): at(block, order=order[i]) for i, block in enumerate(blocks)}
@@ -79,8 +105,8 @@ def watch(places: Mapping[K, Place], visit: Callable[[K, Tensor], None]) -> Iter
     For measurements in eager mode: hooks that are registered and removed do not fire under torch.compile.
     """
 
-    def hook(key: K, place: Place, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        visit(key, place.tokens(inputs[0] if place.entering else output))
+    def hook(key: K, place: Place, module: nn.Module, inputs: tuple[Any, ...], more: Any) -> None:
+        visit(key, place.tokens(inputs, more))
 
     with ExitStack() as stack:
         for key, place in places.items():
@@ -89,21 +115,20 @@ def watch(places: Mapping[K, Place], visit: Callable[[K, Tensor], None]) -> Iter
 
 
 @contextmanager
-def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+def watch_attention(places: Mapping[Layer, Place], visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
     """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block in each forward pass.
 
     Rows are queries; the T tokens begin with the prefix tokens. Fused attention, which keeps no probabilities, is
     switched off inside. One block's matrices exist at a time. Raises UserError for a family without such attention.
     """
-    name = family_of(model).attention
     attentions: dict[Layer, Any] = {}
-    for layer, place in places_of(model).items():
+    for layer, place in places.items():
         if layer.name.startswith("block"):
-            attentions[layer] = getattr(place.module, name, None) if name else None
+            attentions[layer] = getattr(place.module, place.attention, None) if place.attention else None
             if not isinstance(attentions[layer], nn.Module):
-                what = f"{layer.name}, a {type(place.module).__name__}, has no attention between all patches: it works "
-                what += "in windows, on merged keys or on channels, mixes heads, or has none"
-                raise UserError(what, MODEL, "leave out the metric 'attention', or use a plain vision transformer")
+                what = f"the attention of {layer.name}, a {type(place.module).__name__}, can't be read: it works in "
+                what += "windows, on merged keys or on channels, mixes heads, or is not timm's"
+                raise UserError(what, MODEL, "leave out the metric 'attention', or use a plain model of timm")
 
     def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         visit(layer, inputs[0])
@@ -117,22 +142,35 @@ def watch_attention(model: nn.Module, visit: Callable[[Layer, Tensor], None]) ->
         yield
 
 
-def shapes_of(model: nn.Module, places: Mapping[K, Place], where: str = MODEL) -> dict[K, tuple[int, int]]:
-    """Return (number, width) of the patch tokens at each place; raises UserError if a forward pass fails."""
-    shapes: dict[K, tuple[int, int]] = {}
-    keep = watch(places, lambda key, tokens: shapes.update({key: (tokens.shape[1], tokens.shape[2])}))
-    height, width = image_size_of(model)
-    weight = next(model.parameters())
-    what, tip = f"the model can't take images of {height}x{width}", "choose another image size, such as the model's own"
+def shapes_of(
+    model: nn.Module, places: Mapping[K, Place], where: str = MODEL, image: Tensor | None = None
+) -> dict[K, tuple[int, int]]:
+    """Return (number, width) of the patch tokens at each place; raises UserError if a forward pass fails.
+
+    `image` is `(1, C, H, W)`, by default zeros of the size that the model was built for.
+    """
+    shapes: dict[K, torch.Size] = {}
+    if image is None:
+        channels = getattr(model, "in_chans", 3)
+        image = next(model.parameters()).new_zeros(1, channels, *image_size_of(model))
+    height, width = image.shape[-2:]
+    tip = "choose the model's own image size; of another library, set its attribute image_size"
+    what = f"the model can't take images of {height}x{width}"
+    keep = watch(places, lambda key, tokens: shapes.update({key: tokens.shape}))
     with torch.no_grad(), evaluating(model), keep, reading(f"{where}, with its image size", tip, what):
-        model(weight.new_zeros(1, getattr(model, "in_chans", 3), height, width))
-    return shapes
+        model(image)
+    if wrong := [shape for shape in shapes.values() if shape[0] != 1]:
+        raise UserError(NOT_IMAGES.format(tuple(wrong[0]), 1), where, BATCH_FIRST)
+    return {key: (shape[1], shape[2]) for key, shape in shapes.items()}
 
 
 def image_size_of(model: Any) -> tuple[int, int]:
-    """Return the height and width of the images that a model was built for."""
+    """Return the height and width of the images that a model was built for; 224 if it does not say."""
+    model = image_model_of(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = size or get_model_input_config(model)["input_size"][1:]
+    for part in (model, getattr(model, "config", None)):  # of other libraries
+        size = size or getattr(part, "image_size", None)
+    height, width = (size, size) if isinstance(size, int) else size or get_model_input_config(model)["input_size"][1:]
     return int(height), int(width)
 
 

@@ -40,6 +40,7 @@ class LoadedModel:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # timm's
     segment: SegmentConfig | None = None  # of a Segmenter: the head and the run's evaluation; the crop is set
     palette: Palette | None = None  # a colour (0 to 255) for each class, if the file has them
+    notes: tuple[str, ...] = ()  # what the file leaves open
 
     def with_random_weights(self, seed: int = 0) -> nn.Module:
         """Return the timm model with timm's initialisation, on the CPU; torch's generators keep their state."""
@@ -56,6 +57,10 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
+    notes = checkpoint.notes
+    if checkpoint.resized:
+        notes += tuple(f"{text}, for the image size" for text in listed({"resampled": match.resampled}))
+        match = replace(match, resampled=[])
     match.refuse_difference(where)  # before the model takes memory
     if segment is not None and adapter is not None:
         if not classes:
@@ -75,7 +80,9 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
         model = Segmenter(model, adapter, len(classes or ()), segment)
         model.load_state_dict(head.tensors, strict=False)
     weights, palette = selected.weights, checkpoint.palette
-    return LoadedModel(model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette)
+    return LoadedModel(
+        model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette, notes
+    )
 
 
 def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:
@@ -175,6 +182,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
     label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
     under = f", found under '{selected.prefix}'" if selected.prefix else ""
     notes = [f"initial weights: {checkpoint.name}{label}: {len(match.tensors)} of {len(weights)} tensors{under}"]
+    notes += checkpoint.notes
     if selected.rivals:
         notes.append(f"the file holds others too ({', '.join(selected.rivals)}): choose by --weights raw or ema")
     if selected.outside and checkpoint.segment is None:

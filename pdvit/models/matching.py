@@ -17,6 +17,7 @@ from pdvit.models.families import family_of
 
 # A prefix that begins with one of these leads to the weights of the last step.
 RAW = frozenset({"state_dict", "model", "student"})
+AVERAGES = frozenset({"momentum_encoder", "target_encoder"})  # of MoCo v3, of I-JEPA
 # Another prefix is another set of weights if it leads to this fraction of the names after the best one.
 RIVAL_FRACTION = 0.5
 # timm's filters recognise their own layout by these names, which a backbone without a head lacks.
@@ -81,7 +82,7 @@ def select_weights(
 
 def _label(prefix: str, default: str) -> str:
     words = prefix.replace("_", ".").split(".")
-    if "ema" in words or "teacher" in words:
+    if "ema" in words or "teacher" in words or AVERAGES & {*prefix.split(".")}:
         return "ema"
     return "raw" if prefix.partition(".")[0] in RAW else default
 

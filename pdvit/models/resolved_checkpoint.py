@@ -3,9 +3,9 @@
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ import timm
 from torch import Tensor, nn
 
 from pdvit.config import build
-from pdvit.config.schema import PREPROCESSING, SegmentConfig
+from pdvit.config.schema import PREPROCESSING, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.build import sketch_model
+from pdvit.models.build import model_arguments, sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.families import family_of
+from pdvit.models.layouts.conversion import VIT_SIZES
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.backbone import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
-# Sizes in the names of timm's plain vision transformers, by width.
-VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,26 @@ class ResolvedCheckpoint:
     segment: SegmentConfig | None = None  # of a segmentation model: its head and evaluation; the crop is set
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
+    notes: tuple[str, ...] = ()  # what the file leaves open
+    resized: bool = False  # whether the image size is not the file's
+
+    def keeps_classifier(self, classes: Sequence[str]) -> bool:
+        """Return whether the file's classifier is for these classes, as far as the file says."""
+        return self.arguments.get("num_classes") == len(classes) and self.classes in (None, list(classes))
 
 
 def resolve_checkpoint(
-    source: str | Path, model_name: str | None = None, weights: str | None = None
+    source: str | Path,
+    model_name: str | None = None,
+    weights: str | None = None,
+    settings: ModelConfig | None = None,
+    img_size: int | None = None,
 ) -> ResolvedCheckpoint:
     """Read a checkpoint and find its model; raises UserError if its configuration is missing or invalid.
 
     `model_name` is timm's name of the model; if the checkpoint names another, its arguments are ignored. `weights` is
-    `raw` or `ema`, if it holds both; None prefers the moving average.
+    `raw` or `ema`, if it holds both; None prefers the moving average. `settings` (sizes, arguments) and `img_size` come
+    before those of the file.
     """
     checkpoint = read_checkpoint(source)
     config, where, tensors = checkpoint.config, checkpoint.where, checkpoint.tensors
@@ -60,6 +70,7 @@ def resolve_checkpoint(
         raise _unknown_architecture(checkpoint)
     architecture = model_name or str(config["architecture"])
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
+    arguments |= model_arguments(replace(settings or ModelConfig(), name=architecture), img_size)
     blocks = re.findall(r"\d{1,9}", f"{arguments.get('depth')} {arguments.get('depths')}")
     if sum(map(int, blocks)) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
@@ -78,6 +89,7 @@ def resolve_checkpoint(
     if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
         raise UserError("its label_names are not a list of names", where, "correct its config.json")
     data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
+    size = _checked_size(images.get("input_size"), "input_size", where, channels=True)
     return ResolvedCheckpoint(
         name=checkpoint.name,
         where=where,
@@ -86,12 +98,23 @@ def resolve_checkpoint(
         sketch=sketch,
         selected=selected,
         preprocessing={key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None},
-        image_size=_checked_size(images.get("input_size"), "input_size", where, channels=True),
+        image_size=(img_size, img_size) if img_size else size,
         classes=classes,
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
+        resized=img_size is not None,
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
+        notes=(*checkpoint.notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
     )
+
+
+def _normalisations(name: str) -> Iterator[str]:
+    """Yield a note if timm's weights of a model, which the file does not tell apart, have several normalisations."""
+    published = reversed(timm.list_pretrained(f"{name}.*"))
+    tags = {cfg.mean[0]: full for full in published if (cfg := timm.get_pretrained_cfg(full)) is not None}
+    if len(tags) > 1:
+        listed = ", or ".join(f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items()))
+        yield f"the file does not contain its normalisation, here that of {name}; weights of timm have {listed}"
 
 
 def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.losses.mixing import chunked_mixing_loss
 from pdvit.losses.objective import TokenOutput
-from pdvit.models.families import family_of, modules_at
-from pdvit.models.layers import Place, places_of, shapes_of
+from pdvit.models.families import WRAPPERS, family_of, image_model_of, modules_at
+from pdvit.models.layers import Place, find_layers, shapes_of
 from pdvit.models.wrapper import Wrapper
 
 R = TypeVar("R")
@@ -20,13 +20,14 @@ EARLY = ("embed", "patches")
 
 
 class DiverseModel(Wrapper):
-    """A timm vision transformer that also returns its first and last patch tokens.
+    """A vision transformer that also returns its first and last patch tokens.
 
     Logits equal the bare model's. Compile, distribute and optimize this module, because it owns the linear patch head
-    of the mixing term. Export `model`, the bare timm model.
+    of the mixing term. Export `model`, the bare model.
 
     Args:
-        model: a bare timm model, built for the size of its images.
+        model: a bare model of timm, transformers or torchvision with logits, built for the size of its images; or any
+            other, with `blocks`.
         patch_head: True for a new linear head on the tokens that the model's head reads, a module to use as that head,
             `"class"` for the model's own classifier, False for none.
         first: `"block"`, the output of the first block with the grid and width of last (in a hierarchical model, of the
@@ -35,6 +36,8 @@ class DiverseModel(Wrapper):
         last: `"norm"`, the output of the final norm over tokens if the model has one; `"block"`, of the last block.
         cosine_layers: numbers of more blocks for the cosine term.
         compared: whether the contrastive term is on. Without it, first may be last, or have another grid or width.
+        layout: `blocks`, `prefix_tokens` and `norm` of another model, as in `pdvit.analyze`. The attribute
+            `image_size` of such a model is the side of its images, by default 224.
 
     Raises:
         UserError: the model is not supported, first and last can't be compared, there is no such layer, or the patch
@@ -51,38 +54,47 @@ class DiverseModel(Wrapper):
         last: str = "norm",
         cosine_layers: Sequence[int | str] = (),
         compared: bool = True,
+        **layout: Any,
     ) -> None:
         super().__init__()
+        if image_model_of(model, WRAPPERS) is not model:
+            tip = "pass the model inside it, and wrap the DiverseModel instead"
+            raise UserError(f"a {type(model).__name__} is a wrapper around the model", "DiverseModel(model)", tip)
         self.model = model
-        self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True)
+        self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True, **layout)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = patch_head if isinstance(patch_head, nn.Module) else None
         if patch_head is False:
             return
         bare: Any = model
-        classes, width, like = bare.num_classes, self.taps.width, next(bare.parameters())
+        classes = int(getattr(bare, "num_classes", getattr(bare, "num_labels", 0)))  # the second of transformers
+        width, like = self.taps.width, next(bare.parameters())
         if isinstance(patch_head, str):
-            classifier, parts = bare.get_classifier(), ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
+            parts = ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
+            classifier = getattr(bare, "get_classifier", lambda: None)()  # other libraries have no such method
             between = [path for path in parts if modules_at(model, path)]
             if patch_head != "class":
                 what = f"there is no patch head called '{patch_head}'"
             elif not isinstance(classifier, nn.Linear):
-                what = "the model's classifier can't be the patch head: it is not one linear layer"
+                what = "the model's classifier can't be the patch head: it is not one linear layer of a timm model"
             elif between or classifier.in_features != width:
                 reads = f"the output of {between[0]}" if between else "pooled features"
                 what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
             else:
                 return
             raise UserError(what, HEAD, "pass True for a new linear head")
-        if classes < 1:
-            tip = "build it with num_classes=C, or pass patch_head=False and leave the mixing term off"
-            raise UserError("the model has no classes, and the patch head needs them", HEAD, tip)
         if self.patch_head is None:
+            if classes < 1:
+                tip = "pass patch_head=nn.Linear(width, classes), or patch_head=False and leave the mixing term off"
+                raise UserError("the model has no classes, and the patch head needs them", HEAD, tip)
             self.patch_head = head = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-        elif isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (classes, width):
+        elif isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (
+            classes or patch_head.out_features,
+            width,
+        ):
             what = f"the patch head is a {patch_head}, for {classes} classes and tokens of width {width}"
             raise UserError(what, HEAD, f"pass nn.Linear({width}, {classes}), or True for a new one")
 
@@ -99,7 +111,11 @@ class DiverseModel(Wrapper):
         cross-entropy of the patches, instead of patch logits. It is computed in parts, so that all patch logits never
         exist at once, and needs a linear patch head. `patch_logits=False` skips the patch head.
         """
-        logits, (first, last, final, *others) = self.taps.read(self.model, images)
+        output, (first, last, final, *others) = self.taps.read(self.model, images)
+        logits = getattr(output, "logits", output)  # of transformers
+        if not isinstance(logits, Tensor):
+            what = f"a {type(self.model).__name__} returns no logits, but a {type(output).__name__}"
+            raise UserError(what, "DiverseModel(model)", "use a model with a classifier")
         head: Any = self.model.get_classifier() if self.shares_classifier else self.patch_head  # type: ignore[operator]
         patches = mixing = None
         if head is not None and patch_logits:
@@ -128,10 +144,10 @@ class Tap:
         self.value: Any = None
         place.register(self)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        """Store the value that holds the tokens."""
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], more: Any) -> None:
+        """Store what holds the tokens."""
         if self.open:
-            self.value = inputs[0] if self.place.entering else output
+            self.value = (inputs if self.place.entering else (), more)
 
 
 class Taps:
@@ -140,7 +156,7 @@ class Taps:
     Hooks are registered at construction, because compiled code ignores later ones. They are open during a forward pass
     only, so that gradient checkpointing, which runs blocks again, stores nothing.
 
-    `first`, `last`, `others` and `compared` are those of `DiverseModel`, with its `cosine_layers` as others. With
+    The arguments are those of `DiverseModel`, with its `cosine_layers` as others; layout is that of `find_layers`. With
     `head_input`, the tokens that the model's head reads follow first and last; `width` is theirs. Raises UserError if
     there are no such layers, or first and last can't be compared.
     """
@@ -153,14 +169,15 @@ class Taps:
         others: Sequence[int | str],
         compared: bool = True,
         head_input: bool = False,
+        **layout: Any,
     ) -> None:
         import torch._dynamo  # slow to import
 
         # Allows compiled code to fill a tap inside a checkpointed block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-        family = family_of(model)
-        places = {layer.name: place for layer, place in places_of(model).items()}
-        if family.plain and (embed := modules_at(model, family.embed)):
+        bare, layers = find_layers(model, **layout)
+        places = {layer.name: place for layer, place in layers.items()}
+        if not layout.get("blocks") and (family := family_of(bare)).plain and (embed := modules_at(bare, family.embed)):
             places["patches"] = Place(embed[0])
         shapes = shapes_of(model, places)
         blocks = [name for name in places if name.startswith("block")]
@@ -181,8 +198,9 @@ class Taps:
             tip = "choose an earlier layer, a model with two blocks at its end, or no such term (--contrastive 0)"
             raise UserError(f"first and last are both {first}, so the contrastive term compares nothing", FIRST, tip)
         if first not in shapes or (shapes[first] != shapes[last] and compared):
-            what = f"the shape of {first} is not that of {last}: {shapes.get(first)} against {shapes[last]}"
-            raise UserError(f"{what} (patches, width)", FIRST, "use --first block, whatever the preset says")
+            theirs = shapes.get(first, "pdvit knows it of plain timm models only")
+            what = f"the shape of {first} is not that of {last}: {theirs} against {shapes[last]} (patches, width)"
+            raise UserError(what, FIRST, "use --first block, whatever the preset says")
         self.names = (first, last, *([final] if head_input else []), *more)
         self.width = shapes[final][1]
         self.taps = {name: Tap(places[name]) for name in dict.fromkeys(self.names)}
@@ -193,7 +211,7 @@ class Taps:
             tap.open = True
         try:
             result = forward(images)
-            tokens = {name: tap.place.tokens(tap.value) for name, tap in self.taps.items()}
+            tokens = {name: tap.place.tokens(*tap.value) for name, tap in self.taps.items()}
         finally:  # an error must not keep activations
             for tap in self.taps.values():
                 tap.open, tap.value = False, None

@@ -29,6 +29,13 @@ class Wrapper(nn.Module):
         assert isinstance(model, nn.Module)
         return model
 
+    def head_weights(self) -> set[nn.Parameter]:
+        """Return the weights of the timm model's classifier, and all weights outside of the timm model."""
+        model: Any = self.inside
+        found = model.get_classifier()
+        heads = found if isinstance(found, tuple) else (found,)  # a distilled model has two
+        return {*self.parameters()} - {*model.parameters()} | {weight for head in heads for weight in head.parameters()}
+
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; frozen modules stay in evaluation mode."""
         super().train(mode)

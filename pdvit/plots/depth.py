@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -40,6 +41,24 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
         panels[P].set(ylabel="P, patch similarity", title=title)
         name_depths(panels[P], rows, ticks=12)
         return figure
+
+
+def similarity(*analyses: Any, ax: Axes | None = None) -> Axes:
+    """Draw P by layer of analyses, or of their tables, on axes, by default new ones of pyplot; return the axes."""
+    tables = [getattr(analysis, "table", analysis) for analysis in analyses]
+    names = style.unique([str(table["model"].iloc[0]) for table in tables])
+    rows = stack([AnalyzedRun(name, table) for name, table in zip(names, tables, strict=True)])
+    if ax is None:
+        import matplotlib.pyplot as plt  # shows figures in a notebook; it sets up its backend outside the context
+
+        figure = plt.figure(figsize=(1.4 * SINGLE, SINGLE_PANEL), layout="constrained")
+    with mpl.rc_context(style.RC):
+        ax = figure.subplots() if ax is None else ax
+        draw_metric(ax, rows, P, LIGHT)
+        ax.set(ylabel="P, patch similarity", title="")
+        lines = [Line2D([], [], label=name, **line) for name, line in run_styles(rows, LIGHT).items()]
+        ax.legend(handles=[*lines, *_keys(rows, LIGHT)])
+    return ax
 
 
 def plot_metrics(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:

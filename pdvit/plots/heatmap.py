@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from pdvit.errors import UserError, closest
 from pdvit.files import reading
@@ -21,7 +22,7 @@ CKA_COLUMNS = 3
 MAP_DEPTHS = 6
 MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))  # default patches, as fractions of height and width
 COSINE_SCALE = 127  # maps.npz holds cosines as int8
-FRAME = "#ff3b30"  # visible on light and on dark
+FRAME = [withStroke(linewidth=2.0, foreground="white")]  # around black: visible on any colour
 NUMBERED = 15  # classes up to which cells have numbers
 NAMED = 50  # classes up to which all have names
 DRAWN = 200  # maximum number of classes that are drawn
@@ -100,20 +101,21 @@ def plot_maps(
     with style.new_figure(DOUBLE, height, theme) as figure:
         grid_of_axes = figure.subplots(len(patches), len(depths) + 1, squeeze=False)
         figure.data = pd.concat(parts, ignore_index=True)
-        norm = Normalize(min(0.0, np.floor(5 * figure.data["cos"].min()) / 5), 1)
+        low = min(0.0, np.floor(5 * figure.data["cos"].min()) / 5)
+        norm, colours = (Normalize(-1, 1), theme.diverging) if low < 0 else (Normalize(0, 1), "viridis")
         extent = (0, pixels.shape[1], pixels.shape[0], 0)
         for panels, patch in zip(grid_of_axes, patches, strict=True):
             panels[0].imshow(pixels, extent=extent, interpolation="nearest")
             _frame_patch(panels[0], patch, (rows, columns), pixels.shape)
             for axes, at in zip(panels[1:], depths, strict=True):
                 grid, place = maps[patch, at]
-                mesh = heat_map(axes, grid, norm, extent=extent)
+                mesh = heat_map(axes, grid, norm, colours, extent=extent)
                 _frame_patch(axes, place, grid.shape, pixels.shape)
         titles = [style.shorten(names[image], 14), *(layers[at] for at in depths)]
         for axes, title in zip(grid_of_axes[0], titles, strict=True):
             axes.set_title(title, fontsize=7.5, loc="center")
         figure.suptitle(f"{style.shorten(name)}: cos with the framed patch", x=0.005, ha="left", fontsize=8.5)
-        figure.colorbar(mesh, ax=figure.axes, aspect=25, shrink=0.9, pad=0.01)
+        figure.colorbar(mesh, ax=figure.axes, aspect=25, shrink=0.9, pad=0.01).ax.set_ylim(low, 1)
         return figure
 
 
@@ -128,7 +130,8 @@ def _map(arrays: Arrays, image: int, patch: tuple[int, int], layer: str) -> tupl
 def _frame_patch(axes: Axes, patch: tuple[int, int], grid: Sequence[int], shape: Sequence[int]) -> None:
     height, width = shape[0] / grid[0], shape[1] / grid[1]
     corner = (patch[1] * width, patch[0] * height)
-    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME, linewidth=1.1, clip_on=False))
+    frame: dict[str, Any] = {"fill": False, "linewidth": 0.8, "path_effects": FRAME, "clip_on": False}
+    axes.add_patch(Rectangle(corner, width, height, edgecolor="black", **frame))
     axes.set_axis_off()
 
 

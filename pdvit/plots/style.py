@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -24,31 +24,36 @@ SINGLE, DOUBLE = 3.5, 7.2  # widths of one and two columns of a paper, in inches
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEGEND_COLUMNS = 4
+TITLE_PLACES: tuple[Literal["left", "center", "right"], ...] = ("left", "center", "right")
 # Without dates, the same figure gives the same file.
 METADATA: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of lines (neighbours differ in greyscale), paper, text and guides; `ramp` is a range of viridis."""
+    """Colours of lines (neighbours differ in greyscale), paper, text and guides; `ramp` is a range of viridis.
+
+    `diverging` is a colour map for numbers of both signs, with the paper in the middle.
+    """
 
     colours: tuple[str, ...]
     paper: str
     ink: str
     muted: str
     ramp: tuple[float, float]
+    diverging: str
 
 
 # petroff10, reordered; the dark theme has the same hues, lighter.
 LIGHT = Theme(
     ("#3f90da", "#bd1f01", "#ffa90e", "#832db6", "#94a4a2", "#a96b59", "#e76300", "#717581"),
     *("#ffffff", "#1a1a1a", "#767676"),
-    (0.0, 0.85),
+    *((0.0, 0.85), "RdBu_r"),
 )
 DARK = Theme(
     ("#5aa9f0", "#ff6a4d", "#ffbe4a", "#b877e6", "#b4c4c2", "#c98d7b", "#f08030", "#9197a4"),
     *("#16191d", "#e8e8e8", "#8f959c"),
-    (0.25, 1.0),
+    *((0.25, 1.0), "berlin"),
 )
 
 RC: dict[Any, Any] = dict(
@@ -106,6 +111,16 @@ def shorten(name: str, length: int = 28) -> str:
     """Return a name of at most `length` printable letters; a long one loses its middle."""
     name = "".join(letter if letter.isprintable() else "·" for letter in re.sub(r"\s", " ", name))
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
+
+
+def remove_title(figure: Figure) -> None:
+    """Remove the title of a figure, or of its only panel; titles that tell panels apart stay."""
+    titled = [axes for axes in figure.axes if any(axes.get_title(place) for place in TITLE_PLACES)]
+    if figure.get_suptitle():
+        figure.suptitle("")
+    elif len(titled) == 1:
+        for place in TITLE_PLACES:
+            titled[0].set_title("", loc=place)
 
 
 def unique(names: Sequence[str]) -> list[str]:

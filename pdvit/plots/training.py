@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from pdvit.files import reading
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, line_styles, name_layers, new_figure, shorten
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, name_layers, new_figure, shorten
 
 # Columns that each type of record needs.
 NEEDED = {"train": {"epoch", "class"}, "eval": {"epoch", "accuracy"}, "similarity": {"epoch", "layers", "similarity"}}
@@ -37,16 +37,18 @@ def read_records(run: Path) -> Records:
 def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
     """Draw one row per run: loss by term, validation accuracy or mIoU, and P over epoch and layer."""
     data = []
-    with new_figure(DOUBLE, 2.2 * len(runs), theme) as figure:
+    every = dict.fromkeys(str(name) for records in runs.values() for name in records["train"] if name not in OTHERS)
+    styles = {term: {**style, "marker": ""} for term, style in zip(every, line_styles(len(every), theme), strict=True)}
+    with new_figure(DOUBLE, 2.2 * len(runs) + 0.3, theme) as figure:
+        legend(figure, styles)
         grid = figure.subplots(len(runs), 3, squeeze=False)
         for (loss, score, heat), (name, records) in zip(grid, runs.items(), strict=True):
             train, evaluation, probe = (records[record] for record in NEEDED)
-            terms = [name for name in train if name not in OTHERS]
-            for term, style in zip(terms, line_styles(len(terms), theme), strict=True):
-                loss.plot(train["epoch"], train[term], label=term, **{**style, "marker": ""})
-            loss.set(title=f"{shorten(name, 18)}: loss by term", xlabel="epoch", ylabel="unweighted")
+            terms = [name for name in styles if name in train]
+            for term in terms:
+                loss.plot(train["epoch"], train[term], label=term, **styles[term])
+            loss.set(title=f"{shorten(name)}\nloss by term, unweighted", xlabel="epoch")
             loss.set_ylim(min(0.0, train[terms].min().min()))  # KoLeo may be negative
-            loss.legend()
             key = next(key for key in SCORES if key in evaluation)
             score.plot(evaluation["epoch"], evaluation[key] * 100, marker=".", color=theme.ink)
             title = f"validation {SCORES[key]}, % (best {evaluation[key].max() * 100:.1f})"

@@ -2,10 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pdvit.analysis.explorer import Maps, explorer_page
 
 pytestmark = pytest.mark.slow
+IMAGE = "#image-name option:checked"
 NEAR = 0.005 + 1e-6  # two digits are shown
 HOSTILE = "</script><img src=x onerror=alert(1)><svg onload=alert(2)>"
 
@@ -23,7 +25,7 @@ def test_the_page_opens_from_the_disk_and_shows_the_last_layer(open_page, page_o
     tab = open_page(page_of_one)
     assert tab.text(".pane .model") == "one"
     assert tab.text(".pane .layer").startswith("norm")
-    assert tab.text("#image-name") == "0.png"
+    assert tab.text(IMAGE) == "0.png"
     assert tab.text("#p-values b") == f"{one.similarity[0][list(one.grids).index('norm')]:.3f}"
     assert "images: all 2" in tab.text("#notes")
 
@@ -90,7 +92,7 @@ def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
     tab.press("Home", "k")
     assert tab.text(".pane .layer").startswith("block 1")
     tab.press("n")
-    assert tab.text("#image-name") == "1.png"
+    assert tab.text(IMAGE) == "1.png"
     assert tab.value() == pytest.approx(others(one, 1, "block 1", 5).mean(), abs=NEAR)
     tab.press("p", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown")
     assert tab.value() == pytest.approx(cosines(one, 1, "block 1", 5)[13], abs=NEAR)
@@ -100,7 +102,7 @@ def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
     tab.press("o")
     assert tab.colour("canvas.map", 0.9, 0.1) == [130, 130, 130]  # the image itself
     tab.press("b", "End", "j")
-    assert (tab.text("#image-name"), tab.text(".pane .layer")[:7]) == ("0.png", "block 2")
+    assert (tab.text(IMAGE), tab.text(".pane .layer")[:7]) == ("0.png", "block 2")
     tab.press("?")
     assert tab.page.locator("#help").is_visible()
     tab.press("k")  # keys rest while the help is open
@@ -143,12 +145,58 @@ def test_two_models_are_linked_also_with_other_grids_and_depths(open_page, made)
     assert tab.value(1) == pytest.approx(others(staged, 0, "norm", 2).mean(), abs=NEAR)
 
 
+def test_a_stretched_map_uses_all_colours_from_its_lowest_to_its_highest_number(open_page, one):
+    near = [{name: (100 + levels // 8).astype(np.int8) for name, levels in image.items()} for image in one.cosines]
+    tab = open_page(explorer_page([replace(one, cosines=near)], []))
+    tab.press("s")
+    tab.hover(0.1, 0.1)
+    row = near[0]["norm"][0].astype(float)
+    low, high = row[1:].min(), row[1:].max()
+    assert tab.text("#ticks").split() == [f"{value / 127:.2f}" for value in (low, (low + high) / 2, high)]
+    for patch in (row.argmin(), row[1:].argmax() + 1, 5, 10):
+        part = np.round(127 * (row[patch] - low) / (high - low))  # of 127 steps, each two of the legend's
+        seen = tab.colour("canvas.map", (patch % 4 + 0.5) / 4, (patch // 4 + 0.5) / 4)
+        assert seen == tab.colour("#scale", (2 * part + 0.5) / 255)
+
+
+def test_the_address_holds_what_is_shown_and_opens_it_again(open_page, page_of_one):
+    def view(fragment: str | None = None) -> list[str]:
+        if fragment is not None:
+            tab.page.evaluate(f"location.hash = '{fragment}'")
+            tab.settle()
+        return list(map(tab.text, (IMAGE, ".pane .layer", "#where", ".reading", "#overlay-value")))
+
+    tab = open_page(page_of_one)
+    start = view()
+    tab.page.locator("#image-name").select_option("1.png")
+    tab.press("Home", "k", "c", "s", "ArrowUp", "p", "ArrowLeft")
+    tab.page.locator("#overlay").fill("40")
+    tab.page.wait_for_url(lambda url: "overlay" in url)
+    shown, fragment = view(), tab.page.evaluate("location.hash")
+    assert fragment == "#image=1.png&layer=block+1&patch=2-3&with=2-2&measure=absolute&contrast=stretched&overlay=40"
+    assert view("") == view("image=none&layer=9&patch=x&overlay=-1") == start
+    assert view(fragment) == shown != start
+
+
+def test_the_picture_has_all_maps_and_the_curve_has_random_weights(open_page, one):
+    tab = open_page(explorer_page([replace(one, random={"embed": 0.1, "norm": 0.3}), replace(one, model="other")], []))
+    assert "(random weights 0.300)" in tab.text("#p-values")
+    assert tab.page.locator("#curve path.random").get_attribute("d").count(",") == 2
+    with tab.page.expect_download() as saved:
+        tab.page.locator("#save").click()
+    assert saved.value.suggested_filename == "one-norm-0.png"
+    side = tab.page.locator("canvas.map").first.bounding_box()["width"]
+    with Image.open(saved.value.path()) as picture:
+        assert picture.width == pytest.approx(2 * side + 3 * 16, abs=2)
+        assert list(picture.convert("RGB").getpixel((56, 78))) == tab.colour("canvas.map", 40 / side, 40 / side)
+
+
 def test_hostile_names_are_shown_and_do_nothing(open_page, one):
     maps = replace(one, model=HOSTILE, names=[HOSTILE, HOSTILE])
     tab = open_page(explorer_page([maps, maps], [HOSTILE]))
     tab.press("p", "n", "k")
     assert tab.text(".pane .model") == HOSTILE
-    assert tab.text("#image-name") == HOSTILE
+    assert tab.text(IMAGE) == f"{HOSTILE} (2)"  # of equal names, the second
     assert HOSTILE in tab.text("#notes")
     assert tab.page.title().endswith(HOSTILE)
     assert tab.page.locator("img[src=x], svg[onload]").count() == 0

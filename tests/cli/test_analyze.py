@@ -17,9 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pdvit as library
-from pdvit.cli import analyze_run
 from pdvit.cli import run as pdvit
-from pdvit.cli.checkpoint import OpenedCheckpoint
 from pdvit.config import build
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
@@ -27,6 +25,8 @@ from pdvit.definitions import DEFINITIONS
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.terminal import Stopped
 from pdvit.errors import UserError
+from pdvit.workflows import analyze_run
+from pdvit.workflows.checkpoint import OpenedCheckpoint
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -88,7 +88,7 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     random = timm.create_model(config["architecture"], **config["model_args"])
     expected = library.analyze(random, images[torch.linspace(0, 359, 32).round().long()], "similarity")
     assert json_means(result, "similarity_random") == pytest.approx(expected["mean"].tolist(), abs=1e-5)
-    assert f"(random weights on the same images: {expected['mean'].iloc[-1]:.3f})" in result["verdict"]
+    assert f"(random weights: {expected['mean'].iloc[-1]:.3f}, " in result["verdict"]
 
 
 def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analyzed, device):
@@ -134,6 +134,29 @@ def test_foreign_weights_need_the_name_of_their_model(workplace, analyzed, refus
     refusal("analyze", "foreign.safetensors", "--model", "test_vit2")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_options_come_before_the_settings_of_the_file(workplace, image_folder, analyzed, precision):
+    """Another size, normalisation and type: P of timm's own model, which resamples its positions, by the library."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, img_size=64)
+    torch.nn.init.normal_(model.pos_embed)
+    timm.models.save_for_hf(model, "saved", model_args={"img_size": 64}, safe_serialization=True)
+    flags = ["--img-size", "96", "--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7", "--precision", precision]
+    result = analyzed("saved", "--images", image_folder, *flags)
+    at_96 = timm.create_model("test_vit", num_classes=3, img_size=96)
+    at_96.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(model.state_dict(), at_96))
+    at_96.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "input_size": (3, 96, 96)}
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(at_96))
+    files = sorted(path for path in Path(image_folder).rglob("*") if path.suffix in (".png", ".jpg"))
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    at_96.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    expected = means(library.analyze(at_96, images).table, "similarity")
+    assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 1e-2)
+    assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7"]
+    assert result["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    assert result["notes"] == ["resampled: 1 (pos_embed), for the image size"]
+
+
 def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyzed, refusal):
     assert "pdvit train" in refusal("analyze").tip
     for name, age in (("old", 300), ("newest", 100), ("middle", 200)):
@@ -143,21 +166,26 @@ def test_without_arguments_the_newest_run_is_taken(digits_run, workplace, analyz
     assert analyzed("--limit", 4)["checkpoint"] == "runs/newest"
 
 
-def test_the_terminal_shows_numbers_definitions_and_conditions(run_copy, tmp_path, capsys):
+def test_the_terminal_shows_table_and_verdict_or_all_or_nothing(run_copy, tmp_path, capsys):
     run = run_copy.rename(tmp_path / "my run")
-    options = ["--limit", "12", "--metrics", "similarity,drift"]
-    assert pdvit(["analyze", str(run), *CPU, *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = {}
+    for flags in ([], ["--verbose"], ["--quiet"], ["--quiet", "--json"]):
+        assert pdvit(["analyze", str(run), *CPU, "--limit", "12", "--metrics", "similarity,drift", *flags]) == 0
+        printed[" ".join(flags)] = capsys.readouterr()
+    assert (*printed["--quiet"], printed["--quiet --json"].err) == ("", "", "")
+    facts = json.loads(printed["--quiet --json"].out)
+    short, lines = (printed[flags].out.splitlines() for flags in ("", "--verbose"))
+    assert short == lines[: len(short)]
+    assert short[-4:] == [*facts["verdict"].splitlines(), facts["advice"], f"note: {facts['notes'][0]}"]
     for line in (
         f"measured similarity (P): {DEFINITIONS['similarity'].text}",
         f"measured drift_cosine (own): {DEFINITIONS['drift_cosine'].text}",
-        "images   12 (digits, test split, 12 of 360; RGB, resized to 32x32 px)",
-        "tokens   16 patches per image; prefix tokens dropped: 1",
-        "weights  raw; float32 on cpu",
+        "images    12 (digits, test split, 12 of 360; RGB, resized to 32x32 px)",
+        "tokens    16 patches per image; prefix tokens dropped: 1",
+        "weights   raw; float32 on cpu",
         f"written  {run / 'analysis.csv'}",
     ):
-        assert any(shown.startswith(line) for shown in lines), line
-    assert any(line.startswith("note     drift is measured from block 1") for line in lines)
+        assert any(shown.startswith(line) for shown in lines[len(short) :]), line
     assert lines[-1] == f"next     pdvit plot similarity '{run}'"
     rows = [line for line in lines if line.startswith(tuple(LAYERS))]
     (width,) = [line.split()[-1].count("·") + 2 for line in lines if line.startswith("layer  ") and "P" in line]
@@ -236,7 +264,7 @@ def test_random_weights_that_find_no_memory_do_not_end_the_analysis(run_copy, an
     monkeypatch.setattr("pdvit.models.loading.LoadedModel.with_random_weights", full)
     result = analyzed(run_copy, "--limit", 6)
     assert "random weights were not measured: the model is too big for memory" in result["notes"]
-    assert "random weights on" not in result["verdict"]
+    assert "(not compared with random weights)" in result["verdict"]
 
 
 def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
@@ -274,7 +302,7 @@ def test_an_interrupt_prints_and_writes_what_was_measured(run_copy, tmp_path, in
     capsys.readouterr()
     assert pdvit(["analyze", str(run_copy), str(other), "--limit", "40", "-b", "5", *CPU]) == 75
     shown = " ".join(capsys.readouterr().out.split())
-    for text in ("stopped: on request, after 15 of 40 images", f"stopped; not measured: {other}", "images 15 ("):
+    for text in ("stopped: on request, after 15 of 40 images", f"stopped; not measured: {other}"):
         assert text in shown
     table = pd.read_csv(run_copy / "analysis.csv")
     assert (table["images"] == 15).all()
@@ -312,7 +340,7 @@ def test_several_processes_measure_what_one_does(run_copy, tmp_path):
     one, several = (pd.read_csv(tmp_path / count / "analysis.csv") for count in ("1", "3"))
     pd.testing.assert_frame_equal(several, one, rtol=2e-6)
     assert (one["images"].unique() == [50, 32]).all()
-    assert shown[3].count("written") == 1
+    assert shown[3].count("to try: ") == 1
     with np.load(tmp_path / "1" / "analysis" / "cka.npz") as whole, np.load(tmp_path / "3/analysis/cka.npz") as parts:
         np.testing.assert_allclose(parts["matrix"], whole["matrix"], atol=1e-9)
 

@@ -59,6 +59,16 @@ def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplac
     assert "there is no such checkpoint" in refusal("train", "--config", run / "run.toml").what
 
 
+@pytest.mark.parametrize(("classes", "rate"), [(5, 1e-3), (10, None)])
+def test_a_fresh_classifier_has_a_learning_rate_of_its_own(workplace, classes, rate):
+    """Ten digits: a classifier for five is fresh, one for ten stays, and trains at the rate of all."""
+    save_for_hf(timm.create_model("test_vit", num_classes=classes), "saved", safe_serialization=True)
+    flags = ["--data", "digits", "--epochs", "1st", "-b", "8", "--device", "cpu", "--out", "run"]
+    assert pdvit(["finetune", "saved", *flags]) == 0
+    optim = read_recipe(workplace / "run")["optim"]
+    assert (optim["lr"], optim.get("head_lr")) == (pytest.approx(6.25e-6), rate)
+
+
 @pytest.mark.slow
 def test_one_half_of_the_digits_then_the_other(workplace):
     assert pdvit(["train", "--data", "digits:0-4", "--device", "cpu"]) == 0

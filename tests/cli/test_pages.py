@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from pdvit.cli import run as pdvit
 
@@ -26,6 +27,8 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
     assert [model["name"] for model in data["models"]] == ["first", HOSTILE]
     assert len(data["names"]) == 8
     assert data["models"][0]["layers"] == LAYERS
+    table = pd.read_csv(first / "analysis.csv").query("metric == 'similarity_random'")
+    np.testing.assert_allclose(data["models"][0]["random"], table["mean"], atol=1e-5)
     report = (first / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in report
     assert report.count('src="data:image/svg+xml') == 4  # P by layer, both beside one another, norms, how the runs went

@@ -137,6 +137,16 @@ def test_a_file_of_cells_is_a_sweep_too_and_its_figure_is_named_after_the_folder
     assert "sweep-sweep-results.md exists" in capsys.readouterr().err
 
 
+def test_labels_replace_names_and_no_title_leaves_what_tells_panels_apart(analyses, trainings, capsys, refusal):
+    runs = analyses(one=P, two=P)
+    assert "P by layer" in draw(capsys, "similarity", *runs, "--labels", "$x$,plain model")
+    assert set(pd.read_csv("figure.csv")["run"]) == {"$x$", "plain model"}
+    for figure, title, shown in (("similarity", "P by layer", False), ("compare", "P of two", True)):
+        assert (title in draw(capsys, figure, *runs, "--no-title")) == shown
+    assert "mine" in draw(capsys, "training", *trainings("three"), "--labels", "mine")
+    assert "1 and 2" in refusal("plot", "similarity", *runs, "--labels", "one").what
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(workplace, analysis_table, capsys):
     for place in ("a", "b"):
         Path(place, "run").mkdir(parents=True)

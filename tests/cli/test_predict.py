@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -77,14 +78,14 @@ def test_a_few_images_are_shown(run_copy, image_folder, capsys, monkeypatch):
     monkeypatch.chdir(image_folder)
     assert pdvit(["predict", str(run_copy), "val/red", "--top", "2", *CPU]) == 0
     shown = capsys.readouterr().out
-    assert "val/red/0.png" in shown
+    assert re.search(r"^val/red/0\.png\n( +\d+\.\d%  \d\n){2}", shown, re.MULTILINE)  # the name on a line of its own
     assert shown.count("%") == 4
     assert str(run_copy / "predictions.csv") in shown
     assert pdvit(["predict", str(run_copy), "train", *CPU]) == 0
     assert "%" not in capsys.readouterr().out
 
 
-def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_folder, monkeypatch):
+def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_folder, monkeypatch, capsys):
     def signalled(*arguments):
         found = whole(*arguments)
         yield next(found)
@@ -95,7 +96,8 @@ def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_fol
     monkeypatch.setattr(library.tasks.classification, "predict", signalled)
     (run_copy / "predictions.csv").write_text("of before")
     before = sorted(run_copy.rglob("*"))
-    assert pdvit(["predict", str(run_copy), str(image_folder), *CPU]) == 130
+    assert pdvit(["predict", str(run_copy), str(image_folder), *CPU]) == 75
+    assert "stopped; no file was written" in capsys.readouterr().out
     assert sorted(run_copy.rglob("*")) == before
     assert (run_copy / "predictions.csv").read_text() == "of before"
 

@@ -190,7 +190,7 @@ class TestGuards:
         found = json.loads(capsys.readouterr().out)
         assert (found["step"], found["metrics"]["class"]) == (9, None)
         with monkeypatch.context() as patched:  # a signal while the data are read
-            patched.setattr("pdvit.cli.runs.open_source", lambda _: signal.raise_signal(signal.SIGTERM))
+            patched.setattr("pdvit.workflows.runs.open_source", lambda _: signal.raise_signal(signal.SIGTERM))
             for way in ("--replay", "--resume"):
                 assert pdvit(["train", way, str(broken)]) == 75
         assert "no step to replay" in refusal("train", "--replay", digits_run).what

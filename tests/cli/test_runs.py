@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs import default_name
+from pdvit.workflows.runs import default_name
 from tests.files import read_json
 
 
@@ -29,12 +29,13 @@ from tests.files import read_json
         ("train --variant released --precision bf16", "digits-paper-released-precision=bf16"),
         ("train --first embed --warmup-epochs 10% --seed 3", "digits-paper-first=embed-warmup=10%-seed=3"),
         ("train --config RUN/run.toml --epochs 24 -b 32", "digits-paper-depth=2-heads=1-patch_size=8-width=16"),
+        ("train --mean 0.5 0.5 0.5 --cosine 2", "digits-paper-cosine=2-mean=0.5_0.5_0.5"),
         ("train --model-kwargs qk_norm=true --ratio 1 1.5", "digits-paper-ratio=1.0_1.5-args=qk_norm_True"),
     ],
 )
 def test_a_run_is_named_by_what_differs_from_its_command(digits_run, monkeypatch, arguments, name):
     begun = []
-    monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: begun.append(config) or 0)
     assert pdvit(arguments.replace("RUN", str(digits_run)).split()) == 0
     assert default_name(begun[0]) == name
 

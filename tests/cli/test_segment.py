@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.runs import trial_config
 from pdvit.config import build, resolve
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.unused import unused_settings
@@ -20,6 +19,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.recovery import largest
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.segmentation import SegmentationTask
+from pdvit.workflows.runs import trial_config
 from tests.files import read_json, read_records
 
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -163,7 +163,7 @@ def test_a_trained_backbone_is_taken_with_frozen_weights(shapes, digits_run, tmp
 
 
 def test_analyze_takes_the_runs_own_images(copy, capsys):
-    assert pdvit(["analyze", str(copy), *CPU]) == 0  # the table too: the backbone has no final norm
+    assert pdvit(["analyze", str(copy), "--verbose", *CPU]) == 0  # the table too: the backbone has no final norm
     assert "3 (shapes, val split" in capsys.readouterr().out
     found = read_json(copy / "analysis" / "analysis.json")
     assert (found["images_measured"], found["weights"]) == (3, "raw")
@@ -227,7 +227,7 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
 @pytest.mark.parametrize(("head", "width"), [("linear", 512), ("upernet", 32)])
 def test_the_defaults_of_the_command_have_no_unused_setting(head, width, monkeypatch):
     begun = []
-    monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: begun.append(config) or 0)
+    monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: begun.append(config) or 0)
     assert pdvit(["segment", "--head", head]) == 0
     assert (unused_settings(resolve(begun[0])), begun[0].segment.width) == ([], width)
 

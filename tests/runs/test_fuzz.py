@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load, save
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.console import make_console
-from pdvit.cli.runs import build_trainer, saved_config
 from pdvit.config import build, read_toml, resolve
 from pdvit.engine.checkpoint import METADATA, _checksum
 from pdvit.errors import UserError
@@ -25,6 +23,8 @@ from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.plots.reading import read_run
 from pdvit.sweep.folder import Folder
 from pdvit.tracking.run_directory import RunDirectory
+from pdvit.workflows.console import make_console
+from pdvit.workflows.runs import build_trainer, saved_config
 from tests.unit.models.support import CLASSES, TINY, VIT, make
 
 SECONDS, MIB = 20, 1500  # at most: for a case, and for all of them beyond the memory before the first

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdvit.cli import run as pdvit
-from pdvit.cli import runs
+from pdvit.workflows import runs
 from tests.files import newest_step, read_json, read_records
 
 STEPS, PATIENCE = 60, 120.0

@@ -145,7 +145,7 @@ def started(monkeypatch):
 
     def start(*arguments: str) -> Config:
         found: list[Config] = []
-        monkeypatch.setattr("pdvit.cli.runs.start", lambda config, *_: found.append(config) or 0)
+        monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: found.append(config) or 0)
         assert pdvit([*arguments]) == 0
         return resolve(found[0])
 

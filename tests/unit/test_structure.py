@@ -24,12 +24,15 @@ MAY_IMPORT = {
         *("models", "losses", "data", "similarity", "config"),
         *("engine.protocol", "engine.device", "engine.distributed"),
     },
-    "analysis": {"models", "similarity", "engine", "tracking", "definitions"},
+    "analysis": {"models", "similarity", "engine", "tracking", "definitions", "plots"},
     "launch": {"config", "tracking", "engine"},
     "sweep": {"config", "tracking", "engine"},
+    "workflows": {
+        *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "sweep", "definitions"),
+    },
     "cli": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "similarity", "losses"),
-        *("launch", "sweep", "definitions"),
+        *("launch", "sweep", "definitions", "workflows"),
     },
     "__main__": {"cli"},
 }

@@ -7,14 +7,17 @@
   const STEPS = LEADER.layers.length;
   const relativeDepth = (model, layer) => model.depths[layer] / Math.max(1, model.deepest);
   const LEVELS = 127; // cosines are kept as integers from -127 to 127
-  const state = {
+  const NAMES = data.names.map((name, image) => (data.names.indexOf(name) < image ? `${name} (${image + 1})` : name));
+  const START = {
     image: 0,
     step: STEPS - 1,
     query: { x: 0.5, y: 0.5 }, // parts of the image, so that grids of any size can be compared
     probe: null, // where a patch is pinned: what is under the pointer
     signed: true,
+    stretched: false, // whether the colours of each map reach from its lowest to its highest number
     overlay: 1,
   };
+  const state = { ...START };
 
   // ---- numbers ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +104,12 @@
   const sequential = (value) => colour(0.2 + 0.73 * value, 0.11 + 0.1 * value * (1 - value), 288 + 167 * value);
   const table = (map, low) => Array.from({ length: 2 * LEVELS + 1 }, (_, k) => map(Math.max(low, (k - LEVELS) / LEVELS)));
   const COLOURS = { signed: table(diverging, -1), absolute: table(sequential, 0) };
-  const colourOf = (value) => COLOURS[state.signed ? "signed" : "absolute"][shown(value) + LEVELS];
+  /** Return the colour of a cosine, times 127, in a map whose numbers lie between `low` and `high`. */
+  function colourOf(value, { low, high }) {
+    if (!state.stretched) return COLOURS[state.signed ? "signed" : "absolute"][shown(value) + LEVELS];
+    return COLOURS.absolute[LEVELS + Math.round(LEVELS * partOf(shown(value) / LEVELS, low, high))];
+  }
+  const partOf = (value, low, high) => clamp((value - low) / Math.max(high - low, 1 / LEVELS), 1);
 
   // ---- maps --------------------------------------------------------------------------------------------------------
 
@@ -190,10 +198,11 @@
   }
 
   /** Return the map as pixels: each patch in its colour, on average exactly, with the relief of the image in it. */
-  function painted({ pixels, relief, made }, { values, grid: [, columns] }, box) {
+  function painted({ pixels, relief, made }, found, box) {
+    const { values, grid: [, columns] } = found;
     const own = state.overlay, under = 1 - own, from = pixels.data, into = made.data;
     values.forEach((value, index) => {
-      const [red, green, blue] = colourOf(value);
+      const [red, green, blue] = colourOf(value, found);
       const [left, top, across, down] = box({ row: Math.floor(index / columns), column: index % columns });
       for (let row = top; row < top + down; row += 1) {
         const end = row * pixels.width + left + across;
@@ -225,7 +234,7 @@
     pane.layer.textContent = `${model.layers[found.layer]}\u2002${found.grid.join("\u2009×\u2009")}`;
     pane.value.textContent = text(found.probe ? found.pair : found.mean);
     pane.about.textContent = found.probe
-      ? `${measure} with the pinned patch`
+      ? `${measure} with the pinned patch${state.stretched ? `; all from ${text(found.low)} to ${text(found.high)}` : ""}`
       : `mean ${measure} with the other ${found.values.length - 1}; from ${text(found.low)} to ${text(found.high)}`;
     const label = `${model.name}, ${model.layers[found.layer]}, patch ${place(found.query)}: `;
     pane.canvas.setAttribute("aria-label", `${label}${pane.value.textContent} ${pane.about.textContent}. Arrow keys move the patch.`);
@@ -262,7 +271,9 @@
     });
     data.models.forEach((model, number) => {
       const values = model.similarity[state.image], own = `model-${number}`;
-      const points = values.map((value, step) => [across(relativeDepth(model, step)), up(value)]);
+      const place = (value, step) => (value === null ? [] : [[across(relativeDepth(model, step)), up(value)]]);
+      const untrained = model.random.flatMap(place), points = values.flatMap(place);
+      if (untrained.length) parts.push(svg("path", { class: `${own} random`, d: `M${untrained.join("L")}` }));
       parts.push(svg("path", { class: own, d: `M${points.join("L")}` }));
       points.forEach(([x, y], step) => {
         parts.push(svg("circle", { class: own, cx: x, cy: y, r: step === layerOf(number) ? 4.5 : 2 }));
@@ -274,6 +285,7 @@
       element("i", `model-${number}`, span);
       span.append(data.models.length > 1 ? `${model.name} ` : `${model.layers[layer]} `);
       element("b", "", span).textContent = text(model.similarity[state.image][layer], 3);
+      if (model.random[layer] !== null) span.append(` (random weights ${text(model.random[layer], 3)})`);
       return span;
     });
     at("p-values").replaceChildren(...texts);
@@ -293,21 +305,120 @@
   // ---- controls ----------------------------------------------------------------------------------------------------
 
   const scale = at("scale");
-  function drawLegend(pairs) {
+  /** Return the names of the ends and the middle of the colour scale, and what it is in words. */
+  function ticks([{ low, high }, ...others]) {
+    if (state.stretched && others.length) return [["lowest", "highest"], "Colours from the lowest (dark) to the highest number (light) of each map"];
+    if (state.stretched) return [[low, (low + high) / 2, high].map((value) => text(value)), `Colours from ${text(low)} (dark) to ${text(high)} (light)`];
+    if (state.signed) return [["\u22121", "0", "1"], "Colours from -1 (blue) over 0 (white) to 1 (red)"];
+    return [["0", "0.5", "1"], "Colours from 0 (dark) to 1 (light)"];
+  }
+
+  function drawLegend(all) {
+    const whole = { low: state.signed ? -1 : 0, high: 1 };
     const values = Array.from({ length: 255 }, (_, k) => (state.signed ? k - LEVELS : Math.round(k / 2)));
-    const pixels = new Uint8ClampedArray(values.flatMap((value) => [...colourOf(value), 255]));
+    const pixels = new Uint8ClampedArray(values.flatMap((value) => [...colourOf(value, whole), 255]));
     scale.getContext("2d").putImageData(new ImageData(pixels, 255, 1), 0, 0);
-    scale.setAttribute("aria-label", state.signed ? "Colours from -1 (blue) over 0 (white) to 1 (red)" : "Colours from 0 (dark) to 1 (light)");
-    at("ticks").replaceChildren(...(state.signed ? ["\u22121", "0", "1"] : ["0", "0.5", "1"]).map((tick) => {
+    const [names, words] = ticks(all);
+    scale.setAttribute("aria-label", words);
+    at("ticks").replaceChildren(...names.map((tick) => {
       const span = element("span");
       span.textContent = tick;
       return span;
     }));
-    at("needles").replaceChildren(...pairs.map((pair, number) => {
-      const needle = element("span", `needle model-${number}`);
-      needle.style.left = `${100 * (state.signed ? (pair + 1) / 2 : pair)}%`;
+    at("needles").replaceChildren(...all.filter((found) => found.probe).map((found, number) => {
+      const needle = element("span", `needle model-${number}`), { low, high } = state.stretched ? found : whole;
+      needle.style.left = `${100 * partOf(found.pair, low, high)}%`;
       return needle;
     }));
+  }
+
+  // ---- the picture, and the link to what is shown ------------------------------------------------------------------
+
+  const MARGIN = 16, LINE = 22;
+  /** Return all maps side by side as one picture, with their names, numbers and the colour scale. */
+  function picture() {
+    const dots = window.devicePixelRatio || 1, made = element("canvas"), brush = made.getContext("2d");
+    const style = getComputedStyle(document.body), widths = panes.map((pane) => pane.canvas.width / dots);
+    const height = Math.max(...panes.map((pane) => pane.canvas.height / dots));
+    made.width = dots * (widths.reduce((sum, width) => sum + width + MARGIN, MARGIN));
+    made.height = dots * (height + 2 * MARGIN + 4 * LINE);
+    brush.scale(dots, dots);
+    brush.fillStyle = style.backgroundColor;
+    brush.fillRect(0, 0, made.width, made.height);
+    brush.fillStyle = style.color;
+    brush.font = `13px ${style.fontFamily}`;
+    const below = MARGIN + LINE + height;
+    let left = MARGIN;
+    panes.forEach((pane, number) => {
+      const model = data.models[number], value = text(model.similarity[state.image][layerOf(number)], 3);
+      brush.fillText(`${model.name}, ${model.layers[layerOf(number)]}, P ${value}`, left, MARGIN + 12, widths[number]);
+      brush.drawImage(pane.canvas, left, MARGIN + LINE, widths[number], pane.canvas.height / dots);
+      brush.fillText(`${pane.value.textContent} ${pane.about.textContent}`, left, below + LINE - 4, widths[number]);
+      left += widths[number] + MARGIN;
+    });
+    const bar = Math.min(220, widths[0]);
+    brush.drawImage(scale, MARGIN, below + LINE + 6, bar, 10);
+    const names = [...at("ticks").children].map((tick) => tick.textContent);
+    names.forEach((name, number) => {
+      brush.textAlign = ["left", "center", "right"][Math.round((2 * number) / (names.length - 1))];
+      brush.fillText(name, MARGIN + (bar * number) / (names.length - 1), below + 2 * LINE + 12);
+    });
+    brush.textAlign = "left";
+    const patches = [state.probe, state.query].flatMap((point) => (point ? [place(patchAt(point, grid()))] : []));
+    const words = `${NAMES[state.image]}: ${state.signed ? "cos" : "|cos|"} ${patches.length > 1 ? "of" : "with"} ${patches.join(" with ")}`;
+    brush.fillText(words, MARGIN, below + 3 * LINE + 12, left - 2 * MARGIN);
+    return made;
+  }
+
+  function save() {
+    const name = [data.models[0].name, LEADER.layers[state.step], NAMES[state.image]].join("-");
+    picture().toBlob((blob) => {
+      const link = element("a");
+      link.href = URL.createObjectURL(blob);
+      link.download = `${name.replace(/\.\w+$/, "").replace(/[^\p{L}\p{N}.=_-]+/gu, "-").slice(0, 100)}.png`;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    });
+  }
+
+  const grid = () => data.models[0].grids[layerOf(0)];
+  /** Return what is shown as a fragment of the address; patches are ROW-COLUMN of the first map, from 1. */
+  function fragment() {
+    const words = new URLSearchParams({ image: NAMES[state.image], layer: LEADER.layers[state.step] });
+    for (const [key, point] of [["patch", state.query], ["with", state.probe]]) {
+      if (point) words.set(key, [patchAt(point, grid()).row + 1, patchAt(point, grid()).column + 1].join("-"));
+    }
+    if (!state.signed) words.set("measure", "absolute");
+    if (state.stretched) words.set("contrast", "stretched");
+    if (state.overlay < 1) words.set("overlay", Math.round(100 * state.overlay));
+    return `#${words}`;
+  }
+
+  /** Show what the fragment of the address names, and the start where it names nothing that is here. */
+  function follow() {
+    const words = new URLSearchParams(location.hash.slice(1)), among = (names, key, other) => {
+      const found = names.indexOf(words.get(key));
+      return found < 0 ? other : found;
+    };
+    Object.assign(state, START, { image: among(NAMES, "image", START.image), step: among(LEADER.layers, "layer", START.step) });
+    for (const [key, part] of [["patch", "query"], ["with", "probe"]]) {
+      const found = /^(\d+)-(\d+)$/.exec(words.get(key) || "");
+      if (found) state[part] = { x: (found[2] - 0.5) / grid()[1], y: (found[1] - 0.5) / grid()[0] };
+    }
+    state.signed = words.get("measure") !== "absolute";
+    state.stretched = words.get("contrast") === "stretched";
+    if (/^\d+$/.test(words.get("overlay") || "")) state.overlay = clamp(Number(words.get("overlay")), 100) / 100;
+    refresh();
+  }
+
+  let pending;
+  function remember() {
+    clearTimeout(pending);
+    pending = setTimeout(() => { // browsers limit how often the address may change
+      try {
+        history.replaceState(null, "", fragment());
+      } catch { /* a page inside another one may have no address of its own */ }
+    }, 200);
   }
 
   let waiting = false;
@@ -321,12 +432,14 @@
     const all = panes.map((pane) => { const found = draw(pane); describe(pane, found); return found; });
     const [first] = all;
     drawCurve();
-    drawLegend(first.probe ? all.map((found) => found.pair) : []);
+    drawLegend(all);
+    remember();
     at("layer").value = LEADER.depths[state.step];
     [...at("images").children].forEach((button, image) => button.setAttribute("aria-pressed", image === state.image));
-    at("image-name").textContent = data.names[state.image];
+    at("image-name").selectedIndex = state.image;
     at("signed").setAttribute("aria-pressed", state.signed);
     at("absolute").setAttribute("aria-pressed", !state.signed);
+    at("stretch").setAttribute("aria-pressed", state.stretched);
     at("overlay").value = Math.round(100 * state.overlay);
     at("overlay-value").textContent = `${Math.round(100 * state.overlay)}\u2009%`;
     at("where").textContent = first.probe ? `${place(first.probe)}, with pinned ${place(first.query)}` : place(first.query);
@@ -349,6 +462,7 @@
   function goTo(step) { state.step = clamp(step, STEPS - 1); refresh(); }
   function choose(image) { state.image = (image + data.names.length) % data.names.length; refresh(); }
   function measure(signed) { state.signed = signed; refresh(); }
+  function stretch() { state.stretched = !state.stretched; refresh(); }
   let lastOverlay = 1;
   function toggleOverlay() {
     if (state.overlay) [lastOverlay, state.overlay] = [state.overlay, 0];
@@ -367,18 +481,19 @@
     ArrowLeft: () => step(-1, 0), ArrowRight: () => step(1, 0), ArrowUp: () => step(0, -1), ArrowDown: () => step(0, 1),
     j: () => goTo(state.step - 1), k: () => goTo(state.step + 1), Home: () => goTo(0), End: () => goTo(STEPS - 1),
     b: () => choose(state.image - 1), n: () => choose(state.image + 1),
-    p: () => pin(), c: () => measure(!state.signed), o: toggleOverlay, "?": () => at("help").showModal(),
+    p: () => pin(), c: () => measure(!state.signed), s: stretch, o: toggleOverlay, "?": () => at("help").showModal(),
   };
   document.addEventListener("keydown", (event) => {
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-    const slides = event.target.matches?.("input[type=range]") && key.length > 1; // a slider has its own arrows
+    const slides = event.target.matches?.("input[type=range], select") && key.length > 1; // they have arrows of their own
     if (event.ctrlKey || event.metaKey || event.altKey || slides || at("help").open || !(key in KEYS)) return;
     event.preventDefault();
     KEYS[key]();
     requestAnimationFrame(() => { at("spoken").textContent = panes.map((pane) => pane.canvas.getAttribute("aria-label")).join(" "); });
   });
 
-  data.names.forEach((name, image) => {
+  NAMES.forEach((name, image) => {
+    element("option", "", at("image-name")).textContent = name;
     const button = element("button", "", at("images"));
     button.type = "button";
     button.title = name;
@@ -400,9 +515,13 @@
   at("overlay").addEventListener("input", (event) => { state.overlay = event.target.value / 100; refresh(); });
   at("signed").addEventListener("click", () => measure(true));
   at("absolute").addEventListener("click", () => measure(false));
+  at("stretch").addEventListener("click", stretch);
+  at("image-name").addEventListener("change", (event) => choose(event.target.selectedIndex));
+  at("save").addEventListener("click", save);
+  window.addEventListener("hashchange", follow);
   at("pin").addEventListener("click", () => pin());
   at("open-help").addEventListener("click", () => at("help").showModal());
   for (const type of ["pointerdown", "pointermove"]) at("curve").addEventListener(type, layerByPointer);
   new ResizeObserver(refresh).observe(document.body);
-  refresh();
+  follow();
 })();

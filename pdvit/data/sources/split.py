@@ -98,6 +98,22 @@ class FileSplit(Split):
         return str(self.paths[index])
 
 
+@dataclass(frozen=True)
+class PillowSplit(Split):
+    """A split of open images."""
+
+    images: list[Image.Image]
+    labels: Tensor
+
+    def open(self, index: int) -> Image.Image:
+        """Return a copy of an image."""
+        return self.images[index].copy()
+
+    def name(self, index: int) -> str:
+        """Return the number of an image, from 0."""
+        return f"image {index}"
+
+
 def subsample(split: Split, count: int) -> Split:
     """Return at most `count` samples of a split, spread evenly."""
     if len(split) <= count:

@@ -1,3 +1,5 @@
+import re
+
 import pandas as pd
 import pytest
 
@@ -47,8 +49,9 @@ def test_onset_and_climb_begin_at_the_first_layer_from_which_p_stays_high_or_abo
 def test_in_stages_only_the_last_one_counts():
     rows = table(0.01, 0.02, 0.6, 0.4, 0.62, norm=True, tokens=[64, 64, 16, 16, 16])
     assert last_stage(rows)["layer"].tolist() == ["block 2", "block 3", "norm"]
-    sentence = "the patches collapse: P in the last stage climbs from norm on, is at or above 0.5 from norm on, and is"
-    assert verdict(rows, "measure", "train")[0] == f"{sentence} 0.620 at norm"
+    level = "the patches are alike at the end: P is 0.620 at norm (not compared with random weights)"
+    climbs = "P climbs from norm on: it ends 0.220 above its minimum"
+    assert verdict(rows, "measure", "train")[0] == f"in the last stage, {level}\nin the last stage, {climbs}"
 
 
 @pytest.mark.parametrize(
@@ -66,32 +69,33 @@ def test_a_difference_from_random_weights_has_to_be_large_and_certain(ours, rand
     assert against_random(table(0.1, ours)) is None
 
 
-COLLAPSE, TRAIN = "the patches collapse: P ", "analyze again: train"
-SIMILAR = "the patches are alike, but no more than with random weights: P "
+ALL, SOME, NONE = "patches are alike at every layer", "patches are alike at the end", "patches are not alike at the end"
+RISES, STAYS, TRAIN = "P climbs from block 1 on: it ends 0.", "P does not climb: it ends 0.", "analyze again: train"
 
 
 @pytest.mark.parametrize(
-    ("rows", "begins", "advised"),
+    ("rows", "level", "course", "advised"),
     [
-        (compared([0.1, 0.8], [0.1, 0.3]), f"{COLLAPSE}climbs from block 1 on, is at or above 0.5 from bl", TRAIN),
-        (compared([0.3, 0.6], [0.7, 0.7]), f"{COLLAPSE}climbs from block 1", TRAIN),
-        (compared([0.8, 0.8], [0.3, 0.3]), f"{COLLAPSE}does not climb with depth, is at or above 0.5 from the s", ""),
-        (compared([0.1, 0.8], [0.1, 0.9]), "the patches are alike, but less than with random weights: P climbs", ""),
-        (compared([0.1, 0.8], [0.1, 0.8]), f"{SIMILAR}climbs", "other --images"),
-        (compared([0.55, 0.65], [0.6, 0.66]), f"{SIMILAR}climbs", "other --images"),  # the climb of random weights
-        (compared([0.8, 0.8], [0.78, 0.78]), f"{SIMILAR}does not climb", "other --images"),
-        (compared([0.1, 0.3], [0.1, 0.1]), "no collapse, but patches more alike than with random", "segmentation"),
-        (compared([0.1, 0.3], [0.1, 0.6]), "no collapse: P climbs", "nothing against collapse"),
-        (outliers(0.8, 0.5), COLLAPSE, "register tokens, since patches of outlying length make up 0.30 of P"),
-        (outliers(0.8, 0.79), COLLAPSE, TRAIN),
-        (table(0.1, 0.6, 0.55, 0.777), f"{COLLAPSE}climbs from block 1 on", TRAIN),
-        # of an analysis that was stopped
-        (table(0.6, 0.62), "the patches are alike (not compared with random", "may be as alike: measure"),
-        (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0 at block 1", "--metrics norms"),
+        (compared([0.1, 0.8], [0.1, 0.3]), f"{SOME}: P is 0.800 (0.300, lower)", f"{RISES}700 (0.200, less)", TRAIN),
+        (compared([0.3, 0.6], [0.7, 0.7]), f"{SOME}: P is 0.600 (0.700, higher)", f"{RISES}300 (0.000, less)", TRAIN),
+        (compared([0.8, 0.8], [0.3, 0.3]), f"{ALL}: P is 0.800 (0.300, lower)", STAYS, TRAIN),
+        (compared([0.1, 0.8], [0.1, 0.9]), f"{SOME}: P is 0.800 (0.900, higher)", f"{RISES}700 (0.800, more)", "other"),
+        (compared([0.1, 0.8], [0.1, 0.8]), "(0.800, about as high)", f"{RISES}700 (0.700, about as much)", "other"),
+        (compared([0.55, 0.65], [0.6, 0.66]), ALL, f"{RISES}100 (0.060, about as much)", "other --images"),
+        (compared([0.8, 0.8], [0.78, 0.78]), ALL, STAYS, "other --images"),
+        (compared([0.1, 0.3], [0.1, 0.1]), f"{NONE}: P is 0.300 (0.100, lower)", RISES, "segmentation"),
+        (compared([0.1, 0.3], [0.1, 0.6]), f"{NONE}: P is 0.300 (0.600, higher)", RISES, "nothing against similar"),
+        (outliers(0.8, 0.5), "alike from block 1 to the end: P is 0.800", RISES, "outlying length make up 0.30 of P"),
+        (outliers(0.8, 0.79), "alike from block 1 to the end: P is 0.800", RISES, TRAIN),
+        (table(0.1, 0.6, 0.55, 0.777), "alike from block 1 to the end: P is 0.777 (not", RISES, TRAIN),
+        (table(0.6, 0.62), f"{ALL}: P is 0.620 (not compared with", STAYS, "may be as alike: measure"),
+        (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0", None, "--metrics norms"),
     ],
 )
-def test_verdict_and_advice(rows, begins, advised):
+def test_the_verdict_is_two_statements_each_beside_random_weights(rows, level, course, advised):
     found, advice = verdict(rows, "measure", "train")
-    assert found.startswith(begins)
+    statements = re.sub(r" at (block \d|norm)(?= \(|,)| above its minimum|random weights: ", "", found).split("\n")
+    for statement, expected in zip(statements, filter(None, (level, course)), strict=True):
+        assert expected in statement
     assert advice.startswith("to try")
     assert advised in advice

@@ -80,7 +80,10 @@ def test_the_default_learning_rate(model, head, batch, lr):
     config = resolved(model=model, data={"batch_size": batch}, diversity={"preset": "none"}, **segment)
     assert config.optim.lr == pytest.approx(lr, rel=1e-12)
     assert config.optim.min_lr == pytest.approx(lr / 1000, rel=1e-12)
+    assert config.optim.head_lr == (1e-3 if lr == 6.25e-6 else None)  # a fresh classifier on published weights
     sgd = resolved(model={"name": DEIT}, data={"batch_size": 128}, optim={"opt": "sgd"})
+    given = resolved(model={"name": DEIT, "init": DEIT}, optim={"lr": 1e-4})
+    assert given.optim.head_lr is None
     assert sgd.optim.lr == pytest.approx(1.25e-4)  # it does not adapt, so its rate scales with the batch
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import timm
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.amp import GradScaler
 
@@ -201,3 +202,22 @@ def test_the_accumulator_leaves_skipped_steps_out_and_counts_them():
     assert math.isnan(means["loss"])
     assert (skipped, in_a_row) == (1, 3)  # the row goes on over a reading
     assert read_after(1.0) == ({"loss": 1.0}, 0, 0)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_heads_have_a_learning_rate_of_their_own(layer_decay):
+    """Against the first step of Nesterov's momentum by hand (1.9 times rate and gradient) under timm's schedule."""
+    torch.manual_seed(0)
+    model = DiverseModel(timm.create_model("test_vit", num_classes=2, img_size=32))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optim = OptimConfig(opt="sgd", lr=0.1, weight_decay=0.0, layer_decay=layer_decay, head_lr=0.3)
+    optimizer = make_optimizer(model, optim)
+    CosineLRScheduler(optimizer, t_initial=10).step(0)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moved = {name: (before[name] - weight).mean().item() for name, weight in model.named_parameters()}
+    for name in ("model.head.weight", "model.head.bias", "patch_head.weight"):
+        assert moved[name] == pytest.approx(1.9 * 0.3, rel=1e-5)
+    last = len(model.inside.blocks) - 1
+    assert moved[f"model.blocks.{last}.mlp.fc1.weight"] == pytest.approx(1.9 * 0.1 * (layer_decay or 1), rel=1e-5)

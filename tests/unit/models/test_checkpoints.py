@@ -18,6 +18,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pdvit.models import checkpoints
 from pdvit.models.checkpoints import name_of, read_checkpoint
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.data.batches import tar_without_end
 from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, write
 
@@ -141,6 +142,9 @@ def test_a_lone_file_takes_the_model_that_is_named(save):
         small = timm.create_model("vit_small_patch16_224", num_classes=0, depth=1)
     small = {name: torch.zeros(value.shape) for name, value in small.state_dict().items()}
     assert "like vit_small_patch16_224" in refuse(save(small)).tip
+    (note,) = resolve_checkpoint(save(small), "vit_small_patch16_224").notes  # weights of timm have several means
+    assert "0.485, ...: --model vit_small_patch16_224.dino, or mean 0.5" in note
+    assert resolve_checkpoint(save(small), "vit_small_patch16_224.dino").notes == ()
 
 
 # Refused files.
@@ -229,7 +233,7 @@ def test_places_without_weights_are_refused(tmp_path):
     (tmp_path / "run.toml").touch()
     assert "resume" in refuse(tmp_path).tip
     np.savez(tmp_path / "x.npz", a=np.zeros(3))  # of JAX
-    assert "'.npz' is not supported" in refuse(tmp_path / "x.npz", VIT).what
+    assert "no plain vision transformer of Google's" in refuse(tmp_path / "x.npz", VIT).what
 
 
 # Names, and the network.
@@ -270,7 +274,7 @@ def test_a_folder_of_the_hub_is_read_like_any_other(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     found = load("hf-hub:somebody/model@main")
     assert (found.name, equal(found.model, make())) == ("model", True)
-    names = ["config.json", "model.safetensors", "pytorch_model.bin"]
+    names = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
     assert requests == [("somebody/model", name, "main") for name in names]
 
 

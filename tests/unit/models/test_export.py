@@ -133,7 +133,7 @@ def test_a_damaged_file_is_refused(tmp_path, files):
     content = files["model.safetensors"]
     header = 8 + int.from_bytes(content[:8], "little")
     cut = [content[:end] for end in (0, header // 2, header, -1)]  # one without tensors
-    for damaged in (*cut, content + b"\0", (2**62).to_bytes(8, "little") + content[8:], b"<html>not found</html>"):
+    for damaged in (*cut, content + b"\0", (2**62).to_bytes(8, "little") + content[8:]):
         error = refuse(write(tmp_path, {"model.safetensors": damaged}) / "model.safetensors")
         assert "the safetensors file is damaged" in error.what
         assert error.where == str(tmp_path / "model.safetensors")

@@ -70,8 +70,12 @@ def test_maps_have_one_scale_three_patches_six_layers_and_the_image_that_is_name
     assert figure.data["patch"].nunique() == 3
     assert image(figure.axes[0]).tolist() == maps["image/1"].tolist()
     assert figure.axes[0].get_title() == "dog.png"
-    scales = {axes.images[0].get_clim() for axes in figure.axes[1:7]}
-    assert scales == {(np.floor(5 * figure.data["cos"].min()) / 5, 1)}
+    low = np.floor(5 * figure.data["cos"].min()) / 5
+    unsigned = {key: abs(value) if key.startswith("cos/") else value for key, value in maps.items()}
+    for drawn, scale, bar in ((figure, (-1, 1, "RdBu_r"), low), (plot_maps(unsigned, "run"), (0, 1, "viridis"), 0)):
+        shown = [axes.images[0] for axes in drawn.axes[1:7]]
+        assert {(*it.get_clim(), it.get_cmap().name) for it in shown} == {scale}
+        assert drawn.axes[-1].get_ylim() == (bar, 1)  # the colour bar ends where the numbers end
 
 
 @pytest.mark.parametrize("named", [{"patches": [(4, 0)]}, {"patches": [(0, 4)]}, {"patches": [(-1, 0)]}, {"image": 2}])

@@ -38,6 +38,9 @@ def test_every_term_has_its_line_and_accuracy_is_in_percent(panels):
     assert set(lines) == {"class", "cosine", "mixing"}
     dashes = {(line.get_linestyle(), tuple(np.atleast_1d(line._dash_pattern[1]))) for line in panels[0].lines}
     assert len(dashes) == 3
+    (legend,) = panels[0].figure.legends  # above the panels, where it covers no line
+    assert [text.get_text() for text in legend.get_texts()] == list(lines)
+    assert panels[0].get_legend() is None
     for name, line in lines.items():
         assert line.get_xdata().tolist() == [0.5, 1.0, 2.0]
         assert line.get_ydata().tolist() == [record[name] for record in TRAIN]

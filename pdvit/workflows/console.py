@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 Batches = TypeVar("Batches", bound=Sized)
 
 
-def make_console(as_json: bool) -> "RunConsole":
+def make_console(as_json: bool, quiet: bool = False) -> "RunConsole":
     """Return the console of a command; its `stderr` is set if the command prints JSON. Only rank 0 prints."""
     from pdvit.engine.terminal import RunConsole
 
-    return RunConsole(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
+    return RunConsole(stderr=as_json, quiet=quiet or os.environ.get("RANK", "0") != "0")
 
 
-def log(console: "RunConsole", text: str, style: str | None = None) -> None:
-    """Print text without markup, highlighting, wrapping or control characters; in a terminal with rich's `style`."""
+def log(console: "RunConsole", text: str, style: str | None = None, words: bool = False) -> None:
+    """Print text without markup, highlighting or control characters; in a terminal with rich's `style`.
+
+    Lines stay whole, since commands and paths are copied; in a terminal, those of `words` break between words.
+    """
     text = "\n".join(map(printable, text.split("\n")))
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=not (words and console.is_terminal))
 
 
 def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":

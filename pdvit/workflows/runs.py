@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdvit.cli.console import log
-from pdvit.cli.options import IN_TERMS, recipe_defaults, terms_of
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.load import RESTORE
+from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
@@ -41,6 +40,7 @@ from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
+from pdvit.workflows.console import log
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,10 @@ TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
 MAX_LABEL = 60  # letters of a run's default name after the source
 # Settings that can stand in it, beside initial weights and terms.
-NAMED = ("model.", "augment.", "segment.", "optim.", "data.batch_size", "data.img", "run.seed", "run.precision")
+NAMED = (
+    *("model.", "augment.", "segment.", "optim."),
+    *("data.batch_size", "data.img", "data.mean", "data.std", "run.seed", "run.precision"),
+)
 OF_DIVERSITY = tuple(key for key in KEYS if key.startswith("diversity.") and key.partition(".")[2] not in IN_TERMS)
 
 
@@ -61,12 +64,22 @@ class Run:
     directory: RunDirectory
     changes: Mapping[str, tuple[Any, Any]] | None = None
 
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory.path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The closing numbers; empty if the run was stopped."""
+        return self.directory.read_json("summary.json", optional=True)
+
 
 def build_trainer(
     config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
 ) -> Trainer:
     """Open the data, build task and trainer, and `load` a resident set; raises UserError, and Stopped on all ranks."""
-    checkpoint = None
+    checkpoint, default = None, config.optim.head_lr is None
     if config.model.init is not None and not resumed:  # a resumed run loads its own checkpoint
         log(console, f"reading {config.model.init} ...")
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
@@ -93,12 +106,15 @@ def build_trainer(
     root = None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root))
     # Absolute paths, so that the run can be resumed and analyzed from any folder.
     config = replace(config, data=replace(config.data, source=absolute_path(config.data.source), root=root))
+    if default and checkpoint is not None and checkpoint.keeps_classifier(source.classes):  # it is not fresh
+        config = replace(config, optim=replace(config.optim, head_lr=None))
     task = task_type(config, source, device, ranks)
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"{trainer.steps.total} steps of {task.batch_size} images at a peak rate of {config.optim.lr:.3g}"
-    length += f" on {device_name(device)}{processes}"
+    heads = f" ({rate:.3g} for heads)" if (rate := config.optim.head_lr) else ""
+    length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
     unused = (f"note: {text}" for text in unused_settings(config, in_memory))

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pdvit.analysis import Analysis, cka_between, measure
 from pdvit.analysis.measure import select_metrics
 from pdvit.analysis.verdict import PUBLISHED, verdict
-from pdvit.cli.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
-from pdvit.cli.console import log, with_progress
 from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
-from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
+from pdvit.data.opening import ImageSet, open_images
 from pdvit.data.sources.split import ArraySplit
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
@@ -22,12 +20,13 @@ from pdvit.engine.terminal import RunConsole, Stopped
 from pdvit.errors import UserError, command
 from pdvit.models.layers import places_of
 from pdvit.tracking.run_directory import write_file, writing
+from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
+from pdvit.workflows.console import log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from pdvit.plots.style import Drawing, Theme
 
 T = TypeVar("T")
 RANDOM_IMAGES = 32  # for a model with random weights
@@ -89,10 +88,7 @@ class Analyzer:
         """Load a checkpoint and select its images; an error of one rank is raised on all, and Stopped."""
         with self.ranks.interruptible():
             opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.flags)
-            if self.images:
-                images = open_images(self.images)
-            else:  # the run's own images, read as the run did
-                images = held_out_images(opened.config) if opened.is_run else sample_photographs()
+            images = open_images(self.images) if self.images else opened.images
         return opened, images.subsample(self.limit)
 
     def _batches(self, opened: OpenedCheckpoint, images: ImageSet, label: str) -> "Iterator[Tensor]":
@@ -113,7 +109,8 @@ class Analyzer:
         """Return P of the same model with random weights on some of the same images."""
         loaded = opened.loaded
         with self.ranks.interruptible():
-            model = to_device(loaded.with_random_weights(), opened.loader.device, loaded.architecture)
+            model = loaded.with_random_weights().to(next(loaded.model.parameters()).dtype)
+            to_device(model, opened.loader.device, loaded.architecture)
         batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
         return measure(model, batches, "similarity", ranks=self.ranks)
 
@@ -152,10 +149,15 @@ def describe(
         "layers": "embed is the input of block 1 (with position); blocks are read before the final norm; the last row "
         f"is {last}{stages}",
         "metrics": {name: DEFINITIONS[name].text for name in dict.fromkeys(table["metric"])},
-        "notes": [*analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])],
+        "notes": [
+            *loaded.notes,
+            *analysis.notes,
+            *([] if has_p else ["no verdict, which needs P: --metrics similarity"]),
+        ],
         "stopped": stopped,
         "spread": "std and ci95 (half-width, Student's t) over images",
-        "precision": "float32",
+        "input": opened.origins,
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "device": device_name(opened.loader.device),
         "verdict": found,
         "advice": advice,
@@ -190,7 +192,9 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     for result in results:
         opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.flags)
         pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
-        models.append(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes))
+        rows = result.analysis.random
+        random = dict(zip(rows["layer"], rows["mean"], strict=True))
+        models.append(replace(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes), random=random))
     count, left_out = min(len(maps.names) for maps in models), len(bad.found)
     fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - left_out else ""
     broken = f"; {left_out} left out that do not decode" if left_out else ""
@@ -203,40 +207,3 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
         log(analyzer.console, f"explorer {note}")
     log(analyzer.console, f"written  {page}")
-
-
-def write_report(results: Sequence[CheckpointAnalysis], console: RunConsole) -> None:
-    """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
-    from pdvit.analysis.report import report_page
-    from pdvit.plots.style import DARK, LIGHT, render
-    from pdvit.tracking.environment import describe_environment
-
-    light, dark = (_report_figures(results, theme) for theme in (LIGHT, DARK))
-    figures = [(caption, render(light[caption], ".svg"), render(dark[caption], ".svg")) for caption in light]
-    file = results[0].folder / "report.html"
-    analyses = [(result.analysis.table, result.facts) for result in results]
-    with writing("the page", file):
-        write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
-    log(console, f"written  {file}")
-
-
-def _report_figures(results: Sequence[CheckpointAnalysis], theme: "Theme") -> "dict[str, Drawing]":
-    """Return the figures of everything that was measured, by caption."""
-    from pdvit.cli.plot import FIGURES, draw_figure
-    from pdvit.plots.reading import AnalyzedRun
-    from pdvit.plots.style import unique
-    from pdvit.plots.training import plot_training, read_records
-
-    analyses = zip(unique([result.name for result in results]), (result.analysis for result in results), strict=True)
-    runs = [AnalyzedRun(name, analysis.table, analysis.curves) for name, analysis in analyses]
-    two = sum(FIGURES["similarity"].fits(run) for run in runs) == 2
-    drawings: dict[str, Drawing] = {}
-    for name, figure in FIGURES.items():
-        fitting = [run for run in runs if figure.fits(run)]
-        if fitting and name != ("metrics" if two else "compare"):
-            drawings[figure.help.removesuffix(".")] = draw_figure(name, fitting, theme)
-    if trained := [Path(result.path) for result in results if (Path(result.path) / "metrics.jsonl").is_file()]:
-        caption = "Training: loss by term, validation accuracy, and P by layer over the epochs"
-        records = zip(unique([run.resolve().name for run in trained]), map(read_records, trained), strict=True)
-        drawings[caption] = plot_training(dict(records), theme)
-    return drawings

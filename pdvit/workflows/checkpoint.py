@@ -1,0 +1,150 @@
+"""A checkpoint that is opened to be run, with the preprocessing and the images of its run."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdvit.config.load import RESTORE, build, read_toml
+from pdvit.config.recipes import merge_layers
+from pdvit.config.schema import Config
+from pdvit.data.images import BadImages
+from pdvit.data.loader import LoaderConfig
+from pdvit.data.opening import ImageSet, held_out_images, sample_photographs
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.engine.device import choose_device, is_out_of_memory, set_up
+from pdvit.engine.distributed import Ranks
+from pdvit.errors import UserError
+from pdvit.models.loading import LoadedModel, check_finite, load_model
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
+from pdvit.models.segmentation.segmenter import Segmenter
+from pdvit.models.wrapper import Wrapper
+from pdvit.tasks.segmentation import sliding_windows
+from pdvit.tasks.windows import SCALES, SlidingWindowConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A model on its device, the configuration of its run (else the defaults), and the settings of its loader."""
+
+    path: Path
+    is_run: bool  # a run directory
+    loaded: LoadedModel
+    config: Config
+    loader: LoaderConfig
+    options: tuple[str, ...] = ()  # with which it is opened again
+    segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
+    origins: Mapping[str, list[str]] = field(default_factory=dict)  # what decides the tokens, by where it is from
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in evaluation mode."""
+        return self.loaded.model
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Size, crop and normalisation of the model's images."""
+        return self.loader.preprocessing
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The run's held-out images, to be read as the run did; without a run, two sample photographs."""
+        return held_out_images(self.config) if self.is_run else sample_photographs()
+
+    def windows(self, flags: Mapping[str, Any]) -> SlidingWindowConfig | None:
+        """Return the windows and views of a segmentation model; None for a classifier; raises UserError."""
+        if isinstance(self.loaded.model, Segmenter):
+            windows = sliding_windows(self.loaded.model, self.config.segment, self.loader.per_pass)
+            return replace(windows, scales=SCALES if flags["--ms"] else (1.0,), flip=flags["--flip"])
+        if used := [flag for flag, value in flags.items() if value not in (None, False)]:
+            tip = "leave it out: it is for segmentation"
+            raise UserError("the checkpoint labels images, not pixels", ", ".join(used), tip)
+        return None
+
+    def not_finite(self, images: str) -> UserError:
+        """Return the error of a model whose finite weights gave logits that are not finite for some images."""
+        precision, tip = self.config.run.precision, "the checkpoint is broken, or it is of another model"
+        if precision != "fp32":
+            tip = f"{precision} may be too narrow for it: try --precision fp32"
+        return UserError(f"the model's logits are infinite or not numbers for {images}", str(self.path), tip)
+
+
+def open_checkpoint(
+    path: Path, ranks: Ranks, model: str | None, weights: str | None, backbone: bool = False, **flags: Any
+) -> OpenedCheckpoint:
+    """Load a checkpoint to run as its run did, except for `flags` (`section_key`); or as timm's model, `backbone`."""
+    parts = {name: name.split("_", 1) for name, value in flags.items() if value is not None}
+    given = merge_layers({section: {key: flags[name]}} for name, (section, key) in parts.items())
+    recipe = path / "run.toml"
+    is_run = os.path.isdir(path) and recipe.is_file()
+    # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
+    defaults = {} if is_run else {"run": {"tf32": False}}
+    saved = read_toml(recipe, RESTORE) if is_run else {}
+    config = build(("the command's defaults", defaults), (str(recipe), saved), ("the command line", given))
+    own_settings = build(("the command line", given))
+    checkpoint = resolve_checkpoint(path, model, weights, own_settings.model, own_settings.data.img_size)
+    loaded = load_model(checkpoint, backbone)
+    if loaded.segment is not None:
+        own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
+        if flags.get("data_source") is None:  # the run's table of classes is for the run's data
+            own["classes"] = config.segment.classes
+        segment = replace(loaded.segment, **{name: value for name, value in own.items() if value is not None})
+        config = replace(config, segment=segment)
+    check_finite(loaded.model.state_dict(), str(path))
+    device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
+    if not backbone:  # `analyze` measures in exact float32
+        set_up(device, config.run)
+    to_device(loaded.model, device, str(path))
+    bare = loaded.model.inside if isinstance(loaded.model, Wrapper) else loaded.model
+    if backbone and (precision := given.get("run", {}).get("precision")):
+        loaded.model.to(DTYPES[precision])
+    preprocessing = Preprocessing.for_model(bare, own_settings.data)
+    data, bad = config.data, BadImages(skip=config.data.on_bad_image == "skip")
+    images = data.micro_batch if flags.get("data_batch_size") is None else None
+    seed, size = config.run.seed, ranks.world_size
+    loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
+    options = (*(("--model", model) if model else ()), *(("--weights", weights) if weights else ()))
+    origins = _origins(checkpoint, bare, preprocessing, own_settings, model)
+    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None, origins)
+
+
+def _origins(
+    checkpoint: ResolvedCheckpoint, model: nn.Module, images: Preprocessing, given: Config, name: str | None
+) -> dict[str, list[str]]:
+    """Return what decides the tokens, as text, by where it is from: the options, the file, or timm's default."""
+    default, found = f"timm's default for {checkpoint.architecture}", dict[str, list[str]]()
+    from_file = {*checkpoint.preprocessing, *(["img_size"] if checkpoint.arguments.get("img_size") else [])}
+    from_file |= {"img_size"} if checkpoint.image_size else set()
+    found["--model" if name else "the file"] = [checkpoint.architecture]
+    texts = {"img_size": f"{images.size} px", "interpolation": images.interpolation}
+    texts |= {key: f"{key} {' '.join(f'{value:g}' for value in getattr(images, key))}" for key in ("mean", "std")}
+    texts |= {"crop_pct": f"crop {images.crop_pct:g}"}
+    for key, text in texts.items():
+        option = getattr(given.data, key) is not None
+        found.setdefault("the options" if option else "the file" if key in from_file else default, []).append(text)
+    types = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.selected.tensors.values())
+    found.setdefault("the file", []).append(f"weights in {types.most_common(1)[0][0]}")
+    activation = next((part for path, part in model.named_modules() if path.endswith(".act")), None)
+    if activation is not None:
+        where = "the file" if "act_layer" in checkpoint.arguments else default
+        found.setdefault(where, []).append(type(activation).__name__)
+    return found
+
+
+def to_device(model: nn.Module, device: torch.device, where: str) -> nn.Module:
+    """Move a model to the device; UserError if it does not fit."""
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        tip = "choose another --device, or end what else runs on it"
+        raise UserError(f"the model does not fit in the memory of {device}", where, tip) from error

@@ -1,0 +1,188 @@
+"""The calls from Python and notebooks: `pdvit.load`, `analyze`, `explore`, `token_maps` and `train`."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from pdvit.analysis import Analysis, measure
+from pdvit.analysis.explorer import MAX_IMAGES, explorer_page, read_maps
+from pdvit.analysis.measure import BATCH_SIZE, WHERE, Names, batches, inference
+from pdvit.analysis.metrics.group import Patches
+from pdvit.config.load import build, read_toml, to_dict
+from pdvit.config.schema import KEYS, Config
+from pdvit.data.images import BadImages
+from pdvit.data.opening import ImageSet, open_images, sample_photographs
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.sources.split import PillowSplit
+from pdvit.definitions import DEFAULT
+from pdvit.engine.distributed import SINGLE_PROCESS
+from pdvit.engine.terminal import RunConsole, stop_on_signals
+from pdvit.errors import UserError, closest
+from pdvit.models.families import WRAPPERS, image_model_of
+from pdvit.models.layers import Layer, evaluating, find_layers, watch
+from pdvit.models.loading import LoadedModel
+from pdvit.workflows.analyze_run import RANDOM_IMAGES
+from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
+from pdvit.workflows.runs import Run, start, train_to_end
+
+LIMIT = 256  # images that are read from files or a source, as in `pdvit analyze`
+Model = nn.Module | OpenedCheckpoint | str | Path
+
+
+def load(
+    checkpoint: str | Path, model: str | None = None, weights: str | None = None, device: str = "auto"
+) -> OpenedCheckpoint:
+    """Return a checkpoint as `pdvit analyze` opens it, with its timm `model`, `preprocessing` and `images`.
+
+    `model` is timm's name if the file has none; `weights` is `raw` or `ema` if it has both. Raises UserError.
+    """
+    path = Path(os.path.expanduser(checkpoint))
+    return open_checkpoint(path, SINGLE_PROCESS, model, weights, backbone=True, run_device=device)
+
+
+def analyze(
+    model: Model,
+    images: Any = None,
+    metrics: Names = DEFAULT,
+    name: str = "",
+    blocks: str | Sequence[nn.Module] | None = None,
+    prefix_tokens: int = 0,
+    norm: str = "",
+) -> Analysis:
+    """Measure the patch tokens of every layer of a vision transformer, in evaluation mode.
+
+    Args:
+        model: a checkpoint, a model of timm, transformers, torchvision or open_clip, or any other with `blocks`.
+        images: normalised images `(B, 3, H, W)`, or a loader of them (in tuples, or tables with `pixel_values`);
+            for a checkpoint or timm model also images of Pillow, files, folders or a source. By default those of the
+            checkpoint, or two photographs.
+        metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
+        name: content of the `model` column.
+        blocks: the blocks, as a list or the path of one, such as `encoder.layers`. The first tensor `(B, T, D)` that
+            they return has the tokens.
+        prefix_tokens: number of tokens in front of the patches (class, registers), with `blocks`.
+        norm: path of the norm over all tokens after the last block, with `blocks`.
+
+    Returns:
+        An analysis. Its `table` has a row per layer and metric, with the columns model, layer, depth (0 for the input
+        of the first block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single
+        image), images, and tokens (patches per image). If a checkpoint reads its images, P of random weights is added.
+    """
+    layout: dict[str, Any] = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
+    network, images, loaded = _open(model, images)
+    name = name or (loaded.name if loaded else "model")
+    analysis = measure(network, _batches(network, images), metrics, name, **layout)
+    if loaded and isinstance(images, ImageSet) and analysis.verdict:
+        random = loaded.with_random_weights().to(next(network.parameters()).device)
+        few = _batches(network, images.subsample(RANDOM_IMAGES))
+        analysis = analysis.with_random(measure(random, few, "similarity", **layout))
+    return analysis
+
+
+@dataclass(frozen=True)
+class ExplorerPage:
+    """The patch explorer as a page, which a notebook shows inline."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self.html)}" width="100%" height="780" style="border: 0"></iframe>'
+
+
+def explore(model: Model, images: Any = None, name: str = "", **layout: Any) -> ExplorerPage:
+    """Return the patch explorer for up to 8 images, with the arguments of `analyze`."""
+    network, images, loaded = _open(model, images, MAX_IMAGES)
+    name = name or (loaded.name if loaded else "model")
+    if isinstance(images, ImageSet):
+        own = _preprocessing_of(network)
+        maps = read_maps(network, images.pixels(own, BadImages()), own.normalise, name, **layout)
+    else:
+        inputs = chain.from_iterable(batches(images, next(network.parameters())))
+        named = ((f"image {number}", image) for number, image in enumerate(inputs))
+        maps = read_maps(network, named, lambda batch: batch, name, **layout)
+        for at, image in enumerate(maps.images):  # normalised: shown from black to white
+            maps.images[at] = (255 * (image - image.min()) / max(np.ptp(image), 1e-9)).astype(np.uint8)
+    return ExplorerPage(explorer_page([maps], []))
+
+
+def token_maps(model: Model, images: Any = None, **layout: Any) -> dict[str, Tensor]:
+    """Return the patch tokens of every layer as maps `(B, rows, columns, D)`, on the CPU; arguments as in `analyze`."""
+    network, images, _ = _open(model, images)
+    network, places = find_layers(network, **layout, where=WHERE)
+    maps: dict[str, list[Tensor]] = {layer.name: [] for layer in places}
+
+    def visit(layer: Layer, tokens: Tensor) -> None:
+        grid = Patches(tokens, (batch.shape[-2], batch.shape[-1])).grid
+        maps[layer.name].append(tokens.unflatten(1, grid).cpu())
+
+    with evaluating(network), watch(places, visit):
+        for batch in _batches(network, images):
+            with inference(network, batch):
+                network(batch)
+    return {layer: torch.cat(parts) for layer, parts in maps.items()}
+
+
+def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Run:
+    """Train as `pdvit train` does, and return the run, with its `path` and `summary`.
+
+    `config` is a configuration, its table or TOML file; settings are called as the flags: `batch_size=64, cosine=1`.
+    Raises UserError before anything is written, and RunFailed.
+    """
+    flags = {key.flags[0].partition("/")[0].lstrip("-").replace("-", "_"): key for key in KEYS.values() if key.flags}
+    given: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if name not in flags:
+            raise UserError(f"there is no setting '{name}'", "pdvit.train(...)", closest(name, flags))
+        given.setdefault(flags[name].section, {})[flags[name].name] = str(value) if isinstance(value, Path) else value
+    base = read_toml(Path(config)) if isinstance(config, str | Path) else config or {}
+    base = to_dict(base) if isinstance(base, Config) else base
+    with stop_on_signals() as stop:
+        forced = False if RunConsole().is_jupyter else None  # lines without a bar and colours, in one output of a cell
+        quiet = os.environ.get("RANK", "0") != "0"
+        console = RunConsole(force_jupyter=forced, force_terminal=forced, quiet=quiet)
+        run = start(build(("config", base), ("pdvit.train(...)", given)), console, stop)
+        train_to_end(lambda *_: run, console, stop)
+    return run
+
+
+def _open(model: Model, images: Any, limit: int = LIMIT) -> tuple[nn.Module, Any, LoadedModel | None]:
+    """Return a model, images (those that are no tensors as a set of at most `limit`), and the opened checkpoint."""
+    opened = load(model) if isinstance(model, str | Path) else model
+    if images is None:
+        images = opened.images if isinstance(opened, OpenedCheckpoint) else sample_photographs()
+    listed: Any = [images] if isinstance(images, str | Path | Image) else images
+    if isinstance(listed, Sequence) and listed and isinstance(listed[0], Image):
+        images = ImageSet("images", PillowSplit(list(listed), torch.zeros(len(listed))))
+    elif isinstance(listed, Sequence) and listed and isinstance(listed[0], str | Path):
+        images = open_images([str(name) for name in listed])
+    images = images.subsample(limit) if isinstance(images, ImageSet) else images
+    return (opened.model, images, opened.loaded) if isinstance(opened, OpenedCheckpoint) else (opened, images, None)
+
+
+def _batches(model: nn.Module, images: Any) -> Iterator[Tensor]:
+    """Yield batches of the model's input `(B, C, H, W)`."""
+    if isinstance(images, ImageSet):
+        own = _preprocessing_of(model)
+        pixels = (pixels for _, pixels in images.pixels(own, BadImages()))
+        while part := list(islice(pixels, BATCH_SIZE)):
+            yield own.normalise(torch.stack(part)).to(next(model.parameters()))
+    else:
+        yield from batches(images, next(model.parameters()))
+
+
+def _preprocessing_of(model: nn.Module) -> Preprocessing:
+    """Return the preprocessing of a timm model; UserError for another, which does not say."""
+    bare = image_model_of(model, WRAPPERS)
+    if not hasattr(bare, "pretrained_cfg"):
+        what = f"a {type(model).__name__} does not say how its images are prepared"
+        raise UserError(what, WHERE, "pass tensors, such as processor(images, return_tensors='pt')")
+    return Preprocessing.for_model(bare)

@@ -1,0 +1,110 @@
+"""The calls from Python, against the commands and against timm's own preprocessing."""
+
+import html
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import pdvit
+from pdvit.cli import run as command
+from pdvit.errors import UserError
+from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+
+
+def test_a_checkpoint_is_analyzed_as_the_command_does(run_copy, monkeypatch):
+    monkeypatch.chdir(run_copy.parent)
+    assert command(["analyze", str(run_copy), "--device", "cpu"]) == 0
+    facts = json.loads((run_copy / "analysis" / "analysis.json").read_text())
+    opened = pdvit.load(run_copy, device="cpu")
+    for found in (pdvit.analyze(opened), pdvit.analyze(str(run_copy))):
+        pd.testing.assert_frame_equal(found.table, pd.read_csv(run_copy / "analysis.csv"), rtol=1e-4, atol=1e-5)
+        assert found.verdict == facts["verdict"]
+        assert len(found.random) == len(found.layers)
+    assert html.unescape(found._repr_html_().partition("</p><table")[0][3:]).split("<br>") == found.verdict.split("\n")
+    assert found["mean"].equals(found.table["mean"])  # as the table that an analysis once was
+    assert found.groupby("metric").ngroups == 8
+    assert (len(opened.images.split), opened.preprocessing.size) == (360, 32)
+    assert pdvit.analyze(opened, torch.randn(2, 3, 32, 32)).random.empty
+
+
+def test_images_are_prepared_as_timm_does(model, image_folder):
+    files = sorted((image_folder / "val").rglob("*.png"))
+    opened = [Image.open(file) for file in files]
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
+    transform = timm.data.create_transform(**config, is_training=False)
+    tensors = torch.stack([transform(image.convert("RGB")) for image in opened])
+    expected = pdvit.analyze(model, tensors).table
+    ways = [opened, files, str(image_folder / "val"), {"pixel_values": tensors}, tensors.double()]
+    ways += [[{"pixel_values": part, "labels": 0} for part in tensors.split(2)], DataLoader(tensors, batch_size=4)]
+    for images in ways:
+        pd.testing.assert_frame_equal(pdvit.analyze(model, images).table, expected, rtol=1e-4, atol=1e-6)
+    assert set(pdvit.analyze(model, opened[0]).table["images"]) == {1}
+    assert set(pdvit.analyze(model).table["images"]) == {2}  # photographs
+
+
+def test_token_maps_have_the_tokens_of_a_layer_on_its_grid(model):
+    images, seen = torch.randn(3, 3, 32, 32), []
+    handle = model.blocks[0].register_forward_hook(lambda _, __, output: seen.append(output))
+    maps = pdvit.token_maps(model, images.split(2))
+    handle.remove()
+    assert list(maps) == ["embed", "block 1", "block 2", "norm"]
+    assert torch.equal(maps["block 1"], torch.cat(seen)[:, 1:].reshape(3, 4, 4, 24))
+
+
+def test_the_explorer_is_a_page_in_a_frame(model):
+    for images, names in ((None, ["china.jpg", "flower.jpg"]), (torch.randn(2, 3, 32, 32), ["image 0", "image 1"])):
+        page = pdvit.explore(model, images)
+        (frame,) = re.findall(r'srcdoc="([^"]*)"', page._repr_html_())
+        assert html.unescape(frame) == page.html
+        assert all(name in page.html for name in names)
+
+
+def test_plots_return_axes_with_the_numbers(model):
+    found = pdvit.analyze(model, torch.randn(3, 3, 32, 32), "similarity")
+    _, axes = plt.subplots()
+    assert found.plot(ax=axes) is axes
+    both = pdvit.plots.similarity(found, found.table.assign(model="<b>"))
+    for line in (axes.lines[0], *both.lines):
+        np.testing.assert_array_equal(line.get_ydata(), found.table["mean"])
+    assert [text.get_text() for text in both.get_legend().get_texts()] == ["model", "<b>"]
+    plt.close("all")
+
+
+def test_training_is_that_of_the_command(tmp_path, digits_run):
+    settings = {"depth": 2, "width": 16, "heads": 1, "patch_size": 8, "device": "cpu"}
+    assert [f"--{name.replace('_', '-')}" for name in settings] == TINY[::2]
+    run = pdvit.train({"optim": {"epochs": "1"}}, **settings, tf32=False, epochs=2, batch_size=128, out=tmp_path / "a")
+    for name in ("model.safetensors", "run.toml"):
+        assert (run.path / name).read_text("latin") == (digits_run / name).read_text("latin")
+    assert run.summary["split"] == "test"
+
+
+def test_errors_are_three_lines(model):
+    calls = {
+        "did you mean 'epochs'": lambda: pdvit.train(epoch=3),
+        "optim.lr": lambda: pdvit.train(lr="high"),
+        "no such checkpoint": lambda: pdvit.load("x.safetensors"),
+        "no such image": lambda: pdvit.analyze(model, "x.png"),
+        "does not say how": lambda: pdvit.analyze(torchvision.models.vit_b_32(), Image.new("RGB", (50, 50))),
+    }
+    for text, call in calls.items():
+        with pytest.raises(UserError, match=text) as error:
+            call()
+        assert error.value._render_traceback_() == str(error.value).split("\n")
+        assert len(error.value._render_traceback_()) == 3
