@@ -92,7 +92,7 @@ def position_embeddings(graph: onnx.GraphProto) -> Tensor:
 
 
 def exported_tokens(model: onnx.ModelProto, images: Tensor) -> Tensor:
-    """Return all tokens after the final norm as ONNX Runtime computes them; images (B, 3, 224, 224) -> (B, 257, 384)."""
+    """Return all tokens after the final norm by ONNX Runtime; images (B, 3, 224, 224) -> (B, 257, 384)."""
     adds = (node for node in model.graph.node if node.op_type == "Add")
     norm = next(node for node in adds if "backbone.layernorm.bias" in node.input)
     del model.graph.output[:]
