@@ -139,9 +139,11 @@ def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens
     the path of a norm over all tokens after the last block. Raises UserError if a path leads to no modules.
     """
     found = (blocks if "*" in blocks else f"{blocks}.*") if isinstance(blocks, str) else tuple(blocks)
-    for path in (found, norm) if norm else (found,):
-        if not modules_at(model, path):
-            what, names = f"a {type(model).__name__} has no modules at '{path}'", dict(model.named_modules())
+    for path, sort in ((found, LISTS), (norm, nn.Module)):
+        if path != "" and not modules_at(model, path):
+            parts = {name: part for name, part in model.named_modules() if name and isinstance(part, sort)}
+            names = [name for name, part in parts.items() if not isinstance(part, nn.Identity)]
+            what = f"a {type(model).__name__} has no {'list of modules' if sort is LISTS else 'module'} at '{path}'"
             raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
     return Family(found, norm, None, prefix_tokens)
 

@@ -274,7 +274,8 @@ def test_a_folder_of_the_hub_is_read_like_any_other(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     found = load("hf-hub:somebody/model@main")
     assert (found.name, equal(found.model, make())) == ("model", True)
-    names = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
+    names = ["config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"]
+    names += ["model.safetensors", "pytorch_model.bin"]
     assert requests == [("somebody/model", name, "main") for name in names]
 
 

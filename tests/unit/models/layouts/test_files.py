@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import swin_transformer, vision_transformer
 
+from pdvit.config.schema import ModelConfig
 from pdvit.models.build import build_model
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.models.layouts.compare import PHOTO, check, modules_named, perturbed, prepared, random_images
 from tests.unit.models.support import SMALL, VIT, Touch, equal, load, make, refuse
 
@@ -104,6 +107,14 @@ def test_state_dicts_of_torchvision(tmp_path, build, blocks, side, prefix, crop)
     assert any("does not contain its preprocessing" in note for note in loaded.notes)
 
 
+def test_the_users_number_of_heads_leaves_the_width_of_the_file(tmp_path):
+    model = perturbed(vision_transformer.VisionTransformer(32, 8, 2, 4, 64, 128))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    found = resolve_checkpoint(tmp_path / "weights.pth", settings=ModelConfig(heads=4))
+    images = random_images(32)
+    torch.testing.assert_close(load_model(found).model(images), model(images), rtol=0, atol=1e-4)
+
+
 def test_arrays_of_jax_as_timm_reads_them_and_no_pickles(tmp_path):
     head, mlp = "MultiHeadDotProductAttention_1", "MlpBlock_3/Dense_"
     kernels = {f"{head}/{name}": (24, 2, 12) for name in ("query", "key", "value")}
@@ -124,6 +135,11 @@ def test_arrays_of_jax_as_timm_reads_them_and_no_pickles(tmp_path):
     assert equal(loaded.model, model)
     assert loaded.model.blocks[0].attn.num_heads == 2
     assert loaded.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    hidden = {"pre_logits/bias": np.zeros(24), "pre_logits/kernel": np.zeros((24, 24))}
+    np.savez(tmp_path / "hidden.npz", **arrays | hidden)
+    without = load(tmp_path / "hidden.npz")
+    assert isinstance(without.model.head, nn.Identity)
+    assert any("no counterpart" in note for note in without.notes)
     marker = tmp_path / "marker"
     np.savez(tmp_path / "pickles.npz", **arrays | {"cls": np.array([Touch(marker)], dtype=object)})
     assert "allow_pickle=False" in refuse(tmp_path / "pickles.npz").what
