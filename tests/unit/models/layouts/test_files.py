@@ -103,6 +103,7 @@ def test_state_dicts_of_torchvision(tmp_path, build, blocks, side, prefix, crop)
     pattern = r"features\.[1357]\.\d+" if blocks == "features" else r".*encoder_layer_\d+"
     loaded = check(tmp_path / "weights.pth", modules_named(model, pattern), random_images(side), model, prefix)
     config = loaded.model.pretrained_cfg
+    assert loaded.model.num_classes == (1000 if side == 224 else 3)
     assert (config["crop_pct"], config["mean"]) == (crop, (0.485, 0.456, 0.406))
     assert any("does not contain its preprocessing" in note for note in loaded.notes)
 
