@@ -141,8 +141,7 @@ def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens
     found = (blocks if "*" in blocks else f"{blocks}.*") if isinstance(blocks, str) else tuple(blocks)
     for path, sort in ((found, LISTS), (norm, nn.Module)):
         if path != "" and not modules_at(model, path):
-            parts = {name: part for name, part in model.named_modules() if name and isinstance(part, sort)}
-            names = [name for name, part in parts.items() if not isinstance(part, nn.Identity)]
+            names = [name for name, it in model.named_modules() if isinstance(it, sort) and modules_at(model, name)]
             what = f"a {type(model).__name__} has no {'list of modules' if sort is LISTS else 'module'} at '{path}'"
             raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
     return Family(found, norm, None, prefix_tokens)

@@ -20,11 +20,7 @@ from pdvit.models import checkpoints
 from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.data.batches import tar_without_end
-from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, write
-
-
-def under(prefix, state):
-    return {prefix + name: value for name, value in state.items()}
+from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, under, write
 
 
 def arguments(model=VIT, img_size=32, model_kwargs=TINY, **more):

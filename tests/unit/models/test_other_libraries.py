@@ -95,9 +95,8 @@ def test_tokens_of_open_clip_are_its_intermediates(options):
     found = model.forward_intermediates(pictures(), output_fmt="NLC")["image_intermediates"]
     expected = {f"block {number}": tokens for number, tokens in enumerate(found, 1)}
     if not options:
-        expected["norm"] = model.forward_intermediates(pictures(), output_fmt="NLC", normalize_intermediates=True)[
-            "image_intermediates"
-        ][-1]
+        normed = model.forward_intermediates(pictures(), output_fmt="NLC", normalize_intermediates=True)
+        expected["norm"] = normed["image_intermediates"][-1]
     check(model, expected | {"embed": model._embeds(pictures())[:, 1:]})
 
 

@@ -21,7 +21,7 @@ from pdvit.models.build import build_model
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.models.layouts.compare import PHOTO, check, modules_named, perturbed, prepared, random_images
-from tests.unit.models.support import SMALL, VIT, Touch, equal, load, make, refuse
+from tests.unit.models.support import SMALL, VIT, Touch, equal, load, make, refuse, under
 
 TOWER = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
@@ -145,10 +145,6 @@ def test_arrays_of_jax_as_timm_reads_them_and_no_pickles(tmp_path):
     np.savez(tmp_path / "pickles.npz", **arrays | {"cls": np.array([Touch(marker)], dtype=object)})
     assert "allow_pickle=False" in refuse(tmp_path / "pickles.npz").what
     assert not marker.exists()
-
-
-def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in state.items()}
 
 
 def chunked(state: dict[str, Tensor]) -> dict[str, Tensor]:
