@@ -144,6 +144,8 @@ def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens
             names = [name for name, it in model.named_modules() if isinstance(it, sort) and modules_at(model, name)]
             what = f"a {type(model).__name__} has no {'list of modules' if sort is LISTS else 'module'} at '{path}'"
             raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
+    if prefix_tokens < 0:
+        raise UserError(f"prefix_tokens is {prefix_tokens}", "prefix_tokens=...", "pass the number of tokens, from 0")
     return Family(found, norm, None, prefix_tokens)
 
 

@@ -51,9 +51,8 @@ def similarity(*analyses: Any, ax: Axes | None = None) -> Axes:
     """
     tables = [getattr(analysis, "table", analysis) for analysis in analyses]
     names = style.unique([str(table["model"].iloc[0]) for table in tables])
-    for name, table in zip(names, tables, strict=True):
-        if P not in set(table["metric"]):
-            raise UserError(f"the analysis of {name} has no P", "similarity(...)", f"add '{P}' to its metrics")
+    if missing := [name for name, table in zip(names, tables, strict=True) if P not in set(table["metric"])]:
+        raise UserError(f"the analysis of {missing[0]} has no P", "similarity(...)", f"add '{P}' to its metrics")
     rows = stack([AnalyzedRun(name, table) for name, table in zip(names, tables, strict=True)])
     if ax is None:
         import matplotlib.pyplot as plt  # shows figures in a notebook; it sets up its backend outside the context

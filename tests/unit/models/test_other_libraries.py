@@ -190,6 +190,7 @@ def test_wrappers_heads_and_towers_are_removed(attribute):
         (Research, {}, "can't read the patches of a Research.*blocks="),
         (Research, {"prefix_tokens": 1}, "belong to the blocks"),
         *((Research, {"blocks": path}, f"'{path}.*did you mean 'encoder.layers'") for path in ALMOST),
+        (Research, RESEARCH | {"prefix_tokens": -2}, "prefix_tokens is -2"),
         (Research, RESEARCH | {"norm": "norm"}, "no module at 'norm'.*choose from: stem"),
         (Research, {"blocks": "stem"}, r"no list of modules at 'stem\.\*'.*choose from: encoder.layers$"),
         (Research, {"blocks": []}, r"no list of modules at '\(\)'.*choose from: encoder.layers$"),
