@@ -45,10 +45,7 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
 
 
 def similarity(*analyses: Any, ax: Axes | None = None) -> Axes:
-    """Draw P by layer of analyses, or of their tables, on axes, by default new ones of pyplot; return the axes.
-
-    Raises UserError if an analysis has no P.
-    """
+    """Draw P by layer of analyses or tables on axes, by default new ones of pyplot; UserError if one has no P."""
     tables = [getattr(analysis, "table", analysis) for analysis in analyses]
     names = style.unique([str(table["model"].iloc[0]) for table in tables])
     if missing := [name for name, table in zip(names, tables, strict=True) if P not in set(table["metric"])]:

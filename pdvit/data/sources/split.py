@@ -103,7 +103,10 @@ class PillowSplit(Split):
 
     def open(self, index: int) -> Image.Image:
         """Return a copy of an image."""
-        return self.images[index].copy()
+        copied = self.images[index].copy()
+        if self.images[index].format == "TIFF":  # a copy lacks this and the tags, by which levels are read
+            vars(copied).update(format="TIFF", tag_v2=vars(self.images[index])["tag_v2"])
+        return copied
 
 
 def subsample(split: Split, count: int) -> Split:

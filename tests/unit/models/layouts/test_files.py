@@ -139,8 +139,7 @@ def test_arrays_of_jax_as_timm_reads_them_and_no_pickles(tmp_path):
     hidden = {"pre_logits/bias": np.zeros(24), "pre_logits/kernel": np.zeros((24, 24))}
     np.savez(tmp_path / "hidden.npz", **arrays | hidden)
     without = load(tmp_path / "hidden.npz")
-    assert isinstance(without.model.head, nn.Identity)
-    assert any("no counterpart" in note for note in without.notes)
+    assert (without.model.num_classes, "no counterpart" in without.notes[-1]) == (0, True)
     marker = tmp_path / "marker"
     np.savez(tmp_path / "pickles.npz", **arrays | {"cls": np.array([Touch(marker)], dtype=object)})
     assert "allow_pickle=False" in refuse(tmp_path / "pickles.npz").what
