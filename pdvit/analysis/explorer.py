@@ -72,8 +72,7 @@ def read_maps(
     layers, max_images = _fitting(counts, picture_size(first.shape[-2], first.shape[-1]), max_bytes)
     missing = [layer.name for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
-    depths = [layer.depth for layer in layers]
-    maps = Maps(name, [], [], {}, [], [], notes, depths, max(layer.depth for layer in counts))
+    maps = Maps(name, [], [], {}, [], [], notes, [it.depth for it in layers], max(it.depth for it in counts))
 
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = Patches(tokens, image_size)

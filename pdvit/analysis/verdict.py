@@ -65,7 +65,7 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
         tip = f"where single patches matter, as in segmentation: {train}"
     elif high is None:
         tip = f"nothing against similar patches; other faults: {analyze} --metrics rank,norms,attention"
-    elif (start and change == 1) or compared == 1:
+    elif change == 1 or compared == 1:
         # random weights leave the patches of plain images alike; a further climb means that they were apart before
         tip = f"reduce P, and analyze again: {train}"
     elif compared is None:

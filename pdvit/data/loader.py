@@ -359,9 +359,8 @@ def _choose(source: Source, loader: LoaderConfig, augmentation: Augmentation, se
     else:
         return size, f"all are {size[0]}x{size[1]}"
     if setting == "on":
-        raise UserError(
-            f"the images can't be kept on {device}: {problem}", "data.resident (--resident)", "use --resident off"
-        )
+        what = f"the images can't be kept on {device}: {problem}"
+        raise UserError(what, "data.resident (--resident)", "use --resident off")
     return None, problem
 
 

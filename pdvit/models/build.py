@@ -1,7 +1,7 @@
 """Build any timm model, with readable errors."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ MAX_SKETCHES = 16
 TOO_LARGE, MAX_MODULES = r"(?<![\d.])\d{7,}", 20_000
 
 
-def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
-    """Return timm's arguments of a resolved configuration; a width alone keeps the width per head. Raises UserError."""
+def model_arguments(model: ModelConfig, img_size: int | None, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return timm's arguments of a resolved configuration; a width alone keeps the width per head. Raises UserError.
+
+    `base` are arguments of the model, as of a file, in which these replace others. Unset width and heads are theirs.
+    """
     assert model.name is not None, "resolve the configuration first"
     extra = model.args or {}
     sizes = {name: size for name, key in SIZES.items() if (size := getattr(model, key)) is not None}
@@ -51,7 +54,7 @@ def model_arguments(model: ModelConfig, img_size: int | None) -> dict[str, Any]:
         raise UserError(f"'{taken[0]}' can't be given here", "model.args (--model-kwargs)", tip)
     width, heads = model.width, model.heads
     if width is not None or heads is not None:
-        sketch: Any = sketch_model(model.name, {})
+        sketch: Any = sketch_model(model.name, dict(base or {}))
         own_heads = getattr(getattr(sketch.blocks[0], "attn", None), "num_heads", None)
         if own_heads is None:
             where = "model.width, model.heads (--width, --heads)"

@@ -302,7 +302,7 @@ def _read_published(name: str) -> Checkpoint:
 
 
 def _download(repository: str) -> Path:
-    """Download config.json and the weights of `OWNER/NAME` or `OWNER/NAME@REVISION`; return their folder."""
+    """Download the configuration and the weights of `OWNER/NAME` or `OWNER/NAME@REVISION`; return their folder."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -314,8 +314,9 @@ def _download(repository: str) -> Path:
             fetch(CONFIG)
         except EntryNotFoundError:
             fetch(open_clip.CONFIG)
-        with suppress(EntryNotFoundError):
-            fetch(transformers.PROCESSORS[0])
+        for name in (open_clip.CONFIG, *transformers.PROCESSORS):  # some folders have the first beside config.json
+            with suppress(EntryNotFoundError):
+                fetch(name)
         for name in PREFERRED:
             with suppress(EntryNotFoundError):
                 file = Path(fetch(name))

@@ -139,10 +139,13 @@ def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens
     the path of a norm over all tokens after the last block. Raises UserError if a path leads to no modules.
     """
     found = (blocks if "*" in blocks else f"{blocks}.*") if isinstance(blocks, str) else tuple(blocks)
-    for path in (found, norm) if norm else (found,):
-        if not modules_at(model, path):
-            what, names = f"a {type(model).__name__} has no modules at '{path}'", list(dict(model.named_modules()))[1:]
+    for path, sort in ((found, LISTS), (norm, nn.Module)):
+        if path != "" and not modules_at(model, path):
+            names = [name for name, it in model.named_modules() if isinstance(it, sort) and modules_at(model, name)]
+            what = f"a {type(model).__name__} has no {'list of modules' if sort is LISTS else 'module'} at '{path}'"
             raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
+    if prefix_tokens < 0:
+        raise UserError(f"prefix_tokens is {prefix_tokens}", "prefix_tokens=...", "pass the number of tokens, from 0")
     return Family(found, norm, None, prefix_tokens)
 
 

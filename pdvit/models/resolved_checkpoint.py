@@ -70,7 +70,7 @@ def resolve_checkpoint(
         raise _unknown_architecture(checkpoint)
     architecture = model_name or str(config["architecture"])
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
-    arguments |= model_arguments(replace(settings or ModelConfig(), name=architecture), img_size)
+    arguments |= model_arguments(replace(settings or ModelConfig(), name=architecture), img_size, arguments)
     blocks = re.findall(r"\d{1,9}", f"{arguments.get('depth')} {arguments.get('depths')}")
     if sum(map(int, blocks)) > len(tensors):
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)

@@ -70,6 +70,7 @@ class DiverseModel(Wrapper):
         bare: Any = model
         classes = int(getattr(bare, "num_classes", getattr(bare, "num_labels", 0)))  # the second of transformers
         width, like = self.taps.width, next(bare.parameters())
+        outputs = classes or getattr(patch_head, "out_features", 0)
         if isinstance(patch_head, str):
             parts = ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
             classifier = getattr(bare, "get_classifier", lambda: None)()  # other libraries have no such method
@@ -91,10 +92,7 @@ class DiverseModel(Wrapper):
             self.patch_head = head = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-        elif isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (
-            classes or patch_head.out_features,
-            width,
-        ):
+        elif isinstance(patch_head, nn.Linear) and patch_head.weight.shape != (outputs, width):
             what = f"the patch head is a {patch_head}, for {classes} classes and tokens of width {width}"
             raise UserError(what, HEAD, f"pass nn.Linear({width}, {classes}), or True for a new one")
 

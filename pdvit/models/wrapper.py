@@ -76,9 +76,7 @@ def freeze(network: Wrapper, part: str) -> None:
     """
     model: Any = network.inside
     if part == BACKBONE:
-        found = model.get_classifier()  # a distilled model has two
-        heads = found if isinstance(found, tuple) else (found,)
-        frozen = {*model.parameters()} - {weight for head in heads for weight in head.parameters()}
+        frozen = {*model.parameters()} - network.head_weights()
     elif part.isdecimal():
         frozen = weights_up_to_block(model, int(part))
     else:

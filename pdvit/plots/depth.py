@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
 from pdvit.definitions import DEFINITIONS
+from pdvit.errors import UserError
 from pdvit.plots import style
 from pdvit.plots.reading import AnalyzedRun
 from pdvit.plots.style import DOUBLE, LIGHT, MARKERS, SINGLE, Drawing, Theme
@@ -44,9 +45,11 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
 
 
 def similarity(*analyses: Any, ax: Axes | None = None) -> Axes:
-    """Draw P by layer of analyses, or of their tables, on axes, by default new ones of pyplot; return the axes."""
+    """Draw P by layer of analyses or tables on axes, by default new ones of pyplot; UserError if one has no P."""
     tables = [getattr(analysis, "table", analysis) for analysis in analyses]
     names = style.unique([str(table["model"].iloc[0]) for table in tables])
+    if missing := [name for name, table in zip(names, tables, strict=True) if P not in set(table["metric"])]:
+        raise UserError(f"the analysis of {missing[0]} has no P", "similarity(...)", f"add '{P}' to its metrics")
     rows = stack([AnalyzedRun(name, table) for name, table in zip(names, tables, strict=True)])
     if ax is None:
         import matplotlib.pyplot as plt  # shows figures in a notebook; it sets up its backend outside the context

@@ -40,9 +40,9 @@ class Split(ABC):
     def open(self, index: int) -> Image.Image:
         """Return an image whose header is read and whose pixels may not be; raises the errors of its decoder."""
 
-    @abstractmethod
     def name(self, index: int) -> str:
-        """Return the location of the image, for messages."""
+        """Return the location of the image, for messages; by default its number, from 0 as everywhere."""
+        return f"image {index}"
 
     def key(self, index: int) -> str:
         """Return the name of the image without the location of the set, which may move or be packed."""
@@ -70,10 +70,6 @@ class ArraySplit(Split):
     def open(self, index: int) -> Image.Image:
         """Return an image."""
         return Image.fromarray(self.images[index].permute(1, 2, 0).cpu().numpy())
-
-    def name(self, index: int) -> str:
-        """Return the number of an image, from 0 as everywhere."""
-        return f"image {index}"
 
     def hash(self) -> str:
         """Return a hash of labels and pixels."""
@@ -107,11 +103,10 @@ class PillowSplit(Split):
 
     def open(self, index: int) -> Image.Image:
         """Return a copy of an image."""
-        return self.images[index].copy()
-
-    def name(self, index: int) -> str:
-        """Return the number of an image, from 0."""
-        return f"image {index}"
+        copied = self.images[index].copy()
+        if self.images[index].format == "TIFF":  # a copy lacks this and the tags, by which levels are read
+            vars(copied).update(format="TIFF", tag_v2=vars(self.images[index])["tag_v2"])
+        return copied
 
 
 def subsample(split: Split, count: int) -> Split:

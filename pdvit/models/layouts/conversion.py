@@ -20,6 +20,7 @@ CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130
 VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 VIT_HEADS = {1280: 16, 1408: 16, 1664: 16}
 TOKENS = ("cls_token", "reg_token", "pos_embed")
+NO_HEAD = "its head has no counterpart in timm (a hidden layer, or two tokens): left out"
 IN_MEMORY = "measure the model in memory, in Python: pdvit.analyze(model, images, blocks='encoder.layers')"
 
 
@@ -123,7 +124,7 @@ def plain_vit(
     tensors = {name: value.reshape(1, -1, width) if name in TOKENS else value for name, value in tensors.items()}
     if any("pre_logits" in name for name in tensors) or (head is not None and head.shape[1] != width):
         tensors = rename(tensors, ((r"^head\.|pre_logits", None),))
-        notes.append("its head has no counterpart in timm (a hidden layer, or two tokens): left out")
+        notes.append(NO_HEAD)
     class_token, scaled, pooled = (name in tensors for name in ("cls_token", "blocks.0.ls1.gamma", "attn_pool.latent"))
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     places = tensors["pos_embed"].shape[1]

@@ -24,6 +24,7 @@ def read(file: Path) -> Converted:
     if prefix is None or any("conv_root/" in name for name in shapes):
         raise ValueError("it is no plain vision transformer of Google's JAX code")
     side, _, _, width = shapes[f"{prefix}embedding/kernel"]
+    hidden = f"{prefix}pre_logits/bias" in shapes  # before the classifier: timm would leave out this layer alone
     places = shapes[f"{prefix}Transformer/posembed_input/pos_embedding"][1]
     arguments: dict[str, Any] = {
         "img_size": round((places - 1) ** 0.5) * side,
@@ -32,10 +33,10 @@ def read(file: Path) -> Converted:
         "depth": conversion.depth_of(shapes, rf"{prefix}Transformer/encoderblock_(\d+)/"),
         "num_heads": shapes[f"{prefix}{HEADS}"][1],
         "mlp_ratio": conversion.ratio(shapes[f"{prefix}Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias"][0], width),
-        "num_classes": shapes.get(f"{prefix}head/bias", (0,))[0],
+        "num_classes": 0 if hidden else shapes.get(f"{prefix}head/bias", (0,))[0],
     }
     model: Any = build_model("vit_base_patch16_224", arguments, str(file))
     model.load_pretrained(file)
     images = conversion.image_settings(conversion.HALF, "bicubic", 9, 10)
     config = {"architecture": "vit_base_patch16_224", "model_args": arguments, "pretrained_cfg": images}
-    return Converted(model.state_dict(), config, NOTES)
+    return Converted(model.state_dict(), config, NOTES + [conversion.NO_HEAD] * hidden)

@@ -41,7 +41,8 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     native = any(f"{it}proj" in tensors and f"{it}attn_pool.probe" not in tensors for it in prefixes)
     if file.is_file():
         with reading(file, COPY):
-            table = {**read_json(file)["model_cfg"], "images": read_json(file).get("preprocess_cfg")}
+            read = read_json(file)
+            table = {**read["model_cfg"], "images": read.get("preprocess_cfg")}
     elif native:
         notes = [f"no {CONFIG} beside it: mean, std and crop are those of OpenAI's CLIP"]
     else:

@@ -14,7 +14,7 @@ from pdvit.files import read_json, reading
 from pdvit.models.layouts import conversion
 from pdvit.models.layouts.conversion import IN_MEMORY, Converted, Rules, Tensors, join_qkv, rename
 
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second is that of a whole conversion.CLIP
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second is that of a whole CLIP
 COPY = "copy the whole folder, or download it again"
 ANCHOR = r"embeddings\.patch_embeddings?\.(?:projection\.)?weight"
 ACTIVATIONS = {
@@ -229,9 +229,5 @@ def _image_processor(folder: Path) -> tuple[dict[str, Any], int | None, list[str
         images["crop_mode"] = "squash" if "height" in edges else "center"
         number = table.get("resample", 3)
         images["interpolation"] = RESAMPLE.get(number, "bicubic")
-        notes = (
-            []
-            if number in RESAMPLE
-            else [f"resample {number} of {file.name} (of Pillow) is not supported: bicubic is used"]
-        )
-        return images, size, notes
+        note = f"resample {number} of {file.name} (of Pillow) is not supported: bicubic is used"
+        return images, size, [] if number in RESAMPLE else [note]

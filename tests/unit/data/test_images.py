@@ -18,7 +18,7 @@ from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, FileImages, try_read
 from pdvit.data.masks.table import mask_values
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources.split import FileSplit, image_size
+from pdvit.data.sources.split import FileSplit, PillowSplit, image_size
 from tests.unit.data.batches import grey_tiff
 
 PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -32,6 +32,8 @@ def read(path):
     image = attempt(path)
     assert isinstance(image, Image.Image), image
     assert image.mode == "RGB"
+    in_memory = try_read(PillowSplit([Image.open(path)], torch.tensor([0])), 0)
+    assert np.array_equal(in_memory, image)
     return image
 
 

@@ -57,6 +57,10 @@ def original_swin(model: nn.Module) -> dict[str, Tensor]:
     return weights | {f"layers.0.blocks.0.attn.{name}": value for name, value in buffers.items()}
 
 
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
 def write(folder: Path, files: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

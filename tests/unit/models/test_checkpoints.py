@@ -20,11 +20,7 @@ from pdvit.models import checkpoints
 from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.data.batches import tar_without_end
-from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, write
-
-
-def under(prefix, state):
-    return {prefix + name: value for name, value in state.items()}
+from tests.unit.models.support import SWIN, TINY, VIT, Touch, equal, load, make, original_swin, refuse, under, write
 
 
 def arguments(model=VIT, img_size=32, model_kwargs=TINY, **more):
@@ -274,7 +270,8 @@ def test_a_folder_of_the_hub_is_read_like_any_other(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     found = load("hf-hub:somebody/model@main")
     assert (found.name, equal(found.model, make())) == ("model", True)
-    names = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
+    names = ["config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json"]
+    names += ["model.safetensors", "pytorch_model.bin"]
     assert requests == [("somebody/model", name, "main") for name in names]
 
 

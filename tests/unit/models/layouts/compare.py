@@ -29,8 +29,8 @@ def perturbed(model: nn.Module, seed: int = 0) -> Any:
     return model.eval()
 
 
-def random_images(side: int) -> Tensor:
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+def random_images(side: int, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def modules_named(model: nn.Module, pattern: str) -> list[nn.Module]:

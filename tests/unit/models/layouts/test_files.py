@@ -16,9 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import swin_transformer, vision_transformer
 
+from pdvit.config.schema import ModelConfig
 from pdvit.models.build import build_model
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from tests.unit.models.layouts.compare import PHOTO, check, modules_named, perturbed, prepared, random_images
-from tests.unit.models.support import SMALL, VIT, Touch, equal, load, make, refuse
+from tests.unit.models.support import SMALL, VIT, Touch, equal, load, make, refuse, under
 
 TOWER = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
@@ -100,8 +103,17 @@ def test_state_dicts_of_torchvision(tmp_path, build, blocks, side, prefix, crop)
     pattern = r"features\.[1357]\.\d+" if blocks == "features" else r".*encoder_layer_\d+"
     loaded = check(tmp_path / "weights.pth", modules_named(model, pattern), random_images(side), model, prefix)
     config = loaded.model.pretrained_cfg
+    assert loaded.model.num_classes == (1000 if side == 224 else 3)
     assert (config["crop_pct"], config["mean"]) == (crop, (0.485, 0.456, 0.406))
     assert any("does not contain its preprocessing" in note for note in loaded.notes)
+
+
+def test_the_users_number_of_heads_leaves_the_width_of_the_file(tmp_path):
+    model = perturbed(vision_transformer.VisionTransformer(32, 8, 2, 4, 64, 128))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    found = resolve_checkpoint(tmp_path / "weights.pth", settings=ModelConfig(heads=4))
+    images = random_images(32)
+    torch.testing.assert_close(load_model(found).model(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_arrays_of_jax_as_timm_reads_them_and_no_pickles(tmp_path):
@@ -124,14 +136,14 @@ def test_arrays_of_jax_as_timm_reads_them_and_no_pickles(tmp_path):
     assert equal(loaded.model, model)
     assert loaded.model.blocks[0].attn.num_heads == 2
     assert loaded.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    hidden = {"pre_logits/bias": np.zeros(24), "pre_logits/kernel": np.zeros((24, 24))}
+    np.savez(tmp_path / "hidden.npz", **arrays | hidden)
+    without = load(tmp_path / "hidden.npz")
+    assert (without.model.num_classes, "no counterpart" in without.notes[-1]) == (0, True)
     marker = tmp_path / "marker"
     np.savez(tmp_path / "pickles.npz", **arrays | {"cls": np.array([Touch(marker)], dtype=object)})
     assert "allow_pickle=False" in refuse(tmp_path / "pickles.npz").what
     assert not marker.exists()
-
-
-def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in state.items()}
 
 
 def chunked(state: dict[str, Tensor]) -> dict[str, Tensor]:

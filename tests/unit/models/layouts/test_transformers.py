@@ -109,6 +109,7 @@ def test_p_and_logits_of_a_saved_model_are_those_of_transformers(transformers, t
     model = save(transformers, name, settings, tmp_path)
     blocks = modules_named(model, r".*\.blocks\.\d+" if "Swin" in name else BLOCKS)
     loaded = check(tmp_path, blocks, random_images(32), forward_of(model), prefix)
+    assert loaded.model.num_classes == 3 * ("ForImage" in name and "Dinov2" not in name)  # whose head reads two tokens
     assert any("no preprocessor_config.json" in note for note in loaded.notes)
     # The names that the model has in memory in version 5 differ from those of its files.
     (tmp_path / "model.safetensors").unlink()
