@@ -133,6 +133,15 @@ def test_there_is_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus,
     assert devices_of(cells, gpus, LaunchConfig(parallel=4)) == (4 * processes[1])[:4]
 
 
+def test_a_cancellation_before_the_first_cell_starts_none(workplace, monkeypatch):
+    write(workplace)
+    monkeypatch.setattr("pdvit.cli.sweep._check", lambda folder, _: pdvit(["sweep", "cancel", str(folder.path)]) or [])
+    for _ in range(2):  # the second command begins anew
+        assert pdvit(["train", "--config", "tiny.toml"]) == 75
+        assert statuses(workplace / "runs" / "tiny") == ["waiting", "waiting"]
+        assert not (workplace / "runs" / "tiny" / "jobs" / "jobs.json").exists()
+
+
 def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:
     """Start a sweep in a process group of its own."""
     line = [sys.executable, "-m", "pdvit", "train", "--config", "tiny.toml", *arguments]
