@@ -63,12 +63,8 @@ def analyze(
         from pdvit.workflows.analyze_run import Analyzer
 
         flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "run_device": device}
-        flags |= {
-            "data_on_bad_image": on_bad_image,
-            "model": model,
-            "weights": weights,
-            **checkpoint_settings(settings),
-        }
+        flags |= {"data_on_bad_image": on_bad_image, "model": model, "weights": weights}
+        flags |= checkpoint_settings(settings)
         analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **flags)
         folders = {path: results_folder(Path(path), out, "analysis") for path in paths}
         if len({*folders.values()}) < len(paths):

@@ -41,13 +41,11 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     for group in optimizer.param_groups:  # without weight decay timm includes frozen parameters
         group["params"] = [weight for weight in group["params"] if weight.requires_grad]
     if optim.head_lr is not None:
-        heads = module.head_weights()  # type: ignore[operator]
+        heads, scale = module.head_weights(), optim.head_lr / (optim.lr or optim.head_lr)  # type: ignore[operator]
         for group in list(optimizer.param_groups):  # timm's schedules multiply the rate of a group by its lr_scale
             own = [weight for weight in group["params"] if weight in heads]
             group["params"] = [weight for weight in group["params"] if weight not in heads]
-            optimizer.param_groups.append(
-                {**group, "params": own, "lr_scale": optim.head_lr / (optim.lr or optim.head_lr)}
-            )
+            optimizer.param_groups.append({**group, "params": own, "lr_scale": scale})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"{name} needs second derivatives", where, "for example adamw")
@@ -76,11 +74,8 @@ def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks
     """Return the step: as it is, under DDP, or with module and average sharded in place by FSDP2; raises UserError."""
     if run.distribute == "fsdp":
         if ranks.world_size == 1:
-            raise UserError(
-                "fsdp needs several processes",
-                "run.distribute (--distribute)",
-                "add --launcher local --gpus N, or use torchrun",
-            )
+            tip = "add --launcher local --gpus N, or use torchrun"
+            raise UserError("fsdp needs several processes", "run.distribute (--distribute)", tip)
         if run.compile:
             what = "a model that fsdp shards can't be compiled: its weights are fetched within the step"
             raise UserError(what, "run.compile (--compile)", "leave it out, or use --distribute ddp")
