@@ -63,7 +63,7 @@ def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
     scale_to_one = 1 / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1)
     if tokens.dtype == torch.float16:
         scale = torch.where(largest < torch.finfo(tokens.dtype).tiny, 0, scale)
-    return unit.mul_(scale_to_one), scale * scale_to_one
+    return unit * scale_to_one, scale * scale_to_one  # in place, torch 2.11 compiles wrong gradients
 
 
 def at_least_float32(tokens: Tensor) -> Tensor:

@@ -79,14 +79,17 @@ class Analysis:
 
         return similarity(self, ax=ax)
 
+    def _text(self) -> str:
+        return "\n".join([self.verdict, *(f"note: {note}" for note in self.notes)]).strip()
+
     def __repr__(self) -> str:
-        return f"{self.verdict}\n{self.table}"
+        return f"{self._text()}\n{self.table}"
 
     def _repr_html_(self) -> str:
         from pdvit.analysis.tables import layer_column, metric_columns
 
         columns = dict([layer_column(self.table), *(it for name in METRICS for it in metric_columns(self.table, name))])
-        lines = escape(self.verdict).replace("\n", "<br>")
+        lines = escape(self._text()).replace("\n", "<br>")
         return f"<p>{lines}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
 
     def __getitem__(self, key: Any) -> Any:

@@ -18,8 +18,8 @@ from pdvit.tracking.run_directory import RUNS
 from pdvit.version import __version__
 
 REQUIRED: tuple[str, ...] = ("torch", "torchvision", "timm", "safetensors", "typer", "rich", "pandas", "matplotlib")
-REQUIRED += ("scipy", "scikit-learn", "pillow", "psutil", "jinja2", "tomli-w", "submitit")
-REQUIRED += ("segmentation-models-pytorch",)
+REQUIRED += ("scipy", "scikit-learn", "pillow", "psutil", "jinja2", "tomli-w", "segmentation-models-pytorch")
+REQUIRED += ("submitit",)
 EXTRAS, GIB = ("tensorboard", "wandb", "trackio"), 2**30
 
 

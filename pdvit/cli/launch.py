@@ -36,7 +36,7 @@ def train_job(config: Config, run: Path, change: tuple[str, ...], stop: "StopReq
 
     with process_group():
         ranks = init_process_group(stop)
-        _check_shared(run, ranks)
+        check_shared(run, ranks)
         console = RunConsole(quiet=not ranks.main)
         if (run / "run.toml").is_file():
             return train_to_end(partial(resume, str(run), [*change]), console, stop)
@@ -44,7 +44,7 @@ def train_job(config: Config, run: Path, change: tuple[str, ...], stop: "StopReq
         return train_to_end(partial(start, new), console, stop)
 
 
-def _check_shared(run: Path, ranks: "Ranks") -> None:
+def check_shared(run: Path, ranks: "Ranks") -> None:
     """Raise UserError if a process does not see what rank 0 writes into the run directory."""
     token = ranks.all_gather(secrets.token_hex(8))[0]
     file = run / f".token-{token}"

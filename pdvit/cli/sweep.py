@@ -126,8 +126,8 @@ def _watch(
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
-            if here and (jobs.folder / CANCELLED).is_file():
-                stop.reason = stop.reason or "cancelled"
+            if here and ((jobs.folder / CANCELLED).is_file() or time.monotonic() - begun >= limit):
+                stop.reason = stop.reason or "cancelled, or the time limit"
             started = jobs.start(launch, waiting, devices) if waiting and not stop else []
             for name in started:
                 running[name] = time.monotonic()
@@ -151,8 +151,6 @@ def _watch(
                 log(console, line)
             if started or ended:
                 folder.write_table(states)
-            if time.monotonic() - begun >= limit:
-                stop.reason = stop.reason or "time limit"
             if stop and not here:
                 return
             if stop:  # each run finishes its step and saves; a job that just began may have missed a signal

@@ -74,7 +74,7 @@ def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks
     """Return the step: as it is, under DDP, or with module and average sharded in place by FSDP2; raises UserError."""
     if run.distribute == "fsdp":
         if ranks.world_size == 1:
-            tip = "add --launcher local --gpus N, or use torchrun"
+            tip = "add --launcher local --gpus N, or start with torchrun"
             raise UserError("fsdp needs several processes", "run.distribute (--distribute)", tip)
         if run.compile:
             what = "a model that fsdp shards can't be compiled: its weights are fetched within the step"

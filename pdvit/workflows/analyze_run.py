@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-
 T = TypeVar("T")
 RANDOM_IMAGES = 32  # for a model with random weights
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import chain, islice
 from pathlib import Path
@@ -62,9 +62,8 @@ def analyze(
 
     Args:
         model: a checkpoint, a model of timm, transformers, torchvision or open_clip, or any other with `blocks`.
-        images: normalised images `(B, 3, H, W)`, or a loader of them (in tuples, or tables with `pixel_values`);
-            for a checkpoint or timm model also images of Pillow, files, folders or a source. By default those of the
-            checkpoint, or two photographs.
+        images: normalised `(B, 3, H, W)`, or a loader of them (in tuples, or tables with `pixel_values`); for a timm
+            model also images of Pillow, files, folders or a source. Unset: those of the checkpoint, or two photographs.
         metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
         name: content of the `model` column.
         blocks: the blocks, as a list or the path of one, such as `encoder.layers`. The first tensor `(B, T, D)` that
@@ -73,9 +72,8 @@ def analyze(
         norm: path of the norm over all tokens after the last block, with `blocks`.
 
     Returns:
-        An analysis. Its `table` has a row per layer and metric, with the columns model, layer, depth (0 for the input
-        of the first block, L + 1 for the final norm), metric, mean, std and ci95 over images (missing for a single
-        image), images, and tokens (patches per image). If a checkpoint reads its images, P of random weights is added.
+        An analysis; docs/analyze.md has the columns of its `table`. If a checkpoint reads its images, P of random
+        weights is added.
     """
     layout: dict[str, Any] = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
     network, images, loaded = _open(model, images)
@@ -85,7 +83,7 @@ def analyze(
         random = loaded.with_random_weights().to(next(network.parameters()).device)
         few = _batches(network, images.subsample(RANDOM_IMAGES))
         analysis = analysis.with_random(measure(random, few, "similarity", **layout))
-    return analysis
+    return replace(analysis, notes=[*(loaded.notes if loaded else ()), *analysis.notes])
 
 
 @dataclass(frozen=True)
@@ -145,11 +143,13 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
         given.setdefault(flags[name].section, {})[flags[name].name] = str(value) if isinstance(value, Path) else value
     base = read_toml(Path(config)) if isinstance(config, str | Path) else config or {}
     base = to_dict(base) if isinstance(base, Config) else base
+    config = build(("config", base), ("pdvit.train(...)", given))
+    if config.launch.launcher != "none":
+        raise UserError("pdvit.train trains in this process", "launch.launcher", "submit a job with pdvit train")
     with stop_on_signals() as stop:
         forced = False if RunConsole().is_jupyter else None  # lines without a bar and colours, in one output of a cell
-        quiet = os.environ.get("RANK", "0") != "0"
-        console = RunConsole(force_jupyter=forced, force_terminal=forced, quiet=quiet)
-        run = start(build(("config", base), ("pdvit.train(...)", given)), console, stop)
+        console = RunConsole(force_jupyter=forced, force_terminal=forced, quiet=os.environ.get("RANK", "0") != "0")
+        run = start(config, console, stop)
         train_to_end(lambda *_: run, console, stop)
     return run
 

@@ -3,7 +3,6 @@
 Two GPUs of the cluster exist in name only, so that two processes of a run can be asked for: they train on the CPU.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -213,13 +212,13 @@ def test_what_slurm_refuses_is_an_error_and_the_same_command_works_afterwards(pl
     assert end_of(launch(*words)) == "COMPLETED"
 
 
-def test_a_folder_that_the_machines_do_not_share_is_named(place, monkeypatch):
+def test_a_folder_that_the_machines_do_not_share_is_named(place):
     """Root of a private mount sees a folder that slurmd does not."""
     hidden = place / "hidden"
     hidden.mkdir()
-    inner = f"mount -t tmpfs none {hidden} && {sys.executable} -m pdvit train --config tiny.toml --out {hidden}/run"
-    line = ["unshare", "--mount", "sh", "-c", f"{inner} --launcher slurm --follow"]
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    words = f"--config tiny.toml --out {hidden}/run --launcher slurm --follow"
+    line = f"mount -t tmpfs none {hidden} && {sys.executable} -m pdvit train {words} 2>&1"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", line], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 1, done.stdout
     assert "the job ended without output" in done.stdout
     assert "choose an --out on a disk that all share" in done.stdout

@@ -5,18 +5,19 @@ import re
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from pdvit.cli.launch import POLL_SECONDS
+from pdvit.cli.launch import POLL_SECONDS, check_shared
 from pdvit.config import Config
 from pdvit.config.schema import LaunchConfig
+from pdvit.engine.distributed import Ranks
 from pdvit.errors import RunFailed, UserError
 from pdvit.launch import Jobs, RunJob
 from pdvit.tracking.run_directory import RunDirectory
 from tests.docs.pages import read
-from tests.files import read_json
 
 PROGRAMS = {
     "sbatch": "/bin/cp \"$1\" sent.sh; echo 'Submitted batch job 12'",
@@ -42,12 +43,9 @@ def train(config, run, change, stop) -> int:
     """End as the name of the run says."""
     run.mkdir(exist_ok=True)
     (run / "status.json").write_text('{"status": "running", "step": 3}')
-    if run.name == "refused":
-        raise UserError("the disk is full", "here", "make room")
-    if run.name == "broken":
-        raise RunFailed("not finite", "lower")
-    if run.name == "bug":
-        raise ValueError("a\nbug")
+    errors = {"refused": UserError("the disk is full", "", ""), "broken": RunFailed("not finite", "")}
+    if run.name in ("refused", "broken", "bug"):
+        raise errors.get(run.name, ValueError("a\nbug"))
     if run.name in ("saved", "too-short", "early"):
         signal.raise_signal(signal.SIGTERM if run.name == "early" else signal.SIGUSR2)
         if run.name == "saved":
@@ -129,10 +127,8 @@ def test_what_can_not_be_submitted_is_an_error_and_leaves_no_job(slurm, workplac
 def test_a_refused_job_leaves_a_folder_as_it_was(slurm, workplace, refusal):
     (workplace / "mine" / ".git").mkdir(parents=True)
     (slurm / "sbatch").unlink()
-    for out in ("mine", "new"):
-        assert "sbatch is not here" in refusal("train", "--launcher", "slurm", "--out", out).what
+    assert "sbatch is not here" in refusal("train", "--launcher", "slurm", "--out", "mine").what
     assert [path.name for path in (workplace / "mine").iterdir()] == [".git"]
-    assert not (workplace / "new").exists()
 
 
 def test_following_ends_with_the_error_of_squeue(slurm, workplace, refusal, monkeypatch):
@@ -157,18 +153,15 @@ def test_following_ends_with_the_error_of_squeue(slurm, workplace, refusal, monk
         ("early", 75, False, "SIGTERM"),
     ],
 )
-def test_a_job_is_queued_again_after_a_signal_with_a_checkpoint_only(
-    workplace, monkeypatch, run, status, requeued, written
-):
-    for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_NTASKS": "1"}.items():
-        monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit has it
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")  # so that it is reset after the test
+def test_a_job_is_queued_again_after_a_checkpoint(workplace, monkeypatch, run, status, requeued, written):
+    names = ["MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    environment = dict.fromkeys([*names, "CUDA_VISIBLE_DEVICES"], "0")  # so that they are reset after the test
+    environment |= {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_LOCAL_NTASKS": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     signals: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: signals.append(number))  # submitit's
-    clock = iter([0.0, 1800.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock, 1800.0))
+    monkeypatch.setattr(time, "monotonic", count(0, 1800).__next__)
     try:
         with pytest.raises(SystemExit) as caught:
             RunJob(train, Config(), workplace / run, devices="3,4")()
@@ -176,8 +169,7 @@ def test_a_job_is_queued_again_after_a_signal_with_a_checkpoint_only(
         signal.signal(signal.SIGUSR2, before)
     assert (caught.value.code, bool(signals)) == (status, requeued)
     found = RunDirectory(workplace / run).read_json("status.json")
-    assert written in (found["status"], found.get("reason"))
-    assert found["step"] == 3
+    assert (written in (found["status"], found.get("reason")), found["step"]) == (True, 3)
     if run == "well":
         assert (workplace / run / "environment").read_text() == "3,4 0"
 
@@ -198,4 +190,10 @@ def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     assert found.ids()["c"][0] == "local"
     assert found.cancel() == []
     assert "Starting with JobEnvironment" in found.log("a").read_text()
-    assert read_json(workplace / "well" / "status.json")["step"] == 3
+
+
+def test_a_process_that_does_not_see_what_rank_0_writes_is_named(workplace):
+    check_shared(workplace / "run", Ranks())
+    assert list((workplace / "run").iterdir()) == []
+    with pytest.raises(UserError, match="does not see the run directory"):
+        check_shared(workplace / "run", Ranks(rank=1))  # rank 0 wrote into a folder of another machine

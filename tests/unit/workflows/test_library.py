@@ -43,6 +43,16 @@ def test_a_checkpoint_is_analyzed_as_the_command_does(run_copy, monkeypatch):
     assert pdvit.analyze(opened, torch.randn(2, 3, 32, 32)).random.empty
 
 
+def test_what_a_file_leaves_open_is_a_note_of_the_analysis(tmp_path):
+    weights = timm.create_model("vit_small_patch16_224", num_classes=3).state_dict()
+    torch.save(weights, tmp_path / "a.pth")
+    opened = pdvit.load(tmp_path / "a.pth", model="vit_small_patch16_224", device="cpu")
+    found = pdvit.analyze(opened, torch.randn(1, 3, 224, 224), "similarity")
+    assert found.notes == [*opened.loaded.notes] != []
+    assert f"note: {found.notes[0]}" in repr(found)
+    assert f"note: {html.escape(found.notes[0])}" in found._repr_html_()
+
+
 def test_images_are_prepared_as_timm_does(model, image_folder):
     files = sorted((image_folder / "val").rglob("*.png"))
     opened = [Image.open(file) for file in files]
@@ -99,6 +109,7 @@ def test_errors_are_three_lines(model):
     calls = {
         "did you mean 'epochs'": lambda: pdvit.train(epoch=3),
         "optim.lr": lambda: pdvit.train(lr="high"),
+        "trains in this process": lambda: pdvit.train(launcher="local"),
         "no such checkpoint": lambda: pdvit.load("x.safetensors"),
         "no such image": lambda: pdvit.analyze(model, "x.png"),
         "does not say how": lambda: pdvit.analyze(torchvision.models.vit_b_32(), Image.new("RGB", (50, 50))),

