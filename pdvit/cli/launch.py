@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,12 +52,12 @@ def check_shared(run: Path, ranks: "Ranks") -> None:
         run.mkdir(exist_ok=True)
         write_file(file, token)
     ranks.all_gather(None)
-    with ranks.raise_on_all_ranks():
-        if not file.is_file():
-            tip = "choose an --out on a disk that all machines share"
-            raise UserError("this machine does not see the run directory", f"{run} on {socket.gethostname()}", tip)
+    blind = [host for host in ranks.all_gather("" if file.is_file() else socket.gethostname()) if host]
     if ranks.main:
         file.unlink()
+    if blind:
+        tip = "choose an --out on a disk that all machines share"
+        raise UserError("this machine does not see the run directory", f"{run} on {blind[0]}", tip)
 
 
 def launch_run(
@@ -85,7 +86,9 @@ def launch_run(
             jobs.start(config.launch, {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
         except UserError:
             if name is None and not jobs.ids():
-                shutil.rmtree(path)
+                shutil.rmtree(jobs.folder)
+                with suppress(OSError):  # a folder that was there before can have hidden files
+                    path.rmdir()
             raise
     launcher, id_, _ = jobs.ids()[RUN]
     if console.stderr:
@@ -102,10 +105,12 @@ def _follow(jobs: "Jobs", run: Path, console: "RunConsole", stop: "StopRequest")
     file, seconds = jobs.log(RUN), POLL_SECONDS[jobs.ids()[RUN][0]]
     out = 2 if console.stderr else None
     with subprocess.Popen(["tail", "-n", "+1", "-F", file], stdout=out, stderr=subprocess.DEVNULL) as tail:
-        while RUN in jobs.states() and not stop:
-            time.sleep(seconds)
-        time.sleep(1)  # it looks once a second
-        tail.terminate()
+        try:
+            while RUN in jobs.states() and not stop:
+                time.sleep(seconds)
+            time.sleep(1)  # it looks once a second
+        finally:
+            tail.terminate()
     if stop:
         log(console, f"the job continues; its log: {file}")
         return EXIT_STOPPED

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pdvit.launch import Jobs, RunJob
     from pdvit.sweep import Cell, Folder
 
+CANCELLED = "cancelled"  # a file in the folder of the jobs, for the command that runs the sweep
 OF_THE_SWEEP = ("out", "name", "time_limit")  # keys of the whole sweep, not of its cells
 MAX_FAILURES = 10
 
@@ -76,6 +77,7 @@ def run_sweep(
     named = set(range(1, len(cells) + 1)) if chosen in (None, "failed") else numbers(chosen, len(cells))
     folder.begin(settings, table, cells)
     with jobs.locked():
+        (jobs.folder / CANCELLED).unlink(missing_ok=True)
         states = {cell.name: state.status for cell, state in folder.write_table(jobs.states())}
         if chosen == "failed":
             selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
@@ -101,6 +103,8 @@ def run_sweep(
         log(console, f"follow with  {command('sweep', 'status', folder.path)}")
         log(console, f"cancel with  {command('sweep', 'cancel', folder.path)}")
         if stop or not follow:
+            if console.stderr:
+                _list(folder, cells, jobs, console)
             return EXIT_STOPPED if stop else 0
     return _print_outcomes(folder, jobs, selected, console)
 
@@ -117,13 +121,13 @@ def _watch(
     limit: float = math.inf,
 ) -> None:
     """Log the cells as their jobs end; here, start those that wait, and end all at a stop or after `limit` seconds."""
-    from pdvit.sweep import CellState
-
-    here, told, begun, durations = launch.launcher == "local", False, time.monotonic(), list[float]()
+    here, begun, durations = launch.launcher == "local", time.monotonic(), list[float]()
     lines = {cell.name: f"cell {cell.number} of {len(cells)}: {cell.name}" for cell in cells}
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
+            if here and ((jobs.folder / CANCELLED).is_file() or time.monotonic() - begun >= limit):
+                stop.reason = stop.reason or "cancelled, or the time limit"
             started = jobs.start(launch, waiting, devices) if waiting and not stop else []
             for name in started:
                 running[name] = time.monotonic()
@@ -145,17 +149,12 @@ def _watch(
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
                     line += f"; about {duration(rest)} left"
                 log(console, line)
-                if here and state == CellState("stopped", "SIGTERM"):  # by pdvit sweep cancel
-                    stop.reason = stop.reason or "SIGTERM"
             if started or ended:
                 folder.write_table(states)
-            if time.monotonic() - begun >= limit:
-                stop.reason = stop.reason or "time limit"
             if stop and not here:
                 return
-            if stop and not told:
-                jobs.cancel()  # each run finishes its step and saves
-                told = True
+            if stop:  # each run finishes its step and saves; a job that just began may have missed a signal
+                jobs.cancel()
             time.sleep(POLL_SECONDS[launch.launcher])
     finally:
         if here:
@@ -267,4 +266,7 @@ def cancel(sweep: Place) -> None:
     from pdvit.sweep import Folder
 
     Folder(sweep).read_cells()
-    print(f"{len(Jobs(sweep).cancel())} jobs end")
+    jobs = Jobs(sweep)
+    if jobs.folder.is_dir():
+        (jobs.folder / CANCELLED).touch()
+    print(f"{len(jobs.cancel())} jobs end")

@@ -41,13 +41,11 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     for group in optimizer.param_groups:  # without weight decay timm includes frozen parameters
         group["params"] = [weight for weight in group["params"] if weight.requires_grad]
     if optim.head_lr is not None:
-        heads = module.head_weights()  # type: ignore[operator]
+        heads, scale = module.head_weights(), optim.head_lr / (optim.lr or optim.head_lr)  # type: ignore[operator]
         for group in list(optimizer.param_groups):  # timm's schedules multiply the rate of a group by its lr_scale
             own = [weight for weight in group["params"] if weight in heads]
             group["params"] = [weight for weight in group["params"] if weight not in heads]
-            optimizer.param_groups.append(
-                {**group, "params": own, "lr_scale": optim.head_lr / (optim.lr or optim.head_lr)}
-            )
+            optimizer.param_groups.append({**group, "params": own, "lr_scale": scale})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"{name} needs second derivatives", where, "for example adamw")

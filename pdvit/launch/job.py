@@ -63,7 +63,10 @@ class RunJob:
     def _train(self, stop: StopRequest, directory: RunDirectory) -> int:
         """Return the exit status; write a failure into status.json, unless the run did."""
         try:
-            return self.train(self.config, self.run, self.change, stop)
+            status = self.train(self.config, self.run, self.change, stop)
+            if status == EXIT_STOPPED and not (self.run / "run.toml").is_file():  # it was stopped before it began
+                directory.mark("stopped", stop.reason or "interrupted")
+            return status
         except KeyboardInterrupt:
             return EXIT_STOPPED
         except (UserError, RunFailed) as error:

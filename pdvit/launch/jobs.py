@@ -35,7 +35,7 @@ class Jobs:
 
     def __init__(self, owner: Path) -> None:
         self.folder = owner.resolve() / JOBS
-        self.children: list[LocalJob[Any]] = []  # submitit's jobs of this machine that this process started
+        self.children: list[LocalJob[Any]] = []  # of this process, which has to wait for them
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -64,7 +64,6 @@ class Jobs:
         if any(launcher == "slurm" for launcher, *_ in ids.values()):
             listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
             found = dict(line.split(maxsplit=1) for line in listed.splitlines())
-        found |= {job.job_id: "RUNNING" for job in self.children}
         for launcher, id_, _ in ids.values():
             with suppress(OSError):  # also those of a command that was killed
                 if launcher == "local" and os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():

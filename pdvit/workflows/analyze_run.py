@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-
 T = TypeVar("T")
 RANDOM_IMAGES = 32  # for a model with random weights
 
@@ -138,6 +137,7 @@ def describe(
     last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
     stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
     blocks = sum(name.startswith("block") for name in analysis.layers)
+    notes = [*loaded.notes, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
@@ -149,11 +149,7 @@ def describe(
         "layers": "embed is the input of block 1 (with position); blocks are read before the final norm; the last row "
         f"is {last}{stages}",
         "metrics": {name: DEFINITIONS[name].text for name in dict.fromkeys(table["metric"])},
-        "notes": [
-            *loaded.notes,
-            *analysis.notes,
-            *([] if has_p else ["no verdict, which needs P: --metrics similarity"]),
-        ],
+        "notes": notes,
         "stopped": stopped,
         "spread": "std and ci95 (half-width, Student's t) over images",
         "input": opened.origins,

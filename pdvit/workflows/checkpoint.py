@@ -141,6 +141,7 @@ def _origins(
     activation = next((part for path, part in model.named_modules() if path.endswith(".act")), None)
     if activation is not None:
         where = "the file" if "act_layer" in checkpoint.arguments else default
+        where = "the options" if "act_layer" in (given.model.args or {}) else where
         found.setdefault(where, []).append(type(activation).__name__)
     return found
 

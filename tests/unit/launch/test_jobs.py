@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pdvit.cli.launch import check_shared
+from pdvit.cli.launch import POLL_SECONDS, check_shared
 from pdvit.config import Config
 from pdvit.config.schema import LaunchConfig
 from pdvit.engine.distributed import Ranks
@@ -46,9 +46,10 @@ def train(config, run, change, stop) -> int:
     errors = {"refused": UserError("the disk is full", "", ""), "broken": RunFailed("not finite", "")}
     if run.name in ("refused", "broken", "bug"):
         raise errors.get(run.name, ValueError("a\nbug"))
-    if run.name in ("saved", "too-short"):
-        signal.raise_signal(signal.SIGUSR2)
+    if run.name in ("saved", "too-short", "early"):
+        signal.raise_signal(signal.SIGTERM if run.name == "early" else signal.SIGUSR2)
         if run.name == "saved":
+            (run / "run.toml").touch()
             (run / "checkpoints").mkdir()
             (run / "checkpoints" / "last").write_text("step-00000003")
         return 75
@@ -123,6 +124,22 @@ def test_what_can_not_be_submitted_is_an_error_and_leaves_no_job(slurm, workplac
     assert not found.ids() or broken[0] == "squeue"
 
 
+def test_a_refused_job_leaves_a_folder_as_it_was(slurm, workplace, refusal):
+    (workplace / "mine" / ".git").mkdir(parents=True)
+    (slurm / "sbatch").unlink()
+    assert "sbatch is not here" in refusal("train", "--launcher", "slurm", "--out", "mine").what
+    assert [path.name for path in (workplace / "mine").iterdir()] == [".git"]
+
+
+def test_following_ends_with_the_error_of_squeue(slurm, workplace, refusal, monkeypatch):
+    (slurm / "tail").symlink_to("/usr/bin/tail")
+    (slurm / "squeue").write_text(
+        "#!/bin/sh\n[ -e seen ] && echo 'no controller' >&2 && exit 1\n: > seen; echo 12 RUNNING"
+    )
+    monkeypatch.setitem(POLL_SECONDS, "slurm", 0.1)
+    assert refusal("train", "--launcher", "slurm", "--follow", "--out", "run").what == "no controller"
+
+
 @pytest.mark.parametrize(
     ("run", "status", "requeued", "written"),
     [
@@ -133,6 +150,7 @@ def test_what_can_not_be_submitted_is_an_error_and_leaves_no_job(slurm, workplac
         ("broken", 1, False, "not finite"),
         ("bug", 1, False, "ValueError: a bug"),
         ("cancelled", 75, False, "interrupted"),
+        ("early", 75, False, "SIGTERM"),
     ],
 )
 def test_a_job_is_queued_again_after_a_checkpoint(workplace, monkeypatch, run, status, requeued, written):
