@@ -85,7 +85,7 @@ def test_a_mistake_in_any_cell_is_found_before_the_first_begins(workplace, refus
     assert statuses(workplace / "runs" / "tiny") == ["waiting", "waiting"]
 
 
-def test_cells_are_listed_and_nothing_is_written(workplace, capsys):
+def test_cells_are_listed_and_cancelled_before_anything_is_written(workplace, capsys, monkeypatch):
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--out", "x"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -94,6 +94,9 @@ def test_cells_are_listed_and_nothing_is_written(workplace, capsys):
     listed = json.loads(capsys.readouterr().out)
     assert listed["cells"][1] == {"cell": 2, "name": "paper-seed=0", "status": "waiting", "reason": ""}
     assert [path.name for path in workplace.iterdir()] == ["tiny.toml"]
+    monkeypatch.setattr("pdvit.cli.sweep._check", lambda folder, _: pdvit(["sweep", "cancel", str(folder.path)]) or [])
+    assert pdvit(["train", "--config", "tiny.toml"]) == 75
+    assert not (workplace / "runs" / "tiny" / "jobs" / "jobs.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -131,13 +134,6 @@ def test_there_is_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus,
     cells = make_cells({}, {"run.device": devices}, "x.toml")
     assert {each: devices_of(cells, gpus, LaunchConfig(gpus=each)) for each in processes} == processes
     assert devices_of(cells, gpus, LaunchConfig(parallel=4)) == (4 * processes[1])[:4]
-
-
-def test_a_cancellation_before_the_first_cell_starts_none(workplace, monkeypatch):
-    write(workplace)
-    monkeypatch.setattr("pdvit.cli.sweep._check", lambda folder, _: pdvit(["sweep", "cancel", str(folder.path)]) or [])
-    assert pdvit(["train", "--config", "tiny.toml"]) == 75
-    assert not (workplace / "runs" / "tiny" / "jobs" / "jobs.json").exists()
 
 
 def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:
