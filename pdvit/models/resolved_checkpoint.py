@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from pdvit.config import build
@@ -76,7 +77,10 @@ def resolve_checkpoint(
         raise UserError("its configuration has more blocks than the file has tensors", where, COPY)
     sketch, section = sketch_model(architecture, arguments, where), _table(config, "pdvit", where)
     selected = select_weights(tensors, sketch.state_dict().keys(), weights, where, section.get("weights"))
-    arguments |= {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
+    inferred = {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
+    arguments |= inferred
+    told = ", ".join(f"{key} {value}" for key, value in inferred.items() if key not in ("num_classes", "img_size"))
+    notes = [*checkpoint.notes, *([f"by its tensors, other than {architecture}: {told}"] if told else [])]
     sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None
     if section.get("segment") is not None:
@@ -104,7 +108,7 @@ def resolve_checkpoint(
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         resized=img_size is not None,
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
-        notes=(*checkpoint.notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
+        notes=(*notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
     )
 
 
@@ -155,23 +159,40 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
     return sides[-2], sides[-1]
 
 
+def _is_square(count: int) -> bool:
+    """Return whether a number of patches can be that of a square grid."""
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
 def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, Any]:
-    """Return num_classes by the shape of the classifier, and img_size by that of square position embeddings."""
+    """Return arguments by shapes: classes, image size of square positions; depth, registers, pooling of a plain ViT."""
     names = [f"{name}.weight" for name in (*classifiers_of(sketch), "head")]
     heads = [tensors[name] for name in names if name in tensors]
     arguments: dict[str, Any] = {"num_classes": next((len(head) for head in heads if head.ndim in (2, 4)), 0)}
+    registers = 0
+    if isinstance(sketch, VisionTransformer):
+        registers = tensors["reg_token"].shape[1] - sketch.num_reg_tokens if "reg_token" in tensors else 0
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        whole = blocks == set(map(str, range(len(blocks))))  # otherwise some are missing
+        arguments |= {"depth": len(blocks)} if blocks and whole and len(blocks) != len(sketch.blocks) else {}
+        arguments |= {"reg_tokens": sketch.num_reg_tokens + registers} if registers else {}
+        if "fc_norm.weight" in tensors and isinstance(sketch.fc_norm, nn.Identity):
+            arguments["global_pool"] = "avg"
     own, theirs = getattr(sketch, "pos_embed", None), tensors.get("pos_embed")
     grid = getattr(getattr(sketch, "patch_embed", None), "grid_size", None)
     if isinstance(own, Tensor) and theirs is not None and grid and own.ndim == theirs.ndim == 3:
         prefix = own.shape[1] - grid[0] * grid[1]
+        prefix += registers if prefix else 0  # they have positions if the class token has one
+        if registers and _is_square(theirs.shape[1]) > _is_square(theirs.shape[1] - prefix):
+            arguments["no_embed_class"], prefix = True, 0
         prefix += not prefix and "register_tokens" in tensors  # DINOv2's class position, which timm's filter removes
         patches = theirs.shape[1] - prefix
         side = math.isqrt(max(0, patches))
-        if patches != grid[0] * grid[1] and family_of(sketch).plain and side * side != patches:
+        if patches != grid[0] * grid[1] and family_of(sketch).plain and not _is_square(patches):
             what = f"its position embeddings are those of {patches} patches, which are no square"
             tip = "put its config.json beside it, with img_size in model_args: [height, width], or name another --model"
             raise UserError(what, where, tip)
-        if side * side == patches > 0 and patches != grid[0] * grid[1]:
+        if _is_square(patches) and patches != grid[0] * grid[1]:
             arguments["img_size"] = side * int(sketch.patch_embed.patch_size[0])
     return arguments
 

@@ -138,12 +138,35 @@ def test_a_lone_file_takes_the_model_that_is_named(save):
         small = timm.create_model("vit_small_patch16_224", num_classes=0, depth=1)
     small = {name: torch.zeros(value.shape) for name, value in small.state_dict().items()}
     assert "like vit_small_patch16_224" in refuse(save(small)).tip
-    (note,) = resolve_checkpoint(save(small), "vit_small_patch16_224").notes  # weights of timm have several means
+    (_, note) = resolve_checkpoint(save(small), "vit_small_patch16_224").notes  # weights of timm have several means
     assert "0.485, ...: --model vit_small_patch16_224.dino, or mean 0.5" in note
-    assert resolve_checkpoint(save(small), "vit_small_patch16_224.dino").notes == ()
+    assert resolve_checkpoint(save(small), "vit_small_patch16_224.dino").notes[1:] == ()
 
 
 # Refused files.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"depth": 2, "img_size": 96},
+        {"reg_tokens": 3},
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "class_token": True, "depth": 3, "reg_tokens": 1},
+    ],
+)
+def test_the_tensors_tell_depth_registers_pooling_and_size(tmp_path, arguments):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **{"depth": 4, **arguments}).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    loaded = load(tmp_path / "weights.pth", "vit_tiny_patch16_224")
+    depth = f"by its tensors, other than vit_tiny_patch16_224: depth {len(model.blocks)}"
+    assert any(note.startswith(depth) for note in loaded.notes)
+    torch.testing.assert_close(loaded.model(images), model(images))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl", "", ".safetensors"])
