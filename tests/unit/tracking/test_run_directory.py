@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import RunDirectory, write_file
+from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, reserve, write_file
 from tests.files import read_records
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -21,6 +21,19 @@ def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
             RunDirectory.create(out, "unused", "")
         assert caught.value.tip.endswith(tip)
     assert not (workplace / "nowhere").exists()
+
+
+@pytest.mark.parametrize("inner", [CHECKPOINTS, JOBS])
+def test_files_of_others_and_of_a_run_without_its_settings_stay(workplace, inner):
+    """As those of a cell that lost run.toml."""
+    for name in ("notes.txt", "metrics.jsonl"):
+        write_file(workplace / "cell" / name, b"mine")
+    with pytest.raises(UserError, match="exists"):
+        reserve("cell", "x", inner)
+    assert {file.name: file.read_bytes() for file in (workplace / "cell").iterdir()} == {
+        "notes.txt": b"mine",
+        "metrics.jsonl": b"mine",
+    }
 
 
 def test_of_two_commands_one_gets_an_empty_folder(workplace):
