@@ -26,14 +26,13 @@ def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
 @pytest.mark.parametrize("inner", [CHECKPOINTS, JOBS])
 def test_files_of_others_and_of_a_run_without_its_settings_stay(workplace, inner):
     """As those of a cell that lost run.toml."""
-    for name in ("notes.txt", "metrics.jsonl"):
-        write_file(workplace / "cell" / name, b"mine")
+    cell, names = workplace / "cell", ["metrics.jsonl", "notes.txt"]
+    cell.mkdir()
+    for name in names:
+        (cell / name).write_bytes(b"mine")
     with pytest.raises(UserError, match="exists"):
         reserve("cell", "x", inner)
-    assert {file.name: file.read_bytes() for file in (workplace / "cell").iterdir()} == {
-        "notes.txt": b"mine",
-        "metrics.jsonl": b"mine",
-    }
+    assert [(file.name, file.read_bytes()) for file in sorted(cell.iterdir())] == [(name, b"mine") for name in names]
 
 
 def test_of_two_commands_one_gets_an_empty_folder(workplace):
