@@ -111,34 +111,48 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FileImages(Dataset[Sample]):
-    """The images of a split, by batches of keys (epoch, index); an augmentation crops them, in batches of one epoch."""
+class Samples(Dataset[Sample]):
+    """The samples of a split, by batches of keys (epoch, index), as `read` returns them.
+
+    With `skip` the next sound image replaces one that does not decode. It is a function of the index, and its
+    augmentation of seed, epoch and its own index, so steps can be repeated.
+    """
 
     split: Split
-    transform: Callable[[Image.Image], Tensor] = pixels_of
-    augmentation: Augmentation | None = None
-
-    def __len__(self) -> int:
-        return len(self.split)
+    read: Callable[[Any, Keys], list[Sample]]  # of the split and keys
+    skip: bool = False
 
     def __getitems__(self, keys: Keys) -> list[Sample]:
-        """Return for each key the uint8 image (or its fault), its class and its index."""
-        labels, indices = self.split.labels, [index for _, index in keys]
-        reads: list[Callable[[int], Tensor]] = [lambda i: self.transform(read_image(self.split.open(i)))] * len(keys)
-        if self.augmentation is not None:
-            (epoch,) = {epoch for epoch, _ in keys}
-            boxes = self.augmentation.crop_boxes(epoch, torch.tensor(indices))
-            reads = [partial(self._crop, self.augmentation, epoch, box) for box in boxes]
-        return [(attempt(self.split, i, read), int(labels[i]), i) for i, read in zip(indices, reads, strict=True)]
+        """Return a sample for each key; with `skip` a sound one, followed by the bad ones, to be counted."""
+        samples, bad = self.read(self.split, keys), list[Sample]()
+        for place, (epoch, index) in enumerate(keys if self.skip else ()):
+            for tried in range(1, len(self.split) + 1):
+                if not isinstance(samples[place][0], BadImage):
+                    break
+                bad.append(samples[place])
+                (samples[place],) = self.read(self.split, [(epoch, (index + tried) % len(self.split))])
+        return samples + bad
 
-    def _crop(
-        self, augmentation: Augmentation, epoch: int, crop_box: Callable[[int, int], list[int]], index: int
-    ) -> Tensor:
-        """Read an image, crop it and apply timm's transform.
 
-        A JPEG with a crop of two, four or eight times the input is decoded that much smaller; edges are rounded to it.
-        """
-        image, preprocessing = self.split.open(index), augmentation.preprocessing
+def read_whole(transform: Callable[[Image.Image], Tensor], split: Split, keys: Keys) -> list[Sample]:
+    """Return for each key the transformed image, uint8 (or its fault), its class and its index."""
+
+    def read(index: int) -> Tensor:
+        return transform(read_image(split.open(index)))
+
+    return [(attempt(split, index, read), int(split.labels[index]), index) for _, index in keys]
+
+
+def read_crops(augmentation: Augmentation, split: Split, keys: Keys) -> list[Sample]:
+    """Return for each key of one epoch the cropped image after timm's transform (or its fault), class and index.
+
+    A JPEG with a crop of two, four or eight times the input is decoded that much smaller; edges are rounded to it.
+    """
+    (epoch,), preprocessing = {epoch for epoch, _ in keys}, augmentation.preprocessing
+    boxes = augmentation.crop_boxes(epoch, torch.tensor([index for _, index in keys]))
+
+    def read(crop_box: Callable[[int, int], list[int]], index: int) -> Tensor:
+        image = split.open(index)
         width, height = image.size
         box = crop_box(*reversed(upright_size(image)))
         if (coarser := min(box[2:]) // preprocessing.size) > 1:
@@ -148,24 +162,5 @@ class FileImages(Dataset[Sample]):
         cropped = crop_pixels(pixels, scaled, preprocessing.size, preprocessing.interpolation)
         return augmentation.transform(cropped, epoch, index)
 
-
-@dataclass(frozen=True)
-class SkipBadImages(Dataset[Sample]):
-    """Training images in which the next sound image replaces one that does not decode.
-
-    It is a function of the index, and its augmentation of seed, epoch and its own index, so steps can be repeated.
-    """
-
-    images: Any
-
-    def __getitems__(self, keys: Keys) -> list[Sample]:
-        """Return a sound image for each key (epoch, index), followed by the bad ones, to be counted."""
-        samples: list[Sample] = self.images.__getitems__(keys)
-        bad: list[Sample] = []
-        for place, (epoch, index) in enumerate(keys):
-            for tried in range(1, len(self.images) + 1):
-                if not isinstance(samples[place][0], BadImage):
-                    break
-                bad.append(samples[place])
-                (samples[place],) = self.images.__getitems__([(epoch, (index + tried) % len(self.images))])
-        return samples + bad
+    reads = [(partial(read, box), index) for box, (_, index) in zip(boxes, keys, strict=True)]
+    return [(attempt(split, index, crop), int(split.labels[index]), index) for crop, index in reads]

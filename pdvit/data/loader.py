@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import count, tee
 from multiprocessing.queues import Queue
 from typing import Any
@@ -26,10 +26,10 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import BadImage, BadImages, FileImages, Keys, Sample, SkipBadImages, pixels_of, refuse_bad
+from pdvit.data.images import BadImage, BadImages, Keys, Sample, Samples, pixels_of, read_crops, read_whole, refuse_bad
 from pdvit.data.mixing import Mixing
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
@@ -123,7 +123,7 @@ def train_batches(
         chosen = ((epoch, index, index.to(loader.device, non_blocking=True)) for epoch, index in steps)
         batches = (Batch(augmentation.crop(pixels[at], epoch, index), labels[at], index) for epoch, index, at in chosen)
     else:
-        batches = from_workers(FileImages(split, augmentation=augmentation), loader, steps)
+        batches = from_workers(Samples(split, partial(read_crops, augmentation)), loader, steps)
     part = range(*loader.share(loader.batch_size))
     for step, batch in zip(count(start), batches, strict=False):
         images = augmentation(batch.images, step // per_epoch, batch.index)
@@ -152,7 +152,7 @@ def eval_batches(split: Split, loader: LoaderConfig, shared: bool = False) -> It
         raw = ((loader.preprocessing.fit(split.images[i].to(loader.device)), split.labels[i], i) for i in chunks)
     else:
         keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
-        raw = decode(FileImages(split, loader.preprocessing.evaluation()), loader, keys)
+        raw = decode(Samples(split, partial(read_whole, loader.preprocessing.evaluation())), loader, keys)
     for images, labels, index in raw:
         yield Batch(loader.preprocessing.normalise(images.to(loader.device)), labels.to(loader.device), index)
 
@@ -168,19 +168,18 @@ def step_indices(size: int, loader: LoaderConfig, start: int, mixing: Mixing | N
         yield epoch, whole[mixing.held(loader.seed, step, batch_size, part) if mixing else list(part)]
 
 
-def from_workers(data: Dataset[Sample], loader: LoaderConfig, steps: Steps) -> Iterator[Batch]:
+def from_workers(data: Samples, loader: LoaderConfig, steps: Steps) -> Iterator[Batch]:
     """Yield batches of uint8 training images that worker processes decode and crop."""
     steps, order = tee(steps)
     keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
-    if loader.bad.skip:
-        data = SkipBadImages(data)
+    data = replace(data, skip=loader.bad.skip)
     for (_, planned), raw in zip(order, decode(data, loader, keys), strict=False):
         images, labels = (tensor.to(loader.device, non_blocking=True) for tensor in raw[:2])
         replaced = (raw[2] != planned).to(loader.device, non_blocking=True) if loader.bad.skip else None
         yield Batch(images, labels, raw[2], replaced=replaced)
 
 
-def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
+def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
     """Yield decoded batches; UserError with the names of images that do not decode, RunFailed if a worker fails."""
     with _worker_errors() if loader.workers else nullcontext():
         batches = _start_workers(data, loader, keys)
@@ -192,14 +191,14 @@ def decode(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) ->
                         _note("batches go through pipes, which is slower: /dev/shm is too small")
                     images, labels, index = map(torch.as_tensor, batch)
                     yield images, labels, index
-                elif loader.processes > 1 or isinstance(data, SkipBadImages):
+                elif loader.processes > 1 or data.skip:
                     # ranks must run the same number of batches, and training needs every one
                     refuse_bad(loader.bad.found, "too many to skip: replace them")
         finally:
             del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
 
 
-def _start_workers(data: Dataset[Sample], loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
+def _start_workers(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
     """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
     workers = min(loader.workers, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
@@ -317,7 +316,7 @@ def resident(
         stored = whole if size == (preprocessing.size, preprocessing.size) else pixels_of
         for name, split in source.splits.items():
             transform = stored if name == "train" else preprocessing.evaluation()
-            images = _decoded(FileImages(split, transform), loader, name, log)
+            images = _decoded(Samples(split, partial(read_whole, transform)), loader, name, log)
             if loader.bad.found:  # skipped: their replacements are chosen step by step
                 break
             total += images.nbytes
@@ -371,16 +370,16 @@ def memory_of(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _decoded(data: FileImages, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:
+def _decoded(data: Samples, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:
     """Decode every image of a split, in order: uint8 `(N, 3, H, W)` on the host; stops at one that does not decode."""
-    keys = [[(-1, int(index)) for index in part] for part in torch.arange(len(data)).split(DECODE_BATCH)]
+    keys = [[(-1, int(index)) for index in part] for part in torch.arange(len(data.split)).split(DECODE_BATCH)]
     images = torch.empty(0, dtype=torch.uint8)
     for step, (part, _, index) in enumerate(decode(data, replace(loader, processes=1), keys)):  # every rank reads all
         if loader.bad.found:
             break
         if not step:
-            images = torch.empty(len(data), *part.shape[1:], dtype=torch.uint8)
+            images = torch.empty(len(data.split), *part.shape[1:], dtype=torch.uint8)
         elif step % LOGGED == 0:
-            log(f"decoding {name}: {step * DECODE_BATCH:,} of {len(data):,} images")
+            log(f"decoding {name}: {step * DECODE_BATCH:,} of {len(data.split):,} images")
         images[index] = part
     return images

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.images import BadImage, Keys, Sample, pixels_of
+from pdvit.data.images import BadImage, Keys, Sample, Samples, pixels_of
 from pdvit.data.loader import Batch, LoaderConfig, decode, from_workers, step_indices
 from pdvit.data.masks.split import MaskSplit, Pair, try_pair
 from pdvit.data.masks.table import IGNORED, OUTSIDE
@@ -28,26 +27,6 @@ LONGEST = 4  # longest side as a multiple of the short side; MMSegmentation: 204
 RETRIES = 10
 
 
-@dataclass(frozen=True)
-class ImageMaskPairs(Dataset[Sample]):
-    """Images with their masks as a torch data set, read by batches of keys (epoch, index)."""
-
-    split: MaskSplit
-    transform: Callable[[Pair, int, int], tuple[Tensor, Tensor]]
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, keys: Keys) -> list[Sample]:
-        """Return for each key the uint8 image (or its fault, or its mask's), its mask and its index."""
-        samples: list[Sample] = []
-        for epoch, index in keys:
-            pair = try_pair(self.split, index)
-            image, mask = (pair, 0) if isinstance(pair, BadImage) else self.transform(pair, epoch, index)
-            samples.append((image, mask, index))
-        return samples
-
-
 def train_batches(
     split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig, crop: int, start: int, hflip: float | None = None
 ) -> Generator[Batch, None, None]:
@@ -56,8 +35,9 @@ def train_batches(
     Targets are training ids, int64, 255 for pixels without a class. `hflip` None is the split's default.
     """
     flip = split.flip if hflip is None else hflip
-    pairs = ImageMaskPairs(split, TrainingTransform(segment, loader.preprocessing, crop, flip, loader.seed))
-    for batch in from_workers(pairs, loader, step_indices(len(split), loader, start)):
+    transform = TrainingTransform(segment, loader.preprocessing, crop, flip, loader.seed)
+    steps = step_indices(len(split), loader, start)
+    for batch in from_workers(Samples(split, partial(read_pairs, transform)), loader, steps):
         outside = batch.targets == OUTSIDE
         images = loader.preprocessing.normalise(batch.images).masked_fill_(outside[:, None], 0.0)
         yield replace(batch, images=images, targets=batch.targets.long().masked_fill_(outside, IGNORED))
@@ -69,13 +49,26 @@ def eval_batches(split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig)
     Targets `(1, H, W)` have the mask's own size. Ranks may have different numbers of images, or none.
     """
     keys: list[Keys] = [[(-1, index)] for index in range(*loader.share(len(split)))]
-    pairs = ImageMaskPairs(split, partial(_evaluation_pair, segment.short_side, loader.preprocessing.interpolation))
+    transform = partial(_evaluation_pair, segment.short_side, loader.preprocessing.interpolation)
+    pairs = Samples(split, partial(read_pairs, transform))
     for images, masks, index in decode(pairs, replace(loader, processes=1), keys):
         yield Batch(loader.preprocessing.normalise(images.to(loader.device)), masks.to(loader.device).long(), index)
 
 
 def _evaluation_pair(side: int | None, interpolation: str, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:
     return evaluation_pixels(pair[0], side, interpolation), pair[1]
+
+
+def read_pairs(
+    transform: Callable[[Pair, int, int], tuple[Tensor, Tensor]], split: MaskSplit, keys: Keys
+) -> list[Sample]:
+    """Return for each key (epoch, index) the transformed image, uint8 (or its fault, or its mask's), mask and index."""
+    samples: list[Sample] = []
+    for epoch, index in keys:
+        pair = try_pair(split, index)
+        image, mask = (pair, 0) if isinstance(pair, BadImage) else transform(pair, epoch, index)
+        samples.append((image, mask, index))
+    return samples
 
 
 def evaluation_pixels(image: Image.Image, side: int | None, interpolation: str) -> Tensor:

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data.augment import Augmentation
-from pdvit.data.images import BadImage, FileImages, try_read
+from pdvit.data.images import BadImage, read_crops, try_read
 from pdvit.data.masks.table import mask_values
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import FileSplit, PillowSplit, image_size
@@ -87,8 +87,7 @@ def test_images_and_masks_are_turned_as_their_exif_says(tmp_path, form, orientat
     noise.save(path, form, exif=exif, lossless=True)
     assert np.array_equal(read(path), expected)
     assert image_size(FileSplit([path], torch.tensor([0])), 0) == expected.size
-    data = training_images([path], preprocessing=replace(PLAIN, size=48), scale=(0.9, 0.9), hflip=0)
-    ((crop, _, _),), (box,) = data.__getitems__([(0, 0)]), data.augmentation.crop_boxes(0, torch.arange(1))
+    (crop,), (box,) = crops([path], replace(PLAIN, size=48), scale=(0.9, 0.9), hflip=0)
     cropped = v2.functional.resized_crop(expected, *box(*expected.size[::-1]), [48, 48])
     assert (v2.functional.pil_to_tensor(cropped).int() - crop).abs().float().mean() < 1
     if form in ("png", "tiff"):
@@ -147,10 +146,12 @@ def test_no_damage_ends_in_a_traceback(tmp_path, form):
         assert isinstance(attempt(file), Image.Image | BadImage)
 
 
-def training_images(paths, seed=3, preprocessing=PLAIN, **settings):
-    split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
-    augmentation = Augmentation.for_split(split, AugmentConfig(**settings), preprocessing, seed)
-    return FileImages(split, augmentation=augmentation)
+def crops(paths, preprocessing, **settings):
+    """Return the crops of image files, and the functions from their sizes to the boxes of these."""
+    split, index = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)), torch.arange(len(paths))
+    augmentation = Augmentation.for_split(split, AugmentConfig(**settings), preprocessing, 3)
+    samples = read_crops(augmentation, split, [(0, int(number)) for number in index])
+    return [image for image, _, _ in samples], augmentation.crop_boxes(0, index)
 
 
 def photograph(form, size):
@@ -169,16 +170,14 @@ def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, ste
     path = tmp_path / "photograph"
     path.write_bytes(photograph(form, size))
     how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
-    data = training_images([path] * 8, preprocessing=how, scale=(0.5, 0.9))
-    found = torch.stack([image for image, _, _ in data.__getitems__([(0, index) for index in range(8)])])
-    boxes = [box(*size[::-1]) for box in data.augmentation.crop_boxes(0, torch.arange(8))]
+    found, boxes = crops([path] * 8, how, scale=(0.5, 0.9))
     whole, mode = Image.open(path), v2.InterpolationMode(interpolation)
     expected = []
-    for top, left, tall, wide in boxes:
+    for top, left, tall, wide in (box(*size[::-1]) for box in boxes):
         edges = [round(edge / step) * step for edge in (top, left, top + tall, left + wide)]
         box = (*edges[:2], edges[2] - edges[0], edges[3] - edges[1])
         expected.append(v2.functional.pil_to_tensor(v2.functional.resized_crop(whole, *box, [48, 48], mode)))
-    difference = (torch.stack(expected).int() - found).abs().float()
+    difference = (torch.stack(expected).int() - torch.stack(found)).abs().float()
     assert difference.mean() < mean
     assert difference.max() <= (4 if step == 1 else 60)
 

@@ -1,16 +1,15 @@
 import multiprocessing
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import loader as module
 from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
-from pdvit.data.images import BadImage, BadImages
+from pdvit.data.images import BadImage, BadImages, Samples
 from pdvit.data.loader import _end_workers, decode, eval_batches, resident, steps_per_epoch
 from pdvit.data.mixing import MODES
 from pdvit.data.preprocessing import Preprocessing
@@ -97,16 +96,6 @@ def test_workers_that_an_error_left_end_without_another(image_files):
         signal.signal(signal.SIGCHLD, before)
 
 
-@dataclass
-class Failing(Dataset):
-    """Images whose second batch fails."""
-
-    fault: object
-
-    def __getitems__(self, keys):
-        return self.fault() if keys[0][1] else [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0)]
-
-
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -116,8 +105,11 @@ class Failing(Dataset):
     ],
 )
 def test_a_worker_that_dies_or_fails_ends_the_wait_with_its_reason(fault, reason):
+    def read(_, keys):
+        return fault() if keys[0][1] else [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0)]
+
     with pytest.raises(RunFailed, match=reason):
-        list(decode(Failing(fault), replace(LOADER, workers=2), [[(0, index)] for index in range(9)]))
+        list(decode(Samples(arrays(), read), replace(LOADER, workers=2), [[(0, index)] for index in range(9)]))
 
 
 @pytest.mark.parametrize("processes", [2, 4])
