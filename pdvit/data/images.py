@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pdvit.data.augment import Augmentation, crop_pixels
-from pdvit.data.decoding import upright, upright_size
-from pdvit.data.sources.split import Split
+from pdvit.data.sources.split import MaskSplit, Split, upright, upright_size
 from pdvit.errors import UserError, printable
 
 NAMED = 10  # images named in a message; the others are counted
@@ -24,6 +23,7 @@ RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --chang
 MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
 OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image
 Result = TypeVar("Result")
+Pair = tuple[Image.Image, Tensor]  # of an image and its mask
 Keys = list[tuple[int, int]]  # epoch and index of each image
 # A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index.
 Sample = tuple["Tensor | BadImage", int | Tensor, int]
@@ -103,6 +103,26 @@ def read_image(image: Image.Image) -> Image.Image:
 def try_read(split: Split, index: int) -> Image.Image | BadImage:
     """Decode an image of a split, or return its fault."""
     return attempt(split, index, lambda index: read_image(split.open(index)))
+
+
+def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
+    """Decode an image `(W, H)` and its mask, or return the fault of one of them."""
+    image = try_read(split, index)
+    mask = try_mask(split, index, None if isinstance(image, BadImage) else image.size)
+    if isinstance(mask, BadMask):
+        return mask
+    return image if isinstance(image, BadImage) else (image, mask)
+
+
+def try_mask(split: MaskSplit, index: int, size: tuple[int, int] | None) -> Tensor | BadMask:
+    """Decode a mask, or return its fault; `size` is width and height of its image, None if that does not decode."""
+    mask = attempt(split, index, split.mask)
+    if isinstance(mask, BadImage):
+        return BadMask(split.mask_name(index), mask.reason)
+    height, width = mask.shape
+    if size is None or size == (width, height):
+        return mask
+    return BadMask(split.mask_name(index), f"it is {width}x{height}, its image {size[0]}x{size[1]}")
 
 
 def pixels_of(image: Image.Image) -> Tensor:

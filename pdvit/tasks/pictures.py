@@ -12,9 +12,8 @@ from pdvit.config.schema import Config
 from pdvit.data.images import BadImage, try_read
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import evaluation_pixels
-from pdvit.data.masks.split import MaskSplit
 from pdvit.data.masks.table import default_palette
-from pdvit.data.sources.split import Source, Split, subsample
+from pdvit.data.sources.split import MaskSplit, Source, Split, subsample
 from pdvit.engine.device import autocast
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 

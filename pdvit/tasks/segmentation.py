@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.data.loader import Batch
 from pdvit.data.masks.batches import eval_batches, train_batches
-from pdvit.data.masks.split import MaskSplit
-from pdvit.data.sources.split import Source
+from pdvit.data.sources.split import MaskSplit, Source
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError

@@ -15,8 +15,7 @@ from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
-from pdvit.data.masks.folders import open_masks
-from pdvit.data.masks.split import check_masks
+from pdvit.data.masks.folders import check_masks, open_masks
 from pdvit.data.opening import open_source
 from pdvit.data.sources import absolute_path, run_name
 from pdvit.data.sources.split import ArraySplit, Source

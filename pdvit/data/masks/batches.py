@@ -16,12 +16,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.images import BadImage, Keys, Sample, Samples, pixels_of
+from pdvit.data.images import BadImage, Keys, Pair, Sample, Samples, pixels_of, try_pair
 from pdvit.data.loader import Batch, LoaderConfig, decode, from_workers, step_indices
-from pdvit.data.masks.split import MaskSplit, Pair, try_pair
 from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
+from pdvit.data.sources.split import MaskSplit
 
 LONGEST = 4  # longest side as a multiple of the short side; MMSegmentation: 2048 to 512
 RETRIES = 10

@@ -2,30 +2,47 @@
 
 import os
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.datasets import Cityscapes
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.images import BadImage, attempt, describe_bad, refuse_bad
-from pdvit.data.masks.scenes import read_scenes
-from pdvit.data.masks.split import Log, MaskFiles, scan_masks
+from pdvit.data.images import BadImage, BadMask, attempt, describe_bad, refuse_bad, try_mask
 from pdvit.data.masks.table import IGNORED, OUTSIDE, TIP, ClassTable, mask_values, read_table
-from pdvit.data.sources import WHERE, source_type
+from pdvit.data.sources import WHERE, first_names, source_type
+from pdvit.data.sources.digits import read_scenes
 from pdvit.data.sources.folder import MASKS, folder_names, list_images, not_read
-from pdvit.data.sources.split import HELD_OUT, SPLIT_NAMES, FileSplit, Source, Split, choose_splits, hold_out
+from pdvit.data.sources.split import (
+    HELD_OUT,
+    SPLIT_NAMES,
+    FileSplit,
+    MaskSplit,
+    Source,
+    Split,
+    choose_splits,
+    hold_out,
+    image_size,
+)
 from pdvit.errors import UserError
 from pdvit.files import read_text, reading
 
 ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
+LOGGED = 4096  # masks between two progress messages
+FIX = "mend or remove them; ids or colours outside of the table need a line in it (--classes)"
 TABLES = ("classes.tsv", "classes.csv")
-to_stderr = partial(print, file=sys.stderr)
+Log = Callable[[str], None]
+to_stderr: Log = partial(print, file=sys.stderr)
 LAYOUT = "lay it out as images/{train,val} and masks/{train,val}, or images/ and masks/ alone"
 
 
@@ -53,6 +70,30 @@ def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = to_stderr, t
         splits = hold_out(splits, data.split_seed)
         notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
+
+
+@dataclass(frozen=True)
+class MaskFiles(FileSplit, MaskSplit):
+    """Image files with mask files, which are read through one class table."""
+
+    masks: list[Path]
+    table: ClassTable
+
+    def mask(self, index: int) -> Tensor:
+        """Read the file of a mask."""
+        return self.table.read(FileSplit(self.masks, self.labels).open(index))
+
+    def mask_name(self, index: int) -> str:
+        """Return the mask's path."""
+        return str(self.masks[index])
+
+    def key(self, index: int) -> str:
+        """Return the file names of image and mask."""
+        return f"{super().key(index)}/{self.masks[index].name}"
+
+    def hash(self) -> str:
+        """Return a hash of the names and the table."""
+        return sha256(f"{super().hash()} {self.table.identity()}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -154,3 +195,62 @@ def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> Clas
 
 def _ids_in(masks: FileSplit, index: int) -> set[int] | BadImage:
     return attempt(masks, index, lambda index: set(np.unique(mask_values(masks.open(index))).tolist()))
+
+
+def check_masks(
+    source: Source,
+    every: bool,
+    workers: int,
+    log: Log,
+    share: tuple[int, int] = (0, 1),
+    gather: Callable[[Callable[[], Any]], list[dict[int, Any]]] = lambda scan: [scan()],
+) -> Source:
+    """Read mask files before the run; return the source with notes on them.
+
+    `every` reads all masks, and refuses those that ignore every pixel. Else held-out masks are read, since their faults
+    would end the run after the training, and the first training mask, since it shows a fault that all have. Classes
+    without a pixel in a split are noted. `share` is rank and number of the processes that divide the work, `gather`
+    `Ranks.gather`. Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
+    """
+    bad, notes, classes = dict[str, str](), list[str](), source.classes
+    for name, split in source.splits.items():
+        assert isinstance(split, MaskFiles)
+        count, found = len(split) if every or name != "train" else 1, dict[int, Any]()
+        read = partial(_classes_in, split, every)
+        for part in gather(partial(scan_masks, read, range(share[0], count, share[1]), name, workers, log)):
+            found |= part
+        bad |= {item.name: item.reason for _, item in sorted(found.items()) if isinstance(item, BadMask)}
+        present = set[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
+        if count == len(split) and len(present) < len(classes):
+            absent = [label for place, label in enumerate(classes) if place not in present]
+            notes.append(f"{len(absent)} of {len(classes)} classes are in no mask of {name}: {first_names(absent)}")
+        if name != "train" and not present and not bad:
+            what = f"no pixel of the {len(split)} masks of {name} has a class"
+            raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
+    refuse_bad(bad, FIX, "mask")
+    return source.noting("all masks are sound" if every else "", *notes)
+
+
+def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | set[int]:
+    """Return the classes in a mask, or its fault; with `labelled` a mask without classes has one."""
+    mask = try_mask(split, index, image_size(split, index))
+    if isinstance(mask, BadMask):
+        return mask
+    classes = set(mask.flatten().bincount()[:OUTSIDE].nonzero().flatten().tolist())
+    return classes if classes or not labelled else BadMask(split.mask_name(index), "all of its pixels are ignored")
+
+
+def scan_masks(read: Callable[[int], Any], indices: Sequence[int], name: str, workers: int, log: Log) -> dict[int, Any]:
+    """Return `read(index)` for the masks of a split, by index, computed in threads: decoders release the GIL."""
+    found: dict[int, Any] = {}
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+        # the filters are global: set out here, this one stays while threads add and take back their own
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            for index, result in zip(indices, pool.map(read, indices), strict=True):
+                found[index] = result
+                if len(found) % LOGGED == 0:
+                    log(f"read {len(found):,} masks of {name}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # a stop or an error does not wait for the others
+    return found

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
-from pdvit.data.decoding import upright
+from pdvit.data.sources.split import upright
 from pdvit.files import read_text, reading
 
 # Training ids of pixels without a class: ignored in loss and metrics; or outside of the table, or of the image.

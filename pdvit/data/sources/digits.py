@@ -1,13 +1,34 @@
-"""The digits that come with scikit-learn."""
+"""Sources that need no files: scikit-learn's handwritten digits, and scenes of them on textured grounds.
+
+A scene has the digit that every pixel belongs to. It is a function of its split and its number, in integers (also in
+Pillow), so it is the same on every machine.
+"""
 
 import re
+from dataclasses import dataclass, field
+from hashlib import sha256
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from pdvit.config.schema import DataConfig
+from pdvit.data.masks.table import Array, default_palette
+from pdvit.data.randomness import fold, uniform
 from pdvit.data.sources import WHERE
-from pdvit.data.sources.split import ArraySplit, Source
+from pdvit.data.sources.split import ArraySplit, MaskSplit, Source
 from pdvit.errors import UserError
+
+SIDE, GROUND = 64, 10
+CLASSES = [*map(str, range(10)), "ground"]
+COUNTS = {"train": 4096, "val": 128, "test": 256}
+# Digits per scene (min, max), sides of a digit in pixels, and the grid of its corner, which helps a small model.
+DIGITS, SIDES, GRID = (3, 4), (28, 32, 36), 8
+LIGHT, DARK = (200, 255), (20, 155)  # levels of red, green and blue of ink and ground (min, max)
+# Ink from which a pixel belongs to the digit; the fraction of a digit that may cover others, else it is placed again.
+INK, MAX_COVERED, TRIES = 64, 0.1, 6
+HASHED_SCENES = 4
 
 
 def read_digits(data: DataConfig, training: bool = True) -> Source:
@@ -31,3 +52,87 @@ def read_digits(data: DataConfig, training: bool = True) -> Source:
         chosen = [index for index in part if first <= int(labels[index]) <= last]
         splits[name] = ArraySplit(images[chosen], labels[chosen] - first)
     return Source(data.source.lower(), [str(digit) for digit in range(first, last + 1)], splits)
+
+
+def read_scenes(data: DataConfig) -> Source:
+    """Return scenes made of the digits of each split of `digits`, so no digit is in two splits."""
+    digits, splits = read_digits(DataConfig(split_seed=data.split_seed)).splits, {}
+    for stream, (name, count) in enumerate(COUNTS.items()):
+        split = digits[name]
+        assert isinstance(split, ArraySplit)
+        numbers = torch.arange(count)
+        splits[name] = Scenes(split, name, stream, numbers, torch.zeros_like(numbers))
+    palette = default_palette(len(CLASSES) + 1)[1:-1]
+    return Source("scenes", CLASSES, splits, palette=[*palette, (0, 0, 0)])
+
+
+@dataclass(frozen=True)
+class Scenes(MaskSplit):
+    """Scenes of 64x64 pixels, made on demand from digits."""
+
+    digits: ArraySplit
+    role: str
+    stream: int
+    numbers: Tensor  # of each scene, `(N,)`
+    labels: Tensor
+    cache: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
+
+    flip = 0.0  # a mirrored digit is another sign
+
+    def open(self, index: int) -> Image.Image:
+        """Return a scene."""
+        return Image.fromarray(self.scene(index)[0])
+
+    def mask(self, index: int) -> Tensor:
+        """Return the digit of every pixel, 10 for the ground."""
+        return torch.from_numpy(self.scene(index)[1])
+
+    def name(self, index: int) -> str:
+        """Return the name of a scene."""
+        return f"scene {self.numbers[index]} of {self.role}"
+
+    key = name
+
+    def hash(self) -> str:
+        """Return a hash of the numbers, the digits, and the pixels of a few scenes."""
+        scenes = (part for index in range(min(HASHED_SCENES, len(self))) for part in self.scene(index))
+        parts = (self.numbers, self.digits.images[:, 0], self.digits.labels, *scenes)
+        return sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()[:16]
+
+    def scene(self, index: int) -> tuple[Array, Array]:
+        """Return a scene, made on first use: pixels `(64, 64, 3)` and digits `(64, 64)`, uint8."""
+        if (number := int(self.numbers[index])) in self.cache:
+            return self.cache[number]
+        seed = fold(self.stream, number)
+        pixels, mask = _ground(seed), np.full((SIDE, SIDE), GROUND, np.uint8)
+        draws = uniform(seed, torch.arange(DIGITS[1] * TRIES + 1), 7).tolist()
+        for place in range(_integer(DIGITS, draws.pop()[0])):
+            for sample, size, down, right, *colour in draws[place * TRIES : (place + 1) * TRIES]:
+                digit, side = int(sample * len(self.digits)), SIDES[int(size * len(SIDES))]
+                small = Image.fromarray(self.digits.images[digit, 0].numpy())
+                drawn = np.array(small.resize((side, side), Image.Resampling.BILINEAR), np.int32)
+                ink = (drawn * 3 // 2).clip(max=255)
+                top, left = (int(part * ((SIDE - side) // GRID + 1)) * GRID for part in (down, right))
+                box, stroke = (slice(top, top + side), slice(left, left + side)), ink >= INK
+                if (mask[box][stroke] != GROUND).mean() <= MAX_COVERED:
+                    mask[box][stroke] = int(self.digits.labels[digit])
+                    opacity, paint = ink[..., None], np.array([_integer(LIGHT, part) for part in colour])
+                    pixels[box] = (pixels[box] * (255 - opacity) + paint * opacity) // 255
+                    break
+        self.cache[number] = pixels, mask
+        return pixels, mask
+
+
+def _integer(ends: tuple[int, int], draw: float) -> int:
+    """Map a draw in [0, 1) to an integer from min to max."""
+    return ends[0] + int(draw * (ends[1] - ends[0] + 1))
+
+
+def _ground(seed: int) -> Array:
+    """Return a ground of coloured blotches, large and small, and grain: `(64, 64, 3)` uint8."""
+    total = np.zeros((SIDE, SIDE, 3), np.int32)
+    for stream, (cells, strength) in enumerate(((4, 80), (13, 40), (SIDE, 15))):
+        draws = uniform(fold(seed, stream), torch.arange(cells * cells), 3).numpy().reshape(cells, cells, 3)
+        blotches = Image.fromarray((draws * strength).astype(np.uint8))
+        total += np.array(blotches.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    return (DARK[0] + total).astype(np.uint8)

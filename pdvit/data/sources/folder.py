@@ -16,9 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.decoding import open_image
 from pdvit.data.sources import WHERE, first_names
-from pdvit.data.sources.split import SPLIT_NAMES, TEST_NAMES, FileSplit, Source, Split, assemble, choose_splits
+from pdvit.data.sources.split import (
+    SPLIT_NAMES,
+    TEST_NAMES,
+    FileSplit,
+    Source,
+    Split,
+    assemble,
+    choose_splits,
+    open_image,
+)
 from pdvit.errors import UserError
 from pdvit.files import reading
 

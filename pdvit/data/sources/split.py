@@ -5,19 +5,20 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.decoding import open_image, upright_size
 from pdvit.data.randomness import fold
 from pdvit.data.sources import WHERE, first_names
 from pdvit.errors import UserError, closest, printable
@@ -26,6 +27,8 @@ TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES = ("train", "training"), ("val", "vali
 SPLIT_NAMES = {*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 NEEDED, HELD_OUT = ("train", "val"), 0.1
 SAMPLED = 32  # images whose sizes are described
+# All that is decoded: Pillow would give renamed PostScript to Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 class Split(ABC):
@@ -107,6 +110,43 @@ class PillowSplit(Split):
         if self.images[index].format == "TIFF":  # a copy lacks this and the tags, by which levels are read
             vars(copied).update(format="TIFF", tag_v2=vars(self.images[index])["tag_v2"])
         return copied
+
+
+class MaskSplit(Split):
+    """A split whose images have a class for every pixel; its `labels` are all 0."""
+
+    flip: float = 0.5  # default probability of mirroring a training image
+
+    @abstractmethod
+    def mask(self, index: int) -> Tensor:
+        """Return the training id of every pixel, uint8 `(H, W)`, 255 if ignored; raises any error of the decoder."""
+
+    def mask_name(self, index: int) -> str:
+        """Return the location of the mask, for messages."""
+        return self.name(index)
+
+
+def open_image(file: Path | BytesIO) -> Image.Image:
+    """Return an image of a supported format, whose pixels are not read yet; raises Pillow's errors."""
+    return Image.open(file, formats=FORMATS)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an open image, and turn it as its EXIF says; EXIF that is damaged is left alone, as viewers do."""
+    image.filename = ""  # type: ignore[attr-defined]  # else Pillow maps the file of a grey TIFF on its side, as noise
+    image.load()
+    with suppress(Exception):  # Pillow raises nearly anything
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an open image after its turn, from the header."""
+    with suppress(Exception):
+        exif = Image.Image.getexif(image)  # that of PNG would decode the pixels
+        if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow itself turns these
+            return image.size[::-1]
+    return image.size
 
 
 def subsample(split: Split, count: int) -> Split:

@@ -14,10 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.decoding import open_image
 from pdvit.data.sources import WHERE
 from pdvit.data.sources.folder import read_folder
-from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, Source, Split, assemble, choose_splits
+from pdvit.data.sources.split import (
+    SPLIT_NAMES,
+    TRAIN_NAMES,
+    FileSplit,
+    Source,
+    Split,
+    assemble,
+    choose_splits,
+    open_image,
+)
 from pdvit.errors import UserError
 from pdvit.files import reading
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pdvit.config.schema import Config
 from pdvit.data.loader import LoaderConfig
-from pdvit.data.masks.split import MaskFiles
+from pdvit.data.masks.folders import MaskFiles
 from pdvit.data.masks.table import ClassTable
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import Source

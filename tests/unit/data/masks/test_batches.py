@@ -23,8 +23,7 @@ from pdvit.data.masks.batches import (
     evaluation_pixels,
     train_batches,
 )
-from pdvit.data.masks.folders import open_masks
-from pdvit.data.masks.split import MaskFiles
+from pdvit.data.masks.folders import MaskFiles, open_masks
 from pdvit.data.masks.table import ClassTable
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.errors import UserError

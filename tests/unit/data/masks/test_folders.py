@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.masks.folders import open_masks
-from pdvit.data.masks.split import check_masks, try_pair
+from pdvit.data.images import try_pair
+from pdvit.data.masks.folders import check_masks, open_masks
 from pdvit.errors import UserError
 from tests.unit.data.batches import fill, write
 
