@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import auto_augment
-from timm.data.transforms import str_to_pil_interp
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -68,20 +68,15 @@ class Augmentation:
 
     @cached_property
     def _policy(self) -> Any:
-        """The transform of PIL images: timm's RandAugment, or colour jitter with timm's arguments."""
-        if not self.config.auto_augment:
-            return v2.ColorJitter(*(self.config.color_jitter,) * 3)
-        size, mean = self.preprocessing.size, self.preprocessing.mean
-        parameters = {
-            "translate_const": int(0.45 * size),
-            "img_mean": tuple(min(255, round(255 * value)) for value in mean),
-            "interpolation": str_to_pil_interp(self.preprocessing.interpolation),
-        }
-        policy = auto_augment.rand_augment_transform(self.config.auto_augment, parameters)
-        for operation in policy.ops:
+        """The transform of PIL images: timm's RandAugment, or else its colour jitter."""
+        config, own = self.config, self.preprocessing
+        jitter, policy, mode = config.color_jitter, config.auto_augment, own.interpolation
+        options = {"color_jitter": jitter, "auto_augment": policy, "interpolation": mode, "mean": own.mean}
+        _, transform, _ = transforms_imagenet_train(own.size, separate=True, **options)
+        for operation in getattr(transform.transforms[0], "ops", ()):
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = _posterize
-        return policy
+        return transform
 
     def transform(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Apply timm's transform to a cropped image, uint8 `(3, size, size)`, seeded by (seed, epoch, index)."""
