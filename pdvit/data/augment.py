@@ -70,9 +70,9 @@ class Augmentation:
     def _policy(self) -> Any:
         """The transform of PIL images: timm's RandAugment, or else its colour jitter."""
         config, own = self.config, self.preprocessing
-        jitter, policy, mode = config.color_jitter, config.auto_augment, own.interpolation
-        options = {"color_jitter": jitter, "auto_augment": policy, "interpolation": mode, "mean": own.mean}
-        _, transform, _ = transforms_imagenet_train(own.size, separate=True, **options)
+        settings: dict[str, Any] = {"auto_augment": config.auto_augment, "color_jitter": config.color_jitter}
+        settings |= {"interpolation": own.interpolation, "mean": own.mean}
+        _, transform, _ = transforms_imagenet_train(own.size, separate=True, **settings)
         for operation in getattr(transform.transforms[0], "ops", ()):
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = _posterize

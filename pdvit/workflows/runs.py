@@ -95,9 +95,10 @@ def build_trainer(
     with ranks.interruptible():
         source = open_masks(config.data, config.segment, to_log) if segments else open_source(config.data)
     if segments and config.data.source != "scenes":
-        every, part = config.segment.check_masks, (ranks.rank, ranks.world_size)
+        every = config.segment.check_masks
         to_log(f"checking {'all masks' if every else 'the masks that are held out'} ...")
-        source = check_masks(source, every, config.data.workers, to_log, part, ranks.gather)
+        check = partial(check_masks, source, every, config.data.workers, to_log)
+        source = source.noting(*ranks.gather(lambda: check() if ranks.main else [])[0])
     if not config.data.batch_size:
         batch_size = _find_batch_size(config, task_type, source, device, ranks)
         config = resolve(replace(config, data=replace(config.data, batch_size=batch_size)))

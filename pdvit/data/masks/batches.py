@@ -4,7 +4,7 @@ Scale, crop, flip, colours, in this order. Images smaller than the crop are padd
 """
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.images import BadImage, Keys, Pair, Sample, Samples, pixels_of, try_pair
+from pdvit.data.images import BadImage, Keys, Pair, Sample, Samples, attempt, pixels_of, try_pair
 from pdvit.data.loader import Batch, LoaderConfig, decode, from_workers, step_indices
 from pdvit.data.masks.table import IGNORED, OUTSIDE
-from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import MaskSplit
 
 LONGEST = 4  # longest side as a multiple of the short side; MMSegmentation: 2048 to 512
 RETRIES = 10
+HUE = (-0.1, 0.1)  # as in MMSegmentation
 
 
 def train_batches(
@@ -35,7 +35,7 @@ def train_batches(
     Targets are training ids, int64, 255 for pixels without a class. `hflip` None is the split's default.
     """
     flip = split.flip if hflip is None else hflip
-    transform = TrainingTransform(segment, loader.preprocessing, crop, flip, loader.seed)
+    transform = partial(training_pair, segment, loader, crop, flip)
     steps = step_indices(len(split), loader, start)
     for batch in from_workers(Samples(split, partial(read_pairs, transform)), loader, steps):
         outside = batch.targets == OUTSIDE
@@ -65,9 +65,10 @@ def read_pairs(
     """Return for each key (epoch, index) the transformed image, uint8 (or its fault, or its mask's), mask and index."""
     samples: list[Sample] = []
     for epoch, index in keys:
-        pair = try_pair(split, index)
-        image, mask = (pair, 0) if isinstance(pair, BadImage) else transform(pair, epoch, index)
-        samples.append((image, mask, index))
+        found: Any = try_pair(split, index)
+        if not isinstance(found, BadImage):
+            found = attempt(split, index, partial(transform, found, epoch))
+        samples.append((found, 0, index) if isinstance(found, BadImage) else (*found, index))
     return samples
 
 
@@ -84,37 +85,25 @@ def evaluation_pixels(image: Image.Image, side: int | None, interpolation: str) 
     return resized
 
 
-@dataclass(frozen=True)
-class TrainingTransform:
-    """From an image and its mask to a training crop, as a function of (seed, epoch, index)."""
+def training_pair(
+    segment: SegmentConfig, loader: LoaderConfig, side: int, flip: float, pair: Pair, epoch: int, index: int
+) -> tuple[Tensor, Tensor]:
+    """Return a crop of an image, uint8 `(3, side, side)`, and of its mask, with 254 outside of the image.
 
-    segment: SegmentConfig
-    preprocessing: Preprocessing
-    crop: int
-    flip: float
-    seed: int
-
-    def __call__(self, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return the crop, uint8 `(3, crop, crop)`, and its mask, with 254 outside of the image."""
-        parts = tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1])
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
-            torch.default_generator.manual_seed(fold(self.seed, epoch, index))  # that of the CPU alone
-            size, mode = self.draw_size(*pair[1].shape), v2.InterpolationMode(self.preprocessing.interpolation)
-            parts = tuple(functional.resize(part, size, mode, antialias=True) for part in parts)
-            box = draw_crop(parts[1].as_subclass(Tensor), self.crop, self.segment.max_share)
-            parts = v2.RandomHorizontalFlip(self.flip)(*(functional.crop(part, *box) for part in parts))
-            image, mask = PhotometricDistort()(*parts) if self.segment.photometric else parts
-        padding = [0, 0, self.crop - mask.shape[-1], self.crop - mask.shape[-2]]
-        image, mask = functional.pad(image, padding), functional.pad(mask, padding, fill=OUTSIDE)
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
-
-    def draw_size(self, height: int, width: int) -> list[int]:
-        """Draw the short side, and limit the long one; a thin strip keeps at least one pixel."""
-        target = self.segment.short_side or min(height, width)
-        least, most = (max(1, round(factor * target)) for factor in self.segment.jitter)
-        side = least + int(torch.randint(most - least + 1, ()))
-        scale = min(side / min(height, width), LONGEST * most / max(height, width))
-        return [max(1, int(height * scale)), max(1, int(width * scale))]
+    It is a function of (seed, epoch, index). The short side is drawn, and the long one limited.
+    """
+    target, interpolation = segment.short_side or min(pair[1].shape), loader.preprocessing.interpolation
+    least, most = (max(1, round(factor * target)) for factor in segment.jitter)
+    resize = v2.RandomShortestSize(list(range(least, most + 1)), LONGEST * most, interpolation)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
+        torch.default_generator.manual_seed(fold(loader.seed, epoch, index))  # that of the CPU alone
+        parts = resize(tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1]))
+        box = draw_crop(parts[1].as_subclass(Tensor), side, segment.max_share)
+        parts = v2.RandomHorizontalFlip(flip)(*(functional.crop(part, *box) for part in parts))
+        image, mask = PhotometricDistort(hue=HUE)(*parts) if segment.photometric else parts
+    padding = [0, 0, side - mask.shape[-1], side - mask.shape[-2]]
+    image, mask = functional.pad(image, padding), functional.pad(mask, padding, fill=OUTSIDE)
+    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
 def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, int, int]:
@@ -135,10 +124,7 @@ def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, i
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
-    """Random brightness, contrast, saturation and hue, with MMSegmentation's range of hue; channels stay in order."""
-
-    def __init__(self) -> None:
-        super().__init__(hue=(-0.1, 0.1))
+    """Random brightness, contrast, saturation and hue; channels stay in order, as in MMSegmentation."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the factors."""

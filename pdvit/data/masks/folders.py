@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -178,7 +178,7 @@ def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> Clas
     """Return the table of the ids in all masks, in the colours of the first if it has them all; raises UserError."""
     found = list[Any]()
     for name, masks in splits.items():
-        found += scan_masks(partial(_ids_in, masks), range(len(masks)), name, workers, log).values()
+        found += scan_masks(partial(_ids_in, masks), len(masks), name, workers, log)
     bad = {item.name: item.reason for item in found if isinstance(item, BadImage)}
     refuse_bad(bad, f"without a class table masks need ids; else {TIP}", "mask")
     every = sorted(set[int]().union(*found))
@@ -197,30 +197,21 @@ def _ids_in(masks: FileSplit, index: int) -> set[int] | BadImage:
     return attempt(masks, index, lambda index: set(np.unique(mask_values(masks.open(index))).tolist()))
 
 
-def check_masks(
-    source: Source,
-    every: bool,
-    workers: int,
-    log: Log,
-    share: tuple[int, int] = (0, 1),
-    gather: Callable[[Callable[[], Any]], list[dict[int, Any]]] = lambda scan: [scan()],
-) -> Source:
-    """Read mask files before the run; return the source with notes on them.
+def check_masks(source: Source, every: bool, workers: int, log: Log) -> list[str]:
+    """Read mask files before the run; return notes on them.
 
     `every` reads all masks, and refuses those that ignore every pixel. Else held-out masks are read, since their faults
     would end the run after the training, and the first training mask, since it shows a fault that all have. Classes
-    without a pixel in a split are noted. `share` is rank and number of the processes that divide the work, `gather`
-    `Ranks.gather`. Raises UserError for bad masks, and for a held-out split of which no pixel has a class.
+    without a pixel in a split are noted. Raises UserError for bad masks, and for a held-out split of which no pixel has
+    a class.
     """
-    bad, notes, classes = dict[str, str](), list[str](), source.classes
+    bad, notes, classes = dict[str, str](), ["all masks are sound"] if every else [], source.classes
     for name, split in source.splits.items():
         assert isinstance(split, MaskFiles)
-        count, found = len(split) if every or name != "train" else 1, dict[int, Any]()
-        read = partial(_classes_in, split, every)
-        for part in gather(partial(scan_masks, read, range(share[0], count, share[1]), name, workers, log)):
-            found |= part
-        bad |= {item.name: item.reason for _, item in sorted(found.items()) if isinstance(item, BadMask)}
-        present = set[int]().union(*(item for item in found.values() if not isinstance(item, BadMask)))
+        count = len(split) if every or name != "train" else 1
+        found = scan_masks(partial(_classes_in, split, every), count, name, workers, log)
+        bad |= {item.name: item.reason for item in found if isinstance(item, BadMask)}
+        present = set[int]().union(*(item for item in found if not isinstance(item, BadMask)))
         if count == len(split) and len(present) < len(classes):
             absent = [label for place, label in enumerate(classes) if place not in present]
             notes.append(f"{len(absent)} of {len(classes)} classes are in no mask of {name}: {first_names(absent)}")
@@ -228,7 +219,7 @@ def check_masks(
             what = f"no pixel of the {len(split)} masks of {name} has a class"
             raise UserError(what, "data.source (--data)", f"label the masks of {name}, or move them away")
     refuse_bad(bad, FIX, "mask")
-    return source.noting("all masks are sound" if every else "", *notes)
+    return notes
 
 
 def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | set[int]:
@@ -240,15 +231,15 @@ def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | set[i
     return classes if classes or not labelled else BadMask(split.mask_name(index), "all of its pixels are ignored")
 
 
-def scan_masks(read: Callable[[int], Any], indices: Sequence[int], name: str, workers: int, log: Log) -> dict[int, Any]:
-    """Return `read(index)` for the masks of a split, by index, computed in threads: decoders release the GIL."""
-    found: dict[int, Any] = {}
+def scan_masks(read: Callable[[int], Any], count: int, name: str, workers: int, log: Log) -> list[Any]:
+    """Return `read(index)` for the first masks of a split, computed in threads: decoders release the GIL."""
+    found: list[Any] = []
     with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
         # the filters are global: set out here, this one stays while threads add and take back their own
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            for index, result in zip(indices, pool.map(read, indices), strict=True):
-                found[index] = result
+            for result in pool.map(read, range(count)):
+                found.append(result)
                 if len(found) % LOGGED == 0:
                     log(f"read {len(found):,} masks of {name}")
         finally:

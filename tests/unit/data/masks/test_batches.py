@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import DataConfig, SegmentConfig
 from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.batches import (
+    HUE,
     PhotometricDistort,
-    TrainingTransform,
     draw_crop,
     eval_batches,
     evaluation_pixels,
     train_batches,
+    training_pair,
 )
 from pdvit.data.masks.folders import MaskFiles, open_masks
 from pdvit.data.masks.table import ClassTable
@@ -124,8 +124,8 @@ def pair(height, width, seed=0):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)), torch.from_numpy(mask)
 
 
-def transform(segment=PLAIN, crop=8, seed=0):
-    return TrainingTransform(segment, PREPROCESSING, crop, 0.0, seed)
+def transform(pair, segment=SEGMENT, crop=8, seed=0, epoch=0, index=0):
+    return training_pair(segment, replace(LOADER, seed=seed), crop, 0.0, pair, epoch, index)
 
 
 @pytest.mark.parametrize("limit", [0.5, 0.75, 1.0])
@@ -168,30 +168,6 @@ def test_image_and_mask_stay_aligned_and_are_padded_right_and_bottom(tmp_path, h
     torch.testing.assert_close(coordinates[2], torch.zeros(len(coordinates[2])), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (25, 25), (4, 90)])
-def test_sizes_are_drawn_as_by_torchvision(height, width):
-    segment = SegmentConfig(jitter=(0.5, 2.0), short_side=16)
-    reference, sides = v2.RandomShortestSize(list(range(8, 33)), 4 * 32), set()
-    for seed in range(40):
-        torch.manual_seed(seed)
-        size = transform(segment, 64).draw_size(height, width)
-        torch.manual_seed(seed)
-        expected = reference.make_params([torch.zeros(3, height, width)])["size"]
-        assert tuple(size) == expected
-        sides.add(min(size))
-    assert (max(sides) > 28) == (width < 90)
-
-
-@pytest.mark.parametrize("size", [(1, 200), (200, 1), (10, 900), (1, 1)])
-@pytest.mark.parametrize("side", [None, 16])
-def test_a_thin_strip_keeps_a_pixel(size, side):
-    """Its long side is limited, and the short one would be rounded down to 0."""
-    for index in range(8):
-        image, mask = transform(SegmentConfig(short_side=side), 32)(pair(*size), 0, index)
-        assert (image.shape, mask.shape) == ((3, 32, 32), (32, 32))
-        assert mask[0, 0] != 254
-
-
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64))
 @settings(max_examples=40, deadline=None)
 def test_evaluation_sizes_are_torchvisions_except_for_thin_strips(height, width, side):
@@ -208,13 +184,13 @@ def test_masks_are_scaled_by_the_nearest_pixel():
     mask[mask == 0] = 4
     mask[mask == 1] = 200  # a mean of neighbours would be none of these
     for index in range(30):
-        assert set(transform(segment, 64)((image, mask), 0, index)[1].unique().tolist()) <= {2, 3, 4, 200, 254, 255}
+        assert set(transform((image, mask), segment, 64, index=index)[1].unique().tolist()) <= {2, 3, 4, 200, 254, 255}
 
 
 def test_photometric_factors_are_drawn_for_half_of_the_images_from_their_whole_range():
     image = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8))
     torch.manual_seed(0)
-    drawn = [PhotometricDistort().make_params([image]) for _ in range(400)]
+    drawn = [PhotometricDistort(hue=HUE).make_params([image]) for _ in range(400)]
     ranges = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}
     for name, (least, most) in ranges.items():
         factors = [params[f"{name}_factor"] for params in drawn if params[f"{name}_factor"] is not None]
@@ -225,11 +201,11 @@ def test_photometric_factors_are_drawn_for_half_of_the_images_from_their_whole_r
     assert 0.4 < sum(params["contrast_before"] for params in drawn) / len(drawn) < 0.6
     assert all(params["channel_permutation"] is None for params in drawn)
     mask = tv_tensors.Mask(torch.tensor([[1, 2]], dtype=torch.uint8))
-    assert torch.equal(PhotometricDistort()(image, mask)[1], mask)
+    assert torch.equal(PhotometricDistort(hue=HUE)(image, mask)[1], mask)
 
 
 def test_a_draw_is_a_function_of_seed_epoch_and_index():
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
-    made = [transform(SEGMENT, seed=seed)(pair(30, 40), *key)[0].numpy().tobytes() for seed, *key in keys]
+    made = [transform(pair(30, 40), SEGMENT, 8, *key)[0].numpy().tobytes() for key in keys]
     assert made[4] == made[0]
     assert len(set(made)) == 4
