@@ -24,7 +24,7 @@ MASK_TIP = "fix it, or add its values to the table of classes (--classes); --che
 OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image
 Result = TypeVar("Result")
 Pair = tuple[Image.Image, Tensor]  # of an image and its mask
-Keys = list[tuple[int, int]]  # epoch and index of each image
+Keys = tuple[int, list[int]]  # an epoch and the indices of images
 # A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index.
 Sample = tuple["Tensor | BadImage", int | Tensor, int]
 
@@ -132,44 +132,46 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples(Dataset[Sample]):
-    """The samples of a split, by batches of keys (epoch, index), as `read` returns them.
+    """The samples of a split, by an epoch and their indices, as `read` returns them.
 
     With `skip` the next sound image replaces one that does not decode. It is a function of the index, and its
     augmentation of seed, epoch and its own index, so steps can be repeated.
     """
 
     split: Split
-    read: Callable[[Any, Keys], list[Sample]]  # of the split and keys
+    read: Callable[[Any, int, list[int]], list[Sample]]  # of the split, the epoch and the indices
     skip: bool = False
 
     def __getitems__(self, keys: Keys) -> list[Sample]:
-        """Return a sample for each key; with `skip` a sound one, followed by the bad ones, to be counted."""
-        samples, bad = self.read(self.split, keys), list[Sample]()
-        for place, (epoch, index) in enumerate(keys if self.skip else ()):
+        """Return a sample for each index; with `skip` a sound one, followed by the bad ones, to be counted."""
+        epoch, indices = keys
+        samples, bad = self.read(self.split, epoch, indices), list[Sample]()
+        for place, index in enumerate(indices if self.skip else ()):
             for tried in range(1, len(self.split) + 1):
                 if not isinstance(samples[place][0], BadImage):
                     break
                 bad.append(samples[place])
-                (samples[place],) = self.read(self.split, [(epoch, (index + tried) % len(self.split))])
+                (samples[place],) = self.read(self.split, epoch, [(index + tried) % len(self.split)])
         return samples + bad
 
 
-def read_whole(transform: Callable[[Image.Image], Tensor], split: Split, keys: Keys) -> list[Sample]:
-    """Return for each key the transformed image, uint8 (or its fault), its class and its index."""
+def read_whole(
+    transform: Callable[[Image.Image], Tensor], split: Split, epoch: int, indices: list[int]
+) -> list[Sample]:
+    """Return transformed images, uint8 (or their faults), with class and index."""
 
     def read(index: int) -> Tensor:
         return transform(read_image(split.open(index)))
 
-    return [(attempt(split, index, read), int(split.labels[index]), index) for _, index in keys]
+    return [(attempt(split, index, read), int(split.labels[index]), index) for index in indices]
 
 
-def read_crops(augmentation: Augmentation, split: Split, keys: Keys) -> list[Sample]:
-    """Return for each key of one epoch the cropped image after timm's transform (or its fault), class and index.
+def read_crops(augmentation: Augmentation, split: Split, epoch: int, indices: list[int]) -> list[Sample]:
+    """Return cropped images after timm's transform, uint8 (or their faults), with class and index.
 
     A JPEG with a crop of two, four or eight times the input is decoded that much smaller; edges are rounded to it.
     """
-    (epoch,), preprocessing = {epoch for epoch, _ in keys}, augmentation.preprocessing
-    boxes = augmentation.crop_boxes(epoch, torch.tensor([index for _, index in keys]))
+    preprocessing, boxes = augmentation.preprocessing, augmentation.crop_boxes(epoch, torch.tensor(indices))
 
     def read(crop_box: Callable[[int, int], list[int]], index: int) -> Tensor:
         image = split.open(index)
@@ -182,5 +184,5 @@ def read_crops(augmentation: Augmentation, split: Split, keys: Keys) -> list[Sam
         cropped = crop_pixels(pixels, scaled, preprocessing.size, preprocessing.interpolation)
         return augmentation.transform(cropped, epoch, index)
 
-    reads = [(partial(read, box), index) for box, (_, index) in zip(boxes, keys, strict=True)]
-    return [(attempt(split, index, crop), int(split.labels[index]), index) for crop, index in reads]
+    reads = zip(indices, (partial(read, box) for box in boxes), strict=True)
+    return [(attempt(split, index, crop), int(split.labels[index]), index) for index, crop in reads]

@@ -151,7 +151,7 @@ def eval_batches(split: Split, loader: LoaderConfig, shared: bool = False) -> It
     if isinstance(split, ArraySplit):
         raw = ((loader.preprocessing.fit(split.images[i].to(loader.device)), split.labels[i], i) for i in chunks)
     else:
-        keys = [[(-1, int(index)) for index in chunk] for chunk in chunks]
+        keys = [(-1, chunk.tolist()) for chunk in chunks]
         raw = decode(Samples(split, partial(read_whole, loader.preprocessing.evaluation())), loader, keys)
     for images, labels, index in raw:
         yield Batch(loader.preprocessing.normalise(images.to(loader.device)), labels.to(loader.device), index)
@@ -171,7 +171,7 @@ def step_indices(size: int, loader: LoaderConfig, start: int, mixing: Mixing | N
 def from_workers(data: Samples, loader: LoaderConfig, steps: Steps) -> Iterator[Batch]:
     """Yield batches of uint8 training images that worker processes decode and crop."""
     steps, order = tee(steps)
-    keys = ([(epoch, int(index)) for index in indices] for epoch, indices in steps)
+    keys = ((epoch, indices.tolist()) for epoch, indices in steps)
     data = replace(data, skip=loader.bad.skip)
     for (_, planned), raw in zip(order, decode(data, loader, keys), strict=False):
         images, labels = (tensor.to(loader.device, non_blocking=True) for tensor in raw[:2])
@@ -198,7 +198,7 @@ def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterato
             del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
 
 
-def _start_workers(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Any]:
+def _start_workers(data: Samples, loader: LoaderConfig, keys: Iterable[Any]) -> Iterator[Any]:
     """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
     workers = min(loader.workers, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
@@ -372,7 +372,7 @@ def memory_of(device: torch.device) -> int:
 
 def _decoded(data: Samples, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:
     """Decode every image of a split, in order: uint8 `(N, 3, H, W)` on the host; stops at one that does not decode."""
-    keys = [[(-1, int(index)) for index in part] for part in torch.arange(len(data.split)).split(DECODE_BATCH)]
+    keys = [(-1, part.tolist()) for part in torch.arange(len(data.split)).split(DECODE_BATCH)]
     images = torch.empty(0, dtype=torch.uint8)
     for step, (part, _, index) in enumerate(decode(data, replace(loader, processes=1), keys)):  # every rank reads all
         if loader.bad.found:

@@ -27,7 +27,7 @@ def open_source(data: DataConfig, training: bool = True) -> Source:
         name = "folder"
     if name in FILE_TYPES and not os.path.isfile(path):
         raise UserError(f"there is no file '{data.source}'", WHERE, "check the path")
-    if name is None or (name == "folder" and not os.path.isdir(path)):
+    if name is None:
         tip = closest(data.source, [item.pattern for item in SOURCE_TYPES.values() if item.pattern.islower()])
         tip += " (--data help lists the source types; for compressed archives, shards and streams see docs/data.md)"
         raise UserError(f"'{data.source}' is no source, folder or table of images", WHERE, tip)

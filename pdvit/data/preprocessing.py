@@ -1,6 +1,5 @@
 """Size, crop, interpolation and normalisation of a model's input."""
 
-import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,12 +40,10 @@ class Preprocessing:
         """Return it as the configuration of a timm model, for an export."""
         return {"input_size": (3, self.size, self.size)} | {name: getattr(self, name) for name in PREPROCESSING}
 
-    def evaluation(self) -> v2.Compose:
-        """Return the evaluation transform: resize the short side (`squash`: both), crop the centre, to uint8."""
-        side = math.floor(self.size / self.crop_pct)  # rounded as timm does, so that its transform is the same
-        sides = (side, side) if self.crop_mode == "squash" else side
-        resize = v2.Resize(sides, interpolation=v2.InterpolationMode(self.interpolation), antialias=True)
-        return v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
+    def evaluation(self) -> Any:
+        """Return timm's evaluation transform, to uint8."""
+        settings = {name: getattr(self, name) for name in ("interpolation", "crop_pct", "crop_mode")}
+        return timm.data.create_transform(self.size, normalize=False, **settings)
 
     def fit(self, images: Tensor) -> Tensor:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""

@@ -22,7 +22,7 @@ from pdvit.config.schema import KEYS, Config
 from pdvit.data.images import BadImages
 from pdvit.data.opening import ImageSet, open_images, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources.split import PillowSplit
+from pdvit.data.sources.split import ItemSplit
 from pdvit.definitions import DEFAULT
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole, stop_on_signals
@@ -163,7 +163,8 @@ def _open(model: Model, images: Any, limit: int = LIMIT) -> tuple[nn.Module, Any
         images = opened.images if isinstance(opened, OpenedCheckpoint) else sample_photographs()
     listed: Any = [images] if isinstance(images, str | Path | Image) else images
     if isinstance(listed, Sequence) and listed and isinstance(listed[0], Image):
-        images = ImageSet("images", PillowSplit(list(listed), torch.zeros(len(listed))))
+        items = tuple((image,) for image in listed)
+        images = ImageSet("images", ItemSplit(items, [*range(len(items))], torch.zeros(len(items)), "images"))
     elif isinstance(listed, Sequence) and listed and isinstance(listed[0], str | Path):
         images = open_images([str(name) for name in listed])
     images = images.subsample(limit) if isinstance(images, ImageSet) else images

@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.images import BadImage, Keys, Pair, Sample, Samples, attempt, pixels_of, try_pair
+from pdvit.data.images import BadImage, Pair, Sample, Samples, attempt, pixels_of, try_pair
 from pdvit.data.loader import Batch, LoaderConfig, decode, from_workers, step_indices
 from pdvit.data.masks.table import IGNORED, OUTSIDE
-from pdvit.data.randomness import fold
+from pdvit.data.randomness import fold, seeded
 from pdvit.data.sources.split import MaskSplit
 
 LONGEST = 4  # longest side as a multiple of the short side; MMSegmentation: 2048 to 512
@@ -48,7 +48,7 @@ def eval_batches(split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig)
 
     Targets `(1, H, W)` have the mask's own size. Ranks may have different numbers of images, or none.
     """
-    keys: list[Keys] = [[(-1, index)] for index in range(*loader.share(len(split)))]
+    keys = [(-1, [index]) for index in range(*loader.share(len(split)))]
     transform = partial(_evaluation_pair, segment.short_side, loader.preprocessing.interpolation)
     pairs = Samples(split, partial(read_pairs, transform))
     for images, masks, index in decode(pairs, replace(loader, processes=1), keys):
@@ -60,11 +60,11 @@ def _evaluation_pair(side: int | None, interpolation: str, pair: Pair, epoch: in
 
 
 def read_pairs(
-    transform: Callable[[Pair, int, int], tuple[Tensor, Tensor]], split: MaskSplit, keys: Keys
+    transform: Callable[[Pair, int, int], tuple[Tensor, Tensor]], split: MaskSplit, epoch: int, indices: list[int]
 ) -> list[Sample]:
-    """Return for each key (epoch, index) the transformed image, uint8 (or its fault, or its mask's), mask and index."""
+    """Return transformed images, uint8 (or their faults, or those of masks), with mask and index."""
     samples: list[Sample] = []
-    for epoch, index in keys:
+    for index in indices:
         found: Any = try_pair(split, index)
         if not isinstance(found, BadImage):
             found = attempt(split, index, partial(transform, found, epoch))
@@ -95,8 +95,7 @@ def training_pair(
     target, interpolation = segment.short_side or min(pair[1].shape), loader.preprocessing.interpolation
     least, most = (max(1, round(factor * target)) for factor in segment.jitter)
     resize = v2.RandomShortestSize(list(range(least, most + 1)), LONGEST * most, interpolation)
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the process generator
-        torch.default_generator.manual_seed(fold(loader.seed, epoch, index))  # that of the CPU alone
+    with seeded(fold(loader.seed, epoch, index)):
         parts = resize(tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1]))
         box = draw_crop(parts[1].as_subclass(Tensor), side, segment.max_share)
         parts = v2.RandomHorizontalFlip(flip)(*(functional.crop(part, *box) for part in parts))

@@ -98,18 +98,32 @@ class FileSplit(Split):
 
 
 @dataclass(frozen=True)
-class PillowSplit(Split):
-    """A split of open images."""
+class ItemSplit(Split):
+    """A split of items (no list) of a map-style data set, whose first element is an image or a stream of its bytes."""
 
-    images: list[Image.Image]
+    items: Any
+    indices: list[int]
     labels: Tensor
+    title: str
 
     def open(self, index: int) -> Image.Image:
-        """Return a copy of an image."""
-        copied = self.images[index].copy()
-        if self.images[index].format == "TIFF":  # a copy lacks this and the tags, by which levels are read
-            vars(copied).update(format="TIFF", tag_v2=vars(self.images[index])["tag_v2"])
+        """Return an item as an image; a copy, since the reader closes it."""
+        found = self.items[self.indices[index]][0]
+        if not isinstance(found, Image.Image):
+            with found:
+                return open_image(BytesIO(found.read()))
+        copied = found.copy()
+        if found.format == "TIFF":  # a copy lacks this and the tags, by which levels are read
+            vars(copied).update(format="TIFF", tag_v2=vars(found)["tag_v2"])
         return copied
+
+    def name(self, index: int) -> str:
+        """Return the data set and the number of the item in it."""
+        return f"{self.title}[{self.indices[index]}]"
+
+    def key(self, index: int) -> str:
+        """Return the number of the item."""
+        return str(self.indices[index])
 
 
 class MaskSplit(Split):

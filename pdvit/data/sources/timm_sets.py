@@ -1,17 +1,14 @@
 """Data sets of torchvision and the Hugging Face hub that timm's `create_dataset` opens and reads by index."""
 
 import fcntl
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import WHERE
@@ -20,11 +17,11 @@ from pdvit.data.sources.split import (
     SPLIT_NAMES,
     TRAIN_NAMES,
     FileSplit,
+    ItemSplit,
     Source,
     Split,
     assemble,
     choose_splits,
-    open_image,
 )
 from pdvit.errors import UserError
 from pdvit.files import reading
@@ -33,32 +30,6 @@ from pdvit.files import reading
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 KNOWN_SPLITS = {*SPLIT_NAMES, "eval", "evaluation"}  # by timm
 TIP = "name another with --train-split or --val-split"
-
-
-@dataclass(frozen=True)
-class ItemSplit(Split):
-    """A split of items of a map-style data set, whose first element is an image or a stream of its bytes."""
-
-    items: Any
-    indices: list[int]
-    labels: Tensor
-    title: str
-
-    def open(self, index: int) -> Image.Image:
-        """Return an item as an image."""
-        found = self.items[self.indices[index]][0]
-        if isinstance(found, Image.Image):
-            return found
-        with found:
-            return open_image(io.BytesIO(found.read()))
-
-    def name(self, index: int) -> str:
-        """Return the data set and the number of the item in it."""
-        return f"{self.title}[{self.indices[index]}]"
-
-    def key(self, index: int) -> str:
-        """Return the number of the item."""
-        return str(self.indices[index])
 
 
 def read_torchvision(data: DataConfig, training: bool = True) -> Source:

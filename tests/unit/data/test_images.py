@@ -18,7 +18,7 @@ from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, read_crops, try_read
 from pdvit.data.masks.table import mask_values
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.data.sources.split import FileSplit, PillowSplit, image_size
+from pdvit.data.sources.split import FileSplit, ItemSplit, image_size
 from tests.unit.data.batches import grey_tiff
 
 PLAIN = Preprocessing(size=8, crop_pct=1.0, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -32,7 +32,7 @@ def read(path):
     image = attempt(path)
     assert isinstance(image, Image.Image), image
     assert image.mode == "RGB"
-    in_memory = try_read(PillowSplit([Image.open(path)], torch.tensor([0])), 0)
+    in_memory = try_read(ItemSplit(((Image.open(path),),), [0], torch.tensor([0]), "images"), 0)
     assert np.array_equal(in_memory, image)
     return image
 
@@ -150,7 +150,7 @@ def crops(paths, preprocessing, **settings):
     """Return the crops of image files, and the functions from their sizes to the boxes of these."""
     split, index = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long)), torch.arange(len(paths))
     augmentation = Augmentation.for_split(split, AugmentConfig(**settings), preprocessing, 3)
-    samples = read_crops(augmentation, split, [(0, int(number)) for number in index])
+    samples = read_crops(augmentation, split, 0, index.tolist())
     return [image for image, _, _ in samples], augmentation.crop_boxes(0, index)
 
 

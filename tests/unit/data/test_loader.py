@@ -105,11 +105,11 @@ def test_workers_that_an_error_left_end_without_another(image_files):
     ],
 )
 def test_a_worker_that_dies_or_fails_ends_the_wait_with_its_reason(fault, reason):
-    def read(_, keys):
-        return fault() if keys[0][1] else [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0)]
+    def read(split, epoch, indices):
+        return fault() if indices[0] else [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0)]
 
     with pytest.raises(RunFailed, match=reason):
-        list(decode(Samples(arrays(), read), replace(LOADER, workers=2), [[(0, index)] for index in range(9)]))
+        list(decode(Samples(arrays(), read), replace(LOADER, workers=2), [(0, [index]) for index in range(9)]))
 
 
 @pytest.mark.parametrize("processes", [2, 4])
