@@ -69,10 +69,3 @@ def test_a_batch_without_a_sound_image_is_passed_over_only_in_the_evaluation_of_
         list(eval_batches(bad, skipping(processes=2)))
     with pytest.raises(UserError, match="3 images do not decode"):
         take(bad, 1, loader=replace(skipping(), batch_size=2))
-
-
-def test_without_skipping_the_first_one_ends_it(split):
-    for read in (lambda: take(split, 3), lambda: list(eval_batches(split, LOADER))):
-        with pytest.raises(UserError, match=r"(?s)not decode.*\.png \(not an image\).*--on-bad-image skip"):
-            read()
-    assert take(split.take(torch.tensor([0, 1, 2, 5])), 1)[0].replaced is None

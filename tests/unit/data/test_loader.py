@@ -74,13 +74,6 @@ def test_evaluation_sees_every_image_once_in_order(split, batch_size, workers, p
     torch.testing.assert_close(found["images"], arrays().images.float() / 255)
 
 
-def test_without_mixing_every_patch_has_the_class_of_its_image(split):
-    for batch in take(split, 4, mixing=replace(OFF, labels=True)):
-        expected = batch.index % CLASSES
-        assert torch.equal(batch.patch_targets, expected[:, None].expand(-1, 4))
-        assert torch.equal(batch.targets.argmax(1), expected)
-
-
 def test_workers_that_an_error_left_end_without_another(image_files):
     before = signal.getsignal(signal.SIGCHLD)
     batches = eval_batches(image_files, replace(LOADER, workers=2))

@@ -107,17 +107,6 @@ def test_a_bad_mask_is_an_error_even_if_bad_images_are_skipped(splits, camvid, w
     assert "it is 4x3, its image" in caught.value.where
 
 
-def test_a_bad_image_is_an_error_or_replaced(splits, camvid):
-    (camvid / "images/train/3.png").write_bytes(b"torn")
-    with pytest.raises(UserError, match="1 image does not decode"):
-        take(splits["train"], 3)
-    bad = BadImages(skip=True)
-    batches = take(splits["train"], 4, loader=replace(LOADER, bad=bad))
-    assert [len(batch) for batch in batches] == [3, 3, 3, 3]
-    assert sum(int(batch.replaced.sum()) for batch in batches) > 0
-    assert [name.rpartition("/")[2] for name in bad.found] == ["3.png"]
-
-
 def pair(height, width, seed=0):
     rng = np.random.default_rng(seed)
     mask = rng.choice(np.array([*range(5), 255], np.uint8), (height, width))
@@ -187,25 +176,12 @@ def test_masks_are_scaled_by_the_nearest_pixel():
         assert set(transform((image, mask), segment, 64, index=index)[1].unique().tolist()) <= {2, 3, 4, 200, 254, 255}
 
 
-def test_photometric_factors_are_drawn_for_half_of_the_images_from_their_whole_range():
-    image = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8))
+def test_photometric_factors_have_mmsegmentations_hue_and_channels_stay_in_order():
+    image, mask = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8)), tv_tensors.Mask(torch.tensor([[1, 2]]))
     torch.manual_seed(0)
     drawn = [PhotometricDistort(hue=HUE).make_params([image]) for _ in range(400)]
-    ranges = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}
-    for name, (least, most) in ranges.items():
-        factors = [params[f"{name}_factor"] for params in drawn if params[f"{name}_factor"] is not None]
-        assert 0.4 < len(factors) / len(drawn) < 0.6
-        edge = (most - least) / 20
-        assert least <= min(factors) < least + edge, name
-        assert most - edge < max(factors) <= most, name
-    assert 0.4 < sum(params["contrast_before"] for params in drawn) / len(drawn) < 0.6
+    hues = [params["hue_factor"] for params in drawn if params["hue_factor"] is not None]
+    assert -0.1 <= min(hues) < -0.09
+    assert 0.09 < max(hues) <= 0.1
     assert all(params["channel_permutation"] is None for params in drawn)
-    mask = tv_tensors.Mask(torch.tensor([[1, 2]], dtype=torch.uint8))
     assert torch.equal(PhotometricDistort(hue=HUE)(image, mask)[1], mask)
-
-
-def test_a_draw_is_a_function_of_seed_epoch_and_index():
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
-    made = [transform(pair(30, 40), SEGMENT, 8, *key)[0].numpy().tobytes() for key in keys]
-    assert made[4] == made[0]
-    assert len(set(made)) == 4

@@ -2,7 +2,6 @@ import os
 import re
 import tarfile
 from hashlib import sha256
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.images import BadImage, try_read
 from pdvit.data.opening import open_source
 from pdvit.data.sources import run_name
 from pdvit.errors import UserError
@@ -183,6 +181,8 @@ def test_an_archive_is_the_folder_that_was_packed(image_folder, tmp_path, top):
     assert packed.name == "pictures"
     assert packed.fingerprint() == plain.fingerprint()
     for name, split in plain.splits.items():
+        place = packed.splits[name].name(0).removeprefix(str(tmp_path / "pictures.tar"))
+        assert place == split.name(0).removeprefix(str(image_folder)).replace("/", f"/{top}", 1)
         assert torch.equal(packed.splits[name].labels, split.labels)
         assert all(map(np.array_equal, pixels(packed.splits[name]), pixels(split)))
 
@@ -209,24 +209,3 @@ def test_hard_links_in_a_tar_are_read_and_symbolic_ones_counted(image_folder, tm
     assert all(map(np.array_equal, pixels(source.splits["train"]), pixels(plain.splits["train"])))
     (note,) = (note for note in source.notes if "links" in note)
     assert "1 (train/red/soft.png)" in note
-
-
-def test_a_member_that_does_not_decode_is_named(image_folder, tmp_path):
-    (image_folder / "train/green/3.png").write_bytes(b"torn")
-    file = pack(image_folder, tmp_path / "set.tar")
-    split = folder(file).splits["train"]
-    bad = [fault for index in range(len(split)) if isinstance(fault := try_read(split, index), BadImage)]
-    assert [item.name for item in bad] == [f"{file}/train/green/3.png"]
-
-
-def _sums(arguments):
-    split, indices = arguments
-    return [int(np.asarray(split.open(index).convert("RGB")).sum()) for index in indices]
-
-
-def test_processes_read_at_the_same_time(image_folder, tmp_path):
-    split = folder(pack(image_folder, tmp_path / "set.tar")).splits["train"]
-    expected = [int(image.sum()) for image in pixels(split)]  # opened before the fork
-    with get_context("fork").Pool(2) as pool:
-        found = pool.map(_sums, [(split, list(range(24)) * 20)] * 4)
-    assert found == [expected * 20] * 4

@@ -5,9 +5,7 @@ import pytest
 from pdvit.data.sources import (
     SOURCE_TYPES,
     absolute_path,
-    first_names,
     list_source_types,
-    printable,
     run_name,
     source_type,
 )
@@ -48,19 +46,3 @@ def test_a_path_is_made_whole_behind_its_prefix(tmp_path, monkeypatch, prefix):
     assert absolute_path(f"{prefix}some/set") == f"{prefix}{tmp_path}/some/set"
     assert absolute_path(f"{prefix}{tmp_path}/some/set") == f"{prefix}{tmp_path}/some/set"
     assert absolute_path(f"{prefix}owner/name") == f"{prefix}owner/name"
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        *((name, name) for name in ("žába 蛙", "naïve.png", "[red]", "a\\b", "☃", "שלום")),
-        ("\x1b[2J", "\\x1b[2J"),
-        ("two\nlines", "two\\nlines"),
-        ("\x9b1m", "\\x9b1m"),
-        ("a\u202eb", "a\\u202eb"),
-        ("\udcff", "\\udcff"),
-    ],
-)
-def test_text_that_a_terminal_would_obey_or_refuse_is_escaped(name, shown):
-    assert printable(name) == shown
-    assert first_names([name, "b"]) == f"{shown}, b"
