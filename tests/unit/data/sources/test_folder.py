@@ -129,19 +129,6 @@ def test_the_description_has_classes_counts_and_sizes(tmp_path):
     assert "from 4x4 to 30x7 pixels" in folder(root).describe()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pack", "options", "counts", "classes"), [
-    ("cifar100", {}, {"train": 45000, "val": 5000, "test": 10000}, 100),
-    ("cifar100", {"val_split": "test"}, {"train": 50000, "val": 10000}, 100),
-    ("tiny-imagenet-50", {}, {"train": 25000, "val": 2500}, 50),
-])  # fmt: skip
-def test_the_real_packs_are_sources(real_data, pack, options, counts, classes):
-    source = open_source(DataConfig(source=str(real_data / pack), **options))
-    assert {name: len(split) for name, split in source.splits.items()} == counts
-    assert len(source.classes) == classes
-    assert all(split.labels.bincount().unique().numel() == 1 for split in source.splits.values())
-
-
 def test_links_to_class_folders_are_followed_and_deeper_ones_are_not(tmp_path):
     write_tree(tmp_path, ["elsewhere/1.png", "elsewhere/2.png", "set/train/bee/3.png", "set/val/bee/4.png"])
     for split in ("train", "val"):
