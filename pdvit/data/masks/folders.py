@@ -24,7 +24,6 @@ from pdvit.data.sources import WHERE, first_names, source_type
 from pdvit.data.sources.digits import read_scenes
 from pdvit.data.sources.folder import MASKS, folder_names, list_images, not_read
 from pdvit.data.sources.split import (
-    HELD_OUT,
     SPLIT_NAMES,
     FileSplit,
     MaskSplit,
@@ -67,8 +66,8 @@ def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = to_stderr, t
     if ignored := [str(value) for value, place in table.ids.items() if place == IGNORED and value != IGNORED]:
         notes.append(f"ignored in masks: {', '.join(ignored)}")
     if training and "val" not in splits:
-        splits = hold_out(splits, data.split_seed)
-        notes.append(f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {data.split_seed}")
+        splits, note = hold_out(splits, data.split_seed)
+        notes.append(note)
     return Source(root.resolve().name, table.names, splits, palette=table.palette).noting(*notes)
 
 

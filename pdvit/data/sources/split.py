@@ -265,11 +265,10 @@ def assemble(name: str, classes: list[str], splits: Mapping[str, Split], data: D
     """Return a source with notes on classes that a split lacks, in training with a val taken from train if needed."""
     notes = []
     if training and "val" not in splits:
-        note = f"val is {HELD_OUT:.0%} of the training images of each class, drawn by data.split_seed {data.split_seed}"
-        note += ": there is no validation split"
+        splits, note = hold_out(splits, data.split_seed)
         if "test" in splits:
             note += "; test is for the closing numbers (--val-split test evaluates on it and trains on all of train)"
-        splits, notes = hold_out(splits, data.split_seed), [note]
+        notes.append(note)
     for role, split in splits.items():
         present = set(split.labels.tolist())
         if missing := [label for number, label in enumerate(classes) if number not in present]:
@@ -277,8 +276,8 @@ def assemble(name: str, classes: list[str], splits: Mapping[str, Split], data: D
     return Source(name, classes, splits, tuple(notes))
 
 
-def hold_out(splits: Mapping[str, Split], seed: int) -> dict[str, Split]:
-    """Return splits with a val taken from train: a tenth of each class, at least one image of two; raises UserError."""
+def hold_out(splits: Mapping[str, Split], seed: int) -> tuple[dict[str, Split], str]:
+    """Return splits with a val taken from train: a tenth of each class, at least one image of two; and a note on it."""
     train = splits["train"]
     held = torch.zeros(len(train), dtype=torch.bool)
     order = train.labels.argsort(stable=True)
@@ -288,5 +287,8 @@ def hold_out(splits: Mapping[str, Split], seed: int) -> dict[str, Split]:
         held[indices[torch.randperm(len(indices), generator=generator)[:count]]] = True
     if not held.any():
         raise UserError("no class has two images, so none can be held out", WHERE, "add images, or a validation split")
-    others = {role: split for role, split in splits.items() if role != "train"}
-    return {"train": train.take((~held).nonzero()[:, 0]), "val": train.take(held.nonzero()[:, 0]), **others}
+    parts = {"train": train.take((~held).nonzero()[:, 0]), "val": train.take(held.nonzero()[:, 0])}
+    note = (
+        f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {seed}: there is no validation split"
+    )
+    return {**splits, **parts}, note

@@ -13,16 +13,7 @@ import torch
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import WHERE
 from pdvit.data.sources.folder import read_folder
-from pdvit.data.sources.split import (
-    SPLIT_NAMES,
-    TRAIN_NAMES,
-    FileSplit,
-    ItemSplit,
-    Source,
-    Split,
-    assemble,
-    choose_splits,
-)
+from pdvit.data.sources.split import SPLIT_NAMES, TRAIN_NAMES, FileSplit, ItemSplit, Source, assemble, choose_splits
 from pdvit.errors import UserError
 from pdvit.files import reading
 
@@ -121,7 +112,7 @@ def _assemble(
         labels = {role: [known.get(label, label) for label in values] for role, values in labels.items()}
     if classes is None:
         classes = range(max((label for label in labels["train"] if type(label) is int), default=-1) + 1)
-    splits: dict[str, Split] = {}
+    splits: dict[str, FileSplit | ItemSplit] = {}
     for role, values in labels.items():
         for index, label in enumerate(values):
             if type(label) is not int or not 0 <= label < len(classes):
