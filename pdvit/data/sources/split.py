@@ -287,8 +287,6 @@ def hold_out(splits: Mapping[str, Split], seed: int) -> tuple[dict[str, Split], 
         held[indices[torch.randperm(len(indices), generator=generator)[:count]]] = True
     if not held.any():
         raise UserError("no class has two images, so none can be held out", WHERE, "add images, or a validation split")
-    parts = {"train": train.take((~held).nonzero()[:, 0]), "val": train.take(held.nonzero()[:, 0])}
-    note = (
-        f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {seed}: there is no validation split"
-    )
-    return {**splits, **parts}, note
+    others = {role: split for role, split in splits.items() if role != "train"}
+    note = f"val is {HELD_OUT:.0%} of the training images, drawn by data.split_seed {seed}: there is no val split"
+    return {"train": train.take((~held).nonzero()[:, 0]), "val": train.take(held.nonzero()[:, 0]), **others}, note
