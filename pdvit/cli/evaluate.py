@@ -139,12 +139,10 @@ def _evaluate(
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     batches = mask_batches(images, loader, config.segment) if windows else eval_batches(images, loader)
     batches = with_progress(batches, len(images) // ranks.world_size, console, split)
+    metric: Any = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
     if windows:
-        pixels = metrics.SegmentationMetric(len(classes), loader.device)
-        scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
-    else:
-        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
-        scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
+        metric = metrics.SegmentationMetric(len(classes), windows, loader.device)
+    scores = metrics.evaluate(ordered, batches, metric, precision, ranks)
     if scores.broken:
         raise opened.not_finite(f"{scores.broken} of {scores.images} images")
     numbers = {

@@ -18,7 +18,7 @@ from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
 from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter, export_segmenter
 from pdvit.tasks.base import ImageTask, describe_terms, with_weights
-from pdvit.tasks.metrics import Scores, SegmentationMetric, class_table, csv_bytes, evaluate_segmentation, unique_names
+from pdvit.tasks.metrics import Scores, SegmentationMetric, class_table, csv_bytes, evaluate, unique_names
 from pdvit.tasks.pictures import prediction_pngs
 from pdvit.tasks.windows import Network, SlidingWindowConfig
 
@@ -86,14 +86,13 @@ class SegmentationTask(ImageTask):
 
     def evaluate_split(self, network: nn.Module, split: str) -> Scores:
         """Return the scores of a split."""
-        self.scores = evaluate_segmentation(
+        self.scores = evaluate(
             pixel_network(network),
             eval_batches(cast(MaskSplit, self.source.splits[split]), self.loader, self.config.segment),
-            SegmentationMetric(len(self.source.classes), self.device),
-            self.windows,
+            SegmentationMetric(len(self.source.classes), self.windows, self.device),
             self.config.run.precision,
             self.ranks,
-            in_lockstep=self.config.run.distribute == "fsdp",
+            self.windows.window if self.config.run.distribute == "fsdp" else None,
         )
         return self.scores
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pdvit.errors import UserError
 from pdvit.tasks import windows
-from pdvit.tasks.windows import SCALES, SlidingWindowConfig, pixel_logits, resize, resize_rows, score_rows, slide
+from pdvit.tasks.windows import SCALES, SlidingWindowConfig, pixel_logits, score_rows, slide
 
 WHOLE = SlidingWindowConfig("whole", 16, 8)
 
@@ -123,15 +123,6 @@ def test_scales_and_flips_are_averaged_as_probabilities(mode):
             mean += bilinear(logits, size)[0].double().softmax(0) / 12
     found = gathered(net, picture, size, SlidingWindowConfig(mode, 16, 8, scales=SCALES, flip=True))
     torch.testing.assert_close(found.exp().double(), mean, rtol=0, atol=1e-6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-def test_blocks_of_rows_equal_the_resized_whole(height, width, rows, columns, block):
-    maps = image(height, width)
-    blocks = [range(start, min(start + block, rows)) for start in range(0, rows, block)]
-    parts = [resize_rows(maps, (rows, columns), part) for part in blocks]
-    torch.testing.assert_close(torch.cat(parts, 2), resize(maps, (rows, columns)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [WHOLE, SlidingWindowConfig("whole", 16, 8, scales=(0.5, 1.5), flip=True)])
