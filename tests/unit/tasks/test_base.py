@@ -10,6 +10,7 @@ from pdvit.data.loader import Batch
 from pdvit.data.opening import open_source
 from pdvit.losses import TERMS
 from pdvit.losses.schedule import WeightSchedule
+from pdvit.tasks import describe_summary
 from pdvit.tasks.base import with_weights
 from pdvit.tasks.classification import ClassificationTask
 
@@ -89,3 +90,8 @@ def test_closing_the_batches_closes_their_source():
         next(batches)
         assert not closed
     assert closed
+
+
+def test_a_number_that_json_can_not_hold_is_shown_as_nan():
+    summary = {"split": "test", "accuracy": 0.5, "loss": None, "similarity_first": 0.25, "similarity_last": None}
+    assert describe_summary(summary).startswith("test accuracy 50.0%, loss nan; P of the patches: first 0.25, last nan")
