@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -78,12 +79,13 @@ def to_json(value: Any, indent: int | None = 2) -> str:
     return json.dumps(finite, indent=indent, ensure_ascii=False)
 
 
+@dataclass
 class RunDirectory:
     """The files of one run. With `writes` unset, as on all ranks but 0, methods that write do nothing."""
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
-        self.lock: IO[str] | None = None  # while this process trains the run
+    path: Path
+    writes: bool = True
+    lock: IO[str] | None = None  # while this process trains the run
 
     @classmethod
     def create(cls, out: str | None, name: str, config: str | None = None) -> "RunDirectory":

@@ -11,7 +11,6 @@ from pdvit.data.opening import open_source
 from pdvit.losses import TERMS
 from pdvit.losses.schedule import WeightSchedule
 from pdvit.tasks import describe_summary
-from pdvit.tasks.base import with_weights
 from pdvit.tasks.classification import ClassificationTask
 
 CPU = torch.device("cpu")
@@ -74,22 +73,6 @@ def test_the_step_with_factors_compiles_once_and_in_one_piece():
     for batch in take(task, 0, 3):
         torch.testing.assert_close(step(task.module, batch).loss, task.step(task.module, batch).loss)
     assert counter.frame_count <= 2  # class targets are probabilities if images are mixed, else indices
-
-
-def test_closing_the_batches_closes_their_source():
-    closed = []
-
-    def source():
-        try:
-            while True:
-                yield Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), torch.arange(2))
-        finally:
-            closed.append(True)
-
-    with closing(with_weights(source(), [WeightSchedule(3, warmup=2)], 0)) as batches:
-        next(batches)
-        assert not closed
-    assert closed
 
 
 def test_a_number_that_json_can_not_hold_is_shown_as_nan():
