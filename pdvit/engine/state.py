@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -125,7 +124,6 @@ class TrainState:
         optimizer = get_optimizer_state_dict(self.module, self.optimizer)  # by the names of parameters
         metadata = {
             "version": VERSION,
-            "packages": {name: version(name) for name in ("torch", "timm")},
             "config": self.config,
             "data": self.data,
             "progress": asdict(self.progress),

@@ -3,7 +3,6 @@
 import csv
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +143,8 @@ def evaluate(
     `sharded_side` is set if the model is sharded over the ranks (FSDP), so that all have to make the same number of
     forward passes: the side of an image for the passes of a rank that has none left.
     """
-    in_lockstep, raised = sharded_side is not None, False
+    passes: Network = autocast(metric.counts.device, precision)(network)
+    raised = False
 
     def exchange(status: bool | UserError) -> bool:
         """Exchange whether there is a pass to make, or an error that all raise; return whether any rank has a pass."""
@@ -155,24 +155,24 @@ def evaluate(
             raised = True
             raise
 
-    def forward(images: Tensor) -> Tensor:
-        if in_lockstep:
-            exchange(True)
-        with autocast(images.device, precision):
-            return network(images)
+    def pass_in_lockstep(images: Tensor) -> Tensor:
+        exchange(True)
+        return passes(images)
 
-    try:
-        with nullcontext() if in_lockstep else ranks.interruptible():
+    if sharded_side is None:
+        with ranks.interruptible():
             for batch in batches:
-                metric.update(forward, batch)
+                metric.update(passes, batch)
+        return metric.compute(ranks)
+    try:
+        for batch in batches:
+            metric.update(pass_in_lockstep, batch)
     except UserError as error:
-        if in_lockstep and not raised:  # the other ranks would wait for this one's next pass
+        if not raised:  # the other ranks would wait for this one's next pass
             exchange(error)
         raise
-    while sharded_side is not None and exchange(False):  # another rank still has images
-        device = metric.counts.device
-        with autocast(device, precision):
-            network(torch.zeros(1, 3, sharded_side, sharded_side, device=device))
+    while exchange(False):  # another rank still has images
+        passes(torch.zeros(1, 3, sharded_side, sharded_side, device=metric.counts.device))
     return metric.compute(ranks)
 
 
