@@ -1,7 +1,5 @@
 import io
-from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -73,25 +71,6 @@ def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too(monkeypat
     expected = float((cosines.sum((1, 2)) - count).mean()) / (count * (count - 1))
     assert summary["similarity_first"] == pytest.approx(expected, abs=1e-6)
     assert summary["similarity_last"] == pytest.approx(similarity["similarity"][-1], abs=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("crop", [64, 44])
-def test_the_compiled_step_is_the_same_with_a_swin_whose_windows_do_not_fit(crop):
-    """As the engine compiles it, in one piece; the last backend, which writes C++, would take minutes."""
-    task = task_of(SWIN, crop)
-    task.module.eval()  # without dropout, which each of them draws
-    with closing(task.batches(0)) as batches:
-        (batch,) = islice(batches, 1)
-    torch.compiler.reset()
-    results = []
-    for step in (task.step, torch.compile(task.step, fullgraph=True, dynamic=False, backend="aot_eager")):
-        task.module.zero_grad()
-        loss = step(task.module, batch).loss
-        loss.backward()
-        gradients = [weight.grad for weight in task.module.parameters() if weight.grad is not None]
-        results.append([loss.detach(), *gradients])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_an_overlay_blends_the_colours_of_classes_and_leaves_the_rest():
