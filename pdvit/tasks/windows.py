@@ -71,7 +71,7 @@ def score_rows(
         total = logits.new_zeros(logits.shape[1], *size) if total is None else total
         for rows, part in parts:
             total[:, rows.start : rows.stop] += part.softmax(0)
-        del logits, tall, parts
+        del logits, tall, parts, part
     assert total is not None
     total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
     yield from ((rows.start, total[:, rows.start : rows.stop], large) for rows in blocks)
