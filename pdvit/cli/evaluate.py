@@ -17,7 +17,7 @@ import typer
 from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
 from pdvit.cli.options import checkpoint_command, checkpoint_settings
 from pdvit.errors import UserError, command, printable
-from pdvit.tasks.summary import describe_metrics
+from pdvit.tasks import describe_metrics
 from pdvit.workflows.console import cell, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
@@ -116,9 +116,8 @@ def _evaluate(
     from pdvit.data.sources.split import subsample
     from pdvit.engine.device import device_name
     from pdvit.tasks import metrics
-    from pdvit.tasks.labels import match_classes
-    from pdvit.tasks.pictures import prediction_pngs
-    from pdvit.tasks.segmentation import pixel_network
+    from pdvit.tasks.segmentation import pixel_network, prediction_pngs
+    from pdvit.workflows.checkpoint import match_classes
 
     config, loader, precision, model = opened.config, opened.loader, opened.config.run.precision, opened.loaded.model
     data = config.data if own else replace(config.data, train_split=None, val_split=None)
@@ -139,12 +138,10 @@ def _evaluate(
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     batches = mask_batches(images, loader, config.segment) if windows else eval_batches(images, loader)
     batches = with_progress(batches, len(images) // ranks.world_size, console, split)
+    metric: Any = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
     if windows:
-        pixels = metrics.SegmentationMetric(len(classes), loader.device)
-        scores = metrics.evaluate_segmentation(ordered, batches, pixels, windows, precision, ranks)
-    else:
-        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
-        scores = metrics.evaluate_classification(ordered, batches, metric, precision, ranks)
+        metric = metrics.SegmentationMetric(len(classes), windows, loader.device)
+    scores = metrics.evaluate(ordered, batches, metric, precision, ranks)
     if scores.broken:
         raise opened.not_finite(f"{scores.broken} of {scores.images} images")
     numbers = {
@@ -294,7 +291,7 @@ def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "
     """Yield the most probable classes of each image with their probabilities."""
     from pdvit.data.loader import eval_batches
     from pdvit.tasks import classification
-    from pdvit.tasks.labels import label_names
+    from pdvit.workflows.checkpoint import label_names
 
     model: Any = opened.loaded.model
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
@@ -315,8 +312,7 @@ def _masks(
 ) -> Iterator[list[Row]]:
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.masks.table import default_palette
-    from pdvit.tasks.pictures import overlay, palette_image, png, predict_masks
-    from pdvit.tasks.segmentation import pixel_network
+    from pdvit.tasks.segmentation import overlay, palette_image, pixel_network, png, predict_masks
     from pdvit.tracking.run_directory import write_file
 
     model: Any = opened.loaded.model

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pdvit.config.resolve import resolve
 from pdvit.config.schema import Config
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import JOBS, STATUS, RunDirectory, reserve, write_file
+from pdvit.tracking.run_directory import STATUS, RunDirectory, write_file
 from pdvit.workflows.console import log, process_group
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def launch_run(
         if config.data.batch_size:
             resolve(config)  # raises the errors of settings before the job
         unnamed = config.run.name is None and config.run.out is None
-        path = reserve(config.run.out, runs.default_name(config) if unnamed else config.run.name or "", JOBS)
+        name_of_run = runs.default_name(config) if unnamed else config.run.name or ""
+        path = RunDirectory.create(config.run.out, name_of_run).path
     jobs = Jobs(path)
     with jobs.locked():
         if jobs.states():

@@ -22,7 +22,7 @@ from pdvit.config.load import build
 from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, command
-from pdvit.tasks.summary import describe_summary
+from pdvit.tasks import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import duration, log, make_console
 

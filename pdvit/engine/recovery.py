@@ -69,7 +69,8 @@ def with_advice(error: BaseException, run: Path, updater: Updater, batch: TrainB
         return error
     traceback.clear_frames(error.__traceback__)  # they hold the step's activations
     ranks = updater.state.ranks.world_size
-    images = min(updater.micro_batch, updater.task.batch_size // ranks)
+    share = updater.task.batch_size // ranks
+    images = min(updater.config.data.micro_batch or share, share)
     size, found = max(1, images // 2), ""
     if batch is not None and ranks == 1:  # with several ranks, a trial would disturb the collectives of the others
         size = largest(updater, batch, images // 2)

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -55,21 +54,20 @@ class Progress:
         return self.seconds_by_phase.get("data", 0.0) + self.seconds_by_phase.get("step", 0.0)
 
 
+@dataclass
 class MetricAccumulator:
     """Sums of metrics over steps, and counts of steps, kept on the device until they are read."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in COUNTS}
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, metrics: dict[str, Tensor], skipped: Tensor) -> None:
         """Add one step's scalars; those of a skipped step are left out of the means."""
-        sums = self.sums
+        sums, count = self.sums, skipped.double()
         for name, value in metrics.items():
-            value = torch.where(skipped, 0.0, value.detach().double())
-            sums[f"sum.{name}"] = sums[f"sum.{name}"] + value if f"sum.{name}" in sums else value
-        sums["steps"] = sums["steps"] + 1
-        sums["skipped"] = sums["skipped"] + skipped
-        sums["in_a_row"] = (sums["in_a_row"] + 1) * skipped
+            sums[f"sum.{name}"] = sums.get(f"sum.{name}", 0) + torch.where(skipped, 0.0, value.detach().double())
+        sums["steps"] = sums.get("steps", 0) + torch.ones_like(count)
+        sums["skipped"] = sums.get("skipped", 0) + count
+        sums["in_a_row"] = (sums.get("in_a_row", 0) + 1) * count
 
     def read(self, ranks: Ranks) -> tuple[dict[str, float], int, int]:
         """Return means, steps skipped since the last reading, and in a row. Training waits for the device only here."""
@@ -77,8 +75,7 @@ class MetricAccumulator:
         sums = dict(zip(self.sums, total, strict=True))
         steps, skipped, in_a_row = (sums.pop(name) for name in COUNTS)
         counted = steps - skipped or float("nan")
-        zero = torch.zeros_like(self.sums["steps"])
-        self.sums = {"steps": zero, "skipped": zero, "in_a_row": self.sums["in_a_row"]}
+        self.sums = {"in_a_row": self.sums["in_a_row"]}
         means = {name.removeprefix("sum."): total / counted for name, total in sums.items()}
         return means, round(skipped), round(in_a_row)
 
@@ -105,9 +102,7 @@ class TrainState:
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        self.metrics = MetricAccumulator(self.device)
+    metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
 
     def state_dict(self, generators: Mapping[str, Tensor] | None = None) -> Snapshot:
         """Copy the state to main memory, on rank 0; with `generators` instead of their present states."""
@@ -129,7 +124,6 @@ class TrainState:
         optimizer = get_optimizer_state_dict(self.module, self.optimizer)  # by the names of parameters
         metadata = {
             "version": VERSION,
-            "packages": {name: version(name) for name in ("torch", "timm")},
             "config": self.config,
             "data": self.data,
             "progress": asdict(self.progress),

@@ -15,8 +15,6 @@ from rich.table import Column
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no progress bar
 EXIT_STOPPED = 75  # the conventional status for "try again later"
-BAR = 20  # columns of the bar
-BESIDE = BAR + len(" 100% ") + len(" 100:00:00 ") + 2  # columns of all that has a fixed width in the progress line
 # Slurm can send one of the last two before its time limit; submitit asks for SIGUSR2, as NCCL may use the other.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 T = TypeVar("T")
@@ -45,11 +43,13 @@ class Display:
     def __init__(self, console: Console, total: int, start: int = 0, unit: str = "step") -> None:
         self.console, self.total, self.start, self.unit = console, total, start, unit
         self.started = self.last_line = time.monotonic()
-        fields = ("task.description", "task.fields[rate]", "task.fields[metrics]")
-        texts = [TextColumn(f"{{{name}}}", table_column=Column(no_wrap=True)) for name in fields]
-        columns = texts[0], BarColumn(BAR), TaskProgressColumn(), texts[1], TimeRemainingColumn(), texts[2]
-        self.bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        if self.bar:
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            fixed, rest = Column(no_wrap=True, max_width=40), Column(no_wrap=True, ratio=1)  # the width that is left
+            name, rate = (TextColumn(f"{{task.{key}}}", table_column=fixed) for key in ("description", "fields[rate]"))
+            columns = name, BarColumn(20), TaskProgressColumn(), rate, TimeRemainingColumn()
+            metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
+            self.bar = Progress(*columns, metrics, console=console, transient=True, expand=True)
             self.task = self.bar.add_task("starting", total=total, completed=start, rate="", metrics="")
 
     def __enter__(self) -> "Display":
@@ -63,14 +63,10 @@ class Display:
                 self.bar.stop()
 
     def show(self, step: int, epoch: str, rate: float, metrics: Mapping[str, float]) -> None:
-        """Show the step, images per second, and the latest means; in a narrow terminal fewer of the terms."""
-        names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))  # terms are dropped first
+        """Show the step, images per second, and the latest means; a narrow terminal cuts off the last of the terms."""
+        names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))
         texts, speed = [f"{name} {metrics[name]:.3g}" for name in names], describe_rate(rate)
         if self.bar:
-            epoch = epoch[: max(0, self.console.width - BESIDE - len(speed))]
-            room = self.console.width - BESIDE - len(epoch) - len(speed)
-            while len(" ".join(texts)) > room and texts:
-                texts.pop()
             self.bar.update(self.task, completed=step, description=epoch, rate=speed, metrics=" ".join(texts))
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()

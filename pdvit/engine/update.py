@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,13 +102,14 @@ def _shard(module: nn.Module) -> None:
     fully_shard(module, reshard_after_forward=True)  # else an evaluation leaves the outer weights whole
 
 
+@dataclass
 class Updater:
     """One update: forward and backward in parts, clip, optimizer step if loss and gradient are finite, average."""
 
-    def __init__(self, task: Task, network: nn.Module, state: TrainState, config: Config) -> None:
-        self.task, self.network, self.state, self.precision = task, network, state, config.run.precision
-        self.micro_batch = config.data.micro_batch or task.batch_size
-        self.max_norm = config.optim.clip_grad
+    task: Task
+    network: nn.Module  # the task's step, as `parallelize` returns it
+    state: TrainState
+    config: Config
 
     def __call__(self, batch: TrainBatch, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""
@@ -133,7 +135,7 @@ class Updater:
         self.network.train()
         self.state.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
-        parts = batch.split(micro_batch or self.micro_batch)
+        parts = batch.split(micro_batch or self.config.data.micro_batch or len(batch))
         no_sync: Any = getattr(self.network, "no_sync", nullcontext)  # DDP
         fsdp_sync: Any = getattr(self.task.module, "set_requires_gradient_sync", None)
         for number, part in enumerate(parts, 1):
@@ -141,7 +143,7 @@ class Updater:
             if fsdp_sync:
                 fsdp_sync(last)
             with nullcontext() if last else no_sync():  # ranks add up their gradients only once, with the last part
-                with autocast(self.state.device, self.precision):
+                with autocast(self.state.device, self.config.run.precision):
                     output = self.network(part)
                 self.state.scaler.scale(output.loss * weight).backward()
             for name, value in output.metrics.items():
@@ -152,7 +154,7 @@ class Updater:
         """Clip the gradient to the maximum norm, if there is one; return the norm before."""
         weights = [weight for weight in self.network.parameters() if weight.grad is not None]
         norm: Any = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(weights, self.max_norm, norm)
+        if self.config.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(weights, self.config.optim.clip_grad, norm)
         full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return full.detach()

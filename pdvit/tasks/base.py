@@ -28,8 +28,8 @@ from pdvit.models.build import strides_of
 from pdvit.models.layers import exact_float32, places_of, watch
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
 from pdvit.similarity import patch_similarity
+from pdvit.tasks import describe_metrics
 from pdvit.tasks.metrics import Scores
-from pdvit.tasks.summary import describe_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
 

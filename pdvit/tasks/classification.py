@@ -19,7 +19,7 @@ from pdvit.models.checkpoints import export
 from pdvit.models.layers import evaluating, image_size_of
 from pdvit.models.tokens import DiverseModel
 from pdvit.tasks.base import ImageTask, describe_terms, with_weights
-from pdvit.tasks.metrics import ClassificationMetric, Scores, evaluate_classification
+from pdvit.tasks.metrics import ClassificationMetric, Scores, evaluate
 
 
 class ClassificationTask(ImageTask):
@@ -104,13 +104,13 @@ class ClassificationTask(ImageTask):
 
     def evaluate_split(self, network: nn.Module, split: str) -> Scores:
         """Return the scores of a split."""
-        return evaluate_classification(
+        return evaluate(
             lambda images: network(images, patch_logits=False).logits,
             eval_batches(self.source.splits[split], self.loader),
             ClassificationMetric(len(self.source.classes), self.device),
             self.config.run.precision,
             self.ranks,
-            in_lockstep=self.config.run.distribute == "fsdp",
+            self.preprocessing.size if self.config.run.distribute == "fsdp" else None,
         )
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:

@@ -2,8 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ class Scores:
 
 
 class ClassificationMetric:
-    """Accumulates logits. Nothing waits for the device, and no image is kept."""
+    """Accumulates the logits of images. Nothing waits for the device, and no image is kept."""
 
     def __init__(self, classes: int, device: torch.device, confusion: bool = False) -> None:
         self.classes, self.edges = classes, EDGES.to(device)
@@ -49,8 +48,9 @@ class ClassificationMetric:
         # int32: with 21,841 classes this is 1.9 GB
         self.confusion = torch.zeros(classes**2, dtype=torch.int32, device=device) if confusion else None
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits `(B, C)` in float32, class indices `(B,)`."""
+    def update(self, network: Network, batch: Batch) -> None:
+        """Add a batch of images with a class each; the network returns logits `(B, C)`."""
+        logits, targets = network(batch.images).float(), batch.targets
         predicted = logits.argmax(1)
         correct = predicted == targets
         in_top = (logits.topk(min(TOP, self.classes)).indices == targets[:, None]).any(1)
@@ -84,25 +84,27 @@ class ClassificationMetric:
 class SegmentationMetric:
     """Accumulates the confusion matrix of pixels (integers, on the device) and their loss."""
 
-    def __init__(self, classes: int, device: torch.device) -> None:
-        self.classes, self.device = classes, device
+    def __init__(self, classes: int, windows: SlidingWindowConfig, device: torch.device) -> None:
+        self.classes, self.windows = classes, windows
         self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.counts = torch.zeros(3, dtype=torch.long, device=device)  # images, broken, in windows
 
-    def update(self, blocks: Iterable[tuple[int, Tensor, bool]], mask: Tensor) -> None:
-        """Add an image: the blocks of its rows, as from `score_rows`, and the mask `(H, W)`."""
-        finite, large = torch.ones((), dtype=torch.bool, device=self.device), False
-        for top, scores, in_windows in blocks:
-            rows = mask[top : top + scores.shape[1]]
-            pairs = torch.where(rows == IGNORED, self.classes**2, rows * self.classes + scores.argmax(0))
-            self.confusion += pairs.flatten().bincount(minlength=self.classes**2 + 1)[:-1].view_as(self.confusion)
-            # `cross_entropy` gives the same numbers, but has no deterministic kernel for pixels on a GPU
-            losses = -scores.log_softmax(0).gather(0, rows.clamp(max=self.classes - 1)[None])[0]
-            self.loss += losses.masked_fill(rows == IGNORED, 0).sum(dtype=torch.float64)
-            finite &= scores.isfinite().all()
-            large |= in_windows
-        self.counts += torch.stack([torch.ones_like(finite), ~finite, torch.full_like(finite, large)])
+    def update(self, network: Network, batch: Batch) -> None:
+        """Add images with masks, which keep their own size; the network returns logits of the images' pixels."""
+        for image, mask in zip(batch.images, batch.targets, strict=True):
+            finite, large = torch.ones((), dtype=torch.bool, device=mask.device), False
+            size = (mask.shape[0], mask.shape[1])
+            for top, scores, in_windows in score_rows(network, image[None], size, self.classes, self.windows):
+                rows = mask[top : top + scores.shape[1]]
+                pairs = torch.where(rows == IGNORED, self.classes**2, rows * self.classes + scores.argmax(0))
+                self.confusion += pairs.flatten().bincount(minlength=self.classes**2 + 1)[:-1].view_as(self.confusion)
+                # `cross_entropy` gives the same numbers, but has no deterministic kernel for pixels on a GPU
+                losses = -scores.log_softmax(0).gather(0, rows.clamp(max=self.classes - 1)[None])[0]
+                self.loss += losses.masked_fill(rows == IGNORED, 0).sum(dtype=torch.float64)
+                finite &= scores.isfinite().all()
+                large |= in_windows
+            self.counts += torch.stack([torch.ones_like(finite), ~finite, torch.full_like(finite, large)])
 
     def compute(self, ranks: Ranks = SINGLE_PROCESS) -> Scores:
         """Return the metrics over the images of all ranks, on each rank; raises UserError if no pixel has a class."""
@@ -128,42 +130,20 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_classification(
-    network: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    metric: ClassificationMetric,
-    precision: str,
-    ranks: Ranks = SINGLE_PROCESS,
-    in_lockstep: bool = False,
-) -> Scores:
-    """Return the scores of a network from images to logits `(B, C)`; over all ranks, `batches` hold each image once.
-
-    `in_lockstep`: the model is sharded over the ranks (FSDP), which communicate in each pass.
-    """
-    with nullcontext() if in_lockstep else ranks.interruptible():
-        for batch in batches:
-            if in_lockstep:
-                ranks.exchange(None)
-            with autocast(batch.images.device, precision):
-                logits = network(batch.images).float()
-            metric.update(logits, batch.targets)
-    return metric.compute(ranks)
-
-
-@torch.no_grad()
-def evaluate_segmentation(
+def evaluate(
     network: Network,
     batches: Iterable[Batch],
-    metric: SegmentationMetric,
-    windows: SlidingWindowConfig,
+    metric: ClassificationMetric | SegmentationMetric,
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
-    in_lockstep: bool = False,
+    sharded_side: int | None = None,
 ) -> Scores:
-    """Return the scores of a network from images to the logits of their pixels; masks keep their own size.
+    """Return the scores of a network; over all ranks, `batches` hold each image once.
 
-    `in_lockstep`: the model is sharded over the ranks (FSDP), so all have to make the same number of forward passes.
+    `sharded_side` is set if the model is sharded over the ranks (FSDP), so that all have to make the same number of
+    forward passes: the side of an image for the passes of a rank that has none left.
     """
+    passes: Network = autocast(metric.counts.device, precision)(network)
     raised = False
 
     def exchange(status: bool | UserError) -> bool:
@@ -175,25 +155,24 @@ def evaluate_segmentation(
             raised = True
             raise
 
-    def forward(images: Tensor) -> Tensor:
-        if in_lockstep:
-            exchange(True)
-        with autocast(images.device, precision):
-            return network(images)
+    def pass_in_lockstep(images: Tensor) -> Tensor:
+        exchange(True)
+        return passes(images)
 
-    try:
-        with nullcontext() if in_lockstep else ranks.interruptible():
+    if sharded_side is None:
+        with ranks.interruptible():
             for batch in batches:
-                for image, mask in zip(batch.images, batch.targets, strict=True):
-                    size = (mask.shape[0], mask.shape[1])
-                    metric.update(score_rows(forward, image[None], size, metric.classes, windows), mask)
+                metric.update(passes, batch)
+        return metric.compute(ranks)
+    try:
+        for batch in batches:
+            metric.update(pass_in_lockstep, batch)
     except UserError as error:
-        if in_lockstep and not raised:  # the other ranks would wait for this one's next pass
+        if not raised:  # the other ranks would wait for this one's next pass
             exchange(error)
         raise
-    while in_lockstep and exchange(False):  # another rank still has images
-        with autocast(metric.device, precision):
-            network(torch.zeros(1, 3, windows.window, windows.window, device=metric.device))
+    while exchange(False):  # another rank still has images
+        passes(torch.zeros(1, 3, sharded_side, sharded_side, device=metric.counts.device))
     return metric.compute(ranks)
 
 

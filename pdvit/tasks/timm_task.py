@@ -10,7 +10,7 @@ from timm.task import ClassificationTask as TimmTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from pdvit.data.mixing import draw_pasted, grid_of, paste
+from pdvit.data.mixing import patch_cutmix
 from pdvit.errors import UserError
 from pdvit.losses import Objective
 from pdvit.models.build import strides_of
@@ -94,12 +94,11 @@ class DiversityTask(TimmTask):
             what = "the images are mixed already, so patches have no class of their own"
             tip = "leave --mixup and --cutmix of timm's script at 0: the task pastes whole patches itself"
             raise UserError(what, "DiversityTask", tip)
-        grid = grid_of(images.shape[-2], images.shape[-1], self.patch_size)
         rng = random.Random(random.getrandbits(64))
         alpha = self.cutmix if rng.random() < self.prob else 0.0
-        pasted = draw_pasted(len(images), *grid, alpha, "batch", rng).to(images.device, non_blocking=True)
-        other, fraction = target.roll(1), pasted[0].float().mean()
-        mixed = paste(images, target, images.roll(1, 0), other, pasted, self.classes)
+        mixed = patch_cutmix(images, target, self.patch_size, self.classes, alpha, rng)
+        other, pasted = target.roll(1), mixed.patch_targets != target[:, None]
+        fraction = pasted.float().mean(1).max()  # the rectangle is the same in all; two images of one class hide it
 
         def class_loss(logits: Tensor, own: Tensor) -> Any:
             return (1 - fraction) * self.criterion(logits, own) + fraction * self.criterion(logits, other)

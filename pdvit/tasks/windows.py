@@ -62,13 +62,16 @@ def score_rows(
         view = resize(image, (max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))))
         logits, in_windows = pixel_logits(network, view.flip(-1) if mirrored else view, config)
         logits, large = logits.flip(-1) if mirrored else logits, large or in_windows
+        # A large mask is resized in two steps, so that only a block of rows has its full width at once.
+        tall = (logits,) if len(blocks) == 1 else resize(logits, (size[0], logits.shape[-1])).split(block, 2)
+        parts = ((rows, resize(part, (len(rows), size[1]))[0]) for rows, part in zip(blocks, tall, strict=True))
         if len(views) == 1:
-            yield from ((rows.start, resize_rows(logits, size, rows)[0], large) for rows in blocks)
+            yield from ((rows.start, part, large) for rows, part in parts)
             return
         total = logits.new_zeros(logits.shape[1], *size) if total is None else total
-        for rows in blocks:
-            total[:, rows.start : rows.stop] += resize_rows(logits, size, rows)[0].softmax(0)
-        del logits
+        for rows, part in parts:
+            total[:, rows.start : rows.stop] += part.softmax(0)
+        del logits, tall, parts, part
     assert total is not None
     total.div_(len(views)).clamp_(min=torch.finfo(total.dtype).tiny).log_()
     yield from ((rows.start, total[:, rows.start : rows.stop], large) for rows in blocks)
@@ -120,16 +123,3 @@ def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def resize_rows(maps: Tensor, size: tuple[int, int], rows: range) -> Tensor:
-    """Return some rows of `resize(maps, size)`: maps `(1, C, h, w)` to `(1, C, R, W)`."""
-    if len(rows) == size[0]:
-        return resize(maps, size)
-    height = maps.shape[-2]
-    centres = torch.arange(rows.start, rows.stop, device=maps.device) + 0.5
-    source = (centres * (height / size[0]) - 0.5).clamp(min=0)
-    above = source.long().clamp(max=height - 1)
-    below = (above + 1).clamp(max=height - 1)
-    mixed = torch.lerp(maps[:, :, above], maps[:, :, below], (source - above).to(maps.dtype)[:, None])
-    return F.interpolate(mixed, size=(len(rows), size[1]), mode="bilinear", align_corners=False)

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -78,20 +79,40 @@ def to_json(value: Any, indent: int | None = 2) -> str:
     return json.dumps(finite, indent=indent, ensure_ascii=False)
 
 
+@dataclass
 class RunDirectory:
     """The files of one run. With `writes` unset, as on all ranks but 0, methods that write do nothing."""
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
-        self.lock: IO[str] | None = None  # while this process trains the run
+    path: Path
+    writes: bool = True
+    lock: IO[str] | None = None  # while this process trains the run
 
     @classmethod
-    def create(cls, out: str | None, name: str, config: str) -> "RunDirectory":
-        """Make a run directory with run.toml, as `reserve` does; raises UserError."""
-        path = reserve(out, name, CHECKPOINTS)
+    def create(cls, out: str | None, name: str, config: str | None = None) -> "RunDirectory":
+        """Make the directory `out`, or runs/NAME with a suffix if that exists, with run.toml; raises UserError.
+
+        Without `config`, the content of run.toml, it is that of a job which has not begun.
+        """
+        text = name if out is None else out
+        if text == "" or (out is None and (name == ".." or Path(name).name != name)):
+            raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
+        path = RUNS / name if out is None else Path(os.path.expanduser(out))
+        for number in count(2):
+            refuse_taken(out)
+            with writing("the run directory", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileExistsError):
+                    path.mkdir(exist_ok=out is not None)
+                    if config is None:
+                        (path / JOBS).mkdir(exist_ok=True)
+                    else:
+                        (path / CHECKPOINTS).mkdir()  # of several commands, one has made it
+                    break
+            path = RUNS / f"{name}-{number}" if out is None else path
         directory = cls(path)
         try:
-            directory.write("run.toml", config)
+            if config is not None:
+                directory.write("run.toml", config)
         except UserError:
             for folder in (path / CHECKPOINTS, path):
                 with suppress(OSError):  # a job's folder stays
@@ -201,24 +222,6 @@ class RunDirectory:
         # First, because a configuration with changes that are not recorded is refused.
         self.write(CHANGES, {"changes": self.changes() + entries})
         self.write("run.toml", config)
-
-
-def reserve(out: str | None, name: str, inner: str) -> Path:
-    """Make a folder with an `inner` one: `out`, or runs/NAME with a suffix if that exists; raises UserError."""
-    text = name if out is None else out
-    if text == "" or (out is None and (name == ".." or Path(name).name != name)):
-        raise UserError(f"'{text}' is not a name", "run.name (--name), run.out (--out)", "give a path with --out")
-    path = RUNS / name if out is None else Path(os.path.expanduser(out))
-    for number in count(2):
-        refuse_taken(out)
-        with writing("the run directory", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                path.mkdir(exist_ok=out is not None)
-                (path / inner).mkdir(exist_ok=inner == JOBS)  # of several commands, one has made it
-                break
-        path = RUNS / f"{name}-{number}" if out is None else path
-    return path
 
 
 def refuse_taken(out: str | None) -> None:

@@ -33,9 +33,9 @@ from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.heads import with_norm
 from pdvit.sweep.cells import text_in_name
+from pdvit.tasks import describe_summary
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
-from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers

@@ -1,5 +1,4 @@
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -73,13 +72,6 @@ CURVES = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "poly": lambda x:
 def test_the_rate_follows_its_formula_from_the_peak_to_the_floor(schedule):
     expected = [FLOOR + (PEAK - FLOOR) * CURVES[schedule](done / 90) for done in range(91)]
     assert rates(schedule)[10:] == pytest.approx(expected)
-
-
-def test_wsd_stays_at_the_peak_then_falls_to_the_floor():
-    after = rates("wsd")[10:]
-    assert after[:45] == pytest.approx([PEAK] * 45)
-    assert after[-1] == pytest.approx(FLOOR)
-    assert all(later <= earlier for earlier, later in pairwise(after))
 
 
 def test_a_run_too_short_for_a_schedule_is_refused():

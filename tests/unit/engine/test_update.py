@@ -117,21 +117,6 @@ def test_an_infinite_gradient_of_a_finite_loss_is_seen():
     assert skipped
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_short_precision_comes_near_the_long_one(device, precision):
-    short, full, batch = Task(device=device), Task(device=device), batch_on(device)
-    updater = updater_of(short, sgd(short), precision=precision)
-    if precision == "fp16":  # the scale of the start overflows on purpose; here it fits
-        updater.state.scaler = GradScaler(device, init_scale=1024.0)
-    metrics, skipped = updater(batch, 1)
-    expected, _ = updater_of(full, sgd(full))(batch, 1)
-    assert not skipped
-    assert not torch.equal(metrics["loss"], expected["loss"])
-    torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"], rtol=0.02, atol=0)
-    for ours, theirs in zip(short.module.parameters(), full.module.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
-
-
 def test_a_loss_scale_that_overflows_is_halved_and_the_step_skipped(device):
     task = Task(1e4, device)
     updater = updater_of(task, make_optimizer(task.module, OptimConfig(opt="adamw", lr=0.1)), precision="fp16")
@@ -187,7 +172,7 @@ def test_norms_biases_positions_and_prefix_tokens_are_not_decayed():
 
 
 def test_the_accumulator_leaves_skipped_steps_out_and_counts_them():
-    metrics = MetricAccumulator(torch.device("cpu"))
+    metrics = MetricAccumulator()
 
     def read_after(*losses):
         for loss in losses:
@@ -196,7 +181,6 @@ def test_the_accumulator_leaves_skipped_steps_out_and_counts_them():
 
     nan = float("nan")
     assert read_after(1.0, 2.0, 6.0) == ({"loss": 3.0}, 0, 0)
-    assert read_after() == ({}, 0, 0)
     assert read_after(1.0, nan, 3.0, float("inf"), nan) == ({"loss": 2.0}, 3, 2)
     means, skipped, in_a_row = read_after(nan)
     assert math.isnan(means["loss"])

@@ -10,7 +10,7 @@ from pdvit.data.loader import Batch
 from pdvit.data.opening import open_source
 from pdvit.losses import TERMS
 from pdvit.losses.schedule import WeightSchedule
-from pdvit.tasks.base import with_weights
+from pdvit.tasks import describe_summary
 from pdvit.tasks.classification import ClassificationTask
 
 CPU = torch.device("cpu")
@@ -75,17 +75,6 @@ def test_the_step_with_factors_compiles_once_and_in_one_piece():
     assert counter.frame_count <= 2  # class targets are probabilities if images are mixed, else indices
 
 
-def test_closing_the_batches_closes_their_source():
-    closed = []
-
-    def source():
-        try:
-            while True:
-                yield Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), torch.arange(2))
-        finally:
-            closed.append(True)
-
-    with closing(with_weights(source(), [WeightSchedule(3, warmup=2)], 0)) as batches:
-        next(batches)
-        assert not closed
-    assert closed
+def test_a_number_that_json_can_not_hold_is_shown_as_nan():
+    summary = {"split": "test", "accuracy": 0.5, "loss": None, "similarity_first": 0.25, "similarity_last": None}
+    assert describe_summary(summary).startswith("test accuracy 50.0%, loss nan; P of the patches: first 0.25, last nan")

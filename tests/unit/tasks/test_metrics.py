@@ -12,11 +12,11 @@ from pdvit.data.loader import Batch
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.tasks import metrics, windows
-from pdvit.tasks.classification import predict
 from pdvit.tasks.metrics import BINS, ClassificationMetric, SegmentationMetric
 from pdvit.tasks.windows import SlidingWindowConfig
 
 CPU = torch.device("cpu")
+SIZES = [(12, 20), (11, 25), (6, 10)]  # two of them are more than 200 pixels
 MATRIX = torch.tensor([[5, 2, 2, 0], [0, 7, 0, 0], [4, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.int32)
 NAMES = ["a", "b", "c", "d"]
 
@@ -32,15 +32,13 @@ def random_logits(images: int, classes: int, seed: int = 0, scale: float = 3.0) 
 def classification(logits: torch.Tensor, targets: torch.Tensor, batch: int = 1000) -> ClassificationMetric:
     metric = ClassificationMetric(logits.shape[1], CPU, confusion=True)
     for part, labels in zip(logits.split(batch), targets.split(batch), strict=True):
-        metric.update(part, labels)
+        metric.update(nn.Identity(), Batch(part, labels, labels))
     return metric
 
 
 def segmentation(scores: torch.Tensor, masks: torch.Tensor) -> SegmentationMetric:
-    metric = SegmentationMetric(scores.shape[1], scores.device)
-    for image, mask in zip(scores, masks, strict=True):
-        half = len(mask) // 2
-        metric.update([(0, image[:, :half], False), (half, image[:, half:], False)], mask)
+    metric = SegmentationMetric(scores.shape[1], SlidingWindowConfig("whole", 8, 8), scores.device)
+    metric.update(nn.Identity(), Batch(scores, masks, torch.arange(len(scores))))
     return metric
 
 
@@ -73,9 +71,8 @@ def test_classification_scores_equal_scikit_learn_and_a_plain_loop(seed, images,
 
 
 def test_an_edge_belongs_to_the_bin_below_it():
-    metric = ClassificationMetric(5, CPU)
-    metric.update(torch.zeros(1, 5), torch.tensor([0]))  # a confidence of 0.2, which in float32 is above 3 / 15
-    metric.update(torch.tensor([[50.0, 0, 0, 0, 0]]), torch.tensor([0]))  # 1 is the end of the last bin
+    # 0.2, which in float32 is above 3 / 15, and 1, the end of the last bin
+    metric = classification(torch.tensor([[0.0, 0, 0, 0, 0], [50, 0, 0, 0, 0]]), torch.tensor([0, 0]))
     assert metric.bins[0].nonzero().flatten().tolist() == [3, BINS - 1]
 
 
@@ -83,22 +80,6 @@ def test_few_classes_have_no_top_five_and_many_need_no_square_without_a_confusio
     assert ClassificationMetric(10**6, CPU).confusion is None
     assert classification(*random_logits(20, 4)).compute().numbers["accuracy_top5"] is None
     assert classification(*random_logits(20, 5)).compute().numbers["accuracy_top5"] == 1
-
-
-def test_scores_of_three_ranks_equal_those_of_one():
-    logits, targets = random_logits(100, 6)
-    parts = [classification(*part) for part in zip(logits.split(34), targets.split(34), strict=True)]
-    attributes = ("counts", "loss", "bins", "confusion")
-    sums = {id(getattr(parts[0], name)): sum(getattr(part, name) for part in parts) for name in attributes}
-
-    class Three(Ranks):
-        def all_reduce(self, tensor):
-            return sums[id(tensor)]
-
-    several, one = parts[0].compute(Three()), classification(logits, targets).compute()
-    assert torch.equal(several.confusion, one.confusion)
-    assert (several.images, several.broken) == (one.images, one.broken)
-    assert several.numbers == pytest.approx(one.numbers, rel=1e-6)
 
 
 def test_logits_that_are_not_finite_are_counted():
@@ -120,7 +101,7 @@ def test_models_run_in_the_configured_precision_without_gradients(precision):
 
     weight = torch.randn(12, 5, requires_grad=True)
     batches = [Batch(torch.randn(n, 3, 2, 2), torch.arange(n) % 5, torch.arange(n)) for n in (3, 3, 2)]
-    assert metrics.evaluate_classification(network, batches, ClassificationMetric(5, CPU), precision).images == 8
+    assert metrics.evaluate(network, batches, ClassificationMetric(5, CPU), precision).images == 8
 
 
 @settings(max_examples=30, deadline=None)
@@ -147,17 +128,11 @@ def test_segmentation_scores_equal_the_matrix_of_scikit_learn(seed, classes, ima
     assert found.numbers["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_pixels_beyond_the_integers_of_float32_are_counted_exactly():
-    metric = SegmentationMetric(2, CPU)
-    metric.confusion += torch.tensor([[2**24 + 1, 0], [1, 2**24]])
-    assert metric.compute().confusion.tolist() == [[2**24 + 1, 0], [1, 2**24]]
-
-
 def test_a_split_without_images_or_labelled_pixels_is_an_error():
     with pytest.raises(UserError, match="none of the images decodes"):
         ClassificationMetric(5, CPU).compute()
     with pytest.raises(UserError, match="no image decodes"):
-        SegmentationMetric(2, CPU).compute()
+        SegmentationMetric(2, SlidingWindowConfig("whole", 8, 8), CPU).compute()
     with pytest.raises(UserError, match="none of the pixels of 1 masks"):
         segmentation(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 255)).compute()
 
@@ -174,29 +149,14 @@ def test_deterministic_mode_counts_the_same():
         torch.use_deterministic_algorithms(False)
 
 
-def test_images_too_large_for_a_single_pass_are_evaluated_in_windows_and_counted(monkeypatch):
-    def network(images):  # depends on all of its input, so that windows differ from the whole
-        if images.shape[-1] == 17:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return images * 3 + images.mean((2, 3), keepdim=True) * 5
-
-    def evaluated(mode, *sizes):
-        rng.manual_seed(0)
-        batches = [Batch(torch.randn(1, 3, *size, generator=rng), masks, torch.zeros(1)) for size in sizes]
-        return metrics.evaluate_segmentation(
-            network, batches, SegmentationMetric(3, CPU), SlidingWindowConfig(mode, 8, 4), "fp32"
-        )
-
-    rng, masks = torch.Generator(), torch.randint(3, (1, 9, 14), generator=torch.Generator().manual_seed(1))
-    large = [(12, 20), (11, 25)]
-    whole, in_windows = evaluated("whole", *large), evaluated("slide", *large)
-    assert "in_windows" not in whole.numbers.keys() | in_windows.numbers.keys()
-    assert whole.numbers["loss"] != in_windows.numbers["loss"]
+def test_images_that_are_evaluated_in_windows_are_counted(monkeypatch):
     monkeypatch.setattr(windows, "MAX_WHOLE", 200)
-    found = evaluated("whole", *large)
-    assert found.numbers == in_windows.numbers | {"in_windows": 2}
-    assert torch.equal(found.confusion, in_windows.confusion)
-    assert evaluated("whole", *large, (6, 10), (6, 17)).numbers["in_windows"] == 3
+    batches = [Batch(torch.randn(1, 3, *size), torch.ones(1, 9, 14).long(), torch.zeros(1)) for size in SIZES]
+    found = [
+        metrics.evaluate(nn.Identity(), batches, SegmentationMetric(3, SlidingWindowConfig(mode, 8, 4), CPU), "fp32")
+        for mode in ("whole", "slide")
+    ]
+    assert found[0].numbers == found[1].numbers | {"in_windows": 2}
 
 
 class OtherRank(Ranks):
@@ -217,14 +177,14 @@ def in_lockstep(*statuses):
     """Evaluate one image beside another rank; return its passes and the images, or the error."""
     passes, ranks = [], OtherRank(*statuses)
     batch = Batch(torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long), torch.tensor([0]))
-    metric, config = SegmentationMetric(3, CPU), SlidingWindowConfig("whole", 4, 4)
+    metric = SegmentationMetric(3, SlidingWindowConfig("whole", 4, 4), CPU)
 
     def network(images: torch.Tensor) -> torch.Tensor:
         passes.append(images.shape[-1])
         return images
 
     try:
-        scores = metrics.evaluate_segmentation(network, [batch], metric, config, "fp32", ranks, in_lockstep=True)
+        scores = metrics.evaluate(network, [batch], metric, "fp32", ranks, sharded_side=4)
         return passes, scores.images
     except UserError as error:
         return passes, error.what
@@ -267,16 +227,6 @@ def test_class_tables_equal_scikit_learn():
         *[("c", "a", 4), ("c", "c", 1), ("d", "d", 0)],
     ]
     assert torch.equal(MATRIX, before)
-
-
-def test_the_best_classes_come_with_their_probabilities_in_order():
-    logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.2, 0.2, 0.6]]).log()
-    logits[2, 0] = math.nan
-    parts = [(logits[:2], [0, 2]), (logits[2:], [3])]
-    batches = [Batch(part, torch.zeros(len(part)), torch.tensor(index)) for part, index in parts]
-    images, classes, probabilities, finite = zip(*predict(nn.Identity(), batches, 2, "fp32"), strict=True)
-    assert (images, classes[:2], finite) == ((0, 2, 3), ([1, 2], [0, 2]), (True, True, False))
-    torch.testing.assert_close(torch.tensor(probabilities[0]), torch.tensor([0.7, 0.2]))
 
 
 def test_names_that_occur_twice_get_their_index():

@@ -1,15 +1,22 @@
-from contextlib import closing
+import io
 from dataclasses import replace
-from itertools import islice
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pdvit.config import build, resolve
-from pdvit.config.schema import DataConfig, SegmentConfig
+from pdvit.config.schema import Config, DataConfig, SegmentConfig
+from pdvit.data.loader import LoaderConfig
 from pdvit.data.masks.folders import open_masks
+from pdvit.data.masks.folders import MaskFiles
+from pdvit.data.masks.table import ClassTable
+from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.sources.split import Source
 from pdvit.errors import UserError
-from pdvit.tasks.segmentation import SegmentationTask
+from pdvit.tasks.segmentation import SegmentationTask, overlay, prediction_pngs
+from pdvit.tasks.windows import SlidingWindowConfig
 
 CPU = torch.device("cpu")
 SCENES = open_masks(DataConfig(source="scenes"), SegmentConfig())
@@ -66,20 +73,31 @@ def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too(monkeypat
     assert summary["similarity_last"] == pytest.approx(similarity["similarity"][-1], abs=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("crop", [64, 44])
-def test_the_compiled_step_is_the_same_with_a_swin_whose_windows_do_not_fit(crop):
-    """As the engine compiles it, in one piece; the last backend, which writes C++, would take minutes."""
-    task = task_of(SWIN, crop)
-    task.module.eval()  # without dropout, which each of them draws
-    with closing(task.batches(0)) as batches:
-        (batch,) = islice(batches, 1)
-    torch.compiler.reset()
-    results = []
-    for step in (task.step, torch.compile(task.step, fullgraph=True, dynamic=False, backend="aot_eager")):
-        task.module.zero_grad()
-        loss = step(task.module, batch).loss
-        loss.backward()
-        gradients = [weight.grad for weight in task.module.parameters() if weight.grad is not None]
-        results.append([loss.detach(), *gradients])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+def test_an_overlay_blends_the_colours_of_classes_and_leaves_the_rest():
+    grey = Image.fromarray(np.full((2, 3, 3), 100, np.uint8))
+    found = np.array(overlay(grey, torch.tensor([[0, 1, 255]] * 2, dtype=torch.uint8), [(10, 20, 30), (200, 0, 0)]))
+    assert tuple(found[0, 2]) == (100, 100, 100)
+    assert abs(found[0, 1] - (0.4 * 100 + 0.6 * np.array((200, 0, 0)))).max() <= 1
+
+
+def test_pictures_have_the_class_of_the_largest_score_and_are_made_small(tmp_path):
+    """The network returns the colours as scores, so the prediction is the brightest of red, green and blue."""
+    levels = np.random.default_rng(0).permuted(np.tile(np.array([0, 100, 200], np.uint8), (600, 1024, 1)), axis=2)
+    parts = {"image": (levels[:20, :30], levels), "mask": (levels[:20, :30].argmax(2), levels.argmax(2))}
+    files = {name: [tmp_path / f"{name}-{number}.png" for number in range(2)] for name in parts}
+    for name, arrays in parts.items():
+        for path, array in zip(files[name], arrays, strict=True):
+            Image.fromarray(array.astype(np.uint8)).save(path)
+    labels, table = torch.zeros(2, dtype=torch.long), ClassTable.of_ids({0: "red", 1: "green", 2: "blue"})
+    split = MaskFiles(files["image"], labels, files["mask"], table)
+    preprocessing = Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    loader, windows = LoaderConfig(1, 0, 0, torch.device("cpu"), preprocessing), SlidingWindowConfig("slide", 512, 400)
+    found = prediction_pngs(lambda seen: seen, split, Source("", table.names, {}), loader, Config(), windows)
+    pictures = {name: Image.open(io.BytesIO(content)) for name, content in found.items()}
+    names = ("image", "truth", "prediction")
+    assert [*pictures] == [f"predictions/{number}-{name}.png" for number in ("01", "02") for name in names]
+    assert [picture.size for picture in pictures.values()] == [(30, 20)] * 3 + [(512, 300)] * 3
+    for number in ("01", "02"):
+        truth, prediction = (np.array(pictures[f"predictions/{number}-{name}.png"]) for name in names[1:])
+        assert np.array_equal(truth, prediction)
+    assert np.array_equal(np.array(pictures["predictions/01-truth.png"]), parts["mask"][0])

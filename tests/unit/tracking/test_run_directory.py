@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, reserve, write_file
+from pdvit.tracking.run_directory import RunDirectory, write_file
 from tests.files import read_records
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -23,15 +23,15 @@ def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
     assert not (workplace / "nowhere").exists()
 
 
-@pytest.mark.parametrize("inner", [CHECKPOINTS, JOBS])
-def test_files_of_others_and_of_a_run_without_its_settings_stay(workplace, inner):
+@pytest.mark.parametrize("config", ["", None])
+def test_files_of_others_and_of_a_run_without_its_settings_stay(workplace, config):
     """As those of a cell that lost run.toml."""
     cell, names = workplace / "cell", ["metrics.jsonl", "notes.txt"]
     cell.mkdir()
     for name in names:
         (cell / name).write_bytes(b"mine")
     with pytest.raises(UserError, match="exists"):
-        reserve("cell", "x", inner)
+        RunDirectory.create("cell", "x", config)
     assert [(file.name, file.read_bytes()) for file in sorted(cell.iterdir())] == [(name, b"mine") for name in names]
 
 

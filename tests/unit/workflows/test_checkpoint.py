@@ -4,7 +4,7 @@ import pytest
 
 from pdvit.errors import UserError
 from pdvit.models.loading import LoadedModel
-from pdvit.tasks.labels import match_classes
+from pdvit.workflows.checkpoint import match_classes
 
 
 def checkpoint(classes: int, names: list[str] | None) -> LoadedModel:
