@@ -16,8 +16,7 @@ from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
 from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, compare, listed, match_state_dict
 from pdvit.models.resolved_checkpoint import COPY, Palette, ResolvedCheckpoint
-from pdvit.models.segmentation.backbone import OPTIONS, arguments_of, prune
-from pdvit.models.segmentation.segmenter import HEAD, Segmenter
+from pdvit.models.segmentation.segmenter import HEAD, OPTIONS, Segmenter, arguments_of, prune
 from pdvit.models.wrapper import Wrapper
 
 # At most this fraction of the backbone's weights can be missing in the file, and as many can be unexpected.
@@ -57,10 +56,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
-    notes = checkpoint.notes
-    if checkpoint.resized:
-        notes += tuple(f"{text}, for the image size" for text in listed({"resampled": match.resampled}))
-        match = replace(match, resampled=[])
+    notes = (*checkpoint.notes, *(f"{text}, for the image size" for text in listed({"resampled": match.resampled})))
     match.refuse_difference(where)  # before the model takes memory
     if segment is not None and adapter is not None:
         if not classes:

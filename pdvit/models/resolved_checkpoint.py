@@ -20,9 +20,9 @@ from pdvit.errors import UserError
 from pdvit.models.build import model_arguments, sketch_model
 from pdvit.models.checkpoints import Checkpoint, read_checkpoint
 from pdvit.models.families import family_of
-from pdvit.models.layouts.conversion import VIT_SIZES
+from pdvit.models.layouts.conversion import VIT_SIZES, is_square
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
-from pdvit.models.segmentation.backbone import Adapter, make_adapter
+from pdvit.models.segmentation.segmenter import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
@@ -45,7 +45,6 @@ class ResolvedCheckpoint:
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
     notes: tuple[str, ...] = ()  # what the file leaves open
-    resized: bool = False  # whether the image size is not the file's
 
     def keeps_classifier(self, classes: Sequence[str]) -> bool:
         """Return whether the file's classifier is for these classes, as far as the file says."""
@@ -106,7 +105,6 @@ def resolve_checkpoint(
         classes=classes,
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
-        resized=img_size is not None,
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
         notes=(*notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
     )
@@ -159,11 +157,6 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
     return sides[-2], sides[-1]
 
 
-def _is_square(count: int) -> bool:
-    """Return whether a number of patches can be that of a square grid."""
-    return count > 0 and math.isqrt(count) ** 2 == count
-
-
 def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, Any]:
     """Return arguments by shapes: classes, image size of square positions; depth, registers, pooling of a plain ViT."""
     names = [f"{name}.weight" for name in (*classifiers_of(sketch), "head")]
@@ -183,17 +176,16 @@ def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, 
     if isinstance(own, Tensor) and theirs is not None and grid and own.ndim == theirs.ndim == 3:
         prefix = own.shape[1] - grid[0] * grid[1]
         prefix += registers if prefix else 0  # they have positions if the class token has one
-        if registers and _is_square(theirs.shape[1]) > _is_square(theirs.shape[1] - prefix):
+        if registers and is_square(theirs.shape[1]) > is_square(theirs.shape[1] - prefix):
             arguments["no_embed_class"], prefix = True, 0
         prefix += not prefix and "register_tokens" in tensors  # DINOv2's class position, which timm's filter removes
         patches = theirs.shape[1] - prefix
-        side = math.isqrt(max(0, patches))
-        if patches != grid[0] * grid[1] and family_of(sketch).plain and not _is_square(patches):
+        if patches != grid[0] * grid[1] and family_of(sketch).plain and not is_square(patches):
             what = f"its position embeddings are those of {patches} patches, which are no square"
             tip = "put its config.json beside it, with img_size in model_args: [height, width], or name another --model"
             raise UserError(what, where, tip)
-        if _is_square(patches) and patches != grid[0] * grid[1]:
-            arguments["img_size"] = side * int(sketch.patch_embed.patch_size[0])
+        if is_square(patches) and patches != grid[0] * grid[1]:
+            arguments["img_size"] = math.isqrt(patches) * int(sketch.patch_embed.patch_size[0])
     return arguments
 
 

@@ -12,7 +12,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
-from pdvit.models.layers import places_of, watch, watch_attention
+from pdvit.models.layers import find_layers, watch, watch_attention
 from pdvit.models.tokens import DiverseModel
 from tests.unit.models.support import SMALL, SMALL_SWIN, SWIN
 
@@ -59,7 +59,10 @@ def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, imag
     model = build()
     wrapper = DiverseModel(model, **options).eval()
     expected: dict[str, Tensor] = {}
-    with torch.no_grad(), watch(places_of(model), lambda layer, tokens: expected.update({layer.name: tokens.clone()})):
+    with (
+        torch.no_grad(),
+        watch(find_layers(model)[1], lambda layer, tokens: expected.update({layer.name: tokens.clone()})),
+    ):
         model(images)
     block = next(part for name, part in model.named_modules() if name.endswith("blocks.0"))
     block.register_forward_pre_hook(lambda _, inputs: expected.update(embed=inputs[0][:, -16:].clone()))
@@ -177,18 +180,18 @@ def test_no_hook_outlives_a_measurement_or_an_error():
         during.extend(hooks_of(model))
         raise ArithmeticError(layer.name)
 
-    with pytest.raises(ArithmeticError, match="embed"), watch(places_of(model), visit):
+    with pytest.raises(ArithmeticError, match="embed"), watch(find_layers(model)[1], visit):
         model(IMAGES)
     assert len(during) == 5
     assert not hooks_of(model)
-    with watch(places_of(model), lambda *_: None):
+    with watch(find_layers(model)[1], lambda *_: None):
         model(IMAGES)
     assert not hooks_of(model)
 
 
 def attention_of(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), watch_attention(places_of(model), lambda layer, maps: found.update({layer.name: maps})):
+    with torch.no_grad(), watch_attention(find_layers(model)[1], lambda layer, maps: found.update({layer.name: maps})):
         return found, model(IMAGES)
 
 
@@ -229,7 +232,7 @@ def test_fused_attention_comes_back_also_after_an_error():
         assert not any(attention.fused_attn for attention in attentions)
         raise RuntimeError(layer.name)
 
-    with pytest.raises(RuntimeError, match="block 1"), watch_attention(places_of(model), fail):
+    with pytest.raises(RuntimeError, match="block 1"), watch_attention(find_layers(model)[1], fail):
         model(IMAGES)
     assert [attention.fused_attn for attention in attentions] == before
     assert not hooks_of(model)
@@ -246,5 +249,5 @@ def test_fused_attention_comes_back_also_after_an_error():
     ],
 )
 def test_other_attention_is_refused_with_the_reason(build):
-    with pytest.raises(UserError, match=r"block 1.* works in windows"), watch_attention(places_of(build()), print):
+    with pytest.raises(UserError, match=r"block 1.* works in windows"), watch_attention(find_layers(build())[1], print):
         pass

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY, export
-from pdvit.models.layers import places_of, watch
+from pdvit.models.layers import find_layers, watch
 from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_model, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.segmenter import build_segmenter, export_segmenter
@@ -136,7 +136,7 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     layers = {}
-    with watch(places_of(model), lambda layer, tokens: layers.update({layer: tokens.isfinite().all()})):
+    with watch(find_layers(model)[1], lambda layer, tokens: layers.update({layer: tokens.isfinite().all()})):
         model(images(1, 64, 64))
     assert all(layers.values())
     assert list(layers)[-1].name == f"block {4 if name == VIT else 6}"
