@@ -10,17 +10,8 @@ from typing import Any
 
 from pdvit.errors import UserError
 from pdvit.files import reading
-from pdvit.models.layouts import open_clip, torchvision, transformers
-from pdvit.models.layouts.conversion import (
-    IMAGENET,
-    IN_MEMORY,
-    Converted,
-    Rules,
-    Tensors,
-    convert_each,
-    plain_vit,
-    rename,
-)
+from pdvit.models.layouts import conversion, open_clip, torchvision, transformers
+from pdvit.models.layouts.conversion import Converted, Rules, Tensors, rename
 
 # Modules in the middle of a name: of torch.compile, FSDP and activation checkpointing.
 WRAPPERS: Rules = ((r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),)
@@ -46,7 +37,7 @@ def to_timm(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     """
     _refuse_unmerged(tensors, where)
     tensors = rename(tensors, WRAPPERS)
-    with reading(where, IN_MEMORY, "its weights can't be converted to a model of timm"):
+    with reading(where, conversion.IN_MEMORY, "its weights can't be converted to a model of timm"):
         for convert in (transformers.convert, open_clip.convert, torchvision.convert, _research):
             if (converted := convert(tensors, config, folder, where)) is not None:
                 return converted
@@ -79,13 +70,13 @@ def _research(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: 
             code, rules = "I-JEPA", ()
         else:
             return None
-        found = plain_vit(rename(inside, rules), heads)
+        found = conversion.plain_vit(rename(inside, rules), heads)
         return Converted(found.tensors, found.config, [*found.notes, NOTE.format(code)])
 
-    found = convert_each(tensors, r"patch_embed\.proj\.weight", convert_one)
+    found = conversion.convert_each(tensors, r"patch_embed\.proj\.weight", convert_one)
     if found is None or "architecture" in config:
         return found and Converted(found.tensors, dict(config))
-    images = {**IMAGENET, **(config.get("pretrained_cfg") or {})}
+    images = {**conversion.IMAGENET, **(config.get("pretrained_cfg") or {})}
     arguments = {**(config.get("model_args") or {}), **found.config["model_args"]}
     settings = {**config, **found.config, "model_args": arguments, "pretrained_cfg": images}
     return Converted(found.tensors, settings, found.notes)

@@ -256,28 +256,6 @@ def test_logits_and_tokens_are_those_of_the_bare_model(name):
     assert torch.equal(ours, model.train()(images))
 
 
-def reached(module: nn.Module) -> set[str]:
-    return {name for name, weight in module.named_parameters() if weight.grad is not None and weight.grad.any()}
-
-
-@all_families
-def test_gradients_reach_every_weight_that_the_bare_model_reaches(name):
-    case = CASES[name]
-    model, images = make(case).train(), pictures(case, 4)
-    model(images).exp().sum().backward()
-    bare = reached(model)
-    model.zero_grad(set_to_none=True)
-    wrapper = DiverseModel(model).train()
-    output = wrapper(images)
-    (output.logits.exp().sum() + output.patch_logits.exp().sum() + output.first.exp().sum()).backward()
-    assert set() < bare <= reached(model)
-    assert reached(wrapper.patch_head) == {"weight", "bias"}
-    assert {name for name, _ in model.named_parameters() if "aux_head" not in name} <= reached(model)
-    model.zero_grad(set_to_none=True)
-    DiverseModel(model, patch_head=False)(images).last.exp().sum().backward()  # as the terms alone
-    assert reached(model.get_submodule(case.first))
-
-
 # Their convolutions reach over the borders of a patch, so that a neighbour can change more.
 OVERLAPPING = {"xcit", "mvitv2", "mvitv2-class-token", "hiera-two-pools"}
 
