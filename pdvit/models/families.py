@@ -74,10 +74,14 @@ PLAIN_TRANSFORMERS = (
     *("ViT", "DeiT", "Beit", "Data2VecVision", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViTMSN", "IJepa"),
     "SiglipVision",
 )
+BACKBONES = ("Dinov2", "Dinov2WithRegisters", "DINOv3ViT")
 # By package and class name of the model or of a parent. The packages are never imported.
 OTHER_LIBRARIES = {f"transformers.{name}Model": TRANSFORMERS for name in PLAIN_TRANSFORMERS} | {
     # the norm is over the class token alone
     "transformers.CLIPVisionModel": replace(TRANSFORMERS, norm=""),
+    # a backbone norms the maps that it returns, some or all
+    **{f"transformers.{name}Backbone": replace(TRANSFORMERS, norm="") for name in BACKBONES},
+    "transformers.Swinv2Backbone": replace(SWIN, norm=""),
     "transformers.SwinModel": SWIN,
     "transformers.Swinv2Model": SWIN,
     "torchvision.VisionTransformer": Family(r"encoder\.layers\.\w+", r"encoder\.ln", prefix="class_token"),

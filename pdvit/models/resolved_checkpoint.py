@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -88,6 +88,9 @@ def resolve_checkpoint(
             raise UserError("its configuration has no head or no crop of a segmentation model", where, COPY)
         sketch = copy.deepcopy(sketch)  # to prune it
     images = _table(config, "pretrained_cfg", where) or config  # old files have these settings at the top
+    if model_name is not None and not images.get("mean") and (tags := _normalisations(model_name)):
+        own = f"here that of {model_name}; weights of timm have {tags}"
+        notes.append(f"the file does not contain its normalisation, {own}")
     classes = config.get("label_names") or images.get("label_names")
     if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
         raise UserError("its label_names are not a list of names", where, "correct its config.json")
@@ -106,17 +109,16 @@ def resolve_checkpoint(
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
-        notes=(*notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
+        notes=tuple(notes),
     )
 
 
-def _normalisations(name: str) -> Iterator[str]:
-    """Yield a note if timm's weights of a model, which the file does not tell apart, have several normalisations."""
+def _normalisations(name: str) -> str:
+    """Return the normalisations of timm's weights of a model with a name for each; empty unless there are several."""
     published = reversed(timm.list_pretrained(f"{name}.*"))
     tags = {cfg.mean[0]: full for full in published if (cfg := timm.get_pretrained_cfg(full)) is not None}
-    if len(tags) > 1:
-        listed = ", or ".join(f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items()))
-        yield f"the file does not contain its normalisation, here that of {name}; weights of timm have {listed}"
+    named = [f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items())]
+    return ", or ".join(named) if len(named) > 1 else ""
 
 
 def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -202,5 +204,6 @@ def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
         width, side = patches[0].shape[0], patches[0].shape[-1]
         guess = f"vit_{VIT_SIZES.get(width)}_patch{side}_224"
         like = f", like {guess}" if timm.is_model(guess) else f": --depth {depth} --width {width} --patch-size {side}"
+        like += f", of which timm has weights with {tags}" if (tags := _normalisations(guess)) else ""
         tip += f". It has {depth} blocks of width {width}, patches of {side} pixels{like}"
     return UserError(what, checkpoint.where, tip)

@@ -60,6 +60,9 @@ class DiverseModel(Wrapper):
         if image_model_of(model, WRAPPERS) is not model:
             tip = "pass the model inside it, and wrap the DiverseModel instead"
             raise UserError(f"a {type(model).__name__} is a wrapper around the model", "DiverseModel(model)", tip)
+        if getattr(model, "main_input_name", "pixel_values") != "pixel_values":  # of transformers
+            tip = "pass a classifier of images, such as CLIPForImageClassification"
+            raise UserError(f"a {type(model).__name__} does not take images alone", "DiverseModel(model)", tip)
         self.model = model
         self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True, **layout)
         # The model's own classifier is not registered a second time, or it would be saved twice.

@@ -45,6 +45,9 @@ def load(
 
     `model` is timm's name if the file has none; `weights` is `raw` or `ema` if it has both. Raises UserError.
     """
+    if not isinstance(checkpoint, str | os.PathLike):
+        what = f"a {type(checkpoint).__name__} is not the name of a checkpoint"
+        raise UserError(what, "load(checkpoint)", "pass a path or a name; models in memory go to pdvit.analyze")
     path = Path(os.path.expanduser(checkpoint))
     return open_checkpoint(path, SINGLE_PROCESS, model, weights, backbone=True, run_device=device)
 
@@ -186,5 +189,8 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     bare = image_model_of(model, WRAPPERS)
     if not hasattr(bare, "pretrained_cfg"):
         what = f"a {type(model).__name__} does not say how its images are prepared"
-        raise UserError(what, WHERE, "pass tensors, such as processor(images, return_tensors='pt')")
+        tip = (
+            "pass tensors: of transformers processor(images, return_tensors='pt'), of torchvision weights.transforms()"
+        )
+        raise UserError(what, WHERE, tip)
     return Preprocessing.for_model(bare)
