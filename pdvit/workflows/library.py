@@ -45,10 +45,11 @@ def load(
 
     `model` is timm's name if the file has none; `weights` is `raw` or `ema` if it has both. Raises UserError.
     """
-    if not isinstance(checkpoint, str | os.PathLike):
+    try:
+        path = Path(os.path.expanduser(checkpoint))
+    except TypeError as error:
         what = f"a {type(checkpoint).__name__} is not the name of a checkpoint"
-        raise UserError(what, "load(checkpoint)", "pass a path or a name; models in memory go to pdvit.analyze")
-    path = Path(os.path.expanduser(checkpoint))
+        raise UserError(what, "load(checkpoint)", "pass a path or a name; pdvit.analyze takes models") from error
     return open_checkpoint(path, SINGLE_PROCESS, model, weights, backbone=True, run_device=device)
 
 

@@ -23,9 +23,8 @@ def tensors(*prefixes, names=NAMES):
 @pytest.mark.parametrize(
     ("prefix", "weights"),
     [
-        *(
-            (prefix, "not labelled raw or ema") for prefix in ("", "any.thing.", "schema.")
-        ),  # only a part of a word is "ema"
+        # only a part of a word is "ema"
+        *((prefix, "not labelled raw or ema") for prefix in ("", "any.thing.", "schema.")),
         *((prefix, "raw") for prefix in ("state_dict.module.", "model.", "student.module.backbone.")),
         *((prefix, "ema") for prefix in ("teacher.backbone.", "model_ema.", "state_dict_ema._orig_mod.")),
     ],

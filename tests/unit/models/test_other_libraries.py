@@ -45,11 +45,9 @@ def check(model: nn.Module, expected: dict[str, Tensor], **layout: Any) -> None:
 
 def transformers_model(name: str, **settings: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="needs transformers (extra hf)")
-    config, _, _ = name.partition("For")
+    config = re.sub("(For.*|Model|Backbone)$", "", name)
     torch.manual_seed(0)  # of some weights two layers have nearly the same P
-    return getattr(transformers, name)(
-        getattr(transformers, f"{re.sub('Model$|Backbone$', '', config)}Config")(**settings)
-    )
+    return getattr(transformers, name)(getattr(transformers, f"{config}Config")(**settings))
 
 
 @pytest.mark.parametrize(("name", "prefix", "more"), PLAIN)
@@ -59,9 +57,9 @@ def test_tokens_of_transformers_are_its_hidden_states(name, prefix, more):
     output = model(pictures(), output_hidden_states=True)
     layers = ["embed", "block 1", "block 2", "block 3"]
     expected = {layer: tokens[:, prefix:] for layer, tokens in zip(layers, output.hidden_states, strict=True)}
-    last = getattr(output, "last_hidden_state", output.hidden_states[-1])  # a backbone norms some layers, or none
-    if not torch.equal(last, output.hidden_states[-1]):
-        expected["norm"] = last[:, prefix:]
+    # A backbone norms some layers, or none.
+    if not (name.endswith("Backbone") or torch.equal(output.last_hidden_state, output.hidden_states[-1])):
+        expected["norm"] = output.last_hidden_state[:, prefix:]
     check(model, expected)
 
 
@@ -232,7 +230,7 @@ def test_all_terms_train_every_parameter(build, layout):
 
 def test_a_model_that_takes_text_too_is_refused_and_the_classifier_of_the_tip_trains():
     settings = {"text_config": TEXT, "vision_config": SIZES}
-    with pytest.raises(UserError, match="(?s)CLIPModel does not take images alone.*CLIPForImageClassification"):
+    with pytest.raises(UserError, match=r"(?s)CLIPModel does not take images alone.*CLIPForImageClassification"):
         pdvit.DiverseModel(transformers_model("CLIPModel", **settings), patch_head=False)
     model = pdvit.DiverseModel(transformers_model("CLIPForImageClassification", **settings, num_labels=4))
     assert model(pictures()).patch_logits.shape == (2, 16, 4)
