@@ -223,6 +223,10 @@ def _read_torch(file: Path) -> Converted:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_zip else set()
         refused = {"torch", *sys.stdlib_module_names}
         skipped = {it for it in names if BYSTANDERS.fullmatch(it) or it.partition(".")[0] not in refused}
+        if (
+            len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME
+        ):  # torch looks all up for each object
+            skipped = set()
         allowed: list[Any] = [argparse.Namespace, *((Skipped, name) for name in skipped)]
         try:
             with torch.serialization.safe_globals(allowed), warnings.catch_warnings():

@@ -250,6 +250,11 @@ def pickled(code):
     return file.getvalue()
 
 
+def test_objects_of_very_many_classes_are_not_skipped(tmp_path):
+    (tmp_path / "x.pth").write_bytes(pickled(b"".join(b"cx\nY%d\n0" % number for number in range(101)) + b"}."))
+    assert "could run code" in refuse(tmp_path / "x.pth").what  # torch would look all up for each object
+
+
 SHARED = ["x"]  # 2^60 texts in few bytes
 for _ in range(60):
     SHARED = [SHARED, SHARED]
