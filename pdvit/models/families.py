@@ -96,7 +96,7 @@ REFUSED = {
 TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES | REFUSED
 NO_ROW = (
     "it has no layout for its class",
-    ("use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"),
+    "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'",
 )
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
 WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model", "backbone")}

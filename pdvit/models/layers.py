@@ -95,10 +95,9 @@ def find_layers(
     blocks, orders = modules_at(model, family.blocks), modules_at(model, family.order)
     if not blocks:
         raise UserError("the model has no blocks", where, "set a depth of at least 1")
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
     prefix, norm_prefix = (
-        it
-        if isinstance(it, int)
-        else sum(weight.shape[1:-1].numel() for name, weight in model.named_parameters() if re.fullmatch(it, name))
+        it if isinstance(it, int) else sum(shapes[name][1:-1].numel() for name in shapes if re.fullmatch(it, name))
         for it in (family.prefix, family.prefix if family.norm_prefix is None else family.norm_prefix)
     )
     at = partial(Place, prefix=prefix, channels_first=family.channels_first, attention=family.attention)

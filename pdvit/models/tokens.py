@@ -75,19 +75,16 @@ class DiverseModel(Wrapper):
         width, like = self.taps.width, next(bare.parameters())
         outputs = classes or getattr(patch_head, "out_features", 0)
         if isinstance(patch_head, str):
-            parts = ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
             classifier = getattr(bare, "get_classifier", lambda: None)()  # other libraries have no such method
-            between = [path for path in parts if modules_at(model, path)]
+            between = modules_at(model, r"attn_pool|fc_norm|head\.(?:norm|pre_logits)")
             if patch_head != "class":
-                what = f"there is no patch head called '{patch_head}'"
-            elif not isinstance(classifier, nn.Linear):
-                what = "the model's classifier can't be the patch head: it is not one linear layer of a timm model"
-            elif between or classifier.in_features != width:
-                reads = f"the output of {between[0]}" if between else "pooled features"
-                what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
-            else:
-                return
-            raise UserError(what, HEAD, "pass True for a new linear head")
+                raise UserError(
+                    f"there is no patch head called '{patch_head}'", HEAD, "pass True for a new linear head"
+                )
+            if between or not isinstance(classifier, nn.Linear) or classifier.in_features != width:
+                what = "the model's classifier can't be the patch head: it is not one linear layer on tokens"
+                raise UserError(what, HEAD, "pass True for a new linear head")
+            return
         if self.patch_head is None:
             if classes < 1:
                 tip = "pass patch_head=nn.Linear(width, classes), or patch_head=False and leave the mixing term off"

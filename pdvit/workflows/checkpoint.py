@@ -147,10 +147,8 @@ def _origins(
         if isinstance(getattr(part, "eps", None), float):
             texts["norm_layer"] = f"norm epsilon {part.eps:g}"
     for key, text in texts.items():
-        where = (
-            "the options" if options.get(key) is not None else "the file" if key in checkpoint.arguments else default
-        )
-        found.setdefault(where, []).append(text)
+        origin = "the file" if key in checkpoint.arguments else default
+        found.setdefault("the options" if options.get(key) is not None else origin, []).append(text)
     return found
 
 

@@ -81,7 +81,7 @@ class SegmentOutput(NamedTuple):
 
 
 class Segmenter(Wrapper):
-    """A timm backbone, pruned by `backbone.prune`, with a segmentation head.
+    """A timm backbone, pruned by `prune`, with a segmentation head.
 
     `tokens` are first, last and more layers, as in `DiverseModel`, of a model that is trained. Last is after the final
     norm only if the linear head is. Raises UserError if the maps do not fit the head, or the layers can't be compared.

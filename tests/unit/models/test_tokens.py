@@ -72,14 +72,6 @@ def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, imag
     torch.testing.assert_close(output.patch_logits, wrapper.patch_head(expected["norm"]))
 
 
-META = {"resnet18": {"layers": (1,) * 4}, "mobilevit_xxs": {}, "convit_tiny": {"depth": 1}}
-
-
-def on_meta(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **META[name])
-
-
 @pytest.mark.parametrize(
     ("build", "options", "what"),
     [
@@ -98,8 +90,8 @@ def on_meta(name: str) -> nn.Module:
         # The classifier does not read the tokens themselves.
         (partial(small, num_classes=0), {"patch_head": "class"}, "not one linear layer"),
         (partial(small, "deit_tiny_distilled_patch16_224"), {"patch_head": "class"}, "not one linear layer"),
-        (partial(small, global_pool="avg"), {"patch_head": "class"}, "fc_norm"),
-        *((partial(on_meta, name), {}, "can't read the patches") for name in META),
+        (partial(small, global_pool="avg"), {"patch_head": "class"}, "not one linear layer on tokens"),
+        (partial(timm.create_model, "mobilevit_xxs"), {}, "can't read the patches"),
         (lambda: DiverseModel(small()), {}, "wrapper"),
         (lambda: nn.DataParallel(small()), {}, "wrapper"),
         (partial(small, patch_drop_rate=0.5), {}, "patch_drop_rate"),
