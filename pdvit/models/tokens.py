@@ -83,7 +83,7 @@ class DiverseModel(Wrapper):
                 )
             if between or not isinstance(classifier, nn.Linear) or classifier.in_features != width:
                 what = "the model's classifier can't be the patch head: it is not one linear layer on tokens"
-                raise UserError(what, HEAD, "pass True for a new linear head")
+                raise UserError(what, HEAD, tip)
             return
         if self.patch_head is None:
             if classes < 1:
