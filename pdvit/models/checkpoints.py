@@ -64,7 +64,6 @@ SECONDS_TO_ANSWER = 5.0  # for the hub
 class Checkpoint:
     """The contents of a checkpoint."""
 
-    name: str  # its folder, its file, or the model's published name
     where: str  # its place in error messages
     tensors: dict[str, Tensor]  # all tensors; those in nested tables have dotted names
     config: dict[str, Any]  # the model and its images in the form of timm's config.json; can be empty
@@ -82,7 +81,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if exists or scheme.lower() == "local-dir":
         return _read_path(Path(source if exists else rest).expanduser())
     if scheme.lower() in ("hf-hub", "hf_hub"):
-        return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
+        return _read_path(_download(rest))
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
     guess = "" if os.sep in text or "." in text else closest(text, timm.list_models())
@@ -134,7 +133,7 @@ def export(
     return {CONFIG: text.encode(), WEIGHTS: len(head).to_bytes(8, "little") + head + file[8 + size :]}
 
 
-def _read_path(path: Path, name: str | None = None) -> Checkpoint:
+def _read_path(path: Path) -> Checkpoint:
     file = _find_weights(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
@@ -157,8 +156,7 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
         with reading(beside, COPY, "its configuration is not a table in JSON"):
             config = read_json(beside)
     found = to_timm(read.tensors, config, file.parent, str(file))
-    notes = (*read.notes, *found.notes)
-    return Checkpoint(name or name_of(path), str(file), found.tensors, found.config, notes)
+    return Checkpoint(str(file), found.tensors, found.config, (*read.notes, *found.notes))
 
 
 def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
@@ -338,7 +336,7 @@ def _read_published(name: str) -> Checkpoint:
     cfg = {key: published[key] for key in keys if published.get(key) is not None}
     cfg = json.loads(json.dumps(cfg))  # as in a config.json: lists for tuples
     config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
-    return Checkpoint(name, name, model.state_dict(), config)
+    return Checkpoint(name, model.state_dict(), config)
 
 
 def _download(repository: str) -> Path:

@@ -18,7 +18,7 @@ from pdvit.config import build
 from pdvit.config.schema import PREPROCESSING, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import model_arguments, sketch_model
-from pdvit.models.checkpoints import Checkpoint, read_checkpoint
+from pdvit.models.checkpoints import Checkpoint, name_of, read_checkpoint
 from pdvit.models.families import family_of
 from pdvit.models.layouts.conversion import VIT_SIZES, is_square
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
@@ -97,7 +97,7 @@ def resolve_checkpoint(
     data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
     size = _checked_size(images.get("input_size"), "input_size", where, channels=True)
     return ResolvedCheckpoint(
-        name=checkpoint.name,
+        name=name_of(Path(source).expanduser()),
         where=where,
         architecture=architecture,
         arguments=arguments,
