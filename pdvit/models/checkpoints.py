@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,20 +59,11 @@ BYSTANDERS = re.compile(
 SECONDS_TO_ANSWER = 5.0  # for the hub
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The contents of a checkpoint."""
-
-    where: str  # its place in error messages
-    tensors: dict[str, Tensor]  # all tensors; those in nested tables have dotted names
-    config: dict[str, Any]  # the model and its images in the form of timm's config.json; can be empty
-    notes: tuple[str, ...] = ()  # what the file leaves open
-
-
-def read_checkpoint(source: str | Path) -> Checkpoint:
+def read_checkpoint(source: str | Path) -> tuple[str, Converted]:
     """Read a run directory, a timm folder, a file, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or a model of timm.
 
-    Raises UserError if there is no such checkpoint, or the file is damaged, of another format, or could run code.
+    Return its place in error messages, and its contents, with dotted names for tensors in nested tables. Raises
+    UserError if there is no such checkpoint, or the file is damaged, of another format, or could run code.
     """
     text = str(source)
     scheme, _, rest = text.partition(":")
@@ -133,7 +123,7 @@ def export(
     return {CONFIG: text.encode(), WEIGHTS: len(head).to_bytes(8, "little") + head + file[8 + size :]}
 
 
-def _read_path(path: Path) -> Checkpoint:
+def _read_path(path: Path) -> tuple[str, Converted]:
     file = _find_weights(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
@@ -156,7 +146,7 @@ def _read_path(path: Path) -> Checkpoint:
         with reading(beside, COPY, "its configuration is not a table in JSON"):
             config = read_json(beside)
     found = to_timm(read.tensors, config, file.parent, str(file))
-    return Checkpoint(str(file), found.tensors, found.config, (*read.notes, *found.notes))
+    return str(file), Converted(found.tensors, found.config, read.notes + found.notes)
 
 
 def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
@@ -322,7 +312,7 @@ def _is_small(value: Any, nesting: int = MAX_NESTING) -> bool:
     return short or value is None or isinstance(value, float)
 
 
-def _read_published(name: str) -> Checkpoint:
+def _read_published(name: str) -> tuple[str, Converted]:
     sketch = sketch_model(name, {}, name)  # refuses unsupported models before any download
     check_memory(sketch, name)
     family, _, tag = name.partition(".")
@@ -336,7 +326,7 @@ def _read_published(name: str) -> Checkpoint:
     cfg = {key: published[key] for key in keys if published.get(key) is not None}
     cfg = json.loads(json.dumps(cfg))  # as in a config.json: lists for tuples
     config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
-    return Checkpoint(name, model.state_dict(), config)
+    return name, Converted(model.state_dict(), config)
 
 
 def _download(repository: str) -> Path:

@@ -94,10 +94,7 @@ REFUSED = {
     "transformers.Siglip2VisionModel": ("it takes packed patches", "use SigLIP 2 of a fixed size, a SiglipVisionModel"),
 }
 TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES | REFUSED
-NO_ROW = (
-    "it has no layout for its class",
-    "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'",
-)
+OTHER_MODEL = "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
 WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model", "backbone")}
 INSIDE = WRAPPERS | {
@@ -120,9 +117,9 @@ def image_model_of(model: nn.Module, packages: Collection[str] = INSIDE.keys()) 
 
 def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     """Return a model's family; raises UserError with the reason if pdvit can't read its tokens."""
-    family = next((TABLE[name] for name in _names(model) if name in TABLE), NO_ROW)
+    family = next((TABLE[name] for name in _names(model) if name in TABLE), None)
     if not isinstance(family, Family):
-        reason, tip = family
+        reason, tip = family or ("it has no layout for its class", OTHER_MODEL)
         raise UserError(f"pdvit can't read the patches of a {type(model).__name__}: {reason}", where, tip)
     drops = (getattr(getattr(model, name, None), "prob", 0) for name in ("patch_drop", "patch_dropout"))
     if max(*drops, getattr(model, "patch_drop_rate", 0)) > 0:

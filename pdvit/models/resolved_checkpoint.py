@@ -18,9 +18,9 @@ from pdvit.config import build
 from pdvit.config.schema import PREPROCESSING, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import model_arguments, sketch_model
-from pdvit.models.checkpoints import Checkpoint, name_of, read_checkpoint
+from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.families import family_of
-from pdvit.models.layouts.conversion import VIT_SIZES, is_square
+from pdvit.models.layouts.conversion import VIT_SIZES, Converted, is_square
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
 from pdvit.models.segmentation.segmenter import Adapter, make_adapter
 
@@ -64,10 +64,10 @@ def resolve_checkpoint(
     `raw` or `ema`, if it holds both; None prefers the moving average. `settings` (sizes, arguments) and `img_size` come
     before those of the file.
     """
-    checkpoint = read_checkpoint(source)
-    config, where, tensors = checkpoint.config, checkpoint.where, checkpoint.tensors
+    where, read = read_checkpoint(source)
+    config, tensors = read.config, read.tensors
     if model_name is None and not isinstance(config.get("architecture"), str):
-        raise _unknown_architecture(checkpoint)
+        raise _unknown_architecture(where, read)
     architecture = model_name or str(config["architecture"])
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
     arguments |= model_arguments(replace(settings or ModelConfig(), name=architecture), img_size, arguments)
@@ -79,7 +79,7 @@ def resolve_checkpoint(
     inferred = {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
     arguments |= inferred
     told = ", ".join(f"{key} {value}" for key, value in inferred.items() if key not in ("num_classes", "img_size"))
-    notes = [*checkpoint.notes, *([f"by its tensors, other than {architecture}: {told}"] if told else [])]
+    notes = [*read.notes, *([f"by its tensors, other than {architecture}: {told}"] if told else [])]
     sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None
     if section.get("segment") is not None:
@@ -191,10 +191,10 @@ def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, 
     return arguments
 
 
-def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
+def _unknown_architecture(where: str, read: Converted) -> UserError:
     """Return the error of a checkpoint without timm's name of its model; the tip names a similar plain model."""
-    what, tensors = "the file does not name the architecture of its weights", checkpoint.tensors
-    if name := checkpoint.config.get("foreign_name"):
+    what, tensors = "the file does not name the architecture of its weights", read.tensors
+    if name := read.config.get("foreign_name"):
         what += f": '{name}' is not timm's name"
     tip = "put its config.json beside it, or name the timm model: --model NAME"
     found = [re.search(r"blocks\.(\d+)\.", name) for name in tensors if "layers." not in name]
@@ -206,4 +206,4 @@ def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
         like = f", like {guess}" if timm.is_model(guess) else f": --depth {depth} --width {width} --patch-size {side}"
         like += f", of which timm has weights with {tags}" if (tags := _normalisations(guess)) else ""
         tip += f". It has {depth} blocks of width {width}, patches of {side} pixels{like}"
-    return UserError(what, checkpoint.where, tip)
+    return UserError(what, where, tip)

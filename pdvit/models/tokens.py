@@ -77,14 +77,13 @@ class DiverseModel(Wrapper):
         if isinstance(patch_head, str):
             classifier = getattr(bare, "get_classifier", lambda: None)()  # other libraries have no such method
             between = modules_at(model, r"attn_pool|fc_norm|head\.(?:norm|pre_logits)")
-            if patch_head != "class":
-                raise UserError(
-                    f"there is no patch head called '{patch_head}'", HEAD, "pass True for a new linear head"
-                )
-            if between or not isinstance(classifier, nn.Linear) or classifier.in_features != width:
+            linear = isinstance(classifier, nn.Linear) and classifier.in_features == width and not between
+            if patch_head == "class" and linear:
+                return
+            what = f"there is no patch head called '{patch_head}'"
+            if patch_head == "class":
                 what = "the model's classifier can't be the patch head: it is not one linear layer on tokens"
-                raise UserError(what, HEAD, tip)
-            return
+            raise UserError(what, HEAD, "pass True for a new linear head")
         if self.patch_head is None:
             if classes < 1:
                 tip = "pass patch_head=nn.Linear(width, classes), or patch_head=False and leave the mixing term off"

@@ -190,8 +190,6 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     bare = image_model_of(model, WRAPPERS)
     if not hasattr(bare, "pretrained_cfg"):
         what = f"a {type(model).__name__} does not say how its images are prepared"
-        tip = (
-            "pass tensors: of transformers processor(images, return_tensors='pt'), of torchvision weights.transforms()"
-        )
+        tip = "pass tensors, as of processor(images, return_tensors='pt') or, for torchvision, weights.transforms()"
         raise UserError(what, WHERE, tip)
     return Preprocessing.for_model(bare)

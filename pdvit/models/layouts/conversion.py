@@ -26,7 +26,7 @@ IN_MEMORY = "measure the model in memory, in Python: pdvit.analyze(model, images
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights of another library under timm's names."""
+    """The contents of a checkpoint, those of another library under timm's names."""
 
     tensors: Tensors
     config: dict[str, Any] = field(default_factory=dict)  # the model and its images in the form of timm's config.json

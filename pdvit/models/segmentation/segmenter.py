@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import (
-    check_memory,
+    build_model,
     checkpoint_activations,
     create_model,
     model_arguments,
@@ -129,10 +129,8 @@ class Segmenter(Wrapper):
 def build_segmenter(config: Config, classes: int) -> Segmenter:
     """Build the model of a resolved configuration with fresh weights; raises UserError if backbone or head fail."""
     name, arguments, segment, diversity = str(config.model.name), arguments_of(config), config.segment, config.diversity
-    sketch = copy.deepcopy(sketch_model(name, arguments))
-    check_memory(sketch, MODEL)
-    adapter = make_adapter(sketch, str(segment.head))
-    backbone = create_model(name, arguments, MODEL)
+    adapter = make_adapter(copy.deepcopy(sketch_model(name, arguments)), str(segment.head))
+    backbone = build_model(name, arguments)
     prune(backbone, adapter)
     segment = replace(segment, crop=segment.crop or image_size_of(backbone)[0])
     others = diversity.cosine_layers.replace(",", " ").split()
