@@ -18,7 +18,7 @@ from pdvit.config import build, read_toml
 from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.opening import held_out_images
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.models.layers import places_of, watch
+from pdvit.models.layers import find_layers, watch
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.tracking.environment import describe_environment
@@ -94,7 +94,7 @@ DEFINITIONS: list[tuple[str, str, Measure]] = [
 def whole_tokens(checkpoint: Path) -> tuple[dict[str, list[Tensor]], int]:
     """Return the tokens of every image `(T, D)`, prefix tokens with them, of the layers that are compared."""
     loaded = load_model(resolve_checkpoint(checkpoint))
-    places = {layer.name: place for layer, place in places_of(loaded.model).items()}
+    places = {layer.name: place for layer, place in find_layers(loaded.model)[1].items()}
     prefix = places["norm"].prefix
     blocks = [name for name in places if name.startswith("block")]
     names = ("embed", blocks[len(blocks) // 2 - 1], blocks[-1], "norm")

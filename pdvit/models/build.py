@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
 from pdvit.models.families import family_of
-from pdvit.models.layers import MODEL, image_size_of, places_of, shapes_of
+from pdvit.models.layers import MODEL, find_layers, image_size_of, shapes_of
 
 # Arguments of timm's factory that fetch or read files: refused in configurations and checkpoints.
 RESERVED = frozenset(
@@ -96,7 +96,7 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
 
         with torch.device("meta"), WithoutClamp(), register_module_module_registration_hook(limit):
             model = create_model(name, arguments, where)
-        places, place = places_of(model, where), f"{where}, with its image size and patch size"
+        (_, places), place = find_layers(model, where=where), f"{where}, with its image size and patch size"
         if getattr(model, "in_chans", 3) != 3:
             raise UserError("the model does not take images of three channels", where, "use in_chans=3")
         (height, width), patch = image_size_of(model), strides_of(model)[-1]

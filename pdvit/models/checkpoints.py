@@ -7,14 +7,14 @@ import os
 import pickle
 import re
 import resource
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
 import timm
@@ -32,6 +32,7 @@ from pdvit.models.layouts import jax, open_clip, transformers
 from pdvit.models.layouts.conversion import Converted
 from pdvit.models.layouts.formats import DISTRIBUTED, INDEX, files_of, read_distributed, refuse_container
 from pdvit.models.layouts.libraries import to_timm
+from pdvit.models.matching import listed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # The header of the weights holds the text of config.json under this key.
@@ -50,24 +51,19 @@ MAX_NESTING, MAX_ITEMS = 3, 100
 SPARE_MEMORY = 2**29
 COPY = "copy or download it again"
 ZIP = b"PK\3\4"
+# Plain values of Python's own library in pickles, by module and name; those of other packages are skipped too.
+BYSTANDERS = re.compile(
+    r"pathlib\.(?:_local\.)?\w*Path|(?:typing|datetime|enum)\.\w+|collections\.defaultdict"
+    r"|builtins\.(?:bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
+)
 SECONDS_TO_ANSWER = 5.0  # for the hub
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The contents of a checkpoint."""
-
-    name: str  # its folder, its file, or the model's published name
-    where: str  # its place in error messages
-    tensors: dict[str, Tensor]  # all tensors; those in nested tables have dotted names
-    config: dict[str, Any]  # the model and its images in the form of timm's config.json; can be empty
-    notes: tuple[str, ...] = ()  # what the file leaves open
-
-
-def read_checkpoint(source: str | Path) -> Checkpoint:
+def read_checkpoint(source: str | Path) -> tuple[str, Converted]:
     """Read a run directory, a timm folder, a file, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or a model of timm.
 
-    Raises UserError if there is no such checkpoint, or the file is damaged, of another format, or could run code.
+    Return its place in error messages, and its contents, with dotted names for tensors in nested tables. Raises
+    UserError if there is no such checkpoint, or the file is damaged, of another format, or could run code.
     """
     text = str(source)
     scheme, _, rest = text.partition(":")
@@ -75,7 +71,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if exists or scheme.lower() == "local-dir":
         return _read_path(Path(source if exists else rest).expanduser())
     if scheme.lower() in ("hf-hub", "hf_hub"):
-        return _read_path(_download(rest), rest.partition("@")[0].rpartition("/")[2])
+        return _read_path(_download(rest))
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
     guess = "" if os.sep in text or "." in text else closest(text, timm.list_models())
@@ -127,7 +123,7 @@ def export(
     return {CONFIG: text.encode(), WEIGHTS: len(head).to_bytes(8, "little") + head + file[8 + size :]}
 
 
-def _read_path(path: Path, name: str | None = None) -> Checkpoint:
+def _read_path(path: Path) -> tuple[str, Converted]:
     file = _find_weights(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError("there is no such checkpoint", str(file), "name a run directory or a file of weights")
@@ -141,7 +137,8 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
     read = _read_parts(file, parts)
     if not read.tensors:
-        raise UserError("it holds no weights", str(file), "name a file with a state_dict")
+        what = "; ".join(["it holds no tensors", *read.notes])
+        raise UserError(what, str(file), "name a file with a state_dict")
     if longest := next((name for name in read.tensors if len(name) > MAX_NAME), None):
         raise UserError(f"a tensor has a name of {len(longest):,} letters", str(file), COPY)
     beside, config = file.parent / CONFIG, read.config
@@ -149,8 +146,7 @@ def _read_path(path: Path, name: str | None = None) -> Checkpoint:
         with reading(beside, COPY, "its configuration is not a table in JSON"):
             config = read_json(beside)
     found = to_timm(read.tensors, config, file.parent, str(file))
-    notes = (*read.notes, *found.notes)
-    return Checkpoint(name or name_of(path), str(file), found.tensors, found.config, notes)
+    return str(file), Converted(found.tensors, found.config, read.notes + found.notes)
 
 
 def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
@@ -159,11 +155,11 @@ def _read_parts(file: Path, parts: Sequence[Path]) -> Converted:
         limit = 2 * sum(part.stat().st_size for part in parts) + SPARE_MEMORY
         with reading(file, COPY, "the checkpoint is damaged, or of another layout"), limited_memory(limit):
             return jax.read(file) if file.suffix == ".npz" else Converted(read_distributed(file))
-    tensors, config = dict[str, Tensor](), dict[str, Any]()
+    tensors, config, notes = dict[str, Tensor](), dict[str, Any](), list[str]()
     for part in parts:
-        found, config = _read_safetensors(part) if part.suffix == ".safetensors" else _read_torch(part)
-        tensors |= found
-    return Converted(tensors, config)
+        found = Converted(*_read_safetensors(part)) if part.suffix == ".safetensors" else _read_torch(part)
+        tensors, config, notes = tensors | found.tensors, found.config, notes + found.notes
+    return Converted(tensors, config, notes)
 
 
 def _find_weights(folder: Path) -> Path:
@@ -188,14 +184,40 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, read_json(header.get(HEADER_KEY, "{}"))
 
 
-def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of torch.save with tensors, plain values and argparse's namespaces only."""
+class Skipped:
+    """Stands for an object of any class in a pickle: takes all arguments and any state, does and keeps nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any) -> Self:
+        """Return an object, whatever the arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the object's state, and keep none."""
+
+
+def _read_torch(file: Path) -> Converted:
+    """Read the tensors, plain values and argparse's namespaces in a file of torch.save; other objects are skipped.
+
+    Torch's restricted unpickler gets `Skipped` for their names, so that nothing of theirs is imported or called. Names
+    of torch and of Python's own library that are no plain values are refused.
+    """
     with reading(file, COPY, "the torch file is damaged"), limited_memory(2 * file.stat().st_size + SPARE_MEMORY):
         # From memory, torch does not try the tar files of its first years, whose reader may never end.
         with file.open("rb") as opened:
-            source = file if opened.read(4) == ZIP else io.BytesIO(file.read_bytes())
+            is_zip = opened.read(4) == ZIP
+        source = file if is_zip else io.BytesIO(file.read_bytes())
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_zip else set()
+        refused = {"torch", *sys.stdlib_module_names}
+        skipped = {it for it in names if BYSTANDERS.fullmatch(it) or it.partition(".")[0] not in refused}
+        if (
+            len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME
+        ):  # torch looks all up for each object
+            skipped = set()
+        allowed: list[Any] = [argparse.Namespace, *((Skipped, name) for name in skipped)]
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols and storages
                 content = torch.load(source, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -204,7 +226,13 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = re.search(r"GLOBAL (\S+)", str(error))
             held = f" ({found[1]})" if found else ""
             what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
-            tip = "if you trust it, save its weights alone: save_file(model.state_dict(), 'x.safetensors')"
+            load = f"x = torch.load({file.name!r}, weights_only=False)"
+            kept = "torch.is_tensor(v) or isinstance(v, dict) and all(map(torch.is_tensor, v.values()))"
+            weights = f"{{k: v for k, v in x.items() if {kept}}}"
+            if any(name.startswith("torch.nn.modules.") for name in names):  # a whole model, perhaps in a table
+                load += "; x = x if isinstance(x, dict) else {'model': x}"
+                weights = "{k: v.state_dict() for k, v in x.items() if isinstance(v, torch.nn.Module)}"
+            tip = f"if you trust it, save its weights alone: {load}; torch.save({weights}, 'weights.pt')"
             raise UserError(what, str(file), tip) from error
         if not isinstance(content, Mapping):
             raise TypeError(f"it holds a {type(content).__name__}, not a table of weights")
@@ -212,7 +240,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
         if sum(stored.values()) > 4 * file.stat().st_size:
             raise ValueError("its tensors claim more numbers than it holds")
-        return tensors, _parse_training_args(content)
+        return Converted(tensors, _parse_training_args(content), listed({"objects skipped": sorted(skipped)}))
 
 
 @contextmanager
@@ -284,7 +312,7 @@ def _is_small(value: Any, nesting: int = MAX_NESTING) -> bool:
     return short or value is None or isinstance(value, float)
 
 
-def _read_published(name: str) -> Checkpoint:
+def _read_published(name: str) -> tuple[str, Converted]:
     sketch = sketch_model(name, {}, name)  # refuses unsupported models before any download
     check_memory(sketch, name)
     family, _, tag = name.partition(".")
@@ -298,7 +326,7 @@ def _read_published(name: str) -> Checkpoint:
     cfg = {key: published[key] for key in keys if published.get(key) is not None}
     cfg = json.loads(json.dumps(cfg))  # as in a config.json: lists for tuples
     config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
-    return Checkpoint(name, name, model.state_dict(), config)
+    return name, Converted(model.state_dict(), config)
 
 
 def _download(repository: str) -> Path:

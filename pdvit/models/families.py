@@ -1,33 +1,29 @@
 """The tables of model families: where blocks and final norm of a model are, and how its tokens lie."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from pdvit.errors import UserError, closest
+from pdvit.errors import UserError
 
-# Attribute of most plain models: the number of tokens (class, registers) in front of the patches.
-COUNT = "num_prefix_tokens"
-LISTS = nn.ModuleList | nn.Sequential
-# Modules, or their paths, separated by commas; `*` is every child of a list.
-Modules = str | tuple[nn.Module, ...]
+# Class, distillation and register tokens of timm.
+TOKENS = r"(?:embeds\.)?(?:cls|dist|reg)_token"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model keeps its tokens."""
+    """Where a model keeps its tokens: regular expressions for the names of its modules and parameters."""
 
-    blocks: Modules = "blocks.*"  # in the order of the forward pass
-    norm: Modules = "norm"  # over all tokens after the last block; can be missing, or an identity
+    blocks: str | tuple[nn.Module, ...] = r"blocks\.\d+"  # in the order of the forward pass
+    norm: str = "norm"  # over all tokens after the last block; can be missing, or an identity
     # `(B, D, H, W)`; else `(B, N, D)`, prefix tokens in front, or `(B, H, W, D)`, which None excludes.
     channels_first: bool | None = False
-    prefix: str | int = COUNT  # of the blocks: the number of prefix tokens, or attributes for `count_prefix`
+    prefix: str | int = TOKENS  # parameters `(1, K, D)` or `(D,)` of the blocks' prefix tokens, or their number
     norm_prefix: str | int | None = None  # of the norm, if class tokens join the patches after the last block
     order: str = ""  # module that brings a block's tokens back into the order of the image
-    embed: str = "patch_embed"  # path of the patch embedding
+    embed: str = "patch_embed"  # the patch embedding
     plain: bool = False  # one grid and width throughout
     # Attribute of a block with attention between all tokens, whose `attn_drop` receives the probabilities; empty if
     # attention works in windows, on merged keys or on channels, or mixes its heads.
@@ -35,9 +31,10 @@ class Family:
 
 
 PLAIN = Family(plain=True, attention="attn")
-STAGES = Family("stages.*.blocks.*")
-WINDOWS = Family("layers.*.blocks.*")
-MAPS = Family("stages.*.blocks.*", "norm_pre", channels_first=True)
+STAGES = Family(r"stages\.\d+\.blocks\.\d+")
+WINDOWS = Family(r"layers\.\d+\.blocks\.\d+")
+MAPS = replace(STAGES, norm="norm_pre", channels_first=True)
+NORM_OF_STAGE = replace(STAGES, norm=r"stages\.\d+\.norm")  # the last
 # By class name of the timm model or of a parent.
 FAMILIES = {
     "VisionTransformer": PLAIN,  # ViT, DeiT (also distilled), DeiT-III, DINOv2, SigLIP, CLIP, FlexiViT, hybrids
@@ -45,47 +42,50 @@ FAMILIES = {
     "Eva": PLAIN,  # EVA-02, DINOv3
     "Beit": PLAIN,
     "MlpMixer": Family(embed="stem", plain=True),  # also ResMLP and gMLP: patches, no attention
-    "Cait": Family(prefix=0, norm_prefix=COUNT, plain=True),  # class attention comes after the blocks
-    "Xcit": Family(prefix=0, norm_prefix=COUNT, plain=True),  # likewise
+    "Cait": Family(prefix=0, norm_prefix=TOKENS, plain=True),  # class attention comes after the blocks
+    "Xcit": Family(prefix=0, norm_prefix=TOKENS, plain=True),  # likewise
     "NaFlexVit": Family(embed="", attention="attn"),  # fed with images, not with packed sequences
     "SwinTransformer": WINDOWS,
     "SwinTransformerV2": WINDOWS,
     "SwinTransformerV2Cr": STAGES,
-    "PyramidVisionTransformerV2": Family("stages.*.blocks.*", "stages.-1.norm"),
+    "PyramidVisionTransformerV2": NORM_OF_STAGE,
     "MultiScaleVit": STAGES,
-    "Twins": Family("blocks.*.*"),
-    "VOLO": Family("network.*.*", norm_prefix="cls_token"),
-    "PoolingVisionTransformer": Family("transformers.*.blocks.*", "", prefix="cls_token"),
+    "Twins": Family(r"blocks\.\d+\.\d+"),
+    "VOLO": Family(r"network\.\d+\.\d+", prefix=0, norm_prefix=TOKENS),
+    "PoolingVisionTransformer": Family(r"transformers\.\d+\.blocks\.\d+", ""),
     "Hiera": Family(order="reroll"),
     "HieraDet": Family(),
-    "GlobalContextVit": Family("stages.*.blocks.*", "stages.-1.norm"),
-    "FocalNet": Family("layers.*.blocks.*", channels_first=True),
-    "DaVit": Family("stages.*.blocks.*.*", "norm_pre", channels_first=True),  # spatial and channel attention in turn
-    "MaxxVit": Family("stages.*.blocks.*", channels_first=True),  # CoAtNet, MaxViT
+    "GlobalContextVit": NORM_OF_STAGE,
+    "FocalNet": replace(WINDOWS, channels_first=True),
+    "DaVit": replace(MAPS, blocks=r"stages\.\d+\.blocks\.\d+\.\d+"),  # spatial and channel attention in turn
+    "MaxxVit": replace(STAGES, channels_first=True),  # CoAtNet, MaxViT
     "MetaFormer": MAPS,  # PoolFormer, CAFormer
     "ConvNeXt": MAPS,  # a transformer's block with a convolution for attention: for comparison
 }
 
 TRANSFORMERS = Family(
-    "layers.*,layer.*,encoder.layer.*,encoder.layers.*,model.layer.*,vision_model.encoder.layers.*",  # versions differ
-    "layernorm,norm,post_layernorm,vision_model.post_layernorm",
-    prefix="embeddings.cls_token,embeddings.distillation_token,embeddings.register_tokens",
+    r"(?:model\.|encoder\.|vision_model\.encoder\.)?layers?\.\d+",  # versions differ
+    r"layernorm|norm|(?:vision_model\.)?post_layernorm",
+    prefix=r"(?:vision_model\.)?embeddings\.(?:cls_token|distillation_token|register_tokens|class_embedding)",
 )
-CLASS_OF_CLIP = "embeddings.class_embedding,vision_model.embeddings.class_embedding"
-SWIN = Family("encoder.layers.*.blocks.*", "layernorm", prefix=0)
-OPEN_CLIP = Family("transformer.resblocks.*", "ln_post", prefix="class_embedding")
+SWIN = Family(r"encoder\.layers\.\d+\.blocks\.\d+", "layernorm", prefix=0)
+OPEN_CLIP = Family(r"transformer\.resblocks\.\d+", "ln_post", prefix="class_embedding")
 PLAIN_TRANSFORMERS = (
     *("ViT", "DeiT", "Beit", "Data2VecVision", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViTMSN", "IJepa"),
     "SiglipVision",
 )
+BACKBONES = ("Dinov2", "Dinov2WithRegisters", "DINOv3ViT")
 # By package and class name of the model or of a parent. The packages are never imported.
 OTHER_LIBRARIES = {f"transformers.{name}Model": TRANSFORMERS for name in PLAIN_TRANSFORMERS} | {
     # the norm is over the class token alone
-    "transformers.CLIPVisionModel": replace(TRANSFORMERS, norm="", prefix=CLASS_OF_CLIP),
+    "transformers.CLIPVisionModel": replace(TRANSFORMERS, norm=""),
+    # a backbone norms the maps that it returns, some or all
+    **{f"transformers.{name}Backbone": replace(TRANSFORMERS, norm="") for name in BACKBONES},
+    "transformers.Swinv2Backbone": replace(SWIN, norm=""),
     "transformers.SwinModel": SWIN,
     "transformers.Swinv2Model": SWIN,
-    "torchvision.VisionTransformer": Family("encoder.layers.*", "encoder.ln", prefix="class_token"),
-    "torchvision.SwinTransformer": Family("features.1.*,features.3.*,features.5.*,features.7.*", prefix=0),
+    "torchvision.VisionTransformer": Family(r"encoder\.layers\.\w+", r"encoder\.ln", prefix="class_token"),
+    "torchvision.SwinTransformer": Family(r"features\.[1357]\.\d+", prefix=0),
     "open_clip.VisionTransformer": OPEN_CLIP,
 }
 # Models that can't be read in memory: the reason, and what to do.
@@ -93,7 +93,8 @@ REFUSED = {
     "transformers.ViTMAEModel": ("it shuffles patches, also in evaluation mode", "load its weights as a ViTModel"),
     "transformers.Siglip2VisionModel": ("it takes packed patches", "use SigLIP 2 of a fixed size, a SiglipVisionModel"),
 }
-TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES
+TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES | REFUSED
+OTHER_MODEL = "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
 WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model", "backbone")}
 INSIDE = WRAPPERS | {
@@ -106,7 +107,7 @@ INSIDE = WRAPPERS | {
 def image_model_of(model: nn.Module, packages: Collection[str] = INSIDE.keys()) -> nn.Module:
     """Return the model of the table inside wrappers and models of some packages; if none is, the innermost model."""
     names = _names(model)
-    if not any(name in TABLE or name in REFUSED for name in names):
+    if not any(name in TABLE for name in names):
         for package in [package for name in names if (package := name.partition(".")[0]) in packages]:
             for inner in (getattr(model, attribute, None) for attribute in INSIDE[package]):
                 if isinstance(inner, nn.Module) and inner is not model:
@@ -116,12 +117,9 @@ def image_model_of(model: nn.Module, packages: Collection[str] = INSIDE.keys()) 
 
 def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     """Return a model's family; raises UserError with the reason if pdvit can't read its tokens."""
-    names = _names(model)
-    family = next((TABLE[name] for name in names if name in TABLE), None)
-    if family is None:
-        tip = "use a model that docs/losses.md lists; or, in Python, name the blocks: blocks='encoder.layers'"
-        reasons = [REFUSED[name] for name in names if name in REFUSED]
-        reason, tip = reasons[0] if reasons else ("it has no layout for its class", tip)
+    family = next((TABLE[name] for name in _names(model) if name in TABLE), None)
+    if not isinstance(family, Family):
+        reason, tip = family or ("it has no layout for its class", OTHER_MODEL)
         raise UserError(f"pdvit can't read the patches of a {type(model).__name__}: {reason}", where, tip)
     drops = (getattr(getattr(model, name, None), "prob", 0) for name in ("patch_drop", "patch_dropout"))
     if max(*drops, getattr(model, "patch_drop_rate", 0)) > 0:
@@ -132,49 +130,11 @@ def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
     return family
 
 
-def family_at(model: nn.Module, blocks: str | Sequence[nn.Module], prefix_tokens: int = 0, norm: str = "") -> Family:
-    """Return the family of a model with its blocks in a list, or at the path of one, such as `encoder.layers`.
-
-    Blocks take and return `(B, T, D)`, which can be in a tuple or table, with the prefix tokens in front. `norm` is
-    the path of a norm over all tokens after the last block. Raises UserError if a path leads to no modules.
-    """
-    found = (blocks if "*" in blocks else f"{blocks}.*") if isinstance(blocks, str) else tuple(blocks)
-    for path, sort in ((found, LISTS), (norm, nn.Module)):
-        if path != "" and not modules_at(model, path):
-            names = [name for name, it in model.named_modules() if isinstance(it, sort) and modules_at(model, name)]
-            what = f"a {type(model).__name__} has no {'list of modules' if sort is LISTS else 'module'} at '{path}'"
-            raise UserError(what, "blocks=..., norm=...", closest(str(path).removesuffix(".*"), names))
-    if prefix_tokens < 0:
-        raise UserError(f"prefix_tokens is {prefix_tokens}", "prefix_tokens=...", "pass the number of tokens, from 0")
-    return Family(found, norm, None, prefix_tokens)
-
-
-def count_prefix(model: Any, prefix: str | int) -> int:
-    """Return the number of prefix tokens: the number itself, or that of tokens `(1, K, D)` or `(D,)` at attributes."""
-    if isinstance(prefix, int):
-        return prefix
-    paths = [path.split(".") for path in prefix.split(",")]
-    values = [reduce(lambda part, name: getattr(part, name, None), path, model) for path in paths]
-    return sum(it.shape[1:-1].numel() if isinstance(it, Tensor) else int(it or 0) for it in values)
-
-
-def modules_at(model: nn.Module, path: Modules) -> list[nn.Module]:
-    """Return the modules at paths, in order, without identities; none if a path does not exist."""
-    if not isinstance(path, str):
-        return list(path)
-    modules: list[nn.Module] = []
-    for part in filter(None, path.split(",")):
-        found: list[nn.Module] = [model]
-        for name in part.split("."):
-            lists = [part for part in found if isinstance(part, LISTS)]
-            if name == "*":
-                found = [child for part in lists for child in part]
-            elif name.lstrip("-").isdigit():
-                found = [part[int(name)] for part in lists if int(name) < len(part)]
-            else:
-                found = [child for part in found if isinstance(child := getattr(part, name, None), nn.Module)]
-        modules += [part for part in found if not isinstance(part, nn.Identity)]
-    return modules
+def modules_at(model: nn.Module, names: str | tuple[nn.Module, ...]) -> list[nn.Module]:
+    """Return the modules whose names match a regular expression, in order, without identities."""
+    if isinstance(names, str):
+        names = tuple(module for name, module in model.named_modules() if name and re.fullmatch(names, name))
+    return [module for module in names if not isinstance(module, nn.Identity)]
 
 
 def _names(model: object) -> list[str]:

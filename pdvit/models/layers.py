@@ -1,5 +1,6 @@
 """The layers of a model: where tokens and attention are, and hooks that read them."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from pdvit.errors import UserError
+from pdvit.errors import UserError, closest
 from pdvit.files import reading
-from pdvit.models.families import WRAPPERS, Family, count_prefix, family_at, family_of, image_model_of, modules_at
+from pdvit.models.families import WRAPPERS, Family, family_of, image_model_of, modules_at
 
 K = TypeVar("K")
 MODEL = "model.name (--model)"
@@ -66,36 +67,46 @@ class Place:
 def find_layers(
     model: nn.Module, blocks: Any = None, prefix_tokens: int = 0, norm: str = "", where: str = MODEL
 ) -> tuple[nn.Module, dict[Layer, Place]]:
-    """Return the image model without wrappers and heads, and the places of its layers; see `families.family_at`.
+    """Return the image model without wrappers and heads, and the places of its layers.
 
-    With `blocks`, only wrappers are removed. Raises UserError if the tokens can't be read.
+    They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
+    The table of families has them. For another model, `blocks` are the blocks in a list, or the path of one, such as
+    `encoder.layers`: they take and return `(B, T, D)`, which can be in a tuple or table, with `prefix_tokens` in front.
+    `norm` is the path of a norm over all tokens after the last block. Of such a model only wrappers are removed.
+
+    Raises UserError if the tokens can't be read, or a path leads to no modules.
     """
     if blocks is None and (prefix_tokens or norm):
         raise UserError("prefix_tokens and norm belong to the blocks", where, "name them too: blocks='encoder.layers'")
+    if prefix_tokens < 0:
+        raise UserError(f"prefix_tokens is {prefix_tokens}", "prefix_tokens=...", "pass the number of tokens, from 0")
     model = image_model_of(model) if blocks is None else image_model_of(model, WRAPPERS)
-    family = None if blocks is None else family_at(model, blocks, prefix_tokens, norm)
-    return model, places_of(model, where, family)
-
-
-def places_of(model: nn.Module, where: str = MODEL, family: Family | None = None) -> dict[Layer, Place]:
-    """Return the place of every layer; raises UserError if the family, by default that of the table, has none.
-
-    They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
-    """
-    family = family or family_of(model, where)
-    blocks = modules_at(model, family.blocks)
+    if blocks is None:
+        family = family_of(model, where)
+    else:
+        modules = dict(model.named_modules())
+        lists = {name: it for name, it in modules.items() if isinstance(it, nn.ModuleList | nn.Sequential)}
+        for path, known, what in ((blocks, lists, "list of modules"), (norm, modules, "module")):
+            if isinstance(path, str) and path not in known:
+                tip = closest(path, filter(None, known))
+                raise UserError(f"a {type(model).__name__} has no {what} at '{path}'", "blocks=..., norm=...", tip)
+        blocks = tuple(lists[blocks] if isinstance(blocks, str) else blocks)
+        family = Family(blocks, re.escape(norm), None, prefix_tokens)
+    blocks, orders = modules_at(model, family.blocks), modules_at(model, family.order)
     if not blocks:
         raise UserError("the model has no blocks", where, "set a depth of at least 1")
-    orders: list[Any] = modules_at(model, family.order)
-    prefix = count_prefix(model, family.prefix)
-    norm_prefix = prefix if family.norm_prefix is None else count_prefix(model, family.norm_prefix)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    prefix, norm_prefix = (
+        it if isinstance(it, int) else sum(shapes[name][1:-1].numel() for name in shapes if re.fullmatch(it, name))
+        for it in (family.prefix, family.prefix if family.norm_prefix is None else family.norm_prefix)
+    )
     at = partial(Place, prefix=prefix, channels_first=family.channels_first, attention=family.attention)
     order = [partial(orders[0], block_idx=index) if orders else None for index in range(len(blocks))]
     places = {Layer("embed", 0): at(blocks[0], entering=True, order=order[0])}
     places |= {Layer(f"block {i + 1}", i + 1): at(block, order=order[i]) for i, block in enumerate(blocks)}
-    for norm in modules_at(model, family.norm):
-        places[Layer("norm", len(blocks) + 1)] = at(norm, prefix=norm_prefix)
-    return places
+    for last in modules_at(model, family.norm)[-1:]:
+        places[Layer("norm", len(blocks) + 1)] = at(last, prefix=norm_prefix)
+    return model, places
 
 
 @contextmanager

@@ -14,10 +14,17 @@ from pdvit.config.schema import DataConfig, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
-from pdvit.models.matching import OTHER_MODEL, StateDictMatch, classifiers_of, compare, listed, match_state_dict
+from pdvit.models.matching import (
+    OTHER_MODEL,
+    UNLABELLED,
+    StateDictMatch,
+    classifiers_of,
+    compare,
+    listed,
+    match_state_dict,
+)
 from pdvit.models.resolved_checkpoint import COPY, Palette, ResolvedCheckpoint
-from pdvit.models.segmentation.backbone import OPTIONS, arguments_of, prune
-from pdvit.models.segmentation.segmenter import HEAD, Segmenter
+from pdvit.models.segmentation.segmenter import HEAD, OPTIONS, Segmenter, arguments_of, prune
 from pdvit.models.wrapper import Wrapper
 
 # At most this fraction of the backbone's weights can be missing in the file, and as many can be unexpected.
@@ -35,7 +42,7 @@ class LoadedModel:
     model: nn.Module  # a timm model, or a Segmenter
     name: str  # of the checkpoint
     classes: list[str] | None  # their names, if the file has them
-    weights: str = "unknown"  # raw, ema or unknown
+    weights: str = UNLABELLED  # or raw, ema
     architecture: str = ""  # timm's name of the model
     arguments: Mapping[str, Any] = field(default_factory=dict)  # timm's
     segment: SegmentConfig | None = None  # of a Segmenter: the head and the run's evaluation; the crop is set
@@ -57,10 +64,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
-    notes = checkpoint.notes
-    if checkpoint.resized:
-        notes += tuple(f"{text}, for the image size" for text in listed({"resampled": match.resampled}))
-        match = replace(match, resampled=[])
+    notes = (*checkpoint.notes, *(f"{text}, for the image size" for text in listed({"resampled": match.resampled})))
     match.refuse_difference(where)  # before the model takes memory
     if segment is not None and adapter is not None:
         if not classes:
@@ -102,7 +106,7 @@ def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) ->
     if known is not None:
         return config
     weights = checkpoint.selected.weights
-    model = replace(config.model, weights=None if weights == "unknown" else weights)
+    model = replace(config.model, weights=None if weights == UNLABELLED else weights)
     config = replace(config, model=_model_defaults(model, checkpoint), data=_data_defaults(config, checkpoint))
     build((checkpoint.where, to_dict(config)))
     _match_backbone(checkpoint, sketch_model(str(config.model.name), arguments_of(config), checkpoint.where))
@@ -179,7 +183,7 @@ def load_pretrained(network: Wrapper, checkpoint: ResolvedCheckpoint, classes: S
     check_finite(match.tensors, checkpoint.where)
     model.load_state_dict(match.tensors, strict=False)
     selected, weights = checkpoint.selected, model.state_dict()
-    label = "" if selected.weights == "unknown" else f", {selected.weights} weights"
+    label = "" if selected.weights == UNLABELLED else f", {selected.weights} weights"
     under = f", found under '{selected.prefix}'" if selected.prefix else ""
     notes = [f"initial weights: {checkpoint.name}{label}: {len(match.tensors)} of {len(weights)} tensors{under}"]
     notes += checkpoint.notes

@@ -23,6 +23,7 @@ RIVAL_FRACTION = 0.5
 # timm's filters recognise their own layout by these names, which a backbone without a head lacks.
 MARKS = ("head.fc.weight", "head.norm.weight")
 POSITIONS = "pos_embed"
+UNLABELLED = "not labelled raw or ema"  # of weights
 OTHER_MODEL = "the file has another architecture; name it with --model, or its sizes: --depth, --width, --patch-size"
 LISTED = 5  # names in an error or a note
 # The decoder of a masked autoencoder, which is not a part of the model.
@@ -35,7 +36,7 @@ class SelectedWeights:
 
     tensors: dict[str, Tensor]  # by their names after the prefix
     prefix: str  # with its dot; can be empty
-    weights: str  # raw, ema or unknown
+    weights: str  # raw, ema or UNLABELLED
     rivals: tuple[str, ...] = ()  # prefixes of other sets of weights in the file
     outside: dict[str, Tensor] = field(default_factory=dict)  # under none of these prefixes, by their whole names
 
@@ -62,13 +63,13 @@ def select_weights(
         common = takewhile(lambda parts: len(set(parts)) == 1, columns)
         counts, best = Counter({"".join(f"{parts[0]}." for parts in common): 1}), 1
     prefixes = [prefix for prefix, count in counts.items() if count >= max(1, RIVAL_FRACTION * best)]
-    default = "raw" if len(prefixes) > 1 else declared if declared in ("raw", "ema") else "unknown"
+    default = "raw" if len(prefixes) > 1 else declared if declared in ("raw", "ema") else UNLABELLED
     labels = {prefix: _label(prefix, default) for prefix in prefixes}
     label = weights or ("ema" if "ema" in labels.values() else None)
     fitting = [prefix for prefix in prefixes if label in (None, labels[prefix])]
     if not fitting:
-        has = " and ".join(sorted(set(labels.values()) - {"unknown"})) or "weights that it does not call raw or ema"
-        raise UserError(f"it holds {has}, not {label}", where, "leave out --weights")
+        has = " and ".join(sorted({*labels.values()}))
+        raise UserError(f"it holds weights that are {has}, and none that are {label}", where, "leave out --weights")
     if len(fitting) > 1:
         listed = ", ".join(f"'{prefix}'" for prefix in fitting)
         raise UserError(f"it holds several weights: under {listed}", where, "save one of them alone")
@@ -98,9 +99,9 @@ class StateDictMatch:
     resampled: list[str] = field(default_factory=list)  # names of tensors that were resampled to another resolution
 
     def refuse_difference(self, where: str) -> None:
-        """Raise UserError unless names and shapes are exactly those of the model."""
-        shapes = [*self.mismatched, *self.resampled]
-        if found := listed({"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}):
+        """Raise UserError unless names and shapes, after resampling, are exactly those of the model."""
+        groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
+        if found := listed(groups):
             raise UserError(f"weights and model differ: {'; '.join(found)}", where, OTHER_MODEL)
 
 

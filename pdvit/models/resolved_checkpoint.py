@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,11 +18,11 @@ from pdvit.config import build
 from pdvit.config.schema import PREPROCESSING, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
 from pdvit.models.build import model_arguments, sketch_model
-from pdvit.models.checkpoints import Checkpoint, read_checkpoint
+from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.families import family_of
-from pdvit.models.layouts.conversion import VIT_SIZES
+from pdvit.models.layouts.conversion import VIT_SIZES, Converted, is_square
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
-from pdvit.models.segmentation.backbone import Adapter, make_adapter
+from pdvit.models.segmentation.segmenter import Adapter, make_adapter
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
@@ -45,7 +45,6 @@ class ResolvedCheckpoint:
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
     notes: tuple[str, ...] = ()  # what the file leaves open
-    resized: bool = False  # whether the image size is not the file's
 
     def keeps_classifier(self, classes: Sequence[str]) -> bool:
         """Return whether the file's classifier is for these classes, as far as the file says."""
@@ -65,10 +64,10 @@ def resolve_checkpoint(
     `raw` or `ema`, if it holds both; None prefers the moving average. `settings` (sizes, arguments) and `img_size` come
     before those of the file.
     """
-    checkpoint = read_checkpoint(source)
-    config, where, tensors = checkpoint.config, checkpoint.where, checkpoint.tensors
+    where, read = read_checkpoint(source)
+    config, tensors = read.config, read.tensors
     if model_name is None and not isinstance(config.get("architecture"), str):
-        raise _unknown_architecture(checkpoint)
+        raise _unknown_architecture(where, read)
     architecture = model_name or str(config["architecture"])
     arguments = _model_arguments(config, where) if architecture == config.get("architecture") else {}
     arguments |= model_arguments(replace(settings or ModelConfig(), name=architecture), img_size, arguments)
@@ -80,7 +79,7 @@ def resolve_checkpoint(
     inferred = {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
     arguments |= inferred
     told = ", ".join(f"{key} {value}" for key, value in inferred.items() if key not in ("num_classes", "img_size"))
-    notes = [*checkpoint.notes, *([f"by its tensors, other than {architecture}: {told}"] if told else [])]
+    notes = [*read.notes, *([f"by its tensors, other than {architecture}: {told}"] if told else [])]
     sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None
     if section.get("segment") is not None:
@@ -89,13 +88,16 @@ def resolve_checkpoint(
             raise UserError("its configuration has no head or no crop of a segmentation model", where, COPY)
         sketch = copy.deepcopy(sketch)  # to prune it
     images = _table(config, "pretrained_cfg", where) or config  # old files have these settings at the top
+    if model_name is not None and not images.get("mean") and (tags := _normalisations(model_name)):
+        own = f"here that of {model_name}; weights of timm have {tags}"
+        notes.append(f"the file does not contain its normalisation, {own}")
     classes = config.get("label_names") or images.get("label_names")
     if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
         raise UserError("its label_names are not a list of names", where, "correct its config.json")
     data = build((where, {"data": {key: images[key] for key in PREPROCESSING if key in images}})).data
     size = _checked_size(images.get("input_size"), "input_size", where, channels=True)
     return ResolvedCheckpoint(
-        name=checkpoint.name,
+        name=name_of(Path(source).expanduser()),
         where=where,
         architecture=architecture,
         arguments=arguments,
@@ -106,19 +108,17 @@ def resolve_checkpoint(
         classes=classes,
         segment=segment,
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
-        resized=img_size is not None,
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
-        notes=(*notes, *([] if images.get("mean") or not model_name else _normalisations(model_name))),
+        notes=tuple(notes),
     )
 
 
-def _normalisations(name: str) -> Iterator[str]:
-    """Yield a note if timm's weights of a model, which the file does not tell apart, have several normalisations."""
+def _normalisations(name: str) -> str:
+    """Return the normalisations of timm's weights of a model with a name for each; empty unless there are several."""
     published = reversed(timm.list_pretrained(f"{name}.*"))
     tags = {cfg.mean[0]: full for full in published if (cfg := timm.get_pretrained_cfg(full)) is not None}
-    if len(tags) > 1:
-        listed = ", or ".join(f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items()))
-        yield f"the file does not contain its normalisation, here that of {name}; weights of timm have {listed}"
+    named = [f"mean {mean:g}, ...: --model {full}" for mean, full in sorted(tags.items())]
+    return ", or ".join(named) if len(named) > 1 else ""
 
 
 def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -159,11 +159,6 @@ def _checked_size(size: Any, name: str, where: str, channels: bool = False) -> t
     return sides[-2], sides[-1]
 
 
-def _is_square(count: int) -> bool:
-    """Return whether a number of patches can be that of a square grid."""
-    return count > 0 and math.isqrt(count) ** 2 == count
-
-
 def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, Any]:
     """Return arguments by shapes: classes, image size of square positions; depth, registers, pooling of a plain ViT."""
     names = [f"{name}.weight" for name in (*classifiers_of(sketch), "head")]
@@ -183,24 +178,23 @@ def _infer(tensors: Mapping[str, Tensor], sketch: Any, where: str) -> dict[str, 
     if isinstance(own, Tensor) and theirs is not None and grid and own.ndim == theirs.ndim == 3:
         prefix = own.shape[1] - grid[0] * grid[1]
         prefix += registers if prefix else 0  # they have positions if the class token has one
-        if registers and _is_square(theirs.shape[1]) > _is_square(theirs.shape[1] - prefix):
+        if registers and is_square(theirs.shape[1]) > is_square(theirs.shape[1] - prefix):
             arguments["no_embed_class"], prefix = True, 0
         prefix += not prefix and "register_tokens" in tensors  # DINOv2's class position, which timm's filter removes
         patches = theirs.shape[1] - prefix
-        side = math.isqrt(max(0, patches))
-        if patches != grid[0] * grid[1] and family_of(sketch).plain and not _is_square(patches):
+        if patches != grid[0] * grid[1] and family_of(sketch).plain and not is_square(patches):
             what = f"its position embeddings are those of {patches} patches, which are no square"
             tip = "put its config.json beside it, with img_size in model_args: [height, width], or name another --model"
             raise UserError(what, where, tip)
-        if _is_square(patches) and patches != grid[0] * grid[1]:
-            arguments["img_size"] = side * int(sketch.patch_embed.patch_size[0])
+        if is_square(patches) and patches != grid[0] * grid[1]:
+            arguments["img_size"] = math.isqrt(patches) * int(sketch.patch_embed.patch_size[0])
     return arguments
 
 
-def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
+def _unknown_architecture(where: str, read: Converted) -> UserError:
     """Return the error of a checkpoint without timm's name of its model; the tip names a similar plain model."""
-    what, tensors = "the file does not name the architecture of its weights", checkpoint.tensors
-    if name := checkpoint.config.get("foreign_name"):
+    what, tensors = "the file does not name the architecture of its weights", read.tensors
+    if name := read.config.get("foreign_name"):
         what += f": '{name}' is not timm's name"
     tip = "put its config.json beside it, or name the timm model: --model NAME"
     found = [re.search(r"blocks\.(\d+)\.", name) for name in tensors if "layers." not in name]
@@ -210,5 +204,6 @@ def _unknown_architecture(checkpoint: Checkpoint) -> UserError:
         width, side = patches[0].shape[0], patches[0].shape[-1]
         guess = f"vit_{VIT_SIZES.get(width)}_patch{side}_224"
         like = f", like {guess}" if timm.is_model(guess) else f": --depth {depth} --width {width} --patch-size {side}"
+        like += f", of which timm has weights with {tags}" if (tags := _normalisations(guess)) else ""
         tip += f". It has {depth} blocks of width {width}, patches of {side} pixels{like}"
-    return UserError(what, checkpoint.where, tip)
+    return UserError(what, where, tip)

@@ -60,6 +60,9 @@ class DiverseModel(Wrapper):
         if image_model_of(model, WRAPPERS) is not model:
             tip = "pass the model inside it, and wrap the DiverseModel instead"
             raise UserError(f"a {type(model).__name__} is a wrapper around the model", "DiverseModel(model)", tip)
+        if getattr(model, "main_input_name", "pixel_values") != "pixel_values":  # of transformers
+            tip = "pass a classifier of images, such as CLIPForImageClassification"
+            raise UserError(f"a {type(model).__name__} does not take images alone", "DiverseModel(model)", tip)
         self.model = model
         self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True, **layout)
         # The model's own classifier is not registered a second time, or it would be saved twice.
@@ -72,18 +75,14 @@ class DiverseModel(Wrapper):
         width, like = self.taps.width, next(bare.parameters())
         outputs = classes or getattr(patch_head, "out_features", 0)
         if isinstance(patch_head, str):
-            parts = ("attn_pool", "fc_norm", "head.norm", "head.pre_logits")
             classifier = getattr(bare, "get_classifier", lambda: None)()  # other libraries have no such method
-            between = [path for path in parts if modules_at(model, path)]
-            if patch_head != "class":
-                what = f"there is no patch head called '{patch_head}'"
-            elif not isinstance(classifier, nn.Linear):
-                what = "the model's classifier can't be the patch head: it is not one linear layer of a timm model"
-            elif between or classifier.in_features != width:
-                reads = f"the output of {between[0]}" if between else "pooled features"
-                what = f"the model's classifier can't be the patch head: it reads {reads}, not tokens"
-            else:
+            between = modules_at(model, r"attn_pool|fc_norm|head\.(?:norm|pre_logits)")
+            linear = isinstance(classifier, nn.Linear) and classifier.in_features == width and not between
+            if patch_head == "class" and linear:
                 return
+            what = f"there is no patch head called '{patch_head}'"
+            if patch_head == "class":
+                what = "the model's classifier can't be the patch head: it is not one linear layer on tokens"
             raise UserError(what, HEAD, "pass True for a new linear head")
         if self.patch_head is None:
             if classes < 1:

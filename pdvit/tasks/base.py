@@ -25,7 +25,7 @@ from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.losses.schedule import WeightSchedule
 from pdvit.models.build import strides_of
-from pdvit.models.layers import exact_float32, places_of, watch
+from pdvit.models.layers import exact_float32, find_layers, watch
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
 from pdvit.similarity import patch_similarity
 from pdvit.tasks import describe_metrics
@@ -99,7 +99,7 @@ class ImageTask(ABC):
         numbers = self._measure(network, "val")
         found: dict[str, Tensor] = {}
         model: Any = network.inside
-        places = {layer.name: place for layer, place in places_of(model).items()}
+        places = {layer.name: place for layer, place in find_layers(model)[1].items()}
         measured = watch(places, lambda name, tokens: found.update({name: patch_similarity(tokens).mean()}))
         with torch.no_grad(), exact_float32(self.device), measured:
             network(self.probe)

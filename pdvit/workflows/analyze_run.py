@@ -18,7 +18,7 @@ from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
 from pdvit.engine.terminal import RunConsole, Stopped
 from pdvit.errors import UserError, command
-from pdvit.models.layers import places_of
+from pdvit.models.layers import find_layers
 from pdvit.tracking.run_directory import write_file, writing
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
 from pdvit.workflows.console import log, with_progress
@@ -145,7 +145,7 @@ def describe(
         "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
         "images_measured": analysis.images,
         "patch_tokens": int(table["tokens"].iloc[-1]),
-        "prefix_tokens_dropped": max(place.prefix for place in places_of(loaded.model).values()),
+        "prefix_tokens_dropped": max(place.prefix for place in find_layers(loaded.model)[1].values()),
         "layers": "embed is the input of block 1 (with position); blocks are read before the final norm; the last row "
         f"is {last}{stages}",
         "metrics": {name: DEFINITIONS[name].text for name in dict.fromkeys(table["metric"])},

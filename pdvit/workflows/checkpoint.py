@@ -22,6 +22,7 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.engine.device import choose_device, is_out_of_memory, set_up
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
+from pdvit.models.build import SIZES
 from pdvit.models.loading import LoadedModel, check_finite, load_model
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
 from pdvit.models.segmentation.segmenter import Segmenter
@@ -138,11 +139,16 @@ def _origins(
         found.setdefault("the options" if option else "the file" if key in from_file else default, []).append(text)
     types = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.selected.tensors.values())
     found.setdefault("the file", []).append(f"weights in {types.most_common(1)[0][0]}")
-    activation = next((part for path, part in model.named_modules() if path.endswith(".act")), None)
-    if activation is not None:
-        where = "the file" if "act_layer" in checkpoint.arguments else default
-        where = "the options" if "act_layer" in (given.model.args or {}) else where
-        found.setdefault(where, []).append(type(activation).__name__)
+    options = {key: getattr(given.model, key) for key in SIZES.values()} | (given.model.args or {})
+    texts = {key: f"{key} {value}" for key, value in options.items() if value is not None}
+    for path, part in model.named_modules():
+        if path.endswith(".act"):
+            texts["act_layer"] = type(part).__name__
+        if isinstance(getattr(part, "eps", None), float):
+            texts["norm_layer"] = f"norm epsilon {part.eps:g}"
+    for key, text in texts.items():
+        origin = "the file" if key in checkpoint.arguments else default
+        found.setdefault("the options" if options.get(key) is not None else origin, []).append(text)
     return found
 
 

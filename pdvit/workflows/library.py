@@ -45,7 +45,11 @@ def load(
 
     `model` is timm's name if the file has none; `weights` is `raw` or `ema` if it has both. Raises UserError.
     """
-    path = Path(os.path.expanduser(checkpoint))
+    try:
+        path = Path(os.path.expanduser(checkpoint))
+    except TypeError as error:
+        what = f"a {type(checkpoint).__name__} is not the name of a checkpoint"
+        raise UserError(what, "load(checkpoint)", "pass a path or a name; pdvit.analyze takes models") from error
     return open_checkpoint(path, SINGLE_PROCESS, model, weights, backbone=True, run_device=device)
 
 
@@ -187,5 +191,6 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     bare = image_model_of(model, WRAPPERS)
     if not hasattr(bare, "pretrained_cfg"):
         what = f"a {type(model).__name__} does not say how its images are prepared"
-        raise UserError(what, WHERE, "pass tensors, such as processor(images, return_tensors='pt')")
+        tip = "pass tensors, as of processor(images, return_tensors='pt') or, for torchvision, weights.transforms()"
+        raise UserError(what, WHERE, tip)
     return Preprocessing.for_model(bare)

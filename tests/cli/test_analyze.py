@@ -129,7 +129,7 @@ def test_foreign_weights_need_the_name_of_their_model(workplace, analyzed, refus
     save_file(model.state_dict(), "foreign.safetensors")
     assert "--model" in refusal("analyze", "foreign.safetensors").tip
     result = analyzed("foreign.safetensors", "--model", "test_vit", "--images", "digits", "--limit", 3)
-    assert result["weights"] == "unknown"
+    assert result["weights"] == "not labelled raw or ema"
     assert len(result["layers_measured"]) == len(model.blocks) + 2
     refusal("analyze", "foreign.safetensors", "--model", "test_vit2")
 
@@ -153,7 +153,8 @@ def test_options_come_before_the_settings_of_the_file(workplace, image_folder, a
     at_96.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     expected = means(library.analyze(at_96, images).table, "similarity")
     assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 1e-2)
-    assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7", "GELUTanh"]
+    assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7", "heads 2", "GELUTanh"]
+    assert "norm epsilon 1e-06" in result["input"]["timm's default for test_vit"]
     assert result["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
     assert result["notes"] == ["resampled: 1 (pos_embed), for the image size"]
     assert " ".join(["saved", *flags[:11]]) in result["advice"]

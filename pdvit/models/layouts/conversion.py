@@ -26,7 +26,7 @@ IN_MEMORY = "measure the model in memory, in Python: pdvit.analyze(model, images
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights of another library under timm's names."""
+    """The contents of a checkpoint, those of another library under timm's names."""
 
     tensors: Tensors
     config: dict[str, Any] = field(default_factory=dict)  # the model and its images in the form of timm's config.json
@@ -100,7 +100,8 @@ def sizes_of(tensors: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
     return sizes | {"mlp_ratio": ratio(tensors["blocks.0.mlp.fc2.weight"].shape[1], width)}
 
 
-def _is_square(count: int) -> bool:
+def is_square(count: int) -> bool:
+    """Return whether a number of patches can be that of a square grid."""
     return count >= 0 and math.isqrt(count) ** 2 == count
 
 
@@ -128,12 +129,12 @@ def plain_vit(
     class_token, scaled, pooled = (name in tensors for name in ("cls_token", "blocks.0.ls1.gamma", "attn_pool.latent"))
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     places = tensors["pos_embed"].shape[1]
-    if registers and _is_square(places - 1):  # DINOv2: registers have no positions, and in timm no prefix token has
+    if registers and is_square(places - 1):  # DINOv2: registers have no positions, and in timm no prefix token has
         tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
         tensors["pos_embed"], places = tensors["pos_embed"][:, 1:], places - 1
     if not {"patch_embed.proj.bias", "norm_pre.weight"} & tensors.keys():
         tensors["patch_embed.proj.bias"] = torch.zeros(width)
-    side = math.isqrt(places if _is_square(places) else max(0, places - class_token - registers))
+    side = math.isqrt(places if is_square(places) else max(0, places - class_token - registers))
     sizes = sizes_of(tensors, heads or VIT_HEADS.get(width) or max(1, width // 64))
     gated = fc1.shape[0] != tensors["blocks.0.mlp.fc2.weight"].shape[1]
     # timm's norms have an epsilon of 1e-6, those of CLIP 1e-5. Smaller ones change tokens by less than 1e-4.
@@ -155,7 +156,7 @@ def plain_vit(
         "fc_norm": False,
         "act_layer": "silu" if gated else act,
         "init_values": 1e-5 if scaled else None,
-        "no_embed_class": _is_square(places),  # else prefix tokens have positions
+        "no_embed_class": is_square(places),  # else prefix tokens have positions
         "img_size": size if isinstance(size, list) else side * patch,
     }
     if heads is None and not (width in VIT_SIZES or width in VIT_HEADS):

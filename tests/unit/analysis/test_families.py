@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pdvit.analysis import METRICS, measure
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, evaluating, places_of, watch
+from pdvit.models.layers import Layer, evaluating, find_layers, watch
 from pdvit.similarity import patch_similarity
 from tests.unit.models.test_families import CASES, all_families, make, pictures
 
@@ -21,7 +21,7 @@ ATTENTION = {
 
 def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
     found: dict[Layer, Tensor] = {}
-    with torch.no_grad(), evaluating(model), watch(places_of(model), found.__setitem__):
+    with torch.no_grad(), evaluating(model), watch(find_layers(model)[1], found.__setitem__):
         model(images)
     return found
 

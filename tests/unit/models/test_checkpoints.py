@@ -3,8 +3,11 @@
 import argparse
 import io
 import pathlib
+import sys
 import time
 import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +133,15 @@ def test_a_lone_file_takes_the_model_that_is_named(save):
     model = timm.create_model(VIT, num_classes=7, img_size=64)
     file = save(model.state_dict())
     found = load(file, VIT)
-    assert (found.weights, found.model.num_classes) == ("unknown", 7)
+    assert (found.weights, found.model.num_classes) == ("not labelled raw or ema", 7)
     assert equal(found.model, model)
     assert "--model" in refuse(file).tip
     assert f"'{VIT}'" in refuse(file, "test_vi").tip
     with torch.device("meta"):
         small = timm.create_model("vit_small_patch16_224", num_classes=0, depth=1)
     small = {name: torch.zeros(value.shape) for name, value in small.state_dict().items()}
-    assert "like vit_small_patch16_224" in refuse(save(small)).tip
+    tip = refuse(save(small)).tip
+    assert "like vit_small_patch16_224, of which timm has weights with mean 0.485, ...: --model vit_small_p" in tip
     (_, note) = resolve_checkpoint(save(small), "vit_small_patch16_224").notes  # weights of timm have several means
     assert "0.485, ...: --model vit_small_patch16_224.dino, or mean 0.5" in note
     assert resolve_checkpoint(save(small), "vit_small_patch16_224.dino").notes[1:] == ()
@@ -181,9 +185,54 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save, 
     assert marker.exists()
 
 
-def test_objects_beside_the_weights_are_refused(save, state):
-    for value in (pathlib.PurePosixPath("out"), np.float64(3), range(3)):
-        assert "more than tensors and plain values" in refuse(save({"model": state, "args": value})).what
+@dataclass
+class Configured:
+    """A configuration, whose code would make a folder."""
+
+    marker: pathlib.Path
+
+    def __setstate__(self, state):
+        state["marker"].mkdir()
+
+    def __reduce__(self):
+        return Configured, (self.marker,), vars(self)
+
+
+def test_objects_beside_the_weights_are_skipped_and_nothing_of_theirs_runs(tmp_path, save, state, monkeypatch):
+    marker = tmp_path / "marker"
+    objects = {"path": marker, "best": np.float64(3), "steps": range(3), "config": Configured(marker)}
+    path = save({"model": state, "hyper_parameters": objects, "args": arguments(lr=np.float64(3), out=marker)})
+    torch.load(path, weights_only=False)
+    marker.rmdir()  # it ran
+    monkeypatch.delitem(sys.modules, __name__)
+    monkeypatch.setattr(sys, "path", [])  # nothing can be imported
+    found = load(path)
+    assert equal(found.model, make())
+    assert all(name in found.notes[0] for name in ("objects skipped: ", "numpy.dtype", f"{__name__}.Configured"))
+    assert (marker.exists(), __name__ in sys.modules) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("extra", "zipped", "reason"),
+    [
+        ({"x": np.float64(3)}, False, "numpy"),  # of torch's first format, whose names can't be read alone
+        ({"x": defaultdict(list, a=[1])}, True, "could run code"),
+        ({"model": torch.nn.Linear(2, 3)}, True, "torch.nn.modules.linear.Linear"),
+        ({"w": np.zeros(3)}, True, "no tensors; objects skipped: 3"),
+    ],
+)
+def test_objects_that_can_not_be_skipped_are_refused_and_the_line_of_the_tip_saves_the_weights(
+    tmp_path, save, monkeypatch, extra, zipped, reason
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "old.pth"
+    content = extra if "w" in extra else {"model": {"weight": torch.ones(2)}} | extra
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    error = refuse(path, VIT)
+    assert reason in error.what
+    if "w" not in extra:
+        exec(error.tip.partition("alone: ")[2], {"torch": torch})
+        assert "model.weight" in read_checkpoint("weights.pt")[1].tensors
 
 
 def torch_file(content, zipped=True):
@@ -199,6 +248,12 @@ def pickled(code):
         for name, content in (("data.pkl", b"\x80\x02" + code), ("version", b"3\n"), ("byteorder", b"little")):
             archive.writestr(f"archive/{name}", content)
     return file.getvalue()
+
+
+def test_objects_of_very_many_classes_are_not_skipped(tmp_path):
+    classes = b"".join(b"cx\nY%d\n" % number for number in range(101))
+    (tmp_path / "x.pth").write_bytes(pickled(b"}X\1\0\0\0a](" + classes + b"es."))  # {"a": classes}
+    assert "could run code" in refuse(tmp_path / "x.pth").what  # torch would look all up for each object
 
 
 SHARED = ["x"]  # 2^60 texts in few bytes
@@ -226,7 +281,7 @@ def test_a_damaged_file_or_one_without_weights_is_refused(tmp_path, content):
 def test_tables_without_end_and_shapes_without_numbers_take_no_memory(save, state, monkeypatch):
     content = {"model": state | {"head.weight": torch.zeros(1, 1).expand(10**9, 24)}, "args": arguments()}
     content["again"] = content
-    tensors = read_checkpoint(save(content)).tensors
+    tensors = read_checkpoint(save(content))[1].tensors
     assert len(tensors) < 1000
     assert not any(name.endswith("head.weight") for name in tensors)
     monkeypatch.setattr(checkpoints, "MAX_VALUES", 1000)
@@ -242,7 +297,7 @@ def test_weights_of_other_numbers_are_refused(save, state, dtype):
 
 def test_weights_that_are_missing_are_not_replaced_by_others(save, state):
     for content, weights in (({"state_dict": state}, "ema"), ({"state_dict_ema": state}, "raw"), (state, "raw")):
-        assert f"not {weights}" in refuse(save(content | {"args": arguments()}), weights=weights).what
+        assert f"none that are {weights}" in refuse(save(content | {"args": arguments()}), weights=weights).what
     assert "several weights" in refuse(save({"online": state, "target": state, "args": arguments()})).what
 
 

@@ -102,9 +102,9 @@ def test_the_weights_of_an_export_are_raw_or_ema_as_declared_or_unknown(tmp_path
     for weights, other in (("raw", "ema"), ("ema", "raw")):
         folder = write(tmp_path / weights, export(make(), CLASSES, DATA, weights))
         assert load(folder).weights == weights
-        assert f"it holds {weights}, not {other}" in refuse(folder, weights=other).what
+        assert f"are {weights}, and none that are {other}" in refuse(folder, weights=other).what
     for metadata in (None, {"weights": "foo"}, {"weights": ["ema"]}):
-        assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "unknown"
+        assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "not labelled raw or ema"
 
 
 def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, files):

@@ -23,7 +23,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from pdvit.models.families import FAMILIES
-from pdvit.models.layers import Layer, places_of, watch
+from pdvit.models.layers import Layer, find_layers, watch
 from pdvit.models.tokens import DiverseModel
 from tests.unit.models.support import SMALL, SMALL_SWIN
 
@@ -240,11 +240,11 @@ def test_logits_and_tokens_are_those_of_the_bare_model(name):
     torch.testing.assert_close(output.patch_logits, torch.einsum("bnd,cd->bnc", last, head.weight) + head.bias)
 
     layers: dict[Layer, Tensor] = {}
-    with torch.no_grad(), watch(places_of(model), lambda layer, tokens: layers.update({layer: tokens.clone()})):
+    with torch.no_grad(), watch(find_layers(model)[1], lambda layer, tokens: layers.update({layer: tokens.clone()})):
         model(images)
     names = [layer.name for layer in layers]
     blocks = len(names) - (names[-1] == "norm")
-    assert list(layers) == list(places_of(model))
+    assert list(layers) == list(find_layers(model)[1])
     assert names[:blocks] == ["embed", *(f"block {i}" for i in range(1, blocks))]
     assert [layer.depth for layer in layers] == list(range(len(layers)))
     assert torch.equal(list(layers.values())[-1], last)
@@ -254,28 +254,6 @@ def test_logits_and_tokens_are_those_of_the_bare_model(name):
     ours = wrapper.train()(images).logits
     torch.manual_seed(3)
     assert torch.equal(ours, model.train()(images))
-
-
-def reached(module: nn.Module) -> set[str]:
-    return {name for name, weight in module.named_parameters() if weight.grad is not None and weight.grad.any()}
-
-
-@all_families
-def test_gradients_reach_every_weight_that_the_bare_model_reaches(name):
-    case = CASES[name]
-    model, images = make(case).train(), pictures(case, 4)
-    model(images).exp().sum().backward()
-    bare = reached(model)
-    model.zero_grad(set_to_none=True)
-    wrapper = DiverseModel(model).train()
-    output = wrapper(images)
-    (output.logits.exp().sum() + output.patch_logits.exp().sum() + output.first.exp().sum()).backward()
-    assert set() < bare <= reached(model)
-    assert reached(wrapper.patch_head) == {"weight", "bias"}
-    assert {name for name, _ in model.named_parameters() if "aux_head" not in name} <= reached(model)
-    model.zero_grad(set_to_none=True)
-    DiverseModel(model, patch_head=False)(images).last.exp().sum().backward()  # as the terms alone
-    assert reached(model.get_submodule(case.first))
 
 
 # Their convolutions reach over the borders of a patch, so that a neighbour can change more.

@@ -3,8 +3,6 @@ import timm
 import torch
 from torch import nn
 
-from pdvit.config.schema import OptimConfig
-from pdvit.engine.update import make_optimizer
 from pdvit.errors import UserError
 from pdvit.models.build import build_model
 from pdvit.models.families import family_of, modules_at
@@ -79,15 +77,6 @@ def test_frozen_parts_keep_their_weights_and_behave_as_in_evaluation():
         module(images)
     assert torch.equal(*seen)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())  # statistics too
-
-
-def test_the_optimizer_has_no_frozen_weight():
-    module = network()
-    freeze(module, "1")
-    learning = {id(weight) for weight in module.parameters() if weight.requires_grad}
-    for options in ({}, {"weight_decay": 0.05, "layer_decay": 0.8}):
-        optimizer = make_optimizer(module, OptimConfig(lr=1e-3, **options))
-        assert {id(weight) for group in optimizer.param_groups for weight in group["params"]} == learning
 
 
 @pytest.mark.parametrize(("part", "what"), [("4", "no 4 blocks"), ("all", "not a part"), ("-1", "not a part")])

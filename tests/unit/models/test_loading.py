@@ -98,11 +98,6 @@ def test_a_path_is_kept_whole_and_the_model_unset_until_it_is_read(source, monke
     assert (config.model.name, config.optim.lr) == (None, None)
 
 
-def test_a_wide_model_learns_with_a_tenth_of_its_rate(tmp_path):
-    config = configured(saved(tmp_path, make(embed_dim=192)), data={"batch_size": 128})
-    assert resolve(config).optim.lr == pytest.approx(5e-5 * (128 / 512) ** 0.5)
-
-
 def test_images_that_are_not_square_need_a_size(tmp_path):
     path = saved(tmp_path, make(img_size=(16, 32)))
     with pytest.raises(UserError, match="16x32"):

@@ -23,7 +23,8 @@ def tensors(*prefixes, names=NAMES):
 @pytest.mark.parametrize(
     ("prefix", "weights"),
     [
-        *((prefix, "unknown") for prefix in ("", "any.thing.", "schema.")),  # only a part of a word is "ema"
+        # only a part of a word is "ema"
+        *((prefix, "not labelled raw or ema") for prefix in ("", "any.thing.", "schema.")),
         *((prefix, "raw") for prefix in ("state_dict.module.", "model.", "student.module.backbone.")),
         *((prefix, "ema") for prefix in ("teacher.backbone.", "model_ema.", "state_dict_ema._orig_mod.")),
     ],
@@ -33,20 +34,6 @@ def test_the_prefix_decides_which_weights_these_are(prefix, weights):
     assert (found.prefix, found.weights, found.rivals) == (prefix, weights, ())
     assert sorted(name for name in found.tensors if not name.startswith("optimizer")) == sorted(NAMES)
     assert len(found.outside) == (1 if prefix else 0)
-
-
-@pytest.mark.parametrize(("weights", "number"), [(None, 1), ("ema", 1), ("raw", 0)])
-def test_of_two_sets_the_moving_average_is_the_default(weights, number):
-    found = select_weights(tensors("net.", "ema_net."), NAMES, weights, "file")
-    assert found.tensors["a.weight"] == number
-    assert len(found.rivals) == 1
-
-
-@pytest.mark.parametrize("declared", ["raw", "ema"])
-def test_a_declaration_counts_if_there_is_one_set_and_the_prefix_is_neutral(declared):
-    assert select_weights(tensors(""), NAMES, declared, "file", declared).weights == declared
-    assert select_weights(tensors("teacher."), NAMES, None, "file", declared).weights == "ema"
-    assert select_weights(tensors("net.", "ema_net."), NAMES, "raw", "file", declared).prefix == "net."
 
 
 def test_few_others_are_no_rivals_and_a_model_may_be_deeper_or_of_another_layout():

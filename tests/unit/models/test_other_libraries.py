@@ -1,5 +1,6 @@
 """Models of other libraries in memory, against the tokens that these libraries return themselves."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ TOWER = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "heads": 2
 PLAIN = [
     *(("ViT", 1, {}), ("DeiT", 2, {}), ("Beit", 1, {}), ("Beit", 1, {"use_mean_pooling": False})),
     *(("Data2VecVision", 1, {}), ("Dinov2", 1, {}), ("Dinov2WithRegisters", 5, {}), ("ViTMSN", 1, {})),
+    *(("Dinov2Backbone", 1, {}), ("Dinov2WithRegistersBackbone", 5, {"out_features": ["stage1", "stage3"]})),
+    ("DINOv3ViTBackbone", 5, {"num_register_tokens": 4}),
     *(("DINOv3ViT", 4, {"num_register_tokens": 3}), ("IJepa", 0, {}), ("SiglipVision", 0, {}), ("CLIPVision", 1, {})),
 ]
 pictures = partial(random_images, 32)
@@ -42,30 +45,32 @@ def check(model: nn.Module, expected: dict[str, Tensor], **layout: Any) -> None:
 
 def transformers_model(name: str, **settings: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="needs transformers (extra hf)")
-    config, _, _ = name.partition("For")
+    config = re.sub("(For.*|Model|Backbone)$", "", name)
     torch.manual_seed(0)  # of some weights two layers have nearly the same P
-    return getattr(transformers, name)(getattr(transformers, f"{config.removesuffix('Model')}Config")(**settings))
+    return getattr(transformers, name)(getattr(transformers, f"{config}Config")(**settings))
 
 
 @pytest.mark.parametrize(("name", "prefix", "more"), PLAIN)
 @torch.no_grad()
 def test_tokens_of_transformers_are_its_hidden_states(name, prefix, more):
-    model = perturbed(transformers_model(f"{name}Model", **SIZES, **more))
+    model = perturbed(transformers_model(name if name.endswith("Backbone") else f"{name}Model", **SIZES, **more))
     output = model(pictures(), output_hidden_states=True)
     layers = ["embed", "block 1", "block 2", "block 3"]
     expected = {layer: tokens[:, prefix:] for layer, tokens in zip(layers, output.hidden_states, strict=True)}
-    if not torch.equal(output.last_hidden_state, output.hidden_states[-1]):
+    # A backbone norms some layers, or none.
+    if not (name.endswith("Backbone") or torch.equal(output.last_hidden_state, output.hidden_states[-1])):
         expected["norm"] = output.last_hidden_state[:, prefix:]
     check(model, expected)
 
 
-@pytest.mark.parametrize("name", ["Swin", "Swinv2"])
+@pytest.mark.parametrize("name", ["SwinModel", "Swinv2Model", "Swinv2Backbone"])
 @torch.no_grad()
 def test_tokens_of_stages_of_transformers(name):
-    model = perturbed(transformers_model(f"{name}Model", **STAGES))
+    model = perturbed(transformers_model(name, **STAGES))
     output = model(pictures(), output_hidden_states=True)
     embed, last = output.hidden_states[0], output.hidden_states[-1]
-    check(model, {"embed": embed, "block 3": last, "norm": output.last_hidden_state})
+    norm = {"norm": output.last_hidden_state} if "Model" in name else {}
+    check(model, {"embed": embed, "block 3": last} | norm)
 
 
 @torch.no_grad()
@@ -144,7 +149,7 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     check(model, expected, **RESEARCH)
     del expected["norm"]
     check(nn.DataParallel(model), expected, blocks=list(model.encoder["layers"]), prefix_tokens=2)
-    check(torch.compile(model), expected, blocks="encoder.layers.*", prefix_tokens=2)
+    check(torch.compile(model), expected, blocks="encoder.layers", prefix_tokens=2)
 
 
 def adapted() -> nn.Module:
@@ -191,8 +196,8 @@ def test_wrappers_heads_and_towers_are_removed(attribute):
         *((Research, {"blocks": path}, f"'{path}.*did you mean 'encoder.layers'") for path in ALMOST),
         (Research, RESEARCH | {"prefix_tokens": -2}, "prefix_tokens is -2"),
         (Research, RESEARCH | {"norm": "norm"}, "no module at 'norm'.*choose from: stem"),
-        (Research, {"blocks": "stem"}, r"no list of modules at 'stem\.\*'.*choose from: encoder.layers$"),
-        (Research, {"blocks": []}, r"no list of modules at '\(\)'.*choose from: encoder.layers$"),
+        (Research, {"blocks": "stem"}, "no list of modules at 'stem'.*choose from: encoder.layers$"),
+        (Research, {"blocks": []}, "no blocks"),
         (partial(Research, batch_first=False), RESEARCH, "first axis.*batch_first"),
         (torchvision.models.resnet18, {"blocks": "layer1"}, "has no input of the shape"),
     ],
@@ -223,6 +228,15 @@ def test_all_terms_train_every_parameter(build, layout):
     assert not [name for name, it in model.named_parameters() if it.grad is None and unused not in name]
 
 
+def test_a_model_that_takes_text_too_is_refused_and_the_classifier_of_the_tip_trains():
+    settings = {"text_config": TEXT, "vision_config": SIZES}
+    with pytest.raises(UserError, match=r"(?s)CLIPModel does not take images alone.*CLIPForImageClassification"):
+        pdvit.DiverseModel(transformers_model("CLIPModel", **settings), patch_head=False)
+    model = pdvit.DiverseModel(transformers_model("CLIPForImageClassification", **settings, num_labels=4))
+    assert model(pictures()).patch_logits.shape == (2, 16, 4)
+
+
 def test_every_row_of_the_table_is_tested():
-    names = {f"{name}Model" for name, *_ in PLAIN} | {"SwinModel", "Swinv2Model"}
+    names = {name if name.endswith("Backbone") else f"{name}Model" for name, *_ in PLAIN}
+    names |= {"SwinModel", "Swinv2Model", "Swinv2Backbone"}
     assert {name.partition(".")[2] for name in OTHER_LIBRARIES} == names | {"VisionTransformer", "SwinTransformer"}

@@ -114,6 +114,7 @@ def test_errors_are_three_lines(model):
         "no such image": lambda: pdvit.analyze(model, "x.png"),
         "there are no images": lambda: pdvit.token_maps(model, torch.zeros(0, 3, 32, 32)),
         "has no P": lambda: pdvit.analyze(model, metrics="rank").plot(),
+        "a int is not the name": lambda: pdvit.load(3),
         "does not say how": lambda: pdvit.analyze(torchvision.models.vit_b_32(), Image.new("RGB", (50, 50))),
     }
     for text, call in calls.items():

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY, export
-from pdvit.models.layers import places_of, watch
+from pdvit.models.layers import find_layers, watch
 from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_model, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.segmenter import build_segmenter, export_segmenter
-from tests.unit.models.segmentation.models import SWIN, SWIN_SIZES, VIT, build, config, images
-from tests.unit.models.support import DATA, load, original_swin, write
+from tests.unit.models.segmentation.models import SWIN, VIT, build, config, images
+from tests.unit.models.support import DATA, load, write
 
 CLASSES, PALETTE = ["ground", "cat", "dog"], [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
 VIT_SIZES = {"depth": 4, "embed_dim": 16, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -78,15 +78,6 @@ def test_a_file_alone_gives_the_same_logits_and_settings(tmp_path, options):
     assert not loaded.model.training
 
 
-def test_the_names_in_the_file_are_of_backbone_and_head(run):
-    with safe_open(run / "model.safetensors", framework="pt") as opened:
-        names = list(opened.keys())
-    assert {name.partition(".")[0] for name in names} == {"backbone", "head"}
-    assert {name.split(".")[1] for name in names if name.startswith("head")} == {"neck", "decoder", "classifier", "aux"}
-    contents = json.loads((run / "config.json").read_text())
-    assert (contents["architecture"], contents["label_names"]) == (VIT, CLASSES)
-
-
 def with_classes(classes):
     return lambda header, _: (header.update(label_names=classes), header["pdvit"].pop("palette"))
 
@@ -136,7 +127,7 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     layers = {}
-    with watch(places_of(model), lambda layer, tokens: layers.update({layer: tokens.isfinite().all()})):
+    with watch(find_layers(model)[1], lambda layer, tokens: layers.update({layer: tokens.isfinite().all()})):
         model(images(1, 64, 64))
     assert all(layers.values())
     assert list(layers)[-1].name == f"block {4 if name == VIT else 6}"
@@ -182,16 +173,6 @@ def test_a_classifier_gives_its_backbone_with_positions_resampled(classifier, he
     expected = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(segmenter.backbone.pos_embed[:, 1:], expected)
     assert ("norm.weight" in segmenter.backbone.state_dict()) == (head == "linear")
-
-
-def test_a_file_of_the_original_swin_begins_a_segmentation(tmp_path):
-    swin = timm.create_model(SWIN, img_size=64, num_classes=5, **SWIN_SIZES)
-    torch.save({"model": original_swin(swin), "args": None}, tmp_path / "swin.pth")
-    found = resolve_checkpoint(tmp_path / "swin.pth", SWIN)
-    segmenter = build(SWIN, crop=96, classes=3)
-    load_pretrained(segmenter, found, CLASSES)
-    for name in ("layers.1.downsample.reduction.weight", "layers.3.blocks.1.attn.qkv.weight"):
-        assert torch.equal(segmenter.backbone.state_dict()[name], swin.state_dict()[name])
 
 
 def test_the_hash_of_initial_weights_covers_the_head(run):

@@ -90,13 +90,3 @@ def test_deterministic_pooling_has_the_means_and_gradients_of_torch(deterministi
     low = Pool(parts)(maps.detach().to(deterministic, torch.bfloat16))
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double().cpu(), expected, rtol=0, atol=0.02)
-
-
-def test_pooling_is_torchs_own_unless_deterministic_kernels_are_needed():
-    module = nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.ReLU()), nn.Conv2d(2, 2, 1))
-    maps, names = torch.randn(1, 2, 7, 8), list(module.state_dict())
-    expected = module(maps)
-    replace_modules(module, "batch")
-    assert isinstance(module[0][0], Pool)
-    assert torch.equal(module(maps), expected)
-    assert list(module.state_dict()) == names

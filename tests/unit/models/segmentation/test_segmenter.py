@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdvit.config.schema import DataConfig
 from pdvit.errors import UserError
 from pdvit.models.segmentation.segmenter import build_segmenter
-from pdvit.models.wrapper import freeze
 from tests.unit.models.segmentation.models import FAMILIES, NONE, SWIN, SWIN_SIZES, VIT, build, config, images
 
 TERMS = replace(NONE, cosine=1.0, contrastive=1.0)
@@ -142,19 +141,6 @@ def test_weight_decay_spares_positions_and_swins_tables():
     spared = build(SWIN, crop=64).no_weight_decay()
     assert "backbone.layers.0.blocks.0.attn.relative_position_bias_table" in spared
     assert "backbone.pos_embed" in build().no_weight_decay()
-
-
-@both_heads
-def test_a_frozen_backbone_keeps_its_weights_and_the_head_learns(head):
-    segmenter = build(head=head)
-    freeze(segmenter, "backbone")
-    segmenter.train()
-    assert not any(part.training for part in segmenter.backbone.modules())
-    learning = [name for name, weight in segmenter.named_parameters() if weight.requires_grad]
-    assert learning == [name for name, _ in segmenter.named_parameters() if name.startswith("head.")]
-    output = segmenter(images())
-    (output.logits.sum() + (0 if output.aux is None else output.aux.sum())).backward()
-    assert all(weight.grad is None for weight in segmenter.backbone.parameters())
 
 
 def test_the_terms_see_the_tokens_of_the_chosen_layers():

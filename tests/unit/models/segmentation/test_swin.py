@@ -8,7 +8,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from pdvit.models.segmentation.backbone import pad_before_roll
+from pdvit.models.segmentation.segmenter import pad_before_roll
 
 TINY = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "num_classes": 0}
 TINY |= {"img_size": 64, "dynamic_img_size": True, "always_partition": True}
