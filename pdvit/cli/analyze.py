@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.options import checkpoint_command, checkpoint_settings
+from pdvit.cli.options import (
+    Device,
+    Model,
+    OnBadImage,
+    Weights,
+    checkpoint_command,
+    checkpoint_settings,
+    results_folder,
+)
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command, printable
 from pdvit.workflows.console import log, make_console, process_group

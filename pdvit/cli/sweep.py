@@ -1,7 +1,6 @@
 """A sweep: check its cells, run them, and print their outcomes."""
 
 import json
-import math
 import os
 import statistics
 import time
@@ -9,16 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from pdvit.cli.launch import POLL_SECONDS, train_job
 from pdvit.cli.options import Group, add_command, check_initial_weights
 from pdvit.config.duration import parse_duration
-from pdvit.config.load import build
 from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, command
@@ -38,39 +34,38 @@ MAX_FAILURES = 10
 
 def run_sweep(
     name: str,
-    file: Path,
     layers: list[NamedLayer],
+    table: dict[str, Any],
+    config: Config,
     chosen: str | None,
     follow: bool,
     console: "RunConsole",
     stop: "StopRequest",
 ) -> int:
-    """Run the cells of the [sweep] in `file` that are not finished, or those of --cells; return the exit status."""
+    """Run the cells of a [sweep] `table` that are not finished, or those of --cells; return the exit status.
+
+    `layers` are the command's defaults, the file, flags and --set, and `config` is built of them.
+    """
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.launch import Jobs, RunJob
-    from pdvit.sweep import Folder, make_cells, numbers, split
+    from pdvit.sweep import Folder, make_cells, numbers
     from pdvit.tracking.run_directory import RUNS
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         tip = "start it without torchrun: each cell gets its own device"
         raise UserError("a sweep can't run in several processes", "the environment", tip)
-    where = str(file)
-    base, table = split(dict(layers)[where], where)
-    assert table is not None, "only files with a [sweep] table come here"
-    merged = [(name, base if name == where else layer) for name, layer in layers]
-    config = build(*merged)
-    settings = merge_layers(layer for _, layer in merged)
+    settings = merge_layers(layer for _, layer in layers)
     settings["run"] = {key: value for key, value in settings.get("run", {}).items() if key not in OF_THE_SWEEP}
     settings.pop("launch", None)
-    cells = make_cells(settings, table, where)
+    file = layers[1][0]
+    cells = make_cells(settings, table, file)
     cells = [replace(cell, config=replace(cell.config, launch=config.launch)) for cell in cells]
-    _check_not_swept(table, merged[merged.index((where, base)) + 1 :])
+    _check_not_swept(table, layers[2:])
     for cell in cells if name == "finetune" else ():
         with _naming(cell):
             check_initial_weights(cell.config)
-    out = config.run.out
-    folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or file.stem))
-    launch = replace(config.launch, launcher="slurm" if config.launch.launcher == "slurm" else "local")
+    out, local = config.run.out, config.launch.launcher == "local"
+    folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or Path(file).stem))
     jobs = Jobs(folder.path)
     if chosen == "list":
         return _list(folder, cells, jobs, console)
@@ -86,20 +81,17 @@ def run_sweep(
             todo = [cell for cell in selected if states[cell.name] in ("waiting", "stopped")]
         todo = [cell for cell in todo if cell.name not in jobs.states()]
         log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
-        waiting = {cell.name: RunJob(train_job, cell.config, (folder.path / cell.name).resolve()) for cell in todo}
-        watch = partial(_watch, folder, jobs, cells, launch, waiting, console, stop)
-        if launch.launcher == "local" and (todo or jobs.states()):
-            limit = config.run.time_limit
-            seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
+        waiting = {cell.name: RunJob(cell.config, (folder.path / cell.name).resolve()) for cell in todo}
+        if local and (todo or jobs.states()):
             log(console, "checking their configurations ...")
-            devices = devices_of(todo, _check(folder, todo), launch)
-            watch(devices, seconds or math.inf)
+            devices = devices_of(todo, _check(folder, todo), config.launch)
+            _watch(folder, jobs, cells, config, console, stop, waiting, devices)
         elif todo:
-            jobs.start(launch, waiting)
+            jobs.start(config.launch, waiting)
             log(console, f"submitted; logs in {jobs.folder}")
-    if launch.launcher == "slurm":
+    if not local:
         if follow:
-            watch()
+            _watch(folder, jobs, cells, config, console, stop)
         log(console, f"follow with  {command('sweep', 'status', folder.path)}")
         log(console, f"cancel with  {command('sweep', 'cancel', folder.path)}")
         if stop or not follow:
@@ -113,57 +105,61 @@ def _watch(
     folder: "Folder",
     jobs: "Jobs",
     cells: Sequence["Cell"],
-    launch: LaunchConfig,
-    waiting: dict[str, "RunJob"],
+    config: Config,
     console: "RunConsole",
     stop: "StopRequest",
+    waiting: dict[str, "RunJob"] | None = None,
     devices: Sequence[str | None] = (),
-    limit: float = math.inf,
 ) -> None:
-    """Log the cells as their jobs end; here, start those that wait, and end all at a stop or after `limit` seconds."""
-    here, begun, durations = launch.launcher == "local", time.monotonic(), list[float]()
+    """Log the cells as their jobs end; with `devices`, start those that wait here, and end all at a stop."""
+    from pdvit.launch import POLL_SECONDS
+
+    waiting, begun, durations = waiting or {}, time.monotonic(), list[float]()
+    limit = config.run.time_limit
+    seconds = parse_duration(limit, "min", "run.time_limit").seconds if limit else None
     lines = {cell.name: f"cell {cell.number} of {len(cells)}: {cell.name}" for cell in cells}
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
-            if here and ((jobs.folder / CANCELLED).is_file() or time.monotonic() - begun >= limit):
+            over = seconds is not None and time.monotonic() - begun >= seconds
+            if devices and (over or (jobs.folder / CANCELLED).is_file()):
                 stop.reason = stop.reason or "cancelled, or the time limit"
-            started = jobs.start(launch, waiting, devices) if waiting and not stop else []
+            started = jobs.start(config.launch, waiting, devices) if waiting and not stop else []
             for name in started:
                 running[name] = time.monotonic()
                 log(console, f"{lines[name]} ...")
             states = jobs.states()
             ended = [name for name in running if name not in states]
             for name in ended:
-                seconds = time.monotonic() - running.pop(name)
-                if here and not stop and folder.written(name).status in ("running", "waiting"):
-                    reason = f"its process ended; its output is in {jobs.log(name)}"
-                    RunDirectory(folder.path / name).mark("failed", reason)
+                took, run = time.monotonic() - running.pop(name), RunDirectory(folder.path / name)
                 state = folder.state(name, states)
+                killed = state.status != "running" and folder.written(name).status in ("running", "waiting")
+                if devices and killed and not stop:
+                    run.mark("failed", f"its process ended; its output is in {jobs.log(name)}")
+                    state = folder.written(name)
                 line = f"{lines[name]}: {state.status}{': ' if state.reason else ''}{state.reason}"
                 if state.status == "finished":
-                    durations.append(seconds)
-                    summary = RunDirectory(folder.path / name).read_json("summary.json")
-                    line += f" in {duration(seconds)}; {describe_summary(summary).splitlines()[0]}"
+                    durations.append(took)
+                    line += f" in {duration(took)}; {describe_summary(run.read_json('summary.json')).splitlines()[0]}"
                 if durations and (left := len(running) + len(waiting)):
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
                     line += f"; about {duration(rest)} left"
                 log(console, line)
             if started or ended:
                 folder.write_table(states)
-            if stop and not here:
+            if stop and not devices:
                 return
             if stop:  # each run finishes its step and saves; a job that just began may have missed a signal
                 jobs.cancel()
-            time.sleep(POLL_SECONDS[launch.launcher])
+            time.sleep(POLL_SECONDS[config.launch.launcher])
     finally:
-        if here:
+        if devices:
             jobs.cancel()
 
 
 def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], console: "RunConsole") -> int:
     from pdvit.engine.terminal import EXIT_STOPPED
-    from pdvit.sweep.folder import CellStatus
+    from pdvit.sweep import CellStatus
 
     states = {cell.name: state for cell, state in folder.write_table(jobs.states())}
     states = {cell.name: states[cell.name] for cell in cells}

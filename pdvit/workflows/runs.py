@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.load import RESTORE
-from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of
+from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of, text_in_name
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
@@ -33,7 +33,6 @@ from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.heads import with_norm
-from pdvit.sweep.cells import text_in_name
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tasks.summary import describe_summary
