@@ -16,7 +16,7 @@ import tomli_w
 
 from pdvit.config import Config, build, resolve, to_dict
 from pdvit.config.load import SWEEP_SECTION
-from pdvit.config.recipes import text_in_name
+from pdvit.config.recipes import merge_layers, text_in_name
 from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
 from pdvit.files import read_text, reading
@@ -144,10 +144,8 @@ def _check_key(key: str, value: Any, where: str) -> None:
 
 def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], where: str) -> Config:
     """Return the configuration of a cell, checked without its data and model."""
-    layer: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        layer.setdefault(section, {})[name] = value
+    parts = ((*key.split(".", 1), value) for key, value in values.items())
+    layer = merge_layers({section: {name: value}} for section, name, value in parts)
     config = build((where, base), (where, layer))
     try:
         if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it

@@ -60,15 +60,36 @@ def training_command(
     return _with_options(command, *named, *(_option(key, defaults or {}) for key in KEYS.values() if key.flags))
 
 
-def checkpoint_command(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace `**values` of a command by a flag for each setting of a checkpoint's model and its input."""
-    return _with_options(command, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+# Options of the commands that open a checkpoint, by argument of `open_checkpoint`.
+OPENING: dict[str, Any] = {
+    "model": Annotated[
+        str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")
+    ],
+    "weights": Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")],
+    "run_device": Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")],
+    "data_batch_size": Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass.")],
+    "data_workers": Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes.")],
+    "data_on_bad_image": Annotated[
+        str | None, typer.Option("--on-bad-image", metavar="error|skip", help="Policy for images that do not decode.")
+    ],
+}
 
 
-def checkpoint_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_command(command: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
+    """Replace `**opening` of a command by OPENING, with its defaults, and a flag for each setting in OF_CHECKPOINTS.
+
+    Unset, batch size, workers and policy are those of the checkpoint's run.
+    """
+    kind, defaults = inspect.Parameter.KEYWORD_ONLY, {"run_device": "auto"} | defaults
+    shared = [inspect.Parameter(name, kind, default=defaults.get(name), annotation=OPENING[name]) for name in OPENING]
+    return _with_options(command, *shared, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+
+
+def opening_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `checkpoint_command` as arguments of `open_checkpoint`; raises UserError."""
-    ((_, layer),) = make_layers(values)
-    return {f"{section}_{name}": value for section, settings in layer.items() for name, value in settings.items()}
+    ((_, layer),) = make_layers({name: value for name, value in values.items() if name not in OPENING})
+    settings = {f"{section}_{name}": value for section, keys in layer.items() for name, value in keys.items()}
+    return settings | {name: values[name] for name in OPENING}
 
 
 def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> Callable[..., Any]:
@@ -124,12 +145,6 @@ def check_initial_weights(config: Config) -> None:
         runs = newest("model.safetensors")
         example = f"for example {command('finetune', runs[0])}" if runs else f"or train one first: {command('train')}"
         raise UserError("no checkpoint to start from", "CKPT", f"name a run, a file or a model of timm, {example}")
-
-
-Model = Annotated[str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")]
-Weights = Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-OnBadImage = Annotated[str | None, typer.Option(metavar="error|skip", help="Policy for images that do not decode.")]
 
 
 def results_folder(path: Path, out: Path | None, prefix: str) -> Path:

@@ -20,7 +20,7 @@ from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, command
 from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
-from pdvit.workflows.console import duration, log, make_console
+from pdvit.workflows.console import count, duration, log, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
@@ -80,7 +80,7 @@ def run_sweep(
             selected = [cell for cell in cells if cell.number in named]
             todo = [cell for cell in selected if states[cell.name] in ("waiting", "stopped")]
         todo = [cell for cell in todo if cell.name not in jobs.states()]
-        log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
+        log(console, f"{count(len(cells), 'cell')} in {folder.path}, {len(todo)} to run now")
         waiting = {cell.name: RunJob(cell.config, (folder.path / cell.name).resolve()) for cell in todo}
         if local and (todo or jobs.states()):
             log(console, "checking their configurations ...")
@@ -167,8 +167,8 @@ def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], con
     if console.stderr:
         statuses = {status: counts[status] for status in get_args(CellStatus)}
         print(json.dumps({"sweep": str(folder.path), "cells": len(states)} | statuses, indent=2))
-    parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
-    log(console, f"\n{len(states)} cells: {parts}\ntable     {folder.path}/cells.csv")
+    parts = ", ".join(f"{number} {status}" for status, number in counts.items()) or "none failed"
+    log(console, f"\n{count(len(states), 'cell')}: {parts}\ntable     {folder.path}/cells.csv")
     failed = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
     for line in failed[:MAX_FAILURES]:
         log(console, line)
@@ -225,7 +225,7 @@ def _list(folder: "Folder", cells: Sequence["Cell"], jobs: "Jobs", console: "Run
     if console.stderr:
         print(json.dumps({"sweep": str(folder.path), "cells": listed}, indent=2))
         return 0
-    print(f"{len(cells)} cells, in {folder.path}")
+    print(f"{count(len(cells), 'cell')} in {folder.path}")
     for row in listed:
         job = f"job {row['job']}" if "job" in row else row["reason"]
         print(f"{row['cell']:>5}  {row['name']}  {row['status']}  {job}".rstrip())
@@ -265,4 +265,4 @@ def cancel(sweep: Place) -> None:
     jobs = Jobs(sweep)
     if jobs.folder.is_dir():
         (jobs.folder / CANCELLED).touch()
-    print(f"{len(jobs.cancel())} jobs end")
+    print(f"cancelled: {count(len(jobs.cancel()), 'job')}")

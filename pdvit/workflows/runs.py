@@ -39,7 +39,7 @@ from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
-from pdvit.workflows.console import log
+from pdvit.workflows.console import count, log
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,8 @@ def build_trainer(
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
-    length = f"{trainer.steps.total} steps of {task.batch_size} images at a peak rate of {config.optim.lr:.3g}"
+    steps, images = count(trainer.steps.total, "step"), count(task.batch_size, "image")
+    length = f"{steps} of {images} at a peak rate of {config.optim.lr:.3g}"
     heads = f" ({rate:.3g} for heads)" if (rate := config.optim.head_lr) else ""
     length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")

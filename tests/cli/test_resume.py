@@ -157,7 +157,7 @@ class TestChanging:
         run = train(*STOP, "--save-every", "1st", status=75)
         resume(run, "run.time_limit=0.0001s", status=75)
         changes = ["--change", "optim.epochs=1st", "--change", "optim.warmup=0st"]
-        assert "2 steps are done already, of 1" in refusal("train", "--resume", run, *changes).what
+        assert "at step 2 already, of 1" in refusal("train", "--resume", run, *changes).what
 
     @pytest.mark.slow
     def test_other_images_are_an_error_and_moved_ones_are_not(self, refusal, train, image_folder):

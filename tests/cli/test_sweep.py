@@ -65,7 +65,7 @@ def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, cap
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")}
     capsys.readouterr()
     assert pdvit(["train", "--config", "tiny.toml"]) == 0
-    assert "2 cells in runs/tiny, 0 of them to run now" in capsys.readouterr().out
+    assert "2 cells in runs/tiny, 0 to run now" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")} == before
 
 
@@ -89,7 +89,7 @@ def test_cells_are_listed_and_cancelled_before_anything_is_written(workplace, ca
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--out", "x"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["2 cells, in x", "    1  none-seed=0  waiting", "    2  paper-seed=0  waiting"]
+    assert lines == ["2 cells in x", "    1  none-seed=0  waiting", "    2  paper-seed=0  waiting"]
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["cells"][1] == {"cell": 2, "name": "paper-seed=0", "status": "waiting", "reason": ""}
@@ -190,7 +190,7 @@ def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, whom):
     if whom == "the cell":  # a failure like another: passed over, and tried again when asked
         assert "none-seed=0: failed: its process ended" in finish(process, 1)
         assert statuses(sweep) == ["failed", "finished"]
-        assert "0 of them to run now" in finish(command(), 1)
+        assert "0 to run now" in finish(command(), 1)
         finish(command("--cells", "failed"), 0)
     else:
         finish(process, -signal.SIGKILL)
@@ -228,6 +228,6 @@ def test_cells_run_at_the_same_time_and_can_be_cancelled(workplace, capsys):
     assert pdvit(["sweep", "status", str(sweep)]) == 0
     assert capsys.readouterr().out.count("running  job ") == 2
     assert pdvit(["sweep", "cancel", str(sweep)]) == 0
-    assert capsys.readouterr().out == "2 jobs end\n"
+    assert capsys.readouterr().out == "cancelled: 2 jobs\n"
     assert "the same command resumes the sweep" in finish(process, 75)
     assert statuses(sweep) == ["stopped", "stopped", "waiting", "waiting"]

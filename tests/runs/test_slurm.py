@@ -182,7 +182,7 @@ def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
     following = start(*first, "--follow")
     wait((place / "runs/six/jobs/jobs.json").is_file, "six")
     wait(lambda: written(place / "runs/six/none-seed=0"), "six")
-    assert "6 cells in runs/six, 0 of them to run now" in pdvit(*first)
+    assert "6 cells in runs/six, 0 to run now" in pdvit(*first)
     listed = pdvit("sweep", "status", "runs/six")
     assert "none-seed=0  running  job " in listed
     assert "paper-seed=1  waiting  job " in listed
@@ -200,7 +200,7 @@ def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
     process.send_signal(signal.SIGINT)
     assert "pdvit sweep cancel runs/long" in finish(process, 75)
     assert "running  job" in pdvit("sweep", "status", "runs/long")
-    assert "2 jobs end" in pdvit("sweep", "cancel", "runs/long")
+    assert "cancelled: 2 jobs" in pdvit("sweep", "cancel", "runs/long")
     wait(lambda: "job" not in pdvit("sweep", "status", "runs/long"), folder)
     assert "none-seed=0  stopped  SIGTERM" in pdvit("sweep", "status", "runs/long")
 
