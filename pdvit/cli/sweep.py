@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,7 +59,6 @@ def run_sweep(
     settings.pop("launch", None)
     file = layers[1][0]
     cells = make_cells(settings, table, file)
-    cells = [replace(cell, config=replace(cell.config, launch=config.launch)) for cell in cells]
     _check_not_swept(table, layers[2:])
     for cell in cells if name == "finetune" else ():
         with _naming(cell):
@@ -73,16 +72,16 @@ def run_sweep(
     folder.begin(settings, table, cells)
     with jobs.locked():
         (jobs.folder / CANCELLED).unlink(missing_ok=True)
-        states = {cell.name: state.status for cell, state in folder.write_table(jobs.states())}
-        if chosen == "failed":
-            selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
-        else:
-            selected = [cell for cell in cells if cell.number in named]
-            todo = [cell for cell in selected if states[cell.name] in ("waiting", "stopped")]
-        todo = [cell for cell in todo if cell.name not in jobs.states()]
+        live = jobs.states()
+        states = {cell.name: state.status for cell, state in folder.write_table(live)}
+        failed = chosen == "failed"
+        selected = [cell for cell in cells if cell.number in named and (not failed or states[cell.name] == "failed")]
+        to_run = ("failed",) if failed else ("waiting", "stopped")
+        todo = [cell for cell in selected if states[cell.name] in to_run and cell.name not in live]
         log(console, f"{count(len(cells), 'cell')} in {folder.path}, {len(todo)} to run now")
-        waiting = {cell.name: RunJob(cell.config, (folder.path / cell.name).resolve()) for cell in todo}
-        if local and (todo or jobs.states()):
+        configs = {cell.name: replace(cell.config, launch=config.launch) for cell in todo}
+        waiting = {name: RunJob(found, (folder.path / name).resolve()) for name, found in configs.items()}
+        if local and (todo or live):
             log(console, "checking their configurations ...")
             devices = devices_of(todo, _check(folder, todo), config.launch)
             _watch(folder, jobs, cells, config, console, stop, waiting, devices)
@@ -94,10 +93,10 @@ def run_sweep(
             _watch(folder, jobs, cells, config, console, stop)
         log(console, f"follow with  {command('sweep', 'status', folder.path)}")
         log(console, f"cancel with  {command('sweep', 'cancel', folder.path)}")
-        if stop or not follow:
-            if console.stderr:
-                _list(folder, cells, jobs, console)
-            return EXIT_STOPPED if stop else 0
+    if console.stderr:
+        _list(folder, selected, jobs, console)
+    if not local and (stop or not follow):
+        return EXIT_STOPPED if stop else 0
     return _print_outcomes(folder, jobs, selected, console)
 
 
@@ -159,14 +158,10 @@ def _watch(
 
 def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], console: "RunConsole") -> int:
     from pdvit.engine.terminal import EXIT_STOPPED
-    from pdvit.sweep import CellStatus
 
-    states = {cell.name: state for cell, state in folder.write_table(jobs.states())}
-    states = {cell.name: states[cell.name] for cell in cells}
+    names = {cell.name for cell in cells}
+    states = {cell.name: state for cell, state in folder.write_table(jobs.states()) if cell.name in names}
     counts = Counter(state.status for state in states.values())
-    if console.stderr:
-        statuses = {status: counts[status] for status in get_args(CellStatus)}
-        print(json.dumps({"sweep": str(folder.path), "cells": len(states)} | statuses, indent=2))
     parts = ", ".join(f"{number} {status}" for status, number in counts.items()) or "none failed"
     log(console, f"\n{count(len(states), 'cell')}: {parts}\ntable     {folder.path}/cells.csv")
     failed = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]

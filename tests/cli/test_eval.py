@@ -1,9 +1,6 @@
 import csv
-import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,28 +111,6 @@ def test_the_numbers_are_those_at_the_end_of_any_training(tiny, workplace, image
     summary = json.loads(Path("run/summary.json").read_text())
     found = evaluated("run", *(ON_GPU[:2] if "cuda" in flags else ()))
     assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
-
-
-@pytest.mark.slow
-def test_two_processes_count_every_image_once_and_end_with_the_error_of_one(run_copy, evaluated, image_folder):
-    def two_processes(*arguments: object) -> subprocess.CompletedProcess:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pdvit"]
-        command = [*start, "eval", run_copy, *CPU, "--json", *arguments]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-
-    folder = image_folder / "digits"
-    for split, digit in itertools.product(("train", "val"), range(10)):
-        shutil.copytree(image_folder / "val" / "red", folder / split / str(digit))
-    (folder / "val" / "9" / "1.png").write_text("of the second process")
-    broken = two_processes("--data", folder)
-    assert broken.returncode != 0
-    assert broken.stderr.count("error: 1 image does not decode") == 1, broken.stderr[-3000:]  # the first one prints
-    one, done = evaluated(run_copy), two_processes()
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout)
-    assert (two["processes"], two["images"]) == (2, 360)
-    for key in ("accuracy", "accuracy_top5", "loss", "calibration_error"):
-        assert two[key] == pytest.approx(one[key], rel=1e-6)
 
 
 def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(

@@ -16,7 +16,7 @@ from pdvit.cli import run as pdvit
 from pdvit.config.schema import PRESETS, TERMS
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from tests.files import read_json, read_recipe, read_records
+from tests.files import read_json, read_recipe, read_records, weights
 
 SHORT = ["--epochs", "3st", "--batch-size", "16", "--img-size", "24", "--log-interval", "1st", "--mixup-prob", "1"]
 IMAGES = ["--epochs", "2", "--batch-size", "6", "--workers", "0", "--img-size", "16", "--log-interval", "1st"]
@@ -45,10 +45,6 @@ def preset_run(tmp_path_factory, tiny):
         return out
 
     return start
-
-
-def weights(run: Path) -> bytes:
-    return (run / "model.safetensors").read_bytes()
 
 
 def last_state(run: Path) -> dict:
