@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[
     str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
 ]
-FLAGS_OF = {"none": (), "local": ("--gpus", "--cpus", "--parallel", "--follow")}  # of [launch], by launcher
+# Flags of [launch] by launcher; slurm uses all. Keys of a file are not checked, so that it serves every launcher.
+USED_BY: dict[str, Sequence[str]] = {"none": ("--launcher",)}
+USED_BY["local"] = ("--launcher", "--gpus", "--cpus", "--parallel", "--follow")
 RUN = "run"  # name of the job of a single run
 
 
@@ -74,18 +76,19 @@ def launch(
         opened = resume if replay is None else replay
         recipe = {} if file is None else read_toml(file)
         table = recipe.pop(SWEEP_SECTION, None)
-        layers = [
-            ("the command's defaults", DEFAULTS[command]),
-            (str(file), recipe),
-            *make_layers(values, assign or []),
-        ]
+        layers = [("the command's defaults", DEFAULTS[command]), (str(file), recipe)]
+        layers += make_layers(values, assign or [])
         if command == "segment":
             layers[0] = (layers[0][0], recipe_defaults(build(*layers)))
         config = build(*layers)  # of a resumed run, only [launch] matters
         if table is not None and config.launch.launcher == "none":  # cells are jobs
             config = replace(config, launch=replace(config.launch, launcher="local"))
-        of_jobs = [key.flags[0] for key in given if key.section == "launch" and key.name != "launcher"]
-        _check_launcher(config.launch.launcher, of_jobs + ["--follow"] * follow)
+        launcher = config.launch.launcher
+        asked = [KEYS[f"launch.{name}"].flags[0] for _, layer in layers[2:] for name in layer.get("launch", {})]
+        asked += ["--follow"] if follow else []
+        if unused := [flag for flag in asked if flag not in USED_BY.get(launcher, asked)]:
+            tip = f"add --launcher {'local or slurm' if unused[0] in USED_BY['local'] else 'slurm'}, or leave it out"
+            raise UserError(f"{unused[0]} has no effect with --launcher {launcher}", unused[0], tip)
         if table is not None:
             return run_sweep(command, layers, table, config, cells, follow, console, stop)
         if opened is None:
@@ -100,7 +103,7 @@ def launch(
             refuse_taken(config.run.out)
             opened = config.data.source
         log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
-        if config.launch.launcher != "none" and replay is None:
+        if launcher != "none" and replay is None:
             return _launch_run(config, resume, change or [], follow, console, stop)
         from pdvit.workflows import runs
 
@@ -108,14 +111,6 @@ def launch(
             return runs.train_to_end(partial(runs.replay, replay), console, stop)
         prepare = partial(runs.start, config) if resume is None else partial(runs.resume, resume, change or [])
         return runs.train_to_end(prepare, console, stop)
-
-
-def _check_launcher(launcher: str, flags: Iterable[str]) -> None:
-    """Raise UserError for a flag of [launch] without effect; such a key of a file is for other launchers."""
-    for flag in flags:
-        if flag not in FLAGS_OF.get(launcher, (flag,)):
-            others = "local or slurm" if flag in FLAGS_OF["local"] else "slurm"
-            raise UserError(f"{flag} has no effect with --launcher {launcher}", flag, f"add --launcher {others}")
 
 
 def _launch_run(

@@ -289,7 +289,7 @@ class TestErrors:
             ("--change optim.lr=1", "only a resumed run", "--resume"),
             ("--cells 1", "only a sweep has cells", "docs/sweep.md"),
             ("--gpus 2", "--gpus has no effect with --launcher none", "--launcher local or slurm"),
-            ("--launcher local --mem 1G", "--mem has no effect with --launcher local", "--launcher slurm"),
+            ("--launcher local --set launch.mem=1G", "--mem has no effect with --launcher local", "--launcher slurm"),
             ("--resume auto", "no run to resume", "start one"),
             ("--resume run --lr 1", "keeps its saved configuration, so --lr", "--change"),
             ("--resume run --set optim.lr=1", "keeps its saved configuration, so --set", "--change"),
