@@ -1,4 +1,3 @@
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -158,23 +157,6 @@ def test_classes_in_another_order_are_matched_by_name(run_copy, evaluated):
     assert (before["matched"], after["matched"]) == ("by name", "by name, in another order")
     assert after["accuracy"] == before["accuracy"]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_class_names_of_any_kind_survive(tiny, workplace, image_folder, evaluated, capsys):
-    names = {"blue": "NA", "green": '猫, "x"\n[b]', "red": "1"}
-    for split in ("train", "val"):
-        for old, new in names.items():
-            (image_folder / split / old).rename(image_folder / split / new)
-    flags = ["--epochs", "1st", "--batch-size", "24", "--img-size", "16", "--workers", "0", "--out", "run"]
-    assert pdvit(["train", *tiny, "--data", str(image_folder), *flags]) == 0
-    found = evaluated("run")
-    assert (found["images"], found["accuracy_top5"], found["split"]) == (6, None, "val")
-    with Path("run/eval.csv").open(newline="") as file:
-        assert {row["class"] for row in csv.DictReader(file)} == set(names.values())
-    assert pdvit(["plot", "confusion", "run", "--out", "figure.svg"]) == 0
-    assert pdvit(["eval", "run", *CPU]) == 0
-    assert "猫" in capsys.readouterr().out
 
 
 class TestRefused:

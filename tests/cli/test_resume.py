@@ -157,9 +157,7 @@ class TestChanging:
     def test_other_images_are_an_error_and_moved_ones_are_not(self, refusal, train, image_folder):
         run = train("--data", str(image_folder), *STOP, status=75)
         file = next((image_folder / "train/red").iterdir())
-        other = file.rename(file.with_name("other.png"))
-        assert "train has changed" in refusal("train", "--resume", run).what
-        other.rename(image_folder / "spare.png")
+        file.rename(image_folder / "spare.png")
         assert "train has 23 images, and had 24" in refusal("train", "--resume", run).what
         (image_folder / "spare.png").rename(file)
         moved = image_folder.rename(image_folder.with_name("moved"))
