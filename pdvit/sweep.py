@@ -115,9 +115,6 @@ def _check_values(key: str, values: Any, where: str) -> None:
     _check_key(key, values, where)
     if not (isinstance(values, list) and values):
         raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
-    for number, value in enumerate(values):
-        if value in values[:number]:
-            raise UserError(f"'{key}' has the value {value!r} twice", where, "leave one out: each cell is run once")
 
 
 def _substitute(value: Any, words: Mapping[str, Any]) -> Any:
@@ -156,7 +153,7 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    tip = "make [[sweep.variant]] bundles of these values, with names of their own"
+    tip = "leave one out, or make [[sweep.variant]] bundles of these values, with names of their own"
     for number, name in enumerate(names):
         if name in ("", SWEEP, TABLE, JOBS):
             what = f"a cell would be named '{name}', as a file of the sweep" if name else "a cell would have no name"

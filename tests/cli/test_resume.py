@@ -143,8 +143,10 @@ class TestChanging:
         assert (stopped / "run.toml").read_bytes() == before
         assert not (stopped / "changes.json").exists()
 
-    def test_a_finished_run_does_not_change(self, refusal, digits_run):
-        assert "finished" in refusal("train", "--resume", digits_run, "--change", "optim.epochs=99st").what
+    def test_a_finished_run_does_not_change(self, refusal, run_copy):
+        assert "finished" in refusal("train", "--resume", run_copy, "--change", "optim.epochs=99st").what
+        RunDirectory(run_copy).mark("failed", "as a job that was refused")
+        assert read_json(run_copy / "status.json")["status"] == "finished"
 
     @pytest.mark.slow
     def test_a_run_can_not_become_shorter_than_it_is(self, refusal, train):

@@ -90,7 +90,7 @@ def test_names_can_be_read_are_folders_and_have_the_section_if_two_keys_are_alik
         ('[sweep]\n"optim.lr" = [1, -1]', "-1.0 is out of range", "cell 2 (lr=-1)", "above 0"),
         ('[sweep]\n"optim.min_lr" = [0, 1]', "is above the peak", "cell 2 (min_lr=1)", "lower it"),
         ('[sweep]\n"optim.lr" = 1', "needs a list", "[sweep] of a.toml", "for example"),
-        ('[sweep]\n"optim.lr" = [0.1, 0.10]', "0.1 twice", "a.toml", "once"),
+        ('[sweep]\n"optim.lr" = [0.1, 0.10]', "two cells would be named 'lr=0.1'", "a.toml", "leave one out"),
         ("[sweep]\noptim.lr = [0.1]", "'optim' is a section", "a.toml", '"optim.lr" = ...'),
         ("[sweep]\nlr = [0.1]", "'lr' is not section.key", "a.toml", "for example"),
         ("[sweep.variant]\nname = 'a'", "'variant' is no key", "a.toml", "[[sweep.variant]]"),
