@@ -156,7 +156,7 @@ class RunDirectory:
                         opened.truncate()
 
     def mark(self, status: Status, reason: str) -> None:
-        """Write how a run ended that could not write it, or that never began; a finished one stays; raises UserError."""
+        """Write how a run ended that could not write it, unless it is finished; raises UserError."""
         self.path.mkdir(exist_ok=True)
         before = self.read_json(STATUS, optional=True)
         if before.get("status") != "finished":
