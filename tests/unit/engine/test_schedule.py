@@ -46,7 +46,7 @@ def test_durations_become_steps():
         ("optim.warmup", "100%", "warm-up"),
         ("optim.warmup", "3ep", "warm-up"),
         ("run.stop_after", 3, "ends after step 100"),
-        ("run.profile", "101:102", "not FROM:TO within the 100 steps"),
+        ("run.profile", "101:102", "not FROM:TO within steps 1 to 100"),
         ("run.profile", "5:5", "not FROM:TO"),
     ],
 )
