@@ -145,12 +145,15 @@ class Jobs:
         """Return the states of the jobs that have not ended, such as PENDING or RUNNING; raises UserError."""
         ids, found = self.ids(), {}
         self.children = [job for job in self.children if not job.done()]
+        own = {job.job_id for job in self.children}
         if any(launcher == "slurm" for launcher, *_ in ids.values()):
             listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
             found = dict(line.split(maxsplit=1) for line in listed.splitlines())
         for launcher, id_, _ in ids.values():
             with suppress(OSError):  # also those of a command that was killed
-                if launcher == "local" and os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
+                if launcher == "local" and (
+                    id_ in own or os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes()
+                ):
                     found[id_] = "RUNNING"
         return {name: found[id_] for name, (_, id_, _) in ids.items() if id_ in found}
 
