@@ -39,7 +39,7 @@ from pdvit.tasks.summary import describe_summary
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
-from pdvit.workflows.console import count, log
+from pdvit.workflows.console import log
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +111,7 @@ def build_trainer(
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
-    steps, images = count(trainer.steps.total, "step"), count(task.batch_size, "image")
-    length = f"{steps} of {images} at a peak rate of {config.optim.lr:.3g}"
+    length = f"steps: {trainer.steps.total}, batch size: {task.batch_size}, peak rate: {config.optim.lr:.3g}"
     heads = f" ({rate:.3g} for heads)" if (rate := config.optim.head_lr) else ""
     length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
