@@ -2,11 +2,8 @@
 
 import shlex
 from collections.abc import Iterable
-from difflib import SequenceMatcher
-from operator import itemgetter
+from difflib import get_close_matches
 
-# From here on two names count as alike (0: nothing in common, 1: equal).
-LIKELY = 0.6
 # Letters in a line of an error.
 LONGEST = 2000
 
@@ -58,12 +55,10 @@ def command(*words: object) -> str:
 def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
     name, names = name[:100].lower(), list(options)  # the comparison takes the square of the length
-    # Also with an option's beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`.
-    texts = [(option, text) for option in names for text in (option.lower(), option.lower()[: len(name) + 1])]
-    scores = [(SequenceMatcher(None, name, text, autojunk=False).ratio(), option) for option, text in texts]
-    likeness, best = max(scores, key=itemgetter(0), default=(0.0, ""))
-    if likeness >= LIKELY:
-        return f"did you mean '{best}'?"
+    # Also by an option's beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`.
+    texts = {text: option for option in names for text in (option.lower()[: len(name) + 1], option.lower())}
+    if found := get_close_matches(name, texts, n=1):
+        return f"did you mean '{texts[found[0]]}'?"
     if not names:
         return "there are none"
     listed = ", ".join(names[:shown])

@@ -36,3 +36,13 @@ def newest_step(run: Path) -> int:
     except FileNotFoundError:
         return 0
     return json.loads(lines[-1])["step"] if lines else 0
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model.safetensors").read_bytes()
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Compare the records and the weights of two runs, bit for bit."""
+    assert read_records(run) == read_records(other)
+    assert weights(run) == weights(other)

@@ -1,11 +1,10 @@
 """The command line: the commands, and errors as three lines and an exit status."""
 
-import codecs
 import io
 import os
 import re
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,7 +36,6 @@ app.add_typer(plot.app, name="plot")
 app.add_typer(sweep.app, name="sweep")
 
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
-PLAIN = dict(zip("▁▂▃▄▅▆▇█·", "_.,-=+*#.", strict=True))
 
 
 @app.callback()
@@ -48,18 +46,12 @@ def pdvit(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _plain(error: Any) -> tuple[str, int]:
-    """Replace what the output's encoding lacks: bars by characters of about their height, all else by `?`."""
-    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
-
-
 def run(arguments: list[str]) -> int:
     """Run one command and return the exit status: 0 done, 1 a failed run, 2 misuse, 75 stopped on request."""
     # typer's panels take 0.1 s to import; the first screen, `pdvit --help`, is short enough without them.
-    codecs.register_error("pdvit", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="pdvit")
+            stream.reconfigure(errors="replace")  # for letters that the output's encoding lacks
     app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
     arguments = [*arguments, "--help"] if arguments in ([], ["plot"], ["sweep"]) else arguments
     try:

@@ -3,13 +3,13 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.options import checkpoint_command, checkpoint_settings
+from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command, printable
 from pdvit.workflows.console import log, make_console, process_group
@@ -25,7 +25,7 @@ VERBOSE = "Print also definitions, conditions and files; or nothing. Unset: tabl
 METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 
-@checkpoint_command
+@partial(checkpoint_command, data_batch_size=32, data_workers=2)
 def analyze(
     checkpoints: Annotated[list[str] | None, typer.Argument(help="Runs, timm folders, weight files, models.")] = None,
     images: Annotated[
@@ -33,20 +33,14 @@ def analyze(
     ] = None,
     metrics: Annotated[list[str] | None, typer.Option(autocompletion=lambda: GROUPS, help=METRIC_NAMES)] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 256,
-    model: Model = None,
-    weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results of one checkpoint.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 32,
-    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that decode image files.")] = 2,
-    device: Device = "auto",
-    on_bad_image: OnBadImage = None,
     explore: Annotated[bool, typer.Option("--explore", help="Write explorer.html: similar patches per image.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write report.html, the whole analysis.")] = False,
     verbose: Annotated[
         bool | None, typer.Option("--verbose/--quiet", "-v/-q", show_default=False, help=VERBOSE)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
-    **settings: Any,
+    **opening: Any,
 ) -> int:
     """Measure how similar a model's patches are, layer by layer.
 
@@ -62,9 +56,7 @@ def analyze(
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
         from pdvit.workflows.analyze_run import Analyzer
 
-        flags = {"model": model, "weights": weights, "run_device": device, **checkpoint_settings(settings)}
-        flags |= {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
-        analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **flags)
+        analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **opening_arguments(opening))
         folders = {path: results_folder(Path(path), out, "analysis") for path in paths}
         if len({*folders.values()}) < len(paths):
             where, tip = ", ".join(map(str, folders.values())), "analyze them one by one, each with its own --out"

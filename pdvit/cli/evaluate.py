@@ -8,17 +8,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.checkpoint import Device, Model, OnBadImage, Weights, results_folder
-from pdvit.cli.options import checkpoint_command, checkpoint_settings
+from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
-from pdvit.workflows.console import cell, log, make_console, process_group, with_progress
+from pdvit.workflows.console import cell, count, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pdvit.workflows.checkpoint import OpenedCheckpoint
 
 Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass; unset: the run's.")]
-Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes; unset: the run's.")]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
 MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
@@ -44,13 +42,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="A source; unset: that of the run.")] = None,
     split: Annotated[str | None, typer.Option(help="train, val, test or all; unset: as at the run's end.")] = None,
-    model: Model = None,
-    weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    on_bad_image: OnBadImage = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
     eval_mode: Annotated[
@@ -60,7 +52,7 @@ def evaluate(
     classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
-    **settings: Any,
+    **opening: Any,
 ) -> int:
     """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
@@ -70,14 +62,12 @@ def evaluate(
         from pdvit.workflows.checkpoint import open_checkpoint
 
         ranks = init_process_group()
-        flags: dict[str, Any] = {"data_source": data, "data_batch_size": batch_size, "data_workers": workers}
-        flags |= {"data_on_bad_image": on_bad_image, "run_device": device, **checkpoint_settings(settings)}
-        flags |= {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
+        segment: dict[str, Any] = {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
         of_pixels: dict[str, Any] = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
         of_pixels |= {"--stride": stride, "--classes": classes}
         with ranks.raise_on_all_ranks():
             folder = results_folder(path, out, "eval")
-            opened = open_checkpoint(path, ranks, model, weights, **flags)
+            opened = open_checkpoint(path, ranks, data_source=data, **segment, **opening_arguments(opening))
             windows = opened.windows(of_pixels)
             if data is None and not opened.is_run:
                 tip = f"name a source: --data {'scenes' if windows else 'digits'}, --data FOLDER"
@@ -131,7 +121,7 @@ def _evaluate(
     partial = part != source.final_split or (opened.is_run and not own)
     name = f"all of {source.name}" if split == "all" else f"the {split} split of {source.name}"
     spread = "" if images is whole else f" of {len(whole):,}, spread evenly"
-    for line in (f"evaluating {name}: {len(images):,} images{spread}", *source.notes, *opened.loaded.notes):
+    for line in (f"evaluating {name}: {count(len(images), 'image')}{spread}", *source.notes, *opened.loaded.notes):
         log(console, printable(line))
     classes = metrics.unique_names(source.classes)
     network: Network = pixel_network(model) if windows else model
@@ -143,7 +133,7 @@ def _evaluate(
         metric = metrics.SegmentationMetric(len(classes), windows, loader.device)
     scores = metrics.evaluate(ordered, batches, metric, precision, ranks)
     if scores.broken:
-        raise opened.not_finite(f"{scores.broken} of {scores.images} images")
+        raise opened.not_finite(f"{scores.broken} of {count(scores.images, 'image')}")
     numbers = {
         "checkpoint": str(opened.path),
         "model": opened.loaded.name,
@@ -193,19 +183,19 @@ def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Pa
 def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
     from rich.table import Table
 
-    by, (count, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
+    by, (total, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
     title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}"
     title = title if len(table) > MAX_CLASSES else "by class"
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in ("class", count, *fractions, "most confused with"):
+    for name in ("class", total, *fractions, "most confused with"):
         view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
     for _, row in table.sort_values(by, kind="stable").head(MAX_CLASSES).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
         percentages = (f"{row[name]:.1%}".replace("nan%", "-") for name in fractions)
-        view.add_row(cell(row["class"]), f"{row[count]:,}", *percentages, cell(wrong))
+        view.add_row(cell(row["class"]), f"{row[total]:,}", *percentages, cell(wrong))
     console.print()
     console.print(view)
-    images = f"{numbers['images']:,} images of {printable(numbers['data'])}"
+    images = f"{count(numbers['images'], 'image')} of {printable(numbers['data'])}"
     log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold green")
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
@@ -214,21 +204,15 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
 
 
-@checkpoint_command
+@partial(checkpoint_command, data_on_bad_image="error")
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     top: Annotated[int, typer.Option(min=1, help="Labels per image, the most probable first.")] = 1,
-    on_bad_image: OnBadImage = "error",
-    model: Model = None,
-    weights: Weights = None,
     out: Annotated[str | None, typer.Option(help="CSV file, - for standard output; folder of masks.")] = None,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    workers: Workers = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
-    **settings: Any,
+    **opening: Any,
 ) -> int:
     """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
@@ -240,9 +224,7 @@ def predict(
     from pdvit.workflows.checkpoint import open_checkpoint
 
     files = image_files(images)
-    flags: dict[str, Any] = {"data_batch_size": batch_size, "data_workers": workers, "data_on_bad_image": on_bad_image}
-    flags |= {"run_device": device, **checkpoint_settings(settings)}
-    opened = open_checkpoint(path, SINGLE_PROCESS, model, weights, **flags)
+    opened = open_checkpoint(path, SINGLE_PROCESS, **opening_arguments(opening))
     for note in opened.loaded.notes:
         log(console, printable(note))
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
@@ -347,6 +329,5 @@ def _print_labels(rows: list[Row], images: int, bad: dict[str, str], console: "R
         log(console, printable(f"{probability:8.1%}  {label}"), words=True)
     for name, reason in list(bad.items())[:MAX_IMAGES]:
         log(console, printable(f"skipped  {name} ({reason})"))
-    count = images - len(bad)
     skipped = f", {len(bad):,} skipped that do not decode" if bad else ""
-    log(console, f"{count:,} image{'s' if count != 1 else ''} labelled{skipped}")
+    log(console, f"{count(images - len(bad), 'image')} labelled{skipped}")

@@ -1,14 +1,15 @@
-"""Options of the commands that train: one for each key of the configuration that has a flag."""
+"""Options: a flag for each key of the configuration that has one, and those of the commands that open a checkpoint."""
 
 import inspect
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from pdvit.config.load import parse_set, read_toml
+from pdvit.config.load import parse_set
 from pdvit.config.recipes import Layer, NamedLayer, merge_layers
 from pdvit.config.schema import KEYS, OF_CHECKPOINTS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
@@ -59,15 +60,36 @@ def training_command(
     return _with_options(command, *named, *(_option(key, defaults or {}) for key in KEYS.values() if key.flags))
 
 
-def checkpoint_command(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace `**values` of a command by a flag for each setting of a checkpoint's model and its input."""
-    return _with_options(command, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+# Options of the commands that open a checkpoint, by argument of `open_checkpoint`.
+OPENING: dict[str, Any] = {
+    "model": Annotated[
+        str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")
+    ],
+    "weights": Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")],
+    "run_device": Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")],
+    "data_batch_size": Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass.")],
+    "data_workers": Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes.")],
+    "data_on_bad_image": Annotated[
+        str | None, typer.Option("--on-bad-image", metavar="error|skip", help="Policy for images that do not decode.")
+    ],
+}
 
 
-def checkpoint_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_command(command: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
+    """Replace `**opening` of a command by OPENING, with its defaults, and a flag for each setting in OF_CHECKPOINTS.
+
+    Unset, batch size, workers and policy are those of the checkpoint's run.
+    """
+    kind, defaults = inspect.Parameter.KEYWORD_ONLY, {"run_device": "auto"} | defaults
+    shared = [inspect.Parameter(name, kind, default=defaults.get(name), annotation=OPENING[name]) for name in OPENING]
+    return _with_options(command, *shared, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+
+
+def opening_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `checkpoint_command` as arguments of `open_checkpoint`; raises UserError."""
-    layer = dict(make_layers(None, [], values))["the command line"]
-    return {f"{section}_{name}": value for section, settings in layer.items() for name, value in settings.items()}
+    ((_, layer),) = make_layers({name: value for name, value in values.items() if name not in OPENING})
+    settings = {f"{section}_{name}": value for section, keys in layer.items() for name, value in keys.items()}
+    return settings | {name: values[name] for name in OPENING}
 
 
 def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> Callable[..., Any]:
@@ -96,13 +118,8 @@ def _option(key: Key, defaults: Layer) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def make_layers(
-    file: Path | None, assignments: list[str], values: Mapping[str, Any], defaults: Layer | None = None
-) -> list[NamedLayer]:
-    """Return the layers for `build`: defaults, file, flags (`section_key`; None or [] if not given), assignments."""
-    layers: list[NamedLayer] = [("the command's defaults", defaults or {})]
-    if file is not None:
-        layers.append((str(file), read_toml(file)))
+def make_layers(values: Mapping[str, Any], assignments: Sequence[str] = ()) -> list[NamedLayer]:
+    """Return the layers of the command line for `build`: flags (`section_key`; None or [] if not given), and --set."""
     flags: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if value is None or value == []:
@@ -117,8 +134,7 @@ def make_layers(
         elif isinstance(value, str) and value.isdecimal() and name == "data_batch_size":
             value = int(value)  # the flag takes numbers and words
         flags.setdefault(section, {})[item] = value
-    layers.append(("the command line", flags))
-    return layers + [(f"--set {text}", parse_set(text)) for text in assignments]
+    return [("the command line", flags), *((f"--set {text}", parse_set(text)) for text in assignments)]
 
 
 def check_initial_weights(config: Config) -> None:
@@ -129,3 +145,15 @@ def check_initial_weights(config: Config) -> None:
         runs = newest("model.safetensors")
         example = f"for example {command('finetune', runs[0])}" if runs else f"or train one first: {command('train')}"
         raise UserError("no checkpoint to start from", "CKPT", f"name a run, a file or a model of timm, {example}")
+
+
+def results_folder(path: Path, out: Path | None, prefix: str) -> Path:
+    """Return the folder for results: `out`, the checkpoint's own, or runs/PREFIX-NAME; UserError if not writable."""
+    from pdvit.models.checkpoints import name_of
+
+    folder = out or (path if path.is_dir() else Path("runs") / f"{prefix}-{name_of(path)}")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        what = f"the results can't be written: {there} is not a folder, or not writable"
+        raise UserError(what, str(folder), "choose another --out")
+    return folder

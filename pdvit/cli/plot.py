@@ -212,7 +212,7 @@ def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: st
         names = labels.split(",")
         if len(names) != len(folders):
             what = f"labels and runs differ in number: {len(names)} and {len(folders)}"
-            raise UserError(what, f"--labels {labels}", f"name {len(folders)} labels, with commas between them")
+            raise UserError(what, f"--labels {labels}", "give one name for each run, with commas between them")
         return dict(zip(unique(names), folders, strict=True))
     names = [_name_of(folder) for folder in folders]
     longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, names, strict=True)]

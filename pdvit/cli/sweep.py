@@ -1,7 +1,6 @@
 """A sweep: check its cells, run them, and print their outcomes."""
 
 import json
-import math
 import os
 import statistics
 import time
@@ -9,22 +8,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.launch import POLL_SECONDS, train_job
 from pdvit.cli.options import Group, add_command, check_initial_weights
 from pdvit.config.duration import parse_duration
-from pdvit.config.load import build
 from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, command
 from pdvit.tasks import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
-from pdvit.workflows.console import duration, log, make_console
+from pdvit.workflows.console import count, duration, log, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
@@ -38,39 +34,37 @@ MAX_FAILURES = 10
 
 def run_sweep(
     name: str,
-    file: Path,
     layers: list[NamedLayer],
+    table: dict[str, Any],
+    config: Config,
     chosen: str | None,
     follow: bool,
     console: "RunConsole",
     stop: "StopRequest",
 ) -> int:
-    """Run the cells of the [sweep] in `file` that are not finished, or those of --cells; return the exit status."""
+    """Run the cells of a [sweep] `table` that are not finished, or those of --cells; return the exit status.
+
+    `layers` are the command's defaults, the file, flags and --set, and `config` is built of them.
+    """
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.launch import Jobs, RunJob
-    from pdvit.sweep import Folder, make_cells, numbers, split
+    from pdvit.sweep import Folder, make_cells, numbers
     from pdvit.tracking.run_directory import RUNS
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         tip = "start it without torchrun: each cell gets its own device"
         raise UserError("a sweep can't run in several processes", "the environment", tip)
-    where = str(file)
-    base, table = split(dict(layers)[where], where)
-    assert table is not None, "only files with a [sweep] table come here"
-    merged = [(name, base if name == where else layer) for name, layer in layers]
-    config = build(*merged)
-    settings = merge_layers(layer for _, layer in merged)
+    settings = merge_layers(layer for _, layer in layers)
     settings["run"] = {key: value for key, value in settings.get("run", {}).items() if key not in OF_THE_SWEEP}
     settings.pop("launch", None)
-    cells = make_cells(settings, table, where)
-    cells = [replace(cell, config=replace(cell.config, launch=config.launch)) for cell in cells]
-    _check_not_swept(table, merged[merged.index((where, base)) + 1 :])
+    file = layers[1][0]
+    cells = make_cells(settings, table, file)
+    _check_not_swept(table, layers[2:])
     for cell in cells if name == "finetune" else ():
         with _naming(cell):
             check_initial_weights(cell.config)
-    out = config.run.out
-    folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or file.stem))
-    launch = replace(config.launch, launcher="slurm" if config.launch.launcher == "slurm" else "local")
+    out, local = config.run.out, config.launch.launcher == "local"
+    folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or Path(file).stem))
     jobs = Jobs(folder.path)
     if chosen == "list":
         return _list(folder, cells, jobs, console)
@@ -78,34 +72,31 @@ def run_sweep(
     folder.begin(settings, table, cells)
     with jobs.locked():
         (jobs.folder / CANCELLED).unlink(missing_ok=True)
-        states = {cell.name: state.status for cell, state in folder.write_table(jobs.states())}
-        if chosen == "failed":
-            selected = todo = [cell for cell in cells if states[cell.name] == "failed"]
-        else:
-            selected = [cell for cell in cells if cell.number in named]
-            todo = [cell for cell in selected if states[cell.name] in ("waiting", "stopped")]
-        todo = [cell for cell in todo if cell.name not in jobs.states()]
-        log(console, f"{len(cells)} cells in {folder.path}, {len(todo)} of them to run now")
-        waiting = {cell.name: RunJob(train_job, cell.config, (folder.path / cell.name).resolve()) for cell in todo}
-        watch = partial(_watch, folder, jobs, cells, launch, waiting, console, stop)
-        if launch.launcher == "local" and (todo or jobs.states()):
-            limit = config.run.time_limit
-            seconds = None if limit is None else parse_duration(limit, "min", "run.time_limit").seconds
+        live = jobs.states()
+        states = {cell.name: state.status for cell, state in folder.write_table(live)}
+        failed = chosen == "failed"
+        selected = [cell for cell in cells if cell.number in named and (not failed or states[cell.name] == "failed")]
+        to_run = ("failed",) if failed else ("waiting", "stopped")
+        todo = [cell for cell in selected if states[cell.name] in to_run and cell.name not in live]
+        log(console, f"{count(len(cells), 'cell')} in {folder.path}, {len(todo)} to run now")
+        configs = {cell.name: replace(cell.config, launch=config.launch) for cell in todo}
+        waiting = {name: RunJob(found, (folder.path / name).resolve()) for name, found in configs.items()}
+        if local and (todo or live):
             log(console, "checking their configurations ...")
-            devices = devices_of(todo, _check(folder, todo), launch)
-            watch(devices, seconds or math.inf)
+            devices = devices_of(todo, _check(folder, todo), config.launch)
+            _watch(folder, jobs, cells, config, console, stop, waiting, devices)
         elif todo:
-            jobs.start(launch, waiting)
+            jobs.start(config.launch, waiting)
             log(console, f"submitted; logs in {jobs.folder}")
-    if launch.launcher == "slurm":
+    if not local:
         if follow:
-            watch()
+            _watch(folder, jobs, cells, config, console, stop)
         log(console, f"follow with  {command('sweep', 'status', folder.path)}")
         log(console, f"cancel with  {command('sweep', 'cancel', folder.path)}")
-        if stop or not follow:
-            if console.stderr:
-                _list(folder, cells, jobs, console)
-            return EXIT_STOPPED if stop else 0
+    if console.stderr:
+        _list(folder, selected, jobs, console)
+    if not local and (stop or not follow):
+        return EXIT_STOPPED if stop else 0
     return _print_outcomes(folder, jobs, selected, console)
 
 
@@ -113,66 +104,66 @@ def _watch(
     folder: "Folder",
     jobs: "Jobs",
     cells: Sequence["Cell"],
-    launch: LaunchConfig,
-    waiting: dict[str, "RunJob"],
+    config: Config,
     console: "RunConsole",
     stop: "StopRequest",
+    waiting: dict[str, "RunJob"] | None = None,
     devices: Sequence[str | None] = (),
-    limit: float = math.inf,
 ) -> None:
-    """Log the cells as their jobs end; here, start those that wait, and end all at a stop or after `limit` seconds."""
-    here, begun, durations = launch.launcher == "local", time.monotonic(), list[float]()
+    """Log the cells as their jobs end; with `devices`, start those that wait here, and end all at a stop."""
+    from pdvit.launch import POLL_SECONDS
+
+    waiting, begun, durations = waiting or {}, time.monotonic(), list[float]()
+    limit = config.run.time_limit
+    seconds = parse_duration(limit, "min", "run.time_limit").seconds if limit else None
     lines = {cell.name: f"cell {cell.number} of {len(cells)}: {cell.name}" for cell in cells}
     running = {name: begun for name in jobs.states() if name in lines}  # also by a command that was killed
     try:
         while running or (waiting and not stop):
-            if here and ((jobs.folder / CANCELLED).is_file() or time.monotonic() - begun >= limit):
+            over = seconds is not None and time.monotonic() - begun >= seconds
+            if devices and (over or (jobs.folder / CANCELLED).is_file()):
                 stop.reason = stop.reason or "cancelled, or the time limit"
-            started = jobs.start(launch, waiting, devices) if waiting and not stop else []
+            started = jobs.start(config.launch, waiting, devices) if waiting and not stop else []
             for name in started:
                 running[name] = time.monotonic()
                 log(console, f"{lines[name]} ...")
             states = jobs.states()
             ended = [name for name in running if name not in states]
             for name in ended:
-                seconds = time.monotonic() - running.pop(name)
-                if here and not stop and folder.written(name).status in ("running", "waiting"):
-                    reason = f"its process ended; its output is in {jobs.log(name)}"
-                    RunDirectory(folder.path / name).mark("failed", reason)
+                took, run = time.monotonic() - running.pop(name), RunDirectory(folder.path / name)
                 state = folder.state(name, states)
+                killed = state.status != "running" and folder.written(name).status in ("running", "waiting")
+                if devices and killed and not stop:
+                    run.mark("failed", f"its process ended; its output is in {jobs.log(name)}")
+                    state = folder.written(name)
                 line = f"{lines[name]}: {state.status}{': ' if state.reason else ''}{state.reason}"
                 if state.status == "finished":
-                    durations.append(seconds)
-                    summary = RunDirectory(folder.path / name).read_json("summary.json")
-                    line += f" in {duration(seconds)}; {describe_summary(summary).splitlines()[0]}"
+                    durations.append(took)
+                    line += f" in {duration(took)}; {describe_summary(run.read_json('summary.json')).splitlines()[0]}"
                 if durations and (left := len(running) + len(waiting)):
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
                     line += f"; about {duration(rest)} left"
                 log(console, line)
             if started or ended:
                 folder.write_table(states)
-            if stop and not here:
+            if stop and not devices:
                 return
             if stop:  # each run finishes its step and saves; a job that just began may have missed a signal
                 jobs.cancel()
-            time.sleep(POLL_SECONDS[launch.launcher])
+            time.sleep(POLL_SECONDS[config.launch.launcher])
     finally:
-        if here:
+        if devices:
             jobs.cancel()
 
 
 def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], console: "RunConsole") -> int:
     from pdvit.engine.terminal import EXIT_STOPPED
-    from pdvit.sweep.folder import CellStatus
 
-    states = {cell.name: state for cell, state in folder.write_table(jobs.states())}
-    states = {cell.name: states[cell.name] for cell in cells}
+    names = {cell.name for cell in cells}
+    states = {cell.name: state for cell, state in folder.write_table(jobs.states()) if cell.name in names}
     counts = Counter(state.status for state in states.values())
-    if console.stderr:
-        statuses = {status: counts[status] for status in get_args(CellStatus)}
-        print(json.dumps({"sweep": str(folder.path), "cells": len(states)} | statuses, indent=2))
-    parts = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none failed"
-    log(console, f"\n{len(states)} cells: {parts}\ntable     {folder.path}/cells.csv")
+    parts = ", ".join(f"{number} {status}" for status, number in counts.items()) or "none failed"
+    log(console, f"\n{count(len(states), 'cell')}: {parts}\ntable     {folder.path}/cells.csv")
     failed = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
     for line in failed[:MAX_FAILURES]:
         log(console, line)
@@ -229,7 +220,7 @@ def _list(folder: "Folder", cells: Sequence["Cell"], jobs: "Jobs", console: "Run
     if console.stderr:
         print(json.dumps({"sweep": str(folder.path), "cells": listed}, indent=2))
         return 0
-    print(f"{len(cells)} cells, in {folder.path}")
+    print(f"{count(len(cells), 'cell')} in {folder.path}")
     for row in listed:
         job = f"job {row['job']}" if "job" in row else row["reason"]
         print(f"{row['cell']:>5}  {row['name']}  {row['status']}  {job}".rstrip())
@@ -269,4 +260,4 @@ def cancel(sweep: Place) -> None:
     jobs = Jobs(sweep)
     if jobs.folder.is_dir():
         (jobs.folder / CANCELLED).touch()
-    print(f"{len(jobs.cancel())} jobs end")
+    print(f"cancelled: {count(len(jobs.cancel()), 'job')}")

@@ -1,25 +1,41 @@
 """`pdvit train`, `pdvit finetune` and `pdvit segment`: one command with three sets of defaults."""
 
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.launch import launch_run
 from pdvit.cli.options import check_initial_weights, make_layers, training_command
 from pdvit.cli.sweep import run_sweep
-from pdvit.config.load import SWEEP_SECTION, build
+from pdvit.config.load import SWEEP_SECTION, build, read_toml
 from pdvit.config.recipes import DEFAULTS, recipe_defaults
-from pdvit.config.schema import KEYS, SECTIONS
+from pdvit.config.resolve import resolve
+from pdvit.config.schema import KEYS, Config
 from pdvit.data.sources import list_source_types
-from pdvit.errors import UserError
-from pdvit.tracking.run_directory import refuse_taken
+from pdvit.errors import RunFailed, UserError
+from pdvit.tracking.run_directory import STATUS, RunDirectory, refuse_taken
 from pdvit.workflows.console import log, make_console, process_group
+
+if TYPE_CHECKING:
+    from pdvit.engine.terminal import RunConsole, StopRequest
+    from pdvit.launch import Jobs
 
 Checkpoint = Annotated[
     str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
 ]
+# Flags of [launch] by launcher; slurm uses all. Keys of a file are not checked, so that it serves every launcher.
+USED_BY: dict[str, Sequence[str]] = {"none": ("--launcher",)}
+USED_BY["local"] = ("--launcher", "--gpus", "--cpus", "--parallel", "--follow")
+RUN = "run"  # name of the job of a single run
 
 
 def launch(
@@ -45,12 +61,10 @@ def launch(
         values["model_init"] = checkpoint
     if resume is not None and replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
-    settings = [key for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
-    of_jobs = [key.flags[0] for key in settings if key.section == "launch" and key.name != "launcher"]
-    of_jobs += ["--follow"] if follow else []
+    given = [key for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
     if resume is not None or replay is not None:
-        flags = [key.flags[0] for key in settings if replay is not None or key.section != "launch"]
-        flags += [flag for flag, given in (("--set", assign), ("--config", file), ("--cells", cells)) if given]
+        flags = [key.flags[0] for key in given if replay is not None or key.section != "launch"]
+        flags += [flag for flag, used in (("--set", assign), ("--config", file), ("--cells", cells)) if used]
         if flags:
             tip = "leave it out, change a setting with --change section.key=value, or start a new run"
             where = f"--resume {resume}" if replay is None else f"--replay {replay}"
@@ -60,17 +74,23 @@ def launch(
     with stop_on_signals() as stop, process_group():  # before the slow imports
         console = make_console(as_json)
         opened = resume if replay is None else replay
-        layers = make_layers(file, assign or [], values, DEFAULTS[command])
+        recipe = {} if file is None else read_toml(file)
+        table = recipe.pop(SWEEP_SECTION, None)
+        layers = [("the command's defaults", DEFAULTS[command]), (str(file), recipe)]
+        layers += make_layers(values, assign or [])
         if command == "segment":
-            sections = ((name, {key: layer[key] for key in layer if key in SECTIONS}) for name, layer in layers)
-            layers[0] = (layers[0][0], recipe_defaults(build(*sections)))
-        if file is not None and SWEEP_SECTION in dict(layers)[str(file)]:
-            return run_sweep(command, file, layers, cells, follow, console, stop)
+            layers[0] = (layers[0][0], recipe_defaults(build(*layers)))
         config = build(*layers)  # of a resumed run, only [launch] matters
-        launched = config.launch.launcher != "none"
-        if of_jobs and not launched:
-            what = f"{of_jobs[0]} is for jobs, and the run is trained in this command"
-            raise UserError(what, of_jobs[0], "add --launcher local or slurm, or leave it out")
+        if table is not None and config.launch.launcher == "none":  # cells are jobs
+            config = replace(config, launch=replace(config.launch, launcher="local"))
+        launcher = config.launch.launcher
+        asked = [KEYS[f"launch.{name}"].flags[0] for _, layer in layers[2:] for name in layer.get("launch", {})]
+        asked += ["--follow"] if follow else []
+        if unused := [flag for flag in asked if flag not in USED_BY.get(launcher, asked)]:
+            tip = f"add --launcher {'local or slurm' if unused[0] in USED_BY['local'] else 'slurm'}, or leave it out"
+            raise UserError(f"{unused[0]} has no effect with --launcher {launcher}", unused[0], tip)
+        if table is not None:
+            return run_sweep(command, layers, table, config, cells, follow, console, stop)
         if opened is None:
             if cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
@@ -83,14 +103,77 @@ def launch(
             refuse_taken(config.run.out)
             opened = config.data.source
         log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
-        if launched and replay is None:
-            return launch_run(config, resume, change or [], follow, console, stop)
+        if launcher != "none" and replay is None:
+            return _launch_run(config, resume, change or [], follow, console, stop)
         from pdvit.workflows import runs
 
         if replay is not None:
             return runs.train_to_end(partial(runs.replay, replay), console, stop)
         prepare = partial(runs.start, config) if resume is None else partial(runs.resume, resume, change or [])
         return runs.train_to_end(prepare, console, stop)
+
+
+def _launch_run(
+    config: Config, name: str | None, change: list[str], follow: bool, console: "RunConsole", stop: "StopRequest"
+) -> int:
+    """Submit a run as a job, a new one or that of --resume `name`; return the exit status."""
+    from pdvit.launch import Jobs, RunJob, end_of_job
+    from pdvit.workflows import runs
+
+    if name is not None:
+        path = runs.find_run(name)
+        config = replace(runs.saved_config(path, change), launch=config.launch)
+    else:
+        if config.data.batch_size:
+            resolve(config)  # raises the errors of settings before the job
+        unnamed = config.run.name is None and config.run.out is None
+        name = runs.default_name(config) if unnamed else config.run.name or ""
+        path = RunDirectory.create(config.run.out, name).path
+    jobs = Jobs(path)
+    with jobs.locked():
+        if jobs.states():
+            launcher, id_, _ = jobs.ids()[RUN]
+            tip = f"wait for it, or cancel it: {end_of_job(launcher, id_)}"
+            raise UserError(f"job {id_} of this run has not ended", str(path), tip)
+        job = RunJob(config, path.resolve(), (*change,))
+        try:
+            jobs.start(config.launch, {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
+        except UserError:
+            if name is None and not jobs.ids():
+                shutil.rmtree(jobs.folder)
+                with suppress(OSError):  # a folder that was there before can have hidden files
+                    path.rmdir()
+            raise
+    launcher, id_, _ = jobs.ids()[RUN]
+    if console.stderr:
+        print(json.dumps({"run": str(path), "launcher": launcher, "job": id_, "log": str(jobs.log(RUN))}, indent=2))
+    log(console, f"job            {launcher} {id_}\nlog            {jobs.log(RUN)}\nrun directory  {path}")
+    log(console, f"save and end   {end_of_job(launcher, id_)}")
+    return _follow(jobs, path, console, stop) if follow else 0
+
+
+def _follow(jobs: "Jobs", run: Path, console: "RunConsole", stop: "StopRequest") -> int:
+    """Print the output of a job until it ends; return the exit status of its run. A signal leaves the job alone."""
+    from pdvit.engine.terminal import EXIT_STOPPED
+    from pdvit.launch import POLL_SECONDS
+
+    file, seconds = jobs.log(RUN), POLL_SECONDS[jobs.ids()[RUN][0]]
+    out = 2 if console.stderr else None
+    with subprocess.Popen(["tail", "-n", "+1", "-F", file], stdout=out, stderr=subprocess.DEVNULL) as tail:
+        try:
+            while RUN in jobs.states() and not stop:
+                time.sleep(seconds)
+            time.sleep(1)  # it looks once a second
+        finally:
+            tail.terminate()
+    if stop:
+        log(console, f"the job continues; its log: {file}")
+        return EXIT_STOPPED
+    if not file.is_file():
+        tip = "the machines of Slurm may not see it: choose an --out on a disk that all share"
+        raise RunFailed(f"the job ended without output in {file.parent}", tip)
+    status = RunDirectory(run).read_json(STATUS, optional=True).get("status", "")
+    return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)
 
 
 @partial(training_command, launch=launch)

@@ -1,5 +1,6 @@
 """The defaults of the commands that train, and what a run differs in from them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ SCENES_MODEL: Layer = {
     "model": {"depth": 4, "width": 96, "heads": 3, "patch_size": 8},
     "optim": {"lr": 2e-3, "min_lr": 1e-6},
 }
+NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")  # becomes _ in the name of a run
 IN_TERMS = ("preset", "variant", *TERMS)  # what `terms_of` names
 
 
@@ -34,6 +36,15 @@ def terms_of(diversity: DiversityConfig) -> str:
     changed = [term if value == 1 else f"{term}={value:g}" for term, value in weights.items()]
     changed += [variant] if variant not in (None, own["variant"]) else []
     return "-".join(changed if changed and diversity.preset == "none" else [diversity.preset, *changed])
+
+
+def text_in_name(value: Any) -> str:
+    """Return a value as part of a folder's name."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "_".join(text_in_name(item) for item in value)
+    return NOT_IN_NAMES.sub("_", str(value)).strip("_")
 
 
 def merge_layers(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:

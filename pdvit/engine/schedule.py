@@ -46,7 +46,7 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
     profile = config.run.profile or ""
     first, _, end = profile.partition(":")
     if profile and not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end) <= total + 1):
-        what = f"'{profile}' is not FROM:TO within the {total} steps of the run"
+        what = f"'{profile}' is not FROM:TO within steps 1 to {total}"
         raise UserError(what, "run.profile (--profile)", "count steps from 1: 20:25 traces the five steps 20 to 24")
     lengths = dict[str, Any]()
     for name, field in DURATIONS.items():
@@ -60,10 +60,10 @@ def make_step_schedule(config: Config, steps_per_epoch: int, batch_size: int) ->
                 lengths[field] = max(0 if field == "warmup" else 1, duration.steps(steps_per_epoch, batch_size, total))
     steps = StepSchedule(total, steps_per_epoch, range(int(first), int(end)) if profile else range(0), **lengths)
     if steps.warmup >= total:
-        what = f"{steps.warmup} steps of warm-up leave nothing of {total} steps"
+        what = f"the warm-up ends at step {steps.warmup}, and the run at step {total}"
         raise UserError(what, "optim.warmup (--warmup-epochs)", "shorten it, for example to 5%")
     if steps.stop_after is not None and steps.stop_after > total:
-        what = f"the run ends after {total} steps, before step {steps.stop_after}"
+        what = f"the run ends after step {total}, before step {steps.stop_after}"
         raise UserError(what, "run.stop_after (--stop-after)", "shorten it, or leave it out")
     return steps
 
@@ -85,7 +85,7 @@ def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule)
             updates_per_epoch=1,  # so that timm's epochs are our steps
         )
     except ValueError as error:
-        what = f"{steps.total} steps are too few for the schedule '{optim.schedule}'"
+        what = f"a run to step {steps.total} is too short for the schedule '{optim.schedule}'"
         raise UserError(what, "optim.schedule (--sched)", "train longer, or use cosine") from error
     assert isinstance(scheduler, Scheduler)
     return scheduler

@@ -65,7 +65,7 @@ class Trainer:
         Checkpoints(directory.path / "checkpoints").load(self.state, check)
         progress = self.state.progress
         if progress.step > self.steps.total:
-            what = f"{progress.step} steps are done already, of {self.steps.total}"
+            what = f"the run is at step {progress.step} already, of {self.steps.total}"
             raise UserError(what, "optim.epochs", "make the run longer than what is done")
         written, progress.records = progress.records, directory.cut_records(progress.step)
         if progress.records >= written:

@@ -177,9 +177,11 @@ class RunDirectory:
                         opened.truncate()
 
     def mark(self, status: Status, reason: str) -> None:
-        """Write how a run ended that could not write it, or that never began; raises UserError."""
+        """Write how a run ended that could not write it, unless it is finished; raises UserError."""
         self.path.mkdir(exist_ok=True)
-        self.write(STATUS, {**self.read_json(STATUS, optional=True), "status": status, "reason": reason})
+        before = self.read_json(STATUS, optional=True)
+        if before.get("status") != "finished":
+            self.write(STATUS, {**before, "status": status, "reason": reason})
 
     def read_json(self, name: str, optional: bool = False) -> dict[str, Any]:
         """Read a JSON table; raises UserError if it is damaged, or missing and not `optional`."""

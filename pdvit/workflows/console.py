@@ -55,6 +55,11 @@ def cell(text: str) -> "Text":
     return Text(printable(text))
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Return a time as text."""
     if seconds < 120:

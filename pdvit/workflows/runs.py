@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.load import RESTORE
-from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of
+from pdvit.config.recipes import IN_TERMS, recipe_defaults, terms_of, text_in_name
 from pdvit.config.resolve import with_crop
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.loader import resident
@@ -32,7 +32,6 @@ from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.heads import with_norm
-from pdvit.sweep.cells import text_in_name
 from pdvit.tasks import describe_summary
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
@@ -112,7 +111,7 @@ def build_trainer(
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
-    length = f"{trainer.steps.total} steps of {task.batch_size} images at a peak rate of {config.optim.lr:.3g}"
+    length = f"steps: {trainer.steps.total}, batch size: {task.batch_size}, peak rate: {config.optim.lr:.3g}"
     heads = f" ({rate:.3g} for heads)" if (rate := config.optim.head_lr) else ""
     length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")

@@ -1,9 +1,5 @@
-import csv
-import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -115,28 +111,6 @@ def test_the_numbers_are_those_at_the_end_of_any_training(tiny, workplace, image
     assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
 
 
-@pytest.mark.slow
-def test_two_processes_count_every_image_once_and_end_with_the_error_of_one(run_copy, evaluated, image_folder):
-    def two_processes(*arguments: object) -> subprocess.CompletedProcess:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pdvit"]
-        command = [*start, "eval", run_copy, *CPU, "--json", *arguments]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-
-    folder = image_folder / "digits"
-    for split, digit in itertools.product(("train", "val"), range(10)):
-        shutil.copytree(image_folder / "val" / "red", folder / split / str(digit))
-    (folder / "val" / "9" / "1.png").write_text("of the second process")
-    broken = two_processes("--data", folder)
-    assert broken.returncode != 0
-    assert broken.stderr.count("error: 1 image does not decode") == 1, broken.stderr[-3000:]  # the first one prints
-    one, done = evaluated(run_copy), two_processes()
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout)
-    assert (two["processes"], two["images"]) == (2, 360)
-    for key in ("accuracy", "accuracy_top5", "loss", "calibration_error"):
-        assert two[key] == pytest.approx(one[key], rel=1e-6)
-
-
 def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(
     digits_run, tmp_path, evaluated, answers, device
 ):
@@ -176,23 +150,6 @@ def test_classes_in_another_order_are_matched_by_name(run_copy, evaluated):
     assert (before["matched"], after["matched"]) == ("by name", "by name, in another order")
     assert after["accuracy"] == before["accuracy"]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_class_names_of_any_kind_survive(tiny, workplace, image_folder, evaluated, capsys):
-    names = {"blue": "NA", "green": '猫, "x"\n[b]', "red": "1"}
-    for split in ("train", "val"):
-        for old, new in names.items():
-            (image_folder / split / old).rename(image_folder / split / new)
-    flags = ["--epochs", "1st", "--batch-size", "24", "--img-size", "16", "--workers", "0", "--out", "run"]
-    assert pdvit(["train", *tiny, "--data", str(image_folder), *flags]) == 0
-    found = evaluated("run")
-    assert (found["images"], found["accuracy_top5"], found["split"]) == (6, None, "val")
-    with Path("run/eval.csv").open(newline="") as file:
-        assert {row["class"] for row in csv.DictReader(file)} == set(names.values())
-    assert pdvit(["plot", "confusion", "run", "--out", "figure.svg"]) == 0
-    assert pdvit(["eval", "run", *CPU]) == 0
-    assert "猫" in capsys.readouterr().out
 
 
 class TestRefused:

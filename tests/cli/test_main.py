@@ -71,7 +71,7 @@ def test_letters_that_the_output_lacks_are_replaced(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     assert pdvit(["--version"]) == 0
     print("▁▅█ é", flush=True)
-    assert stream.buffer.getvalue().decode() == f"pdvit {__version__}\n_=# ?\n"
+    assert stream.buffer.getvalue().decode() == f"pdvit {__version__}\n??? ?\n"
 
 
 def test_a_notebooks_backend_does_not_reach_the_figures(digits_run, tmp_path):

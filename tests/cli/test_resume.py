@@ -9,14 +9,13 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
 from pdvit.engine import recovery
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tracking.run_directory import RunDirectory
-from tests.files import read_json, read_recipe, read_records
+from tests.files import read_json, read_recipe
 
 SHORT = ["--epochs", "12st", "--batch-size", "16", "--img-size", "16", "--warmup-epochs", "2st"]
 SHORT += ["--log-interval", "3st", "--val-interval", "6st"]
@@ -144,28 +143,23 @@ class TestChanging:
         assert (stopped / "run.toml").read_bytes() == before
         assert not (stopped / "changes.json").exists()
 
-    def test_an_edited_recipe_is_an_error(self, refusal, stopped):
-        text = (stopped / "run.toml").read_text()
-        (stopped / "run.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.3"))
-        assert "optim.weight_decay was 0.05, is 0.3" in refusal("train", "--resume", stopped).what
-
-    def test_a_finished_run_does_not_change(self, refusal, digits_run):
-        assert "finished" in refusal("train", "--resume", digits_run, "--change", "optim.epochs=99st").what
+    def test_a_finished_run_does_not_change(self, refusal, run_copy):
+        assert "finished" in refusal("train", "--resume", run_copy, "--change", "optim.epochs=99st").what
+        RunDirectory(run_copy).mark("failed", "as a job that was refused")
+        assert read_json(run_copy / "status.json")["status"] == "finished"
 
     @pytest.mark.slow
     def test_a_run_can_not_become_shorter_than_it_is(self, refusal, train):
         run = train(*STOP, "--save-every", "1st", status=75)
         resume(run, "run.time_limit=0.0001s", status=75)
         changes = ["--change", "optim.epochs=1st", "--change", "optim.warmup=0st"]
-        assert "2 steps are done already, of 1" in refusal("train", "--resume", run, *changes).what
+        assert "at step 2 already, of 1" in refusal("train", "--resume", run, *changes).what
 
     @pytest.mark.slow
     def test_other_images_are_an_error_and_moved_ones_are_not(self, refusal, train, image_folder):
         run = train("--data", str(image_folder), *STOP, status=75)
         file = next((image_folder / "train/red").iterdir())
-        other = file.rename(file.with_name("other.png"))
-        assert "train has changed" in refusal("train", "--resume", run).what
-        other.rename(image_folder / "spare.png")
+        file.rename(image_folder / "spare.png")
         assert "train has 23 images, and had 24" in refusal("train", "--resume", run).what
         (image_folder / "spare.png").rename(file)
         moved = image_folder.rename(image_folder.with_name("moved"))
@@ -261,38 +255,11 @@ class TestMemory:
 
 
 class TestSwitches:
-    def test_images_on_the_device_train_as_those_of_workers(self, train, image_folder, device):
-        """Bit for bit, if the crop has nothing to round: batches, metrics and weights."""
-        for file in image_folder.rglob("*.png"):
-            with Image.open(file) as image:
-                image.crop((8, 8, 24, 24)).save(file)
-        flags = ["--data", str(image_folder), "--scale", "1", "1", "--ratio", "1", "1", "--reprob", "0.5"]
-        flags += ["--epochs", "6st", "--workers", "0", "--device", device]
-        flags += ["--deterministic"] if device == "cuda" else []
-        resident, decoded = (train(*flags, "--resident", where) for where in ("on", "off"))
-        assert read_records(resident) == read_records(decoded)
-        assert same(weights(resident), weights(decoded))
-
     @pytest.mark.slow
     def test_accumulation_and_checkpointing_change_only_rounding(self, train):
         plain = weights(train())
         for flags in (["--micro-batch-size", "5"], ["--grad-checkpointing"]):
             assert same(weights(train(*flags)), plain, atol=1e-4), flags
-
-    def test_the_moving_average_is_exported(self, train):
-        run = train("--model-ema-decay", "0.9")
-        assert read_json(run / "summary.json")["weights"] == read_json(run / "config.json")["pdvit"]["weights"] == "ema"
-
-    @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-    def test_low_precision_trains_nearly_alike(self, train, precision, device):
-        """Within the rounding of 8 bits, up to 0.4%; float16 first skips a step or two."""
-        runs = train(), train("--device", device, "--precision", precision)
-        expected, found = (read_json(run / "summary.json") for run in runs)
-        assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
-        for name in ("similarity_first", "similarity_last"):
-            assert found[name] == pytest.approx(expected[name], abs=0.02)
-        for ours, theirs in zip(*(read_records(run, "train") for run in reversed(runs)), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
 
     @pytest.mark.slow
     def test_deterministic_kernels_are_for_one_run(self, train):

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 from pdvit.cli import run as pdvit
-from pdvit.cli.sweep import devices_of
-from pdvit.config.schema import LaunchConfig
-from pdvit.sweep import make_cells
-from tests.files import newest_step, read_csv, read_json, read_records
+from pdvit.cli.sweep import _watch, devices_of
+from pdvit.config.schema import Config, LaunchConfig
+from pdvit.engine.terminal import StopRequest
+from pdvit.launch import Jobs
+from pdvit.sweep import Folder, make_cells
+from pdvit.tracking.run_directory import RunDirectory
+from pdvit.workflows.console import make_console
+from tests.files import assert_same, newest_step, read_csv, read_json
 
 BASE = """
 data = { img_size = 16, batch_size = 16 }
@@ -39,24 +43,19 @@ def statuses(folder: Path) -> list[str]:
     return [row["status"] for row in read_csv(folder / "cells.csv")]
 
 
-def weights(run: Path) -> bytes:
-    return (run / "model.safetensors").read_bytes()
-
-
 def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, capsys):
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--json"]) == 0
     sweep = workplace / "runs" / "tiny"
     shown = capsys.readouterr()
-    counts = {"finished": 2, "failed": 0, "stopped": 0, "waiting": 0, "running": 0}
-    assert json.loads(shown.out) == {"sweep": "runs/tiny", "cells": 2} | counts
+    found = json.loads(shown.out)
+    assert (found["sweep"], [cell["status"] for cell in found["cells"]]) == ("runs/tiny", ["finished"] * 2)
     assert "cell 2 of 2: paper-seed=0: finished in" in shown.err
     assert "test accuracy" in shown.err
     for row, preset in zip(read_csv(sweep / "cells.csv"), ("none", "paper"), strict=True):
         flags = [*tiny, "--img-size", "16", "--batch-size", "16", "--epochs", "2st", "--warmup-epochs", "1st"]
         assert pdvit(["train", *flags, "--log-interval", "1st", "--diversity", preset, "--out", preset]) == 0
-        assert read_records(sweep / row["name"]) == read_records(workplace / preset)
-        assert weights(sweep / row["name"]) == weights(workplace / preset)
+        assert_same(sweep / row["name"], workplace / preset)
         summary = read_json(workplace / preset / "summary.json")
         for name in ("accuracy", "loss", "similarity_first", "similarity_last"):
             assert float(row[name]) == summary[name]
@@ -65,7 +64,7 @@ def test_every_cell_is_the_run_that_one_would_start_by_hand(workplace, tiny, cap
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")}
     capsys.readouterr()
     assert pdvit(["train", "--config", "tiny.toml"]) == 0
-    assert "2 cells in runs/tiny, 0 of them to run now" in capsys.readouterr().out
+    assert "2 cells in runs/tiny, 0 to run now" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed=0/*")} == before
 
 
@@ -89,7 +88,7 @@ def test_cells_are_listed_and_cancelled_before_anything_is_written(workplace, ca
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--out", "x"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["2 cells, in x", "    1  none-seed=0  waiting", "    2  paper-seed=0  waiting"]
+    assert lines == ["2 cells in x", "    1  none-seed=0  waiting", "    2  paper-seed=0  waiting"]
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["cells"][1] == {"cell": 2, "name": "paper-seed=0", "status": "waiting", "reason": ""}
@@ -97,6 +96,20 @@ def test_cells_are_listed_and_cancelled_before_anything_is_written(workplace, ca
     monkeypatch.setattr("pdvit.cli.sweep._check", lambda folder, _: pdvit(["sweep", "cancel", str(folder.path)]) or [])
     assert pdvit(["train", "--config", "tiny.toml"]) == 75
     assert not (workplace / "runs" / "tiny" / "jobs" / "jobs.json").exists()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_cell_whose_process_ended_failed_unless_it_is_resumed(workplace, monkeypatch, resumed):
+    folder, jobs = Folder(workplace / "sweep"), Jobs(workplace / "sweep")
+    table, found = {"run.seed": [0]}, iter([{"seed=0": "RUNNING"}])
+    folder.begin({}, table, cells := make_cells({}, table, "x.toml"))
+    RunDirectory(folder.path / "seed=0").mark("running", "")
+    monkeypatch.setattr(jobs, "states", lambda: next(found, {}))
+    monkeypatch.setattr(jobs, "log", lambda name: Path("log"))
+    monkeypatch.setattr("pdvit.sweep.held", lambda path: resumed)  # by a command that trains the cell
+    config = Config(launch=LaunchConfig("local"))
+    _watch(folder, jobs, cells, config, make_console(as_json=False), StopRequest(), {}, [None])
+    assert statuses(folder.path) == ["running" if resumed else "failed"]
 
 
 @pytest.mark.parametrize(
@@ -169,8 +182,7 @@ def undisturbed(tmp_path_factory) -> Path:
 def same(sweep: Path, other: Path) -> None:
     assert statuses(sweep) == ["finished"] * 2
     for name in ("none-seed=0", "paper-seed=0"):
-        assert weights(sweep / name) == weights(other / name)
-        assert read_records(sweep / name) == read_records(other / name)
+        assert_same(sweep / name, other / name)
 
 
 @pytest.mark.slow
@@ -190,7 +202,7 @@ def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, whom):
     if whom == "the cell":  # a failure like another: passed over, and tried again when asked
         assert "none-seed=0: failed: its process ended" in finish(process, 1)
         assert statuses(sweep) == ["failed", "finished"]
-        assert "0 of them to run now" in finish(command(), 1)
+        assert "0 to run now" in finish(command(), 1)
         finish(command("--cells", "failed"), 0)
     else:
         finish(process, -signal.SIGKILL)
@@ -228,6 +240,6 @@ def test_cells_run_at_the_same_time_and_can_be_cancelled(workplace, capsys):
     assert pdvit(["sweep", "status", str(sweep)]) == 0
     assert capsys.readouterr().out.count("running  job ") == 2
     assert pdvit(["sweep", "cancel", str(sweep)]) == 0
-    assert capsys.readouterr().out == "2 jobs end\n"
+    assert capsys.readouterr().out == "cancelled: 2 jobs\n"
     assert "the same command resumes the sweep" in finish(process, 75)
     assert statuses(sweep) == ["stopped", "stopped", "waiting", "waiting"]

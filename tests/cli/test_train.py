@@ -16,7 +16,7 @@ from pdvit.cli import run as pdvit
 from pdvit.config.schema import PRESETS, TERMS
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from tests.files import read_json, read_recipe, read_records
+from tests.files import read_json, read_recipe, read_records, weights
 
 SHORT = ["--epochs", "3st", "--batch-size", "16", "--img-size", "24", "--log-interval", "1st", "--mixup-prob", "1"]
 IMAGES = ["--epochs", "2", "--batch-size", "6", "--workers", "0", "--img-size", "16", "--log-interval", "1st"]
@@ -45,10 +45,6 @@ def preset_run(tmp_path_factory, tiny):
         return out
 
     return start
-
-
-def weights(run: Path) -> bytes:
-    return (run / "model.safetensors").read_bytes()
 
 
 def last_state(run: Path) -> dict:
@@ -276,23 +272,19 @@ class TestErrors:
             ("--model resnet18", "ResNet", "docs/losses.md"),
             ("--cosine-layers 2,x", "no block x", "1 to 8"),
             ("--data digts", "digts", "digits"),
-            ("--data ./absent/photos", "absent/photos", "--data help"),
             ("--data torch/cifar100", "", "--data-dir"),
             ("--img-size 30", "30x30", "32"),
             ("--img-size 16 --shift 16", "16 pixels leaves nothing of images of 16x16", "less than 16"),
-            ("--width 30 --heads 4", "30", "multiple of 4"),
             ("--model-kwargs layers=(1,2)", "has no argument 'layers'", "--model-kwargs"),
             ("--model mixer_s32_224 --depth 2", "has no argument 'depth'", "--depth"),
             ("--model-kwargs qk_norm", "qk_norm", "k"),
             ("--model-kwargs global_pool=", "not a logit", "global_pool"),
             ("--batch-size 1201", "1200", "1200"),
             ("--batch-size auto --device cpu", "needs a GPU", "64"),
-            ("--device cuda:99", "cuda:99", "cpu"),
-            ("--track tensorbord", "tensorbord", "did you mean 'tensorboard'?"),
-            ("--name a/b", "a/b", ""),
             ("--change optim.lr=1", "only a resumed run", "--resume"),
             ("--cells 1", "only a sweep has cells", "docs/sweep.md"),
-            ("--gpus 2", "--gpus is for jobs", "--launcher"),
+            ("--gpus 2", "--gpus has no effect with --launcher none", "--launcher local or slurm"),
+            ("--launcher local --set launch.mem=1G", "--mem has no effect with --launcher local", "--launcher slurm"),
             ("--resume auto", "no run to resume", "start one"),
             ("--resume run --lr 1", "keeps its saved configuration, so --lr", "--change"),
             ("--resume run --set optim.lr=1", "keeps its saved configuration, so --set", "--change"),

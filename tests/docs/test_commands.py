@@ -52,7 +52,7 @@ def parse(arguments: list[str]) -> None:
     if name in ("train", "finetune", "segment") and context.params["file"] is None:
         # Typer leaves a repeatable option that was not given as an empty tuple until it calls the command.
         settings = {key: value for key, value in context.params.items() if key not in OWN and value != ()}
-        build(*make_layers(None, list(context.params["assign"] or []), settings))
+        build(*make_layers(settings, list(context.params["assign"] or [])))
 
 
 DOCUMENTED = [(page, arguments) for page in PAGES for arguments in commands(read(page))]

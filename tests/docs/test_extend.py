@@ -37,7 +37,3 @@ def test_the_example_runs_as_printed(device, options, example, tmp_path, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of timm
         exec(compile(example, "extend.md", "exec"), {"__name__": "__main__"})
-
-
-def test_all_ways_are_shown():
-    assert (len(EXAMPLES), len(CASES)) == (5, 6)

@@ -62,12 +62,6 @@ def test_the_checks_run_the_test_command_of_the_readme():
     assert re.search("pip install.*pytest$", command)
 
 
-def test_the_first_screen_has_both_commands():
-    first = blocks("\n".join(README.splitlines()[:45]), "sh")
-    commands = [line for block in first for line in block.splitlines() if line.startswith("python3 -m venv")]
-    assert [line.split("/")[-1] for line in commands] == ["pdvit train", "pytest"]
-
-
 def test_changelog_citation_and_package_agree():
     version = re.escape(pdvit.__version__)
     assert re.search(rf"^## \[?{version}\b", read("CHANGELOG.md"), re.MULTILINE)

@@ -6,7 +6,7 @@ import tomllib
 from pdvit.config import load
 from pdvit.definitions import markdown_curves, markdown_table
 from pdvit.models.families import FAMILIES
-from pdvit.sweep import make_cells, split
+from pdvit.sweep import make_cells
 from tests.docs.pages import blocks, read
 
 
@@ -27,7 +27,8 @@ def test_the_docs_define_each_metric_as_the_command_prints_it_and_list_each_file
 def test_the_examples_of_a_sweep_are_one():
     page = read("docs/sweep.md")
     block, further = blocks(page, "toml")
-    base, table = split(tomllib.loads(block), "comparison.toml")
+    base = tomllib.loads(block)
+    table = base.pop("sweep")
     cells = make_cells(base, table, "comparison.toml")
     assert len(cells) == 2 * 3 * 3
     assert f"  {cells[0].name}/" in page

@@ -10,7 +10,7 @@ import pytest
 
 from pdvit.cli import run as pdvit
 from pdvit.config import build, resolve
-from pdvit.sweep import make_cells, split
+from pdvit.sweep import make_cells
 from tests.files import read_csv
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -27,8 +27,8 @@ SMALL = ["--set", "segment.crop=64", "--set", "segment.short_side=72"]
 
 
 def cells_of(file: Path):
-    base, table = split(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
-    return make_cells(base, table, str(file))
+    base = tomllib.loads(file.read_text(encoding="utf-8"))
+    return make_cells(base, base.pop("sweep"), str(file))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")

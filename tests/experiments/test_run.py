@@ -1,10 +1,8 @@
 """experiments/run.py from start to end, against the files of the runs and models built by hand."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -162,18 +160,3 @@ def test_a_tuning_prints_the_best_rates_and_measures_nothing_else(workplace):
     runs = list((workplace / "runs" / "claim-tuning").glob("*/run.toml"))
     assert len(runs) == 4
     assert all("weight_decay = 0.5" in run.read_text() for run in runs)
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_all_processes(workplace):
-    write("cpu", TWO, steps=20000)
-    process = start()
-    run = workplace / "runs" / "claim-cpu" / "none-seed=3"
-    deadline = time.monotonic() + PATIENCE
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    finish(process, 75)  # its output has ended, so nobody holds it open
-    states = read_json(run / "status.json")
-    assert (states["status"], states["reason"]) == ("stopped", "SIGTERM")
-    assert not list(Path("claim").glob("*.csv"))

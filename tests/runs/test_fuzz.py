@@ -21,7 +21,7 @@ from pdvit.errors import UserError
 from pdvit.models.loading import apply_checkpoint_defaults, load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.plots.reading import read_run
-from pdvit.sweep.folder import Folder
+from pdvit.sweep import Folder
 from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import make_console
 from pdvit.workflows.runs import build_trainer, saved_config

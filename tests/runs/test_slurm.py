@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.files import read_csv, read_json, read_records
+from tests.files import assert_same, read_csv, read_json
 
 pytestmark = pytest.mark.slow
 
@@ -94,11 +94,6 @@ def written(run: Path) -> bool:
     return (run / "checkpoints" / "last").is_file()
 
 
-def same(run: Path, other: Path) -> None:
-    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert read_records(run) == read_records(other)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, cluster) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +118,7 @@ def test_a_run_that_hits_its_time_limit_three_times_has_the_tensors_of_an_undist
     assert end_of(number) == "COMPLETED"
     assert int(job(number, "Restarts")) >= 3
     pdvit("train", *words, "undisturbed")
-    same(place / "limited", place / "undisturbed")
+    assert_same(place / "limited", place / "undisturbed")
 
 
 DISTURBANCES = {
@@ -146,7 +141,7 @@ def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(place, whole, how):
     wait(lambda: job(number, "Restarts") == "1", number)
     assert end_of(number) == "COMPLETED"
     assert "resuming after step" in (folder / "jobs" / f"{number}_0_log.out").read_text()
-    same(folder, whole)
+    assert_same(folder, whole)
 
 
 def test_a_cancelled_run_is_saved_and_can_be_resumed(place, whole):
@@ -164,14 +159,14 @@ def test_a_cancelled_run_is_saved_and_can_be_resumed(place, whole):
     assert (status["status"], status["reason"]) == ("stopped", "SIGTERM")
     assert (folder / "checkpoints" / "last").read_text() == f"step-{status['step']:08d}"
     assert "test accuracy" in pdvit("train", "--resume", folder, *SLURM, "--follow")
-    same(folder, whole)
+    assert_same(folder, whole)
 
 
 def test_two_tasks_are_two_ranks(place):
     words = ["--config", "tiny.toml", "--epochs", "200st", "--gpus", "2", "--follow", "--out"]
     assert "x 2 processes" in pdvit("train", *words, "two", *SLURM)
     pdvit("train", *words, "here", "--launcher", "local")
-    same(place / "two", place / "here")
+    assert_same(place / "two", place / "here")
 
 
 def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
@@ -182,14 +177,14 @@ def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
     following = start(*first, "--follow")
     wait((place / "runs/six/jobs/jobs.json").is_file, "six")
     wait(lambda: written(place / "runs/six/none-seed=0"), "six")
-    assert "6 cells in runs/six, 0 of them to run now" in pdvit(*first)
+    assert "6 cells in runs/six, 0 to run now" in pdvit(*first)
     listed = pdvit("sweep", "status", "runs/six")
     assert "none-seed=0  running  job " in listed
     assert "paper-seed=1  waiting  job " in listed
     assert "6 cells: 4 finished, 2 failed" in finish(following, 1)
     rows = read_csv(place / "runs/six/cells.csv")
     assert [row["status"] for row in rows] == ["finished", "finished", "failed"] * 2
-    same(place / "runs/six/paper-seed=0", whole)
+    assert_same(place / "runs/six/paper-seed=0", whole)
 
 
 def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
@@ -200,7 +195,7 @@ def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
     process.send_signal(signal.SIGINT)
     assert "pdvit sweep cancel runs/long" in finish(process, 75)
     assert "running  job" in pdvit("sweep", "status", "runs/long")
-    assert "2 jobs end" in pdvit("sweep", "cancel", "runs/long")
+    assert "cancelled: 2 jobs" in pdvit("sweep", "cancel", "runs/long")
     wait(lambda: "job" not in pdvit("sweep", "status", "runs/long"), folder)
     assert "none-seed=0  stopped  SIGTERM" in pdvit("sweep", "status", "runs/long")
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
         *("engine.protocol", "engine.device", "engine.distributed"),
     },
     "analysis": {"models", "similarity", "engine", "tracking", "definitions", "plots"},
-    "launch": {"config", "tracking", "engine"},
+    "launch": {"config", "tracking", "engine", "workflows"},
     "sweep": {"config", "tracking", "engine"},
     "workflows": {
         *("config", "data", "models", "tasks", "engine", "tracking", "analysis", "plots", "sweep", "definitions"),

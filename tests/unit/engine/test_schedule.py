@@ -44,8 +44,8 @@ def test_durations_become_steps():
         ("optim.epochs", "1im", "no step"),
         ("optim.warmup", "100%", "warm-up"),
         ("optim.warmup", "3ep", "warm-up"),
-        ("run.stop_after", 3, "ends after 100 steps"),
-        ("run.profile", "101:102", "not FROM:TO within the 100 steps"),
+        ("run.stop_after", 3, "ends after step 100"),
+        ("run.profile", "101:102", "not FROM:TO within steps 1 to 100"),
         ("run.profile", "5:5", "not FROM:TO"),
     ],
 )

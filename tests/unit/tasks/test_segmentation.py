@@ -9,8 +9,7 @@ from PIL import Image
 from pdvit.config import build, resolve
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.data.loader import LoaderConfig
-from pdvit.data.masks.folders import open_masks
-from pdvit.data.masks.folders import MaskFiles
+from pdvit.data.masks.folders import MaskFiles, open_masks
 from pdvit.data.masks.table import ClassTable
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import Source

@@ -1,4 +1,4 @@
-"""The jobs of a run or a sweep: submit, look up, cancel."""
+"""Runs as jobs of this machine or of Slurm, through submitit: what a job does, and the jobs of a run or a sweep."""
 
 import json
 import os
@@ -7,27 +7,111 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from pdvit.config.duration import parse_duration
+from pdvit.config import Config, parse_duration
 from pdvit.config.schema import LaunchConfig
-from pdvit.errors import UserError
+from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
+from pdvit.errors import RunFailed, UserError
 from pdvit.files import read_json, reading
-from pdvit.launch.job import RunJob
-from pdvit.tracking.run_directory import JOBS, hold, write_file, writing
+from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, held, hold, write_file, writing
+from pdvit.workflows.console import make_console, process_group
 
 FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
-UNLIMITED = 10**6  # times that a job may be queued again, and minutes of a local job
+UNLIMITED = 10**6  # times that a job may be queued again, minutes of a local job, jobs of an array at a time
 RANKS_APART = 60  # seconds that Slurm lets a run continue after its first process has ended
+KILL_SECONDS = 3600.0  # a bound on the time between SIGTERM and SIGKILL
+POLL_SECONDS = {"local": 0.2, "slurm": 5.0}  # between two looks at the jobs
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """The function of a job; submitit pickles it. Each process of the run calls it with the same arguments."""
+
+    config: Config
+    run: Path  # absolute
+    change: tuple[str, ...] = ()  # of a resumed run
+    devices: str | None = None  # CUDA_VISIBLE_DEVICES of a local job; unset: all
+
+    def __call__(self) -> None:
+        """Train the run and exit with its status."""
+        begun, launch, slurm = time.monotonic(), self.config.launch, os.environ["SUBMITIT_EXECUTOR"] == "slurm"
+        if not slurm:  # submitit hides the GPUs
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            os.environ |= {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
+        os.environ |= {} if launch.cpus is None else {"OMP_NUM_THREADS": str(launch.cpus)}
+        main = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank == 0
+        before = self._checkpoint()
+        with stop_on_signals() as stop:
+            status = self._attempt(stop, RunDirectory(self.run, main))
+            if status == EXIT_STOPPED and not stop:
+                time.sleep(1)  # another process of the run received the signal first
+        # From here on, the signals are submitit's.
+        if status == EXIT_STOPPED and stop.reason == "SIGUSR2":
+            limit = parse_duration(launch.time, "min", "launch.time").seconds or 0.0
+            if self._checkpoint() == before and time.monotonic() - begun > limit / 4:
+                print(f"error: no step was saved in {launch.time}\n  tip:   a longer --time", file=sys.stderr)
+                RunDirectory(self.run, main).mark("failed", f"no step was saved in a job of {launch.time}")
+                sys.exit(1)
+            signal.raise_signal(signal.SIGUSR2)  # submitit calls `checkpoint` and queues the job again, in rank 0
+        if status == EXIT_STOPPED and slurm and stop.reason in ("SIGUSR2", "SIGTERM"):
+            # Slurm cancels, preempts or requeues. A job that exits before it is preempted would not be queued again.
+            time.sleep(KILL_SECONDS)
+        sys.exit(status)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Return what the job does when it is queued again; the interface of submitit."""
+        return DelayedSubmission(self)
+
+    def train(self, stop: StopRequest) -> int:
+        """Start or resume the run; return the exit status; raises UserError and RunFailed."""
+        from pdvit.workflows import runs  # imports torch: only once signals are handled
+
+        console = make_console(as_json=False)
+        with process_group():
+            if (self.run / "run.toml").is_file():
+                return runs.train_to_end(partial(runs.resume, str(self.run), [*self.change]), console, stop)
+            new = replace(self.config, run=replace(self.config.run, out=str(self.run)))
+            return runs.train_to_end(partial(runs.start, new), console, stop)
+
+    def _attempt(self, stop: StopRequest, directory: RunDirectory) -> int:
+        """Train, and return the exit status; write a failure into status.json, unless the run did."""
+        try:
+            status = self.train(stop)
+            if status == EXIT_STOPPED and not (self.run / "run.toml").is_file():  # it was stopped before it began
+                directory.mark("stopped", stop.reason or "interrupted")
+            return status
+        except KeyboardInterrupt:
+            return EXIT_STOPPED
+        except (UserError, RunFailed) as error:
+            print(f"error: {error}", file=sys.stderr)
+            reason = error.what
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        # A failure after a signal does not count: the end of a job also ends its workers, and may take its disk.
+        if not held(self.run / CHECKPOINTS / ".lock"):  # by another job, for which this one is refused
+            directory.mark("stopped" if stop else "failed", "interrupted" if stop else " ".join(reason.split()))
+        return EXIT_STOPPED if stop else 1
+
+    def _checkpoint(self) -> str | None:
+        """Return the name of the last checkpoint."""
+        last = self.run / CHECKPOINTS / "last"
+        return last.read_text() if last.is_file() else None
 
 
 class Jobs:
@@ -61,12 +145,15 @@ class Jobs:
         """Return the states of the jobs that have not ended, such as PENDING or RUNNING; raises UserError."""
         ids, found = self.ids(), {}
         self.children = [job for job in self.children if not job.done()]
+        own = {job.job_id for job in self.children}
         if any(launcher == "slurm" for launcher, *_ in ids.values()):
             listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
             found = dict(line.split(maxsplit=1) for line in listed.splitlines())
         for launcher, id_, _ in ids.values():
             with suppress(OSError):  # also those of a command that was killed
-                if launcher == "local" and os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes():
+                if launcher == "local" and (
+                    id_ in own or os.fsencode(self.folder) in Path(f"/proc/{id_}/cmdline").read_bytes()
+                ):
                     found[id_] = "RUNNING"
         return {name: found[id_] for name, (_, id_, _) in ids.items() if id_ in found}
 
@@ -81,8 +168,14 @@ class Jobs:
             pairs = zip(waiting.items(), free.elements(), strict=False)
             taken = {name: replace(job, devices=device) for (name, job), device in pairs}
         if taken:
+            executor = _executor(self.folder, launch)
             with writing("jobs", self.folder), _detached():
-                started = _submit(_executor(self.folder, launch), [*taken.values()])
+                try:
+                    started: list[Any] = executor.submit_array([*taken.values()])
+                except FailedJobError as error:
+                    what = re.sub(r"^sbatch: (error|fatal): ", "", str(error).strip().rpartition("\n")[2])
+                    tip = "check the settings of [launch]; sinfo lists the partitions"
+                    raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
                 self.children += [job for job in started if isinstance(job, LocalJob)]
                 jobs = zip(taken.items(), started, strict=True)
                 new = {name: [launch.launcher, found.job_id, job.devices] for (name, job), found in jobs}
@@ -107,27 +200,15 @@ class Jobs:
         return names
 
 
-def _submit(executor: LocalExecutor | SlurmExecutor, jobs: list[RunJob]) -> list[Any]:
-    try:
-        return executor.submit_array(jobs)
-    except FailedJobError as error:
-        what = re.sub(r"^sbatch: (error|fatal): ", "", str(error).strip().rpartition("\n")[2])
-        tip = "check the settings of [launch]; sinfo lists the partitions"
-        raise UserError(f"sbatch: {what}", "launch (--partition, --time, --sbatch, ...)", tip) from error
-
-
 def end_of_job(launcher: str, id_: str) -> str:
     """Return the command that cancels a job."""
     return shlex.join(["scancel", id_] if launcher == "slurm" else ["kill", id_])
 
 
 def _executor(folder: Path, launch: LaunchConfig) -> LocalExecutor | SlurmExecutor:
-    processes = launch.gpus or 1
     if launch.launcher == "local":
-        if launch.nodes > 1:
-            raise UserError("this machine is one node", "launch.nodes (--nodes)", "use --launcher slurm")
         local = LocalExecutor(folder, max_num_timeout=UNLIMITED)
-        local.update_parameters(tasks_per_node=processes, timeout_min=UNLIMITED, stderr_to_stdout=True)
+        local.update_parameters(tasks_per_node=launch.gpus or 1, timeout_min=UNLIMITED, stderr_to_stdout=True)
         return local
     for program in ("sbatch", "srun", "squeue"):
         if shutil.which(program) is None:
@@ -138,21 +219,18 @@ def _executor(folder: Path, launch: LaunchConfig) -> LocalExecutor | SlurmExecut
         what = f"a job of {launch.time} has no time for a checkpoint"
         tip = f"Slurm counts minutes, and {launch.grace} are for saving: a longer --time, or a shorter --grace"
         raise UserError(what, "launch.time (--time)", tip)
-    optional = {
-        "cpus_per_task": launch.cpus,
-        "gpus_per_node": launch.gpus,
-        "mem": launch.mem,
-        "partition": launch.partition,
-        "account": launch.account,
-        "constraint": launch.constraint,
-        "array_parallelism": launch.parallel,
-    }
     slurm = SlurmExecutor(folder, max_num_timeout=UNLIMITED)
     slurm.update_parameters(
-        **{name: value for name, value in optional.items() if value is not None},
         job_name=f"pdvit-{folder.parent.name}",
         nodes=launch.nodes,
-        ntasks_per_node=processes,
+        ntasks_per_node=launch.gpus or 1,
+        gpus_per_node=launch.gpus,
+        cpus_per_task=launch.cpus,
+        mem=launch.mem,
+        partition=launch.partition,
+        account=launch.account,
+        constraint=launch.constraint,
+        array_parallelism=launch.parallel or UNLIMITED,
         time=ceil(limit / 60),
         signal_delay_s=int(grace),
         stderr_to_stdout=True,

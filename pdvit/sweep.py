@@ -1,23 +1,35 @@
-"""The cells of a [sweep] table: their configurations, order and names."""
+"""Sweeps: the cells of a [sweep] table, and their folder with sweep.toml, a run directory for each, and cells.csv."""
 
+import csv
+import io
+import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from pdvit.config import Config, build, resolve
+import tomli_w
+
+from pdvit.config import Config, build, resolve, to_dict
 from pdvit.config.load import SWEEP_SECTION
+from pdvit.config.recipes import merge_layers, text_in_name
+from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError
-from pdvit.tracking.run_directory import JOBS
+from pdvit.files import read_text, reading
+from pdvit.tracking.run_directory import CHECKPOINTS, FREE, JOBS, OTHER, STATUS, RunDirectory, held, write_file, writing
 
 SEED = "run.seed"
 PLACES = ("run.out", "run.name", "launch.")  # keys of the whole sweep
 SWEEP, TABLE = "sweep.toml", "cells.csv"  # names in its folder that no cell can have, beside JOBS
 MAX_NAME = 200  # bytes; most file systems allow 255
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
-NOT_IN_NAMES = re.compile(r"[^\w.+%-]+")  # becomes _ in the name of a cell
 REFERENCE = re.compile(r"\{([\w.]+)\}")  # to a value of the cell, in other values
+FACTS = ("status", "reason", "seconds", "commit", "hardware")
+CellStatus = Literal["finished", "failed", "stopped", "waiting", "running"]
 
 
 @dataclass(frozen=True)
@@ -31,21 +43,14 @@ class Cell:
     config: Config  # not resolved
 
 
-def split(layer: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """Return a configuration without its [sweep] table, and the table, if there is one."""
-    rest = {name: value for name, value in layer.items() if name != SWEEP_SECTION}
-    table = layer.get(SWEEP_SECTION)
-    if table is not None and not (isinstance(table, Mapping) and table):
-        raise UserError("the [sweep] table is empty", where, f"write [sweep], and below it for example {EXAMPLE}")
-    return rest, table
-
-
 def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], where: str) -> list[Cell]:
     """Return the cells of a sweep over `base` with checked configurations; raises UserError that names the cell.
 
     Seeds are the outermost loop, so that an unfinished sweep has whole rounds of all cells, and later seeds come last.
     Then come the variants, then the keys in the order of the table, the last one changing fastest.
     """
+    if not (isinstance(table, Mapping) and table):
+        raise UserError("the [sweep] table is empty", where, f"write [sweep], and below it for example {EXAMPLE}")
     where = f"[sweep] of {where}"
     variants = _variants(table.get("variant", []), where)
     axes = {key: values for key, values in table.items() if key != "variant"}
@@ -110,9 +115,6 @@ def _check_values(key: str, values: Any, where: str) -> None:
     _check_key(key, values, where)
     if not (isinstance(values, list) and values):
         raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
-    for number, value in enumerate(values):
-        if value in values[:number]:
-            raise UserError(f"'{key}' has the value {value!r} twice", where, "leave one out: each cell is run once")
 
 
 def _substitute(value: Any, words: Mapping[str, Any]) -> Any:
@@ -139,10 +141,8 @@ def _check_key(key: str, value: Any, where: str) -> None:
 
 def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], where: str) -> Config:
     """Return the configuration of a cell, checked without its data and model."""
-    layer: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        layer.setdefault(section, {})[name] = value
+    parts = ((*key.split(".", 1), value) for key, value in values.items())
+    layer = merge_layers({section: {name: value}} for section, name, value in parts)
     config = build((where, base), (where, layer))
     try:
         if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it
@@ -152,17 +152,8 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
     return config
 
 
-def text_in_name(value: Any) -> str:
-    """Return a value as part of a folder's name."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return "_".join(text_in_name(item) for item in value)
-    return NOT_IN_NAMES.sub("_", str(value)).strip("_")
-
-
 def _check_names(names: Sequence[str], where: str) -> None:
-    tip = "make [[sweep.variant]] bundles of these values, with names of their own"
+    tip = "leave one out, or make [[sweep.variant]] bundles of these values, with names of their own"
     for number, name in enumerate(names):
         if name in ("", SWEEP, TABLE, JOBS):
             what = f"a cell would be named '{name}', as a file of the sweep" if name else "a cell would have no name"
@@ -171,3 +162,107 @@ def _check_names(names: Sequence[str], where: str) -> None:
             raise UserError(f"two cells would be named '{name}'", where, tip)
         if len(name.encode()) > MAX_NAME:
             raise UserError(f"the name '{name[:60]}...' is too long for a folder", where, tip)
+
+
+@dataclass(frozen=True)
+class CellState:
+    """The status of a cell, and its reason, if there is one."""
+
+    status: CellStatus
+    reason: str = ""
+
+
+class Folder:
+    """The files of a sweep."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, base: Mapping[str, Any], table: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+        """Create or reopen the folder; raises UserError if it is of something else or of another sweep.
+
+        A resumed sweep may have more cells than before; those that began must be the same.
+        """
+        text = f"# The settings of the cells here.\n\n{tomli_w.dumps({**base, SWEEP_SECTION: table})}"
+        file = self.path / SWEEP
+        with writing("the sweep", self.path, f"{FREE}, or {OTHER}"):
+            if file.is_file():
+                begun = [cell for cell in self.read_cells() if (self.path / cell.name / "run.toml").exists()]
+                _check_same(begun, cells, str(self.path))
+            elif self.path.is_file() or (self.path.is_dir() and {*os.listdir(self.path)} - {JOBS}):
+                what = "the folder exists already, and is not that of a sweep"
+                raise UserError(what, str(self.path), OTHER)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(file, text)
+
+    def read_cells(self) -> list[Cell]:
+        """Return the cells of sweep.toml; raises UserError if it is damaged."""
+        file = self.path / SWEEP
+        with reading(file, "restore it, or choose another --out", "the sweep can't be read"):
+            base = tomllib.loads(read_text(file))
+            return make_cells(base, base.pop(SWEEP_SECTION), str(file))
+
+    def state(self, name: str, jobs: Mapping[str, str]) -> CellState:
+        """Return the state of a cell; `jobs` has the states of those that have not ended. Without one, it was killed.
+
+        A cell can also be trained by `--resume`.
+        """
+        written = self.written(name)
+        if written.status == "finished":
+            return written
+        if name in jobs or held(self.path / name / CHECKPOINTS / ".lock"):
+            return CellState("waiting" if jobs.get(name) == "PENDING" else "running")
+        return CellState("stopped", "interrupted") if written.status == "running" else written
+
+    def written(self, name: str) -> CellState:
+        """Return the state in a cell's files."""
+        run = RunDirectory(self.path / name)
+        if not (run.path / STATUS).is_file():
+            return CellState("running" if (run.path / "run.toml").is_file() else "waiting")
+        try:
+            facts = run.read_json(STATUS)
+            if facts.get("status") == "finished":
+                run.read_json("summary.json")
+        except UserError as error:
+            return CellState("failed", error.what)
+        return CellState(facts.get("status", "failed"), facts.get("reason") or "")
+
+    def write_table(self, jobs: Mapping[str, str]) -> list[tuple[Cell, CellState]]:
+        """Write cells.csv from the run directories, and return every cell's state; `jobs` as in `state`."""
+        states = [(cell, self.state(cell.name, jobs)) for cell in self.read_cells()]
+        rows = [self._row(cell, state) for cell, state in states]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with writing(TABLE, self.path, FREE):
+            write_file(self.path / TABLE, text.getvalue())
+        return states
+
+    def _row(self, cell: Cell, state: CellState) -> dict[str, Any]:
+        run = RunDirectory(self.path / cell.name)
+        row = {"cell": cell.number, "name": cell.name, "variant": cell.variant, **cell.values}
+        row |= dict.fromkeys(FACTS, "") | {"status": state.status, "reason": state.reason}
+        if (run.path / "environment.json").is_file():
+            with suppress(UserError):  # a damaged file of one cell stops no sweep
+                environment = run.read_json("environment.json")
+                on_cpu = f"{environment.get('processor')}, {environment.get('cores')} cores"
+                device = environment.get("device")
+                row |= {"commit": environment.get("commit"), "hardware": on_cpu if device == "cpu" else device}
+        if state.status == "finished":
+            summary = run.read_json("summary.json")
+            row |= {name: value for name, value in summary.items() if type(value) in (int, float)}
+        return row
+
+
+def _check_same(before: Sequence[Cell], now: Sequence[Cell], where: str) -> None:
+    tip = "choose another --out; a resumed sweep may only have more cells: more values, variants or seeds"
+    known = {cell.name: cell for cell in now}
+    for cell in before:
+        if cell.name not in known:
+            raise UserError(f"the sweep here has a cell '{cell.name}', which is no longer in the file", where, tip)
+        if changes := changed_keys(to_dict(cell.config), to_dict(known[cell.name].config)):
+            key, (old, new) = next(iter(changes.items()))
+            what = f"'{cell.name}' is another run now: {key} was {old!r}, is {new!r}"
+            raise UserError(what, where, tip)
