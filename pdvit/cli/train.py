@@ -127,8 +127,8 @@ def _launch_run(
         if config.data.batch_size:
             resolve(config)  # raises the errors of settings before the job
         unnamed = config.run.name is None and config.run.out is None
-        name = runs.default_name(config) if unnamed else config.run.name or ""
-        path = RunDirectory.create(config.run.out, name).path
+        base = runs.default_name(config) if unnamed else config.run.name or ""
+        path = RunDirectory.create(config.run.out, base).path
     jobs = Jobs(path)
     with jobs.locked():
         if jobs.states():
