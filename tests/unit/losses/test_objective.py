@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, mixing_loss
 from pdvit.losses.objective import TokenOutput
-from pdvit.losses.terms import LAST_LAYER_TERMS
-from pdvit.losses.variants import VARIANTS
+from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS
 
 CLASSES, GRID = 5, (2, 3)
 WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2)

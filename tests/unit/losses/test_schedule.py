@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.losses.schedule import WeightSchedule
+from pdvit.losses.terms import WeightSchedule
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from torch import Tensor
 from pdvit.config import schema
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, contrastive_loss, cosine_loss, mixing_loss
-from pdvit.losses.terms import LAST_LAYER_TERMS
-from pdvit.losses.variants import VARIANTS
+from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS
 
 
 def mixing(last: Tensor, variant: str) -> Tensor:
