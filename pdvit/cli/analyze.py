@@ -171,7 +171,7 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
 
 def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:
     """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
-    from pdvit.analysis.report import report_page
+    from pdvit.analysis.pages import report_page
     from pdvit.plots.style import DARK, LIGHT, render
     from pdvit.tracking.environment import describe_environment
     from pdvit.tracking.run_directory import write_file, writing

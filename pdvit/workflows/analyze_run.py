@@ -180,7 +180,8 @@ def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
     """Write explorer.html for the first folder and maps.npz for each, of the same images; checkpoints load again."""
-    from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
+    from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, read_maps, write_maps
+    from pdvit.analysis.pages import explorer_page
     from pdvit.analysis.tables import MAPS
 
     images, bad, models = results[0].images, BadImages(skip=True), []

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdvit.analysis.explorer import Maps, explorer_page
+from pdvit.analysis.explorer import Maps
+from pdvit.analysis.pages import explorer_page
 
 pytestmark = pytest.mark.slow
 IMAGE = "#image-name option:checked"

@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.analysis.report import CONDITIONS, report_page
+from pdvit.analysis.pages import CONDITIONS, report_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"

@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 
-from pdvit.analysis.explorer import Maps, bytes_per_model, explorer_page, map_size, picture_size, read_maps
+from pdvit.analysis.explorer import Maps, bytes_per_model, map_size, picture_size, read_maps
+from pdvit.analysis.pages import explorer_page
 from pdvit.errors import UserError
 from tests.unit.analysis.test_families import tokens_of
 
@@ -68,7 +69,7 @@ def test_no_more_images_are_read_than_fit(plain):
 def test_layers_are_left_out_evenly_if_one_image_does_not_fit(plain):
     maps = read_maps(plain, pictures(2), normalise, max_bytes=picture_size(SIDE, SIDE) + 3 * map_size(16))
     assert list(maps.grids) == ["embed", "block 2", "norm"]
-    assert (maps.depths, maps.deepest) == ([0, 2, 5], 5)
+    assert maps.depths == [0, 2, 5]
     assert len(maps.names) == 1
     assert "block 1, block 3, block 4" in maps.notes[0]
 
@@ -99,7 +100,7 @@ def made(model: str = "made", images: int = 1, side: int = 2, layers: int = 2, p
         cosines.append({layer: upper + upper.T + 127 * np.eye(side**2, dtype=np.int8) for layer in grids})
     shown = [rng.integers(0, 256, (pixels, pixels, 3)).astype(np.uint8) for _ in range(images)]
     names, similarity = [f"{n}.png" for n in range(images)], [[0.25] * layers] * images
-    return Maps(model, names, shown, grids, cosines, similarity, [], list(range(layers)), layers - 1)
+    return Maps(model, names, shown, grids, cosines, similarity, [], list(range(layers)))
 
 
 def test_the_page_holds_every_cosine_once():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pdvit.analysis import METRICS, cka_between, measure
 from pdvit.analysis.measure import Moments
-from pdvit.definitions import DEFAULT
+from pdvit.definitions import DEFAULT, GROUPS
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 
@@ -170,8 +170,8 @@ def test_every_group_measures_every_layer_however_images_are_cut():
     model, images = build(), pictures(9)
     found = measure(model, images.split(5), METRICS)
     rows = {name: part["layer"].tolist() for name, part in found.table.groupby("metric")}
-    for group, spec in METRICS.items():
-        for name in set(spec.columns) - {"similarity_random"}:  # of the command only
+    for group, content in GROUPS.items():
+        for name in set(content["columns"]) - {"similarity_random"}:  # of the command only
             layers = {"drift": LAYERS[1:], "attention": LAYERS[1:4]}.get(group, LAYERS)
             assert rows.pop(name) == (LAYERS[2:4] if name == "attention_similarity" else layers)
     assert rows == {}
@@ -179,7 +179,7 @@ def test_every_group_measures_every_layer_however_images_are_cut():
     assert set(found.curves) == {"pairs", "spectrum", "attention", "cka"}
     whole = measure(model, images, METRICS).curves
     for group, arrays in found.curves.items():
-        assert {name.split("/")[0] for name in arrays} == set(METRICS[group].curves)
+        assert {name.split("/")[0] for name in arrays} == set(GROUPS[group]["curves"])
         for name, array in arrays.items():
             if group != "cka":  # depends on the batches
                 np.testing.assert_allclose(array, whole[group][name], atol=1e-5, err_msg=name)

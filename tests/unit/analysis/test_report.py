@@ -2,7 +2,7 @@ import base64
 
 import pytest
 
-from pdvit.analysis.report import CONDITIONS, report_page
+from pdvit.analysis.pages import CONDITIONS, report_page
 from pdvit.definitions import DEFINITIONS
 
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ title }}'\""

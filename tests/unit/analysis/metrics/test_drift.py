@@ -6,12 +6,12 @@ from torch import Tensor
 
 from pdvit import similarity
 from pdvit.analysis.metrics import METRICS
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import Patches
 from pdvit.similarity import unit_tokens
 
 
 def measure(tokens: Tensor, first: Tensor) -> list[list[float]]:
-    found = METRICS["drift"].compute(Patches(tokens, first=unit_tokens(first)))
+    found = METRICS["drift"](Patches(tokens, first=unit_tokens(first)))
     return [found[name].tolist() for name in ("drift_cosine", "drift_retrieval")]
 
 

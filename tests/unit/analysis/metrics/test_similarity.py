@@ -7,8 +7,9 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from pdvit import similarity
 from pdvit.analysis.metrics import METRICS
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.metrics.similarity import PERCENTILES, histogram, outliers, percentiles
+from pdvit.definitions import GROUPS
 from pdvit.similarity import unit_tokens
 
 
@@ -29,8 +30,8 @@ def slow_norms(tokens: np.ndarray) -> dict[str, float]:
 
 
 def check_norms(tokens: torch.Tensor) -> None:
-    found = METRICS["norms"].compute(Patches(tokens))
-    assert set(found) == set(METRICS["norms"].columns)
+    found = METRICS["norms"](Patches(tokens))
+    assert set(found) == set(GROUPS["norms"]["columns"])
     expected = [slow_norms(image.double().numpy()) for image in tokens]
     for name, values in found.items():
         np.testing.assert_allclose(values, [image[name] for image in expected], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -49,7 +50,7 @@ def test_norms_of_identical_zero_and_two_tokens(gaussian):
     check_norms(torch.zeros(1, 5, 3))
     check_norms(gaussian(2, 2, 5))
     pair = torch.tensor([[[1.0, 0], [1000, 0]]])  # of two, neither is an outlier
-    assert METRICS["norms"].compute(Patches(pair))["norm_outliers"].tolist() == [0]
+    assert METRICS["norms"](Patches(pair))["norm_outliers"].tolist() == [0]
 
 
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
@@ -107,7 +108,7 @@ def test_pairs_of_identical_opposite_and_zero_tokens():
 def test_random_tokens_read_as_the_docs_say(gaussian):
     found = percentiles(unit_tokens(gaussian(4, 100, 400))).mean(0)
     np.testing.assert_allclose(found, np.array([-1.645, -0.674, 0, 0.674, 1.645]) / 20, atol=0.003)
-    norms = METRICS["norms"].compute(Patches(gaussian(8, 196, 768)))
+    norms = METRICS["norms"](Patches(gaussian(8, 196, 768)))
     assert float(norms["norm_mean"].mean()) == pytest.approx(768**0.5, rel=0.01)
     assert float(norms["norm_std"].mean()) == pytest.approx(0.5**0.5, rel=0.05)
     assert float(norms["norm_peak"].max()) < 1.1
@@ -118,6 +119,6 @@ def test_random_tokens_read_as_the_docs_say(gaussian):
 def test_no_metric_depends_on_the_size_of_the_tokens_but_lengths(gaussian, size):
     tokens = gaussian(2, 16, 8, shift=0.5)
     for group in ("similarity", "similarity_signed", "norms", "pairs", "rank", "spectrum"):
-        found, expected = (METRICS[group].compute(Patches(each, (4, 4))) for each in (tokens * size, tokens))
+        found, expected = (METRICS[group](Patches(each, (4, 4))) for each in (tokens * size, tokens))
         for name in found.keys() - {"norm_mean", "norm_std"}:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
