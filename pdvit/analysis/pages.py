@@ -85,26 +85,19 @@ def report_page(
         models=[_measured(table, facts) for table, facts in analyses],
         figures=[(caption, *(_data_uri(svg, "image/svg+xml") for svg in svgs)) for caption, *svgs in figures],
         definitions={name: DEFINITIONS[name] for table, _ in analyses for name in table["metric"]},
-        environment={name: _text(value) for name, value in environment.items() if value not in (None, "")},
+        environment=environment,
     )
 
 
 def _measured(table: pd.DataFrame, facts: dict[str, Any]) -> dict[str, Any]:
     columns = columns_of(table)
-    conditions = {name.replace("_", " "): _text(facts[name]) for name in CONDITIONS}
     return {
         "facts": facts,
         "headings": [heading for heading, _ in columns],
         "rows": list(zip(*(cells for _, cells in columns), strict=True)),
         "csv": _data_uri(table.to_csv(index=False, float_format="%.6g").encode(), "text/csv"),
-        "conditions": {name: text for name, text in conditions.items() if text},
+        "conditions": {name.replace("_", " "): facts[name] for name in CONDITIONS},
     }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):  # versions of packages; None for those that are not installed
-        return ", ".join(f"{name} {version}" for name, version in value.items() if version)
-    return "; ".join(value) if isinstance(value, list) else str(value)
 
 
 def _render(name: str, title: str, **context: Any) -> str:

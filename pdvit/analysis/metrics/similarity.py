@@ -97,13 +97,9 @@ def sampled_cosines(unit: Tensor) -> Tensor:
 
 def histogram(unit: Tensor, bins: int = BINS) -> Tensor:
     """Return the fraction of the pairs of each image in each of `bins` equal parts of [-1, 1], `(B, bins)`."""
-    images = len(unit)
-    offsets = torch.arange(images, device=unit.device)[:, None] * bins
-    total = unit.new_zeros(images, bins, dtype=torch.long)
-    for cosines in pair_cosines(unit):
-        numbers = ((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1)
-        total += (numbers + offsets).flatten().bincount(minlength=images * bins).view(images, bins)
-    return total.double() / total.sum(1, keepdim=True)
+    blocks = (torch.stack([image.histc(bins, -1, 1) for image in cosines]).double() for cosines in pair_cosines(unit))
+    total = torch.stack(list(blocks)).sum(0)
+    return total / total.sum(1, keepdim=True)
 
 
 def pair_metrics(patches: Patches) -> dict[str, Tensor]:
