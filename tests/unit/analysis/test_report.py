@@ -46,9 +46,3 @@ def test_the_report_holds_its_figures_and_the_whole_table_and_loads_nothing(repo
     assert lines[0].startswith("model,layer,depth,metric,mean")
     assert len(lines) == 7
     assert not any(tag == "script" for tag, _ in found)
-
-
-def test_names_from_outside_stay_text(report):
-    page = report(model=HOSTILE, checkpoint=HOSTILE, verdict=HOSTILE, images=HOSTILE)
-    assert [attrs["alt"] for tag, attrs in page.found if tag == "img"] == ["P by layer"]
-    assert " ".join(page.texts).count(HOSTILE) == 8  # title, heading, verdict twice, section, conditions twice, command

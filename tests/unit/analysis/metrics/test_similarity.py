@@ -65,6 +65,41 @@ def test_outliers_do_not_depend_on_scale_or_rounding(gaussian, size):
     assert int(outliers(torch.cat([torch.zeros(1, 7), torch.rand(1, 6) + 1], 1)).sum()) == 6  # never more than half
 
 
+def drift(tokens: torch.Tensor, first: torch.Tensor) -> list[list[float]]:
+    found = METRICS["drift"](Patches(tokens, first=unit_tokens(first)))
+    return [found[name].tolist() for name in ("drift_cosine", "drift_retrieval")]
+
+
+def slow_drift(tokens: np.ndarray, first: np.ndarray) -> tuple[float, float]:
+    """Cosine with the own patch, and the fraction that finds it, patch by patch."""
+    own, found = [], []
+    for index, token in enumerate(tokens.astype(np.float64)):
+        cosines = cosine_similarity(token[None], first.astype(np.float64))[0]
+        own.append(cosines[index])
+        nearest = np.flatnonzero(cosines >= cosines.max() - 1e-6)
+        found.append(1 / len(nearest) if index in nearest else 0)
+    return np.mean(own), np.mean(found)
+
+
+@pytest.mark.parametrize(("count", "width", "noise"), [(2, 3, 1.0), (9, 4, 0.7), (25, 16, 2.0), (30, 8, 5.0)])
+def test_drift_equals_a_search_patch_by_patch_in_blocks_of_any_size(gaussian, monkeypatch, count, width, noise):
+    first = gaussian(4, count, width)
+    tokens = first + noise * gaussian(4, count, width, seed=1)
+    expected = np.array([slow_drift(a, b) for a, b in zip(tokens.numpy(), first.numpy(), strict=True)])
+    for entries in (10**6, 60):
+        monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
+        np.testing.assert_allclose(drift(tokens, first), expected.T, atol=1e-6)
+
+
+def test_drift_of_the_first_layer_itself_its_mirror_and_identical_or_zero_tokens(gaussian):
+    tokens = gaussian(2, 12, 8)
+    assert drift(tokens, tokens) == [pytest.approx([1, 1]), [1, 1]]
+    assert drift(-tokens, tokens) == [pytest.approx([-1, -1]), [0, 0]]
+    same, zero = torch.full((1, 8, 3), 0.3), torch.zeros(1, 8, 3)  # found by chance
+    assert drift(same, same) == [pytest.approx([1]), pytest.approx([1 / 8])]
+    assert drift(zero, zero) == [[0], pytest.approx([1 / 8])]
+
+
 def all_pairs(tokens: np.ndarray) -> np.ndarray:
     """The cosines of all pairs of the tokens of one image, in float64."""
     cosines = cosine_similarity(tokens.astype(np.float64))
