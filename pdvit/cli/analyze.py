@@ -148,7 +148,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
 
 
 def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
-    """Print published values, definitions, and the conditions of the measurement."""
+    """Print definitions, and the conditions of the measurement."""
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name
@@ -162,11 +162,9 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
         "spread": facts["spread"],
-        "published": facts["published"],
     }
     for name, text in conditions.items():
-        if text:
-            log(console, f"{name:9} {text}", words=True)
+        log(console, f"{name:9} {text}", words=True)
 
 
 def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:

@@ -7,7 +7,7 @@ from pdvit.definitions import DEFINITIONS
 
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ title }}'\""
 ENVIRONMENT = {"packages": {"torch": "2.15", "none": None}, "commit": None, "started": "2026-01-02T03:04"}
-FACTS = dict.fromkeys(CONDITIONS, "raw") | {"notes": ["cka left 1 image out"], "model": "made", "published": None}
+FACTS = dict.fromkeys(CONDITIONS, "raw") | {"notes": ["cka left 1 image out"], "model": "made"}
 FACTS |= {"verdict": "no collapse: P does not climb", "advice": "to try: nothing"}
 
 
