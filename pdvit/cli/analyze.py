@@ -164,7 +164,8 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
         "spread": facts["spread"],
     }
     for name, text in conditions.items():
-        log(console, f"{name:9} {text}", words=True)
+        if text:
+            log(console, f"{name:9} {text}", words=True)
 
 
 def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:
