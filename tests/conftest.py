@@ -197,8 +197,8 @@ def analysis_folder():
         names = ("similarity", "similarity_random", "similarity_signed", "dc_share", "cka_last")
         names += ("norm_mean", "norm_std", "norm_peak", "norm_outliers", "attention_entropy", "new_metric")
         rows = [
-            {"model": "made", "layer": layer, "depth": at, "metric": name, "mean": rng.uniform(), "std": 0.1}
-            | {"ci95": 0.05, "images": 8, "tokens": counts[at]}
+            {"model": "made", "layer": layer, "depth": at, "metric": name, "std": 0.1, "ci95": 0.05}
+            | {"mean": (name == "norm_peak") + rng.uniform(), "images": 8, "tokens": counts[at]}
             for name in names
             for at, layer in enumerate(layers)
             if not name.startswith("attention") or layer.startswith("block")

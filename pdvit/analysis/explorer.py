@@ -1,25 +1,20 @@
-"""The patch explorer: cosines between all patches of a few images, layer by layer, as one HTML file."""
+"""The maps of the patch explorer: cosines between all patches of a few images, layer by layer."""
 
-import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from pdvit.analysis.html import data_uri, render_page
 from pdvit.analysis.measure import check_tokens, inference
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, find_layers, shapes_of, watch
-from pdvit.version import __version__
 
 MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4  # a map of 2,048 patches takes 2.8 MB of a page
 PAGE_BYTES, CODE_BYTES = 10**7, 200_000  # bytes of a page, and the part of its own code and names
@@ -38,7 +33,6 @@ class Maps:
     similarity: list[list[float]]  # by image, P of each layer, from the tokens themselves
     notes: list[str]  # missing layers, and why
     depths: list[int]  # of the layers, from 0 (the input of the first block)
-    deepest: int  # depth of the model's last layer
     random: Mapping[str, float] = field(default_factory=dict)  # by layer, P of the same model with random weights
 
 
@@ -72,7 +66,7 @@ def read_maps(
     layers, max_images = _fitting(counts, picture_size(first.shape[-2], first.shape[-1]), max_bytes)
     missing = [layer.name for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
-    maps = Maps(name, [], [], {}, [], [], notes, [it.depth for it in layers], max(it.depth for it in counts))
+    maps = Maps(name, [], [], {}, [], [], notes, [layer.depth for layer in layers])
 
     def visit(layer: Layer, tokens: Tensor) -> None:
         found[layer] = Patches(tokens, image_size)
@@ -101,44 +95,6 @@ def write_maps(file: Path, maps: Maps) -> None:
         arrays[f"image/{number}"] = image
         arrays |= {f"cos/{number}/{layer}": levels for layer, levels in cosines.items()}
     write_arrays(file, arrays)
-
-
-def explorer_page(models: list[Maps], notes: list[str]) -> str:
-    """Return the explorer as HTML, from maps of the same images, and notes to show below theirs."""
-    count = min(len(maps.names) for maps in models)
-    pictures: dict[str, int] = {}  # models that see the same pixels share them
-    block = {
-        "names": models[0].names[:count],
-        "models": [_model(maps, count, pictures) for maps in models],
-        "pictures": list(pictures),
-        "notes": [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes), f"pdvit {__version__}"],
-    }
-    title = f"Patch explorer: {', '.join(maps.model for maps in models)}"
-    return render_page("explorer.html", title, ["page.css", "explorer.css"], "explorer.js", data=block)
-
-
-def _model(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]:
-    return {
-        "name": maps.model,
-        "layers": list(maps.grids),
-        "depths": maps.depths,
-        "deepest": maps.deepest,
-        "grids": list(maps.grids.values()),
-        "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
-        "random": [maps.random.get(layer) for layer in maps.grids],
-        "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
-        # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
-        "cosines": [
-            [base64.b64encode(levels[np.triu_indices(len(levels), 1)].tobytes()).decode() for levels in layers.values()]
-            for layers in maps.cosines[:count]
-        ],
-    }
-
-
-def _png(image: np.ndarray) -> str:
-    packed = BytesIO()
-    Image.fromarray(image).save(packed, "PNG", optimize=True)
-    return data_uri(packed.getvalue(), "image/png")
 
 
 def map_size(count: int) -> int:

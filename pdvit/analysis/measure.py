@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.attention import Attention, patch_rows
 from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, centred_gram
-from pdvit.analysis.metrics.group import MetricGroup, Patches
+from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.verdict import verdict
-from pdvit.definitions import DEFAULT
+from pdvit.definitions import DEFAULT, GROUPS
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError, closest
@@ -86,10 +86,9 @@ class Analysis:
         return f"{self._text()}\n{self.table}"
 
     def _repr_html_(self) -> str:
-        from pdvit.analysis.tables import layer_column, metric_columns
+        from pdvit.analysis.tables import columns_of
 
-        columns = dict([layer_column(self.table), *(it for name in METRICS for it in metric_columns(self.table, name))])
-        lines = escape(self._text()).replace("\n", "<br>")
+        lines, columns = escape(self._text()).replace("\n", "<br>"), dict(columns_of(self.table))
         return f"<p>{lines}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
 
     def __getitem__(self, key: Any) -> Any:
@@ -141,8 +140,7 @@ def cka_between(
     batches as the other model takes them, if that differs. Ranks as in `measure`. UserError if no batch is left.
     """
     cka, weight = LinearCKA(), next(model.parameters())
-    groups = select_metrics("cka")
-    rows, columns = (LayerMetrics(*find_layers(each, where=WHERE), groups) for each in (model, other))
+    rows, columns = (LayerMetrics(*find_layers(each, where=WHERE), ["cka"]) for each in (model, other))
     model, other = rows.model, columns.model
     own, others = tee(batches(images, weight))
     if other_images is not None:
@@ -162,15 +160,15 @@ def cka_between(
     return pd.DataFrame(total.compute().numpy(), index=names, columns=other_names)
 
 
-def select_metrics(metrics: Names) -> dict[str, MetricGroup]:
-    """Return groups by name; a name may be several, separated by commas."""
+def select_metrics(metrics: Names) -> list[str]:
+    """Return the names of groups; a name may be several, separated by commas. UserError for an unknown one."""
     listed = [metrics] if isinstance(metrics, str) else metrics
     names = [name.strip() for part in listed for name in part.split(",")]
     for name in names or [""]:
         if name not in METRICS:
             tip = closest(name, METRICS, len(METRICS))
             raise UserError(f"there is no metric '{name}'", "analyze(metrics=...)", tip)
-    return {name: METRICS[name] for name in names}
+    return list(dict.fromkeys(names))
 
 
 def batches(images: Images, weight: Tensor) -> Iterator[Tensor]:
@@ -278,7 +276,7 @@ class MetricSums:
 class LayerMetrics:
     """Metrics of the layers of a model at some places, updated by hooks during forward passes."""
 
-    def __init__(self, model: nn.Module, places: dict[Layer, Place], groups: dict[str, MetricGroup]) -> None:
+    def __init__(self, model: nn.Module, places: dict[Layer, Place], groups: list[str]) -> None:
         self.model = model
         self.groups = groups
         self.places = places
@@ -318,15 +316,15 @@ class LayerMetrics:
             self.first = patches.unit
         if self.first is not None and self.first.shape == tokens.shape:
             patches.first = self.first
-        for name, group in self.groups.items():
+        for name in self.groups:
             if name not in ("attention", "cka"):
-                self._add(name, layer, group.compute(patches))
+                self._add(name, layer, METRICS[name](patches))
         if "cka" in self.groups and len(tokens) >= MIN_IMAGES:
             self.grams.append(centred_gram(patches.tokens))
 
     def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
         rows = patch_rows(probabilities, self.places[layer].prefix)
-        self._add("attention", layer, self.groups["attention"].compute(Attention(rows, self.image_size, self.previous)))
+        self._add("attention", layer, METRICS["attention"](Attention(rows, self.image_size, self.previous)))
         self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
@@ -346,13 +344,13 @@ class LayerMetrics:
                 tip = f"pass batches of at least {MIN_IMAGES} images; more make it less noisy (--images, --batch-size)"
                 raise UserError("CKA compares images with one another: batches are too small", "metrics='cka'", tip)
             curves["cka"] = {"matrix": sums.cka.compute().numpy(), "layers": np.array(layers)}
-        named = [(name, metric) for name, group in self.groups.items() for metric in (*group.columns, *group.curves)]
+        named = [(group, name) for group in self.groups for part in GROUPS[group].values() for name in part]
         for (group, metric), (number, layer) in product(named, enumerate(self.places)):
             place, moments = (model, layer.name, layer.depth, metric), sums.moments.get((group, metric, layer))
             if metric == "cka_last":
                 value = float(curves["cka"]["matrix"][number, -1])
                 rows.append((*place, value, math.nan, math.nan, sums.cka.images, sums.tokens[layer]))
-            elif moments and metric in self.groups[group].columns:
+            elif moments and metric in GROUPS[group]["columns"]:
                 spread = (moments.std, moments.ci95)
                 rows.append((*place, float(moments.mean), *spread, moments.count, sums.tokens[layer]))
             elif moments:

@@ -1,6 +1,6 @@
 """The tables of an analysis: in a terminal, and in files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdvit.analysis.measure import Analysis
-from pdvit.analysis.metrics import METRICS
+from pdvit.definitions import DEFINITIONS, GROUPS
 from pdvit.tracking.run_directory import to_json, write_file, writing
 
 BETWEEN, MAPS = "cka_between.npz", "maps.npz"
-# Groups that share a table in a terminal of 80 characters (others share a last one), and the width of the bar of P.
-TABLES = (("similarity", "similarity_signed", "norms"), ("pairs", "drift", "rank"), ("spectrum", "attention", "cka"))
+# Groups that share a table in a terminal of 80 characters (all others share a last one), and the width of the bar of P.
+TABLES = (("similarity", "similarity_signed", "norms"), ("pairs", "drift", "rank"))
 BAR = 12
 Columns = list[tuple[str, list[str]]]  # heading and cells, one per layer
 
 
 def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:
     """Yield an analysis as tables of at most 80 characters: layers down, metrics across, P with a bar."""
-    others = [name for name in METRICS if not any(name in groups for groups in TABLES)]
+    others = [name for name in GROUPS if not any(name in groups for groups in TABLES)]
     for groups in (*TABLES, others):
-        columns = [column for group in groups for column in metric_columns(table, group)]
+        columns = columns_of(table, groups)
         heights = table[table["metric"] == "similarity"].sort_values("depth")["mean"].tolist()
         if "similarity" in groups and heights:
             columns.append((f"0{'·' * (BAR - 2)}1", ["█" * round(height * BAR) for height in heights]))
-        if not columns:
+        if len(columns) == 1:
             continue
         view = Table(box=None, pad_edge=False, header_style="bold")
-        columns.insert(0, layer_column(table))
         for heading, _ in columns:
             view.add_column(heading, justify="left" if heading == "layer" or "·" in heading else "right", no_wrap=True)
         for row in zip(*(cells for _, cells in columns), strict=True):
@@ -40,20 +39,15 @@ def terminal_tables(table: pd.DataFrame) -> Iterator[Table]:
         yield view
 
 
-def layer_column(table: pd.DataFrame) -> tuple[str, list[str]]:
-    """Return the column of the layers, by depth."""
-    return "layer", table.drop_duplicates("depth").sort_values("depth")["layer"].tolist()
-
-
-def metric_columns(table: pd.DataFrame, group: str) -> Columns:
-    """Return headings and cells of a group, by depth; a layer without a value has a hyphen."""
-    depths = sorted(table["depth"].unique())
-    columns: Columns = []
-    for metric, definition in METRICS[group].columns.items():
-        rows = table[table["metric"] == metric].set_index("depth")
-        if len(rows) and definition.heading:
-            rows = rows.reindex(depths)
-            columns.append((definition.heading, _cells(rows["mean"], signed=metric == "similarity_signed")))
+def columns_of(table: pd.DataFrame, groups: Iterable[str] = GROUPS) -> Columns:
+    """Return headings and cells of the layers and of groups, by depth; a layer without a value has a hyphen."""
+    layers = table.drop_duplicates("depth").set_index("depth")["layer"].sort_index()
+    columns: Columns = [("layer", layers.tolist())]
+    for metric in (column for group in groups for column in GROUPS[group]["columns"]):
+        rows, heading = table[table["metric"] == metric].set_index("depth"), DEFINITIONS[metric].heading
+        if len(rows) and heading:
+            rows = rows.reindex(layers.index)
+            columns.append((heading, _cells(rows["mean"], signed=metric == "similarity_signed")))
             if metric == "similarity":
                 columns.append(("± 95 %", _cells(rows["ci95"])))
     return columns
@@ -73,7 +67,7 @@ def write_analysis(folder: Path, analysis: Analysis, facts: dict[str, Any]) -> P
     table, arrays = folder / "analysis.csv", folder / "analysis"
     with writing("the analysis", folder):
         arrays.mkdir(parents=True, exist_ok=True)
-        for name in (*METRICS, BETWEEN, MAPS):
+        for name in (*GROUPS, BETWEEN, MAPS):
             (arrays / name).with_suffix(".npz").unlink(missing_ok=True)
         write_file(arrays / "analysis.json", to_json(facts) + "\n")
         for group, curves in analysis.curves.items():

@@ -5,14 +5,6 @@ import pandas as pd
 # Our choices, not the paper's. From 0.5 on, the average pair of patches is nearer to parallel than to orthogonal.
 COLLAPSED = 0.5
 MIN_DIFFERENCE = 0.05  # the smallest difference in P that counts, between layers or from random weights
-# Published values by timm's name without tag and number of blocks; other papers show figures only.
-PUBLISHED = {
-    ("deit_base_patch16_224", 24): "P above 0.7 at the last layer (arXiv 2104.12753 v3, as told by a later article; "
-    "those weights are not public)",
-    ("vit_base_patch32_224", 12): "P of 0.54 at block 1, lowest (0.21) at block 7, 0.22 at block 12, before the norm "
-    "(one reader of the same paper, one image, timm's weights of that time: ChengyueGongR/PatchVisionTransformer, "
-    "issue 3)",
-}
 
 
 def last_stage(table: pd.DataFrame, metric: str = "similarity") -> pd.DataFrame:

@@ -140,7 +140,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
 
 
 def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
-    """Print published values, definitions, and the conditions of the measurement."""
+    """Print definitions, and the conditions of the measurement."""
     for name, text in facts["metrics"].items():
         heading = DEFINITIONS[name].heading
         label = f"{name} ({heading})" if heading else name
@@ -154,7 +154,6 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
         "layers": facts["layers"],
         "weights": f"{facts['weights']}; {facts['precision']} on {facts['device']}",
         "spread": facts["spread"],
-        "published": facts["published"],
     }
     for name, text in conditions.items():
         if text:
@@ -163,7 +162,7 @@ def print_conditions(table: "pd.DataFrame", facts: dict[str, Any], console: "Run
 
 def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole") -> None:
     """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
-    from pdvit.analysis.report import report_page
+    from pdvit.analysis.pages import report_page
     from pdvit.plots.style import DARK, LIGHT, render
     from pdvit.tracking.environment import describe_environment
     from pdvit.tracking.run_directory import write_file, writing

@@ -51,7 +51,7 @@ FIGURES = {  # in the order of the report
     "metrics": AnalysisFigure("All metrics by layer."),
     "norms": AnalysisFigure("Lengths of the tokens: mean, spread and outliers.", "norms", NORMS),
     "pairs": AnalysisFigure("Cosines of pairs of patches, by layer.", "pairs", (), ("histogram", "edges")),
-    "spectrum": AnalysisFigure("Amplitude by frequency.", "spectrum", ("dc_share",), ("by_frequency", "frequency")),
+    "spectrum": AnalysisFigure("Amplitude by frequency.", "spectrum", (), ("by_frequency", "frequency")),
     "attention": AnalysisFigure("Entropy and distance of attention.", "attention", (), ("entropy", "distance")),
     "cka": AnalysisFigure("Linear CKA between layers.", "cka", (), ("matrix", "layers"), "heatmap"),
 }

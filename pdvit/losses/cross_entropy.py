@@ -47,8 +47,6 @@ def check_targets(shape: tuple[int, ...], targets: Tensor, multi_label: bool) ->
         raise UserError(what, where, f"pass {or_indices}a number from 0 to 1 for each class, {shape}")
     if torch.compiler.is_compiling() or targets.device.type != "cpu" or not targets.numel():
         return
-    if targets.ndim > 2 and targets.stride(1) == 0:  # an expanded view: all patches have the target of their image
-        targets = targets[:, :1]
     low, high = (edge.item() for edge in targets.aminmax())
     if not 0 <= low <= high <= (classes - 1 if indices else 1):  # NaN fails too
         tip = f"number the classes from 0 to {classes - 1}" if indices else "a probability is from 0 to 1"

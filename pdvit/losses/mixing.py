@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pdvit.losses.cross_entropy import check_targets, cross_entropy_loss, smooth_targets
-from pdvit.losses.variants import VARIANTS, check_variant
+from pdvit.losses.terms import VARIANTS, check_variant
 from pdvit.similarity import at_least_float32
 
 # Logits that `chunked_mixing_loss` holds at a time: 16 MB of float32.

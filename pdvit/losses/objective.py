@@ -9,11 +9,9 @@ from torch import Tensor
 
 from pdvit.errors import UserError
 from pdvit.losses.contrastive import contrastive_loss
-from pdvit.losses.cosine import cosine_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, TermWeights
-from pdvit.losses.variants import VARIANTS, check_variant
+from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, VARIANTS, TermWeights, check_variant, cosine_loss
 
 
 class TokenOutput(NamedTuple):

@@ -1,14 +1,18 @@
-"""The weights of all terms, and the terms that have no variants: functions of the last layer's tokens `(B, N, D)`."""
+"""The weights of all terms with their schedules and variants, and the terms of the last layer's tokens `(B, N, D)`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from pdvit.similarity import row_blocks, unit_tokens
+from pdvit.errors import UserError, closest
+from pdvit.similarity import patch_similarity, row_blocks, unit_tokens
 
+# paper: arXiv 2104.12753 v3; v1: its first version; released: ChengyueGongR/PatchVisionTransformer at b70ee23;
+# diverse-vit: VITA-Group/Diverse-ViT, reg.py. docs/losses.md has them side by side.
+VARIANTS = ("paper", "v1", "released", "diverse-vit")
 # DINOv2's epsilon, added in quadrature to a distance.
 EPS = 1e-8
 
@@ -25,6 +29,52 @@ class TermWeights:
 
 
 TERMS = tuple(field.name for field in fields(TermWeights))
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """The factor on a weight as a function of the step alone, so a run can be resumed at any step."""
+
+    total: int  # steps of the run
+    warmup: int = 0  # steps over which the factor rises linearly from 0 to 1, from the start
+    decay: int = 0  # steps over which it falls linearly from 1 to 0, up to the end of the run
+    until: int | None = None  # step from which on it is 0
+
+    def __call__(self, step: int) -> float:
+        """Return the factor of step 0, 1, ...: the product of the parts."""
+        if self.until is not None and step >= self.until:
+            return 0.0
+        rise = min(1.0, step / self.warmup) if self.warmup else 1.0
+        fall = min(1.0, max(0.0, (self.total - step) / self.decay)) if self.decay else 1.0
+        return rise * fall
+
+
+def check_variant(variant: str, known: Sequence[str], where: str) -> None:
+    """Raise UserError if a term has no variant of this name."""
+    if variant not in known:
+        tip = closest(variant, known)
+        if variant in VARIANTS:
+            tip = f"choose from {', '.join(known)}, or leave the term off"
+        raise UserError(f"there is no variant '{variant}' here", where, tip)
+
+
+def cosine_loss(last: Tensor, variant: str = "paper") -> Tensor:
+    """Return the mean cosine of the patches `(B, N, D)` of an image, averaged over the images.
+
+    With u_i the patches scaled to length 1:
+
+    - `paper`: 1/(n(n-1)) sum over i != j of |u_i . u_j|, that is P(h^[L]) of arXiv 2104.12753, v3.
+    - `v1`: the same with its sign, in O(n d).
+    - `diverse-vit`: 1/n^2 sum over all i, j of u_i . u_j: signed, the diagonal included (VITA-Group/Diverse-ViT,
+      reg.py). It is ((n - 1) v1 + 1) / n, and so never negative.
+
+    The released code of the authors has no cosine term. The value is 1 if all patches are parallel (`paper`) or equal
+    (the others); for a single patch 0, and 1 with its diagonal.
+    """
+    check_variant(variant, ("paper", "v1", "diverse-vit"), "cosine_loss(variant=...)")
+    if variant == "diverse-vit":
+        return unit_tokens(last).mean(1).square().sum(-1).mean()
+    return patch_similarity(last, signed=variant == "v1").mean()
 
 
 def koleo_loss(last: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ LOG_RATIO = 30  # lengths that differ more than this have a logarithmic axis
 HEAD_SHIFT = 0.22  # in depth, between the heads of two runs
 LAYER, AROUND = 0.2, 0.75  # heights of a layer's histogram and of the margins, in inches
 REACH = 1.7  # height of the highest histogram, in layers
-PAIRS_COLUMNS, SPECTRUM_COLUMNS = 3, 2
-DC_SHARE = "dc_share"
 
 
 def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
@@ -140,14 +138,12 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         for place, shares, edges in _layers(runs, "pairs", "histogram", "edges")
     ]
     data = pd.concat(parts, ignore_index=True).drop(columns="tokens")
-    columns = min(PAIRS_COLUMNS, len(runs))
-    width, height = SINGLE if len(runs) == 1 else DOUBLE, LAYER * (data["depth"].max() + 1) + AROUND
-    with style.new_figure(width, -(-len(runs) // columns) * height, theme) as figure:
+    height = LAYER * (data["depth"].max() + 1) + AROUND
+    with style.run_panels([run.name for run in runs], height, theme, sharex=True) as (figure, panels):
         figure.data = data
-        panels = style.panel_grid(figure, len(runs), columns, sharex=True)
-        for axes, (name, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
+        for axes, (_, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
             _draw_histograms(axes, rows, theme)
-            axes.set(title=style.shorten(str(name)), ylabel="block")
+            axes.set_ylabel("block")
         figure.axes[0].set_xlim(max(-1.0, np.floor(data[data["share"] > 0]["from"].min() * 5) / 5), 1.0)
         figure.supxlabel("cos between two patches\n(height: root of the share of pairs; tick: median)", fontsize=8)
         return figure
@@ -174,34 +170,22 @@ def _draw_histograms(axes: Axes, rows: pd.DataFrame, theme: Theme) -> None:
 
 
 def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
-    """Draw the relative log-amplitude by frequency, a line per layer; in the last panel the DC share by layer."""
+    """Draw the relative log-amplitude by frequency, a line per layer."""
     parts = [
-        pd.DataFrame({**place, "metric": "by_frequency", "frequency": frequency, "mean": mean})
+        pd.DataFrame({**place, "frequency": frequency, "log_amplitude": mean})
         for place, mean, frequency in _layers(runs, "spectrum", "by_frequency", "frequency")
     ]
-    curves, shares = pd.concat(parts, ignore_index=True).drop(columns="tokens"), stack(runs)
-    shares = shares[shares["metric"] == DC_SHARE]
-    columns = min(SPECTRUM_COLUMNS, len(runs)) + 1
-    height = -(-len(runs) // (columns - 1))
-    with style.new_figure(DOUBLE, 2.6 * height + 0.2, theme) as figure:
-        figure.data = pd.concat([curves, shares.drop(columns=["images", "tokens"])], ignore_index=True)
-        grid = figure.subplots(height, columns, squeeze=False)
-        panels = grid[:, :-1].ravel()
-        scale = style.depth_colours(theme, int(curves["depth"].max()))
-        for axes, (name, rows) in zip(panels, curves.groupby("run", sort=False), strict=False):
+    data = pd.concat(parts, ignore_index=True).drop(columns="tokens")
+    scale = style.depth_colours(theme, int(data["depth"].max()))
+    with style.run_panels([run.name for run in runs], 2.6, theme, sharey=True) as (figure, panels):
+        figure.data = data
+        for axes, (_, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
             for at, line in rows.groupby("depth"):
-                axes.plot(line["frequency"], line["mean"], color=scale.to_rgba(np.asarray(at)), linewidth=1.1)
-            axes.set(title=style.shorten(str(name)), xlabel="frequency / π", xlim=(0, 1))
+                axes.plot(line["frequency"], line["log_amplitude"], color=scale.to_rgba(np.asarray(at)), linewidth=1.1)
+            axes.set(xlabel="frequency / π", xlim=(0, 1))
             axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-            if axes is not panels[0]:
-                axes.sharey(panels[0])
-        for axes in [*panels[len(runs) :], *grid[1:, -1]]:
-            axes.set_axis_off()
         panels[0].set_ylabel("Δ log amplitude")
-        figure.colorbar(scale, ax=list(panels), label="depth", aspect=30, pad=0.02)
-        draw_metric(grid[0, -1], shares, DC_SHARE, theme)
-        if len(runs) > 1:
-            style.legend(figure, run_styles(shares, theme))
+        figure.colorbar(scale, ax=figure.axes, label="depth", aspect=30, pad=0.02)
         return figure
 
 
@@ -224,8 +208,7 @@ def stack(runs: Sequence[AnalyzedRun]) -> pd.DataFrame:
 def metrics_of(rows: pd.DataFrame) -> list[str]:
     """Return the metrics that get a panel, in the order of their definitions; P of random weights is drawn with P."""
     names = [str(metric) for metric in rows["metric"].unique() if metric != RANDOM]
-    order = list(DEFINITIONS)
-    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+    return [*(name for name in DEFINITIONS if name in names), *(name for name in names if name not in DEFINITIONS)]
 
 
 def run_styles(rows: pd.DataFrame, theme: Theme) -> dict[str, dict[str, Any]]:
@@ -296,11 +279,7 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
         axes.yaxis.set_major_formatter("{x:g}")  # the default writes formulas
         axes.minorticks_off()
     else:  # the axis ends where the metric's range ends; elsewhere it has a margin
-        low = None if low == -1 else low
-        axes.update_datalim([(0, end) for end in (low, high) if end is not None], updatex=False)
-        axes.autoscale_view(scalex=False)
-        bottom, top = axes.dataLim.intervaly
-        axes.set_ylim(None if low is None else bottom, None if high is None else top)
+        axes.set_ylim(None if low == -1 else low, high)
 
 
 def _stages(line: pd.DataFrame) -> pd.DataFrame:

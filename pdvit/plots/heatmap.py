@@ -16,18 +16,16 @@ from pdvit.errors import UserError, closest
 from pdvit.files import reading
 from pdvit.plots import style
 from pdvit.plots.reading import AnalyzedRun, Arrays, checkpoint_of, read_text_table
-from pdvit.plots.style import DOUBLE, LIGHT, SINGLE, Drawing, Theme
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme
 
-CKA_COLUMNS = 3
 MAP_DEPTHS = 6
 MAP_PATCHES = ((0.5, 0.5), (0.2, 0.25), (0.8, 0.7))  # default patches, as fractions of height and width
 COSINE_SCALE = 127  # maps.npz holds cosines as int8
 FRAME = [withStroke(linewidth=2.0, foreground="white")]  # around black: visible on any colour
 NUMBERED = 15  # classes up to which cells have numbers
-NAMED = 50  # classes up to which all have names
+NAMED = 50  # classes that have names at most
 DRAWN = 200  # maximum number of classes that are drawn
 LISTED = 15  # confusions beside a matrix without numbers
-TICKS = 20
 
 
 def heat_map(axes: Axes, values: np.ndarray, norm: Normalize, cmap: Any = "viridis", **image: Any) -> AxesImage:
@@ -50,16 +48,13 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         for name, matrix in panels.items()
     ]
     data = pd.concat(cells).reset_index(names="other")[["run", "layer", "other", "cka"]]
-    columns = min(CKA_COLUMNS, len(panels))
-    width, height = SINGLE if len(panels) == 1 else DOUBLE, {1: 3.0, 2: 3.1, 3: 2.5}[columns]
-    with style.new_figure(width, height * -(-len(panels) // columns), theme) as figure:
+    with style.run_panels(list(panels), 3.1 if len(panels) < 3 else 2.5, theme) as (figure, drawn):
         figure.data = data
         norm = Normalize(min(0.0, np.floor(10 * data["cka"].min()) / 10), 1)
-        for axes, (name, matrix) in zip(style.panel_grid(figure, len(panels), columns), panels.items(), strict=True):
+        for axes, matrix in zip(drawn, panels.values(), strict=True):
             image = heat_map(axes, matrix.to_numpy(), norm, origin="lower")
             style.name_layers(axes.yaxis, matrix.index, 8, fontsize=6.5)
             style.name_layers(axes.xaxis, matrix.columns, 8, fontsize=6.5, rotation=90)
-            axes.set_title(style.shorten(name, 40), fontsize=7.5)
             axes.set(xlabel="block", ylabel="block")
         figure.colorbar(image, ax=figure.axes, label="linear CKA", shrink=0.85, aspect=25, pad=0.02)
         return figure
@@ -192,9 +187,8 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
         text = f"{counts.iloc[row, column]:.0f}"
         colour = theme.paper if norm(shares.iloc[row, column]) > 0.5 else theme.ink
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    size = 9 if len(shown) <= NUMBERED else 6.5 if len(shown) <= NAMED else 7.5
     for axis in (axes.yaxis, axes.xaxis):
-        style.name_ticks(axis, dict(enumerate(shown)), NAMED if len(shown) <= NAMED else TICKS, fontsize=size)
+        style.name_ticks(axis, dict(enumerate(shown)), NAMED, fontsize=9 if len(shown) <= NUMBERED else 6.5)
     axes.tick_params(axis="x", rotation=90 if max(map(len, shown)) > 2 else 0)
     axes.set(xlabel="predicted", ylabel="class")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's images")

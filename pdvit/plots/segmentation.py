@@ -30,12 +30,6 @@ class SegmentedImage(NamedTuple):
     prediction: Array
     palette: Array
 
-    @property
-    def errors(self) -> Array:
-        """0 for correct pixels, 1 for wrong ones, 2 for ignored ones."""
-        found: Array = np.where(self.truth == IGNORED, 2, self.truth != self.prediction)
-        return found
-
 
 def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
     """Read iou.csv and the images of predictions/; the IoU of a class that does not occur is NaN. Raises UserError."""
@@ -91,9 +85,10 @@ def _draw_row(row: list[Axes], picture: SegmentedImage, theme: Theme) -> None:
     masks = (picture.palette[picture.truth], picture.palette[picture.prediction])
     for axes, pixels in zip(row, (picture.image, *masks), strict=False):
         axes.imshow(pixels, interpolation="nearest")
-    colours = ListedColormap([theme.muted, theme.colours[1], theme.paper])
-    row[3].imshow(picture.errors, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-    wrong = float((picture.errors == 1).sum() / max((picture.truth != IGNORED).sum(), 1))
+    errors = np.where(picture.truth == IGNORED, 2, picture.truth != picture.prediction)
+    colours = ListedColormap([theme.muted, theme.colours[1], theme.paper])  # of correct, wrong and ignored pixels
+    row[3].imshow(errors, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    wrong = float((errors == 1).sum() / max((errors < 2).sum(), 1))
     row[3].set_xlabel(f"{wrong:.1%} wrong".replace("%", " %"), fontsize=7, color=theme.colours[1])
     for axes in row:
         axes.set(xticks=[], yticks=[])

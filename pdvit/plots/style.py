@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 SINGLE, DOUBLE = 3.5, 7.2  # widths of one and two columns of a paper, in inches; text has 7 to 9 points at that size
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LEGEND_COLUMNS = 4
+LEGEND_COLUMNS, PANEL_COLUMNS = 4, 3
 TITLE_PLACES: tuple[Literal["left", "center", "right"], ...] = ("left", "center", "right")
 # Without dates, the same figure gives the same file.
 METADATA: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
@@ -77,12 +77,20 @@ def new_figure(width: float, height: float, theme: Theme = LIGHT) -> Iterator[Dr
         yield Drawing(figsize=(width, height), layout="constrained")
 
 
-def panel_grid(figure: Figure, count: int, columns: int, **options: Any) -> list[Axes]:
-    """Add panels in rows of `columns`; the last row may be incomplete. `options` go to matplotlib's `subplots`."""
-    panels = figure.subplots(-(-count // columns), columns, squeeze=False, **options).ravel()
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    return list(panels[:count])
+@contextmanager
+def run_panels(
+    names: Sequence[str], height: float, theme: Theme = LIGHT, **options: Any
+) -> Iterator[tuple[Drawing, list[Axes]]]:
+    """Open a figure with a panel for each name, in rows of three of a height; `options` go to `subplots`."""
+    columns = min(PANEL_COLUMNS, len(names))
+    lines = -(-len(names) // columns)
+    with new_figure(SINGLE if columns == 1 else DOUBLE, lines * height, theme) as figure:
+        panels = list(figure.subplots(lines, columns, squeeze=False, **options).ravel())
+        for axes in panels[len(names) :]:
+            axes.remove()
+        for axes, name in zip(panels, names, strict=False):
+            axes.set_title(shorten(name, 40), fontsize=7.5)
+        yield figure, panels[: len(names)]
 
 
 def render(figure: Figure, suffix: str) -> bytes:

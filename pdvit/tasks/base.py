@@ -23,7 +23,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
-from pdvit.losses.schedule import WeightSchedule
+from pdvit.losses.terms import WeightSchedule
 from pdvit.models.build import strides_of
 from pdvit.models.layers import exact_float32, find_layers, watch
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pdvit.analysis import Analysis, cka_between, measure
 from pdvit.analysis.measure import select_metrics
-from pdvit.analysis.verdict import PUBLISHED, verdict
+from pdvit.analysis.verdict import verdict
 from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
@@ -136,7 +136,6 @@ def describe(
     left_out = f"; {bad} left out that do not decode" if bad else ""
     last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
     stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
-    blocks = sum(name.startswith("block") for name in analysis.layers)
     notes = [*loaded.notes, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
     return {
         "model": loaded.name,
@@ -157,7 +156,6 @@ def describe(
         "device": device_name(opened.loader.device),
         "verdict": found,
         "advice": advice,
-        "published": PUBLISHED.get((loaded.architecture.partition(".")[0], blocks)),
     }
 
 
@@ -180,7 +178,8 @@ def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
     """Write explorer.html for the first folder and maps.npz for each, of the same images; checkpoints load again."""
-    from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, explorer_page, read_maps, write_maps
+    from pdvit.analysis.explorer import MAX_IMAGES, bytes_per_model, read_maps, write_maps
+    from pdvit.analysis.pages import explorer_page
     from pdvit.analysis.tables import MAPS
 
     images, bad, models = results[0].images, BadImages(skip=True), []

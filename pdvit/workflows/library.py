@@ -14,9 +14,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from pdvit.analysis import Analysis, measure
-from pdvit.analysis.explorer import MAX_IMAGES, explorer_page, read_maps
+from pdvit.analysis.explorer import MAX_IMAGES, read_maps
 from pdvit.analysis.measure import BATCH_SIZE, WHERE, Names, batches, inference
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import Patches
+from pdvit.analysis.pages import explorer_page
 from pdvit.config.load import build, read_toml, to_dict
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.images import BadImages

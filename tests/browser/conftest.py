@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
-from pdvit.analysis.explorer import Maps, explorer_page
+from pdvit.analysis.explorer import Maps
+from pdvit.analysis.pages import explorer_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -111,8 +112,8 @@ def made():
             levels.append({layer: (127 * it).round().astype(np.int8) for layer, it in zip(grids, exact, strict=True)})
             similarity.append([float(np.abs(it[~np.eye(len(it), dtype=bool)]).mean()) for it in exact])
         shown = [np.full((PIXELS, PIXELS, 3), 90 + 40 * number, dtype=np.uint8) for number in range(images)]
-        names, depths = [f"{n}.png" for n in range(images)], list(range(len(grids)))
-        return Maps(model, names, shown, grids, levels, similarity, [], depths, depths[-1])
+        names = [f"{n}.png" for n in range(images)]
+        return Maps(model, names, shown, grids, levels, similarity, [], list(range(len(grids))))
 
     return make
 

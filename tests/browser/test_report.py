@@ -1,6 +1,6 @@
 import pytest
 
-from pdvit.analysis.report import CONDITIONS, report_page
+from pdvit.analysis.pages import CONDITIONS, report_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -8,7 +8,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><script>a
 
 
 def test_the_report_opens_with_its_figures_and_runs_nothing(open_page, analysis_table):
-    facts = dict.fromkeys(("model", "verdict", *CONDITIONS), HOSTILE) | {"advice": None, "published": None}
+    facts = dict.fromkeys(("model", "verdict", *CONDITIONS), HOSTILE) | {"advice": None}
     environment = {"started": "2026-01-02T03:04", "command": HOSTILE}
     analyses = [(analysis_table([0.5, 0.3, 0.2]), facts)]
     tab = open_page(report_page(analyses, [(HOSTILE, SVG, SVG)], environment))

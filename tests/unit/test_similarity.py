@@ -121,17 +121,6 @@ def test_no_tensor_is_larger_than_a_block_or_the_tokens(monkeypatch):
     assert blockwise.entries <= 4000
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_compiles_without_a_graph_break(signed):
-    tokens = gaussian(2, 7, 5, dtype=torch.float32)
-    expected = value_and_gradient(tokens, signed)
-    compiled = torch.compile(lambda tokens: patch_similarity(tokens, signed), fullgraph=True, backend="aot_eager")
-    leaf = tokens.clone().requires_grad_()
-    value = compiled(leaf)
-    (value * torch.tensor([1.0, 2.0])).sum().backward()
-    torch.testing.assert_close((value.detach(), leaf.grad), expected)
-
-
 @pytest.mark.parametrize("shape", [(4, 8), (2, 3, 4, 4)])
 def test_tokens_of_another_shape_are_refused(shape):
     with pytest.raises(UserError, match="three axes"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import grid_of
+from pdvit.analysis.metrics.patches import grid_of
 from pdvit.similarity import unit_tokens
 
 

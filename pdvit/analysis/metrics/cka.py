@@ -13,7 +13,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import ROUNDING
+from pdvit.analysis.metrics.patches import ROUNDING
 from pdvit.similarity import BLOCK_ENTRIES
 
 MIN_IMAGES = 4  # the unbiased estimator divides by n - 3

@@ -1,4 +1,4 @@
-"""Lengths of the tokens, P without outliers, and the distribution of the cosines of all pairs of patches."""
+"""Lengths of the tokens, P without outliers, drift, and the distribution of the cosines of all pairs of patches."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import ROUNDING, Patches
 from pdvit.similarity import BLOCK_ENTRIES, SHORTEST, patch_similarity, row_blocks
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -24,16 +24,9 @@ def outliers(lengths: Tensor) -> Tensor:
     Longer than median + max(median, 5 * 1.4826 * median absolute deviation). The first term keeps out differences that
     are only rounding, the second the tail of a wide distribution. At least half of the tokens are no outliers.
     """
-    middle = _median(lengths)
-    deviation = NORMAL * _median((lengths - middle).abs())
+    middle = lengths.quantile(0.5, -1, keepdim=True)
+    deviation = NORMAL * (lengths - middle).abs().quantile(0.5, -1, keepdim=True)
     return lengths > middle + torch.maximum(middle, DEVIATIONS * deviation)
-
-
-def _median(values: Tensor) -> Tensor:
-    """Return the median of each row, `(B, 1)`; torch's takes the lower of the middle two, this one their mean."""
-    ordered = values.sort(-1).values
-    count = values.shape[-1]
-    return (ordered[:, (count - 1) // 2] + ordered[:, count // 2])[:, None] / 2
 
 
 def norm_metrics(patches: Patches) -> dict[str, Tensor]:
@@ -50,10 +43,28 @@ def norm_metrics(patches: Patches) -> dict[str, Tensor]:
     return {
         "norm_mean": lengths.mean(1),
         "norm_std": lengths.std(1),
-        "norm_peak": lengths.amax(1).maximum(shortest) / _median(lengths)[:, 0].maximum(shortest),
+        "norm_peak": lengths.amax(1).maximum(shortest) / lengths.quantile(0.5, -1).maximum(shortest),
         "norm_outliers": excluded.float().mean(1),
         "similarity_without_outliers": rest,
     }
+
+
+def drift_metrics(patches: Patches) -> dict[str, Tensor]:
+    """Return the metrics of drift; none if this layer can't be compared with the first.
+
+    Retrieval is the fraction of patches whose nearest patch of the first layer, by cosine, is their own. Patches within
+    1e-6 of the nearest count as equally near and divide the hit: identical tokens give 1 / N, the chance level.
+    """
+    unit, first = patches.unit, patches.first
+    if first is None:
+        return {}
+    hits = unit.new_zeros(len(unit))
+    for rows in row_blocks(unit):
+        cosines = unit[:, rows] @ first.transpose(1, 2)
+        nearest = cosines >= cosines.amax(-1, keepdim=True) - ROUNDING
+        own = nearest.diagonal(offset=rows.start, dim1=1, dim2=2)
+        hits += (own / nearest.sum(-1)).sum(-1)
+    return {"drift_cosine": (unit * first).sum(-1).mean(-1), "drift_retrieval": hits / unit.shape[1]}
 
 
 def pair_cosines(unit: Tensor) -> Iterator[Tensor]:
@@ -86,13 +97,9 @@ def sampled_cosines(unit: Tensor) -> Tensor:
 
 def histogram(unit: Tensor, bins: int = BINS) -> Tensor:
     """Return the fraction of the pairs of each image in each of `bins` equal parts of [-1, 1], `(B, bins)`."""
-    images = len(unit)
-    offsets = torch.arange(images, device=unit.device)[:, None] * bins
-    total = unit.new_zeros(images, bins, dtype=torch.long)
-    for cosines in pair_cosines(unit):
-        numbers = ((cosines + 1) * (bins / 2)).long().clamp_max(bins - 1)
-        total += (numbers + offsets).flatten().bincount(minlength=images * bins).view(images, bins)
-    return total.double() / total.sum(1, keepdim=True)
+    blocks = (torch.stack([image.histc(bins, -1, 1) for image in cosines]).double() for cosines in pair_cosines(unit))
+    total = torch.stack(list(blocks)).sum(0)
+    return total / total.sum(1, keepdim=True)
 
 
 def pair_metrics(patches: Patches) -> dict[str, Tensor]:

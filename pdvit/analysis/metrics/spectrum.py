@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pdvit.analysis.metrics.group import ROUNDING, Patches
+from pdvit.analysis.metrics.patches import ROUNDING, Patches
 from pdvit.similarity import BLOCK_ENTRIES
 
 

@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 
-from pdvit.analysis.explorer import Maps, bytes_per_model, explorer_page, map_size, picture_size, read_maps
+from pdvit.analysis.explorer import bytes_per_model, map_size, picture_size, read_maps
+from pdvit.analysis.pages import explorer_page
 from pdvit.errors import UserError
 from tests.unit.analysis.test_families import tokens_of
 
@@ -68,7 +69,7 @@ def test_no_more_images_are_read_than_fit(plain):
 def test_layers_are_left_out_evenly_if_one_image_does_not_fit(plain):
     maps = read_maps(plain, pictures(2), normalise, max_bytes=picture_size(SIDE, SIDE) + 3 * map_size(16))
     assert list(maps.grids) == ["embed", "block 2", "norm"]
-    assert (maps.depths, maps.deepest) == ([0, 2, 5], 5)
+    assert maps.depths == [0, 2, 5]
     assert len(maps.names) == 1
     assert "block 1, block 3, block 4" in maps.notes[0]
 
@@ -89,49 +90,43 @@ def data_of(page: str) -> dict:
     return json.loads(text)
 
 
-def made(model: str = "made", images: int = 1, side: int = 2, layers: int = 2, pixels: int = 4, seed: int = 0) -> Maps:
-    rng = np.random.default_rng(seed)
-    grids = {f"block {number + 1}": (side, side) for number in range(layers)}
-    cosines = []
-    for _ in range(images):
-        levels = rng.integers(-127, 128, (side**2, side**2)).astype(np.int8)
-        upper = np.triu(levels, 1)
-        cosines.append({layer: upper + upper.T + 127 * np.eye(side**2, dtype=np.int8) for layer in grids})
-    shown = [rng.integers(0, 256, (pixels, pixels, 3)).astype(np.uint8) for _ in range(images)]
-    names, similarity = [f"{n}.png" for n in range(images)], [[0.25] * layers] * images
-    return Maps(model, names, shown, grids, cosines, similarity, [], list(range(layers)), layers - 1)
-
-
-def test_the_page_holds_every_cosine_once():
-    maps = made(images=2, side=3)
+def test_the_page_holds_every_cosine_once(plain):
+    maps = read_maps(plain, pictures(2), normalise)
     data = data_of(explorer_page([maps], ["a note"]))
     assert data["names"] == ["0.png", "1.png"]
     assert data["notes"][0] == "a note"
     (model,) = data["models"]
-    assert model["layers"] == ["block 1", "block 2"]
-    assert model["grids"] == [[3, 3], [3, 3]]
-    for image, by_layer in enumerate(maps.cosines):
-        for layer, levels in enumerate(by_layer.values()):
-            triangle = np.frombuffer(base64.b64decode(model["cosines"][image][layer]), np.int8)
-            square = np.full((9, 9), 127, dtype=np.int8)
-            square[np.triu_indices(9, 1)] = triangle
-            square.T[np.triu_indices(9, 1)] = triangle
-            assert (square == levels).all()
+    assert model["layers"] == list(maps.grids)
+    assert model["grids"] == [[4, 4]] * 6
+    above = np.triu_indices(16, 1)
+    for found, by_layer in zip(model["cosines"], maps.cosines, strict=True):
+        for text, levels in zip(found, by_layer.values(), strict=True):
+            assert np.frombuffer(base64.b64decode(text), np.int8).tolist() == levels[above].tolist()
+            assert (levels == levels.T).all()
 
 
-def test_models_share_pixels_and_show_the_images_that_all_have():
-    maps = [made("one", images=2), made("two", images=2), made("three", pixels=8)]
-    data = data_of(explorer_page(maps, []))
+def test_models_share_pixels_and_show_the_images_that_all_have(plain):
+    maps = read_maps(plain, pictures(2), normalise)
+    other = replace(maps, names=maps.names[:1], images=[255 - maps.images[0]])
+    data = data_of(explorer_page([maps, maps, other], []))
     assert data["names"] == ["0.png"]
     assert [len(model["cosines"]) for model in data["models"]] == [1, 1, 1]
     assert [model["pictures"] for model in data["models"]] == [[0], [0], [1]]
     assert len(data["pictures"]) == 2
-    large = [made(f"m{n}", 8, 14, 14, 224, seed=n) for n in range(2)]  # eight images of two base models
-    assert len(explorer_page(large, []).encode()) < 10_000_000
 
 
-def test_the_page_loads_nothing_runs_only_its_own_script_and_names_stay_text(parsed):
-    page = explorer_page([replace(made(HOSTILE), names=[HOSTILE])], [HOSTILE])
+def test_eight_images_of_two_base_models_fit_into_a_page(plain):
+    maps, rng = read_maps(plain, pictures(8), normalise), np.random.default_rng(0)
+    levels = {f"block {number}": rng.integers(-127, 128, (196, 196)).astype(np.int8) for number in range(14)}
+    noise = [rng.integers(0, 256, (224, 224, 3)).astype(np.uint8) for _ in range(8)]
+    large = replace(maps, images=noise, cosines=[levels] * 8)
+    other = replace(large, images=[255 - image for image in noise])
+    assert len(explorer_page([large, other], []).encode()) < 10_000_000
+
+
+def test_the_page_loads_nothing_runs_only_its_own_script_and_names_stay_text(parsed, plain):
+    maps = read_maps(plain, [(HOSTILE, pixels) for _, pixels in pictures(1)], normalise, HOSTILE)
+    page = explorer_page([maps], [HOSTILE])
     elements = parsed(page).found
     for _, attributes in elements:
         for name in ("src", "href", "action", "srcset"):

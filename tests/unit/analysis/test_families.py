@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.analysis import METRICS, measure
+from pdvit.definitions import GROUPS
 from pdvit.errors import UserError
 from pdvit.models.layers import Layer, evaluating, find_layers, watch
 from pdvit.similarity import patch_similarity
@@ -31,7 +32,7 @@ def test_every_group_is_finite_at_every_layer_or_refused_with_the_reason(name):
     model, images = make(CASES[name]), pictures(CASES[name], 4)
     groups = [group for group in METRICS if group != "attention" or name in ATTENTION]
     found = measure(model, images, groups)
-    columns = {column for group in groups for column in METRICS[group].columns}
+    columns = {column for group in groups for column in GROUPS[group]["columns"]}
     assert set(found.table["metric"]) == columns - {"similarity_random"}
     assert np.isfinite(found.table["mean"]).all()
     arrays = [array for curves in found.curves.values() for array in curves.values() if array.dtype.kind == "f"]

@@ -2,12 +2,12 @@ import base64
 
 import pytest
 
-from pdvit.analysis.report import CONDITIONS, report_page
+from pdvit.analysis.pages import CONDITIONS, report_page
 from pdvit.definitions import DEFINITIONS
 
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ title }}'\""
 ENVIRONMENT = {"packages": {"torch": "2.15", "none": None}, "commit": None, "started": "2026-01-02T03:04"}
-FACTS = dict.fromkeys(CONDITIONS, "raw") | {"notes": ["cka left 1 image out"], "model": "made", "published": None}
+FACTS = dict.fromkeys(CONDITIONS, "raw") | {"notes": ["cka left 1 image out"], "model": "made"}
 FACTS |= {"verdict": "no collapse: P does not climb", "advice": "to try: nothing"}
 
 
@@ -46,9 +46,3 @@ def test_the_report_holds_its_figures_and_the_whole_table_and_loads_nothing(repo
     assert lines[0].startswith("model,layer,depth,metric,mean")
     assert len(lines) == 7
     assert not any(tag == "script" for tag, _ in found)
-
-
-def test_names_from_outside_stay_text(report):
-    page = report(model=HOSTILE, checkpoint=HOSTILE, verdict=HOSTILE, images=HOSTILE)
-    assert [attrs["alt"] for tag, attrs in page.found if tag == "img"] == ["P by layer"]
-    assert " ".join(page.texts).count(HOSTILE) == 8  # title, heading, verdict twice, section, conditions twice, command

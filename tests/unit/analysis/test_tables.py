@@ -1,17 +1,15 @@
 import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from pdvit.analysis import METRICS, Analysis, write_analysis, write_between
+from pdvit.analysis import Analysis, write_analysis, write_between
 from pdvit.analysis.measure import COLUMNS
-from pdvit.analysis.metrics.group import MetricGroup
 from pdvit.analysis.tables import terminal_tables
-from pdvit.definitions import DEFAULT, DEFINITIONS
+from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError
 
 LAYERS = ["embed", *(f"block {i}" for i in range(1, 13)), "norm"]
@@ -24,7 +22,7 @@ def table(*metrics: str, value: float = 0.25, layers: list[str] = LAYERS) -> pd.
 
 
 def columns(*groups: str) -> list[str]:
-    return [column for group in groups for column in METRICS[group].columns]
+    return [column for group in groups for column in GROUPS[group]["columns"]]
 
 
 def analysis(*metrics: str, layers: list[str] = LAYERS, **more) -> Analysis:
@@ -41,13 +39,13 @@ def printed(found: pd.DataFrame) -> list[list[str]]:
     return pages
 
 
-@pytest.mark.parametrize("groups", [DEFAULT, tuple(METRICS)], ids=["default", "all"])
+@pytest.mark.parametrize("groups", [DEFAULT, tuple(GROUPS)], ids=["default", "all"])
 @pytest.mark.parametrize("value", [0.25, 123.4])
 def test_every_table_fits_and_every_layer_has_its_line(groups, value):
     values = table(*columns(*groups), value=value)
     values.loc[values["metric"] == "similarity", ["mean", "ci95"]] = [1.0, 0.01]
     shown = printed(values)
-    headings = [it.heading for group in groups for it in METRICS[group].columns.values() if it.heading]
+    headings = [heading for column in columns(*groups) if (heading := DEFINITIONS[column].heading)]
     for lines in shown:
         assert len(lines) == 1 + len(LAYERS)
         assert [line.split("  ")[0].strip() for line in lines[1:]] == LAYERS
@@ -55,13 +53,6 @@ def test_every_table_fits_and_every_layer_has_its_line(groups, value):
         assert not any("…" in line for line in lines)
     assert all(heading in " ".join(lines[0] for lines in shown) for heading in headings)
     assert {line.count("█") for line in shown[0][1:]} == {shown[0][0].count("·") + 2}
-
-
-def test_a_group_that_no_table_lists_is_in_the_last_one(monkeypatch):
-    definition = replace(DEFINITIONS["cka_last"], heading="new")
-    monkeypatch.setitem(METRICS, "new", MetricGroup(lambda patches: {}, {"new": definition}, {}))
-    shown = printed(table(*columns("norms", "new", "cka")))
-    assert [lines[0].split()[-1] for lines in shown] == ["w/o", "last", "new"]
 
 
 def test_a_layer_without_a_value_has_a_hyphen_and_large_values_fewer_digits():

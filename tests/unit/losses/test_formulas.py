@@ -10,7 +10,7 @@ from torch import Tensor
 from pdvit import similarity
 from pdvit.errors import UserError
 from pdvit.losses import contrastive_loss, cosine_loss, koleo_loss, spectral_loss, terms
-from pdvit.losses.variants import VARIANTS
+from pdvit.losses.terms import VARIANTS
 
 Tokens = list[list[float]]  # the patches of one image
 WITH_COSINE = [variant for variant in VARIANTS if variant != "released"]

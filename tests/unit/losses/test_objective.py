@@ -9,43 +9,45 @@ from torch.nn import functional as F
 
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses.cross_entropy import cross_entropy_loss
 from pdvit.losses.objective import TokenOutput
-from pdvit.losses.terms import LAST_LAYER_TERMS
-from pdvit.losses.variants import VARIANTS
+from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS
 
 CLASSES, GRID = 5, (2, 3)
 WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2)
 OFF = dict.fromkeys(TERMS, 0.0)
+FORMS = [*((variant, False) for variant in VARIANTS), ("paper", True), ("released", True)]  # and of several labels
 
 
-def make() -> tuple[TokenOutput, Tensor, Tensor]:
-    """Return a forward pass, targets and patch targets."""
+def make(multi_label: bool = False) -> tuple[TokenOutput, Tensor, Tensor]:
+    """Return a forward pass, targets and patch targets: indices, or of several labels probabilities."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, CLASSES), (3, 6, 4), (3, 6, 4), (3, 6, CLASSES))
     output = TokenOutput(*(torch.randn(shape, generator=generator) for shape in shapes))
-    return output, *(torch.randint(CLASSES, shape, generator=generator) for shape in ((3,), (3, 6)))
+    targets = [torch.randint(CLASSES, shape, generator=generator) for shape in ((3,), (3, 6))]
+    return output, *(F.one_hot(labels, CLASSES).float() if multi_label else labels for labels in targets)
 
 
-def objective_of(variant: str = "paper", **more) -> Objective:
-    """All terms that the variant has, each with a weight of its own."""
-    without = {"cosine": 0} if variant == "released" else {}
-    return Objective(**WEIGHTS | without | more, variant=variant, grid=GRID)
+def objective_of(variant: str, multi_label: bool = False) -> Objective:
+    """All terms that the variant has, each with a weight of its own, and label smoothing."""
+    weights = WEIGHTS | ({"cosine": 0} if variant == "released" else {})
+    return Objective(**weights, variant=variant, grid=GRID, label_smoothing=0.1, multi_label=multi_label)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_total_is_the_weighted_sum_and_terms_of_weight_zero_are_absent(variant):
-    output, targets, patch_targets = make()
+@pytest.mark.parametrize(("variant", "multi_label"), FORMS)
+def test_total_is_the_weighted_sum_and_terms_of_weight_zero_are_absent(variant, multi_label):
+    output, targets, patch_targets = make(multi_label)
     terms = {
         "cosine": None if variant == "released" else cosine_loss(output.last, variant),
         "contrastive": contrastive_loss(output.first, output.last, variant, grid=GRID),
-        "mixing": mixing_loss(output.patch_logits, patch_targets, variant),
+        "mixing": mixing_loss(output.patch_logits, patch_targets, variant, 0.1, multi_label),
         **{name: term(output.last) for name, term in LAST_LAYER_TERMS.items()},
     }
     terms = {name: value for name, value in terms.items() if value is not None}
-    own = F.cross_entropy(output.logits, targets)
+    own, objective = cross_entropy_loss(output.logits, targets, 0.1, multi_label), objective_of(variant, multi_label)
     for chosen in product([False, True], repeat=len(terms)):
         weights = {name: WEIGHTS[name] for name, on in zip(terms, chosen, strict=True) if on}
-        total, parts = replace(objective_of(variant), **OFF | weights)(output, targets, patch_targets)
+        total, parts = replace(objective, **OFF | weights)(output, targets, patch_targets)
         assert list(parts) == ["class", *weights]
         torch.testing.assert_close(parts, {"class": own} | {name: terms[name] for name in weights})
         expected = own
@@ -95,19 +97,6 @@ def test_mixing_needs_patch_targets_and_a_patch_head():
             Objective()(*incomplete)
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_label_smoothing_and_multi_label_are_for_images_and_patches_alike(multi_label):
-    output, targets, patch_targets = make()
-    objective = Objective(multi_label=multi_label, label_smoothing=0.2)
-    labels, patches = (F.one_hot(of, CLASSES).float() for of in (targets, patch_targets))
-    parts = objective(output, labels, patches).parts
-    for name, logits, target in (("class", output.logits, labels), ("mixing", output.patch_logits, patches)):
-        soft, p = target * 0.8 + 0.2 / (2 if multi_label else CLASSES), logits.sigmoid()
-        binary = -(soft * p.log() + (1 - soft) * (1 - p).log()).mean()
-        expected = binary if multi_label else -(soft * logits.log_softmax(-1)).sum(-1).mean()
-        assert parts[name].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 def test_the_cosine_term_is_the_mean_over_last_and_the_other_layers():
     output, targets, patch_targets = make()
     others = (torch.randn(2, 3, 7), torch.ones(2, 5, 4))
@@ -144,13 +133,10 @@ def test_a_mixing_term_of_the_forward_pass_is_used_unless_it_has_another_form():
             Objective(**options, contrastive=0)(ready, labels, patch_targets)
 
 
-@pytest.mark.parametrize(("variant", "multi_label"), [*((variant, False) for variant in VARIANTS), ("released", True)])
+@pytest.mark.parametrize(("variant", "multi_label"), FORMS)
 def test_compiles_in_one_piece(variant, multi_label):
     """With factors and the checks of targets: nothing breaks the graph, and other factors do not compile again."""
-    output, targets, patch_targets = make()
-    if multi_label:
-        targets, patch_targets = (F.one_hot(labels, CLASSES).float() for labels in (targets, patch_targets))
-    objective = objective_of(variant, multi_label=multi_label, label_smoothing=0.1)
+    (output, targets, patch_targets), objective = make(multi_label), objective_of(variant, multi_label)
     torch.compiler.reset()
     graphs = []
 
@@ -173,7 +159,7 @@ def test_compiled_it_gives_the_same_loss_and_gradients(device, variant):
     """By the compiler that training uses. Both compute in float32 and add up in another order: some 1e-6 apart."""
     output, targets, patch_targets = make()
     targets, patch_targets = targets.to(device), patch_targets.to(device)
-    objective, found = objective_of(variant, label_smoothing=0.1), []
+    objective, found = objective_of(variant), []
     torch.compiler.reset()
     for call in (objective.__call__, torch.compile(objective.__call__, fullgraph=True, dynamic=False)):
         leaves = [tensor.to(device).requires_grad_() for tensor in output[:4]]

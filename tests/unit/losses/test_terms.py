@@ -1,4 +1,4 @@
-"""Every term in every variant: finite for any tokens, in float32, true gradients, the mean over images."""
+"""Every term in every variant: finite for any tokens, in float32, true gradients."""
 
 from functools import partial
 from itertools import product
@@ -10,8 +10,7 @@ from torch import Tensor
 from pdvit.config import schema
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, contrastive_loss, cosine_loss, mixing_loss
-from pdvit.losses.terms import LAST_LAYER_TERMS
-from pdvit.losses.variants import VARIANTS
+from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS, WeightSchedule
 
 
 def mixing(last: Tensor, variant: str) -> Tensor:
@@ -89,13 +88,6 @@ def test_the_gradient_equals_finite_differences(form, shape):
     assert torch.autograd.gradcheck(FORMS[form], (first, last))
 
 
-@every_form
-def test_the_loss_is_the_mean_over_images(form):
-    first, last = tokens((3, 5, 4)).double()
-    alone = [FORMS[form](f[None], h[None]).item() for f, h in zip(first, last, strict=True)]
-    assert FORMS[form](first, last).item() == pytest.approx(sum(alone) / 3)
-
-
 @pytest.mark.parametrize(("form", "value"), ONE_PATCH.items())
 def test_one_patch_has_a_fixed_value_and_no_gradient(form, value):
     loss, *gradients = value_and_gradients(form, tokens((2, 1, 4)))
@@ -117,3 +109,21 @@ def test_the_configuration_and_these_tests_have_all_terms():
     assert {form.split()[0] for form in FORMS} == set(TERMS)
     assert schema.VARIANTS == VARIANTS
     assert all(preset["variant"] in VARIANTS for preset in schema.PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    ("parts", "factors"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"warmup": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+        ({"decay": 4}, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ({"until": 3}, [1, 1, 1, 0, 0, 0, 0, 0]),
+        ({"warmup": 8, "decay": 8}, [0, 7 / 64, 12 / 64, 15 / 64, 16 / 64, 15 / 64, 12 / 64, 7 / 64]),
+        ({"warmup": 0, "decay": 0, "until": 0}, [0] * 8),
+    ],
+    ids=str,
+)
+def test_the_factor_is_the_product_of_its_parts(parts, factors):
+    schedule = WeightSchedule(8, **parts)
+    assert [schedule(step) for step in range(8)] == pytest.approx(factors)
+    assert schedule(99) == (0 if parts.keys() & {"decay", "until"} else 1)  # beyond the end

@@ -25,10 +25,12 @@ def write(run, classes=3, pictures=2):
 
 
 def test_errors_are_where_truth_and_prediction_differ_and_a_class_is_known(tmp_path):
-    table, (picture, _) = read_segmentation(write(tmp_path / "run"))
+    table, pictures = read_segmentation(write(tmp_path / "run"))
     assert table["class"].tolist() == ["class 0", "class 1", "class 2"]
     assert np.isnan(table["iou"][0])
-    assert picture.errors[:3, 0].tolist() == [2, 1, 0]
+    errors = plot_segmentation(table, pictures, "run").axes[3]
+    assert errors.images[0].get_array()[:3, 0].tolist() == [2, 1, 0]
+    assert errors.get_xlabel() == "20.0 % wrong"
 
 
 def test_a_row_of_four_for_each_picture_a_bar_for_each_class_and_a_legend_of_the_classes_that_are_drawn(tmp_path):

@@ -9,7 +9,7 @@ from pdvit.config import build, resolve
 from pdvit.data.loader import Batch
 from pdvit.data.opening import open_source
 from pdvit.losses import TERMS
-from pdvit.losses.schedule import WeightSchedule
+from pdvit.losses.terms import WeightSchedule
 from pdvit.tasks import describe_summary
 from pdvit.tasks.classification import ClassificationTask
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.attention import Attention, patch_rows
+from pdvit.definitions import GROUPS
 
 PREFIX = 2
 
@@ -37,7 +38,7 @@ def slow(image: np.ndarray, before: np.ndarray, columns: int) -> dict[str, float
 
 def measure(probabilities: Tensor, before: Tensor | None = None, image=(20, 30)) -> dict[str, Tensor]:
     previous = None if before is None else patch_rows(before, PREFIX)
-    return METRICS["attention"].compute(Attention(patch_rows(probabilities, PREFIX), image, previous))
+    return METRICS["attention"](Attention(patch_rows(probabilities, PREFIX), image, previous))
 
 
 @pytest.mark.parametrize("sharp", [0.1, 2.0, 20.0])
@@ -45,7 +46,7 @@ def test_equals_a_count_query_by_query(sharp):
     now, before = maps(sharp=sharp), maps(seed=1, sharp=sharp)
     found = measure(now, before)
     assert "attention_similarity" not in measure(now)  # of the first block
-    assert set(found) == {*METRICS["attention"].columns, *METRICS["attention"].curves}
+    assert set(found) == {*GROUPS["attention"]["columns"], *GROUPS["attention"]["curves"]}
     for index in range(len(now)):
         for name, value in slow(now[index].numpy(), before[index].numpy(), columns=3).items():
             assert found[name][index].item() == pytest.approx(value, abs=1e-5), name

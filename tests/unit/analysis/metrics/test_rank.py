@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pdvit.analysis.metrics import METRICS
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.metrics.rank import effective_rank, participation_ratio
 
 
@@ -48,6 +48,6 @@ def test_identical_and_zero_tokens(gaussian):
 
 
 def test_random_tokens_read_as_the_docs_say(gaussian):
-    found = METRICS["rank"].compute(Patches(gaussian(1, 196, 768)))
+    found = METRICS["rank"](Patches(gaussian(1, 196, 768)))
     assert found["effective_rank"].item() == pytest.approx(189, abs=1)
     assert found["participation_ratio"].item() == pytest.approx(195 * 768 / (196 + 768), rel=0.02)

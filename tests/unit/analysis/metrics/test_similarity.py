@@ -7,8 +7,9 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from pdvit import similarity
 from pdvit.analysis.metrics import METRICS
-from pdvit.analysis.metrics.group import Patches
+from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.metrics.similarity import PERCENTILES, histogram, outliers, percentiles
+from pdvit.definitions import GROUPS
 from pdvit.similarity import unit_tokens
 
 
@@ -29,8 +30,8 @@ def slow_norms(tokens: np.ndarray) -> dict[str, float]:
 
 
 def check_norms(tokens: torch.Tensor) -> None:
-    found = METRICS["norms"].compute(Patches(tokens))
-    assert set(found) == set(METRICS["norms"].columns)
+    found = METRICS["norms"](Patches(tokens))
+    assert set(found) == set(GROUPS["norms"]["columns"])
     expected = [slow_norms(image.double().numpy()) for image in tokens]
     for name, values in found.items():
         np.testing.assert_allclose(values, [image[name] for image in expected], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -49,7 +50,7 @@ def test_norms_of_identical_zero_and_two_tokens(gaussian):
     check_norms(torch.zeros(1, 5, 3))
     check_norms(gaussian(2, 2, 5))
     pair = torch.tensor([[[1.0, 0], [1000, 0]]])  # of two, neither is an outlier
-    assert METRICS["norms"].compute(Patches(pair))["norm_outliers"].tolist() == [0]
+    assert METRICS["norms"](Patches(pair))["norm_outliers"].tolist() == [0]
 
 
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
@@ -62,6 +63,41 @@ def test_outliers_do_not_depend_on_scale_or_rounding(gaussian, size):
     equal[0, 0] += 1e-4
     assert not outliers(size * equal).any()
     assert int(outliers(torch.cat([torch.zeros(1, 7), torch.rand(1, 6) + 1], 1)).sum()) == 6  # never more than half
+
+
+def drift(tokens: torch.Tensor, first: torch.Tensor) -> list[list[float]]:
+    found = METRICS["drift"](Patches(tokens, first=unit_tokens(first)))
+    return [found[name].tolist() for name in ("drift_cosine", "drift_retrieval")]
+
+
+def slow_drift(tokens: np.ndarray, first: np.ndarray) -> tuple[float, float]:
+    """Cosine with the own patch, and the fraction that finds it, patch by patch."""
+    own, found = [], []
+    for index, token in enumerate(tokens.astype(np.float64)):
+        cosines = cosine_similarity(token[None], first.astype(np.float64))[0]
+        own.append(cosines[index])
+        nearest = np.flatnonzero(cosines >= cosines.max() - 1e-6)
+        found.append(1 / len(nearest) if index in nearest else 0)
+    return np.mean(own), np.mean(found)
+
+
+@pytest.mark.parametrize(("count", "width", "noise"), [(2, 3, 1.0), (9, 4, 0.7), (25, 16, 2.0), (30, 8, 5.0)])
+def test_drift_equals_a_search_patch_by_patch_in_blocks_of_any_size(gaussian, monkeypatch, count, width, noise):
+    first = gaussian(4, count, width)
+    tokens = first + noise * gaussian(4, count, width, seed=1)
+    expected = np.array([slow_drift(a, b) for a, b in zip(tokens.numpy(), first.numpy(), strict=True)])
+    for entries in (10**6, 60):
+        monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
+        np.testing.assert_allclose(drift(tokens, first), expected.T, atol=1e-6)
+
+
+def test_drift_of_the_first_layer_itself_its_mirror_and_identical_or_zero_tokens(gaussian):
+    tokens = gaussian(2, 12, 8)
+    assert drift(tokens, tokens) == [pytest.approx([1, 1]), [1, 1]]
+    assert drift(-tokens, tokens) == [pytest.approx([-1, -1]), [0, 0]]
+    same, zero = torch.full((1, 8, 3), 0.3), torch.zeros(1, 8, 3)  # found by chance
+    assert drift(same, same) == [pytest.approx([1]), pytest.approx([1 / 8])]
+    assert drift(zero, zero) == [[0], pytest.approx([1 / 8])]
 
 
 def all_pairs(tokens: np.ndarray) -> np.ndarray:
@@ -107,7 +143,7 @@ def test_pairs_of_identical_opposite_and_zero_tokens():
 def test_random_tokens_read_as_the_docs_say(gaussian):
     found = percentiles(unit_tokens(gaussian(4, 100, 400))).mean(0)
     np.testing.assert_allclose(found, np.array([-1.645, -0.674, 0, 0.674, 1.645]) / 20, atol=0.003)
-    norms = METRICS["norms"].compute(Patches(gaussian(8, 196, 768)))
+    norms = METRICS["norms"](Patches(gaussian(8, 196, 768)))
     assert float(norms["norm_mean"].mean()) == pytest.approx(768**0.5, rel=0.01)
     assert float(norms["norm_std"].mean()) == pytest.approx(0.5**0.5, rel=0.05)
     assert float(norms["norm_peak"].max()) < 1.1
@@ -118,6 +154,6 @@ def test_random_tokens_read_as_the_docs_say(gaussian):
 def test_no_metric_depends_on_the_size_of_the_tokens_but_lengths(gaussian, size):
     tokens = gaussian(2, 16, 8, shift=0.5)
     for group in ("similarity", "similarity_signed", "norms", "pairs", "rank", "spectrum"):
-        found, expected = (METRICS[group].compute(Patches(each, (4, 4))) for each in (tokens * size, tokens))
+        found, expected = (METRICS[group](Patches(each, (4, 4))) for each in (tokens * size, tokens))
         for name in found.keys() - {"norm_mean", "norm_std"}:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)

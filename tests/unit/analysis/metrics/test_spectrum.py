@@ -6,8 +6,9 @@ import torch
 
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics import spectrum as module
-from pdvit.analysis.metrics.group import Patches, grid_of
+from pdvit.analysis.metrics.patches import Patches, grid_of
 from pdvit.analysis.metrics.spectrum import spectrum
+from pdvit.definitions import GROUPS
 from pdvit.errors import UserError
 
 
@@ -58,11 +59,11 @@ def test_random_tokens_read_as_the_docs_say(gaussian):
 
 def test_parts_change_nothing(gaussian, monkeypatch):
     patches = Patches(gaussian(5, 8, 3), (20, 40))
-    whole = METRICS["spectrum"].compute(patches)
+    whole = METRICS["spectrum"](patches)
     assert whole["frequency"][0].tolist() == [0, 1]
-    assert set(whole) == {*METRICS["spectrum"].columns, *METRICS["spectrum"].curves}
+    assert set(whole) == {*GROUPS["spectrum"]["columns"], *GROUPS["spectrum"]["curves"]}
     monkeypatch.setattr(module, "BLOCK_ENTRIES", 50)
-    for name, values in METRICS["spectrum"].compute(patches).items():
+    for name, values in METRICS["spectrum"](patches).items():
         torch.testing.assert_close(values, whole[name])
 
 

@@ -1,31 +1,14 @@
-"""The tokens of one layer, which all metrics read, and groups of metrics."""
+"""The tokens of one layer, which all metrics read."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdvit.definitions import Definition
 from pdvit.errors import UserError
 from pdvit.similarity import at_least_float32, patch_similarity, unit_tokens
 
 ROUNDING = 1e-6  # remainders of float32 tokens below this fraction of the whole are rounding errors and count as zero
-
-
-@dataclass(frozen=True)
-class MetricGroup:
-    """Metrics that are computed together, with the definitions of columns and the descriptions of curves.
-
-    `compute` maps `Patches` (or `Attention`) to named values: one per image, `(B,)`, for a column of the table, or a
-    curve per image, `(B, K)`, whose mean over images goes to a file.
-    """
-
-    compute: Callable[[Any], dict[str, Tensor]]
-    columns: Mapping[str, Definition]
-    curves: Mapping[str, str]
 
 
 class Patches:
