@@ -137,7 +137,7 @@ def test_options_come_before_the_settings_of_the_file(workplace, image_folder, a
     assert result["input"]["the options"] == ["96 px", "mean 0.1 0.2 0.3", "std 0.5 0.6 0.7", "heads 2", "GELUTanh"]
     assert "norm epsilon 1e-06" in result["input"]["timm's default for test_vit"]
     assert result["notes"] == ["resampled: 1 (pos_embed), for the image size"]
-    assert " ".join(["saved", *flags[:10]]) in result["advice"]
+    assert " ".join(["saved", *flags[:12]]) in result["advice"]
     half = analyzed("saved", "--images", image_folder, *flags, "--precision", "bf16")
     assert half["precision"] == "bfloat16"
     assert json_means(half, "similarity") == pytest.approx(expected, abs=1e-2)
