@@ -56,7 +56,8 @@ def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
     """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
     name, names = name[:100].lower(), list(options)  # the comparison takes the square of the length
     # Also by an option's beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`.
-    texts = {text: option for option in names for text in (option.lower()[: len(name) + 1], option.lower())}
+    texts = {option.lower()[: len(name) + 1]: option for option in sorted(names, key=len, reverse=True)}
+    texts |= {option.lower(): option for option in names}
     if found := get_close_matches(name, texts, n=1):
         return f"did you mean '{texts[found[0]]}'?"
     if not names:
