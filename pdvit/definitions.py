@@ -1,6 +1,6 @@
 """Definitions of the metrics of `analyze`, without torch: for help, tables, figures and docs.
 
-`python -m pdvit.definitions` prints the table and the list of curves of docs/analyze.md.
+`python -m pdvit.definitions` prints the table and the list of curves of docs/metrics.md.
 """
 
 import tomllib
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Definition:
-    """The meaning of a column, one row of the table in docs/analyze.md, and how the column is shown."""
+    """The meaning of a column, one row of the table in docs/metrics.md, and how the column is shown."""
 
     text: str
     range: str

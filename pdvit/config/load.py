@@ -18,7 +18,7 @@ _PLACES = ("run.out", "run.name", "launch.")  # run.toml leaves them out, so tha
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
 
 
-def read_toml(path: Path, tip: str = "check --config; docs/train.md has an example") -> dict[str, Any]:
+def read_toml(path: Path, tip: str = "check --config; docs/settings.md has an example") -> dict[str, Any]:
     """Read a configuration file; raises UserError if it is missing or not TOML."""
     with reading(path, tip, "the configuration can't be read"):
         return tomllib.loads(read_text(path))

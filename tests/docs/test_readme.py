@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -60,6 +62,13 @@ def test_the_checks_run_the_test_command_of_the_readme():
     (command,) = [line for line in README.splitlines() if re.search(pattern, line)]
     assert command in [line for block in blocks(README, "sh") for line in block.splitlines()]
     assert re.search("pip install.*pytest$", command)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_broken_link():
+    pytest.importorskip("zensical", reason="an extra of pdvit: docs")
+    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_changelog_citation_and_package_agree():

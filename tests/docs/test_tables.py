@@ -11,7 +11,7 @@ from tests.docs.pages import blocks, read
 
 
 def test_the_table_of_settings_is_the_one_that_the_schema_gives():
-    assert load.markdown_table() in read("docs/train.md")
+    assert load.markdown_table() in read("docs/settings.md")
 
 
 def test_the_docs_have_a_row_for_each_family():
@@ -21,7 +21,7 @@ def test_the_docs_have_a_row_for_each_family():
 
 def test_the_docs_define_each_metric_as_the_command_prints_it_and_list_each_file_of_curves():
     for part in (markdown_table(), markdown_curves()):
-        assert part in read("docs/analyze.md"), "copy the output of `python -m pdvit.definitions` to docs/analyze.md"
+        assert part in read("docs/metrics.md"), "copy the output of `python -m pdvit.definitions` to docs/metrics.md"
 
 
 def test_the_examples_of_a_sweep_are_one():
