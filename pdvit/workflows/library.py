@@ -69,7 +69,7 @@ def analyze(
         model: a checkpoint, a model of timm, transformers, torchvision or open_clip, or any other with `blocks`.
         images: normalised `(B, 3, H, W)`, or a loader of them (in tuples, or tables with `pixel_values`); for a timm
             model also images of Pillow, files, folders or a source. Unset: those of the checkpoint, or two photographs.
-        metrics: names of groups of `pdvit.analysis.METRICS`; docs/analyze.md defines their columns.
+        metrics: names of groups of `pdvit.analysis.METRICS`; docs/metrics.md defines their columns.
         name: content of the `model` column.
         blocks: the blocks, as a list or the path of one, such as `encoder.layers`. The first tensor `(B, T, D)` that
             they return has the tokens.
@@ -77,7 +77,7 @@ def analyze(
         norm: path of the norm over all tokens after the last block, with `blocks`.
 
     Returns:
-        An analysis; docs/analyze.md has the columns of its `table`. If a checkpoint reads its images, P of random
+        An analysis; docs/metrics.md has the columns of its `table`. If a checkpoint reads its images, P of random
         weights is added.
     """
     layout: dict[str, Any] = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
