@@ -4,7 +4,7 @@ import re
 import pandas as pd
 import pytest
 
-from pdvit.analysis.verdict import climb, last_stage, onset, verdict
+from pdvit.analysis.verdict import against_random, climb, last_stage, onset, verdict
 
 
 def table(*values: float, metric: str = "similarity", norm: bool = False, **more) -> pd.DataFrame:
@@ -53,6 +53,21 @@ def test_in_stages_only_the_last_one_counts():
     level = "the patches are alike at the end: P is 0.620 at norm (not compared with random weights)"
     climbs = "P climbs from norm on: it ends 0.220 above its minimum"
     assert verdict(rows, "measure", "train")[0] == f"in the last stage, {level}\nin the last stage, {climbs}"
+
+
+@pytest.mark.parametrize(
+    ("ours", "random", "width", "answer"),
+    [
+        (0.8, 0.3, 0.01, 1),
+        (0.8, 0.9, 0.01, -1),
+        (0.8, 0.76, 0.001, 0),  # too small a difference to count
+        (0.8, 0.6, 0.15, 0),  # the intervals overlap
+        (0.8, 0.6, float("nan"), 1),  # of a single image
+    ],
+)
+def test_a_difference_from_random_weights_has_to_be_large_and_certain(ours, random, width, answer):
+    assert against_random(compared([0.1, ours], [0.9, random], ci95=width)) == answer
+    assert against_random(table(0.1, ours)) is None
 
 
 ALL, SOME, NONE = "patches are alike at every layer", "patches are alike at the end", "patches are not alike at the end"

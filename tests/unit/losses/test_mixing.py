@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from functools import partial
 from itertools import product
 
@@ -145,29 +143,3 @@ def test_targets_that_do_not_fit_are_refused(targets, message):
     for loss in forms:
         with pytest.raises(UserError, match=message):
             loss(patch_targets=torch.tensor(targets))
-
-
-MEMORY = """
-from pathlib import Path
-import torch
-from pdvit.losses.mixing import chunked_mixing_loss
-
-def peak():
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024  # getrusage would begin with the parent's
-
-head = torch.nn.Linear(768, 21841)
-tokens = torch.randn(32, 196, 768, requires_grad=True)
-targets = torch.randint(21841, (32, 196))
-chunked_mixing_loss(torch.randn(1, 2, 768), head.weight[:9], head.bias[:9], targets[:1, :2] % 9)
-before = peak()
-chunked_mixing_loss(tokens, head.weight, head.bias, targets).backward()
-print(peak() - before - 4 * head.weight.numel() / 2**20)  # beyond the gradient; all logits are 523, three times over
-"""
-
-
-@pytest.mark.slow
-def test_many_classes_take_little_memory():
-    """In megabytes, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) <= 300
