@@ -3,7 +3,7 @@
 The rate of a variant is the better of two on validation, of the first seed. It writes mend-rates.csv (the cells of
 that seed), results-mend-TASK.csv (the cells at the chosen rates, as `run.py` writes results), layers-mend.csv (P of
 each layer at the end of a run, on 64 validation images) and mend.png. The dashed lines are the published model as it
-is, from layers.csv.
+is, from metrics.csv.
 """
 
 import json
@@ -21,11 +21,11 @@ from tables import RATE, SEED, Row, best_rates, cells_of, write_table  # noqa: E
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, legend, line_styles, new_figure, render  # noqa: E402
 from pdvit.plots.sweep import estimate  # noqa: E402
 
-# The sweep of each task, its name, and the images of layers.csv that are nearest to its own.
+# The sweep of each task, its name, and its images in metrics.csv.
 TASKS = {
-    "pets": ("pets", "pets, 224 px"),
-    "linear": ("CamVid, linear head", "CamVid, 224 px"),
-    "upernet": ("CamVid, UPerNet", "CamVid, 224 px"),
+    "pets": ("pets", "pets"),
+    "linear": ("CamVid, linear head", "CamVid"),
+    "upernet": ("CamVid, UPerNet", "CamVid"),
 }
 FIRST = "1"  # the seed that chose the rates
 HEIGHT = 2.6  # of the figure, in inches
@@ -85,7 +85,7 @@ def main() -> None:
             layers += [of_cell | row for row in layers_of(sweep / cell["name"])]
     write_table(HERE / "mend-rates.csv", tuning)
     write_table(HERE / "layers-mend.csv", layers)
-    drawn = draw(pd.read_csv(HERE / "layers-mend.csv"), pd.read_csv(HERE / "layers.csv"))
+    drawn = draw(pd.read_csv(HERE / "layers-mend.csv"), pd.read_csv(HERE / "metrics.csv"))
     (HERE / "mend.png").write_bytes(render(drawn, ".png"))
 
 
