@@ -1,0 +1,93 @@
+"""The tables and the figure of mend-*.toml: `python experiments/published/mend.py`.
+
+The rate of a variant is the better of two on validation, of the first seed. It writes mend-rates.csv (the cells of
+that seed), results-mend-TASK.csv (the cells at the chosen rates, as `run.py` writes results), layers-mend.csv (P of
+each layer at the end of a run, on 64 validation images) and mend.png. The dashed lines are the published model as it
+is, from metrics.csv.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from figures import DASHED  # noqa: E402
+from tables import RATE, SEED, Row, best_rates, cells_of, write_table  # noqa: E402
+
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, legend, line_styles, new_figure, render  # noqa: E402
+from pdvit.plots.sweep import estimate  # noqa: E402
+
+# The sweep of each task, its name, and its images in metrics.csv.
+TASKS = {
+    "pets": ("pets", "pets"),
+    "linear": ("CamVid, linear head", "CamVid"),
+    "upernet": ("CamVid, UPerNet", "CamVid"),
+}
+FIRST = "1"  # the seed that chose the rates
+HEIGHT = 2.6  # of the figure, in inches
+
+
+def layers_of(run: Path) -> Iterator[Row]:
+    """Yield P of each layer at the last evaluation of a run."""
+    records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    *_, last = (record for record in records if record["kind"] == "similarity")
+    for depth, (layer, similarity) in enumerate(zip(last["layers"], last["similarity"], strict=True)):
+        yield {"layer": layer, "depth": depth, "similarity": similarity}
+
+
+def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
+    """Draw a panel for each task: P by layer, mean and 95 % interval over seeds."""
+    names = list(layers["variant"].unique())
+    styles = dict(zip(names, line_styles(len(names), LIGHT), strict=True))
+    tasks = list(layers["task"].unique())
+    keys = ["task", "variant", "layer", "depth"]
+    table = pd.DataFrame(
+        dict(zip(keys, key, strict=True)) | estimate(seeds.tolist())._asdict()
+        for key, seeds in layers.groupby(keys, sort=False)["similarity"]
+    )
+    with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
+        figure.subplots(1, len(tasks), sharey=True)
+        figure.data = table
+        for axes, task in zip(figure.axes, tasks, strict=True):
+            name, images = TASKS[task]
+            before = published[(published["model"] == images) & (published["metric"] == "similarity")]
+            axes.plot(before["depth"], before["mean"], color=LIGHT.ink, linestyle=DASHED, label="published")
+            for variant, line in table[table["task"] == task].groupby("variant", sort=False):
+                look = styles[variant] | {"marker": ""}
+                axes.plot(line["depth"], line["mean"], **look)
+                axes.fill_between(
+                    line["depth"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0
+                )
+            axes.set(title=name, xlabel="block (13 is the norm)")
+        figure.axes[0].set_ylabel("P, patch similarity")
+        legend(figure, styles, [line for line in figure.axes[0].lines if line.get_label() == "published"])
+        return figure
+
+
+def main() -> None:
+    """Write the tables and the figure of the tasks that were run."""
+    tuning, layers = [], []
+    for task in TASKS:
+        sweep = Path("runs") / f"mend-{task}"
+        cells = [cell for cell in cells_of(sweep) if cell["status"] == "finished"] if sweep.is_dir() else []
+        first = [cell for cell in cells if cell[SEED] == FIRST]
+        tuning += [{"task": task} | cell for cell in first]
+        rates = {name: rate for name, (rate, *_) in best_rates([dict(cell) | {SEED: 0} for cell in first]).items()}
+        chosen = [cell for cell in cells if float(cell[RATE]) == rates.get(cell["variant"])]
+        if chosen:
+            write_table(HERE / f"results-mend-{task}.csv", chosen)
+        for cell in chosen:
+            of_cell = {"task": task, "variant": cell["variant"], SEED: cell[SEED], RATE: cell[RATE]}
+            layers += [of_cell | row for row in layers_of(sweep / cell["name"])]
+    write_table(HERE / "mend-rates.csv", tuning)
+    write_table(HERE / "layers-mend.csv", layers)
+    drawn = draw(pd.read_csv(HERE / "layers-mend.csv"), pd.read_csv(HERE / "metrics.csv"))
+    (HERE / "mend.png").write_bytes(render(drawn, ".png"))
+
+
+if __name__ == "__main__":
+    main()
