@@ -78,7 +78,7 @@ class Display:
         """Print lines that stay, warnings in colour."""
         for line in text.split("\n"):
             style = "yellow" if line.startswith("warning") else None
-            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=self.bar is None)
 
 
 def describe_rate(rate: float) -> str:

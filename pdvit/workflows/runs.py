@@ -88,7 +88,7 @@ def build_trainer(
     set_up(device, config.run)
     if ranks.main and config.run.track:
         check_trackers(config.run.track)
-    to_log = partial(log, console)
+    to_log = partial(log, console, words=True)
     segments = config.segment.head is not None
     task_type: TaskType = SegmentationTask if segments else ClassificationTask
     with ranks.interruptible():
@@ -234,7 +234,7 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
             changed = {change["key"]: change["to"] for change in directory.changes()}
             changed |= {key: new for key, (_, new) in run.changes.items()}
             for note in trainer.restore(directory, changed):
-                log(console, note)
+                log(console, note, words=True)
             step = trainer.state.progress.step
             log(console, f"resuming after step {step}" if step else "no checkpoint yet: starting from step 0")
             if run.changes:
@@ -286,7 +286,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
     alike = [path for path in others if task(path) == task(run)]
     use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
-    log(console, f"\n{describe_summary(summary)}", "bold green")
+    log(console, f"\n{describe_summary(summary)}", "bold green", words=True)
     log(
         console,
         f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
