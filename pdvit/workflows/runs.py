@@ -77,11 +77,12 @@ def build_trainer(
     config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
 ) -> Trainer:
     """Open the data, build task and trainer, and `load` a resident set; raises UserError, and Stopped on all ranks."""
-    checkpoint, default = None, config.optim.head_lr is None
+    asked, checkpoint, default = config, None, config.optim.head_lr is None
     if config.model.init is not None and not resumed:  # a resumed run loads its own checkpoint
         log(console, f"reading {config.model.init} ...")
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
         config = apply_checkpoint_defaults(with_crop(config), checkpoint)
+    inherited = changed_keys(to_dict(asked), to_dict(config))
     config = resolve(config) if config.data.batch_size else config
     ranks = init_process_group(stop)
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
@@ -116,7 +117,7 @@ def build_trainer(
     length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
-    unused = (f"note: {text}" for text in unused_settings(config, in_memory))
+    unused = (f"note: {text}" for text in unused_settings(config, in_memory, inherited))
     for note in (*notes, *trainer.notes, *unused):
         to_log(note)
     with ranks.interruptible():
