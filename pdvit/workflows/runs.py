@@ -38,7 +38,7 @@ from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
-from pdvit.workflows.console import log
+from pdvit.workflows.console import count, log
 
 if TYPE_CHECKING:
     import torch
@@ -288,9 +288,11 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     alike = [path for path in others if task(path) == task(run)]
     use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
     log(console, f"\n{describe_summary(summary)}", "bold green", words=True)
+    whole = summary["epochs"] % 1 == 0
+    length = count(int(summary["epochs"]), "epoch") if whole else count(summary["steps"], "step")
     log(
         console,
-        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
+        f"{length} in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
         f"records   {run}/metrics.jsonl, summary.json\n"
         f"weights   {run}/model.safetensors\n"
         f"use       {command('plot', 'segmentation', run) if summary.get('task') == 'segmentation' else use}\n"
