@@ -82,7 +82,7 @@ def evaluate(
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
             log(console, f"written  {file}, {names}")
-            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "cyan")
+            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "accent")
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
@@ -196,7 +196,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     console.print()
     console.print(view)
     images = f"{count(numbers['images'], 'image')} of {printable(numbers['data'])}"
-    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold green", words=True)
+    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold", words=True)
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
         views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"

@@ -287,7 +287,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
     alike = [path for path in others if task(path) == task(run)]
     use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
-    log(console, f"\n{describe_summary(summary)}", "bold green", words=True)
+    log(console, f"\n{describe_summary(summary)}", "bold", words=True)
     whole = summary["epochs"] % 1 == 0
     length = count(int(summary["epochs"]), "epoch") if whole else count(summary["steps"], "step")
     log(
@@ -298,7 +298,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         f"use       {command('plot', 'segmentation', run) if summary.get('task') == 'segmentation' else use}\n"
         f"repeat    {command('train', '--config', run / 'run.toml')}",
     )
-    log(console, f"next      {command('analyze', *alike[:1], run)}", "cyan")
+    log(console, f"next      {command('analyze', *alike[:1], run)}", "accent")
 
 
 def trial_config(config: Config) -> Config:
