@@ -106,7 +106,7 @@ def _analyze(
         return EXIT_STOPPED
     if verbose and not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
-        log(console, f"next     {command('plot', figure, *folders.values())}", "cyan")
+        log(console, f"next     {command('plot', figure, *folders.values())}", "accent")
     return 0
 
 
@@ -132,7 +132,7 @@ def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunCo
         console.print()
     if facts["verdict"]:
         log(console, facts["verdict"], "bold", words=True)
-        log(console, facts["advice"], "cyan")
+        log(console, facts["advice"], "accent")
     if facts["stopped"]:
         log(console, f"stopped: {facts['stopped']}", "yellow")
     for note in facts["notes"]:

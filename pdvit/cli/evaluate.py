@@ -82,7 +82,7 @@ def evaluate(
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
             log(console, f"written  {file}, {names}")
-            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "cyan")
+            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "accent")
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
@@ -122,7 +122,7 @@ def _evaluate(
     name = f"all of {source.name}" if split == "all" else f"the {split} split of {source.name}"
     spread = "" if images is whole else f" of {len(whole):,}, spread evenly"
     for line in (f"evaluating {name}: {count(len(images), 'image')}{spread}", *source.notes, *opened.loaded.notes):
-        log(console, printable(line))
+        log(console, printable(line), words=True)
     classes = metrics.unique_names(source.classes)
     network: Network = pixel_network(model) if windows else model
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
@@ -196,12 +196,12 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     console.print()
     console.print(view)
     images = f"{count(numbers['images'], 'image')} of {printable(numbers['data'])}"
-    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold green")
+    log(console, f"\n{numbers['split']} {describe_metrics(numbers)} ({images})", "bold", words=True)
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
         views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"
-        log(console, f"views    {views}; scales {{scales}}; flip {{flip}}".format(**numbers))
-    log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers))
+        log(console, f"views    {views}; scales {{scales}}; flip {{flip}}".format(**numbers), words=True)
+    log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers), words=True)
 
 
 @partial(checkpoint_command, data_on_bad_image="error")
@@ -226,7 +226,7 @@ def predict(
     files = image_files(images)
     opened = open_checkpoint(path, SINGLE_PROCESS, **opening_arguments(opening))
     for note in opened.loaded.notes:
-        log(console, printable(note))
+        log(console, printable(note), words=True)
     windows = opened.windows({"--ms": multi_scale, "--flip": flip})
     target = _target(path, out, top, masks=windows is not None)
     predictions = _masks(opened, files, target, windows) if windows and target else _labels(opened, files, top, console)

@@ -1,13 +1,17 @@
 """Settings that have no effect in a run: a typo and a forgotten flag look the same."""
 
+from collections.abc import Container
 from dataclasses import fields
 
 from pdvit.config.schema import TERMS, Config, DiversityConfig, SegmentConfig
 from pdvit.data.sources import SETTINGS, SOURCE_TYPES, source_type
 
 
-def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
-    """Return a note for each setting of a resolved configuration that differs from its default without effect."""
+def unused_settings(config: Config, in_memory: bool = False, inherited: Container[str] = ()) -> list[str]:
+    """Return a note for each setting of a resolved configuration that differs from its default without effect.
+
+    `inherited` settings (`section.name`) are not the user's but those of a checkpoint, and have no note.
+    """
     diversity, augment, segment = config.diversity, config.augment, config.segment
     terms, source = {term for term in TERMS if getattr(diversity, term)}, config.data.source
     source_settings = SOURCE_TYPES[source_type(source) or "folder"].settings
@@ -47,6 +51,6 @@ def unused_settings(config: Config, in_memory: bool = False) -> list[str]:
         section, _, names = keys.partition(".")
         for name in () if used else names.split():
             value = getattr(getattr(config, section), name)
-            if value != getattr(getattr(defaults, section), name):
+            if value != getattr(getattr(defaults, section), name) and f"{section}.{name}" not in inherited:
                 notes[f"{section}.{name}"] = f"{section}.{name} = {value} has no effect: {reason}"
     return list(notes.values())

@@ -12,16 +12,22 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.theme import Theme
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no progress bar
 EXIT_STOPPED = 75  # the conventional status for "try again later"
 # Slurm can send one of the last two before its time limit; submitit asks for SIGUSR2, as NCCL may use the other.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 T = TypeVar("T")
+ACCENT = dict.fromkeys(("accent", "bar.complete", "bar.finished", "bar.pulse"), "cyan")  # the colour of the help too
+THEME = Theme(ACCENT | dict.fromkeys(("progress.percentage", "progress.remaining"), "none"))
 
 
 class RunConsole(Console):
     """A console that goes silent when its reader is gone (`| head`, a closed terminal), so that the run continues."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(theme=THEME, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as rich does; ignore a terminal that is gone."""
@@ -78,7 +84,7 @@ class Display:
         """Print lines that stay, warnings in colour."""
         for line in text.split("\n"):
             style = "yellow" if line.startswith("warning") else None
-            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=self.bar is None)
 
 
 def describe_rate(rate: float) -> str:

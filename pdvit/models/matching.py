@@ -25,7 +25,7 @@ MARKS = ("head.fc.weight", "head.norm.weight")
 POSITIONS = "pos_embed"
 UNLABELLED = "not labelled raw or ema"  # of weights
 OTHER_MODEL = "the file has another architecture; name it with --model, or its sizes: --depth, --width, --patch-size"
-LISTED = 5  # names in an error or a note
+LISTED = 2  # names in an error or a note
 # The decoder of a masked autoencoder, which is not a part of the model.
 DECODER = ("decoder_", "decoder.", "mask_token")
 

@@ -38,7 +38,7 @@ from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
-from pdvit.workflows.console import log
+from pdvit.workflows.console import count, log
 
 if TYPE_CHECKING:
     import torch
@@ -77,18 +77,19 @@ def build_trainer(
     config: Config, console: RunConsole, stop: StopRequest | None = None, resumed: bool = False, load: bool = True
 ) -> Trainer:
     """Open the data, build task and trainer, and `load` a resident set; raises UserError, and Stopped on all ranks."""
-    checkpoint, default = None, config.optim.head_lr is None
+    asked, checkpoint, default = config, None, config.optim.head_lr is None
     if config.model.init is not None and not resumed:  # a resumed run loads its own checkpoint
         log(console, f"reading {config.model.init} ...")
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
         config = apply_checkpoint_defaults(with_crop(config), checkpoint)
+    inherited = changed_keys(to_dict(asked), to_dict(config))
     config = resolve(config) if config.data.batch_size else config
     ranks = init_process_group(stop)
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     set_up(device, config.run)
     if ranks.main and config.run.track:
         check_trackers(config.run.track)
-    to_log = partial(log, console)
+    to_log = partial(log, console, words=True)
     segments = config.segment.head is not None
     task_type: TaskType = SegmentationTask if segments else ClassificationTask
     with ranks.interruptible():
@@ -116,7 +117,7 @@ def build_trainer(
     length += f"{heads} on {device_name(device)}{processes}"
     to_log(f"{source.describe()}\n{task.describe()}; {length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
-    unused = (f"note: {text}" for text in unused_settings(config, in_memory))
+    unused = (f"note: {text}" for text in unused_settings(config, in_memory, inherited))
     for note in (*notes, *trainer.notes, *unused):
         to_log(note)
     with ranks.interruptible():
@@ -234,7 +235,7 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
             changed = {change["key"]: change["to"] for change in directory.changes()}
             changed |= {key: new for key, (_, new) in run.changes.items()}
             for note in trainer.restore(directory, changed):
-                log(console, note)
+                log(console, note, words=True)
             step = trainer.state.progress.step
             log(console, f"resuming after step {step}" if step else "no checkpoint yet: starting from step 0")
             if run.changes:
@@ -286,16 +287,18 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
     alike = [path for path in others if task(path) == task(run)]
     use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
-    log(console, f"\n{describe_summary(summary)}", "bold green")
+    log(console, f"\n{describe_summary(summary)}", "bold", words=True)
+    whole = summary["epochs"] % 1 == 0
+    length = count(int(summary["epochs"]), "epoch") if whole else count(summary["steps"], "step")
     log(
         console,
-        f"{summary['epochs']:g} epochs in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
+        f"{length} in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
         f"records   {run}/metrics.jsonl, summary.json\n"
         f"weights   {run}/model.safetensors\n"
         f"use       {command('plot', 'segmentation', run) if summary.get('task') == 'segmentation' else use}\n"
         f"repeat    {command('train', '--config', run / 'run.toml')}",
     )
-    log(console, f"next      {command('analyze', *alike[:1], run)}", "cyan")
+    log(console, f"next      {command('analyze', *alike[:1], run)}", "accent")
 
 
 def trial_config(config: Config) -> Config:

@@ -162,7 +162,7 @@ def test_the_terminal_shows_table_and_verdict_or_all_or_nothing(run_copy, tmp_pa
     facts = json.loads(printed["--quiet --json"].out)
     short, lines = (printed[flags].out.splitlines() for flags in ("", "--verbose"))
     assert short == lines[: len(short)]
-    assert short[-4:] == [*facts["verdict"].splitlines(), facts["advice"], f"note: {facts['notes'][0]}"]
+    assert short[-5:] == [*facts["verdict"].splitlines(), *facts["advice"].splitlines(), f"note: {facts['notes'][0]}"]
     assert f"measured similarity (P): {DEFINITIONS['similarity'].text}" in lines[len(short) :]
     assert lines[-1] == f"next     pdvit plot similarity '{run}'"
     rows = [line.split() for line in lines if line.startswith(tuple(LAYERS))]

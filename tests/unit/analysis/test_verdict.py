@@ -71,7 +71,7 @@ def test_a_difference_from_random_weights_has_to_be_large_and_certain(ours, rand
 
 
 ALL, SOME, NONE = "patches are alike at every layer", "patches are alike at the end", "patches are not alike at the end"
-RISES, STAYS, TRAIN = "P climbs from block 1 on: it ends 0.", "P does not climb: it ends 0.", "analyze again: train"
+RISES, STAYS, TRAIN = "P climbs from block 1 on: it ends 0.", "P does not climb: it ends 0.", "analyze again:\ntrain"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ RISES, STAYS, TRAIN = "P climbs from block 1 on: it ends 0.", "P does not climb:
         (outliers(0.8, 0.5), "alike from block 1 to the end: P is 0.800", RISES, "outlying length make up 0.30 of P"),
         (outliers(0.8, 0.79), "alike from block 1 to the end: P is 0.800", RISES, TRAIN),
         (table(0.1, 0.6, 0.55, 0.777), "alike from block 1 to the end: P is 0.777 (not", RISES, TRAIN),
-        (table(0.6, 0.62), f"{ALL}: P is 0.620 (not compared with", STAYS, "may be as alike: measure"),
+        (table(0.6, 0.62), f"{ALL}: P is 0.620 (not compared with", STAYS, "may be as alike:\nmeasure"),
         (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0", None, "--metrics norms"),
     ],
 )

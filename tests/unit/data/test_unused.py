@@ -7,9 +7,9 @@ from pdvit.data.unused import unused_settings
 NONE, UPERNET = {"preset": "none"}, {"head": "upernet"}
 
 
-def unused(**sections):
+def unused(inherited=(), **sections):
     config = resolve(build(("test", sections)))
-    return unused_settings(config, in_memory=config.data.source == "digits")
+    return unused_settings(config, config.data.source == "digits", inherited)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -50,5 +50,6 @@ def test_settings_with_an_effect_are_not_named(sections):
 )
 def test_a_setting_without_effect_is_named_with_the_reason(name, sections):
     (note,) = unused(**sections)
+    assert unused(inherited={name}, **sections) == []
     assert note.startswith(f"{name} = ")
     assert "has no effect: " in note

@@ -170,7 +170,8 @@ def test_other_classes_make_the_classifier_fresh(tmp_path, name, classes, heads)
     fresh = sorted(f"{head}.{part}" for head in heads for part in ("bias", "weight"))
     ours, theirs = model.state_dict(), make(name).state_dict()
     assert [key for key in sorted(ours) if not torch.equal(ours[key], theirs[key])] == fresh
-    assert f"fresh: {len(fresh)} ({', '.join(fresh)})" in notes
+    more = f" and {len(fresh) - 2} more" if len(fresh) > 2 else ""
+    assert f"fresh: {len(fresh)} ({', '.join(fresh[:2])}{more})" in notes
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_a_norm_after_the_pooling_is_fresh_and_may_be_frozen(tmp_path):
     model.requires_grad_(False).head.requires_grad_(True)
     path = saved(tmp_path, make(num_classes=0))
     notes = load_pretrained(DiverseModel(model, patch_head=False), resolve_checkpoint(path), CLASSES)
-    assert "fresh: 4 (fc_norm.bias, fc_norm.weight, head.bias, head.weight)" in notes
+    assert "fresh: 4 (fc_norm.bias, fc_norm.weight and 2 more)" in notes
     assert "unexpected: 2 (norm.bias, norm.weight)" in notes
 
 
