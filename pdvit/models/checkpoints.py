@@ -211,9 +211,8 @@ def _read_torch(file: Path) -> Converted:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_zip else set()
         refused = {"torch", *sys.stdlib_module_names}
         skipped = {it for it in names if BYSTANDERS.fullmatch(it) or it.partition(".")[0] not in refused}
-        if (
-            len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME
-        ):  # torch looks all up for each object
+        # Torch looks all up for each object.
+        if len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME:
             skipped = set()
         allowed: list[Any] = [argparse.Namespace, *((Skipped, name) for name in skipped)]
         try:
@@ -234,13 +233,14 @@ def _read_torch(file: Path) -> Converted:
                 weights = "{k: v.state_dict() for k, v in x.items() if isinstance(v, torch.nn.Module)}"
             tip = f"if you trust it, save its weights alone: {load}; torch.save({weights}, 'weights.pt')"
             raise UserError(what, str(file), tip) from error
+        notes = listed({"objects skipped": sorted(skipped)})
         if not isinstance(content, Mapping):
-            raise TypeError(f"it holds a {type(content).__name__}, not a table of weights")
+            raise UserError("; ".join(["it holds no table of weights", *notes]), str(file), "save the state_dict alone")
         tensors = dict(_named_tensors(content, file))
         stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
         if sum(stored.values()) > 4 * file.stat().st_size:
             raise ValueError("its tensors claim more numbers than it holds")
-        return Converted(tensors, _parse_training_args(content), listed({"objects skipped": sorted(skipped)}))
+        return Converted(tensors, _parse_training_args(content), notes)
 
 
 @contextmanager

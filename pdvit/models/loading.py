@@ -64,7 +64,10 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
     architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
     segment = None if backbone else checkpoint.segment
     match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
-    notes = (*checkpoint.notes, *(f"{text}, for the image size" for text in listed({"resampled": match.resampled})))
+    notes = checkpoint.notes
+    if checkpoint.resized:
+        notes += tuple(f"{text}, for the image size" for text in listed({"resampled": match.resampled}))
+        match = replace(match, resampled=[])
     match.refuse_difference(where)  # before the model takes memory
     if segment is not None and adapter is not None:
         if not classes:

@@ -99,9 +99,9 @@ class StateDictMatch:
     resampled: list[str] = field(default_factory=list)  # names of tensors that were resampled to another resolution
 
     def refuse_difference(self, where: str) -> None:
-        """Raise UserError unless names and shapes, after resampling, are exactly those of the model."""
-        groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
-        if found := listed(groups):
+        """Raise UserError unless names and shapes are exactly those of the model."""
+        shapes = [*self.mismatched, *self.resampled]
+        if found := listed({"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}):
             raise UserError(f"weights and model differ: {'; '.join(found)}", where, OTHER_MODEL)
 
 

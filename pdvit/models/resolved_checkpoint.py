@@ -45,6 +45,7 @@ class ResolvedCheckpoint:
     adapter: Adapter | None = None  # of a segmentation model: how its backbone is read
     palette: Palette | None = None  # of a segmentation model: a colour for each class
     notes: tuple[str, ...] = ()  # what the file leaves open
+    resized: bool = False  # whether the image size is not the file's
 
     def keeps_classifier(self, classes: Sequence[str]) -> bool:
         """Return whether the file's classifier is for these classes, as far as the file says."""
@@ -110,6 +111,7 @@ def resolve_checkpoint(
         adapter=None if segment is None else make_adapter(sketch, str(segment.head)),
         palette=None if segment is None else _palette(section.get("palette"), len(classes or ()), where),
         notes=tuple(notes),
+        resized=img_size is not None,
     )
 
 

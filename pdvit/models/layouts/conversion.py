@@ -102,7 +102,7 @@ def sizes_of(tensors: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
 
 def is_square(count: int) -> bool:
     """Return whether a number of patches can be that of a square grid."""
-    return count >= 0 and math.isqrt(count) ** 2 == count
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def image_settings(normalisation: Mapping[str, Any], interpolation: str, size: int, resized: int) -> dict[str, Any]:

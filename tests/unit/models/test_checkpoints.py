@@ -147,6 +147,15 @@ def test_a_lone_file_takes_the_model_that_is_named(save):
     assert resolve_checkpoint(save(small), "vit_small_patch16_224.dino").notes[1:] == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "size"),
+    [("patch_embed.proj.weight", (24, 3, 4, 4), 32), ("pos_embed", (1, 65, 24), 32), ("pos_embed", (1, 1, 24), None)],
+)
+def test_weights_of_other_sizes_than_the_file_says_are_refused_and_not_resampled(save, state, name, shape, size):
+    path = save({"model": state | {name: torch.ones(shape)}, "args": arguments(img_size=size)})
+    assert f"another shape: 1 ({name})" in refuse(path).what if size else "0 patches, which are no" in refuse(path).what
+
+
 # Refused files.
 
 
@@ -219,6 +228,7 @@ def test_objects_beside_the_weights_are_skipped_and_nothing_of_theirs_runs(tmp_p
         ({"x": defaultdict(list, a=[1])}, True, "could run code"),
         ({"model": torch.nn.Linear(2, 3)}, True, "torch.nn.modules.linear.Linear"),
         ({"w": np.zeros(3)}, True, "no tensors; objects skipped: 3"),
+        (np.array(["w"]), True, "no table of weights; objects skipped: 3"),
     ],
 )
 def test_objects_that_can_not_be_skipped_are_refused_and_the_line_of_the_tip_saves_the_weights(
