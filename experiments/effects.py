@@ -185,7 +185,7 @@ def table_of(results: pd.DataFrame) -> list[list[str]]:
         for number in shown:
             digits = MEASURES[number].digits
             found = estimate(list(row.values[number].values()))
-            line.append(f"{found.mean:.{digits}f} ± {found.std:.{digits}f}")
+            line.append(f"{found.mean:.{digits}f}" + f" ± {found.std:.{digits}f}" * (found.n > 1))
             digits *= not MEASURES[number].relative
             line += [written(effect(row, control_of(row, name, rows), number), digits) for name in CONTROLS]
         table.append(line)

@@ -1,9 +1,10 @@
-"""What do the last blocks do? `python experiments/published/blocks.py FOLDER` with the converted model.
+"""What do the last blocks do? `python experiments/published/blocks.py [FOLDER]`, of the converted model.
 
 Of 60 photographs of three breeds (data/pets3-224), 20 of each, at 224 pixels, it takes the tokens of each layer. The
 mean square of tokens of length 1 is split into what all patches share, what those of a class, of an image and of a
 place share beyond it, and the rest (as in ablation/shares.py). Beside it: the mean length of a token, P, and P of
-tokens from which the mean of all patches of all images was subtracted. It writes blocks.csv and prints it in Markdown.
+tokens from which the mean of all patches of all images was subtracted. It writes blocks.csv. Without FOLDER it measures
+nothing. It prints blocks.csv and some columns of metrics.csv in Markdown.
 """
 
 import sys
@@ -25,32 +26,50 @@ from shares import shares  # noqa: E402
 from tables import write_table  # noqa: E402
 
 DATA, OF_CLASS, SIDE = Path("data/pets3-224"), 20, 224
+LAYERS = ("block 5", "block 9", "block 11", "block 12", "norm")
+METRICS = {  # of metrics.csv: heading, factor, digits
+    "similarity": ("P", 1, 3),
+    "effective_rank": ("effective rank", 1, 1),
+    "norm_mean": ("length of tokens", 1, 1),
+    "drift_retrieval": ("patches found again, %", 100, 1),
+}
 
 
-def main(folder: str) -> None:
-    """Measure, write the table and print it."""
+def measured(table: pd.DataFrame) -> list[list[str]]:
+    """Return what metrics.csv has of the chosen metrics and layers in words, headings first."""
+    lines = [["", "images", *LAYERS]]
+    for metric, (name, factor, digits) in METRICS.items():
+        rows = table[(table["metric"] == metric) & table["layer"].isin(LAYERS)]
+        for number, (run, row) in enumerate(rows.groupby("run", sort=False)):
+            found = row.set_index("layer").loc[list(LAYERS)]
+            texts = [f"{factor * value:.{digits}f}" for value in found["mean"]]
+            if metric == "similarity":
+                texts = [f"{text} ± {half:.3f}" for text, half in zip(texts, found["ci95"], strict=True)]
+            lines.append([name if number == 0 else "", f"{run}, {found['images'].iloc[0]}", *texts])
+    return lines
+
+
+def shared(folder: str) -> list[dict[str, str | float]]:
+    """Return a row for each layer of the model in `folder`: length, P and the parts of the mean square."""
     listed = pd.read_csv(DATA / "pets.csv").groupby("label", sort=True).head(OF_CLASS)
     labels = torch.from_numpy(pd.factorize(listed["label"])[0])
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=SIDE).eval()
-    given = ("crop_pct", "interpolation", "mean", "std")
-    prepare = create_transform(SIDE, **{name: model.pretrained_cfg[name] for name in given})
+    names = ("crop_pct", "interpolation", "mean", "std")
+    prepare = create_transform(SIDE, **{name: model.pretrained_cfg[name] for name in names})
     images = torch.stack([prepare(Image.open(DATA / path).convert("RGB")) for path in listed["path"]])
-    maps = pdvit.token_maps(model, images.split(4))
     rows = []
-    for layer, tokens in ((layer, tokens.flatten(1, 2)) for layer, tokens in maps.items()):
-        centred = tokens - tokens.mean((0, 1))
-        rows.append(
-            {"layer": layer, "length": float(tokens.norm(dim=-1).mean()), "P": float(patch_similarity(tokens).mean())}
-            | {"P_centred": float(patch_similarity(centred).mean())}
-            | shares(tokens, labels)
-        )
-    write_table(HERE / "blocks.csv", rows)
-    print(
-        markdown(
-            [[*rows[0]], *([f"{cell:.2f}" if cell != row["layer"] else cell for cell in row.values()] for row in rows)]
-        )
-    )
+    for layer, maps in pdvit.token_maps(model, images.split(4)).items():
+        tokens = maps.flatten(1, 2)
+        similar = [float(patch_similarity(part).mean()) for part in (tokens, tokens - tokens.mean((0, 1)))]
+        row: dict[str, str | float] = {"layer": layer, "length": float(tokens.norm(dim=-1).mean())}
+        rows.append(row | dict(zip(("P", "P_centred"), similar, strict=True)) | shares(tokens, labels))
+    return rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for folder in sys.argv[1:]:
+        write_table(HERE / "blocks.csv", shared(folder))
+    table = pd.read_csv(HERE / "blocks.csv")
+    body = [[str(layer), *(f"{value:.2f}" for value in values)] for layer, *values in table.values.tolist()]
+    print(markdown([[*table], *body]))
+    print(markdown(measured(pd.read_csv(HERE / "metrics.csv"))), end="")

@@ -54,7 +54,7 @@ def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
         figure.data = table
         for axes, task in zip(figure.axes, tasks, strict=True):
             name, images = TASKS[task]
-            before = published[(published["model"] == images) & (published["metric"] == "similarity")]
+            before = published[(published["run"] == images) & (published["metric"] == "similarity")]
             axes.plot(before["depth"], before["mean"], color=LIGHT.ink, linestyle=DASHED, label="published")
             for variant, line in table[table["task"] == task].groupby("variant", sort=False):
                 look = styles[variant] | {"marker": ""}
