@@ -217,7 +217,7 @@ def test_objects_beside_the_weights_are_skipped_and_nothing_of_theirs_runs(tmp_p
     monkeypatch.setattr(sys, "path", [])  # nothing can be imported
     found = load(path)
     assert equal(found.model, make())
-    assert all(name in found.notes[0] for name in ("objects skipped: ", "numpy.dtype", f"{__name__}.Configured"))
+    assert found.notes[0].startswith("objects skipped: 5 (builtins.range, ")
     assert (marker.exists(), __name__ in sys.modules) == (False, False)
 
 
