@@ -47,6 +47,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 MAX_DEPTH, MAX_VALUES, MAX_NAME = 5, 200_000, 500
 # A setting in a pickle is at most this deep, with so many values in each list or table.
 MAX_NESTING, MAX_ITEMS = 3, 100
+TYPES_SHOWN = 20  # of skipped objects, in a note
 # Bytes that a torch file may take beside twice its size: a small pickle can unpack to any size.
 SPARE_MEMORY = 2**29
 COPY = "copy or download it again"
@@ -233,7 +234,7 @@ def _read_torch(file: Path) -> Converted:
                 weights = "{k: v.state_dict() for k, v in x.items() if isinstance(v, torch.nn.Module)}"
             tip = f"if you trust it, save its weights alone: {load}; torch.save({weights}, 'weights.pt')"
             raise UserError(what, str(file), tip) from error
-        notes = listed({"objects skipped": sorted(skipped)})
+        notes = listed({"types of objects skipped": sorted(skipped)}, TYPES_SHOWN)
         if not isinstance(content, Mapping):
             raise UserError("; ".join(["it holds no table of weights", *notes]), str(file), "save the state_dict alone")
         tensors = dict(_named_tensors(content, file))
