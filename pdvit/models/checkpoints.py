@@ -54,7 +54,7 @@ COPY = "copy or download it again"
 ZIP = b"PK\3\4"
 # Plain values of Python's own library in pickles, by module and name; those of other packages are skipped too.
 BYSTANDERS = re.compile(
-    r"pathlib\.(?:_local\.)?\w*Path|(?:typing|datetime|enum)\.\w+|collections\.defaultdict"
+    r"pathlib\.(?:_local\.)?\w*Path|(?:typing|datetime|enum)\.\w+"
     r"|builtins\.(?:bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
 )
 SECONDS_TO_ANSWER = 5.0  # for the hub
@@ -185,8 +185,17 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, read_json(header.get(HEADER_KEY, "{}"))
 
 
-class Skipped:
-    """Stands for an object of any class in a pickle: takes all arguments and any state, does and keeps nothing."""
+class EqualsDict(type):
+    """A class that equals `dict`: torch's restricted unpickler compares classes before it sets items."""
+
+    __hash__ = type.__hash__
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is dict
+
+
+class Skipped(metaclass=EqualsDict):
+    """Stands for an object of any class in a pickle: takes any arguments, state and items, and keeps nothing."""
 
     __slots__ = ()
 
@@ -196,6 +205,14 @@ class Skipped:
 
     def __setstate__(self, state: Any) -> None:
         """Take the object's state, and keep none."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Take an item of a table, and keep none."""
+
+
+def _plain_table(*_: Any) -> dict[Any, Any]:
+    """Stand for `collections.defaultdict`, whose items follow."""
+    return {}
 
 
 def _read_torch(file: Path) -> Converted:
@@ -215,7 +232,8 @@ def _read_torch(file: Path) -> Converted:
         # Torch looks all up for each object.
         if len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME:
             skipped = set()
-        allowed: list[Any] = [argparse.Namespace, *((Skipped, name) for name in skipped)]
+        allowed: list[Any] = [argparse.Namespace, (_plain_table, "collections.defaultdict")]
+        allowed += [(Skipped, name) for name in skipped]
         try:
             with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols and storages
@@ -224,7 +242,8 @@ def _read_torch(file: Path) -> Converted:
             if re.search("Unsupported operand|invalid load key", str(error)):
                 raise
             found = re.search(r"GLOBAL (\S+)", str(error))
-            held = f" ({found[1]})" if found else ""
+            types = [found[1]] if found else sorted(skipped)[:TYPES_SHOWN]
+            held = f" ({', '.join(types)})" if types else ""
             what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
             load = f"x = torch.load({file.name!r}, weights_only=False)"
             kept = "torch.is_tensor(v) or isinstance(v, dict) and all(map(torch.is_tensor, v.values()))"
