@@ -91,6 +91,7 @@ def _analyze(
                 print_analysis(result.analysis.table, result.facts, console)
                 if verbose:
                     print_conditions(result.analysis.table, result.facts, console)
+                if verbose or not (folder / "run.toml").is_file():  # perhaps beside the weights of others
                     log(console, f"written  {file}")
         stopped = analyzer.stopped()
     if main and explore and not stopped:
