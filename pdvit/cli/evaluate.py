@@ -128,9 +128,11 @@ def _evaluate(
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     batches = mask_batches(images, loader, config.segment) if windows else eval_batches(images, loader)
     batches = with_progress(batches, len(images) // ranks.world_size, console, split)
-    metric: Any = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
+    metric: metrics.ClassificationMetric | metrics.SegmentationMetric
     if windows:
         metric = metrics.SegmentationMetric(len(classes), windows, loader.device)
+    else:
+        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
     scores = metrics.evaluate(ordered, batches, metric, precision, ranks)
     if scores.broken:
         raise opened.not_finite(f"{scores.broken} of {count(scores.images, 'image')}")
