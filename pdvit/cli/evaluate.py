@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pdvit.tasks.windows import Network, SlidingWindowConfig
     from pdvit.workflows.checkpoint import OpenedCheckpoint
 
-Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A run directory, timm folder, file of weights, or name of a model.")
+]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
 MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
@@ -50,7 +52,7 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Segmentation: pixels from window to window.")] = None,
     classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     **opening: Any,
 ) -> int:
@@ -207,8 +209,8 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
 @partial(checkpoint_command, data_on_bad_image="error")
 def predict(
     checkpoint: Checkpoint,
-    images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
-    top: Annotated[int, typer.Option(min=1, help="Labels per image, the most probable first.")] = 1,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files and folders.")],
+    top: Annotated[int, typer.Option(min=1, metavar="<int>", help="Labels per image, the most probable first.")] = 1,
     out: Annotated[str | None, typer.Option(help="CSV file, - for standard output; folder of masks.")] = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
