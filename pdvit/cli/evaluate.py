@@ -281,7 +281,7 @@ def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):
         raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
-    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "images")
+    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "predict")
     precision = opened.config.run.precision
     for index, classes, probabilities, finite in classification.predict(model, batches, top, precision):
         image = str(files.paths[index])
