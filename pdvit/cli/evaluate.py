@@ -186,10 +186,11 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     from rich.table import Table
 
     by, (total, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
-    title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}"
+    shown = [name.replace("iou", "IoU") for name in fractions]
+    title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by.replace('iou', 'IoU')}"
     title = title if len(table) > MAX_CLASSES else "by class"
-    view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in ("class", total, *fractions, "most confused with"):
+    view = Table(title=title, title_justify="left", title_style="none", box=None, pad_edge=False, header_style="bold")
+    for name in ("class", total, *shown, "most confused with"):
         view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
     for _, row in table.sort_values(by, kind="stable").head(MAX_CLASSES).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
@@ -202,7 +203,9 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
         views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"
-        log(console, f"views    {views}; scales {{scales}}; flip {{flip}}".format(**numbers), words=True)
+        views = views.format(**numbers) + ("; mirrored too" if numbers["flip"] else "")
+        scales = "" if tuple(numbers["scales"]) == (1.0,) else f"; scales {', '.join(map(str, numbers['scales']))}"
+        log(console, f"views    {views}{scales}", words=True)
     log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers), words=True)
 
 
