@@ -18,7 +18,7 @@ LARGEST = 1e12  # of a number that is shown
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, at any depth.")] = RUNS,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds runs, at any depth.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON and nothing else.")] = False,
 ) -> None:
     """List runs: status, data, model, terms, accuracy, P, time."""
