@@ -125,6 +125,10 @@ class DiverseModel(Wrapper):
                 raise UserError(f"the mixing term can't be computed in parts with a {type(head).__name__}", HEAD, tip)
         return TokenOutput(logits, first, last, patches, tuple(others), mixing, label_smoothing)
 
+    def last_tokens(self, images: Tensor) -> Tensor:
+        """Return the last patch tokens."""
+        return self.taps.read(self.model, images)[1][1]
+
 
 def _block(number: Any, blocks: list[str], where: str) -> str:
     name = f"block {number}"

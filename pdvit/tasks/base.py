@@ -47,8 +47,9 @@ class ImageTask(ABC):
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
         torch.manual_seed(config.run.seed)
         weights: dict[str, Any] = {term: getattr(config.diversity, term) or 0.0 for term in TERMS}
-        variant, smoothing = config.diversity.variant or "paper", config.augment.smoothing
-        self.objective = Objective(**weights, variant=variant, label_smoothing=smoothing, class_loss=self.class_loss)
+        weights |= {"variant": config.diversity.variant or "paper", "gram_variant": config.diversity.gram_variant}
+        smoothing = config.augment.smoothing
+        self.objective = Objective(**weights, label_smoothing=smoothing, class_loss=self.class_loss)
         self.module = self.build_module().to(device)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
@@ -78,6 +79,18 @@ class ImageTask(ABC):
         self.fingerprint = source.fingerprint()
         if ranks.rank:  # the weights are the same on all ranks, the draws of drop path are not
             torch.manual_seed(fold(seed, ranks.rank))
+
+    @cached_property
+    def anchor(self) -> Wrapper | None:
+        """The model as it is on first use, which the gram term compares with: the trainer asks for it, built last."""
+        return self.module.make_anchor() if self.objective.gram else None
+
+    def anchor_tokens(self, images: Tensor) -> Tensor | None:
+        """Return the anchor's last patch tokens of these images, without gradient; None without a gram term."""
+        if self.anchor is None:
+            return None
+        with torch.no_grad():
+            return self.anchor.last_tokens(images)
 
     @abstractmethod
     def build_module(self) -> Any:
