@@ -87,7 +87,7 @@ class ImageTask(ABC):
 
     def anchor_tokens(self, images: Tensor) -> Tensor | None:
         """Return the anchor's last patch tokens of these images, without gradient; None without a gram term."""
-        if self.anchor is None:
+        if not self.objective.gram or self.anchor is None:
             return None
         with torch.no_grad():
             return self.anchor.last_tokens(images)
