@@ -1,11 +1,12 @@
 """What the three terms add to a step of training: `python terms.py`.
 
-One step is forward, loss, backward. Sides take turns on the same model, images and targets: the bare timm model
-with its class loss; the same with all three terms; with each alone; with the gram term, whose anchor is a frozen copy of
-the model; and with all three written down literally (the whole matrix of cosines, all logits of the patches at once). The order rotates, and every number is a ratio to the
-bare step of its own round (median and middle half), or of the least time of each side. Time is that of the CPU's
-clock for the process, or of the GPU between synchronisations. Peak memory comes from a fresh process for each side:
-the most it held beyond what it held before the model was built. One row per round is appended to terms.csv.
+One step is forward, loss, backward. Sides take turns on the same model, images and targets: the bare timm model with
+its class loss; the same with all three terms; with each alone; with the gram term, whose anchor is a frozen copy of
+the model; and with all three written down literally (the whole matrix of cosines, all logits of the patches at once).
+The order rotates, and every number is a ratio to the bare step of its own round (median and middle half), or of the
+least time of each side. Time is that of the CPU's clock for the process, or of the GPU between synchronisations. Peak
+memory comes from a fresh process for each side: the most it held beyond what it held before the model was built. One
+row per round is appended to terms.csv.
 """
 
 import argparse
