@@ -43,14 +43,13 @@ class Trainer:
         ema = None if config.optim.ema_decay is None else ModelEmaV3(task.module, decay=config.optim.ema_decay)
         self.weights = "raw" if ema is None else "ema"
         self.evaluated: torch.nn.Module = task.module if ema is None else ema.module
-        anchor = task.anchor  # made before fsdp shards the module
         network = parallelize(task, ema, config.run, ranks, device)
         optimizer = make_optimizer(task.module, config.optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, self.steps)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
         data = dict(task.fingerprint)
         self.state = TrainState(
-            task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data, anchor=anchor
+            task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data, anchor=task.anchor
         )
         self.updater = Updater(task, network, self.state, config)
         self.batch: TrainBatch | None = None

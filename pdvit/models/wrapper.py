@@ -47,10 +47,10 @@ class Wrapper(nn.Module):
 
     @abstractmethod
     def last_tokens(self, images: Tensor) -> Tensor:
-        """Return the last patch tokens `(B, N, D)` of images `(B, 3, H, W)`, without running the module's own heads."""
+        """Return the last patch tokens `(B, N, D)` of images `(B, 3, H, W)`, without gradient and own heads."""
 
     def make_anchor(self) -> Self:
-        """Return a frozen copy in evaluation mode, without heads outside of the timm model, for `last_tokens`."""
+        """Return a frozen copy in evaluation mode for `last_tokens`, without heads outside of the timm model."""
         anchor = copy.deepcopy(self).requires_grad_(False).eval()
         for name, _ in list(anchor.named_children()):
             if name != self.inner:

@@ -58,6 +58,8 @@ class ImageTask(ABC):
                 what = f"with a frozen backbone the tokens never change, so these terms do nothing: {terms}"
                 tip = "use --diversity none; of the terms only --mixing trains a head"
                 raise UserError(what, "model.freeze (--freeze)", tip)
+        # Made again once initial weights are loaded.
+        self.anchor = self.module.make_anchor() if self.objective.gram else None
         self.patch_size = strides_of(self.module.inside)[-1]
         self.preprocessing = Preprocessing.for_model(self.module.inside, config.data)
         self.batch_size = batch_size = config.data.batch_size
@@ -79,18 +81,6 @@ class ImageTask(ABC):
         self.fingerprint = source.fingerprint()
         if ranks.rank:  # the weights are the same on all ranks, the draws of drop path are not
             torch.manual_seed(fold(seed, ranks.rank))
-
-    @cached_property
-    def anchor(self) -> Wrapper | None:
-        """The model as it is on first use, which the gram term compares with: the trainer asks for it, built last."""
-        return self.module.make_anchor() if self.objective.gram else None
-
-    def anchor_tokens(self, images: Tensor) -> Tensor | None:
-        """Return the anchor's last patch tokens of these images, without gradient; None without a gram term."""
-        if not self.objective.gram or self.anchor is None:
-            return None
-        with torch.no_grad():
-            return self.anchor.last_tokens(images)
 
     @abstractmethod
     def build_module(self) -> Any:

@@ -113,8 +113,9 @@ class Segmenter(Wrapper):
         logits, aux = self.head(maps)
         return SegmentOutput(logits, aux, first, last, tuple(others))
 
+    @torch.no_grad()
     def last_tokens(self, images: Tensor) -> Tensor:
-        """Return the last patch tokens of a model that is trained."""
+        """Return the last patch tokens of a model that is trained, without gradient."""
         last: Tensor = self._read(images)[1][1]
         return last
 

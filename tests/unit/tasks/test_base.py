@@ -113,7 +113,6 @@ def test_the_anchor_is_the_model_as_it_begins_on_the_images_of_the_step(sections
 def test_the_step_with_factors_compiles_once_and_in_one_piece(gram):
     task = gram_task() if gram else task_of(cosine_schedule="warmup:4st", spectral_schedule="decay:4st")
     task.module.eval()  # drop path would draw anew
-    assert bool(task.anchor) == gram  # made before, as by the trainer
     torch.compiler.reset()
     counter = CompileCounter()
     step = torch.compile(task.step, fullgraph=True, dynamic=False, backend=counter)
