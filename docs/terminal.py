@@ -39,7 +39,7 @@ if __name__ == "__main__":
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
         console.print(Text(f"$ {shlex.join(command)}", style="bold"))
-        console.print(Text.from_ansi(re.sub(r"\x1b\[\?25[lh]", "", printed)), "")
+        console.print(Text.from_ansi(re.sub(r"\x1b\[\?25[lh]", "", printed)), "", sep="\n")
         picture = console.export_svg(title="", clear=False)
     # The fonts of the reader instead of one from the network.
     picture = re.sub(r"@font-face \{.*?\}\n", "", picture, flags=re.DOTALL)

@@ -94,6 +94,12 @@ class Analysis:
     def __getitem__(self, key: Any) -> Any:
         return self.table[key]
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
     def __getattr__(self, name: str) -> Any:
         if name == "table" or name.startswith("_"):
             raise AttributeError(name)

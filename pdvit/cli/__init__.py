@@ -4,12 +4,13 @@ import io
 import os
 import re
 import sys
+import textwrap
 from typing import Annotated
 
 import typer
 
 from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, sweep, train
-from pdvit.cli.options import Group, add_command
+from pdvit.cli.options import WIDTH, Group, add_command
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
 
@@ -18,7 +19,8 @@ app = typer.Typer(
     cls=Group,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
 )
 add_command(app, "pdvit train --diversity none --cosine 1", "pdvit train --data help")(train.train)
 add_command(app, "pdvit finetune runs/digits-0-4-paper", "pdvit finetune last.pth.tar --data photos/")(train.finetune)
@@ -48,11 +50,9 @@ def pdvit(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def run(arguments: list[str]) -> int:
     """Run one command and return the exit status: 0 done, 1 a failed run, 2 misuse, 75 stopped on request."""
-    # typer's panels take 0.1 s to import; the first screen, `pdvit --help`, is short enough without them.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for letters that the output's encoding lacks
-    app.rich_markup_mode = "rich" if arguments and not arguments[0].startswith("-") else None
     arguments = [*arguments, "--help"] if arguments in ([], ["plot"], ["sweep"]) else arguments
     try:
         status = app(arguments, prog_name="pdvit", standalone_mode=False)
@@ -81,5 +81,20 @@ def _explain(error: UserError | RunFailed) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+    console = Console(stderr=True)
+    lines = f"error: {error}".split("\n")
+    if console.is_terminal:
+        lines = [part for line in lines for part in _wrapped(line, console.width)]
+    text = "\n".join(lines).removeprefix("error:")
+    console.print(Text.assemble(("error:", "bold red"), text), soft_wrap=True)
     return EXIT_FAILED if isinstance(error, RunFailed) else EXIT_MISUSED
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Break a line between words, with the text in a column; a command to copy stays whole, on a line of its own."""
+    if len(line) <= width:
+        return [line]
+    label, prose, command = re.fullmatch(r"( *\w+: +)(.*?)((?<=: )pdvit .*)?", line).groups()  # type: ignore[union-attr]
+    indent = " " * len(label)
+    words = textwrap.wrap(prose, width - len(label), break_long_words=False, break_on_hyphens=False) or [""]
+    return [label + words[0], *(indent + part for part in [*words[1:], *([command] if command else [])])]

@@ -27,12 +27,17 @@ METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 @partial(checkpoint_command, data_batch_size=32, data_workers=2)
 def analyze(
-    checkpoints: Annotated[list[str] | None, typer.Argument(help="Runs, timm folders, weight files, models.")] = None,
-    images: Annotated[
-        list[str] | None, typer.Option(help="Folder, file or source; unset: the run's held-out images.")
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(metavar="CKPT", help="Runs, timm folders, weight files, models.")
     ] = None,
-    metrics: Annotated[list[str] | None, typer.Option(autocompletion=lambda: GROUPS, help=METRIC_NAMES)] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 256,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<path>", help="Folder, file or source; unset: the run's held-out images."),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option(metavar="<group>", autocompletion=lambda: GROUPS, help=METRIC_NAMES)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, metavar="<int>", help="Maximum number of images.")] = 256,
     out: Annotated[Path | None, typer.Option(help="Folder for the results of one checkpoint.")] = None,
     explore: Annotated[bool, typer.Option("--explore", help="Write explorer.html: similar patches per image.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write report.html, the whole analysis.")] = False,
@@ -91,6 +96,7 @@ def _analyze(
                 print_analysis(result.analysis.table, result.facts, console)
                 if verbose:
                     print_conditions(result.analysis.table, result.facts, console)
+                if verbose or not (folder / "run.toml").is_file():  # perhaps beside the weights of others
                     log(console, f"written  {file}")
         stopped = analyzer.stopped()
     if main and explore and not stopped:

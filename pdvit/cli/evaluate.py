@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pdvit.tasks.windows import Network, SlidingWindowConfig
     from pdvit.workflows.checkpoint import OpenedCheckpoint
 
-Checkpoint = Annotated[str, typer.Argument(help="A run directory, timm folder, file of weights, or name of a model.")]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A run directory, timm folder, file of weights, or name of a model.")
+]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
 MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
@@ -50,7 +52,7 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Segmentation: pixels from window to window.")] = None,
     classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate N images, spread evenly.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     **opening: Any,
 ) -> int:
@@ -128,9 +130,11 @@ def _evaluate(
     ordered: Network = network if order is None else lambda seen: network(seen)[:, order]
     batches = mask_batches(images, loader, config.segment) if windows else eval_batches(images, loader)
     batches = with_progress(batches, len(images) // ranks.world_size, console, split)
-    metric: Any = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
+    metric: metrics.ClassificationMetric | metrics.SegmentationMetric
     if windows:
         metric = metrics.SegmentationMetric(len(classes), windows, loader.device)
+    else:
+        metric = metrics.ClassificationMetric(len(classes), loader.device, confusion=True)
     scores = metrics.evaluate(ordered, batches, metric, precision, ranks)
     if scores.broken:
         raise opened.not_finite(f"{scores.broken} of {count(scores.images, 'image')}")
@@ -184,10 +188,11 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     from rich.table import Table
 
     by, (total, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
-    title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by}"
+    shown = [name.replace("iou", "IoU") for name in fractions]
+    title = f"the {MAX_CLASSES} of {len(table)} classes with the lowest {by.replace('iou', 'IoU')}"
     title = title if len(table) > MAX_CLASSES else "by class"
-    view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in ("class", total, *fractions, "most confused with"):
+    view = Table(title=title, title_justify="left", title_style="none", box=None, pad_edge=False, header_style="bold")
+    for name in ("class", total, *shown, "most confused with"):
         view.add_column(name, justify="left" if name in ("class", "most confused with") else "right")
     for _, row in table.sort_values(by, kind="stable").head(MAX_CLASSES).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
@@ -200,15 +205,17 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     if by == "iou":
         large = f", {numbers['in_windows']} large ones in windows" if "in_windows" in numbers else ""
         views = f"whole images{large}" if numbers["mode"] == "whole" else "windows of {window}, {stride} apart"
-        log(console, f"views    {views}; scales {{scales}}; flip {{flip}}".format(**numbers), words=True)
+        views = views.format(**numbers) + ("; mirrored too" if numbers["flip"] else "")
+        scales = "" if tuple(numbers["scales"]) == (1.0,) else f"; scales {', '.join(map(str, numbers['scales']))}"
+        log(console, f"views    {views}{scales}", words=True)
     log(console, "weights  {weights}; {precision} on {device}; classes matched {matched}".format(**numbers), words=True)
 
 
 @partial(checkpoint_command, data_on_bad_image="error")
 def predict(
     checkpoint: Checkpoint,
-    images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
-    top: Annotated[int, typer.Option(min=1, help="Labels per image, the most probable first.")] = 1,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files and folders.")],
+    top: Annotated[int, typer.Option(min=1, metavar="<int>", help="Labels per image, the most probable first.")] = 1,
     out: Annotated[str | None, typer.Option(help="CSV file, - for standard output; folder of masks.")] = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
@@ -279,7 +286,7 @@ def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):
         raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
-    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "images")
+    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "predict")
     precision = opened.config.run.precision
     for index, classes, probabilities, finite in classification.predict(model, batches, top, precision):
         image = str(files.paths[index])

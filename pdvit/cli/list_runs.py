@@ -9,20 +9,20 @@ import typer
 
 from pdvit.config.load import build, read_toml
 from pdvit.config.recipes import terms_of
-from pdvit.errors import UserError, command
+from pdvit.errors import UserError, command, printable
 from pdvit.tracking.run_directory import CHECKPOINTS, RUNS, RunDirectory, held
-from pdvit.workflows.console import cell, duration, make_console
+from pdvit.workflows.console import duration, log, make_console
 
 NUMBERS = ("accuracy", "miou", "similarity_last", "seconds")  # in the summary of a finished run
 LARGEST = 1e12  # of a number that is shown
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, at any depth.")] = RUNS,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds runs, at any depth.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON and nothing else.")] = False,
 ) -> None:
     """List runs: status, data, model, terms, accuracy, P, time."""
-    from rich.table import Table
+    from rich.cells import cell_len, set_cell_size
 
     paths = sorted(place for place, _, files in os.walk(folder) if {"run.toml", "status.json"} & {*files})
     if not paths:
@@ -31,18 +31,25 @@ def runs(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("run", "status", "data", "model", "terms", "accuracy", "P", "time"):
-        numeric = name in ("accuracy", "P", "time")
-        table.add_column(name, overflow="fold", no_wrap=numeric, justify="right" if numeric else "left")
+    names = ("status", "data", "model", "terms", "accuracy", "P", "time", "run")
+    table = [names]  # the run comes last: a long name runs over the edge of the terminal as a whole
     for row in rows:
-        texts = [os.path.relpath(row["run"], folder), row["status"], os.path.basename(row.get("data", ""))]
-        texts += [(row.get("model") or "").partition("_patch")[0], row.get("terms", "")]
+        model, data = (row.get("model") or "").partition("_patch")[0], os.path.basename(row.get("data", ""))
         score = f"mIoU {row['miou']:.1%}" if "miou" in row else f"{row['accuracy']:.1%}" if "accuracy" in row else ""
         similarity = f"{row['similarity_last']:.2f}" if "similarity_last" in row else ""
-        texts += [score, similarity, duration(row["seconds"]) if "seconds" in row else ""]
-        table.add_row(*map(cell, texts))
-    make_console(as_json=False).print(table)
+        took, name = (
+            duration(row["seconds"]) if "seconds" in row else "",
+            printable(os.path.relpath(row["run"], folder)),
+        )
+        table.append((row["status"], printable(data), model, row.get("terms", ""), score, similarity, took, name))
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+    console = make_console(as_json=False)
+    for number, texts in enumerate(table):
+        padded = (
+            " " * (width - cell_len(text)) + text if name in ("accuracy", "P", "time") else set_cell_size(text, width)
+            for name, text, width in zip(names, texts, widths, strict=True)
+        )
+        log(console, " ".join(padded).rstrip(), "" if number else "bold")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,30 +15,56 @@ from pdvit.config.recipes import Layer, NamedLayer, merge_layers
 from pdvit.config.schema import KEYS, OF_CHECKPOINTS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
 
+NAMES, WIDTH = 30, 100  # letters of the help: the column of names, a line
+ACCENTED = re.compile(r"^\S+|(?<= )--\S+")  # names of options, arguments and commands
 KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
 
 
-class _Plain:  # shows no type for switches in the help, not even for --help
-    def get_params(self, ctx: typer.Context) -> list[Any]:
-        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
-        for parameter in parameters:
-            parameter.metavar = "" if getattr(parameter, "is_flag", False) else parameter.metavar
-        return parameters
+class _Help:  # sections without frames, one accent colour; typer's own panels need rich, which takes 0.1 s
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+        pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc]
+        return [piece.replace("{", "").replace("}", "") for piece in pieces]
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):  # type: ignore[attr-defined]
+            if parameter.param_type_name == "argument":
+                sections.setdefault("Arguments", []).append((parameter.metavar, parameter.get_help_record(ctx)[1]))
+            else:
+                title = parameter.rich_help_panel or "Options"
+                sections.setdefault(title, []).append(parameter.get_help_record(ctx))
+        width = min(NAMES, max(len(name) for records in sections.values() for name, _ in records))
+        sections = {title: [(f"{name:{width}}", text) for name, text in rows] for title, rows in sections.items()}
+        if isinstance(self, Group):
+            commands = [(name, self.commands[name].get_short_help_str(WIDTH)) for name in self.commands]
+            sections = {"Commands": commands} | sections
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(ACCENTED.sub(_accent, name), text) for name, text in records])
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+        if self.epilog:  # type: ignore[attr-defined]
+            with formatter.section("Examples"):
+                formatter.write_text(f"\b\n{self.epilog}")  # type: ignore[attr-defined]
 
 
-class Command(_Plain, typer.core.TyperCommand):  # type: ignore[misc]
+class Command(_Help, typer.core.TyperCommand):  # type: ignore[misc]
     """A command."""
 
 
-class Group(_Plain, typer.core.TyperGroup):  # type: ignore[misc]
+class Group(_Help, typer.core.TyperGroup):  # type: ignore[misc]
     """A command with subcommands."""
+
+
+def _accent(name: re.Match[str]) -> str:
+    return name[0] if os.environ.get("NO_COLOR") else typer.style(name[0], fg="cyan")
 
 
 def add_command(
     app: typer.Typer, *examples: str, name: str | None = None, help: str | None = None
 ) -> Callable[..., Any]:
     """Add a command whose help ends with examples."""
-    return app.command(name, help=help, epilog="\n  ".join(["Examples:", *examples]), cls=Command)
+    return app.command(name, help=help, epilog="\n".join(examples), cls=Command)
 
 
 def timm_models() -> list[str]:
@@ -67,8 +94,12 @@ OPENING: dict[str, Any] = {
     ],
     "weights": Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")],
     "run_device": Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")],
-    "data_batch_size": Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images per pass.")],
-    "data_workers": Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Decoding processes.")],
+    "data_batch_size": Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, metavar="<int>", help="Images per pass.")
+    ],
+    "data_workers": Annotated[
+        int | None, typer.Option("--workers", "-j", min=0, metavar="<int>", help="Decoding processes.")
+    ],
     "data_on_bad_image": Annotated[
         str | None, typer.Option("--on-bad-image", metavar="error|skip", help="Policy for images that do not decode.")
     ],
@@ -105,15 +136,18 @@ def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> C
 def _option(key: Key, defaults: Layer) -> inspect.Parameter:
     default = defaults.get(key.section, {}).get(key.name, key.default)
     values, name = default if isinstance(default, tuple) else (default,), f"{key.section}_{key.name}"
+    shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    words = get_origin(key.type) is dict
+    shape = "k=v" if words else " ".join(["<float>"] * str(key.type).count("float"))
     option = typer.Option(
         *key.flags,
-        help=key.help if default is None or default is False else f"{key.help} (default: {' '.join(map(str, values))})",
+        help=key.help if default is None or default is False or not shown else f"{key.help} (default: {shown})",
         show_default=False,  # the option's own default, None, means that the flag is not given
         rich_help_panel=SECTIONS[key.section].__doc__.rstrip("."),
-        metavar="|".join(key.choices) or None,
+        metavar="|".join(key.choices) or shape or None,
         autocompletion=timm_models if name == "model_name" else lambda: key.choices or key.examples,
     )
-    option_type: Any = str if key.words else list[str] if get_origin(key.type) is dict else key.type
+    option_type: Any = str if key.words else list[str] if words else key.type
     annotation = Annotated[option_type | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

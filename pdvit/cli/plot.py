@@ -70,8 +70,11 @@ def _check_suffix(out: Path | None) -> Path | None:
     return out
 
 
-Runs = Annotated[list[Path] | None, typer.Argument(help="Run directories, or folders of analyses; unset: the newest.")]
-Run = Annotated[Path | None, typer.Argument(help="Run directory; unset: the newest that has the data.")]
+Runs = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="RUN", help="Run directories, or folders of analyses; unset: the newest."),
+]
+Run = Annotated[Path | None, typer.Argument(metavar="RUN", help="Run directory; unset: the newest that has the data.")]
 OUT = "File; .png, .svg or .pdf decides the format. Its data go beside it, as CSV."
 Out = Annotated[Path | None, typer.Option(callback=_check_suffix, help=OUT)]
 Dark = Annotated[bool, typer.Option("--dark", help="Light lines on a dark background.")]
@@ -124,7 +127,7 @@ def training(
 @add_command(app, "pdvit plot maps runs/digits-paper --image 3 --patch 3,5")
 def maps(
     run: Run = None,
-    image: Annotated[int, typer.Option(min=0, help="Number of the image, from 0.")] = 0,
+    image: Annotated[int, typer.Option(min=0, metavar="<int>", help="Number of the image, from 0.")] = 0,
     patch: Annotated[list[str] | None, typer.Option(metavar="ROW,COL", help="From 0,0; repeatable.")] = None,
     labels: Labels = None,
     title: Title = True,
@@ -175,7 +178,7 @@ def segmentation(
 
 @add_command(app, "pdvit plot sweep runs/comparison --metric loss")
 def sweep(
-    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, with cells.csv; or such a file.")],
+    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, with cells.csv; or such a file.")],
     metric: Annotated[str | None, typer.Option(help="Column of cells.csv. Unset: accuracy, or miou.")] = None,
     baseline: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Default: the first.")] = None,
     title: Title = True,

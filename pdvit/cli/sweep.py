@@ -143,7 +143,7 @@ def _watch(
                 if durations and (left := len(running) + len(waiting)):
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
                     line += f"; about {duration(rest)} left"
-                log(console, line)
+                log(console, line, words=True)
             if started or ended:
                 folder.write_table(states)
             if stop and not devices:
@@ -166,13 +166,15 @@ def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], con
     log(console, f"\n{count(len(states), 'cell')}: {parts}\ntable     {folder.path}/cells.csv")
     failed = [f"  {name}: {state.reason}" for name, state in states.items() if state.status == "failed"]
     for line in failed[:MAX_FAILURES]:
-        log(console, line)
+        log(console, line, words=True)
     if failed:
         more = f"and {len(failed) - MAX_FAILURES} more; " if len(failed) > MAX_FAILURES else ""
         log(console, f"{more}logs in {jobs.folder}; to run them again: --cells failed")
     if counts["stopped"] or counts["waiting"] or counts["running"]:
         log(console, "the same command resumes the sweep")
         return EXIT_STOPPED
+    if counts["finished"]:
+        log(console, f"next      {command('plot', 'sweep', folder.path)}", "accent")
     return 1 if failed else 0
 
 
@@ -221,9 +223,10 @@ def _list(folder: "Folder", cells: Sequence["Cell"], jobs: "Jobs", console: "Run
         print(json.dumps({"sweep": str(folder.path), "cells": listed}, indent=2))
         return 0
     print(f"{count(len(cells), 'cell')} in {folder.path}")
+    width = max((len(cell.name) for cell in cells), default=0)
     for row in listed:
         job = f"job {row['job']}" if "job" in row else row["reason"]
-        print(f"{row['cell']:>5}  {row['name']}  {row['status']}  {job}".rstrip())
+        print(f"{row['cell']:>5}  {row['name']:{width}}  {row['status']:8}  {job}".rstrip())
     return 0
 
 

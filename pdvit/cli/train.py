@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from pdvit.launch import Jobs
 
 Checkpoint = Annotated[
-    str | None, typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub.")
+    str | None,
+    typer.Argument(metavar="CKPT", help="Run directory, timm folder, weight file, or model of timm's hub."),
 ]
 # Flags of [launch] by launcher; slurm uses all. Keys of a file are not checked, so that it serves every launcher.
 USED_BY: dict[str, Sequence[str]] = {"none": ("--launcher",)}
@@ -43,10 +44,14 @@ def launch(
     checkpoint: str | None = None,
     *,
     file: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with any settings.")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Set section.key=value; repeatable.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set section.key=value; repeatable.")
+    ] = None,
     cells: Annotated[str | None, typer.Option("--cells", help="Cells of a sweep: 3-7 or 1,4,9-; failed; list.")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="Resume this run as saved; auto: the newest.")] = None,
-    change: Annotated[list[str] | None, typer.Option("--change", help="Resume with section.key=value.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--change", metavar="KEY=VALUE", help="Resume with section.key=value.")
+    ] = None,
     replay: Annotated[Path | None, typer.Option("--replay", help="Repeat the non-finite step of this run.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show a job's output until it ends.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,

@@ -65,8 +65,8 @@ class RunLogger:
         self.log("train", {**means, "skipped": skipped, "lr": lr}, timing | passed)
         metrics = {name: value for name, value in means.items() if name != "grad_norm"}
         metrics |= {"skipped": progress.skipped} if progress.skipped else {}
-        epoch = f"epoch {math.ceil(self.epoch)}/{math.ceil(self.steps.total / self.steps.per_epoch)}"
-        self.display.show(progress.step, epoch, rate, metrics)
+        epoch = f"epoch {math.ceil(self.epoch)}/{self.steps.total // self.steps.per_epoch}"
+        self.display.show(progress.step, epoch if self.steps.in_epochs else "", rate, metrics)
 
     def write_status(self, status: Status, **details: Any) -> None:
         """Write status.json: the step and the best evaluation."""

@@ -68,17 +68,21 @@ class Display:
             if self.bar:
                 self.bar.stop()
 
-    def show(self, step: int, epoch: str, rate: float, metrics: Mapping[str, float]) -> None:
-        """Show the step, images per second, and the latest means; a narrow terminal cuts off the last of the terms."""
+    def show(self, step: int, label: str, rate: float, metrics: Mapping[str, float]) -> None:
+        """Show a label, the step, images per second, and the latest means; a narrow terminal cuts off the last terms.
+
+        A bar shows the step only if there is no label.
+        """
+        steps = f"{self.unit} {step}/{self.total}"
         names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))
         texts, speed = [f"{name} {metrics[name]:.3g}" for name in names], describe_rate(rate)
         if self.bar:
-            self.bar.update(self.task, completed=step, description=epoch, rate=speed, metrics=" ".join(texts))
+            self.bar.update(self.task, completed=step, description=label or steps, rate=speed, metrics=" ".join(texts))
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             left = (self.last_line - self.started) / max(1, step - self.start) * (self.total - step)
             suffix = f", {' '.join(texts)}" if texts else ""
-            self.log(f"{epoch} {self.unit} {step}/{self.total}, {speed}, {left:.0f} s left{suffix}")
+            self.log(f"{label} {steps}".lstrip() + f", {speed}, {left:.0f} s left{suffix}")
 
     def log(self, text: str) -> None:
         """Print lines that stay, warnings in colour."""

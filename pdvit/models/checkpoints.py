@@ -47,13 +47,14 @@ TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 MAX_DEPTH, MAX_VALUES, MAX_NAME = 5, 200_000, 500
 # A setting in a pickle is at most this deep, with so many values in each list or table.
 MAX_NESTING, MAX_ITEMS = 3, 100
+TYPES_SHOWN = 20  # of skipped objects, in a note
 # Bytes that a torch file may take beside twice its size: a small pickle can unpack to any size.
 SPARE_MEMORY = 2**29
 COPY = "copy or download it again"
 ZIP = b"PK\3\4"
 # Plain values of Python's own library in pickles, by module and name; those of other packages are skipped too.
 BYSTANDERS = re.compile(
-    r"pathlib\.(?:_local\.)?\w*Path|(?:typing|datetime|enum)\.\w+|collections\.defaultdict"
+    r"pathlib\.(?:_local\.)?\w*Path|(?:typing|datetime|enum)\.\w+"
     r"|builtins\.(?:bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
 )
 SECONDS_TO_ANSWER = 5.0  # for the hub
@@ -184,8 +185,17 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, read_json(header.get(HEADER_KEY, "{}"))
 
 
-class Skipped:
-    """Stands for an object of any class in a pickle: takes all arguments and any state, does and keeps nothing."""
+class EqualsDict(type):
+    """A class that equals `dict`: torch's restricted unpickler compares classes before it sets items."""
+
+    __hash__ = type.__hash__
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is dict
+
+
+class Skipped(metaclass=EqualsDict):
+    """Stands for an object of any class in a pickle: takes any arguments, state and items, and keeps nothing."""
 
     __slots__ = ()
 
@@ -195,6 +205,14 @@ class Skipped:
 
     def __setstate__(self, state: Any) -> None:
         """Take the object's state, and keep none."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Take an item of a table, and keep none."""
+
+
+def _plain_table(*_: Any) -> dict[Any, Any]:
+    """Stand for `collections.defaultdict`, whose items follow."""
+    return {}
 
 
 def _read_torch(file: Path) -> Converted:
@@ -214,7 +232,8 @@ def _read_torch(file: Path) -> Converted:
         # Torch looks all up for each object.
         if len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME:
             skipped = set()
-        allowed: list[Any] = [argparse.Namespace, *((Skipped, name) for name in skipped)]
+        allowed: list[Any] = [argparse.Namespace, (_plain_table, "collections.defaultdict")]
+        allowed += [(Skipped, name) for name in skipped]
         try:
             with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols and storages
@@ -223,7 +242,8 @@ def _read_torch(file: Path) -> Converted:
             if re.search("Unsupported operand|invalid load key", str(error)):
                 raise
             found = re.search(r"GLOBAL (\S+)", str(error))
-            held = f" ({found[1]})" if found else ""
+            types = [found[1]] if found else sorted(skipped)[:TYPES_SHOWN]
+            held = f" ({', '.join(types)})" if types else ""
             what = f"it holds more than tensors and plain values{held}, which could run code: it was not opened"
             load = f"x = torch.load({file.name!r}, weights_only=False)"
             kept = "torch.is_tensor(v) or isinstance(v, dict) and all(map(torch.is_tensor, v.values()))"
@@ -233,7 +253,7 @@ def _read_torch(file: Path) -> Converted:
                 weights = "{k: v.state_dict() for k, v in x.items() if isinstance(v, torch.nn.Module)}"
             tip = f"if you trust it, save its weights alone: {load}; torch.save({weights}, 'weights.pt')"
             raise UserError(what, str(file), tip) from error
-        notes = listed({"objects skipped": sorted(skipped)})
+        notes = listed({"types of objects skipped": sorted(skipped)}, TYPES_SHOWN)
         if not isinstance(content, Mapping):
             raise UserError("; ".join(["it holds no table of weights", *notes]), str(file), "save the state_dict alone")
         tensors = dict(_named_tensors(content, file))

@@ -131,9 +131,10 @@ def family_of(model: nn.Module, where: str = "model.name (--model)") -> Family:
 
 
 def modules_at(model: nn.Module, names: str | tuple[nn.Module, ...]) -> list[nn.Module]:
-    """Return the modules whose names match a regular expression, in order, without identities."""
+    """Return the modules one of whose names matches a regular expression, in order, without identities."""
     if isinstance(names, str):
-        names = tuple(module for name, module in model.named_modules() if name and re.fullmatch(names, name))
+        named = model.named_modules(remove_duplicate=False)
+        names = tuple(dict.fromkeys(module for name, module in named if name and re.fullmatch(names, name)))
     return [module for module in names if not isinstance(module, nn.Identity)]
 
 

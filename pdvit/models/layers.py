@@ -1,7 +1,7 @@
 """The layers of a model: where tokens and attention are, and hooks that read them."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,20 +78,10 @@ def find_layers(
     """
     if blocks is None and (prefix_tokens or norm):
         raise UserError("prefix_tokens and norm belong to the blocks", where, "name them too: blocks='encoder.layers'")
-    if prefix_tokens < 0:
-        raise UserError(f"prefix_tokens is {prefix_tokens}", "prefix_tokens=...", "pass the number of tokens, from 0")
+    if not isinstance(prefix_tokens, int) or prefix_tokens < 0:
+        raise UserError(f"prefix_tokens is {prefix_tokens!r}", "prefix_tokens=...", "pass the number of tokens, from 0")
     model = image_model_of(model) if blocks is None else image_model_of(model, WRAPPERS)
-    if blocks is None:
-        family = family_of(model, where)
-    else:
-        modules = dict(model.named_modules())
-        lists = {name: it for name, it in modules.items() if isinstance(it, nn.ModuleList | nn.Sequential)}
-        for path, known, what in ((blocks, lists, "list of modules"), (norm, modules, "module")):
-            if isinstance(path, str) and path not in known:
-                tip = closest(path, filter(None, known))
-                raise UserError(f"a {type(model).__name__} has no {what} at '{path}'", "blocks=..., norm=...", tip)
-        blocks = tuple(lists[blocks] if isinstance(blocks, str) else blocks)
-        family = Family(blocks, re.escape(norm), None, prefix_tokens)
+    family = family_of(model, where) if blocks is None else _named_family(model, blocks, prefix_tokens, norm)
     blocks, orders = modules_at(model, family.blocks), modules_at(model, family.order)
     if not blocks:
         raise UserError("the model has no blocks", where, "set a depth of at least 1")
@@ -107,6 +97,26 @@ def find_layers(
     for last in modules_at(model, family.norm)[-1:]:
         places[Layer("norm", len(blocks) + 1)] = at(last, prefix=norm_prefix)
     return model, places
+
+
+def _named_family(model: nn.Module, blocks: Any, prefix_tokens: int, norm: Any) -> Family:
+    """Return the family of a model whose blocks and norm are named: see `find_layers`."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lists = {name: it for name, it in modules.items() if isinstance(it, nn.ModuleList | nn.Sequential)}
+    for path, known, what in ((blocks, lists, "list of modules"), (norm, modules, "module")):
+        if isinstance(path, str) and path not in known:
+            tip = closest(path, filter(None, known))
+            raise UserError(f"a {type(model).__name__} has no {what} at '{path}'", "blocks=..., norm=...", tip)
+    parts = tuple(lists[blocks] if isinstance(blocks, str) else blocks if isinstance(blocks, Iterable) else [None])
+    tip = "pass a path or a list, and the path of the norm: blocks='encoder.layers', norm='encoder.ln'"
+    if not all(isinstance(part, nn.Module) for part in parts):
+        raise UserError(f"blocks is a {type(blocks).__name__}, not a path or a list of modules", "blocks=...", tip)
+    if not isinstance(norm, str):
+        raise UserError(f"norm is a {type(norm).__name__}, not a path", "norm=...", tip)
+    if len({*parts}) < len(parts):
+        what = "a block is in the list twice, and its outputs can't be told apart"
+        raise UserError(what, "blocks=...", "list blocks that the model calls once")
+    return Family(parts, re.escape(norm), None, prefix_tokens)
 
 
 @contextmanager

@@ -105,12 +105,12 @@ class StateDictMatch:
             raise UserError(f"weights and model differ: {'; '.join(found)}", where, OTHER_MODEL)
 
 
-def listed(groups: Mapping[str, Sequence[str]]) -> list[str]:
+def listed(groups: Mapping[str, Sequence[str]], shown: int = LISTED) -> list[str]:
     """Return a text for each group that is not empty: its number, and its first names."""
     found = []
     for group, names in groups.items():
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        found += [f"{group}: {len(names)} ({', '.join(names[:LISTED])}{more})"] if names else []
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        found += [f"{group}: {len(names)} ({', '.join(names[:shown])}{more})"] if names else []
     return found
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def describe_metrics(numbers: Mapping[str, Any]) -> str:
-    """Return the metrics among the numbers of a run or an evaluation, such as `accuracy 97.2%, loss 0.081`."""
+def describe_metrics(numbers: Mapping[str, Any], width: int = 0) -> str:
+    """Return the metrics of a run or an evaluation: `accuracy 97.2%, loss 0.081`; fractions as wide as `width`."""
     fractions = {"miou": "mIoU", "accuracy": "accuracy", "accuracy_mean": "accuracy by class", "accuracy_top5": "top 5"}
     others = {"loss": "loss", "calibration_error": "calibration error"}
-    texts = [f"{text} {numbers[name]:.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
+    texts = [f"{text} {numbers[name]:{width}.1%}" for name, text in fractions.items() if numbers.get(name) is not None]
     return ", ".join(texts + [f"{text} {numbers[name]:.3f}" for name, text in others.items() if name in numbers])
 
 

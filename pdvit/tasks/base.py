@@ -108,7 +108,8 @@ class ImageTask(ABC):
             network(self.probe)
         names, values = [*found], torch.stack([*found.values()]).tolist()
         bars = "".join(BARS[min(7, int(value * 8))] if value >= 0 else "?" for value in values)
-        text = f"val {describe_metrics(numbers)}  P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
+        metrics = describe_metrics(numbers, len("97.2%"))
+        text = f"val {metrics}  P {names[0]} {values[0]:.2f} {bars} {names[-1]} {values[-1]:.2f}"
         if broken := [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]:
             text += f"\nwarning: tokens of {', '.join(broken)} are not finite, so P is undefined. "
             text += "Start a new run with a lower --lr, or with --clip-grad 1"

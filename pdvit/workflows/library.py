@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from pdvit.analysis import Analysis, measure
-from pdvit.analysis.explorer import MAX_IMAGES, read_maps
+from pdvit.analysis.explorer import MAX_IMAGES, Maps, bytes_per_model, read_maps
 from pdvit.analysis.measure import BATCH_SIZE, WHERE, Names, batches, inference
 from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.pages import explorer_page
@@ -26,13 +26,14 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import ItemSplit
 from pdvit.definitions import DEFAULT
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.terminal import RunConsole, stop_on_signals
+from pdvit.engine.terminal import RunConsole, Stopped, stop_on_signals
 from pdvit.errors import UserError, closest
 from pdvit.models.families import WRAPPERS, image_model_of
 from pdvit.models.layers import Layer, evaluating, find_layers, watch
 from pdvit.models.loading import LoadedModel
 from pdvit.workflows.analyze_run import RANDOM_IMAGES
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
+from pdvit.workflows.console import count
 from pdvit.workflows.runs import Run, start, train_to_end
 
 LIMIT = 256  # images that are read from files or a source, as in `pdvit analyze`
@@ -81,14 +82,13 @@ def analyze(
         weights is added.
     """
     layout: dict[str, Any] = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
-    network, images, loaded = _open(model, images)
+    network, images, loaded, bad = _open(model, images)
     name = name or (loaded.name if loaded else "model")
-    analysis = measure(network, _batches(network, images), metrics, name, **layout)
+    analysis = measure(network, _batches(network, images, bad), metrics, name, **layout)
     if loaded and isinstance(images, ImageSet) and analysis.verdict:
-        random = loaded.with_random_weights().to(next(network.parameters()).device)
-        few = _batches(network, images.subsample(RANDOM_IMAGES))
-        analysis = analysis.with_random(measure(random, few, "similarity", **layout))
-    return replace(analysis, notes=[*(loaded.notes if loaded else ()), *analysis.notes])
+        analysis = analysis.with_random(_measure_random(loaded, network, images, bad, layout))
+    left_out = [f"{count(len(bad.found), 'image')} left out that can't be decoded"] if bad.found else []
+    return replace(analysis, notes=[*(loaded.notes if loaded else ()), *left_out, *analysis.notes])
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,44 @@ class ExplorerPage:
         return f'<iframe srcdoc="{escape(self.html)}" width="100%" height="780" style="border: 0"></iframe>'
 
 
-def explore(model: Model, images: Any = None, name: str = "", **layout: Any) -> ExplorerPage:
-    """Return the patch explorer for up to 8 images, with the arguments of `analyze`."""
-    network, images, loaded = _open(model, images, MAX_IMAGES)
-    name = name or (loaded.name if loaded else "model")
-    if isinstance(images, ImageSet):
-        own = _preprocessing_of(network)
-        maps = read_maps(network, images.pixels(own, BadImages()), own.normalise, name, **layout)
-    else:
-        inputs = chain.from_iterable(batches(images, next(network.parameters())))
-        named = ((f"image {number}", image) for number, image in enumerate(inputs))
-        maps = read_maps(network, named, lambda batch: batch, name, **layout)
-        for at, image in enumerate(maps.images):  # normalised: shown from black to white
-            maps.images[at] = (255 * (image - image.min()) / max(np.ptp(image), 1e-9)).astype(np.uint8)
-    return ExplorerPage(explorer_page([maps], []))
+def explore(
+    model: Model | Sequence[Model], images: Any = None, name: str | Sequence[str] = "", **layout: Any
+) -> ExplorerPage:
+    """Return the patch explorer for up to 8 images, with the arguments of `analyze`.
+
+    Up to four models in a list, with names in another, are side by side on the same images: those of the first, if
+    unset. Raises UserError.
+    """
+    models: Any = model if isinstance(model, list | tuple) else [model]
+    names = ([name] if isinstance(name, str) else name) if name else len(models) * [""]
+    if not models or len(names) != len(models):
+        what, tip = f"{len(names)} names for {len(models)} models", "pass models, and one name for each or none"
+        raise UserError(what, "explore(model, name=...)", tip)
+    shown, max_bytes, bad = list[Maps](), bytes_per_model(len(models)), BadImages()
+    for number, (each, label) in enumerate(zip(models, names, strict=True), 1):
+        network, images, loaded, policy = _open(each, images, MAX_IMAGES)
+        bad = bad if shown else policy
+        label = label or (loaded.name if loaded else "model" if len(models) == 1 else f"model {number}")
+        if isinstance(images, ImageSet):
+            own = _preprocessing_of(network)
+            maps = read_maps(network, images.pixels(own, bad), own.normalise, label, max_bytes, **layout)
+            if loaded:
+                rows = _measure_random(loaded, network, images, bad, layout).table
+                maps = replace(maps, random=dict(zip(rows["layer"], rows["mean"], strict=True)))
+        else:
+            images = list(islice(chain.from_iterable(batches(images, next(network.parameters()))), MAX_IMAGES))
+            named = ((f"image {place}", image) for place, image in enumerate(images))
+            images = [image[None] for image in images]
+            maps = read_maps(network, named, lambda batch: batch, label, max_bytes, **layout)
+            for at, image in enumerate(maps.images):  # normalised: shown from black to white
+                maps.images[at] = (255 * (image - image.min()) / max(np.ptp(image), 1e-9)).astype(np.uint8)
+        shown.append(maps)
+    return ExplorerPage(explorer_page(shown, []))
 
 
 def token_maps(model: Model, images: Any = None, **layout: Any) -> dict[str, Tensor]:
     """Return the patch tokens of every layer as maps `(B, rows, columns, D)`, on the CPU; arguments as in `analyze`."""
-    network, images, _ = _open(model, images)
+    network, images, _, bad = _open(model, images)
     network, places = find_layers(network, **layout, where=WHERE)
     maps: dict[str, list[Tensor]] = {layer.name: [] for layer in places}
 
@@ -128,7 +147,7 @@ def token_maps(model: Model, images: Any = None, **layout: Any) -> dict[str, Ten
         maps[layer.name].append(tokens.unflatten(1, grid).cpu())
 
     with evaluating(network), watch(places, visit):
-        for batch in _batches(network, images):
+        for batch in _batches(network, images, bad):
             with inference(network, batch):
                 network(batch)
     if not all(maps.values()):
@@ -140,6 +159,7 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
     """Train as `pdvit train` does, and return the run, with its `path` and `summary`.
 
     `config` is a configuration, its table or TOML file; settings are called as the flags: `batch_size=64, cosine=1`.
+    An interrupt stops the run, which then has no summary and can be resumed. Before training, it is KeyboardInterrupt.
     Raises UserError before anything is written, and RunFailed.
     """
     flags = {key.flags[0].partition("/")[0].lstrip("-").replace("-", "_"): key for key in KEYS.values() if key.flags}
@@ -156,16 +176,27 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
     with stop_on_signals() as stop:
         forced = False if RunConsole().is_jupyter else None  # lines without a bar and colours, in one output of a cell
         console = RunConsole(force_jupyter=forced, force_terminal=forced, quiet=os.environ.get("RANK", "0") != "0")
-        run = start(config, console, stop)
+        try:
+            run = start(config, console, stop)
+        except Stopped as error:
+            raise KeyboardInterrupt("stopped before training began; no file was written") from error
         train_to_end(lambda *_: run, console, stop)
     return run
 
 
-def _open(model: Model, images: Any, limit: int = LIMIT) -> tuple[nn.Module, Any, LoadedModel | None]:
-    """Return a model, images (those that are no tensors as a set of at most `limit`), and the opened checkpoint."""
-    opened = load(model) if isinstance(model, str | Path) else model
-    if images is None:
-        images = opened.images if isinstance(opened, OpenedCheckpoint) else sample_photographs()
+def _open(model: Any, images: Any, limit: int = LIMIT) -> tuple[nn.Module, Any, LoadedModel | None, BadImages]:
+    """Return a model, images (those that are no tensors as a set of at most `limit`), and the opened checkpoint.
+
+    The last is the policy for images that do not decode: that of the checkpoint's run for its own, else an error.
+    """
+    opened: Any = load(model) if isinstance(model, str | Path) else model
+    if not isinstance(opened, nn.Module | OpenedCheckpoint):
+        tip = "pass one model, or a checkpoint; pdvit.explore takes a list of them"
+        raise UserError(f"a {type(opened).__name__} is no model", WHERE, tip)
+    bad = BadImages()
+    if images is None and isinstance(opened, OpenedCheckpoint):
+        images, bad = opened.images, BadImages(opened.loader.bad.skip)
+    images = sample_photographs() if images is None else images
     listed: Any = [images] if isinstance(images, str | Path | Image) else images
     if isinstance(listed, Sequence) and listed and isinstance(listed[0], Image):
         items = tuple((image,) for image in listed)
@@ -173,18 +204,27 @@ def _open(model: Model, images: Any, limit: int = LIMIT) -> tuple[nn.Module, Any
     elif isinstance(listed, Sequence) and listed and isinstance(listed[0], str | Path):
         images = open_images([str(name) for name in listed])
     images = images.subsample(limit) if isinstance(images, ImageSet) else images
-    return (opened.model, images, opened.loaded) if isinstance(opened, OpenedCheckpoint) else (opened, images, None)
+    loaded = opened.loaded if isinstance(opened, OpenedCheckpoint) else None
+    return opened.model if loaded else opened, images, loaded, bad
 
 
-def _batches(model: nn.Module, images: Any) -> Iterator[Tensor]:
+def _batches(model: nn.Module, images: Any, bad: BadImages) -> Iterator[Tensor]:
     """Yield batches of the model's input `(B, C, H, W)`."""
     if isinstance(images, ImageSet):
         own = _preprocessing_of(model)
-        pixels = (pixels for _, pixels in images.pixels(own, BadImages()))
+        pixels = (pixels for _, pixels in images.pixels(own, bad))
         while part := list(islice(pixels, BATCH_SIZE)):
             yield own.normalise(torch.stack(part)).to(next(model.parameters()))
     else:
         yield from batches(images, next(model.parameters()))
+
+
+def _measure_random(
+    loaded: LoadedModel, network: nn.Module, images: ImageSet, bad: BadImages, layout: dict[str, Any]
+) -> Analysis:
+    """Return P of a checkpoint's model with random weights, on some of its images."""
+    random = loaded.with_random_weights().to(next(network.parameters()).device)
+    return measure(random, _batches(network, images.subsample(RANDOM_IMAGES), bad), "similarity", **layout)
 
 
 def _preprocessing_of(model: nn.Module) -> Preprocessing:

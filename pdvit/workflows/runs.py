@@ -82,7 +82,8 @@ def build_trainer(
         log(console, f"reading {config.model.init} ...")
         checkpoint = resolve_checkpoint(config.model.init, config.model.name, config.model.weights)
         config = apply_checkpoint_defaults(with_crop(config), checkpoint)
-    inherited = changed_keys(to_dict(asked), to_dict(config))
+    saved = asked.model.init_hash is not None  # a configuration that has the settings of its checkpoint already
+    inherited = ("data.crop_pct", "data.crop_mode") if saved else changed_keys(to_dict(asked), to_dict(config))
     config = resolve(config) if config.data.batch_size else config
     ranks = init_process_group(stop)
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)

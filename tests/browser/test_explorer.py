@@ -105,6 +105,16 @@ def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
     assert tab.text(".pane .layer").startswith("block 2")
 
 
+def test_letters_in_the_list_of_images_find_a_name(open_page, one):
+    tab = open_page(explorer_page([replace(one, names=["n.png", "cat.png"])], []))
+    tab.page.locator("#image-name").focus()
+    tab.press("c")
+    assert (tab.text(IMAGE), tab.page.locator("#signed").get_attribute("aria-pressed")) == ("cat.png", "true")
+    tab.page.locator("canvas.map").focus()
+    tab.press("c")
+    assert tab.page.locator("#signed").get_attribute("aria-pressed") == "false"
+
+
 def test_touch_moves_the_patch(open_page, page_of_one, one):
     tab = open_page(page_of_one, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     tab.page.touchscreen.tap(*tab.over(0.9, 0.1))

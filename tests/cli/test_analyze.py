@@ -117,6 +117,18 @@ def test_a_lone_file_gives_the_numbers_of_its_run(run_copy, workplace, analyzed)
     assert (workplace / "elsewhere" / "analysis" / "analysis.json").is_file()
 
 
+def test_where_the_results_of_other_checkpoints_than_runs_are_is_printed(run_copy, workplace, capsys):
+    (run_copy / "run.toml").rename("run.toml")
+    shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
+    for checkpoint, folder in ((run_copy, run_copy), ("alone.safetensors", "runs/analysis-alone")):
+        assert pdvit(["analyze", str(checkpoint), *CPU]) == 0
+        assert f"\nwritten  {folder}/analysis.csv\n" in capsys.readouterr().out
+        assert Path(folder, "analysis.csv").is_file()
+    Path("run.toml").rename(run_copy / "run.toml")
+    assert pdvit(["analyze", str(run_copy), *CPU]) == 0
+    assert "written" not in capsys.readouterr().out
+
+
 def test_options_come_before_the_settings_of_the_file(workplace, image_folder, analyzed):
     """Another size, normalisation and type: P of timm's own model, which resamples its positions, by the library."""
     torch.manual_seed(0)

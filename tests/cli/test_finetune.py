@@ -105,5 +105,5 @@ def test_all_commands_that_train_have_the_same_settings(capsys):
         assert flags["train"].items() <= flags[name].items()
         assert flags[name].keys() - flags["train"].keys() == {"checkpoint"}
     pdvit(["finetune", "--help"])
-    help_text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    help_text = " ".join(capsys.readouterr().out.split())
     assert all(default in help_text for default in ("digits:5-9", "(default: 12)", "(default: none)"))

@@ -88,7 +88,7 @@ def test_cells_are_listed_and_cancelled_before_anything_is_written(workplace, ca
     write(workplace)
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--out", "x"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["2 cells in x", "    1  none-seed=0  waiting", "    2  paper-seed=0  waiting"]
+    assert lines == ["2 cells in x", "    1  none-seed=0   waiting", "    2  paper-seed=0  waiting"]
     assert pdvit(["train", "--config", "tiny.toml", "--cells", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["cells"][1] == {"cell": 2, "name": "paper-seed=0", "status": "waiting", "reason": ""}

@@ -80,7 +80,7 @@ def test_every_command_is_documented_and_every_documented_flag_exists():
 
 def test_every_help_has_examples_that_pdvit_takes():
     for command in walk(COMMAND):
-        examples = (command.epilog or "").splitlines()[1:]
+        examples = (command.epilog or "").splitlines()
         assert examples or hasattr(command, "commands"), command.name
         for example in examples:
             parse(shlex.split(example)[1:])

@@ -485,8 +485,9 @@
   };
   document.addEventListener("keydown", (event) => {
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-    const slides = event.target.matches?.("input[type=range], select") && key.length > 1; // they have arrows of their own
-    if (event.ctrlKey || event.metaKey || event.altKey || slides || at("help").open || !(key in KEYS)) return;
+    // A list takes letters, which find a name; sliders have arrows of their own.
+    const own = event.target.matches?.(key.length > 1 ? "input[type=range], select" : "select");
+    if (event.ctrlKey || event.metaKey || event.altKey || own || at("help").open || !(key in KEYS)) return;
     event.preventDefault();
     KEYS[key]();
     requestAnimationFrame(() => { at("spoken").textContent = panes.map((pane) => pane.canvas.getAttribute("aria-label")).join(" "); });

@@ -92,9 +92,9 @@ def training_pair(
 
     It is a function of (seed, epoch, index). The short side is drawn, and the long one limited.
     """
-    target, interpolation = segment.short_side or min(pair[1].shape), loader.preprocessing.interpolation
+    target, mode = segment.short_side or min(pair[1].shape), v2.InterpolationMode(loader.preprocessing.interpolation)
     least, most = (max(1, round(factor * target)) for factor in segment.jitter)
-    resize = v2.RandomShortestSize(list(range(least, most + 1)), LONGEST * most, interpolation)
+    resize = ShortestSize(list(range(least, most + 1)), LONGEST * most, mode)
     with seeded(fold(loader.seed, epoch, index)):
         parts = resize(tv_tensors.Image(pixels_of(pair[0])), tv_tensors.Mask(pair[1]))
         box = draw_crop(parts[1].as_subclass(Tensor), side, segment.max_share)
@@ -120,6 +120,14 @@ def draw_crop(mask: Tensor, side: int, max_fraction: float) -> tuple[int, int, i
         if (counts > 0).sum() > 1 and counts.max() < max_fraction * counts.sum():
             break
     return top, left, height, width
+
+
+class ShortestSize(v2.RandomShortestSize):  # type: ignore[misc]
+    """A random short side and a limited long one; thin strips keep a pixel."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]

@@ -5,24 +5,17 @@ import pickle
 import re
 import zipfile
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
 
 from pdvit.errors import UserError
 from pdvit.files import read_json
 from pdvit.models.layouts.conversion import Tensors
 
 INDEX, DISTRIBUTED = ".index.json", ".metadata"
-# What the metadata of a distributed checkpoint consists of, by module and name.
-RECORDS = {(metadata.__name__, name): value for name, value in vars(metadata).items() if is_dataclass(value)} | {
-    (metadata.__name__, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): lambda _: torch.strided,
-}
 OPTIMIZER = re.compile(r"(?:^|\.)optim\w*\.")
 # Regular expression for the first bytes, or for a name in a zip -> what the file is, and what to do.
 STARTS = {
@@ -68,12 +61,25 @@ def _beside(file: Path, name: str) -> Path:
     return file.parent / name
 
 
+@cache
+def _records() -> dict[tuple[str, str], Any]:
+    """Return what the metadata of a distributed checkpoint consists of, by module and name."""
+    from torch.distributed.checkpoint import filesystem, metadata  # here, as it takes a twentieth of a start
+
+    return {(metadata.__name__, name): value for name, value in vars(metadata).items() if is_dataclass(value)} | {
+        (metadata.__name__, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
+        (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): lambda _: torch.strided,
+    }
+
+
 class _Records(pickle.Unpickler):
     """Reads pickles that consist of torch's records of a distributed checkpoint, and executes nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in RECORDS:
-            return RECORDS[module, name]
+        if (module, name) in _records():
+            return _records()[module, name]
         if module.startswith("pathlib") and name.endswith("Path"):  # the place where it was saved
             return PurePosixPath
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -83,6 +89,8 @@ class _Records(pickle.Unpickler):
 
 def read_distributed(file: Path) -> Tensors:
     """Return the whole tensors of a folder by its `.metadata`, without those of optimizers; any error of torch."""
+    from torch.distributed.checkpoint import metadata
+
     with file.open("rb") as opened:
         table = _Records(opened).load()
     left, tensors = sum(part.stat().st_size for part in files_of(file)), Tensors()

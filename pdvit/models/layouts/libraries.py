@@ -16,7 +16,7 @@ from pdvit.models.layouts.conversion import Converted, Rules, Tensors, rename
 # Modules in the middle of a name: of torch.compile, FSDP and activation checkpointing.
 WRAPPERS: Rules = ((r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),)
 ADAPTERS = re.compile(r"(?:^|\.)(?:lora_\w+|hada_\w+|base_layer|ia3_l|vera_\w+|oft_r)(?:\.|$)")
-QUANTISED = re.compile(r"\.(?:SCB|absmax|quant_map|quant_state\..+|qweight|qzeros|weight_scale\w*|_packed_params.*)$")
+QUANTISED = re.compile(r"\.(?:SCB|absmax|quant_map|quant_state\..+|qweight|qzeros|weight_scale\w*|zero_point)$")
 CHUNK = re.compile(r"^blocks\.(\d+)\.(\d+)\.")
 MOCO: Rules = ((r"^head\.\d+\.", None),)  # its projection
 DINOV2: Rules = (
@@ -47,7 +47,8 @@ def to_timm(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
 def _refuse_unmerged(tensors: Tensors, where: str) -> None:
     """Raise UserError if the tensors are those of an adapter, or quantised."""
     if name := next(filter(ADAPTERS.search, tensors), None):
-        tip = "merge it, with peft: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+        model = "model" if any("base_layer" in it for it in tensors) else "PeftModel.from_pretrained(base, ADAPTER)"
+        tip = f"merge it before it is saved, with peft: {model}.merge_and_unload().save_pretrained(FOLDER)"
         raise UserError(f"it holds an adapter (LoRA or the like) that is not merged: {name}", where, tip)
     narrow = (name for name, value in tensors.items() if value.is_floating_point() and value.element_size() == 1)
     if name := next(filter(QUANTISED.search, tensors), None) or next(narrow, None):

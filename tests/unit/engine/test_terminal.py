@@ -8,16 +8,19 @@ from pdvit.engine.terminal import Display, describe_rate
 MEANS = {"loss": 2.3025, "class": 2.31, "cosine": 0.512, "contrastive": 1.234, "mixing": 2.297, "skipped": 3}
 
 
-@pytest.mark.parametrize(("width", "left_out"), [(80, "cosine"), (140, "…")])
-def test_the_progress_line_keeps_bar_rate_and_time_and_cuts_terms_first(width, left_out):
+@pytest.mark.parametrize(
+    ("width", "left_out", "label", "shown"),
+    [(80, "cosine", "epoch 10/24", "epoch 10/24"), (140, "…", "", "step 400/1000")],
+)
+def test_the_progress_line_keeps_bar_rate_and_time_and_cuts_terms_first(width, left_out, label, shown):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, no_color=True)
     display = Display(console, total=1000)
-    display.show(400, "epoch 10/24", 12345.6, MEANS)
+    display.show(400, label, 12345.6, MEANS)
     with console.capture() as captured:
         console.print(display.bar.get_renderable())
     line = captured.get().rstrip("\n")
     assert "\n" not in line
-    assert all(part in line for part in ("epoch 10/24 ━", " 40% 12,346 img/s ", ":--", "loss 2.3 skipped 3"))
+    assert all(part in line for part in (f"{shown} ━", " 40% 12,346 img/s ", ":--", "loss 2.3 skipped 3"))
     assert (" mixing 2.3" in line) == (width == 140)
     assert left_out not in line
 

@@ -207,9 +207,18 @@ class Configured:
         return Configured, (self.marker,), vars(self)
 
 
+class Table(dict):
+    """A table of settings, such as yacs' CfgNode."""
+
+
+class Steps(list):
+    """A list of steps."""
+
+
 def test_objects_beside_the_weights_are_skipped_and_nothing_of_theirs_runs(tmp_path, save, state, monkeypatch):
     marker = tmp_path / "marker"
     objects = {"path": marker, "best": np.float64(3), "steps": range(3), "config": Configured(marker)}
+    objects |= {"table": Table(a=1, b=Table(c=2)), "default": defaultdict(dict, a={"w": torch.ones(1)})}
     path = save({"model": state, "hyper_parameters": objects, "args": arguments(lr=np.float64(3), out=marker)})
     torch.load(path, weights_only=False)
     marker.rmdir()  # it ran
@@ -217,7 +226,11 @@ def test_objects_beside_the_weights_are_skipped_and_nothing_of_theirs_runs(tmp_p
     monkeypatch.setattr(sys, "path", [])  # nothing can be imported
     found = load(path)
     assert equal(found.model, make())
-    assert found.notes[0].startswith("objects skipped: 5 (builtins.range, ")
+    types = ("numpy.dtype", ".scalar", "PosixPath", f"{__name__}.Configured", f"{__name__}.Table")
+    assert all(
+        part in found.notes[0] for part in ("types of objects skipped: 7 (builtins.dict, builtins.range, ", *types)
+    )
+    assert "hyper_parameters.default.a.w" in read_checkpoint(path)[1].tensors
     assert (marker.exists(), __name__ in sys.modules) == (False, False)
 
 
@@ -225,10 +238,10 @@ def test_objects_beside_the_weights_are_skipped_and_nothing_of_theirs_runs(tmp_p
     ("extra", "zipped", "reason"),
     [
         ({"x": np.float64(3)}, False, "numpy"),  # of torch's first format, whose names can't be read alone
-        ({"x": defaultdict(list, a=[1])}, True, "could run code"),
+        ({"x": Steps([1])}, True, "test_checkpoints.Steps"),
         ({"model": torch.nn.Linear(2, 3)}, True, "torch.nn.modules.linear.Linear"),
-        ({"w": np.zeros(3)}, True, "no tensors; objects skipped: 3"),
-        (np.array(["w"]), True, "no table of weights; objects skipped: 3"),
+        ({"w": np.zeros(3)}, True, "no tensors; types of objects skipped: 3"),
+        (np.array(["w"]), True, "no table of weights; types of objects skipped: 3"),
     ],
 )
 def test_objects_that_can_not_be_skipped_are_refused_and_the_line_of_the_tip_saves_the_weights(

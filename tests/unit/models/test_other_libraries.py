@@ -147,6 +147,8 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     layers = ["embed", "block 1", "block 2", "block 3", "norm"]
     expected = {layer: tokens[:, 2:] for layer, tokens in zip(layers, kept, strict=True)}
     check(model, expected, **RESEARCH)
+    model.again, model.last = model.encoder["layers"], model.ln
+    check(model, expected, blocks="again", prefix_tokens=2, norm="last")
     del expected["norm"]
     check(nn.DataParallel(model), expected, blocks=list(model.encoder["layers"]), prefix_tokens=2)
     check(torch.compile(model), expected, blocks="encoder.layers", prefix_tokens=2)
@@ -198,6 +200,10 @@ def test_wrappers_heads_and_towers_are_removed(attribute):
         (Research, RESEARCH | {"norm": "norm"}, "no module at 'norm'.*choose from: stem"),
         (Research, {"blocks": "stem"}, "no list of modules at 'stem'.*choose from: encoder.layers$"),
         (Research, {"blocks": []}, "no blocks"),
+        (Research, {"blocks": 3}, "blocks is a int.*encoder.layers"),
+        (Research, {"blocks": nn.Linear(2, 2)}, "blocks is a Linear"),
+        (Research, {"blocks": 2 * [nn.Linear(2, 2)]}, "in the list twice"),
+        (Research, RESEARCH | {"norm": 3}, "norm is a int"),
         (partial(Research, batch_first=False), RESEARCH, "first axis.*batch_first"),
         (torchvision.models.resnet18, {"blocks": "layer1"}, "has no input of the shape"),
     ],

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import signal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,8 +40,24 @@ def test_a_checkpoint_is_analyzed_as_the_command_does(run_copy, monkeypatch):
     assert html.unescape(found._repr_html_().partition("</p><table")[0][3:]).split("<br>") == found.verdict.split("\n")
     assert found["mean"].equals(found.table["mean"])  # as the table that an analysis once was
     assert found.groupby("metric").ngroups == 8
+    assert (len(found), list(found)) == (len(found.table), list(found.table))
     assert (len(opened.images.split), opened.preprocessing.size) == (360, 32)
     assert pdvit.analyze(opened, torch.randn(2, 3, 32, 32)).random.empty
+
+
+def test_the_policy_of_a_run_for_images_that_do_not_decode_is_that_of_the_command(run_copy, image_folder):
+    recipe = (run_copy / "run.toml").read_text().replace('"digits"', f'"{image_folder}"')
+    (run_copy / "run.toml").write_text(recipe.replace('on_bad_image = "error"', 'on_bad_image = "skip"'))
+    (image_folder / "val" / "red" / "0.png").write_bytes(b"broken")
+    assert command(["analyze", str(run_copy), "--device", "cpu", "--workers", "0"]) == 0
+    opened = pdvit.load(run_copy, device="cpu")
+    found = pdvit.analyze(opened)
+    pd.testing.assert_frame_equal(found.table, pd.read_csv(run_copy / "analysis.csv"), rtol=1e-4, atol=1e-5)
+    assert (set(found["images"]), found.notes) == ({5}, ["1 image left out that can't be decoded"])
+    assert len(pdvit.token_maps(opened)["norm"]) == 5
+    assert "red/0.png" not in pdvit.explore(opened).html
+    with pytest.raises(UserError, match="does not decode"):  # as with --images
+        pdvit.analyze(opened, str(image_folder))
 
 
 def test_what_a_file_leaves_open_is_a_note_of_the_analysis(tmp_path):
@@ -85,6 +102,20 @@ def test_the_explorer_is_a_page_in_a_frame(model):
         assert all(name in page.html for name in names)
 
 
+def test_several_models_are_in_one_explorer_on_the_images_of_the_first(model, run_copy):
+    def models_of(page: pdvit.workflows.library.ExplorerPage) -> list[dict]:
+        return json.loads(re.search(r'type="application/json">(.*?)</script>', page.html, re.DOTALL)[1])["models"]
+
+    run, *others = models_of(pdvit.explore([run_copy, model, model]))
+    assert [run["name"], *(it["name"] for it in others)] == ["copied", "model 2", "model 3"]
+    assert (None in run["random"], {*others[0]["random"]}) == (False, {None})
+    pair = models_of(pdvit.explore([model, model], iter(torch.randn(3, 1, 3, 32, 32)), name=["a", "b"]))
+    assert [(it["name"], it["pictures"]) for it in pair] == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
+    for models, name, what in (([model], ["a", "b"], "2 names for 1"), (5 * [model], "", "5 checkpoints do not fit")):
+        with pytest.raises(UserError, match=what):
+            pdvit.explore(models, name=name)
+
+
 def test_plots_return_axes_with_the_numbers(model):
     found = pdvit.analyze(model, torch.randn(3, 3, 32, 32), "similarity")
     _, axes = plt.subplots()
@@ -105,6 +136,14 @@ def test_training_is_that_of_the_command(tmp_path, digits_run):
     assert run.summary["split"] == "test"
 
 
+def test_an_interrupt_before_training_is_a_keyboard_interrupt(monkeypatch, tmp_path):
+    interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr("pdvit.workflows.runs.open_source", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="no file was written"):
+        pdvit.train(out=tmp_path / "a", device="cpu", depth=2, width=16, heads=1)
+    assert not (tmp_path / "a").exists()
+
+
 def test_errors_are_three_lines(model):
     calls = {
         "did you mean 'epochs'": lambda: pdvit.train(epoch=3),
@@ -115,6 +154,7 @@ def test_errors_are_three_lines(model):
         "there are no images": lambda: pdvit.token_maps(model, torch.zeros(0, 3, 32, 32)),
         "has no P": lambda: pdvit.analyze(model, metrics="rank").plot(),
         "a int is not the name": lambda: pdvit.load(3),
+        "a list is no model": lambda: pdvit.analyze([model, model]),
         "does not say how": lambda: pdvit.analyze(torchvision.models.vit_b_32(), Image.new("RGB", (50, 50))),
     }
     for text, call in calls.items():

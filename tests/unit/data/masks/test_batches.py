@@ -176,6 +176,14 @@ def test_masks_are_scaled_by_the_nearest_pixel():
         assert set(transform((image, mask), segment, 64, index=index)[1].unique().tolist()) <= {2, 3, 4, 200, 254, 255}
 
 
+@pytest.mark.parametrize(("shape", "inside"), [((1, 700), np.s_[0]), ((900, 2), np.s_[:, 0])])
+def test_a_thin_strip_keeps_a_pixel(shape, inside):
+    image, mask = transform(pair(*shape), SegmentConfig(jitter=(0.5, 2.0)))
+    assert image.shape == (3, 8, 8)
+    assert (mask == 254).sum() == 8 * 7
+    assert set(mask[inside].tolist()) <= {0, 1, 2, 3, 4, 255}
+
+
 def test_photometric_factors_have_mmsegmentations_hue_and_channels_stay_in_order():
     image, mask = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8)), tv_tensors.Mask(torch.tensor([[1, 2]]))
     torch.manual_seed(0)

@@ -292,6 +292,12 @@ def test_adapters_and_quantised_weights_are_refused(config, extra, what):
     assert what in refuse(config).what
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_weights_that_torch_quantised_are_refused(tmp_path):
+    torch.save(torch.ao.quantization.quantize_dynamic(make(), {nn.Linear}).state_dict(), tmp_path / "weights.pth")
+    assert "quantised: blocks.0.attn" in refuse(tmp_path / "weights.pth", VIT).what
+
+
 @pytest.mark.parametrize(
     ("table", "names", "what"),
     [

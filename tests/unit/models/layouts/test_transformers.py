@@ -153,8 +153,9 @@ def test_an_adapter_of_peft_is_refused_and_the_step_of_the_tip_merges_it(transfo
     torch.save(adapter.state_dict(), tmp_path / "adapter.pth")
     assert "not merged" in refuse(tmp_path / "adapter.pth").what
     monkeypatch.chdir(tmp_path)
-    names = {"PeftModel": peft.PeftModel, "ADAPTER": "ADAPTER", "FOLDER": "merged"}
+    names = {"PeftModel": peft.PeftModel, "ADAPTER": "ADAPTER", "model": adapter}
     names["base"] = transformers.ViTForImageClassification.from_pretrained("base")
-    exec(refuse("ADAPTER").tip.partition("with peft: ")[2], names)
-    merged = transformers.ViTForImageClassification.from_pretrained("merged").eval()
-    check(tmp_path / "merged", modules_named(merged, BLOCKS), random_images(32), merged, 1)
+    for path in ("ADAPTER", "adapter.pth"):
+        exec(refuse(path).tip.partition("with peft: ")[2], names | {"FOLDER": f"merged-{path}"})
+        merged = transformers.ViTForImageClassification.from_pretrained(f"merged-{path}").eval()
+        check(tmp_path / f"merged-{path}", modules_named(merged, BLOCKS), random_images(32), merged, 1)
