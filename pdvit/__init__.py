@@ -8,7 +8,7 @@ from pdvit.version import __version__ as __version__
 if TYPE_CHECKING:
     from pdvit import plots as plots
     from pdvit.data.mixing import patch_cutmix
-    from pdvit.losses import Objective, contrastive_loss, cosine_loss, koleo_loss, mixing_loss, spectral_loss
+    from pdvit.losses import Objective, contrastive_loss, cosine_loss, gram_loss, koleo_loss, mixing_loss, spectral_loss
     from pdvit.models.tokens import DiverseModel
     from pdvit.similarity import patch_similarity
     from pdvit.workflows.library import analyze, explore, load, token_maps, train
@@ -27,6 +27,7 @@ __all__ = [
     "contrastive_loss",
     "cosine_loss",
     "explore",
+    "gram_loss",
     "koleo_loss",
     "load",
     "mixing_loss",

@@ -1,11 +1,12 @@
 """What the three terms add to a step of training: `python terms.py`.
 
-One step is forward, loss, backward. Sides take turns on the same model, images and targets: the bare timm model
-with its class loss; the same with all three terms; with each alone; and with all three written down literally (the
-whole matrix of cosines, all logits of the patches at once). The order rotates, and every number is a ratio to the
-bare step of its own round (median and middle half), or of the least time of each side. Time is that of the CPU's
-clock for the process, or of the GPU between synchronisations. Peak memory comes from a fresh process for each side:
-the most it held beyond what it held before the model was built. One row per round is appended to terms.csv.
+One step is forward, loss, backward. Sides take turns on the same model, images and targets: the bare timm model with
+its class loss; the same with all three terms; with each alone; with the gram term, whose anchor is a frozen copy of
+the model; and with all three written down literally (the whole matrix of cosines, all logits of the patches at once).
+The order rotates, and every number is a ratio to the bare step of its own round (median and middle half), or of the
+least time of each side. Time is that of the CPU's clock for the process, or of the GPU between synchronisations. Peak
+memory comes from a fresh process for each side: the most it held beyond what it held before the model was built. One
+row per round is appended to terms.csv.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pdvit.engine.device import device_name
 from pdvit.losses import TERMS
 from pdvit.tracking.environment import describe_environment
 
-SIDES = ("plain", "all", *TERMS[:3], "literal")
+SIDES = ("plain", "all", *TERMS[:3], "gram", "literal")
 
 
 def arguments() -> argparse.Namespace:
@@ -73,7 +74,9 @@ def make_step(side: str, args: argparse.Namespace) -> Callable[[], None]:
     sizes = {"img_size": args.img_size, "patch_size": args.patch_size, "num_classes": args.classes}
     model = timm.create_model(args.model, **sizes, **values)
     mixing = side in ("all", "mixing", "literal")
-    network: nn.Module = (model if side == "plain" else DiverseModel(model, patch_head=mixing)).to(device).train()
+    wrapped = None if side == "plain" else DiverseModel(model, patch_head=mixing).to(device)
+    network: nn.Module = (model.to(device) if wrapped is None else wrapped).train()
+    frozen = wrapped.make_anchor() if wrapped is not None and side == "gram" else None
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     targets = torch.randint(args.classes, (args.batch_size,), device=device)
     count = (args.img_size // args.patch_size) ** 2
@@ -91,7 +94,9 @@ def make_step(side: str, args: argparse.Namespace) -> Callable[[], None]:
             terms = literal(output.first, output.last, output.patch_logits.float(), patch_targets)
             return F.cross_entropy(output.logits.float(), targets) + terms
         output = network(images, patch_targets) if mixing else network(images)
-        return objective(output, targets, patch_targets).total
+        with torch.no_grad():
+            anchor = None if frozen is None else frozen.last_tokens(images)
+        return objective(output, targets, patch_targets, anchor=anchor).total
 
     forward = torch.compile(loss, fullgraph=True, dynamic=False) if args.compile else loss
 

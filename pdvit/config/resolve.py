@@ -48,6 +48,9 @@ def resolve(config: Config) -> Config:
     values |= {name: getattr(diversity, name) for name in values if getattr(diversity, name) is not None}
     if values["variant"] == "released" and diversity.cosine is None:
         values["cosine"] = 0.0  # the variant has no cosine term
+    if values["gram"] and config.model.init is None:
+        what = "the gram term compares with the model that the run begins from, and this one begins from random weights"
+        raise UserError(what, "diversity.gram (--gram)", "name a checkpoint with --init, or leave it out")
     if config.segment.head is not None:
         if diversity.mixing:
             what = "the mixing term needs patches of one class, which pixel labels do not give"

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral")
+TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral", "gram")
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
+GRAM_VARIANTS = ("paper", "remove-neg", "remove-only-teacher-neg", "batch")
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXUP_MODES = ("batch", "pair", "elem")
@@ -145,11 +146,19 @@ class DiversityConfig:
     mixing: float | None = _weight("mixing")
     koleo: float | None = _weight("koleo")
     spectral: float | None = _weight("spectral")
+    gram: float | None = _weight("gram")
     cosine_schedule: str = _schedule("cosine")
     contrastive_schedule: str = _schedule("contrastive")
     mixing_schedule: str = _schedule("mixing")
     koleo_schedule: str = _schedule("koleo")
     spectral_schedule: str = _schedule("spectral")
+    gram_schedule: str = _schedule("gram")
+    gram_variant: str = key(
+        "paper",
+        "Variant of the gram term: the paper's, or of DINOv3's code.",
+        "--gram-variant",
+        choices=GRAM_VARIANTS,
+    )
     first: str | None = key(
         None,
         "First layer: block (the first with last's grid), embed (input of the blocks), patches (without positions), "

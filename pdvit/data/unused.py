@@ -19,6 +19,7 @@ def unused_settings(config: Config, in_memory: bool = False, inherited: Containe
     conditions: list[tuple[str, bool, str]] = [
         *((f"diversity.{term}_schedule", term in terms, f"the {term} term is off") for term in TERMS),
         ("diversity.variant", bool(terms & {"cosine", "contrastive", "mixing"}), "no term with variants is on"),
+        ("diversity.gram_variant", "gram" in terms, "the gram term is off"),
         ("diversity.cosine_layers", "cosine" in terms, "the cosine term is off"),
         ("diversity.patch_head", "mixing" in terms, "the mixing term is off"),
         ("augment.mixup_prob mixup_mode", bool(augment.cutmix or augment.mixup), "no images are mixed"),

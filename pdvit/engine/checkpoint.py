@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
 
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.distributed import Ranks
 from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
-from pdvit.files import read_json, reason_of
+from pdvit.files import read_json, reading, reason_of
 from pdvit.tracking.run_directory import sync, write_file
 
 Check = Callable[[dict[str, Any]], None]  # of metadata; raises UserError
 LAST, BEST = "last", "best"
 METADATA, SUFFIX, FOLDERS = "state.json", ".safetensors", "step-" + 8 * "[0-9]"
+ANCHOR = "../anchor" + SUFFIX  # as seen from a checkpoint
 JSON: dict[str, Any] = {"indent": 2, "ensure_ascii": False}  # Python reads back numbers that are not finite
 
 
@@ -57,7 +59,13 @@ class Checkpoints:
         if metadata["version"] != VERSION:
             what = f"the checkpoint has format {metadata['version']}, this version of pdvit reads format {VERSION}"
             raise UserError(what, str(source), "resume it with the version of pdvit that wrote it, or start a new run")
-        sums = metadata.pop("checksums")
+        sums, anchor = metadata.pop("checksums"), dict[str, Tensor]()
+        expected = sums.pop(ANCHOR, None)
+        if expected is not None and ranks.main:
+            with reading(source / ANCHOR, "restore it, or start a new run: all its checkpoints need it"):
+                if _checksum(source / ANCHOR) != expected:
+                    raise ValueError("it is not what was written")
+                anchor = load_file(source / ANCHOR)
         for name, expected in sorted(sums.items()) if ranks.main else ():
             found = _checksum(metadata if name == METADATA else source / name)
             if found != expected:
@@ -69,7 +77,7 @@ class Checkpoints:
             with safe_open(source / f"state{SUFFIX}", framework="pt") as file:
                 own = [name for name in file.keys() if name.startswith(("0.", f"{ranks.rank}."))]  # noqa: SIM118
                 tensors = {"state": {name: file.get_tensor(name) for name in own}}
-        return Snapshot(metadata["progress"]["step"], metadata, tensors)
+        return Snapshot(metadata["progress"]["step"], metadata, tensors, anchor)
 
     @contextmanager
     def _report_damage(self, tip: str) -> Iterator[None]:
@@ -97,6 +105,12 @@ class Checkpoints:
                 for file, tensors in snapshot.tensors.items():
                     save_file(tensors, beside / f"{file}{SUFFIX}")
                 sums = {path.name: _checksum(path) for path in beside.glob(f"*{SUFFIX}")}
+                if snapshot.anchor:
+                    anchor, begun = beside / ANCHOR, bool(self._read_pointer(LAST))
+                    if not (begun and anchor.is_file()):  # a file without a checkpoint is of a run that was killed
+                        copies = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.anchor.items()}
+                        write_file(anchor, save({name: tensor.contiguous() for name, tensor in copies.items()}))
+                    sums[ANCHOR] = _checksum(anchor)
                 sums[METADATA] = _checksum(snapshot.metadata)
                 write_file(beside / METADATA, json.dumps(snapshot.metadata | {"checksums": sums}, **JSON))
                 for path in (*beside.glob(f"*{SUFFIX}"), beside):

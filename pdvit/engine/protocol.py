@@ -41,6 +41,10 @@ class Task(Protocol):
         """The module whose parameters are optimized and saved."""
 
     @property
+    def anchor(self) -> nn.Module | None:
+        """A frozen module that the loss reads, or None: a copy of `module` as it begins, saved once with the run."""
+
+    @property
     def fingerprint(self) -> Mapping[str, Any]:
         """Description of the training data: a run resumes only on the same data."""
 

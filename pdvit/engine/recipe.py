@@ -16,7 +16,7 @@ OF_SECTIONS = {
     "run": "seed",
 }
 FIXED = frozenset(f"{section}.{name}" for section, names in OF_SECTIONS.items() for name in names.split())
-HEADS = ("diversity.mixing", "segment.aux")  # zero or not: these add or remove a head
+SWITCHES = ("diversity.mixing", "diversity.gram", "segment.aux")  # zero or not: with a head or an anchor, or without
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -31,7 +31,7 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
 def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
     """Raise UserError for a change `{key: (old, new)}` that needs a new run."""
     for key, (old, new) in changes.items():
-        if key in FIXED or (key in HEADS and bool(old) != bool(new)):
+        if key in FIXED or (key in SWITCHES and bool(old) != bool(new)):
             raise UserError(f"{key} can't change from {old} to {new} within a run", where, "start a new run with it")
 
 

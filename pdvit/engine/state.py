@@ -87,6 +87,7 @@ class Snapshot:
     step: int
     metadata: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+    anchor: dict[str, Tensor] = field(default_factory=dict)  # never changes, so it is no copy
 
 
 @dataclass
@@ -103,6 +104,7 @@ class TrainState:
     data: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
+    anchor: nn.Module | None = None  # frozen: see `protocol.Task`
 
     def state_dict(self, generators: Mapping[str, Tensor] | None = None) -> Snapshot:
         """Copy the state to main memory, on rank 0; with `generators` instead of their present states."""
@@ -139,7 +141,8 @@ class TrainState:
                 full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.ranks.main:
                     copies[file][name] = full.detach().to("cpu", copy=True).contiguous()
-        return Snapshot(self.progress.step, metadata, copies)
+        anchor = self.anchor.state_dict() if self.anchor else {}
+        return Snapshot(self.progress.step, metadata, copies, anchor)
 
     def load_state_dict(self, snapshot: Snapshot) -> None:
         """Restore a snapshot; only rank 0 needs its weights and optimizer. Any error means that it does not fit."""
@@ -166,6 +169,8 @@ class TrainState:
         set_model_state_dict(self.module, dict(weights), options=options)
         if self.ema is not None:
             set_model_state_dict(self.ema.module, dict(tensors.get("ema", weights)), options=options)
+        if self.anchor is not None:
+            set_model_state_dict(self.anchor, dict(snapshot.anchor), options=options)
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         self.progress = Progress(**metadata["progress"])

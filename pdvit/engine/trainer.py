@@ -48,7 +48,9 @@ class Trainer:
         self.lr_scheduler = make_lr_scheduler(optimizer, config, self.steps)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
         data = dict(task.fingerprint)
-        self.state = TrainState(task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data)
+        self.state = TrainState(
+            task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data, anchor=task.anchor
+        )
         self.updater = Updater(task, network, self.state, config)
         self.batch: TrainBatch | None = None
         self.saved_at, self.save_owed = time.monotonic(), False

@@ -10,6 +10,7 @@ from torch import Tensor
 from pdvit.errors import UserError
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
+from pdvit.losses.gram import GRAM_VARIANTS, gram_loss
 from pdvit.losses.mixing import mixing_loss
 from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, VARIANTS, TermWeights, check_variant, cosine_loss
 
@@ -45,6 +46,7 @@ class Objective(TermWeights):
         label_smoothing: of the class loss and of the patch targets in the mixing term.
         multi_label: an image may have any number of classes: binary cross-entropy, in class loss and mixing term.
         grid: rows and columns of the patches, which only `released` reads; unset: a square.
+        gram_variant: form of the gram term, a name of `GRAM_VARIANTS`.
         class_loss: a function of logits and targets in place of the cross-entropy; it does its own label smoothing.
     """
 
@@ -52,6 +54,7 @@ class Objective(TermWeights):
     label_smoothing: float = 0.0
     multi_label: bool = False
     grid: tuple[int, int] | None = None
+    gram_variant: str = "paper"
     class_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -64,19 +67,26 @@ class Objective(TermWeights):
             what, tip = f"label smoothing of {self.label_smoothing}", "choose a number from 0 (off) to below 1"
             raise UserError(what, f"Objective(label_smoothing={self.label_smoothing})", tip)
         check_variant(self.variant, VARIANTS, "diversity.variant, Objective(variant=...)")
+        check_variant(self.gram_variant, GRAM_VARIANTS, "diversity.gram_variant, Objective(gram_variant=...)")
         if self.variant == "released" and self.cosine:
             where = f"Objective(variant='released', cosine={self.cosine:g})"
             tip = "set cosine=0 (--cosine 0), or choose another variant"
             raise UserError("the released code has no cosine term", where, tip)
 
     def __call__(
-        self, output: TokenOutput, targets: Tensor, patch_targets: Tensor | None = None, weights: Tensor | None = None
+        self,
+        output: TokenOutput,
+        targets: Tensor,
+        patch_targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        anchor: Tensor | None = None,
     ) -> Losses:
         """Return the loss of one batch.
 
         `targets` are class indices `(B,)` or probabilities `(B, C)` (with `multi_label` each in [0, 1]). The mixing
         term needs `patch_targets`, `(B, N)` or `(B, N, C)`, which `pdvit.patch_cutmix` makes. `weights` are factors on
-        the weights of `TERMS`. UserError if patch targets or head are missing, or as `check_targets`.
+        the weights of `TERMS`. `anchor` has the last patch tokens `(B, N, D')` of the gram term's anchor. UserError if
+        patch targets, head or anchor are missing, or as `check_targets` and `gram_loss`.
         """
         if self.class_loss is not None:
             parts = {"class": self.class_loss(output.logits, targets)}
@@ -108,6 +118,11 @@ class Objective(TermWeights):
         for name, term in LAST_LAYER_TERMS.items():
             if getattr(self, name):
                 parts[name] = term(output.last)
+        if self.gram:
+            if anchor is None:
+                tip = "pass anchor=, the last tokens of a frozen model on the same images, or set gram=0"
+                raise UserError("the gram term needs an anchor", "Objective(gram=...)(output, targets)", tip)
+            parts["gram"] = gram_loss(output.last, anchor, self.gram_variant)
         total = parts["class"]
         factors = {name: getattr(self, name) for name in TERMS if name in parts}
         if weights is not None:

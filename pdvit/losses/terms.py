@@ -26,6 +26,7 @@ class TermWeights:
     mixing: float = 1.0
     koleo: float = 0.0
     spectral: float = 0.0
+    gram: float = 0.0
 
 
 TERMS = tuple(field.name for field in fields(TermWeights))

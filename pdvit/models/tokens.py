@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from pdvit.errors import UserError
@@ -124,6 +125,11 @@ class DiverseModel(Wrapper):
                 tip = "use nn.Linear, or pass patch_targets to the objective only"
                 raise UserError(f"the mixing term can't be computed in parts with a {type(head).__name__}", HEAD, tip)
         return TokenOutput(logits, first, last, patches, tuple(others), mixing, label_smoothing)
+
+    @torch.no_grad()
+    def last_tokens(self, images: Tensor) -> Tensor:
+        """Return the last patch tokens, without gradient."""
+        return self.taps.read(self.model, images)[1][1]
 
 
 def _block(number: Any, blocks: list[str], where: str) -> str:

@@ -1,9 +1,11 @@
 """The base of modules around a timm model: frozen parts, and timm's parameter groups for the optimizer."""
 
+import copy
+from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.models.families import family_of, modules_at
@@ -42,6 +44,18 @@ class Wrapper(nn.Module):
         for part in self.frozen:
             part.eval()
         return self
+
+    @abstractmethod
+    def last_tokens(self, images: Tensor) -> Tensor:
+        """Return the last patch tokens `(B, N, D)` of images `(B, 3, H, W)`, without gradient and own heads."""
+
+    def make_anchor(self) -> Self:
+        """Return a frozen copy in evaluation mode for `last_tokens`, without heads outside of the timm model."""
+        anchor = copy.deepcopy(self).requires_grad_(False).eval()
+        for name, _ in list(anchor.named_children()):
+            if name != self.inner:
+                delattr(anchor, name)
+        return anchor
 
     def no_weight_decay(self) -> set[str]:
         """Return timm's list of parameters without weight decay (positions, class token)."""

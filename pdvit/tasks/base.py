@@ -47,8 +47,9 @@ class ImageTask(ABC):
         self.config, self.source, self.device, self.ranks = config, source, device, ranks
         torch.manual_seed(config.run.seed)
         weights: dict[str, Any] = {term: getattr(config.diversity, term) or 0.0 for term in TERMS}
-        variant, smoothing = config.diversity.variant or "paper", config.augment.smoothing
-        self.objective = Objective(**weights, variant=variant, label_smoothing=smoothing, class_loss=self.class_loss)
+        weights |= {"variant": config.diversity.variant or "paper", "gram_variant": config.diversity.gram_variant}
+        smoothing = config.augment.smoothing
+        self.objective = Objective(**weights, label_smoothing=smoothing, class_loss=self.class_loss)
         self.module = self.build_module().to(device)
         if config.model.freeze is not None:
             freeze(self.module, config.model.freeze)
@@ -57,6 +58,8 @@ class ImageTask(ABC):
                 what = f"with a frozen backbone the tokens never change, so these terms do nothing: {terms}"
                 tip = "use --diversity none; of the terms only --mixing trains a head"
                 raise UserError(what, "model.freeze (--freeze)", tip)
+        # Made again once initial weights are loaded.
+        self.anchor = self.module.make_anchor() if self.objective.gram else None
         self.patch_size = strides_of(self.module.inside)[-1]
         self.preprocessing = Preprocessing.for_model(self.module.inside, config.data)
         self.batch_size = batch_size = config.data.batch_size

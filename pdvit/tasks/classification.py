@@ -97,7 +97,8 @@ class ClassificationTask(ImageTask):
         patch_targets = batch.patch_targets if objective.mixing_is_patchwise else None
         output = network(batch.images, patch_targets, objective.label_smoothing)
         weights = None if batch.weights is None else batch.weights[0]
-        losses = objective(output, batch.targets, batch.patch_targets, weights)
+        anchor = None if self.anchor is None else self.anchor.last_tokens(batch.images)
+        losses = objective(output, batch.targets, batch.patch_targets, weights, anchor)
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
         accuracy = (output.logits.argmax(1) == labels).float().mean()
         return self.step_output(losses.total, {**losses.parts, "accuracy": accuracy}, batch)

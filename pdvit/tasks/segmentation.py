@@ -84,7 +84,8 @@ class SegmentationTask(ImageTask):
         output = SegmentOutput(self.module.resize(output.logits.float(), size), *output[1:])
         weights = None if batch.weights is None else batch.weights[0]
         tokens: Any = output  # without mixing the objective reads logits and, for terms, first and last
-        losses = self.objective(tokens, targets, None, weights)
+        anchor = None if self.anchor is None else self.anchor.last_tokens(batch.images)
+        losses = self.objective(tokens, targets, None, weights, anchor)
         total, parts = losses.total, dict(losses.parts)
         if output.aux is not None:
             parts["aux"] = pixel_loss(self.module.resize(output.aux.float(), size), targets)

@@ -39,6 +39,9 @@ class DiversityTask(TimmTask):
         if objective.multi_label:
             tip = "write the loop yourself: docs/extend.md"
             raise UserError("timm's classification task has one class per image", "DiversityTask(objective=...)", tip)
+        if objective.gram:
+            tip = "set gram=0, or use pdvit finetune --gram"
+            raise UserError("timm's task has no anchor, which the gram term needs", "DiversityTask(objective=...)", tip)
         wrapper = DiverseModel(model, objective.mixing > 0, compared=objective.contrastive > 0)
         super().__init__(wrapper, criterion, **kwargs)
         self.objective, self.cutmix, self.prob = objective, cutmix, prob

@@ -19,7 +19,7 @@ from pdvit.files import read_json, reading
 RUNS = Path("runs")
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
 WRITTEN = ("run.toml", STATUS, RECORDS, CHANGES, "summary.json", "config.json", "model.safetensors")  # by training
-POINTERS = (f"{CHECKPOINTS}/last", f"{CHECKPOINTS}/best")
+IN_CHECKPOINTS = (f"{CHECKPOINTS}/last", f"{CHECKPOINTS}/best", f"{CHECKPOINTS}/anchor.safetensors")
 JOBS = "jobs"  # of a launcher: it makes this folder before the run begins
 FREE, OTHER = "check free space and permissions", "choose another --out"
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -139,7 +139,7 @@ class RunDirectory:
                     except BlockingIOError as error:
                         what = "another process is training this run"
                         raise UserError(what, str(self.path), "stop that one first") from error
-                    for file in map(self.path.joinpath, WRITTEN + POINTERS):
+                    for file in map(self.path.joinpath, WRITTEN + IN_CHECKPOINTS):
                         for left in file.parent.glob(f".{file.name}.{8 * '[0-9a-f]'}"):  # by a process that was killed
                             if left.is_file():
                                 left.unlink(missing_ok=True)

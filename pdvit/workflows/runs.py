@@ -111,6 +111,8 @@ def build_trainer(
         config = replace(config, optim=replace(config.optim, head_lr=None))
     task = task_type(config, source, device, ranks)
     notes = [] if checkpoint is None else load_pretrained(task.module, checkpoint, source.classes)
+    if task.anchor is not None:
+        task.anchor = task.module.make_anchor()
     trainer = Trainer(task, config, device, ranks)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     length = f"steps: {trainer.steps.total}, batch size: {task.batch_size}, peak rate: {config.optim.lr:.3g}"

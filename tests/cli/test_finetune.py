@@ -12,7 +12,7 @@ from timm.utils import CheckpointSaver
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
-from tests.files import read_json, read_recipe, weights
+from tests.files import read_json, read_recipe, read_records, weights
 
 VIT = "vit_tiny_patch16_224"
 KWARGS = {"depth": 2, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
@@ -36,7 +36,7 @@ def timm_saved(folder, model):
 def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplace, capsys, refusal):
     file = timm_saved(workplace, make())
     run = workplace / "run"
-    flags = ["--freeze", "1", "--save-every", "2st", "--keep", "9", "--out", str(run)]
+    flags = ["--freeze", "1", "--gram", "9", "--save-every", "2st", "--keep", "9", "--out", str(run)]
     assert pdvit(["finetune", str(file), *SHORT, *flags]) == 0
     shown = capsys.readouterr().out
     assert "30 of 32 tensors, found under 'state_dict.'" in shown
@@ -48,6 +48,9 @@ def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplac
     frozen = {name for name in before if name in ours and torch.equal(before[name], ours[name])}
     prefixes = ("cls_token", "pos_embed", "patch_embed", "blocks.0.")
     assert frozen == {name for name in before if name.startswith(prefixes)}
+    anchor = load_file(run / "checkpoints" / "anchor.safetensors")
+    assert all(torch.equal(anchor[f"model.{name}"], before[name]) for name in before if not name.startswith("head."))
+    assert any(record["gram"] > 0 for record in read_records(run, "train"))
     # resumed at step 2, without its initial file and by the other command: the same tensors
     again = shutil.copytree(run, workplace / "again")
     (again / "checkpoints" / "last").write_text("step-00000002")

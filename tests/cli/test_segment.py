@@ -19,7 +19,7 @@ from pdvit.engine.recovery import largest
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.workflows.runs import trial_config
-from tests.files import read_json, read_records, weights
+from tests.files import assert_same, read_json, read_records, weights
 
 CPU = ["--device", "cpu", "--workers", "0"]
 SCORES = ("miou", "accuracy", "accuracy_mean", "loss")
@@ -148,6 +148,17 @@ def test_a_run_is_repeated_by_its_configuration_and_resumed_to_the_same_tensors(
     assert pdvit(["segment", "--resume", str(out), "--change", "run.stop_after=4ep"]) == 75
     assert pdvit(["segment", "--resume", str(out)]) == 0
     assert weights(out) == weights(trained)
+
+
+def test_a_run_with_an_anchor_is_resumed_without_the_file_that_it_begins_from(shapes, copy, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--init", str(copy), "--gram", "9", "--drop-path", "0.2"]
+    assert train(shapes, whole, *flags) == 0
+    assert train(shapes, out, *flags, "--stop-after", "2ep") == 75
+    shutil.rmtree(copy)
+    assert pdvit(["segment", "--resume", str(out), "--change", "run.stop_after=4ep"]) == 75
+    assert pdvit(["segment", "--resume", str(out)]) == 0
+    assert_same(out, whole)
 
 
 def test_analyze_takes_the_runs_own_images(copy, capsys):

@@ -123,6 +123,10 @@ HIERARCHICAL = {  # hooks read first and last there, inside the wrapped module
     "model": {"name": "swin_tiny_patch4_window7_224", "args": SWIN, "drop_path": 0.0},
     "data": {"batch_size": 16, "img_size": 64},
 }
+GRAM = {  # the anchor is the model as it begins
+    "model": MODEL | {"name": "vit_tiny_patch16_224", "init": "start", "drop_path": 0.0},
+    "diversity": {"preset": "paper", "gram": 9.0},
+}
 MICRO = {"data": {"batch_size": 16, "img_size": 16, "micro_batch": 3}}
 NO_EMA = {"lr": 0.001, "ema_decay": None}  # then the trained network is evaluated just before its state is saved
 
@@ -139,6 +143,8 @@ NO_EMA = {"lr": 0.001, "ema_decay": None}  # then the trained network is evaluat
                 ("fsdp", {"opt": "adam"} | NO_EMA, "short", 1e-3, {}, STEPS),
                 ("ddp", {"opt": "adamw"}, "wide", 1e-10, MICRO, STEPS),
                 ("fsdp", {"opt": "adamw"}, "wide", 1e-10, MICRO, STEPS),
+                ("ddp", {"opt": "sgd"}, "short", 1e-6, GRAM | MICRO, STEPS),
+                ("fsdp", {"opt": "sgd"}, "short", 1e-6, GRAM, STEPS),
                 ("ddp", {"opt": "sgd"}, "short", 1e-6, HIERARCHICAL, STEPS),
                 ("fsdp", {"opt": "sgd"}, "short", 1e-6, HIERARCHICAL, STEPS),
                 # Few steps: later, a ReLU of the head that rounding has put on the other side makes the difference.

@@ -8,7 +8,7 @@ import pdvit
 NAMES = {
     *("DiverseModel", "Objective", "analyze", "patch_cutmix", "patch_similarity"),
     *("explore", "load", "token_maps", "train"),
-    *("contrastive_loss", "cosine_loss", "koleo_loss", "mixing_loss", "spectral_loss"),
+    *("contrastive_loss", "cosine_loss", "gram_loss", "koleo_loss", "mixing_loss", "spectral_loss"),
 }
 
 

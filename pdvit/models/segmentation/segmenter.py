@@ -109,16 +109,23 @@ class Segmenter(Wrapper):
 
     def forward(self, images: Tensor) -> SegmentOutput:
         """Run the model on normalized images `(B, 3, H, W)`, padded with zeros below and to the right."""
+        maps, (first, last, *others) = self._read(images)
+        logits, aux = self.head(maps)
+        return SegmentOutput(logits, aux, first, last, tuple(others))
+
+    @torch.no_grad()
+    def last_tokens(self, images: Tensor) -> Tensor:
+        """Return the last patch tokens of a model that is trained, without gradient."""
+        last: Tensor = self._read(images)[1][1]
+        return last
+
+    def _read(self, images: Tensor) -> tuple[list[Tensor], Any]:
+        """Return the maps that the head reads, and the tokens of first, last and more layers."""
         (height, width), (down, right) = images.shape[-2:], self.adapter.padded(*images.shape[-2:])
         if (down, right) != (height, width):
             images = F.pad(images, (0, right - width, 0, down - height))
         read_maps = partial(self.adapter.maps, self.backbone)
-        if self.taps is None:
-            logits, aux = self.head(read_maps(images))
-            return SegmentOutput(logits, aux, None, None)
-        maps, (first, last, *others) = self.taps.read(read_maps, images)
-        logits, aux = self.head(maps)
-        return SegmentOutput(logits, aux, first, last, tuple(others))
+        return (read_maps(images), (None, None)) if self.taps is None else self.taps.read(read_maps, images)
 
     def resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Return logits `(B, C, *size)` of images of this size: bilinear (align_corners=False), without the padding."""

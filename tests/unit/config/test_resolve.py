@@ -114,6 +114,7 @@ def test_crop_and_image_size_of_a_segmentation_are_equal(sections, side):
         ({"optim": {"lr": 1e-5, "min_lr": 1e-4}}, "above the peak"),
         ({"model": {"freeze": "backbone"}}, "needs initial weights"),
         ({"model": {"weights": "raw"}}, "needs initial weights"),
+        ({"diversity": {"gram": 0.5}}, "begins from random weights"),
     ],
 )
 def test_settings_that_contradict_one_another_are_errors(sections, what):

@@ -2,6 +2,7 @@ import json
 import os
 import zlib
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -36,13 +37,13 @@ class Noisy(nn.Module):
         return self.second(self.dropout(self.norm(self.first(images))))
 
 
-def fresh(opt="adamw", seed=0, module=Noisy):
+def fresh(opt="adamw", seed=0, module=Noisy, anchor=None):
     torch.manual_seed(seed)
     network = module()
     optimizer = make_optimizer(network, OptimConfig(opt=opt, lr=0.05))
     average = ModelEmaV3(network, decay=0.9)
     scaler = GradScaler("cpu", enabled=False)
-    return TrainState(network, optimizer, scaler, average, CPU, SINGLE_PROCESS, {"a": {"b": 1}}, {})
+    return TrainState(network, optimizer, scaler, average, CPU, SINGLE_PROCESS, {"a": {"b": 1}}, {}, anchor=anchor)
 
 
 def train(state, steps):
@@ -110,6 +111,24 @@ def test_nothing_is_pickled(tmp_path):
     trained(tmp_path)
     names = {"last", "state.json", "module.safetensors", "ema.safetensors", "state.safetensors"}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names
+
+
+def test_an_anchor_is_written_once_and_all_checkpoints_need_it(tmp_path):
+    """One of a run that was killed before its first checkpoint is replaced."""
+    ours, theirs, file = fresh(anchor=Noisy()), fresh(seed=1, anchor=Noisy()), tmp_path / "anchor.safetensors"
+    file.write_bytes(b"of another attempt")
+    save(train(ours, 1), tmp_path)
+    written = file.stat()
+    save(train(ours, 1), tmp_path)
+    assert file.stat() == written
+    assert not torch.equal(theirs.anchor.first.weight, ours.anchor.first.weight)
+    assert restore(theirs, tmp_path)
+    found, expected = (state.anchor.state_dict() for state in (theirs, ours))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for damage in (flip, Path.unlink):
+        damage(file)
+        with pytest.raises(UserError, match=r"anchor\.safetensors is missing or damaged"):
+            restore(theirs, tmp_path)
 
 
 @pytest.fixture

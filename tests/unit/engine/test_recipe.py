@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 
 from pdvit.config import build, resolve, to_dict
@@ -24,9 +26,9 @@ def test_what_is_fixed_exists_and_is_refused():
             check_changes({key: (1, 2)}, "--change")
     free = ["optim.lr", "run.device", "data.workers", "data.source", "model.drop_path", "diversity.mixing"]
     check_changes(dict.fromkeys(free, (1, 2)), "--change")
-    for values in ((0.0, 1.0), (1.0, 0.0)):
-        with pytest.raises(UserError, match=r"diversity\.mixing"):
-            check_changes({"diversity.mixing": values}, "--change")
+    for key, values in product(("diversity.mixing", "diversity.gram", "segment.aux"), ((0.0, 1.0), (1.0, 0.0))):
+        with pytest.raises(UserError, match=key):
+            check_changes({key: values}, "--change")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Points:
 class LineFit:
     """Fits a line through points of each step, with noise from the process generator, as drop path has it."""
 
-    steps_per_epoch, batch_size, best_metric = PER_EPOCH, BATCH, "score"
+    steps_per_epoch, batch_size, best_metric, anchor = PER_EPOCH, BATCH, "score", None
 
     def __init__(self, at=None, event=lambda: None, infinite=False, steps=1):
         torch.manual_seed(0)

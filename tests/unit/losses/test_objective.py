@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit.errors import UserError
-from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, gram_loss, mixing_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
 from pdvit.losses.objective import TokenOutput
 from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS
 
 CLASSES, GRID = 5, (2, 3)
-WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2)
+WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2) | {"gram": 0.9}
+ANCHOR = torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(1))
 OFF = dict.fromkeys(TERMS, 0.0)
 FORMS = [*((variant, False) for variant in VARIANTS), ("paper", True), ("released", True)]  # and of several labels
 
@@ -31,7 +32,8 @@ def make(multi_label: bool = False) -> tuple[TokenOutput, Tensor, Tensor]:
 def objective_of(variant: str, multi_label: bool = False) -> Objective:
     """All terms that the variant has, each with a weight of its own, and label smoothing."""
     weights = WEIGHTS | ({"cosine": 0} if variant == "released" else {})
-    return Objective(**weights, variant=variant, grid=GRID, label_smoothing=0.1, multi_label=multi_label)
+    options = {"grid": GRID, "label_smoothing": 0.1, "multi_label": multi_label, "gram_variant": "remove-neg"}
+    return Objective(**weights, variant=variant, **options)
 
 
 @pytest.mark.parametrize(("variant", "multi_label"), FORMS)
@@ -42,12 +44,13 @@ def test_total_is_the_weighted_sum_and_terms_of_weight_zero_are_absent(variant, 
         "contrastive": contrastive_loss(output.first, output.last, variant, grid=GRID),
         "mixing": mixing_loss(output.patch_logits, patch_targets, variant, 0.1, multi_label),
         **{name: term(output.last) for name, term in LAST_LAYER_TERMS.items()},
+        "gram": gram_loss(output.last, ANCHOR, "remove-neg"),
     }
     terms = {name: value for name, value in terms.items() if value is not None}
     own, objective = cross_entropy_loss(output.logits, targets, 0.1, multi_label), objective_of(variant, multi_label)
     for chosen in product([False, True], repeat=len(terms)):
         weights = {name: WEIGHTS[name] for name, on in zip(terms, chosen, strict=True) if on}
-        total, parts = replace(objective, **OFF | weights)(output, targets, patch_targets)
+        total, parts = replace(objective, **OFF | weights)(output, targets, patch_targets, None, ANCHOR)
         assert list(parts) == ["class", *weights]
         torch.testing.assert_close(parts, {"class": own} | {name: terms[name] for name in weights})
         expected = own
@@ -82,6 +85,7 @@ def test_a_term_that_is_off_cannot_spoil_the_total():
         *(({"mixing": weight}, "weight of the mixing term") for weight in (math.nan, math.inf)),
         *(({"label_smoothing": 1.0}, "label smoothing of 1"), ({"variant": "released"}, "no cosine term")),
         ({"variant": "papr"}, "papr"),
+        ({"gram_variant": "papr"}, "papr"),
     ],
     ids=str,
 )
@@ -97,6 +101,12 @@ def test_mixing_needs_patch_targets_and_a_patch_head():
             Objective()(*incomplete)
 
 
+def test_the_gram_term_needs_an_anchor():
+    output, targets, _ = make()
+    with pytest.raises(UserError, match="needs an anchor"):
+        Objective(**OFF | {"gram": 1})(output, targets)
+
+
 def test_the_cosine_term_is_the_mean_over_last_and_the_other_layers():
     output, targets, patch_targets = make()
     others = (torch.randn(2, 3, 7), torch.ones(2, 5, 4))
@@ -110,11 +120,11 @@ def test_factors_act_as_other_weights_and_change_no_part(variant):
     output, targets, patch_targets = make()
     factors = dict.fromkeys(TERMS, 3.0) | {"cosine": 0.5, "contrastive": 0.25, "mixing": 0.1, "spectral": 0.0}
     plain = objective_of(variant)
-    found = plain(output, targets, patch_targets, torch.tensor(list(factors.values())))
+    found = plain(output, targets, patch_targets, torch.tensor(list(factors.values())), ANCHOR)
     scaled = {name: getattr(plain, name) * factor for name, factor in factors.items()}
-    expected = replace(plain, **scaled)(output, targets, patch_targets)
+    expected = replace(plain, **scaled)(output, targets, patch_targets, None, ANCHOR)
     assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
-    torch.testing.assert_close(found.parts, plain(output, targets, patch_targets).parts, rtol=0, atol=0)
+    torch.testing.assert_close(found.parts, plain(output, targets, patch_targets, None, ANCHOR).parts, rtol=0, atol=0)
 
 
 def test_a_mixing_term_of_the_forward_pass_is_used_unless_it_has_another_form():
@@ -147,8 +157,8 @@ def test_compiles_in_one_piece(variant, multi_label):
     compiled = torch.compile(objective.__call__, fullgraph=True, dynamic=False, backend=count)
     for factor in (1.0, 0.3, 0.0):
         factors = torch.full((len(TERMS),), factor)
-        found = compiled(output, targets, patch_targets, factors)
-        torch.testing.assert_close(found, objective(output, targets, patch_targets, factors))
+        found = compiled(output, targets, patch_targets, factors, ANCHOR)
+        torch.testing.assert_close(found, objective(output, targets, patch_targets, factors, ANCHOR))
     assert len(graphs) == 1
 
 
@@ -163,7 +173,7 @@ def test_compiled_it_gives_the_same_loss_and_gradients(device, variant):
     torch.compiler.reset()
     for call in (objective.__call__, torch.compile(objective.__call__, fullgraph=True, dynamic=False)):
         leaves = [tensor.to(device).requires_grad_() for tensor in output[:4]]
-        losses = call(TokenOutput(*leaves), targets, patch_targets)
+        losses = call(TokenOutput(*leaves), targets, patch_targets, None, ANCHOR.to(device))
         gradients = torch.autograd.grad(losses.total, leaves, allow_unused=True)
         found.append((losses, [gradient for gradient in gradients if gradient is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

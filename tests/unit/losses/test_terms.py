@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pdvit.config import schema
 from pdvit.errors import UserError
-from pdvit.losses import TERMS, contrastive_loss, cosine_loss, mixing_loss
+from pdvit.losses import TERMS, contrastive_loss, cosine_loss, gram_loss, mixing_loss
+from pdvit.losses.gram import GRAM_VARIANTS
 from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS, WeightSchedule
 
 
@@ -20,6 +21,12 @@ def mixing(last: Tensor, variant: str) -> Tensor:
     return mixing_loss(last, targets, variant, 0.1)
 
 
+def gram(last: Tensor, variant: str) -> Tensor:
+    """With an anchor of another width."""
+    anchor = torch.randn(*last.shape[:2], 3, generator=torch.Generator().manual_seed(1))
+    return gram_loss(last, anchor.to(last.device, torch.promote_types(last.dtype, torch.float32)), variant)
+
+
 FORMS = {
     **{f"cosine {v}": lambda first, last, v=v: cosine_loss(last, v) for v in VARIANTS if v != "released"},
     **{
@@ -27,10 +34,14 @@ FORMS = {
         for v in VARIANTS
     },
     **{f"mixing {v}": lambda first, last, v=v: mixing(last, v) for v in ("paper", "released")},
+    **{f"gram {v}": lambda first, last, v=v: gram(last, v) for v in GRAM_VARIANTS},
     **{name: lambda first, last, term=term: term(last) for name, term in LAST_LAYER_TERMS.items()},
 }
 # The value of a single patch, unless it depends on the tokens.
-ONE_PATCH = {form: 0 for form in FORMS if "mixing" not in form} | {"cosine diverse-vit": 1, "spectral": 1}
+ONE_PATCH = {form: 0 for form in FORMS if not form.startswith(("mixing", "gram batch"))} | {
+    "cosine diverse-vit": 1,
+    "spectral": 1,
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -97,7 +108,7 @@ def test_one_patch_has_a_fixed_value_and_no_gradient(form, value):
 
 def test_an_unknown_variant_is_refused_with_the_closest():
     last = torch.ones(1, 4, 3)
-    for term in (cosine_loss, partial(contrastive_loss, last), mixing):
+    for term in (cosine_loss, partial(contrastive_loss, last), mixing, gram):
         with pytest.raises(UserError, match=r"(?s)papr.*'paper'"):
             term(last, "papr")
     with pytest.raises(UserError, match="released"):

@@ -1,4 +1,5 @@
 from contextlib import closing
+from copy import deepcopy
 from itertools import islice
 
 import pytest
@@ -7,11 +8,14 @@ from torch._dynamo.testing import CompileCounter
 
 from pdvit.config import build, resolve
 from pdvit.data.loader import Batch
+from pdvit.data.masks.folders import open_masks
 from pdvit.data.opening import open_source
-from pdvit.losses import TERMS
+from pdvit.losses import TERMS, gram_loss
 from pdvit.losses.terms import WeightSchedule
 from pdvit.tasks import describe_summary
+from pdvit.tasks.base import ImageTask
 from pdvit.tasks.classification import ClassificationTask
+from pdvit.tasks.segmentation import SegmentationTask
 
 CPU = torch.device("cpu")
 MODEL = {"depth": 1, "width": 16, "heads": 1, "patch_size": 8, "drop_path": 0.0}
@@ -22,6 +26,26 @@ def task_of(**diversity) -> ClassificationTask:
     sections = {"model": MODEL, "data": {"img_size": 16}, "optim": {"epochs": "8st"}, "diversity": ON | diversity}
     config = resolve(build(("flags", sections)))
     return ClassificationTask(config, open_source(config.data), CPU)
+
+
+def gram_task(**sections) -> ImageTask:
+    """As of a run with initial weights, which these are; drop path and dropout act in training alone."""
+    model = MODEL | {
+        "name": "vit_tiny_patch16_224",
+        "drop_path": 0.5,
+        "init": "start",
+        "args": {"pos_drop_rate": 0.1},
+        "depth": 2,
+    }
+    diversity = {"preset": "paper", "gram": 2.0, "gram_schedule": "warmup:4st"}
+    config = {"model": model, "data": {"img_size": 16}, "optim": {"epochs": "8st"}, "diversity": diversity}
+    config = resolve(build(("flags", config | sections)))
+    segments = config.segment.head is not None
+    source = open_masks(config.data, config.segment) if segments else open_source(config.data)
+    return (SegmentationTask if segments else ClassificationTask)(config, source, CPU)
+
+
+SCENES = {"data": {"source": "scenes", "batch_size": 2, "workers": 0}, "segment": {"head": "upernet", "width": 8}}
 
 
 def take(task: ClassificationTask, start: int, count: int) -> list[Batch]:
@@ -65,8 +89,30 @@ def test_the_loss_follows_the_factors_and_the_records_do_not():
         torch.testing.assert_close(found.loss, whole.loss - missing)
 
 
-def test_the_step_with_factors_compiles_once_and_in_one_piece():
-    task = task_of(cosine_schedule="warmup:4st", spectral_schedule="decay:4st")
+@pytest.mark.parametrize("sections", [{}, SCENES], ids=["classification", "segmentation"])
+def test_the_anchor_is_the_model_as_it_begins_on_the_images_of_the_step(sections):
+    task = gram_task(**sections)
+    begun, (batch,) = deepcopy(task.module).eval(), take(task, 1, 1)
+    assert {name for name, _ in task.anchor.named_children()} == {task.module.inner}
+    assert task.step(task.module.eval(), batch).metrics["gram"] < 1e-12  # equal relations on the same images
+    optimizer = torch.optim.SGD(task.module.parameters(), 0.5)
+    task.step(task.module.train(), batch).loss.backward()
+    optimizer.step()
+    assert not any(part.training for part in task.anchor.modules())
+    with torch.no_grad():
+        expected = gram_loss(task.module.eval()(batch.images).last, begun(batch.images).last)
+        found = task.step(task.module, batch)
+    assert expected > 1e-6
+    torch.testing.assert_close(found.metrics["gram"], expected)
+    parts = {"class": 1, "cosine": 1, "contrastive": 1, "mixing": 1, "aux": 0.4, "gram": 2 / 4}
+    total = sum(weight * found.metrics[name] for name, weight in parts.items() if name in found.metrics)
+    torch.testing.assert_close(found.loss, total)
+
+
+@pytest.mark.parametrize("gram", [False, True], ids=["", "gram"])
+def test_the_step_with_factors_compiles_once_and_in_one_piece(gram):
+    task = gram_task() if gram else task_of(cosine_schedule="warmup:4st", spectral_schedule="decay:4st")
+    task.module.eval()  # drop path would draw anew
     torch.compiler.reset()
     counter = CompileCounter()
     step = torch.compile(task.step, fullgraph=True, dynamic=False, backend=counter)

@@ -69,9 +69,11 @@ def test_the_class_loss_of_a_mixed_image_is_that_of_its_classes_by_area(make_tas
     torch.testing.assert_close(found["class_loss"], expected)
 
 
-def test_labels_that_the_task_can_not_use_are_refused(make_task, batch):
+def test_labels_and_terms_that_the_task_can_not_use_are_refused(make_task, batch):
     with pytest.raises(UserError, match="one class per image"):
         make_task(objective=Objective(multi_label=True))
+    with pytest.raises(UserError, match="no anchor"):
+        make_task(objective=Objective(gram=1.0))
     with pytest.raises(UserError, match="mixed already"):
         make_task()(batch[0], torch.rand(4, CLASSES).to(batch[0]))
 
