@@ -3,6 +3,7 @@
 P(h) = 1 / (n (n - 1)) * sum over i != j of |cos(h_i, h_j)|   (arXiv 2104.12753, v3), without prefix tokens
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,19 +31,34 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
     count = tokens.shape[1]
     if count < 2:
         return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
-    if signed:  # |sum of u|^2 without the diagonal
-        unit = unit_tokens(tokens)
-        total = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-    else:
-        total = _AbsoluteCosines.apply(tokens)
+    total = signed_cosines(unit_tokens(tokens)) if signed else _AbsoluteCosines.apply(tokens)
     return total / (count * (count - 1))
 
 
-def row_blocks(tokens: Tensor) -> list[slice]:
-    """Return slices of the patches of `(B, N, D)`, whose products with all patches have at most `BLOCK_ENTRIES`."""
+def signed_cosines(unit: Tensor) -> Tensor:
+    """Return the sum of the cosines of all pairs i != j of unit tokens `(B, N, D)`: |sum of u|^2 without i = j."""
+    return unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+
+
+def row_blocks(tokens: Tensor, least: int = 1) -> list[slice]:
+    """Return at least so many slices of the patches of `(B, N, D)`; products with all have up to `BLOCK_ENTRIES`."""
     images, count = tokens.shape[:2]
-    rows = max(1, min(count, BLOCK_ENTRIES // max(1, images * count)))
+    rows = max(1, min(-(-count // least), BLOCK_ENTRIES // max(1, images * count)))
     return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
+def pair_cosines(unit: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield blocks of the pairs i < j of unit tokens `(B, N, D)`, in order: i and j, each `(K,)`, and cosines `(B, K)`.
+
+    Three blocks or more, as each begins at its own diagonal: of the matrix of all products, a third is not computed.
+    """
+    for rows in row_blocks(unit, 3):
+        with torch.autocast(unit.device.type, enabled=False):  # it would round the cosines to bf16
+            block = unit[:, rows] @ unit[:, rows.start :].transpose(1, 2)
+        _, down, across = block.shape
+        i, j = torch.triu_indices(down, across, 1, device=unit.device)
+        cosines = block.flatten(1).index_select(1, i * across + j)
+        yield i + rows.start, j + rows.start, cosines.clamp_(-1, 1)
 
 
 def unit_tokens(tokens: Tensor) -> Tensor:
@@ -100,6 +116,8 @@ class _AbsoluteCosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> Tensor:
         unit, scale = _normalize(tokens)
+        if not ctx.needs_input_grad[0]:
+            return 2 * torch.stack([cosines.abs().sum(1) for _, _, cosines in pair_cosines(unit)]).sum(0)
         total, slopes = unit.new_zeros(len(tokens)), []
         # Autocast would round the cosines to bf16 before they are summed.
         with torch.autocast(unit.device.type, enabled=False):
@@ -107,16 +125,12 @@ class _AbsoluteCosines(torch.autograd.Function):
                 block = unit[:, rows]
                 cosines = block @ unit.transpose(1, 2)
                 cosines.diagonal(offset=rows.start, dim1=1, dim2=2).zero_()
-                if not ctx.needs_input_grad[0]:
-                    total = total + cosines.abs_().sum((1, 2))
-                    continue
                 pull = cosines.sign_() @ unit
                 along = (pull * block).sum(-1, keepdim=True)
                 total = total + along.sum((1, 2))
                 # no slice of one tensor: torch 2.11 compiles that to a gradient of 0
                 slopes.append(pull.addcmul_(along, block, value=-1))
-        if slopes:
-            ctx.save_for_backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1), 2 * scale)
+        ctx.save_for_backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1), 2 * scale)
         ctx.dtype = tokens.dtype
         return total
 

@@ -37,6 +37,7 @@ from pdvit.models.layers import (
     watch,
     watch_attention,
 )
+from pdvit.similarity import at_least_float32, unit_tokens
 
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 WHERE = "analyze(model, images)"
@@ -239,10 +240,9 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor) -> "Moments":
-        """Return the moments of values `(B, ...)` of images."""
-        values = values.double()
+        """Return the moments of values `(B, ...)` of images, in float64 on the CPU."""
         mean = values.mean(0)
-        return cls(len(values), mean.cpu(), (values - mean).square().sum(0).cpu())
+        return cls(len(values), mean, (values - mean).square().sum(0))
 
     def __add__(self, other: "Moments") -> "Moments":
         """Return the moments with those of other images (Chan, Golub and LeVeque 1979)."""
@@ -294,6 +294,7 @@ class LayerMetrics:
         self.previous: Tensor | None = None  # attention of the previous block
         self.grams: list[Tensor] = []
         self.seen = set[Layer]()  # in the batch
+        self.values: dict[Key, Tensor] = {}  # of the images of the batch
 
     @contextmanager
     def batch(self, images: Tensor) -> Iterator[list[Tensor]]:
@@ -309,6 +310,7 @@ class LayerMetrics:
         watching = watch_attention(self.places, self._visit_attention) if attention else nullcontext()
         with inference(self.model, images), watch(self.places, self._visit), watching:
             yield self.grams
+        self._read()
         self.sums.images += len(images)
         if self.grams:
             self.sums.cka += LinearCKA.of(self.grams, self.grams)
@@ -321,18 +323,19 @@ class LayerMetrics:
             what = f"the model calls {layer.name} several times for an image, as if it were several layers"
             raise UserError(what, WHERE, "use a model with a module for each layer")
         self.seen.add(layer)
-        patches = Patches(tokens, self.image_size)
-        check_tokens(patches, layer)
         self.sums.tokens[layer] = tokens.shape[1]
         if layer == self.first_layer:
-            self.first = patches.unit
-        if self.first is not None and self.first.shape == tokens.shape:
-            patches.first = self.first
+            self.first = unit_tokens(tokens)
+        first = self.first if self.first is not None and self.first.shape == tokens.shape else None
+        parts = Patches(tokens, self.image_size, first).split()
+        for part in parts:
+            check_tokens(part, layer)
         for name in self.groups:
             if name not in ("attention", "cka"):
-                self._add(name, layer, METRICS[name](patches))
+                found = [METRICS[name](part) for part in parts]
+                self._add(name, layer, {key: torch.cat([values[key] for values in found]) for key in found[0]})
         if "cka" in self.groups and len(tokens) >= MIN_IMAGES:
-            self.grams.append(centred_gram(patches.tokens))
+            self.grams.append(centred_gram(at_least_float32(tokens)))
 
     def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
         rows = patch_rows(probabilities, self.places[layer].prefix)
@@ -340,9 +343,18 @@ class LayerMetrics:
         self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
-        for name, values in results.items():
-            _check_finite(values, layer)
-            self.sums.add(MetricSums(moments={(group, name, layer): Moments.of(values)}))
+        self.values |= {(group, name, layer): values for name, values in results.items()}
+
+    def _read(self) -> None:
+        """Add the moments of the batch's values, which are read from the device together; UserError if not finite."""
+        device = next(self.model.parameters()).device
+        columns = [values.to(device, torch.float64).reshape(self.images, -1) for values in self.values.values()]
+        whole = torch.cat([torch.empty(self.images, 0, device=device), *columns], 1).cpu()
+        sizes = [column.shape[1] for column in columns]
+        for (key, values), part in zip(self.values.items(), whole.split(sizes, 1), strict=True):
+            _check_finite(part, key[2])
+            self.sums.add(MetricSums(moments={key: Moments.of(part.reshape(values.shape))}))
+        self.values = {}
 
     def analysis(self, sums: MetricSums, model: str) -> Analysis:
         """Return the metrics of a model of that name; UserError if there were no images."""

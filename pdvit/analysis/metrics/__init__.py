@@ -9,13 +9,12 @@ from pdvit.analysis.metrics.attention import attention_metrics
 from pdvit.analysis.metrics.rank import rank_metrics
 from pdvit.analysis.metrics.similarity import drift_metrics, norm_metrics, pair_metrics
 from pdvit.analysis.metrics.spectrum import spectrum_metrics
-from pdvit.similarity import patch_similarity
 
 # Each maps `Patches` (or `Attention`) to named values: one per image, `(B,)`, for a column of the table, or a curve per
 # image, `(B, K)`, whose mean over images goes to a file.
 METRICS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "similarity": lambda patches: {"similarity": patches.similarity},
-    "similarity_signed": lambda patches: {"similarity_signed": patch_similarity(patches.tokens, signed=True)},
+    "similarity_signed": lambda patches: {"similarity_signed": patches.similarity_signed},
     "norms": norm_metrics,
     "pairs": pair_metrics,
     "drift": drift_metrics,

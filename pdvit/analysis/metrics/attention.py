@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.patches import grid_of
-from pdvit.similarity import unit_tokens
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,17 @@ def attention_metrics(block: Attention) -> dict[str, Tensor]:
     grid = grid_of(block.rows.shape[-1], block.image_size)
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
     distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(block.rows.device)
+    rows, count = block.rows, block.rows.shape[-1]
+    logarithms = rows.clamp_min(torch.finfo(rows.dtype).tiny).log_()
+    deviations = torch.linalg.vector_norm(rows - rows.mean(-1, keepdim=True), dim=-1)
     by_head = {
-        "entropy": torch.special.entr(block.rows).sum(-1).mean(-1),  # in nats
-        "distance": (block.rows * distances).sum(-1).mean(-1),  # between query and key, in patches
-        "std": block.rows.std(-1, correction=0).mean(-1),
+        "entropy": -(logarithms.mul_(rows)).sum((-2, -1)) / count,  # in nats
+        "distance": rows.flatten(-2) @ distances.flatten() / count,  # between query and key, in patches
+        "std": deviations.mean(-1) / count**0.5,
     }
     if block.previous is not None:
         # A column is the attention that a patch gets: DeepViT's cross-layer similarity (Zhou et al. 2021).
-        columns, others = (unit_tokens(rows.transpose(-1, -2)) for rows in (block.rows, block.previous))
-        by_head["similarity"] = (columns * others).sum(-1).mean(-1)
+        own, other = (part.square().sum(-2).sqrt() for part in (rows, block.previous))
+        lengths = own * other
+        by_head["similarity"] = ((rows * block.previous).sum(-2) / lengths.where(lengths > 0, 1)).mean(-1)
     return {f"attention_{name}": values.mean(1) for name, values in by_head.items()} | by_head

@@ -1,13 +1,16 @@
 """The tokens of one layer, which all metrics read."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.similarity import at_least_float32, patch_similarity, unit_tokens
+from pdvit.similarity import BLOCK_ENTRIES, at_least_float32, pair_cosines, signed_cosines, unit_tokens
 
+# Percentiles are exact up to this number of patches; above it, they come from a random sample of pairs.
+MAX_EXACT_PATCHES = 2048
 ROUNDING = 1e-6  # remainders of float32 tokens below this fraction of the whole are rounding errors and count as zero
 
 
@@ -33,10 +36,35 @@ class Patches:
         """Tokens scaled to length 1, `(B, N, D)`."""
         return unit_tokens(self.tokens)
 
+    def pairs(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Return all pairs of patches in the blocks of `pair_cosines`; up to `MAX_EXACT_PATCHES` one, computed once."""
+        return [self._pairs] if self.tokens.shape[1] <= MAX_EXACT_PATCHES else pair_cosines(self.unit)
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        i, j, cosines = zip(*pair_cosines(self.unit), strict=True)
+        return torch.cat(i), torch.cat(j), torch.cat(cosines, 1)
+
     @cached_property
     def similarity(self) -> Tensor:
         """P of every image, `(B,)`."""
-        return patch_similarity(self.tokens)
+        count = self.tokens.shape[1]
+        totals = [cosines.abs().sum(1) for _, _, cosines in self.pairs()]
+        return torch.stack(totals).sum(0) * (2 / (count * (count - 1)))
+
+    @property
+    def similarity_signed(self) -> Tensor:
+        """The mean cosine of every image, `(B,)`."""
+        count = self.tokens.shape[1]
+        return signed_cosines(self.unit) / (count * (count - 1))
+
+    def split(self) -> "list[Patches]":
+        """Return parts of the images, so that all pairs of a part, and transforms of its tokens, fit into a block."""
+        _, count, width = self.tokens.shape
+        images = max(1, BLOCK_ENTRIES // (count * max(count, width)))
+        parts = self.tokens.split(images)
+        firsts = [None] * len(parts) if self.first is None else self.first.split(images)
+        return [Patches(part, self.image_size, first) for part, first in zip(parts, firsts, strict=True)]
 
     @property
     def grid(self) -> tuple[int, int]:

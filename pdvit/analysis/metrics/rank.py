@@ -6,36 +6,46 @@ from torch import Tensor
 from pdvit.analysis.metrics.patches import ROUNDING, Patches
 
 
-def effective_rank(tokens: Tensor) -> Tensor:
-    """Return exp of the entropy of sigma / sum of sigma for an image's tokens `(N, D)`, float64 (Roy & Vetterli 2007).
+def gram_matrices(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smaller Gram matrix, X X^T or X^T X, of tokens `(..., N, D)`, and that of centred tokens, float64.
 
-    Tokens are not centred. Singular values below 1e-6 of the largest count as 0. Zero tokens give 0.
-    """
-    values = _squared_singular_values(tokens.double()).sqrt()
-    values = values[values > ROUNDING * values[-1]]
-    return torch.special.entr(values / values.sum()).sum().exp() if len(values) else values.new_zeros(())
-
-
-def participation_ratio(tokens: Tensor) -> Tensor:
-    """Return (sum of lambda)^2 / sum of lambda^2 of the covariance of an image's tokens `(N, D)`, float64.
-
-    If centring leaves no more than 1e-6 of the tokens, as of identical tokens, the ratio is 0.
+    The second is the first with the mean taken out: another product would take as long as the first.
     """
     tokens = tokens.double()
-    values = _squared_singular_values(tokens - tokens.mean(0))
-    total = values.sum()
-    spread = bool(total > ROUNDING**2 * tokens.square().sum())
-    return total**2 / values.square().sum() if spread else tokens.new_zeros(())
+    count, width = tokens.shape[-2:]
+    if width < count:
+        gram, mean = tokens.mT @ tokens, tokens.mean(-2)
+        return gram, gram - count * mean[..., None] * mean[..., None, :]
+    gram = tokens @ tokens.mT
+    rows = gram.mean(-1, keepdim=True)
+    return gram, gram - rows - rows.mT + rows.mean(-2, keepdim=True)
 
 
-def _squared_singular_values(matrix: Tensor) -> Tensor:
-    """Return them in ascending order, from the smaller of the two Gram matrices: exact enough in float64."""
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values: Tensor = torch.linalg.eigvalsh(small @ small.T)
-    return values.clamp_min(0)
+def effective_rank(gram: Tensor) -> Tensor:
+    """Return exp of the entropy of sigma / sum of sigma, `(...)`, from a Gram matrix (Roy & Vetterli 2007).
+
+    The sigma are the singular values of the tokens, the roots of its eigenvalues: exact enough in float64. Tokens are
+    not centred. Values below 1e-6 of the largest count as 0. Zero tokens give 0.
+    """
+    values: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    values = values * (values > ROUNDING * values[..., -1:])
+    total = values.sum(-1, keepdim=True)
+    rank: Tensor = torch.special.entr(values / total.where(total > 0, 1)).sum(-1).exp()
+    return rank * (total[..., 0] > 0)
+
+
+def participation_ratio(gram: Tensor, centred: Tensor) -> Tensor:
+    """Return (sum of lambda)^2 / sum of lambda^2 of the covariance of tokens, `(...)`, from both Gram matrices.
+
+    The sums are the trace and the squared entries. If centring leaves no more than 1e-6 of the tokens, as of identical
+    tokens, the ratio is 0.
+    """
+    energy, total = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (gram, centred))
+    spread = total > ROUNDING**2 * energy
+    return (total**2 / centred.square().sum((-2, -1)).where(spread, 1)).where(spread, 0)
 
 
 def rank_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of rank."""
-    metrics = {"effective_rank": effective_rank, "participation_ratio": participation_ratio}
-    return {name: torch.stack([metric(image) for image in patches.tokens]) for name, metric in metrics.items()}
+    gram, centred = gram_matrices(patches.tokens)
+    return {"effective_rank": effective_rank(gram), "participation_ratio": participation_ratio(gram, centred)}

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.patches import ROUNDING, Patches
-from pdvit.similarity import BLOCK_ENTRIES
 
 
 def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,29 +16,28 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     diagonal from frequency 0 to the highest, minus its value at 0; K = min(grid) // 2 + 1. Amplitudes below 1e-6 of
     their channel's largest are rounding and count as that.
     """
-    amplitude = torch.fft.fft2(tokens.transpose(1, 2).unflatten(2, grid), norm="ortho").abs().double()
-    power = amplitude.square().sum(1)
-    total = power.sum((1, 2))
-    rows, columns = (torch.fft.fftfreq(size, device=tokens.device).abs() for size in grid)
-    high = power * torch.maximum(rows[:, None], columns).ge(0.25)
+    (height, width), side = grid, min(grid)
+    size = torch.maximum(tokens.amax((1, 2)), -tokens.amin((1, 2)))[:, None, None]  # squares must not be infinite
+    waves = torch.fft.rfft2((tokens / size.where(size > 0, 1)).unflatten(1, grid), dim=(1, 2), norm="ortho")
+    power = waves.real.square() + waves.imag.square()  # of half of the frequencies; the others mirror them
+    rows, columns = torch.fft.fftfreq(height).abs()[:, None], torch.fft.rfftfreq(width)
+    twice = torch.where((columns > 0) & (columns < 0.5), 2.0, 1.0)
+    energy = power.sum(3).double() * twice.to(power)
+    total = energy.sum((1, 2))
+    high = (energy * torch.maximum(rows, columns).ge(0.25).to(energy)).sum((1, 2))
     zero = total == 0
     scale = total.masked_fill(zero, 1)
-    floor = ROUNDING * amplitude.amax((2, 3), keepdim=True)
-    logarithm = amplitude.maximum(floor).clamp_min(torch.finfo(torch.float32).tiny).log().mean(1)
-    side = min(grid)
-    down, across = (
-        torch.tensor([round(k * size / side) for k in range(side // 2 + 1)], device=tokens.device) for size in grid
-    )
-    diagonal = logarithm[:, down, across]
-    return (power[:, 0, 0] / scale).masked_fill(zero, 1), high.sum((1, 2)) / scale, diagonal - diagonal[:, :1]
+    places = [(round(k * height / side), round(k * width / side)) for k in range(side // 2 + 1)]
+    places = [(down, across) if across <= width // 2 else (-down, width - across) for down, across in places]
+    down, across = torch.tensor(places, device=tokens.device).T
+    diagonal, floor = power[:, down, across].double(), ROUNDING**2 * power.amax((1, 2)).double()
+    curve = diagonal.maximum(floor[:, None]).clamp_min(torch.finfo(torch.float32).tiny).log().mean(2) / 2
+    return (energy[:, 0, 0] / scale).masked_fill(zero, 1), high / scale, curve - curve[:, :1]
 
 
 def spectrum_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of spatial frequency."""
-    count, width = patches.tokens.shape[1:]
-    parts = patches.tokens.split(max(1, BLOCK_ENTRIES // (count * width)))  # transforms take several times the tokens
-    values = zip(*(spectrum(part, patches.grid) for part in parts), strict=True)
-    constant, high, curve = (torch.cat(value) for value in values)
+    constant, high, curve = spectrum(patches.tokens, patches.grid)
     side = min(patches.grid)  # frequencies as fractions of the highest, pi
     axis = curve.new_tensor([2 * step / side for step in range(side // 2 + 1)]).expand_as(curve)
     scalars = {"dc_share": constant, "high_frequency_share": high, "log_amplitude": curve[:, -1]}

@@ -6,7 +6,12 @@ import torch
 
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.patches import Patches
-from pdvit.analysis.metrics.rank import effective_rank, participation_ratio
+
+
+def ranks(tokens: torch.Tensor) -> tuple[float, float]:
+    """Return effective rank and participation ratio of one image `(N, D)`."""
+    found = METRICS["rank"](Patches(tokens[None]))
+    return found["effective_rank"].item(), found["participation_ratio"].item()
 
 
 def slow_rank(tokens: np.ndarray) -> float:
@@ -24,27 +29,24 @@ def slow_ratio(tokens: np.ndarray) -> float:
 @pytest.mark.parametrize(("count", "rank", "width"), [(2, 1, 1), (2, 20, 20), (20, 3, 9), (12, 5, 3), (7, 7, 20)])
 def test_equal_the_singular_values_of_numpy(gaussian, count, rank, width, shift):
     for image in gaussian(2, count, rank) @ gaussian(rank, width, seed=1) + shift:
-        assert effective_rank(image).item() == pytest.approx(slow_rank(image.numpy()), rel=1e-5)
-        assert participation_ratio(image).item() == pytest.approx(slow_ratio(image.numpy()), rel=1e-5)
+        assert ranks(image) == pytest.approx((slow_rank(image.numpy()), slow_ratio(image.numpy())), rel=1e-5)
 
 
 def test_worked_by_hand():
     tokens = torch.tensor([[3.0, 0], [0, 1]])  # shares 3/4 and 1/4
-    assert effective_rank(tokens).item() == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
+    assert ranks(tokens)[0] == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
     four = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])  # two equal eigenvalues
-    assert participation_ratio(four).item() == pytest.approx(2)
-    assert effective_rank(torch.eye(5)).item() == pytest.approx(5)
+    assert ranks(four)[1] == pytest.approx(2)
+    assert ranks(torch.eye(5))[0] == pytest.approx(5)
 
 
 def test_identical_and_zero_tokens(gaussian):
     for size in (1.0, 1e-20):
         tokens = gaussian(1, 33).expand(17, 33) * size
-        assert effective_rank(tokens).item() == pytest.approx(1, abs=1e-12)
-        assert participation_ratio(tokens).item() == 0
+        assert ranks(tokens) == (pytest.approx(1, abs=1e-12), 0)
     noisy = gaussian(1, 33).expand(17, 33) * (1 + 1e-7 * gaussian(17, 33, seed=1))  # rounding is no direction
-    assert effective_rank(noisy).item() == pytest.approx(1, abs=1e-5)
-    assert participation_ratio(noisy).item() == 0
-    assert effective_rank(torch.zeros(3, 4)) == participation_ratio(torch.zeros(3, 4)) == 0
+    assert ranks(noisy) == (pytest.approx(1, abs=1e-5), 0)
+    assert ranks(torch.zeros(3, 4)) == (0, 0)
 
 
 def test_random_tokens_read_as_the_docs_say(gaussian):

@@ -8,7 +8,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from pdvit import similarity
 from pdvit.analysis.metrics import METRICS
 from pdvit.analysis.metrics.patches import Patches
-from pdvit.analysis.metrics.similarity import PERCENTILES, histogram, outliers, percentiles
+from pdvit.analysis.metrics.similarity import PERCENTILES, outliers
 from pdvit.definitions import GROUPS
 from pdvit.similarity import unit_tokens
 
@@ -100,6 +100,12 @@ def test_drift_of_the_first_layer_itself_its_mirror_and_identical_or_zero_tokens
     assert drift(zero, zero) == [[0], pytest.approx([1 / 8])]
 
 
+def pairs(tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the percentiles `(B, 5)` and the histogram `(B, 100)` of the pairs of each image."""
+    found = METRICS["pairs"](Patches(tokens))
+    return np.stack([found[f"pairs_p{at:02}"] for at in PERCENTILES], 1), found["histogram"].numpy()
+
+
 def all_pairs(tokens: np.ndarray) -> np.ndarray:
     """The cosines of all pairs of the tokens of one image, in float64."""
     cosines = cosine_similarity(tokens.astype(np.float64))
@@ -111,16 +117,18 @@ def all_pairs(tokens: np.ndarray) -> np.ndarray:
 def test_percentiles_are_those_of_numpy(images, count, width, levels):
     tokens = (np.random.default_rng(0).integers(-levels, levels + 1, (images, count, width)) / levels).astype("float32")
     expected = [np.percentile(all_pairs(image), PERCENTILES) for image in tokens]
-    np.testing.assert_allclose(percentiles(unit_tokens(torch.from_numpy(tokens))), expected, atol=1e-6)
+    np.testing.assert_allclose(pairs(torch.from_numpy(tokens))[0], expected, atol=1e-6)
 
 
 def test_percentiles_of_many_tokens_come_from_a_sample(gaussian):
-    unit = unit_tokens(gaussian(1, 2100, 3, shift=0.5))
-    cosines = (unit[0].double() @ unit[0].T.double()).numpy()[np.triu_indices(2100, 1)]
-    found = percentiles(unit)
+    tokens = gaussian(1, 2100, 3, shift=0.5)
+    cosines = cosine_similarity(tokens[0].double())[np.triu_indices(2100, 1)]
+    found, bars = pairs(tokens)
     # standard error of the fraction: sqrt(0.25 / 2^20) = 0.0005
-    assert (cosines[:, None] <= found[0].numpy()).mean(0) == pytest.approx(np.array(PERCENTILES) / 100, abs=0.0025)
-    assert torch.equal(found, percentiles(unit))
+    assert (cosines[:, None] <= found[0]).mean(0) == pytest.approx(np.array(PERCENTILES) / 100, abs=0.0025)
+    np.testing.assert_array_equal(found, pairs(tokens)[0])
+    exact = np.histogram(cosines, 100, (-1, 1))[0] / len(cosines)
+    np.testing.assert_allclose(bars[0], exact, atol=1e-5)  # all pairs; some are within rounding of an edge
 
 
 def test_the_histogram_is_that_of_numpy_in_blocks_of_any_size(gaussian, monkeypatch):
@@ -128,20 +136,20 @@ def test_the_histogram_is_that_of_numpy_in_blocks_of_any_size(gaussian, monkeypa
     expected = [np.histogram(all_pairs(image.numpy()), bins=100, range=(-1, 1))[0] / (30 * 29 / 2) for image in tokens]
     for entries in (10**6, 300, 1):
         monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
-        np.testing.assert_allclose(histogram(unit_tokens(tokens)), expected, atol=1e-12)
+        np.testing.assert_allclose(pairs(tokens)[1], expected, atol=1e-12)
 
 
 def test_pairs_of_identical_opposite_and_zero_tokens():
     same = torch.full((1, 5, 3), 0.7)
-    assert percentiles(unit_tokens(same)) == pytest.approx(np.ones((1, 5)), abs=1e-6)
-    assert histogram(unit_tokens(same))[0, -1] == 1
+    assert pairs(same)[0] == pytest.approx(np.ones((1, 5)), abs=1e-6)
+    assert pairs(same)[1][0, -1] == 1
     opposite = torch.tensor([[[1.0, 0], [-1, 0]]])
-    assert percentiles(unit_tokens(opposite)).tolist() == [[-1] * 5]
-    assert percentiles(torch.zeros(1, 4, 3)).tolist() == [[0] * 5]
+    assert pairs(opposite)[0].tolist() == [[-1] * 5]
+    assert pairs(torch.zeros(1, 4, 3))[0].tolist() == [[0] * 5]
 
 
 def test_random_tokens_read_as_the_docs_say(gaussian):
-    found = percentiles(unit_tokens(gaussian(4, 100, 400))).mean(0)
+    found = pairs(gaussian(4, 100, 400))[0].mean(0)
     np.testing.assert_allclose(found, np.array([-1.645, -0.674, 0, 0.674, 1.645]) / 20, atol=0.003)
     norms = METRICS["norms"](Patches(gaussian(8, 196, 768)))
     assert float(norms["norm_mean"].mean()) == pytest.approx(768**0.5, rel=0.01)
