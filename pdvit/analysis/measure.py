@@ -293,11 +293,13 @@ class LayerMetrics:
         self.first: Tensor | None = None  # unit tokens of `first_layer`
         self.previous: Tensor | None = None  # attention of the previous block
         self.grams: list[Tensor] = []
+        self.seen = set[Layer]()  # in the batch
 
     @contextmanager
     def batch(self, images: Tensor) -> Iterator[list[Tensor]]:
         """Read every layer during the forward pass of a batch `(B, C, H, W)`; yield the Gram matrices for CKA."""
         self.image_size, self.images, self.grams = (images.shape[-2], images.shape[-1]), len(images), []
+        self.seen.clear()
         if "drift" in self.groups and self.first_layer is None:
             # the losses' first: the first block whose grid and width are those of the last layer
             shapes = shapes_of(self.model, self.places, WHERE, images[:1])
@@ -315,6 +317,10 @@ class LayerMetrics:
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
         if len(tokens) != self.images:
             raise UserError(NOT_IMAGES.format(tuple(tokens.shape), self.images), f"{layer.name}, {WHERE}", BATCH_FIRST)
+        if layer in self.seen:
+            what = f"the model calls {layer.name} several times for an image, as if it were several layers"
+            raise UserError(what, WHERE, "use a model with a module for each layer")
+        self.seen.add(layer)
         patches = Patches(tokens, self.image_size)
         check_tokens(patches, layer)
         self.sums.tokens[layer] = tokens.shape[1]

@@ -16,7 +16,7 @@ from pdvit.config.schema import KEYS, OF_CHECKPOINTS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
 
 NAMES, WIDTH = 30, 100  # letters of the help: the column of names, a line
-ACCENTED = re.compile(r"^\S+|(?<= )--\S+")  # names of options, arguments and commands
+ACCENTED = re.compile(r"^[^\s,]+|(?<= )--\S+")  # names of options, arguments and commands
 KEYWORDS = {"model": "qk_norm=true", "launch": "qos=high"}  # examples of k=v by section
 
 

@@ -160,6 +160,13 @@ def test_images_that_can_not_be_measured():
             analyze(build(patch_size=patch_size), images)
 
 
+def test_a_block_that_is_called_twice_is_an_error_and_no_mean():
+    model = build()
+    model.blocks = nn.Sequential(model.blocks[0], nn.Sequential(model.blocks[0]), model.blocks[2])
+    with pytest.raises(UserError, match="calls embed several times"):
+        measure(model, pictures())
+
+
 def test_every_group_measures_every_layer_it_can():
     found = measure(build(), pictures(9).split(5), METRICS)
     rows = {name: part["layer"].tolist() for name, part in found.table.groupby("metric")}
