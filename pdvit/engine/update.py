@@ -3,7 +3,6 @@
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,11 +111,6 @@ class Updater:
     state: TrainState
     config: Config
 
-    @cached_property
-    def weights(self) -> list[nn.Parameter]:
-        """All weights: to find them takes a hundredth of a small model's step."""
-        return list(self.network.parameters())
-
     def __call__(self, batch: TrainBatch, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Update the weights for step `step`; return the batch's metrics and whether it was skipped, on the device."""
         optimizer: Any = self.state.optimizer
@@ -138,8 +132,7 @@ class Updater:
 
     def backward(self, batch: TrainBatch, micro_batch: int | None = None) -> dict[str, Tensor]:
         """Leave the batch's gradient in the weights, part by part, and return its metrics, means over its images."""
-        if not self.task.module.training:  # a walk through all modules
-            self.network.train()
+        self.network.train()
         self.state.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
         parts = batch.split(micro_batch or self.config.data.micro_batch or len(batch))
@@ -159,7 +152,7 @@ class Updater:
 
     def clip(self) -> Tensor:
         """Clip the gradient to the maximum norm, if there is one; return the norm before."""
-        weights = [weight for weight in self.weights if weight.grad is not None]
+        weights = [weight for weight in self.network.parameters() if weight.grad is not None]
         norm: Any = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if self.config.optim.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(weights, self.config.optim.clip_grad, norm)
