@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import FILE_TYPES, SOURCE_TYPES, WHERE, source_type
-from pdvit.data.sources.digits import sklearn_file
 from pdvit.data.sources.folder import list_images
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source, Split, subsample
 from pdvit.errors import UserError, closest, printable
@@ -98,5 +98,9 @@ def image_files(names: list[str]) -> FileSplit:
 
 def sample_photographs() -> ImageSet:
     """Return the two photographs of scikit-learn."""
-    names = [str(sklearn_file(f"images/{name}")) for name in ("china.jpg", "flower.jpg")]
+    spec = find_spec("sklearn")  # to import it takes a second
+    assert spec is not None, "a dependency"
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "datasets" / "images"
+    names = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
     return ImageSet("2 sample photographs of scikit-learn", image_files(names))

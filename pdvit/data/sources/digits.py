@@ -7,8 +7,6 @@ Pillow), so it is the same on every machine.
 import re
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,55 +33,25 @@ HASHED_SCENES = 4
 
 def read_digits(data: DataConfig, training: bool = True) -> Source:
     """Return 1,200 training, 237 validation and 360 test images, or the digits A to B of them; raises UserError."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     match = re.fullmatch(r"digits(:([0-9])-([0-9]))?", data.source.lower())
     first, last = (int(match[2] or 0), int(match[3] or 9)) if match else (0, 0)
     if first >= last:
         raise UserError(f"'{data.source}' is no range of digits", WHERE, "for example digits:0-4")
-    table = np.loadtxt(sklearn_file("data/digits.csv.gz"), np.float32, delimiter=",")
-    small = torch.from_numpy(table[:, :-1].reshape(-1, 1, 8, 8)) * (255 / 16)
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     large = torch.nn.functional.interpolate(small, size=32, mode="bilinear", align_corners=False)
-    images, labels = large.round().to(torch.uint8).repeat(1, 3, 1, 1), table[:, -1].astype(int)
-    seed, rest = data.split_seed, np.arange(len(labels))
-    parts = {}
-    for name, count in (("test", 360), ("val", 237)):
-        rest, parts[name] = stratified_split(rest, labels, count, seed)
+    images, labels = large.round().to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(digits.target).long()
+    seed, rest = data.split_seed, list(range(len(labels)))
+    rest, test = train_test_split(rest, test_size=360, random_state=seed, stratify=labels)
+    train, val = train_test_split(rest, test_size=237, random_state=seed, stratify=labels[rest])
     splits = {}
-    for name, part in (("train", rest), ("val", parts["val"]), ("test", parts["test"])):
-        chosen = torch.from_numpy(part[(first <= labels[part]) & (labels[part] <= last)])
-        splits[name] = ArraySplit(images[chosen], torch.from_numpy(labels)[chosen] - first)
+    for name, part in (("train", train), ("val", val), ("test", test)):
+        chosen = [index for index in part if first <= int(labels[index]) <= last]
+        splits[name] = ArraySplit(images[chosen], labels[chosen] - first)
     return Source(data.source.lower(), [str(digit) for digit in range(first, last + 1)], splits)
-
-
-def sklearn_file(name: str) -> Path:
-    """Return a file of `sklearn.datasets`, without importing scikit-learn, which takes a second."""
-    spec = find_spec("sklearn")
-    assert spec is not None, "a dependency"
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "datasets" / name
-
-
-def stratified_split(indices: Array, labels: Array, held_out: int, seed: int) -> tuple[Array, Array]:
-    """Return the indices that stay, and those held out, by label in proportion: those of sklearn's train_test_split."""
-    random, classes = np.random.RandomState(seed), labels[indices]
-    counts = np.bincount(classes)
-
-    def quotas(available: Array, total: int) -> Array:
-        exact = available / available.sum() * total
-        remainders, found = exact % 1, np.asarray(exact, int)
-        for remainder in np.unique(remainders)[::-1]:  # the largest first; equal ones are drawn
-            if missing := total - found.sum():
-                equal = np.flatnonzero(remainders == remainder)
-                found[random.choice(equal, min(len(equal), missing), replace=False)] += 1
-        return found
-
-    kept = quotas(counts, len(indices) - held_out)
-    taken = quotas(counts - kept, held_out)
-    one, two = [], []
-    for label, (own, other) in enumerate(zip(kept, taken, strict=True)):
-        members = np.flatnonzero(classes == label)[random.permutation(counts[label])]
-        one.append(members[:own])
-        two.append(members[own : own + other])
-    return indices[random.permutation(np.concatenate(one))], indices[random.permutation(np.concatenate(two))]
 
 
 def read_scenes(data: DataConfig) -> Source:

@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
 from pdvit.data.sources import digits as scenes
-from pdvit.data.sources.digits import GROUND, SIDE, read_digits, read_scenes, stratified_split
+from pdvit.data.sources.digits import GROUND, SIDE, read_digits, read_scenes
 from pdvit.errors import UserError
 
 
@@ -31,15 +30,6 @@ def test_digits_are_the_originals_enlarged():
     # Enlarging four times keeps the mean of an image up to the border, and 16 becomes 255.
     means = np.sort(every[:, 0].float().mean((1, 2)).numpy())
     assert np.abs(means - np.sort(originals.images.mean((1, 2)) * 255 / 16)).max() < 3
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_splits_are_those_of_scikit_learn(seed):
-    labels = np.random.default_rng(seed).integers(0, 3 + seed, 200 + 10 * seed)
-    ours = stratified_split(np.arange(len(labels)), labels, 40 + seed, seed)
-    theirs = train_test_split(np.arange(len(labels)), test_size=40 + seed, random_state=seed, stratify=labels)
-    for part, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(part, other)
 
 
 def test_some_digits_keep_their_splits_and_begin_at_zero():
