@@ -80,6 +80,10 @@ QUESTIONS = (
     *(Question("which term", f"digits, 12 blocks, {term}", "ablation/results.csv", term) for term in TERMS),
     Question("longer training", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv"),
     *(
+        Question("longer training", f"CIFAR-100, 10 classes, 60 epochs, {term}", "lasting/results-ten.csv", term)
+        for term in ("cosine", "paper")
+    ),
+    *(
         Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
         for blocks in (6, 24)
     ),

@@ -37,6 +37,8 @@ class RunLogger:
 
     def __post_init__(self) -> None:
         self.display = Display(self.console, self.steps.total, self.progress.step)
+        # If not, the length was given in steps, and the output counts steps.
+        self.in_epochs = self.steps.total % self.steps.per_epoch == 0
         self.phase, self.since = "", time.perf_counter()
         self.logged = (self.progress.samples, dict(self.progress.seconds_by_phase))
 
@@ -66,7 +68,7 @@ class RunLogger:
         metrics = {name: value for name, value in means.items() if name != "grad_norm"}
         metrics |= {"skipped": progress.skipped} if progress.skipped else {}
         epoch = f"epoch {math.ceil(self.epoch)}/{self.steps.total // self.steps.per_epoch}"
-        self.display.show(progress.step, epoch if self.steps.in_epochs else "", rate, metrics)
+        self.display.show(progress.step, epoch if self.in_epochs else "", rate, metrics)
 
     def write_status(self, status: Status, **details: Any) -> None:
         """Write status.json: the step and the best evaluation."""

@@ -33,11 +33,6 @@ class StepSchedule:
     time_limit_seconds: float | None = None
     stop_after: int | None = None  # even if it is the last step: the run can then be made longer
 
-    @property
-    def in_epochs(self) -> bool:
-        """Whether the run has whole epochs. If not, its length was given in steps, and its output counts steps."""
-        return self.total % self.per_epoch == 0
-
     def due(self, step: int, *intervals: int | None) -> bool:
         """Return whether an event with one of these intervals is due after `step`; every event is due at the end."""
         return step == self.total or any(every and step % every == 0 for every in intervals)
