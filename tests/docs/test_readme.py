@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 
 import pdvit
-from tests.docs.pages import PAGES, ROOT, blocks, page_id, read
+from tests.docs.pages import PAGES, ROOT, blocks, links, page_id, read
 
 README = read("README.md")
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
-
-
-def links(text: str) -> list[str]:
-    """Return the targets of links and images, without those in code."""
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    prose = re.sub(r"`[^`\n]*`", "", prose)
-    return re.findall(r"\]\(<?([^)\s>]+)", prose) + re.findall(r"""(?:src|href|srcset)=["']([^"']+)""", prose)
 
 
 def anchors(page: Path) -> set[str]:
