@@ -18,7 +18,7 @@ from pdvit.launch import Jobs
 from pdvit.sweep import Folder, make_cells
 from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import make_console
-from tests.files import assert_same, newest_step, read_csv, read_json
+from tests.files import assert_same, finish, newest_step, read_csv, read_json
 
 BASE = """
 data = { img_size = 16, batch_size = 16 }
@@ -152,15 +152,8 @@ def test_there_is_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus,
 def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:
     """Start a sweep in a process group of its own."""
     line = [sys.executable, "-m", "pdvit", "train", "--config", "tiny.toml", *arguments]
-    return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=place
-    )
-
-
-def finish(process: subprocess.Popen[str], status: int) -> str:
-    shown = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == status, shown
-    return shown
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, start_new_session=True, cwd=place, **pipe)
 
 
 def wait_for_step(run: Path, step: int) -> None:

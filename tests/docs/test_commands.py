@@ -71,9 +71,7 @@ def test_every_command_is_documented_and_every_documented_flag_exists():
     for name in names:
         assert any(arguments[: len(name)] == name for _, arguments in DOCUMENTED), name
     known = {"--help", "--requeue", "--array"}  # the last two are sbatch's
-    for command in walk(COMMAND):
-        for parameter in command.params:
-            known |= {*parameter.opts, *parameter.secondary_opts}
+    known.update(*([*option.opts, *option.secondary_opts] for command in walk(COMMAND) for option in command.params))
     for page in PAGES:
         assert set(re.findall(r"`(--[a-z][a-z0-9-]*)", read(page))) <= known, page
 

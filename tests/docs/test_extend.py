@@ -11,7 +11,7 @@ import timm.task
 import torch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python([^\n]*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+EXAMPLES = re.findall(r"^##? ([^\n]+)\n(?:(?!^## ).)*?^```python([^\n]*)\n(.*?)^```", PAGE, re.M | re.DOTALL)
 CASES = [pytest.param("cpu", *case, id=name) for name, *case in EXAMPLES]
 ON_GPU = [(name, *case) for name, *case in EXAMPLES if "cuda" in case[1]]
 CASES += [pytest.param("cuda", *case, id=f"{name} on a GPU", marks=pytest.mark.gpu) for name, *case in ON_GPU]
@@ -24,9 +24,8 @@ def test_the_example_runs_as_printed(device, options, example, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(TRAIN)
     if needs := re.search(r"needs=(\S+)", options):
-        for name in needs[1].split(","):
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed (an extra of pdvit)")
+        if missing := [name for name in needs[1].split(",") if importlib.util.find_spec(name) is None]:
+            pytest.skip(f"{missing} is not installed (an extra of pdvit)")
         hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([sys.executable, "-c", example], env=hidden, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

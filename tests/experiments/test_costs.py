@@ -9,8 +9,6 @@ from pdvit.config import build, read_toml, resolve
 # Thousand millions of multiplications of a forward pass: README_deit.md of DeiT, README of Swin, for one image.
 PUBLISHED = {"deit-s12-224": 4.6, "swin-t-224": 4.5}
 LARGE = {"swin-s-224": 8.7, "swin-b-224": 15.4, "swin-l-384": 103.9}
-
-
 SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in LARGE.items()]
 
 

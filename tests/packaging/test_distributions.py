@@ -7,7 +7,6 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def build(source: Path, target: Path) -> dict[str, Path]:
     return {file.suffix: file for file in target.iterdir()}
 
 
-def read_metadata(wheel: Path) -> Message:
+def read_metadata(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         return Parser().parsestr(archive.read(name).decode())
@@ -39,14 +38,6 @@ def read_metadata(wheel: Path) -> Message:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
     return build(ROOT, tmp_path_factory.mktemp("dist"))
-
-
-@pytest.fixture
-def source(built, tmp_path) -> Path:
-    """The files of the source distribution."""
-    with tarfile.open(built[".gz"]) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / built[".gz"].name.removesuffix(".tar.gz")
 
 
 def test_the_wheel_works_in_a_new_environment(built, tmp_path):
@@ -66,7 +57,10 @@ def test_the_wheel_works_in_a_new_environment(built, tmp_path):
     run(pdvit, "plot", "similarity", "run", cwd=tmp_path)
 
 
-def test_the_sdist_builds_the_same_wheel_and_passes_its_own_tests(built, source, tmp_path):
+def test_the_sdist_builds_the_same_wheel_and_passes_its_own_tests(built, tmp_path):
+    with tarfile.open(built[".gz"]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
     rebuilt = build(source, tmp_path / "dist")
     with zipfile.ZipFile(built[".whl"]) as first, zipfile.ZipFile(rebuilt[".whl"]) as second:
         assert {name: first.read(name) for name in first.namelist()} == {
@@ -83,22 +77,19 @@ def test_the_metadata_is_that_of_a_package_index(built):
     assert metadata["Author"] == "pdvit contributors"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert {"Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.13"} <= set(
-        metadata.get_all("Classifier")
-    )
+    versions = {"Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.13"}
+    assert versions <= set(metadata.get_all("Classifier"))
     requirements = metadata.get_all("Requires-Dist")
     # Each has a floor, and a limit at the first release that nobody has run.
     assert all(">=" in requirement and "<" in requirement for requirement in requirements), requirements
 
 
-def test_links_and_images_of_the_readme_are_absolute_once_the_repository_has_an_address(source, tmp_path):
-    (source / "PKG-INFO").unlink()  # else hatchling repeats this metadata
-    project = source / "pyproject.toml"
-    line = 'Repository = "https://example.org/pdvit"'
-    project.write_text(re.sub("^(# )?Repository = .*", line, project.read_text(), flags=re.MULTILINE))
-    page = read_metadata(build(source, tmp_path / "dist")[".whl"]).get_payload()
+def test_links_and_images_of_the_readme_are_absolute_once_the_repository_has_an_address(tmp_path):
+    for name in ("README.md", "LICENSE", "hatch_build.py", "pdvit"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    project = re.sub("(# )?Repository = .*", 'Repository = "https://example.org/pdvit"', read("pyproject.toml"))
+    (tmp_path / "pyproject.toml").write_text(project)
+    page = read_metadata(build(tmp_path, tmp_path / "dist")[".whl"]).get_payload()
     assert [link for link in links(page) if not link.startswith("https://")] == []
+    assert not re.search(r"!\[[^]]*\]\(https://example.org/pdvit/blob/", page)
     assert re.sub("https://example.org/pdvit/(raw|blob)/HEAD/", "", page) == read("README.md")
-    images = re.findall(r"!\[[^]]*\]\((.*?)\)", page)
-    assert images
-    assert all(image.startswith("https://example.org/pdvit/raw/HEAD/") for image in images)

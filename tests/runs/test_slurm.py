@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.files import assert_same, read_csv, read_json
+from tests.files import assert_same, finish, read_csv, read_json
 
 pytestmark = pytest.mark.slow
 
@@ -55,12 +55,6 @@ def run(*command: object) -> str:
 def start(*words: object) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "pdvit", *map(str, words)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    shown = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == status, shown
-    return shown
 
 
 def pdvit(*words: object, status: int = 0) -> str:
