@@ -19,7 +19,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").rglob("*.ipynb"))], ids=page_id)
 def test_every_link_inside_the_repository_leads_somewhere(page):
     for link in links(read(page)):
         if re.match(r"[a-z]+:", link):
