@@ -3,7 +3,6 @@
 import struct
 import tarfile
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -20,8 +19,14 @@ from pdvit.data.sources.split import FileSplit
 CLASSES = 3
 PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
 LOADER = LoaderConfig(3, seed=5, workers=0, device=torch.device("cpu"), preprocessing=PREPROCESSING)
-OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
-ON = replace(OFF, cutmix=1.0)
+
+
+def mixing(labels=False, classes=CLASSES, **augment):
+    """Return the mixing of these options of AugmentConfig."""
+    return Mixing(AugmentConfig(**augment), 4, classes, labels)
+
+
+OFF, ON = mixing(), mixing(cutmix=1.0)
 
 
 def save_images(folder, images):

@@ -6,12 +6,12 @@ import torch
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.errors import UserError
-from tests.unit.data.batches import LOADER, OFF, join, same, save_images, take
+from tests.unit.data.batches import LOADER, join, mixing, same, save_images, take
 
 COUNT, BAD = 12, (3, 4, 11)
 REPLACED_BY = {3: 5, 4: 5, 11: 0}
 CROPPED = {"scale": (1.0, 1.0), "hflip": 0.0}
-MIXING = replace(OFF, cutmix=1.0, prob=1.0, labels=True, num_classes=COUNT)
+MIXING = mixing(True, COUNT, cutmix=1.0, mixup_prob=1.0)
 
 
 @pytest.fixture

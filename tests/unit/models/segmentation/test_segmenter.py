@@ -181,5 +181,5 @@ def test_compiled_it_is_the_same(name):
     segmenter = build(name, crop=64, diversity=TERMS).eval()
     compiled = torch.compile(segmenter, fullgraph=True, dynamic=False)
     expected, found = segmenter(images(2, 64, 64)), compiled(images(2, 64, 64))
-    for ours, theirs in zip(found[:1] + found[2:4], expected[:1] + expected[2:4], strict=True):
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
