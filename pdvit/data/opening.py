@@ -1,11 +1,11 @@
 """The ways to open images: a source to train on, or images to measure."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import distribution
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
@@ -34,9 +34,8 @@ def open_source(data: DataConfig, training: bool = True) -> Source:
     if (reader := SOURCE_TYPES[name].reader) is None:
         what = f"'{data.source}' has classes of pixels, not of images"
         raise UserError(what, WHERE, "use pdvit segment, or --data digits")
-    module, _, function = reader.partition(".")
-    source: Source = getattr(import_module(f"pdvit.data.sources.{module}"), function)(data, training)
-    return source
+    read: Callable[[DataConfig, bool], Source] = resolve_name(f"pdvit.data.sources.{reader}")
+    return read(data, training)
 
 
 @dataclass(frozen=True)

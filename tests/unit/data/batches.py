@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pdvit.config.schema import AugmentConfig
+from pdvit.config.schema import AugmentConfig, DataConfig
 from pdvit.data.augment import Augmentation
 from pdvit.data.loader import LoaderConfig, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.opening import open_source
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import FileSplit
 
@@ -71,6 +72,16 @@ def write_tree(root, names):
     for name in names:
         write(root / name, np.zeros((4, 4, 3), np.uint8), "PNG")
     return root
+
+
+def opened(source, **options):
+    """Return a source by its name or path; options are those of DataConfig."""
+    return open_source(DataConfig(source=str(source), **options))
+
+
+def keys(split):
+    """Return the names of the images in a split."""
+    return [split.key(index) for index in range(len(split))]
 
 
 def take(split, count, start=0, loader=LOADER, mixing=OFF, **augment):
