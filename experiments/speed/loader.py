@@ -66,7 +66,7 @@ def ours(paths: list[Path], args: argparse.Namespace) -> Iterator[object]:
     preprocessing = Preprocessing(size, 0.9, interpolation, MEAN, STD)
     how = LoaderConfig(args.batch_size, 0, args.workers, torch.device("cpu"), preprocessing)
     split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.long))
-    unmixed = Mixing(0.0, 0.0, patch_size=16, num_classes=1, labels=False)
+    unmixed = Mixing(AugmentConfig(mixup_prob=0.0), patch_size=16, num_classes=1, labels=False)
     augmentation = Augmentation.for_split(split, AugmentConfig(scale=tuple(args.scale)), preprocessing, how.seed)
     return train_batches(split, how, augmentation, unmixed, 0)
 

@@ -2,7 +2,7 @@
 
 import errno
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional
 
 from pdvit.data.augment import Augmentation, crop_pixels
 from pdvit.data.sources.split import MaskSplit, Split, upright, upright_size
@@ -23,6 +24,7 @@ RUN_TIP = "replace it, or skip it: --on-bad-image skip (to resume a run: --chang
 MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
 OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image
 Result = TypeVar("Result")
+pixels_of: Callable[[Image.Image], Tensor] = functional.pil_to_tensor  # of RGB: uint8 `(3, H, W)`
 Pair = tuple[Image.Image, Tensor]  # of an image and its mask
 Keys = tuple[int, list[int]]  # an epoch and the indices of images
 # A uint8 image `(3, H, W)` or its fault, its class (or the class of every pixel) and its index.
@@ -125,9 +127,14 @@ def try_mask(split: MaskSplit, index: int, size: tuple[int, int] | None) -> Tens
     return BadMask(split.mask_name(index), f"it is {width}x{height}, its image {size[0]}x{size[1]}")
 
 
-def pixels_of(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 `(3, H, W)`."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def decode_all(split: Split, bad: BadImages) -> Iterator[tuple[int, Image.Image]]:
+    """Yield index and image of every image that decodes, in order; `bad` has the policy for the others."""
+    for index in range(len(split)):
+        image = try_read(split, index)
+        if isinstance(image, BadImage):
+            bad.add([image])
+        else:
+            yield index, image
 
 
 @dataclass(frozen=True)

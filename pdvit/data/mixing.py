@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pdvit.config.schema import AugmentConfig
 from pdvit.data.randomness import fold
 from pdvit.errors import UserError
 
@@ -70,47 +71,43 @@ def patch_cutmix(
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes a fraction `prob` of batches with patch-aligned CutMix or Mixup."""
+    """Mixes batches with patch-aligned CutMix or Mixup, as configured."""
 
-    cutmix: float  # alpha of its Beta distribution, 0 is off
-    prob: float
+    config: AugmentConfig
     patch_size: int
     num_classes: int
     labels: bool  # whether patch targets are needed
-    mode: str = "batch"
-    mixup: float = 0.0  # alpha, as `cutmix`
-    switch_prob: float = 0.5  # fraction of the mixed batches that CutMix takes if both are on
 
     def draws(self, seed: int, step: int) -> tuple[str | None, random.Random]:
         """Return the method of the batch of a step (`cutmix`, `mixup` or None), and the generator of further draws."""
-        rng = random.Random(fold(seed, step))
-        methods = [name for name in ("cutmix", "mixup") if getattr(self, name) > 0]
-        if not methods or rng.random() >= self.prob:
+        rng, config = random.Random(fold(seed, step)), self.config
+        methods = [name for name in ("cutmix", "mixup") if getattr(config, name)]
+        if not methods or rng.random() >= config.mixup_prob:
             return None, rng
-        return methods[len(methods) == 2 and rng.random() >= self.switch_prob], rng
+        return methods[len(methods) == 2 and rng.random() >= config.mixup_switch_prob], rng
 
     def held(self, seed: int, step: int, size: int, part: range) -> list[int]:
         """Return which of a step's `size` images a rank needs for its `part`: first those that are only mixed in."""
         if self.draws(seed, step)[0] is None:
             return list(part)
-        sources = set(partners(size, self.mode)[part.start : part.stop].tolist()) - set(part)
+        sources = set(partners(size, self.config.mixup_mode)[part.start : part.stop].tolist()) - set(part)
         return [*sorted(sources), *part]
 
     def mix(
         self, images: Tensor, targets: Tensor, seed: int, step: int, size: int, part: range
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mix a rank's part of a step, given the images of `held` with their targets, and label patches if needed."""
-        method, rng = self.draws(seed, step)
+        (method, rng), mode = self.draws(seed, step), self.config.mixup_mode
         own, own_targets = (tensor[len(images) - len(part) :] for tensor in (images, targets))
         if not (method or self.labels):
             return own, own_targets, None
         height, width = images.shape[-2:]
         held, mine = torch.tensor(self.held(seed, step, size, part)), slice(part.start, part.stop)
-        source = (held == partners(size, self.mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
+        source = (held == partners(size, mode)[mine, None]).int().argmax(1).to(images.device, non_blocking=True)
         # every rank draws for the whole batch, and mixes its own part
         if method == "mixup":
-            group = MODES[self.mode] or size
-            drawn = torch.tensor([rng.betavariate(self.mixup, self.mixup) for _ in range(-(-size // group))])
+            group, alpha = MODES[mode] or size, self.config.mixup
+            drawn = torch.tensor([rng.betavariate(alpha, alpha) for _ in range(-(-size // group))])
             fraction = drawn.repeat_interleave(group)[mine, None].to(images.device, non_blocking=True)
             soft, weight = _soft(own_targets, targets[source], fraction, self.num_classes), fraction[..., None, None]
             blended = (1 - weight) * own + weight * images[source]
@@ -118,7 +115,8 @@ class Mixing:
             mixed = Mixed(blended, soft, soft[:, None].expand(-1, patches, -1))
         else:
             grid = grid_of(height, width, self.patch_size)
-            pasted = draw_pasted(size, *grid, self.cutmix if method else 0.0, self.mode, rng)[mine]
+            alpha = (self.config.cutmix or 0.0) if method else 0.0
+            pasted = draw_pasted(size, *grid, alpha, mode, rng)[mine]
             pasted = pasted.to(images.device, non_blocking=True)
             mixed = paste(own, own_targets, images[source], targets[source], pasted, self.num_classes)
         return mixed if self.labels else (mixed.images, mixed.targets, None)

@@ -1,17 +1,17 @@
 """The ways to open images: a source to train on, or images to measure."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
 
 from pdvit.config.schema import Config, DataConfig
-from pdvit.data.images import BadImage, BadImages, pixels_of, try_read
+from pdvit.data.images import BadImages, decode_all, pixels_of
 from pdvit.data.masks.folders import open_masks
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import FILE_TYPES, SOURCE_TYPES, WHERE, source_type
@@ -34,9 +34,8 @@ def open_source(data: DataConfig, training: bool = True) -> Source:
     if (reader := SOURCE_TYPES[name].reader) is None:
         what = f"'{data.source}' has classes of pixels, not of images"
         raise UserError(what, WHERE, "use pdvit segment, or --data digits")
-    module, _, function = reader.partition(".")
-    source: Source = getattr(import_module(f"pdvit.data.sources.{module}"), function)(data, training)
-    return source
+    read: Callable[[DataConfig, bool], Source] = resolve_name(f"pdvit.data.sources.{reader}")
+    return read(data, training)
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,9 @@ class ImageSet:
     def pixels(self, preprocessing: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the preprocessed pixels of each image, uint8 `(3, size, size)`; `bad` has the policy."""
         evaluation, in_memory = preprocessing.evaluation(), isinstance(self.split, ArraySplit)
-        for index in range(len(self.split)):
-            image = try_read(self.split, index)
-            if isinstance(image, BadImage):
-                bad.add([image])
-            else:
-                pixels = preprocessing.fit(pixels_of(image)[None])[0] if in_memory else evaluation(image)
-                yield printable(self.split.key(index)), pixels
+        for index, image in decode_all(self.split, bad):
+            pixels = preprocessing.fit(pixels_of(image)[None])[0] if in_memory else evaluation(image)
+            yield printable(self.split.key(index)), pixels
 
 
 def held_out_images(config: Config, training: bool = True) -> ImageSet:
@@ -98,9 +93,6 @@ def image_files(names: list[str]) -> FileSplit:
 
 def sample_photographs() -> ImageSet:
     """Return the two photographs of scikit-learn."""
-    spec = find_spec("sklearn")  # to import it takes a second
-    assert spec is not None, "a dependency"
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent / "datasets" / "images"
+    folder = distribution("scikit-learn").locate_file("sklearn/datasets/images")  # to import it takes a second
     names = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
     return ImageSet("2 sample photographs of scikit-learn", image_files(names))

@@ -25,6 +25,7 @@ class TokenOutput(NamedTuple):
     others: tuple[Tensor, ...] = ()  # patch tokens of more layers: the cosine term is the mean over last and these
     mixing: Tensor | None = None  # the mixing term, if the model computed it
     smoothing: float = 0.0  # its label smoothing
+    aux: Tensor | None = None  # logits of the auxiliary head of a segmentation model, in training
 
 
 class Losses(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -29,7 +29,8 @@ from pdvit.models.layers import exact_float32, find_layers, watch
 from pdvit.models.wrapper import BACKBONE, Wrapper, freeze
 from pdvit.similarity import patch_similarity
 from pdvit.tasks import describe_metrics
-from pdvit.tasks.metrics import Scores
+from pdvit.tasks.metrics import Metric, evaluate
+from pdvit.tasks.windows import Network
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -87,8 +88,8 @@ class ImageTask(ABC):
         """Return the module to train."""
 
     @abstractmethod
-    def evaluate_split(self, network: nn.Module, split: str) -> Scores:
-        """Return the scores of a split; each image counts once over all ranks."""
+    def evaluation(self, network: nn.Module, split: str) -> tuple[Network, Iterator[Batch], Metric, int]:
+        """Return logits as a function of images, this rank's part of a split, its metric, and the side of a pass."""
 
     def step_output(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """Return the loss with its parts as detached metrics, and the number of replaced images."""
@@ -140,8 +141,9 @@ class ImageTask(ABC):
 
     def _measure(self, network: nn.Module, split: str) -> dict[str, Any]:
         """Return the metrics of a split, how many of its images were skipped, and the names of those that are new."""
-        network.eval()
-        scores = self.evaluate_split(network, split)
+        run, (logits, batches, metric, side) = self.config.run, self.evaluation(network.eval(), split)
+        sharded_side = side if run.distribute == "fsdp" else None
+        self.scores = scores = evaluate(logits, batches, metric, run.precision, self.ranks, sharded_side)
         numbers = {"split": split} | {name: value for name, value in scores.numbers.items() if name in self.recorded}
         if not self.bad.skip:
             return numbers

@@ -19,7 +19,8 @@ from pdvit.models.checkpoints import export
 from pdvit.models.layers import evaluating, image_size_of
 from pdvit.models.tokens import DiverseModel
 from pdvit.tasks.base import ImageTask, describe_terms, with_weights
-from pdvit.tasks.metrics import ClassificationMetric, Scores, evaluate
+from pdvit.tasks.metrics import ClassificationMetric, Metric
+from pdvit.tasks.windows import Network
 
 
 class ClassificationTask(ImageTask):
@@ -36,13 +37,10 @@ class ClassificationTask(ImageTask):
         if augment.shift >= size:
             what = f"a shift of up to {augment.shift} pixels leaves nothing of images of {size}x{size}"
             raise UserError(what, "augment.shift (--shift)", f"shift by less than {size}, for example {size // 8}")
-        cutmix, prob, classes = augment.cutmix or 0.0, augment.mixup_prob, len(source.classes)
         labels = self.objective.mixing > 0
-        if cutmix or labels:
+        if augment.cutmix or labels:
             grid_of(size, size, self.patch_size)  # raises the error before the run
-        self.mixing = Mixing(
-            cutmix, prob, self.patch_size, classes, labels, augment.mixup_mode, augment.mixup, augment.mixup_switch_prob
-        )
+        self.mixing = Mixing(augment, self.patch_size, len(source.classes), labels)
         train, seed = source.splits["train"], config.run.seed
         self.augmentation = Augmentation.for_split(train, augment, self.preprocessing, seed)
 
@@ -103,16 +101,11 @@ class ClassificationTask(ImageTask):
         accuracy = (output.logits.argmax(1) == labels).float().mean()
         return self.step_output(losses.total, {**losses.parts, "accuracy": accuracy}, batch)
 
-    def evaluate_split(self, network: nn.Module, split: str) -> Scores:
-        """Return the scores of a split."""
-        return evaluate(
-            lambda images: network(images, patch_logits=False).logits,
-            eval_batches(self.source.splits[split], self.loader),
-            ClassificationMetric(len(self.source.classes), self.device),
-            self.config.run.precision,
-            self.ranks,
-            self.preprocessing.size if self.config.run.distribute == "fsdp" else None,
-        )
+    def evaluation(self, network: nn.Module, split: str) -> tuple[Network, Iterator[Batch], Metric, int]:
+        """Return logits as a function of images, this rank's part of a split, its metric, and the images' side."""
+        batches = eval_batches(self.source.splits[split], self.loader)
+        metric = ClassificationMetric(len(self.source.classes), self.device)
+        return lambda images: network(images, patch_logits=False).logits, batches, metric, self.preprocessing.size
 
     def export(self, state: Mapping[str, Tensor], weights: str) -> dict[str, bytes]:
         """Return a timm folder of the bare model, without the patch head."""

@@ -129,11 +129,14 @@ def class_iou(confusion: Tensor) -> Tensor:
     return correct / (confusion.sum(1) + confusion.sum(0) - correct)
 
 
+Metric = ClassificationMetric | SegmentationMetric
+
+
 @torch.no_grad()
 def evaluate(
     network: Network,
     batches: Iterable[Batch],
-    metric: ClassificationMetric | SegmentationMetric,
+    metric: Metric,
     precision: str,
     ranks: Ranks = SINGLE_PROCESS,
     sharded_side: int | None = None,
@@ -144,16 +147,15 @@ def evaluate(
     forward passes: the side of an image for the passes of a rank that has none left.
     """
     passes: Network = autocast(metric.counts.device, precision)(network)
-    raised = False
+    exchanged = False  # whether an error is that of all ranks
 
     def exchange(status: bool | UserError) -> bool:
         """Exchange whether there is a pass to make, or an error that all raise; return whether any rank has a pass."""
-        nonlocal raised
-        try:
-            return any(ranks.exchange(status))
-        except UserError:
-            raised = True
-            raise
+        nonlocal exchanged
+        exchanged = True
+        found = any(ranks.exchange(status))
+        exchanged = False
+        return found
 
     def pass_in_lockstep(images: Tensor) -> Tensor:
         exchange(True)
@@ -168,7 +170,7 @@ def evaluate(
         for batch in batches:
             metric.update(pass_in_lockstep, batch)
     except UserError as error:
-        if not raised:  # the other ranks would wait for this one's next pass
+        if not exchanged:  # the other ranks would wait for this one's next pass
             exchange(error)
         raise
     while exchange(False):  # another rank still has images

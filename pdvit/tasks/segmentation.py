@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pdvit.config.schema import Config, SegmentConfig
-from pdvit.data.images import BadImage, try_read
+from pdvit.data.images import decode_all
 from pdvit.data.loader import Batch, LoaderConfig
 from pdvit.data.masks.batches import eval_batches, evaluation_pixels, train_batches
 from pdvit.data.masks.table import default_palette
@@ -21,9 +21,9 @@ from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
-from pdvit.models.segmentation.segmenter import Segmenter, SegmentOutput, build_segmenter, export_segmenter
+from pdvit.models.segmentation.segmenter import Segmenter, build_segmenter, export_segmenter
 from pdvit.tasks.base import ImageTask, describe_terms, with_weights
-from pdvit.tasks.metrics import Scores, SegmentationMetric, class_table, csv_bytes, evaluate, unique_names
+from pdvit.tasks.metrics import Metric, SegmentationMetric, class_table, csv_bytes, unique_names
 from pdvit.tasks.windows import Network, SlidingWindowConfig, score_rows
 
 Palette = Sequence[tuple[int, int, int]]
@@ -81,11 +81,10 @@ class SegmentationTask(ImageTask):
     def step(self, network: nn.Module, batch: Batch) -> StepOutput:
         """Run forward pass and objective on one batch."""
         output, targets, size = network(batch.images), batch.targets, batch.targets.shape[-2:]
-        output = SegmentOutput(self.module.resize(output.logits.float(), size), *output[1:])
+        output = output._replace(logits=self.module.resize(output.logits.float(), size))
         weights = None if batch.weights is None else batch.weights[0]
-        tokens: Any = output  # without mixing the objective reads logits and, for terms, first and last
         anchor = None if self.anchor is None else self.anchor.last_tokens(batch.images)
-        losses = self.objective(tokens, targets, None, weights, anchor)
+        losses = self.objective(output, targets, None, weights, anchor)
         total, parts = losses.total, dict(losses.parts)
         if output.aux is not None:
             parts["aux"] = pixel_loss(self.module.resize(output.aux.float(), size), targets)
@@ -95,17 +94,11 @@ class SegmentationTask(ImageTask):
         parts["accuracy"] = (correct.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
         return self.step_output(total, parts, batch)
 
-    def evaluate_split(self, network: nn.Module, split: str) -> Scores:
-        """Return the scores of a split."""
-        self.scores = evaluate(
-            pixel_network(network),
-            eval_batches(cast(MaskSplit, self.source.splits[split]), self.loader, self.config.segment),
-            SegmentationMetric(len(self.source.classes), self.windows, self.device),
-            self.config.run.precision,
-            self.ranks,
-            self.windows.window if self.config.run.distribute == "fsdp" else None,
-        )
-        return self.scores
+    def evaluation(self, network: nn.Module, split: str) -> tuple[Network, Iterator[Batch], Metric, int]:
+        """Return logits as a function of images, this rank's part of a split, its metric, and the side of windows."""
+        batches = eval_batches(cast(MaskSplit, self.source.splits[split]), self.loader, self.config.segment)
+        metric = SegmentationMetric(len(self.source.classes), self.windows, self.device)
+        return pixel_network(network), batches, metric, self.windows.window
 
     def finish(self, network: nn.Module, weights: str) -> dict[str, Any]:
         """Measure the final split, and P of first and last on the probe; keep the table and a few predictions."""
@@ -149,11 +142,7 @@ def predict_masks(
     network: Network, split: Split, classes: int, loader: LoaderConfig, config: Config, windows: SlidingWindowConfig
 ) -> Iterator[tuple[int, Image.Image, Tensor]]:
     """Yield index, image and mask (uint8, of its size) of every image that decodes; `loader.bad` gets the others."""
-    for index in range(len(split)):
-        image = try_read(split, index)
-        if isinstance(image, BadImage):
-            loader.bad.add([image])
-            continue
+    for index, image in decode_all(split, loader.bad):
         pixels = evaluation_pixels(image, config.segment.short_side, loader.preprocessing.interpolation)
         normalised, size = loader.preprocessing.normalise(pixels[None].to(loader.device)), (image.height, image.width)
         with autocast(loader.device, config.run.precision):

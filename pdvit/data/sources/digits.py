@@ -57,11 +57,11 @@ def read_digits(data: DataConfig, training: bool = True) -> Source:
 def read_scenes(data: DataConfig) -> Source:
     """Return scenes made of the digits of each split of `digits`, so no digit is in two splits."""
     digits, splits = read_digits(DataConfig(split_seed=data.split_seed)).splits, {}
-    for stream, (name, count) in enumerate(COUNTS.items()):
+    for name, count in COUNTS.items():
         split = digits[name]
         assert isinstance(split, ArraySplit)
         numbers = torch.arange(count)
-        splits[name] = Scenes(split, name, stream, numbers, torch.zeros_like(numbers))
+        splits[name] = Scenes(split, name, numbers, torch.zeros_like(numbers))
     palette = default_palette(len(CLASSES) + 1)[1:-1]
     return Source("scenes", CLASSES, splits, palette=[*palette, (0, 0, 0)])
 
@@ -72,7 +72,6 @@ class Scenes(MaskSplit):
 
     digits: ArraySplit
     role: str
-    stream: int
     numbers: Tensor  # of each scene, `(N,)`
     labels: Tensor
     cache: dict[int, tuple[Array, Array]] = field(default_factory=dict, repr=False, compare=False)
@@ -103,7 +102,7 @@ class Scenes(MaskSplit):
         """Return a scene, made on first use: pixels `(64, 64, 3)` and digits `(64, 64)`, uint8."""
         if (number := int(self.numbers[index])) in self.cache:
             return self.cache[number]
-        seed = fold(self.stream, number)
+        seed = fold([*COUNTS].index(self.role), number)
         pixels, mask = _ground(seed), np.full((SIDE, SIDE), GROUND, np.uint8)
         draws = uniform(seed, torch.arange(DIGITS[1] * TRIES + 1), 7).tolist()
         for place in range(_integer(DIGITS, draws.pop()[0])):

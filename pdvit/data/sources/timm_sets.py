@@ -36,8 +36,7 @@ def read_torchvision(data: DataConfig, training: bool = True) -> Source:
     for role, split in chosen.items():  # timm would take any other name for the test set
         if split not in (TRAIN_NAMES if role == "train" else KNOWN_SPLITS if name in TRAIN_AND_TEST else [split]):
             raise UserError(f"there is no split '{split}' for {role}", data.source, TIP)
-    sets = {role: open_timm(data, split) for role, split in chosen.items()}
-    return _assemble(name, getattr(sets["train"], "classes", None), sets, chosen, data, training)
+    return _read_splits(name, chosen, data, training)
 
 
 def read_hub(data: DataConfig, training: bool = True) -> Source:
@@ -53,9 +52,7 @@ def read_hub(data: DataConfig, training: bool = True) -> Source:
         found = datasets.get_dataset_split_names(os.path.expanduser(name))
     slices = [data.train_split, data.val_split]  # such as train[:10%]
     chosen = choose_splits([*found, *slices], data, data.source, TIP, training=True, needed=["train"])
-    readers = {role: open_timm(data, split).reader for role, split in chosen.items()}
-    names = list(readers["train"].class_to_idx) or None
-    return _assemble(name.rpartition("/")[2], names, readers, chosen, data, training)
+    return _read_splits(name.rpartition("/")[2], chosen, data, training)
 
 
 def open_timm(data: DataConfig, split: str) -> Any:
@@ -93,18 +90,17 @@ def _targets(items: Any, source: str) -> list[Any]:
     return labels
 
 
-def _assemble(
-    name: str,
-    classes: Sequence[Any] | None,
-    sets: dict[str, Any],
-    names: dict[str, str],
-    data: DataConfig,
-    training: bool,
-) -> Source:
-    """Return a source of data sets by role; raises UserError for a label that is not one of the classes.
+def _read_splits(name: str, chosen: dict[str, str], data: DataConfig, training: bool) -> Source:
+    """Return a source of timm's splits by role; raises UserError for a label that is not one of the classes.
 
-    Whole numbers are indices of `classes`, or of as many classes as train counts up to; texts are class names, sorted.
+    Whole numbers are indices of the set's classes, or else of as many classes as train counts up to; texts are class
+    names, sorted.
     """
+    opened = {role: open_timm(data, split) for role, split in chosen.items()}
+    sets = {role: getattr(items, "reader", items) for role, items in opened.items()}  # a set of the hub has a reader
+    train = opened["train"]
+    names = train.reader.class_to_idx if hasattr(train, "reader") else getattr(train, "classes", None)
+    classes: Sequence[Any] | None = [*names] if names else None
     labels = {role: _targets(items, data.source) for role, items in sets.items()}
     if classes is None and all(isinstance(label, str) for label in labels["train"]):
         classes = sorted(set(labels["train"]))
@@ -123,6 +119,6 @@ def _assemble(
         if files := getattr(items, "samples", None) or getattr(items, "imgs", None):
             splits[role] = FileSplit([Path(file) for file, _ in files], numbers)
         else:
-            splits[role] = ItemSplit(items, [*range(len(values))], numbers, f"{data.source} {names[role]}")
+            splits[role] = ItemSplit(items, [*range(len(values))], numbers, f"{data.source} {chosen[role]}")
     texts = [", ".join(item) if isinstance(item, list | tuple) else str(item) for item in classes]  # synonyms: ImageNet
     return assemble(name, texts, splits, data, training)

@@ -41,12 +41,8 @@ class UPerNetHead(nn.Module):
         self, widths: Sequence[int], strides: Sequence[int], classes: int, width: int, aux: bool, norm: str
     ) -> None:
         super().__init__()
-        try:
-            from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-        except ImportError as error:
-            tip = "install segmentation-models-pytorch 0.5 or 0.6, or use --head linear"
-            what = f"UPerNet needs a package that can't be imported: {error}"
-            raise UserError(what, "segment.head (--head)", tip) from error
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
         self.neck = Neck(widths, strides)
         self.decoder = UPerNetDecoder([0, 0, *widths], encoder_depth=5, decoder_channels=width)
         # MMSegmentation normalizes the maps of a Swin, in its backbone, but not those of a plain transformer.

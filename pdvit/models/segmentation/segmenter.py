@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pdvit.config.schema import Config, SegmentConfig
 from pdvit.errors import UserError
+from pdvit.losses.objective import TokenOutput
 from pdvit.models.build import (
     build_model,
     checkpoint_activations,
@@ -70,16 +71,6 @@ class Adapter:
         return [maps[read.index(index)] for index in self.indices]
 
 
-class SegmentOutput(NamedTuple):
-    """The result of a forward pass."""
-
-    logits: Tensor  # (B, C, h, w) on the head's grid, which covers the padded images: see `Segmenter.resize`
-    aux: Tensor | None  # logits (B, C, h', w') of the auxiliary head, in training
-    first: Tensor | None  # patch tokens (B, N, D) that the terms compare; None unless the model is trained
-    last: Tensor | None
-    others: tuple[Tensor, ...] = ()  # patch tokens of more layers, for the cosine term
-
-
 class Segmenter(Wrapper):
     """A timm backbone, pruned by `prune`, with a segmentation head.
 
@@ -107,11 +98,15 @@ class Segmenter(Wrapper):
             self.head = UPerNetHead(adapter.widths, adapter.strides, classes, segment.width, segment.aux > 0, norm)
         self.taps = None if tokens is None else Taps(backbone, *tokens)
 
-    def forward(self, images: Tensor) -> SegmentOutput:
-        """Run the model on normalized images `(B, 3, H, W)`, padded with zeros below and to the right."""
+    def forward(self, images: Tensor) -> TokenOutput:
+        """Run the model on normalized images `(B, 3, H, W)`, padded with zeros below and to the right.
+
+        Logits `(B, C, h, w)` are on the head's grid, which covers the padded images: see `resize`; those of the
+        auxiliary head are on another. First and last are None unless the model is trained.
+        """
         maps, (first, last, *others) = self._read(images)
         logits, aux = self.head(maps)
-        return SegmentOutput(logits, aux, first, last, tuple(others))
+        return TokenOutput(logits, first, last, None, tuple(others), aux=aux)
 
     @torch.no_grad()
     def last_tokens(self, images: Tensor) -> Tensor:

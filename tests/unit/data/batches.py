@@ -3,25 +3,31 @@
 import struct
 import tarfile
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pdvit.config.schema import AugmentConfig
+from pdvit.config.schema import AugmentConfig, DataConfig
 from pdvit.data.augment import Augmentation
 from pdvit.data.loader import LoaderConfig, train_batches
 from pdvit.data.mixing import Mixing
+from pdvit.data.opening import open_source
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import FileSplit
 
 CLASSES = 3
 PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
 LOADER = LoaderConfig(3, seed=5, workers=0, device=torch.device("cpu"), preprocessing=PREPROCESSING)
-OFF = Mixing(cutmix=0.0, prob=0.5, patch_size=4, num_classes=CLASSES, labels=False)
-ON = replace(OFF, cutmix=1.0)
+
+
+def mixing(labels=False, classes=CLASSES, **augment):
+    """Return the mixing of these options of AugmentConfig."""
+    return Mixing(AugmentConfig(**augment), 4, classes, labels)
+
+
+OFF, ON = mixing(), mixing(cutmix=1.0)
 
 
 def save_images(folder, images):
@@ -66,6 +72,16 @@ def write_tree(root, names):
     for name in names:
         write(root / name, np.zeros((4, 4, 3), np.uint8), "PNG")
     return root
+
+
+def opened(source, **options):
+    """Return a source by its name or path; options are those of DataConfig."""
+    return open_source(DataConfig(source=str(source), **options))
+
+
+def keys(split):
+    """Return the names of the images in a split."""
+    return [split.key(index) for index in range(len(split))]
 
 
 def take(split, count, start=0, loader=LOADER, mixing=OFF, **augment):

@@ -15,7 +15,7 @@ from pdvit.data.mixing import MODES
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source
 from pdvit.errors import RunFailed, UserError
-from tests.unit.data.batches import CLASSES, LOADER, OFF, ON, join, same, save_images, take
+from tests.unit.data.batches import CLASSES, LOADER, OFF, ON, join, mixing, same, save_images, take
 
 COUNT = 10
 
@@ -107,23 +107,23 @@ def test_a_worker_that_dies_or_fails_ends_the_wait_with_its_reason(fault, reason
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
-    "mixing",
+    "mixed",
     [
         OFF,
         replace(ON, labels=True),
-        *(replace(ON, prob=1.0, labels=True, mode=mode) for mode in MODES),
-        *(replace(OFF, mixup=1.0, prob=1.0, mode=mode) for mode in MODES),
-        replace(ON, mixup=1.0, prob=1.0, labels=True),
+        *(mixing(True, cutmix=1.0, mixup_prob=1.0, mixup_mode=mode) for mode in MODES),
+        *(mixing(mixup=1.0, mixup_prob=1.0, mixup_mode=mode) for mode in MODES),
+        mixing(True, cutmix=1.0, mixup=1.0, mixup_prob=1.0),
     ],
 )
-def test_the_parts_of_several_processes_make_up_the_batch(split, processes, mixing):
+def test_the_parts_of_several_processes_make_up_the_batch(split, processes, mixed):
     """Also where images are mixed: each takes its rectangle from the image before it in the whole batch."""
     loader = replace(LOADER, batch_size=4, bad=BadImages(skip=True))
     if isinstance(split, FileSplit):
         split.paths[4].write_bytes(b"torn")  # another image replaces it
     ranks = [replace(loader, rank=rank, processes=processes) for rank in range(processes)]
-    parts = [take(split, 5, 2, rank, mixing, shift=2) for rank in ranks]
-    for batch, own in zip(take(split, 5, 2, loader, mixing, shift=2), zip(*parts, strict=True), strict=True):
+    parts = [take(split, 5, 2, rank, mixed, shift=2) for rank in ranks]
+    for batch, own in zip(take(split, 5, 2, loader, mixed, shift=2), zip(*parts, strict=True), strict=True):
         assert [len(part) for part in own] == [4 // processes] * processes
         assert all(torch.equal(join(own)[name], value) for name, value in batch.tensors().items())
 

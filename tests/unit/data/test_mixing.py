@@ -1,5 +1,4 @@
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +8,15 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
+from pdvit.config.schema import AugmentConfig
 from pdvit.data.mixing import MODES, Mixing, draw_pasted, partners, patch_cutmix
 from pdvit.errors import UserError
 
 CLASSES, SIZE = 7, 6
-MIXUP = Mixing(cutmix=0.0, prob=1.0, patch_size=2, num_classes=CLASSES, labels=True, mixup=1.0)
+
+
+def mixup(**options) -> Mixing:
+    return Mixing(AugmentConfig(**{"mixup": 1.0, "mixup_prob": 1.0} | options), 2, CLASSES, labels=True)
 
 
 def make(batch: int, rows: int, columns: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -137,12 +140,12 @@ def mix(mixing: Mixing, size: int = SIZE) -> tuple[Tensor, Tensor, Tensor | None
     place = torch.arange(float(size))
     images = place[:, None, None, None].expand(-1, 3, 4, 6)
     mixed = mixing.mix(images, torch.arange(size) % CLASSES, 0, 0, size, range(size))
-    return *mixed, (mixed[0][:, 0, 0, 0] - place) / (partners(size, mixing.mode) - place)
+    return *mixed, (mixed[0][:, 0, 0, 0] - place) / (partners(size, mixing.config.mixup_mode) - place)
 
 
 @pytest.mark.parametrize(("mode", "different"), [("batch", 1), ("pair", 3), ("elem", 6)])
 def test_mixup_blends_pixels_and_targets_alike(mode, different):
-    images, targets, patch_targets, fraction = mix(replace(MIXUP, mode=mode))
+    images, targets, patch_targets, fraction = mix(mixup(mixup_mode=mode))
     assert ((fraction >= 0) & (fraction <= 1)).all()
     assert len({round(value, 4) for value in fraction.tolist()}) == different
     assert (images == images[:, :1, :1, :1]).all()
@@ -152,12 +155,12 @@ def test_mixup_blends_pixels_and_targets_alike(mode, different):
 
 
 def test_fractions_follow_the_beta_distribution():
-    fraction = mix(replace(MIXUP, mixup=0.4, mode="elem"), size=3000)[-1]
+    fraction = mix(mixup(mixup=0.4, mixup_mode="elem"), size=3000)[-1]
     assert stats.kstest(fraction.numpy(), stats.beta(0.4, 0.4).cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)])
 def test_cutmix_and_mixup_take_turns_in_a_fraction_of_the_batches(fraction, low, high):
-    for change in ({"switch_prob": fraction}, {"mixup": 0.0, "prob": fraction}):
-        mixing = replace(MIXUP, cutmix=1.0, **change)
+    for change in ({"mixup_switch_prob": fraction}, {"mixup": 0.0, "mixup_prob": fraction}):
+        mixing = mixup(cutmix=1.0, **change)
         assert low <= sum(mixing.draws(0, step)[0] == "cutmix" for step in range(400)) <= high

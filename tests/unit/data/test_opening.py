@@ -3,10 +3,10 @@ import torch
 
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.data.images import BadImages
-from pdvit.data.opening import ImageSet, held_out_images, open_images, open_source, sample_photographs
+from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
 from pdvit.data.sources.split import ArraySplit
 from pdvit.errors import UserError
-from tests.unit.data.batches import PREPROCESSING, write_tree
+from tests.unit.data.batches import PREPROCESSING, opened, write_tree
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from tests.unit.data.batches import PREPROCESSING, write_tree
 def test_a_source_that_is_not_there_is_refused(tmp_path, source, what):
     (tmp_path / "images.rar").touch()
     with pytest.raises(UserError, match=what) as caught:
-        open_source(DataConfig(source=source.format(tmp_path / "images")))
+        opened(source.format(tmp_path / "images"))
     assert "--data" in caught.value.where
 
 

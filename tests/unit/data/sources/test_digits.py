@@ -4,27 +4,22 @@ import torch
 from sklearn.datasets import load_digits
 
 from pdvit.config.schema import DataConfig
-from pdvit.data.opening import open_source
 from pdvit.data.sources import digits as scenes
 from pdvit.data.sources.digits import GROUND, SIDE, read_digits, read_scenes
 from pdvit.errors import UserError
-
-
-def digits(seed=0):
-    return open_source(DataConfig(source="digits", split_seed=seed))
+from tests.unit.data.batches import opened
 
 
 def test_digits_are_the_originals_enlarged():
-    originals = load_digits()
-    every = torch.cat([split.images for split in digits().splits.values()])
-    labels = torch.cat([split.labels for split in digits().splits.values()])
+    originals, source = load_digits(), opened("digits")
+    every, labels = source.select("all").images, source.select("all").labels
     counts = np.bincount(originals.target)
     assert labels.bincount().tolist() == counts.tolist()
     for name, size in {"train": 1200, "val": 237, "test": 360}.items():  # stratified
-        found = digits().splits[name].labels.bincount(minlength=10).numpy()
+        found = source.splits[name].labels.bincount(minlength=10).numpy()
         assert np.abs(found - counts * size / 1797).max() <= 1
-    other = digits(1).fingerprint()
-    assert all(found != other[name] for name, found in digits().fingerprint().items() if name != "classes")
+    other = opened("digits", split_seed=1).fingerprint()
+    assert all(found != other[name] for name, found in source.fingerprint().items() if name != "classes")
     assert (every == every[:, :1]).all()
     assert every.min() == 0
     # Enlarging four times keeps the mean of an image up to the border, and 16 becomes 255.
@@ -33,7 +28,7 @@ def test_digits_are_the_originals_enlarged():
 
 
 def test_some_digits_keep_their_splits_and_begin_at_zero():
-    whole, some = open_source(DataConfig()), open_source(DataConfig(source="digits:5-9"))
+    whole, some = opened("digits"), opened("digits:5-9")
     assert some.classes == ["5", "6", "7", "8", "9"]
     for name, split in some.splits.items():
         chosen = whole.splits[name].labels >= 5
@@ -45,7 +40,7 @@ def test_some_digits_keep_their_splits_and_begin_at_zero():
 @pytest.mark.parametrize("source", ["digits:", "digits:4", "digits:4-4", "digits:9-5", "digits:0-12", "digits:a-b"])
 def test_another_range_of_digits_is_refused(source):
     with pytest.raises(UserError, match="no range of digits"):
-        open_source(DataConfig(source=source))
+        opened(source)
 
 
 SOURCE = read_scenes(DataConfig())

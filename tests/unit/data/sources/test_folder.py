@@ -8,24 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pdvit.config.schema import DataConfig
-from pdvit.data.opening import open_source
 from pdvit.data.sources import run_name
 from pdvit.errors import UserError
-from tests.unit.data.batches import tar_without_end, write_tree
+from tests.unit.data.batches import keys, opened, tar_without_end, write_tree
 
 VAL = ["val/ant/9.png", "val/bee/9.png"]
 MANY = [f"{name}/{number:02}.png" for name in ("ant", "bee") for number in range(30)]
 
 
-def folder(root, **options):
-    return open_source(DataConfig(source=str(root), **options))
-
-
 @pytest.mark.parametrize("validation", ["val", "validation"])
 def test_a_folder_of_class_folders_is_a_source(tmp_path, validation):
     files = ["train/žába/1.png", "train/žába/deep/δύο.PNG", "train/ant/3.jpg", f"{validation}/ant/4.png"]
-    source = folder(root := write_tree(tmp_path / "zvířata 動物", [*files, f"{validation}/žába/5.png"]))
+    source = opened(root := write_tree(tmp_path / "zvířata 動物", [*files, f"{validation}/žába/5.png"]))
     assert (source.name, run_name(str(root), "paper")) == ("zvířata 動物", "zvířata-動物-paper")
     assert source.classes == ["ant", "žába"]
     assert [path.name for path in source.splits["train"].paths] == ["3.jpg", "1.png", "δύο.PNG"]
@@ -54,15 +48,11 @@ def test_a_folder_of_class_folders_is_a_source(tmp_path, validation):
 )
 def test_a_folder_of_another_layout_is_refused(tmp_path, tree, what):
     with pytest.raises(UserError, match=re.escape(what)):
-        folder(write_tree(tmp_path, tree))
-
-
-def names(split):
-    return [split.key(index) for index in range(len(split))]
+        opened(write_tree(tmp_path, tree))
 
 
 def test_the_fingerprint_is_a_hash_of_labels_and_names(tmp_path):
-    source = folder(write_tree(tmp_path, ["train/ant/b.png", "train/ant/a/z.png", "train/bee/c.png", *VAL]))
+    source = opened(write_tree(tmp_path, ["train/ant/b.png", "train/ant/a/z.png", "train/bee/c.png", *VAL]))
     digest = sha256(np.array([0, 0, 1], dtype="<i8").tobytes() + b"z.png/b.png/c.png/").hexdigest()[:16]
     assert source.fingerprint()["train"] == {"images": 3, "hash": digest}
     assert source.fingerprint()["classes"] == 2
@@ -73,25 +63,25 @@ def test_the_fingerprint_is_a_hash_of_labels_and_names(tmp_path):
 def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path, seed, prefix):
     extra = ["test/ant/1.png", "test/bee/1.png"] if prefix else []
     root = write_tree(tmp_path, [f"{prefix}{file}" for file in MANY] + extra)
-    source = folder(root, split_seed=seed)
+    source = opened(root, split_seed=seed)
     train, val = (set(source.splits[split].paths) for split in ("train", "val"))
     assert not train & val
     assert {path.relative_to(root).as_posix().removeprefix(prefix) for path in train | val} == set(MANY)
     assert source.splits["val"].labels.bincount().tolist() == [3, 3]
     assert source.final_split == ("test" if prefix else "val")
     assert f"split_seed {seed}" in source.describe()
-    again = folder(root, split_seed=seed)
-    other = folder(root, split_seed=seed + 1)
+    again = opened(root, split_seed=seed)
+    other = opened(root, split_seed=seed + 1)
     assert again.fingerprint() == source.fingerprint()
     assert other.fingerprint()["val"] != source.fingerprint()["val"]
 
 
 def test_splits_of_other_names_are_named(tmp_path):
     root = write_tree(tmp_path, ["fit/ant/1.png", "check/ant/2.png", "val/ant/3.png"])
-    source = folder(root, train_split="fit", val_split="check")
-    assert [names(source.splits[split]) for split in ("train", "val")] == [["1.png"], ["2.png"]]
+    source = opened(root, train_split="fit", val_split="check")
+    assert [keys(source.splits[split]) for split in ("train", "val")] == [["1.png"], ["2.png"]]
     with pytest.raises(UserError, match="no split 'absent'"):
-        folder(root, train_split="fit", val_split="absent")
+        opened(root, train_split="fit", val_split="absent")
 
 
 def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(tmp_path):
@@ -99,34 +89,34 @@ def test_files_that_are_no_images_are_counted_and_named_and_hidden_ones_skipped(
     write_tree(tmp_path, ["train/ant/1.png", "val/ant/2.png", "train/ant/deep/._1.png", "train/loose.png", *hidden])
     for name in ("train/ant/notes\x1b[31m.txt", "val/ant/3.gif"):
         (tmp_path / name).write_bytes(b"GIF89a")
-    source = folder(tmp_path)
+    source = opened(tmp_path)
     (note,) = source.notes
     assert note.startswith("7 files are not read (hidden")  # a hidden folder counts once; the one outside of the splits
     assert "\x1b" not in source.describe()  # a command to the terminal
     assert all(name in note for name in ("train/.cache", "train/ant/.2.png", "train/ant/.thumbnails", "deep/._1.png"))
-    assert (source.classes, names(source.splits["train"])) == (["ant"], ["1.png"])
-    packed = folder(pack(tmp_path, tmp_path / "set.tar"))
+    assert (source.classes, keys(source.splits["train"])) == (["ant"], ["1.png"])
+    packed = opened(pack(tmp_path, tmp_path / "set.tar"))
     assert (packed.fingerprint(), packed.notes) == (source.fingerprint(), source.notes)
 
 
 def test_repeated_members_mixed_suffixes_and_images_in_two_splits_are_named(tmp_path):
     write_tree(tmp_path / "set", ["train/ant/1.png", "train/ant/1.jpg", "train/bee/2.png", "val/ant/3.png"])
     (tmp_path / "set/val/bee").symlink_to(tmp_path / "set/train/bee")
-    notes = folder(tmp_path / "set").describe()
+    notes = opened(tmp_path / "set").describe()
     assert "same name but for the suffix: 1 (train/ant/1)" in notes
     assert "warning: images in two splits: 1 (" in notes
     with tarfile.open(pack(tmp_path / "set", tmp_path / "set.tar"), "a") as packed:
         for _ in range(2):
             packed.add(tmp_path / "set/val/ant/3.png", "val/bee/4.png")
-    assert "the tar has twice, read as the last: 1 (val/bee/4.png)" in folder(tmp_path / "set.tar").describe()
+    assert "the tar has twice, read as the last: 1 (val/bee/4.png)" in opened(tmp_path / "set.tar").describe()
 
 
 def test_the_description_has_classes_counts_and_sizes(tmp_path):
     root = write_tree(tmp_path / "pets", ["train/ant/1.png", "val/ant/2.png"])
-    assert folder(root).describe() == "pets: 1 classes, images: 1 train, 1 val; 4x4 pixels"
+    assert opened(root).describe() == "pets: 1 classes, images: 1 train, 1 val; 4x4 pixels"
     Image.new("RGB", (30, 7)).save(root / "train/ant/4.png")
     (root / "train/ant/5.png").write_bytes(b"torn")
-    assert "from 4x4 to 30x7 pixels" in folder(root).describe()
+    assert "from 4x4 to 30x7 pixels" in opened(root).describe()
 
 
 def test_links_to_class_folders_are_followed_and_deeper_ones_are_not(tmp_path):
@@ -135,8 +125,8 @@ def test_links_to_class_folders_are_followed_and_deeper_ones_are_not(tmp_path):
         (tmp_path / "set" / split / "ant").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/train/bee/loop").symlink_to(tmp_path / "set")
     (tmp_path / "set/train/bee/4.png").symlink_to(tmp_path / "gone.png")  # an image that does not open
-    source = folder(tmp_path / "set")
-    assert names(source.splits["train"]) == ["1.png", "2.png", "3.png", "4.png"]
+    source = opened(tmp_path / "set")
+    assert keys(source.splits["train"]) == ["1.png", "2.png", "3.png", "4.png"]
     assert "1 file is not read" in source.describe()
 
 
@@ -145,7 +135,7 @@ def test_only_split_folders_are_walked(tmp_path, monkeypatch):
     root = write_tree(tmp_path, ["train/ant/1.png", "val/ant/2.png", "lost+found/3.png"])
     walked, real = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: walked.append(os.path.basename(path)) or real(path))
-    assert set(folder(root).splits) == {"train", "val"}
+    assert set(opened(root).splits) == {"train", "val"}
     assert "lost+found" not in walked
 
 
@@ -162,8 +152,8 @@ def pixels(split):
 
 @pytest.mark.parametrize("top", ["", "pictures/", "a/b/"])
 def test_an_archive_is_the_folder_that_was_packed(image_folder, tmp_path, top):
-    packed = folder(pack(image_folder, tmp_path / "pictures.tar", top))
-    plain = folder(image_folder)
+    packed = opened(pack(image_folder, tmp_path / "pictures.tar", top))
+    plain = opened(image_folder)
     assert packed.classes == plain.classes
     assert packed.name == "pictures"
     assert packed.fingerprint() == plain.fingerprint()
@@ -183,15 +173,15 @@ def test_an_archive_that_is_cut_off_or_without_end_is_refused(image_folder, tmp_
     start = content[: int(len(content) * kept) if isinstance(kept, float) else last]
     file.write_bytes(start + tar_without_end("train/red/x.png") if kept == "loop" else start)
     with pytest.raises(UserError, match="can't be read") as caught:
-        folder(file)
+        opened(file)
     assert str(tmp_path) in caught.value.where
 
 
 def test_hard_links_in_a_tar_are_read_and_symbolic_ones_counted(image_folder, tmp_path):
     (image_folder / "train/red/hard.png").hardlink_to(image_folder / "train/red/0.png")
-    plain = folder(image_folder)
+    plain = opened(image_folder)
     (image_folder / "train/red/soft.png").symlink_to("1.png")
-    source = folder(pack(image_folder, tmp_path / "set.tar"))
+    source = opened(pack(image_folder, tmp_path / "set.tar"))
     assert source.fingerprint() == plain.fingerprint()
     assert all(map(np.array_equal, pixels(source.splits["train"]), pixels(plain.splits["train"])))
     (note,) = (note for note in source.notes if "links" in note)

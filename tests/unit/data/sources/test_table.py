@@ -2,18 +2,13 @@ import re
 
 import pytest
 
-from pdvit.config.schema import DataConfig
-from pdvit.data.opening import open_source
 from pdvit.errors import UserError
+from tests.unit.data.batches import keys, opened
 
 
 def table(folder, text, **options):
     (folder / "set.csv").write_text(text, encoding="utf-8")
-    return open_source(DataConfig(source=str(folder / "set.csv"), **options))
-
-
-def keys(split):
-    return [split.key(index) for index in range(len(split))]
+    return opened(folder / "set.csv", **options)
 
 
 SPLIT = "path,label,split\na/1.png,cat,train\na/2.png,dog,train\n/abs/3.png,dog,val\n"
@@ -67,7 +62,7 @@ def test_rows_of_splits_that_are_not_used_are_counted(tmp_path):
 def test_a_table_that_is_not_sound_is_refused(tmp_path, text, what):
     (tmp_path / "set.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=re.escape(what)) as caught:
-        open_source(DataConfig(source=str(tmp_path / "set.csv")))
+        opened(tmp_path / "set.csv")
     assert "set.csv" in caught.value.where
 
 

@@ -11,13 +11,9 @@ from timm.data import create_dataset
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.images import BadImage, try_read
-from pdvit.data.opening import open_source
 from pdvit.data.sources.timm_sets import open_timm
 from pdvit.errors import UserError
-
-
-def opened(source, **options):
-    return open_source(DataConfig(source=source, **options))
+from tests.unit.data.batches import opened
 
 
 @pytest.fixture
@@ -58,7 +54,7 @@ def test_the_published_test_set_is_for_the_closing_numbers(mnist):
 
 def test_a_set_of_files_is_read_from_its_files(image_folder):
     source = opened("torch/image_folder", root=str(image_folder))
-    plain = opened(str(image_folder))
+    plain = opened(image_folder)
     assert source.fingerprint() == plain.fingerprint()
     assert source.splits["train"].paths == plain.splits["train"].paths
 

@@ -53,23 +53,14 @@ def test_every_weight_learns(name, head):
         assert stride == {VIT: 2, "vit_small_patch14_dinov2": 64 / 20}.get(name, 4)
 
 
-@pytest.mark.parametrize(("name", "head"), [(VIT, "linear"), (SWIN, "upernet")])
+@pytest.mark.parametrize(("name", "head", "multiple"), [(VIT, "upernet", 8), (VIT, "linear", 8), (SWIN, "upernet", 4)])
+@pytest.mark.parametrize(("height", "width"), [(30, 21), (9, 13), (5, 100)])
 @torch.no_grad()
-def test_images_of_any_size(name, head):
-    segmenter = build(name, head, crop=64).eval()
-    for size in [(33, 50), (9, 13), (5, 100)]:
-        logits = segmenter.resize(segmenter(images(1, *size)).logits, size)
-        assert logits.shape == (1, 5, *size)
-        assert logits.isfinite().all()
-
-
-@torch.no_grad()
-def test_padding_is_zeros_below_and_to_the_right_and_its_logits_are_cut_off():
-    segmenter = build().eval()
-    small = images(1, 30, 21)
-    padded = F.pad(small, (0, 3, 0, 2))
-    expected = F.interpolate(segmenter(padded).logits, (32, 24), mode="bilinear", align_corners=False)
-    assert torch.equal(segmenter.resize(segmenter(small).logits, (30, 21)), expected[..., :30, :21])
+def test_padding_is_zeros_below_and_to_the_right_and_its_logits_are_cut_off(name, head, multiple, height, width):
+    segmenter, small = build(name, head, crop=64).eval(), images(1, height, width)
+    padded = F.pad(small, (0, -width % multiple, 0, -height % multiple))
+    expected = F.interpolate(segmenter(padded).logits, padded.shape[2:], mode="bilinear", align_corners=False)
+    assert torch.equal(segmenter.resize(segmenter(small).logits, (height, width)), expected[..., :height, :width])
 
 
 @torch.no_grad()
@@ -181,5 +172,5 @@ def test_compiled_it_is_the_same(name):
     segmenter = build(name, crop=64, diversity=TERMS).eval()
     compiled = torch.compile(segmenter, fullgraph=True, dynamic=False)
     expected, found = segmenter(images(2, 64, 64)), compiled(images(2, 64, 64))
-    for ours, theirs in zip(found[:1] + found[2:4], expected[:1] + expected[2:4], strict=True):
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
