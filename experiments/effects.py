@@ -191,7 +191,7 @@ def difference(row: Row, control: Row | None, column: str) -> str:
 def mean_of(row: Row, column: str, *, spread: bool = False) -> str:
     """Return the mean over seeds as text, with the standard deviation if there are several."""
     found, digits = estimate(list(row.values(column).values())), MEASURES[column].digits
-    return f"{found.mean:.{digits}f}" + f" ± {found.std:.{digits}f}" * (spread and found.n > 1)
+    return f"{found.mean:.{digits}f}" + f" ± {found.std:.{digits}f}" * (spread and found.n > 1) if found.n else NOTHING
 
 
 def columns_of(results: pd.DataFrame) -> list[str | None]:
@@ -200,12 +200,14 @@ def columns_of(results: pd.DataFrame) -> list[str | None]:
 
 
 def table_of(results: pd.DataFrame) -> list[list[str]]:
-    """Return the table of one experiment in words, headings first."""
+    """Return the table of one experiment in words, headings first. A table without results has its own columns."""
     rows, columns = list(rows_of(results)), [column for column in columns_of(results) if column]
     rates = ["rate"] * (RATE in results)  # where a variant brings its own, the recipe has it
     controls = [name for name in CONTROLS if any(row.variant.endswith(name) for row in rows)]
     table = [[*(name.rpartition(".")[2] for name in rows[0].where), "", *rates, "n"]]
-    for measure in (MEASURES[column] for column in columns):
+    if not columns:
+        columns, controls = list(results.columns[2:]), []
+    for measure in (MEASURES[column]._replace(heading=MEASURES[column].heading or column) for column in columns):
         table[0] += [measure.heading, *(f"{MINUS} {name}{', %' * measure.relative}" for name in controls)]
     for row in rows:
         seeds = str(len(row.values(columns[0])))

@@ -8,14 +8,14 @@ tables. A mark stands before a table, or inside a sentence, but not at the begin
 With --check no page is written, and the exit status is 1 if one differs. The differences are printed.
 """
 
-import importlib.util
 import re
+import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from difflib import unified_diff
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *HERE.parent.glob("docs/*.md"), *HERE.rglob("*.md")]
@@ -23,14 +23,8 @@ MARK = re.compile(r"(.?)<!-- (\S+\.py)(.*?) -->.*?<!-- end -->", re.DOTALL)
 
 
 @cache
-def load(script: str) -> ModuleType:
-    """Import a script by its path: scripts of two folders may have one name."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, HERE / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def report_of(script: str) -> Callable[..., str]:
+    return runpy.run_path(str(HERE / script))["report"]
 
 
 def filled(text: str) -> str:
@@ -38,7 +32,7 @@ def filled(text: str) -> str:
 
     def fill(mark: re.Match[str]) -> str:
         before, script, words = mark.groups()
-        found = load(script).report(*shlex.split(words))
+        found = report_of(script)(*shlex.split(words))
         start = "\n" if found.endswith("\n") else ""
         if not start and before in ("", "\n"):
             raise ValueError(f"at the beginning of a line: {script}{words}")

@@ -24,7 +24,6 @@ from pdvit.data.mixing import paste
 from pdvit.data.sources.split import subsample
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
-from pdvit.plots.sweep import NOTHING, estimate
 from pdvit.similarity import unit_tokens
 from pdvit.tasks.base import ImageTask
 from pdvit.workflows.console import make_console
@@ -32,7 +31,7 @@ from pdvit.workflows.runs import build_trainer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from effects import at_best_rates, markdown  # noqa: E402
+from effects import at_best_rates, report  # noqa: E402
 from tables import SEED, write_table  # noqa: E402
 
 Measure = Callable[[Path], dict[str, float]]
@@ -94,17 +93,7 @@ def of_all_runs(take: Measure, name: str, kind: str = "cpu", variants: Sequence[
                 sys.exit(f"no run here at {run}: train them first, `python experiments/run.py ablation{words}`")
             rows.append({"variant": cell["variant"], SEED: cell[SEED], **take(run)})
     write_table(HERE / f"{name}{end}.csv", rows)
-    print(report(f"{name}{end}.csv"), end="")
-
-
-def report(name: str) -> str:
-    """Return a table that was written: mean ± standard deviation over seeds of each variant."""
-    found = pd.read_csv(HERE / name)
-    table = [["", *(column.replace("_", " ") for column in found.columns[2:])]]
-    for variant, rows in found.groupby("variant", sort=False):
-        means = [estimate(rows[column].tolist()) for column in found.columns[2:]]
-        table.append([str(variant), *(f"{m.mean:.2f} ± {m.std:.2f}" if m.mean == m.mean else NOTHING for m in means)])
-    return markdown(table)
+    print(report(f"ablation/{name}{end}.csv"), end="")
 
 
 if __name__ == "__main__":

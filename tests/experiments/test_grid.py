@@ -1,9 +1,8 @@
 import pandas as pd
-from pages import load
+from grid import changes_of, table_of
 from scipy import stats
 
 MINUS, NOTHING = "\u2212", "\u2013"
-GRID = load("depth/grid.py")
 
 
 def runs() -> pd.DataFrame:
@@ -26,7 +25,7 @@ def runs() -> pd.DataFrame:
 
 
 def test_runs_that_stalled_are_lost_or_had_spikes_are_counted():
-    head, *body = GRID.table_of(runs())
+    head, *body = table_of(runs())
     assert head[:6] == ["depth", "rate", "none, %", "cutmix, %", "paper, %", f"paper {MINUS} none"]
     assert [line[:2] for line in body] == [[d, r] for d in ("6", "24") for r in ("0.001", "0.002")]
     assert [line[-4:] for line in body[:3]] == [["3, 3, 3", *["0, 0, 0"] * 3]] * 3
@@ -39,7 +38,7 @@ def test_the_change_from_the_least_size_to_the_greatest_is_that_of_the_best_rate
     table["rank_norm"] = 10.0 - (table["variant"] == "none") * (table["model.depth"] == 24) * table["run.seed"]
     table.loc[(table["model.depth"] == 24) & (table["optim.lr"] == 0.001), "accuracy"] += 0.1
     table.loc[(table["model.depth"] == 24) & (table["variant"] == "paper"), "accuracy"] += 0.02 * table["run.seed"]
-    head, *body = GRID.changes_of(table)
+    head, *body = changes_of(table)
     assert head == [f"depth 24 {MINUS} 6", "n", "accuracy, points", "P after the norm", "effective rank, %"]
     low, high = stats.ttest_1samp([-10, -20, -30], 0).confidence_interval(0.95)
     rank = f"{MINUS}20 [{MINUS}{-low:.0f}, +{high:.0f}]"

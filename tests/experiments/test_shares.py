@@ -1,11 +1,11 @@
 import pytest
 import torch
-from pages import load
+from regions import parts
+from shares import shares
 
 from pdvit.similarity import patch_similarity
 
 RIGHT, UP = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-SHARES = load("ablation/shares.py")
 
 
 def tokens(token_of):
@@ -24,13 +24,13 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_each_share_is_found_alone(name):
-    found = SHARES.shares(tokens(ALONE[name]), torch.tensor([0, 0, 1, 1]))
+    found = shares(tokens(ALONE[name]), torch.tensor([0, 0, 1, 1]))
     assert found == pytest.approx(dict.fromkeys(ALONE, 0) | {name: 1})
 
 
 def test_the_first_three_make_up_the_mean_cosine():
     drawn = torch.randn(12, 7, 5, generator=torch.Generator().manual_seed(0))
-    found = SHARES.shares(drawn, torch.arange(12) % 3)
+    found = shares(drawn, torch.arange(12) % 3)
     alike = found["all"] + found["class"] + found["image"]
     assert (7 * alike - 1) / 6 == pytest.approx(float(patch_similarity(drawn, signed=True).mean()), abs=1e-6)
     assert sum(found.values()) == pytest.approx(1)
@@ -40,6 +40,6 @@ def test_the_first_three_make_up_the_mean_cosine():
 def test_pairs_in_the_same_half_and_across_are_separate():
     right, up, both = [1.0, 0.0], [0.0, 2.0], [-3.0, -3.0]
     tokens = torch.tensor([[right, both, up, up]])
-    same, across = load("ablation/regions.py").parts(tokens, torch.tensor([True, True, False, False]))
+    same, across = parts(tokens, torch.tensor([True, True, False, False]))
     assert same == pytest.approx((0.5**0.5 + 1) / 2)
     assert across == pytest.approx((0 + 0 + 0.5**0.5 + 0.5**0.5) / 4)
