@@ -29,7 +29,7 @@ from pdvit.plots.sweep import MINUS, NOTHING, Estimate, estimate, paired
 
 HERE = Path(__file__).parent
 CONTROLS = ("none", "cutmix")
-ROW, AROUND = 0.24, 0.9  # height of a row of the figure and of what is around, in inches
+ROW, AROUND = 0.21, 0.9  # height of a row of the figure and of what is around, in inches
 
 
 class Measure(NamedTuple):
@@ -85,8 +85,8 @@ BOTH, PLAIN = ("cosine", "paper"), ("cosine-plain", "paper")
 QUESTIONS = [
     Question(section, f"{setting}, {variant}", table, variant)
     for section, setting, table, variants in (
-        ("published", "CamVid, linear head", "published/results-mend-linear.csv", BOTH),
-        ("published", "pets", "published/results-mend-pets.csv", BOTH),
+        ("published", "published ViT-S, CamVid", "published/results-mend-linear.csv", BOTH),
+        ("published", "published ViT-S, pets", "published/results-mend-pets.csv", BOTH),
         ("lasting", "CIFAR-100, 10 classes, 60 epochs", "lasting/results-ten.csv", BOTH),
         ("lasting", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv", BOTH),
         ("terms", "digits, 12 blocks", "ablation/results.csv", ("cosine", "contrastive", "mixing", "paper")),

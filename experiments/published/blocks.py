@@ -29,15 +29,20 @@ DATA, OF_CLASS, SIDE = Path("data/pets3-224"), 20, 224
 LAYERS = ("block 5", "block 9", "block 11", "block 12", "norm")
 METRICS = {  # of metrics.csv: heading, factor, digits
     "similarity": ("P", 1, 3),
+    "similarity_random": ("P of random weights", 1, 3),
     "effective_rank": ("effective rank", 1, 1),
     "norm_mean": ("length of tokens", 1, 1),
     "drift_retrieval": ("patches found again, %", 100, 1),
 }
 
 
-def report(name: str) -> str:
-    """Return blocks.csv, or chosen metrics and layers of a table of metrics, in Markdown."""
+def report(name: str, *place: str) -> str:
+    """Return blocks.csv or a part of a table of metrics in Markdown; P of the latter at one place, a run and a layer."""
     table = pd.read_csv(HERE / name)
+    if place:
+        run, layer = place
+        rows = table[(table.iloc[:, 0] == run) & (table["layer"] == layer) & (table["metric"] == "similarity")]
+        return f"{rows['mean'].item():.2f}"
     if name == "blocks.csv":
         return markdown([[*table], *([layer, *(f"{value:.2f}" for value in rest)] for layer, *rest in table.values)])
     by, lines = table.columns[0], [["", "images", *LAYERS]]
