@@ -37,7 +37,7 @@ METRICS = {  # of metrics.csv: heading, factor, digits
 
 
 def report(name: str, *place: str) -> str:
-    """Return blocks.csv or a part of a table of metrics in Markdown; P of the latter at one place, a run and a layer."""
+    """Return blocks.csv or a part of a table of metrics in Markdown, or P at one place, a run and a layer."""
     table = pd.read_csv(HERE / name)
     if place:
         run, layer = place
