@@ -8,11 +8,11 @@ that was measured there, which the column names. A model that uses the hardware 
 accordingly less or more.
 """
 
-from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import torch
+from effects import markdown
 from speed.operations import forward_operations
 from tables import write_table
 
@@ -84,13 +84,17 @@ def main() -> None:
     for name, rate in rates(HERE / "speed" / "train_step.csv").items():
         table[name] = table["operations"] / rate / 3600
     write_table(HERE / "costs.csv", table.to_dict("records"))
-    shown = StringIO()
-    heads = ["recipe", "images, M", "forward, G", "all, 10^18", *table.columns[4:]]
-    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", file=shown)
-    for row in table.itertuples(index=False):
-        numbers = [f"{row[1] / 1e6:,.1f}", f"{row[2] / 1e9:,.1f}", f"{row[3] / 1e18:,.1f}"]
-        print(f"| {' | '.join([row[0], *numbers, *(f'{hours:,.0f}' for hours in row[4:])])} |", file=shown)
-    print(shown.getvalue(), end="")
+    print(report("costs.csv"), end="")
+
+
+def report(name: str) -> str:
+    """Return the table in Markdown."""
+    table = pd.read_csv(HERE / name)
+    shown = [["recipe", "images, M", "forward pass, 10^9 operations", "whole training, 10^18", *table.columns[4:]]]
+    for recipe, images, forward, operations, *hours in table.values.tolist():
+        numbers = [f"{images / 1e6:,.1f}", f"{forward / 1e9:,.1f}", f"{float(operations) / 1e18:,.1f}"]
+        shown.append([recipe, *numbers, *(f"{number:,.0f}" for number in hours)])
+    return markdown(shown)
 
 
 if __name__ == "__main__":

@@ -1,109 +1,121 @@
-"""What the terms do in each experiment, against both controls: `python experiments/effects.py [FILE [FIGURE]]`.
+"""What the terms do in each experiment, against both controls: `python experiments/effects.py [WORDS]`.
 
-    python experiments/effects.py                         # all questions: effects.csv and effects.png
-    python experiments/effects.py ablation/results.csv    # one table of results: all its variants
+    python experiments/effects.py                                              # draws effects.png: every question
+    python experiments/effects.py depth                                        # the rows of one question
+    python experiments/effects.py ablation/results.csv                         # all variants of one table
     python experiments/effects.py ablation/results.csv ablation/effects.png    # draws their effects too
+    python experiments/effects.py ablation/results.csv cosine accuracy         # a mean over seeds
+    python experiments/effects.py ablation/results.csv cosine accuracy none    # a difference
+    python experiments/effects.py depth/results.csv paper accuracy none model.depth=24    # ... of some of the runs
 
-Both print a table in Markdown. Where learning rates were crossed, each variant has the one with the best mean on
-validation. Differences are paired by seed, with their 95 % interval (Student's t).
+Tables are in Markdown. Where learning rates were crossed, each variant has the one with the best mean on validation.
+Differences are paired by seed, with their 95 % interval (Student's t).
 """
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.lines import Line2D
-from tables import RATE, SEED, best_rates, write_table
+from tables import RATE, SEED, best_rates
 
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, render
-from pdvit.plots.sweep import Estimate, estimate, paired
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, legend, new_figure, render
+from pdvit.plots.sweep import MINUS, NOTHING, Estimate, estimate, paired
 
 HERE = Path(__file__).parent
 CONTROLS = ("none", "cutmix")
-ROW, AROUND = 0.24, 0.9  # height of a row of the figure and of what is around, in inches
-MINUS, NOTHING = "\u2212", "\u2013"
+ROW, AROUND = 0.21, 0.9  # height of a row of the figure and of what is around, in inches
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A number that is compared.
+class Measure(NamedTuple):
+    """How a column is written: its heading, factor and digits; of a relative one, differences are in percent."""
 
-    Attributes:
-        name: to read.
-        columns: that may have it, with their headings; the first that is there.
-        factor: from the column's unit to that of the table.
-        digits: behind the point.
-        relative: differences are percentages of the control, for what is compared between settings of another size.
-    """
-
-    name: str
-    columns: Mapping[str, str]
+    heading: str
     factor: int
     digits: int
     relative: bool = False
 
 
-MEASURES = (
-    Measure("accuracy or mIoU", {"miou": "mIoU, %", "accuracy": "accuracy, %"}, 100, 1),
-    Measure("P", {"similarity_norm": "P after the norm", "similarity_last": "P of last"}, 1, 2),
-    Measure("effective rank", {"rank_norm": "effective rank there"}, 1, 1, relative=True),
-)
+MEASURES = defaultdict(lambda: Measure("", 1, 2))  # by column; these are in the tables, if the results have them
+MEASURES |= {
+    "miou": Measure("mIoU, %", 100, 1),
+    "accuracy": Measure("accuracy, %", 100, 1),
+    "similarity_norm": Measure("P after the norm", 1, 2),
+    "similarity_last": Measure("P of last", 1, 2),
+    "rank_norm": Measure("effective rank there", 1, 1, relative=True),  # networks of several sizes are compared
+}
+# The panels of the figure: of each the first column that there is.
+PANELS = {
+    "accuracy or mIoU, points": ("miou", "accuracy"),
+    "P": ("similarity_norm", "similarity_last"),
+    "effective rank, %": ("rank_norm",),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in one setting: its rate, and for each measure the value of each seed, in the table's unit."""
+    """A variant in one setting: its rate and its finished runs at that rate."""
 
     where: Mapping[str, object]
     variant: str
     rate: float
-    values: Sequence[Mapping[str, float]]
+    runs: pd.DataFrame
+
+    def values(self, column: str) -> dict[str, float]:
+        """Return the value of each seed, in the unit of the tables."""
+        known = self.runs.reindex(columns=[SEED, column]).dropna()
+        return dict(zip(known[SEED].astype(str), known[column] * MEASURES[column].factor, strict=True))
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A variant in one setting of a table of results."""
 
-    question: str
+    section: str
     setting: str
-    file: str
-    variant: str = "paper"
-    where: Mapping[str, object] | None = None
+    table: str  # the words of `read`
+    variant: str
 
 
-TERMS = ("cosine", "contrastive", "mixing", "paper")
-QUESTIONS = (
-    Question("smoke test", "digits, 8 blocks, 64 patches", "digits/results.csv"),
-    *(Question("which term", f"digits, 12 blocks, {term}", "ablation/results.csv", term) for term in TERMS),
-    Question("longer training", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv"),
-    *(
-        Question("longer training", f"CIFAR-100, 10 classes, 60 epochs, {term}", "lasting/results-ten.csv", term)
-        for term in ("cosine", "paper")
-    ),
-    *(
-        Question("depth", f"digits, {blocks} blocks", "depth/results.csv", where={"model.depth": blocks})
-        for blocks in (6, 24)
-    ),
-    Question("width", "digits, 6 blocks, 96 wide", "depth/results-widths.csv"),
-    *(
-        Question("beside a remedy", f"digits, {name.replace('-', ' ')}", "remedies/results.csv", f"{name}-paper")
-        for name in ("layerscale", "registers", "talking-heads")
-    ),
-    Question("transfer", "digits 0 to 4, then 5 to 9, frozen", "transfer/results.csv", "probe-paper"),
-    Question("transfer", "digits 0 to 4, then 5 to 9, finetuned", "transfer/results.csv", "finetuned-paper"),
-    *(
-        Question("photographs", f"CIFAR-100, 10 classes, {term}", "ablation/results-photos.csv", term)
-        for term in ("cosine", "mixing", "paper")
-    ),
-    Question("photographs", "Tiny ImageNet-50", "segmentation/results-backbones.csv"),
-    Question("segmentation", "CamVid, frozen", "segmentation/results-camvid-frozen.csv"),
-    Question("segmentation", "CamVid, finetuned", "segmentation/results-camvid-finetuned.csv"),
-    Question("segmentation", "digit scenes, frozen", "segmentation/results-scenes-frozen.csv"),
-    Question("segmentation", "digit scenes, finetuned", "segmentation/results-scenes-finetuned.csv"),
-)
+BOTH, PLAIN = ("cosine", "paper"), ("cosine-plain", "paper")
+QUESTIONS = [
+    Question(section, f"{setting}, {variant}", table, variant)
+    for section, setting, table, variants in (
+        ("published", "published ViT-S, CamVid", "published/results-mend-linear.csv", BOTH),
+        ("published", "published ViT-S, pets", "published/results-mend-pets.csv", BOTH),
+        ("lasting", "CIFAR-100, 10 classes, 60 epochs", "lasting/results-ten.csv", BOTH),
+        ("lasting", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv", BOTH),
+        ("terms", "digits, 12 blocks", "ablation/results.csv", ("cosine", "contrastive", "mixing", "paper")),
+        ("terms", "CIFAR-100, 10 classes", "ablation/results-photos.csv", ("cosine", "mixing", "paper")),
+        ("terms", "Tiny ImageNet-50", "segmentation/results-backbones.csv", ("paper",)),
+        ("depth", "digits, 6 blocks", "depth/results.csv model.depth=6", ("paper",)),
+        ("depth", "digits, 24 blocks", "depth/results.csv model.depth=24", ("paper",)),
+        ("depth", "digits, 6 blocks, 96 wide", "depth/results-widths.csv", ("paper",)),
+        ("remedies", "digits", "remedies/results.csv", ("layerscale-paper", "registers-paper", "talking-heads-paper")),
+        ("transfer", "digits 5 to 9", "transfer/results.csv", ("probe-cosine", "probe-paper")),
+        ("transfer", "digits 5 to 9", "transfer/results.csv", ("finetuned-cosine", "finetuned-paper")),
+        *(
+            ("segmentation", f"{images}, {part}", f"segmentation/results-{file}-{part}.csv", variants)
+            for images, file, variants in (("CamVid", "camvid", ("paper",)), ("digit scenes", "scenes", PLAIN))
+            for part in ("frozen", "finetuned")
+        ),
+        ("digits", "digits, 8 blocks, 64 patches", "digits/results.csv", PLAIN),
+    )
+    for variant in variants
+]
+
+
+@cache
+def read(file: str, *only: str) -> pd.DataFrame:
+    """Read a table of this folder, or the rows of it that have some values, as KEY=VALUE."""
+    table = pd.read_csv(HERE / file)
+    for key, _, value in (part.partition("=") for part in only):
+        table = table[table[key].astype(str) == value]
+    return table
 
 
 def rows_of(results: pd.DataFrame) -> Iterator[Row]:
@@ -111,12 +123,11 @@ def rows_of(results: pd.DataFrame) -> Iterator[Row]:
     dotted = [name for name in results if "." in name and name not in (RATE, SEED)]
     crossed = [name for name in dotted if results.groupby("variant")[name].nunique().max() > 1]
     for (*setting, variant), cells in results.groupby([*crossed, "variant"], sort=False):
-        chosen, rate = cells[cells["status"] == "finished"], math.nan
+        chosen, rate = cells[cells["status"] == "finished"] if "status" in cells else cells, math.nan
         if RATE in cells:
             rate = next((rate for rate, *_ in best_rates(cells.to_dict("records")).values()), math.nan)
             chosen = chosen[chosen[RATE] == rate]
-        values = [seeds_of(chosen, measure) for measure in MEASURES]
-        yield Row(dict(zip(crossed, setting, strict=True)), variant, rate, values)
+        yield Row(dict(zip(crossed, setting, strict=True)), variant, rate, chosen)
 
 
 def at_best_rates(table: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
@@ -128,22 +139,18 @@ def at_best_rates(table: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     """
     if RATE not in results:
         return table
-    parts = []
-    for row in rows_of(results):
-        kept = table[(table["variant"] == row.variant) & (table[RATE] == row.rate)]
-        for name, value in row.where.items():
-            kept = kept[kept[name] == value]
-        parts.append(kept.drop(columns=RATE))
-    return pd.concat(parts)
+    best = pd.concat(row.runs for row in rows_of(results))
+    return table.merge(best[[name for name in table if name == "variant" or "." in name]]).drop(columns=RATE)
 
 
-def seeds_of(cells: pd.DataFrame, measure: Measure) -> dict[str, float]:
-    """Return the value of each seed, of the first column that is there."""
-    for column in measure.columns:
-        if column in cells:
-            known = cells[[SEED, column]].dropna()
-            return dict(zip(known[SEED].astype(str), known[column] * measure.factor, strict=True))
-    return {}
+def row_of(rows: Sequence[Row], variant: str) -> Row:
+    """Return the row of a variant. Raises ValueError if there is none, or one for each of several settings."""
+    found = [row for row in rows if row.variant == variant]
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found)} rows of {variant}; there are {', '.join(sorted({row.variant for row in rows}))}"
+        )
+    return found[0]
 
 
 def control_of(row: Row, name: str, rows: Sequence[Row]) -> Row | None:
@@ -155,12 +162,12 @@ def control_of(row: Row, name: str, rows: Sequence[Row]) -> Row | None:
     return None if control is row else control
 
 
-def effect(row: Row, control: Row | None, measure: int) -> Estimate | None:
+def effect(row: Row, control: Row | None, column: str) -> Estimate | None:
     """Return row minus control, of a relative measure in percent of the control; None where either lacks it."""
     if control is None:
         return None
-    first, second = control.values[measure], row.values[measure]
-    if MEASURES[measure].relative:
+    first, second = control.values(column), row.values(column)
+    if MEASURES[column].relative:
         second = {seed: 100 * (value / first[seed] - 1) for seed, value in second.items() if seed in first}
         first = dict.fromkeys(first, 0.0)
     found = paired(first, second)
@@ -175,74 +182,61 @@ def written(effect: Estimate | None, digits: int) -> str:
     return mean if math.isnan(effect.low) else f"{mean} [{low}, {high}]"
 
 
+def difference(row: Row, control: Row | None, column: str) -> str:
+    """Return row minus control as text."""
+    measure = MEASURES[column]
+    return written(effect(row, control, column), 0 if measure.relative else measure.digits)
+
+
+def mean_of(row: Row, column: str, *, spread: bool = False) -> str:
+    """Return the mean over seeds as text, with the standard deviation if there are several."""
+    found, digits = estimate(list(row.values(column).values())), MEASURES[column].digits
+    return f"{found.mean:.{digits}f}" + f" ± {found.std:.{digits}f}" * (spread and found.n > 1) if found.n else NOTHING
+
+
+def columns_of(results: pd.DataFrame) -> list[str | None]:
+    """Return for each panel the column that the results have."""
+    return [next((name for name in names if name in results), None) for names in PANELS.values()]
+
+
 def table_of(results: pd.DataFrame) -> list[list[str]]:
-    """Return the table of one experiment in words, headings first."""
-    rows = list(rows_of(results))
+    """Return the table of one experiment in words, headings first. A table without results has its own columns."""
+    rows, columns = list(rows_of(results)), [column for column in columns_of(results) if column]
     rates = ["rate"] * (RATE in results)  # where a variant brings its own, the recipe has it
+    controls = [name for name in CONTROLS if any(row.variant.endswith(name) for row in rows)]
     table = [[*(name.rpartition(".")[2] for name in rows[0].where), "", *rates, "n"]]
-    shown = [number for number in range(len(MEASURES)) if any(row.values[number] for row in rows)]
-    for measure in (MEASURES[number] for number in shown):
-        heading = next(heading for column, heading in measure.columns.items() if column in results)
-        table[0] += [heading, *(f"{MINUS} {name}{', %' * measure.relative}" for name in CONTROLS)]
+    if not columns:
+        columns, controls = list(results.columns[2:]), []
+    for measure in (MEASURES[column]._replace(heading=MEASURES[column].heading or column) for column in columns):
+        table[0] += [measure.heading, *(f"{MINUS} {name}{', %' * measure.relative}" for name in controls)]
     for row in rows:
-        line = [*map(str, row.where.values()), row.variant, *(f"{row.rate:g}" for _ in rates), str(len(row.values[0]))]
-        for number in shown:
-            digits = MEASURES[number].digits
-            found = estimate(list(row.values[number].values()))
-            line.append(f"{found.mean:.{digits}f}" + f" ± {found.std:.{digits}f}" * (found.n > 1))
-            digits *= not MEASURES[number].relative
-            line += [written(effect(row, control_of(row, name, rows), number), digits) for name in CONTROLS]
+        seeds = str(len(row.values(columns[0])))
+        line = [*map(str, row.where.values()), row.variant, *(f"{row.rate:g}" for _ in rates), seeds]
+        for column in columns:
+            line.append(mean_of(row, column, spread=True))
+            line += [difference(row, control_of(row, name, rows), column) for name in controls]
         table.append(line)
     return table
 
 
-def questions_of(file: str) -> list[Question]:
-    """Return what one can ask of a table of results: each variant that is no control, in each setting."""
-    rows = list(rows_of(pd.read_csv(HERE / file)))
-    asked = [row for row in rows if all(control_of(row, name, rows) for name in CONTROLS)]
-    names = [" ".join([*map(str, row.where.values()), row.variant]) for row in asked]
-    return [Question("", name, file, row.variant, row.where) for name, row in zip(names, asked, strict=True)]
+def answer(asked: Question) -> tuple[Row, list[Row | None]]:
+    """Return the row of a question, and its controls."""
+    rows = list(rows_of(read(*asked.table.split())))
+    row = row_of(rows, asked.variant)
+    return row, [control_of(row, name, rows) for name in CONTROLS]
 
 
-def effects(questions: Sequence[Question] = QUESTIONS) -> pd.DataFrame:
-    """Return the effect for each question, on each measure, against each control, with the mean of that control."""
-    found = []
-    for asked in questions:
-        rows = list(rows_of(pd.read_csv(HERE / asked.file)))
-        (row,) = [row for row in rows if row.variant == asked.variant and row.where == (asked.where or {})]
-        for number, measure in enumerate(MEASURES):
-            for name in CONTROLS:
-                control = control_of(row, name, rows)
-                seen = effect(row, control, number)
-                if control is not None and seen is not None:
-                    line = {"question": asked.question, "setting": asked.setting, "measure": measure.name}
-                    line |= {"minus": name, "control": estimate(list(control.values[number].values())).mean}
-                    found.append(line | {"n": seen.n, "effect": seen.mean, "low": seen.low, "high": seen.high})
-    return pd.DataFrame(found)
-
-
-def summary_of(table: pd.DataFrame) -> list[list[str]]:
-    """Return the table of all questions in words: the first measure against both controls, the others against none."""
-    first, *others = MEASURES
-    columns = [(first, control) for control in CONTROLS] + [(measure, CONTROLS[0]) for measure in others]
-    heads = [f"{measure.name} {MINUS} {control}{', %' * measure.relative}" for measure, control in columns]
-    summary, before = [["question", "setting", "n", f"{first.name} of {CONTROLS[0]}", *heads]], ""
-    for (question, setting), part in table.groupby(["question", "setting"], sort=False):
-        line = []
-        for measure, control in columns:
-            seen = part[(part["measure"] == measure.name) & (part["minus"] == control)]
-            found = [Estimate(row.n, row.effect, math.nan, row.low, row.high) for row in seen.itertuples()]
-            line.append(written(found[0] if found else None, 0 if measure.relative else measure.digits))
-        base = part[(part["measure"] == first.name) & (part["minus"] == CONTROLS[0])].iloc[0]
-        told = [
-            str(question) * (question != before),
-            str(setting),
-            str(base["n"]),
-            f"{base['control']:.{first.digits}f}",
-        ]
-        summary.append([*told, *line])
-        before = str(question)
-    return summary
+def summary_of(section: str) -> list[list[str]]:
+    """Return the rows of a section in words: the first measure against both controls, the others against none."""
+    table = [["setting", "n", "accuracy or mIoU of none, %", f"{MINUS} none, points", f"{MINUS} cutmix, points"]]
+    table[0] += [f"P {MINUS} none", f"effective rank {MINUS} none, %"]
+    for asked in (asked for asked in QUESTIONS if asked.section == section):
+        row, (none, cutmix) = answer(asked)
+        first, *others = columns_of(row.runs)
+        line = [asked.setting, str(len(row.values(first))), mean_of(none, first)]
+        line += [difference(row, none, first), difference(row, cutmix, first)]
+        table.append(line + [difference(row, none, column) if column else NOTHING for column in others])
+    return table
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -250,61 +244,70 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *body))
 
 
-def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
-    """Draw a panel for each measure: a row for each setting, the difference from each control with its interval.
+def report(what: str, *words: str) -> str:
+    """Return what is printed: the table of a section or a file, or of a file one number."""
+    if what in {asked.section for asked in QUESTIONS}:
+        return markdown(summary_of(what))
+    only = [word for word in words if "=" in word]
+    results = read(what, *only)
+    if only == [*words]:
+        return markdown(table_of(results))
+    variant, column, *control = (word for word in words if "=" not in word)
+    rows = list(rows_of(results))
+    row = row_of(rows, variant)
+    return difference(row, row_of(rows, *control), column) if control else mean_of(row, column)
 
-    Args:
-        table: as `effects` returns it.
-        theme: colours.
-    """
-    settings = list(dict.fromkeys(zip(table["question"], table["setting"], strict=True)))
-    with new_figure(DOUBLE, ROW * len(settings) + AROUND, theme) as figure:
-        figure.subplots(1, len(MEASURES), sharey=True)
-        figure.data = table
-        styles: dict[str, dict[str, str]] = {
-            "none": {"color": theme.colours[0], "fmt": "o"},
-            "cutmix": {"color": theme.colours[1], "fmt": "s"},
-        }
-        for axes, measure in zip(figure.axes, MEASURES, strict=True):
-            axes.axvline(0, color=theme.muted, linewidth=0.8)
-            for line in table[table["measure"] == measure.name].itertuples():
-                place = settings.index((line.question, line.setting)) + (0.15 if line.minus == CONTROLS[1] else -0.15)
-                reach = [[line.effect - line.low], [line.high - line.effect]]
-                axes.errorbar([line.effect], [place], xerr=reach, markersize=3.5, elinewidth=1, **styles[line.minus])
-            for place in range(1, len(settings)):
-                if settings[place][0] != settings[place - 1][0]:
-                    axes.axhline(place - 0.5, color=theme.muted, linewidth=0.4)
-            axes.set_xlabel(measure.name + ", points" * (measure.factor == 100) + ", %" * measure.relative)
+
+def questions_of(file: str) -> Iterator[Question]:
+    """Yield what one can ask of a table of results: each variant that is no control, in each setting."""
+    rows = list(rows_of(read(file)))
+    for row in rows:
+        if all(control_of(row, name, rows) for name in CONTROLS):
+            words = [file, *(f"{key}={value}" for key, value in row.where.items())]
+            yield Question("", " ".join([*map(str, row.where.values()), row.variant]), " ".join(words), row.variant)
+
+
+def draw(questions: Sequence[Question]) -> Drawing:
+    """Draw a panel for each measure: a row for each question, the difference from each control with its interval."""
+    looks = [{"color": colour, "marker": marker} for colour, marker in zip(LIGHT.colours, "os", strict=False)]
+    with new_figure(DOUBLE, ROW * len(questions) + AROUND, LIGHT) as figure:
+        figure.subplots(1, len(PANELS), sharey=True)
+        for axes, measure in zip(figure.axes, PANELS, strict=True):
+            axes.axvline(0, color=LIGHT.muted, linewidth=0.8)
+            axes.set_xlabel(measure)
             axes.grid(visible=False, axis="y")
             axes.grid(visible=True, axis="x")
             axes.tick_params(axis="y", length=0)
-        figure.axes[0].set_yticks(range(len(settings)), [setting for _, setting in settings])
-        figure.axes[0].set_ylim(len(settings) - 0.4, -0.6)
-        keys = [
-            Line2D([], [], color=style["color"], marker=style["fmt"], linestyle="", label=f"minus {name}")
-            for name, style in styles.items()
-        ]
-        figure.legend(handles=keys, loc="outside upper left", ncols=2, borderaxespad=0.2)
+        for place, asked in enumerate(questions):
+            row, controls = answer(asked)
+            for axes, column in zip(figure.axes, columns_of(row.runs), strict=True):
+                for control, look, shift in zip(controls, looks, (-0.15, 0.15), strict=True):
+                    if column and (seen := effect(row, control, column)):
+                        reach = [[seen.mean - seen.low], [seen.high - seen.mean]]
+                        marks = {"markersize": 3.5, "elinewidth": 1, "linestyle": ""}
+                        axes.errorbar([seen.mean], [place + shift], xerr=reach, **marks, **look)
+                if place and asked.section != questions[place - 1].section:
+                    axes.axhline(place - 0.5, color=LIGHT.muted, linewidth=0.4)
+        figure.axes[0].set_yticks(range(len(questions)), [asked.setting for asked in questions])
+        figure.axes[0].set_ylim(len(questions) - 0.4, -0.6)
+        legend(figure, {f"minus {name}": look | {"linestyle": ""} for name, look in zip(CONTROLS, looks, strict=True)})
         return figure
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        if not (HERE / sys.argv[1]).is_file() or not Path(sys.argv[1]).name.startswith("results"):
-            print(__doc__)
-            return 2
-        file, *figure = sys.argv[1:]
-        if figure and not questions_of(file):
-            print(f"{file} has no variant beside both controls, {' and '.join(CONTROLS)}: nothing to draw")
-            return 2
-        print(markdown(table_of(pd.read_csv(HERE / file))), end="")
-        for name in figure:
-            (HERE / name).write_bytes(render(draw(effects(questions_of(file))), ".png"))
-        return 0
-    table = effects()
-    write_table(HERE / "effects.csv", table.to_dict("records"))
-    print(markdown(summary_of(pd.read_csv(HERE / "effects.csv"))), end="")  # rounded from what is written
-    (HERE / "effects.png").write_bytes(render(draw(table), ".png"))
+    words = sys.argv[1:] or ["effects.png"]
+    figure = words.pop() if words[-1].endswith(".png") else ""
+    if words and words[0] not in {asked.section for asked in QUESTIONS} and not (HERE / words[0]).is_file():
+        print(__doc__)
+        return 2
+    questions = list(questions_of(words[0])) if words and figure else QUESTIONS
+    if not questions:
+        print(f"{words[0]} has no variant beside both controls, {' and '.join(CONTROLS)}: nothing to draw")
+        return 2
+    if words:
+        print(report(*words).rstrip("\n"))
+    if figure:
+        (HERE / figure).write_bytes(render(draw(questions), ".png"))
     return 0
 
 

@@ -7,6 +7,7 @@ seed has a panel for each of its values.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from tables import NUMBERS, SEED
 
-from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles, new_figure, render
+from pdvit.plots.style import DOUBLE, LIGHT, Drawing, legend, line_styles, new_figure, render
 from pdvit.plots.sweep import estimate
 
 HERE = Path(__file__).parent
@@ -24,29 +25,27 @@ HEIGHT = 2.1  # of a row of panels, in inches
 LABELS = {"similarity": "P, patch similarity", "effective_rank": "effective rank"}
 
 
-def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
+def draw_layers(layers: pd.DataFrame) -> Drawing:
     """Draw a row of panels for P and one for effective rank, over depth relative to the last layer.
 
-    Args:
-        layers: as layers.csv; `data` of the figure is mean, low and high of each line at each layer.
-        theme: colours.
+    The `data` of the figure is mean, low and high of each line at each layer.
     """
     data = summarise(layers)
     panels = list(data.groupby("panel", sort=False))
     names = [str(name) for name in data["variant"].unique()]
-    styles = [look | {"linestyle": "-"} for look in line_styles(len(names), theme)]
+    styles = [look | {"linestyle": "-"} for look in line_styles(len(names), LIGHT)]
     size = (DOUBLE, HEIGHT * len(NUMBERS))
-    with new_figure(*size, theme) as figure:
+    with new_figure(*size, LIGHT) as figure:
         figure.subplots(len(NUMBERS), len(panels), squeeze=False, sharex=True, sharey="row")
         figure.data = data
         for number, axes in enumerate(figure.axes):
             row, column = divmod(number, len(panels))
             panel, part = panels[column]
-            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)), theme.ink)
+            draw_lines(axes, part[part["metric"] == NUMBERS[row]], dict(zip(names, styles, strict=True)), LIGHT.ink)
             axes.set_title(panel if row == 0 else "")
             axes.set_ylabel(LABELS[NUMBERS[row]] if column == 0 else "")
             axes.set_xlabel("relative depth" if row else "")
-        before = Line2D([], [], color=theme.ink, linestyle=DASHED, label="before training")
+        before = Line2D([], [], color=LIGHT.ink, linestyle=DASHED, label="before training")
         legend(figure, dict(zip(names, styles, strict=True)), [before])
         return figure
 
@@ -58,10 +57,15 @@ def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, objec
     for variant, line in drawn.groupby("variant", sort=False):
         shade = {"color": ink} if alike else {}
         axes.plot(line["depth"], line["mean"], **styles[variant] | {"linestyle": DASHED, "marker": ""} | shade)
-    for variant, line in rows[rows["when"] == "after"].groupby("variant", sort=False):
-        look = styles[variant]
-        axes.plot(line["depth"], line["mean"], **look)
-        axes.fill_between(line["depth"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
+    draw_means(axes, rows[rows["when"] == "after"], "depth", styles)
+
+
+def draw_means(axes: Axes, rows: pd.DataFrame, along: str, styles: Mapping[str, Mapping[str, object]]) -> None:
+    """Draw for each variant a line of means with the band of their intervals, along a column."""
+    for variant, line in rows.groupby("variant", sort=False):
+        axes.plot(line[along], line["mean"], **styles[variant])
+        band = {"color": styles[variant]["color"], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(line[along], line["low"], line["high"], **band)
 
 
 def summarise(layers: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,7 @@ Of each variant it takes the runs at the best learning rate. On 256 of the image
 the left half of each pasted from another one, it measures P after the final norm over pairs of patches in the same
 half and over pairs across the halves, where mixed halves are of different classes. Patches across are farther apart on
 the grid, mixed or not: what mixing adds is the difference between the two. It writes regions.csv, a row for each run,
-and prints means and standard deviations over seeds.
+and prints means and standard deviations over seeds in Markdown.
 """
 
 import io
@@ -31,7 +31,7 @@ from pdvit.workflows.runs import build_trainer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from effects import at_best_rates  # noqa: E402
+from effects import at_best_rates, report  # noqa: E402
 from tables import SEED, write_table  # noqa: E402
 
 Measure = Callable[[Path], dict[str, float]]
@@ -93,8 +93,7 @@ def of_all_runs(take: Measure, name: str, kind: str = "cpu", variants: Sequence[
                 sys.exit(f"no run here at {run}: train them first, `python experiments/run.py ablation{words}`")
             rows.append({"variant": cell["variant"], SEED: cell[SEED], **take(run)})
     write_table(HERE / f"{name}{end}.csv", rows)
-    table = pd.DataFrame(rows).drop(columns=SEED).groupby("variant", sort=False).agg(["mean", "std"])
-    print(table.round(3).to_string())
+    print(report(f"ablation/{name}{end}.csv"), end="")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from effects import CONTROLS, NOTHING, markdown, written  # noqa: E402
+from effects import CONTROLS, difference, effect, markdown, mean_of, rows_of  # noqa: E402
+from figures import draw_means  # noqa: E402
 from tables import SEED, Row, cells_of, write_table  # noqa: E402
 
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, legend, line_styles, new_figure, render  # noqa: E402
-from pdvit.plots.sweep import Estimate, estimate, paired  # noqa: E402
+from pdvit.plots.sweep import MINUS, NOTHING, estimate  # noqa: E402
 
 BASELINE, ROWS = CONTROLS[0], 6  # epochs that the table shows
 HEIGHT = 2.6  # of the figure, in inches
@@ -42,80 +42,62 @@ def evaluations(sweep: Path) -> Iterator[Row]:
             yield from (row for row in found.values() if {"accuracy", "similarity"} <= {*row})
 
 
-def values(curves: pd.DataFrame, variant: str, epoch: float, column: str) -> dict[str, float]:
-    """Return the value of each seed of a variant at an epoch."""
-    rows = curves[(curves["variant"] == variant) & (curves["epoch"] == epoch)]
-    return dict(zip(rows[SEED].astype(str), rows[column], strict=True))
-
-
-def gap(curves: pd.DataFrame, variant: str, epoch: float) -> Estimate:
-    """Estimate the difference in accuracy from the baseline at an epoch, in points, over the seeds of both."""
-    pair = (values(curves, name, epoch, "accuracy") for name in (BASELINE, variant))
-    first, second = ({seed: 100 * value for seed, value in one.items()} for one in pair)
-    return paired(first, second)
-
-
 def table_of(curves: pd.DataFrame) -> list[list[str]]:
     """Return the table in words, headings first: epochs, then the last one at which the gap is resolved."""
-    epochs = sorted(curves["epoch"].unique())
-    others = [name for name in curves["variant"].unique() if name != BASELINE]
-    table = [["epoch", f"{BASELINE}, %", *(f"{name} \u2212 {BASELINE}" for name in others)]]
-    table[0] += [f"P of {name}" for name in (BASELINE, *others)]
-    step = -(-len(epochs) // ROWS)
-    for epoch in reversed(epochs[::-1][::step]):
-        line = [f"{epoch:g}", f"{100 * estimate([*values(curves, BASELINE, epoch, 'accuracy').values()]).mean:.1f}"]
-        line += [written(gap(curves, name, epoch), 1) for name in others]
-        for name in (BASELINE, *others):
-            line.append(f"{estimate([*values(curves, name, epoch, 'similarity').values()]).mean:.2f}")
-        table.append(line)
+    evaluations = {epoch: {row.variant: row for row in rows_of(rows)} for epoch, rows in curves.groupby("epoch")}
+    names = [name for name in curves["variant"].unique() if name != BASELINE]
+    table = [["epoch", f"{BASELINE}, %", *(f"{name} {MINUS} {BASELINE}" for name in names)]]
+    table[0] += [f"P of {name}" for name in (BASELINE, *names)]
+    step = -(-len(evaluations) // ROWS)
+    for epoch in reversed([*evaluations][::-1][::step]):
+        rows = evaluations[epoch]
+        line = [f"{epoch:g}", mean_of(rows[BASELINE], "accuracy")]
+        line += [difference(rows[name], rows[BASELINE], "accuracy") for name in names]
+        table.append(line + [mean_of(rows[name], "similarity") for name in (BASELINE, *names)])
     last = ["last resolved", NOTHING]
-    for name in others:
-        gaps = {epoch: gap(curves, name, epoch) for epoch in epochs}
+    for name in names:
+        gaps = {epoch: effect(rows[name], rows[BASELINE], "accuracy") for epoch, rows in evaluations.items()}
         resolved = [epoch for epoch, found in gaps.items() if found.low > 0 or found.high < 0]
         last.append(f"{max(resolved):g}" if resolved else NOTHING)
-    return [*table, last + [NOTHING] * (len(others) + 1)]
+    return [*table, last + [NOTHING] * (len(names) + 1)]
 
 
 def draw(curves: pd.DataFrame) -> Drawing:
     """Draw accuracy, its difference from the baseline and P over the epochs, with 95 % intervals over seeds."""
-    names = list(curves["variant"].unique())
-    styles = dict(zip(names, line_styles(len(names), LIGHT), strict=True))
-    rows: list[Row] = []
-    for (name, epoch), part in curves.groupby(["variant", "epoch"], sort=False):
-        shown = {"accuracy, %": estimate([*(100 * part["accuracy"])]), "P": estimate([*part["similarity"]])}
-        if name != BASELINE:
-            shown |= {f"accuracy \u2212 {BASELINE}, points": gap(curves, name, epoch)}
-        for measure, found in shown.items():
-            place = {"measure": measure, "variant": name, "epoch": epoch}
-            rows.append(place | {"n": found.n, "mean": found.mean, "low": found.low, "high": found.high})
-    table = pd.DataFrame(rows)
+    names, gap = list(curves["variant"].unique()), f"accuracy {MINUS} {BASELINE}, points"
+    styles = dict(zip(names, [look | {"marker": ""} for look in line_styles(len(names))], strict=True))
+    found: list[Row] = []
+    for epoch, part in curves.groupby("epoch", sort=False):
+        rows = {row.variant: row for row in rows_of(part)}
+        for name, row in rows.items():
+            shown = {"accuracy, %": estimate([*row.values("accuracy").values()])}
+            shown |= {gap: effect(row, rows[BASELINE], "accuracy")} if name != BASELINE else {}
+            shown |= {"P": estimate([*row.values("similarity").values()])}
+            place = {"variant": name, "epoch": epoch}
+            found += [{"measure": measure} | place | seen._asdict() for measure, seen in shown.items()]
+    table = pd.DataFrame(found)
     with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, 3, sharex=True)
-        figure.data = table
-        measures = ["accuracy, %", f"accuracy \u2212 {BASELINE}, points", "P"]
-        for axes, measure in zip(figure.axes, measures, strict=True):
-            draw_lines(axes, table[table["measure"] == measure], styles)
+        for axes, measure in zip(figure.axes, ("accuracy, %", gap, "P"), strict=True):
+            draw_means(axes, table[table["measure"] == measure], "epoch", styles)
             axes.set(xlabel="epoch", ylabel=measure)
         figure.axes[1].axhline(0, color=LIGHT.muted, linewidth=0.8)
         legend(figure, styles)
         return figure
 
 
-def draw_lines(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, object]]) -> None:
-    for name, line in rows.groupby("variant", sort=False):
-        look = styles[str(name)] | {"marker": ""}
-        axes.plot(line["epoch"], line["mean"], **look)
-        axes.fill_between(line["epoch"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
+def report(name: str) -> str:
+    """Return the table of curves.csv, or another of the name."""
+    return markdown(table_of(pd.read_csv(HERE / name)))
 
 
 def main(words: Sequence[str]) -> None:
     """Write the table and the figure of a sweep, and print what the page shows."""
     kind = words[0] if words else "ten"
-    end = "" if kind == "ten" else f"-{kind}"
-    write_table(HERE / f"curves{end}.csv", list(evaluations(Path("runs") / f"lasting-{kind}")))
-    curves = pd.read_csv(HERE / f"curves{end}.csv")
-    (HERE / f"curves{end}.png").write_bytes(render(draw(curves), ".png"))
-    print(markdown(table_of(curves)), end="")
+    name = "curves" if kind == "ten" else f"curves-{kind}"
+    write_table(HERE / f"{name}.csv", list(evaluations(Path("runs") / f"lasting-{kind}")))
+    (HERE / f"{name}.png").write_bytes(render(draw(pd.read_csv(HERE / f"{name}.csv")), ".png"))
+    print(report(f"{name}.csv"), end="")
 
 
 if __name__ == "__main__":

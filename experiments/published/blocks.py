@@ -4,7 +4,7 @@ Of 60 photographs of three breeds (data/pets3-224), 20 of each, at 224 pixels, i
 mean square of tokens of length 1 is split into what all patches share, what those of a class, of an image and of a
 place share beyond it, and the rest (as in ablation/shares.py). Beside it: the mean length of a token, P, and P of
 tokens from which the mean of all patches of all images was subtracted. It writes blocks.csv. Without FOLDER it measures
-nothing. It prints blocks.csv and some columns of metrics.csv in Markdown.
+nothing. It prints blocks.csv and a part of metrics.csv in Markdown.
 """
 
 import sys
@@ -29,24 +29,32 @@ DATA, OF_CLASS, SIDE = Path("data/pets3-224"), 20, 224
 LAYERS = ("block 5", "block 9", "block 11", "block 12", "norm")
 METRICS = {  # of metrics.csv: heading, factor, digits
     "similarity": ("P", 1, 3),
+    "similarity_random": ("P of random weights", 1, 3),
     "effective_rank": ("effective rank", 1, 1),
     "norm_mean": ("length of tokens", 1, 1),
     "drift_retrieval": ("patches found again, %", 100, 1),
 }
 
 
-def measured(table: pd.DataFrame) -> list[list[str]]:
-    """Return what metrics.csv has of the chosen metrics and layers in words, headings first."""
-    lines = [["", "images", *LAYERS]]
-    for metric, (name, factor, digits) in METRICS.items():
+def report(name: str, *place: str) -> str:
+    """Return blocks.csv or a part of a table of metrics in Markdown, or P at one place, a run and a layer."""
+    table = pd.read_csv(HERE / name)
+    if place:
+        run, layer = place
+        rows = table[(table.iloc[:, 0] == run) & (table["layer"] == layer) & (table["metric"] == "similarity")]
+        return f"{rows['mean'].item():.2f}"
+    if name == "blocks.csv":
+        return markdown([[*table], *([layer, *(f"{value:.2f}" for value in rest)] for layer, *rest in table.values)])
+    by, lines = table.columns[0], [["", "images", *LAYERS]]
+    for metric, (heading, factor, digits) in METRICS.items():
         rows = table[(table["metric"] == metric) & table["layer"].isin(LAYERS)]
-        for number, (run, row) in enumerate(rows.groupby("run", sort=False)):
+        for number, (run, row) in enumerate(rows.groupby(by, sort=False)):
             found = row.set_index("layer").loc[list(LAYERS)]
             texts = [f"{factor * value:.{digits}f}" for value in found["mean"]]
             if metric == "similarity":
                 texts = [f"{text} ± {half:.3f}" for text, half in zip(texts, found["ci95"], strict=True)]
-            lines.append([name if number == 0 else "", f"{run}, {found['images'].iloc[0]}", *texts])
-    return lines
+            lines.append([heading if number == 0 else "", f"{run}, {found['images'].iloc[0]}", *texts])
+    return markdown(lines)
 
 
 def shared(folder: str) -> list[dict[str, str | float]]:
@@ -69,7 +77,4 @@ def shared(folder: str) -> list[dict[str, str | float]]:
 if __name__ == "__main__":
     for folder in sys.argv[1:]:
         write_table(HERE / "blocks.csv", shared(folder))
-    table = pd.read_csv(HERE / "blocks.csv")
-    body = [[str(layer), *(f"{value:.2f}" for value in values)] for layer, *values in table.values.tolist()]
-    print(markdown([[*table], *body]))
-    print(markdown(measured(pd.read_csv(HERE / "metrics.csv"))), end="")
+    print(report("blocks.csv"), report("metrics.csv"), sep="\n", end="")

@@ -15,7 +15,7 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from figures import DASHED  # noqa: E402
+from figures import DASHED, draw_means  # noqa: E402
 from tables import RATE, SEED, Row, best_rates, cells_of, write_table  # noqa: E402
 
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, legend, line_styles, new_figure, render  # noqa: E402
@@ -42,7 +42,7 @@ def layers_of(run: Path) -> Iterator[Row]:
 def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
     """Draw a panel for each task: P by layer, mean and 95 % interval over seeds."""
     names = list(layers["variant"].unique())
-    styles = dict(zip(names, line_styles(len(names), LIGHT), strict=True))
+    styles = dict(zip(names, [look | {"marker": ""} for look in line_styles(len(names))], strict=True))
     tasks = list(layers["task"].unique())
     keys = ["task", "variant", "layer", "depth"]
     table = pd.DataFrame(
@@ -51,18 +51,12 @@ def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
     )
     with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, len(tasks), sharey=True)
-        figure.data = table
         for axes, task in zip(figure.axes, tasks, strict=True):
             name, images = TASKS[task]
             before = published[(published["run"] == images) & (published["metric"] == "similarity")]
             axes.plot(before["depth"], before["mean"], color=LIGHT.ink, linestyle=DASHED, label="published")
-            for variant, line in table[table["task"] == task].groupby("variant", sort=False):
-                look = styles[variant] | {"marker": ""}
-                axes.plot(line["depth"], line["mean"], **look)
-                axes.fill_between(
-                    line["depth"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0
-                )
-            axes.set(title=name, xlabel="block (13 is the norm)")
+            draw_means(axes, table[table["task"] == task], "depth", styles)
+            axes.set(title=name, xlabel="block (13 is the norm)", ylim=(0, 1))  # an interval can leave the range of P
         figure.axes[0].set_ylabel("P, patch similarity")
         legend(figure, styles, [line for line in figure.axes[0].lines if line.get_label() == "published"])
         return figure

@@ -1,12 +1,11 @@
-import pandas as pd
 import pytest
 import torch
-from effects import HERE, NOTHING
+from regions import parts
+from shares import shares
 
 from pdvit.similarity import patch_similarity
 
 RIGHT, UP = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-SHARES = HERE / "ablation" / "shares.py"
 
 
 def tokens(token_of):
@@ -24,33 +23,23 @@ ALONE = {
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_each_share_is_found_alone(load, name):
-    found = load(SHARES).shares(tokens(ALONE[name]), torch.tensor([0, 0, 1, 1]))
+def test_each_share_is_found_alone(name):
+    found = shares(tokens(ALONE[name]), torch.tensor([0, 0, 1, 1]))
     assert found == pytest.approx(dict.fromkeys(ALONE, 0) | {name: 1})
 
 
-def test_the_first_three_make_up_the_mean_cosine(load):
+def test_the_first_three_make_up_the_mean_cosine():
     drawn = torch.randn(12, 7, 5, generator=torch.Generator().manual_seed(0))
-    found = load(SHARES).shares(drawn, torch.arange(12) % 3)
+    found = shares(drawn, torch.arange(12) % 3)
     alike = found["all"] + found["class"] + found["image"]
     assert (7 * alike - 1) / 6 == pytest.approx(float(patch_similarity(drawn, signed=True).mean()), abs=1e-6)
     assert sum(found.values()) == pytest.approx(1)
     assert min(found.values()) > 0
 
 
-@pytest.mark.parametrize("table", ["shares", "shares-long", "regions"])
-def test_the_page_has_the_numbers(table):
-    found = pd.read_csv(HERE / "ablation" / f"{table}.csv")
-    page = (HERE / "ablation" / "README.md").read_text("utf-8")
-    for variant, rows in found.groupby("variant"):
-        columns = [rows[name] for name in found.columns[2:]]
-        cells = [NOTHING if values.isna().all() else f"{values.mean():.2f} ± {values.std():.2f}" for values in columns]
-        assert f"| {variant} | {' | '.join(cells)} |" in page
-
-
-def test_pairs_in_the_same_half_and_across_are_separate(load):
+def test_pairs_in_the_same_half_and_across_are_separate():
     right, up, both = [1.0, 0.0], [0.0, 2.0], [-3.0, -3.0]
     tokens = torch.tensor([[right, both, up, up]])
-    same, across = load(HERE / "ablation" / "regions.py").parts(tokens, torch.tensor([True, True, False, False]))
+    same, across = parts(tokens, torch.tensor([True, True, False, False]))
     assert same == pytest.approx((0.5**0.5 + 1) / 2)
     assert across == pytest.approx((0 + 0 + 0.5**0.5 + 0.5**0.5) / 4)
