@@ -10,7 +10,12 @@ Layer = Mapping[str, Mapping[str, Any]]  # values by section and key
 NamedLayer = tuple[str, Layer]  # the name is for errors
 # docs/finetune.md and docs/segment.md give the reasons.
 FINETUNE: Layer = {"data": {"source": "digits:5-9"}, "diversity": {"preset": "none"}, "optim": {"epochs": "12"}}
-SEGMENT: Layer = {"data": {"source": "scenes"}, "diversity": {"preset": "none"}, "segment": {"head": "upernet"}}
+SEGMENT: Layer = {
+    "data": {"source": "scenes"},
+    "diversity": {"preset": "none"},
+    "segment": {"head": "upernet"},
+    "optim": {"epochs": "24"},
+}
 DEFAULTS: dict[str, Layer] = {"train": {}, "finetune": FINETUNE, "segment": SEGMENT}
 # Scenes are small and never repeat.
 SCENES: Layer = {

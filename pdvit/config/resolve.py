@@ -11,13 +11,13 @@ from pdvit.errors import UserError
 
 # The small vision transformer of `pdvit train` without --model: 64 tokens of width 48.
 SMALL: dict[str, Any] = {"name": "vit_tiny_patch16_224", "depth": 8, "width": 48, "patch_size": 4}
-SMALL_HEAD_WIDTH, SMALL_IMAGE, SMALL_LR = 16, 32, 1e-3
+SMALL_HEAD_WIDTH, SMALL_IMAGE, SMALL_LR = 16, 32, 2e-3
 HEAD_LR = 1e-3  # of a fresh classifier on pretrained weights (docs/finetune.md)
 SCENE = 64  # side of the digit scenes
 # DeiT's learning rate for 512 images per update, and the tenth of it with which the paper's authors finetune.
 LR_PER_512, FINETUNE_FACTOR = 5e-4, 0.1
 MIN_LR_FACTOR = 1e-3
-NARROW = 192  # narrower models than timm's finetune with the rate of the small model (docs/finetune.md)
+NARROW, NARROW_LR = 192, 1e-3  # models narrower than timm's finetune with this rate (docs/finetune.md)
 # The paper's (and MMSegmentation's) for 16 images: the head of a segmentation is new even on a pretrained backbone.
 LR_PER_16 = 6e-5
 
@@ -92,8 +92,10 @@ def _model(config: Config) -> Config:
         # As timm's script: adaptive optimizers take the square root of the batch.
         power = 0.5 if any(name in optim.opt.lower() for name in ("ada", "lamb")) else 1
         lr = LR_PER_512 * (data.batch_size / 512) ** power
-        if small or (model.init is not None and model.width is not None and model.width < NARROW):
+        if small:
             lr = SMALL_LR
+        elif model.init is not None and model.width is not None and model.width < NARROW:
+            lr = NARROW_LR
         elif segments:
             lr = LR_PER_16 * (data.batch_size / 16) ** power
         elif model.init is not None:

@@ -219,14 +219,14 @@ class OptimConfig:
     opt: str = key("adamw", "Any timm optimizer.", "--opt", examples=OPTIMIZERS)
     lr: float | None = key(
         None,
-        "Peak learning rate; unset: 1e-3, or with --model 5e-4 x sqrt(batch / 512) (with --init a tenth of it; "
+        "Peak learning rate; unset: 2e-3, or with --model 5e-4 x sqrt(batch / 512) (with --init a tenth of it; "
         "segmentation 6e-5 x sqrt(batch / 16); without the root for SGD and others that do not adapt).",
         "--lr",
         above=0,
     )
     weight_decay: float = key(0.05, "Weight decay.", "--weight-decay", minimum=0)
     clip_grad: float | None = key(None, "Largest gradient norm; unset: no clipping.", "--clip-grad", above=0)
-    epochs: str = key("24", "Length: 24 or 24ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
+    epochs: str = key("40", "Length: 40 or 40ep, 2000st, 1e6im.", "--epochs", above=0, unit="ep", percent=False)
     warmup: str = key("5%", "Linear warm-up: 3ep, 200st, 5%.", "--warmup-epochs", minimum=0, unit="ep")
     schedule: str = key("cosine", "Learning rate schedule after warm-up.", "--sched", choices=SCHEDULES)
     layer_decay: float | None = key(None, "Learning rate factor per block.", "--layer-decay", above=0, maximum=1)

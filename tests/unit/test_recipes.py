@@ -65,8 +65,8 @@ def swin(parameters):
     return Expected(*IMAGENET, 224, 32, parameters, SWIN * 1024 / 512, 5e-6 * 1024 / 512, 20, 300)
 
 
-def small(data, pixels, patch, warmup, epochs, lr=1e-3):
-    return Expected(*data, pixels, patch, None, lr, 1e-6, warmup, epochs)
+def small(data, pixels, patch, warmup, epochs, lr=1e-3, floor=1e-6):
+    return Expected(*data, pixels, patch, None, lr, floor, warmup, epochs)
 
 
 CLASSIFICATION = {
@@ -91,7 +91,7 @@ CLASSIFICATION = {
     "tiny-imagenet-50-small": small(TINY, 64, 8, 0.4, 4),
     "pets-small": small(PETS, 64, 8, 1, 20),
     "pets-224": small(PETS, 224, 16, 1, 10, lr=2e-4),
-    "digits": small((1_200, 10), 32, 4, 1.2, 24),
+    "digits": small((1_200, 10), 32, 4, 2, 40, lr=2e-3, floor=2e-6),
 }
 SEGMENTATION = {
     "ade20k-swin-l": Expected(*ADE20K, 512, 4, 234.0, 6e-5, 0, 1500, 160_000, (512, 2048), 512),

@@ -64,12 +64,12 @@ SMALL_CHECKPOINT = {"name": "vit_tiny_patch16_224", "width": 48, "init": "runs/s
 @pytest.mark.parametrize(
     ("model", "head", "batch", "lr"),
     [
-        ({}, None, 64, 1e-3),
+        ({}, None, 64, 2e-3),
         ({"name": DEIT}, None, 512, 5e-4),
         ({"name": DEIT}, None, 128, 2.5e-4),
         ({"name": DEIT, "init": DEIT}, None, 8, 6.25e-6),
         (SMALL_CHECKPOINT, None, 64, 1e-3),
-        ({}, "upernet", 64, 1e-3),
+        ({}, "upernet", 64, 2e-3),
         (SMALL_CHECKPOINT, "upernet", 64, 1e-3),
         ({"name": DEIT}, "upernet", 4, 3e-5),
         ({"name": DEIT, "init": DEIT}, "upernet", 64, 1.2e-4),
