@@ -3,7 +3,7 @@
 P(h) = 1 / (n (n - 1)) * sum over i != j of |cos(h_i, h_j)|   (arXiv 2104.12753, v3), without prefix tokens
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +31,17 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
     count = tokens.shape[1]
     if count < 2:
         return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
-    total = signed_cosines(unit_tokens(tokens)) if signed else _AbsoluteCosines.apply(tokens)
-    return total / (count * (count - 1))
+    if signed:
+        return signed_cosines(unit_tokens(tokens)) / (count * (count - 1))
+    if tokens.requires_grad and torch.is_grad_enabled():
+        total: Tensor = _AbsoluteCosines.apply(tokens)
+        return total / (count * (count - 1))
+    return mean_of_pairs(pair_cosines(unit_tokens(tokens)), count)
+
+
+def mean_of_pairs(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], count: int) -> Tensor:
+    """Return P `(B,)` from all blocks of `pair_cosines` of `count` patches; without gradient."""
+    return torch.stack([cosines.abs().sum(1) for _, _, cosines in pairs]).sum(0) * (2 / (count * (count - 1)))
 
 
 def signed_cosines(unit: Tensor) -> Tensor:
@@ -116,8 +125,6 @@ class _AbsoluteCosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> Tensor:
         unit, scale = _normalize(tokens)
-        if not ctx.needs_input_grad[0]:
-            return 2 * torch.stack([cosines.abs().sum(1) for _, _, cosines in pair_cosines(unit)]).sum(0)
         total, slopes = unit.new_zeros(len(tokens)), []
         # Autocast would round the cosines to bf16 before they are summed.
         with torch.autocast(unit.device.type, enabled=False):

@@ -49,7 +49,7 @@ Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 @dataclass(frozen=True, repr=False)
 class Analysis:
-    """The metrics of one model. A notebook shows verdict and numbers; names of the table work on the analysis too."""
+    """The metrics of one model. A notebook shows verdict and numbers."""
 
     table: pd.DataFrame  # one row per layer and metric: `pdvit.analyze` has the columns
     images: int  # their number
@@ -91,20 +91,6 @@ class Analysis:
 
         lines, columns = escape(self._text()).replace("\n", "<br>"), dict(columns_of(self.table))
         return f"<p>{lines}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.table[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.table)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "table" or name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.table, name)
 
 
 def measure(
@@ -188,6 +174,8 @@ def batches(images: Images, weight: Tensor) -> Iterator[Tensor]:
             found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
             what = f"images are floating-point tensors (image, channel, height, width), not {found}"
             tip = "normalise and stack them: torch.stack(images), or images[None] for a single image"
+            if isinstance(batch, np.ndarray):
+                tip = "normalise them, (B, 3, H, W), and pass torch.as_tensor(np.stack(images)).float()"
             raise UserError(what, WHERE, tip)
         if len(batch):
             yield batch.to(weight)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     assert facts["metrics"]["norm_mean"] == DEFINITIONS["norm_mean"].text
     assert result == facts | {"file": str(run_copy / "analysis.csv"), "layers_measured": result["layers_measured"]}
     images = normalised(run_copy, open_source(DataConfig()).splits["test"].images)
-    expected = library.analyze(timm.create_model(f"local-dir:{run_copy}", pretrained=True), images)
+    expected = library.analyze(timm.create_model(f"local-dir:{run_copy}", pretrained=True), images).table
     for metric in ("similarity", "similarity_signed"):
         rows = table[table["metric"] == metric]
         assert (rows["layer"].tolist(), rows["depth"].tolist()) == (LAYERS, [0, 1, 2, 3])
@@ -82,7 +83,7 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     config = json.loads((run_copy / "config.json").read_text())
     torch.manual_seed(0)
     random = timm.create_model(config["architecture"], **config["model_args"])
-    expected = library.analyze(random, images[torch.linspace(0, 359, 32).round().long()], "similarity")
+    expected = library.analyze(random, images[torch.linspace(0, 359, 32).round().long()], "similarity").table
     assert json_means(result, "similarity_random") == pytest.approx(expected["mean"].tolist(), abs=1e-5)
     assert f"(random weights: {expected['mean'].iloc[-1]:.3f}, " in result["verdict"]
 
@@ -94,7 +95,7 @@ def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analy
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     result = analyzed(run_copy, "--images", image_folder, "--device", device)
     assert result["images_measured"] == len(paths) == 30
-    expected = means(library.analyze(model, images), "similarity")
+    expected = means(library.analyze(model, images).table, "similarity")
     assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5)
     few = analyzed(run_copy, "--images", image_folder / "val/red/0.png", "--images", image_folder / "train/blue")
     assert few["images_measured"] == 9
@@ -226,7 +227,7 @@ def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
     data = {"source": "torch/cifar10", "root": "d", "train_split": "a", "val_split": "b"}
     data |= {"input_key": "i", "target_key": "t"}
     config = build(("", {"data": data, "model": {"init": "x"}, "diversity": {"cosine": 1.0}}))
-    _, train = analyze_run._commands(OpenedCheckpoint(Path("a"), True, None, config, None))
+    _, train = analyze_run._commands(OpenedCheckpoint(Path("a"), True, SimpleNamespace(adapter=None), config, None))
     flags = "--data-dir d --train-split a --val-split b --input-key i --target-key t"
     assert train == f"pdvit finetune a --data torch/cifar10 {flags} --cosine 2"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.similarity import BLOCK_ENTRIES, at_least_float32, pair_cosines, signed_cosines, unit_tokens
+from pdvit.similarity import BLOCK_ENTRIES, at_least_float32, mean_of_pairs, pair_cosines, signed_cosines, unit_tokens
 
 # Percentiles are exact up to this number of patches; above it, they come from a random sample of pairs.
 MAX_EXACT_PATCHES = 2048
@@ -48,9 +48,7 @@ class Patches:
     @cached_property
     def similarity(self) -> Tensor:
         """P of every image, `(B,)`."""
-        count = self.tokens.shape[1]
-        totals = [cosines.abs().sum(1) for _, _, cosines in self.pairs()]
-        return torch.stack(totals).sum(0) * (2 / (count * (count - 1)))
+        return mean_of_pairs(self.pairs(), self.tokens.shape[1])
 
     @property
     def similarity_signed(self) -> Tensor:

@@ -139,7 +139,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_stays_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-ODD_TYPES = (pictures().byte(), {"x": pictures()}, Path("a.png"), 3)
+ODD_TYPES = (pictures().byte(), {"x": pictures()}, Path("a.png"), 3, pictures().numpy())
 ODD_SHAPES = (pictures(size=40), pictures()[:, :1])
 
 
@@ -158,6 +158,15 @@ def test_images_that_can_not_be_measured():
     for images, patch_size, error in cases:
         with pytest.raises(UserError, match=error):
             analyze(build(patch_size=patch_size), images)
+
+
+def test_the_tip_for_arrays_of_numpy_works():
+    array, expected = pictures().double().numpy(), analyze(build(), pictures())
+    for images in (array, list(array)):
+        with pytest.raises(UserError) as caught:
+            analyze(build(), images)
+        converted = eval(caught.value.tip.partition("pass ")[2], {"torch": torch, "np": np, "images": images})
+        pd.testing.assert_frame_equal(analyze(build(), converted), expected)
 
 
 def test_a_block_that_is_called_twice_is_an_error_and_no_mean():
