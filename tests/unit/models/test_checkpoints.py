@@ -326,12 +326,13 @@ def test_places_without_weights_are_refused(tmp_path):
 
 def test_published_weights_come_with_their_configuration(monkeypatch):
     name, create = f"{VIT}.r160_in1k", timm.create_model
-    model = timm.create_model(name)
+    model, names = timm.create_model(name), [str(number) for number in range(1000)]
+    model.pretrained_cfg = model.pretrained_cfg | {"label_names": tuple(names)}
     monkeypatch.setattr(
         timm, "create_model", lambda called, pretrained=False, **more: model if pretrained else create(called, **more)
     )
     found = load(name)
-    assert (found.name, found.model.pretrained_cfg["mean"]) == (name, (0.5, 0.5, 0.5))
+    assert (found.name, found.model.pretrained_cfg["mean"], found.classes) == (name, (0.5, 0.5, 0.5), names)
     assert equal(found.model, model)
 
 

@@ -1,6 +1,7 @@
 """Exports of pdvit: what timm and pdvit read in them, and what hostile or damaged copies of them are refused for."""
 
 import json
+import math
 import tempfile
 
 import pytest
@@ -146,9 +147,13 @@ def test_a_damaged_file_is_refused(tmp_path, files):
         *('{"architecture": 3}', '{"architecture": "../../model"}', '{"architecture": "local-dir:."}'),
         '{"architecture": "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"}',
         *(f'{{"architecture": "test_vit", "model_args": {value}}}' for value in ("[]", '"depth=1"')),
+        *({"pretrained_cfg": {"input_size": size}} for size in (5, ["a"], [3, -4, -4], [3, True, 32])),
+        *({"pretrained_cfg": {"mean": [value, 0.5, 0.5]}} for value in (math.nan, math.inf, True, "a")),
+        *({"pretrained_cfg": {"crop_pct": True}}, {"label_names": ["ant", 2, "cat"]}),
+        '{"architecture": "pvt_v2_b0", "model_args": {"img_size": [32]}}',  # which takes images of any size
         # Arguments of the model.
         *({"depth": depth} for depth in (10**9, -1, "1", 1e9)),
-        *({"img_size": size} for size in ([], 10**9, {"a": 1})),
+        *({"img_size": size} for size in ([], 10**9, {"a": 1}, ["a"], [32], -4, "32", True, 32.0)),
         *({"num_classes": classes} for classes in (10**9, "3")),
         *({"embed_dim": 10**7}, {"embed_dim": 0}, {"num_heads": [1]}, {"patch_size": 0}, {"reg_tokens": 10**9}),
         *({"norm_layer": "os.system"}, {"mlp_ratio": 1e30}, {"features_only": True}, {"patch_drop_rate": 0.5}),
@@ -158,7 +163,8 @@ def test_a_damaged_file_is_refused(tmp_path, files):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_a_header_that_describes_no_model_is_refused(tmp_path, config, header):
     if not isinstance(header, str):
-        header = config | {"model_args": config["model_args"] | header}
+        of_images = header.keys() <= {"pretrained_cfg", "label_names"}
+        header = config | (header if of_images else {"model_args": config["model_args"] | header})
     assert str(tmp_path) in refuse(with_header(tmp_path, header)).where
 
 
