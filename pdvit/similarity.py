@@ -16,13 +16,15 @@ from pdvit.errors import UserError
 SHORTEST = 1e-12
 # Entries of the Gram matrix that exist at one moment: 16 MB of float32.
 BLOCK_ENTRIES = 4 * 2**20
+Pairs = tuple[Tensor, Tensor, Tensor]  # i and j, each `(K,)`, and cosines `(B, K)`
 
 
-def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
+def patch_similarity(tokens: Tensor, signed: bool = False, pairs: Iterable[Pairs] | None = None) -> Tensor:
     """Return P of every image `(B,)` from patch tokens `(B, N, D)`: the mean of |cos| over pairs of different patches.
 
     It is exact for any N; memory grows with N * D only. Float32 (float64 for float64 tokens), in [0, 1]; 0 for a single
-    patch. `signed`: of cos instead of |cos| (the measure of v1 of the paper), in O(N D), in [-1/(N-1), 1].
+    patch. `signed`: of cos instead of |cos| (the measure of v1 of the paper), in O(N D), in [-1/(N-1), 1]. `pairs` are
+    the blocks of `pair_cosines`, if the caller has them already; then P has no gradient.
     """
     if tokens.ndim != 3:
         what = f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}"
@@ -32,16 +34,13 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
     if count < 2:
         return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
     if signed:
-        return signed_cosines(unit_tokens(tokens)) / (count * (count - 1))
-    if tokens.requires_grad and torch.is_grad_enabled():
-        total: Tensor = _AbsoluteCosines.apply(tokens)
-        return total / (count * (count - 1))
-    return mean_of_pairs(pair_cosines(unit_tokens(tokens)), count)
-
-
-def mean_of_pairs(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], count: int) -> Tensor:
-    """Return P `(B,)` from all blocks of `pair_cosines` of `count` patches; without gradient."""
-    return torch.stack([cosines.abs().sum(1) for _, _, cosines in pairs]).sum(0) * (2 / (count * (count - 1)))
+        total = signed_cosines(unit_tokens(tokens))
+    elif pairs is None and tokens.requires_grad and torch.is_grad_enabled():
+        total = _AbsoluteCosines.apply(tokens)
+    else:
+        pairs = pair_cosines(_normalize(tokens)[0]) if pairs is None else pairs
+        total = 2 * torch.stack([cosines.abs().sum(1) for _, _, cosines in pairs]).sum(0)
+    return total / (count * (count - 1))
 
 
 def signed_cosines(unit: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def row_blocks(tokens: Tensor, least: int = 1) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
-def pair_cosines(unit: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def pair_cosines(unit: Tensor) -> Iterator[Pairs]:
     """Yield blocks of the pairs i < j of unit tokens `(B, N, D)`, in order: i and j, each `(K,)`, and cosines `(B, K)`.
 
     Three blocks or more, as each begins at its own diagonal: of the matrix of all products, a third is not computed.

@@ -19,13 +19,12 @@ import pdvit
 from pdvit.cli import run as command
 from pdvit.errors import UserError
 from tests.conftest import TINY
+from tests.unit.models.support import make
 
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
-    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    return make("vit_tiny_patch16_224")
 
 
 def test_a_checkpoint_is_analyzed_as_the_command_does(run_copy, monkeypatch):
