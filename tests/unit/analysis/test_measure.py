@@ -37,24 +37,13 @@ def pictures(count: int = 5, size: int = 32) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def tokens_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Patch tokens of a ViT by layer, read by plain hooks."""
-    seen: dict[str, Tensor] = {}
-    places = {f"block {i}": block for i, block in enumerate(model.blocks, 1)} | {"norm": model.norm}
-    handles = [model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.update(embed=inputs[0]))]
-    for name, module in places.items():
-        handles.append(module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output})))
-    with torch.no_grad():
-        model.eval()(images)
-    for handle in handles:
-        handle.remove()
-    return {name: tokens[:, model.num_prefix_tokens :] for name, tokens in seen.items()}
-
-
-def test_equals_plain_hooks_and_scikit_learn(device):
-    model, images = build(reg_tokens=3), pictures()
+def test_equals_tokens_of_timm_and_scikit_learn(device):
+    model, images = build(reg_tokens=3).eval(), pictures()
     table = analyze(copy.deepcopy(model).to(device), images, ["similarity", "similarity_signed", "drift"])
-    rows, seen = table.set_index(["layer", "metric"]), tokens_of(model, images)
+    with torch.no_grad():
+        embed, (last, blocks) = model._pos_embed(model.patch_embed(images)), model.forward_intermediates(images)
+    tokens = [embed[:, 4:], *(block.flatten(2).mT for block in blocks), last[:, 4:]]
+    rows, seen = table.set_index(["layer", "metric"]), dict(zip(LAYERS, tokens, strict=True))
     assert set(table["layer"]) == set(seen)
     assert set(table["tokens"]) == {16}
     for layer, tokens in seen.items():
