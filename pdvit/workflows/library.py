@@ -30,7 +30,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole, Stopped, stop_on_signals
 from pdvit.errors import UserError, closest
 from pdvit.models.families import WRAPPERS, image_model_of
-from pdvit.models.layers import Layer, evaluating, find_layers, watch
+from pdvit.models.layers import Layer, find_layers, watch
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.workflows.analyze_run import RANDOM_IMAGES, measure_random
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
@@ -155,7 +155,7 @@ def token_maps(model: Model, images: Any = None, on_bad_image: str | None = None
         grid = Patches(tokens, (batch.shape[-2], batch.shape[-1])).grid
         maps[layer.name].append(tokens.unflatten(1, grid).cpu())
 
-    with evaluating(network), watch(places, visit):
+    with watch(places, visit):
         for batch in batches(_batches(images, loader), next(network.parameters())):
             with inference(network, batch):
                 network(batch)
@@ -212,7 +212,7 @@ def _open(
         images = ImageSet("images", ItemSplit(items, [*range(len(items))], torch.zeros(len(items)), "images"))
     elif isinstance(listed, Sequence) and listed and isinstance(listed[0], str | Path):
         images = open_images([str(name) for name in listed])
-    network = checkpoint.model if checkpoint else opened
+    network: Any = checkpoint.model if checkpoint else opened
     loaded = checkpoint.loaded if checkpoint else None
     if not isinstance(images, ImageSet):
         return network, images, loaded, None

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import pdvit
 from pdvit.cli import run as command
 from pdvit.errors import UserError
+from pdvit.workflows.library import ExplorerPage
 from tests.conftest import TINY
 from tests.unit.models.support import make
 
@@ -103,7 +104,7 @@ def test_the_explorer_is_a_page_in_a_frame(model):
 
 
 def test_several_models_are_in_one_explorer_on_the_images_of_the_first(model, run_copy):
-    def models_of(page: pdvit.workflows.library.ExplorerPage) -> list[dict]:
+    def models_of(page: ExplorerPage) -> list[dict]:
         return json.loads(re.search(r'type="application/json">(.*?)</script>', page.html, re.DOTALL)[1])["models"]
 
     run, *others = models_of(pdvit.explore([run_copy, model, model]))
