@@ -52,9 +52,10 @@ class Preprocessing:
         return fitted
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input."""
+        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input: on a GPU channels last, for convolutions."""
         mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
-        return images.float().sub_(mean).div_(std)
+        layout = torch.channels_last if images.is_cuda else torch.preserve_format
+        return images.to(torch.float32, memory_format=layout).sub_(mean).div_(std)
 
 
 @cache
