@@ -30,8 +30,9 @@ def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
 def attention_metrics(block: Attention) -> dict[str, Tensor]:
     """Return the metrics of attention: means over heads for the table, values by head `(B, heads)` as curves."""
     grid = grid_of(block.rows.shape[-1], block.image_size)
-    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(block.rows.device)
+    place = torch.arange(grid[0] * grid[1], device=block.rows.device)
+    y, x = place // grid[1], place % grid[1]
+    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float())
     rows, count = block.rows, block.rows.shape[-1]
     logarithms = rows.clamp_min(torch.finfo(rows.dtype).tiny).log_()
     deviations = torch.linalg.vector_norm(rows - rows.mean(-1, keepdim=True), dim=-1)
