@@ -328,8 +328,8 @@ class LayerMetrics:
         first = self.first if self.first is not None and self.first.shape == tokens.shape else None
         check_count(tokens, layer)
         parts = Patches(tokens, self.image_size, first).split()
-        # Checked when they are read: a check here would wait for the device, layer by layer.
-        self._add("", layer, {"lengths": torch.cat([part.lengths.sum(1) for part in parts])})
+        # Not a metric, but for `_read` to find infinite tokens: here each layer would wait for the device.
+        self._add("", layer, {"length": torch.cat([part.lengths.amax(1) for part in parts])})
         for name in self.groups:
             if name not in ("attention", "cka"):
                 found = [METRICS[name](part) for part in parts]
