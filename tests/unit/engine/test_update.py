@@ -216,7 +216,7 @@ def test_kernels_of_convolutions_are_tried_in_training_alone(deterministic):
     task.module.register_forward_hook(lambda *_: found.append(torch.backends.cudnn.benchmark))
     updater = updater_of(task, sgd(task))
     updater.config = replace(updater.config, run=RunConfig(deterministic=deterministic))
-    updater.run(BATCH)
+    updater.backward(BATCH)
     assert (found, torch.backends.cudnn.benchmark) == ([not deterministic], False)
 
 
