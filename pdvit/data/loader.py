@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, BadImages, Keys, Sample, Samples, pixels_of, read_crops, read_whole, refuse_bad
 from pdvit.data.mixing import Mixing
-from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.preprocessing import Preprocessing, copy_to
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import RunFailed, UserError
@@ -205,24 +205,6 @@ def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterato
                     refuse_bad(loader.bad.found, "too many to skip: replace them")
         finally:
             del batches  # ends the workers now; as part of an error's traceback torch would wait 5 s for each
-
-
-def copy_to(device: torch.device, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy a batch to a device: to a GPU by a stream of its own, while the GPU computes the steps before."""
-    if device.type != "cuda":
-        return images.to(device), labels.to(device)
-    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
-    with torch.cuda.stream(stream):
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
-    current.wait_stream(stream)
-    for tensor in (images, labels):
-        tensor.record_stream(current)  # else the next copy could take its memory before it is used
-    return images, labels
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _start_workers(data: Samples, loader: LoaderConfig, keys: Iterable[Any]) -> Iterator[Any]:

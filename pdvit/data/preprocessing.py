@@ -62,3 +62,21 @@ class Preprocessing:
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return one number per channel, for uint8 levels, `(3, 1, 1)`; cached, because a copy to a GPU synchronises."""
     return torch.tensor(values, device=device)[:, None, None] * 255
+
+
+def copy_to(device: torch.device, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy a batch to a device: to a GPU by a stream of its own, while the GPU computes the steps before."""
+    if device.type != "cuda":
+        return images.to(device), labels.to(device)
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
+    current.wait_stream(stream)
+    for tensor in (images, labels):
+        tensor.record_stream(current)  # else the next copy could take its memory before it is used
+    return images, labels
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -10,9 +10,9 @@ from pdvit.config.schema import AugmentConfig
 from pdvit.data import loader as module
 from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
 from pdvit.data.images import BadImage, BadImages, Samples
-from pdvit.data.loader import _end_workers, copy_to, decode, eval_batches, resident, steps_per_epoch
+from pdvit.data.loader import _end_workers, decode, eval_batches, resident, steps_per_epoch
 from pdvit.data.mixing import MODES
-from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.preprocessing import Preprocessing, _copy_stream, copy_to
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source
 from pdvit.errors import RunFailed, UserError
 from tests.unit.data.batches import CLASSES, LOADER, OFF, ON, join, same, save_images, take
@@ -282,6 +282,6 @@ def test_copies_do_not_wait_for_the_step_before():
     busy = torch.cuda.Event()
     busy.record()
     found, _ = copy_to(device, images, images)
-    module._copy_stream(device).synchronize()
+    _copy_stream(device).synchronize()
     assert not busy.query()
     assert torch.equal(found.cpu(), images)
