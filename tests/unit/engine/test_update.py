@@ -221,7 +221,8 @@ def test_kernels_of_convolutions_are_tried_in_training_alone(deterministic):
 
 
 def test_fsdp_shards_blocks_and_not_other_children_of_a_sequential():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2)
+    """A stage of Swin is such a child: it holds blocks."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(2, 1), embed_dim=24, num_heads=(1, 2))
     task = Task()
     task.module = DiverseModel(model)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # collectives that do nothing
@@ -230,4 +231,4 @@ def test_fsdp_shards_blocks_and_not_other_children_of_a_sequential():
     finally:
         dist.destroy_process_group()
     sharded = [module for module in task.module.modules() if isinstance(module, FSDPModule)]
-    assert sharded == [task.module, *model.blocks]
+    assert sharded == [task.module, *(block for stage in model.layers for block in stage.blocks)]
