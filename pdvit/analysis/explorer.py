@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pdvit.analysis.measure import check_tokens, inference
+from pdvit.analysis.measure import check_count, check_finite, inference
 from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
@@ -69,8 +69,9 @@ def read_maps(
     maps = Maps(name, [], [], {}, [], [], notes, [layer.depth for layer in layers])
 
     def visit(layer: Layer, tokens: Tensor) -> None:
+        check_count(tokens, layer)
         found[layer] = Patches(tokens, image_size)
-        check_tokens(found[layer], layer)
+        check_finite(found[layer].lengths, layer)
 
     with watch({layer: places[layer] for layer in layers}, visit):
         for label, pixels in shown[:max_images]:

@@ -195,16 +195,15 @@ def inference(model: nn.Module, images: Tensor) -> Iterator[None]:
         raise UserError(f"there is no memory for a batch of {len(images)}", str(images.device), tip) from error
 
 
-def check_tokens(patches: Patches, layer: Layer) -> None:
-    """Raise UserError if there are fewer than two patches, or if tokens are not finite."""
-    count = patches.tokens.shape[1]
-    if count < 2:
-        what = f"similarity needs at least two patches, not {count}"
+def check_count(tokens: Tensor, layer: Layer) -> None:
+    """Raise UserError if there are fewer than two patches."""
+    if tokens.shape[1] < 2:
+        what = f"similarity needs at least two patches, not {tokens.shape[1]}"
         raise UserError(what, f"{layer.name}, {WHERE}", "use larger images or smaller patches")
-    _check_finite(patches.lengths, layer)
 
 
-def _check_finite(values: Tensor, layer: Layer) -> None:
+def check_finite(values: Tensor, layer: Layer) -> None:
+    """Raise UserError if values are not finite."""
     if not bool(values.isfinite().all()):
         tip = "the checkpoint is damaged, or the images are not normalised for this model"
         where = "the model's weights, or its input"
@@ -308,9 +307,10 @@ class LayerMetrics:
         if layer == self.first_layer:
             self.first = unit_tokens(tokens)
         first = self.first if self.first is not None and self.first.shape == tokens.shape else None
+        check_count(tokens, layer)
         parts = Patches(tokens, self.image_size, first).split()
-        for part in parts:
-            check_tokens(part, layer)
+        # Not a metric, but for `_read` to find infinite tokens: here each layer would wait for the device.
+        self._add("", layer, {"length": torch.cat([part.lengths.amax(1) for part in parts])})
         for name in self.groups:
             if name not in ("attention", "cka"):
                 found = [METRICS[name](part) for part in parts]
@@ -333,7 +333,7 @@ class LayerMetrics:
         whole = torch.cat([torch.empty(self.images, 0, device=device), *columns], 1).cpu()
         sizes = [column.shape[1] for column in columns]
         for (key, values), part in zip(self.values.items(), whole.split(sizes, 1), strict=True):
-            _check_finite(part, key[2])
+            check_finite(part, key[2])
             self.sums.add(MetricSums(moments={key: Moments.of(part.reshape(values.shape))}))
         self.values = {}
 

@@ -25,7 +25,7 @@ VERBOSE = "Print also definitions, conditions and files; or nothing. Unset: tabl
 METRIC_NAMES = f"Groups: {', '.join(GROUPS)}; unset: {', '.join(DEFAULT)}."
 
 
-@partial(checkpoint_command, data_batch_size=32, data_workers=2)
+@partial(checkpoint_command, data_batch_size=32)
 def analyze(
     checkpoints: Annotated[
         list[str] | None, typer.Argument(metavar="CKPT", help="Runs, timm folders, weight files, models.")

@@ -113,7 +113,8 @@ def checkpoint_command(command: Callable[..., Any], **defaults: Any) -> Callable
     """
     kind, defaults = inspect.Parameter.KEYWORD_ONLY, {"run_device": "auto"} | defaults
     shared = [inspect.Parameter(name, kind, default=defaults.get(name), annotation=OPENING[name]) for name in OPENING]
-    return _with_options(command, *shared, *(_option(KEYS[name], {}) for name in OF_CHECKPOINTS))
+    own = {"run": {"precision": None}}  # the run's
+    return _with_options(command, *shared, *(_option(KEYS[name], own) for name in OF_CHECKPOINTS))
 
 
 def opening_arguments(values: Mapping[str, Any]) -> dict[str, Any]:

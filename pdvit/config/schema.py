@@ -12,7 +12,7 @@ TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral", "gram")
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
 GRAM_VARIANTS = ("paper", "remove-neg", "remove-only-teacher-neg", "batch")
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MIXUP_MODES = ("batch", "pair", "elem")
 # Some of timm's. Known here, because their completion must not wait for the import of timm.
 OPTIMIZERS = ("adamw", "adam", "nadamw", "radamw", "lamb", "lars", "lion", "adan", "muon", "adafactorbv", "sgd")
@@ -101,7 +101,9 @@ class DataConfig:
     crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0.05, maximum=2)
     interpolation: str | None = key(None, "Resize interpolation.", "--interpolation", choices=INTERPOLATIONS)
     crop_mode: str | None = key(None, "Crop or squash images in evaluation.", "--crop-mode", choices=CROP_MODES)
-    workers: int = key(2, "Processes that decode image files.", "--workers", "-j", minimum=0, maximum=1000)
+    workers: int | None = key(
+        None, "Processes that decode images; unset: one per core, up to 16.", "--workers", "-j", minimum=0, maximum=1000
+    )
     resident: str = key("auto", "Keep images on the device; auto: if few.", "--resident", choices=("auto", "on", "off"))
     split_seed: int = key(0, "Seed of the held-out images of a source without splits.", minimum=0, maximum=2**32 - 1)
 
@@ -250,7 +252,9 @@ class RunConfig:
     name: str | None = key(None, "Name under runs/; unset: source, --init, terms, other changes.", "--name")
     seed: int = key(0, "Seed of weights, order and augmentation.", "--seed", minimum=0, maximum=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N.", "--device")
-    precision: str = key("fp32", "Autocast of forward passes.", "--precision", choices=PRECISIONS)
+    precision: str = key(
+        "auto", "Autocast of forward passes; auto: bf16 on a GPU that has it.", "--precision", choices=PRECISIONS
+    )
     tf32: bool = key(True, "TF32 for float32 matrix products in training on a GPU.", "--tf32/--no-tf32")
     compile: bool = key(False, "torch.compile the model and the losses.", "--compile")
     deterministic: bool = key(False, "Only deterministic kernels (CPUs have no others).", "--deterministic")

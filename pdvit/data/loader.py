@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pdvit.data.augment import Augmentation
 from pdvit.data.images import BadImage, BadImages, Keys, Sample, Samples, pixels_of, read_crops, read_whole, refuse_bad
 from pdvit.data.mixing import Mixing
-from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.preprocessing import Preprocessing, copy_to
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import ArraySplit, Source, Split, image_size
 from pdvit.errors import RunFailed, UserError
@@ -46,6 +46,7 @@ DECODE_BATCH = 256
 LOGGED = 32  # batches between two progress messages
 # Open files for each worker (pipes and shared batches), and for everything else; bytes of /dev/shm that are left.
 FILES_PER_WORKER, OTHER_FILES, OTHER_SHARED = 8, 16, 2**19
+MAX_WORKERS = 16  # by default: each holds two batches in shared memory
 SHARED_BYTES = 2**16  # smaller arrays go through a pipe, which is faster
 
 
@@ -84,13 +85,19 @@ class LoaderConfig:
 
     batch_size: int  # of all ranks together
     seed: int
-    workers: int
+    workers: int | None  # None: see `worker_count`
     device: torch.device
     preprocessing: Preprocessing
     eval_batch: int | None = None  # maximum of images in a forward pass in evaluation; None: those of a training step
     rank: int = 0
     processes: int = 1
     bad: BadImages = field(default_factory=BadImages)
+
+    @property
+    def worker_count(self) -> int:
+        """The worker processes of this rank; unset, one for each of its cores, which ranks of a machine share."""
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(max(1, cores), MAX_WORKERS) if self.workers is None else self.workers
 
     @property
     def per_pass(self) -> int:
@@ -154,7 +161,7 @@ def eval_batches(split: Split, loader: LoaderConfig, shared: bool = False) -> It
         keys = [(-1, chunk.tolist()) for chunk in chunks]
         raw = decode(Samples(split, partial(read_whole, loader.preprocessing.evaluation())), loader, keys)
     for images, labels, index in raw:
-        yield Batch(loader.preprocessing.normalise(images.to(loader.device)), labels.to(loader.device), index)
+        yield Batch(loader.preprocessing.normalise(images), labels.to(loader.device), index)
 
 
 def step_indices(size: int, loader: LoaderConfig, start: int, mixing: Mixing | None = None) -> Steps:
@@ -173,15 +180,17 @@ def from_workers(data: Samples, loader: LoaderConfig, steps: Steps) -> Iterator[
     steps, order = tee(steps)
     keys = ((epoch, indices.tolist()) for epoch, indices in steps)
     data = replace(data, skip=loader.bad.skip)
-    for (_, planned), raw in zip(order, decode(data, loader, keys), strict=False):
-        images, labels = (tensor.to(loader.device, non_blocking=True) for tensor in raw[:2])
-        replaced = (raw[2] != planned).to(loader.device, non_blocking=True) if loader.bad.skip else None
-        yield Batch(images, labels, raw[2], replaced=replaced)
+    for (_, planned), (images, labels, index) in zip(order, decode(data, loader, keys), strict=False):
+        replaced = (index != planned).to(loader.device, non_blocking=True) if loader.bad.skip else None
+        yield Batch(images, labels, index, replaced=replaced)
 
 
 def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterator[Raw]:
-    """Yield decoded batches; UserError with the names of images that do not decode, RunFailed if a worker fails."""
-    with _worker_errors() if loader.workers else nullcontext():
+    """Yield decoded batches on the loader's device, except for the indices.
+
+    UserError with the names of images that do not decode, RunFailed if a worker fails.
+    """
+    with _worker_errors() if loader.worker_count else nullcontext():
         batches = _start_workers(data, loader, keys)
         try:
             for batch, bad in batches:
@@ -190,7 +199,7 @@ def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterato
                     if isinstance(batch[0], np.ndarray) and batch[0].nbytes >= SHARED_BYTES:
                         _note("batches go through pipes, which is slower: /dev/shm is too small")
                     images, labels, index = map(torch.as_tensor, batch)
-                    yield images, labels, index
+                    yield *copy_to(loader.device, images, labels), index
                 elif loader.processes > 1 or data.skip:
                     # ranks must run the same number of batches, and training needs every one
                     refuse_bad(loader.bad.found, "too many to skip: replace them")
@@ -201,8 +210,8 @@ def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterato
 def _start_workers(data: Samples, loader: LoaderConfig, keys: Iterable[Any]) -> Iterator[Any]:
     """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
-    workers = min(loader.workers, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
-    if workers < loader.workers:
+    workers = min(loader.worker_count, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
+    if workers < loader.worker_count:
         _note(f"{workers} workers decode images: /dev/shm or the limit of open files (ulimit -n) is too small for more")
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -304,9 +313,9 @@ def resident(
     `setting` is auto, on or off. Held-out images are kept after their evaluation transform, so their pixels are those
     of the workers. Workers decode if bad images are skipped; else these, or an impossible `on`, raise UserError.
     """
-    by_workers = f"by {loader.workers} worker processes"
     if isinstance(source.splits["train"], ArraySplit):
-        here = f"in memory, augmented at every step {by_workers}" if augmentation.per_image else f"on {loader.device}"
+        in_memory = "in memory, augmented at every step by {} worker processes"
+        here = in_memory.format(loader.worker_count) if augmentation.per_image else f"on {loader.device}"
         log(f"images: {here}")
         return source
     size, reason = (None, "--resident off") if setting == "off" else _choose(source, loader, augmentation, setting)
@@ -327,7 +336,7 @@ def resident(
         if setting == "on":
             refuse_bad(loader.bad.found, "delete them, or use --resident off")
         reason = "some do not decode"
-    log(f"images: decoded at every step {by_workers} ({reason})")
+    log(f"images: decoded at every step by {loader.worker_count} worker processes ({reason})")
     return source
 
 

@@ -52,12 +52,31 @@ class Preprocessing:
         return fitted
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input."""
+        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input: on a GPU channels last, for convolutions."""
         mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
-        return images.float().sub_(mean).div_(std)
+        layout = torch.channels_last if images.is_cuda else torch.preserve_format
+        return images.to(torch.float32, memory_format=layout).sub_(mean).div_(std)
 
 
 @cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return one number per channel, for uint8 levels, `(3, 1, 1)`; cached, because a copy to a GPU synchronises."""
     return torch.tensor(values, device=device)[:, None, None] * 255
+
+
+def copy_to(device: torch.device, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy a batch to a device: to a GPU by a stream of its own, while the GPU computes the steps before."""
+    if device.type != "cuda":
+        return images.to(device), labels.to(device)
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
+    current.wait_stream(stream)
+    for tensor in (images, labels):
+        tensor.record_stream(current)  # else the next copy could take its memory before it is used
+    return images, labels
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

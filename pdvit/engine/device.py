@@ -3,6 +3,7 @@
 import ctypes
 import os
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,8 @@ from pdvit.config.schema import RunConfig
 from pdvit.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# The type of forward passes by precision; `auto` is what `set_up` makes of it, and fp32 without it.
+DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in RuntimeErrors
 
 
@@ -46,17 +49,24 @@ def device_name(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context of forward passes in `fp32`, `bf16` or `fp16`."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    """Return the context of forward passes in a precision of `DTYPES`."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def set_up(device: torch.device, run: RunConfig) -> None:
-    """Choose torch's kernels for a run; raises UserError if the device does not support it."""
+def set_up(device: torch.device, run: RunConfig) -> RunConfig:
+    """Choose torch's kernels for a run; return its settings, with the precision that `auto` stands for.
+
+    That is bf16 on a GPU that has it, else fp32. Raises UserError for bf16 on a GPU without it.
+    """
+    precision = "fp32" if run.precision == "auto" else run.precision
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # before the question below, which is about the current device
-        if run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            what = f"{torch.cuda.get_device_name(device)} has no bfloat16"
+        torch.cuda.set_device(device)
+        # `torch.cuda.is_bf16_supported` would answer for the current device.
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            precision = "bf16" if run.precision == "auto" else precision
+        elif precision == "bf16":
+            what = f"{device_name(device)} has no bfloat16"
             raise UserError(what, "run.precision (--precision)", "use --precision fp16 or fp32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     else:
@@ -68,8 +78,8 @@ def set_up(device: torch.device, run: RunConfig) -> None:
     if run.deterministic:
         # cuBLAS reads it when it is first used; without it torch refuses deterministic products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(run.deterministic)
+    return replace(run, precision=precision)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -159,7 +159,7 @@ class Trainer:
                         self._save(ending=True)
                     if isinstance(error, UserError):
                         raise
-                    change = f"data.workers={int(self.config.data.workers > 1)}"
+                    change = f"data.workers={int(self.config.data.workers != 1)}"
                     again = command("train", "--resume", self.directory.path, "--change", change)
                     raise RunFailed(error.what, f"{error.tip}; resume with: {again}") from error
                 yield batch

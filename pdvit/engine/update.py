@@ -3,6 +3,7 @@
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ class Step(nn.Module):
 
 
 def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Return the step: as it is, under DDP, or with module and average sharded in place by FSDP2; raises UserError."""
+    """Return the step: as it is, under DDP, or with module and average sharded in place by FSDP2, block by block.
+
+    Raises UserError.
+    """
     if run.distribute == "fsdp":
         if ranks.world_size == 1:
             tip = "add --launcher local --gpus N, or start with torchrun"
@@ -80,26 +84,17 @@ def parallelize(task: Task, ema: ModelEmaV3 | None, run: RunConfig, ranks: Ranks
         if run.compile:
             what = "a model that fsdp shards can't be compiled: its weights are fetched within the step"
             raise UserError(what, "run.compile (--compile)", "leave it out, or use --distribute ddp")
-        for module in (task.module, *([ema.module] if ema else [])):
-            _shard(module)
+        from torch.distributed.fsdp import fully_shard
+
+        # The tokens are views of the last layer's output; nothing changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        modules: list[Any] = [task.module, *([ema.module] if ema else [])]
+        for part in chain.from_iterable([*module.blocks(), module] for module in modules):
+            fully_shard(part, reshard_after_forward=True)  # else an evaluation leaves the outer weights whole
     step = Step(task, run.compile)
     if ranks.world_size == 1 or run.distribute == "fsdp":
         return step
     return nn.parallel.DistributedDataParallel(step, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-def _shard(module: nn.Module) -> None:
-    """Shard each block by itself: every child of an nn.ModuleList or nn.Sequential of several."""
-    from torch.distributed.fsdp import fully_shard
-
-    # The tokens are views of the last layer's output; nothing changes them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    for part in reversed(list(module.modules())):  # from the inside: blocks before the stages that hold them
-        if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
-            for block in part:
-                if any(True for _ in block.parameters()):
-                    fully_shard(block)
-    fully_shard(module, reshard_after_forward=True)  # else an evaluation leaves the outer weights whole
 
 
 @dataclass
@@ -138,6 +133,8 @@ class Updater:
         parts = batch.split(micro_batch or self.config.data.micro_batch or len(batch))
         no_sync: Any = getattr(self.network, "no_sync", nullcontext)  # DDP
         fsdp_sync: Any = getattr(self.task.module, "set_requires_gradient_sync", None)
+        # cuDNN tries its kernels for each shape: training has few, evaluation can have one for each image.
+        torch.backends.cudnn.benchmark = not self.config.run.deterministic
         for number, part in enumerate(parts, 1):
             weight, last = len(part) / len(batch), number == len(parts)  # a short last part counts less
             if fsdp_sync:
@@ -148,6 +145,7 @@ class Updater:
                 self.state.scaler.scale(output.loss * weight).backward()
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + weight * value if name in metrics else weight * value
+        torch.backends.cudnn.benchmark = False
         return metrics
 
     def clip(self) -> Tensor:

@@ -31,6 +31,10 @@ class Wrapper(nn.Module):
         assert isinstance(model, nn.Module)
         return model
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of the timm model, in the order of the forward pass."""
+        return modules_at(self.inside, family_of(self.inside).blocks)
+
     def head_weights(self) -> set[nn.Parameter]:
         """Return the weights of the timm model's classifier, and all weights outside of the timm model."""
         model: Any = self.inside
@@ -92,7 +96,7 @@ def freeze(network: Wrapper, part: str) -> None:
     if part == BACKBONE:
         frozen = {*model.parameters()} - network.head_weights()
     elif part.isdecimal():
-        frozen = weights_up_to_block(model, int(part))
+        frozen = weights_up_to_block(model, network.blocks(), int(part))
     else:
         raise UserError(f"'{part}' is not a part of a model", FREEZE, f"give a number of blocks, or {BACKBONE}")
     for weight in model.parameters():
@@ -109,9 +113,8 @@ def freeze(network: Wrapper, part: str) -> None:
     network.train(network.training)
 
 
-def weights_up_to_block(model: nn.Module, count: int) -> set[nn.Parameter]:
+def weights_up_to_block(model: nn.Module, blocks: list[nn.Module], count: int) -> set[nn.Parameter]:
     """Return the weights that a forward pass uses before the end of block `count`."""
-    blocks = modules_at(model, family_of(model).blocks)
     if count > len(blocks):
         raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", FREEZE, f"or use {BACKBONE}")
     called: dict[nn.Module, None] = {}

@@ -76,8 +76,9 @@ class ImageTask(ABC):
         self.bad = BadImages(skip=config.data.on_bad_image == "skip")
         self.logged_bad: set[str] = set()
         data, seed, size = config.data, config.run.seed, ranks.world_size
+        workers = config.launch.cpus if data.workers is None else data.workers
         self.loader = LoaderConfig(
-            batch_size, seed, data.workers, device, self.preprocessing, data.micro_batch, ranks.rank, size, self.bad
+            batch_size, seed, workers, device, self.preprocessing, data.micro_batch, ranks.rank, size, self.bad
         )
         self.fingerprint = source.fingerprint()
         if ranks.rank:  # the weights are the same on all ranks, the draws of drop path are not

@@ -19,7 +19,7 @@ from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig
 from pdvit.data.opening import ImageSet, held_out_images, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.engine.device import choose_device, is_out_of_memory, set_up
+from pdvit.engine.device import DTYPES, choose_device, is_out_of_memory, set_up
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.models.build import SIZES
@@ -29,8 +29,6 @@ from pdvit.models.segmentation.segmenter import Segmenter
 from pdvit.models.wrapper import Wrapper
 from pdvit.tasks.segmentation import sliding_windows
 from pdvit.tasks.windows import SCALES, SlidingWindowConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ def open_checkpoint(
     given = merge_layers({section: {key: flags[name]}} for name, (section, key) in parts.items())
     recipe = path / "run.toml"
     is_run = os.path.isdir(path) and recipe.is_file()
-    # A run is evaluated with its own TF32 setting, any other checkpoint without TF32.
-    defaults = {} if is_run else {"run": {"tf32": False}}
+    # A run is evaluated in its own precision, any other checkpoint in float32 without TF32.
+    defaults = {} if is_run else {"run": {"tf32": False, "precision": "fp32"}}
     saved = read_toml(recipe, RESTORE) if is_run else {}
     config = build(("the command's defaults", defaults), (str(recipe), saved), ("the command line", given))
     own_settings = build(("the command line", given))
@@ -102,7 +100,7 @@ def open_checkpoint(
     check_finite(loaded.model.state_dict(), str(path))
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     if not backbone:  # `analyze` measures in exact float32
-        set_up(device, config.run)
+        config = replace(config, run=set_up(device, config.run))
     to_device(loaded.model, device, str(path))
     bare = loaded.model.inside if isinstance(loaded.model, Wrapper) else loaded.model
     if backbone and (precision := given.get("run", {}).get("precision")):

@@ -1,5 +1,6 @@
 """A run from its configuration to its summary. Imports torch, so commands print their first line before this."""
 
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -7,7 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from pdvit.config import build, parse_set, read_toml, resolve, to_dict, to_toml
 from pdvit.config.load import RESTORE
@@ -39,9 +42,6 @@ from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
 from pdvit.workflows.console import count, log
-
-if TYPE_CHECKING:
-    import torch
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
@@ -87,7 +87,7 @@ def build_trainer(
     config = resolve(config) if config.data.batch_size else config
     ranks = init_process_group(stop)
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
-    set_up(device, config.run)
+    config = replace(config, run=set_up(device, config.run))
     if ranks.main and config.run.track:
         check_trackers(config.run.track)
     to_log = partial(log, console, words=True)
@@ -102,6 +102,8 @@ def build_trainer(
         source = source.noting(*ranks.gather(lambda: check() if ranks.main else [])[0])
     if not config.data.batch_size:
         batch_size = _find_batch_size(config, task_type, source, device, ranks)
+        gc.collect()  # the model of the trials is in cycles
+        torch.cuda.empty_cache()
         config = resolve(replace(config, data=replace(config.data, batch_size=batch_size)))
     config = with_norm(config, ranks.world_size, device) if segments else config
     root = None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root))
@@ -131,8 +133,6 @@ def build_trainer(
 
 def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
     """Prepare a new run; UserError and Stopped, if possible before it has a folder."""
-    import torch
-
     asked, trainer = config, build_trainer(config, console, stop)
     ranks, config, path = trainer.ranks, trainer.config, None
     with ranks.raise_on_all_ranks():
@@ -153,6 +153,7 @@ def default_name(config: Config) -> str:
     if init is not None:
         parts.insert(0, f"from-{name_of(Path(init)) if os.path.exists(init) else init.rpartition('/')[2]}")
     same = {"data": {"source": config.data.source}, "diversity": {"preset": config.diversity.preset}}
+    same |= {"run": {"precision": "fp32"}} if config.run.precision == "fp32" else {}  # `auto` of a CPU, in its run.toml
     names = (*OF_DIVERSITY, "model." if init is None else "model.freeze", *NAMED[1:])  # a checkpoint has a model
     found = []
     for defaults in ({}, recipe_defaults(config)):  # `train` can have those of another command, by flags or a file
@@ -316,7 +317,7 @@ def trial_config(config: Config) -> Config:
     return resolve(trial)
 
 
-def _find_batch_size(config: Config, task_type: TaskType, source: Source, device: "torch.device", ranks: Ranks) -> int:
+def _find_batch_size(config: Config, task_type: TaskType, source: Source, device: torch.device, ranks: Ranks) -> int:
     """Return the largest total batch that fits, a power of two or all images; raises UserError if none does."""
     where = "data.batch_size (--batch-size)"
     if device.type == "cpu":

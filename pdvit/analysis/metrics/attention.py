@@ -22,8 +22,9 @@ def attention_metrics(rows: Tensor, image_size: tuple[int, int], previous: Tenso
     `rows` are the attention between patches in one block, `(B, heads, N, N)`, `previous` that of the block before.
     """
     grid, count = grid_of(rows.shape[-1], image_size), rows.shape[-1]
-    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(rows.device)
+    place = torch.arange(count, device=rows.device)
+    y, x = place // grid[1], place % grid[1]
+    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float())
     logarithms = rows.clamp_min(torch.finfo(rows.dtype).tiny).log_()
     deviations = torch.linalg.vector_norm(rows - rows.mean(-1, keepdim=True), dim=-1)
     by_head = {

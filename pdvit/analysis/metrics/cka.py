@@ -32,12 +32,11 @@ def centred_gram(tokens: Tensor) -> Tensor:
         energy += features.square().sum()
         features = features - features.mean(0)  # changes nothing but the rounding
         gram += features @ features.T
-    if not bool(gram.diagonal().sum() > ROUNDING**2 * energy):
-        return torch.zeros_like(gram)
+    differ = gram.diagonal().sum() > ROUNDING**2 * energy
     gram.fill_diagonal_(0)
     rows = gram.sum(0) / (images - 2)
     centred = gram - rows - rows[:, None] + rows.sum() / (images - 1)
-    return centred.fill_diagonal_(0)
+    return centred.fill_diagonal_(0).where(differ, 0)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,10 @@ class LinearCKA:
     def of(cls, first: list[Tensor], second: list[Tensor]) -> "LinearCKA":
         """Return the sums of a batch, from the `centred_gram` of each layer of both models for the same images."""
         one, two = (torch.stack(grams).flatten(1) for grams in (first, second))
-        values, images = (one @ two.T, one.square().sum(1), two.square().sum(1)), len(first[0])
-        return cls(tuple((1 / (images - 3) * value).cpu() for value in values), images)
+        images, sizes = len(first[0]), [len(one) * len(two), len(one), len(two)]
+        values = torch.cat([(one @ two.T).flatten(), one.square().sum(1), two.square().sum(1)])
+        cross, *own = (1 / (images - 3) * values).cpu().split(sizes)  # read from the device together
+        return cls((cross.view(len(one), len(two)), *own), images)
 
     def __add__(self, other: "LinearCKA") -> "LinearCKA":
         """Return the sums with those of other images."""

@@ -27,7 +27,8 @@ def effective_rank(gram: Tensor) -> Tensor:
     The sigma are the singular values of the tokens, the roots of its eigenvalues: exact enough in float64. Tokens are
     not centred. Values below 1e-6 of the largest count as 0. Zero tokens give 0.
     """
-    values: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    finite = gram.nan_to_num(0, 0, 0)  # of other tokens the solver would raise its own error
+    values: Tensor = torch.linalg.eigvalsh(finite).clamp_min(0).sqrt()
     values = values * (values > ROUNDING * values[..., -1:])
     total = values.sum(-1, keepdim=True)
     rank: Tensor = torch.special.entr(values / total.where(total > 0, 1)).sum(-1).exp()

@@ -1,8 +1,11 @@
 """Lengths of the tokens, P without outliers, drift, and the distribution of the cosines of all pairs of patches."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pdvit.analysis.metrics.patches import MAX_EXACT_PATCHES, ROUNDING, Patches
 from pdvit.similarity import SHORTEST, row_blocks
@@ -28,10 +31,10 @@ def outliers(lengths: Tensor) -> Tensor:
 
 def norm_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of lengths, and P without outliers."""
-    lengths, shortest = patches.lengths, patches.lengths.new_tensor(SHORTEST)
+    lengths = patches.lengths
     excluded = outliers(lengths)
     rest = patches.similarity
-    if bool(excluded.any()):
+    if excluded.device.type != "cpu" or bool(excluded.any()):  # the host would wait for the answer of a GPU
         total = number = torch.zeros((), device=lengths.device)
         for i, j, cosines in patches.pairs():
             kept = ~(excluded.index_select(1, i) | excluded.index_select(1, j))
@@ -40,7 +43,7 @@ def norm_metrics(patches: Patches) -> dict[str, Tensor]:
     return {
         "norm_mean": lengths.mean(1),
         "norm_std": lengths.std(1),
-        "norm_peak": lengths.amax(1).maximum(shortest) / lengths.quantile(0.5, -1).maximum(shortest),
+        "norm_peak": lengths.amax(1).clamp_min(SHORTEST) / lengths.quantile(0.5, -1).clamp_min(SHORTEST),
         "norm_outliers": excluded.float().mean(1),
         "similarity_without_outliers": rest,
     }
@@ -67,20 +70,30 @@ def drift_metrics(patches: Patches) -> dict[str, Tensor]:
 def pair_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return percentiles (linear) and histogram of the cosines of all pairs: fractions in `BINS` parts of [-1, 1].
 
-    Blocks are sorted by numpy, on the CPU: it is ten times as fast as torch there.
+    On a CPU, blocks are sorted by numpy: it is ten times as fast as torch.
     """
     images, count, _ = patches.tokens.shape
-    edges, generator = np.linspace(-1, 1, BINS + 1), np.random.default_rng(0)
+    generator, device = np.random.default_rng(0), patches.tokens.device
+    edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64, device=device).expand(images, -1)
     fraction = SAMPLED_PAIRS / (count * (count - 1) / 2) if count > MAX_EXACT_PATCHES else None
-    below, chosen = np.zeros((images, BINS + 1)), []
+    below, chosen = torch.zeros_like(edges), list[Tensor]()
     for _, _, cosines in patches.pairs():
-        ordered = np.sort(cosines.cpu().numpy(), 1)
-        below += [[*np.searchsorted(image, edges[:-1].astype(image.dtype)), image.size] for image in ordered]
+        ordered = _sorted(cosines)
+        pairs = ordered.shape[1]
+        below += F.pad(torch.searchsorted(ordered, edges[:, :-1].to(ordered.dtype).contiguous()), (0, 1), value=pairs)
         if fraction is not None:  # each block gives its part of the sample, so no more than a block exists at a time
-            size = round(fraction * ordered.shape[1])
-            ordered = ordered[:, generator.integers(ordered.shape[1], size=size)]
+            sample = torch.from_numpy(generator.integers(pairs, size=round(fraction * pairs)))
+            ordered = ordered[:, sample.to(device, non_blocking=True)]
         chosen.append(ordered)
-    found = np.percentile(np.concatenate(chosen, 1), PERCENTILES, 1)
-    metrics = {f"pairs_p{at:02}": values for at, values in zip(PERCENTILES, found, strict=True)}
-    metrics |= {"histogram": np.diff(below) / below[:, -1:], "edges": np.tile(edges, (images, 1))}
-    return {name: torch.as_tensor(values) for name, values in metrics.items()}
+    ordered = chosen[0] if fraction is None else _sorted(torch.cat(chosen, 1))
+    places = {f"pairs_p{at:02}": divmod(at / 100 * (ordered.shape[1] - 1), 1) for at in PERCENTILES}
+    metrics = {
+        name: ordered[:, int(low)].lerp(ordered[:, math.ceil(low + part)], part) for name, (low, part) in places.items()
+    }
+    return metrics | {"histogram": below.diff(dim=1) / below[:, -1:], "edges": edges}
+
+
+def _sorted(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), 1))
+    return values.sort(1).values

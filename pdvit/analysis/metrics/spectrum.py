@@ -20,16 +20,18 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     size = torch.maximum(tokens.amax((1, 2)), -tokens.amin((1, 2)))[:, None, None]  # squares must not be infinite
     waves = torch.fft.rfft2((tokens / size.where(size > 0, 1)).unflatten(1, grid), dim=(1, 2), norm="ortho")
     power = waves.real.square() + waves.imag.square()  # of half of the frequencies; the others mirror them
-    rows, columns = torch.fft.fftfreq(height).abs()[:, None], torch.fft.rfftfreq(width)
+    rows = torch.fft.fftfreq(height, device=tokens.device).abs()[:, None]
+    columns = torch.fft.rfftfreq(width, device=tokens.device)
     twice = torch.where((columns > 0) & (columns < 0.5), 2.0, 1.0)
-    energy = power.sum(3).double() * twice.to(power)
+    energy = power.sum(3).double() * twice
     total = energy.sum((1, 2))
-    high = (energy * torch.maximum(rows, columns).ge(0.25).to(energy)).sum((1, 2))
+    high = (energy * torch.maximum(rows, columns).ge(0.25)).sum((1, 2))
     zero = total == 0
     scale = total.masked_fill(zero, 1)
-    places = [(round(k * height / side), round(k * width / side)) for k in range(side // 2 + 1)]
-    places = [(down, across) if across <= width // 2 else (-down, width - across) for down, across in places]
-    down, across = torch.tensor(places, device=tokens.device).T
+    step = torch.arange(side // 2 + 1, dtype=torch.float64, device=tokens.device)
+    down, across = ((step * length / side).round().long() for length in grid)
+    mirrored = across > width // 2
+    down, across = torch.where(mirrored, -down, down), torch.where(mirrored, width - across, across)
     diagonal, floor = power[:, down, across].double(), ROUNDING**2 * power.amax((1, 2)).double()
     curve = diagonal.maximum(floor[:, None]).clamp_min(torch.finfo(torch.float32).tiny).log().mean(2) / 2
     return (energy[:, 0, 0] / scale).masked_fill(zero, 1), high / scale, curve - curve[:, :1]
@@ -38,7 +40,7 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
 def spectrum_metrics(patches: Patches) -> dict[str, Tensor]:
     """Return the metrics of spatial frequency."""
     constant, high, curve = spectrum(patches.tokens, patches.grid)
-    side = min(patches.grid)  # frequencies as fractions of the highest, pi
-    axis = curve.new_tensor([2 * step / side for step in range(side // 2 + 1)]).expand_as(curve)
+    steps = torch.arange(curve.shape[1], dtype=curve.dtype, device=curve.device)
+    axis = (2 * steps / min(patches.grid)).expand_as(curve)  # frequencies as fractions of the highest, pi
     scalars = {"dc_share": constant, "high_frequency_share": high, "log_amplitude": curve[:, -1]}
     return scalars | {"by_frequency": curve, "frequency": axis}

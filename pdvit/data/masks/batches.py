@@ -52,7 +52,7 @@ def eval_batches(split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig)
     transform = partial(_evaluation_pair, segment.short_side, loader.preprocessing.interpolation)
     pairs = Samples(split, partial(read_pairs, transform))
     for images, masks, index in decode(pairs, replace(loader, processes=1), keys):
-        yield Batch(loader.preprocessing.normalise(images.to(loader.device)), masks.to(loader.device).long(), index)
+        yield Batch(loader.preprocessing.normalise(images), masks.long(), index)
 
 
 def _evaluation_pair(side: int | None, interpolation: str, pair: Pair, epoch: int, index: int) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,7 @@ def cityscapes_table() -> ClassTable:
     return ClassTable.of_ids({item.id: item.name for item in scored}, ignored, [item.color for item in scored])
 
 
-def infer_table(splits: Mapping[str, FileSplit], workers: int, log: Log) -> ClassTable:
+def infer_table(splits: Mapping[str, FileSplit], workers: int | None, log: Log) -> ClassTable:
     """Return the table of the ids in all masks, in the colours of the first if it has them all; raises UserError."""
     found = list[Any]()
     for name, masks in splits.items():
@@ -196,7 +196,7 @@ def _ids_in(masks: FileSplit, index: int) -> set[int] | BadImage:
     return attempt(masks, index, lambda index: set(np.unique(mask_values(masks.open(index))).tolist()))
 
 
-def check_masks(source: Source, every: bool, workers: int, log: Log) -> list[str]:
+def check_masks(source: Source, every: bool, workers: int | None, log: Log) -> list[str]:
     """Read mask files before the run; return notes on them.
 
     `every` reads all masks, and refuses those that ignore every pixel. Else held-out masks are read, since their faults
@@ -230,10 +230,10 @@ def _classes_in(split: MaskFiles, labelled: bool, index: int) -> BadMask | set[i
     return classes if classes or not labelled else BadMask(split.mask_name(index), "all of its pixels are ignored")
 
 
-def scan_masks(read: Callable[[int], Any], count: int, name: str, workers: int, log: Log) -> list[Any]:
+def scan_masks(read: Callable[[int], Any], count: int, name: str, workers: int | None, log: Log) -> list[Any]:
     """Return `read(index)` for the first masks of a split, computed in threads: decoders release the GIL."""
     found: list[Any] = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(1 if workers == 0 else workers) as pool:
         # the filters are global: set out here, this one stays while threads add and take back their own
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:

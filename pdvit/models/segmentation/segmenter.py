@@ -68,7 +68,8 @@ class Adapter:
         maps = model.forward_intermediates(
             images, indices=read, norm=self.norm, intermediates_only=True, output_fmt="NCHW"
         )
-        return [maps[read.index(index)] for index in self.indices]
+        layout = torch.channels_last if images.is_cuda else torch.contiguous_format  # convolutions of a GPU are faster
+        return [maps[read.index(index)].contiguous(memory_format=layout) for index in self.indices]
 
 
 class Segmenter(Wrapper):

@@ -1,5 +1,6 @@
 import copy
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 from unittest.mock import Mock
@@ -286,3 +287,12 @@ def test_memory_does_not_grow_with_the_images():
 
     measure(build(), batches(), METRICS)
     assert len(set(held[1:])) == 1
+
+
+@pytest.mark.parametrize("group", METRICS)
+def test_a_batch_is_read_from_the_device_once(monkeypatch, group):
+    """A meta tensor has no values, so whatever reads one fails: that is first done when the forward pass is over."""
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # meta has none
+    with pytest.raises(NotImplementedError, match="out of meta") as found:
+        analyze(build().to("meta"), pictures().to("meta"), group)
+    assert [entry.name for entry in found.traceback if entry.path.name == "measure.py"][-1] == "_read"

@@ -12,7 +12,7 @@ from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
 from pdvit.data.images import BadImage, BadImages, Samples
 from pdvit.data.loader import _end_workers, decode, eval_batches, resident, steps_per_epoch
 from pdvit.data.mixing import MODES
-from pdvit.data.preprocessing import Preprocessing
+from pdvit.data.preprocessing import Preprocessing, _copy_stream, copy_to
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source
 from pdvit.errors import RunFailed, UserError
 from tests.unit.data.batches import CLASSES, LOADER, OFF, ON, join, mixing, same, save_images, take
@@ -263,3 +263,25 @@ def test_images_in_memory_that_are_larger_than_the_input_are_scaled_down_first()
     split = ArraySplit(torch.stack(pictures(*[(32, 32)] * 8)), torch.arange(8) % 3)
     fitted = ArraySplit(LARGER.preprocessing.fit(split.images), split.labels)
     assert same(training(split, scale=(0.5, 1.0)), training(fitted, scale=(0.5, 1.0)))
+
+
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(8, 1, 8), (8, 4, 2), (2, 4, 1), (64, 1, 16)])
+def test_by_default_ranks_of_a_machine_share_its_cores_as_workers(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert replace(LOADER, workers=None).worker_count == workers
+    assert replace(LOADER, workers=3).worker_count == 3
+
+
+@pytest.mark.gpu
+def test_copies_do_not_wait_for_the_step_before():
+    device, images = torch.device("cuda", 0), torch.arange(300.0).pin_memory()
+    copy_to(device, images, images)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # cycles: a step that takes half a second
+    busy = torch.cuda.Event()
+    busy.record()
+    found, _ = copy_to(device, images, images)
+    _copy_stream(device).synchronize()
+    assert not busy.query()
+    assert torch.equal(found.cpu(), images)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pdvit.engine.device import choose_device, is_out_of_memory, visible_gpus
+from pdvit.config.schema import RunConfig
+from pdvit.engine.device import choose_device, is_out_of_memory, set_up, visible_gpus
 from pdvit.errors import UserError
 
 
@@ -41,3 +42,17 @@ def test_only_a_full_device_is_out_of_memory(error, expected):
 def test_a_device_that_can_not_be_used_is_an_error(name, what):
     with pytest.raises(UserError, match=what):
         choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "found"),
+    [("cpu", "auto", "fp32"), ("cpu", "bf16", "bf16"), ("cuda:0", "auto", "fp32"), ("cuda:1", "auto", "bf16")],
+)
+def test_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch, device, asked, found):
+    """Of two GPUs, a Turing and an Ampere, the run's own is asked, not the current one."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: ((7, 5), (8, 0))[device.index])
+    assert set_up(torch.device(device), RunConfig(precision=asked)).precision == found
+    with pytest.raises(UserError, match="cuda:0 has no bfloat16"):
+        set_up(torch.device("cuda:0"), RunConfig(precision="bf16"))

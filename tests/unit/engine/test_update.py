@@ -6,8 +6,11 @@ import pytest
 import timm
 import torch
 from timm.scheduler import CosineLRScheduler
+from torch import distributed as dist
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
@@ -205,3 +208,27 @@ def test_heads_have_a_learning_rate_of_their_own(layer_decay):
         assert moved[name] == pytest.approx(1.9 * 0.3, rel=1e-5)
     last = len(model.inside.blocks) - 1
     assert moved[f"model.blocks.{last}.mlp.fc1.weight"] == pytest.approx(1.9 * 0.1 * (layer_decay or 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_of_convolutions_are_tried_in_training_alone(deterministic):
+    task, found = Task(), []
+    task.module.register_forward_hook(lambda *_: found.append(torch.backends.cudnn.benchmark))
+    updater = updater_of(task, sgd(task))
+    updater.config = replace(updater.config, run=RunConfig(deterministic=deterministic))
+    updater.backward(BATCH)
+    assert (found, torch.backends.cudnn.benchmark) == ([not deterministic], False)
+
+
+def test_fsdp_shards_blocks_and_not_other_children_of_a_sequential():
+    """A stage of Swin is such a child: it holds blocks."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(2, 1), embed_dim=24, num_heads=(1, 2))
+    task = Task()
+    task.module = DiverseModel(model)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # collectives that do nothing
+    try:
+        parallelize(task, None, RunConfig(distribute="fsdp"), Ranks(0, 2), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    sharded = [module for module in task.module.modules() if isinstance(module, FSDPModule)]
+    assert sharded == [task.module, *(block for stage in model.layers for block in stage.blocks)]
