@@ -45,6 +45,7 @@ MEASURES = defaultdict(lambda: Measure("", 1, 2))  # by column; these are in the
 MEASURES |= {
     "miou": Measure("mIoU, %", 100, 1),
     "accuracy": Measure("accuracy, %", 100, 1),
+    "accuracy_val": Measure("accuracy on validation, %", 100, 1),
     "similarity_norm": Measure("P after the norm", 1, 2),
     "similarity_last": Measure("P of last", 1, 2),
     "rank_norm": Measure("effective rank there", 1, 1, relative=True),  # networks of several sizes are compared
