@@ -15,15 +15,14 @@ from typing import Any, Literal
 import tomli_w
 
 from pdvit.config import Config, build, resolve, to_dict
-from pdvit.config.load import SWEEP_SECTION
+from pdvit.config.load import PLACES, SWEEP_SECTION
 from pdvit.config.recipes import merge_layers, text_in_name
 from pdvit.engine.recipe import changed_keys
-from pdvit.errors import UserError
+from pdvit.errors import UserError, adding
 from pdvit.files import read_text, reading
 from pdvit.tracking.run_directory import CHECKPOINTS, FREE, JOBS, OTHER, STATUS, RunDirectory, held, write_file, writing
 
 SEED = "run.seed"
-PLACES = ("run.out", "run.name", "launch.")  # keys of the whole sweep
 SWEEP, TABLE = "sweep.toml", "cells.csv"  # names in its folder that no cell can have, beside JOBS
 MAX_NAME = 200  # bytes; most file systems allow 255
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
@@ -55,7 +54,9 @@ def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], 
     variants = _variants(table.get("variant", []), where)
     axes = {key: values for key, values in table.items() if key != "variant"}
     for key, values in axes.items():
-        _check_values(key, values, where)
+        _check_key(key, values, where)
+        if not (isinstance(values, list) and values):
+            raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
     for name, bundle in variants.items():
         if twice := [key for key in bundle if key in axes]:
             what = f"'{twice[0]}' is crossed, and variant '{name}' sets it too"
@@ -111,12 +112,6 @@ def _variants(tables: Any, where: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_values(key: str, values: Any, where: str) -> None:
-    _check_key(key, values, where)
-    if not (isinstance(values, list) and values):
-        raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
-
-
 def _substitute(value: Any, words: Mapping[str, Any]) -> Any:
     """Replace `{variant}` and `{section.key}` by the values of the cell; other braces stay."""
     if isinstance(value, Mapping):
@@ -144,11 +139,9 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
     parts = ((*key.split(".", 1), value) for key, value in values.items())
     layer = merge_layers({section: {name: value}} for section, name, value in parts)
     config = build((where, base), (where, layer))
-    try:
-        if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it
+    if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it
+        with adding(f", {where}"):
             resolve(config)
-    except UserError as error:
-        raise UserError(error.what, f"{error.where}, {where}", error.tip) from error
     return config
 
 
@@ -210,7 +203,7 @@ class Folder:
         written = self.written(name)
         if written.status == "finished":
             return written
-        if name in jobs or held(self.path / name / CHECKPOINTS / ".lock"):
+        if name in jobs or held(self.path / name / CHECKPOINTS):
             return CellState("waiting" if jobs.get(name) == "PENDING" else "running")
         return CellState("stopped", "interrupted") if written.status == "running" else written
 

@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
         summary = directory.read_json("summary.json", optional=True)
         numbers = {name: summary[name] for name in NUMBERS if type(summary.get(name)) in (int, float)}
         row |= {name: value for name, value in numbers.items() if abs(value) < LARGEST}  # NaN fails too
-        if row["status"] == "running" and not held(path / CHECKPOINTS / ".lock"):  # it was killed
+        if row["status"] == "running" and not held(path / CHECKPOINTS):  # it was killed
             row["status"] = "stopped"
     except UserError as error:
         row |= {"status": "unreadable", "reason": error.what}

@@ -14,7 +14,7 @@ from pdvit.files import read_text, reading
 
 RESTORE = "restore it from state.json of a checkpoint, which has its values under config"  # run.toml
 SWEEP_SECTION = "sweep"  # a table of configuration files that pdvit.sweep reads
-_PLACES = ("run.out", "run.name", "launch.")  # run.toml leaves them out, so that the same recipe can run elsewhere
+PLACES = ("run.out", "run.name", "launch.")  # run.toml leaves them out, so that the same recipe can run elsewhere
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
 
 
@@ -102,7 +102,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS if section != "launch"}
     for name, key in KEYS.items():
         value = getattr(getattr(config, key.section), key.name)
-        if value is not None and not name.startswith(_PLACES):
+        if value is not None and not name.startswith(PLACES):
             word = next((word for word, number in key.words.items() if number == value), None)
             table[key.section][key.name] = word or (list(value) if isinstance(value, tuple) else value)
     return table
