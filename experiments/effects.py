@@ -258,9 +258,8 @@ def draw(table: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
         theme: colours.
     """
     settings = list(dict.fromkeys(zip(table["question"], table["setting"], strict=True)))
-    with new_figure(DOUBLE, ROW * len(settings) + AROUND, theme) as figure:
+    with new_figure(table, DOUBLE, ROW * len(settings) + AROUND, theme) as figure:
         figure.subplots(1, len(MEASURES), sharey=True)
-        figure.data = table
         styles: dict[str, dict[str, str]] = {
             "none": {"color": theme.colours[0], "fmt": "o"},
             "cutmix": {"color": theme.colours[1], "fmt": "s"},

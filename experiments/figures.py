@@ -35,10 +35,8 @@ def draw_layers(layers: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     panels = list(data.groupby("panel", sort=False))
     names = [str(name) for name in data["variant"].unique()]
     styles = [look | {"linestyle": "-"} for look in line_styles(len(names), theme)]
-    size = (DOUBLE, HEIGHT * len(NUMBERS))
-    with new_figure(*size, theme) as figure:
+    with new_figure(data, DOUBLE, HEIGHT * len(NUMBERS), theme) as figure:
         figure.subplots(len(NUMBERS), len(panels), squeeze=False, sharex=True, sharey="row")
-        figure.data = data
         for number, axes in enumerate(figure.axes):
             row, column = divmod(number, len(panels))
             panel, part = panels[column]

@@ -87,10 +87,9 @@ def draw(runs: pd.DataFrame, theme: Theme = LIGHT) -> Drawing:
     sizes = sorted(runs[axis].unique())
     styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in line_styles(len(VARIANTS), theme)], strict=True))
     rows = (("accuracy", ACCURACY, MEASURES[0].factor), ("similarity_norm", P, 1))
-    size = (DOUBLE, HEIGHT * len(rows))
-    with new_figure(*size, theme) as figure:
+    data = runs[[axis, RATE, "variant", SEED, *(column for column, *_ in rows)]]
+    with new_figure(data, DOUBLE, HEIGHT * len(rows), theme) as figure:
         figure.subplots(len(rows), len(sizes), squeeze=False, sharex=True, sharey="row")
-        figure.data = runs[[axis, RATE, "variant", SEED, *(column for column, *_ in rows)]]
         for number, axes in enumerate(figure.axes):
             row, place = divmod(number, len(sizes))
             column, label, factor = rows[row]

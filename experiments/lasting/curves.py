@@ -89,9 +89,8 @@ def draw(curves: pd.DataFrame) -> Drawing:
             place = {"measure": measure, "variant": name, "epoch": epoch}
             rows.append(place | {"n": found.n, "mean": found.mean, "low": found.low, "high": found.high})
     table = pd.DataFrame(rows)
-    with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
+    with new_figure(table, DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, 3, sharex=True)
-        figure.data = table
         measures = ["accuracy, %", f"accuracy \u2212 {BASELINE}, points", "P"]
         for axes, measure in zip(figure.axes, measures, strict=True):
             draw_lines(axes, table[table["measure"] == measure], styles)

@@ -49,9 +49,8 @@ def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
         dict(zip(keys, key, strict=True)) | estimate(seeds.tolist())._asdict()
         for key, seeds in layers.groupby(keys, sort=False)["similarity"]
     )
-    with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
+    with new_figure(table, DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, len(tasks), sharey=True)
-        figure.data = table
         for axes, task in zip(figure.axes, tasks, strict=True):
             name, images = TASKS[task]
             before = published[(published["run"] == images) & (published["metric"] == "similarity")]
