@@ -37,10 +37,8 @@ def runs(
         model, data = (row.get("model") or "").partition("_patch")[0], os.path.basename(row.get("data", ""))
         score = f"mIoU {row['miou']:.1%}" if "miou" in row else f"{row['accuracy']:.1%}" if "accuracy" in row else ""
         similarity = f"{row['similarity_last']:.2f}" if "similarity_last" in row else ""
-        took, name = (
-            duration(row["seconds"]) if "seconds" in row else "",
-            printable(os.path.relpath(row["run"], folder)),
-        )
+        took = duration(row["seconds"]) if "seconds" in row else ""
+        name = printable(os.path.relpath(row["run"], folder))
         table.append((row["status"], printable(data), model, row.get("terms", ""), score, similarity, took, name))
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     console = make_console(as_json=False)

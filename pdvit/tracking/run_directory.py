@@ -110,10 +110,8 @@ class RunDirectory:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(FileExistsError):
                     path.mkdir(exist_ok=out is not None)
-                    if config is None:
-                        (path / JOBS).mkdir(exist_ok=True)
-                    else:
-                        (path / CHECKPOINTS).mkdir()  # of several commands, one has made it
+                    # Of several commands that train, one makes the folder of checkpoints.
+                    (path / (JOBS if config is None else CHECKPOINTS)).mkdir(exist_ok=config is None)
                     break
             path = RUNS / f"{name}-{number}" if out is None else path
         directory = cls(path)
