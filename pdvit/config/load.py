@@ -1,4 +1,4 @@
-"""TOML, flags and --set to one checked `Config`, and back. `python -m pdvit.config.load` prints the docs' table."""
+"""TOML, flags and --set to one checked `Config`, and back."""
 
 import math
 import tomllib
@@ -114,19 +114,3 @@ def to_toml(config: Config, command: str) -> str:
 
     one_line = "".join(letter if letter.isprintable() else " " for letter in command)
     return f"# {one_line}\n# repeat this run: pdvit train --config run.toml\n\n{tomli_w.dumps(to_dict(config))}"
-
-
-def markdown_table() -> str:
-    """Return every key with its flag, default, range and help, as Markdown."""
-    lines = ["| key | flag | default | allowed | |", "| --- | --- | --- | --- | --- |"]
-    for name, key in KEYS.items():
-        flags = ", ".join(f"`{flag}`" for flag in key.flags)
-        value = list(key.default) if isinstance(key.default, tuple) else key.default
-        default = "" if value is None else f"`{value}`"
-        allowed = ", ".join(key.choices) or key.describe_range()
-        lines.append(f"| `{name}` | {flags} | {default} | {allowed} | {key.help} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown_table())

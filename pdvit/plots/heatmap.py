@@ -60,9 +60,8 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 
 def _cka_matrix(arrays: Arrays, other: str = "") -> pd.DataFrame:
-    with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again, with --metrics cka"):
-        layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
-        return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
+    layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
+    return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
 
 
 def plot_maps(

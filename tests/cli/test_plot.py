@@ -169,8 +169,9 @@ class TestRefused:
     def test_a_patch_that_is_none(self, refusal, workplace, analysis_folder, patch):
         analysis_folder(workplace / "runs" / "one")
         assert refusal("plot", "maps", "--patch", patch).where == "--patch"
-        np.savez(Path("runs/one/analysis/maps.npz"), names=["ant.png"], layers=["embed"])
-        assert "do not fit the figure: KeyError" in refusal("plot", "maps").what
+        for figure in ("maps", "cka"):  # incomplete arrays
+            np.savez(f"runs/one/analysis/{figure}.npz", names=["ant.png"], layers=["embed"], matrix=np.ones((2, 3)))
+            assert "do not fit the figure" in refusal("plot", figure).what
 
     def test_a_sweep_without_cells_and_a_comparison_of_one(self, refusal, workplace):
         Path("empty").mkdir()
