@@ -2,11 +2,7 @@
 
 import csv
 import json
-import subprocess
-import sys
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +36,6 @@ def newest_step(run: Path) -> int:
     except FileNotFoundError:
         return 0
     return json.loads(lines[-1])["step"] if lines else 0
-
-
-@contextmanager
-def held_elsewhere(run: Path) -> Iterator[None]:
-    """Another process trains the run."""
-    code = "import sys; from pathlib import Path; from pdvit.tracking.run_directory import RunDirectory\n"
-    code += "with RunDirectory(Path(sys.argv[1])).locked(): print(flush=True); input()"
-    command, pipe = [sys.executable, "-c", code, str(run)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        process.stdout.readline()
-        yield
-        process.communicate("\n")
 
 
 def weights(run: Path) -> bytes:

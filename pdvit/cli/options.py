@@ -98,14 +98,14 @@ WEIGHTS: dict[str, Any] = {
 }
 
 
-def checkpoint_command(command: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
-    """Replace `**opening` of a command by WEIGHTS and a flag `section_key` for each setting in OPENING.
+def checkpoint_command(command: Callable[..., Any], more: Sequence[str] = (), **defaults: Any) -> Callable[..., Any]:
+    """Replace `**opening` of a command by WEIGHTS and a flag `section_key` for each setting in OPENING and `more`.
 
     Unset, without a default, they are those of the checkpoint's run.
     """
     kind, defaults = inspect.Parameter.KEYWORD_ONLY, {"run_device": "auto"} | defaults
     options = [inspect.Parameter(name, kind, default=None, annotation=WEIGHTS[name]) for name in WEIGHTS]
-    for key in map(KEYS.__getitem__, OPENING):
+    for key in map(KEYS.__getitem__, (*OPENING, *more)):
         default = defaults.get(f"{key.section}_{key.name}")
         text = "Images per pass." if key.name == "batch_size" else key.help
         option = _option(replace(key, default=default, help=text, words={}), {})  # here a batch can't be auto

@@ -8,7 +8,8 @@ import pytest
 
 from pdvit.cli import run as pdvit
 from pdvit.workflows.runs import default_name
-from tests.files import held_elsewhere, read_json
+from tests.files import read_json
+from tests.processes import held_elsewhere
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pdvit.data.opening import held_out_images
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.similarity import patch_similarity
 from tests.files import read_csv, read_json, read_records
+from tests.processes import finish
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
 BASE = """
@@ -32,7 +33,6 @@ run = {{ device = "cpu", log_every = "1st", name = "{name}" }}
 SIZE, MODEL = "img_size = 16", "depth = 2, width = 16, heads = 1, patch_size = 8"
 TWO = '[[sweep.variant]]\nname = "none"\n"diversity.preset" = "none"\n[[sweep.variant]]\nname = "paper"\n'
 BROKEN = '[[sweep.variant]]\nname = "diverging"\n"optim.lr" = 1e30\n'
-PATIENCE = 280.0
 close = {"rel": 6e-5, "abs": 1e-9}  # five digits
 
 
@@ -47,12 +47,6 @@ def start(*words: str) -> subprocess.Popen[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(line, env=environment, start_new_session=True, **pipe)
-
-
-def finish(process: subprocess.Popen[str], status: int) -> str:
-    shown = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == status, shown
-    return shown
 
 
 def rows(name: str) -> list[dict[str, str]]:

@@ -10,7 +10,8 @@ import pytest
 from pdvit.errors import UserError
 from pdvit.sweep import CellState, Folder, make_cells, numbers
 from pdvit.tracking.run_directory import RunDirectory
-from tests.files import held_elsewhere, read_csv
+from tests.files import read_csv
+from tests.processes import held_elsewhere
 
 BASE = {"data": {"batch_size": 16}, "model": {"depth": 2}}
 SHORT = {"optim": {"epochs": "3st"}}
