@@ -107,7 +107,8 @@ def checkpoint_command(command: Callable[..., Any], more: Sequence[str] = (), **
     options = [inspect.Parameter(name, kind, default=None, annotation=WEIGHTS[name]) for name in WEIGHTS]
     for key in map(KEYS.__getitem__, (*OPENING, *more)):
         default = defaults.get(f"{key.section}_{key.name}")
-        text = "Images per pass." if key.name == "batch_size" else key.help
+        text = re.sub("; unset: .*", "; unset: the run's.", key.help)
+        text = "Images per pass." if key.name == "batch_size" else text
         option = _option(replace(key, default=default, help=text, words={}), {})  # here a batch can't be auto
         options.append(option.replace(default=default))
     return _with_options(command, *options)
