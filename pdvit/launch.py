@@ -28,7 +28,7 @@ from pdvit.config.schema import LaunchConfig
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import RunFailed, UserError
 from pdvit.files import read_json, reading
-from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, held, hold, write_file, writing
+from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, hold, write_file, writing
 from pdvit.workflows.console import make_console, process_group
 
 FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
@@ -104,7 +104,7 @@ class RunJob:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
         # A failure after a signal does not count: the end of a job also ends its workers, and may take its disk.
-        if not held(self.run / CHECKPOINTS):  # by another job, for which this one is refused
+        if not directory.held():  # by another job, for which this one is refused
             directory.mark("stopped" if stop else "failed", "interrupted" if stop else " ".join(reason.split()))
         return EXIT_STOPPED if stop else 1
 

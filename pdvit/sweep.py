@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from pdvit.config.recipes import merge_layers, text_in_name
 from pdvit.engine.recipe import changed_keys
 from pdvit.errors import UserError, adding
 from pdvit.files import read_text, reading
-from pdvit.tracking.run_directory import CHECKPOINTS, FREE, JOBS, OTHER, STATUS, RunDirectory, held, write_file, writing
+from pdvit.tracking.run_directory import FREE, JOBS, OTHER, STATUS, RunDirectory, refuse_taken, write_file, writing
 
 SEED = "run.seed"
 SWEEP, TABLE = "sweep.toml", "cells.csv"  # names in its folder that no cell can have, beside JOBS
@@ -182,9 +181,8 @@ class Folder:
             if file.is_file():
                 begun = [cell for cell in self.read_cells() if (self.path / cell.name / "run.toml").exists()]
                 _check_same(begun, cells, str(self.path))
-            elif self.path.is_file() or (self.path.is_dir() and {*os.listdir(self.path)} - {JOBS}):
-                what = "the folder exists already, and is not that of a sweep"
-                raise UserError(what, str(self.path), OTHER)
+            else:
+                refuse_taken(str(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(file, text)
 
@@ -203,7 +201,7 @@ class Folder:
         written = self.written(name)
         if written.status == "finished":
             return written
-        if name in jobs or held(self.path / name / CHECKPOINTS):
+        if name in jobs or RunDirectory(self.path / name).held():
             return CellState("waiting" if jobs.get(name) == "PENDING" else "running")
         return CellState("stopped", "interrupted") if written.status == "running" else written
 

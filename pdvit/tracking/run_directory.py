@@ -62,15 +62,6 @@ def hold(folder: Path, what: str, tip: str) -> Iterator[IO[str]]:
         yield file
 
 
-def held(folder: Path) -> bool:
-    """Return whether another process holds the lock of a folder, without taking it."""
-    lock = struct.Struct("hhqqi")  # `struct flock` of Linux
-    with suppress(FileNotFoundError), (folder / LOCK).open("rb") as file:
-        found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
-    return False
-
-
 def sync(path: Path) -> None:
     """Wait until a file or a folder's entries are on the disk; raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -150,6 +141,14 @@ class RunDirectory:
                 yield
             finally:
                 self.lock = None
+
+    def held(self) -> bool:
+        """Return whether another process trains this run, without locking it."""
+        lock = struct.Struct("hhqqi")  # `struct flock` of Linux
+        with suppress(FileNotFoundError), (self.path / CHECKPOINTS / LOCK).open("rb") as file:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
+        return False
 
     def check(self) -> None:
         """Raise RunFailed if the folder that this process trains is gone, or another one is in its place."""

@@ -105,7 +105,7 @@ def test_a_cell_whose_process_ended_failed_unless_it_is_resumed(workplace, monke
     RunDirectory(folder.path / "seed=0").mark("running", "")
     monkeypatch.setattr(jobs, "states", lambda: next(found, {}))
     monkeypatch.setattr(jobs, "log", lambda name: Path("log"))
-    monkeypatch.setattr("pdvit.sweep.held", lambda path: resumed)  # by a command that trains the cell
+    monkeypatch.setattr(RunDirectory, "held", lambda run: resumed)  # by a command that trains the cell
     config = Config(launch=LaunchConfig("local"))
     _watch(folder, jobs, cells, config, make_console(as_json=False), StopRequest(), {}, [None])
     assert statuses(folder.path) == ["running" if resumed else "failed"]

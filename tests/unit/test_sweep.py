@@ -244,7 +244,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "there" / "x").touch()
     (tmp_path / "file").touch()
     for name in ("there", "file"):
-        with pytest.raises(UserError, match="not that of a sweep"):
+        with pytest.raises(UserError, match="the path exists already"):
             begin(tmp_path / name)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["x"]
     (tmp_path / "empty" / "jobs").mkdir(parents=True)  # of a command that ended before it wrote sweep.toml
