@@ -19,7 +19,7 @@ from pdvit.cli.options import checkpoint_command, opening_arguments, results_fol
 from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
-from pdvit.workflows.console import cell, count, log, make_console, process_group, with_progress
+from pdvit.workflows.console import count, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,6 +181,7 @@ def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Pa
 
 def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
     from rich.table import Table
+    from rich.text import Text
 
     by, (total, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
     shown = [name.replace("iou", "IoU") for name in fractions]
@@ -192,7 +193,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     for _, row in table.sort_values(by, kind="stable").head(MAX_CLASSES).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
         percentages = (f"{row[name]:.1%}".replace("nan%", "-") for name in fractions)
-        view.add_row(cell(row["class"]), f"{row[total]:,}", *percentages, cell(wrong))
+        view.add_row(Text(printable(row["class"])), f"{row[total]:,}", *percentages, Text(printable(wrong)))
     console.print()
     console.print(view)
     images = f"{count(numbers['images'], 'image')} of {printable(numbers['data'])}"
