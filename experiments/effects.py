@@ -271,7 +271,7 @@ def questions_of(file: str) -> Iterator[Question]:
 def draw(questions: Sequence[Question]) -> Drawing:
     """Draw a panel for each measure: a row for each question, the difference from each control with its interval."""
     looks = [{"color": colour, "marker": marker} for colour, marker in zip(LIGHT.colours, "os", strict=False)]
-    with new_figure(DOUBLE, ROW * len(questions) + AROUND, LIGHT) as figure:
+    with new_figure(pd.DataFrame(questions), DOUBLE, ROW * len(questions) + AROUND, LIGHT) as figure:
         figure.subplots(1, len(PANELS), sharey=True)
         for axes, measure in zip(figure.axes, PANELS, strict=True):
             axes.axvline(0, color=LIGHT.muted, linewidth=0.8)

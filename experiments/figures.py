@@ -34,10 +34,8 @@ def draw_layers(layers: pd.DataFrame) -> Drawing:
     panels = list(data.groupby("panel", sort=False))
     names = [str(name) for name in data["variant"].unique()]
     styles = [look | {"linestyle": "-"} for look in line_styles(len(names), LIGHT)]
-    size = (DOUBLE, HEIGHT * len(NUMBERS))
-    with new_figure(*size, LIGHT) as figure:
+    with new_figure(data, DOUBLE, HEIGHT * len(NUMBERS), LIGHT) as figure:
         figure.subplots(len(NUMBERS), len(panels), squeeze=False, sharex=True, sharey="row")
-        figure.data = data
         for number, axes in enumerate(figure.axes):
             row, column = divmod(number, len(panels))
             panel, part = panels[column]

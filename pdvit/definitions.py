@@ -1,7 +1,4 @@
-"""Definitions of the metrics of `analyze`, without torch: for help, tables, figures and docs.
-
-`python -m pdvit.definitions` prints the table and the list of curves of docs/metrics.md.
-"""
+"""Definitions of the metrics of `analyze`, without torch: for help, tables, figures and docs."""
 
 import tomllib
 from dataclasses import dataclass
@@ -29,26 +26,3 @@ _FILE = Path(__file__).parent / "analysis" / "metrics" / "definitions.toml"  # b
 GROUPS: dict[str, dict[str, Any]] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 DEFAULT = ("similarity", "similarity_signed", "norms")
 DEFINITIONS = {column: Definition(**fields) for group in GROUPS.values() for column, fields in group["columns"].items()}
-
-
-def markdown_table() -> str:
-    """Return every column with its definition, as Markdown."""
-    lines = ["| group | column | definition, per image | range | random tokens | identical tokens | bias | source |"]
-    lines.append("| --- " * 8 + "|")
-    for group, content in GROUPS.items():
-        for column in content["columns"]:
-            it = DEFINITIONS[column]
-            cells = " | ".join((it.text.replace("|", "\\|"), it.range, it.random, it.identical, it.bias, it.source))
-            lines.append(f"| `{group}` | `{column}` | {cells} |")
-    return "\n".join(lines)
-
-
-def markdown_curves() -> str:
-    """Return the files of curves with their arrays, as Markdown."""
-    curves = {group: content["curves"] for group, content in GROUPS.items() if "curves" in content}
-    texts = {group: "; ".join(f"`{name}`, {text}" for name, text in arrays.items()) for group, arrays in curves.items()}
-    return "\n".join(f"- `analysis/{group}.npz`: {text}" for group, text in texts.items())
-
-
-if __name__ == "__main__":
-    print(markdown_table(), markdown_curves(), sep="\n\n")

@@ -1,7 +1,8 @@
 """UserError, which a user can mend; RunFailed; tips for names that are almost right, and commands to copy."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 # Letters in a line of an error.
@@ -34,6 +35,15 @@ class RunFailed(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return str(self).split("\n")
+
+
+@contextmanager
+def adding(where: str = "", tip: str = "") -> Iterator[None]:
+    """Add to the place and the tip of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what, error.where + where, error.tip + tip) from error
 
 
 def one_line(text: str) -> str:

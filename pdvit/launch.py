@@ -28,7 +28,7 @@ from pdvit.config.schema import LaunchConfig
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import RunFailed, UserError
 from pdvit.files import read_json, reading
-from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, held, hold, write_file, writing
+from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, hold, write_file, writing
 from pdvit.workflows.console import make_console, process_group
 
 FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
@@ -104,7 +104,7 @@ class RunJob:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
         # A failure after a signal does not count: the end of a job also ends its workers, and may take its disk.
-        if not held(self.run / CHECKPOINTS / ".lock"):  # by another job, for which this one is refused
+        if not directory.held():  # by another job, for which this one is refused
             directory.mark("stopped" if stop else "failed", "interrupted" if stop else " ".join(reason.split()))
         return EXIT_STOPPED if stop else 1
 
@@ -124,14 +124,8 @@ class Jobs:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder, and keep other commands from submitting jobs; raises UserError if one does."""
-        with writing("jobs", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with hold(self.folder / ".lock"):
-                yield
-        except BlockingIOError as error:
-            what = "another command runs this, or submits its jobs"
-            raise UserError(what, str(self.folder.parent), "stop that one first, or wait for it") from error
+        with hold(self.folder, "another command runs this, or submits its jobs", "stop that one first, or wait for it"):
+            yield
 
     def ids(self) -> dict[str, tuple[str, str, str | None]]:
         """Return launcher, id and devices of the last job of each name."""
@@ -144,8 +138,7 @@ class Jobs:
     def states(self) -> dict[str, str]:
         """Return the states of the jobs that have not ended, such as PENDING or RUNNING; raises UserError."""
         ids, found = self.ids(), {}
-        self.children = [job for job in self.children if not job.done()]
-        own = {job.job_id for job in self.children}
+        own = {job.job_id for job in self.children if not job.done()}
         if any(launcher == "slurm" for launcher, *_ in ids.values()):
             listed = _slurm("squeue", "--me", "--array", "--noheader", "--format=%i %T")
             found = dict(line.split(maxsplit=1) for line in listed.splitlines())

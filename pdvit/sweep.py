@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,14 @@ from typing import Any, Literal
 import tomli_w
 
 from pdvit.config import Config, build, resolve, to_dict
-from pdvit.config.load import SWEEP_SECTION
+from pdvit.config.load import PLACES, SWEEP_SECTION
 from pdvit.config.recipes import merge_layers, text_in_name
 from pdvit.engine.recipe import changed_keys
-from pdvit.errors import UserError
+from pdvit.errors import UserError, adding
 from pdvit.files import read_text, reading
-from pdvit.tracking.run_directory import CHECKPOINTS, FREE, JOBS, OTHER, STATUS, RunDirectory, held, write_file, writing
+from pdvit.tracking.run_directory import FREE, JOBS, OTHER, STATUS, RunDirectory, refuse_taken, write_file, writing
 
 SEED = "run.seed"
-PLACES = ("run.out", "run.name", "launch.")  # keys of the whole sweep
 SWEEP, TABLE = "sweep.toml", "cells.csv"  # names in its folder that no cell can have, beside JOBS
 MAX_NAME = 200  # bytes; most file systems allow 255
 EXAMPLE = '"optim.lr" = [1e-3, 3e-3]'
@@ -55,7 +53,9 @@ def make_cells(base: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], 
     variants = _variants(table.get("variant", []), where)
     axes = {key: values for key, values in table.items() if key != "variant"}
     for key, values in axes.items():
-        _check_values(key, values, where)
+        _check_key(key, values, where)
+        if not (isinstance(values, list) and values):
+            raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
     for name, bundle in variants.items():
         if twice := [key for key in bundle if key in axes]:
             what = f"'{twice[0]}' is crossed, and variant '{name}' sets it too"
@@ -111,12 +111,6 @@ def _variants(tables: Any, where: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_values(key: str, values: Any, where: str) -> None:
-    _check_key(key, values, where)
-    if not (isinstance(values, list) and values):
-        raise UserError(f"'{key}' needs a list of values", where, f"for example {EXAMPLE}")
-
-
 def _substitute(value: Any, words: Mapping[str, Any]) -> Any:
     """Replace `{variant}` and `{section.key}` by the values of the cell; other braces stay."""
     if isinstance(value, Mapping):
@@ -144,11 +138,9 @@ def _config(base: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], wh
     parts = ((*key.split(".", 1), value) for key, value in values.items())
     layer = merge_layers({section: {name: value}} for section, name, value in parts)
     config = build((where, base), (where, layer))
-    try:
-        if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it
+    if config.data.batch_size:  # auto is found on the device, and the learning rate depends on it
+        with adding(f", {where}"):
             resolve(config)
-    except UserError as error:
-        raise UserError(error.what, f"{error.where}, {where}", error.tip) from error
     return config
 
 
@@ -189,9 +181,8 @@ class Folder:
             if file.is_file():
                 begun = [cell for cell in self.read_cells() if (self.path / cell.name / "run.toml").exists()]
                 _check_same(begun, cells, str(self.path))
-            elif self.path.is_file() or (self.path.is_dir() and {*os.listdir(self.path)} - {JOBS}):
-                what = "the folder exists already, and is not that of a sweep"
-                raise UserError(what, str(self.path), OTHER)
+            else:
+                refuse_taken(str(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(file, text)
 
@@ -210,7 +201,7 @@ class Folder:
         written = self.written(name)
         if written.status == "finished":
             return written
-        if name in jobs or held(self.path / name / CHECKPOINTS / ".lock"):
+        if name in jobs or RunDirectory(self.path / name).held():
             return CellState("waiting" if jobs.get(name) == "PENDING" else "running")
         return CellState("stopped", "interrupted") if written.status == "running" else written
 

@@ -2,17 +2,9 @@
 
 import csv
 import json
-import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    """Wait for the end of a process, check its exit status, and return its output."""
-    shown = process.communicate(timeout=500)[0]
-    assert process.returncode == status, shown
-    return shown
 
 
 def read_json(file: Path) -> Any:

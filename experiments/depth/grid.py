@@ -90,8 +90,7 @@ def draw(runs: pd.DataFrame) -> Drawing:
     sizes = sorted(runs[axis].unique())
     styles = dict(zip(VARIANTS, [look | {"linestyle": "-"} for look in line_styles(len(VARIANTS), LIGHT)], strict=True))
     rows = (("accuracy", ACCURACY, 100), ("similarity_norm", P, 1))
-    size = (DOUBLE, HEIGHT * len(rows))
-    with new_figure(*size, LIGHT) as figure:
+    with new_figure(runs, DOUBLE, HEIGHT * len(rows), LIGHT) as figure:
         figure.subplots(len(rows), len(sizes), squeeze=False, sharex=True, sharey="row")
         for number, axes in enumerate(figure.axes):
             row, place = divmod(number, len(sizes))

@@ -76,7 +76,7 @@ def draw(curves: pd.DataFrame) -> Drawing:
             place = {"variant": name, "epoch": epoch}
             found += [{"measure": measure} | place | seen._asdict() for measure, seen in shown.items()]
     table = pd.DataFrame(found)
-    with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
+    with new_figure(table, DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, 3, sharex=True)
         for axes, measure in zip(figure.axes, ("accuracy, %", gap, "P"), strict=True):
             draw_means(axes, table[table["measure"] == measure], "epoch", styles)

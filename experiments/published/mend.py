@@ -49,7 +49,7 @@ def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
         dict(zip(keys, key, strict=True)) | estimate(seeds.tolist())._asdict()
         for key, seeds in layers.groupby(keys, sort=False)["similarity"]
     )
-    with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
+    with new_figure(table, DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, len(tasks), sharey=True)
         for axes, task in zip(figure.axes, tasks, strict=True):
             name, images = TASKS[task]

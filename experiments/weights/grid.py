@@ -27,7 +27,8 @@ PANELS = {"accuracy_val": ("accuracy on validation, %", 100), "similarity_norm":
 HEIGHT = 2.6  # inches
 TICKS = (0.1, 1, 10, 100)
 
-ROWS = list(rows_of(pd.concat([pd.read_csv(HERE / f"results-{part}.csv") for part in ("grid", "edge")])))
+RUNS = pd.concat([pd.read_csv(HERE / f"results-{part}.csv") for part in ("grid", "edge")])
+ROWS = list(rows_of(RUNS))
 
 
 def weights_of(family: str) -> list[tuple[float, str]]:
@@ -41,7 +42,7 @@ def draw() -> Drawing:
     """Draw accuracy and P by weight: a line for each term alone, and the controls."""
     styles = dict(zip(FAMILIES.values(), line_styles(len(FAMILIES), LIGHT), strict=True))
     controls = dict(zip(CONTROLS, (":", "--"), strict=True))
-    with new_figure(DOUBLE, HEIGHT, LIGHT) as figure:
+    with new_figure(RUNS, DOUBLE, HEIGHT, LIGHT) as figure:
         figure.subplots(1, len(PANELS))
         for axes, (column, (label, factor)) in zip(figure.axes, PANELS.items(), strict=True):
             for family, name in FAMILIES.items():

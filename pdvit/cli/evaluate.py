@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
+from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
-from pdvit.workflows.console import cell, count, log, make_console, process_group, with_progress
+from pdvit.workflows.console import count, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,12 +35,13 @@ Checkpoint = Annotated[
 ]
 MultiScale = Annotated[bool, typer.Option("--ms", help="Segmentation: average over scales from 0.5 to 1.75.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average over mirror images too.")]
+OF_PIXELS = ("segment.mode", "segment.stride", "segment.classes")  # settings of an evaluation
 MAX_CLASSES, MAX_IMAGES = 10, 20  # in the terminal
 
 Row = tuple[str, int, str, float]  # image, rank, label, probability
 
 
-@checkpoint_command
+@partial(checkpoint_command, more=OF_PIXELS)
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="A source; unset: that of the run.")] = None,
@@ -47,11 +49,6 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     multi_scale: MultiScale = False,
     flip: Flip = False,
-    eval_mode: Annotated[
-        str | None, typer.Option(metavar="whole|slide", help="Segmentation; unset: the run's.")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Segmentation: pixels from window to window.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Segmentation: table of the classes of --data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate N images, spread evenly.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     **opening: Any,
@@ -64,17 +61,15 @@ def evaluate(
         from pdvit.workflows.checkpoint import open_checkpoint
 
         ranks = init_process_group()
-        segment: dict[str, Any] = {"segment_mode": eval_mode, "segment_stride": stride, "segment_classes": classes}
-        of_pixels: dict[str, Any] = {"--ms": multi_scale, "--flip": flip, "--eval-mode": eval_mode}
-        of_pixels |= {"--stride": stride, "--classes": classes}
+        of_pixels = {KEYS[name].flags[0]: opening[name.replace(".", "_")] for name in OF_PIXELS}
         with ranks.raise_on_all_ranks():
             folder = results_folder(path, out, "eval")
-            opened = open_checkpoint(path, ranks, data_source=data, **segment, **opening_arguments(opening))
-            windows = opened.windows(of_pixels)
+            opened = open_checkpoint(path, ranks, data_source=data, **opening_arguments(opening))
+            windows = opened.windows({"--ms": multi_scale, "--flip": flip} | of_pixels)
             if data is None and not opened.is_run:
                 tip = f"name a source: --data {'scenes' if windows else 'digits'}, --data FOLDER"
                 raise UserError("no images to evaluate on: the checkpoint is no run", checkpoint, tip)
-        if windows and windows.mode == "whole" and stride is not None:
+        if windows and windows.mode == "whole" and opening["segment_stride"] is not None:
             log(console, "note: --stride has no effect: images are evaluated whole")
         numbers, table, files = _evaluate(opened, windows, data is None, split, limit, console, ranks)
         if ranks.main:
@@ -186,6 +181,7 @@ def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Pa
 
 def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunConsole") -> None:
     from rich.table import Table
+    from rich.text import Text
 
     by, (total, *fractions) = "iou" if "iou" in table else "accuracy", table.columns[1:-2]
     shown = [name.replace("iou", "IoU") for name in fractions]
@@ -197,7 +193,7 @@ def _print_scores(numbers: dict[str, Any], table: "pd.DataFrame", console: "RunC
     for _, row in table.sort_values(by, kind="stable").head(MAX_CLASSES).iterrows():
         wrong = f"{row['confused_with']} ({row['confused']:,})" if row["confused"] else "-"
         percentages = (f"{row[name]:.1%}".replace("nan%", "-") for name in fractions)
-        view.add_row(cell(row["class"]), f"{row[total]:,}", *percentages, cell(wrong))
+        view.add_row(Text(printable(row["class"])), f"{row[total]:,}", *percentages, Text(printable(wrong)))
     console.print()
     console.print(view)
     images = f"{count(numbers['images'], 'image')} of {printable(numbers['data'])}"

@@ -10,7 +10,7 @@ import typer
 from pdvit.config.load import build, read_toml
 from pdvit.config.recipes import terms_of
 from pdvit.errors import UserError, command, printable
-from pdvit.tracking.run_directory import CHECKPOINTS, RUNS, RunDirectory, held
+from pdvit.tracking.run_directory import RUNS, RunDirectory
 from pdvit.workflows.console import duration, log, make_console
 
 NUMBERS = ("accuracy", "miou", "similarity_last", "seconds")  # in the summary of a finished run
@@ -37,10 +37,8 @@ def runs(
         model, data = (row.get("model") or "").partition("_patch")[0], os.path.basename(row.get("data", ""))
         score = f"mIoU {row['miou']:.1%}" if "miou" in row else f"{row['accuracy']:.1%}" if "accuracy" in row else ""
         similarity = f"{row['similarity_last']:.2f}" if "similarity_last" in row else ""
-        took, name = (
-            duration(row["seconds"]) if "seconds" in row else "",
-            printable(os.path.relpath(row["run"], folder)),
-        )
+        took = duration(row["seconds"]) if "seconds" in row else ""
+        name = printable(os.path.relpath(row["run"], folder))
         table.append((row["status"], printable(data), model, row.get("terms", ""), score, similarity, took, name))
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     console = make_console(as_json=False)
@@ -63,7 +61,7 @@ def _read(path: Path) -> dict[str, Any]:
         summary = directory.read_json("summary.json", optional=True)
         numbers = {name: summary[name] for name in NUMBERS if type(summary.get(name)) in (int, float)}
         row |= {name: value for name, value in numbers.items() if abs(value) < LARGEST}  # NaN fails too
-        if row["status"] == "running" and not held(path / CHECKPOINTS / ".lock"):  # it was killed
+        if row["status"] == "running" and not directory.held():  # it was killed
             row["status"] = "stopped"
     except UserError as error:
         row |= {"status": "unreadable", "reason": error.what}

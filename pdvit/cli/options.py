@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -87,41 +88,37 @@ def training_command(
     return _with_options(command, *named, *(_option(key, defaults or {}) for key in KEYS.values() if key.flags))
 
 
-# Options of the commands that open a checkpoint, by argument of `open_checkpoint`.
-OPENING: dict[str, Any] = {
+# Settings of the commands that open a checkpoint: of the whole command, and those with which the model is opened.
+OPENING = ("data.batch_size", "data.workers", "data.on_bad_image", *OF_CHECKPOINTS, "run.device")
+WEIGHTS: dict[str, Any] = {
     "model": Annotated[
         str | None, typer.Option(autocompletion=timm_models, help="timm model name, if the file has none.")
     ],
     "weights": Annotated[str | None, typer.Option(help="raw or ema, if a file holds both; unset: ema.")],
-    "run_device": Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")],
-    "data_batch_size": Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, metavar="<int>", help="Images per pass.")
-    ],
-    "data_workers": Annotated[
-        int | None, typer.Option("--workers", "-j", min=0, metavar="<int>", help="Decoding processes.")
-    ],
-    "data_on_bad_image": Annotated[
-        str | None, typer.Option("--on-bad-image", metavar="error|skip", help="Policy for images that do not decode.")
-    ],
 }
 
 
-def checkpoint_command(command: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
-    """Replace `**opening` of a command by OPENING, with its defaults, and a flag for each setting in OF_CHECKPOINTS.
+def checkpoint_command(command: Callable[..., Any], more: Sequence[str] = (), **defaults: Any) -> Callable[..., Any]:
+    """Replace `**opening` of a command by WEIGHTS and a flag `section_key` for each setting in OPENING and `more`.
 
-    Unset, batch size, workers and policy are those of the checkpoint's run.
+    Unset, without a default, they are those of the checkpoint's run.
     """
     kind, defaults = inspect.Parameter.KEYWORD_ONLY, {"run_device": "auto"} | defaults
-    shared = [inspect.Parameter(name, kind, default=defaults.get(name), annotation=OPENING[name]) for name in OPENING]
-    own = {"run": {"precision": None}}  # the run's
-    return _with_options(command, *shared, *(_option(KEYS[name], own) for name in OF_CHECKPOINTS))
+    options = [inspect.Parameter(name, kind, default=None, annotation=WEIGHTS[name]) for name in WEIGHTS]
+    for key in map(KEYS.__getitem__, (*OPENING, *more)):
+        default = defaults.get(f"{key.section}_{key.name}")
+        text = re.sub("; unset: .*", "; unset: the run's.", key.help)
+        text = "Images per pass." if key.name == "batch_size" else text
+        option = _option(replace(key, default=default, help=text, words={}), {})  # here a batch can't be auto
+        options.append(option.replace(default=default))
+    return _with_options(command, *options)
 
 
 def opening_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `checkpoint_command` as arguments of `open_checkpoint`; raises UserError."""
-    ((_, layer),) = make_layers({name: value for name, value in values.items() if name not in OPENING})
-    settings = {f"{section}_{name}": value for section, keys in layer.items() for name, value in keys.items()}
-    return settings | {name: values[name] for name in OPENING}
+    weights = {name: values[name] for name in WEIGHTS}
+    ((_, layer),) = make_layers({name: value for name, value in values.items() if name not in WEIGHTS})
+    return weights | {f"{section}_{name}": value for section, keys in layer.items() for name, value in keys.items()}
 
 
 def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> Callable[..., Any]:

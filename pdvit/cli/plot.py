@@ -216,11 +216,11 @@ def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: st
         if len(names) != len(folders):
             what = f"labels and runs differ in number: {len(names)} and {len(folders)}"
             raise UserError(what, f"--labels {labels}", "give one name for each run, with commas between them")
-        return dict(zip(unique(names), folders, strict=True))
-    names = [_name_of(folder) for folder in folders]
-    longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, names, strict=True)]
-    names = unique([long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)])
-    return dict(zip(names, folders, strict=True))
+    else:
+        short = [_name_of(folder) for folder in folders]
+        longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, short, strict=True)]
+        names = [long if short.count(name) > 1 else name for name, long in zip(short, longer, strict=True)]
+    return dict(zip(unique(names), folders, strict=True))
 
 
 def _not_measured(what: str, folder: Path, again: str) -> UserError:

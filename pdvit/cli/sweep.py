@@ -5,8 +5,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,7 @@ from pdvit.cli.options import Group, add_command, check_initial_weights
 from pdvit.config.duration import parse_duration
 from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
-from pdvit.errors import UserError, command
+from pdvit.errors import UserError, adding, command
 from pdvit.tasks import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import count, duration, log, make_console
@@ -61,20 +60,20 @@ def run_sweep(
     cells = make_cells(settings, table, file)
     _check_not_swept(table, layers[2:])
     for cell in cells if name == "finetune" else ():
-        with _naming(cell):
+        with adding(f", cell {cell.number} ({cell.name})"):
             check_initial_weights(cell.config)
     out, local = config.run.out, config.launch.launcher == "local"
     folder = Folder(Path(os.path.expanduser(out)) if out is not None else RUNS / (config.run.name or Path(file).stem))
     jobs = Jobs(folder.path)
     if chosen == "list":
         return _list(folder, cells, jobs, console)
-    named = set(range(1, len(cells) + 1)) if chosen in (None, "failed") else numbers(chosen, len(cells))
+    failed = chosen == "failed"
+    named = numbers("1-" if chosen is None or failed else chosen, len(cells))
     folder.begin(settings, table, cells)
     with jobs.locked():
         (jobs.folder / CANCELLED).unlink(missing_ok=True)
         live = jobs.states()
         states = {cell.name: state.status for cell, state in folder.write_table(live)}
-        failed = chosen == "failed"
         selected = [cell for cell in cells if cell.number in named and (not failed or states[cell.name] == "failed")]
         to_run = ("failed",) if failed else ("waiting", "stopped")
         todo = [cell for cell in selected if states[cell.name] in to_run and cell.name not in live]
@@ -194,7 +193,7 @@ def _check(folder: "Folder", cells: Sequence["Cell"]) -> list[str]:
         config = replace(cell.config, data=data, run=run)
         if config not in checked and not (folder.path / cell.name / "run.toml").is_file():
             checked.append(config)
-            with _naming(cell):
+            with adding(f", cell {cell.number} ({cell.name})"):
                 build_trainer(config, RunConsole(quiet=True), load=False)
     return visible_gpus()
 
@@ -228,14 +227,6 @@ def _list(folder: "Folder", cells: Sequence["Cell"], jobs: "Jobs", console: "Run
         job = f"job {row['job']}" if "job" in row else row["reason"]
         print(f"{row['cell']:>5}  {row['name']:{width}}  {row['status']:8}  {job}".rstrip())
     return 0
-
-
-@contextmanager
-def _naming(cell: "Cell") -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(error.what, f"{error.where}, cell {cell.number} ({cell.name})", error.tip) from error
 
 
 Place = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep.")]

@@ -1,4 +1,4 @@
-"""TOML, flags and --set to one checked `Config`, and back. `python -m pdvit.config.load` prints the docs' table."""
+"""TOML, flags and --set to one checked `Config`, and back."""
 
 import math
 import tomllib
@@ -14,7 +14,7 @@ from pdvit.files import read_text, reading
 
 RESTORE = "restore it from state.json of a checkpoint, which has its values under config"  # run.toml
 SWEEP_SECTION = "sweep"  # a table of configuration files that pdvit.sweep reads
-_PLACES = ("run.out", "run.name", "launch.")  # run.toml leaves them out, so that the same recipe can run elsewhere
+PLACES = ("run.out", "run.name", "launch.")  # run.toml leaves them out, so that the same recipe can run elsewhere
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
 
 
@@ -102,7 +102,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS if section != "launch"}
     for name, key in KEYS.items():
         value = getattr(getattr(config, key.section), key.name)
-        if value is not None and not name.startswith(_PLACES):
+        if value is not None and not name.startswith(PLACES):
             word = next((word for word, number in key.words.items() if number == value), None)
             table[key.section][key.name] = word or (list(value) if isinstance(value, tuple) else value)
     return table
@@ -114,19 +114,3 @@ def to_toml(config: Config, command: str) -> str:
 
     one_line = "".join(letter if letter.isprintable() else " " for letter in command)
     return f"# {one_line}\n# repeat this run: pdvit train --config run.toml\n\n{tomli_w.dumps(to_dict(config))}"
-
-
-def markdown_table() -> str:
-    """Return every key with its flag, default, range and help, as Markdown."""
-    lines = ["| key | flag | default | allowed | |", "| --- | --- | --- | --- | --- |"]
-    for name, key in KEYS.items():
-        flags = ", ".join(f"`{flag}`" for flag in key.flags)
-        value = list(key.default) if isinstance(key.default, tuple) else key.default
-        default = "" if value is None else f"`{value}`"
-        allowed = ", ".join(key.choices) or key.describe_range()
-        lines.append(f"| `{name}` | {flags} | {default} | {allowed} | {key.help} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown_table())

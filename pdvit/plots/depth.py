@@ -105,8 +105,7 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
     ]
     data = pd.concat(parts, ignore_index=True)[["run", "curve", "layer", "depth", "tokens", "head", "value"]]
     styles = run_styles(data, theme)
-    with style.new_figure(DOUBLE, 2.7, theme) as figure:
-        figure.data = data
+    with style.new_figure(data, DOUBLE, 2.7, theme) as figure:
         for axes, (curve, title) in zip(figure.subplots(1, 2), ATTENTION.items(), strict=True):
             part = data[data["curve"] == curve]
             for number, (name, line) in enumerate(styles.items()):
@@ -139,9 +138,8 @@ def plot_pairs(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     ]
     data = pd.concat(parts, ignore_index=True).drop(columns="tokens")
     height = LAYER * (data["depth"].max() + 1) + AROUND
-    with style.run_panels([run.name for run in runs], height, theme, sharex=True) as (figure, panels):
-        figure.data = data
-        for axes, (_, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
+    with style.run_panels(data, height, theme, sharex=True) as (figure, panels):
+        for axes, rows in panels:
             _draw_histograms(axes, rows, theme)
             axes.set_ylabel("block")
         figure.axes[0].set_xlim(max(-1.0, np.floor(data[data["share"] > 0]["from"].min() * 5) / 5), 1.0)
@@ -177,14 +175,13 @@ def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     ]
     data = pd.concat(parts, ignore_index=True).drop(columns="tokens")
     scale = style.depth_colours(theme, int(data["depth"].max()))
-    with style.run_panels([run.name for run in runs], 2.6, theme, sharey=True) as (figure, panels):
-        figure.data = data
-        for axes, (_, rows) in zip(panels, data.groupby("run", sort=False), strict=True):
+    with style.run_panels(data, 2.6, theme, sharey=True) as (figure, panels):
+        for axes, rows in panels:
             for at, line in rows.groupby("depth"):
                 axes.plot(line["frequency"], line["log_amplitude"], color=scale.to_rgba(np.asarray(at)), linewidth=1.1)
             axes.set(xlabel="frequency / π", xlim=(0, 1))
             axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-        panels[0].set_ylabel("Δ log amplitude")
+        figure.axes[0].set_ylabel("Δ log amplitude")
         figure.colorbar(scale, ax=figure.axes, label="depth", aspect=30, pad=0.02)
         return figure
 
@@ -238,8 +235,7 @@ def _panels(
     layout = [np.repeat([*line, *["."] * (columns - len(line))], 12 // columns) for line in lines]
     layout = [np.repeat(large, 12 // len(large)), *layout] if large else layout
     heights = [LARGE if len(large) > 1 else SINGLE_PANEL] * bool(large) + [SMALL] * len(lines)
-    with style.new_figure(DOUBLE, sum(heights) + KEY, theme) as figure:
-        figure.data = rows
+    with style.new_figure(rows, DOUBLE, sum(heights) + KEY, theme) as figure:
         panels = figure.subplot_mosaic([list(line) for line in layout], height_ratios=heights)
         for name, axes in panels.items():
             if (rows["metric"] == name).any():

@@ -48,10 +48,9 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         for name, matrix in panels.items()
     ]
     data = pd.concat(cells).reset_index(names="other")[["run", "layer", "other", "cka"]]
-    with style.run_panels(list(panels), 3.1 if len(panels) < 3 else 2.5, theme) as (figure, drawn):
-        figure.data = data
+    with style.run_panels(data, 3.1 if len(panels) < 3 else 2.5, theme) as (figure, drawn):
         norm = Normalize(min(0.0, np.floor(10 * data["cka"].min()) / 10), 1)
-        for axes, matrix in zip(drawn, panels.values(), strict=True):
+        for (axes, _), matrix in zip(drawn, panels.values(), strict=True):
             image = heat_map(axes, matrix.to_numpy(), norm, origin="lower")
             style.name_layers(axes.yaxis, matrix.index, 8, fontsize=6.5)
             style.name_layers(axes.xaxis, matrix.columns, 8, fontsize=6.5, rotation=90)
@@ -61,9 +60,8 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
 
 
 def _cka_matrix(arrays: Arrays, other: str = "") -> pd.DataFrame:
-    with reading(Path("cka_between.npz" if other else "cka.npz"), "measure it again, with --metrics cka"):
-        layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
-        return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
+    layers, others = (arrays[key].astype(str) for key in ("layers", f"layers{other}"))
+    return pd.DataFrame(arrays[f"matrix{other}"], layers, others)
 
 
 def plot_maps(
@@ -91,12 +89,11 @@ def plot_maps(
         down, across = np.indices(grid.shape).reshape(2, -1)
         where = {"run": name, "image": image, "patch": f"{patch[0]},{patch[1]}", "layer": layers[at]}
         parts.append(pd.DataFrame({**where, "row": down, "column": across, "cos": grid.ravel()}))
-    side = DOUBLE / (len(depths) + 1.5)
+    data, side = pd.concat(parts, ignore_index=True), DOUBLE / (len(depths) + 1.5)
     height = side * pixels.shape[0] / pixels.shape[1] * len(patches) + 0.45
-    with style.new_figure(DOUBLE, height, theme) as figure:
+    with style.new_figure(data, DOUBLE, height, theme) as figure:
         grid_of_axes = figure.subplots(len(patches), len(depths) + 1, squeeze=False)
-        figure.data = pd.concat(parts, ignore_index=True)
-        low = min(0.0, np.floor(5 * figure.data["cos"].min()) / 5)
+        low = min(0.0, np.floor(5 * data["cos"].min()) / 5)
         norm, colours = (Normalize(-1, 1), theme.diverging) if low < 0 else (Normalize(0, 1), "viridis")
         extent = (0, pixels.shape[1], pixels.shape[0], 0)
         for panels, patch in zip(grid_of_axes, patches, strict=True):
@@ -152,12 +149,12 @@ def plot_confusion(table: pd.DataFrame, name: str, theme: Theme = LIGHT) -> Draw
     listed = len(shown) > NUMBERED
     side = 7.0 if listed else max(3.2, 0.36 * len(shown)) + 0.07 * max(len(style.shorten(label)) for label in shown)
     widths = (side + 1.2, 4.0)[: 1 + listed]
-    with style.new_figure(sum(widths), side, theme) as figure:
+    share = table["images"] / table.groupby("class")["images"].transform("sum").clip(lower=1)
+    rows = table.assign(run=name, share=share)[["run", *table.columns, "share"]]
+    inside = rows["class"].isin(drawn) & rows["predicted"].isin(drawn)
+    data = rows[inside | (rows.index.isin(largest.index) & listed)]
+    with style.new_figure(data, sum(widths), side, theme) as figure:
         left, *right = figure.subplots(1, 1 + listed, squeeze=False, width_ratios=widths)[0]
-        share = table["images"] / table.groupby("class")["images"].transform("sum").clip(lower=1)
-        rows = table.assign(run=name, share=share)[["run", *table.columns, "share"]]
-        inside = rows["class"].isin(drawn) & rows["predicted"].isin(drawn)
-        figure.data = rows[inside | (rows.index.isin(largest.index) & listed)]
         _draw_matrix(left, rows[inside], shown, theme)
         of = f"\nthe {len(shown)} classes with most errors, of {len(classes):,}" if len(shown) < len(classes) else ""
         correct = f"{1 - wrong['images'].sum() / max(images, 1):.1%}".replace("%", " %")

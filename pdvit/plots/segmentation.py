@@ -63,8 +63,7 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[SegmentedImage], name:
         classes = pd.concat([classes.head(BARS // 2), classes.tail(BARS // 2)])
     keys = _legend(shown, table["class"].tolist(), theme)
     height = max(2.0, 1.15 * len(shown), 0.13 * len(classes) + 0.6) + 0.14 * -(-len(keys) // ACROSS)
-    with new_figure(DOUBLE, height, theme) as figure:
-        figure.data = table.assign(run=name)[["run", *table.columns]]
+    with new_figure(table.assign(run=name)[["run", *table.columns]], DOUBLE, height, theme) as figure:
         grid = figure.add_gridspec(max(len(shown), 1), 5, width_ratios=(1, 1, 1, 1, 1.6))
         for row, picture in enumerate(shown):
             panels = [figure.add_subplot(grid[row, column]) for column in range(4)]

@@ -68,29 +68,35 @@ class Drawing(Figure):
 
 
 @contextmanager
-def new_figure(width: float, height: float, theme: Theme = LIGHT) -> Iterator[Drawing]:
-    """Open a figure of a size in inches, to draw on inside the context."""
+def new_figure(data: pd.DataFrame, width: float, height: float, theme: Theme = LIGHT) -> Iterator[Drawing]:
+    """Open a figure with its numbers, of a size in inches, to draw on inside the context."""
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     colours = dict.fromkeys(inked, theme.ink) | dict.fromkeys(paper, theme.paper) | {"grid.color": theme.muted}
     with mpl.rc_context(RC | colours):
-        yield Drawing(figsize=(width, height), layout="constrained")
+        figure = Drawing(figsize=(width, height), layout="constrained")
+        figure.data = data
+        yield figure
 
 
 @contextmanager
 def run_panels(
-    names: Sequence[str], height: float, theme: Theme = LIGHT, **options: Any
-) -> Iterator[tuple[Drawing, list[Axes]]]:
-    """Open a figure with a panel for each name, in rows of three of a height; `options` go to `subplots`."""
-    columns = min(PANEL_COLUMNS, len(names))
-    lines = -(-len(names) // columns)
-    with new_figure(SINGLE if columns == 1 else DOUBLE, lines * height, theme) as figure:
+    data: pd.DataFrame, height: float, theme: Theme = LIGHT, **options: Any
+) -> Iterator[tuple[Drawing, list[tuple[Axes, pd.DataFrame]]]]:
+    """Open a figure with a panel for each `run` of the data, in rows of three of a height, and yield panels with rows.
+
+    `options` go to `subplots`.
+    """
+    runs = list(data.groupby("run", sort=False))
+    columns = min(PANEL_COLUMNS, len(runs))
+    lines = -(-len(runs) // columns)
+    with new_figure(data, SINGLE if columns == 1 else DOUBLE, lines * height, theme) as figure:
         panels = list(figure.subplots(lines, columns, squeeze=False, **options).ravel())
-        for axes in panels[len(names) :]:
+        for axes in panels[len(runs) :]:
             axes.remove()
-        for axes, name in zip(panels, names, strict=False):
-            axes.set_title(shorten(name, 40), fontsize=7.5)
-        yield figure, panels[: len(names)]
+        for axes, (name, _) in zip(panels, runs, strict=False):
+            axes.set_title(shorten(str(name), 40), fontsize=7.5)
+        yield figure, [(axes, rows) for axes, (_, rows) in zip(panels, runs, strict=False)]
 
 
 def render(figure: Figure, suffix: str) -> bytes:

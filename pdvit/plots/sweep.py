@@ -228,8 +228,7 @@ def plot_sweep(sweep: SweepSummary, name: str, theme: Theme = LIGHT) -> Drawing:
     table, rows = sweep.table, sweep.rows()
     hue = sweep.axes[0] if sweep.axes else "setting"  # one colour for each value
     hues = list(table[hue].unique())
-    with new_figure(DOUBLE, ROW * len(table) + AROUND, theme) as figure:
-        figure.data = table
+    with new_figure(table, DOUBLE, ROW * len(table) + AROUND, theme) as figure:
         left, *right = figure.subplots(1, 1 + bool(sweep.baseline), squeeze=False, sharey=True)[0]
         left.set(title=shorten(name), xlabel=f"{sweep.heading}: mean ± std, dots are seeds")
         for axes in right:

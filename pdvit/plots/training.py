@@ -36,37 +36,39 @@ def read_records(run: Path) -> Records:
 
 def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
     """Draw one row per run: loss by term, validation accuracy or mIoU, and P over epoch and layer."""
-    data = []
-    every = dict.fromkeys(str(name) for records in runs.values() for name in records["train"] if name not in OTHERS)
+    parts = []
+    for name, records in runs.items():
+        train, evaluation, probe = (records[record] for record in NEEDED)
+        terms, key = [term for term in train if term not in OTHERS], next(key for key in SCORES if key in evaluation)
+        layers = probe[["epoch", "layers", "similarity"]].explode(["layers", "similarity"])
+        parts += [
+            train.melt("epoch", terms, "of", "value").assign(run=name, panel="loss"),
+            evaluation[["epoch", key]].rename(columns={key: "value"}).assign(run=name, panel=SCORES[key]),
+            layers.rename(columns={"layers": "of", "similarity": "value"}).assign(run=name, panel="P"),
+        ]
+    data = pd.concat(parts, ignore_index=True)[["run", "panel", "of", "epoch", "value"]].astype({"value": float})
+    every = data[data["panel"] == "loss"]["of"].unique()
     styles = {term: {**style, "marker": ""} for term, style in zip(every, line_styles(len(every), theme), strict=True)}
-    with new_figure(DOUBLE, 2.2 * len(runs) + 0.3, theme) as figure:
+    with new_figure(data, DOUBLE, 2.2 * len(runs) + 0.3, theme) as figure:
         legend(figure, styles)
         grid = figure.subplots(len(runs), 3, squeeze=False)
-        for (loss, score, heat), (name, records) in zip(grid, runs.items(), strict=True):
-            train, evaluation, probe = (records[record] for record in NEEDED)
-            terms = [name for name in styles if name in train]
-            for term in terms:
-                loss.plot(train["epoch"], train[term], label=term, **styles[term])
-            loss.set(title=f"{shorten(name)}\nloss by term, unweighted", xlabel="epoch")
-            loss.set_ylim(min(0.0, train[terms].min().min()))  # KoLeo may be negative
-            key = next(key for key in SCORES if key in evaluation)
-            score.plot(evaluation["epoch"], evaluation[key] * 100, marker=".", color=theme.ink)
-            title = f"validation {SCORES[key]}, % (best {evaluation[key].max() * 100:.1f})"
+        for (loss, score, heat), (run, rows) in zip(grid, data.groupby("run", sort=False), strict=True):
+            (_, losses), (measure, scores), (_, layers) = rows.groupby("panel", sort=False)
+            for term, line in losses.groupby("of", sort=False):
+                loss.plot(line["epoch"], line["value"], label=term, **styles[term])
+            loss.set(title=f"{shorten(str(run))}\nloss by term, unweighted", xlabel="epoch")
+            loss.set_ylim(min(0.0, losses["value"].min()))  # KoLeo may be negative
+            score.plot(scores["epoch"], scores["value"] * 100, marker=".", color=theme.ink)
+            title = f"validation {measure}, % (best {scores['value'].max() * 100:.1f})"
             score.set(title=title, xlabel="epoch", ylim=(0, 100))
-            edges = [0.0, *probe["epoch"]]  # a column reaches from the evaluation before to its own
-            names, values = probe["layers"].iloc[-1], pd.DataFrame(probe["similarity"].tolist()).T
+            names, values = layers["of"].unique(), layers.pivot(index="of", columns="epoch", values="value")
+            edges = [0.0, *values.columns]  # a column reaches from the evaluation before to its own
             heights = [layer - 0.5 for layer in range(len(names) + 1)]
-            image = heat.pcolormesh(edges, heights, values, vmin=0, vmax=1, cmap="viridis")  # monotone in grey
+            image = heat.pcolormesh(
+                edges, heights, values.loc[names], vmin=0, vmax=1, cmap="viridis"
+            )  # monotone in grey
             name_layers(heat.yaxis, names, 8)
             heat.set(title="P by layer on the probe", xlabel="epoch")
             heat.grid(visible=False)
             figure.colorbar(image, ax=heat, label="P")
-            layers = probe[["epoch", "layers", "similarity"]].explode(["layers", "similarity"])
-            data += [
-                train.melt("epoch", terms, "of", "value").assign(run=name, panel="loss"),
-                evaluation[["epoch", key]].rename(columns={key: "value"}).assign(run=name, panel=SCORES[key]),
-                layers.rename(columns={"layers": "of", "similarity": "value"}).assign(run=name, panel="P"),
-            ]
-        figure.data = pd.concat(data, ignore_index=True)[["run", "panel", "of", "epoch", "value"]]
-        figure.data = figure.data.astype({"value": float})
         return figure

@@ -20,6 +20,7 @@ RUNS = Path("runs")
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
 WRITTEN = ("run.toml", STATUS, RECORDS, CHANGES, "summary.json", "config.json", "model.safetensors")  # by training
 IN_CHECKPOINTS = (f"{CHECKPOINTS}/last", f"{CHECKPOINTS}/best", f"{CHECKPOINTS}/anchor.safetensors")
+LOCK = ".lock"  # in the folder that it locks
 JOBS = "jobs"  # of a launcher: it makes this folder before the run begins
 FREE, OTHER = "check free space and permissions", "choose another --out"
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -48,20 +49,17 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def hold(path: Path, wait: bool = False) -> Iterator[IO[str]]:
-    """Lock a file until this process ends, not for its workers; BlockingIOError if it is locked, unless `wait`."""
-    with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+def hold(folder: Path, what: str, tip: str) -> Iterator[IO[str]]:
+    """Make a folder and lock it for this process, not for its workers; raises UserError if another one holds it."""
+    with ExitStack() as stack:
+        with writing(f"{folder.name}/{LOCK}", folder.parent, FREE):
+            folder.mkdir(exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("w"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(what, str(folder.parent), tip) from error
         yield file
-
-
-def held(path: Path) -> bool:
-    """Return whether another process holds the lock of a file, without taking it."""
-    lock = struct.Struct("hhqqi")  # `struct flock` of Linux
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
-    return False
 
 
 def sync(path: Path) -> None:
@@ -103,10 +101,8 @@ class RunDirectory:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(FileExistsError):
                     path.mkdir(exist_ok=out is not None)
-                    if config is None:
-                        (path / JOBS).mkdir(exist_ok=True)
-                    else:
-                        (path / CHECKPOINTS).mkdir()  # of several commands, one has made it
+                    # Of several commands that train, one makes the folder of checkpoints.
+                    (path / (JOBS if config is None else CHECKPOINTS)).mkdir(exist_ok=config is None)
                     break
             path = RUNS / f"{name}-{number}" if out is None else path
         directory = cls(path)
@@ -130,31 +126,35 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training this run; raises UserError if one does."""
-        with ExitStack() as stack:
-            if self.writes:
-                with writing("checkpoints/.lock", self.path, FREE):
-                    (self.path / CHECKPOINTS).mkdir(exist_ok=True)
-                    try:
-                        self.lock = stack.enter_context(hold(self.path / CHECKPOINTS / ".lock"))
-                    except BlockingIOError as error:
-                        what = "another process is training this run"
-                        raise UserError(what, str(self.path), "stop that one first") from error
-                    for file in map(self.path.joinpath, WRITTEN + IN_CHECKPOINTS):
-                        for left in file.parent.glob(f".{file.name}.{8 * '[0-9a-f]'}"):  # by a process that was killed
-                            if left.is_file():
-                                left.unlink(missing_ok=True)
-                    for folder in (self.path / CHECKPOINTS).glob(f".step-{8 * '[0-9]'}"):
-                        shutil.rmtree(folder, ignore_errors=True)
+        if not self.writes:
+            yield
+            return
+        checkpoints = self.path / CHECKPOINTS
+        with hold(checkpoints, "another process is training this run", "stop that one first") as self.lock:
             try:
+                for file in map(self.path.joinpath, WRITTEN + IN_CHECKPOINTS):
+                    for left in file.parent.glob(f".{file.name}.{8 * '[0-9a-f]'}"):  # by a process that was killed
+                        with suppress(OSError):  # a folder of that name stays
+                            left.unlink()
+                for folder in checkpoints.glob(f".step-{8 * '[0-9]'}"):
+                    shutil.rmtree(folder, ignore_errors=True)
                 yield
             finally:
                 self.lock = None
+
+    def held(self) -> bool:
+        """Return whether another process trains this run, without locking it."""
+        lock = struct.Struct("hhqqi")  # `struct flock` of Linux
+        with suppress(FileNotFoundError), (self.path / CHECKPOINTS / LOCK).open("rb") as file:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
+        return False
 
     def check(self) -> None:
         """Raise RunFailed if the folder that this process trains is gone, or another one is in its place."""
         if self.lock is not None:
             with suppress(OSError):
-                if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / CHECKPOINTS / ".lock")):
+                if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / CHECKPOINTS / LOCK)):
                     return
             tip = "if it was moved, resume it where it is now: pdvit train --resume PATH"
             raise RunFailed(f"the run directory is gone or is another folder now: {self.path}", tip)

@@ -12,8 +12,6 @@ import typer
 from pdvit.errors import RunFailed, UserError, printable
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from pdvit.engine.terminal import RunConsole
 
 Batches = TypeVar("Batches", bound=Sized)
@@ -46,13 +44,6 @@ def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole
             yield batch
             done += len(batch)
             display.show(done, what, done / max(monotonic() - begun, 1e-9), {})
-
-
-def cell(text: str) -> "Text":
-    """Return a name as a table cell: on one line, without markup or control characters."""
-    from rich.text import Text
-
-    return Text(printable(text))
 
 
 def count(number: int, noun: str) -> str:

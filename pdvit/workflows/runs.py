@@ -30,7 +30,7 @@ from pdvit.engine.recovery import largest_batch
 from pdvit.engine.recovery import replay as replay_step
 from pdvit.engine.terminal import EXIT_STOPPED, RunConsole, Stopped, StopRequest, describe_rate
 from pdvit.engine.trainer import Trainer
-from pdvit.errors import UserError, command
+from pdvit.errors import UserError, adding, command
 from pdvit.models.checkpoints import name_of
 from pdvit.models.loading import apply_checkpoint_defaults, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
@@ -246,10 +246,8 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
                 directory.record_changes(step, dict(run.changes), to_toml(trainer.config, command_line()))
         log(console, f"run directory: {directory.path}")
         again = f"resume with: {command('train', '--resume', directory.path)}"
-        try:
+        with adding(tip=f"; {again}"):
             summary = trainer.run(directory, console, stop)
-        except UserError as error:
-            raise UserError(error.what, error.where, f"{error.tip}; {again}") from error
         if summary is None:
             log(console, f"stopped; {again}")
             return EXIT_STOPPED

@@ -31,18 +31,6 @@ LAYERS = ["embed", "block 1", "block 2", "norm"]
 CPU = ["--device", "cpu", "--workers", "0"]
 
 
-@pytest.fixture
-def analyzed(capsys):
-    """Return a function that analyzes with --json and returns what was printed, which is nothing else."""
-
-    def analyze(*arguments: object):
-        capsys.readouterr()
-        assert pdvit(["analyze", *CPU, *map(str, arguments), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return analyze
-
-
 def means(table: pd.DataFrame, metric: str) -> list[float]:
     return table[table["metric"] == metric].sort_values("depth")["mean"].tolist()
 

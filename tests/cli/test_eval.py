@@ -19,18 +19,6 @@ FILES = ("eval.csv", "confusion.csv", "eval.json")
 CPU = ["--device", "cpu", "--workers", "0"]
 
 
-@pytest.fixture
-def evaluated(capsys):
-    """Return a function that evaluates with --json and returns what was printed."""
-
-    def evaluate(*arguments: object):
-        capsys.readouterr()
-        assert pdvit(["eval", *CPU, *map(str, arguments), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return evaluate
-
-
 def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) -> None:
     """Write a checkpoint again with other weights or another configuration."""
     file = run / "model.safetensors"

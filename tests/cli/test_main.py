@@ -79,21 +79,13 @@ def test_a_notebooks_backend_does_not_reach_the_figures(digits_run, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_plotting_imports_no_torch(workplace, digits_run, analysis_folder):
+def test_lists_of_sources_and_plots_import_no_torch(workplace, digits_run, analysis_folder):
     made = analysis_folder(workplace / "made")
-    found = packages(f"plot maps {made} --out maps.png", f"plot training {digits_run} --out run.png")
+    plots = (f"plot maps {made} --out maps.png", f"plot training {digits_run} --out run.png")
+    found = packages("train --data help", *plots)
     assert "matplotlib" in found
     assert not found & HEAVY
     assert Path("maps.png").is_file()
-
-
-@pytest.mark.parametrize("arguments", [[], ["plot"], ["--help"]], ids=" ".join)
-def test_no_command_shows_help_and_no_error(capsys, arguments):
-    pdvit(arguments)
-    shown = capsys.readouterr()
-    assert "Usage" in shown.out + shown.err
-    assert "Error" not in shown.out + shown.err
-    assert arguments == ["plot"] or all(re.search(rf"\b{name}\b", shown.out) for name in ("train", "doctor", "plot"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +124,7 @@ def test_the_shell_completes_words_and_only_names_of_models_import_torch(words, 
 def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     commands = typer.main.get_command(app).commands
-    for words in (["--help"], ["plot"]):
+    for words in ([], ["--help"], ["plot"]):
         assert pdvit(words) == 0
         lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
         for name, command in (commands if words != ["plot"] else commands["plot"].commands).items():

@@ -10,9 +10,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from pdvit.cli import run as pdvit
+from pdvit.plots.style import DARK
 
 LAYERS, P = ["embed", "block 1", "norm"], [0.2, 0.4, 0.6]
-HEAD = b"model,layer,depth,metric,mean,std,ci95,images,tokens\n"
 
 
 @pytest.fixture
@@ -147,23 +147,15 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(workplace, analysis_ta
 
 
 def test_the_numbers_of_a_figure_go_beside_it_and_both_replace_those_before(analyses, capsys):
-    (run,) = analyses(one=P)
+    (run,), before = analyses(one=P), plt.get_fignums()
     Path("figure.svg").write_text("old")
-    for _ in range(2):
-        assert draw(capsys, "similarity", run).startswith("<?xml")
+    for flags in ([], ["--dark"]):
+        assert (DARK.paper in draw(capsys, "similarity", run, *flags)) == bool(flags)
+    assert plt.get_fignums() == before
     table = pd.read_csv("figure.csv")
     assert table["mean"].tolist() == P
     assert table["layer"].tolist() == LAYERS
     assert table["run"].unique().tolist() == ["one"]
-
-
-def test_dark_is_dark_and_no_figure_stays_open(trainings, capsys):
-    (run,) = trainings("one")
-    before = plt.get_fignums()
-    assert pdvit(["plot", "training", run, "--dark", "--out", "deep/figure.png"]) == 0
-    with Image.open("deep/figure.png") as image:
-        assert sum(image.convert("RGB").getpixel((0, 0))) < 100
-    assert plt.get_fignums() == before
 
 
 def test_names_are_drawn_as_they_are(analyses, capsys):
@@ -177,8 +169,9 @@ class TestRefused:
     def test_a_patch_that_is_none(self, refusal, workplace, analysis_folder, patch):
         analysis_folder(workplace / "runs" / "one")
         assert refusal("plot", "maps", "--patch", patch).where == "--patch"
-        np.savez(Path("runs/one/analysis/maps.npz"), names=["ant.png"], layers=["embed"])
-        assert "do not fit the figure: KeyError" in refusal("plot", "maps").what
+        for figure in ("maps", "cka"):  # incomplete arrays
+            np.savez(f"runs/one/analysis/{figure}.npz", names=["ant.png"], layers=["embed"], matrix=np.ones((2, 3)))
+            assert "do not fit the figure" in refusal("plot", figure).what
 
     def test_a_sweep_without_cells_and_a_comparison_of_one(self, refusal, workplace):
         Path("empty").mkdir()
@@ -201,15 +194,3 @@ class TestRefused:
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
     def test_an_unknown_suffix(self, refusal, workplace, out):
         assert ".png" in refusal("plot", "similarity", "--out", out).tip
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            *(b"", b"no,table\n1,2\n", b"a\nb,c\nd,e,f\n", b"\xff\xfe\x00", HEAD),
-            *(HEAD + b"r,embed,0,similarity,high,0,0,1,4\n", HEAD + b"r,embed,,similarity,0.5,0,0,1,4\n"),
-        ],
-    )
-    def test_a_damaged_analysis(self, refusal, analyses, content):
-        (run,) = analyses(one=P)
-        Path(run, "analysis.csv").write_bytes(content)
-        assert f"pdvit analyze {run}" in refusal("plot", "similarity", run).tip

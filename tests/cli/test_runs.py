@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from pdvit.cli import run as pdvit
 from pdvit.workflows.runs import default_name
 from tests.files import read_json
+from tests.processes import held_elsewhere
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,6 @@ def test_a_run_is_named_by_what_differs_from_its_command(digits_run, monkeypatch
     assert default_name(begun[0]) == name
 
 
-LOCK = "import sys; from pdvit.tracking.run_directory import *; from pathlib import Path\n"
-LOCK += "with RunDirectory(Path('runs/locked')).locked(): print(flush=True); sys.stdin.read()"
-
-
 def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, workplace, capsys, monkeypatch, refusal):
     assert "pdvit train" in refusal("runs").tip
     for name in ("a long name of a run that needs more than a line", "sweep/cell", "cut", "new", "locked", "killed"):
@@ -55,10 +51,8 @@ def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, wor
         (workplace / "runs" / name / "status.json").write_text('{"status": "running"}')
         (workplace / "runs" / name / "summary.json").write_text(f'{{"accuracy": NaN, "seconds": 1{400 * "0"}}}')
     capsys.readouterr()
-    with subprocess.Popen([sys.executable, "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as training:
-        training.stdout.readline()
+    with held_elsewhere(Path("runs/locked")):
         assert pdvit(["runs", "--json"]) == 0
-        training.stdin.close()
     found = {run["run"]: run for run in json.loads(capsys.readouterr().out)}
     summary = read_json(digits_run / "summary.json")
     facts = {"status": "finished", "data": "digits", "model": "vit_tiny_patch16_224", "terms": "paper"}

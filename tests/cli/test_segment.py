@@ -45,14 +45,8 @@ def copy(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copied"))
 
 
-def evaluated(capsys, *arguments: object) -> dict:
-    capsys.readouterr()
-    assert pdvit(["eval", *CPU, *map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_eval_equals_the_end_of_the_run(trained, copy, capsys):
-    summary, found = read_json(trained / "summary.json"), evaluated(capsys, copy)
+def test_eval_equals_the_end_of_the_run(trained, copy, evaluated):
+    summary, found = read_json(trained / "summary.json"), evaluated(copy)
     assert {"similarity_first", "similarity_last", "images_per_second"} <= set(summary)
     assert {name: found[name] for name in (*SCORES, "split")} == {name: summary[name] for name in (*SCORES, "split")}
     assert set(found["iou"]) == {"ground", "disc", "square"}
@@ -65,11 +59,11 @@ def test_eval_equals_the_end_of_the_run(trained, copy, capsys):
 
 
 @pytest.mark.gpu
-def test_eval_on_a_gpu_equals_the_end_of_the_run(shapes, copy, capsys, tmp_path):
+def test_eval_on_a_gpu_equals_the_end_of_the_run(shapes, copy, evaluated, tmp_path):
     """Bit for bit if the run was on the GPU too; else a pixel in a thousand may change its class."""
     assert train(shapes, tmp_path / "gpu", "--diversity", "paper", "--device", "cuda") == 0
     for run, tolerance in ((copy, 2e-3), (tmp_path / "gpu", 0)):
-        summary, found = read_json(run / "summary.json"), evaluated(capsys, run, "--device", "cuda")
+        summary, found = read_json(run / "summary.json"), evaluated(run, "--device", "cuda")
         for name in SCORES:
             assert found[name] == pytest.approx(summary[name], abs=tolerance, rel=0)
 
@@ -89,8 +83,8 @@ def counted(truths: Path, predictions: Path, classes: int, first: int, ignored: 
     return float(np.mean(both[there] / either[there]))
 
 
-def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp_path, device):
-    found, out = evaluated(capsys, copy, "--device", device), tmp_path / "out"
+def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, evaluated, tmp_path, device):
+    found, out = evaluated(copy, "--device", device), tmp_path / "out"
     images = str(shapes / "images" / "val")
     assert pdvit(["predict", str(copy), images, *CPU, "--out", str(out), "--device", device]) == 0
     truths = shapes / "masks" / "val"
@@ -110,32 +104,32 @@ def test_miou_is_that_of_the_masks_that_predict_writes(shapes, copy, capsys, tmp
     ],
 )
 def test_real_images_in_their_own_layout_are_learned_and_measured_alike(
-    real_data, tmp_path, capsys, pack, images, masks, numbers
+    real_data, tmp_path, evaluated, pack, images, masks, numbers
 ):
     folder, run, out = real_data / pack, tmp_path / "run", tmp_path / "out"
     flags = [*CPU, *MODEL, "--head", "linear", "--crop", "64", "--short-side", "64", "--batch-size", "3"]
     assert pdvit(["segment", "--data", str(folder), "--check-masks", "--epochs", "2st", "--out", str(run), *flags]) == 0
-    found = evaluated(capsys, run)
+    found = evaluated(run)
     assert len(found["iou"]) == numbers[0]
     assert found["miou"] == read_json(run / "summary.json")["miou"]
     assert pdvit(["predict", str(run), str(folder / images), "--out", str(out), *CPU]) == 0
     assert found["miou"] == pytest.approx(counted(folder / masks, out / "masks", *numbers), abs=1e-12)
-    assert evaluated(capsys, run, "--ms", "--flip", "--limit", "2")["images"] == 2
+    assert evaluated(run, "--ms", "--flip", "--limit", "2")["images"] == 2
 
 
-def test_scales_flips_limits_and_folders_without_splits(copy, mask_folder, tmp_path, capsys):
+def test_scales_flips_limits_and_folders_without_splits(copy, mask_folder, tmp_path, evaluated):
     flat = tmp_path / "flat"
     (copy / "predictions" / "mine.png").touch()
-    one = evaluated(capsys, copy, "--limit", 1, "--out", copy)
+    one = evaluated(copy, "--limit", 1, "--out", copy)
     assert one["images"] == 1
     pictures = {path.name for path in (copy / "predictions").iterdir()}
     assert pictures == {"01-image.png", "01-truth.png", "01-prediction.png", "mine.png"}, "those of the run are gone"
     for kind in ("images", "masks"):
         shutil.copytree(mask_folder / kind / "val", flat / kind)
     shutil.copy(mask_folder / "classes.tsv", flat)
-    whole = evaluated(capsys, copy, "--data", flat)
+    whole = evaluated(copy, "--data", flat)
     assert (whole["images"], whole["miou"]) == (3, read_json(copy / "summary.json")["miou"])
-    views = evaluated(capsys, copy, "--ms", "--flip", "--limit", 1)
+    views = evaluated(copy, "--ms", "--flip", "--limit", 1)
     assert (len(views["scales"]), views["flip"]) == (6, True)
     assert views["loss"] != one["loss"]
 
@@ -169,16 +163,16 @@ def test_analyze_takes_the_runs_own_images(copy, capsys):
     assert "similarity_random" in (copy / "analysis.csv").read_text()
 
 
-def test_one_checkpoint_is_measured_whole_and_in_windows(copy, capsys, refusal):
+def test_one_checkpoint_is_measured_whole_and_in_windows(copy, evaluated, capsys, refusal):
     how = read_json(copy / "summary.json")
-    windows = evaluated(capsys, copy, "--stride", 4)
-    whole = evaluated(capsys, copy, "--eval-mode", "whole")
+    windows = evaluated(copy, "--stride", 4)
+    whole = evaluated(copy, "--eval-mode", "whole")
     assert (windows["mode"], windows["window"], windows["stride"]) == ("slide", 32, 4)
     assert whole["mode"] == "whole"
     assert pdvit(["eval", str(copy), "--eval-mode", "whole", "--stride", "7", *CPU]) == 0
     assert "--stride has no effect" in capsys.readouterr().out
     assert len({how["loss"], windows["loss"], whole["loss"]}) == 3
-    again = evaluated(capsys, copy, "--eval-mode", "slide", "--stride", 21)
+    again = evaluated(copy, "--eval-mode", "slide", "--stride", 21)
     assert (again["loss"], again["miou"]) == (how["loss"], how["miou"])
     assert "leave gaps" in refusal("eval", copy, "--stride", 33, *CPU).what
     assert "slide" in refusal("eval", copy, "--eval-mode", "windows", *CPU).tip

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,8 @@ from pdvit.launch import Jobs
 from pdvit.sweep import Folder, make_cells
 from pdvit.tracking.run_directory import RunDirectory
 from pdvit.workflows.console import make_console
-from tests.files import assert_same, finish, newest_step, read_csv, read_json
+from tests.files import assert_same, newest_step, read_csv, read_json
+from tests.processes import finish, start, wait
 
 BASE = """
 data = { img_size = 16, batch_size = 16 }
@@ -30,7 +29,7 @@ run = { device = "cpu", log_every = "1st" }
 """
 TWO = '"run.seed" = [0]\n[[sweep.variant]]\nname = "none"\n"diversity.preset" = "none"\n'
 TWO += '[[sweep.variant]]\nname = "paper"\n'
-PATIENCE, STEPS = 240.0, 150
+STEPS = 150
 
 
 def write(place: Path, sweep: str = TWO, steps: int = 2) -> Path:
@@ -106,7 +105,7 @@ def test_a_cell_whose_process_ended_failed_unless_it_is_resumed(workplace, monke
     RunDirectory(folder.path / "seed=0").mark("running", "")
     monkeypatch.setattr(jobs, "states", lambda: next(found, {}))
     monkeypatch.setattr(jobs, "log", lambda name: Path("log"))
-    monkeypatch.setattr("pdvit.sweep.held", lambda path: resumed)  # by a command that trains the cell
+    monkeypatch.setattr(RunDirectory, "held", lambda run: resumed)  # by a command that trains the cell
     config = Config(launch=LaunchConfig("local"))
     _watch(folder, jobs, cells, config, make_console(as_json=False), StopRequest(), {}, [None])
     assert statuses(folder.path) == ["running" if resumed else "failed"]
@@ -151,16 +150,11 @@ def test_there_is_one_cell_per_gpu_unless_a_cell_names_its_device(devices, gpus,
 
 def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]:
     """Start a sweep in a process group of its own."""
-    line = [sys.executable, "-m", "pdvit", "train", "--config", "tiny.toml", *arguments]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(line, start_new_session=True, cwd=place, **pipe)
+    return start("train", "--config", "tiny.toml", *arguments, start_new_session=True, cwd=place)
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while newest_step(run) < step:
-        assert time.monotonic() < deadline, f"{run} never came to step {step}"
-        time.sleep(0.01)
+    wait(lambda: newest_step(run) >= step, run)
 
 
 @pytest.fixture(scope="module")

@@ -242,13 +242,6 @@ class TestImages:
             pass
         assert (weights(parts), read_records(parts)) == (weights(whole), read_records(whole))
 
-    def test_help_lists_the_sources_without_torch(self):
-        code = "import sys; from pdvit.cli import run; s = run(sys.argv[1:]); sys.exit(s + ('torch' in sys.modules))"
-        done = subprocess.run([sys.executable, "-c", code, "train", "--data", "help"], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        for kind in ("digits", "FOLDER", "FILE.tar", "FILE.csv", "torch/", "hfds/"):
-            assert sum(kind in line for line in done.stdout.splitlines()) == 1
-
     def test_the_first_line_comes_before_torch_is_imported(self, image_folder, tmp_path):
         code = "import sys; sys.modules['torch'] = None\nfrom pdvit.cli import run; run(sys.argv[1:])"
         command = [sys.executable, "-c", code, "train", "--data", str(image_folder), "--out", str(tmp_path / "run")]

@@ -17,7 +17,8 @@ from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.opening import held_out_images
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.similarity import patch_similarity
-from tests.files import finish, read_csv, read_json, read_records
+from tests.files import read_csv, read_json, read_records
+from tests.processes import finish
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run.py"
 BASE = """

@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.files import assert_same, finish, read_csv, read_json
+from tests.files import assert_same, read_csv, read_json
+from tests.processes import finish, start, wait
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ SWEEP = """
 "run.seed" = [0, 1]
 variant = [{ name = "none", "diversity.preset" = "none" }, { name = "paper" }, { name = "third", THIRD }]
 """
-STEPS, PATIENCE = 2000, 500.0
+STEPS = 2000
 SLURM = ("--launcher", "slurm")
 
 
@@ -52,11 +52,6 @@ def run(*command: object) -> str:
     return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "pdvit", *map(str, words)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def pdvit(*words: object, status: int = 0) -> str:
     return finish(start(*words), status)
 
@@ -68,13 +63,6 @@ def launch(*words: object) -> str:
 
 def job(number: str, name: str) -> str:
     return re.search(rf"\b{name}=(\S+)", run("scontrol", "show", "job", number))[1]
-
-
-def wait(condition: Callable[[], object], what: object) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def end_of(number: str) -> str:

@@ -68,6 +68,7 @@ SETTINGS = LaunchConfig("slurm", 2, 8, 6, "64G", "4h", "5min", "gpu", "lab", "a1
 
 
 def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm, workplace):
+    (workplace / "sweep").mkdir()
     found = Jobs(workplace / "sweep")
     with found.locked():
         waiting = jobs(workplace, a="one", b="two", c="three")
@@ -89,6 +90,7 @@ def test_the_settings_are_in_the_file_for_sbatch_and_the_jobs_are_an_array(slurm
 
 
 def test_the_docs_show_the_file_that_is_made(slurm, workplace):
+    (workplace / "big").mkdir()
     found, launch = Jobs(workplace / "big"), LaunchConfig("slurm", 2, 8, 12, "400G", "24h", partition="gpu")
     with found.locked():
         found.start(launch, jobs(workplace, run="big"))
@@ -112,7 +114,7 @@ def test_the_docs_show_the_file_that_is_made(slurm, workplace):
     ],
 )
 def test_what_can_not_be_submitted_is_an_error_and_leaves_no_job(slurm, workplace, settings, broken, what):
-    found, launch = Jobs(workplace / "run"), LaunchConfig(**{"launcher": "slurm"} | settings)
+    found, launch = Jobs(workplace), LaunchConfig(**{"launcher": "slurm"} | settings)
     if broken and broken[1]:
         (slurm / broken[0]).write_text(f"#!/bin/sh\n{broken[1]}\n")
     elif broken:
@@ -170,7 +172,7 @@ def test_a_job_is_queued_again_after_a_checkpoint(workplace, monkeypatch, run, s
 
 def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of `QuickJob`, which is pickled by its name
-    found = Jobs(workplace / "sweep")
+    found = Jobs(workplace)
     with found.locked():
         waiting, deadline = jobs(workplace, a="well", b="good", c="fine"), time.monotonic() + 60
         assert found.start(LaunchConfig("local"), waiting, ["7", None]) == ["a", "b"]

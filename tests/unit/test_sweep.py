@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 import tomllib
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pdvit.errors import UserError
 from pdvit.sweep import CellState, Folder, make_cells, numbers
 from pdvit.tracking.run_directory import RunDirectory
 from tests.files import read_csv
+from tests.processes import held_elsewhere
 
 BASE = {"data": {"batch_size": 16}, "model": {"depth": 2}}
 SHORT = {"optim": {"epochs": "3st"}}
@@ -154,17 +154,6 @@ def table(folder: Folder) -> list[dict[str, str]]:
     return read_csv(folder.path / "cells.csv")
 
 
-@contextmanager
-def held_elsewhere(lock: Path):
-    """Another process holds the lock."""
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    command, pipe = [sys.executable, "-c", code, str(lock)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        process.stdout.readline()
-        yield
-        process.communicate("\n")
-
-
 def test_the_table_says_what_the_run_directories_say(folder):
     states = {cell.name: state.status for cell, state in folder.write_table({B0: "RUNNING", A1: "PENDING"})}
     assert states == {A0: "waiting", B0: "running", A1: "waiting", B1: "waiting"}
@@ -196,8 +185,7 @@ def test_a_run_that_was_killed_is_told_from_one_that_runs(folder):
     run = put(folder, A0, "running")
     put(folder, B0)  # killed before its first status
     assert folder.state(A0, {}) == folder.state(B0, {}) == CellState("stopped", "interrupted")
-    (run / "checkpoints").mkdir()
-    with held_elsewhere(run / "checkpoints" / ".lock"):
+    with held_elsewhere(run):
         assert folder.state(A0, {}) == CellState("running")
     assert folder.state(A0, {A0: "RUNNING"}) == CellState("running")
     assert folder.state(A0, {A0: "PENDING"}) == CellState("waiting")
@@ -256,7 +244,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "there" / "x").touch()
     (tmp_path / "file").touch()
     for name in ("there", "file"):
-        with pytest.raises(UserError, match="not that of a sweep"):
+        with pytest.raises(UserError, match="the path exists already"):
             begin(tmp_path / name)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["x"]
     (tmp_path / "empty" / "jobs").mkdir(parents=True)  # of a command that ended before it wrote sweep.toml

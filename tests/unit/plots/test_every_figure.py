@@ -90,7 +90,7 @@ def test_letters_can_be_read_in_print_and_hostile_names_are_drawn_as_they_are(dr
 def test_the_same_numbers_make_the_same_file(suffix):
     files = []
     for _ in range(2):
-        with new_figure(2, 1) as figure:
+        with new_figure(pd.DataFrame(), 2, 1) as figure:
             figure.subplots().plot([1, 2], label="one")
             files.append(render(figure, suffix))
     assert files[0] == files[1]
@@ -108,7 +108,7 @@ def test_lines_differ_without_colour_and_neighbours_in_grey():
 
 def test_the_style_stays_inside_and_needs_no_screen():
     before = dict(mpl.rcParams)
-    with new_figure(4, 3) as figure:
+    with new_figure(pd.DataFrame(), 4, 3) as figure:
         assert figure.get_size_inches().tolist() == [4, 3]
     assert dict(mpl.rcParams) == before
     assert mpl.get_backend().lower() == "agg"

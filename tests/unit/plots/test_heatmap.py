@@ -84,12 +84,6 @@ def test_a_patch_or_image_that_is_not_there_is_refused(maps, named):
         plot_maps(maps, "run", **named)
 
 
-def test_incomplete_arrays_are_refused(cka):
-    between = {"matrix/other": np.ones((2, 3)), "layers/other": LAYERS[:2], "layers": LAYERS}
-    with pytest.raises(UserError, match="damaged"):
-        plot_cka([replace(cka, curves=cka.curves | {"cka_between": between})])
-
-
 def confusions(matrix: np.ndarray, names: list[str] | None = None) -> pd.DataFrame:
     names = names or [f"c{i}" for i in range(len(matrix))]
     cells = [(i, j) for i in range(len(names)) for j in range(len(names)) if i == j or matrix[i, j]]

@@ -1,5 +1,6 @@
 import io
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ from pdvit.plots.segmentation import read_segmentation
 from pdvit.plots.sweep import read_cells
 
 MATRIX, CELLS = "class,predicted,images\n", "cell,status\n"
+HEAD = "model,layer,depth,metric,mean,std,ci95,images,tokens\n"
+read_analysis = partial(read_run, name="")
 TABLES = [
+    *((read_analysis, "analysis.csv", text) for text in ("", "no,table\n1,2\n", "a\nb,c\nd,e,f\n", "\0\1", HEAD)),
+    *((read_analysis, "analysis.csv", f"{HEAD}r,embed,{cells},0,0,1,4\n") for cells in ("0,P,high", ",P,0.5")),
     *((read_segmentation, "iou.csv", text) for text in ("", "a,b\n1,2\n", "class,pixels,iou\nx,many,0.5\n")),
     *((read_confusion, "confusion.csv", text) for text in ("", "a,b\n1,2\n", "\0" * 9, MATRIX)),
     *((read_confusion, "confusion.csv", MATRIX + rows) for rows in ("a,a,x\n", "a,a,1\na,a,2\n", "a,a,-1\n")),
@@ -50,4 +55,5 @@ def test_a_damaged_table_is_named_with_the_command_that_makes_it(tmp_path, read,
     with pytest.raises(UserError, match="damaged") as caught:
         read(tmp_path)
     assert caught.value.where == str(tmp_path / name)
-    assert ("folder of a sweep" if read is read_cells else f"pdvit eval {tmp_path}") in caught.value.tip
+    tips = {"cells.csv": "folder of a sweep", "analysis.csv": f"pdvit analyze {tmp_path}"}
+    assert tips.get(name, f"pdvit eval {tmp_path}") in caught.value.tip

@@ -11,15 +11,28 @@ from tests.files import read_records
 pytestmark = pytest.mark.usefixtures("workplace")
 
 
-def test_a_path_that_exists_is_an_error_and_a_link_not_followed(workplace):
+NO_RUN, NO_NAME, EXISTS = "run directory can't be written", "not a name", "exists"
+
+
+@pytest.mark.parametrize(
+    ("out", "name", "message"),
+    [
+        *((out, "name", EXISTS) for out in ("a run", ".", "file", "link")),
+        *((out, "name", NO_RUN) for out in ("file/run", "/proc/run", "x" * 300, None)),
+        *(("", "unused", NO_NAME), (None, "", NO_NAME), (None, "..", NO_NAME), (None, "a/b", NO_NAME)),
+    ],
+)
+def test_a_path_that_exists_or_is_none_or_can_not_be_written_is_an_error_and_a_link_not_followed(
+    workplace, out, name, message
+):
     (workplace / "a run").mkdir()
-    (workplace / "a run/run.toml").touch()
-    (workplace / "file").touch()
-    (workplace / "link").symlink_to(workplace / "nowhere")
-    for out, tip in (("a run", "--resume 'a run'"), (".", "--out"), ("file", "--out"), ("link", "--out")):
-        with pytest.raises(UserError, match="exists") as caught:
-            RunDirectory.create(out, "unused", "")
-        assert caught.value.tip.endswith(tip)
+    for file in ("a run/run.toml", "file"):
+        (workplace / file).touch()
+    for link in ("link", "runs"):
+        (workplace / link).symlink_to(workplace / "nowhere")
+    with pytest.raises(UserError, match=message) as caught:
+        RunDirectory.create(out, name, "")
+    assert ("--resume 'a run'" if out == "a run" else "--out") in caught.value.tip
     assert not (workplace / "nowhere").exists()
 
 
@@ -52,21 +65,6 @@ def test_of_two_commands_one_gets_an_empty_folder(workplace):
 def test_default_names_get_a_suffix():
     paths = [RunDirectory.create(None, "digits-paper", "").path.as_posix() for _ in range(3)]
     assert paths == ["runs/digits-paper", "runs/digits-paper-2", "runs/digits-paper-3"]
-
-
-@pytest.mark.parametrize(("out", "name"), [("", "unused"), (None, ""), (None, ".."), (None, "a/b")])
-def test_a_name_that_is_none_is_an_error(out, name):
-    with pytest.raises(UserError, match="not a name"):
-        RunDirectory.create(out, name, "")
-
-
-@pytest.mark.parametrize("out", ["file/run", "/proc/run", "x" * 300, None])
-def test_a_path_that_can_not_be_written_is_an_error(workplace, out):
-    (workplace / "file").touch()
-    (workplace / "runs").symlink_to(workplace / "nowhere")
-    with pytest.raises(UserError, match="run directory can't be written") as caught:
-        RunDirectory.create(out, "name", "")
-    assert "--out" in caught.value.tip
 
 
 def test_only_a_run_can_be_opened(workplace):
