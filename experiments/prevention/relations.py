@@ -41,7 +41,7 @@ def relations_of(run: Path) -> Row:
 
 def main(sweep: Path) -> None:
     rows = [cell for cell in cells_of(sweep) if cell["status"] == "finished"]
-    names = ("name", "variant", "run.seed")
+    names = ("variant", "run.seed")
     found = [{name: cell[name] for name in names} | relations_of(sweep / cell["name"]) for cell in rows]
     write_table(HERE / f"relations-{sweep.name.removeprefix('prevention-')}.csv", found)
 
