@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from pdvit.analysis.explorer import bytes_per_model, map_size, picture_size, read_maps
 from pdvit.analysis.pages import explorer_page
 from pdvit.errors import UserError
 from tests.unit.analysis.test_families import tokens_of
+from tests.unit.models.support import SWIN, make
 
 SIDE = 32
 HOSTILE = "</script><img src=x onerror=alert(1)>&{{data}}'\""
@@ -19,16 +19,13 @@ HOSTILE = "</script><img src=x onerror=alert(1)>&{{data}}'\""
 
 @pytest.fixture(scope="module")
 def plain():
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=SIDE, patch_size=8, depth=4, embed_dim=24, num_heads=2)
+    return make("vit_tiny_patch16_224", depth=4)
 
 
 @pytest.fixture(scope="module")
 def staged():
     """Swin's layers: two blocks of 8x8 patches, then two of 4x4."""
-    torch.manual_seed(0)
-    sizes = {"img_size": SIDE, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
-    return timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+    return make(SWIN, img_size=SIDE, patch_size=4, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2))
 
 
 def pictures(count: int):

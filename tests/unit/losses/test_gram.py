@@ -6,11 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit import similarity
-from pdvit.config import schema
 from pdvit.errors import UserError
 from pdvit.losses.gram import GRAM_VARIANTS, gram_loss
-
-variants = pytest.mark.parametrize("variant", GRAM_VARIANTS)
 
 
 def literal(last: Tensor, anchor: Tensor, variant: str) -> Tensor:
@@ -34,7 +31,7 @@ def tokens(seed: int, images: int, count: int, width: int, theirs: int) -> tuple
     return last.requires_grad_(), anchor
 
 
-@variants
+@pytest.mark.parametrize("variant", GRAM_VARIANTS)
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 99), shape=st.tuples(*map(st.integers, (1,) * 4, (3, 9, 6, 6))), block=st.integers(1, 300))
 def test_value_and_gradient_equal_the_literal_form_in_blocks_of_any_size(variant, seed, shape, block):
@@ -43,19 +40,11 @@ def test_value_and_gradient_equal_the_literal_form_in_blocks_of_any_size(variant
     (slope,) = torch.autograd.grad(expected, last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(similarity, "BLOCK_ENTRIES", block)
-        found = gram_loss(last, anchor, variant)
-        (gradient,) = torch.autograd.grad(found, last)
+        found = gram_loss(last, anchor.requires_grad_(), variant)
+        gradient, none = torch.autograd.grad(found, (last, anchor), allow_unused=True)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-14)
-
-
-@variants
-def test_the_gradient_equals_finite_differences_and_none_flows_into_the_anchor(variant):
-    last, anchor = tokens(3, 2, 5, 3, 4)
-    assert torch.autograd.gradcheck(lambda last: gram_loss(last, anchor, variant), last)
-    gram_loss(last, anchor.requires_grad_(), variant).backward()
-    assert last.grad.any()
-    assert anchor.grad is None
+    assert none is None  # no gradient flows into the anchor
 
 
 def test_values_worked_by_hand():
@@ -81,9 +70,3 @@ def test_equal_relations_are_free_whatever_the_size_the_rotation_and_the_width()
 def test_other_images_or_another_grid_are_refused(shape):
     with pytest.raises(UserError, match=rf"\({shape[0]}, {shape[1]}\).*for tokens of \(2, 9\)"):
         gram_loss(torch.ones(2, 9, 4), torch.ones(shape))
-
-
-def test_the_configuration_has_the_variants():
-    assert schema.GRAM_VARIANTS == GRAM_VARIANTS
-    with pytest.raises(UserError, match="no variant 'remove'"):
-        gram_loss(torch.ones(1, 2, 3), torch.ones(1, 2, 3), "remove")

@@ -94,15 +94,11 @@ def test_options_out_of_range_are_refused(options, message):
         Objective(**options)
 
 
-def test_mixing_needs_patch_targets_and_a_patch_head():
+def test_mixing_needs_patch_targets_and_a_patch_head_and_the_gram_term_an_anchor():
     output, targets, patch_targets = make()
     for incomplete in ((output, targets), (output._replace(patch_logits=None), targets, patch_targets)):
         with pytest.raises(UserError, match="class of every patch and a patch head"):
             Objective()(*incomplete)
-
-
-def test_the_gram_term_needs_an_anchor():
-    output, targets, _ = make()
     with pytest.raises(UserError, match="needs an anchor"):
         Objective(**OFF | {"gram": 1})(output, targets)
 

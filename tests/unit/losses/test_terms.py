@@ -118,7 +118,7 @@ def test_an_unknown_variant_is_refused_with_the_closest():
 def test_the_configuration_and_these_tests_have_all_terms():
     assert schema.TERMS == TERMS
     assert {form.split()[0] for form in FORMS} == set(TERMS)
-    assert schema.VARIANTS == VARIANTS
+    assert (schema.VARIANTS, schema.GRAM_VARIANTS) == (VARIANTS, GRAM_VARIANTS)
     assert all(preset["variant"] in VARIANTS for preset in schema.PRESETS.values())
 
 
