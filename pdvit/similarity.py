@@ -3,7 +3,7 @@
 P(h) = 1 / (n (n - 1)) * sum over i != j of |cos(h_i, h_j)|   (arXiv 2104.12753, v3), without prefix tokens
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from pdvit.errors import UserError
 SHORTEST = 1e-12
 # Entries of the Gram matrix that exist at one moment: 16 MB of float32.
 BLOCK_ENTRIES = 4 * 2**20
+Pairs = tuple[Tensor, Tensor, Tensor]  # i and j, each `(K,)`, and cosines `(B, K)`
 
 
-def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
+def patch_similarity(tokens: Tensor, signed: bool = False, pairs: Iterable[Pairs] | None = None) -> Tensor:
     """Return P of every image `(B,)` from patch tokens `(B, N, D)`: the mean of |cos| over pairs of different patches.
 
     It is exact for any N; memory grows with N * D only. Float32 (float64 for float64 tokens), in [0, 1]; 0 for a single
-    patch. `signed`: of cos instead of |cos| (the measure of v1 of the paper), in O(N D), in [-1/(N-1), 1].
+    patch. `signed`: of cos instead of |cos| (the measure of v1 of the paper), in O(N D), in [-1/(N-1), 1]. `pairs` are
+    the blocks of `pair_cosines`, if the caller has them already; then P has no gradient.
     """
     if tokens.ndim != 3:
         what = f"patch tokens have three axes (image, patch, width), not the shape {tuple(tokens.shape)}"
@@ -31,7 +33,13 @@ def patch_similarity(tokens: Tensor, signed: bool = False) -> Tensor:
     count = tokens.shape[1]
     if count < 2:
         return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
-    total = signed_cosines(unit_tokens(tokens)) if signed else _AbsoluteCosines.apply(tokens)
+    if signed:
+        total = signed_cosines(unit_tokens(tokens))
+    elif pairs is None and tokens.requires_grad and torch.is_grad_enabled():
+        total = _AbsoluteCosines.apply(tokens)
+    else:
+        pairs = pair_cosines(_normalize(tokens)[0]) if pairs is None else pairs
+        total = 2 * torch.stack([cosines.abs().sum(1) for _, _, cosines in pairs]).sum(0)
     return total / (count * (count - 1))
 
 
@@ -47,7 +55,7 @@ def row_blocks(tokens: Tensor, least: int = 1) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
-def pair_cosines(unit: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def pair_cosines(unit: Tensor) -> Iterator[Pairs]:
     """Yield blocks of the pairs i < j of unit tokens `(B, N, D)`, in order: i and j, each `(K,)`, and cosines `(B, K)`.
 
     Three blocks or more, as each begins at its own diagonal: of the matrix of all products, a third is not computed.
@@ -116,8 +124,6 @@ class _AbsoluteCosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> Tensor:
         unit, scale = _normalize(tokens)
-        if not ctx.needs_input_grad[0]:
-            return 2 * torch.stack([cosines.abs().sum(1) for _, _, cosines in pair_cosines(unit)]).sum(0)
         total, slopes = unit.new_zeros(len(tokens)), []
         # Autocast would round the cosines to bf16 before they are summed.
         with torch.autocast(unit.device.type, enabled=False):

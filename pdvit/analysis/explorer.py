@@ -14,7 +14,7 @@ from pdvit.analysis.measure import check_tokens, inference
 from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, evaluating, find_layers, shapes_of, watch
+from pdvit.models.layers import Layer, find_layers, shapes_of, watch
 
 MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4  # a map of 2,048 patches takes 2.8 MB of a page
 PAGE_BYTES, CODE_BYTES = 10**7, 200_000  # bytes of a page, and the part of its own code and names
@@ -72,7 +72,7 @@ def read_maps(
         found[layer] = Patches(tokens, image_size)
         check_tokens(found[layer], layer)
 
-    with evaluating(model), watch({layer: places[layer] for layer in layers}, visit):
+    with watch({layer: places[layer] for layer in layers}, visit):
         for label, pixels in shown[:max_images]:
             batch = normalise(pixels[None].to(device))
             image_size = (batch.shape[-2], batch.shape[-1])

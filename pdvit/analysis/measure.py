@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from pdvit.analysis.metrics import METRICS
-from pdvit.analysis.metrics.attention import Attention, patch_rows
+from pdvit.analysis.metrics.attention import patch_rows
 from pdvit.analysis.metrics.cka import MIN_IMAGES, LinearCKA, centred_gram
 from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.verdict import verdict
@@ -49,7 +49,7 @@ Key = tuple[str, str, Layer]  # metric group, column or curve, layer
 
 @dataclass(frozen=True, repr=False)
 class Analysis:
-    """The metrics of one model. A notebook shows verdict and numbers; names of the table work on the analysis too."""
+    """The metrics of one model. A notebook shows verdict and numbers."""
 
     table: pd.DataFrame  # one row per layer and metric: `pdvit.analyze` has the columns
     images: int  # their number
@@ -92,20 +92,6 @@ class Analysis:
         lines, columns = escape(self._text()).replace("\n", "<br>"), dict(columns_of(self.table))
         return f"<p>{lines}</p>{pd.DataFrame(columns).to_html(index=False, border=0)}"
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.table[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.table)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "table" or name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.table, name)
-
 
 def measure(
     model: nn.Module,
@@ -123,11 +109,9 @@ def measure(
     Each of several ranks passes its part of the images, which may be empty; all return the same, or raise the same.
     """
     layer_metrics = LayerMetrics(*find_layers(model, **layout, where=WHERE), select_metrics(metrics))
-    model = layer_metrics.model
-    with ranks.raise_on_all_ranks(), evaluating(model):
-        for batch in batches(images, next(model.parameters())):
-            with layer_metrics.batch(batch):
-                model(batch)
+    with ranks.raise_on_all_ranks():
+        for batch in batches(images, next(layer_metrics.model.parameters())):
+            layer_metrics.update(batch)
     sums = MetricSums()
     for part in ranks.all_gather(layer_metrics.sums):
         sums.add(part)
@@ -148,18 +132,13 @@ def cka_between(
     """
     cka, weight = LinearCKA(), next(model.parameters())
     rows, columns = (LayerMetrics(*find_layers(each, where=WHERE), ["cka"]) for each in (model, other))
-    model, other = rows.model, columns.model
     own, others = tee(batches(images, weight))
     if other_images is not None:
         others = batches(other_images, weight)
-    with ranks.raise_on_all_ranks(), evaluating(model), evaluating(other):
+    with ranks.raise_on_all_ranks():
         for batch, other_batch in zip(own, others, strict=False):
             if len(batch) >= MIN_IMAGES:
-                with rows.batch(batch) as grams:
-                    model(batch)
-                with columns.batch(other_batch) as other_grams:
-                    other(other_batch)
-                cka += LinearCKA.of(grams, other_grams)
+                cka += LinearCKA.of(rows.update(batch), columns.update(other_batch))
     total = sum(ranks.all_gather(cka), LinearCKA())
     if not total.images:
         raise UserError(f"there are no images, or no batch of {MIN_IMAGES}", "cka_between(...)", "pass larger batches")
@@ -188,6 +167,8 @@ def batches(images: Images, weight: Tensor) -> Iterator[Tensor]:
             found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
             what = f"images are floating-point tensors (image, channel, height, width), not {found}"
             tip = "normalise and stack them: torch.stack(images), or images[None] for a single image"
+            if isinstance(batch, np.ndarray):
+                tip = "normalise them, (B, 3, H, W), and pass torch.as_tensor(np.stack(images)).float()"
             raise UserError(what, WHERE, tip)
         if len(batch):
             yield batch.to(weight)
@@ -200,9 +181,9 @@ def _pixel_values(images: Any) -> Any:
 
 @contextmanager
 def inference(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Compute in exact float32 without gradients; UserError for images of a wrong size, or if memory is too small."""
+    """Evaluate a model in exact float32; UserError for images of a wrong size, or if memory is too small."""
     try:
-        with torch.no_grad(), exact_float32(images.device):
+        with torch.no_grad(), evaluating(model), exact_float32(images.device):
             yield
     except (RuntimeError, AssertionError, ValueError) as error:
         if not is_out_of_memory(error):
@@ -296,9 +277,8 @@ class LayerMetrics:
         self.seen = set[Layer]()  # in the batch
         self.values: dict[Key, Tensor] = {}  # of the images of the batch
 
-    @contextmanager
-    def batch(self, images: Tensor) -> Iterator[list[Tensor]]:
-        """Read every layer during the forward pass of a batch `(B, C, H, W)`; yield the Gram matrices for CKA."""
+    def update(self, images: Tensor) -> list[Tensor]:
+        """Read every layer in the forward pass of a batch `(B, C, H, W)`; return the Gram matrices for CKA."""
         self.image_size, self.images, self.grams = (images.shape[-2], images.shape[-1]), len(images), []
         self.seen.clear()
         if "drift" in self.groups and self.first_layer is None:
@@ -309,12 +289,13 @@ class LayerMetrics:
         attention = "attention" in self.groups
         watching = watch_attention(self.places, self._visit_attention) if attention else nullcontext()
         with inference(self.model, images), watch(self.places, self._visit), watching:
-            yield self.grams
+            self.model(images)
         self._read()
         self.sums.images += len(images)
         if self.grams:
             self.sums.cka += LinearCKA.of(self.grams, self.grams)
         self.first = self.previous = None
+        return self.grams
 
     def _visit(self, layer: Layer, tokens: Tensor) -> None:
         if len(tokens) != self.images:
@@ -339,7 +320,7 @@ class LayerMetrics:
 
     def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
         rows = patch_rows(probabilities, self.places[layer].prefix)
-        self._add("attention", layer, METRICS["attention"](Attention(rows, self.image_size, self.previous)))
+        self._add("attention", layer, METRICS["attention"](rows, self.image_size, self.previous))
         self.previous = rows
 
     def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:

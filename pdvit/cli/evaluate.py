@@ -141,7 +141,7 @@ def _evaluate(
     numbers = {
         "checkpoint": str(opened.path),
         "model": opened.loaded.name,
-        "weights": opened.loaded.weights,
+        "weights": opened.loaded.selected.weights,
         "data": source.name,
         "split": split,
         "part": run_name(source.name, part) if partial else None,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pdvit.config import Config, build, to_dict
-from pdvit.config.schema import DataConfig, ModelConfig, SegmentConfig
+from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
 from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
 from pdvit.models.families import family_of
@@ -23,7 +23,7 @@ from pdvit.models.matching import (
     listed,
     match_state_dict,
 )
-from pdvit.models.resolved_checkpoint import COPY, Palette, ResolvedCheckpoint
+from pdvit.models.resolved_checkpoint import COPY, ResolvedCheckpoint
 from pdvit.models.segmentation.segmenter import HEAD, OPTIONS, Segmenter, arguments_of, prune
 from pdvit.models.wrapper import Wrapper
 
@@ -35,36 +35,14 @@ POOLED_NORMS = ("fc_norm.", "head.norm.")
 PRUNED = (*OPTIONS, "global_pool", "fc_norm")  # timm's arguments that differ in the backbone of a segmentation model
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with the weights of a checkpoint, in evaluation mode."""
+def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> ResolvedCheckpoint:
+    """Return a checkpoint whose model has its weights, in evaluation mode; UserError if they differ.
 
-    model: nn.Module  # a timm model, or a Segmenter
-    name: str  # of the checkpoint
-    classes: list[str] | None  # their names, if the file has them
-    weights: str = UNLABELLED  # or raw, ema
-    architecture: str = ""  # timm's name of the model
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # timm's
-    segment: SegmentConfig | None = None  # of a Segmenter: the head and the run's evaluation; the crop is set
-    palette: Palette | None = None  # a colour (0 to 255) for each class, if the file has them
-    notes: tuple[str, ...] = ()  # what the file leaves open
-
-    def with_random_weights(self, seed: int = 0) -> nn.Module:
-        """Return the timm model with timm's initialisation, on the CPU; torch's generators keep their state."""
-        where = f"{self.architecture} with random weights"
-        check_memory(self.model, where)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return create_model(self.architecture, dict(self.arguments), where).eval()
-
-
-def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> LoadedModel:
-    """Build a checkpoint's model with its weights (with `backbone`, the timm model alone); UserError if they differ."""
-    where, selected, adapter = checkpoint.where, checkpoint.selected, checkpoint.adapter
-    architecture, arguments, classes = checkpoint.architecture, checkpoint.arguments, checkpoint.classes
-    segment = None if backbone else checkpoint.segment
-    match = match_state_dict(selected.tensors, checkpoint.sketch, where, checkpoint.sketch)
-    notes = checkpoint.notes
+    The model is a timm model, or a Segmenter, unless only its `backbone` is asked for.
+    """
+    where, selected, adapter, notes = checkpoint.where, checkpoint.selected, checkpoint.adapter, checkpoint.notes
+    sketch, classes, segment = checkpoint.model, checkpoint.classes or [], None if backbone else checkpoint.segment
+    match = match_state_dict(selected.tensors, sketch, where, sketch)
     if checkpoint.resized:
         notes += tuple(f"{text}, for the image size" for text in listed({"resampled": match.resampled}))
         match = replace(match, resampled=[])
@@ -73,23 +51,21 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Loaded
         if not classes:
             raise UserError("its configuration does not name its classes", where, COPY)
         with torch.device("meta"):
-            sketch = Segmenter(checkpoint.sketch, adapter, len(classes), segment).head.state_dict(prefix=HEAD)
-        head = compare(selected.outside, sketch, where)
+            expected = Segmenter(sketch, adapter, len(classes), segment).head.state_dict(prefix=HEAD)
+        head = compare(selected.outside, expected, where)
         head.refuse_difference(where)
-    check_memory(checkpoint.sketch, where)
-    model: Any = create_model(architecture, arguments, where)
+    check_memory(sketch, where)
+    model: Any = create_model(checkpoint.architecture, checkpoint.arguments, where)
     if adapter is not None:
         prune(model, adapter)
     model.load_state_dict(match.tensors)
     size = {"input_size": (3, *checkpoint.image_size)} if checkpoint.image_size else {}  # of some models nowhere else
     model.pretrained_cfg = model.pretrained_cfg | checkpoint.preprocessing | size
     if segment is not None and adapter is not None:
-        model = Segmenter(model, adapter, len(classes or ()), segment)
+        model = Segmenter(model, adapter, len(classes), segment)
         model.load_state_dict(head.tensors, strict=False)
-    weights, palette = selected.weights, checkpoint.palette
-    return LoadedModel(
-        model.eval(), checkpoint.name, classes, weights, architecture, arguments, segment, palette, notes
-    )
+    selected = replace(selected, tensors={}, outside={})
+    return replace(checkpoint, model=model.eval(), selected=selected, segment=segment, notes=notes)
 
 
 def apply_checkpoint_defaults(config: Config, checkpoint: ResolvedCheckpoint) -> Config:
@@ -142,7 +118,7 @@ def _model_defaults(model: ModelConfig, checkpoint: ResolvedCheckpoint) -> Model
     if model.name not in (None, checkpoint.architecture):
         return model
     sizes: dict[str, Any] = {}
-    if family_of(checkpoint.sketch).plain:
+    if family_of(checkpoint.model).plain:
         for argument, key in SIZES.items():
             if isinstance(arguments.get(argument), int):
                 size, own = arguments.pop(argument), getattr(model, key)
@@ -218,7 +194,7 @@ def _match_backbone(
     checkpoint: ResolvedCheckpoint, model: nn.Module, pruned: frozenset[str] = frozenset()
 ) -> StateDictMatch:
     """Match weights and model; raises UserError if too little of the backbone is in the file, or too much else."""
-    match = match_state_dict(checkpoint.selected.tensors, model, checkpoint.where, checkpoint.sketch)
+    match = match_state_dict(checkpoint.selected.tensors, model, checkpoint.where, checkpoint.model)
     heads = (*HEADS, *(f"{name}." for name in classifiers_of(model)))
     backbone = [name for name in model.state_dict() if not name.startswith(heads)]
     lacking = [name for name in (*match.missing, *match.mismatched) if not name.startswith(heads)]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from pdvit.config import build
 from pdvit.config.schema import PREPROCESSING, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.build import model_arguments, sketch_model
+from pdvit.models.build import check_memory, create_model, model_arguments, sketch_model
 from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.families import family_of
 from pdvit.models.layouts.conversion import VIT_SIZES, Converted, is_square
@@ -36,8 +37,8 @@ class ResolvedCheckpoint:
     where: str  # its place in error messages
     architecture: str  # timm's name and arguments of the model
     arguments: dict[str, Any]
-    sketch: nn.Module  # the model on the meta device; of a segmentation model, its pruned backbone
-    selected: SelectedWeights
+    model: nn.Module  # on the meta device, of a segmentation model the pruned backbone; whole after `load_model`
+    selected: SelectedWeights  # without tensors after `load_model`
     preprocessing: dict[str, Any] = field(default_factory=dict)  # mean, std, crop_pct, interpolation and crop_mode
     image_size: tuple[int, int] | None = None  # height and width in pixels
     classes: list[str] | None = None  # their names
@@ -50,6 +51,14 @@ class ResolvedCheckpoint:
     def keeps_classifier(self, classes: Sequence[str]) -> bool:
         """Return whether the file's classifier is for these classes, as far as the file says."""
         return self.arguments.get("num_classes") == len(classes) and self.classes in (None, list(classes))
+
+    def with_random_weights(self) -> nn.Module:
+        """Return the timm model with timm's initialisation, on the CPU; torch's generators keep their state."""
+        where = f"{self.architecture} with random weights"
+        check_memory(self.model, where)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return create_model(self.architecture, dict(self.arguments), where).eval()
 
 
 def resolve_checkpoint(
@@ -102,7 +111,7 @@ def resolve_checkpoint(
         where=where,
         architecture=architecture,
         arguments=arguments,
-        sketch=sketch,
+        model=sketch,
         selected=selected,
         preprocessing={key: value for key in PREPROCESSING if (value := getattr(data, key)) is not None},
         image_size=(img_size, img_size) if img_size else size,

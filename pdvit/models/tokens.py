@@ -1,6 +1,7 @@
 """The module that training uses: a timm model that also returns the patch tokens which the terms compare."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -139,25 +140,12 @@ def _block(number: Any, blocks: list[str], where: str) -> str:
     return name
 
 
-class Tap:
-    """A hook that stores a layer's output (or input) while it is open; an object, so a copied model has its own."""
-
-    def __init__(self, place: Place) -> None:
-        self.place, self.open = place, False
-        self.value: Any = None
-        place.register(self)
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], more: Any) -> None:
-        """Store what holds the tokens."""
-        if self.open:
-            self.value = (inputs if self.place.entering else (), more)
-
-
 class Taps:
     """Reads the patch tokens of first, last and more layers during a model's forward pass.
 
-    Hooks are registered at construction, because compiled code ignores later ones. They are open during a forward pass
-    only, so that gradient checkpointing, which runs blocks again, stores nothing.
+    Hooks are registered at construction, because compiled code ignores later ones. They are methods, so that those of a
+    copied model store in its own copy. They are open during a forward pass only, so that gradient checkpointing, which
+    runs blocks again, stores nothing.
 
     The arguments are those of `DiverseModel`, with its `cosine_layers` as others; layout is that of `find_layers`. With
     `head_input`, the tokens that the model's head reads follow first and last; `width` is theirs. Raises UserError if
@@ -206,16 +194,21 @@ class Taps:
             raise UserError(what, FIRST, "use --first block, whatever the preset says")
         self.names = (first, last, *([final] if head_input else []), *more)
         self.width = shapes[final][1]
-        self.taps = {name: Tap(places[name]) for name in dict.fromkeys(self.names)}
+        self.open, self.values = False, dict[str, Any]()
+        self.places = {name: places[name] for name in dict.fromkeys(self.names)}
+        for name, place in self.places.items():
+            place.register(partial(self._store, name))
+
+    def _store(self, name: str, module: nn.Module, inputs: tuple[Any, ...], more: Any) -> None:
+        if self.open:
+            self.values[name] = (inputs if self.places[name].entering else (), more)
 
     def read(self, forward: Callable[[Tensor], R], images: Tensor) -> tuple[R, list[Tensor]]:
         """Return `forward(images)`, and the patch tokens of the layers in that forward pass."""
-        for tap in self.taps.values():
-            tap.open = True
+        self.open = True
         try:
             result = forward(images)
-            tokens = {name: tap.place.tokens(*tap.value) for name, tap in self.taps.items()}
+            tokens = {name: place.tokens(*self.values[name]) for name, place in self.places.items()}
         finally:  # an error must not keep activations
-            for tap in self.taps.values():
-                tap.open, tap.value = False, None
+            self.open, self.values = False, {}
         return result, [tokens[name] for name in self.names]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pdvit.analysis import Analysis, cka_between, measure
-from pdvit.analysis.measure import select_metrics
+from pdvit.analysis.measure import Images, select_metrics
 from pdvit.analysis.verdict import verdict
 from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
@@ -15,10 +15,11 @@ from pdvit.data.opening import ImageSet, open_images
 from pdvit.data.sources.split import ArraySplit
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.device import device_name
-from pdvit.engine.distributed import SINGLE_PROCESS, init_process_group
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
 from pdvit.engine.terminal import RunConsole, Stopped
 from pdvit.errors import UserError, command
 from pdvit.models.layers import find_layers
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.tracking.run_directory import write_file, writing
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
 from pdvit.workflows.console import log, with_progress
@@ -68,7 +69,8 @@ class Analyzer:
             raise
         stopped = f"on request, after {analysis.images} of {len(images.split)} images" if self.stopped() else None
         if not stopped and "similarity" in groups:
-            random, reason = self._attempt(lambda: self._measure_random(opened, images))
+            batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
+            random, reason = self._attempt(lambda: measure_random(opened.loaded, batches, self.ranks))
             note = f"random weights were not measured: {reason}"
             analysis = analysis.with_random(random) if random else replace(analysis, notes=[*analysis.notes, note])
         if first is not None and "cka" in groups:
@@ -104,15 +106,6 @@ class Analyzer:
             result, reason = None, getattr(error, "what", "")
         return (None, "it was stopped before") if self.stopped() else (result, reason)
 
-    def _measure_random(self, opened: OpenedCheckpoint, images: ImageSet) -> Analysis:
-        """Return P of the same model with random weights on some of the same images."""
-        loaded = opened.loaded
-        with self.ranks.interruptible():
-            model = loaded.with_random_weights().to(next(loaded.model.parameters()).dtype)
-            to_device(model, opened.loader.device, loaded.architecture)
-        batches = self._batches(opened, images.subsample(RANDOM_IMAGES), "random weights")
-        return measure(model, batches, "similarity", ranks=self.ranks)
-
     def _cka_between(self, first: CheckpointAnalysis, opened: OpenedCheckpoint, images: ImageSet) -> "pd.DataFrame":
         """Return the CKA between the layers of the first checkpoint and those of this one; raises UserError."""
         one, two = ((it.description, it.split.hash()) for it in (first.images, images))
@@ -121,6 +114,17 @@ class Analyzer:
         other, other_images = self._open(first.path)  # once more, beside this one
         batches = self._batches(other, other_images, "cka"), self._batches(opened, images, "cka")
         return cka_between(other.loaded.model, opened.loaded.model, *batches, self.ranks)
+
+
+def measure_random(
+    checkpoint: ResolvedCheckpoint, images: Images, ranks: Ranks = SINGLE_PROCESS, **layout: Any
+) -> Analysis:
+    """Return P of a checkpoint's model with random weights; arguments as of `measure`."""
+    weight = next(checkpoint.model.parameters())
+    with ranks.interruptible():
+        model = checkpoint.with_random_weights().to(weight.dtype)
+        to_device(model, weight.device, checkpoint.architecture)
+    return measure(model, images, "similarity", ranks=ranks, **layout)
 
 
 def describe(
@@ -140,7 +144,7 @@ def describe(
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
-        "weights": loaded.weights,
+        "weights": loaded.selected.weights,
         "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
         "images_measured": analysis.images,
         "patch_tokens": int(table["tokens"].iloc[-1]),
@@ -168,7 +172,7 @@ def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str
         train += ["--variant", "paper"] if config.diversity.variant == "released" else []  # it has no cosine term
     else:
         source = config.data.source if opened.is_run else "FOLDER"
-        train = ["segment" if opened.segments else "finetune", *names, "--data", source]
+        train = ["finetune" if opened.loaded.adapter is None else "segment", *names, "--data", source]
         for name in ("root", "train_split", "val_split", "input_key", "target_key"):
             value = getattr(config.data, name)
             train += [] if value is None else [KEYS[f"data.{name}"].flags[0], value]

@@ -23,7 +23,7 @@ from pdvit.engine.device import choose_device, is_out_of_memory, set_up
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
 from pdvit.models.build import SIZES
-from pdvit.models.loading import LoadedModel, check_finite, load_model
+from pdvit.models.loading import check_finite, load_model
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
 from pdvit.models.segmentation.segmenter import Segmenter
 from pdvit.models.wrapper import Wrapper
@@ -39,11 +39,10 @@ class OpenedCheckpoint:
 
     path: Path
     is_run: bool  # a run directory
-    loaded: LoadedModel
+    loaded: ResolvedCheckpoint
     config: Config
     loader: LoaderConfig
     options: Sequence[str] = ()  # with which it is opened again
-    segments: bool = False  # whether it labels pixels, also if only its backbone is loaded
     origins: Mapping[str, list[str]] = field(default_factory=dict)  # what decides the tokens, by where it is from
 
     @property
@@ -120,7 +119,7 @@ def open_checkpoint(
         for item in [] if value is None else pairs:
             options += [option, *map(str, item if isinstance(item, tuple | list) else [item])]
     origins = _origins(checkpoint, bare, preprocessing, own_settings, model)
-    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, checkpoint.segment is not None, origins)
+    return OpenedCheckpoint(path, is_run, loaded, config, loader, options, origins)
 
 
 def _origins(
@@ -163,7 +162,7 @@ def to_device(model: nn.Module, device: torch.device, where: str) -> nn.Module:
         raise UserError(f"the model does not fit in the memory of {device}", where, tip) from error
 
 
-def label_names(loaded: LoadedModel) -> list[str] | None:
+def label_names(loaded: ResolvedCheckpoint) -> list[str] | None:
     """Return the names of a checkpoint's classes, or None; UserError without a classifier, or for another number."""
     model: Any = loaded.model
     if model.num_classes < 1:
@@ -175,7 +174,7 @@ def label_names(loaded: LoadedModel) -> list[str] | None:
     return names
 
 
-def match_classes(loaded: LoadedModel, classes: list[str], source: str) -> tuple[list[int] | None, str]:
+def match_classes(loaded: ResolvedCheckpoint, classes: list[str], source: str) -> tuple[list[int] | None, str]:
     """Match the classes of a source with the outputs of a checkpoint, by name if it has names.
 
     Returns the output of each class, None for the same order; and how they were matched, as text. Raises UserError if

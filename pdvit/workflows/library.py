@@ -1,7 +1,7 @@
 """The calls from Python and notebooks: `pdvit.load`, `analyze`, `explore`, `token_maps` and `train`."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import chain, islice
@@ -21,6 +21,7 @@ from pdvit.analysis.pages import explorer_page
 from pdvit.config.load import build, read_toml, to_dict
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.images import BadImages
+from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.opening import ImageSet, open_images, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import ItemSplit
@@ -29,9 +30,9 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole, Stopped, stop_on_signals
 from pdvit.errors import UserError, closest
 from pdvit.models.families import WRAPPERS, image_model_of
-from pdvit.models.layers import Layer, evaluating, find_layers, watch
-from pdvit.models.loading import LoadedModel
-from pdvit.workflows.analyze_run import RANDOM_IMAGES
+from pdvit.models.layers import Layer, find_layers, watch
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
+from pdvit.workflows.analyze_run import RANDOM_IMAGES, measure_random
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
 from pdvit.workflows.console import count
 from pdvit.workflows.runs import Run, start, train_to_end
@@ -63,6 +64,7 @@ def analyze(
     blocks: str | Sequence[nn.Module] | None = None,
     prefix_tokens: int = 0,
     norm: str = "",
+    on_bad_image: str | None = None,
 ) -> Analysis:
     """Measure the patch tokens of every layer of a vision transformer, in evaluation mode.
 
@@ -76,18 +78,22 @@ def analyze(
             they return has the tokens.
         prefix_tokens: number of tokens in front of the patches (class, registers), with `blocks`.
         norm: path of the norm over all tokens after the last block, with `blocks`.
+        on_bad_image: `error` or `skip`, for images that do not decode. Unset: the policy of a run for its own images,
+            else `error`.
 
     Returns:
         An analysis; docs/metrics.md has the columns of its `table`. If a checkpoint reads its images, P of random
         weights is added.
     """
     layout: dict[str, Any] = {"blocks": blocks, "prefix_tokens": prefix_tokens, "norm": norm}
-    network, images, loaded, bad = _open(model, images)
+    network, images, loaded, loader = _open(model, images, on_bad_image)
     name = name or (loaded.name if loaded else "model")
-    analysis = measure(network, _batches(network, images, bad), metrics, name, **layout)
-    if loaded and isinstance(images, ImageSet) and analysis.verdict:
-        analysis = analysis.with_random(_measure_random(loaded, network, images, bad, layout))
-    left_out = [f"{count(len(bad.found), 'image')} left out that can't be decoded"] if bad.found else []
+    analysis = measure(network, _batches(images, loader), metrics, name, **layout)
+    if loaded and loader and analysis.verdict:
+        few = _batches(images.subsample(RANDOM_IMAGES), loader)
+        analysis = analysis.with_random(measure_random(loaded, few, **layout))
+    bad = loader.bad.found if loader else {}
+    left_out = [f"{count(len(bad), 'image')} left out that can't be decoded"] if bad else []
     return replace(analysis, notes=[*(loaded.notes if loaded else ()), *left_out, *analysis.notes])
 
 
@@ -102,7 +108,11 @@ class ExplorerPage:
 
 
 def explore(
-    model: Model | Sequence[Model], images: Any = None, name: str | Sequence[str] = "", **layout: Any
+    model: Model | Sequence[Model],
+    images: Any = None,
+    name: str | Sequence[str] = "",
+    on_bad_image: str | None = None,
+    **layout: Any,
 ) -> ExplorerPage:
     """Return the patch explorer for up to 8 images, with the arguments of `analyze`.
 
@@ -114,16 +124,15 @@ def explore(
     if not models or len(names) != len(models):
         what, tip = f"{len(names)} names for {len(models)} models", "pass models, and one name for each or none"
         raise UserError(what, "explore(model, name=...)", tip)
-    shown, max_bytes, bad = list[Maps](), bytes_per_model(len(models)), BadImages()
+    shown, max_bytes = list[Maps](), bytes_per_model(len(models))
     for number, (each, label) in enumerate(zip(models, names, strict=True), 1):
-        network, images, loaded, policy = _open(each, images, MAX_IMAGES)
-        bad = bad if shown else policy
+        network, images, loaded, loader = _open(each, images, on_bad_image, MAX_IMAGES)
         label = label or (loaded.name if loaded else "model" if len(models) == 1 else f"model {number}")
-        if isinstance(images, ImageSet):
-            own = _preprocessing_of(network)
-            maps = read_maps(network, images.pixels(own, bad), own.normalise, label, max_bytes, **layout)
+        if loader:
+            on_bad_image, own = "skip" if loader.bad.skip else "error", loader.preprocessing  # the first model's policy
+            maps = read_maps(network, images.pixels(own, loader.bad), own.normalise, label, max_bytes, **layout)
             if loaded:
-                rows = _measure_random(loaded, network, images, bad, layout).table
+                rows = measure_random(loaded, _batches(images, loader), **layout).table
                 maps = replace(maps, random=dict(zip(rows["layer"], rows["mean"], strict=True)))
         else:
             images = list(islice(chain.from_iterable(batches(images, next(network.parameters()))), MAX_IMAGES))
@@ -136,9 +145,9 @@ def explore(
     return ExplorerPage(explorer_page(shown, []))
 
 
-def token_maps(model: Model, images: Any = None, **layout: Any) -> dict[str, Tensor]:
+def token_maps(model: Model, images: Any = None, on_bad_image: str | None = None, **layout: Any) -> dict[str, Tensor]:
     """Return the patch tokens of every layer as maps `(B, rows, columns, D)`, on the CPU; arguments as in `analyze`."""
-    network, images, _, bad = _open(model, images)
+    network, images, _, loader = _open(model, images, on_bad_image)
     network, places = find_layers(network, **layout, where=WHERE)
     maps: dict[str, list[Tensor]] = {layer.name: [] for layer in places}
 
@@ -146,8 +155,8 @@ def token_maps(model: Model, images: Any = None, **layout: Any) -> dict[str, Ten
         grid = Patches(tokens, (batch.shape[-2], batch.shape[-1])).grid
         maps[layer.name].append(tokens.unflatten(1, grid).cpu())
 
-    with evaluating(network), watch(places, visit):
-        for batch in _batches(network, images, bad):
+    with watch(places, visit):
+        for batch in batches(_batches(images, loader), next(network.parameters())):
             with inference(network, batch):
                 network(batch)
     if not all(maps.values()):
@@ -184,47 +193,37 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
     return run
 
 
-def _open(model: Any, images: Any, limit: int = LIMIT) -> tuple[nn.Module, Any, LoadedModel | None, BadImages]:
-    """Return a model, images (those that are no tensors as a set of at most `limit`), and the opened checkpoint.
-
-    The last is the policy for images that do not decode: that of the checkpoint's run for its own, else an error.
-    """
+def _open(
+    model: Any, images: Any, on_bad_image: str | None, limit: int = LIMIT
+) -> tuple[nn.Module, Any, ResolvedCheckpoint | None, LoaderConfig | None]:
+    """Return a model, images, its checkpoint, and a loader if the images are a set (of at most `limit`), no tensors."""
     opened: Any = load(model) if isinstance(model, str | Path) else model
     if not isinstance(opened, nn.Module | OpenedCheckpoint):
         tip = "pass one model, or a checkpoint; pdvit.explore takes a list of them"
         raise UserError(f"a {type(opened).__name__} is no model", WHERE, tip)
-    bad = BadImages()
-    if images is None and isinstance(opened, OpenedCheckpoint):
-        images, bad = opened.images, BadImages(opened.loader.bad.skip)
-    images = sample_photographs() if images is None else images
+    checkpoint = opened if isinstance(opened, OpenedCheckpoint) else None
+    skip = build((WHERE, {"data": {"on_bad_image": on_bad_image or "error"}})).data.on_bad_image == "skip"
+    if images is None:
+        images = checkpoint.images if checkpoint else sample_photographs()
+        skip = checkpoint.loader.bad.skip if checkpoint and on_bad_image is None else skip
     listed: Any = [images] if isinstance(images, str | Path | Image) else images
     if isinstance(listed, Sequence) and listed and isinstance(listed[0], Image):
         items = tuple((image,) for image in listed)
         images = ImageSet("images", ItemSplit(items, [*range(len(items))], torch.zeros(len(items)), "images"))
     elif isinstance(listed, Sequence) and listed and isinstance(listed[0], str | Path):
         images = open_images([str(name) for name in listed])
-    images = images.subsample(limit) if isinstance(images, ImageSet) else images
-    loaded = opened.loaded if isinstance(opened, OpenedCheckpoint) else None
-    return opened.model if loaded else opened, images, loaded, bad
+    network: Any = checkpoint.model if checkpoint else opened
+    loaded = checkpoint.loaded if checkpoint else None
+    if not isinstance(images, ImageSet):
+        return network, images, loaded, None
+    preprocessing, device = _preprocessing_of(network), next(network.parameters()).device
+    loader = LoaderConfig(BATCH_SIZE, 0, 0, device, preprocessing, bad=BadImages(skip))
+    return network, images.subsample(limit), loaded, loader
 
 
-def _batches(model: nn.Module, images: Any, bad: BadImages) -> Iterator[Tensor]:
-    """Yield batches of the model's input `(B, C, H, W)`."""
-    if isinstance(images, ImageSet):
-        own = _preprocessing_of(model)
-        pixels = (pixels for _, pixels in images.pixels(own, bad))
-        while part := list(islice(pixels, BATCH_SIZE)):
-            yield own.normalise(torch.stack(part)).to(next(model.parameters()))
-    else:
-        yield from batches(images, next(model.parameters()))
-
-
-def _measure_random(
-    loaded: LoadedModel, network: nn.Module, images: ImageSet, bad: BadImages, layout: dict[str, Any]
-) -> Analysis:
-    """Return P of a checkpoint's model with random weights, on some of its images."""
-    random = loaded.with_random_weights().to(next(network.parameters()).device)
-    return measure(random, _batches(network, images.subsample(RANDOM_IMAGES), bad), "similarity", **layout)
+def _batches(images: Any, loader: LoaderConfig | None) -> Any:
+    """Return images as `measure` takes them: those of a set in batches of the model's input."""
+    return (batch.images for batch in eval_batches(images.split, loader, shared=True)) if loader else images
 
 
 def _preprocessing_of(model: nn.Module) -> Preprocessing:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     assert facts["metrics"]["norm_mean"] == DEFINITIONS["norm_mean"].text
     assert result == facts | {"file": str(run_copy / "analysis.csv"), "layers_measured": result["layers_measured"]}
     images = normalised(run_copy, open_source(DataConfig()).splits["test"].images)
-    expected = library.analyze(timm.create_model(f"local-dir:{run_copy}", pretrained=True), images)
+    expected = library.analyze(timm.create_model(f"local-dir:{run_copy}", pretrained=True), images).table
     for metric in ("similarity", "similarity_signed"):
         rows = table[table["metric"] == metric]
         assert (rows["layer"].tolist(), rows["depth"].tolist()) == (LAYERS, [0, 1, 2, 3])
@@ -82,30 +83,30 @@ def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy
     config = json.loads((run_copy / "config.json").read_text())
     torch.manual_seed(0)
     random = timm.create_model(config["architecture"], **config["model_args"])
-    expected = library.analyze(random, images[torch.linspace(0, 359, 32).round().long()], "similarity")
+    expected = library.analyze(random, images[torch.linspace(0, 359, 32).round().long()], "similarity").table
     assert json_means(result, "similarity_random") == pytest.approx(expected["mean"].tolist(), abs=1e-5)
     assert f"(random weights: {expected['mean'].iloc[-1]:.3f}, " in result["verdict"]
 
 
-def test_image_files_are_preprocessed_as_timm_does(run_copy, image_folder, analyzed, device):
-    paths = sorted(image_folder.rglob("*.png"))
-    model = timm.create_model(f"local-dir:{run_copy}", pretrained=True)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+def test_image_files_and_folders_are_measured_as_by_the_library(run_copy, image_folder, analyzed, device):
     result = analyzed(run_copy, "--images", image_folder, "--device", device)
-    assert result["images_measured"] == len(paths) == 30
-    expected = means(library.analyze(model, images), "similarity")
-    assert json_means(result, "similarity") == pytest.approx(expected, abs=1e-5)
+    assert result["images_measured"] == 30
+    expected = library.analyze(run_copy, image_folder).table  # as timm prepares images: tests/unit/workflows
+    assert json_means(result, "similarity") == pytest.approx(means(expected, "similarity"), abs=1e-5)
     few = analyzed(run_copy, "--images", image_folder / "val/red/0.png", "--images", image_folder / "train/blue")
     assert few["images_measured"] == 9
     assert str(image_folder / "train/blue") in few["images"]
     assert "RGB, short side scaled, centre crop to 32x32 px" in few["images"]
-    single = analyzed(run_copy, "--images", paths[0])
+    single = analyzed(run_copy, "--images", image_folder / "val/red/0.png")
     assert {layer["similarity"]["std"] for layer in single["layers_measured"]} == {None}
 
 
-def test_a_lone_file_gives_the_numbers_of_its_run(run_copy, workplace, analyzed):
+def test_a_lone_file_gives_the_numbers_of_its_run_and_its_place_is_printed(run_copy, workplace, analyzed, capsys):
     shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
+    assert pdvit(["analyze", "alone.safetensors", *CPU]) == 0
+    assert "\nwritten  runs/analysis-alone/analysis.csv\n" in capsys.readouterr().out
+    assert pdvit(["analyze", str(run_copy), *CPU]) == 0
+    assert "written" not in capsys.readouterr().out  # it is in the run
     alone = analyzed("alone.safetensors", "--images", "digits", "--batch-size", 7)
     for mine, theirs in zip(alone["layers_measured"], analyzed(run_copy)["layers_measured"], strict=True):
         assert mine["similarity"]["mean"] == pytest.approx(theirs["similarity"]["mean"], abs=1e-6)
@@ -115,18 +116,6 @@ def test_a_lone_file_gives_the_numbers_of_its_run(run_copy, workplace, analyzed)
     assert photographs["images_measured"] == 2
     assert "photographs" in photographs["images"]
     assert (workplace / "elsewhere" / "analysis" / "analysis.json").is_file()
-
-
-def test_where_the_results_of_other_checkpoints_than_runs_are_is_printed(run_copy, workplace, capsys):
-    (run_copy / "run.toml").rename("run.toml")
-    shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
-    for checkpoint, folder in ((run_copy, run_copy), ("alone.safetensors", "runs/analysis-alone")):
-        assert pdvit(["analyze", str(checkpoint), *CPU]) == 0
-        assert f"\nwritten  {folder}/analysis.csv\n" in capsys.readouterr().out
-        assert Path(folder, "analysis.csv").is_file()
-    Path("run.toml").rename(run_copy / "run.toml")
-    assert pdvit(["analyze", str(run_copy), *CPU]) == 0
-    assert "written" not in capsys.readouterr().out
 
 
 def test_options_come_before_the_settings_of_the_file(workplace, image_folder, analyzed):
@@ -226,7 +215,7 @@ def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
     data = {"source": "torch/cifar10", "root": "d", "train_split": "a", "val_split": "b"}
     data |= {"input_key": "i", "target_key": "t"}
     config = build(("", {"data": data, "model": {"init": "x"}, "diversity": {"cosine": 1.0}}))
-    _, train = analyze_run._commands(OpenedCheckpoint(Path("a"), True, None, config, None))
+    _, train = analyze_run._commands(OpenedCheckpoint(Path("a"), True, SimpleNamespace(adapter=None), config, None))
     flags = "--data-dir d --train-split a --val-split b --input-key i --target-key t"
     assert train == f"pdvit finetune a --data torch/cifar10 {flags} --cosine 2"
 

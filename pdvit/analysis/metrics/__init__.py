@@ -1,7 +1,6 @@
 """Metrics of patch tokens by group: a function here, and the texts of its columns and curves in definitions.toml."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -10,9 +9,9 @@ from pdvit.analysis.metrics.rank import rank_metrics
 from pdvit.analysis.metrics.similarity import drift_metrics, norm_metrics, pair_metrics
 from pdvit.analysis.metrics.spectrum import spectrum_metrics
 
-# Each maps `Patches` (or `Attention`) to named values: one per image, `(B,)`, for a column of the table, or a curve per
-# image, `(B, K)`, whose mean over images goes to a file.
-METRICS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+# Each maps `Patches` (`attention` its matrices) to named values: one per image, `(B,)`, for a column of the table, or a
+# curve per image, `(B, K)`, whose mean over images goes to a file.
+METRICS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "similarity": lambda patches: {"similarity": patches.similarity},
     "similarity_signed": lambda patches: {"similarity_signed": patches.similarity_signed},
     "norms": norm_metrics,

@@ -3,21 +3,10 @@
 Prefix tokens are left out as queries and as keys, and each row is scaled to a sum of 1.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pdvit.analysis.metrics.patches import grid_of
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention between patches in one block, `(B, heads, N, N)`; rows are queries with sum 1."""
-
-    rows: Tensor
-    image_size: tuple[int, int] = (1, 1)
-    previous: Tensor | None = None  # rows of the previous block
 
 
 def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
@@ -27,12 +16,14 @@ def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
     return patches / total
 
 
-def attention_metrics(block: Attention) -> dict[str, Tensor]:
-    """Return the metrics of attention: means over heads for the table, values by head `(B, heads)` as curves."""
-    grid = grid_of(block.rows.shape[-1], block.image_size)
+def attention_metrics(rows: Tensor, image_size: tuple[int, int], previous: Tensor | None) -> dict[str, Tensor]:
+    """Return the metrics of attention: means over heads for the table, values by head `(B, heads)` as curves.
+
+    `rows` are the attention between patches in one block, `(B, heads, N, N)`, `previous` that of the block before.
+    """
+    grid, count = grid_of(rows.shape[-1], image_size), rows.shape[-1]
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(block.rows.device)
-    rows, count = block.rows, block.rows.shape[-1]
+    distances = torch.hypot((y[:, None] - y).float(), (x[:, None] - x).float()).to(rows.device)
     logarithms = rows.clamp_min(torch.finfo(rows.dtype).tiny).log_()
     deviations = torch.linalg.vector_norm(rows - rows.mean(-1, keepdim=True), dim=-1)
     by_head = {
@@ -40,9 +31,9 @@ def attention_metrics(block: Attention) -> dict[str, Tensor]:
         "distance": rows.flatten(-2) @ distances.flatten() / count,  # between query and key, in patches
         "std": deviations.mean(-1) / count**0.5,
     }
-    if block.previous is not None:
+    if previous is not None:
         # A column is the attention that a patch gets: DeepViT's cross-layer similarity (Zhou et al. 2021).
-        own, other = (part.square().sum(-2).sqrt() for part in (rows, block.previous))
+        own, other = (part.square().sum(-2).sqrt() for part in (rows, previous))
         lengths = own * other
-        by_head["similarity"] = ((rows * block.previous).sum(-2) / lengths.where(lengths > 0, 1)).mean(-1)
+        by_head["similarity"] = ((rows * previous).sum(-2) / lengths.where(lengths > 0, 1)).mean(-1)
     return {f"attention_{name}": values.mean(1) for name, values in by_head.items()} | by_head

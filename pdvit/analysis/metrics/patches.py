@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.similarity import BLOCK_ENTRIES, at_least_float32, pair_cosines, signed_cosines, unit_tokens
+from pdvit.similarity import (
+    BLOCK_ENTRIES,
+    Pairs,
+    at_least_float32,
+    pair_cosines,
+    patch_similarity,
+    signed_cosines,
+    unit_tokens,
+)
 
 # Percentiles are exact up to this number of patches; above it, they come from a random sample of pairs.
 MAX_EXACT_PATCHES = 2048
@@ -36,21 +44,19 @@ class Patches:
         """Tokens scaled to length 1, `(B, N, D)`."""
         return unit_tokens(self.tokens)
 
-    def pairs(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    def pairs(self) -> Iterable[Pairs]:
         """Return all pairs of patches in the blocks of `pair_cosines`; up to `MAX_EXACT_PATCHES` one, computed once."""
         return [self._pairs] if self.tokens.shape[1] <= MAX_EXACT_PATCHES else pair_cosines(self.unit)
 
     @cached_property
-    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs(self) -> Pairs:
         i, j, cosines = zip(*pair_cosines(self.unit), strict=True)
         return torch.cat(i), torch.cat(j), torch.cat(cosines, 1)
 
     @cached_property
     def similarity(self) -> Tensor:
         """P of every image, `(B,)`."""
-        count = self.tokens.shape[1]
-        totals = [cosines.abs().sum(1) for _, _, cosines in self.pairs()]
-        return torch.stack(totals).sum(0) * (2 / (count * (count - 1)))
+        return patch_similarity(self.tokens, pairs=self.pairs())
 
     @property
     def similarity_signed(self) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
+from timm.layers import resample_abs_pos_embed
 
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading
@@ -70,9 +70,10 @@ def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
     for name in [name for name in tensors if ".mlp.fc1_g." in name]:
         halves = [tensors.pop(name), tensors.pop(name.replace("fc1_g", "fc1_x"))]
         tensors[name.replace("fc1_g", "fc1")] = torch.cat(halves)
-    if kind.startswith("dinov2"):
+    if kind.startswith("dinov2"):  # as transformers resamples positions in each forward pass
         size = config["size"] or size
-        _resample_positions(tensors, size // patches.shape[-1], antialias="registers" in kind)
+        grid, antialias = 2 * [size // patches.shape[-1]], "registers" in kind
+        tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], grid, antialias=antialias)
     by_patches = "head.weight" in tensors and kind.startswith(("clip", "siglip"))
     if by_patches:  # the classifier reads the mean of the patches, CLIP's before the norm
         unused = r"^(?:attn_pool|norm)\." if kind.startswith("clip") else r"^attn_pool\."
@@ -86,16 +87,6 @@ def _plain(tensors: Tensors, config: Mapping[str, Any]) -> Converted:
         found.tensors["dist_token"] = found.tensors.pop("reg_token")
         found.config["architecture"], found.config["model_args"]["reg_tokens"] = "deit_base_distilled_patch16_224", 0
     return Converted(found.tensors, found.config, found.notes + notes)
-
-
-def _resample_positions(tensors: Tensors, side: int, antialias: bool) -> None:
-    """Resample the positions of the patches as transformers does in each forward pass of DINOv2."""
-    positions = tensors["pos_embed"]
-    old = isqrt(positions.shape[1] - 1)
-    if old != side:
-        grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid.float(), (side, side), mode="bicubic", antialias=antialias).to(grid.dtype)
-        tensors["pos_embed"] = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
 def _beit(tensors: Tensors, config: Mapping[str, Any]) -> Converted:

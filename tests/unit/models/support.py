@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.models.build import build_model
-from pdvit.models.loading import LoadedModel, load_model
-from pdvit.models.resolved_checkpoint import resolve_checkpoint
+from pdvit.models.loading import load_model
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
 
 VIT = "test_vit"  # the smallest plain model of timm
 SWIN = "swin_tiny_patch4_window7_224"
@@ -68,7 +68,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def load(path: str | Path, model_name: str | None = None, weights: str | None = None) -> LoadedModel:
+def load(path: str | Path, model_name: str | None = None, weights: str | None = None) -> ResolvedCheckpoint:
     return load_model(resolve_checkpoint(path, model_name, weights))
 
 

@@ -1,6 +1,7 @@
 """Exports of pdvit: what timm and pdvit read in them, and what hostile or damaged copies of them are refused for."""
 
 import json
+import math
 import tempfile
 
 import pytest
@@ -87,7 +88,7 @@ def test_an_export_depends_on_neither_place_nor_process_and_leaves_the_model(tmp
 def test_the_lone_file_is_enough_or_a_bare_one_beside_the_configuration(tmp_path, files, config):
     alone = write(tmp_path, {"best.safetensors": files["model.safetensors"]}) / "best.safetensors"
     found = load(alone)
-    assert (found.name, found.weights, found.classes) == ("best", "raw", config["label_names"])
+    assert (found.name, found.selected.weights, found.classes) == ("best", "raw", config["label_names"])
     assert equal(found.model, make())
     assert not found.model.training
     bare = save(make().state_dict())  # without a header
@@ -101,18 +102,18 @@ def test_the_lone_file_is_enough_or_a_bare_one_beside_the_configuration(tmp_path
 def test_the_weights_of_an_export_are_raw_or_ema_as_declared_or_unknown(tmp_path, config):
     for weights, other in (("raw", "ema"), ("ema", "raw")):
         folder = write(tmp_path / weights, export(make(), CLASSES, DATA, weights))
-        assert load(folder).weights == weights
+        assert load(folder).selected.weights == weights
         assert f"are {weights}, and none that are {other}" in refuse(folder, weights=other).what
     for metadata in (None, {"weights": "foo"}, {"weights": ["ema"]}):
-        assert load(with_header(tmp_path, config | {"pdvit": metadata})).weights == "not labelled raw or ema"
+        assert load(with_header(tmp_path, config | {"pdvit": metadata})).selected.weights == "not labelled raw or ema"
 
 
 def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, files):
     loaded = load(write(tmp_path, files))
     before = torch.get_rng_state()
-    random = loaded.with_random_weights(seed=5)
+    random = loaded.with_random_weights()
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(5)
+    torch.manual_seed(0)
     assert equal(random, timm.create_model(VIT, **loaded.arguments))
     assert not random.training
 
@@ -146,9 +147,13 @@ def test_a_damaged_file_is_refused(tmp_path, files):
         *('{"architecture": 3}', '{"architecture": "../../model"}', '{"architecture": "local-dir:."}'),
         '{"architecture": "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"}',
         *(f'{{"architecture": "test_vit", "model_args": {value}}}' for value in ("[]", '"depth=1"')),
+        *({"pretrained_cfg": {"input_size": size}} for size in (5, ["a"], [3, -4, -4], [3, True, 32])),
+        *({"pretrained_cfg": {"mean": [value, 0.5, 0.5]}} for value in (math.nan, math.inf, True, "a")),
+        *({"pretrained_cfg": {"crop_pct": True}}, {"label_names": ["ant", 2, "cat"]}),
+        '{"architecture": "pvt_v2_b0", "model_args": {"img_size": [32]}}',  # which takes images of any size
         # Arguments of the model.
         *({"depth": depth} for depth in (10**9, -1, "1", 1e9)),
-        *({"img_size": size} for size in ([], 10**9, {"a": 1})),
+        *({"img_size": size} for size in ([], 10**9, {"a": 1}, ["a"], [32], -4, "32", True, 32.0)),
         *({"num_classes": classes} for classes in (10**9, "3")),
         *({"embed_dim": 10**7}, {"embed_dim": 0}, {"num_heads": [1]}, {"patch_size": 0}, {"reg_tokens": 10**9}),
         *({"norm_layer": "os.system"}, {"mlp_ratio": 1e30}, {"features_only": True}, {"patch_drop_rate": 0.5}),
@@ -158,7 +163,8 @@ def test_a_damaged_file_is_refused(tmp_path, files):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_a_header_that_describes_no_model_is_refused(tmp_path, config, header):
     if not isinstance(header, str):
-        header = config | {"model_args": config["model_args"] | header}
+        of_images = header.keys() <= {"pretrained_cfg", "label_names"}
+        header = config | (header if of_images else {"model_args": config["model_args"] | header})
     assert str(tmp_path) in refuse(with_header(tmp_path, header)).where
 
 

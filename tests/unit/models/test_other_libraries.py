@@ -34,7 +34,7 @@ pictures = partial(random_images, 32)
 
 
 def check(model: nn.Module, expected: dict[str, Tensor], **layout: Any) -> None:
-    found = pdvit.analyze(model, pictures(), "similarity", **layout)
+    found = pdvit.analyze(model, pictures(), "similarity", **layout).table
     means = dict(zip(found["layer"], found["mean"], strict=True))
     assert set(expected) <= set(means)
     assert set(means) - set(expected) <= {f"block {i}" for i in range(1, 9)}

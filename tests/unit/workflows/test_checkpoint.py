@@ -3,12 +3,11 @@ from types import SimpleNamespace
 import pytest
 
 from pdvit.errors import UserError
-from pdvit.models.loading import LoadedModel
 from pdvit.workflows.checkpoint import match_classes
 
 
-def checkpoint(classes: int, names: list[str] | None) -> LoadedModel:
-    return LoadedModel(SimpleNamespace(num_classes=classes), "net", names)
+def checkpoint(classes: int, names: list[str] | None) -> SimpleNamespace:
+    return SimpleNamespace(model=SimpleNamespace(num_classes=classes), name="net", classes=names, segment=None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from scipy import stats
 from torch import Tensor
 
 from pdvit.analysis.metrics import METRICS
-from pdvit.analysis.metrics.attention import Attention, patch_rows
+from pdvit.analysis.metrics.attention import patch_rows
 from pdvit.definitions import GROUPS
 
 PREFIX = 2
@@ -38,7 +38,7 @@ def slow(image: np.ndarray, before: np.ndarray, columns: int) -> dict[str, float
 
 def measure(probabilities: Tensor, before: Tensor | None = None, image=(20, 30)) -> dict[str, Tensor]:
     previous = None if before is None else patch_rows(before, PREFIX)
-    return METRICS["attention"](Attention(patch_rows(probabilities, PREFIX), image, previous))
+    return METRICS["attention"](patch_rows(probabilities, PREFIX), image, previous)
 
 
 @pytest.mark.parametrize("sharp", [0.1, 2.0, 20.0])

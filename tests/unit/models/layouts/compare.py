@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pdvit
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.models.loading import LoadedModel
+from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from tests.unit.models.support import load
 
 # Borders around the crops are even: of an odd one, transformers cuts the larger half elsewhere than torchvision.
@@ -53,7 +53,7 @@ def check(
     forward: Callable[[Tensor], Any],
     prefix: int = 0,
     weights: str | None = None,
-) -> LoadedModel:
+) -> ResolvedCheckpoint:
     """Compare P of the blocks, whose tokens begin with `prefix` others, and the logits if `forward` returns any."""
     loaded, seen = load(path, weights=weights), list[Tensor]()
 
@@ -70,14 +70,14 @@ def check(
     output = getattr(output, "logits", output)
     if isinstance(output, Tensor) and output.shape == logits.shape:
         torch.testing.assert_close(logits, output, rtol=0, atol=1e-4)
-    table = pdvit.analyze(loaded.model, images, metrics=["similarity"])
+    table = pdvit.analyze(loaded.model, images, metrics=["similarity"]).table
     ours = table[table["layer"].str.startswith("block")]["mean"].tolist()
     assert ours == pytest.approx([similarity_of(tokens) for tokens in seen], abs=1e-5)
     assert 0.05 < min(ours) < max(ours) < 0.95  # neither collapsed nor random
     return loaded
 
 
-def prepared(loaded: LoadedModel) -> Tensor:
+def prepared(loaded: ResolvedCheckpoint) -> Tensor:
     """Return the photo as pdvit prepares it for the model, `(3, H, W)`."""
     preprocessing = Preprocessing.for_model(loaded.model)
     return preprocessing.normalise(preprocessing.evaluation()(PHOTO)[None])[0]

@@ -192,7 +192,7 @@ def test_research_code_gives_the_average_or_the_raw_weights(tmp_path, write, nam
         path, prefix = tmp_path / "weights.pth", model.num_prefix_tokens
         loaded = check(path, model.blocks, random_images(32), model, prefix, weights)
         assert loaded.model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
-    assert load(tmp_path / "weights.pth").weights == "ema"
+    assert load(tmp_path / "weights.pth").selected.weights == "ema"
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_a_file_alone_gives_the_same_logits_and_settings(tmp_path, options):
     segmenter = make(**options)
     loaded = load(saved(tmp_path, segmenter) / "model.safetensors")
     assert torch.equal(loaded.model(images(1, 40, 50)).logits, segmenter(images(1, 40, 50)).logits)
-    assert (loaded.classes, loaded.palette, loaded.weights) == (CLASSES, PALETTE, "ema")
+    assert (loaded.classes, loaded.palette, loaded.selected.weights) == (CLASSES, PALETTE, "ema")
     preprocessing = loaded.model.inside.pretrained_cfg
     assert (tuple(preprocessing["mean"]), tuple(preprocessing["std"])) == ((0.1,) * 3, (0.4,) * 3)
     assert all(getattr(loaded.segment, key) == value for key, value in options.items() if key != "name")
