@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from pdvit.errors import UserError
 from pdvit.losses import mixing, mixing_loss
 from pdvit.losses.mixing import chunked_mixing_loss
-from tests.unit.test_similarity import Largest
 
 
 def make(images: int, count: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -91,18 +90,6 @@ def test_value_and_gradients_are_those_of_all_logits_at_once(monkeypatch, soft, 
         # a gradient that is not one comes from a weight of the term
         slopes = [torch.autograd.grad(3.0 * loss, weights) for loss in (found, expected)]
         torch.testing.assert_close(*slopes)
-
-
-def test_no_tensor_is_larger_than_a_chunk_or_its_arguments(monkeypatch):
-    *weights, targets = linear_head(8, 40, 4, 30)
-    entries = []
-    for loss in (dense, chunked_mixing_loss):
-        monkeypatch.setattr(mixing, "CHUNK_ENTRIES", 2000)
-        with Largest() as largest:
-            loss(*weights, targets).backward()
-        entries.append(largest.entries)
-    assert entries[0] == 8 * 40 * 30  # what chunks avoid
-    assert entries[1] <= 2000
 
 
 def test_without_a_bias_and_with_a_frozen_head():
