@@ -81,12 +81,12 @@ class RunJob:
         """Start or resume the run; return the exit status; raises UserError and RunFailed."""
         from pdvit.workflows import runs  # imports torch: only once signals are handled
 
-        console = make_console(as_json=False)
+        console, run = make_console(as_json=False), str(self.run)
         with process_group():
+            prepare: Any = partial(runs.start, replace(self.config, run=replace(self.config.run, out=run)))
             if (self.run / "run.toml").is_file():
-                return runs.train_to_end(partial(runs.resume, str(self.run), [*self.change]), console, stop)
-            new = replace(self.config, run=replace(self.config.run, out=str(self.run)))
-            return runs.train_to_end(partial(runs.start, new), console, stop)
+                prepare = partial(runs.resume, run, [*self.change], cpus=self.config.launch.cpus)
+            return runs.train_to_end(prepare, console, stop)
 
     def _attempt(self, stop: StopRequest, directory: RunDirectory) -> int:
         """Train, and return the exit status; write a failure into status.json, unless the run did."""

@@ -382,8 +382,8 @@ def memory_of(device: torch.device) -> int:
 def _decoded(data: Samples, loader: LoaderConfig, name: str, log: Callable[[str], None]) -> Tensor:
     """Decode every image of a split, in order: uint8 `(N, 3, H, W)` on the host; stops at one that does not decode."""
     keys = [(-1, part.tolist()) for part in torch.arange(len(data.split)).split(DECODE_BATCH)]
-    images = torch.empty(0, dtype=torch.uint8)
-    for step, (part, _, index) in enumerate(decode(data, replace(loader, processes=1), keys)):  # every rank reads all
+    images, loader = torch.empty(0, dtype=torch.uint8), replace(loader, processes=1, device=torch.device("cpu"))
+    for step, (part, _, index) in enumerate(decode(data, loader, keys)):  # every rank reads all
         if loader.bad.found:
             break
         if not step:

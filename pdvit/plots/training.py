@@ -64,9 +64,8 @@ def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
             names, values = layers["of"].unique(), layers.pivot(index="of", columns="epoch", values="value")
             edges = [0.0, *values.columns]  # a column reaches from the evaluation before to its own
             heights = [layer - 0.5 for layer in range(len(names) + 1)]
-            image = heat.pcolormesh(
-                edges, heights, values.loc[names], vmin=0, vmax=1, cmap="viridis"
-            )  # monotone in grey
+            # Viridis is monotone in grey.
+            image = heat.pcolormesh(edges, heights, values.loc[names], vmin=0, vmax=1, cmap="viridis")
             name_layers(heat.yaxis, names, 8)
             heat.set(title="P by layer on the probe", xlabel="epoch")
             heat.grid(visible=False)

@@ -168,8 +168,8 @@ def default_name(config: Config) -> str:
     return run_name(config.data.source, "-".join(parts))
 
 
-def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest) -> Run | int:
-    """Prepare a run, or the newest for `auto`, to resume; or return the exit status if there is nothing to do."""
+def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest, cpus: int | None = None) -> Run | int:
+    """Prepare a run, or the newest for `auto`, to resume with `cpus`; or return the exit status if nothing is to do."""
     path = find_run(name)
     directory, where = RunDirectory(path), f"--resume {path}"
     status = directory.read_json("status.json", optional=True).get("status")
@@ -181,6 +181,7 @@ def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest)
             print_summary(path, directory.read_json("summary.json"), console)
         return 0
     saved, config = saved_config(path, []), saved_config(path, change)
+    config = replace(config, launch=replace(config.launch, cpus=cpus))  # run.toml has no settings of jobs
     if config.run.out is not None or config.run.name is not None:
         raise UserError("a run keeps its folder", f"{where} --change run.out, run.name", "move the folder instead")
     check_changes(changed_keys(to_dict(saved), to_dict(config)), f"{where} --change")

@@ -16,7 +16,6 @@ from pdvit.cli import run as pdvit
 from tests.files import read_records
 
 FILES = ("eval.csv", "confusion.csv", "eval.json")
-CPU = ["--device", "cpu", "--workers", "0"]
 
 
 def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) -> None:
@@ -146,7 +145,7 @@ class TestRefused:
         rewrite(run_copy, sound | {"blocks.1.norm1.weight": torch.full([16], float("inf"))})
         assert "blocks.1.norm1.weight" in refusal("eval", run_copy).what
         rewrite(run_copy, sound | {"head.weight": torch.full_like(sound["head.weight"], 3e38)})
-        assert "360 images" in refusal("eval", run_copy, *CPU).what
+        assert "360 images" in refusal("eval", run_copy, "--device", "cpu").what
         assert not (run_copy / "eval.json").exists()
 
     def test_data_that_do_not_fit_and_places_that_can_not_be_written(self, refusal, run_copy, image_folder, workplace):

@@ -153,10 +153,6 @@ def command(*arguments: str, place: Path | None = None) -> subprocess.Popen[str]
     return start("train", "--config", "tiny.toml", *arguments, start_new_session=True, cwd=place)
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    wait(lambda: newest_step(run) >= step, run)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     """A sweep that nobody disturbs."""
@@ -178,7 +174,7 @@ def test_a_sweep_that_is_killed_goes_on(workplace, undisturbed, whom):
     write(workplace, steps=STEPS)
     sweep = workplace / "runs" / "tiny"
     process = command()
-    wait_for_step(sweep / "none-seed=0", 20)
+    wait(lambda: newest_step(sweep / "none-seed=0") >= 20, sweep)
     assert statuses(sweep) == ["running", "waiting"]
     job = read_json(sweep / "jobs" / "jobs.json")["none-seed=0"][1]
     cell = int(Path(f"/proc/{job}/task/{job}/children").read_text())
@@ -204,7 +200,7 @@ def test_a_sweep_that_is_stopped_goes_on(workplace, undisturbed, how):
     sweep = workplace / "runs" / "tiny"
     process = command(*(["--time-limit", "0.1s"] if how == "time limit" else []))
     if how != "time limit":
-        wait_for_step(sweep / "none-seed=0", 20)
+        wait(lambda: newest_step(sweep / "none-seed=0") >= 20, sweep)
         if how == "interrupted":
             os.killpg(process.pid, signal.SIGINT)
         else:
@@ -221,7 +217,7 @@ def test_cells_run_at_the_same_time_and_can_be_cancelled(workplace, capsys):
     sweep = workplace / "runs" / "tiny"
     process = command("--parallel", "2", "--cpus", "1")
     for name in ("none-seed=0", "paper-seed=0"):
-        wait_for_step(sweep / name, 1)
+        wait(lambda name=name: newest_step(sweep / name) >= 1, name)
         assert read_json(sweep / name / "environment.json")["threads"] == 1
     assert "another command runs this" in finish(command(), 2)
     assert pdvit(["sweep", "status", str(sweep)]) == 0

@@ -3,7 +3,6 @@
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from safetensors.torch import load_file
 
 from pdvit.cli import run as pdvit
 from tests.files import assert_same, newest_step, read_json
+from tests.processes import PATIENCE, start
 
-STEPS, KILLS, PATIENCE = 240, 20, 300.0
+STEPS, KILLS = 240, 20
 FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "12", "--micro-batch-size", "5", "--img-size", "32"]
 FLAGS += ["--model-ema-decay", "0.9", "--drop-path", "0.3", "--workers", "2", "--mixup-prob", "0.5", "--clip-grad", "1"]
 FLAGS += ["--save-every", "2st", "--keep-best", "--log-interval", "3st", "--val-interval", "50st"]
@@ -53,8 +53,7 @@ def test_many_kills_change_nothing(tmp_path, tiny, image_folder):
     rng, kills, mid_save, lost = random.Random(0), 0, 0, []
     while True:
         arguments = ["--resume", str(run)] if (run / "run.toml").exists() else [*flags, "--out", str(run)]
-        command = [sys.executable, "-m", "pdvit", "train", *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with start("train", *arguments) as process:
             if kills < KILLS:
                 disturb(process, run, rng, during_save=kills % 3 == 0)
             shown = process.communicate(timeout=PATIENCE)[0]

@@ -26,6 +26,7 @@ from pdvit.engine.trainer import Trainer
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from tests.files import assert_same, newest_step, read_json
+from tests.processes import wait
 
 STEPS, PATIENCE, ROOT = 20, 300, Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -260,9 +261,7 @@ def test_a_signal_ends_an_evaluation_of_several_processes_within_a_batch(tmp_pat
     command = [*TORCHRUN, *CLI, "--epochs", "100st", "--val-interval", "5st", "--resident", "off", "--workers", "0"]
     command += ["--data", str(folder), "--distribute", distribute, "--out", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + PATIENCE
-        while newest_step(run) < 5 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait(lambda: newest_step(run) >= 5 or process.poll() is not None, run)
         process.send_signal(signal.SIGTERM)
         sent, errors = time.time(), process.communicate(timeout=PATIENCE)[1]
     print(f"{distribute}: saved {(run / 'status.json').stat().st_mtime - sent:.1f} s after the signal")

@@ -12,10 +12,13 @@ import pytest
 
 from pdvit.config import Config
 from pdvit.config.schema import LaunchConfig
+from pdvit.engine.terminal import StopRequest
 from pdvit.errors import RunFailed, UserError
 from pdvit.launch import POLL_SECONDS, Jobs, RunJob
 from pdvit.tracking.run_directory import RunDirectory
+from pdvit.workflows import runs
 from tests.docs.pages import read
+from tests.processes import wait
 
 PROGRAMS = {
     "sbatch": "/bin/cp \"$1\" sent.sh; echo 'Submitted batch job 12'",
@@ -170,17 +173,20 @@ def test_a_job_is_queued_again_after_a_checkpoint(workplace, monkeypatch, run, s
         assert (workplace / run / "environment").read_text() == "3,4 0"
 
 
+def test_a_job_that_is_queued_again_has_the_workers_of_its_cpus(run_copy, monkeypatch):
+    (run_copy / "summary.json").unlink()
+    monkeypatch.setattr(runs, "train_to_end", lambda prepare, *more: prepare(*more).trainer.task.loader.worker_count)
+    assert RunJob(Config(launch=LaunchConfig(cpus=3)), run_copy).train(StopRequest()) == 3
+
+
 def test_jobs_of_this_machine_are_found_until_they_end(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of `QuickJob`, which is pickled by its name
     found = Jobs(workplace)
     with found.locked():
-        waiting, deadline = jobs(workplace, a="well", b="good", c="fine"), time.monotonic() + 60
+        waiting = jobs(workplace, a="well", b="good", c="fine")
         assert found.start(LaunchConfig("local"), waiting, ["7", None]) == ["a", "b"]
         assert os.readlink(f"/proc/{found.ids()['a'][1]}/fd/1") == os.devnull  # a pipe would wait for the job
-        while waiting or found.states():
-            found.start(LaunchConfig("local"), waiting, ["7", None])
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait(lambda: not [*found.start(LaunchConfig("local"), waiting, ["7", None]), *waiting, *found.states()], found)
     texts = {name: (workplace / name / "environment").read_text() for name in ("well", "good", "fine")}
     assert (texts["well"], texts["good"]) == ("7 0", "None 0")
     assert (found.ids()["c"][0], found.cancel()) == ("local", [])

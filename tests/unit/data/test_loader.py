@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from pdvit.config.schema import AugmentConfig
 from pdvit.data import loader as module
 from pdvit.data.augment import DEFAULT_HFLIP, DEFAULT_SCALE, Augmentation
-from pdvit.data.images import BadImage, BadImages, Samples
+from pdvit.data.images import BadImage, BadImages, Samples, pixels_of, read_whole
 from pdvit.data.loader import _end_workers, decode, eval_batches, resident, steps_per_epoch
 from pdvit.data.mixing import MODES
 from pdvit.data.preprocessing import Preprocessing, _copy_stream, copy_to
@@ -199,6 +200,14 @@ def test_a_resident_set_gives_what_workers_give(source, loader, size):
         levels = (ours.images - theirs.images).abs() * 127.5
         assert levels.max() < 2.01
         assert levels.mean() < 0.15
+
+
+def test_a_resident_set_is_collected_on_the_host(source, monkeypatch):
+    """A meta tensor has no values, so pixels that went to the device one batch at a time would be lost."""
+    split, meta = source((16, 16)).splits["val"], replace(LARGER, device=torch.device("meta"))
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    found = module._decoded(Samples(split, partial(read_whole, pixels_of)), meta, "val", print)
+    assert torch.equal(found[0], pictures((20, 30))[0])
 
 
 def test_without_rounding_in_the_crop_everything_is_the_same_to_the_bit(source, loader):

@@ -22,7 +22,7 @@ from pdvit.engine.terminal import STOPPING, StopRequest, stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory
-from tests.files import read_json, read_records
+from tests.files import assert_same, read_json, read_records
 
 CPU, PER_EPOCH, BATCH, STEPS = torch.device("cpu"), 5, 4, 20
 SETTINGS = {
@@ -110,11 +110,6 @@ def ended(path):
     return status["status"], status["step"], status.get("reason")
 
 
-def same(path, whole):
-    assert read_records(path) == read_records(whole)
-    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing disturbed."""
@@ -158,7 +153,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_left_alone(whole, tmp_pat
 
     torch.manual_seed(99)
     assert run(path, LineFit(), resume=True)["steps"] == STEPS
-    same(path, whole)
+    assert_same(path, whole)
     assert read_json(path / "status.json") == read_json(whole / "status.json")
 
 
@@ -182,7 +177,7 @@ def test_a_signal_leaves_a_wait_or_an_evaluation_at_once_and_the_resumed_run_rep
     assert run(path, task) is None
     assert ended(path) == ("stopped", step, "SIGTERM")
     run(path, LineFit(), resume=True)
-    same(path, whole)
+    assert_same(path, whole)
 
 
 def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path):
@@ -200,7 +195,7 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     run(path, LineFit(), resume=True)
-    same(path, whole)
+    assert_same(path, whole)
 
 
 def test_a_second_sigint_leaves_a_stopped_run(tmp_path):

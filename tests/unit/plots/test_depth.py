@@ -12,6 +12,7 @@ from pdvit.plots import depth as plots
 from pdvit.plots.depth import ATTENTION, differences
 from pdvit.plots.reading import AnalyzedRun, read_run
 from pdvit.plots.style import LIGHT
+from tests.unit.plots.test_heatmap import tick_names
 
 
 def named(*tables: pd.DataFrame, names=("one", "two")) -> list[AnalyzedRun]:
@@ -42,17 +43,13 @@ def band(axes, depth: int, number: int = 0) -> list[float]:
     return [heights.min(), heights.max()]
 
 
-def tick_names(axes) -> list[str]:
-    return [text.get_text() for text in axes.get_xticklabels()]
-
-
 def test_lines_are_means_in_order_of_depth_bands_one_standard_deviation_and_p_runs_from_0_to_1(analysis_table):
     table = analysis_table([0.1, 0.2, 0.3, 0.4], std=0.05).sample(frac=1, random_state=0)
     axes = plots.plot_similarity(named(table)).axes[0]
     assert axes.lines[0].get_xydata().ravel().tolist() == pytest.approx([0, 0.1, 1, 0.2, 2, 0.3, 3, 0.4])
     assert band(axes, 2) == pytest.approx([0.25, 0.35])
     assert axes.get_ylim() == (0, 1)
-    assert tick_names(axes) == ["embed", "1", "2", "norm"]
+    assert tick_names(axes.xaxis) == ["embed", "1", "2", "norm"]
 
 
 def test_a_single_image_has_a_line_without_a_band_and_runs_of_other_depths_have_numbers(analysis_table):
@@ -60,7 +57,7 @@ def test_a_single_image_has_a_line_without_a_band_and_runs_of_other_depths_have_
     figure = plots.plot_similarity(named(single, single.iloc[:4]))
     axes = figure.axes[0]
     assert band(axes, 1) == [0.4, 0.4]
-    assert tick_names(axes) == ["embed", "1", "2"]
+    assert tick_names(axes.xaxis) == ["embed", "1", "2"]
     assert [text.get_text() for text in figure.legends[0].texts] == ["one", "two"]
 
 
