@@ -225,7 +225,7 @@ def test_cells_run_at_the_same_time_and_can_be_cancelled(workplace, capsys):
         assert read_json(sweep / name / "environment.json")["threads"] == 1
     assert "another command runs this" in finish(command(), 2)
     assert pdvit(["sweep", "status", str(sweep)]) == 0
-    assert capsys.readouterr().out.count("running  job ") == 2
+    assert capsys.readouterr().out.count("running   job ") == 2
     assert pdvit(["sweep", "cancel", str(sweep)]) == 0
     assert capsys.readouterr().out == "cancelled: 2 jobs\n"
     assert "the same command resumes the sweep" in finish(process, 75)

@@ -161,8 +161,8 @@ def test_a_sweep_is_an_array_of_which_cells_can_fail(place, whole):
     wait(lambda: written(place / "runs/six/none-seed=0"), "six")
     assert "6 cells in runs/six, 0 to run now" in pdvit(*first)
     listed = pdvit("sweep", "status", "runs/six")
-    assert "none-seed=0  running  job " in listed
-    assert "paper-seed=1  waiting  job " in listed
+    assert "none-seed=0   running   job " in listed
+    assert "paper-seed=1  waiting   job " in listed
     assert "6 cells: 4 finished, 2 failed" in finish(following, 1)
     rows = read_csv(place / "runs/six/cells.csv")
     assert [row["status"] for row in rows] == ["finished", "finished", "failed"] * 2
@@ -176,10 +176,10 @@ def test_ctrl_c_leaves_the_jobs_which_sweep_cancel_ends(place):
     wait(lambda: written(folder), folder)
     process.send_signal(signal.SIGINT)
     assert "pdvit sweep cancel runs/long" in finish(process, 75)
-    assert "running  job" in pdvit("sweep", "status", "runs/long")
+    assert "running   job" in pdvit("sweep", "status", "runs/long")
     assert "cancelled: 2 jobs" in pdvit("sweep", "cancel", "runs/long")
     wait(lambda: "job" not in pdvit("sweep", "status", "runs/long"), folder)
-    assert "none-seed=0  stopped  SIGTERM" in pdvit("sweep", "status", "runs/long")
+    assert "none-seed=0   stopped   SIGTERM" in pdvit("sweep", "status", "runs/long")
 
 
 def test_what_slurm_refuses_is_an_error_and_the_same_command_works_afterwards(place):
