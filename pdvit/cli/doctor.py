@@ -60,7 +60,7 @@ def _examine() -> dict[str, dict[str, dict[str, Any]]]:
     try:
         import timm, torch, torchvision  # noqa: E401, F401, I001
     except Exception as error:  # a half-installed torch fails in many ways
-        raise RunFailed(f"an import failed: {error!r}", "install torch and torchvision from one index, anew") from error
+        raise RunFailed(f"an import failed: {error!r}", "in a new venv, pip install torch torchvision .") from error
     gpus, runs = [f"cuda:{index}" for index in range(torch.cuda.device_count())], RUNS.absolute()
     place = next(path for path in (runs, *runs.parents) if os.path.lexists(path))
     versions = {"pdvit": __version__, "python": platform.python_version(), "CUDA of torch": torch.version.cuda}
