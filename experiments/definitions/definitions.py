@@ -2,7 +2,7 @@
 
 Each definition is written out here as its formula stands, one image at a time, in float64, apart from pdvit's own
 metrics. The images are those that `pdvit analyze CHECKPOINT` takes. The rows go to definitions.csv, the table of
-docs/analyze.md is printed.
+README.md is printed.
 """
 
 import argparse
