@@ -132,7 +132,7 @@ MICRO = {"data": {"batch_size": 16, "img_size": 16, "micro_batch": 3}}
 NO_EMA = {"lr": 0.001, "ema_decay": None}  # then the trained network is evaluated just before its state is saved
 
 
-# The bounds of docs/design.md: SGD in float32 within 1e-6, AdamW in float64 within 1e-10.
+# The bounds of docs/runs.md: SGD in float32 within 1e-6, AdamW in float64 within 1e-10.
 @pytest.mark.parametrize(
     ("distribute", "optim", "precision", "bound", "sections", "count"),
     [
