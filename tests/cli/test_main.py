@@ -22,6 +22,12 @@ for command in sys.argv[1:]:
         assert run(command.split()) == 0, command
 print(*{name.partition(".")[0] for name in sys.modules})
 """
+# Runs several commands in one process, none of which can import torchvision.
+BROKEN = """
+import sys
+from pdvit.cli import run
+print([run(command.split()) for command in sys.argv[1:]], "torchvision" in sys.modules)
+"""
 # A command that is interrupted as soon as it imports torch.
 INTERRUPTED = """
 import os, signal, sys
@@ -63,6 +69,24 @@ def test_a_folder_that_is_taken_is_refused_before_the_slow_imports(workplace):
     (workplace / "file").touch()
     script = "import sys; from pdvit.cli import run; print(run(['train', '--out', '.']), 'torch' in sys.modules)"
     assert process(sys.executable, "-c", script).stdout == "2 False\n"
+
+
+def test_torch_and_torchvision_that_do_not_fit_together_are_an_error_of_three_lines(workplace):
+    what = "operator torchvision::nms does not exist"
+    (workplace / "torchvision.py").write_text(f"raise RuntimeError('{what}')")
+    commands = ("train", "analyze vit_tiny_patch16_224", "doctor --json")
+    done = process(sys.executable, "-c", BROKEN, *commands, PYTHONPATH=os.pathsep.join([str(workplace), *sys.path]))
+    assert done.stdout.splitlines()[-1] == "[2, 2, 2] False"
+    lines = done.stderr.splitlines()
+    assert lines[:3] == [f"error: an import failed: RuntimeError: {what}", "  where: torchvision", lines[2]]
+    assert "pip install torch torchvision" in lines[2]
+    assert lines == 3 * lines[:3]
+
+
+def test_other_errors_of_ours_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("pdvit.cli.doctor._check", lambda *_, **__: [].pop())
+    with pytest.raises(IndexError):
+        pdvit(["doctor"])
 
 
 def test_letters_that_the_output_lacks_are_replaced(monkeypatch):
