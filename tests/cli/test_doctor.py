@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
