@@ -38,6 +38,7 @@ add_command(app, "pdvit doctor")(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 app.add_typer(sweep.app, name="sweep")
 
+OPTIONS_OF_TRAIN = ("resume", "replay")  # that people take for commands
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -65,6 +66,8 @@ def run(arguments: list[str]) -> int:
         command = context.command_path if context else " ".join(["pdvit", *words])
         what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
         tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
+        if arguments[0] in OPTIONS_OF_TRAIN:
+            tip = f"it is an option: pdvit train --{arguments[0]} RUN"
         return _explain(UserError(what, command, tip))
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
+from pdvit.cli.options import check_path, checkpoint_command, opening_arguments, results_folder
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command
 from pdvit.workflows.console import log, log_row, make_console, process_group
@@ -58,6 +58,8 @@ def analyze(
         paths = [os.path.expanduser(path) for path in checkpoints or map(str, newest("model.safetensors")[:1])]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
+        for path in paths:
+            check_path(path)
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
         from pdvit.workflows.analyze_run import Analyzer
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
+from pdvit.cli.options import check_path, checkpoint_command, opening_arguments, results_folder
 from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
@@ -56,6 +56,7 @@ def evaluate(
     """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
+        check_path(checkpoint)
         log(console, f"opening {checkpoint} ...")
         from pdvit.engine.distributed import init_process_group
         from pdvit.workflows.checkpoint import open_checkpoint
@@ -220,6 +221,7 @@ def predict(
 ) -> int:
     """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
+    check_path(checkpoint)
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS

@@ -168,9 +168,8 @@ def default_name(config: Config) -> str:
     return run_name(config.data.source, "-".join(parts))
 
 
-def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest, cpus: int | None = None) -> Run | int:
-    """Prepare a run, or the newest for `auto`, to resume with `cpus`; or return the exit status if nothing is to do."""
-    path = find_run(name)
+def resume(path: Path, change: list[str], console: RunConsole, stop: StopRequest, cpus: int | None = None) -> Run | int:
+    """Prepare a run to resume with `cpus`; or return the exit status if nothing is to do."""
     directory, where = RunDirectory(path), f"--resume {path}"
     status = directory.read_json("status.json", optional=True).get("status")
     if status == "finished" and (path / "summary.json").is_file():
@@ -191,14 +190,6 @@ def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest,
         raise _with_change(error, path) from None
     changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
     return Run(trainer, RunDirectory(path, trainer.ranks.main), changes)
-
-
-def find_run(name: str) -> Path:
-    """Return the run directory of --resume, the newest for `auto`; raises UserError."""
-    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
-    if not runs:
-        raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
-    return RunDirectory.open(runs[0]).path
 
 
 def saved_config(run: Path, changes: list[str]) -> Config:

@@ -119,6 +119,7 @@ def test_lists_of_sources_and_plots_import_no_torch(workplace, digits_run, analy
         ("plot similarit", "similarit", "similarity"),
         ("--versoin", "--versoin", "--version"),
         ("plot training --ouut x.png", "--ouut", "--out"),
+        ("resume", "resume", "pdvit train --resume RUN"),
     ],
 )
 def test_a_mistyped_word_is_answered_with_the_right_one(refusal, arguments, what, tip):
@@ -143,6 +144,25 @@ def test_the_shell_completes_words_and_only_names_of_models_import_torch(words, 
     protocol = {"COMP_WORDS": f"pdvit {words}", "COMP_CWORD": str(len(words.split()))}
     done = process(sys.executable, "-c", code, _PDVIT_COMPLETE="complete_bash", **protocol)
     assert (done.returncode, done.stdout.split()) == (0, [found, str("--model" in words)])
+
+
+MISSING = ("analyze", "eval", "predict", "finetune", "train --init", "train --resume", "train --replay")
+MISSING += ("plot similarity", "plot maps", "plot training")
+
+
+@pytest.mark.parametrize("command", MISSING)
+def test_a_run_that_does_not_exist_is_answered_with_those_that_do_or_how_to_make_one(
+    digits_run, workplace, refusal, command
+):
+    words = [*command.split(), "runs/digits", *(["."] if command == "predict" else [])]
+    found = refusal(*words)
+    assert "there is no such" in found.what
+    assert found.where == "runs/digits"
+    assert found.tip.endswith("runs/ has none yet; train one: pdvit train")
+    for name in ("others", "digits-none"):
+        (workplace / "runs").mkdir(exist_ok=True)
+        (workplace / "runs" / name).symlink_to(digits_run)
+    assert refusal(*words).tip.endswith("did you mean 'runs/digits-none'?")
 
 
 def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypatch):
