@@ -65,9 +65,12 @@ def test_ctrl_c_ends_the_imports_quietly(digits_run, command):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_a_folder_that_is_taken_is_refused_before_the_slow_imports(workplace):
+@pytest.mark.parametrize(
+    "words", [["train", "--out", "."], ["analyze", "runs/none"], ["train", "--resume", "runs/none"]]
+)
+def test_a_folder_that_is_taken_or_not_there_is_refused_before_the_slow_imports(workplace, words):
     (workplace / "file").touch()
-    script = "import sys; from pdvit.cli import run; print(run(['train', '--out', '.']), 'torch' in sys.modules)"
+    script = f"import sys; from pdvit.cli import run; print(run({words}), 'torch' in sys.modules)"
     assert process(sys.executable, "-c", script).stdout == "2 False\n"
 
 
