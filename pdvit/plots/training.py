@@ -16,6 +16,7 @@ NEEDED = {"train": {"epoch", "class"}, "eval": {"epoch", "accuracy"}, "similarit
 OTHERS = ("kind", "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "skipped", "bad_images", "time")
 # Each has its style in every figure; markers where lines have the dashes of another.
 TERMS = ("class", "cosine", "contrastive", "mixing", "koleo", "spectral", "gram", "aux")
+MARKS = 6  # of each term
 SCORES = {"miou": "mIoU", "accuracy": "accuracy"}  # the first is drawn: evaluations of a segmentation have both
 Records = dict[str, pd.DataFrame]  # by type
 
@@ -51,16 +52,17 @@ def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
     data = pd.concat(parts, ignore_index=True)[["run", "panel", "of", "epoch", "value"]].astype({"value": float})
     drawn = [str(term) for term in data[data["panel"] == "loss"]["of"].unique()]
     known = [*TERMS, *(term for term in drawn if term not in TERMS)]
-    looks = dict(zip(known, line_styles(len(known), theme), strict=True))
-    styles = {term: {**looks[term], "markevery": 0.2} for term in drawn}
+    styles = dict(zip(known, line_styles(len(known), theme), strict=True))
     with new_figure(data, DOUBLE, 2.2 * len(runs) + 0.3, theme) as figure:
-        legend(figure, styles)
+        legend(figure, {term: styles[term] for term in drawn})
         grid = figure.subplots(len(runs), 3, squeeze=False, sharex="row")
         for (loss, score, heat), (run, rows) in zip(grid, data.groupby("run", sort=False), strict=True):
             (_, losses), (measure, scores), (_, layers) = rows.groupby("panel", sort=False)
             for term, line in losses.groupby("of", sort=False):
-                # over the axis: a term can be zero
-                loss.plot(line["epoch"], line["value"], label=term, **styles[str(term)], clip_on=False, zorder=3)
+                every = max(1, len(line) // MARKS)
+                marks = (every * known.index(str(term)) // len(known), every)  # not where another term has them
+                style = styles[str(term)] | {"label": term, "markevery": marks}
+                loss.plot(line["epoch"], line["value"], **style, clip_on=False, zorder=3)  # a term of 0 is on the axis
             loss.set(title=f"{shorten(str(run))}\nloss by term, unweighted", xlabel="epoch")
             loss.set_ylim(min(0.0, losses["value"].min()))  # KoLeo may be negative
             loss.set_xlim(0, rows["epoch"].max())
