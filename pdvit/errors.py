@@ -62,15 +62,15 @@ def command(*words: object) -> str:
     return shlex.join(["pdvit", *map(str, words)])
 
 
-def closest(name: str, options: Iterable[str], shown: int = 8) -> str:
-    """Return a tip: the option that is most like `name`, or else the options, the first `shown` of them."""
+def closest(name: str, options: Iterable[str], shown: int = 8, folder: str = "") -> str:
+    """Return a tip: the option that is most like `name`, or else the first `shown` of them, below `folder`."""
     name, names = name[:100].lower(), list(options)  # the comparison takes the square of the length
     # Also by an option's beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`.
     texts = {option.lower()[: len(name) + 1]: option for option in sorted(names, key=len, reverse=True)}
     texts |= {option.lower(): option for option in names}
     if found := get_close_matches(name, texts, n=1):
-        return f"did you mean '{texts[found[0]]}'?"
+        return f"did you mean '{folder}{texts[found[0]]}'?"
     if not names:
         return "there are none"
-    listed = ", ".join(names[:shown])
+    listed = ", ".join(f"{folder}{name}" for name in names[:shown])
     return f"choose from: {listed}{', ...' if len(names) > shown else ''}"

@@ -81,9 +81,9 @@ class RunJob:
         """Start or resume the run; return the exit status; raises UserError and RunFailed."""
         from pdvit.workflows import runs  # imports torch: only once signals are handled
 
-        console, run = make_console(as_json=False), str(self.run)
+        console, run = make_console(as_json=False), self.run
         with process_group():
-            prepare: Any = partial(runs.start, replace(self.config, run=replace(self.config.run, out=run)))
+            prepare: Any = partial(runs.start, replace(self.config, run=replace(self.config.run, out=str(run))))
             if (self.run / "run.toml").is_file():
                 prepare = partial(runs.resume, run, [*self.change], cpus=self.config.launch.cpus)
             return runs.train_to_end(prepare, console, stop)

@@ -189,7 +189,7 @@ class Folder:
     def read_cells(self) -> list[Cell]:
         """Return the cells of sweep.toml; raises UserError if it is damaged."""
         file = self.path / SWEEP
-        with reading(file, "restore it, or choose another --out", "the sweep can't be read"):
+        with reading(file, "restore it, or name the folder of a sweep", "the sweep can't be read"):
             base = tomllib.loads(read_text(file))
             return make_cells(base, base.pop(SWEEP_SECTION), str(file))
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from typing import Annotated
 
 import typer
@@ -37,6 +38,7 @@ add_command(app, "pdvit doctor")(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 app.add_typer(sweep.app, name="sweep")
 
+OPTIONS_OF_TRAIN = ("resume", "replay")  # that people take for commands
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -64,6 +66,8 @@ def run(arguments: list[str]) -> int:
         command = context.command_path if context else " ".join(["pdvit", *words])
         what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
         tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
+        if arguments[0] in OPTIONS_OF_TRAIN:
+            tip = f"it is an option: pdvit train --{arguments[0]} RUN"
         return _explain(UserError(what, command, tip))
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
@@ -71,10 +75,22 @@ def run(arguments: list[str]) -> int:
         # The reader of the output has ended (`pdvit analyze | head`): no more output, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except OSError as error:
+    except Exception as error:
+        if module := _failed_import(error):
+            tip = "install torch and torchvision that fit together; in a new venv: pip install torch torchvision ."
+            return _explain(UserError(f"an import failed: {type(error).__name__}: {error}", module, tip))
+        if not isinstance(error, OSError):
+            raise
         where, tip = str(error.filename or "the output"), "check the name, the disk and permissions"
         return _explain(UserError(error.strerror or str(error), where, tip))
     return status if isinstance(status, int) else 0
+
+
+def _failed_import(error: Exception) -> str | None:
+    """Return the module whose import raised an error of any kind; None if none did, or if it is one of pdvit."""
+    code = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    name = (error.name if isinstance(error, ImportError) else None) or (code and code[-1].f_globals["__name__"])
+    return name if name and not name.startswith("pdvit") else None
 
 
 def _explain(error: UserError | RunFailed) -> int:

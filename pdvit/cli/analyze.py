@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
+from pdvit.cli.options import check_path, checkpoint_command, opening_arguments, results_folder
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
-from pdvit.errors import UserError, command, printable
-from pdvit.workflows.console import log, make_console, process_group
+from pdvit.errors import UserError, command
+from pdvit.workflows.console import log, log_row, make_console, process_group
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +58,8 @@ def analyze(
         paths = [os.path.expanduser(path) for path in checkpoints or map(str, newest("model.safetensors")[:1])]
         if not paths:
             raise UserError("there is no finished run here", "runs/", "train one first: pdvit train")
+        for path in paths:
+            check_path(path)
         log(console, f"opening {', '.join(paths)} ...")  # imports and weights take seconds
         from pdvit.workflows.analyze_run import Analyzer
 
@@ -66,6 +68,9 @@ def analyze(
         if len({*folders.values()}) < len(paths):
             where, tip = ", ".join(map(str, folders.values())), "analyze them one by one, each with its own --out"
             raise UserError("one folder can't hold several analyses", where, tip)
+        for folder in folders.values() if out is None else ():
+            if not (folder / "run.toml").is_file():  # perhaps beside the weights of others
+                log(console, f"results go to {folder}; --out changes it", words=True)
         return _analyze(analyzer, folders, explore, report, bool(verbose), as_json)
 
 
@@ -93,11 +98,11 @@ def _analyze(
 
                     names = unique([name for name, _ in tables])  # runs in different folders can have the same name
                     write_between(results[0].folder, dict(zip(names, (table for _, table in tables), strict=True)))
-                print_analysis(result.analysis.table, result.facts, console)
+                print_analysis(result, console)
                 if verbose:
                     print_conditions(result.analysis.table, result.facts, console)
-                if verbose or not (folder / "run.toml").is_file():  # perhaps beside the weights of others
-                    log(console, f"written  {file}")
+                if verbose or not (folder / "run.toml").is_file():
+                    log_row(console, "written  ", str(file))
         stopped = analyzer.stopped()
     if main and explore and not stopped:
         write_explorer(results, analyzer)
@@ -112,7 +117,7 @@ def _analyze(
         return EXIT_STOPPED
     if verbose and not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
-        log(console, f"next     {command('plot', figure, *folders.values())}", "accent")
+        log_row(console, "next     ", command("plot", figure, *folders.values()), "accent")
     return 0
 
 
@@ -126,14 +131,13 @@ def _as_json(result: "CheckpointAnalysis") -> dict[str, Any]:
     return result.facts | {"file": str(result.folder / "analysis.csv"), "layers_measured": list(layers.values())}
 
 
-def print_analysis(table: "pd.DataFrame", facts: dict[str, Any], console: "RunConsole") -> None:
-    """Print the tables with a bar per layer, the verdict, and notes."""
-    from rich.markup import escape
-
+def print_analysis(result: "CheckpointAnalysis", console: "RunConsole") -> None:
+    """Print the names of model and images, the tables with a bar per layer, the verdict, and notes."""
     from pdvit.analysis.tables import terminal_tables
 
-    console.print(f"\n[italic]{escape(printable(facts['model']))}[/italic]", highlight=False)
-    for view in terminal_tables(table):
+    facts = result.facts
+    log(console, f"\n{facts['model']} on {result.images.description}", "italic", words=True)
+    for view in terminal_tables(result.analysis.table):
         console.print(view)
         console.print()
     if facts["verdict"]:
@@ -179,7 +183,7 @@ def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole")
     analyses = [(result.analysis.table, result.facts) for result in results]
     with writing("the page", file):
         write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
-    log(console, f"written  {file}")
+    log_row(console, "written  ", str(file))
 
 
 def _report_figures(results: "Sequence[CheckpointAnalysis]", theme: "Theme") -> "dict[str, Drawing]":

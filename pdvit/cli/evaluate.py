@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
+from pdvit.cli.options import check_path, checkpoint_command, opening_arguments, results_folder
 from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
-from pdvit.workflows.console import count, log, make_console, process_group, with_progress
+from pdvit.workflows.console import count, log, log_row, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +56,7 @@ def evaluate(
     """Measure accuracy and calibration, or the mIoU, of a checkpoint."""
     with process_group():
         console, path = make_console(as_json), Path(os.path.expanduser(checkpoint))
+        check_path(checkpoint)
         log(console, f"opening {checkpoint} ...")
         from pdvit.engine.distributed import init_process_group
         from pdvit.workflows.checkpoint import open_checkpoint
@@ -78,8 +79,9 @@ def evaluate(
             file = _write(folder, numbers, files)
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
-            log(console, f"written  {file}, {names}")
-            log(console, f"next     {command('plot', 'segmentation' if windows else 'confusion', folder)}", "accent")
+            log_row(console, "written  ", f"{file}, {names}")
+            figure = "segmentation" if windows else "confusion"
+            log_row(console, "next     ", command("plot", figure, folder), "accent")
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
@@ -219,6 +221,7 @@ def predict(
 ) -> int:
     """Label images, as CSV, or every pixel, as PNG masks."""
     console, path = make_console(out == "-"), Path(os.path.expanduser(checkpoint))
+    check_path(checkpoint)
     log(console, f"opening {checkpoint} ...")
     from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
@@ -252,7 +255,7 @@ def predict(
         write_file(target, content)
     _print_labels(shown, len(files), opened.loader.bad.found, console)
     if target:
-        log(console, f"written  {target / 'masks' if windows else target}")
+        log_row(console, "written  ", str(target / "masks" if windows else target))
     return 0
 
 

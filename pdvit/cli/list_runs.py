@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from pdvit.config.duration import describe_duration
 from pdvit.config.load import build, read_toml
 from pdvit.config.recipes import terms_of
 from pdvit.errors import UserError, command, printable
 from pdvit.tracking.run_directory import RUNS, RunDirectory
-from pdvit.workflows.console import duration, log, make_console
+from pdvit.workflows.console import log, make_console
 
 NUMBERS = ("accuracy", "miou", "similarity_last", "seconds")  # in the summary of a finished run
 LARGEST = 1e12  # of a number that is shown
@@ -37,7 +38,7 @@ def runs(
         model, data = (row.get("model") or "").partition("_patch")[0], os.path.basename(row.get("data", ""))
         score = f"mIoU {row['miou']:.1%}" if "miou" in row else f"{row['accuracy']:.1%}" if "accuracy" in row else ""
         similarity = f"{row['similarity_last']:.2f}" if "similarity_last" in row else ""
-        took = duration(row["seconds"]) if "seconds" in row else ""
+        took = describe_duration(row["seconds"]) if "seconds" in row else ""
         name = printable(os.path.relpath(row["run"], folder))
         table.append((row["status"], printable(data), model, row.get("terms", ""), score, similarity, took, name))
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]

@@ -199,7 +199,7 @@ def sweep(
 def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: str | None) -> dict[str, Path]:
     """Return the runs to draw by name or label: those given, or the newest with the file, which `again` makes."""
     from pdvit.plots.style import unique
-    from pdvit.tracking.run_directory import newest
+    from pdvit.tracking.run_directory import closest_run, newest
 
     folders = runs or newest(file)[:count]
     if not folders:
@@ -208,7 +208,7 @@ def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: st
         raise UserError(f"no run here has {file} yet", "runs/", f"run first: {first}")
     for folder in folders:
         if not folder.is_dir():
-            raise UserError("there is no such run directory", str(folder), "name a folder below runs/")
+            raise UserError("there is no such run directory", str(folder), closest_run(str(folder), file, "run.toml"))
         if not (folder / file).is_file():
             raise _not_measured(f"the run has no {file}", folder, again)
     if labels is not None:

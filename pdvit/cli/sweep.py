@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.options import Group, add_command, check_initial_weights
-from pdvit.config.duration import parse_duration
+from pdvit.config.duration import describe_duration, parse_duration
 from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, adding, command
 from pdvit.tasks import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
-from pdvit.workflows.console import count, duration, log, make_console
+from pdvit.workflows.console import count, log, log_row, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
@@ -138,10 +138,11 @@ def _watch(
                 line = f"{lines[name]}: {state.status}{': ' if state.reason else ''}{state.reason}"
                 if state.status == "finished":
                     durations.append(took)
-                    line += f" in {duration(took)}; {describe_summary(run.read_json('summary.json')).splitlines()[0]}"
+                    metrics, similarity, *_ = describe_summary(run.read_json("summary.json")).splitlines()
+                    line += f" in {describe_duration(took)}; {metrics}; {similarity}"
                 if durations and (left := len(running) + len(waiting)):
                     rest = statistics.mean(durations) * left / max(1, len(devices) or len(running))
-                    line += f"; about {duration(rest)} left"
+                    line += f"; about {describe_duration(rest)} left"
                 log(console, line, words=True)
             if started or ended:
                 folder.write_table(states)
@@ -173,7 +174,7 @@ def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], con
         log(console, "the same command resumes the sweep")
         return EXIT_STOPPED
     if counts["finished"]:
-        log(console, f"next      {command('plot', 'sweep', folder.path)}", "accent")
+        log_row(console, "next      ", command("plot", "sweep", folder.path), "accent")
     return 1 if failed else 0
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import check_initial_weights, make_layers, training_command
+from pdvit.cli.options import check_initial_weights, check_path, make_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build, read_toml
 from pdvit.config.recipes import DEFAULTS, recipe_defaults
@@ -22,7 +22,7 @@ from pdvit.config.resolve import resolve
 from pdvit.config.schema import KEYS, Config
 from pdvit.data.sources import list_source_types
 from pdvit.errors import RunFailed, UserError
-from pdvit.tracking.run_directory import STATUS, RunDirectory, refuse_taken
+from pdvit.tracking.run_directory import STATUS, RunDirectory, find_run, refuse_taken
 from pdvit.workflows.console import log, make_console, process_group
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def launch(
         raise UserError("only a resumed run can be changed", "--change", "add --resume RUN")
     with stop_on_signals() as stop, process_group():  # before the slow imports
         console = make_console(as_json)
-        opened = resume if replay is None else replay
+        if resume is not None:
+            resume = str(find_run(resume))
+        opened = resume if replay is None else str(RunDirectory.open(replay).path)
         recipe = {} if file is None else read_toml(file)
         table = recipe.pop(SWEEP_SECTION, None)
         layers = [("the command's defaults", DEFAULTS[command]), (str(file), recipe)]
@@ -102,6 +104,8 @@ def launch(
                 raise UserError("only a sweep has cells", "--cells", tip)
             if command == "finetune":
                 check_initial_weights(config)
+            if config.model.init is not None:
+                check_path(config.model.init)
             if config.data.source == "help":
                 print(list_source_types())
                 return 0
@@ -114,7 +118,7 @@ def launch(
 
         if replay is not None:
             return runs.train_to_end(partial(runs.replay, replay), console, stop)
-        prepare = partial(runs.start, config) if resume is None else partial(runs.resume, resume, change or [])
+        prepare = partial(runs.start, config) if resume is None else partial(runs.resume, Path(resume), change or [])
         return runs.train_to_end(prepare, console, stop)
 
 
@@ -126,7 +130,7 @@ def _launch_run(
     from pdvit.workflows import runs
 
     if name is not None:
-        path = runs.find_run(name)
+        path = Path(name)
         config = replace(runs.saved_config(path, change), launch=config.launch)
     else:
         if config.data.batch_size:

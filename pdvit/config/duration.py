@@ -13,6 +13,13 @@ WEIGHT_SCHEDULES = ("warmup", "decay", "until")
 _FORM = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(ep|st|im|%|min|h|s)?", re.IGNORECASE)
 
 
+def describe_duration(seconds: float) -> str:
+    """Return a time as text."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass(frozen=True)
 class Duration:
     """A length and its unit: `ep`, `st`, `im`, `%` of the run, or the times `s`, `min`, `h`."""

@@ -10,11 +10,14 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 from rich.theme import Theme
 
+from pdvit.config.duration import describe_duration
+
 PLAIN_SECONDS = 10.0  # between two lines where there is no progress bar
+BAR, INDENT = 20, 11  # widths: the bar, and the columns before the metrics of an evaluation
 EXIT_STOPPED = 75  # the conventional status for "try again later"
 # Slurm can send one of the last two before its time limit; submitit asks for SIGUSR2, as NCCL may use the other.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -47,15 +50,15 @@ class Display:
     """Progress in steps (or another `unit`), rate, time left and the latest metrics: a bar, or plain lines."""
 
     def __init__(self, console: Console, total: int, start: int = 0, unit: str = "step") -> None:
-        self.console, self.total, self.start, self.unit = console, total, start, unit
-        self.started = self.last_line = time.monotonic()
+        self.console, self.total, self.unit, self.last_line = console, total, unit, time.monotonic()
+        self.first: tuple[int, float] | None = None  # the first step that was shown, and when
         self.bar: Progress | None = None
         if console.is_terminal:
             fixed, rest = Column(no_wrap=True, max_width=40), Column(no_wrap=True, ratio=1)  # the width that is left
-            name, rate = (TextColumn(f"{{task.{key}}}", table_column=fixed) for key in ("description", "fields[rate]"))
-            columns = name, BarColumn(20), TaskProgressColumn(), rate, TimeRemainingColumn()
+            name, speed = (TextColumn(f"{{task.{key}}}", table_column=fixed) for key in ("description", "fields[rate]"))
             metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
-            self.bar = Progress(*columns, metrics, console=console, transient=True, expand=True)
+            columns = name, BarColumn(BAR), TaskProgressColumn(), speed, metrics
+            self.bar = Progress(*columns, console=console, transient=True, expand=True)
             self.task = self.bar.add_task("starting", total=total, completed=start, rate="", metrics="")
 
     def __enter__(self) -> "Display":
@@ -69,25 +72,33 @@ class Display:
                 self.bar.stop()
 
     def show(self, step: int, label: str, rate: float, metrics: Mapping[str, float]) -> None:
-        """Show a label, the step, images per second, and the latest means; a narrow terminal cuts off the last terms.
+        """Show a label, the step, images per second, the time left, and the latest means.
 
-        A bar shows the step only if there is no label.
+        A bar shows the step only if there is no label, and as many of the means as fit. The time left is known from the
+        second call on: until the first, the run also starts.
         """
-        steps = f"{self.unit} {step}/{self.total}"
+        now, steps = time.monotonic(), f"{self.unit} {step}/{self.total}"
+        self.first = first, began = self.first or (step, now)
         names = sorted(metrics, key=lambda name: name not in ("loss", "skipped"))
         texts, speed = [f"{name} {metrics[name]:.3g}" for name in names], describe_rate(rate)
+        if step > first:
+            speed += f", {describe_duration((now - began) / (step - first) * (self.total - step))} left"
         if self.bar:
-            self.bar.update(self.task, completed=step, description=label or steps, rate=speed, metrics=" ".join(texts))
-        elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
-            self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / max(1, step - self.start) * (self.total - step)
-            suffix = f", {' '.join(texts)}" if texts else ""
-            self.log(f"{label} {steps}".lstrip() + f", {speed}, {left:.0f} s left{suffix}")
+            name = label or steps
+            room = self.console.width - len(f"{name} {' ' * BAR} 100% {speed} ")
+            while len(" ".join(texts)) > room:
+                texts.pop()
+            self.bar.update(self.task, completed=step, description=name, rate=speed, metrics=" ".join(texts))
+        elif now - self.last_line >= PLAIN_SECONDS:
+            self.last_line = now
+            self.log(", ".join(filter(None, (f"{label} {steps}".lstrip(), speed, " ".join(texts)))))
 
     def log(self, text: str) -> None:
-        """Print lines that stay, warnings in colour."""
+        """Print lines that stay, warnings in colour; of an evaluation, P is below the metrics if they are too long."""
         for line in text.split("\n"):
             style = "yellow" if line.startswith("warning") else None
+            if self.bar and len(line) > self.console.width:
+                line = line.replace("  P ", f"\n{' ' * INDENT}P ")
             self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=self.bar is None)
 
 

@@ -25,7 +25,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from pdvit.config.schema import PREPROCESSING
-from pdvit.errors import UserError, closest
+from pdvit.errors import UserError, closest, command
 from pdvit.files import read_json, reading, reason_of
 from pdvit.models.build import check_memory, sketch_model
 from pdvit.models.layouts import jax, open_clip, transformers
@@ -76,6 +76,7 @@ def read_checkpoint(source: str | Path) -> tuple[str, Converted]:
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
     guess = "" if os.sep in text or "." in text else closest(text, timm.list_models())
+    guess = f"did you mean 'runs/{text}'?" if os.path.isdir(f"runs/{text}") else guess
     tip = guess if guess.startswith("did") else "name a run directory, a file, or a model of timm"
     raise UserError("there is no such checkpoint", text, tip)
 
@@ -172,7 +173,8 @@ def _find_weights(folder: Path) -> Path:
         listed = ", ".join(file.name for file in files[:4])
         raise UserError(f"the folder holds several checkpoints: {listed}", str(folder), "name one of the files")
     if not files:
-        tip = "wait for the run to finish, or resume it" if is_run else "name a run directory or a timm folder"
+        resumed = f"wait for the run to finish, or resume it: {command('train', '--resume', folder)}"
+        tip = resumed if is_run else "name a run directory or a timm folder"
         raise UserError(f"no {WEIGHTS} in the folder", str(folder), tip)
     return files[0]
 

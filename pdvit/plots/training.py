@@ -14,6 +14,9 @@ from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, legend, line_styles
 NEEDED = {"train": {"epoch", "class"}, "eval": {"epoch", "accuracy"}, "similarity": {"epoch", "layers", "similarity"}}
 # Columns of train records that are no part of the loss.
 OTHERS = ("kind", "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "skipped", "bad_images", "time")
+# Each has its style in every figure; markers where lines have the dashes of another.
+TERMS = ("class", "cosine", "contrastive", "mixing", "koleo", "spectral", "gram", "aux")
+MARKS = 6  # of each term
 SCORES = {"miou": "mIoU", "accuracy": "accuracy"}  # the first is drawn: evaluations of a segmentation have both
 Records = dict[str, pd.DataFrame]  # by type
 
@@ -47,19 +50,24 @@ def plot_training(runs: Mapping[str, Records], theme: Theme = LIGHT) -> Drawing:
             layers.rename(columns={"layers": "of", "similarity": "value"}).assign(run=name, panel="P"),
         ]
     data = pd.concat(parts, ignore_index=True)[["run", "panel", "of", "epoch", "value"]].astype({"value": float})
-    every = data[data["panel"] == "loss"]["of"].unique()
-    styles = {term: {**style, "marker": ""} for term, style in zip(every, line_styles(len(every), theme), strict=True)}
+    drawn = [str(term) for term in data[data["panel"] == "loss"]["of"].unique()]
+    known = [*TERMS, *(term for term in drawn if term not in TERMS)]
+    styles = dict(zip(known, line_styles(len(known), theme), strict=True))
     with new_figure(data, DOUBLE, 2.2 * len(runs) + 0.3, theme) as figure:
-        legend(figure, styles)
-        grid = figure.subplots(len(runs), 3, squeeze=False)
+        legend(figure, {term: styles[term] for term in drawn})
+        grid = figure.subplots(len(runs), 3, squeeze=False, sharex="row")
         for (loss, score, heat), (run, rows) in zip(grid, data.groupby("run", sort=False), strict=True):
             (_, losses), (measure, scores), (_, layers) = rows.groupby("panel", sort=False)
             for term, line in losses.groupby("of", sort=False):
-                loss.plot(line["epoch"], line["value"], label=term, **styles[term])
+                every = max(1, len(line) // MARKS)
+                marks = (every * known.index(str(term)) // len(known), every)  # not where another term has them
+                style = styles[str(term)] | {"label": term, "markevery": marks}
+                loss.plot(line["epoch"], line["value"], **style, clip_on=False, zorder=3)  # a term of 0 is on the axis
             loss.set(title=f"{shorten(str(run))}\nloss by term, unweighted", xlabel="epoch")
             loss.set_ylim(min(0.0, losses["value"].min()))  # KoLeo may be negative
-            score.plot(scores["epoch"], scores["value"] * 100, marker=".", color=theme.ink)
-            title = f"validation {measure}, % (best {scores['value'].max() * 100:.1f})"
+            loss.set_xlim(0, rows["epoch"].max())
+            score.plot(scores["epoch"], scores["value"] * 100, marker=".", color=theme.ink, clip_on=False)
+            title = f"val {measure}, % (best {scores['value'].max() * 100:.1f})"
             score.set(title=title, xlabel="epoch", ylim=(0, 100))
             names, values = layers["of"].unique(), layers.pivot(index="of", columns="epoch", values="value")
             edges = [0.0, *values.columns]  # a column reaches from the evaluation before to its own

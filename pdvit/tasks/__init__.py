@@ -28,4 +28,4 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
     named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
     first, last = summary["similarity_first"], summary["similarity_last"]
     similarity = f"first {first:.2f}, last {last:.2f} (0 orthogonal, 1 parallel)"
-    return f"{summary['split']} {describe_metrics(summary)}{notes}; P of the patches: {similarity}{named}"
+    return f"{summary['split']} {describe_metrics(summary)}{notes}\nP of the patches: {similarity}{named}"

@@ -70,7 +70,7 @@ class ClassificationTask(ImageTask):
         )
 
     def describe(self) -> str:
-        """Return two lines: model, image and patch size; terms, mixing and augmentation."""
+        """Return three lines: model, image and patch size; terms and mixing; augmentation."""
         name, size, augment = self.config.model.name, self.preprocessing.size, self.config.augment
         parameters = sum(weight.numel() for weight in self.module.model.parameters())
         cutmix, mixup = float(bool(augment.cutmix)), float(bool(augment.mixup))
@@ -80,7 +80,7 @@ class ClassificationTask(ImageTask):
         mixing = [f"{method} on {fraction:.0%} of batches" for method, fraction in fractions.items() if fraction]
         return (
             f"{name}: {parameters:,} parameters, {size}x{size} pixels, patches of {self.patch_size}\n"
-            f"terms: {describe_terms(self.config.diversity)}; {' and '.join(mixing) or 'no CutMix'}; "
+            f"terms: {describe_terms(self.config.diversity)}; {' and '.join(mixing) or 'no CutMix'}\n"
             f"augmentation: {self.augmentation.describe()}"
         )
 

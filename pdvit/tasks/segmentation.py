@@ -65,9 +65,9 @@ class SegmentationTask(ImageTask):
         elif segment.stride is not None:
             evaluation += f"\nnote: segment.stride = {segment.stride} has no effect: images are evaluated whole"
         return (
-            f"{self.config.model.name} with {segment.head} head: {backbone:,} + {head:,} parameters, "
+            f"{self.config.model.name} with {segment.head} head: {backbone:,} + {head:,} parameters\n"
             f"crops of {windows.window}x{windows.window} pixels, patches of {self.patch_size}; "
-            f"evaluated: {evaluation}\nterms: {describe_terms(self.config.diversity)}; "
+            f"evaluated: {evaluation}\nterms: {describe_terms(self.config.diversity)}\n"
             f"augmentation: scaled by {low:g} to {high:g}{', colours jittered' if segment.photometric else ''}"
         )
 

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pdvit.errors import RunFailed, UserError, command
+from pdvit.errors import RunFailed, UserError, closest, command
 from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
@@ -120,7 +120,8 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         """Open an existing run; raises UserError if the folder is not a run."""
         if not (path / "run.toml").is_file():
-            raise UserError("this is not a run directory", str(path), "name a folder that holds a run.toml")
+            what = "this is not a run directory" if os.path.lexists(path) else "there is no such run"
+            raise UserError(what, str(path), closest_run(str(path), "run.toml"))
         return cls(path)
 
     @contextmanager
@@ -240,3 +241,22 @@ def newest(marker: str) -> list[Path]:
     """Return the folders under runs/ that hold the file `marker`, the one written last first."""
     files = [file for file in RUNS.glob(f"*/{marker}") if file.is_file()]
     return [RUNS / file.parts[1] for file in sorted(files, key=os.path.getmtime, reverse=True)]
+
+
+def closest_run(name: str, *markers: str) -> str:
+    """Return a tip for a path that is no run: the most similar folder under runs/ that holds one of `markers`.
+
+    Without a similar one the tip has all of them, or the command that makes one.
+    """
+    runs = dict.fromkeys(path.name for marker in markers for path in newest(marker))
+    tip = closest(os.path.basename(name), runs, folder=f"{RUNS}/")
+    return tip if runs else f"{RUNS}/ has none yet; train one: {command('train')}"
+
+
+def find_run(name: str) -> Path:
+    """Return the run directory of --resume, the newest for `auto`; raises UserError."""
+    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
+    if not runs:
+        tip = f"name its folder, or start one: {command('train')}"
+        raise UserError("there is no run to resume", "--resume auto", tip)
+    return RunDirectory.open(runs[0]).path

@@ -33,6 +33,12 @@ def log(console: "RunConsole", text: str, style: str | None = None, words: bool 
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=not (words and console.is_terminal))
 
 
+def log_row(console: "RunConsole", label: str, text: str, style: str | None = None) -> None:
+    """Print a label and a command or path to copy, which is on a line of its own if the terminal is too narrow."""
+    beside = not console.is_terminal or len(label + text) <= console.width
+    log(console, f"{label}{text}" if beside else f"{label.rstrip()}\n{text}", style)
+
+
 def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":
     """Yield batches, and show the number of images done, their rate and the time left."""
     from pdvit.engine.terminal import Display, raise_on_ctrl_c
@@ -49,13 +55,6 @@ def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, newest
 from pdvit.tracking.trackers import check_trackers
-from pdvit.workflows.console import count, log
+from pdvit.workflows.console import count, log, log_row
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
@@ -120,7 +120,7 @@ def build_trainer(
     length = f"steps: {trainer.steps.total}, batch size: {task.batch_size}, peak rate: {config.optim.lr:.3g}"
     heads = f" ({rate:.3g} for heads)" if (rate := config.optim.head_lr) else ""
     length += f"{heads} on {device_name(device)}{processes}"
-    to_log(f"{source.describe()}\n{task.describe()}; {length}")
+    to_log(f"{source.describe()}\n{task.describe()}\n{length}")
     in_memory = isinstance(source.splits["train"], ArraySplit)
     unused = (f"note: {text}" for text in unused_settings(config, in_memory, inherited))
     for note in (*notes, *trainer.notes, *unused):
@@ -168,9 +168,8 @@ def default_name(config: Config) -> str:
     return run_name(config.data.source, "-".join(parts))
 
 
-def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest, cpus: int | None = None) -> Run | int:
-    """Prepare a run, or the newest for `auto`, to resume with `cpus`; or return the exit status if nothing is to do."""
-    path = find_run(name)
+def resume(path: Path, change: list[str], console: RunConsole, stop: StopRequest, cpus: int | None = None) -> Run | int:
+    """Prepare a run to resume with `cpus`; or return the exit status if nothing is to do."""
     directory, where = RunDirectory(path), f"--resume {path}"
     status = directory.read_json("status.json", optional=True).get("status")
     if status == "finished" and (path / "summary.json").is_file():
@@ -191,14 +190,6 @@ def resume(name: str, change: list[str], console: RunConsole, stop: StopRequest,
         raise _with_change(error, path) from None
     changes = changed_keys(to_dict(resolve(saved)), to_dict(trainer.config))
     return Run(trainer, RunDirectory(path, trainer.ranks.main), changes)
-
-
-def find_run(name: str) -> Path:
-    """Return the run directory of --resume, the newest for `auto`; raises UserError."""
-    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
-    if not runs:
-        raise UserError("there is no run to resume", "--resume auto", "name its folder, or start one")
-    return RunDirectory.open(runs[0]).path
 
 
 def saved_config(run: Path, changes: list[str]) -> Config:
@@ -246,11 +237,11 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
             if run.changes:
                 directory.record_changes(step, dict(run.changes), to_toml(trainer.config, command_line()))
         log(console, f"run directory: {directory.path}")
-        again = f"resume with: {command('train', '--resume', directory.path)}"
-        with adding(tip=f"; {again}"):
+        again = command("train", "--resume", directory.path)
+        with adding(tip=f"; resume with: {again}"):
             summary = trainer.run(directory, console, stop)
         if summary is None:
-            log(console, f"stopped; {again}")
+            log_row(console, "stopped; resume with: ", again)
             return EXIT_STOPPED
         if trainer.ranks.main:
             print_summary(directory.path, summary, console)
@@ -290,18 +281,16 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]
     alike = [path for path in others if task(path) == task(run)]
     use = f"timm.create_model({f'local-dir:{run}'!r}, pretrained=True)"
+    use = command("plot", "segmentation", run) if summary.get("task") == "segmentation" else use
     log(console, f"\n{describe_summary(summary)}", "bold", words=True)
     whole = summary["epochs"] % 1 == 0
     length = count(int(summary["epochs"]), "epoch") if whole else count(summary["steps"], "step")
-    log(
-        console,
-        f"{length} in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}\n"
-        f"records   {run}/metrics.jsonl, summary.json\n"
-        f"weights   {run}/model.safetensors\n"
-        f"use       {command('plot', 'segmentation', run) if summary.get('task') == 'segmentation' else use}\n"
-        f"repeat    {command('train', '--config', run / 'run.toml')}",
-    )
-    log(console, f"next      {command('analyze', *alike[:1], run)}", "accent")
+    log(console, f"{length} in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}")
+    log_row(console, "records   ", f"{run}/metrics.jsonl, summary.json")
+    log_row(console, "weights   ", f"{run}/model.safetensors")
+    log_row(console, "use       ", use)
+    log_row(console, "repeat    ", command("train", "--config", run / "run.toml"))
+    log_row(console, "next      ", command("analyze", *alike[:1], run), "accent")
 
 
 def trial_config(config: Config) -> Config:

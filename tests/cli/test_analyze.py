@@ -92,9 +92,14 @@ def test_image_files_and_folders_are_measured_as_by_the_library(run_copy, image_
 def test_a_lone_file_gives_the_numbers_of_its_run_and_its_place_is_printed(run_copy, workplace, analyzed, capsys):
     shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
     assert pdvit(["analyze", "alone.safetensors", *CPU]) == 0
-    assert "\nwritten  runs/analysis-alone/analysis.csv\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\nwritten  runs/analysis-alone/analysis.csv\n" in shown
+    assert "\nresults go to runs/analysis-alone; --out changes it\n" in shown.partition("layer  ")[0]  # before they do
+    assert "\nonly 2 images were measured" in shown
+    assert "alone on 2 sample photographs of scikit-learn" in shown
     assert pdvit(["analyze", str(run_copy), *CPU]) == 0
-    assert "written" not in capsys.readouterr().out  # it is in the run
+    shown = capsys.readouterr().out  # it is in the run
+    assert not any(text in shown for text in ("written", "results go to", "only"))
     alone = analyzed("alone.safetensors", "--images", "digits", "--batch-size", 7)
     for mine, theirs in zip(alone["layers_measured"], analyzed(run_copy)["layers_measured"], strict=True):
         assert mine["similarity"]["mean"] == pytest.approx(theirs["similarity"]["mean"], abs=1e-6)
@@ -151,7 +156,9 @@ def test_the_terminal_shows_table_and_verdict_or_all_or_nothing(run_copy, tmp_pa
     facts = json.loads(printed["--quiet --json"].out)
     short, lines = (printed[flags].out.splitlines() for flags in ("", "--verbose"))
     assert short == lines[: len(short)]
-    assert short[-5:] == [*facts["verdict"].splitlines(), *facts["advice"].splitlines(), f"note: {facts['notes'][0]}"]
+    assert short[2] == "my run on digits, test split, 12 of 360"
+    end = [*facts["verdict"].splitlines(), *facts["advice"].splitlines(), f"note: {facts['notes'][0]}"]
+    assert short[-len(end) :] == end
     assert f"measured similarity (P): {DEFINITIONS['similarity'].text}" in lines[len(short) :]
     assert lines[-1] == f"next     pdvit plot similarity '{run}'"
     rows = [line.split() for line in lines if line.startswith(tuple(LAYERS))]

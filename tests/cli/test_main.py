@@ -22,6 +22,12 @@ for command in sys.argv[1:]:
         assert run(command.split()) == 0, command
 print(*{name.partition(".")[0] for name in sys.modules})
 """
+# Runs several commands in one process, none of which can import torchvision.
+BROKEN = """
+import sys
+from pdvit.cli import run
+print([run(command.split()) for command in sys.argv[1:]], "torchvision" in sys.modules)
+"""
 # A command that is interrupted as soon as it imports torch.
 INTERRUPTED = """
 import os, signal, sys
@@ -59,10 +65,31 @@ def test_ctrl_c_ends_the_imports_quietly(digits_run, command):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_a_folder_that_is_taken_is_refused_before_the_slow_imports(workplace):
+@pytest.mark.parametrize(
+    "words", [["train", "--out", "."], ["analyze", "runs/none"], ["train", "--resume", "runs/none"]]
+)
+def test_a_folder_that_is_taken_or_not_there_is_refused_before_the_slow_imports(workplace, words):
     (workplace / "file").touch()
-    script = "import sys; from pdvit.cli import run; print(run(['train', '--out', '.']), 'torch' in sys.modules)"
+    script = f"import sys; from pdvit.cli import run; print(run({words}), 'torch' in sys.modules)"
     assert process(sys.executable, "-c", script).stdout == "2 False\n"
+
+
+def test_torch_and_torchvision_that_do_not_fit_together_are_an_error_of_three_lines(workplace):
+    what = "operator torchvision::nms does not exist"
+    (workplace / "torchvision.py").write_text(f"raise RuntimeError('{what}')")
+    commands = ("train", "analyze vit_tiny_patch16_224", "doctor --json")
+    done = process(sys.executable, "-c", BROKEN, *commands, PYTHONPATH=os.pathsep.join([str(workplace), *sys.path]))
+    assert done.stdout.splitlines()[-1] == "[2, 2, 2] False"
+    lines = done.stderr.splitlines()
+    assert lines[:3] == [f"error: an import failed: RuntimeError: {what}", "  where: torchvision", lines[2]]
+    assert "pip install torch torchvision" in lines[2]
+    assert lines == 3 * lines[:3]
+
+
+def test_other_errors_of_ours_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("pdvit.cli.doctor._check", lambda *_, **__: [].pop())
+    with pytest.raises(IndexError):
+        pdvit(["doctor"])
 
 
 def test_letters_that_the_output_lacks_are_replaced(monkeypatch):
@@ -95,6 +122,7 @@ def test_lists_of_sources_and_plots_import_no_torch(workplace, digits_run, analy
         ("plot similarit", "similarit", "similarity"),
         ("--versoin", "--versoin", "--version"),
         ("plot training --ouut x.png", "--ouut", "--out"),
+        ("resume", "resume", "pdvit train --resume RUN"),
     ],
 )
 def test_a_mistyped_word_is_answered_with_the_right_one(refusal, arguments, what, tip):
@@ -119,6 +147,25 @@ def test_the_shell_completes_words_and_only_names_of_models_import_torch(words, 
     protocol = {"COMP_WORDS": f"pdvit {words}", "COMP_CWORD": str(len(words.split()))}
     done = process(sys.executable, "-c", code, _PDVIT_COMPLETE="complete_bash", **protocol)
     assert (done.returncode, done.stdout.split()) == (0, [found, str("--model" in words)])
+
+
+MISSING = ("analyze", "eval", "predict", "finetune", "train --init", "train --resume", "train --replay")
+MISSING += ("plot similarity", "plot maps", "plot training")
+
+
+@pytest.mark.parametrize("command", MISSING)
+def test_a_run_that_does_not_exist_is_answered_with_those_that_do_or_how_to_make_one(
+    digits_run, workplace, refusal, command
+):
+    words = [*command.split(), "runs/digits", *(["."] if command == "predict" else [])]
+    found = refusal(*words)
+    assert "there is no such" in found.what
+    assert found.where == "runs/digits"
+    assert found.tip.endswith("runs/ has none yet; train one: pdvit train")
+    for name in ("others", "digits-none"):
+        (workplace / "runs").mkdir(exist_ok=True)
+        (workplace / "runs" / name).symlink_to(digits_run)
+    assert refusal(*words).tip.endswith("did you mean 'runs/digits-none'?")
 
 
 def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import cache
@@ -68,6 +69,19 @@ class TestFiles:
         assert all(0 <= summary[name] <= 1 for name in ("accuracy", "similarity_first", "similarity_last"))
         best = max(record["accuracy"] for record in read_records(digits_run, "eval"))
         assert (status["status"], status["step"], status["best"]["accuracy"]) == ("finished", 18, best)
+
+    def test_a_terminal_of_eighty_columns_breaks_no_word(self, workplace, tiny, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        command = ["train", *tiny, *SHORT, "--depth", "12", "--name", "a-run-with-a-name"]
+        words = list[set[str]]()
+        for terminal in ("0", "1"):
+            monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+            assert pdvit(command) == 0
+            shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().out.replace("-2", ""))
+            lines = [line for line in re.split(r"[\r\n]+", shown) if "━" not in line]
+            words.append({*" ".join(lines).split()})
+            assert max(map(len, lines)) <= 80 or terminal == "0"
+        assert {word for word in words[1] - words[0] if not word.replace(".", "").isdecimal()} == set()
 
     def test_every_evaluation_measures_every_layer_and_times_stand_apart(self, digits_run):
         found = read_records(digits_run, "similarity")

@@ -12,7 +12,7 @@ def table(*values: float, metric: str = "similarity", norm: bool = False, **more
     if norm:
         names[-1] = "norm"
     columns = {"model": "m", "layer": names, "depth": range(len(values)), "metric": metric, "mean": values}
-    return pd.DataFrame(columns | {"std": 0.1, "ci95": 0.01, "images": 7, "tokens": 16} | more)
+    return pd.DataFrame(columns | {"std": 0.1, "ci95": 0.01, "images": 70, "tokens": 16} | more)
 
 
 def compared(ours: list[float], random: list[float], **more) -> pd.DataFrame:
@@ -35,6 +35,7 @@ def test_in_stages_only_the_last_one_counts():
 
 ALL, SOME, NONE = "patches are alike at every layer", "patches are alike at the end", "patches are not alike at the end"
 RISES, STAYS, TRAIN = "P climbs from block 1 on: it ends 0.", "P does not climb: it ends 0.", "analyze again:\ntrain"
+VARIED = "use more varied --images"
 
 
 @pytest.mark.parametrize(
@@ -43,15 +44,20 @@ RISES, STAYS, TRAIN = "P climbs from block 1 on: it ends 0.", "P does not climb:
         (compared([0.1, 0.8], [0.1, 0.3]), f"{SOME}: P is 0.800 (0.300, lower)", f"{RISES}700 (0.200, less)", TRAIN),
         (compared([0.3, 0.6], [0.7, 0.7]), f"{SOME}: P is 0.600 (0.700, higher)", f"{RISES}300 (0.000, less)", TRAIN),
         (compared([0.8, 0.8], [0.3, 0.3]), f"{ALL}: P is 0.800 (0.300, lower)", STAYS, TRAIN),
-        (compared([0.1, 0.8], [0.1, 0.9]), f"{SOME}: P is 0.800 (0.900, higher)", f"{RISES}700 (0.800, more)", "other"),
-        (compared([0.1, 0.8], [0.1, 0.76], ci95=0.0), "(0.760, about as high)", RISES, "other"),  # too small to count
+        (
+            compared([0.1, 0.8], [0.1, 0.9]),
+            f"{SOME}: P is 0.800 (0.900, higher)",
+            f"{RISES}700 (0.800, more)",
+            VARIED,
+        ),
+        (compared([0.1, 0.8], [0.1, 0.76], ci95=0.0), "(0.760, about as high)", RISES, VARIED),  # too small to count
         (compared([0.1, 0.8], [0.1, 0.6], ci95=0.15), "(0.600, about as high)", RISES, TRAIN),  # the intervals overlap
         (compared([0.1, 0.8], [0.1, 0.6], ci95=math.nan), "(0.600, lower)", RISES, TRAIN),  # of a single image
-        (compared([0.1, 0.8], [0.1, 0.8]), "(0.800, about as high)", f"{RISES}700 (0.700, about as much)", "other"),
-        (compared([0.55, 0.65], [0.6, 0.66]), ALL, f"{RISES}100 (0.060, about as much)", "other --images"),
-        (compared([0.8, 0.8], [0.78, 0.78]), ALL, STAYS, "other --images"),
+        (compared([0.1, 0.8], [0.1, 0.8]), "(0.800, about as high)", f"{RISES}700 (0.700, about as much)", VARIED),
+        (compared([0.55, 0.65], [0.6, 0.66]), ALL, f"{RISES}100 (0.060, about as much)", VARIED),
+        (compared([0.8, 0.8], [0.78, 0.78]), ALL, STAYS, VARIED),
         (compared([0.1, 0.3], [0.1, 0.1]), f"{NONE}: P is 0.300 (0.100, lower)", RISES, "segmentation"),
-        (compared([0.1, 0.3], [0.1, 0.6]), f"{NONE}: P is 0.300 (0.600, higher)", RISES, "nothing against similar"),
+        (compared([0.1, 0.3], [0.1, 0.6]), f"{NONE}: P is 0.300 (0.600, higher)", RISES, "P gives no reason to change"),
         (outliers(0.8, 0.5), "alike from block 1 to the end: P is 0.800", RISES, "outlying length make up 0.30 of P"),
         (outliers(0.8, 0.79), "alike from block 1 to the end: P is 0.800", RISES, TRAIN),
         (table(0.1, 0.6, 0.55, 0.777), "alike from block 1 to the end: P is 0.777 (not", RISES, TRAIN),
@@ -71,3 +77,16 @@ def test_the_verdict_is_two_statements_each_beside_random_weights(rows, level, c
         assert expected in statement
     assert advice.startswith("to try")
     assert advised in advice
+
+
+@pytest.mark.parametrize(
+    ("images", "ci95", "line"),
+    [
+        (1, math.nan, "only 1 image was measured, so others may differ: it has no interval"),
+        (2, 0.3, "only 2 images were measured, so others may differ: the 95 % interval of P is ± 0.300"),
+        (16, 0.3, None),
+    ],
+)
+def test_the_verdict_of_few_images_has_their_number_and_the_interval(images, ci95, line):
+    rows = compared([0.1, 0.8], [0.1, 0.6], images=images, ci95=ci95)
+    assert verdict(rows, "measure", "train")[0].split("\n")[2:] == ([] if line is None else [line])

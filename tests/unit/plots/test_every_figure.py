@@ -106,6 +106,31 @@ def test_lines_differ_without_colour_and_neighbours_in_grey():
         assert abs(luminance(one["color"]) - luminance(two["color"])) > 0.03
 
 
+# Linear RGB as dichromats see it: Machado, Oliveira & Fernandes 2009, severity 1.
+SEEN = {
+    "by all": np.eye(3),
+    "without red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "without green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "without blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_the_colours_of_lines_differ_for_all_eyes(theme, seen):
+    """By more than 10 in CIELAB; 2 is just visible."""
+    rgb = np.array([to_rgb(colour) for colour in theme.colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.transpose(SEEN[seen])
+    xyz = linear.clip(0, 1) @ np.transpose(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    ratio = xyz / (0.9505, 1, 1.089)
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116).T
+    points = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+    distances = np.linalg.norm(points[:, None] - points, axis=-1)
+    assert distances[np.triu_indices(len(points), 1)].min() > 10
+
+
 def test_the_style_stays_inside_and_needs_no_screen():
     before = dict(mpl.rcParams)
     with new_figure(pd.DataFrame(), 4, 3) as figure:

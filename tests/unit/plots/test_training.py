@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -49,6 +50,25 @@ def test_every_term_has_its_line_and_accuracy_is_in_percent(panels):
     assert line.get_ydata().tolist() == [75, 50]
     assert panels[1].get_ylim() == (0, 100)
     assert "75.0" in panels[1].get_title(loc="left")
+
+
+def test_a_term_looks_the_same_in_every_run_and_all_differ_without_colour(run):
+    terms = ("class", "cosine", "contrastive", "mixing", "koleo", "spectral", "gram", "aux", "a new term")
+
+    def looks(*shown: str) -> dict[str, tuple]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines += [{"kind": "train", "step": 9, "epoch": 2.25, **dict.fromkeys(shown, 0.5)}]
+        records = read_records(run) | {"train": pd.DataFrame([line for line in lines if line["kind"] == "train"])}
+        drawn = plot_training({"mine": records}).axes[0].lines
+        return {line.get_label(): (line.get_color(), line.get_marker(), str(line._dash_pattern)) for line in drawn}
+
+    every = looks(*terms)
+    assert set(every) == set(terms)
+    assert len({look[1:] for look in every.values()}) == len(terms)
+    assert len({every[term][0] for term in terms[:8]}) == 8
+    some = looks("koleo")
+    assert some.items() <= every.items()
+    assert "koleo" in some
 
 
 def test_of_a_segmentation_it_is_the_miou(run):

@@ -123,4 +123,4 @@ def test_the_step_with_factors_compiles_once_and_in_one_piece(gram):
 
 def test_a_number_that_json_can_not_hold_is_shown_as_nan():
     summary = {"split": "test", "accuracy": 0.5, "loss": None, "similarity_first": 0.25, "similarity_last": None}
-    assert describe_summary(summary).startswith("test accuracy 50.0%, loss nan; P of the patches: first 0.25, last nan")
+    assert describe_summary(summary).startswith("test accuracy 50.0%, loss nan\nP of the patches: first 0.25, last nan")
