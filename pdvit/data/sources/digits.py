@@ -7,6 +7,7 @@ Pillow), so it is the same on every machine.
 import re
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.metadata import distribution
 
 import numpy as np
 import torch
@@ -33,25 +34,50 @@ HASHED_SCENES = 4
 
 def read_digits(data: DataConfig, training: bool = True) -> Source:
     """Return 1,200 training, 237 validation and 360 test images, or the digits A to B of them; raises UserError."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     match = re.fullmatch(r"digits(:([0-9])-([0-9]))?", data.source.lower())
     first, last = (int(match[2] or 0), int(match[3] or 9)) if match else (0, 0)
     if first >= last:
         raise UserError(f"'{data.source}' is no range of digits", WHERE, "for example digits:0-4")
-    digits = load_digits()
-    small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    # To import scikit-learn takes a second.
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = np.loadtxt(str(file), delimiter=",")
+    small = torch.from_numpy(table[:, :-1]).float().view(-1, 1, 8, 8) * (255 / 16)
     large = torch.nn.functional.interpolate(small, size=32, mode="bilinear", align_corners=False)
-    images, labels = large.round().to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(digits.target).long()
-    seed, rest = data.split_seed, list(range(len(labels)))
-    rest, test = train_test_split(rest, test_size=360, random_state=seed, stratify=labels)
-    train, val = train_test_split(rest, test_size=237, random_state=seed, stratify=labels[rest])
+    images, labels = large.round().to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(table[:, -1]).long()
+    rest, test = stratified_split(table[:, -1], 360, data.split_seed)
+    train, val = (rest[part] for part in stratified_split(table[rest, -1], 237, data.split_seed))
     splits = {}
     for name, part in (("train", train), ("val", val), ("test", test)):
         chosen = [index for index in part if first <= int(labels[index]) <= last]
         splits[name] = ArraySplit(images[chosen], labels[chosen] - first)
     return Source(data.source.lower(), [str(digit) for digit in range(first, last + 1)], splits)
+
+
+def stratified_split(labels: Array, size: int, seed: int) -> tuple[Array, Array]:
+    """Return the indices of both parts, the second of `size`, as scikit-learn's `train_test_split` draws them."""
+    random = np.random.RandomState(seed)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    counts = np.array([len(part) for part in members])
+    first = _proportional(counts, len(labels) - size, random)
+    second = _proportional(counts - first, size, random)
+    members = [part[random.permutation(len(part))] for part in members]
+    parts = [part[:end] for part, end in zip(members, first, strict=True)]
+    others = [part[end : end + count] for part, end, count in zip(members, first, second, strict=True)]
+    return random.permutation(np.concatenate(parts)), random.permutation(np.concatenate(others))
+
+
+def _proportional(counts: Array, total: int, random: np.random.RandomState) -> Array:
+    """Divide a total in proportion to counts; the largest fractions are rounded up, equal ones at random."""
+    exact = counts / counts.sum() * total
+    whole = np.floor(exact)
+    fractions, missing = exact - whole, int(total - whole.sum())
+    for value in np.unique(fractions)[::-1]:
+        if missing:
+            places = np.flatnonzero(fractions == value)
+            chosen = random.choice(places, min(len(places), missing), replace=False)
+            whole[chosen] += 1
+            missing -= len(chosen)
+    return whole.astype(int)
 
 
 def read_scenes(data: DataConfig) -> Source:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from pdvit.config.schema import DataConfig
 from pdvit.data.sources import digits as scenes
@@ -11,20 +12,20 @@ from tests.unit.data.batches import opened
 
 
 def test_digits_are_the_originals_enlarged():
-    originals, source = load_digits(), opened("digits")
-    every, labels = source.select("all").images, source.select("all").labels
-    counts = np.bincount(originals.target)
-    assert labels.bincount().tolist() == counts.tolist()
-    for name, size in {"train": 1200, "val": 237, "test": 360}.items():  # stratified
-        found = source.splits[name].labels.bincount(minlength=10).numpy()
-        assert np.abs(found - counts * size / 1797).max() <= 1
+    originals, source = load_digits(), opened("digits", split_seed=3)
+    every = source.select("all").images
+    rest, test = train_test_split(range(1797), test_size=360, random_state=3, stratify=originals.target)
+    train, val = train_test_split(rest, test_size=237, random_state=3, stratify=originals.target[rest])
+    for name, part in {"train": train, "val": val, "test": test}.items():
+        split = source.splits[name]
+        assert split.labels.tolist() == originals.target[part].tolist()
+        # Enlarging four times keeps the mean of an image up to the border, and 16 becomes 255.
+        means = split.images[:, 0].float().mean((1, 2)).numpy()
+        assert np.abs(means - originals.images[part].mean((1, 2)) * 255 / 16).max() < 3
     other = opened("digits", split_seed=1).fingerprint()
     assert all(found != other[name] for name, found in source.fingerprint().items() if name != "classes")
     assert (every == every[:, :1]).all()
     assert every.min() == 0
-    # Enlarging four times keeps the mean of an image up to the border, and 16 becomes 255.
-    means = np.sort(every[:, 0].float().mean((1, 2)).numpy())
-    assert np.abs(means - np.sort(originals.images.mean((1, 2)) * 255 / 16)).max() < 3
 
 
 def test_some_digits_keep_their_splits_and_begin_at_zero():
