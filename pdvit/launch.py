@@ -1,5 +1,6 @@
 """Runs as jobs of this machine or of Slurm, through submitit: what a job does, and the jobs of a run or a sweep."""
 
+import gc
 import json
 import os
 import re
@@ -49,6 +50,7 @@ class RunJob:
 
     def __call__(self) -> None:
         """Train the run and exit with its status."""
+        gc.set_threshold(50_000)  # as in `pdvit.__main__`
         begun, launch, slurm = time.monotonic(), self.config.launch, os.environ["SUBMITIT_EXECUTOR"] == "slurm"
         if not slurm:  # submitit hides the GPUs
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -71,6 +73,7 @@ class RunJob:
         if status == EXIT_STOPPED and slurm and stop.reason in ("SIGUSR2", "SIGTERM"):
             # Slurm cancels, preempts or requeues. A job that exits before it is preempted would not be queued again.
             time.sleep(KILL_SECONDS)
+        gc.freeze()
         sys.exit(status)
 
     def checkpoint(self) -> DelayedSubmission:
