@@ -62,6 +62,7 @@ class RunJob:
             status = self._attempt(stop, RunDirectory(self.run, main))
             if status == EXIT_STOPPED and not stop:
                 time.sleep(1)  # another process of the run received the signal first
+        gc.freeze()
         # From here on, the signals are submitit's.
         if status == EXIT_STOPPED and stop.reason == "SIGUSR2":
             limit = parse_duration(launch.time, "min", "launch.time").seconds or 0.0
@@ -73,7 +74,6 @@ class RunJob:
         if status == EXIT_STOPPED and slurm and stop.reason in ("SIGUSR2", "SIGTERM"):
             # Slurm cancels, preempts or requeues. A job that exits before it is preempted would not be queued again.
             time.sleep(KILL_SECONDS)
-        gc.freeze()
         sys.exit(status)
 
     def checkpoint(self) -> DelayedSubmission:
