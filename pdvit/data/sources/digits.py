@@ -66,7 +66,7 @@ def stratified_split(labels: Array, size: int, seed: int) -> tuple[Array, Array]
     return random.permutation(np.concatenate(parts)), random.permutation(np.concatenate(others))
 
 
-def _proportional(counts: Array, total: int, random: np.random.RandomState) -> Array:
+def _proportional(counts: Array, total: int, random: np.random.RandomState) -> list[int]:
     """Divide a total in proportion to counts; the largest fractions are rounded up, equal ones at random."""
     exact = counts / counts.sum() * total
     whole = np.floor(exact)
@@ -77,7 +77,7 @@ def _proportional(counts: Array, total: int, random: np.random.RandomState) -> A
             chosen = random.choice(places, min(len(places), missing), replace=False)
             whole[chosen] += 1
             missing -= len(chosen)
-    return whole.astype(int)
+    return [int(count) for count in whole]
 
 
 def read_scenes(data: DataConfig) -> Source:
