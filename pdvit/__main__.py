@@ -13,7 +13,9 @@ def main() -> None:
     gc.set_threshold(50_000)  # the imports make half a million objects that stay; collecting took 0.6 s of them
     from pdvit.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    gc.freeze()  # at exit Python would look for cycles among them for another second
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Runs as jobs of this machine or of Slurm, through submitit: what a job does, and the jobs of a run or a sweep."""
 
+import gc
 import json
 import os
 import re
@@ -49,6 +50,7 @@ class RunJob:
 
     def __call__(self) -> None:
         """Train the run and exit with its status."""
+        gc.set_threshold(50_000)  # as in `pdvit.__main__`
         begun, launch, slurm = time.monotonic(), self.config.launch, os.environ["SUBMITIT_EXECUTOR"] == "slurm"
         if not slurm:  # submitit hides the GPUs
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -60,6 +62,7 @@ class RunJob:
             status = self._attempt(stop, RunDirectory(self.run, main))
             if status == EXIT_STOPPED and not stop:
                 time.sleep(1)  # another process of the run received the signal first
+        gc.freeze()
         # From here on, the signals are submitit's.
         if status == EXIT_STOPPED and stop.reason == "SIGUSR2":
             limit = parse_duration(launch.time, "min", "launch.time").seconds or 0.0

@@ -4,13 +4,13 @@ Each side measures P of every block and of the final norm on the same random ima
 `hooks` (hooks keep the tokens of all images, then one matrix of cosines for each layer, as one writes it in a
 notebook), `batched` (the same hooks, but the matrices of each batch at once) and `torchlens` (its `extract`, batch by
 batch, with the same matrices). `bare` is the forward pass alone. The sides take turns. Seconds are those of the CPU,
-memory is the highest resident size above that before the measurement. One row per process is appended to by_hand.csv.
+memory is the highest resident size above that after a bare pass of one batch. One row per process is appended to
+by_hand.csv. torchlens is no dependency of pdvit; without it, leave its side out. Linux only.
 """
 
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from typing import Any
 import timm
 import torch
 from rounds import append
+from terms import held_mb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -114,10 +115,6 @@ MEASURE: dict[str, Callable[[nn.Module, Sequence[Tensor]], list[float]]] = {
 }
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 @torch.no_grad()
 def one_side(args: argparse.Namespace) -> dict[str, Any]:
     """Return seconds of CPU, megabytes and P of each layer of one side; a first batch warms it up."""
@@ -125,9 +122,9 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model, images = timm.create_model(args.model).eval(), batches(args)
     bare(model, images[:1])
-    before, begun = peak(), time.process_time()
+    before, begun = held_mb(), time.process_time()
     values = MEASURE[args.one](model, images)
-    return {"seconds": time.process_time() - begun, "mb": peak() - before, "similarity": values}
+    return {"seconds": time.process_time() - begun, "mb": held_mb() - before, "similarity": values}
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     if args.data:
         (folder / "data").symlink_to(args.data.resolve())
     else:  # enough images that no side comes to the end of an epoch
-        count = args.batch_size * args.steps * (args.rounds + 6)
+        count = args.batch_size * args.steps * (args.rounds + 10)
         make_images(folder / "data", args.img_size, args.classes, count)
     found = sum(path.is_dir() for path in (folder / "data/train").iterdir())
     shutil.copy(args.train_py, folder / "train.py")  # away from its repository, whose timm it would import
@@ -152,7 +152,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     try:
         for name in SIDES:
             sides[name] = Side(name, command_of(name, args, found), folder, args.threads)
-            while sides[name].step <= args.steps:
+            # Compiled code is made at the first step, and again for batches that are not mixed.
+            while sides[name].step <= (4 * args.steps if args.compile else args.steps):
                 sides[name].turn(1)
         rows = []
         for number in range(args.rounds):

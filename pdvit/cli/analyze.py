@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import check_path, checkpoint_command, opening_arguments, results_folder
+from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command
 from pdvit.workflows.console import log, log_row, make_console, process_group
@@ -51,7 +51,7 @@ def analyze(
 
     Without arguments: the newest run.
     """
-    from pdvit.tracking.run_directory import newest
+    from pdvit.tracking.run_directory import check_path, newest
 
     with process_group():
         console = make_console(as_json, quiet=verbose is False)

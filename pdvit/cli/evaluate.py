@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import check_path, checkpoint_command, opening_arguments, results_folder
+from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
 from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
+from pdvit.tracking.run_directory import check_path
 from pdvit.workflows.console import count, log, log_row, make_console, process_group, with_progress
 
 if TYPE_CHECKING:

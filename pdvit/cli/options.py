@@ -15,7 +15,7 @@ from pdvit.config.load import parse_set
 from pdvit.config.recipes import Layer, NamedLayer, merge_layers
 from pdvit.config.schema import KEYS, OF_CHECKPOINTS, SECTIONS, Config, Key
 from pdvit.errors import UserError, command
-from pdvit.tracking.run_directory import closest_run, newest
+from pdvit.tracking.run_directory import newest
 
 NAMES, WIDTH = 30, 100  # letters of the help: the column of names, a line
 ACCENTED = re.compile(r"^[^\s,]+|(?<= )--\S+")  # names of options, arguments and commands
@@ -168,13 +168,6 @@ def make_layers(values: Mapping[str, Any], assignments: Sequence[str] = ()) -> l
             value = int(value)  # the flag takes numbers and words
         flags.setdefault(section, {})[item] = value
     return [("the command line", flags), *((f"--set {text}", parse_set(text)) for text in assignments)]
-
-
-def check_path(checkpoint: str) -> None:
-    """Raise UserError for a path that does not exist, before the slow imports; other names may be of models."""
-    if os.sep in checkpoint and ":" not in checkpoint and not os.path.exists(os.path.expanduser(checkpoint)):
-        tip = f"check the path; {closest_run(checkpoint, 'model.safetensors')}"
-        raise UserError("there is no such checkpoint", checkpoint, tip)
 
 
 def check_initial_weights(config: Config) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdvit.cli.options import check_initial_weights, check_path, make_layers, training_command
+from pdvit.cli.options import check_initial_weights, make_layers, training_command
 from pdvit.cli.sweep import run_sweep
 from pdvit.config.load import SWEEP_SECTION, build, read_toml
 from pdvit.config.recipes import DEFAULTS, recipe_defaults
@@ -104,8 +104,6 @@ def launch(
                 raise UserError("only a sweep has cells", "--cells", tip)
             if command == "finetune":
                 check_initial_weights(config)
-            if config.model.init is not None:
-                check_path(config.model.init)
             if config.data.source == "help":
                 print(list_source_types())
                 return 0

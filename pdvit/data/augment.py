@@ -111,7 +111,7 @@ class Augmentation:
         if config.hflip:
             flip = uniform(fold(self.seed, epoch, FLIP), index, 1)[:, :, None, None] < config.hflip
             images = torch.where(flip.to(device, non_blocking=True), images.flip(3), images)
-        images = self.preprocessing.normalise(images)
+        images = self.preprocessing.normalise(images, training=True)
         if config.reprob:
             rows = uniform(fold(self.seed, epoch, ERASE), index, ERASE_DRAWS).tolist()
             boxes = [erase_box(row, config.reprob, *images.shape[2:]) for row in rows]

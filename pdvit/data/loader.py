@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -210,8 +210,9 @@ def decode(data: Samples, loader: LoaderConfig, keys: Iterable[Keys]) -> Iterato
 def _start_workers(data: Samples, loader: LoaderConfig, keys: Iterable[Any]) -> Iterator[Any]:
     """Return torch's iterator over batches, without workers where they would lack open files or shared memory."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds() - OTHER_FILES
-    workers = min(loader.worker_count, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
-    if workers < loader.worker_count:
+    wanted = min(loader.worker_count, len(keys)) if isinstance(keys, Sized) else loader.worker_count
+    workers = min(wanted, max(0, files // FILES_PER_WORKER)) if _shared_memory() > 0 else 0
+    if workers < wanted:
         _note(f"{workers} workers decode images: /dev/shm or the limit of open files (ulimit -n) is too small for more")
     with warnings.catch_warnings():  # more workers than cores are the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create")

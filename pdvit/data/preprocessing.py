@@ -51,10 +51,13 @@ class Preprocessing:
         fitted: Tensor = v2.functional.resize(images, [self.size, self.size], mode, antialias=True)
         return fitted
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input: on a GPU channels last, for convolutions."""
+    def normalise(self, images: Tensor, training: bool = False) -> Tensor:
+        """Turn uint8 images `(B, 3, H, W)` into the model's float32 input.
+
+        In training on a GPU it is channels last, for convolutions. A model that is analyzed may need the usual layout.
+        """
         mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
-        layout = torch.channels_last if images.is_cuda else torch.preserve_format
+        layout = torch.channels_last if training and images.is_cuda else torch.preserve_format
         return images.to(torch.float32, memory_format=layout).sub_(mean).div_(std)
 
 

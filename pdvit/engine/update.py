@@ -134,18 +134,20 @@ class Updater:
         no_sync: Any = getattr(self.network, "no_sync", nullcontext)  # DDP
         fsdp_sync: Any = getattr(self.task.module, "set_requires_gradient_sync", None)
         # cuDNN tries its kernels for each shape: training has few, evaluation can have one for each image.
-        torch.backends.cudnn.benchmark = not self.config.run.deterministic
-        for number, part in enumerate(parts, 1):
-            weight, last = len(part) / len(batch), number == len(parts)  # a short last part counts less
-            if fsdp_sync:
-                fsdp_sync(last)
-            with nullcontext() if last else no_sync():  # ranks add up their gradients only once, with the last part
-                with autocast(self.state.device, self.config.run.precision):
-                    output = self.network(part)
-                self.state.scaler.scale(output.loss * weight).backward()
-            for name, value in output.metrics.items():
-                metrics[name] = metrics[name] + weight * value if name in metrics else weight * value
-        torch.backends.cudnn.benchmark = False
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not self.config.run.deterministic
+        try:
+            for number, part in enumerate(parts, 1):
+                weight, last = len(part) / len(batch), number == len(parts)  # a short last part counts less
+                if fsdp_sync:
+                    fsdp_sync(last)
+                with nullcontext() if last else no_sync():  # ranks add up their gradients only once, with the last part
+                    with autocast(self.state.device, self.config.run.precision):
+                        output = self.network(part)
+                    self.state.scaler.scale(output.loss * weight).backward()
+                for name, value in output.metrics.items():
+                    metrics[name] = metrics[name] + weight * value if name in metrics else weight * value
+        finally:
+            torch.backends.cudnn.benchmark = before
         return metrics
 
     def clip(self) -> Tensor:

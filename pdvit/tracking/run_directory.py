@@ -253,6 +253,13 @@ def closest_run(name: str, *markers: str) -> str:
     return tip if runs else f"{RUNS}/ has none yet; train one: {command('train')}"
 
 
+def check_path(checkpoint: str) -> None:
+    """Raise UserError for a path that does not exist; other names may be of models."""
+    if os.sep in checkpoint and ":" not in checkpoint and not os.path.exists(os.path.expanduser(checkpoint)):
+        tip = f"check the path; {closest_run(checkpoint, 'model.safetensors')}"
+        raise UserError("there is no such checkpoint", checkpoint, tip)
+
+
 def find_run(name: str) -> Path:
     """Return the run directory of --resume, the newest for `auto`; raises UserError."""
     runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]

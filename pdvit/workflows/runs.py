@@ -39,7 +39,7 @@ from pdvit.tasks import describe_summary
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tracking.environment import command_line, describe_environment
-from pdvit.tracking.run_directory import RunDirectory, newest
+from pdvit.tracking.run_directory import RunDirectory, check_path, newest
 from pdvit.tracking.trackers import check_trackers
 from pdvit.workflows.console import count, log, log_row
 
@@ -133,6 +133,8 @@ def build_trainer(
 
 def start(config: Config, console: RunConsole, stop: StopRequest) -> Run:
     """Prepare a new run; UserError and Stopped, if possible before it has a folder."""
+    if config.model.init is not None:
+        check_path(config.model.init)
     asked, trainer = config, build_trainer(config, console, stop)
     ranks, config, path = trainer.ranks, trainer.config, None
     with ranks.raise_on_all_ranks():

@@ -92,6 +92,12 @@ def test_other_errors_of_ours_keep_their_traceback(monkeypatch):
         pdvit(["doctor"])
 
 
+def test_the_end_of_a_command_does_not_search_for_cycles():
+    script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 10_000))"
+    done = process(sys.executable, "-c", f"{script}\nfrom pdvit.__main__ import main; main()", "--version")
+    assert done.stdout.split()[-1] == "True"
+
+
 def test_letters_that_the_output_lacks_are_replaced(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stream)
@@ -113,6 +119,11 @@ def test_lists_of_sources_and_plots_import_no_torch(workplace, digits_run, analy
     assert "matplotlib" in found
     assert not found & HEAVY
     assert Path("maps.png").is_file()
+
+
+def test_training_and_analyzing_import_no_figures(workplace, digits_run):
+    assert not packages("train --epochs 1st --out run") & {"matplotlib"}
+    assert not packages(f"analyze {digits_run}") & {"matplotlib"}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class TestFiles:
             lines = [line for line in re.split(r"[\r\n]+", shown) if "━" not in line]
             words.append({*" ".join(lines).split()})
             assert max(map(len, lines)) <= 80 or terminal == "0"
-        assert {word for word in words[1] - words[0] if not word.replace(".", "").isdecimal()} == set()
+        assert {word for word in words[1] - words[0] if not re.sub("[.,]", "", word).isdecimal()} == set()
 
     def test_every_evaluation_measures_every_layer_and_times_stand_apart(self, digits_run):
         found = read_records(digits_run, "similarity")

@@ -39,7 +39,7 @@ def train_batches(
     steps = step_indices(len(split), loader, start)
     for batch in from_workers(Samples(split, partial(read_pairs, transform)), loader, steps):
         outside = batch.targets == OUTSIDE
-        images = loader.preprocessing.normalise(batch.images).masked_fill_(outside[:, None], 0.0)
+        images = loader.preprocessing.normalise(batch.images, training=True).masked_fill_(outside[:, None], 0.0)
         yield replace(batch, images=images, targets=batch.targets.long().masked_fill_(outside, IGNORED))
 
 

@@ -22,6 +22,12 @@ PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3)
 LOADER = LoaderConfig(3, seed=5, workers=0, device=torch.device("cpu"), preprocessing=PREPROCESSING)
 
 
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that stands for one on a GPU, and so do the results of functions of it."""
+
+    is_cuda = True
+
+
 def mixing(labels=False, classes=CLASSES, **augment):
     """Return the mixing of these options of AugmentConfig."""
     return Mixing(AugmentConfig(**augment), 4, classes, labels)

@@ -26,6 +26,7 @@ from pdvit.data.augment import (
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import uniform
 from pdvit.data.sources.split import ArraySplit, FileSplit
+from tests.unit.data.batches import OnGpu
 
 SIZE, COUNT = 16, 24
 PLAIN = Preprocessing(SIZE, 1.0, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -48,6 +49,14 @@ def test_an_image_becomes_the_same_in_any_batch(index):
     augment = augmentation(**EVERYTHING)
     whole = result(augment, torch.arange(COUNT))
     assert torch.equal(result(augment, torch.tensor(index)), whole[index])
+
+
+def test_batches_are_channels_last_in_training_on_a_gpu():
+    augment, index = augmentation(**EVERYTHING), torch.arange(COUNT)
+    expected, found = (augment(images, 2, index) for images in (IMAGES, IMAGES.as_subclass(OnGpu)))
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert PLAIN.normalise(IMAGES.as_subclass(OnGpu)).is_contiguous()
 
 
 @pytest.mark.parametrize("changed", [{"scale": (0.4, 1.0)}, {"shift": 2}, {"hflip": 0.5}])

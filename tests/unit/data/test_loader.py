@@ -76,7 +76,9 @@ def test_evaluation_sees_every_image_once_in_order(split, batch_size, workers, p
 
 
 def test_workers_that_an_error_left_end_without_another(image_files, monkeypatch):
-    before, batches = signal.getsignal(signal.SIGCHLD), eval_batches(image_files, replace(LOADER, workers=2))
+    """There are as many workers as batches."""
+    before, loader = signal.getsignal(signal.SIGCHLD), replace(LOADER, batch_size=-(-len(image_files) // 2), workers=4)
+    batches = eval_batches(image_files, loader)
     next(batches)
     monkeypatch.setattr(torch.utils.data._utils, "python_exit_status", True)  # as at exit: the killed may hold locks
     try:

@@ -211,13 +211,17 @@ def test_heads_have_a_learning_rate_of_their_own(layer_decay):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_kernels_of_convolutions_are_tried_in_training_alone(deterministic):
+def test_kernels_of_convolutions_are_tried_in_training_alone(deterministic, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the caller's choice, which stays
     task, found = Task(), []
     task.module.register_forward_hook(lambda *_: found.append(torch.backends.cudnn.benchmark))
     updater = updater_of(task, sgd(task))
     updater.config = replace(updater.config, run=RunConfig(deterministic=deterministic))
     updater.backward(BATCH)
-    assert (found, torch.backends.cudnn.benchmark) == ([not deterministic], False)
+    task.scale = "of an error"
+    with pytest.raises(TypeError):
+        updater.backward(BATCH)
+    assert (found, torch.backends.cudnn.benchmark) == ([not deterministic] * 2, deterministic)
 
 
 def test_fsdp_shards_blocks_and_not_other_children_of_a_sequential():

@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader
 
 import pdvit
 from pdvit.cli import run as command
+from pdvit.data import loader
 from pdvit.errors import UserError
 from pdvit.workflows.library import ExplorerPage
 from tests.conftest import TINY
+from tests.unit.data.batches import OnGpu
 from tests.unit.models.support import make
 
 
@@ -84,6 +86,15 @@ def test_images_are_prepared_as_timm_does(model, image_folder):
         pd.testing.assert_frame_equal(pdvit.analyze(model, images).table, expected, rtol=1e-4, atol=1e-6)
     assert set(pdvit.analyze(model, opened[0]).table["images"]) == {1}
     assert set(pdvit.analyze(model).table["images"]) == {2}  # photographs
+
+
+def test_a_model_that_views_its_convolution_is_analyzed_on_a_gpu(model, image_folder, monkeypatch):
+    """A view of a convolution of channels last is an error."""
+    monkeypatch.setattr(loader, "copy_to", lambda _, images, labels: (images.as_subclass(OnGpu), labels))
+    handle = model.patch_embed.proj.register_forward_hook(lambda *args: args[2].view(len(args[2]), -1).view_as(args[2]))
+    expected = pdvit.analyze(model, torch.zeros(1, 3, 32, 32)).layers
+    assert pdvit.analyze(model, str(image_folder)).layers == expected
+    handle.remove()
 
 
 def test_token_maps_have_the_tokens_of_a_layer_on_its_grid(model):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdvit.config.schema import DataConfig
 from pdvit.errors import UserError
 from pdvit.models.segmentation.segmenter import build_segmenter
+from tests.unit.data.batches import OnGpu
 from tests.unit.models.segmentation.models import FAMILIES, NONE, SWIN, SWIN_SIZES, VIT, build, config, images
 
 TERMS = replace(NONE, cosine=1.0, contrastive=1.0)
@@ -33,6 +34,18 @@ def test_upernet_with_swin_tiny_has_the_size_and_cost_that_mmsegmentation_states
     assert millions(segmenter) == 59.94
     assert millions(segmenter.head.aux) == 0.92
     assert round(counter.get_total_flops() / 2 / 1e9, 1) == 944.4
+
+
+@both_heads
+def test_heads_read_channels_last_on_a_gpu_alone(head):
+    segmenter, found = build(VIT, head, crop=64).eval(), []
+    segmenter.head.register_forward_pre_hook(lambda _, inputs: found.extend(inputs[0]))
+    expected = segmenter(images(2, 64, 64)).logits
+    assert all(part.is_contiguous() for part in found)
+    found.clear()
+    logits = segmenter(images(2, 64, 64).as_subclass(OnGpu)).logits.as_subclass(torch.Tensor)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in found)
 
 
 @both_heads
