@@ -123,7 +123,7 @@ def test_lists_of_sources_and_plots_import_no_torch(workplace, digits_run, analy
 
 def test_training_and_analyzing_import_no_figures(workplace, digits_run):
     assert not packages("train --epochs 1st --out run") & {"matplotlib"}
-    assert not packages(f"analyze {digits_run}") & {"matplotlib"}
+    assert not packages(f"analyze {digits_run} --out analysis") & {"matplotlib"}
 
 
 @pytest.mark.parametrize(
