@@ -86,7 +86,8 @@ BOTH, PLAIN = ("cosine", "paper"), ("cosine-plain", "paper")
 QUESTIONS = [
     Question(section, f"{setting}, {variant}", table, variant)
     for section, setting, table, variants in (
-        ("published", "published ViT-S, CamVid", "published/results-mend-linear.csv", BOTH),
+        ("published", "published ViT-S, CamVid, linear head", "published/results-mend-linear.csv", BOTH),
+        ("published", "published ViT-S, CamVid, UPerNet", "published/results-mend-upernet.csv", BOTH),
         ("published", "published ViT-S, pets", "published/results-mend-pets.csv", BOTH),
         ("lasting", "CIFAR-100, 10 classes, 60 epochs", "lasting/results-ten.csv", BOTH),
         ("lasting", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv", BOTH),

@@ -56,7 +56,9 @@ def draw(layers: pd.DataFrame, published: pd.DataFrame) -> Drawing:
             before = published[(published["run"] == images) & (published["metric"] == "similarity")]
             axes.plot(before["depth"], before["mean"], color=LIGHT.ink, linestyle=DASHED, label="published")
             draw_means(axes, table[table["task"] == task], "depth", styles)
-            axes.set(title=name, xlabel="block (13 is the norm)", ylim=(0, 1))  # an interval can leave the range of P
+            axes.set(
+                title=name, xlabel="block (13 is the norm)", xticks=range(0, 14, 2), ylim=(0, 1)
+            )  # an interval can leave the range of P
         figure.axes[0].set_ylabel("P, patch similarity")
         legend(figure, styles, [line for line in figure.axes[0].lines if line.get_label() == "published"])
         return figure

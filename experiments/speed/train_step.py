@@ -1,10 +1,11 @@
 """Images per second of `pdvit train` and of timm's train.py, side by side: `python train_step.py TRAIN_PY`.
 
 TRAIN_PY is timm's training script, which is not in its wheel. Three processes run by their usual command lines: timm,
-pdvit with all three terms, pdvit without any. Each is started and warmed up once; then they take turns: one works until
-its next log record, --steps steps later, while the others are stopped (SIGSTOP, workers too); the order rotates. So no
-start-up, evaluation or checkpoint is in a number, and sides are compared that ran seconds apart. The clock is this
-script's, not theirs. One row per round is appended to train_step.csv. Linux only.
+pdvit with all three terms, pdvit without any. With --compile a fourth is pdvit with all three terms, not compiled. Each
+is started and warmed up once; then they take turns: one works until its next log record, --steps steps later, while the
+others are stopped (SIGSTOP, workers too); the order rotates. So no start-up, evaluation or checkpoint is in a number,
+and sides are compared that ran seconds apart. The clock is this script's, not theirs. One row per round is appended to
+train_step.csv. Linux only.
 """
 
 import argparse
@@ -31,12 +32,18 @@ from pdvit.engine.device import device_name
 from pdvit.models.build import FLAGS
 from pdvit.tracking.environment import describe_environment
 
-# pdvit's sides are named by their preset.
-SIDES = {"timm": "timm", "paper": "pdvit, all three terms", "none": "pdvit, no terms"}
+# pdvit's sides begin with their preset. The last one runs beside compiled ones.
+EAGER = "paper-eager"
+SIDES = {
+    "timm": "timm",
+    "paper": "pdvit, all three terms",
+    "none": "pdvit, no terms",
+    EAGER: "pdvit, all three terms, not compiled",
+}
 SHARED = """--model {model} --img-size {img_size} --batch-size {batch_size} --workers {workers} --device {device}
     --opt adamw --lr 1e-4 --weight-decay 0.05 --epochs 1000000 --warmup-epochs 0 --val-interval 1000000
     --log-interval {steps}"""
-PDVIT = "-m pdvit train --data data --diversity {side} --out {side} --save-every 1000000 --precision {precision}"
+PDVIT = "-m pdvit train --data data --diversity {preset} --out {side} --save-every 1000000 --precision {precision}"
 # With pdvit's augmentation; an empty interpolation is the model's own, as in pdvit.
 TIMM = """train.py --data-dir data --val-split '' --num-classes {found} --output timm --scale 0.35 1 --color-jitter 0
     --smoothing 0 --train-interpolation '' --model-kwargs img_size={img_size}"""
@@ -51,7 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the model on every side")
+    parser.add_argument("--compile", action="store_true", help="compile the models of the three sides")
     parser.add_argument("--threads", type=int, default=1, help="of a main process (default 1)")
     parser.add_argument("--workers", type=int, default=1, help="that decode for it (default 1)")
     parser.add_argument("--steps", type=int, default=4, help="in one turn (default 4)")
@@ -87,8 +94,9 @@ def command_of(side: str, args: argparse.Namespace, found: int) -> list[str]:
     else:
         pairs = [pair.split("=", 1) for pair in args.model_kwargs]
         flags = [f"{FLAGS[k]} {v}" if k in FLAGS else f"--model-kwargs {k}={v}" for k, v in pairs]
-        line = " ".join([PDVIT, *flags]) + " --compile" * args.compile
-    return [sys.executable, *shlex.split(f"{line} {SHARED}".format(side=side, found=found, **vars(args)))]
+        line = " ".join([PDVIT, *flags]) + " --compile" * (args.compile and side != EAGER)
+    values = {"side": side, "preset": side.partition("-")[0], "found": found}
+    return [sys.executable, *shlex.split(f"{line} {SHARED}".format(**values, **vars(args)))]
 
 
 class Side:
@@ -148,22 +156,23 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         make_images(folder / "data", args.img_size, args.classes, count)
     found = sum(path.is_dir() for path in (folder / "data/train").iterdir())
     shutil.copy(args.train_py, folder / "train.py")  # away from its repository, whose timm it would import
+    names = [name for name in SIDES if args.compile or name != EAGER]
     sides: dict[str, Side] = {}
     try:
-        for name in SIDES:
+        for name in names:
             sides[name] = Side(name, command_of(name, args, found), folder, args.threads)
-            # Compiled code is made at the first step, and again for batches that are not mixed.
-            while sides[name].step <= (4 * args.steps if args.compile else args.steps):
+            # Code is compiled at the first step, and again for batches that are not mixed.
+            while sides[name].step <= 4 * args.steps:
                 sides[name].turn(1)
         rows = []
         for number in range(args.rounds):
             row: dict[str, float] = {"round": number + 1}
-            for name in [*SIDES, *SIDES][number % len(SIDES) :][: len(SIDES)]:
+            for name in [*names, *names][number % len(names) :][: len(names)]:
                 steps, seconds, cpu = sides[name].turn(args.steps)
                 row[name] = float(f"{steps * args.batch_size / seconds:.5g}")
                 row[f"{name}_cpu_ms"] = float(f"{1000 * cpu / steps / args.batch_size:.5g}")
             rows.append(row)
-            print(f"round {number + 1}: " + ", ".join(f"{name} {row[name]:.4g}" for name in SIDES), flush=True)
+            print(f"round {number + 1}: " + ", ".join(f"{name} {row[name]:.4g}" for name in names), flush=True)
         return rows
     finally:
         for side in sides.values():
@@ -174,8 +183,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
 def report(args: argparse.Namespace, rows: list[dict[str, float]]) -> None:
     """Print the table, and append the rows to the CSV file."""
     print("\n| side | images/s | ratio to timm | CPU ms per image | ratio to timm |\n|" + " --- |" * 5)
-    for name, label in SIDES.items():
-        cells = [label]
+    for name in [name for name in SIDES if name in rows[0]]:
+        cells = [SIDES[name]]
         for column, base in ((name, "timm"), (f"{name}_cpu_ms", "timm_cpu_ms")):
             ratios = [row[column] / row[base] for row in rows]
             cells.append(f"{median(row[column] for row in rows):.4g}")
@@ -188,7 +197,8 @@ def report(args: argparse.Namespace, rows: list[dict[str, float]]) -> None:
     facts |= {"torch": machine["packages"]["torch"], "timm_version": machine["packages"]["timm"]}
     facts |= {"train_py": hashlib.sha256(args.train_py.read_bytes()).hexdigest()[:8], "commit": machine["commit"]}
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in ("", False)))
-    append(args.csv, [*facts, *rows[0]], (facts | row for row in rows))
+    columns = [*facts, "round", *(column for name in SIDES for column in (name, f"{name}_cpu_ms"))]
+    append(args.csv, columns, (facts | row for row in rows))
 
 
 def main() -> None:
