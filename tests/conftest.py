@@ -161,6 +161,19 @@ def refusal(capsys):
     return refuse
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """Return a function that runs a command up to the start of training and returns its configuration."""
+
+    def start(*arguments: str) -> Any:
+        found: list[Any] = []
+        monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: found.append(config) or 0)
+        assert pdvit(arguments) == 0
+        return found[0]
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def analysis_table():
     """Return a function that makes the table of an analysis: one P per layer, embed first and norm last.

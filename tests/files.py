@@ -46,3 +46,11 @@ def assert_same(run: Path, other: Path) -> None:
     """Compare the records and the weights of two runs, bit for bit."""
     assert read_records(run) == read_records(other)
     assert weights(run) == weights(other)
+
+
+def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) -> None:
+    """Write a checkpoint again with other weights or another configuration."""
+    from safetensors.torch import load_file, save_file
+
+    file = run / "model.safetensors"
+    save_file(tensors or load_file(file), file, {"config.json": json.dumps(config or read_json(run / "config.json"))})

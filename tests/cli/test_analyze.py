@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import pdvit as library
 from pdvit.cli import run as pdvit
@@ -26,6 +26,7 @@ from pdvit.definitions import DEFINITIONS
 from pdvit.engine.terminal import Stopped
 from pdvit.workflows import analyze_run
 from pdvit.workflows.checkpoint import OpenedCheckpoint
+from tests.files import rewrite
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -43,11 +44,6 @@ def normalised(run: Path, images: torch.Tensor) -> torch.Tensor:
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{run}", pretrained=True))
     mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
     return (images / 255 - mean) / std
-
-
-def save_weights(run: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace the weights of a run."""
-    save_file(tensors, run / "model.safetensors", metadata={"config.json": (run / "config.json").read_text()})
 
 
 def test_a_run_gets_its_table_and_facts_with_the_numbers_of_the_library(run_copy, analyzed):
@@ -286,7 +282,7 @@ def test_several_processes_measure_what_one_does(run_copy, tmp_path):
 
 def test_cka_between_checkpoints_goes_into_the_first_one(run_copy, tmp_path, analyzed):
     others = [Path(shutil.copytree(run_copy, tmp_path / place / "other")) for place in ("one", "two")]
-    save_weights(others[1], {name: -value for name, value in load_file(others[1] / "model.safetensors").items()})
+    rewrite(others[1], {name: -value for name, value in load_file(others[1] / "model.safetensors").items()})
     results = analyzed(run_copy, *others, "--metrics", "cka", "--limit", 40, "--batch-size", 10)
     assert [result["model"] for result in results] == ["copied", "other", "other"]
     assert "is in analysis/cka_between.npz of copied" in results[1]["notes"][0]

@@ -6,23 +6,16 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 import pdvit as library
 import pdvit.config.schema
 import pdvit.data.opening
 from pdvit.cli import run as pdvit
-from tests.files import read_records
+from tests.files import read_records, rewrite
 
 FILES = ("eval.csv", "confusion.csv", "eval.json")
-
-
-def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) -> None:
-    """Write a checkpoint again with other weights or another configuration."""
-    file = run / "model.safetensors"
-    config = config or json.loads((run / "config.json").read_text())
-    save_file(tensors or load_file(file), file, metadata={"config.json": json.dumps(config)})
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def packages(*commands: str) -> set[str]:
 
 
 def test_help_imports_nothing_heavy():
-    heavy = HEAVY | {"pandas", "matplotlib", "sklearn", "rich"}
+    heavy = HEAVY | {"numpy", "pandas", "matplotlib", "sklearn", "rich"}
     assert not packages("--help", "train --help", "analyze --help", "plot sweep --help") & heavy
 
 

@@ -1,6 +1,5 @@
 import csv
 import io
-import json
 import os
 import re
 import signal
@@ -10,12 +9,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import pdvit as library
 import pdvit.tasks.classification
 from pdvit.cli import run as pdvit
-from tests.files import read_csv
+from tests.files import read_csv, read_json, rewrite
 
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -55,11 +54,9 @@ def test_names_of_any_kind_survive(run_copy, image_folder, workplace):
 
 @pytest.mark.slow
 def test_labels_are_the_names_of_the_checkpoint_and_else_numbers(run_copy, image_folder):
-    image, file = image_folder / "val/red/0.png", run_copy / "model.safetensors"
-    config, tensors = json.loads((run_copy / "config.json").read_text()), load_file(file)
-    found = []
+    image, config, found = image_folder / "val/red/0.png", read_json(run_copy / "config.json"), []
     for names in ([f"digit {number}" for number in range(10)], None):
-        save_file(tensors, file, metadata={"config.json": json.dumps(config | {"label_names": names})})
+        rewrite(run_copy, config=config | {"label_names": names})
         assert pdvit(["predict", str(run_copy), str(image), *CPU]) == 0
         found += [row["label"] for row in read_csv(run_copy / "predictions.csv")]
     assert found[0] == f"digit {found[1]}"
@@ -124,8 +121,7 @@ def test_bad_images_are_named_or_left_out_and_counted(image_folder, run_copy, re
 def test_options_that_do_not_fit_and_logits_that_are_no_numbers(refusal, run_copy, image_folder, tmp_path):
     assert "10 classes" in refusal("predict", run_copy, image_folder, "--top", 11).what
     assert "folder" in refusal("predict", run_copy, image_folder, "--out", tmp_path).what
-    tensors, config = load_file(run_copy / "model.safetensors"), (run_copy / "config.json").read_text()
-    tensors["head.weight"].fill_(3e38)
-    save_file(tensors, run_copy / "model.safetensors", metadata={"config.json": config})
+    tensors = load_file(run_copy / "model.safetensors")
+    rewrite(run_copy, tensors | {"head.weight": torch.full_like(tensors["head.weight"], 3e38)})
     assert "0.png" in refusal("predict", run_copy, image_folder, *CPU).what
     assert not (run_copy / "predictions.csv").exists()

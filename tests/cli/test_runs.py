@@ -33,11 +33,8 @@ from tests.processes import held_elsewhere
         ("train --model-kwargs qk_norm=true --ratio 1 1.5", "digits-paper-ratio=1.0_1.5-args=qk_norm_True"),
     ],
 )
-def test_a_run_is_named_by_what_differs_from_its_command(digits_run, monkeypatch, arguments, name):
-    begun = []
-    monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: begun.append(config) or 0)
-    assert pdvit(arguments.replace("RUN", str(digits_run)).split()) == 0
-    assert default_name(begun[0]) == name
+def test_a_run_is_named_by_what_differs_from_its_command(digits_run, started, arguments, name):
+    assert default_name(started(*arguments.replace("RUN", str(digits_run)).split())) == name
 
 
 def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, workplace, capsys, monkeypatch, refusal):

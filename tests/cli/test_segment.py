@@ -204,11 +204,9 @@ def test_checkpoints_of_other_classes_or_of_another_task_are_refused(refusal, co
 
 
 @pytest.mark.parametrize(("head", "width"), [("linear", 512), ("upernet", 32)])
-def test_the_defaults_of_the_command_have_no_unused_setting(head, width, monkeypatch):
-    begun = []
-    monkeypatch.setattr("pdvit.workflows.runs.start", lambda config, *_: begun.append(config) or 0)
-    assert pdvit(["segment", "--head", head]) == 0
-    assert (unused_settings(resolve(begun[0])), begun[0].segment.width) == ([], width)
+def test_the_defaults_of_the_command_have_no_unused_setting(head, width, started):
+    config = started("segment", "--head", head)
+    assert (unused_settings(resolve(config)), config.segment.width) == ([], width)
 
 
 def test_the_search_for_a_batch_size_starts_with_one_image(shapes):

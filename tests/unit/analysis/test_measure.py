@@ -1,6 +1,7 @@
 import copy
 import gc
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 from unittest.mock import Mock
@@ -20,18 +21,14 @@ from pdvit.analysis.measure import Moments
 from pdvit.definitions import DEFAULT, GROUPS
 from pdvit.engine.distributed import Ranks
 from pdvit.errors import UserError
+from tests.unit.models.support import make
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 4}
+build = partial(make, "vit_tiny_patch16_224", depth=3)
 LAYERS = ["embed", "block 1", "block 2", "block 3", "norm"]
 
 
 def analyze(*arguments, **options) -> pd.DataFrame:
     return measure(*arguments, **options).table
-
-
-def build(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **options})
 
 
 def pictures(count: int = 5, size: int = 32) -> Tensor:
@@ -141,13 +138,14 @@ def test_an_error_of_ours_is_not_blamed_on_the_images(monkeypatch):
 
 
 def test_images_that_can_not_be_measured():
-    cases = [(images, 8, "no images") for images in (pictures(0), [], [pictures(0)])]
-    cases += [(pictures(), 32, "at least two patches, not 1"), (pictures()[0], 8, r"not torch.float32 \(3, ")]
-    cases += [(odd, 8, "floating-point tensors") for odd in ODD_TYPES]
-    cases += [(odd, 8, r"can't take images of the shape \(5, ") for odd in ODD_SHAPES]
-    for images, patch_size, error in cases:
+    cases = [(images, "no images") for images in (pictures(0), [], [pictures(0)])]
+    cases += [(pictures()[0], r"not torch.float32 \(3, "), *((odd, "floating-point tensors") for odd in ODD_TYPES)]
+    cases += [(odd, r"can't take images of the shape \(5, ") for odd in ODD_SHAPES]
+    for images, error in cases:
         with pytest.raises(UserError, match=error):
-            analyze(build(patch_size=patch_size), images)
+            analyze(build(), images)
+    with pytest.raises(UserError, match="at least two patches, not 1"):
+        analyze(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, patch_size=32), pictures())
 
 
 def test_the_tip_for_arrays_of_numpy_works():
@@ -239,7 +237,7 @@ def test_processes_that_share_the_images_find_what_one_finds():
         for name, array in arrays.items():
             if array.dtype.kind == "f":
                 np.testing.assert_allclose(found.curves[group][name], array, rtol=1e-9, atol=1e-12)
-    other, half = build("deit_tiny_distilled_patch16_224", depth=1), images.split(5)
+    other, half = make("deit_tiny_distilled_patch16_224", depth=1), images.split(5)
     whole = cka_between(model, other, half)
     assert (list(whole.index), list(whole.columns)) == (LAYERS, ["embed", "block 1", "norm"])
     with pytest.raises(UserError, match="no images"):

@@ -122,12 +122,6 @@ def test_settings_that_contradict_one_another_are_errors(sections, what):
         resolved(**sections)
 
 
-def test_segmentation_has_the_terms_of_a_preset_without_mixing():
-    config = resolved(segment={"head": "linear"}, diversity={"preset": "paper"})
-    assert (config.diversity.cosine, config.diversity.contrastive, config.diversity.mixing) == (1, 1, 0)
-    assert config.augment.cutmix == 0
-
-
 def test_policies_of_timm_are_accepted_and_others_are_errors():
     assert resolved(augment={"auto_augment": ""}).augment.auto_augment == ""
     for text in ("rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.7-m5", "rand-m12-mmax20", "rand-mstd101"):

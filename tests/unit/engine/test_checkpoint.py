@@ -107,12 +107,6 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path, opt):
     assert ours.metrics.read(SINGLE_PROCESS) == theirs.metrics.read(SINGLE_PROCESS)
 
 
-def test_nothing_is_pickled(tmp_path):
-    trained(tmp_path)
-    names = {"last", "state.json", "module.safetensors", "ema.safetensors", "state.safetensors"}
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names
-
-
 def test_an_anchor_is_written_once_and_all_checkpoints_need_it(tmp_path):
     """One of a run that was killed before its first checkpoint is replaced."""
     ours, theirs, file = fresh(anchor=Noisy()), fresh(seed=1, anchor=Noisy()), tmp_path / "anchor.safetensors"

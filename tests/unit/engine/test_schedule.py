@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -63,15 +61,6 @@ def test_warmup_is_linear_and_a_rate_does_not_depend_on_the_way_there(schedule):
     one_by_one = rates(schedule)
     assert one_by_one[:11] == pytest.approx([FLOOR + (PEAK - FLOOR) * step / 10 for step in range(11)])
     assert [rates(schedule, at=step)[0] for step in range(0, 101, 7)] == one_by_one[::7]
-
-
-CURVES = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "poly": lambda x: 1 - x, "constant": lambda x: 1.0}
-
-
-@pytest.mark.parametrize("schedule", CURVES)
-def test_the_rate_follows_its_formula_from_the_peak_to_the_floor(schedule):
-    expected = [FLOOR + (PEAK - FLOOR) * CURVES[schedule](done / 90) for done in range(91)]
-    assert rates(schedule)[10:] == pytest.approx(expected)
 
 
 def test_a_run_too_short_for_a_schedule_is_refused():

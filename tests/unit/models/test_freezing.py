@@ -4,16 +4,10 @@ import torch
 from torch import nn
 
 from pdvit.errors import UserError
-from pdvit.models.build import build_model
 from pdvit.models.families import family_of, modules_at
 from pdvit.models.tokens import DiverseModel
 from pdvit.models.wrapper import freeze
-from tests.unit.models.support import SMALL, SMALL_SWIN, SWIN
-
-
-def network(**more):
-    torch.manual_seed(0)
-    return DiverseModel(build_model("vit_tiny_patch16_224", SMALL | {"depth": 3} | more)).train()
+from tests.unit.models.support import SMALL, SMALL_SWIN, SWIN, make
 
 
 def frozen_up_to(model, count):
@@ -23,7 +17,6 @@ def frozen_up_to(model, count):
 
 
 PVT = {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2)}
-CAIT = {"depth": 4, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +44,7 @@ def test_in_stages_all_before_a_block_is_frozen_and_nothing_after_it(name, argum
     [
         ("pvt_v2_b0", PVT | {"depths": (2, 2, 1, 2)}, 1, "stages.0.norm."),  # after block 2 of the first stage
         ("pvt_v2_b0", PVT | {"depths": (2, 2, 1, 2)}, 3, "stages.1.norm."),
-        ("cait_xxs24_224", CAIT, 4, "blocks_token_only."),  # after all 4
+        ("cait_xxs24_224", SMALL | {"depth": 4}, 4, "blocks_token_only."),  # after all 4
         ("pit_ti_224", {"img_size": 64}, 2, "transformers.1."),  # timm has no order of layers for it
     ],
 )
@@ -63,7 +56,8 @@ def test_weights_after_a_trained_block_learn(name, arguments, count, later):
 
 
 def test_frozen_parts_keep_their_weights_and_behave_as_in_evaluation():
-    module, seen = network(drop_path_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5), []
+    model = make("vit_tiny_patch16_224", depth=3, drop_path_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
+    module, seen = DiverseModel(model), []
     module.model.patch_embed.norm = nn.BatchNorm1d(16)  # over patches, as if the stem had one
     before = {name: value.clone() for name, value in module.state_dict().items()}
     hooks = [len(part._forward_pre_hooks) for part in module.modules()]
@@ -82,4 +76,4 @@ def test_frozen_parts_keep_their_weights_and_behave_as_in_evaluation():
 @pytest.mark.parametrize(("part", "what"), [("4", "no 4 blocks"), ("all", "not a part"), ("-1", "not a part")])
 def test_an_unknown_part_is_refused(part, what):
     with pytest.raises(UserError, match=what):
-        freeze(network(), part)
+        freeze(DiverseModel(make(depth=3)), part)

@@ -14,22 +14,14 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.models.layers import find_layers, watch, watch_attention
 from pdvit.models.tokens import DiverseModel
-from tests.unit.models.support import SMALL, SMALL_SWIN, SWIN
+from tests.unit.models.support import SMALL_SWIN, SWIN, make
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LARGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def small(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **SMALL | {"depth": 3} | arguments).eval()
-
-
-def swin(**arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(SWIN, **SMALL_SWIN | {"num_classes": 3, "drop_path_rate": 0.0} | arguments).eval()
-
-
+small = partial(make, "vit_tiny_patch16_224", depth=3)
+swin = partial(make, SWIN, **SMALL_SWIN, num_classes=3, drop_path_rate=0.0)
 # A plain model with its images, and one in stages.
 plain_and_stages = pytest.mark.parametrize(
     ("build", "images"), [(small, IMAGES), (swin, LARGE)], ids=["plain", "stages"]
@@ -41,7 +33,7 @@ plain_and_stages = pytest.mark.parametrize(
     [
         *(
             (build, IMAGES, {"first": first}, [first, "norm"])
-            for build in (small, partial(small, "cait_xxs24_224"))
+            for build in (small, partial(make, "cait_xxs24_224"))
             for first in ("embed", "patches")
         ),
         (small, IMAGES, {}, ["block 1", "norm"]),
@@ -89,7 +81,7 @@ def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, imag
         (partial(small, num_classes=0), {}, "no classes"),
         # The classifier does not read the tokens themselves.
         (partial(small, num_classes=0), {"patch_head": "class"}, "not one linear layer"),
-        (partial(small, "deit_tiny_distilled_patch16_224"), {"patch_head": "class"}, "not one linear layer"),
+        (partial(make, "deit_tiny_distilled_patch16_224"), {"patch_head": "class"}, "not one linear layer"),
         (partial(small, global_pool="avg"), {"patch_head": "class"}, "not one linear layer on tokens"),
         (partial(timm.create_model, "mobilevit_xxs"), {}, "can't read the patches"),
         (lambda: DiverseModel(small()), {}, "wrapper"),
@@ -220,10 +212,10 @@ def test_fused_attention_comes_back_also_after_an_error():
     "build",
     [
         swin,
-        partial(small, "xcit_nano_12_p16_224"),
-        partial(small, "cait_xxs24_224"),
+        partial(make, "xcit_nano_12_p16_224"),
+        partial(make, "cait_xxs24_224"),
         partial(MlpMixer, img_size=32, patch_size=8, num_blocks=1, embed_dim=24),
-        partial(small, "vit_small_patch16_18x2_224"),  # several attentions side by side in a block
+        partial(make, "vit_small_patch16_18x2_224"),  # several attentions side by side in a block
     ],
 )
 def test_other_attention_is_refused_with_the_reason(build):

@@ -26,13 +26,6 @@ TABLES = [
 ]
 
 
-def test_an_analysis_is_read_with_its_curves_by_layer(tmp_path, analysis_folder):
-    run = read_run(analysis_folder(tmp_path / "run"), "one", "pairs")
-    assert set(run.table["metric"]) >= {"similarity", "norm_mean", "new_metric"}
-    assert run.table["depth"].tolist()[:5] == [0, 1, 2, 3, 4]
-    assert list(run.curve("pairs", "histogram")) == ["embed", "block 1", "block 2", "block 3", "norm"]
-
-
 def test_a_model_called_na_keeps_its_name_and_the_checkpoint_is_the_run(tmp_path, analysis_table):
     analysis_table([0.1, 0.2, 0.3]).assign(model="NA").to_csv(tmp_path / "analysis.csv", index=False)
     assert read_run(tmp_path, "one").table["model"].unique().tolist() == ["NA"]

@@ -37,17 +37,6 @@ def row_of(table: pd.DataFrame, setting: str) -> pd.Series:
     return row
 
 
-@pytest.mark.parametrize("count", [2, 40])
-def test_a_paired_difference_is_that_of_scipy(count):
-    rng = np.random.default_rng(count)
-    first = rng.normal(0.5, 10, count)
-    second = first + rng.normal(0.1, 0.02, count)
-    expected = stats.ttest_rel(second, first).confidence_interval(0.95)
-    found = paired(*({str(at): float(value) for at, value in enumerate(side)} for side in (first, second)))
-    values = ((second - first).mean(), (second - first).std(ddof=1), expected.low, expected.high, count)
-    assert (found.mean, found.std, found.low, found.high, found.n) == pytest.approx(values, rel=1e-9, abs=1e-9)
-
-
 def test_seeds_of_both_are_paired_and_one_pair_has_no_interval():
     found = paired({"0": 1.0, "1": 2.0, "2": 9.0}, {"1": 3.0, "0": 1.5, "7": 100.0})
     assert (found.mean, found.n) == (0.75, 2)
