@@ -2,8 +2,8 @@
 
 Each side measures P of every block and of the final norm on the same random images, in a process of its own: `pdvit`,
 `hooks` (hooks keep the tokens of all images, then one matrix of cosines for each layer, as one writes it in a
-notebook), `batched` (the same hooks, but the matrices of each batch at once) and `torchlens` (its `extract`, batch by
-batch, with the same matrices). `bare` is the forward pass alone. The sides take turns. Seconds are those of the CPU,
+notebook), `batched` (the same hooks, but the matrices of each batch at once) and `torchlens` (its `extract`, eight
+images at a time, with the same matrices). `bare` is the forward pass alone. The sides take turns. Seconds are those of the CPU,
 memory is the highest resident size above that after a bare pass of one batch. One row per process is appended to
 by_hand.csv. torchlens is no dependency of pdvit; without it, leave its side out. Linux only.
 """
@@ -100,8 +100,8 @@ def by_torchlens(model: nn.Module, images: Sequence[Tensor]) -> list[float]:
     import torchlens
 
     found = []
-    for batch in images:
-        tokens = torchlens.extract(model, batch, list(layers_of(model)))
+    for part in (part for batch in images for part in batch.split(8)):  # of 32 images, torchlens refuses to keep all
+        tokens = torchlens.extract(model, part, list(layers_of(model)))
         found.append([mean_cosine(layer) for layer in tokens.values()])
     return [float(torch.cat(values).mean()) for values in zip(*found, strict=True)]
 
