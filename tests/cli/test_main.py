@@ -137,9 +137,7 @@ def test_training_and_analyzing_import_no_figures(workplace, digits_run):
     ],
 )
 def test_a_mistyped_word_is_answered_with_the_right_one(refusal, arguments, what, tip):
-    found = refusal(*arguments.split())
-    assert what in found.what
-    assert tip in found.tip
+    refusal(*arguments.split(), what=what, tip=tip)
 
 
 @pytest.mark.parametrize(

@@ -95,17 +95,14 @@ class TestStopping:
 
     def test_two_processes_do_not_train_one_run(self, stopped, refusal):
         with held_elsewhere(stopped):
-            found = refusal("train", "--resume", stopped, "--change", UNLIMITED)
-        assert "another process is training this run" in found.what
+            refusal("train", "--resume", stopped, "--change", UNLIMITED, what="another process is training this run")
 
     @pytest.mark.slow
     def test_an_older_checkpoint_is_named_if_the_newest_is_damaged(self, refusal, train):
         run = train("--save-every", "1ep", "--epochs", "2ep", "--keep", "2")
         (run / "summary.json").unlink()
         (run / "checkpoints/step-00000150/module.safetensors").write_bytes(b"x")
-        found = refusal("train", "--resume", run)
-        assert "damaged" in found.what
-        assert "step-00000075" in found.tip
+        refusal("train", "--resume", run, what="damaged", tip="step-00000075")
         (run / "checkpoints/last").write_text("step-00000075")
         resume(run)
 
@@ -134,10 +131,7 @@ class TestChanging:
     )
     def test_a_change_that_a_run_can_not_have_is_an_error(self, refusal, stopped, change, what, where, tip):
         before = (stopped / "run.toml").read_bytes()
-        found = refusal("train", "--resume", stopped, "--change", change)
-        assert what in found.what
-        assert where in found.where
-        assert tip in found.tip
+        refusal("train", "--resume", stopped, "--change", change, what=what, where=where, tip=tip)
         assert (stopped / "run.toml").read_bytes() == before
         assert not (stopped / "changes.json").exists()
 
