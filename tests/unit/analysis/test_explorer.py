@@ -10,8 +10,7 @@ import torch
 from pdvit.analysis.explorer import bytes_per_model, map_size, picture_size, read_maps
 from pdvit.analysis.pages import explorer_page
 from tests.errors import refused
-from tests.unit.analysis.test_families import tokens_of
-from tests.unit.models.support import SWIN, make
+from tests.unit.models.support import SWIN, make, tokens_of
 
 SIDE = 32
 HOSTILE = "</script><img src=x onerror=alert(1)>&{{data}}'\""
