@@ -141,7 +141,7 @@ class TestTerms:
         flags += ["--opt", "sgd", "--lr", "0.1", "--device", device, "--no-tf32"]
         plain, compiled = train(*flags, out="plain"), train(*flags, "--compile", out="compiled")
         ours, theirs = (load_file(run / "model.safetensors") for run in (compiled, plain))
-        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5) for name in theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 class TestSettings:

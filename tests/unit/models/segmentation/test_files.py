@@ -130,9 +130,6 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     assert list(layers)[-1].name == f"block {4 if name == VIT else 6}"
 
 
-# As initial weights of a segmentation.
-
-
 @pytest.mark.parametrize(
     ("classes", "options", "note"),
     [
