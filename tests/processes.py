@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 500.0  # seconds
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 # pdvit with a signal, its first argument, while torch is imported.
 EARLY = """
 import os, sys

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from pdvit.engine.terminal import Stopped
 from pdvit.workflows import analyze_run
 from pdvit.workflows.checkpoint import OpenedCheckpoint
 from tests.files import rewrite
+from tests.processes import TORCHRUN
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -263,10 +263,9 @@ def test_an_interrupt_keeps_what_is_complete(run_copy, interrupt, after, times, 
 @pytest.mark.slow
 def test_several_processes_measure_what_one_does(run_copy, tmp_path):
     options = ["--limit", "50", "-b", "8", *CPU, "--metrics", "similarity,rank,pairs,cka"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     shown = {}
     for count in (1, 3):
-        command = [*start, str(count), "-m", "pdvit", "analyze", run_copy, *options, "--out", tmp_path / str(count)]
+        command = [*TORCHRUN, str(count), "-m", "pdvit", "analyze", run_copy, *options, "--out", tmp_path / str(count)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         shown[count] = done.stdout

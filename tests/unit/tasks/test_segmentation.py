@@ -51,8 +51,6 @@ def test_plain_models_and_those_of_one_size_are_evaluated_in_windows(model, segm
 def test_models_that_do_not_fit_the_settings_are_refused():
     with pytest.raises(UserError, match="images of 64x64 pixels alone"):
         task_of(HIERA, 64, mode="whole")
-    with pytest.raises(UserError, match="leave gaps"):
-        task_of(PLAIN, 64, stride=65)
 
 
 def test_the_closing_numbers_are_p_of_first_and_last_without_terms_too(monkeypatch):
