@@ -25,11 +25,11 @@ from pdvit.definitions import DEFINITIONS
 from pdvit.engine.terminal import Stopped
 from pdvit.workflows import analyze_run
 from pdvit.workflows.checkpoint import OpenedCheckpoint
+from tests.cli.conftest import CPU
 from tests.files import rewrite
 from tests.processes import TORCHRUN
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
-CPU = ["--device", "cpu", "--workers", "0"]
 
 
 def means(table: pd.DataFrame, metric: str) -> list[float]:

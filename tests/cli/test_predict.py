@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 import pdvit as library
 import pdvit.tasks.classification
 from pdvit.cli import run as pdvit
+from tests.cli.conftest import CPU
 from tests.files import read_csv, read_json, rewrite
-
-CPU = ["--device", "cpu", "--workers", "0"]
 
 
 @torch.no_grad()

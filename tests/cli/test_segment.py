@@ -19,9 +19,9 @@ from pdvit.engine.recovery import largest
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.workflows.runs import trial_config
+from tests.cli.conftest import CPU
 from tests.files import assert_same, read_json, read_records, weights
 
-CPU = ["--device", "cpu", "--workers", "0"]
 SCORES = ("miou", "accuracy", "accuracy_mean", "loss")
 MODEL = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--head-width", "8"]
 
