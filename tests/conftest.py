@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import pytest
 
 from pdvit.cli import run as pdvit
+from pdvit.errors import UserError
+from tests.errors import check
 
 TINY = ["--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--device", "cpu"]
 COLOURS = {"blue": (40, 60, 200), "green": (30, 160, 60), "red": (200, 40, 30)}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    what: str
-    where: str
-    tip: str
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -145,9 +139,9 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def refusal(capsys):
-    """Return a function that runs a command, wants three lines and status 2, and returns the lines."""
+    """Return a function that runs a command, wants status 2 and three lines with these texts, and returns the lines."""
 
-    def refuse(*arguments: object) -> Refusal:
+    def refuse(*arguments: object, **texts: str) -> UserError:
         capsys.readouterr()
         assert pdvit([str(argument) for argument in arguments]) == 2
         shown = capsys.readouterr().err
@@ -156,7 +150,9 @@ def refusal(capsys):
         for line, start in zip(lines, ("error: ", "  where: ", "  tip:   "), strict=True):
             assert line.startswith(start)
             assert line.removeprefix(start).strip()
-        return Refusal(*(line.split(":", 1)[1].strip() for line in lines))
+        error = UserError(*(line.split(":", 1)[1].strip() for line in lines))
+        check(error, **texts)
+        return error
 
     return refuse
 

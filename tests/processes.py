@@ -9,6 +9,20 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 500.0  # seconds
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+# pdvit with a signal, its first argument, while torch is imported.
+EARLY = """
+import os, sys
+number = int(sys.argv.pop(1))
+class Early:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), number)
+sys.meta_path.insert(0, Early())
+from pdvit.__main__ import main
+main()
+"""
 
 
 def start(*words: object, **options: Any) -> subprocess.Popen[str]:

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +25,11 @@ from pdvit.definitions import DEFINITIONS
 from pdvit.engine.terminal import Stopped
 from pdvit.workflows import analyze_run
 from pdvit.workflows.checkpoint import OpenedCheckpoint
+from tests.cli.conftest import CPU
 from tests.files import rewrite
+from tests.processes import TORCHRUN
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
-CPU = ["--device", "cpu", "--workers", "0"]
 
 
 def means(table: pd.DataFrame, metric: str) -> list[float]:
@@ -179,9 +179,7 @@ def test_metrics_are_chosen_by_name(run_copy, analyzed, refusal):
 
 def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder, analyzed, refusal):
     (image_folder / "bad.png").write_text("not an image")
-    found = refusal("analyze", run_copy, "--images", image_folder)
-    assert "bad.png" in found.where
-    assert "--on-bad-image skip" in found.tip
+    refusal("analyze", run_copy, "--images", image_folder, where="bad.png", tip="--on-bad-image skip")
     result = analyzed(run_copy, "--images", image_folder, "--on-bad-image", "skip")
     assert result["images_measured"] == 30
     assert "1 left out that do not decode" in result["images"]
@@ -265,10 +263,9 @@ def test_an_interrupt_keeps_what_is_complete(run_copy, interrupt, after, times, 
 @pytest.mark.slow
 def test_several_processes_measure_what_one_does(run_copy, tmp_path):
     options = ["--limit", "50", "-b", "8", *CPU, "--metrics", "similarity,rank,pairs,cka"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     shown = {}
     for count in (1, 3):
-        command = [*start, str(count), "-m", "pdvit", "analyze", run_copy, *options, "--out", tmp_path / str(count)]
+        command = [*TORCHRUN, str(count), "-m", "pdvit", "analyze", run_copy, *options, "--out", tmp_path / str(count)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         shown[count] = done.stdout

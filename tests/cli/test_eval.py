@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
-import pdvit as library
-import pdvit.config.schema
-import pdvit.data.opening
 from pdvit.cli import run as pdvit
-from tests.files import read_records, rewrite
+from pdvit.config.schema import DataConfig
+from pdvit.data.opening import open_source
+from tests.files import read_json, read_records, rewrite
 
 FILES = ("eval.csv", "confusion.csv", "eval.json")
 
@@ -21,7 +19,7 @@ FILES = ("eval.csv", "confusion.csv", "eval.json")
 @pytest.fixture(scope="module")
 def answers(digits_run):
     """The logits of timm's own loading of the run, on the test digits, and the right classes."""
-    source = library.data.opening.open_source(library.config.schema.DataConfig())
+    source = open_source(DataConfig())
     model = timm.create_model(f"local-dir:{digits_run}", pretrained=True).eval()
     data = timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
@@ -31,7 +29,7 @@ def answers(digits_run):
 
 
 def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated):
-    summary = json.loads((run_copy / "summary.json").read_text())
+    summary = read_json(run_copy / "summary.json")
     found = evaluated(run_copy)
     for key in ("accuracy", "loss", "split", "weights"):
         assert found[key] == summary[key]
@@ -46,7 +44,7 @@ def test_the_numbers_are_those_at_the_end_of_training(run_copy, evaluated):
 def test_other_data_are_evaluated_whole_and_parts_keep_the_runs_files(
     run_copy, workplace, evaluated, data, place, split
 ):
-    digits, rows = library.data.opening.open_source(library.config.schema.DataConfig()).splits["test"], ["path,label"]
+    digits, rows = open_source(DataConfig()).splits["test"], ["path,label"]
     for index, label in enumerate(digits.labels.tolist()):
         file = Path(f"set/{place}{label}/{index}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +84,7 @@ def test_the_numbers_are_those_at_the_end_of_any_training(tiny, workplace, image
     """To the bit, since both round alike: TF32 or not is a setting of the run."""
     flags = [str(image_folder) if flag == "FOLDER" else flag for flag in flags]
     assert pdvit(["train", *tiny, "--epochs", "2", "--batch-size", "24", *flags, "--out", "run"]) == 0
-    summary = json.loads(Path("run/summary.json").read_text())
+    summary = read_json(Path("run/summary.json"))
     found = evaluated("run", *(ON_GPU[:2] if "cuda" in flags else ()))
     assert (found["accuracy"], found["loss"]) == (summary["accuracy"], summary["loss"])
 
@@ -97,7 +95,7 @@ def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(
     (logits, targets), out, every = answers, tmp_path / "deep" / "elsewhere", list(range(10))
     found = evaluated(digits_run, "--device", device, "--out", out)
     assert found["file"] == str(out / "eval.json")
-    assert json.loads((out / "eval.json").read_text())["accuracy"] == found["accuracy"]
+    assert read_json(out / "eval.json")["accuracy"] == found["accuracy"]
     probabilities = logits.softmax(1).numpy()
     predicted = probabilities.argmax(1)
     assert found["accuracy"] == (predicted == targets).mean()
@@ -109,7 +107,7 @@ def test_the_numbers_are_those_of_scikit_learn_for_the_model_that_timm_loads(
 
 def test_a_lone_file_is_evaluated_on_the_data_that_are_named(run_copy, workplace, evaluated):
     shutil.copy(run_copy / "model.safetensors", "alone.safetensors")
-    own = json.loads((run_copy / "summary.json").read_text())
+    own = read_json(run_copy / "summary.json")
     found = evaluated("alone.safetensors", "--data", "digits")
     assert found["file"] == "runs/eval-alone/eval.json"
     assert sorted(path.name for path in Path("runs/eval-alone").iterdir()) == sorted(FILES)
@@ -121,7 +119,7 @@ def test_a_lone_file_is_evaluated_on_the_data_that_are_named(run_copy, workplace
 def test_classes_in_another_order_are_matched_by_name(run_copy, evaluated):
     before = evaluated(run_copy)
     order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
-    config, tensors = json.loads((run_copy / "config.json").read_text()), load_file(run_copy / "model.safetensors")
+    config, tensors = read_json(run_copy / "config.json"), load_file(run_copy / "model.safetensors")
     config["label_names"] = [str(digit) for digit in order]
     for name in ("head.weight", "head.bias"):
         tensors[name] = tensors[name][order].clone()

@@ -12,6 +12,7 @@ import typer
 from pdvit import __version__
 from pdvit.cli import _wrapped, app
 from pdvit.cli import run as pdvit
+from tests.processes import EARLY
 
 # Runs several commands in one process and prints the packages that they imported.
 COMMANDS = """
@@ -27,17 +28,6 @@ BROKEN = """
 import sys
 from pdvit.cli import run
 print([run(command.split()) for command in sys.argv[1:]], "torchvision" in sys.modules)
-"""
-# A command that is interrupted as soon as it imports torch.
-INTERRUPTED = """
-import os, signal, sys
-class Early:
-    def find_spec(self, name, *_):
-        if name == "torch":
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Early())
-from pdvit.__main__ import main
-main()
 """
 HEAVY = {"torch", "torchvision", "timm", "safetensors"}
 
@@ -59,9 +49,8 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("command", ["predict", "analyze", "eval"])
 def test_ctrl_c_ends_the_imports_quietly(digits_run, command):
-    done = process(
-        sys.executable, "-c", INTERRUPTED, command, str(digits_run), *(["."] if command == "predict" else [])
-    )
+    words = [command, str(digits_run), *(["."] if command == "predict" else [])]
+    done = process(sys.executable, "-c", EARLY, str(int(signal.SIGINT)), *words)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
@@ -137,9 +126,7 @@ def test_training_and_analyzing_import_no_figures(workplace, digits_run):
     ],
 )
 def test_a_mistyped_word_is_answered_with_the_right_one(refusal, arguments, what, tip):
-    found = refusal(*arguments.split())
-    assert what in found.what
-    assert tip in found.tip
+    refusal(*arguments.split(), what=what, tip=tip)
 
 
 @pytest.mark.parametrize(

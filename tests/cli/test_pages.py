@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 
 from pdvit.cli import run as pdvit
+from tests.cli.conftest import CPU
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 
 
 def analyze(*arguments: object) -> int:
-    return pdvit(["analyze", *map(str, arguments), "--device", "cpu", "--workers", "0"])
+    return pdvit(["analyze", *map(str, arguments), *CPU])
 
 
 def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):

@@ -141,7 +141,7 @@ class TestTerms:
         flags += ["--opt", "sgd", "--lr", "0.1", "--device", device, "--no-tf32"]
         plain, compiled = train(*flags, out="plain"), train(*flags, "--compile", out="compiled")
         ours, theirs = (load_file(run / "model.safetensors") for run in (compiled, plain))
-        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5) for name in theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 class TestSettings:
@@ -193,9 +193,7 @@ class TestImages:
         broken = image_folder / "train" / "green" / "3.png"
         sound = broken.read_bytes()
         broken.write_bytes(sound[: len(sound) // 2])
-        found = refusal("train", *tiny, *SHORT, *flags, "--out", "run")
-        assert "3.png" in found.where
-        assert "on_bad_image=skip" in found.tip
+        found = refusal("train", *tiny, *SHORT, *flags, "--out", "run", where="3.png", tip="on_bad_image=skip")
         assert "--resume run" in found.tip
         status = read_json(workplace / "run" / "status.json")
         assert status["status"] == "failed"
@@ -263,6 +261,4 @@ class TestErrors:
         ],
     )
     def test_bad_input_is_named(self, refusal, arguments, what, tip):
-        found = refusal("train", *arguments.split())
-        assert what in found.what
-        assert tip in found.tip
+        refusal("train", *arguments.split(), what=what, tip=tip)

@@ -26,7 +26,7 @@ from pdvit.engine.trainer import Trainer
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
 from tests.files import assert_same, newest_step, read_json
-from tests.processes import wait
+from tests.processes import TORCHRUN, wait
 
 STEPS, PATIENCE, ROOT = 20, 300, Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -185,12 +185,12 @@ def test_two_compiled_processes_equal_eager_ones(tmp_path):
 CLI = ["-m", "pdvit", "train", "--depth", "2", "--width", "16", "--heads", "1", "--patch-size", "8", "--img-size", "16"]
 CLI += ["--batch-size", "16", "--device", "cpu"]
 CLI += ["--log-interval", "5st", "--val-interval", "30st", "--save-every", "5st"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def launch(processes, *arguments, fails=False):
     """Run a module or script in so many processes, which all end well, or fail."""
-    command = [*(TORCHRUN if processes > 1 else [sys.executable]), *map(str, arguments)]
+    start = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
+    command = [*start, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
@@ -258,8 +258,8 @@ def test_a_signal_ends_an_evaluation_of_several_processes_within_a_batch(tmp_pat
         for number in range(count):
             (folder / part / str(number % 2)).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (300, 300)).save(folder / part / str(number % 2) / f"{number}.jpg")
-    command = [*TORCHRUN, *CLI, "--epochs", "100st", "--val-interval", "5st", "--resident", "off", "--workers", "0"]
-    command += ["--data", str(folder), "--distribute", distribute, "--out", str(run)]
+    command = [*TORCHRUN, "2", *CLI, "--epochs", "100st", "--val-interval", "5st", "--resident", "off"]
+    command += ["--workers", "0", "--data", str(folder), "--distribute", distribute, "--out", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait(lambda: newest_step(run) >= 5 or process.poll() is not None, run)
         process.send_signal(signal.SIGTERM)

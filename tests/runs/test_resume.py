@@ -12,26 +12,13 @@ import pytest
 from pdvit.cli import run as pdvit
 from pdvit.workflows import runs
 from tests.files import assert_same, newest_step, read_json
+from tests.processes import EARLY
 
 STEPS, PATIENCE = 60, 120.0
 # Drop path, mixing and shifts draw at random; checkpoints lie neither on log steps nor on evaluations.
 FLAGS = ["--epochs", f"{STEPS}st", "--batch-size", "16", "--img-size", "16", "--drop-path", "0.3", "--shift", "2"]
 FLAGS += ["--micro-batch-size", "7", "--model-ema-decay", "0.9"]
 FLAGS += ["--save-every", "7st", "--log-interval", "3st", "--val-interval", "45st", "--warmup-epochs", "10st"]
-
-
-# A program that gets SIGTERM while it imports torch.
-EARLY = """
-import os, signal, sys
-from pdvit.cli import run
-class Early:
-    def find_spec(self, name, *_):
-        if name == "torch":
-            sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGTERM)
-sys.meta_path.insert(0, Early())
-sys.exit(run(sys.argv[1:]))
-"""
 
 
 def on(device: str) -> list[str]:
@@ -144,7 +131,8 @@ def test_a_signal_before_the_first_step_ends_cleanly(tmp_path, tiny, monkeypatch
     if early == "data":
         status = pdvit(command)
     else:
-        status = subprocess.run([sys.executable, "-c", EARLY, *command], timeout=PATIENCE).returncode
+        early_command = [sys.executable, "-c", EARLY, str(int(signal.SIGTERM)), *command]
+        status = subprocess.run(early_command, timeout=PATIENCE).returncode
     shown = capfd.readouterr()
     assert (status, shown.err.strip()) == (75, "SIGTERM: stopping ...")
     assert "stopped before training began" in shown.out

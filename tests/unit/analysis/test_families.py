@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 from pdvit.analysis import METRICS, measure
 from pdvit.definitions import GROUPS
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, evaluating, find_layers, watch
 from pdvit.similarity import patch_similarity
+from tests.unit.models.support import tokens_of
 from tests.unit.models.test_families import CASES, all_families, make, pictures
 
 # Attention is read between patches, of plain models whose softmax is all that mixes them.
@@ -18,13 +16,6 @@ ATTENTION = {
     *("dinov2-registers", "dinov3", "siglip", "relpos", "hybrid", "eva02", "rope", "beit"),
     "naflexvit",
 }
-
-
-def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
-    found: dict[Layer, Tensor] = {}
-    with torch.no_grad(), evaluating(model), watch(find_layers(model)[1], found.__setitem__):
-        model(images)
-    return found
 
 
 @all_families

@@ -44,12 +44,7 @@ VARIED = "use more varied --images"
         (compared([0.1, 0.8], [0.1, 0.3]), f"{SOME}: P is 0.800 (0.300, lower)", f"{RISES}700 (0.200, less)", TRAIN),
         (compared([0.3, 0.6], [0.7, 0.7]), f"{SOME}: P is 0.600 (0.700, higher)", f"{RISES}300 (0.000, less)", TRAIN),
         (compared([0.8, 0.8], [0.3, 0.3]), f"{ALL}: P is 0.800 (0.300, lower)", STAYS, TRAIN),
-        (
-            compared([0.1, 0.8], [0.1, 0.9]),
-            f"{SOME}: P is 0.800 (0.900, higher)",
-            f"{RISES}700 (0.800, more)",
-            VARIED,
-        ),
+        (compared([0.1, 0.8], [0.1, 0.9]), f"{SOME}: P is 0.800 (0.900, higher)", f"{RISES}700 (0.800, more)", VARIED),
         (compared([0.1, 0.8], [0.1, 0.76], ci95=0.0), "(0.760, about as high)", RISES, VARIED),  # too small to count
         (compared([0.1, 0.8], [0.1, 0.6], ci95=0.15), "(0.600, about as high)", RISES, TRAIN),  # the intervals overlap
         (compared([0.1, 0.8], [0.1, 0.6], ci95=math.nan), "(0.600, lower)", RISES, TRAIN),  # of a single image

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
 from pdvit.config.schema import AugmentConfig
@@ -80,19 +81,19 @@ TURNED |= {
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", TURNED)
 def test_images_and_masks_are_turned_as_their_exif_says(tmp_path, form, orientation):
-    noise, path, exif = Image.open(io.BytesIO(photograph("PNG", (96, 64)))), tmp_path / "turned", Image.Exif()
-    noise.save(path, form, lossless=True)
+    photo, path, exif = photograph(96, 64), tmp_path / "turned", Image.Exif()
+    photo.save(path, form, lossless=True)
     expected = Image.fromarray(TURNED[orientation](np.asarray(Image.open(path))))
     exif[ExifTags.Base.Orientation] = orientation
-    noise.save(path, form, exif=exif, lossless=True)
+    photo.save(path, form, exif=exif, lossless=True)
     assert np.array_equal(read(path), expected)
     assert image_size(FileSplit([path], torch.tensor([0])), 0) == expected.size
     (crop,), (box,) = crops([path], replace(PLAIN, size=48), scale=(0.9, 0.9), hflip=0)
     cropped = v2.functional.resized_crop(expected, *box(*expected.size[::-1]), [48, 48])
     assert (v2.functional.pil_to_tensor(cropped).int() - crop).abs().float().mean() < 1
     if form in ("png", "tiff"):
-        noise.convert("L").save(path, form, exif=exif)
-        assert np.array_equal(mask_values(Image.open(path)), TURNED[orientation](np.asarray(noise.convert("L"))))
+        photo.convert("L").save(path, form, exif=exif)
+        assert np.array_equal(mask_values(Image.open(path)), TURNED[orientation](np.asarray(photo.convert("L"))))
 
 
 def test_the_range_of_a_tiff_is_its_own_or_it_is_refused(tmp_path):
@@ -107,9 +108,9 @@ def test_the_range_of_a_tiff_is_its_own_or_it_is_refused(tmp_path):
     assert "no known range" in attempt(file).reason
 
 
-def encoded(form, size=(24, 24)):
+def encoded(form):
     content = io.BytesIO()
-    Image.effect_noise(size, 60).convert("RGB").save(content, form)
+    Image.effect_noise((24, 24), 60).convert("RGB").save(content, form)
     return content.getvalue()
 
 
@@ -154,13 +155,9 @@ def crops(paths, preprocessing, **settings):
     return [image for image, _, _ in samples], augmentation.crop_boxes(0, index)
 
 
-def photograph(form, size):
-    """Return one of scikit-learn's photographs, encoded."""
-    from sklearn.datasets import load_sample_image
-
-    content = io.BytesIO()
-    Image.fromarray(load_sample_image("flower.jpg")).resize(size).save(content, form)
-    return content.getvalue()
+def photograph(*size):
+    """Return one of scikit-learn's photographs."""
+    return Image.fromarray(load_sample_image("flower.jpg")).resize(size)
 
 
 # A JPEG is decoded at half its size where the crop is twice the input: not the same pixels, but near them.
@@ -168,7 +165,7 @@ def photograph(form, size):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_pixels_of_a_crop_are_those_of_torchvision(tmp_path, form, size, step, mean, interpolation):
     path = tmp_path / "photograph"
-    path.write_bytes(photograph(form, size))
+    photograph(*size).save(path, form)
     how = Preprocessing(48, 1.0, interpolation, (0.0,) * 3, (1.0,) * 3)
     found, boxes = crops([path] * 8, how, scale=(0.5, 0.9))
     whole, mode = Image.open(path), v2.InterpolationMode(interpolation)

@@ -17,8 +17,8 @@ from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.state import TrainState
 from pdvit.engine.update import make_optimizer
-from pdvit.errors import UserError
 from pdvit.tracking.run_directory import to_json
+from tests.errors import refused
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def test_an_anchor_is_written_once_and_all_checkpoints_need_it(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     for damage in (flip, Path.unlink):
         damage(file)
-        with pytest.raises(UserError, match=r"anchor\.safetensors is missing or damaged"):
+        with refused("anchor.safetensors is missing or damaged"):
             restore(theirs, tmp_path)
 
 
@@ -140,7 +140,7 @@ def fail_to_save(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for name in ("save_file", "write_file"):
                 patch.setattr(checkpoints_module, name, partial(failing, getattr(checkpoints_module, name)))
-            with pytest.raises(UserError, match=f"step {state.progress.step} can't be written: No space"):
+            with refused(f"step {state.progress.step} can't be written: No space"):
                 save(state, tmp_path)
 
     return attempt
@@ -210,18 +210,17 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     trained(tmp_path)
     damage(tmp_path / "step-00000003")
-    with pytest.raises(UserError, match="damaged") as caught:
+    with refused("damaged", where=str(tmp_path)):
         restore(fresh(), tmp_path)
-    assert str(tmp_path) in caught.value.where
 
 
 @pytest.mark.parametrize("difference", [-1, 1])
 def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path, difference):
     trained(tmp_path)
-    with pytest.raises(UserError, match="damaged"):
+    with refused("damaged"):
         restore(fresh(module=lambda: nn.Linear(2, 2)), tmp_path)
     change(tmp_path / "step-00000003", lambda metadata: metadata.update(version=metadata["version"] + difference))
-    with pytest.raises(UserError, match="has format"):
+    with refused("has format"):
         restore(fresh(), tmp_path)
 
 

@@ -4,7 +4,7 @@ import torch
 from pdvit.config import build
 from pdvit.config.schema import SCHEDULES
 from pdvit.engine.schedule import StepSchedule, make_lr_scheduler, make_step_schedule
-from pdvit.errors import UserError
+from tests.errors import refused
 
 PER_EPOCH, BATCH, PEAK, FLOOR = 50, 4, 0.1, 0.001
 
@@ -51,9 +51,8 @@ def test_lengths_that_do_not_fit_the_run_are_refused(key, value, message):
     section, _, name = key.partition(".")
     sections = {"optim": {"epochs": 2}}
     sections.setdefault(section, {})[name] = value
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message, where=key):
         plan_of(**sections)
-    assert key in caught.value.where
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -64,6 +63,5 @@ def test_warmup_is_linear_and_a_rate_does_not_depend_on_the_way_there(schedule):
 
 
 def test_a_run_too_short_for_a_schedule_is_refused():
-    with pytest.raises(UserError) as caught:
+    with refused(where="optim.schedule"):
         rates("wsd", steps=1, warmup=0)
-    assert "optim.schedule" in caught.value.where

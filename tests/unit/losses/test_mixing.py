@@ -57,9 +57,6 @@ def test_a_uniform_prediction_gives_ln_c_and_ln_2_for_several_labels(variant, cl
     assert mixing_loss(torch.zeros_like(labels), labels, variant, multi_label=True).item() == pytest.approx(math.log(2))
 
 
-# In chunks.
-
-
 def linear_head(images: int, count: int, width: int, classes: int, soft: bool = False) -> list[Tensor]:
     """Return tokens, weight and bias of a head, and targets."""
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.models.build import build_model
+from pdvit.models.layers import Layer, find_layers, watch
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
 
@@ -32,6 +33,14 @@ def make(name: str = VIT, seed: int = 0, **arguments: Any) -> nn.Module:
         for weight in model.parameters():
             weight.normal_(std=0.2)
     return model
+
+
+def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
+    """Return the patch tokens of every layer."""
+    found: dict[Layer, Tensor] = {}
+    with torch.no_grad(), watch(find_layers(model)[1], lambda layer, tokens: found.update({layer: tokens.clone()})):
+        model(images)
+    return found
 
 
 def logits(model: nn.Module, *sides: int) -> Tensor:

@@ -144,9 +144,6 @@ def test_weights_of_other_sizes_than_the_file_says_are_refused_and_not_resampled
     assert f"another shape: 1 ({name})" in refuse(path).what if size else "0 patches, which are no" in refuse(path).what
 
 
-# Refused files.
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -319,9 +316,6 @@ def test_places_without_weights_are_refused(tmp_path):
     assert "resume" in refuse(tmp_path).tip
     np.savez(tmp_path / "x.npz", a=np.zeros(3))  # of JAX
     assert "no plain vision transformer of Google's" in refuse(tmp_path / "x.npz", VIT).what
-
-
-# Names, and the network.
 
 
 def test_published_weights_come_with_their_configuration(monkeypatch):

@@ -118,9 +118,6 @@ def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path
     assert not random.training
 
 
-# A header is not trusted.
-
-
 @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg"])
 def test_a_pickle_that_a_header_points_to_is_never_opened(tmp_path, config, key):
     evil, marker = tmp_path / "evil.pth", tmp_path / "marker"

@@ -23,9 +23,9 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from pdvit.models.families import FAMILIES
-from pdvit.models.layers import Layer, find_layers, watch
+from pdvit.models.layers import find_layers
 from pdvit.models.tokens import DiverseModel
-from tests.unit.models.support import SMALL, SMALL_SWIN
+from tests.unit.models.support import SMALL, SMALL_SWIN, tokens_of
 
 View = Callable[[nn.Module, Any], Tensor]
 CLASSES = 3
@@ -239,9 +239,7 @@ def test_logits_and_tokens_are_those_of_the_bare_model(name):
     head = wrapper.patch_head
     torch.testing.assert_close(output.patch_logits, torch.einsum("bnd,cd->bnc", last, head.weight) + head.bias)
 
-    layers: dict[Layer, Tensor] = {}
-    with torch.no_grad(), watch(find_layers(model)[1], lambda layer, tokens: layers.update({layer: tokens.clone()})):
-        model(images)
+    layers = tokens_of(model, images)
     names = [layer.name for layer in layers]
     blocks = len(names) - (names[-1] == "norm")
     assert list(layers) == list(find_layers(model)[1])

@@ -50,9 +50,6 @@ def named(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("named"), make(), CLASSES)
 
 
-# The configuration.
-
-
 def test_model_and_images_come_from_the_checkpoint(tmp_path):
     images = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.8, "crop_mode": "squash"}
     path = saved(tmp_path, make(global_pool="avg"), data=images)
@@ -138,9 +135,6 @@ def test_the_drop_path_of_a_training_file_is_kept(tmp_path):
     assert resolve(configured(training_file(tmp_path, make().state_dict()))).model.drop_path == 0.1
 
 
-# The weights.
-
-
 def begin(path, classes=CLASSES, **sections):
     """Return a model with the weights of a checkpoint, and the notes."""
     torch.manual_seed(1)
@@ -206,14 +200,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
         begin(training_file(tmp_path, state))
 
 
-# Configurations that do not fit; test_export has those of which no model can be built.
-
-
 @pytest.mark.parametrize(
-    ("changes", "what"),
-    [({"mlp_ratio": 4000}, "of another shape"), ({"drop_path_rate": 1.5}, "drop_path")],
+    ("changes", "what"), [({"mlp_ratio": 4000}, "of another shape"), ({"drop_path_rate": 1.5}, "drop_path")]
 )
 def test_a_configuration_that_does_not_fit_is_refused_before_a_model_is_built(tmp_path, monkeypatch, changes, what):
+    """test_export has those of which no model can be built."""
     path = saved(tmp_path, make(), **changes)
     monkeypatch.setattr(timm, "create_model", on_meta_only(timm.create_model))
     with pytest.raises(UserError, match=what) as caught:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pdvit.errors import UserError
 from pdvit.models.layers import find_layers, watch, watch_attention
 from pdvit.models.tokens import DiverseModel
-from tests.unit.models.support import SMALL_SWIN, SWIN, make
+from tests.unit.models.support import SMALL_SWIN, SWIN, make, tokens_of
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LARGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -50,12 +50,7 @@ plain_and_stages = pytest.mark.parametrize(
 def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, images, options, layers):
     model = build()
     wrapper = DiverseModel(model, **options).eval()
-    expected: dict[str, Tensor] = {}
-    with (
-        torch.no_grad(),
-        watch(find_layers(model)[1], lambda layer, tokens: expected.update({layer.name: tokens.clone()})),
-    ):
-        model(images)
+    expected = {layer.name: tokens for layer, tokens in tokens_of(model, images).items()}
     block = next(part for name, part in model.named_modules() if name.endswith("blocks.0"))
     block.register_forward_pre_hook(lambda _, inputs: expected.update(embed=inputs[0][:, -16:].clone()))
     model.patch_embed.register_forward_hook(lambda _, __, output: expected.update(patches=output.clone()))

@@ -5,11 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from pdvit.errors import UserError
 from pdvit.plots.heatmap import read_confusion
 from pdvit.plots.reading import checkpoint_of, read_run
 from pdvit.plots.segmentation import read_segmentation
 from pdvit.plots.sweep import read_cells
+from tests.errors import refused
 
 MATRIX, CELLS = "class,predicted,images\n", "cell,status\n"
 HEAD = "model,layer,depth,metric,mean,std,ci95,images,tokens\n"
@@ -37,16 +37,14 @@ def test_a_damaged_file_of_curves_is_named_and_one_with_objects_is_not_executed(
     np.savez(objects, histogram=np.array([{}], dtype=object))
     for content in (b"", b"PK", b"no archive", pickle.dumps({}), objects.getvalue()):
         (run / "analysis" / "pairs.npz").write_bytes(content)
-        with pytest.raises(UserError, match="damaged") as caught:
+        with refused("damaged", tip=f"pdvit analyze {run}.safetensors --metrics pairs"):
             read_run(run, "one", "pairs")
-        assert f"pdvit analyze {run}.safetensors --metrics pairs" in caught.value.tip
 
 
 @pytest.mark.parametrize(("read", "name", "content"), TABLES)
 def test_a_damaged_table_is_named_with_the_command_that_makes_it(tmp_path, read, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match="damaged") as caught:
+    tips = {"cells.csv": "folder of a sweep", "analysis.csv": f"pdvit analyze {tmp_path}"}
+    with refused("damaged", tip=tips.get(name, f"pdvit eval {tmp_path}")) as caught:
         read(tmp_path)
     assert caught.value.where == str(tmp_path / name)
-    tips = {"cells.csv": "folder of a sweep", "analysis.csv": f"pdvit analyze {tmp_path}"}
-    assert tips.get(name, f"pdvit eval {tmp_path}") in caught.value.tip

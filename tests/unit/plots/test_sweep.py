@@ -154,6 +154,4 @@ def test_the_table_in_words():
 
 
 def test_markdown_keeps_names_from_being_markup():
-    page = markdown(summary(**{"diversity.preset": "a|b_<c>"}))
-    assert page.startswith("| diversity.preset | n |")
-    assert r"a\|b\_\<c\>" in page
+    assert r"a\|b\_\<c\>" in markdown(summary(**{"diversity.preset": "a|b_<c>"}))

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from pdvit.errors import UserError
 from pdvit.plots.training import plot_training, read_records
+from tests.errors import refused
 
 LAYERS = ["embed", "block 1", "block 2", "norm"]
 TRAIN = [{"step": 2, "epoch": 0.5, "loss": 4.0, "class": 2.0, "cosine": 0.5, "mixing": 1.5},
@@ -129,6 +129,5 @@ def test_a_half_written_last_line_is_left_out_and_a_loss_without_a_number_is_a_g
 def test_damaged_or_missing_records_are_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message, where="metrics.jsonl"):
         read_records(tmp_path)
-    assert "metrics.jsonl" in caught.value.where

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from pdvit.errors import RunFailed, UserError
+from pdvit.errors import RunFailed
 from pdvit.tracking.run_directory import RunDirectory, write_file
+from tests.errors import refused
 from tests.files import read_records
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -30,9 +31,8 @@ def test_a_path_that_exists_or_is_none_or_can_not_be_written_is_an_error_and_a_l
         (workplace / file).touch()
     for link in ("link", "runs"):
         (workplace / link).symlink_to(workplace / "nowhere")
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message, tip="--resume 'a run'" if out == "a run" else "--out"):
         RunDirectory.create(out, name, "")
-    assert ("--resume 'a run'" if out == "a run" else "--out") in caught.value.tip
     assert not (workplace / "nowhere").exists()
 
 
@@ -43,7 +43,7 @@ def test_files_of_others_and_of_a_run_without_its_settings_stay(workplace, confi
     cell.mkdir()
     for name in names:
         (cell / name).write_bytes(b"mine")
-    with pytest.raises(UserError, match="exists"):
+    with refused("exists"):
         RunDirectory.create("cell", "x", config)
     assert [(file.name, file.read_bytes()) for file in sorted(cell.iterdir())] == [(name, b"mine") for name in names]
 
@@ -68,7 +68,7 @@ def test_default_names_get_a_suffix():
 
 
 def test_only_a_run_can_be_opened(workplace):
-    with pytest.raises(UserError, match="not a run directory"):
+    with refused("not a run directory"):
         RunDirectory.open(workplace)
     (workplace / "run.toml").touch()
     assert RunDirectory.open(workplace).path == workplace
@@ -113,13 +113,13 @@ def test_what_a_killed_process_left_is_removed_when_the_run_goes_on(directory):
 def test_json_that_is_missing_or_damaged_is_an_error(directory, content):
     if content is not None:
         (directory.path / "summary.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"summary\.json can't be read"):
+    with refused("summary.json can't be read"):
         directory.read_json("summary.json")
 
 
 def test_a_file_that_can_not_be_written_is_an_error(directory):
     (directory.path / "summary.json").mkdir()
-    with pytest.raises(UserError, match=r"summary\.json can't be written"):
+    with refused("summary.json can't be written"):
         directory.write("summary.json", {})
     assert {path.name for path in directory.path.iterdir()} == {"summary.json", "run.toml", "checkpoints"}
 

@@ -26,7 +26,7 @@ from pdvit.data.masks.batches import (
 from pdvit.data.masks.folders import MaskFiles, open_masks
 from pdvit.data.masks.table import ClassTable
 from pdvit.data.preprocessing import Preprocessing
-from pdvit.errors import UserError
+from tests.errors import refused
 from tests.unit.data.batches import fill, same, write
 
 CROP = 16
@@ -98,13 +98,11 @@ def test_a_bad_mask_is_an_error_even_if_bad_images_are_skipped(splits, camvid, w
     loader = replace(LOADER, bad=BadImages(skip=True), workers=workers)
     fill(camvid / "masks/train/2.png", 9)
     write(camvid / "masks/val/9.png", torch.zeros(3, 4, dtype=torch.uint8).numpy())
-    with pytest.raises(UserError, match="1 mask can't be used") as caught:
+    outside = "masks/train/2.png (outside of the table of 3 classes: id 9"
+    with refused("1 mask can't be used", outside, tip="--check-masks"):
         take(splits["train"], 3, loader=loader)
-    assert "masks/train/2.png (outside of the table of 3 classes: id 9" in caught.value.where
-    assert "--check-masks" in caught.value.tip
-    with pytest.raises(UserError, match="1 mask can't be used") as caught:
+    with refused("1 mask can't be used", "it is 4x3, its image"):
         list(eval_batches(splits["val"], loader, SEGMENT))
-    assert "it is 4x3, its image" in caught.value.where
 
 
 def pair(height, width, seed=0):

@@ -2,13 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pdvit.data.sources import (
-    SOURCE_TYPES,
-    absolute_path,
-    list_source_types,
-    run_name,
-    source_type,
-)
+from pdvit.data.sources import SOURCE_TYPES, absolute_path, list_source_types, run_name, source_type
 
 
 @pytest.mark.parametrize(

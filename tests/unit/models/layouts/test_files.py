@@ -236,9 +236,6 @@ def test_shards_with_an_index(config, monkeypatch):
     assert "not in its folder: ../elsewhere.safetensors" in refuse(config).what
 
 
-# Refused files.
-
-
 def zipped(*names: str) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

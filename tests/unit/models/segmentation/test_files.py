@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
 from pdvit.models.checkpoints import HEADER_KEY, export
-from pdvit.models.layers import find_layers, watch
 from pdvit.models.loading import apply_checkpoint_defaults, fingerprint, load_model, load_pretrained
 from pdvit.models.resolved_checkpoint import resolve_checkpoint
 from pdvit.models.segmentation.segmenter import build_segmenter, export_segmenter
 from tests.unit.models.segmentation.models import SWIN, VIT, build, config, images
-from tests.unit.models.support import DATA, load, write
+from tests.unit.models.support import DATA, load, tokens_of, write
 
 CLASSES, PALETTE = ["ground", "cat", "dog"], [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
 VIT_SIZES = {"depth": 4, "embed_dim": 16, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -126,14 +125,9 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     expected = segmenter.backbone.state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
-    layers = {}
-    with watch(find_layers(model)[1], lambda layer, tokens: layers.update({layer: tokens.isfinite().all()})):
-        model(images(1, 64, 64))
-    assert all(layers.values())
+    layers = tokens_of(model, images(1, 64, 64))
+    assert all(tokens.isfinite().all() for tokens in layers.values())
     assert list(layers)[-1].name == f"block {4 if name == VIT else 6}"
-
-
-# As initial weights of a segmentation.
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pdvit.models.segmentation.segmenter import pad_before_roll
+from tests.unit.models.support import make
 
 TINY = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "num_classes": 0}
 TINY |= {"img_size": 64, "dynamic_img_size": True, "always_partition": True}
@@ -17,11 +18,7 @@ NAMES = ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_t
 
 def swins(name=NAMES[0]):
     """Return a small model as timm makes it, and a padded copy."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **TINY).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(std=0.3)
+    model = make(name, **TINY)
     padded = copy.deepcopy(model)
     pad_before_roll(padded)
     return model, padded
