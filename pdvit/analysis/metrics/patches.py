@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.similarity import (
-    BLOCK_ENTRIES,
-    Pairs,
-    at_least_float32,
-    pair_cosines,
-    patch_similarity,
-    signed_cosines,
-    unit_tokens,
-)
+from pdvit.similarity import BLOCK_ENTRIES, Pairs, at_least_float32, pair_cosines, patch_similarity, unit_tokens
 
 # Percentiles are exact up to this number of patches; above it, they come from a random sample of pairs.
 MAX_EXACT_PATCHES = 2048
@@ -57,12 +49,6 @@ class Patches:
     def similarity(self) -> Tensor:
         """P of every image, `(B,)`."""
         return patch_similarity(self.tokens, pairs=self.pairs())
-
-    @property
-    def similarity_signed(self) -> Tensor:
-        """The mean cosine of every image, `(B,)`."""
-        count = self.tokens.shape[1]
-        return signed_cosines(self.unit) / (count * (count - 1))
 
     def split(self) -> "list[Patches]":
         """Return parts of the images, so that all pairs of a part, and transforms of its tokens, fit into a block."""

@@ -53,7 +53,7 @@ def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, imag
     expected: dict[str, Tensor] = {}
     with (
         torch.no_grad(),
-        watch(find_layers(model)[1], lambda layer, tokens: expected.update({layer.name: tokens.clone()})),
+        watch(find_layers(model)[1], lambda layer, tokens: expected.update({layer: tokens.clone()})),
     ):
         model(images)
     block = next(part for name, part in model.named_modules() if name.endswith("blocks.0"))
@@ -162,7 +162,7 @@ def test_no_hook_outlives_a_measurement_or_an_error():
 
     def visit(layer, tokens):
         during.extend(hooks_of(model))
-        raise ArithmeticError(layer.name)
+        raise ArithmeticError(layer)
 
     with pytest.raises(ArithmeticError, match="embed"), watch(find_layers(model)[1], visit):
         model(IMAGES)
@@ -175,7 +175,7 @@ def test_no_hook_outlives_a_measurement_or_an_error():
 
 def attention_of(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), watch_attention(find_layers(model)[1], lambda layer, maps: found.update({layer.name: maps})):
+    with torch.no_grad(), watch_attention(find_layers(model)[1], lambda layer, maps: found.update({layer: maps})):
         return found, model(IMAGES)
 
 
@@ -200,7 +200,7 @@ def test_fused_attention_comes_back_also_after_an_error():
 
     def fail(layer, maps) -> None:
         assert not any(attention.fused_attn for attention in attentions)
-        raise RuntimeError(layer.name)
+        raise RuntimeError(layer)
 
     with pytest.raises(RuntimeError, match="block 1"), watch_attention(find_layers(model)[1], fail):
         model(IMAGES)
