@@ -14,7 +14,7 @@ from pdvit.errors import UserError
 
 # A token without a larger entry has no direction: its cosines and its gradient are 0.
 SHORTEST = 1e-12
-# Entries of the Gram matrix that exist at one moment: 16 MB of float32.
+# Entries of a Gram matrix, or logits of patches, that exist at one moment: 16 MB of float32.
 BLOCK_ENTRIES = 4 * 2**20
 Pairs = tuple[Tensor, Tensor, Tensor]  # i and j, each `(K,)`, and cosines `(B, K)`
 

@@ -108,15 +108,6 @@ def try_read(split: Split, index: int) -> Image.Image | BadImage:
     return attempt(split, index, lambda index: read_image(split.open(index)))
 
 
-def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
-    """Decode an image `(W, H)` and its mask, or return the fault of one of them."""
-    image = try_read(split, index)
-    mask = try_mask(split, index, None if isinstance(image, BadImage) else image.size)
-    if isinstance(mask, BadMask):
-        return mask
-    return image if isinstance(image, BadImage) else (image, mask)
-
-
 def try_mask(split: MaskSplit, index: int, size: tuple[int, int] | None) -> Tensor | BadMask:
     """Decode a mask, or return its fault; `size` is width and height of its image, None if that does not decode."""
     mask = attempt(split, index, split.mask)

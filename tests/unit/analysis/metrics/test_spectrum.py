@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from pdvit.analysis.metrics.patches import grid_of
-from pdvit.analysis.metrics.spectrum import spectrum
+from pdvit.analysis.metrics.patches import Patches, grid_of
+from pdvit.analysis.metrics.spectrum import spectrum_metrics
 from pdvit.errors import UserError
+
+
+def spectrum(tokens: torch.Tensor, grid: tuple[int, int]) -> list[torch.Tensor]:
+    found = spectrum_metrics(Patches(tokens, grid))
+    return [found[name] for name in ("dc_share", "high_frequency_share", "by_frequency")]
 
 
 def slow(image: np.ndarray, rows: int, columns: int) -> tuple[float, float, list[float]]:

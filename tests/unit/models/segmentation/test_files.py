@@ -130,7 +130,7 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     with watch(find_layers(model)[1], lambda layer, tokens: layers.update({layer: tokens.isfinite().all()})):
         model(images(1, 64, 64))
     assert all(layers.values())
-    assert list(layers)[-1].name == f"block {4 if name == VIT else 6}"
+    assert list(layers)[-1] == f"block {4 if name == VIT else 6}"
 
 
 # As initial weights of a segmentation.
