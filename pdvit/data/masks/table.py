@@ -45,10 +45,6 @@ class ClassTable:
         ids = dict.fromkeys((255, *ignored), IGNORED) | {value: place for place, value in enumerate(names)}
         return cls(list(names.values()), palette or default_palette(len(names)), ids, {})
 
-    def identity(self) -> str:
-        """Return what two equal tables share: classes, ids and colours in masks, but not the palette."""
-        return repr((self.names, *(sorted(known.items()) or None for known in (self.ids, self.colours))))
-
     def read(self, image: Image.Image) -> Tensor:
         """Decode an open mask: training ids, uint8 `(H, W)`; raises ValueError for values outside of the table."""
         coloured = bool(self.colours) and (not self.ids or image.mode in ("RGB", "RGBA"))
