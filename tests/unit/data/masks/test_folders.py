@@ -251,6 +251,5 @@ def test_the_real_packs(real_data):
     ade = opened(real_data / "ade20k-sample")
     assert lengths(ade) == {"train": 3, "val": 3}
     assert (len(ade.classes), ade.classes[0], ade.classes[149]) == (150, "wall", "flag")
-    for split in ade.splits.values():
-        pairs = read_pairs(lambda pair, *_: pair, split, 0, range(3))
-        assert all(image.size == mask.shape[::-1] for image, mask, _ in pairs)
+    pairs = [pair for split in ade.splits.values() for pair in read_pairs(lambda pair, *_: pair, split, 0, range(3))]
+    assert all(image.size == mask.shape[::-1] for image, mask, _ in pairs)
