@@ -63,20 +63,19 @@ def read_maps(
     (model, places), device = find_layers(model, **layout), next(model.parameters()).device
     first = normalise(shown[0][1][None].to(device))
     counts = {layer: count for layer, (count, _) in shapes_of(model, places, image=first).items()}
-    layers, max_images = _fitting(counts, picture_size(first.shape[-2], first.shape[-1]), max_bytes)
+    layers, max_images = _fitting(counts, picture_size(*first.shape[-2:]), max_bytes)
     missing = [layer for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
     maps = Maps(name, [], [], {}, [], [], notes, [[*places].index(layer) for layer in layers])
 
     def visit(layer: str, tokens: Tensor) -> None:
         check_count(tokens, layer)
-        found[layer] = Patches(tokens, image_size)
+        found[layer] = Patches(tokens, batch.shape[-2:])
         check_finite(found[layer].lengths, layer)
 
     with watch({layer: places[layer] for layer in layers}, visit):
         for label, pixels in shown[:max_images]:
             batch = normalise(pixels[None].to(device))
-            image_size = (batch.shape[-2], batch.shape[-1])
             with inference(model, batch):
                 model(batch)
             maps.names.append(label)

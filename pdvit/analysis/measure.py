@@ -267,16 +267,15 @@ class LayerMetrics:
         self.places = places
         self.sums = MetricSums()
         self.first_layer: str | None = None
-        self.images = 0  # in the batch
-        self.image_size = (0, 0)
+        self.batch = torch.empty(0)  # images
         self.first: Tensor | None = None  # unit tokens of `first_layer`
         self.previous: Tensor | None = None  # attention of the previous block
         self.grams: list[Tensor] = []
-        self.values: dict[Key, Tensor] = {}  # of the images of the batch
+        self.values: dict[Key, Tensor] = {}  # of the batch
 
     def update(self, images: Tensor) -> list[Tensor]:
         """Read every layer in the forward pass of a batch `(B, C, H, W)`; return the Gram matrices for CKA."""
-        self.image_size, self.images, self.grams = (images.shape[-2], images.shape[-1]), len(images), []
+        self.batch, self.grams = images, []
         if "drift" in self.groups and self.first_layer is None:
             # the losses' first: the first block whose grid and width are those of the last layer
             shapes = shapes_of(self.model, self.places, WHERE, images[:1])
@@ -294,8 +293,9 @@ class LayerMetrics:
         return self.grams
 
     def _visit(self, layer: str, tokens: Tensor) -> None:
-        if len(tokens) != self.images:
-            raise UserError(NOT_IMAGES.format(tuple(tokens.shape), self.images), f"{layer}, {WHERE}", BATCH_FIRST)
+        if len(tokens) != len(self.batch):
+            what = NOT_IMAGES.format(tuple(tokens.shape), len(self.batch))
+            raise UserError(what, f"{layer}, {WHERE}", BATCH_FIRST)
         if ("", "length", layer) in self.values:
             what = f"the model calls {layer} several times for an image, as if it were several layers"
             raise UserError(what, WHERE, "use a model with a module for each layer")
@@ -304,7 +304,7 @@ class LayerMetrics:
             self.first = unit_tokens(tokens)
         first = self.first if self.first is not None and self.first.shape == tokens.shape else None
         check_count(tokens, layer)
-        parts = Patches(tokens, self.image_size, first).split()
+        parts = Patches(tokens, self.batch.shape[-2:], first).split()
         # Not a metric, but for `_read` to find infinite tokens: here each layer would wait for the device.
         self._add("", layer, {"length": torch.cat([part.lengths.amax(1) for part in parts])})
         for name in self.groups:
@@ -316,7 +316,7 @@ class LayerMetrics:
 
     def _visit_attention(self, layer: str, probabilities: Tensor) -> None:
         rows = patch_rows(probabilities, self.places[layer].prefix)
-        self._add("attention", layer, METRICS["attention"](rows, self.image_size, self.previous))
+        self._add("attention", layer, METRICS["attention"](rows, self.batch.shape[-2:], self.previous))
         self.previous = rows
 
     def _add(self, group: str, layer: str, results: dict[str, Tensor]) -> None:
@@ -324,9 +324,9 @@ class LayerMetrics:
 
     def _read(self) -> None:
         """Add the moments of the batch's values, which are read from the device together; UserError if not finite."""
-        device = next(self.model.parameters()).device
-        columns = [values.to(device, torch.float64).reshape(self.images, -1) for values in self.values.values()]
-        whole = torch.cat([torch.empty(self.images, 0, device=device), *columns], 1).cpu()
+        count, device = len(self.batch), self.batch.device
+        columns = [values.to(device, torch.float64).reshape(count, -1) for values in self.values.values()]
+        whole = torch.cat([torch.empty(count, 0, device=device), *columns], 1).cpu()
         sizes = [column.shape[1] for column in columns]
         for (key, values), part in zip(self.values.items(), whole.split(sizes, 1), strict=True):
             check_finite(part, key[2])

@@ -105,12 +105,9 @@ def freeze(network: Wrapper, part: str) -> None:
     if part == BACKBONE:
         network.frozen = [model]
     else:
+        whole = [module for module in model.modules() if (weights := {*module.parameters()}) and weights <= frozen]
         dropout = getattr(model, "pos_drop", None)  # after the embedding
-        network.frozen = [dropout] if isinstance(dropout, nn.Module) else []
-        for module in model.modules():
-            weights = list(module.parameters())
-            if weights and not any(weight.requires_grad for weight in weights):
-                network.frozen.append(module)
+        network.frozen = [dropout, *whole] if isinstance(dropout, nn.Module) else whole
     network.train(network.training)
 
 

@@ -152,7 +152,7 @@ def token_maps(model: Model, images: Any = None, on_bad_image: str | None = None
     maps: dict[str, list[Tensor]] = {layer: [] for layer in places}
 
     def visit(layer: str, tokens: Tensor) -> None:
-        grid = Patches(tokens, (batch.shape[-2], batch.shape[-1])).grid
+        grid = Patches(tokens, batch.shape[-2:]).grid
         maps[layer].append(tokens.unflatten(1, grid).cpu())
 
     with watch(places, visit):

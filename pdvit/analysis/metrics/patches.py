@@ -1,6 +1,6 @@
 """The tokens of one layer, which all metrics read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -20,7 +20,7 @@ class Patches:
     `image_size` is the height and width of the images, `first` the unit tokens that drift is measured from, if any.
     """
 
-    def __init__(self, tokens: Tensor, image_size: tuple[int, int] = (1, 1), first: Tensor | None = None) -> None:
+    def __init__(self, tokens: Tensor, image_size: Sequence[int] = (1, 1), first: Tensor | None = None) -> None:
         self.tokens = at_least_float32(tokens)
         self.image_size = image_size
         self.first = first
@@ -64,7 +64,7 @@ class Patches:
         return grid_of(self.tokens.shape[1], self.image_size)
 
 
-def grid_of(count: int, image_size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(count: int, image_size: Sequence[int]) -> tuple[int, int]:
     """Return the rows and columns of `count` patches that fill an image; UserError if they form no such grid."""
     height, width = image_size
     rows = max(1, round((count * height / width) ** 0.5))

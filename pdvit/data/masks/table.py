@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
+from pdvit.data.sources import first_names
 from pdvit.data.sources.split import upright
 from pdvit.files import read_text, reading
 
@@ -51,8 +52,7 @@ class ClassTable:
         values = mask_values(image, coloured)
         found: Array = self._lookups[coloured][values]
         if len(outside := np.unique(values[found == OUTSIDE]).tolist()):
-            names = [f"#{value:06x}" if coloured else str(value) for value in outside[:10]]
-            listed = ", ".join(names) + (", ..." if len(outside) > len(names) else "")
+            listed = first_names([f"#{value:06x}" if coloured else str(value) for value in outside], 10)
             unit = "colour" if coloured else "id"
             raise ValueError(f"outside of the table of {len(self.names)} classes: {unit} {listed}")
         return torch.from_numpy(found)
