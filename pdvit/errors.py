@@ -33,8 +33,7 @@ class RunFailed(Exception):
     def __str__(self) -> str:
         return f"{one_line(self.what)}\n  tip:   {one_line(self.tip)}"
 
-    def _render_traceback_(self) -> list[str]:
-        return str(self).split("\n")
+    _render_traceback_ = UserError._render_traceback_
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pdvit.errors import UserError
 
 # A token without a larger entry has no direction: its cosines and its gradient are 0.
 SHORTEST = 1e-12
-# Entries of the Gram matrix that exist at one moment: 16 MB of float32.
+# Entries of a Gram matrix, or logits of patches, that exist at one moment: 16 MB of float32.
 BLOCK_ENTRIES = 4 * 2**20
 Pairs = tuple[Tensor, Tensor, Tensor]  # i and j, each `(K,)`, and cosines `(B, K)`
 
@@ -34,18 +34,14 @@ def patch_similarity(tokens: Tensor, signed: bool = False, pairs: Iterable[Pairs
     if count < 2:
         return (unit_tokens(tokens) * 0).sum((1, 2))  # no pairs; still a function of the tokens, so backward works
     if signed:
-        total = signed_cosines(unit_tokens(tokens))
+        unit = unit_tokens(tokens)
+        total = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # |sum of u|^2 without i = j
     elif pairs is None and tokens.requires_grad and torch.is_grad_enabled():
         total = _AbsoluteCosines.apply(tokens)
     else:
         pairs = pair_cosines(_normalize(tokens)[0]) if pairs is None else pairs
         total = 2 * torch.stack([cosines.abs().sum(1) for _, _, cosines in pairs]).sum(0)
     return total / (count * (count - 1))
-
-
-def signed_cosines(unit: Tensor) -> Tensor:
-    """Return the sum of the cosines of all pairs i != j of unit tokens `(B, N, D)`: |sum of u|^2 without i = j."""
-    return unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
 
 
 def row_blocks(tokens: Tensor, least: int = 1) -> list[slice]:

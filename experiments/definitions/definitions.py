@@ -94,7 +94,7 @@ DEFINITIONS: list[tuple[str, str, Measure]] = [
 def whole_tokens(checkpoint: Path) -> tuple[dict[str, list[Tensor]], int]:
     """Return the tokens of every image `(T, D)`, prefix tokens with them, of the layers that are compared."""
     loaded = load_model(resolve_checkpoint(checkpoint))
-    places = {layer.name: place for layer, place in find_layers(loaded.model)[1].items()}
+    places = find_layers(loaded.model)[1]
     prefix = places["norm"].prefix
     blocks = [name for name in places if name.startswith("block")]
     names = ("embed", blocks[len(blocks) // 2 - 1], blocks[-1], "norm")

@@ -14,7 +14,7 @@ from pdvit.analysis.measure import check_count, check_finite, inference
 from pdvit.analysis.metrics.patches import Patches
 from pdvit.analysis.tables import write_arrays
 from pdvit.errors import UserError
-from pdvit.models.layers import Layer, find_layers, shapes_of, watch
+from pdvit.models.layers import find_layers, shapes_of, watch
 
 MAX_IMAGES, MAX_PATCHES, MAX_MODELS = 8, 2048, 4  # a map of 2,048 patches takes 2.8 MB of a page
 PAGE_BYTES, CODE_BYTES = 10**7, 200_000  # bytes of a page, and the part of its own code and names
@@ -57,34 +57,33 @@ def read_maps(
     and no more than fit into `max_bytes` of a page. Layers of more than 2,048 patches are left out; if the rest does
     not fit for one image, layers are left out evenly. UserError if not even two fit. `layout` is that of `find_layers`.
     """
-    shown, found = list(islice(images, MAX_IMAGES)), dict[Layer, Patches]()
+    shown, found = list(islice(images, MAX_IMAGES)), dict[str, Patches]()
     if not shown:
         raise UserError("there is no image to explore", "--images", "name at least one image that decodes")
     (model, places), device = find_layers(model, **layout), next(model.parameters()).device
     first = normalise(shown[0][1][None].to(device))
     counts = {layer: count for layer, (count, _) in shapes_of(model, places, image=first).items()}
-    layers, max_images = _fitting(counts, picture_size(first.shape[-2], first.shape[-1]), max_bytes)
-    missing = [layer.name for layer in counts if layer not in layers]
+    layers, max_images = _fitting(counts, picture_size(*first.shape[-2:]), max_bytes)
+    missing = [layer for layer in counts if layer not in layers]
     notes = [f"left out, to keep the page below 10 MB: the maps of {', '.join(missing)}"] if missing else []
-    maps = Maps(name, [], [], {}, [], [], notes, [layer.depth for layer in layers])
+    maps = Maps(name, [], [], {}, [], [], notes, [[*places].index(layer) for layer in layers])
 
-    def visit(layer: Layer, tokens: Tensor) -> None:
+    def visit(layer: str, tokens: Tensor) -> None:
         check_count(tokens, layer)
-        found[layer] = Patches(tokens, image_size)
+        found[layer] = Patches(tokens, batch.shape[-2:])
         check_finite(found[layer].lengths, layer)
 
     with watch({layer: places[layer] for layer in layers}, visit):
         for label, pixels in shown[:max_images]:
             batch = normalise(pixels[None].to(device))
-            image_size = (batch.shape[-2], batch.shape[-1])
             with inference(model, batch):
                 model(batch)
             maps.names.append(label)
             maps.images.append(pixels.permute(1, 2, 0).cpu().numpy())
-            levels = {layer.name: LEVELS * (it.unit[0] @ it.unit[0].T).clamp(-1, 1) for layer, it in found.items()}
+            levels = {layer: LEVELS * (it.unit[0] @ it.unit[0].T).clamp(-1, 1) for layer, it in found.items()}
             maps.cosines.append({layer: part.round().to(torch.int8).cpu().numpy() for layer, part in levels.items()})
             maps.similarity.append([float(patches.similarity[0]) for patches in found.values()])
-            maps.grids.update({layer.name: patches.grid for layer, patches in found.items()})
+            maps.grids.update({layer: patches.grid for layer, patches in found.items()})
     return maps
 
 
@@ -108,7 +107,7 @@ def picture_size(height: int, width: int) -> int:
     return 4 * -(-(3 * height * width * 102 // 100 + 2000) // 3)
 
 
-def _fitting(counts: dict[Layer, int], picture: int, max_bytes: int) -> tuple[list[Layer], int]:
+def _fitting(counts: dict[str, int], picture: int, max_bytes: int) -> tuple[list[str], int]:
     """Return the layers whose maps fit, and the number of images; UserError if none fits."""
     small = [layer for layer, count in counts.items() if count <= MAX_PATCHES]
     for number in range(len(small), 0, -1):

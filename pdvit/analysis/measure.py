@@ -27,7 +27,6 @@ from pdvit.files import reason_of
 from pdvit.models.layers import (
     BATCH_FIRST,
     NOT_IMAGES,
-    Layer,
     Place,
     evaluating,
     exact_float32,
@@ -44,7 +43,7 @@ WHERE = "analyze(model, images)"
 BATCH_SIZE = 32  # if images come as one tensor
 Images = Tensor | Iterable[Tensor | Sequence[Tensor] | Mapping[str, Tensor]] | Mapping[str, Tensor]
 Names = str | Iterable[str]
-Key = tuple[str, str, Layer]  # metric group, column or curve, layer
+Key = tuple[str, str, str]  # metric group, column or curve, layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +141,7 @@ def cka_between(
     total = sum(ranks.all_gather(cka), LinearCKA())
     if not total.images:
         raise UserError(f"there are no images, or no batch of {MIN_IMAGES}", "cka_between(...)", "pass larger batches")
-    names, other_names = ([layer.name for layer in side.places] for side in (rows, columns))
+    names, other_names = ([*side.places] for side in (rows, columns))
     return pd.DataFrame(total.compute().numpy(), index=names, columns=other_names)
 
 
@@ -195,19 +194,19 @@ def inference(model: nn.Module, images: Tensor) -> Iterator[None]:
         raise UserError(f"there is no memory for a batch of {len(images)}", str(images.device), tip) from error
 
 
-def check_count(tokens: Tensor, layer: Layer) -> None:
+def check_count(tokens: Tensor, layer: str) -> None:
     """Raise UserError if there are fewer than two patches."""
     if tokens.shape[1] < 2:
         what = f"similarity needs at least two patches, not {tokens.shape[1]}"
-        raise UserError(what, f"{layer.name}, {WHERE}", "use larger images or smaller patches")
+        raise UserError(what, f"{layer}, {WHERE}", "use larger images or smaller patches")
 
 
-def check_finite(values: Tensor, layer: Layer) -> None:
+def check_finite(values: Tensor, layer: str) -> None:
     """Raise UserError if values are not finite."""
     if not bool(values.isfinite().all()):
         tip = "the checkpoint is damaged, or the images are not normalised for this model"
         where = "the model's weights, or its input"
-        raise UserError(f"the patches at {layer.name} are infinite or not numbers", where, tip)
+        raise UserError(f"the patches at {layer} are infinite or not numbers", where, tip)
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class MetricSums:
 
     images: int = 0
     moments: dict[Key, Moments] = field(default_factory=dict)  # of columns and curves
-    tokens: dict[Layer, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     cka: LinearCKA = field(default_factory=LinearCKA)
 
     def add(self, other: "MetricSums") -> None:
@@ -262,29 +261,26 @@ class MetricSums:
 class LayerMetrics:
     """Metrics of the layers of a model at some places, updated by hooks during forward passes."""
 
-    def __init__(self, model: nn.Module, places: dict[Layer, Place], groups: list[str]) -> None:
+    def __init__(self, model: nn.Module, places: dict[str, Place], groups: list[str]) -> None:
         self.model = model
         self.groups = groups
         self.places = places
         self.sums = MetricSums()
-        self.first_layer: Layer | None = None
-        self.images = 0  # in the batch
-        self.image_size = (0, 0)
+        self.first_layer: str | None = None
+        self.batch = torch.empty(0)  # images
         self.first: Tensor | None = None  # unit tokens of `first_layer`
         self.previous: Tensor | None = None  # attention of the previous block
         self.grams: list[Tensor] = []
-        self.seen = set[Layer]()  # in the batch
-        self.values: dict[Key, Tensor] = {}  # of the images of the batch
+        self.values: dict[Key, Tensor] = {}  # of the batch
 
     def update(self, images: Tensor) -> list[Tensor]:
         """Read every layer in the forward pass of a batch `(B, C, H, W)`; return the Gram matrices for CKA."""
-        self.image_size, self.images, self.grams = (images.shape[-2], images.shape[-1]), len(images), []
-        self.seen.clear()
+        self.batch, self.grams = images, []
         if "drift" in self.groups and self.first_layer is None:
             # the losses' first: the first block whose grid and width are those of the last layer
             shapes = shapes_of(self.model, self.places, WHERE, images[:1])
             last = shapes[list(self.places)[-1]]
-            self.first_layer = next(layer for layer in self.places if layer.depth > 0 and shapes[layer] == last)
+            self.first_layer = next(layer for layer in [*self.places][1:] if shapes[layer] == last)
         attention = "attention" in self.groups
         watching = watch_attention(self.places, self._visit_attention) if attention else nullcontext()
         with inference(self.model, images), watch(self.places, self._visit), watching:
@@ -296,19 +292,19 @@ class LayerMetrics:
         self.first = self.previous = None
         return self.grams
 
-    def _visit(self, layer: Layer, tokens: Tensor) -> None:
-        if len(tokens) != self.images:
-            raise UserError(NOT_IMAGES.format(tuple(tokens.shape), self.images), f"{layer.name}, {WHERE}", BATCH_FIRST)
-        if layer in self.seen:
-            what = f"the model calls {layer.name} several times for an image, as if it were several layers"
+    def _visit(self, layer: str, tokens: Tensor) -> None:
+        if len(tokens) != len(self.batch):
+            what = NOT_IMAGES.format(tuple(tokens.shape), len(self.batch))
+            raise UserError(what, f"{layer}, {WHERE}", BATCH_FIRST)
+        if ("", "length", layer) in self.values:
+            what = f"the model calls {layer} several times for an image, as if it were several layers"
             raise UserError(what, WHERE, "use a model with a module for each layer")
-        self.seen.add(layer)
         self.sums.tokens[layer] = tokens.shape[1]
         if layer == self.first_layer:
             self.first = unit_tokens(tokens)
         first = self.first if self.first is not None and self.first.shape == tokens.shape else None
         check_count(tokens, layer)
-        parts = Patches(tokens, self.image_size, first).split()
+        parts = Patches(tokens, self.batch.shape[-2:], first).split()
         # Not a metric, but for `_read` to find infinite tokens: here each layer would wait for the device.
         self._add("", layer, {"length": torch.cat([part.lengths.amax(1) for part in parts])})
         for name in self.groups:
@@ -318,19 +314,19 @@ class LayerMetrics:
         if "cka" in self.groups and len(tokens) >= MIN_IMAGES:
             self.grams.append(centred_gram(at_least_float32(tokens)))
 
-    def _visit_attention(self, layer: Layer, probabilities: Tensor) -> None:
+    def _visit_attention(self, layer: str, probabilities: Tensor) -> None:
         rows = patch_rows(probabilities, self.places[layer].prefix)
-        self._add("attention", layer, METRICS["attention"](rows, self.image_size, self.previous))
+        self._add("attention", layer, METRICS["attention"](rows, self.batch.shape[-2:], self.previous))
         self.previous = rows
 
-    def _add(self, group: str, layer: Layer, results: dict[str, Tensor]) -> None:
+    def _add(self, group: str, layer: str, results: dict[str, Tensor]) -> None:
         self.values |= {(group, name, layer): values for name, values in results.items()}
 
     def _read(self) -> None:
         """Add the moments of the batch's values, which are read from the device together; UserError if not finite."""
-        device = next(self.model.parameters()).device
-        columns = [values.to(device, torch.float64).reshape(self.images, -1) for values in self.values.values()]
-        whole = torch.cat([torch.empty(self.images, 0, device=device), *columns], 1).cpu()
+        count, device = len(self.batch), self.batch.device
+        columns = [values.to(device, torch.float64).reshape(count, -1) for values in self.values.values()]
+        whole = torch.cat([torch.empty(count, 0, device=device), *columns], 1).cpu()
         sizes = [column.shape[1] for column in columns]
         for (key, values), part in zip(self.values.items(), whole.split(sizes, 1), strict=True):
             check_finite(part, key[2])
@@ -343,30 +339,29 @@ class LayerMetrics:
             raise UserError("there are no images to measure", WHERE, "pass at least one image")
         curves: dict[str, dict[str, np.ndarray]] = {}
         rows: list[tuple[object, ...]] = []
-        layers = [layer.name for layer in self.places]
         if "cka" in self.groups:
             if not sums.cka.images:
                 tip = f"pass batches of at least {MIN_IMAGES} images; more make it less noisy (--images, --batch-size)"
                 raise UserError("CKA compares images with one another: batches are too small", "metrics='cka'", tip)
-            curves["cka"] = {"matrix": sums.cka.compute().numpy(), "layers": np.array(layers)}
+            curves["cka"] = {"matrix": sums.cka.compute().numpy(), "layers": np.array([*self.places])}
         named = [(group, name) for group in self.groups for part in GROUPS[group].values() for name in part]
-        for (group, metric), (number, layer) in product(named, enumerate(self.places)):
-            place, moments = (model, layer.name, layer.depth, metric), sums.moments.get((group, metric, layer))
+        for (group, metric), (depth, layer) in product(named, enumerate(self.places)):
+            place, moments = (model, layer, depth, metric), sums.moments.get((group, metric, layer))
             if metric == "cka_last":
-                value = float(curves["cka"]["matrix"][number, -1])
+                value = float(curves["cka"]["matrix"][depth, -1])
                 rows.append((*place, value, math.nan, math.nan, sums.cka.images, sums.tokens[layer]))
             elif moments and metric in GROUPS[group]["columns"]:
                 spread = (moments.std, moments.ci95)
                 rows.append((*place, float(moments.mean), *spread, moments.count, sums.tokens[layer]))
             elif moments:
-                curves.setdefault(group, {})[f"{metric}/{layer.name}"] = moments.mean.numpy()
+                curves.setdefault(group, {})[f"{metric}/{layer}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
         notes = []
         if "drift" in self.groups:
-            start = next(layer.name for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)
+            start = next(layer for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)
             notes.append(f"drift is measured from {start}, at later layers of its grid and width")
         if "attention" in self.groups:
             notes.append("attention was computed without fused kernels, between patches only, at blocks only")
         if "cka" in self.groups and (left := sums.images - sums.cka.images):
             notes.append(f"cka left {left} images out: a batch of fewer than {MIN_IMAGES}")
-        return Analysis(table, sums.images, layers, curves, notes)
+        return Analysis(table, sums.images, [*self.places], curves, notes)

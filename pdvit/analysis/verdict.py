@@ -27,19 +27,6 @@ def climb(rows: pd.DataFrame) -> str | None:
     return onset(rows, float(rows["mean"].min()) + MIN_DIFFERENCE)
 
 
-def against_random(table: pd.DataFrame) -> int | None:
-    """Return 1, 0 or -1 if the last layer's P is above, about or below that of random weights; None without them.
-
-    A difference counts from 0.05 on, and only if the two 95 % intervals do not overlap.
-    """
-    rows, random = last_stage(table), last_stage(table, "similarity_random")
-    if random.empty:
-        return None
-    difference = float(rows["mean"].iloc[-1] - random["mean"].iloc[-1])
-    width = sum(float(found["ci95"].fillna(0).iloc[-1]) for found in (rows, random))
-    return 0 if abs(difference) < max(MIN_DIFFERENCE, width) else 1 if difference > 0 else -1
-
-
 def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     """Return two statements on two lines, each beside random weights, and what to try.
 
@@ -47,8 +34,12 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     that few images were measured. `analyze` and `train` are the commands that measure the checkpoint again and that
     reduce P; an advice ends with a line of one.
     """
-    rows, random, compared = last_stage(table), last_stage(table, "similarity_random"), against_random(table)
-    last, value = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1])
+    rows, random = last_stage(table), last_stage(table, "similarity_random")
+    last, value, compared = rows["layer"].iloc[-1], float(rows["mean"].iloc[-1]), None
+    if not random.empty:  # a difference counts from 0.05 on, and only if the two 95 % intervals do not overlap
+        difference = value - float(random["mean"].iloc[-1])
+        width = sum(float(found["ci95"].fillna(0).iloc[-1]) for found in (rows, random))
+        compared = 0 if abs(difference) < max(MIN_DIFFERENCE, width) else 1 if difference > 0 else -1
     if value == 0:  # tokens that have a direction are never all orthogonal to the last bit
         tip = f"measure the lengths of the patches, since the checkpoint may be broken:\n{analyze} --metrics norms"
         return f"no verdict: P is exactly 0 at {last}, as if all patches were zero", f"to try: {tip}"

@@ -4,7 +4,6 @@ import errno
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -108,15 +107,6 @@ def try_read(split: Split, index: int) -> Image.Image | BadImage:
     return attempt(split, index, lambda index: read_image(split.open(index)))
 
 
-def try_pair(split: MaskSplit, index: int) -> Pair | BadImage:
-    """Decode an image `(W, H)` and its mask, or return the fault of one of them."""
-    image = try_read(split, index)
-    mask = try_mask(split, index, None if isinstance(image, BadImage) else image.size)
-    if isinstance(mask, BadMask):
-        return mask
-    return image if isinstance(image, BadImage) else (image, mask)
-
-
 def try_mask(split: MaskSplit, index: int, size: tuple[int, int] | None) -> Tensor | BadMask:
     """Decode a mask, or return its fault; `size` is width and height of its image, None if that does not decode."""
     mask = attempt(split, index, split.mask)
@@ -179,12 +169,13 @@ def read_crops(augmentation: Augmentation, split: Split, epoch: int, indices: li
 
     A JPEG with a crop of two, four or eight times the input is decoded that much smaller; edges are rounded to it.
     """
-    preprocessing, boxes = augmentation.preprocessing, augmentation.crop_boxes(epoch, torch.tensor(indices))
+    preprocessing = augmentation.preprocessing
+    crop_boxes = dict(zip(indices, augmentation.crop_boxes(epoch, torch.tensor(indices)), strict=True))
 
-    def read(crop_box: Callable[[int, int], list[int]], index: int) -> Tensor:
+    def read(index: int) -> Tensor:
         image = split.open(index)
         width, height = image.size
-        box = crop_box(*reversed(upright_size(image)))
+        box = crop_boxes[index](*reversed(upright_size(image)))
         if (coarser := min(box[2:]) // preprocessing.size) > 1:
             image.draft(None, (width // coarser, height // coarser))
         step = round(width / image.size[0])
@@ -192,5 +183,4 @@ def read_crops(augmentation: Augmentation, split: Split, epoch: int, indices: li
         cropped = crop_pixels(pixels, scaled, preprocessing.size, preprocessing.interpolation)
         return augmentation.transform(cropped, epoch, index)
 
-    reads = zip(indices, (partial(read, box) for box in boxes), strict=True)
-    return [(attempt(split, index, crop), int(split.labels[index]), index) for index, crop in reads]
+    return [(attempt(split, index, read), int(split.labels[index]), index) for index in indices]

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count, tee
 from multiprocessing.queues import Queue
@@ -64,19 +64,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that are set, by name."""
-        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
+    def take(self, chosen: slice | Tensor) -> "Batch":
+        """Return the images at these places, with all that belongs to them."""
+        return Batch(**{name: value[chosen] for name, value in vars(self).items() if value is not None})
 
     def repeat(self, size: int) -> "Batch":
         """Return a batch of `size` images, a repetition of its own."""
-        again = torch.arange(size, device=self.images.device) % len(self)
-        return Batch(**{name: value[again.to(value.device)] for name, value in self.tensors().items()})
+        return self.take(torch.arange(size) % len(self))
 
     def split(self, size: int) -> list["Batch"]:
         """Split into batches of `size` images; the last may be smaller."""
-        parts = {name: value.split(size) for name, value in self.tensors().items()}
-        return [Batch(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+        return [self.take(slice(start, start + size)) for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def train_batches(
     for step, batch in zip(count(start), batches, strict=False):
         images = augmentation(batch.images, step // per_epoch, batch.index)
         images, targets, patch_targets = mixing.mix(images, batch.targets, loader.seed, step, loader.batch_size, part)
-        own = Batch(**{name: value[len(batch) - len(part) :] for name, value in batch.tensors().items()})
+        own = batch.take(slice(len(batch) - len(part), None))
         yield replace(own, images=images, targets=targets, patch_targets=patch_targets)
 
 

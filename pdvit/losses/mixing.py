@@ -10,10 +10,7 @@ from torch.nn import functional as F
 
 from pdvit.losses.cross_entropy import check_targets, cross_entropy_loss, smooth_targets
 from pdvit.losses.terms import VARIANTS, check_variant
-from pdvit.similarity import at_least_float32
-
-# Logits that `chunked_mixing_loss` holds at a time: 16 MB of float32.
-CHUNK_ENTRIES = 4 * 2**20
+from pdvit.similarity import BLOCK_ENTRIES, at_least_float32
 
 
 def mixing_loss(
@@ -81,8 +78,8 @@ class _Chunked(torch.autograd.Function):
         total = weight_grad = bias_grad = at_least_float32(tokens.new_zeros(()))
         token_grads: list[list[Tensor]] = []
         # Each chunk has few enough logits; whole images where they fit.
-        patch_step = max(1, min(patches, CHUNK_ENTRIES // len(weight)))
-        image_step = max(1, CHUNK_ENTRIES // (patches * len(weight)))
+        patch_step = max(1, min(patches, BLOCK_ENTRIES // len(weight)))
+        image_step = max(1, BLOCK_ENTRIES // (patches * len(weight)))
         for row, column in product(range(0, images, image_step), range(0, patches, patch_step)):
             image, patch = slice(row, row + image_step), slice(column, column + patch_step)
             chunk = tokens[image, patch].reshape(-1, width)

@@ -12,7 +12,7 @@ from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
 from pdvit.losses.gram import GRAM_VARIANTS, gram_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, VARIANTS, TermWeights, check_variant, cosine_loss
+from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, VARIANTS, check_variant, cosine_loss
 
 
 class TokenOutput(NamedTuple):
@@ -36,13 +36,14 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective(TermWeights):
+class Objective:
     """L = L_class + the weighted sum of the terms; a term of weight 0 is not computed.
 
     Under `diverse-vit` class and patches are averaged as its code does: (L_class + n w L_mix) / (1 + n w), with n
     patches and w the weight of mixing. Its code has w = 1 or 0; values in between are our extension.
 
     Attributes:
+        cosine, contrastive, mixing, koleo, spectral, gram: weight of each term.
         variant: form of the first three terms: `paper`, `v1`, `released` (which has no cosine term) or `diverse-vit`.
         label_smoothing: of the class loss and of the patch targets in the mixing term.
         multi_label: an image may have any number of classes: binary cross-entropy, in class loss and mixing term.
@@ -51,6 +52,12 @@ class Objective(TermWeights):
         class_loss: a function of logits and targets in place of the cross-entropy; it does its own label smoothing.
     """
 
+    cosine: float = 1.0
+    contrastive: float = 1.0
+    mixing: float = 1.0
+    koleo: float = 0.0
+    spectral: float = 0.0
+    gram: float = 0.0
     variant: str = "paper"
     label_smoothing: float = 0.0
     multi_label: bool = False

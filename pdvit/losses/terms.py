@@ -1,8 +1,8 @@
-"""The weights of all terms with their schedules and variants, and the terms of the last layer's tokens `(B, N, D)`."""
+"""The terms of the last layer's tokens `(B, N, D)`, and the names, variants and schedules of all terms."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,26 +10,12 @@ from torch import Tensor
 from pdvit.errors import UserError, closest
 from pdvit.similarity import patch_similarity, row_blocks, unit_tokens
 
+TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral", "gram")
 # paper: arXiv 2104.12753 v3; v1: its first version; released: ChengyueGongR/PatchVisionTransformer at b70ee23;
 # diverse-vit: VITA-Group/Diverse-ViT, reg.py. docs/losses.md has them side by side.
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
 # DINOv2's epsilon, added in quadrature to a distance.
 EPS = 1e-8
-
-
-@dataclass(frozen=True)
-class TermWeights:
-    """The weight of each term; 0 switches it off."""
-
-    cosine: float = 1.0
-    contrastive: float = 1.0
-    mixing: float = 1.0
-    koleo: float = 0.0
-    spectral: float = 0.0
-    gram: float = 0.0
-
-
-TERMS = tuple(field.name for field in fields(TermWeights))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from timm.models import get_model_input_config
@@ -15,17 +15,9 @@ from pdvit.errors import UserError, closest
 from pdvit.files import reading
 from pdvit.models.families import WRAPPERS, Family, family_of, image_model_of, modules_at
 
-K = TypeVar("K")
 MODEL = "model.name (--model)"
 NOT_IMAGES = "the first axis of the tokens is not that of the images: {} for {}"
 BATCH_FIRST = "name blocks with tokens (images, tokens, width); torch's need batch_first=True"
-
-
-class Layer(NamedTuple):
-    """A layer."""
-
-    name: str
-    depth: int  # on the axis of a figure
 
 
 @dataclass(frozen=True)
@@ -66,8 +58,8 @@ class Place:
 
 def find_layers(
     model: nn.Module, blocks: Any = None, prefix_tokens: int = 0, norm: str = "", where: str = MODEL
-) -> tuple[nn.Module, dict[Layer, Place]]:
-    """Return the image model without wrappers and heads, and the places of its layers.
+) -> tuple[nn.Module, dict[str, Place]]:
+    """Return the image model without wrappers and heads, and the places of its layers by name, in order.
 
     They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
     The table of families has them. For another model, `blocks` are the blocks in a list, or the path of one, such as
@@ -92,10 +84,10 @@ def find_layers(
     )
     at = partial(Place, prefix=prefix, channels_first=family.channels_first, attention=family.attention)
     order = [partial(orders[0], block_idx=index) if orders else None for index in range(len(blocks))]
-    places = {Layer("embed", 0): at(blocks[0], entering=True, order=order[0])}
-    places |= {Layer(f"block {i + 1}", i + 1): at(block, order=order[i]) for i, block in enumerate(blocks)}
+    places = {"embed": at(blocks[0], entering=True, order=order[0])}
+    places |= {f"block {i + 1}": at(block, order=order[i]) for i, block in enumerate(blocks)}
     for last in modules_at(model, family.norm)[-1:]:
-        places[Layer("norm", len(blocks) + 1)] = at(last, prefix=norm_prefix)
+        places["norm"] = at(last, prefix=norm_prefix)
     return model, places
 
 
@@ -120,38 +112,38 @@ def _named_family(model: nn.Module, blocks: Any, prefix_tokens: int, norm: Any) 
 
 
 @contextmanager
-def watch(places: Mapping[K, Place], visit: Callable[[K, Tensor], None]) -> Iterator[None]:
-    """Call `visit(key, tokens)` with the patch tokens `(B, N, D)` of each place during each forward pass inside.
+def watch(places: Mapping[str, Place], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `visit(layer, tokens)` with the patch tokens `(B, N, D)` of each place during each forward pass inside.
 
     For measurements in eager mode: hooks that are registered and removed do not fire under torch.compile.
     """
 
-    def hook(key: K, place: Place, module: nn.Module, inputs: tuple[Any, ...], more: Any) -> None:
-        visit(key, place.tokens(inputs, more))
+    def hook(layer: str, module: nn.Module, inputs: tuple[Any, ...], more: Any) -> None:
+        visit(layer, places[layer].tokens(inputs, more))
 
     with ExitStack() as stack:
-        for key, place in places.items():
-            stack.callback(place.register(partial(hook, key, place)).remove)
+        for layer, place in places.items():
+            stack.callback(place.register(partial(hook, layer)).remove)
         yield
 
 
 @contextmanager
-def watch_attention(places: Mapping[Layer, Place], visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+def watch_attention(places: Mapping[str, Place], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `visit(layer, probabilities)` with the attention `(B, heads, T, T)` of every block in each forward pass.
 
     Rows are queries; the T tokens begin with the prefix tokens. Fused attention, which keeps no probabilities, is
     switched off inside. One block's matrices exist at a time. Raises UserError for a family without such attention.
     """
-    attentions: dict[Layer, Any] = {}
+    attentions: dict[str, Any] = {}
     for layer, place in places.items():
-        if layer.name.startswith("block"):
+        if layer.startswith("block"):
             attentions[layer] = getattr(place.module, place.attention, None) if place.attention else None
             if not isinstance(attentions[layer], nn.Module):
-                what = f"the attention of {layer.name}, a {type(place.module).__name__}, can't be read: it works in "
+                what = f"the attention of {layer}, a {type(place.module).__name__}, can't be read: it works in "
                 what += "windows, on merged keys or on channels, mixes heads, or is not timm's"
                 raise UserError(what, MODEL, "leave out the metric 'attention', or use a plain model of timm")
 
-    def hook(layer: Layer, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def hook(layer: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         visit(layer, inputs[0])
 
     with ExitStack() as stack:
@@ -164,25 +156,25 @@ def watch_attention(places: Mapping[Layer, Place], visit: Callable[[Layer, Tenso
 
 
 def shapes_of(
-    model: nn.Module, places: Mapping[K, Place], where: str = MODEL, image: Tensor | None = None
-) -> dict[K, tuple[int, int]]:
+    model: nn.Module, places: Mapping[str, Place], where: str = MODEL, image: Tensor | None = None
+) -> dict[str, tuple[int, int]]:
     """Return (number, width) of the patch tokens at each place; raises UserError if a forward pass fails.
 
     `image` is `(1, C, H, W)`, by default zeros of the size that the model was built for.
     """
-    shapes: dict[K, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
     if image is None:
         channels = getattr(model, "in_chans", 3)
         image = next(model.parameters()).new_zeros(1, channels, *image_size_of(model))
     height, width = image.shape[-2:]
     tip = "pass an image model, and images of its size; of another library, set its attribute image_size"
     what = f"the model can't take images of {height}x{width}"
-    keep = watch(places, lambda key, tokens: shapes.update({key: tokens.shape}))
+    keep = watch(places, lambda layer, tokens: shapes.update({layer: tokens.shape}))
     with torch.no_grad(), evaluating(model), keep, reading(f"{where}, with its image size", tip, what):
         model(image)
     if wrong := [shape for shape in shapes.values() if shape[0] != 1]:
         raise UserError(NOT_IMAGES.format(tuple(wrong[0]), 1), where, BATCH_FIRST)
-    return {key: (shape[1], shape[2]) for key, shape in shapes.items()}
+    return {layer: (shape[1], shape[2]) for layer, shape in shapes.items()}
 
 
 def image_size_of(model: Any) -> tuple[int, int]:

@@ -166,8 +166,7 @@ class Taps:
 
         # Allows compiled code to fill a tap inside a checkpointed block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-        bare, layers = find_layers(model, **layout)
-        places = {layer.name: place for layer, place in layers.items()}
+        bare, places = find_layers(model, **layout)
         if not layout.get("blocks") and (family := family_of(bare)).plain and (embed := modules_at(bare, family.embed)):
             places["patches"] = Place(embed[0])
         shapes = shapes_of(model, places)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pdvit.errors import UserError
 from pdvit.models.families import family_of, modules_at
@@ -104,12 +105,9 @@ def freeze(network: Wrapper, part: str) -> None:
     if part == BACKBONE:
         network.frozen = [model]
     else:
+        whole = [module for module in model.modules() if (weights := {*module.parameters()}) and weights <= frozen]
         dropout = getattr(model, "pos_drop", None)  # after the embedding
-        network.frozen = [dropout] if isinstance(dropout, nn.Module) else []
-        for module in model.modules():
-            weights = list(module.parameters())
-            if weights and not any(weight.requires_grad for weight in weights):
-                network.frozen.append(module)
+        network.frozen = [dropout, *whole] if isinstance(dropout, nn.Module) else whole
     network.train(network.training)
 
 
@@ -118,13 +116,9 @@ def weights_up_to_block(model: nn.Module, blocks: list[nn.Module], count: int) -
     if count > len(blocks):
         raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", FREEZE, f"or use {BACKBONE}")
     called: dict[nn.Module, None] = {}
-    hooks = [part.register_forward_pre_hook(lambda part, _: called.setdefault(part)) for part in model.modules()]
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(next(model.parameters()).new_zeros(1, 3, *image_size_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    noting = register_module_forward_pre_hook(lambda part, _: called.setdefault(part))
+    with torch.no_grad(), evaluating(model), noting:
+        model(next(model.parameters()).new_zeros(1, 3, *image_size_of(model)))
     order = list(called)  # in which a forward pass first calls the modules
     end = order.index(blocks[count - 1]) + 1 if count else order.index(blocks[0])
     before = {weight for module in order[:end] for weight in module.parameters(recurse=False)}

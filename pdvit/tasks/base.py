@@ -104,7 +104,7 @@ class ImageTask(ABC):
         numbers = self._measure(network, "val")
         found: dict[str, Tensor] = {}
         model: Any = network.inside
-        places = {layer.name: place for layer, place in find_layers(model)[1].items()}
+        places = find_layers(model)[1]
         measured = watch(places, lambda name, tokens: found.update({name: patch_similarity(tokens).mean()}))
         with torch.no_grad(), exact_float32(self.device), measured:
             network(self.probe)

@@ -30,7 +30,7 @@ from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole, Stopped, stop_on_signals
 from pdvit.errors import UserError, closest
 from pdvit.models.families import WRAPPERS, image_model_of
-from pdvit.models.layers import Layer, find_layers, watch
+from pdvit.models.layers import find_layers, watch
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.workflows.analyze_run import RANDOM_IMAGES, measure_random
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
@@ -149,11 +149,11 @@ def token_maps(model: Model, images: Any = None, on_bad_image: str | None = None
     """Return the patch tokens of every layer as maps `(B, rows, columns, D)`, on the CPU; arguments as in `analyze`."""
     network, images, _, loader = _open(model, images, on_bad_image)
     network, places = find_layers(network, **layout, where=WHERE)
-    maps: dict[str, list[Tensor]] = {layer.name: [] for layer in places}
+    maps: dict[str, list[Tensor]] = {layer: [] for layer in places}
 
-    def visit(layer: Layer, tokens: Tensor) -> None:
-        grid = Patches(tokens, (batch.shape[-2], batch.shape[-1])).grid
-        maps[layer.name].append(tokens.unflatten(1, grid).cpu())
+    def visit(layer: str, tokens: Tensor) -> None:
+        grid = Patches(tokens, batch.shape[-2:]).grid
+        maps[layer].append(tokens.unflatten(1, grid).cpu())
 
     with watch(places, visit):
         for batch in batches(_batches(images, loader), next(network.parameters())):

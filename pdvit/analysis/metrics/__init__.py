@@ -8,12 +8,13 @@ from pdvit.analysis.metrics.attention import attention_metrics
 from pdvit.analysis.metrics.rank import rank_metrics
 from pdvit.analysis.metrics.similarity import drift_metrics, norm_metrics, pair_metrics
 from pdvit.analysis.metrics.spectrum import spectrum_metrics
+from pdvit.similarity import patch_similarity
 
 # Each maps `Patches` (`attention` its matrices) to named values: one per image, `(B,)`, for a column of the table, or a
 # curve per image, `(B, K)`, whose mean over images goes to a file.
 METRICS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "similarity": lambda patches: {"similarity": patches.similarity},
-    "similarity_signed": lambda patches: {"similarity_signed": patches.similarity_signed},
+    "similarity_signed": lambda patches: {"similarity_signed": patch_similarity(patches.tokens, signed=True)},
     "norms": norm_metrics,
     "pairs": pair_metrics,
     "drift": drift_metrics,

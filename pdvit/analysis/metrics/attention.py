@@ -3,6 +3,8 @@
 Prefix tokens are left out as queries and as keys, and each row is scaled to a sum of 1.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def patch_rows(probabilities: Tensor, prefix: int) -> Tensor:
     return patches / total
 
 
-def attention_metrics(rows: Tensor, image_size: tuple[int, int], previous: Tensor | None) -> dict[str, Tensor]:
+def attention_metrics(rows: Tensor, image_size: Sequence[int], previous: Tensor | None) -> dict[str, Tensor]:
     """Return the metrics of attention: means over heads for the table, values by head `(B, heads)` as curves.
 
     `rows` are the attention between patches in one block, `(B, heads, N, N)`, `previous` that of the block before.

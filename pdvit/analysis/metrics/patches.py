@@ -1,21 +1,13 @@
 """The tokens of one layer, which all metrics read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pdvit.errors import UserError
-from pdvit.similarity import (
-    BLOCK_ENTRIES,
-    Pairs,
-    at_least_float32,
-    pair_cosines,
-    patch_similarity,
-    signed_cosines,
-    unit_tokens,
-)
+from pdvit.similarity import BLOCK_ENTRIES, Pairs, at_least_float32, pair_cosines, patch_similarity, unit_tokens
 
 # Percentiles are exact up to this number of patches; above it, they come from a random sample of pairs.
 MAX_EXACT_PATCHES = 2048
@@ -28,7 +20,7 @@ class Patches:
     `image_size` is the height and width of the images, `first` the unit tokens that drift is measured from, if any.
     """
 
-    def __init__(self, tokens: Tensor, image_size: tuple[int, int] = (1, 1), first: Tensor | None = None) -> None:
+    def __init__(self, tokens: Tensor, image_size: Sequence[int] = (1, 1), first: Tensor | None = None) -> None:
         self.tokens = at_least_float32(tokens)
         self.image_size = image_size
         self.first = first
@@ -58,12 +50,6 @@ class Patches:
         """P of every image, `(B,)`."""
         return patch_similarity(self.tokens, pairs=self.pairs())
 
-    @property
-    def similarity_signed(self) -> Tensor:
-        """The mean cosine of every image, `(B,)`."""
-        count = self.tokens.shape[1]
-        return signed_cosines(self.unit) / (count * (count - 1))
-
     def split(self) -> "list[Patches]":
         """Return parts of the images, so that all pairs of a part, and transforms of its tokens, fit into a block."""
         _, count, width = self.tokens.shape
@@ -78,7 +64,7 @@ class Patches:
         return grid_of(self.tokens.shape[1], self.image_size)
 
 
-def grid_of(count: int, image_size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(count: int, image_size: Sequence[int]) -> tuple[int, int]:
     """Return the rows and columns of `count` patches that fill an image; UserError if they form no such grid."""
     height, width = image_size
     rows = max(1, round((count * height / width) ** 0.5))

@@ -6,8 +6,8 @@ from torch import Tensor
 from pdvit.analysis.metrics.patches import ROUNDING, Patches
 
 
-def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two fractions of energy `(B,)` and the relative log-amplitude `(B, K)` of the map of tokens `(B, N, D)`.
+def spectrum_metrics(patches: Patches) -> dict[str, Tensor]:
+    """Return the metrics of spatial frequency: two fractions of energy `(B,)` and the relative log-amplitude `(B, K)`.
 
     The fractions of the squared length are those at frequency 0 and at half of the highest frequency or more, in either
     direction of the grid. Zero tokens are a constant map.
@@ -16,6 +16,7 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     diagonal from frequency 0 to the highest, minus its value at 0; K = min(grid) // 2 + 1. Amplitudes below 1e-6 of
     their channel's largest are rounding and count as that.
     """
+    tokens, grid = patches.tokens, patches.grid
     (height, width), side = grid, min(grid)
     size = torch.maximum(tokens.amax((1, 2)), -tokens.amin((1, 2)))[:, None, None]  # squares must not be infinite
     waves = torch.fft.rfft2((tokens / size.where(size > 0, 1)).unflatten(1, grid), dim=(1, 2), norm="ortho")
@@ -34,13 +35,11 @@ def spectrum(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     down, across = torch.where(mirrored, -down, down), torch.where(mirrored, width - across, across)
     diagonal, floor = power[:, down, across].double(), ROUNDING**2 * power.amax((1, 2)).double()
     curve = diagonal.maximum(floor[:, None]).clamp_min(torch.finfo(torch.float32).tiny).log().mean(2) / 2
-    return (energy[:, 0, 0] / scale).masked_fill(zero, 1), high / scale, curve - curve[:, :1]
-
-
-def spectrum_metrics(patches: Patches) -> dict[str, Tensor]:
-    """Return the metrics of spatial frequency."""
-    constant, high, curve = spectrum(patches.tokens, patches.grid)
-    steps = torch.arange(curve.shape[1], dtype=curve.dtype, device=curve.device)
-    axis = (2 * steps / min(patches.grid)).expand_as(curve)  # frequencies as fractions of the highest, pi
-    scalars = {"dc_share": constant, "high_frequency_share": high, "log_amplitude": curve[:, -1]}
-    return scalars | {"by_frequency": curve, "frequency": axis}
+    curve = curve - curve[:, :1]
+    return {
+        "dc_share": (energy[:, 0, 0] / scale).masked_fill(zero, 1),
+        "high_frequency_share": high / scale,
+        "log_amplitude": curve[:, -1],
+        "by_frequency": curve,
+        "frequency": (2 * step / side).expand_as(curve),  # as fractions of the highest, pi
+    }

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pdvit.config.schema import SegmentConfig
-from pdvit.data.images import BadImage, Pair, Sample, Samples, attempt, pixels_of, try_pair
+from pdvit.data.images import BadImage, BadMask, Pair, Sample, Samples, attempt, pixels_of, try_mask, try_read
 from pdvit.data.loader import Batch, LoaderConfig, decode, from_workers, step_indices
 from pdvit.data.masks.table import IGNORED, OUTSIDE
 from pdvit.data.randomness import fold, seeded
@@ -65,9 +65,11 @@ def read_pairs(
     """Return transformed images, uint8 (or their faults, or those of masks), with mask and index."""
     samples: list[Sample] = []
     for index in indices:
-        found: Any = try_pair(split, index)
-        if not isinstance(found, BadImage):
-            found = attempt(split, index, partial(transform, found, epoch))
+        image = try_read(split, index)
+        mask = try_mask(split, index, None if isinstance(image, BadImage) else image.size)
+        found: Any = mask if isinstance(mask, BadMask) else image
+        if isinstance(image, Image.Image) and isinstance(mask, Tensor):
+            found = attempt(split, index, partial(transform, (image, mask), epoch))
         samples.append((found, 0, index) if isinstance(found, BadImage) else (*found, index))
     return samples
 

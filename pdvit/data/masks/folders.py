@@ -91,8 +91,10 @@ class MaskFiles(FileSplit, MaskSplit):
         return f"{super().key(index)}/{self.masks[index].name}"
 
     def hash(self) -> str:
-        """Return a hash of the names and the table."""
-        return sha256(f"{super().hash()} {self.table.identity()}".encode(errors="surrogateescape")).hexdigest()[:16]
+        """Return a hash of the names and the table, but not of its palette."""
+        ids, colours = (sorted(known.items()) or None for known in (self.table.ids, self.table.colours))
+        text = f"{super().hash()} {(self.table.names, ids, colours)!r}"
+        return sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
+from pdvit.data.sources import first_names
 from pdvit.data.sources.split import upright
 from pdvit.files import read_text, reading
 
@@ -45,18 +46,13 @@ class ClassTable:
         ids = dict.fromkeys((255, *ignored), IGNORED) | {value: place for place, value in enumerate(names)}
         return cls(list(names.values()), palette or default_palette(len(names)), ids, {})
 
-    def identity(self) -> str:
-        """Return what two equal tables share: classes, ids and colours in masks, but not the palette."""
-        return repr((self.names, *(sorted(known.items()) or None for known in (self.ids, self.colours))))
-
     def read(self, image: Image.Image) -> Tensor:
         """Decode an open mask: training ids, uint8 `(H, W)`; raises ValueError for values outside of the table."""
         coloured = bool(self.colours) and (not self.ids or image.mode in ("RGB", "RGBA"))
         values = mask_values(image, coloured)
         found: Array = self._lookups[coloured][values]
         if len(outside := np.unique(values[found == OUTSIDE]).tolist()):
-            names = [f"#{value:06x}" if coloured else str(value) for value in outside[:10]]
-            listed = ", ".join(names) + (", ..." if len(outside) > len(names) else "")
+            listed = first_names([f"#{value:06x}" if coloured else str(value) for value in outside], 10)
             unit = "colour" if coloured else "id"
             raise ValueError(f"outside of the table of {len(self.names)} classes: {unit} {listed}")
         return torch.from_numpy(found)

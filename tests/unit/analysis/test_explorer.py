@@ -42,7 +42,7 @@ def test_maps_are_the_cosines_of_the_tokens_at_each_layer(request, name, grids):
     maps = read_maps(model, pictures(2), normalise, "made")
     assert list(maps.grids.values()) == grids
     for number, (label, pixels) in enumerate(pictures(2)):
-        expected = {layer.name: tokens[0] for layer, tokens in tokens_of(model, normalise(pixels[None])).items()}
+        expected = {layer: tokens[0] for layer, tokens in tokens_of(model, normalise(pixels[None])).items()}
         assert maps.names[number] == label
         assert list(maps.cosines[number]) == list(expected) == list(maps.grids)
         assert (maps.images[number] == pixels.permute(1, 2, 0).numpy()).all()

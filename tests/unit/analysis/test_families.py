@@ -30,7 +30,7 @@ def test_every_group_is_finite_at_every_layer_or_refused_with_the_reason(name):
     assert all(np.isfinite(array).all() for array in arrays)
     rows = found.table.set_index(["metric", "layer"])
     seen = tokens_of(model, images)
-    assert list(rows.loc["similarity"].index) == [layer.name for layer in seen]
+    assert list(rows.loc["similarity"].index) == list(seen)
     assert list(rows.loc["similarity"]["tokens"]) == [tokens.shape[1] for tokens in seen.values()]
     exact = [patch_similarity(tokens.double()).mean().item() for tokens in seen.values()]
     assert list(rows.loc["similarity"]["mean"]) == pytest.approx(exact, abs=1e-5)

@@ -99,10 +99,11 @@ def take(split, count, start=0, loader=LOADER, mixing=OFF, **augment):
 
 def same(ours, theirs):
     """Whether two lists of batches are equal to the bit."""
-    pairs = [(a.tensors(), b.tensors()) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(join([a]), join([b])) for a, b in zip(ours, theirs, strict=True)]
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
 def join(parts):
     """Return the tensors of the parts of a batch, one after the other."""
-    return {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
+    columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    return {name: torch.cat(column) for name, column in columns.items() if column[0] is not None}

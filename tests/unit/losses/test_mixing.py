@@ -79,7 +79,7 @@ def dense(tokens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
 @pytest.mark.parametrize("entries", [1, 10, 30, 1000])
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 def test_value_and_gradients_are_those_of_all_logits_at_once(monkeypatch, soft, entries):
-    monkeypatch.setattr(mixing, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(mixing, "BLOCK_ENTRIES", entries)
     for shape, smoothing in product([(3, 5, 2, 7), (5, 1, 4, 2), (1, 4, 1, 3)], [0.0, 0.3]):
         *weights, targets = linear_head(*shape, soft)
         found, expected = (f(*weights, targets, smoothing) for f in (chunked_mixing_loss, dense))
@@ -123,7 +123,7 @@ def test_the_gradient_of_the_head_fits_float16_where_its_sum_would_not(device):
 
 
 def test_compiles_without_a_graph_break(monkeypatch):
-    monkeypatch.setattr(mixing, "CHUNK_ENTRIES", 40)
+    monkeypatch.setattr(mixing, "BLOCK_ENTRIES", 40)
     *weights, targets = linear_head(2, 7, 3, 9)
     compiled = torch.compile(chunked_mixing_loss, fullgraph=True, backend="aot_eager")
     losses = compiled(*weights, targets), dense(*weights, targets)

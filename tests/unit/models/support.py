@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pdvit.errors import UserError
 from pdvit.models.build import build_model
-from pdvit.models.layers import Layer, find_layers, watch
+from pdvit.models.layers import find_layers, watch
 from pdvit.models.loading import load_model
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint, resolve_checkpoint
 
@@ -35,9 +35,9 @@ def make(name: str = VIT, seed: int = 0, **arguments: Any) -> nn.Module:
     return model
 
 
-def tokens_of(model: nn.Module, images: Tensor) -> dict[Layer, Tensor]:
+def tokens_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the patch tokens of every layer."""
-    found: dict[Layer, Tensor] = {}
+    found: dict[str, Tensor] = {}
     with torch.no_grad(), watch(find_layers(model)[1], lambda layer, tokens: found.update({layer: tokens.clone()})):
         model(images)
     return found

@@ -50,7 +50,7 @@ plain_and_stages = pytest.mark.parametrize(
 def test_layers_are_chosen_by_name_and_the_patch_head_reads_the_norm(build, images, options, layers):
     model = build()
     wrapper = DiverseModel(model, **options).eval()
-    expected = {layer.name: tokens for layer, tokens in tokens_of(model, images).items()}
+    expected = tokens_of(model, images)
     block = next(part for name, part in model.named_modules() if name.endswith("blocks.0"))
     block.register_forward_pre_hook(lambda _, inputs: expected.update(embed=inputs[0][:, -16:].clone()))
     model.patch_embed.register_forward_hook(lambda _, __, output: expected.update(patches=output.clone()))
@@ -157,7 +157,7 @@ def test_no_hook_outlives_a_measurement_or_an_error():
 
     def visit(layer, tokens):
         during.extend(hooks_of(model))
-        raise ArithmeticError(layer.name)
+        raise ArithmeticError(layer)
 
     with pytest.raises(ArithmeticError, match="embed"), watch(find_layers(model)[1], visit):
         model(IMAGES)
@@ -170,7 +170,7 @@ def test_no_hook_outlives_a_measurement_or_an_error():
 
 def attention_of(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), watch_attention(find_layers(model)[1], lambda layer, maps: found.update({layer.name: maps})):
+    with torch.no_grad(), watch_attention(find_layers(model)[1], lambda layer, maps: found.update({layer: maps})):
         return found, model(IMAGES)
 
 
@@ -195,7 +195,7 @@ def test_fused_attention_comes_back_also_after_an_error():
 
     def fail(layer, maps) -> None:
         assert not any(attention.fused_attn for attention in attentions)
-        raise RuntimeError(layer.name)
+        raise RuntimeError(layer)
 
     with pytest.raises(RuntimeError, match="block 1"), watch_attention(find_layers(model)[1], fail):
         model(IMAGES)

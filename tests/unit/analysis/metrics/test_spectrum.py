@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pdvit.analysis.metrics.patches import grid_of
-from pdvit.analysis.metrics.spectrum import spectrum
+from pdvit.analysis.metrics.patches import Patches, grid_of
+from pdvit.analysis.metrics.spectrum import spectrum_metrics
 from pdvit.errors import UserError
 
 
@@ -26,30 +26,30 @@ def slow(image: np.ndarray, rows: int, columns: int) -> tuple[float, float, list
 @pytest.mark.parametrize("grid", [(4, 4), (5, 5), (3, 6), (4, 2), (1, 2), (7, 7), (2, 7), (7, 2)])
 def test_equals_a_sum_over_the_frequencies_of_numpy(gaussian, grid):
     tokens = gaussian(2, grid[0] * grid[1], 5, shift=0.5)
-    constant, high, curve = spectrum(tokens, grid)
+    found = spectrum_metrics(Patches(tokens, grid))
     for index, image in enumerate(tokens.numpy()):
-        expected = slow(image, *grid)
-        assert constant[index].item() == pytest.approx(expected[0], abs=1e-6)
-        assert high[index].item() == pytest.approx(expected[1], abs=1e-6)
-        np.testing.assert_allclose(curve[index], expected[2], atol=1e-5)
+        constant, high, curve = slow(image, *grid)
+        assert found["dc_share"][index].item() == pytest.approx(constant, abs=1e-6)
+        assert found["high_frequency_share"][index].item() == pytest.approx(high, abs=1e-6)
+        np.testing.assert_allclose(found["by_frequency"][index], curve, atol=1e-5)
 
 
 def test_identical_and_zero_tokens(gaussian):
     same = gaussian(1, 1, 9).expand(1, 16, 9)
-    constant, high, curve = spectrum(same, (4, 4))
-    assert (constant.item(), high.item()) == pytest.approx((1, 0), abs=1e-6)
-    np.testing.assert_allclose(curve, [[0, *[math.log(1e-6)] * 2]], rtol=1e-4)
-    constant, high, curve = spectrum(torch.zeros(1, 16, 9), (4, 4))
-    assert (constant.item(), high.item()) == (1, 0)
-    assert curve.tolist() == [[0, 0, 0]]
+    found = spectrum_metrics(Patches(same, (4, 4)))
+    assert (found["dc_share"].item(), found["high_frequency_share"].item()) == pytest.approx((1, 0), abs=1e-6)
+    np.testing.assert_allclose(found["by_frequency"], [[0, *[math.log(1e-6)] * 2]], rtol=1e-4)
+    found = spectrum_metrics(Patches(torch.zeros(1, 16, 9), (4, 4)))
+    assert (found["dc_share"].item(), found["high_frequency_share"].item()) == (1, 0)
+    assert found["by_frequency"].tolist() == [[0, 0, 0]]
 
 
 def test_random_tokens_read_as_the_docs_say(gaussian):
     tokens = gaussian(16, 196, 192)
-    constant, high, curve = spectrum(tokens, (14, 14))
-    assert float(constant.mean()) == pytest.approx(1 / 196, rel=0.1)
-    assert float(high.mean()) == pytest.approx(0.75, abs=0.01)
-    curve = curve.mean(0)
+    found = spectrum_metrics(Patches(tokens, (14, 14)))
+    assert float(found["dc_share"].mean()) == pytest.approx(1 / 196, rel=0.1)
+    assert float(found["high_frequency_share"].mean()) == pytest.approx(0.75, abs=0.01)
+    curve = found["by_frequency"].mean(0)
     assert float(curve[3]) == pytest.approx(0.35, abs=0.06)
     assert float(curve[-1]) == pytest.approx(0, abs=0.06)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pdvit.config.schema import DataConfig, SegmentConfig
-from pdvit.data.images import try_pair
+from pdvit.data.masks.batches import read_pairs
 from pdvit.data.masks.folders import check_masks, open_masks
 from tests.errors import refused
 from tests.unit.data.batches import fill, write
@@ -43,7 +43,7 @@ def test_images_and_masks_are_paired_and_read_through_the_table(camvid):
     for role, split in source.splits.items():
         for index in range(len(split)):
             expected = torch.from_numpy(np.array(Image.open(camvid / "masks" / role / split.key(index).split("/")[1])))
-            image, mask = try_pair(split, index)
+            ((image, mask, _),) = read_pairs(lambda pair, *_: pair, split, 0, [index])
             assert torch.equal(mask, torch.where(expected == 3, 255, expected))
             assert (image.mode, image.size) == ("RGB", tuple(reversed(expected.shape)))
     part = pickle.loads(pickle.dumps(split)).take(torch.tensor([1]))
@@ -248,5 +248,5 @@ def test_the_real_packs(real_data):
     ade = opened(real_data / "ade20k-sample")
     assert lengths(ade) == {"train": 3, "val": 3}
     assert (len(ade.classes), ade.classes[0], ade.classes[149]) == (150, "wall", "flag")
-    pairs = [try_pair(split, index) for split in ade.splits.values() for index in range(3)]
-    assert all(image.size == mask.shape[::-1] for image, mask in pairs)
+    pairs = [pair for split in ade.splits.values() for pair in read_pairs(lambda pair, *_: pair, split, 0, range(3))]
+    assert all(image.size == mask.shape[::-1] for image, mask, _ in pairs)

@@ -127,7 +127,7 @@ def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     layers = tokens_of(model, images(1, 64, 64))
     assert all(tokens.isfinite().all() for tokens in layers.values())
-    assert list(layers)[-1].name == f"block {4 if name == VIT else 6}"
+    assert list(layers)[-1] == f"block {4 if name == VIT else 6}"
 
 
 @pytest.mark.parametrize(
