@@ -77,7 +77,10 @@ def run(arguments: list[str]) -> int:
         return EXIT_FAILED
     except Exception as error:
         if module := _failed_import(error):
-            tip = "install torch and torchvision that fit together; in a new venv: pip install torch torchvision ."
+            package = module.partition(".")[0]
+            tip = f"install {package} again; in a new venv: pip install ."
+            if package in ("torch", "torchvision"):
+                tip = "install torch and torchvision that fit together; in a new venv: pip install torch torchvision ."
             return _explain(UserError(f"an import failed: {type(error).__name__}: {error}", module, tip))
         if not isinstance(error, OSError):
             raise
