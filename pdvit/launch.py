@@ -1,6 +1,5 @@
 """Runs as jobs of this machine or of Slurm, through submitit: what a job does, and the jobs of a run or a sweep."""
 
-import gc
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -22,7 +21,7 @@ from typing import Any
 
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError
-from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
 from pdvit.config import Config, parse_duration
 from pdvit.config.schema import LaunchConfig
@@ -40,8 +39,8 @@ POLL_SECONDS = {"local": 0.2, "slurm": 5.0}  # between two looks at the jobs
 
 
 @dataclass(frozen=True)
-class RunJob:
-    """The function of a job; submitit pickles it. Each process of the run calls it with the same arguments."""
+class RunJob(Checkpointable):
+    """The function of a job; submitit pickles it, and queues it again. Each process of the run calls it."""
 
     config: Config
     run: Path  # absolute
@@ -50,7 +49,6 @@ class RunJob:
 
     def __call__(self) -> None:
         """Train the run and exit with its status."""
-        gc.set_threshold(50_000)  # as in `pdvit.__main__`
         begun, launch, slurm = time.monotonic(), self.config.launch, os.environ["SUBMITIT_EXECUTOR"] == "slurm"
         if not slurm:  # submitit hides the GPUs
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -62,7 +60,6 @@ class RunJob:
             status = self._attempt(stop, RunDirectory(self.run, main))
             if status == EXIT_STOPPED and not stop:
                 time.sleep(1)  # another process of the run received the signal first
-        gc.freeze()
         # From here on, the signals are submitit's.
         if status == EXIT_STOPPED and stop.reason == "SIGUSR2":
             limit = parse_duration(launch.time, "min", "launch.time").seconds or 0.0
@@ -70,15 +67,11 @@ class RunJob:
                 print(f"error: no step was saved in {launch.time}\n  tip:   a longer --time", file=sys.stderr)
                 RunDirectory(self.run, main).mark("failed", f"no step was saved in a job of {launch.time}")
                 sys.exit(1)
-            signal.raise_signal(signal.SIGUSR2)  # submitit calls `checkpoint` and queues the job again, in rank 0
+            signal.raise_signal(signal.SIGUSR2)  # submitit queues the job again, in rank 0
         if status == EXIT_STOPPED and slurm and stop.reason in ("SIGUSR2", "SIGTERM"):
             # Slurm cancels, preempts or requeues. A job that exits before it is preempted would not be queued again.
             time.sleep(KILL_SECONDS)
         sys.exit(status)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Return what the job does when it is queued again; the interface of submitit."""
-        return DelayedSubmission(self)
 
     def train(self, stop: StopRequest) -> int:
         """Start or resume the run; return the exit status; raises UserError and RunFailed."""
@@ -124,11 +117,10 @@ class Jobs:
         self.folder = owner.resolve() / JOBS
         self.children: list[LocalJob[Any]] = []  # of this process, which has to wait for them
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[Any]:
         """Make the folder, and keep other commands from submitting jobs; raises UserError if one does."""
-        with hold(self.folder, "another command runs this, or submits its jobs", "stop that one first, or wait for it"):
-            yield
+        what = "another command runs this, or submits its jobs"
+        return hold(self.folder, what, "stop that one first, or wait for it")
 
     def ids(self) -> dict[str, tuple[str, str, str | None]]:
         """Return launcher, id and devices of the last job of each name."""

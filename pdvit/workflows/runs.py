@@ -98,8 +98,9 @@ def build_trainer(
     if segments and config.data.source != "scenes":
         every = config.segment.check_masks
         to_log(f"checking {'all masks' if every else 'the masks that are held out'} ...")
-        check = partial(check_masks, source, every, config.data.workers, to_log)
-        source = source.noting(*ranks.gather(lambda: check() if ranks.main else [])[0])
+        with ranks.interruptible():
+            notes = check_masks(source, every, config.data.workers, to_log) if ranks.main else []
+        source = source.noting(*ranks.all_gather(notes)[0])
     if not config.data.batch_size:
         batch_size = _find_batch_size(config, task_type, source, device, ranks)
         gc.collect()  # the model of the trials is in cycles

@@ -74,7 +74,7 @@ def test_a_folder_that_is_taken_or_not_there_is_refused_before_the_slow_imports(
     assert process(sys.executable, "-c", script).stdout == "2 False\n"
 
 
-@pytest.mark.parametrize(("package", "tip"), [("torchvision", "torch and torchvision that fit"), ("timm", "timm again")])
+@pytest.mark.parametrize(("package", "tip"), [("torchvision", "torch and torchvision"), ("timm", "timm again;")])
 def test_a_package_that_can_not_be_imported_is_an_error_of_three_lines(workplace, package, tip):
     what = "operator torchvision::nms does not exist"
     (workplace / f"{package}.py").write_text(f"raise RuntimeError('{what}')")
