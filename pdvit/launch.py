@@ -28,7 +28,7 @@ from pdvit.config.schema import LaunchConfig
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import RunFailed, UserError
 from pdvit.files import read_json, reading
-from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, hold, write_file, writing
+from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, LAST, RunDirectory, hold, read_pointer, write_file, writing
 from pdvit.workflows.console import make_console, process_group
 
 FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
@@ -55,7 +55,8 @@ class RunJob(Checkpointable):
             os.environ |= {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
         os.environ |= {} if launch.cpus is None else {"OMP_NUM_THREADS": str(launch.cpus)}
         main = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank == 0
-        before = self._checkpoint()
+        last = self.run / CHECKPOINTS / LAST
+        before = read_pointer(last)
         with stop_on_signals() as stop:
             status = self._attempt(stop, RunDirectory(self.run, main))
             if status == EXIT_STOPPED and not stop:
@@ -63,7 +64,7 @@ class RunJob(Checkpointable):
         # From here on, the signals are submitit's.
         if status == EXIT_STOPPED and stop.reason == "SIGUSR2":
             limit = parse_duration(launch.time, "min", "launch.time").seconds or 0.0
-            if self._checkpoint() == before and time.monotonic() - begun > limit / 4:
+            if read_pointer(last) == before and time.monotonic() - begun > limit / 4:
                 print(f"error: no step was saved in {launch.time}\n  tip:   a longer --time", file=sys.stderr)
                 RunDirectory(self.run, main).mark("failed", f"no step was saved in a job of {launch.time}")
                 sys.exit(1)
@@ -103,11 +104,6 @@ class RunJob(Checkpointable):
         if not directory.held():  # by another job, for which this one is refused
             directory.mark("stopped" if stop else "failed", "interrupted" if stop else " ".join(reason.split()))
         return EXIT_STOPPED if stop else 1
-
-    def _checkpoint(self) -> str | None:
-        """Return the name of the last checkpoint."""
-        last = self.run / CHECKPOINTS / "last"
-        return last.read_text() if last.is_file() else None
 
 
 class Jobs:

@@ -253,7 +253,7 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
 
 def replay(run: Path, console: RunConsole, stop: StopRequest) -> int:
     """Repeat the step at which a run broke down, and print what is not finite; raises UserError if there is none."""
-    config = saved_config(RunDirectory.open(run).path, [])
+    config = saved_config(run, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
     trainer = build_trainer(config, console, stop, resumed=True)
     step, found, broken = replay_step(run, trainer.state, trainer.updater)
