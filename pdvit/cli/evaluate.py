@@ -20,7 +20,7 @@ from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
 from pdvit.tracking.run_directory import check_path
-from pdvit.workflows.console import count, log, log_row, make_console, process_group, with_progress
+from pdvit.workflows.console import count, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,9 +80,9 @@ def evaluate(
             file = _write(folder, numbers, files)
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
-            log_row(console, "written  ", f"{file}, {names}")
+            log(console, f"written  {file}, {names}", words=True)
             figure = "segmentation" if windows else "confusion"
-            log_row(console, "next     ", command("plot", figure, folder), "accent")
+            log(console, f"next     {command('plot', figure, folder)}", "accent", words=True)
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
@@ -256,7 +256,7 @@ def predict(
         write_file(target, content)
     _print_labels(shown, len(files), opened.loader.bad.found, console)
     if target:
-        log_row(console, "written  ", str(target / "masks" if windows else target))
+        log(console, f"written  {target / 'masks' if windows else target}", words=True)
     return 0
 
 

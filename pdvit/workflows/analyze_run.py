@@ -22,7 +22,7 @@ from pdvit.models.layers import find_layers
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.tracking.run_directory import write_file, writing
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
-from pdvit.workflows.console import log, log_row, with_progress
+from pdvit.workflows.console import log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,4 +205,4 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
         write_file(page, explorer_page(models, notes))
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
         log(analyzer.console, f"explorer {note}")
-    log_row(analyzer.console, "written  ", str(page))
+    log(analyzer.console, f"written  {page}", words=True)

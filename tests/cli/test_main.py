@@ -10,8 +10,9 @@ import pytest
 import typer
 
 from pdvit import __version__
-from pdvit.cli import _wrapped, app
+from pdvit.cli import app
 from pdvit.cli import run as pdvit
+from pdvit.workflows.console import wrap
 
 # Runs several commands in one process and prints the packages that they imported.
 COMMANDS = """
@@ -198,10 +199,10 @@ def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypa
 
 def test_an_error_breaks_between_words_and_its_command_stays_whole():
     command = "pdvit train --resume runs/a --change data.micro_batch=16"
-    lines = _wrapped(f"  tip:   images of this size need less memory, so resume in parts: {command}", 60)
+    lines = wrap(f"  tip:   images of this size need less memory, so resume in parts: {command}", 60)
     assert [line.strip() for line in lines] == [
         "tip:   images of this size need less memory, so resume in",
         "parts:",
         command,
     ]
-    assert _wrapped("error: short", 60) == ["error: short"]
+    assert wrap("error: short", 60) == ["error: short"]
