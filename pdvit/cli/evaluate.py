@@ -66,7 +66,7 @@ def evaluate(
         of_pixels = {KEYS[name].flags[0]: opening[name.replace(".", "_")] for name in OF_PIXELS}
         with ranks.raise_on_all_ranks():
             folder = results_folder(path, out, "eval")
-            opened = open_checkpoint(path, ranks, data_source=data, **opening_arguments(opening))
+            opened = open_checkpoint(path, ranks, **opening_arguments(opening | {"data_source": data}))
             windows = opened.windows({"--ms": multi_scale, "--flip": flip} | of_pixels)
             if data is None and not opened.is_run:
                 tip = f"name a source: --data {'scenes' if windows else 'digits'}, --data FOLDER"

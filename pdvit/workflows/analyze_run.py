@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pdvit.analysis import Analysis, cka_between, measure
 from pdvit.analysis.measure import Images, select_metrics
 from pdvit.analysis.verdict import verdict
+from pdvit.config.recipes import merge_layers
 from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
@@ -46,15 +47,15 @@ class CheckpointAnalysis:
 
 
 class Analyzer:
-    """Measures checkpoints in turn, each on all ranks, until a stop; `flags` are arguments of `open_checkpoint`."""
+    """Measures checkpoints in turn, each on all ranks, until a stop; `opening` are arguments of `open_checkpoint`."""
 
     def __init__(
-        self, console: RunConsole, images: list[str], metrics: Sequence[str], limit: int, **flags: Any
+        self, console: RunConsole, images: list[str], metrics: Sequence[str], limit: int, **opening: Any
     ) -> None:
         self.console, self.images, self.metrics, self.limit = console, images, metrics, limit
-        if images and flags.get("data_on_bad_image") is None:  # the run's policy is for its own images
-            flags["data_on_bad_image"] = "error"
-        self.flags, self.ranks = flags, init_process_group()
+        if images:  # the run's policy is for its own images
+            opening["given"] = merge_layers([{"data": {"on_bad_image": "error"}}, opening["given"]])
+        self.opening, self.ranks = opening, init_process_group()
 
     def measure(self, path: str, folder: Path, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
@@ -88,7 +89,7 @@ class Analyzer:
     def _open(self, path: str) -> tuple[OpenedCheckpoint, ImageSet]:
         """Load a checkpoint and select its images; an error of one rank is raised on all, and Stopped."""
         with self.ranks.interruptible():
-            opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.flags)
+            opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.opening)
             images = open_images(self.images) if self.images else opened.images
         return opened, images.subsample(self.limit)
 
@@ -189,7 +190,7 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     images, bad, models = results[0].images, BadImages(skip=True), []
     shown, max_bytes = images.subsample(MAX_IMAGES), bytes_per_model(len(results))
     for result in results:
-        opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.flags)
+        opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.opening)
         pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
         rows = result.analysis.random
         random = dict(zip(rows["layer"], rows["mean"], strict=True))
