@@ -12,7 +12,6 @@ from pdvit.data.mixing import Mixing, grid_of
 from pdvit.data.sources.split import Source
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
-from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments, sketch_model
 from pdvit.models.checkpoints import export
@@ -89,8 +88,8 @@ class ClassificationTask(ImageTask):
         batches = train_batches(self.source.splits["train"], self.loader, self.augmentation, self.mixing, start)
         return with_weights(batches, self.schedules, start) if self.scheduled else batches
 
-    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Run forward pass and objective on one batch."""
+    def step(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run forward pass and objective on one batch; return loss and metrics."""
         objective = self.objective
         patch_targets = batch.patch_targets if objective.mixing_is_patchwise else None
         output = network(batch.images, patch_targets, objective.label_smoothing)
