@@ -278,22 +278,27 @@ def _target(path: Path, out: str | None, top: int, masks: bool) -> Path | None:
 
 def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
     """Yield the most probable classes of each image with their probabilities."""
+    import torch
+
     from pdvit.data.loader import eval_batches
-    from pdvit.tasks import classification
+    from pdvit.engine.device import autocast
     from pdvit.workflows.checkpoint import label_names
 
     model: Any = opened.loaded.model
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):
         raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
-    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "predict")
-    precision = opened.config.run.precision
-    for index, classes, probabilities, finite in classification.predict(model, batches, top, precision):
-        image = str(files.paths[index])
-        if not finite:
-            raise opened.not_finite(image)
-        best = zip(classes, probabilities, strict=True)
-        yield [(image, rank, labels[label], probability) for rank, (label, probability) in enumerate(best, 1)]
+    for batch in with_progress(eval_batches(files, opened.loader), len(files), console, "predict"):
+        with torch.no_grad(), autocast(opened.loader.device, opened.config.run.precision):
+            logits = model(batch.images).float()
+        best = logits.softmax(1).topk(top)
+        columns = (batch.index, best.indices, best.values, logits.isfinite().all(1))
+        for index, classes, probabilities, finite in zip(*(column.tolist() for column in columns), strict=True):
+            image = str(files.paths[index])
+            if not finite:
+                raise opened.not_finite(image)
+            ranked = enumerate(zip(classes, probabilities, strict=True), 1)
+            yield [(image, rank, labels[label], probability) for rank, (label, probability) in ranked]
 
 
 def _masks(

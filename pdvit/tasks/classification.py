@@ -1,6 +1,6 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from pdvit.data.augment import Augmentation
 from pdvit.data.loader import Batch, eval_batches, train_batches
 from pdvit.data.mixing import Mixing, grid_of
 from pdvit.data.sources.split import Source
-from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments, sketch_model
@@ -110,16 +109,3 @@ class ClassificationTask(ImageTask):
         """Return a timm folder of the bare model, without the patch head."""
         bare = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, batches: Iterable[Batch], top: int, precision: str
-) -> Iterator[tuple[int, list[int], list[float], bool]]:
-    """Yield for each image: index, the `top` most probable classes, their probabilities, whether all are finite."""
-    for batch in batches:
-        with autocast(batch.images.device, precision):
-            logits = model(batch.images).float()
-        best = logits.softmax(1).topk(top)
-        columns = (batch.index, best.indices, best.values, logits.isfinite().all(1))
-        yield from zip(*(column.tolist() for column in columns), strict=True)
