@@ -1,6 +1,5 @@
 """Runs as jobs of this machine or of Slurm, through submitit: what a job does, and the jobs of a run or a sweep."""
 
-import gc
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -22,14 +21,14 @@ from typing import Any
 
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError
-from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
 from pdvit.config import Config, parse_duration
 from pdvit.config.schema import LaunchConfig
 from pdvit.engine.terminal import EXIT_STOPPED, StopRequest, stop_on_signals
 from pdvit.errors import RunFailed, UserError
 from pdvit.files import read_json, reading
-from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, RunDirectory, hold, write_file, writing
+from pdvit.tracking.run_directory import CHECKPOINTS, JOBS, LAST, RunDirectory, hold, read_pointer, write_file, writing
 from pdvit.workflows.console import make_console, process_group
 
 FILE = "jobs.json"  # the last job of each name, as {name: [launcher, id, CUDA_VISIBLE_DEVICES]}
@@ -40,8 +39,8 @@ POLL_SECONDS = {"local": 0.2, "slurm": 5.0}  # between two looks at the jobs
 
 
 @dataclass(frozen=True)
-class RunJob:
-    """The function of a job; submitit pickles it. Each process of the run calls it with the same arguments."""
+class RunJob(Checkpointable):
+    """The function of a job; submitit pickles it, and queues it again. Each process of the run calls it."""
 
     config: Config
     run: Path  # absolute
@@ -50,35 +49,30 @@ class RunJob:
 
     def __call__(self) -> None:
         """Train the run and exit with its status."""
-        gc.set_threshold(50_000)  # as in `pdvit.__main__`
         begun, launch, slurm = time.monotonic(), self.config.launch, os.environ["SUBMITIT_EXECUTOR"] == "slurm"
         if not slurm:  # submitit hides the GPUs
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             os.environ |= {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
         os.environ |= {} if launch.cpus is None else {"OMP_NUM_THREADS": str(launch.cpus)}
         main = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank == 0
-        before = self._checkpoint()
+        last = self.run / CHECKPOINTS / LAST
+        before = read_pointer(last)
         with stop_on_signals() as stop:
             status = self._attempt(stop, RunDirectory(self.run, main))
             if status == EXIT_STOPPED and not stop:
                 time.sleep(1)  # another process of the run received the signal first
-        gc.freeze()
         # From here on, the signals are submitit's.
         if status == EXIT_STOPPED and stop.reason == "SIGUSR2":
             limit = parse_duration(launch.time, "min", "launch.time").seconds or 0.0
-            if self._checkpoint() == before and time.monotonic() - begun > limit / 4:
+            if read_pointer(last) == before and time.monotonic() - begun > limit / 4:
                 print(f"error: no step was saved in {launch.time}\n  tip:   a longer --time", file=sys.stderr)
                 RunDirectory(self.run, main).mark("failed", f"no step was saved in a job of {launch.time}")
                 sys.exit(1)
-            signal.raise_signal(signal.SIGUSR2)  # submitit calls `checkpoint` and queues the job again, in rank 0
+            signal.raise_signal(signal.SIGUSR2)  # submitit queues the job again, in rank 0
         if status == EXIT_STOPPED and slurm and stop.reason in ("SIGUSR2", "SIGTERM"):
             # Slurm cancels, preempts or requeues. A job that exits before it is preempted would not be queued again.
             time.sleep(KILL_SECONDS)
         sys.exit(status)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Return what the job does when it is queued again; the interface of submitit."""
-        return DelayedSubmission(self)
 
     def train(self, stop: StopRequest) -> int:
         """Start or resume the run; return the exit status; raises UserError and RunFailed."""
@@ -111,11 +105,6 @@ class RunJob:
             directory.mark("stopped" if stop else "failed", "interrupted" if stop else " ".join(reason.split()))
         return EXIT_STOPPED if stop else 1
 
-    def _checkpoint(self) -> str | None:
-        """Return the name of the last checkpoint."""
-        last = self.run / CHECKPOINTS / "last"
-        return last.read_text() if last.is_file() else None
-
 
 class Jobs:
     """The folder `jobs/` of a run or a sweep: what submitit writes there, and the ids of the jobs by name."""
@@ -124,11 +113,10 @@ class Jobs:
         self.folder = owner.resolve() / JOBS
         self.children: list[LocalJob[Any]] = []  # of this process, which has to wait for them
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[Any]:
         """Make the folder, and keep other commands from submitting jobs; raises UserError if one does."""
-        with hold(self.folder, "another command runs this, or submits its jobs", "stop that one first, or wait for it"):
-            yield
+        what = "another command runs this, or submits its jobs"
+        return hold(self.folder, what, "stop that one first, or wait for it")
 
     def ids(self) -> dict[str, tuple[str, str, str | None]]:
         """Return launcher, id and devices of the last job of each name."""

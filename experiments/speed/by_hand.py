@@ -3,9 +3,9 @@
 Each side measures P of every block and of the final norm on the same random images, in a process of its own: `pdvit`,
 `hooks` (hooks keep the tokens of all images, then one matrix of cosines for each layer, as one writes it in a
 notebook), `batched` (the same hooks, but the matrices of each batch at once) and `torchlens` (its `extract`, eight
-images at a time, with the same matrices). `bare` is the forward pass alone. The sides take turns. Seconds are those of the CPU,
-memory is the highest resident size above that after a bare pass of one batch. One row per process is appended to
-by_hand.csv. torchlens is no dependency of pdvit; without it, leave its side out. Linux only.
+images at a time, with the same matrices). `bare` is the forward pass alone. The sides take turns. Seconds are those of
+the CPU, memory is the highest resident size above that after a bare pass of one batch. One row per process is appended
+to by_hand.csv. torchlens is no dependency of pdvit; without it, leave its side out. Linux only.
 """
 
 import argparse

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import sys
-import textwrap
 import traceback
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, sweep, train
 from pdvit.cli.options import WIDTH, Group, add_command
 from pdvit.errors import RunFailed, UserError
 from pdvit.version import __version__
+from pdvit.workflows.console import log
 
 app = typer.Typer(
     name="pdvit",
@@ -77,7 +77,10 @@ def run(arguments: list[str]) -> int:
         return EXIT_FAILED
     except Exception as error:
         if module := _failed_import(error):
-            tip = "install torch and torchvision that fit together; in a new venv: pip install torch torchvision ."
+            package = module.partition(".")[0]
+            tip = f"install {package} again; in a new venv: pip install ."
+            if package in ("torch", "torchvision"):
+                tip = "install torch and torchvision that fit together; in a new venv: pip install torch torchvision ."
             return _explain(UserError(f"an import failed: {type(error).__name__}: {error}", module, tip))
         if not isinstance(error, OSError):
             raise
@@ -94,23 +97,7 @@ def _failed_import(error: Exception) -> str | None:
 
 
 def _explain(error: UserError | RunFailed) -> int:
-    from rich.console import Console
-    from rich.text import Text
+    from pdvit.engine.terminal import RunConsole
 
-    console = Console(stderr=True)
-    lines = f"error: {error}".split("\n")
-    if console.is_terminal:
-        lines = [part for line in lines for part in _wrapped(line, console.width)]
-    text = "\n".join(lines).removeprefix("error:")
-    console.print(Text.assemble(("error:", "bold red"), text), soft_wrap=True)
+    log(RunConsole(stderr=True), f"error: {error}", words=True)
     return EXIT_FAILED if isinstance(error, RunFailed) else EXIT_MISUSED
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    """Break a line between words, with the text in a column; a command to copy stays whole, on a line of its own."""
-    if len(line) <= width:
-        return [line]
-    label, prose, command = re.fullmatch(r"( *\w+: +)(.*?)((?<=: )pdvit .*)?", line).groups()  # type: ignore[union-attr]
-    indent = " " * len(label)
-    words = textwrap.wrap(prose, width - len(label), break_long_words=False, break_on_hyphens=False) or [""]
-    return [label + words[0], *(indent + part for part in [*words[1:], *([command] if command else [])])]

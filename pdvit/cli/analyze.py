@@ -12,7 +12,7 @@ import typer
 from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
 from pdvit.errors import UserError, command
-from pdvit.workflows.console import log, log_row, make_console, process_group
+from pdvit.workflows.console import log, make_console, process_group
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,7 +102,7 @@ def _analyze(
                 if verbose:
                     print_conditions(result.analysis.table, result.facts, console)
                 if verbose or not (folder / "run.toml").is_file():
-                    log_row(console, "written  ", str(file))
+                    log(console, f"written  {file}", words=True)
         stopped = analyzer.stopped()
     if main and explore and not stopped:
         write_explorer(results, analyzer)
@@ -117,7 +117,7 @@ def _analyze(
         return EXIT_STOPPED
     if verbose and not as_json:
         figure = "similarity" if all(result.facts["verdict"] for result in results) else "metrics"
-        log_row(console, "next     ", command("plot", figure, *folders.values()), "accent")
+        log(console, f"next     {command('plot', figure, *folders.values())}", "accent", words=True)
     return 0
 
 
@@ -183,7 +183,7 @@ def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole")
     analyses = [(result.analysis.table, result.facts) for result in results]
     with writing("the page", file):
         write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
-    log_row(console, "written  ", str(file))
+    log(console, f"written  {file}", words=True)
 
 
 def _report_figures(results: "Sequence[CheckpointAnalysis]", theme: "Theme") -> "dict[str, Drawing]":

@@ -20,7 +20,7 @@ from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
 from pdvit.tracking.run_directory import check_path
-from pdvit.workflows.console import count, log, log_row, make_console, process_group, with_progress
+from pdvit.workflows.console import count, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def evaluate(
         of_pixels = {KEYS[name].flags[0]: opening[name.replace(".", "_")] for name in OF_PIXELS}
         with ranks.raise_on_all_ranks():
             folder = results_folder(path, out, "eval")
-            opened = open_checkpoint(path, ranks, data_source=data, **opening_arguments(opening))
+            opened = open_checkpoint(path, ranks, **opening_arguments(opening | {"data_source": data}))
             windows = opened.windows({"--ms": multi_scale, "--flip": flip} | of_pixels)
             if data is None and not opened.is_run:
                 tip = f"name a source: --data {'scenes' if windows else 'digits'}, --data FOLDER"
@@ -80,9 +80,9 @@ def evaluate(
             file = _write(folder, numbers, files)
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
-            log_row(console, "written  ", f"{file}, {names}")
+            log(console, f"written  {file}, {names}", words=True)
             figure = "segmentation" if windows else "confusion"
-            log_row(console, "next     ", command("plot", figure, folder), "accent")
+            log(console, f"next     {command('plot', figure, folder)}", "accent", words=True)
             if as_json:
                 print(json.dumps(numbers | {"file": str(file)}, indent=2))
         return 0
@@ -256,7 +256,7 @@ def predict(
         write_file(target, content)
     _print_labels(shown, len(files), opened.loader.bad.found, console)
     if target:
-        log_row(console, "written  ", str(target / "masks" if windows else target))
+        log(console, f"written  {target / 'masks' if windows else target}", words=True)
     return 0
 
 
@@ -278,22 +278,27 @@ def _target(path: Path, out: str | None, top: int, masks: bool) -> Path | None:
 
 def _labels(opened: "OpenedCheckpoint", files: "FileSplit", top: int, console: "RunConsole") -> Iterator[list[Row]]:
     """Yield the most probable classes of each image with their probabilities."""
+    import torch
+
     from pdvit.data.loader import eval_batches
-    from pdvit.tasks import classification
+    from pdvit.engine.device import autocast
     from pdvit.workflows.checkpoint import label_names
 
     model: Any = opened.loaded.model
     labels = label_names(opened.loaded) or [str(number) for number in range(model.num_classes)]
     if top > len(labels):
         raise UserError(f"the checkpoint has {len(labels)} classes", f"--top {top}", "ask for fewer labels")
-    batches = with_progress(eval_batches(files, opened.loader), len(files), console, "predict")
-    precision = opened.config.run.precision
-    for index, classes, probabilities, finite in classification.predict(model, batches, top, precision):
-        image = str(files.paths[index])
-        if not finite:
-            raise opened.not_finite(image)
-        best = zip(classes, probabilities, strict=True)
-        yield [(image, rank, labels[label], probability) for rank, (label, probability) in enumerate(best, 1)]
+    for batch in with_progress(eval_batches(files, opened.loader), len(files), console, "predict"):
+        with torch.no_grad(), autocast(opened.loader.device, opened.config.run.precision):
+            logits = model(batch.images).float()
+        best = logits.softmax(1).topk(top)
+        columns = (batch.index, best.indices, best.values, logits.isfinite().all(1))
+        for index, classes, probabilities, finite in zip(*(column.tolist() for column in columns), strict=True):
+            image = str(files.paths[index])
+            if not finite:
+                raise opened.not_finite(image)
+            ranked = enumerate(zip(classes, probabilities, strict=True), 1)
+            yield [(image, rank, labels[label], probability) for rank, (label, probability) in ranked]
 
 
 def _masks(

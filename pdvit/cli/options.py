@@ -119,7 +119,7 @@ def opening_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `checkpoint_command` as arguments of `open_checkpoint`; raises UserError."""
     weights = {name: values[name] for name in WEIGHTS}
     ((_, layer),) = make_layers({name: value for name, value in values.items() if name not in WEIGHTS})
-    return weights | {f"{section}_{name}": value for section, keys in layer.items() for name, value in keys.items()}
+    return weights | {"given": layer}
 
 
 def _with_options(command: Callable[..., Any], *options: inspect.Parameter) -> Callable[..., Any]:

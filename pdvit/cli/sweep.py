@@ -19,7 +19,7 @@ from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, adding, command
 from pdvit.tasks import describe_summary
 from pdvit.tracking.run_directory import RunDirectory
-from pdvit.workflows.console import count, log, log_row, make_console
+from pdvit.workflows.console import count, log, make_console
 
 if TYPE_CHECKING:
     from pdvit.engine.terminal import RunConsole, StopRequest
@@ -174,7 +174,7 @@ def _print_outcomes(folder: "Folder", jobs: "Jobs", cells: Sequence["Cell"], con
         log(console, "the same command resumes the sweep")
         return EXIT_STOPPED
     if counts["finished"]:
-        log_row(console, "next      ", command("plot", "sweep", folder.path), "accent")
+        log(console, f"next      {command('plot', 'sweep', folder.path)}", "accent", words=True)
     return 1 if failed else 0
 
 

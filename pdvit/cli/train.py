@@ -66,8 +66,9 @@ def launch(
         values["model_init"] = checkpoint
     if resume is not None and replay is not None:
         raise UserError("a run is either resumed or replayed", "--resume, --replay", "give one of them")
+    existing = resume if replay is None else replay
     given = [key for key in KEYS.values() if values.get(f"{key.section}_{key.name}") not in (None, [])]
-    if resume is not None or replay is not None:
+    if existing is not None:
         flags = [key.flags[0] for key in given if replay is not None or key.section != "launch"]
         flags += [flag for flag, used in (("--set", assign), ("--config", file), ("--cells", cells)) if used]
         if flags:
@@ -78,9 +79,7 @@ def launch(
         raise UserError("only a resumed run can be changed", "--change", "add --resume RUN")
     with stop_on_signals() as stop, process_group():  # before the slow imports
         console = make_console(as_json)
-        if resume is not None:
-            resume = str(find_run(resume))
-        opened = resume if replay is None else str(RunDirectory.open(replay).path)
+        run = None if existing is None else find_run(existing)
         recipe = {} if file is None else read_toml(file)
         table = recipe.pop(SWEEP_SECTION, None)
         layers = [("the command's defaults", DEFAULTS[command]), (str(file), recipe)]
@@ -98,7 +97,7 @@ def launch(
             raise UserError(f"{unused[0]} has no effect with --launcher {launcher}", unused[0], tip)
         if table is not None:
             return run_sweep(command, layers, table, config, cells, follow, console, stop)
-        if opened is None:
+        if run is None:
             if cells is not None:
                 tip = "name a --config with a [sweep] table: docs/sweep.md"
                 raise UserError("only a sweep has cells", "--cells", tip)
@@ -108,28 +107,26 @@ def launch(
                 print(list_source_types())
                 return 0
             refuse_taken(config.run.out)
-            opened = config.data.source
-        log(console, f"opening {opened} ...")  # imports, many files and weights can take minutes
+        log(console, f"opening {run or config.data.source} ...")  # imports, many files and weights can take minutes
         if launcher != "none" and replay is None:
-            return _launch_run(config, resume, change or [], follow, console, stop)
+            return _launch_run(config, run, change or [], follow, console, stop)
         from pdvit.workflows import runs
 
-        if replay is not None:
-            return runs.train_to_end(partial(runs.replay, replay), console, stop)
-        prepare = partial(runs.start, config) if resume is None else partial(runs.resume, Path(resume), change or [])
+        prepare: Any = partial(runs.start, config)
+        if run is not None:
+            prepare = partial(runs.resume, run, change or []) if replay is None else partial(runs.replay, run)
         return runs.train_to_end(prepare, console, stop)
 
 
 def _launch_run(
-    config: Config, name: str | None, change: list[str], follow: bool, console: "RunConsole", stop: "StopRequest"
+    config: Config, run: Path | None, change: list[str], follow: bool, console: "RunConsole", stop: "StopRequest"
 ) -> int:
-    """Submit a run as a job, a new one or that of --resume `name`; return the exit status."""
+    """Submit a job for a new run or the existing `run`; return the exit status."""
     from pdvit.launch import Jobs, RunJob, end_of_job
     from pdvit.workflows import runs
 
-    if name is not None:
-        path = Path(name)
-        config = replace(runs.saved_config(path, change), launch=config.launch)
+    if run is not None:
+        path, config = run, replace(runs.saved_config(run, change), launch=config.launch)
     else:
         if config.data.batch_size:
             resolve(config)  # raises the errors of settings before the job
@@ -146,7 +143,7 @@ def _launch_run(
         try:
             jobs.start(config.launch, {RUN: job}, [os.environ.get("CUDA_VISIBLE_DEVICES")])
         except UserError:
-            if name is None and not jobs.ids():
+            if run is None and not jobs.ids():
                 shutil.rmtree(jobs.folder)
                 with suppress(OSError):  # a folder that was there before can have hidden files
                     path.rmdir()

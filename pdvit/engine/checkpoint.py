@@ -5,7 +5,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from pdvit.engine.distributed import Ranks
 from pdvit.engine.state import VERSION, Snapshot, TrainState
 from pdvit.errors import UserError
 from pdvit.files import read_json, reading, reason_of
-from pdvit.tracking.run_directory import sync, write_file
+from pdvit.tracking.run_directory import BEST, LAST, read_pointer, sync, write_file
 
 Check = Callable[[dict[str, Any]], None]  # of metadata; raises UserError
-LAST, BEST = "last", "best"
 METADATA, SUFFIX, FOLDERS = "state.json", ".safetensors", "step-" + 8 * "[0-9]"
 ANCHOR = "../anchor" + SUFFIX  # as seen from a checkpoint
 JSON: dict[str, Any] = {"indent": 2, "ensure_ascii": False}  # Python reads back numbers that are not finite
@@ -88,7 +87,7 @@ class Checkpoints:
         except Exception as error:  # of Python, torch and safetensors
             if is_out_of_memory(error):
                 raise
-            damaged = self._read_pointer(LAST)
+            damaged = read_pointer(self.folder / LAST)
             if older := [path.name for path in self.folder.glob(FOLDERS) if path.name < damaged]:
                 tip = f"write {max(older)}, an older one, into {self.folder / LAST}, or {tip}"
             what = f"the checkpoint is damaged: {type(error).__name__}: {reason_of(error)}"
@@ -99,14 +98,14 @@ class Checkpoints:
         name = f"step-{snapshot.step:08d}"
         beside, target = self.folder / f".{name}", self.folder / name
         try:
-            if self._read_pointer(LAST) != name:  # else it is there, and to replace it would be a risk
+            if read_pointer(self.folder / LAST) != name:  # else it is there, and to replace it would be a risk
                 self.folder.mkdir(exist_ok=True)
                 beside.mkdir()
                 for file, tensors in snapshot.tensors.items():
                     save_file(tensors, beside / f"{file}{SUFFIX}")
                 sums = {path.name: _checksum(path) for path in beside.glob(f"*{SUFFIX}")}
                 if snapshot.anchor:
-                    anchor, begun = beside / ANCHOR, bool(self._read_pointer(LAST))
+                    anchor, begun = beside / ANCHOR, bool(read_pointer(self.folder / LAST))
                     if not (begun and anchor.is_file()):  # a file without a checkpoint is of a run that was killed
                         copies = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.anchor.items()}
                         write_file(anchor, save({name: tensor.contiguous() for name, tensor in copies.items()}))
@@ -123,7 +122,7 @@ class Checkpoints:
             sync(self.folder)
             every, names = self.milestone_every, sorted(path.name for path in self.folder.glob(FOLDERS))
             kept = [older for older in names if older <= name][-self.keep :]
-            for other in {*names} - {*kept, self._read_pointer(BEST)}:
+            for other in {*names} - {*kept, read_pointer(self.folder / BEST)}:
                 # those after the newest are left from before the run was resumed
                 if other > name or not every or int(other.removeprefix("step-")) % every:
                     shutil.rmtree(self.folder / other, ignore_errors=True)
@@ -132,11 +131,6 @@ class Checkpoints:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
             raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error
-
-    def _read_pointer(self, name: str) -> str:
-        with suppress(OSError, ValueError):
-            return (self.folder / name).read_text().strip()
-        return ""
 
 
 def _checksum(content: Path | dict[str, Any]) -> int:

@@ -1,10 +1,10 @@
 """Several processes as one run: collectives, and the process group of torchrun."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.errors import UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,6 @@ class Ranks:
             if isinstance(error, UserError | Stopped):
                 raise error
         return statuses
-
-    def gather(self, compute: Callable[[], T]) -> list[T]:
-        """Return what every rank computes, which a signal ends."""
-        with self.interruptible():
-            value = compute()
-        return self.all_gather(value)
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Copy rank 0's buffers to the others: each computes its own running statistics of a BatchNorm."""

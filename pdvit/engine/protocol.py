@@ -1,18 +1,9 @@
 """Interfaces of tasks and batches: all that the engine needs from them."""
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The loss and detached metrics of one forward pass: scalars on the device, means over the images of the batch."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 class TrainBatch(Protocol):
@@ -51,8 +42,8 @@ class Task(Protocol):
     def batches(self, start: int) -> Generator[Any, None, None]:
         """Yield this process's part of steps start, start + 1, ... without end, in constant time for any start."""
 
-    def step(self, network: nn.Module, batch: Any) -> StepOutput:
-        """Run forward pass and objective on one batch, in training mode."""
+    def step(self, network: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return loss and detached metrics of one batch, scalars on the device, means over the images; in training."""
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Return records of the validation images by type, `eval` among them, and a headline; the same on all ranks."""

@@ -52,24 +52,20 @@ class Display:
     def __init__(self, console: Console, total: int, start: int = 0, unit: str = "step") -> None:
         self.console, self.total, self.unit, self.last_line = console, total, unit, time.monotonic()
         self.first: tuple[int, float] | None = None  # the first step that was shown, and when
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            fixed, rest = Column(no_wrap=True, max_width=40), Column(no_wrap=True, ratio=1)  # the width that is left
-            name, speed = (TextColumn(f"{{task.{key}}}", table_column=fixed) for key in ("description", "fields[rate]"))
-            metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
-            columns = name, BarColumn(BAR), TaskProgressColumn(), speed, metrics
-            self.bar = Progress(*columns, console=console, transient=True, expand=True)
-            self.task = self.bar.add_task("starting", total=total, completed=start, rate="", metrics="")
+        fixed, rest = Column(no_wrap=True, max_width=40), Column(no_wrap=True, ratio=1)  # the width that is left
+        name, speed = (TextColumn(f"{{task.{key}}}", table_column=fixed) for key in ("description", "fields[rate]"))
+        metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
+        columns, self.plain = (name, BarColumn(BAR), TaskProgressColumn(), speed, metrics), not console.is_terminal
+        self.bar = Progress(*columns, console=console, transient=True, expand=True, disable=self.plain)
+        self.task = self.bar.add_task("starting", total=total, completed=start, rate="", metrics="")
 
     def __enter__(self) -> "Display":
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # the terminal may be gone
-            if self.bar:
-                self.bar.stop()
+            self.bar.stop()
 
     def show(self, step: int, label: str, rate: float, metrics: Mapping[str, float]) -> None:
         """Show a label, the step, images per second, the time left, and the latest means.
@@ -83,7 +79,7 @@ class Display:
         texts, speed = [f"{name} {metrics[name]:.3g}" for name in names], describe_rate(rate)
         if step > first:
             speed += f", {describe_duration((now - began) / (step - first) * (self.total - step))} left"
-        if self.bar:
+        if not self.plain:
             name = label or steps
             room = self.console.width - len(f"{name} {' ' * BAR} 100% {speed} ")
             while len(" ".join(texts)) > room:
@@ -97,9 +93,9 @@ class Display:
         """Print lines that stay, warnings in colour; of an evaluation, P is below the metrics if they are too long."""
         for line in text.split("\n"):
             style = "yellow" if line.startswith("warning") else None
-            if self.bar and len(line) > self.console.width:
+            if not self.plain and len(line) > self.console.width:
                 line = line.replace("  P ", f"\n{' ' * INDENT}P ")
-            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=self.bar is None)
+            self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=self.plain)
 
 
 def describe_rate(rate: float) -> str:

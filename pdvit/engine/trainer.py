@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from pdvit.config.load import to_dict
 from pdvit.config.schema import Config
-from pdvit.engine.checkpoint import LAST, Checkpoints
+from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.distributed import AnyRank, Ranks
 from pdvit.engine.protocol import Task, TrainBatch
 from pdvit.engine.recipe import check_data, check_recipe
@@ -26,7 +26,7 @@ from pdvit.engine.state import TrainState
 from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.engine.update import Updater, make_optimizer, parallelize
 from pdvit.errors import RunFailed, UserError, command
-from pdvit.tracking.run_directory import RunDirectory, Status
+from pdvit.tracking.run_directory import LAST, RunDirectory, Status, read_pointer
 from pdvit.tracking.trackers import Trackers
 
 # Skipped steps in a row after which a run fails. A float16 run first halves its loss scale, from 65,536.
@@ -211,9 +211,8 @@ class Trainer:
         if self.ranks.main:
             self.checkpoints.save(snapshot, better)
             replayed = self.directory.path / REPLAY
-            with suppress(OSError, ValueError):  # a run that saves a later checkpoint has recovered
-                if (replayed / LAST).read_text() < f"step-{snapshot.step:08d}":
-                    shutil.rmtree(replayed)
+            if read_pointer(replayed / LAST) < f"step-{snapshot.step:08d}":  # the run has recovered
+                shutil.rmtree(replayed, ignore_errors=True)
         self.logger.start("step")
         self.saved_at = time.monotonic()
         self.logger.write_status("running")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import Ranks
-from pdvit.engine.protocol import StepOutput, Task, TrainBatch
+from pdvit.engine.protocol import Task, TrainBatch
 from pdvit.engine.state import TrainState
 from pdvit.errors import UserError, closest
 
@@ -67,8 +67,8 @@ class Step(nn.Module):
         # Static shapes: every part of every batch but a short last one is of one size.
         self.step = torch.compile(task.step, dynamic=False, fullgraph=True) if compiled else task.step
 
-    def forward(self, batch: Any) -> StepOutput:
-        """Run forward pass and objective on a part of a batch."""
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return loss and metrics of a part of a batch."""
         return self.step(self.module, batch)
 
 
@@ -142,9 +142,9 @@ class Updater:
                     fsdp_sync(last)
                 with nullcontext() if last else no_sync():  # ranks add up their gradients only once, with the last part
                     with autocast(self.state.device, self.config.run.precision):
-                        output = self.network(part)
-                    self.state.scaler.scale(output.loss * weight).backward()
-                for name, value in output.metrics.items():
+                        loss, found = self.network(part)
+                    self.state.scaler.scale(loss * weight).backward()
+                for name, value in found.items():
                     metrics[name] = metrics[name] + weight * value if name in metrics else weight * value
         finally:
             torch.backends.cudnn.benchmark = before

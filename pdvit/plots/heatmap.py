@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
@@ -28,12 +27,6 @@ DRAWN = 200  # maximum number of classes that are drawn
 LISTED = 15  # confusions beside a matrix without numbers
 
 
-def heat_map(axes: Axes, values: np.ndarray, norm: Normalize, cmap: Any = "viridis", **image: Any) -> AxesImage:
-    """Draw a matrix without grid lines; `image` goes to matplotlib's `imshow`."""
-    axes.grid(visible=False)
-    return axes.imshow(values, norm=norm, cmap=cmap, interpolation="nearest", **image)
-
-
 def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     """Draw linear CKA between layers, one panel per matrix, all on one scale, the first layers at the bottom left.
 
@@ -51,7 +44,8 @@ def plot_cka(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
     with style.run_panels(data, 3.1 if len(panels) < 3 else 2.5, theme) as (figure, drawn):
         norm = Normalize(min(0.0, np.floor(10 * data["cka"].min()) / 10), 1)
         for (axes, _), matrix in zip(drawn, panels.values(), strict=True):
-            image = heat_map(axes, matrix.to_numpy(), norm, origin="lower")
+            image = axes.imshow(matrix.to_numpy(), norm=norm, origin="lower")
+            axes.grid(visible=False)
             style.name_layers(axes.yaxis, matrix.index, 8, fontsize=6.5)
             style.name_layers(axes.xaxis, matrix.columns, 8, fontsize=6.5, rotation=90)
             axes.set(xlabel="block", ylabel="block")
@@ -97,11 +91,11 @@ def plot_maps(
         norm, colours = (Normalize(-1, 1), theme.diverging) if low < 0 else (Normalize(0, 1), "viridis")
         extent = (0, pixels.shape[1], pixels.shape[0], 0)
         for panels, patch in zip(grid_of_axes, patches, strict=True):
-            panels[0].imshow(pixels, extent=extent, interpolation="nearest")
+            panels[0].imshow(pixels, extent=extent)
             _frame_patch(panels[0], patch, (rows, columns), pixels.shape)
             for axes, at in zip(panels[1:], depths, strict=True):
                 grid, place = maps[patch, at]
-                mesh = heat_map(axes, grid, norm, colours, extent=extent)
+                mesh = axes.imshow(grid, colours, norm, extent=extent)
                 _frame_patch(axes, place, grid.shape, pixels.shape)
         titles = [style.shorten(names[image], 14), *(layers[at] for at in depths)]
         for axes, title in zip(grid_of_axes[0], titles, strict=True):
@@ -179,7 +173,8 @@ def _draw_matrix(axes: Axes, rows: pd.DataFrame, shown: list[str], theme: Theme)
     )
     norm = PowerNorm(0.5, 0, 1)  # the square root keeps rare confusions visible
     colours = LinearSegmentedColormap.from_list("shares", (theme.paper, theme.colours[0], theme.ink))
-    image = heat_map(axes, shares.to_numpy(), norm, colours)
+    image = axes.imshow(shares.to_numpy(), colours, norm)
+    axes.grid(visible=False)
     for row, column in np.argwhere(counts.to_numpy()) if len(shown) <= NUMBERED else ():
         text = f"{counts.iloc[row, column]:.0f}"
         colour = theme.paper if norm(shares.iloc[row, column]) > 0.5 else theme.ink

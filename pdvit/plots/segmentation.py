@@ -83,10 +83,10 @@ def plot_segmentation(table: pd.DataFrame, pictures: list[SegmentedImage], name:
 def _draw_row(row: list[Axes], picture: SegmentedImage, theme: Theme) -> None:
     masks = (picture.palette[picture.truth], picture.palette[picture.prediction])
     for axes, pixels in zip(row, (picture.image, *masks), strict=False):
-        axes.imshow(pixels, interpolation="nearest")
+        axes.imshow(pixels)
     errors = np.where(picture.truth == IGNORED, 2, picture.truth != picture.prediction)
     colours = ListedColormap([theme.muted, theme.colours[1], theme.paper])  # of correct, wrong and ignored pixels
-    row[3].imshow(errors, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    row[3].imshow(errors, cmap=colours, vmin=0, vmax=2)
     wrong = float((errors == 1).sum() / max((errors < 2).sum(), 1))
     row[3].set_xlabel(f"{wrong:.1%} wrong".replace("%", " %"), fontsize=7, color=theme.colours[1])
     for axes in row:

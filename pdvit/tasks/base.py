@@ -20,7 +20,6 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.randomness import fold
 from pdvit.data.sources.split import Source, subsample
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
-from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective
 from pdvit.losses.terms import WeightSchedule
@@ -92,12 +91,12 @@ class ImageTask(ABC):
     def evaluation(self, network: nn.Module, split: str) -> tuple[Network, Iterator[Batch], Metric, int]:
         """Return logits as a function of images, this rank's part of a split, its metric, and the side of a pass."""
 
-    def step_output(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> StepOutput:
+    def step_output(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss with its parts as detached metrics, and the number of replaced images."""
         metrics = {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
         if batch.replaced is not None:  # metrics are means over the images; times the images it is the number of a step
             metrics["bad_images"] = batch.replaced.float().mean() * self.batch_size
-        return StepOutput(loss, metrics)
+        return loss, metrics
 
     def evaluate(self, network: nn.Module) -> tuple[Mapping[str, Mapping[str, Any]], str]:
         """Measure the validation split, and P of every layer on the probe."""

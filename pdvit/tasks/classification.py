@@ -1,6 +1,6 @@
 """Classification: one label per image, with the diversity terms on the patches."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,7 @@ from pdvit.data.augment import Augmentation
 from pdvit.data.loader import Batch, eval_batches, train_batches
 from pdvit.data.mixing import Mixing, grid_of
 from pdvit.data.sources.split import Source
-from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
-from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.models.build import build_model, checkpoint_activations, model_arguments, sketch_model
 from pdvit.models.checkpoints import export
@@ -89,8 +87,8 @@ class ClassificationTask(ImageTask):
         batches = train_batches(self.source.splits["train"], self.loader, self.augmentation, self.mixing, start)
         return with_weights(batches, self.schedules, start) if self.scheduled else batches
 
-    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Run forward pass and objective on one batch."""
+    def step(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run forward pass and objective on one batch; return loss and metrics."""
         objective = self.objective
         patch_targets = batch.patch_targets if objective.mixing_is_patchwise else None
         output = network(batch.images, patch_targets, objective.label_smoothing)
@@ -111,16 +109,3 @@ class ClassificationTask(ImageTask):
         """Return a timm folder of the bare model, without the patch head."""
         bare = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         return export(self.module.model, self.source.classes, self.preprocessing.as_timm(), weights, bare)
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, batches: Iterable[Batch], top: int, precision: str
-) -> Iterator[tuple[int, list[int], list[float], bool]]:
-    """Yield for each image: index, the `top` most probable classes, their probabilities, whether all are finite."""
-    for batch in batches:
-        with autocast(batch.images.device, precision):
-            logits = model(batch.images).float()
-        best = logits.softmax(1).topk(top)
-        columns = (batch.index, best.indices, best.values, logits.isfinite().all(1))
-        yield from zip(*(column.tolist() for column in columns), strict=True)

@@ -17,7 +17,6 @@ from pdvit.data.masks.table import default_palette
 from pdvit.data.sources.split import MaskSplit, Source, Split, subsample
 from pdvit.engine.device import autocast
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
-from pdvit.engine.protocol import StepOutput
 from pdvit.errors import UserError
 from pdvit.losses.cross_entropy import IGNORED, pixel_loss
 from pdvit.models.families import family_of
@@ -78,8 +77,8 @@ class SegmentationTask(ImageTask):
         batches = train_batches(split, self.loader, config.segment, window, start, hflip)
         return with_weights(batches, self.schedules, start) if self.scheduled else batches
 
-    def step(self, network: nn.Module, batch: Batch) -> StepOutput:
-        """Run forward pass and objective on one batch."""
+    def step(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run forward pass and objective on one batch; return loss and metrics."""
         output, targets, size = network(batch.images), batch.targets, batch.targets.shape[-2:]
         output = output._replace(logits=self.module.resize(output.logits.float(), size))
         weights = None if batch.weights is None else batch.weights[0]

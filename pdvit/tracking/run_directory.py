@@ -19,7 +19,8 @@ from pdvit.files import read_json, reading
 RUNS = Path("runs")
 RECORDS, CHANGES, STATUS, CHECKPOINTS = "metrics.jsonl", "changes.json", "status.json", "checkpoints"
 WRITTEN = ("run.toml", STATUS, RECORDS, CHANGES, "summary.json", "config.json", "model.safetensors")  # by training
-IN_CHECKPOINTS = (f"{CHECKPOINTS}/last", f"{CHECKPOINTS}/best", f"{CHECKPOINTS}/anchor.safetensors")
+LAST, BEST = "last", "best"  # files with the name of a checkpoint beside them
+IN_CHECKPOINTS = (f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}", f"{CHECKPOINTS}/anchor.safetensors")
 LOCK = ".lock"  # in the folder that it locks
 JOBS = "jobs"  # of a launcher: it makes this folder before the run begins
 FREE, OTHER = "check free space and permissions", "choose another --out"
@@ -71,6 +72,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_pointer(file: Path) -> str:
+    """Return the name of the checkpoint in LAST or BEST; empty if there is none."""
+    with suppress(OSError, ValueError):
+        return file.read_text().strip()
+    return ""
+
+
 def to_json(value: Any, indent: int | None = 2) -> str:
     """Return JSON that every reader accepts: numbers that are not finite become null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
@@ -115,14 +123,6 @@ class RunDirectory:
                     folder.rmdir()
             raise
         return directory
-
-    @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
-        """Open an existing run; raises UserError if the folder is not a run."""
-        if not (path / "run.toml").is_file():
-            what = "this is not a run directory" if os.path.lexists(path) else "there is no such run"
-            raise UserError(what, str(path), closest_run(str(path), "run.toml"))
-        return cls(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -260,10 +260,13 @@ def check_path(checkpoint: str) -> None:
         raise UserError("there is no such checkpoint", checkpoint, tip)
 
 
-def find_run(name: str) -> Path:
-    """Return the run directory of --resume, the newest for `auto`; raises UserError."""
-    runs = newest("run.toml") if name == "auto" else [Path(os.path.expanduser(name))]
-    if not runs:
+def find_run(name: str | Path) -> Path:
+    """Return an existing run directory, the newest for the text `auto`; raises UserError."""
+    path = next(iter(newest("run.toml")), None) if name == "auto" else Path(os.path.expanduser(name))
+    if path is None:
         tip = f"name its folder, or start one: {command('train')}"
         raise UserError("there is no run to resume", "--resume auto", tip)
-    return RunDirectory.open(runs[0]).path
+    if not (path / "run.toml").is_file():
+        what = "this is not a run directory" if os.path.lexists(path) else "there is no such run"
+        raise UserError(what, str(path), closest_run(str(path), "run.toml"))
+    return path

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pdvit.analysis import Analysis, cka_between, measure
 from pdvit.analysis.measure import Images, select_metrics
 from pdvit.analysis.verdict import verdict
+from pdvit.config.recipes import merge_layers
 from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
@@ -22,7 +23,7 @@ from pdvit.models.layers import find_layers
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.tracking.run_directory import write_file, writing
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
-from pdvit.workflows.console import log, log_row, with_progress
+from pdvit.workflows.console import log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,15 +47,15 @@ class CheckpointAnalysis:
 
 
 class Analyzer:
-    """Measures checkpoints in turn, each on all ranks, until a stop; `flags` are arguments of `open_checkpoint`."""
+    """Measures checkpoints in turn, each on all ranks, until a stop; `opening` are arguments of `open_checkpoint`."""
 
     def __init__(
-        self, console: RunConsole, images: list[str], metrics: Sequence[str], limit: int, **flags: Any
+        self, console: RunConsole, images: list[str], metrics: Sequence[str], limit: int, **opening: Any
     ) -> None:
         self.console, self.images, self.metrics, self.limit = console, images, metrics, limit
-        if images and flags.get("data_on_bad_image") is None:  # the run's policy is for its own images
-            flags["data_on_bad_image"] = "error"
-        self.flags, self.ranks = flags, init_process_group()
+        if images:  # the run's policy is for its own images
+            opening["given"] = merge_layers([{"data": {"on_bad_image": "error"}}, opening["given"]])
+        self.opening, self.ranks = opening, init_process_group()
 
     def measure(self, path: str, folder: Path, first: CheckpointAnalysis | None) -> CheckpointAnalysis | None:
         """Load and measure a checkpoint, and compare it with the first; None if stopped before its first image."""
@@ -88,7 +89,7 @@ class Analyzer:
     def _open(self, path: str) -> tuple[OpenedCheckpoint, ImageSet]:
         """Load a checkpoint and select its images; an error of one rank is raised on all, and Stopped."""
         with self.ranks.interruptible():
-            opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.flags)
+            opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.opening)
             images = open_images(self.images) if self.images else opened.images
         return opened, images.subsample(self.limit)
 
@@ -189,7 +190,7 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     images, bad, models = results[0].images, BadImages(skip=True), []
     shown, max_bytes = images.subsample(MAX_IMAGES), bytes_per_model(len(results))
     for result in results:
-        opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.flags)
+        opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.opening)
         pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
         rows = result.analysis.random
         random = dict(zip(rows["layer"], rows["mean"], strict=True))
@@ -205,4 +206,4 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
         write_file(page, explorer_page(models, notes))
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
         log(analyzer.console, f"explorer {note}")
-    log_row(analyzer.console, "written  ", str(page))
+    log(analyzer.console, f"written  {page}", words=True)

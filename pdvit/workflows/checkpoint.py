@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pdvit.config.load import RESTORE, build, read_toml
-from pdvit.config.recipes import merge_layers
+from pdvit.config.recipes import Layer
 from pdvit.config.schema import KEYS, OF_CHECKPOINTS, Config
 from pdvit.data.images import BadImages
 from pdvit.data.loader import LoaderConfig
@@ -77,11 +77,9 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(
-    path: Path, ranks: Ranks, model: str | None, weights: str | None, backbone: bool = False, **flags: Any
+    path: Path, ranks: Ranks, model: str | None, weights: str | None, given: Layer, backbone: bool = False
 ) -> OpenedCheckpoint:
-    """Load a checkpoint to run as its run did, except for `flags` (`section_key`); or as timm's model, `backbone`."""
-    parts = {name: name.split("_", 1) for name, value in flags.items() if value is not None}
-    given = merge_layers({section: {key: flags[name]}} for name, (section, key) in parts.items())
+    """Load a checkpoint to run as its run did, except for `given` settings; or as timm's model, `backbone`."""
     recipe = path / "run.toml"
     is_run = os.path.isdir(path) and recipe.is_file()
     # A run is evaluated in its own precision, any other checkpoint in float32 without TF32.
@@ -91,12 +89,11 @@ def open_checkpoint(
     own_settings = build(("the command line", given))
     checkpoint = resolve_checkpoint(path, model, weights, own_settings.model, own_settings.data.img_size)
     loaded = load_model(checkpoint, backbone)
+    own_data, own_segment = given.get("data", {}), dict(given.get("segment", {}))
     if loaded.segment is not None:
-        own = {name: flags.get(f"segment_{name}") for name in ("mode", "stride", "classes")}
-        if flags.get("data_source") is None:  # the run's table of classes is for the run's data
-            own["classes"] = config.segment.classes
-        segment = replace(loaded.segment, **{name: value for name, value in own.items() if value is not None})
-        config = replace(config, segment=segment)
+        if "source" not in own_data and config.segment.classes is not None:  # the run's table is for the run's data
+            own_segment["classes"] = config.segment.classes
+        config = replace(config, segment=replace(loaded.segment, **own_segment))
     check_finite(loaded.model.state_dict(), str(path))
     device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
     if not backbone:  # `analyze` measures in exact float32
@@ -107,12 +104,12 @@ def open_checkpoint(
         loaded.model.to(DTYPES[precision])
     preprocessing = Preprocessing.for_model(bare, own_settings.data)
     data, bad = config.data, BadImages(skip=config.data.on_bad_image == "skip")
-    images = data.micro_batch if flags.get("data_batch_size") is None else None
+    images = None if "batch_size" in own_data else data.micro_batch
     seed, size = config.run.seed, ranks.world_size
     loader = LoaderConfig(data.batch_size, seed, data.workers, device, preprocessing, images, ranks.rank, size, bad)
     options: list[str] = []
-    own = {KEYS[name].flags[0]: flags.get(name.replace(".", "_", 1)) for name in OF_CHECKPOINTS}
-    for option, value in {"--model": model, "--weights": weights, **own}.items():
+    of_model = {key.flags[0]: given.get(key.section, {}).get(key.name) for key in map(KEYS.__getitem__, OF_CHECKPOINTS)}
+    for option, value in {"--model": model, "--weights": weights, **of_model}.items():
         pairs = [f"{key}={json.dumps(item)}" for key, item in value.items()] if isinstance(value, dict) else [value]
         for item in [] if value is None else pairs:
             options += [option, *map(str, item if isinstance(item, tuple | list) else [item])]

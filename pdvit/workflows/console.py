@@ -1,7 +1,9 @@
 """Where a command prints: standard output, or standard error if JSON goes to standard output."""
 
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from time import monotonic
@@ -24,19 +26,30 @@ def make_console(as_json: bool, quiet: bool = False) -> "RunConsole":
     return RunConsole(stderr=as_json, quiet=quiet or os.environ.get("RANK", "0") != "0")
 
 
-def log(console: "RunConsole", text: str, style: str | None = None, words: bool = False) -> None:
-    """Print text without markup, highlighting or control characters; in a terminal with rich's `style`.
+def log(console: "RunConsole", text: str, style: str = "", words: bool = False) -> None:
+    """Print text without markup or control characters; in a terminal with rich's `style`, and `error:` in red.
 
     Lines stay whole, since commands and paths are copied; in a terminal, those of `words` break between words.
     """
-    text = "\n".join(map(printable, text.split("\n")))
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=not (words and console.is_terminal))
+    from rich.text import Text
+
+    lines = [printable(line) for line in text.split("\n")]
+    if words and console.is_terminal:
+        lines = [part for line in lines for part in wrap(line, console.width)]
+    shown = Text("\n".join(lines), style)
+    shown.highlight_regex("^error:", "bold red")
+    console.print(shown, soft_wrap=True)
 
 
-def log_row(console: "RunConsole", label: str, text: str, style: str | None = None) -> None:
-    """Print a label and a command or path to copy, which is on a line of its own if the terminal is too narrow."""
-    beside = not console.is_terminal or len(label + text) <= console.width
-    log(console, f"{label}{text}" if beside else f"{label.rstrip()}\n{text}", style)
+def wrap(line: str, width: int) -> list[str]:
+    """Break a line between words, in a column beside its label; a command to copy stays whole, on a line of its own."""
+    if len(line) <= width:
+        return [line]
+    parts = re.fullmatch(r"( *\w+(?:: |  ) *|)(.*?)((?<=: |  )pdvit .*)?", line)
+    label, prose, command = parts.groups()  # type: ignore[union-attr]
+    indent = " " * len(label)
+    words = textwrap.wrap(prose, width - len(label), break_long_words=False, break_on_hyphens=False) or [""]
+    return [label + words[0], *(indent + part for part in [*words[1:], *([command] if command else [])])]
 
 
 def with_progress(batches: "Iterable[Batches]", total: int, console: "RunConsole", what: str) -> "Iterator[Batches]":

@@ -53,7 +53,7 @@ def load(
     except TypeError as error:
         what = f"a {type(checkpoint).__name__} is not the name of a checkpoint"
         raise UserError(what, "load(checkpoint)", "pass a path or a name; pdvit.analyze takes models") from error
-    return open_checkpoint(path, SINGLE_PROCESS, model, weights, backbone=True, run_device=device)
+    return open_checkpoint(path, SINGLE_PROCESS, model, weights, {"run": {"device": device}}, backbone=True)
 
 
 def analyze(
@@ -216,21 +216,15 @@ def _open(
     loaded = checkpoint.loaded if checkpoint else None
     if not isinstance(images, ImageSet):
         return network, images, loaded, None
-    preprocessing, device = _preprocessing_of(network), next(network.parameters()).device
-    loader = LoaderConfig(BATCH_SIZE, 0, 0, device, preprocessing, bad=BadImages(skip))
+    bare, device = image_model_of(network, WRAPPERS), next(network.parameters()).device
+    if not hasattr(bare, "pretrained_cfg"):
+        what = f"a {type(network).__name__} does not say how its images are prepared"
+        tip = "pass tensors, as of processor(images, return_tensors='pt') or, for torchvision, weights.transforms()"
+        raise UserError(what, WHERE, tip)
+    loader = LoaderConfig(BATCH_SIZE, 0, 0, device, Preprocessing.for_model(bare), bad=BadImages(skip))
     return network, images.subsample(limit), loaded, loader
 
 
 def _batches(images: Any, loader: LoaderConfig | None) -> Any:
     """Return images as `measure` takes them: those of a set in batches of the model's input."""
     return (batch.images for batch in eval_batches(images.split, loader, shared=True)) if loader else images
-
-
-def _preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Return the preprocessing of a timm model; UserError for another, which does not say."""
-    bare = image_model_of(model, WRAPPERS)
-    if not hasattr(bare, "pretrained_cfg"):
-        what = f"a {type(model).__name__} does not say how its images are prepared"
-        tip = "pass tensors, as of processor(images, return_tensors='pt') or, for torchvision, weights.transforms()"
-        raise UserError(what, WHERE, tip)
-    return Preprocessing.for_model(bare)

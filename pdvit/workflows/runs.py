@@ -41,7 +41,7 @@ from pdvit.tasks.segmentation import SegmentationTask
 from pdvit.tracking.environment import command_line, describe_environment
 from pdvit.tracking.run_directory import RunDirectory, check_path, newest
 from pdvit.tracking.trackers import check_trackers
-from pdvit.workflows.console import count, log, log_row
+from pdvit.workflows.console import count, log
 
 TaskType = type[ClassificationTask | SegmentationTask]
 MAX_BROKEN_NAMES = 5
@@ -98,8 +98,9 @@ def build_trainer(
     if segments and config.data.source != "scenes":
         every = config.segment.check_masks
         to_log(f"checking {'all masks' if every else 'the masks that are held out'} ...")
-        check = partial(check_masks, source, every, config.data.workers, to_log)
-        source = source.noting(*ranks.gather(lambda: check() if ranks.main else [])[0])
+        with ranks.interruptible():
+            notes = check_masks(source, every, config.data.workers, to_log) if ranks.main else []
+        source = source.noting(*ranks.all_gather(notes)[0])
     if not config.data.batch_size:
         batch_size = _find_batch_size(config, task_type, source, device, ranks)
         gc.collect()  # the model of the trials is in cycles
@@ -243,7 +244,7 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
         with adding(tip=f"; resume with: {again}"):
             summary = trainer.run(directory, console, stop)
         if summary is None:
-            log_row(console, "stopped; resume with: ", again)
+            log(console, f"stopped; resume with: {again}", words=True)
             return EXIT_STOPPED
         if trainer.ranks.main:
             print_summary(directory.path, summary, console)
@@ -252,7 +253,7 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
 
 def replay(run: Path, console: RunConsole, stop: StopRequest) -> int:
     """Repeat the step at which a run broke down, and print what is not finite; raises UserError if there is none."""
-    config = saved_config(RunDirectory.open(run).path, [])
+    config = saved_config(run, [])
     config = replace(config, run=replace(config.run, distribute="ddp", track=None))  # in this process alone
     trainer = build_trainer(config, console, stop, resumed=True)
     step, found, broken = replay_step(run, trainer.state, trainer.updater)
@@ -288,11 +289,11 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     whole = summary["epochs"] % 1 == 0
     length = count(int(summary["epochs"]), "epoch") if whole else count(summary["steps"], "step")
     log(console, f"{length} in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}")
-    log_row(console, "records   ", f"{run}/metrics.jsonl, summary.json")
-    log_row(console, "weights   ", f"{run}/model.safetensors")
-    log_row(console, "use       ", use)
-    log_row(console, "repeat    ", command("train", "--config", run / "run.toml"))
-    log_row(console, "next      ", command("analyze", *alike[:1], run), "accent")
+    log(console, f"records   {run}/metrics.jsonl, summary.json", words=True)
+    log(console, f"weights   {run}/model.safetensors", words=True)
+    log(console, f"use       {use}", words=True)
+    log(console, f"repeat    {command('train', '--config', run / 'run.toml')}", words=True)
+    log(console, f"next      {command('analyze', *alike[:1], run)}", "accent", words=True)
 
 
 def trial_config(config: Config) -> Config:

@@ -10,8 +10,9 @@ import pytest
 import typer
 
 from pdvit import __version__
-from pdvit.cli import _wrapped, app
+from pdvit.cli import app
 from pdvit.cli import run as pdvit
+from pdvit.workflows.console import wrap
 from tests.processes import EARLY
 
 # Runs several commands in one process and prints the packages that they imported.
@@ -23,11 +24,11 @@ for command in sys.argv[1:]:
         assert run(command.split()) == 0, command
 print(*{name.partition(".")[0] for name in sys.modules})
 """
-# Runs several commands in one process, none of which can import torchvision.
+# Runs several commands in one process, none of which can import a package, the first argument.
 BROKEN = """
 import sys
 from pdvit.cli import run
-print([run(command.split()) for command in sys.argv[1:]], "torchvision" in sys.modules)
+print([run(command.split()) for command in sys.argv[2:]], sys.argv[1] in sys.modules)
 """
 HEAVY = {"torch", "torchvision", "timm", "safetensors"}
 
@@ -63,15 +64,16 @@ def test_a_folder_that_is_taken_or_not_there_is_refused_before_the_slow_imports(
     assert process(sys.executable, "-c", script).stdout == "2 False\n"
 
 
-def test_torch_and_torchvision_that_do_not_fit_together_are_an_error_of_three_lines(workplace):
+@pytest.mark.parametrize(("package", "tip"), [("torchvision", "torch and torchvision"), ("timm", "timm again;")])
+def test_a_package_that_can_not_be_imported_is_an_error_of_three_lines(workplace, package, tip):
     what = "operator torchvision::nms does not exist"
-    (workplace / "torchvision.py").write_text(f"raise RuntimeError('{what}')")
-    commands = ("train", "analyze vit_tiny_patch16_224", "doctor --json")
-    done = process(sys.executable, "-c", BROKEN, *commands, PYTHONPATH=os.pathsep.join([str(workplace), *sys.path]))
+    (workplace / f"{package}.py").write_text(f"raise RuntimeError('{what}')")
+    words = (package, "train", "analyze vit_tiny_patch16_224", "doctor --json")
+    done = process(sys.executable, "-c", BROKEN, *words, PYTHONPATH=os.pathsep.join([str(workplace), *sys.path]))
     assert done.stdout.splitlines()[-1] == "[2, 2, 2] False"
     lines = done.stderr.splitlines()
-    assert lines[:3] == [f"error: an import failed: RuntimeError: {what}", "  where: torchvision", lines[2]]
-    assert "pip install torch torchvision" in lines[2]
+    assert lines[:3] == [f"error: an import failed: RuntimeError: {what}", f"  where: {package}", lines[2]]
+    assert f"tip:   install {tip}" in lines[2]
     assert lines == 3 * lines[:3]
 
 
@@ -184,10 +186,10 @@ def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypa
 
 def test_an_error_breaks_between_words_and_its_command_stays_whole():
     command = "pdvit train --resume runs/a --change data.micro_batch=16"
-    lines = _wrapped(f"  tip:   images of this size need less memory, so resume in parts: {command}", 60)
+    lines = wrap(f"  tip:   images of this size need less memory, so resume in parts: {command}", 60)
     assert [line.strip() for line in lines] == [
         "tip:   images of this size need less memory, so resume in",
         "parts:",
         command,
     ]
-    assert _wrapped("error: short", 60) == ["error: short"]
+    assert wrap("error: short", 60) == ["error: short"]

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import pdvit as library
-import pdvit.tasks.classification
+from pdvit.cli import evaluate
 from pdvit.cli import run as pdvit
 from tests.cli.conftest import CPU
 from tests.files import read_csv, read_json, rewrite
@@ -88,8 +87,8 @@ def test_a_signal_leaves_the_file_of_before_and_nothing_else(run_copy, image_fol
         os.kill(os.getpid(), signal.SIGTERM)
         yield from found
 
-    whole = library.tasks.classification.predict
-    monkeypatch.setattr(library.tasks.classification, "predict", signalled)
+    whole = evaluate._labels
+    monkeypatch.setattr(evaluate, "_labels", signalled)
     (run_copy / "predictions.csv").write_text("of before")
     before = sorted(run_copy.rglob("*"))
     assert pdvit(["predict", str(run_copy), str(image_folder), *CPU]) == 75

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdvit.config import build
 from pdvit.engine.distributed import SINGLE_PROCESS
-from pdvit.engine.protocol import StepOutput
 from pdvit.engine.recovery import largest, replay
 from pdvit.engine.terminal import STOPPING, StopRequest, stop_on_signals
 from pdvit.engine.trainer import Trainer
@@ -72,7 +71,7 @@ class LineFit:
             self.event()
             if self.infinite:
                 loss = loss * float("nan")
-        return StepOutput(loss, {"loss": loss.detach()})
+        return loss, {"loss": loss.detach()}
 
     def evaluate(self, network):
         network.eval()
@@ -133,11 +132,11 @@ def test_records_hold_the_means_of_a_loop_by_hand(whole):
     for step, batch in zip(range(3), task.batches(0), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = [1e-6, (1e-6 + 0.05) / 2, 0.05][step]
-        output = task.step(task.module, batch)
+        loss, _ = task.step(task.module, batch)
         optimizer.zero_grad()
-        output.loss.backward()
+        loss.backward()
         optimizer.step()
-        losses.append(output.loss.item())
+        losses.append(loss.item())
     record = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     assert record["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert (record["epoch"], record["skipped"], record["lr"]) == (3 / PER_EPOCH, 0, pytest.approx(0.05))
@@ -255,7 +254,7 @@ def test_several_bad_steps_in_a_row_end_the_run_and_can_be_replayed_and_left_beh
     assert broken == ["weight", "bias"]
 
     task = LineFit()
-    task.step = lambda module, _: StepOutput(module.weight.sum() + math.nan * module.bias.sum(), {})
+    task.step = lambda module, _: (module.weight.sum() + math.nan * module.bias.sum(), {})
     clipped = trainer_of(task, optim={"clip_grad": 1.0})
     assert replay(path, clipped.state, clipped.updater)[2] == ["bias"]
 
@@ -385,7 +384,7 @@ class Plain(LineFit):
 
     def step(self, network, batch):
         loss = (network(batch.inputs) - batch.targets).square().mean()
-        return StepOutput(loss, {"loss": loss.detach()})
+        return loss, {"loss": loss.detach()}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 100])

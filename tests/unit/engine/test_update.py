@@ -14,7 +14,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pdvit.config.schema import Config, OptimConfig, RunConfig
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
-from pdvit.engine.protocol import StepOutput
 from pdvit.engine.state import MetricAccumulator, TrainState
 from pdvit.engine.update import Step, Updater, make_optimizer, parallelize
 from pdvit.models.tokens import DiverseModel
@@ -49,7 +48,7 @@ class Task:
 
     def step(self, network, batch):
         loss = self.scale * network(batch.points).square().mean()
-        return StepOutput(loss, {"loss": loss.detach()})
+        return loss, {"loss": loss.detach()}
 
 
 def batch_on(device):
@@ -77,7 +76,7 @@ def test_an_update_is_backward_clip_and_step(clip):
     metrics, skipped = updater_of(ours, sgd(ours), clip)(BATCH, 1)
 
     optimizer = sgd(theirs)
-    theirs.step(theirs.module, BATCH).loss.backward()
+    theirs.step(theirs.module, BATCH)[0].backward()
     expected = torch.sqrt(sum(weight.grad.square().sum() for weight in theirs.module.parameters()))
     if clip is not None:
         nn.utils.clip_grad_norm_(theirs.module.parameters(), clip)
@@ -112,7 +111,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_seen():
     class Steep(Task):
         def step(self, network, batch):  # the root has an infinite slope at 0
             loss = network(batch.points).sub(network(batch.points)).square().sum().sqrt()
-            return StepOutput(loss, {"loss": loss.detach()})
+            return loss, {"loss": loss.detach()}
 
     task = Steep()
     metrics, skipped = updater_of(task, sgd(task))(BATCH, 1)

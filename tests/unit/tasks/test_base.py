@@ -82,11 +82,10 @@ def test_the_loss_follows_the_factors_and_the_records_do_not():
     task, plain = task_of(contrastive_schedule="warmup:4st", mixing_schedule="until:1st"), task_of()
     plain.module.load_state_dict(task.module.state_dict())
     for step, (batch, same) in enumerate(zip(take(task, 0, 3), take(plain, 0, 3), strict=True)):
-        found, whole = task.step(task.module, batch), plain.step(plain.module, same)
-        named = found.metrics.keys() - {"loss"}
-        assert all(torch.equal(found.metrics[name], whole.metrics[name]) for name in named)
-        missing = (1 - step / 4) * whole.metrics["contrastive"] + (step >= 1) * whole.metrics["mixing"]
-        torch.testing.assert_close(found.loss, whole.loss - missing)
+        (loss, metrics), (whole, parts) = task.step(task.module, batch), plain.step(plain.module, same)
+        assert all(torch.equal(metrics[name], parts[name]) for name in metrics.keys() - {"loss"})
+        missing = (1 - step / 4) * parts["contrastive"] + (step >= 1) * parts["mixing"]
+        torch.testing.assert_close(loss, whole - missing)
 
 
 @pytest.mark.parametrize("sections", [{}, SCENES], ids=["classification", "segmentation"])
@@ -94,19 +93,19 @@ def test_the_anchor_is_the_model_as_it_begins_on_the_images_of_the_step(sections
     task = gram_task(**sections)
     begun, (batch,) = deepcopy(task.module).eval(), take(task, 1, 1)
     assert {name for name, _ in task.anchor.named_children()} == {task.module.inner}
-    assert task.step(task.module.eval(), batch).metrics["gram"] < 1e-12  # equal relations on the same images
+    assert task.step(task.module.eval(), batch)[1]["gram"] < 1e-12  # equal relations on the same images
     optimizer = torch.optim.SGD(task.module.parameters(), 0.5)
-    task.step(task.module.train(), batch).loss.backward()
+    task.step(task.module.train(), batch)[0].backward()
     optimizer.step()
     assert not any(part.training for part in task.anchor.modules())
     with torch.no_grad():
         expected = gram_loss(task.module.eval()(batch.images).last, begun(batch.images).last)
-        found = task.step(task.module, batch)
+        loss, found = task.step(task.module, batch)
     assert expected > 1e-6
-    torch.testing.assert_close(found.metrics["gram"], expected)
+    torch.testing.assert_close(found["gram"], expected)
     parts = {"class": 1, "cosine": 1, "contrastive": 1, "mixing": 1, "aux": 0.4, "gram": 2 / 4}
-    total = sum(weight * found.metrics[name] for name, weight in parts.items() if name in found.metrics)
-    torch.testing.assert_close(found.loss, total)
+    total = sum(weight * found[name] for name, weight in parts.items() if name in found)
+    torch.testing.assert_close(loss, total)
 
 
 @pytest.mark.parametrize("gram", [False, True], ids=["", "gram"])
@@ -117,7 +116,7 @@ def test_the_step_with_factors_compiles_once_and_in_one_piece(gram):
     counter = CompileCounter()
     step = torch.compile(task.step, fullgraph=True, dynamic=False, backend=counter)
     for batch in take(task, 0, 3):
-        torch.testing.assert_close(step(task.module, batch).loss, task.step(task.module, batch).loss)
+        torch.testing.assert_close(step(task.module, batch)[0], task.step(task.module, batch)[0])
     assert counter.frame_count <= 2  # class targets are probabilities if images are mixed, else indices
 
 

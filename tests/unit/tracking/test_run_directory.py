@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pdvit.errors import RunFailed
-from pdvit.tracking.run_directory import RunDirectory, write_file
+from pdvit.tracking.run_directory import RunDirectory, find_run, write_file
 from tests.errors import refused
 from tests.files import read_records
 
@@ -69,9 +69,9 @@ def test_default_names_get_a_suffix():
 
 def test_only_a_run_can_be_opened(workplace):
     with refused("not a run directory"):
-        RunDirectory.open(workplace)
+        find_run(workplace)
     (workplace / "run.toml").touch()
-    assert RunDirectory.open(workplace).path == workplace
+    assert find_run(workplace) == workplace
 
 
 @pytest.fixture
