@@ -38,7 +38,6 @@ add_command(app, "pdvit doctor")(doctor.doctor)
 app.add_typer(plot.app, name="plot")
 app.add_typer(sweep.app, name="sweep")
 
-OPTIONS_OF_TRAIN = ("resume", "replay")  # that people take for commands
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -66,7 +65,7 @@ def run(arguments: list[str]) -> int:
         command = context.command_path if context else " ".join(["pdvit", *words])
         what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
         tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
-        if arguments[0] in OPTIONS_OF_TRAIN:
+        if arguments[0] in ("resume", "replay"):  # options of `train` that people take for commands
             tip = f"it is an option: pdvit train --{arguments[0]} RUN"
         return _explain(UserError(what, command, tip))
     except (typer.Abort, KeyboardInterrupt):

@@ -156,10 +156,7 @@ class DiversityConfig:
     spectral_schedule: str = _schedule("spectral")
     gram_schedule: str = _schedule("gram")
     gram_variant: str = key(
-        "paper",
-        "Variant of the gram term: the paper's, or of DINOv3's code.",
-        "--gram-variant",
-        choices=GRAM_VARIANTS,
+        "paper", "Variant of the gram term: the paper's, or of DINOv3's code.", "--gram-variant", choices=GRAM_VARIANTS
     )
     first: str | None = key(
         None,

@@ -25,7 +25,6 @@ from pdvit.errors import RunFailed
 VERSION = 3
 # Keys of a parameter group that follow the configuration of the resumed run.
 CONFIGURED = ("params", "lr", "initial_lr", "lr_scale", "weight_decay", "fused")
-COUNTS = ("steps", "skipped", "in_a_row")  # skipped: since the last reading
 TENSOR, DTYPE = "__tensor__", "__dtype__"  # stand for values that JSON does not have
 
 
@@ -73,7 +72,7 @@ class MetricAccumulator:
         """Return means, steps skipped since the last reading, and in a row. Training waits for the device only here."""
         total = ranks.all_reduce(torch.stack([*self.sums.values()])).div(ranks.world_size).tolist()
         sums = dict(zip(self.sums, total, strict=True))
-        steps, skipped, in_a_row = (sums.pop(name) for name in COUNTS)
+        steps, skipped, in_a_row = (sums.pop(name) for name in ("steps", "skipped", "in_a_row"))
         counted = steps - skipped or float("nan")
         self.sums = {"in_a_row": self.sums["in_a_row"]}
         means = {name.removeprefix("sum."): total / counted for name, total in sums.items()}

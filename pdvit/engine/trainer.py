@@ -47,9 +47,8 @@ class Trainer:
         optimizer = make_optimizer(task.module, config.optim)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, self.steps)
         scaler = GradScaler(device.type, enabled=config.run.precision == "fp16")
-        data = dict(task.fingerprint)
         self.state = TrainState(
-            task.module, optimizer, scaler, ema, device, ranks, to_dict(config), data, anchor=task.anchor
+            task.module, optimizer, scaler, ema, device, ranks, to_dict(config), task.fingerprint, anchor=task.anchor
         )
         self.updater = Updater(task, network, self.state, config)
         self.batch: TrainBatch | None = None
