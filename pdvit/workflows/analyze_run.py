@@ -27,7 +27,7 @@ from pdvit.workflows.console import log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 RANDOM_IMAGES = 32  # for a model with random weights
@@ -121,11 +121,16 @@ def measure_random(
     checkpoint: ResolvedCheckpoint, images: Images, ranks: Ranks = SINGLE_PROCESS, **layout: Any
 ) -> Analysis:
     """Return P of a checkpoint's model with random weights; arguments as of `measure`."""
-    weight = next(checkpoint.model.parameters())
     with ranks.interruptible():
-        model = checkpoint.with_random_weights().to(weight.dtype)
-        to_device(model, weight.device, checkpoint.architecture)
+        model = random_model(checkpoint)
     return measure(model, images, "similarity", ranks=ranks, **layout)
+
+
+def random_model(checkpoint: ResolvedCheckpoint) -> "nn.Module":
+    """Return a checkpoint's model with random weights, on its device and in its precision."""
+    weight = next(checkpoint.model.parameters())
+    model = checkpoint.with_random_weights().to(weight.dtype)
+    return to_device(model, weight.device, checkpoint.architecture)
 
 
 def describe(
@@ -191,10 +196,12 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     shown, max_bytes = images.subsample(MAX_IMAGES), bytes_per_model(len(results))
     for result in results:
         opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.opening)
-        pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
-        rows = result.analysis.random
-        random = dict(zip(rows["layer"], rows["mean"], strict=True))
-        models.append(replace(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes), random=random))
+        pixels, normalise = [*shown.pixels(opened.loader.preprocessing, bad)], opened.loader.preprocessing.normalise
+        maps = read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes)
+        if not result.analysis.random.empty:
+            random = read_maps(random_model(opened.loaded), pixels, normalise, max_bytes=max_bytes)
+            maps = replace(maps, random=random.similarity)
+        models.append(maps)
     count, left_out = min(len(maps.names) for maps in models), len(bad.found)
     fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - left_out else ""
     broken = f"; {left_out} left out that do not decode" if left_out else ""
