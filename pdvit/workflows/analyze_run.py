@@ -79,7 +79,8 @@ class Analyzer:
             found = f"was left out: {reason}" if reason else f"is in analysis/cka_between.npz of {first.name}"
             analysis = replace(analysis, notes=[*analysis.notes, f"cka between {first.name} and {name} {found}"])
         bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
-        facts = describe(analysis, opened, images, len(bad), stopped, self.images)
+        again = [path, *opened.options, *(word for name in self.images for word in ("--images", name))]
+        facts = describe(analysis, opened, images, len(bad), stopped, again) | {"groups": groups}
         return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
@@ -134,12 +135,15 @@ def random_model(checkpoint: ResolvedCheckpoint) -> "nn.Module":
 
 
 def describe(
-    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, named: list[str]
+    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, again: list[str]
 ) -> dict[str, Any]:
-    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed, `named` --images."""
+    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed.
+
+    `again` are the arguments of pdvit analyze for this checkpoint and these images.
+    """
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
-    found, advice = verdict(table, *_commands(opened, named)) if has_p else (None, None)
+    found, advice = verdict(table, command("analyze", *again), _command_to_reduce_p(opened)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
@@ -150,6 +154,7 @@ def describe(
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
+        "arguments": again,
         "weights": loaded.selected.weights,
         "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
         "images_measured": analysis.images,
@@ -169,8 +174,8 @@ def describe(
     }
 
 
-def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str, str]:
-    """Return the commands that measure a checkpoint again, and that reduce P: of a run, or by finetuning."""
+def _command_to_reduce_p(opened: OpenedCheckpoint) -> str:
+    """Return the command that reduces P: trains a run again with another setting, or finetunes."""
     config, names = opened.config, [str(opened.path), *opened.options]
     if opened.is_run and config.model.init is None:
         train = ["train", "--config", str(opened.path / "run.toml")]
@@ -183,7 +188,7 @@ def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str
             value = getattr(config.data, name)
             train += [] if value is None else [KEYS[f"data.{name}"].flags[0], value]
         train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
-    return command("analyze", *names, *(word for name in images for word in ("--images", name))), command(*train)
+    return command(*train)
 
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
